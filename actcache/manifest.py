@@ -1,0 +1,204 @@
+"""What a cache says of itself: parse and serialise. Standard library only; see FORMAT.md.
+
+`Identity` is all that decides which numbers the cache holds; the cache id is its digest. What may
+differ between two copies of the same numbers (backend, shard plan, library versions, names of
+things) stands in `Manifest` beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from actcache.errors import EmptyCacheError, FormatError
+from actcache.parse import parse_dataclass, read_json, to_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(:in)?")
+"""Module path with an optional ':in': no separators, no '..', nothing that leaves a folder."""
+
+DiskDtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Hookpoint:
+    """One place in the model whose activations the cache holds."""
+
+    name: str
+    """Module path below the model's base, with ':in' for the module's input."""
+    width: int
+    """Length of one activation, d_in."""
+
+    def __post_init__(self) -> None:
+        """Names become folder names: refuse whatever could leave the cache."""
+        if not _NAME.fullmatch(self.name) or len(self.name) > 200:
+            raise FormatError("not a hookpoint name", expected=_NAME.pattern, got=repr(self.name))
+        _at_least("width", self.width, 1, 2**24)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that decides the numbers in the cache."""
+
+    model_fingerprint: str
+    """Digest of the names, types, shapes and bytes of the loaded weights."""
+    model_dtype: str
+    """Type of the model's arithmetic."""
+    tokenizer_fingerprint: str
+    """Digest of the tokenizer as it was loaded; empty when the text came as token ids."""
+    dataset_fingerprint: str
+    """Digest of the text (see FORMAT.md: what it covers depends on the source)."""
+    text_column: str
+    """Column the text came from; empty for files without columns."""
+    pipeline: Literal["pack"]
+    """How documents become sequences. pack: joined by EOS, cut to ctx_len."""
+    ctx_len: int
+    """Tokens in a sequence."""
+    bos_id: int | None
+    """Token put first in every sequence; null: none."""
+    eos_id: int | None
+    """Token put after every document; null: documents came as token ids."""
+    keep_order: bool
+    """Documents were taken in the dataset's own order."""
+    skip_positions: int
+    """Rows at positions below this were left out."""
+    hookpoints: tuple[Hookpoint, ...]
+    """What is held, in the order in which it was asked for."""
+    dtype: DiskDtype
+    """Type of the activations on disk, little-endian."""
+    batch_size: int
+    """Sequences in a forward pass; every pass had [batch_size, ctx_len] tokens."""
+    row_order: Literal["shuffled", "sequence"]
+    """Order of rows within a shard."""
+    seed: int
+    """Seed of the order of documents and rows."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _at_least("ctx_len", self.ctx_len, 2, 2**31 - 1)
+        _at_least("skip_positions", self.skip_positions, 0, self.ctx_len - 1)
+        _at_least("batch_size", self.batch_size, 1, 2**31 - 1)
+        _at_least("seed", self.seed, 0, 2**32 - 1)
+        if not self.hookpoints:
+            raise FormatError("a cache without hookpoints", expected="at least one", got="none")
+        names = [hookpoint.name for hookpoint in self.hookpoints]
+        if len(set(names)) != len(names):
+            raise FormatError("a hookpoint stands twice", got=names)
+
+    @property
+    def rows_per_sequence(self) -> int:
+        """Rows that one sequence leaves after the filters."""
+        return self.ctx_len - self.skip_positions
+
+    def digest(self) -> str:
+        """The cache id: 128 bits of BLAKE2b over this identity's JSON."""
+        return hashlib.blake2b(to_json(self), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The file `manifest.json`: written first, never changed."""
+
+    format_version: int
+    """Version of FORMAT.md that the cache follows."""
+    cache_id: str
+    """`identity.digest()`."""
+    identity: Identity
+    """What the numbers are."""
+    model: str
+    """The model's name as it was given (a folder: its last part)."""
+    revision: str | None
+    """Revision of the model, as given."""
+    architecture: str
+    """Class of the model."""
+    dataset: str
+    """The dataset's name as it was given (a file: its last part)."""
+    split: str
+    """Split of the dataset."""
+    backend: Literal["memmap"]
+    """How shards lie on disk."""
+    sequences_per_shard: int
+    """Sequences in every shard but the last."""
+    planned_sequences: int | None
+    """The goal; null: all the text there is."""
+    block_rows: int
+    """Rows that a reader fetches at once: about 1 MiB of the widest hookpoint."""
+    versions: dict[str, str]
+    """Libraries that made the cache."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that the id is that of the identity."""
+        if self.format_version != FORMAT_VERSION:
+            raise FormatError(
+                "the cache has another format version",
+                expected=FORMAT_VERSION,
+                got=self.format_version,
+                remedy="install the version of actcache that made it",
+            )
+        _at_least("sequences_per_shard", self.sequences_per_shard, 1, 2**31 - 1)
+        _at_least("block_rows", self.block_rows, 1, 2**31 - 1)
+        if self.planned_sequences is not None:
+            _at_least("planned_sequences", self.planned_sequences, 1, 2**53)
+        if self.cache_id != self.identity.digest():
+            raise FormatError(
+                "the cache id is not that of the manifest's identity",
+                expected=self.identity.digest(),
+                got=self.cache_id,
+                remedy="the manifest was edited or damaged; restore it from a copy",
+            )
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a full shard, before filters that look at activations."""
+        return self.sequences_per_shard * self.identity.rows_per_sequence
+
+    def width(self, hookpoint: str) -> int:
+        """Width of one hookpoint of this cache."""
+        return {h.name: h.width for h in self.identity.hookpoints}[hookpoint]
+
+
+def parse_manifest(obj: object, where: str = MANIFEST) -> Manifest:
+    """Decoded JSON to a checked `Manifest`; raises `FormatError`."""
+    return parse_dataclass(Manifest, obj, where)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the cache in folder `root`.
+
+    Raises:
+        EmptyCacheError: there is no cache.
+        FormatError: the manifest is damaged or from another version.
+    """
+    path = root / MANIFEST
+    try:
+        return parse_manifest(read_json(path), str(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise EmptyCacheError(
+            f"{root} is not a cache: it holds no {MANIFEST}",
+            remedy=f"actcache harvest MODEL DATASET --out {root}",
+        ) from error
+
+
+def differences(ours: Manifest, theirs: Manifest) -> list[str]:
+    """Fields in which two manifests ask for other bytes, as 'field: theirs, not ours'.
+
+    Names and library versions may differ; identity, shard plan and goal may not.
+    """
+    fixed = ("backend", "sequences_per_shard", "planned_sequences", "block_rows")
+    pairs = [(f, getattr(ours, f), getattr(theirs, f)) for f in fixed]
+    pairs += [
+        (f.name, getattr(ours.identity, f.name), getattr(theirs.identity, f.name))
+        for f in dataclasses.fields(Identity)
+    ]
+    return [f"{name}: {other!r}, not {own!r}" for name, own, other in pairs if own != other]
+
+
+def _at_least(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise FormatError(f"{name} is out of range", expected=f"{low} to {high}", got=value)

@@ -1,0 +1,251 @@
+"""`Cache`: a harvested cache, read by shard and row. Nothing here writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache import receipt as receipts_module
+from actcache.atomic import digest_file
+from actcache.errors import CorruptShardError, EmptyCacheError, HookpointError
+from actcache.manifest import Manifest, read_manifest
+from actcache.receipt import EndReceipt, ShardReceipt
+from actcache.statistics import NORM_BINS, Statistics, merge
+from actcache.storage import BACKENDS, CODECS, Array, Codec, Extent, safetensors_file
+from actcache.writer import statistics_path, tokens_path
+
+
+@dataclass(frozen=True)
+class ShardTokens:
+    """The text of a shard: C context length, S sequences, N rows."""
+
+    tokens: NDArray[np.int32]
+    """Token ids. [S, C]"""
+    row_sequence: NDArray[np.int32]
+    """Sequence, within the shard, of every row. [N]"""
+    row_position: NDArray[np.int32]
+    """Position, within its sequence, of every row. [N]"""
+
+
+class Cache:
+    """The published shards of a cache at the moment it was opened.
+
+    Reading is safe from several threads at once.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        receipts: dict[int, ShardReceipt],
+        end: EndReceipt | None,
+    ) -> None:
+        self.root, self.manifest, self.receipts, self.end = root, manifest, receipts, end
+        self.codec: Codec = CODECS[manifest.identity.dtype]
+        self._extents: dict[tuple[str, int], Extent] = {}
+
+    @classmethod
+    def open(cls, root: str | Path) -> Cache:
+        """Open the cache in a folder.
+
+        Raises:
+            EmptyCacheError: there is no manifest.
+            FormatError: manifest or receipts are damaged.
+        """
+        root = Path(root)
+        manifest = read_manifest(root)
+        return cls(
+            root,
+            manifest,
+            receipts_module.read_receipts(root, manifest),
+            receipts_module.read_end(root, manifest.cache_id),
+        )
+
+    @property
+    def hookpoints(self) -> list[str]:
+        """Names of the hookpoints, in the manifest's order."""
+        return [hookpoint.name for hookpoint in self.manifest.identity.hookpoints]
+
+    @property
+    def shards(self) -> list[int]:
+        """Numbers of the published shards, ascending."""
+        return list(self.receipts)
+
+    @property
+    def rows(self) -> int:
+        """Rows at every hookpoint."""
+        return sum(receipt.rows for receipt in self.receipts.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the harvest reached its end and all its shards are here."""
+        if self.end is None or len(self.receipts) != self.end.last_shard + 1:
+            return False
+        return self.shards == list(range(self.end.last_shard + 1))
+
+    def require_shards(self) -> None:
+        """Raise `EmptyCacheError` unless at least one shard is complete."""
+        if not self.receipts:
+            raise EmptyCacheError(
+                f"{self.root} holds no complete shard",
+                remedy="run its actcache harvest command again: it goes on where it was",
+            )
+
+    def require_hookpoint(self, name: str) -> None:
+        """Raise `HookpointError` unless the cache holds the hookpoint."""
+        if name not in self.hookpoints:
+            raise HookpointError(
+                f"{self.root} does not hold hookpoint {name!r}",
+                expected=" | ".join(self.hookpoints),
+                got=name,
+            )
+
+    def digest(self, shards: Sequence[int]) -> str:
+        """Digest over the receipts of some shards: pins every byte that training reads."""
+        return receipts_module.digest([self.receipts[shard] for shard in shards])
+
+    def read_into(self, hookpoint: str, shard: int, start: int, out: Array) -> None:
+        """Read consecutive rows, as stored, into `out`.
+
+        Args:
+            hookpoint: which activations.
+            shard: which shard.
+            start: first row.
+            out: C-contiguous [n, width] array of the codec's storage type.
+
+        Raises:
+            CorruptShardError: the file is missing, has another header or size, or ends early.
+        """
+        extent = self.locate(hookpoint, shard)
+        view = out.reshape(-1).view(np.uint8).data
+        offset = extent.offset + start * out.shape[1] * self.codec.itemsize
+        assert offset + len(view) <= extent.offset + extent.bytes
+        try:
+            fd = os.open(extent.path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise CorruptShardError(
+                f"{extent.path} is gone",
+                expected="the file that was there when it was first read",
+                remedy="restore it from a copy, or delete the receipt and harvest again",
+            ) from error
+        try:
+            while view:
+                n = os.preadv(fd, [view], offset)
+                if n == 0:
+                    raise CorruptShardError(
+                        f"{extent.path} ends early",
+                        expected=f"{extent.offset + extent.bytes} bytes",
+                        got=f"{offset} bytes",
+                        remedy="it was cut while it was being read; restore or harvest it again",
+                    )
+                view, offset = view[n:], offset + n
+        finally:
+            os.close(fd)
+
+    def read(self, hookpoint: str, shard: int, start: int = 0, rows: int | None = None) -> Array:
+        """Rows [start, start + rows) of a shard, as stored. [rows, width]"""
+        self.locate(hookpoint, shard)  # before memory is taken for what the receipt promises
+        rows = self.receipts[shard].rows - start if rows is None else rows
+        out = np.empty((rows, self.manifest.width(hookpoint)), dtype=self.codec.storage)
+        self.read_into(hookpoint, shard, start, out)
+        return out
+
+    def tokens(self, shard: int) -> ShardTokens:
+        """Token ids of a shard, and which of them each row is; checked against the receipt."""
+        receipt = self.receipts[shard]
+        identity = self.manifest.identity
+        path = tokens_path(self.root, shard)
+        self._check(path, receipt, "tokens")
+        rows = ((receipt.rows,), "<i4", "I32")
+        extents = safetensors_file.locate(
+            path,
+            {
+                "tokens": ((receipt.sequences, identity.ctx_len), "<i4", "I32"),
+                "row_sequence": rows,
+                "row_position": rows,
+            },
+        )
+        words = ShardTokens(*(safetensors_file.read(extent) for extent in extents))
+        _check_range(path, "row_sequence", words.row_sequence, receipt.sequences)
+        _check_range(path, "row_position", words.row_position, identity.ctx_len)
+        return words
+
+    def statistics(self, hookpoint: str, shards: Sequence[int] | None = None) -> Statistics:
+        """Statistics of a hookpoint over some shards, at least one; checked by receipt.
+
+        Args:
+            hookpoint: which activations.
+            shards: which shards; None: all.
+        """
+        self.require_hookpoint(hookpoint)
+        self.require_shards()
+        chosen = self.shards if shards is None else shards
+        return merge(self._statistics(hookpoint, shard) for shard in chosen)
+
+    def _statistics(self, hookpoint: str, shard: int) -> Statistics:
+        receipt = self.receipts[shard]
+        path = statistics_path(self.root, shard)
+        self._check(path, receipt, "stats")
+        expected = {}
+        for point in self.manifest.identity.hookpoints:
+            expected[f"{point.name}/sum"] = ((point.width,), "<f8", "F64")
+            expected[f"{point.name}/sum_squares"] = ((point.width,), "<f8", "F64")
+            expected[f"{point.name}/norm_sum_max"] = ((2,), "<f8", "F64")
+            expected[f"{point.name}/norm_histogram"] = ((NORM_BINS,), "<i8", "I64")
+        extents = dict(zip(expected, safetensors_file.locate(path, expected), strict=True))
+
+        def tensor(key: str) -> Array:
+            return safetensors_file.read(extents[f"{hookpoint}/{key}"])
+
+        norm_total, norm_max = (float(x) for x in tensor("norm_sum_max"))
+        non_finite = receipt.non_finite[hookpoint]
+        return Statistics(
+            count=receipt.rows - non_finite,
+            total=tensor("sum"),
+            total_squares=tensor("sum_squares"),
+            norm_total=norm_total,
+            norm_max=norm_max,
+            norm_histogram=tensor("norm_histogram"),
+            non_finite=non_finite,
+        )
+
+    def _check(self, path: Path, receipt: ShardReceipt, name: str) -> None:
+        plain = path.is_file() and not path.is_symlink()
+        got = digest_file(path) if plain else "no plain file"
+        if got != receipt.files.get(name):
+            raise CorruptShardError(
+                f"{path} is not what the receipt of shard {receipt.shard} promises",
+                expected=receipt.files.get(name),
+                got=got,
+                remedy="delete that receipt and harvest again, or restore a copy",
+            )
+
+    def locate(self, hookpoint: str, shard: int) -> Extent:
+        """Where the bytes of a shard's rows lie; header and size are checked once.
+
+        Raises:
+            HookpointError: the cache does not hold the hookpoint.
+            CorruptShardError: the file is missing or is not what the receipt promises.
+        """
+        key = (hookpoint, shard)
+        if key not in self._extents:
+            self.require_hookpoint(hookpoint)
+            shape = (self.receipts[shard].rows, self.manifest.width(hookpoint))
+            backend = BACKENDS[self.manifest.backend]
+            self._extents[key] = backend.locate(self.root, hookpoint, shard, shape, self.codec)
+        return self._extents[key]
+
+
+def _check_range(path: Path, name: str, numbers: NDArray[np.int32], end: int) -> None:
+    if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < end:
+        raise CorruptShardError(
+            f"{path} holds a {name} that cannot be",
+            expected=f"0 to {end - 1}",
+            got=f"{numbers.min()} to {numbers.max()}",
+            remedy="delete the receipt of this shard and harvest again, or restore a copy",
+        )

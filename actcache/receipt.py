@@ -1,0 +1,165 @@
+"""Receipts: the files under `shards/` that make a shard exist. See FORMAT.md."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from actcache.atomic import FileReceipt, publish
+from actcache.errors import FormatError
+from actcache.manifest import Manifest
+from actcache.parse import parse_dataclass, read_json, to_json
+
+FOLDER = "shards"
+END = "END.json"
+_MAX_BYTES = 4 << 20
+_RECEIPT_NAME = re.compile(r"([0-9]{5,9})\.json")
+
+
+@dataclass(frozen=True)
+class ShardReceipt:
+    """What one published shard holds; without its receipt a shard does not exist."""
+
+    cache_id: str
+    """Cache that the shard belongs to."""
+    shard: int
+    """Number of the shard."""
+    first_sequence: int
+    """Number, in the whole harvest, of the shard's first sequence."""
+    sequences: int
+    """Sequences in the shard."""
+    rows: int
+    """Rows at every hookpoint."""
+    dropped: dict[str, int]
+    """Rows left out, by filter."""
+    non_finite: dict[str, int]
+    """Rows that hold an infinity or NaN, by hookpoint. They are kept."""
+    files: dict[str, FileReceipt]
+    """Size and digest by logical name: 'tokens', 'stats', 'activations/HOOKPOINT'."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        counts = [self.shard, self.first_sequence, self.sequences - 1, self.rows]
+        counts += [*self.dropped.values(), *self.non_finite.values()]
+        counts += [file.bytes for file in self.files.values()]
+        if min(counts) < 0:
+            raise FormatError(f"receipt of shard {self.shard} holds a negative count")
+
+
+@dataclass(frozen=True)
+class EndReceipt:
+    """The seal `END.json`: the harvest is complete."""
+
+    cache_id: str
+    """Cache that is complete."""
+    last_shard: int
+    """Number of the last shard."""
+    sequences: int
+    """Sequences in all."""
+    reason: Literal["goal", "text"]
+    """goal: as many as planned; text: the text ended first."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.last_shard < 0 or self.sequences <= self.last_shard:
+            raise FormatError(
+                "a seal over shards that cannot be",
+                expected="at least one shard, and a sequence in each",
+                got=f"last shard {self.last_shard}, {self.sequences} sequences",
+            )
+
+
+def receipt_path(root: Path, shard: int) -> Path:
+    """Where the receipt of a shard lies."""
+    return root / FOLDER / f"{shard:05d}.json"
+
+
+def publish_receipt(root: Path, receipt: ShardReceipt) -> None:
+    """Publish a shard: the last act, after all its files are in place."""
+    publish(receipt_path(root, receipt.shard), [to_json(receipt)])
+
+
+def publish_end(root: Path, end: EndReceipt) -> None:
+    """Seal the harvest."""
+    publish(root / FOLDER / END, [to_json(end)])
+
+
+def read_end(root: Path, cache_id: str) -> EndReceipt | None:
+    """The seal, or None while the harvest is not complete."""
+    path = root / FOLDER / END
+    if not path.is_file():
+        return None
+    end = parse_dataclass(EndReceipt, read_json(path, _MAX_BYTES), str(path))
+    _check_owner(path, end.cache_id, cache_id)
+    return end
+
+
+def read_receipts(root: Path, manifest: Manifest) -> dict[int, ShardReceipt]:
+    """All published shards, by number, in order.
+
+    Raises:
+        FormatError: a receipt is damaged, belongs to another cache, or does not agree with the
+            manifest.
+    """
+    folder = root / FOLDER
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    receipts = {}
+    for name in names:
+        if not _RECEIPT_NAME.fullmatch(name):
+            continue
+        path = folder / name
+        receipt = parse_dataclass(ShardReceipt, read_json(path, _MAX_BYTES), str(path))
+        _check_owner(path, receipt.cache_id, manifest.cache_id)
+        if path != receipt_path(root, receipt.shard):
+            raise FormatError(
+                f"{path} is the receipt of another shard", expected=name, got=receipt.shard
+            )
+        _check_against(manifest, receipt, path)
+        receipts[receipt.shard] = receipt
+    return dict(sorted(receipts.items()))
+
+
+def digest(receipts: list[ShardReceipt]) -> str:
+    """One digest over the receipts of some shards: what training pins its data with."""
+    hasher = xxhash.xxh3_128()
+    for receipt in receipts:
+        hasher.update(to_json(receipt))
+    return hasher.hexdigest()
+
+
+def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Path) -> None:
+    """Whether the receipt is of a shard that this manifest can have."""
+    names = {hookpoint.name for hookpoint in manifest.identity.hookpoints}
+    tokens = receipt.sequences * manifest.identity.ctx_len
+    facts = {
+        "hookpoints of non_finite": (names, set(receipt.non_finite)),
+        "files": ({"tokens", "stats", *(f"activations/{n}" for n in names)}, set(receipt.files)),
+        "first_sequence": (receipt.shard * manifest.sequences_per_shard, receipt.first_sequence),
+        "sequences": (min(receipt.sequences, manifest.sequences_per_shard), receipt.sequences),
+        "rows and dropped rows": (tokens, receipt.rows + sum(receipt.dropped.values())),
+    }
+    for fact, (expected, got) in facts.items():
+        if got != expected:
+            raise FormatError(
+                f"{path} does not agree with the manifest: {fact}", expected=expected, got=got
+            )
+    if max(receipt.non_finite.values()) > receipt.rows:
+        raise FormatError(
+            f"{path} counts more non-finite rows than rows",
+            expected=f"<= {receipt.rows}",
+            got=receipt.non_finite,
+        )
+
+
+def _check_owner(path: Path, got: str, expected: str) -> None:
+    if got != expected:
+        raise FormatError(
+            f"{path} belongs to another cache",
+            expected=expected,
+            got=got,
+            remedy="remove what was copied in from elsewhere",
+        )

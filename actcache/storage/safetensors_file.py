@@ -1,0 +1,136 @@
+"""Safetensors files as this project writes and trusts them.
+
+Written by hand, because the data must be reserved, synced and renamed (see `atomic`), and because
+it begins on a 4096-byte boundary here, so that whole blocks can be read without a copy. The header
+is padded with spaces, which the format allows; any safetensors library opens the files.
+Read by hand, because every number in the header is checked against what the manifest promises
+before a byte of data is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from actcache.atomic import FileReceipt, publish
+from actcache.errors import CorruptShardError
+from actcache.storage.codec import Array
+
+ALIGNMENT = 4096
+_MAX_HEADER = 1 << 20
+_TAGS = {"<u2": "U16", "<i4": "I32", "<i8": "I64", "<f2": "F16", "<f4": "F32", "<f8": "F64"}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where the bytes of one tensor lie."""
+
+    path: Path
+    offset: int
+    """Bytes from the beginning of the file."""
+    shape: tuple[int, ...]
+    storage: str
+    """NumPy type of the bytes."""
+
+    @property
+    def bytes(self) -> int:
+        """Length, bytes."""
+        # Not np.prod: a shape from a hostile file may pass 2^63.
+        return math.prod(self.shape) * np.dtype(self.storage).itemsize
+
+
+def write(path: Path, tensors: Mapping[str, tuple[Array, str | None]]) -> FileReceipt:
+    """Publish tensors as one safetensors file.
+
+    Args:
+        path: final name.
+        tensors: name to (C-contiguous little-endian array, safetensors tag or None for the
+            array's own type).
+    """
+    header: dict[str, object] = {}
+    end = 0
+    for name, (array, tag) in tensors.items():
+        assert array.flags.c_contiguous
+        begin, end = end, end + array.nbytes
+        tag = tag or _TAGS[_little(array.dtype)]
+        header[name] = {"dtype": tag, "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    parts = [array.reshape(-1).view(np.uint8).data for array, _ in tensors.values()]
+    return publish(path, [struct.pack("<Q", len(text)) + text, *parts])
+
+
+def locate(path: Path, expected: Mapping[str, tuple[tuple[int, ...], str, str]]) -> list[Extent]:
+    """Find tensors whose shapes and types are known beforehand.
+
+    Args:
+        path: the file.
+        expected: name to (shape, NumPy type, safetensors tag): all that the file may hold, in the
+            order of the bytes.
+
+    Raises:
+        CorruptShardError: the file is missing, or anything in its header or its size differs.
+    """
+    try:
+        if path.is_symlink():
+            raise _corrupt(path, "a plain file", "a symbolic link")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise _corrupt(path, "a plain file", "a folder or a device")
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise _corrupt(path, "a header length", length)
+            header = json.loads(file.read(length))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _corrupt(path, "a file", "nothing") from error
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, "a JSON header", str(error)) from error
+    want: dict[str, object] = {}
+    extents = []
+    offset = 8 + length
+    for name, (shape, storage, tag) in expected.items():
+        extent = Extent(path, offset, shape, storage)
+        begin = offset - 8 - length
+        offsets = [begin, begin + extent.bytes]
+        want[name] = {"dtype": tag, "shape": list(shape), "data_offsets": offsets}
+        extents.append(extent)
+        offset += extent.bytes
+    if header != want:
+        raise _corrupt(path, want, header)
+    if size != offset:
+        raise _corrupt(path, f"{offset} bytes", f"{size} bytes")
+    return extents
+
+
+def read(extent: Extent) -> Array:
+    """The whole tensor, in memory of its own."""
+    with extent.path.open("rb") as file:
+        file.seek(extent.offset)
+        data = file.read(extent.bytes)
+    if len(data) != extent.bytes:
+        raise _corrupt(extent.path, f"{extent.bytes} bytes of data", f"{len(data)}")
+    array: Array = np.frombuffer(data, dtype=extent.storage).reshape(extent.shape).copy()
+    return array
+
+
+def _little(dtype: np.dtype[np.generic]) -> str:
+    return dtype.newbyteorder("<").str
+
+
+def _corrupt(path: Path, expected: object, got: object) -> CorruptShardError:
+    text = str(got)
+    return CorruptShardError(
+        f"{path} is not the file that its receipt promises",
+        expected=expected,
+        got=text if len(text) <= 300 else f"{text[:297]}...",
+        remedy="delete the receipt of this shard and harvest again, or restore a copy",
+    )

@@ -1,0 +1,259 @@
+"""Builders that both suites share: synthetic caches, a tiny model with its tokenizer, prose.
+
+Nothing heavy is imported before a test asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+Rows = Callable[[str, int, int, int], np.ndarray]
+"""(hookpoint, shard, number of rows, width) -> float32 rows in natural order. [N, D]"""
+
+CODES = 24  # directions that synthetic rows are sparse combinations of
+ACTIVE = 4  # of them in one row
+
+CACHES = pytest.StashKey[tempfile.TemporaryDirectory]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep Hugging Face off the network, and out of the user's own folders."""
+    folder = tempfile.TemporaryDirectory(prefix="actcache-tests-", ignore_cleanup_errors=True)
+    config.stash[CACHES] = folder
+    os.environ |= {
+        "HF_HOME": folder.name,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[CACHES].cleanup()
+
+
+def structured_rows(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
+    """Rows that a sparse autoencoder can learn: few of 24 directions each, a mean, some noise."""
+    name = [ord(c) for c in hookpoint]
+    directions = np.random.RandomState([7, *name]).standard_normal((CODES, width))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    state = np.random.RandomState([11, shard, *name])
+    codes = np.zeros((count, CODES))
+    for row in codes:
+        row[state.permutation(CODES)[:ACTIVE]] = 1 + state.random_sample(ACTIVE)
+    noise = 0.02 * state.standard_normal((count, width))
+    return (codes @ directions + 0.5 + noise).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A factory of small caches, written as the harvest writes them but without a model."""
+
+    def make(
+        path: Path | None = None,
+        *,
+        shards: int = 4,
+        sequences: int = 8,
+        ctx_len: int = 17,
+        hookpoints: Mapping[str, int] | None = None,
+        dtype: str = "float32",
+        skip_positions: int = 1,
+        row_order: str = "shuffled",
+        block_rows: int = 16,
+        seed: int = 0,
+        last_sequences: int | None = None,
+        rows: Rows = structured_rows,
+        end: bool = True,
+    ) -> Path:
+        """Write a cache and return its folder.
+
+        Args:
+            path: the folder; a new temporary one by default.
+            shards: how many; each holds sequences * (ctx_len - skip_positions) rows.
+            sequences: in a shard.
+            ctx_len: tokens in a sequence.
+            hookpoints: width by name; by default layers.0 and layers.1 of width 16.
+            dtype: on disk: float32, bfloat16 or float16.
+            skip_positions: positions left out at the start of each sequence.
+            row_order: shuffled or sequence.
+            block_rows: of the manifest.
+            seed: of the identity.
+            last_sequences: sequences in the last shard, if fewer.
+            rows: what the rows are.
+            end: seal the harvest.
+        """
+        from actcache.atomic import publish
+        from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
+        from actcache.parse import to_json
+        from actcache.receipt import EndReceipt, publish_end
+        from actcache.storage import CODECS
+        from actcache.writer import FilledShard, RowLayout, publish_shard
+
+        root = path or tmp_path_factory.mktemp("cache")
+        widths = dict(hookpoints or {"layers.0": 16, "layers.1": 16})
+        last = sequences if last_sequences is None else last_sequences
+        total = (shards - 1) * sequences + last
+        identity = Identity(
+            model_fingerprint="00" * 16,
+            model_dtype="float32",
+            tokenizer_fingerprint="",
+            dataset_fingerprint="11" * 16,
+            text_column="text",
+            pipeline="pack",
+            ctx_len=ctx_len,
+            bos_id=None,
+            eos_id=0,
+            keep_order=False,
+            skip_positions=skip_positions,
+            hookpoints=tuple(Hookpoint(name, width) for name, width in widths.items()),
+            dtype=dtype,  # type: ignore[arg-type]
+            batch_size=4,
+            row_order=row_order,  # type: ignore[arg-type]
+            seed=seed,
+        )
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            cache_id=identity.digest(),
+            identity=identity,
+            model="synthetic",
+            revision=None,
+            architecture="None",
+            dataset="synthetic",
+            split="train",
+            backend="memmap",
+            sequences_per_shard=sequences,
+            planned_sequences=max(total, 1),
+            block_rows=block_rows,
+            versions={"actcache": "0"},
+        )
+        publish(root / "manifest.json", [to_json(manifest)])
+        for shard in range(shards):
+            count = last if shard == shards - 1 else sequences
+            layout = RowLayout.of(manifest, shard, count)
+            stored = {}
+            for name, width in widths.items():
+                natural = rows(name, shard, len(layout.sequence), width)
+                stored[name] = np.empty_like(encode(natural, dtype))
+                stored[name][layout.row_of] = encode(natural, dtype)
+            tokens = np.random.RandomState([3, shard]).randint(0, 200, (count, ctx_len))
+            assert stored[next(iter(widths))].dtype == np.dtype(CODECS[dtype].storage)
+            publish_shard(
+                root, manifest, FilledShard(shard, tokens.astype(np.int32), layout, stored)
+            )
+        if end:
+            publish_end(root, EndReceipt(manifest.cache_id, shards - 1, total, "goal"))
+        return root
+
+    return make
+
+
+def encode(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 rows as they lie on disk (bfloat16 by truncation, as uint16)."""
+    if dtype == "bfloat16":
+        return (rows.astype("<f4").view("<u4") >> 16).astype("<u2")
+    return rows.astype({"float32": "<f4", "float16": "<f2"}[dtype])
+
+
+WORDS = """
+    the a of to in and row rows shard model reads writes token text cache window lane block small
+    large every only when last first never order value tensor layer stream through from
+"""
+
+
+@pytest.fixture(scope="session")
+def prose() -> list[str]:
+    """Sixty documents of 20 to 60 words; a few are empty."""
+    state = np.random.RandomState(5)
+    vocabulary = WORDS.split()
+    documents = []
+    for number in range(60):
+        words = [vocabulary[i] for i in state.randint(len(vocabulary), size=state.randint(20, 61))]
+        documents.append("" if number % 17 == 16 else " ".join(words) + ".")
+    return documents
+
+
+@pytest.fixture(scope="session")
+def prose_file(prose: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documents as a .jsonl file with the column `text`."""
+    path = tmp_path_factory.mktemp("prose") / "prose.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in prose))
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(prose: list[str]) -> Callable[..., Any]:
+    """A factory of byte-level BPE tokenizers, trained on the prose."""
+
+    def make(*, adds_bos: bool = True, bos: bool = True, eos: bool = True) -> Any:
+        from tokenizers import ByteLevelBPETokenizer
+        from tokenizers.processors import TemplateProcessing
+        from transformers import PreTrainedTokenizerFast
+
+        trained = ByteLevelBPETokenizer()
+        special = ["<s>", "</s>"]
+        trained.train_from_iterator(
+            prose, vocab_size=300, special_tokens=special, show_progress=False
+        )
+        if adds_bos:
+            trained._tokenizer.post_processor = TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", 0)]
+            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=trained._tokenizer,
+            bos_token="<s>" if bos else None,
+            eos_token="</s>" if eos else None,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(
+    make_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """A factory of tiny random Llamas on disk, each with a tokenizer."""
+
+    def make(
+        *, layers: int = 3, width: int = 32, seed: int = 0, dtype: str = "float32", **tokenizer: Any
+    ) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
+
+        config = LlamaConfig(
+            vocab_size=300,
+            hidden_size=width,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        path = tmp_path_factory.mktemp("model")
+        logging.disable_progress_bar()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(path)
+        make_tokenizer(**tokenizer).save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model: Callable[..., Path]) -> Path:
+    """Folder of a Llama with 3 layers of width 32 whose tokenizer puts BOS first."""
+    return make_model()

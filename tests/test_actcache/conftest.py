@@ -1,0 +1,112 @@
+"""Builders for harvests: options, digests of a folder, a model loaded once, faults of the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def options(tiny_model: Path, prose_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A factory of small HarvestConfigs: two hookpoints, three shards; any option may be set."""
+    from actcache.config import HarvestConfig
+
+    def make(**given: Any) -> HarvestConfig:
+        values = {
+            "model": str(tiny_model),
+            "dataset": str(prose_file),
+            "out": str(tmp_path / "cache"),
+            "hookpoint": ("layers.0", "layers.1.mlp:in"),
+            "ctx_len": 16,
+            "max_tokens": 16 * 10,
+            "batch_size": 4,
+            "shard_size": 4,
+        }
+        return HarvestConfig(**(values | given))
+
+    return make
+
+
+@pytest.fixture
+def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load every model and tokenizer once a test: for tests that harvest a hundred times."""
+    from actcache import preparation
+
+    def by_model(load: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[Any, Any] = {}
+
+        @functools.wraps(load)
+        def once(config: Any, *rest: Any) -> Any:
+            key = (config.model, config.model_dtype)
+            if key not in known:
+                known[key] = load(config, *rest)
+            return known[key]
+
+        return once
+
+    for name in ("load_config", "load_tokenizer", "load_model", "survey_model"):
+        monkeypatch.setattr(preparation, name, by_model(getattr(preparation, name)))
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], dict[str, str]]:
+    """Digest of every file below a folder by its relative path, all but what is in logs/."""
+    from actcache.atomic import digest_file
+
+    def digests(root: str | Path) -> dict[str, str]:
+        root = Path(root)
+        files = [p for p in sorted(root.rglob("*")) if p.is_file()]
+        names = {str(p.relative_to(root)): digest_file(p).xxh3_128 for p in files}
+        return {name: d for name, d in names.items() if not name.startswith("logs/")}
+
+    return digests
+
+
+class Crash(BaseException):
+    """The process is gone: nothing handles this, nothing cleans up."""
+
+
+class Faults:
+    """Stands in for the calls that write, and lets one of them fail."""
+
+    CALLS = ("posix_fallocate", "pwrite", "fsync", "replace")
+    Crash = Crash
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    @contextlib.contextmanager
+    def at(self, number: int, error: BaseException | None = None) -> Iterator[None]:
+        """Let the call with this number, counted from 0, raise `error`: by default, crash.
+
+        A `pwrite` that fails has written half of its bytes.
+        """
+        counter = iter(range(10**9))
+        with self._monkeypatch.context() as patched:
+            # Partial files bear the writer's number: one that is gone had another than ours.
+            patched.setattr(os, "getpid", lambda: 10**6 + number)
+            for name in self.CALLS:
+                real = getattr(os, name)
+
+                def call(*args: Any, name: str = name, real: Any = real) -> Any:
+                    if next(counter) != number:
+                        return real(*args)
+                    if name == "pwrite":
+                        fd, data, offset = args
+                        real(fd, data[: len(data) // 2], offset)
+                    raise error or Crash
+
+                patched.setattr(os, name, call)
+            yield
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    """Injects crashes and errors into the calls that write."""
+    return Faults(monkeypatch)

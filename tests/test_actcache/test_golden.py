@@ -1,0 +1,122 @@
+"""The committed cache under `tests/golden/`: FORMAT.md made of bytes.
+
+Should the format change on purpose: `python tests/test_actcache/test_golden.py` writes it anew.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actcache.atomic import digest_file, publish
+from actcache.manifest import FORMAT_VERSION, MANIFEST, Hookpoint, Identity, Manifest
+from actcache.parse import to_json
+from actcache.reader import Cache
+from actcache.receipt import EndReceipt, publish_end
+from actcache.storage import CODECS
+from actcache.writer import FilledShard, RowLayout, publish_shard
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
+HOOKPOINTS = {"layers.0": 6, "layers.1.mlp:in": 10}
+
+
+def value(hookpoint, sequence, position):
+    """What a row holds: small integers, exact in bfloat16. [D]"""
+    index = list(HOOKPOINTS).index(hookpoint)
+    dims = np.arange(HOOKPOINTS[hookpoint])
+    return (7 * sequence + 3 * position + dims + 5 * index) % 31 - 15.0
+
+
+def write_golden(root):
+    identity = Identity(
+        model_fingerprint="0" * 32,
+        model_dtype="bfloat16",
+        tokenizer_fingerprint="1" * 32,
+        dataset_fingerprint="2" * 32,
+        text_column="text",
+        pipeline="pack",
+        ctx_len=4,
+        bos_id=None,
+        eos_id=2,
+        keep_order=False,
+        skip_positions=1,
+        hookpoints=tuple(Hookpoint(name, width) for name, width in HOOKPOINTS.items()),
+        dtype="bfloat16",
+        batch_size=2,
+        row_order="shuffled",
+        seed=7,
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        cache_id=identity.digest(),
+        identity=identity,
+        model="golden-model",
+        revision="main",
+        architecture="GoldenForCausalLM",
+        dataset="golden.jsonl",
+        split="train",
+        backend="memmap",
+        sequences_per_shard=4,
+        planned_sequences=10,
+        block_rows=4,
+        versions={"actcache": "0.1.0"},
+    )
+    publish(root / MANIFEST, [to_json(manifest)])
+    codec = CODECS["bfloat16"]
+    for shard, sequences in enumerate([4, 4, 2]):
+        layout = RowLayout.of(manifest, shard, sequences)
+        rows = {}
+        for name in HOOKPOINTS:
+            exact = [
+                value(name, 4 * shard + s, p)
+                for s, p in zip(layout.sequence, layout.position, strict=True)
+            ]
+            wide = np.array(exact, dtype=np.float32)
+            rows[name] = (wide.view(np.uint32) >> 16).astype(codec.storage)
+        tokens = np.arange(sequences * 4, dtype=np.int32).reshape(sequences, 4) + 100 * shard
+        publish_shard(root, manifest, FilledShard(shard, tokens, layout, rows))
+    publish_end(root, EndReceipt(manifest.cache_id, 2, 10, "goal"))
+
+
+def files_below(root):
+    return {str(p.relative_to(root)): digest_file(p) for p in root.rglob("*") if p.is_file()}
+
+
+def test_todays_writer_makes_the_golden_cache_byte_for_byte(tmp_path):
+    write_golden(tmp_path)
+    assert files_below(tmp_path) == files_below(GOLDEN)
+
+
+@pytest.mark.parametrize("hookpoint", HOOKPOINTS)
+def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint):
+    cache = Cache.open(GOLDEN)
+    assert cache.complete
+    assert cache.rows == 30
+    for shard in cache.shards:
+        words = cache.tokens(shard)
+        rows = cache.codec.to_float32(cache.read(hookpoint, shard))
+        for row, sequence, position in zip(
+            rows, words.row_sequence, words.row_position, strict=True
+        ):
+            expected = value(hookpoint, 4 * shard + int(sequence), int(position))
+            np.testing.assert_array_equal(row, expected)
+            assert position >= 1
+
+
+def test_the_golden_receipts_are_true():
+    cache = Cache.open(GOLDEN)
+    for shard, receipt in cache.receipts.items():
+        paths = {
+            "tokens": GOLDEN / "tokens" / f"{shard:05d}.safetensors",
+            "stats": GOLDEN / "stats" / f"{shard:05d}.safetensors",
+        }
+        for name in HOOKPOINTS:
+            path = GOLDEN / "activations" / name / f"{shard:05d}.safetensors"
+            paths[f"activations/{name}"] = path
+        assert {name: digest_file(path) for name, path in paths.items()} == receipt.files
+
+
+if __name__ == "__main__":
+    shutil.rmtree(GOLDEN, ignore_errors=True)
+    write_golden(GOLDEN)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from actcache.atomic import digest_file
+from actcache.errors import CorruptShardError
+from actcache.storage import BACKENDS, CODECS, safetensors_file
+
+BACKEND = BACKENDS["memmap"]
+
+
+def test_a_shard_lies_in_a_folder_of_its_hookpoint(tmp_path: Path) -> None:
+    path = BACKEND.path(tmp_path, "layers.9.mlp:in", 12)
+    assert path == tmp_path / "activations" / "layers.9.mlp:in" / "00012.safetensors"
+
+
+@pytest.mark.parametrize("dtype", CODECS)
+def test_rows_written_are_found_and_opened_by_the_safetensors_library(
+    dtype: str, tmp_path: Path
+) -> None:
+    codec = CODECS[dtype]
+    tensor = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    tensor = tensor.to(getattr(torch, dtype))
+    receipt = BACKEND.write(tmp_path, "layers.0", 1, codec.from_torch(tensor), codec)
+    path = BACKEND.path(tmp_path, "layers.0", 1)
+    assert receipt == digest_file(path)
+    assert torch.equal(safetensors.torch.load_file(path)["activations"], tensor)
+    extent = BACKEND.locate(tmp_path, "layers.0", 1, (5, 3), codec)
+    np.testing.assert_array_equal(safetensors_file.read(extent), codec.from_torch(tensor))
+
+
+def test_rows_of_another_shape_or_type_are_refused(tmp_path: Path) -> None:
+    codec = CODECS["bfloat16"]
+    BACKEND.write(tmp_path, "layers.0", 0, np.zeros((4, 6), dtype="<u2"), codec)
+    for shape, other in [((6, 4), codec), ((3, 6), codec), ((4, 6), CODECS["float16"])]:
+        with pytest.raises(CorruptShardError):
+            BACKEND.locate(tmp_path, "layers.0", 0, shape, other)
+    BACKEND.locate(tmp_path, "layers.0", 0, (4, 6), codec)

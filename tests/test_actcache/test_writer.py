@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from actcache.errors import DiskFullError
+from actcache.manifest import Manifest, read_manifest
+from actcache.reader import Cache
+from actcache.receipt import receipt_path
+from actcache.statistics import compute
+from actcache.writer import FilledShard, RowLayout, publish_shard
+
+Tree = Callable[[Path], dict[str, str]]
+
+
+@pytest.fixture
+def manifest(make_cache: Callable[..., Path]) -> Manifest:
+    return read_manifest(make_cache(shards=1, sequences=32, ctx_len=17))
+
+
+def with_identity(manifest: Manifest, **changes: Any) -> Manifest:
+    identity = dataclasses.replace(manifest.identity, **changes)
+    return dataclasses.replace(manifest, identity=identity, cache_id=identity.digest())
+
+
+@pytest.mark.parametrize("skip", [0, 1, 5])
+@pytest.mark.parametrize("order", ["shuffled", "sequence"])
+def test_every_kept_position_has_one_row(skip: int, order: str, manifest: Manifest) -> None:
+    layout = RowLayout.of(
+        with_identity(manifest, skip_positions=skip, row_order=order), shard=3, sequences=6
+    )
+    places = list(zip(layout.sequence.tolist(), layout.position.tolist(), strict=True))
+    natural = list(itertools.product(range(6), range(skip, 17)))
+    assert sorted(places) == natural
+    assert [places[row] for row in layout.row_of] == natural
+    assert (places == natural) == (order == "sequence")
+
+
+def test_a_contiguous_block_mixes_the_sequences_of_its_shard(manifest: Manifest) -> None:
+    layout = RowLayout.of(manifest, shard=0, sequences=32)
+    same = (layout.sequence[1:] == layout.sequence[:-1]).mean()
+    assert same < 3 / 32  # 1/32 by chance, 15/16 unshuffled
+    for block in layout.sequence.reshape(-1, 64):
+        assert len(np.unique(block)) > 20
+
+
+def test_the_shuffle_depends_on_seed_and_shard_alone(manifest: Manifest) -> None:
+    def order(shard: int, **changes: Any) -> bytes:
+        return RowLayout.of(with_identity(manifest, **changes), shard, 8).row_of.tobytes()
+
+    assert order(0) == order(0, dtype="bfloat16", model_fingerprint="other")
+    assert len({order(0), order(1), order(0, seed=1), order(1, seed=1)}) == 4
+
+
+def test_the_shuffle_of_a_shard_is_the_same_for_ever(manifest: Manifest) -> None:
+    layout = RowLayout.of(with_identity(manifest, ctx_len=4, skip_positions=1), 2, 3)
+    assert layout.sequence.tolist() == [1, 1, 0, 2, 0, 0, 1, 2, 2]
+    assert layout.position.tolist() == [2, 3, 2, 2, 1, 3, 1, 1, 3]
+
+
+@pytest.fixture
+def filled(make_cache: Callable[..., Path]) -> tuple[Path, FilledShard]:
+    """A cache of two shards, of which the second is not published yet, and that shard."""
+    root = make_cache(shards=2, sequences=4, end=False)
+    cache = Cache.open(root)
+    shard = FilledShard(
+        1,
+        cache.tokens(1).tokens,
+        RowLayout.of(cache.manifest, 1, 4),
+        {name: cache.read(name, 1) for name in cache.hookpoints},
+    )
+    return root, shard
+
+
+def unpublish(root: Path, shard: int) -> None:
+    for path in root.rglob(f"{shard:05d}.*"):
+        path.unlink()
+
+
+def test_the_receipt_comes_after_every_file(
+    filled: tuple[Path, FilledShard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, shard = filled
+    unpublish(root, 1)
+    published: list[str] = []
+    replace = os.replace
+
+    def record(source: Path, target: Path) -> None:
+        published.append(str(target.relative_to(root)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    receipt = publish_shard(root, read_manifest(root), shard)
+    *files, last = published
+    assert last == "shards/00001.json"
+    assert sorted(files) == [
+        "activations/layers.0/00001.safetensors",
+        "activations/layers.1/00001.safetensors",
+        "stats/00001.safetensors",
+        "tokens/00001.safetensors",
+    ]
+    assert Cache.open(root).receipts[1] == receipt
+
+
+def test_the_receipt_counts_what_the_shard_holds(filled: tuple[Path, FilledShard]) -> None:
+    root, shard = filled
+    shard.rows["layers.1"][5, 3] = np.nan
+    receipt = publish_shard(root, read_manifest(root), shard)
+    assert (receipt.shard, receipt.first_sequence, receipt.sequences) == (1, 4, 4)
+    assert receipt.rows == 64
+    assert receipt.dropped == {"skip_positions": 4}
+    assert receipt.non_finite == {"layers.0": 0, "layers.1": 1}
+    for name, file in receipt.files.items():
+        folder, _, hookpoint = name.partition("/")
+        path = root / folder / hookpoint / "00001.safetensors"
+        assert path.stat().st_size == file.bytes
+
+
+def test_statistics_and_tokens_lie_in_files_that_any_library_opens(
+    filled: tuple[Path, FilledShard],
+) -> None:
+    root, shard = filled
+    stats = safetensors.numpy.load_file(root / "stats" / "00001.safetensors")
+    expected = compute(shard.rows["layers.0"], Cache.open(root).codec)
+    np.testing.assert_array_equal(stats["layers.0/sum"], expected.total)
+    np.testing.assert_array_equal(stats["layers.0/sum_squares"], expected.total_squares)
+    norms = [expected.norm_total, expected.norm_max]
+    np.testing.assert_array_equal(stats["layers.0/norm_sum_max"], norms)
+    np.testing.assert_array_equal(stats["layers.0/norm_histogram"], expected.norm_histogram)
+    words = safetensors.numpy.load_file(root / "tokens" / "00001.safetensors")
+    np.testing.assert_array_equal(words["tokens"], shard.tokens)
+    np.testing.assert_array_equal(words["row_position"], shard.layout.position)
+
+
+def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_shard_completes(
+    filled: tuple[Path, FilledShard], faults: Any, tree: Tree
+) -> None:
+    root, shard = filled
+    manifest, whole = read_manifest(root), tree(root)
+    for number in itertools.count():
+        unpublish(root, 1)
+        before = tree(root)
+        try:
+            with faults.at(number):
+                publish_shard(root, manifest, shard)
+        except faults.Crash:
+            cache = Cache.open(root)
+            assert 0 in cache.shards
+            assert {name: tree(root)[name] for name in before} == before
+            for s in cache.shards:  # 1 only if it crashed while the receipt's name was synced
+                assert cache.read("layers.1", s).shape == (64, 16)
+                assert cache.tokens(s).tokens.shape == (4, 17)
+                assert cache.statistics("layers.0", [s]).count == 64
+            for partial in root.rglob(".*.partial-*"):
+                partial.unlink()
+        else:
+            break
+        publish_shard(root, manifest, shard)
+        assert tree(root) == whole
+    assert number > 30
+
+
+def test_a_full_disk_at_any_call_leaves_no_shard_and_no_partial_file(
+    filled: tuple[Path, FilledShard], faults: Any
+) -> None:
+    root, shard = filled
+    manifest = read_manifest(root)
+    for number in itertools.count():
+        unpublish(root, 1)
+        try:
+            with faults.at(number, OSError(errno.ENOSPC, "No space left on device")):
+                publish_shard(root, manifest, shard)
+        except DiskFullError:
+            assert not list(root.rglob("*.partial-*"))
+            is_published = receipt_path(root, 1).exists()
+            assert Cache.open(root).shards == ([0, 1] if is_published else [0])
+        else:
+            break
+    assert number > 30

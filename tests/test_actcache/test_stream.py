@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actcache.errors import ConfigError, CorruptShardError, HookpointError, RunError
+from actcache.order import OrderPlan, batch_rows, make_plan, split_shards
+from actcache.reader import Cache
+from actcache.stream import PREFETCH_BATCHES, ActivationStream, Batch
+
+SHARDS = ((0, 64), (1, 64), (2, 64), (3, 32))
+HOOKPOINTS = {"layers.0": 6, "layers.1:in": 10}
+PLAN = OrderPlan(SHARDS, block_rows=16, batch_size=24, lanes=12, window=7, seed=4)
+
+
+@pytest.fixture(scope="module")
+def root(make_cache: Callable[..., Path]) -> Path:
+    return make_cache(hookpoints=HOOKPOINTS, sequences=4, last_sequences=2, dtype="bfloat16")
+
+
+@pytest.fixture
+def cache(root: Path) -> Cache:
+    return Cache.open(root)
+
+
+@pytest.fixture
+def open_stream(cache: Cache) -> Iterator[Callable[..., ActivationStream]]:
+    """A factory of streams that are closed in the end."""
+    streams = []
+
+    def make(plan: OrderPlan = PLAN, hookpoints: object = None, **place: int) -> ActivationStream:
+        stream = ActivationStream(cache, hookpoints or cache.hookpoints, plan, **place)
+        streams.append(stream)
+        return stream
+
+    yield make
+    for stream in streams:
+        stream.close()
+
+
+def take(stream: ActivationStream, count: int) -> list[Batch]:
+    return [next(stream) for _ in range(count)]
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> OrderPlan:
+    shards = tuple(sorted(draw(st.sets(st.sampled_from(SHARDS), min_size=1))))
+    lanes = draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
+    return OrderPlan(
+        shards,
+        block_rows=draw(st.integers(1, 40)),
+        batch_size=lanes * draw(st.integers(1, sum(n for _, n in shards) // lanes)),
+        lanes=lanes,
+        window=draw(st.integers(1, 40)),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(plans(), st.integers(0, 2), st.data())
+def test_any_plan_is_streamed_row_by_row_as_the_rule_says(
+    root: Path, plan: OrderPlan, epoch: int, data: st.DataObject
+) -> None:
+    cache = Cache.open(root)
+    step = data.draw(st.integers(0, plan.steps_per_epoch - 1))
+    stream = ActivationStream(cache, ["layers.1:in"], plan, epoch=epoch, step=step)
+    rows = {shard: cache.read("layers.1:in", shard) for shard, _ in plan.shards}
+    for _ in range(3):
+        batch, expected = next(stream), batch_rows(plan, epoch, step)
+        assert (batch.epoch, batch.step) == (epoch, step)
+        np.testing.assert_array_equal(batch.addresses, expected)
+        truth = np.stack([rows[shard][row] for shard, row in expected])
+        assert torch.equal(batch.activations["layers.1:in"], cache.codec.to_torch(truth))
+        step += 1
+        if step == plan.steps_per_epoch:
+            epoch, step = epoch + 1, 0
+        assert stream.state_dict() == {"epoch": epoch, "step": step}
+    stream.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_activations_are_the_rows_at_the_addresses_for_every_hookpoint(
+    dtype: str, make_cache: Callable[..., Path]
+) -> None:
+    cache = Cache.open(make_cache(hookpoints=HOOKPOINTS, sequences=4, dtype=dtype))
+    plan = make_plan([(s, 64) for s in range(4)], 16, 32, seed=1, pool_rows=128)
+    stream = ActivationStream(cache, cache.hookpoints, plan)
+    for batch in take(stream, plan.steps_per_epoch + 2):
+        for name, width in HOOKPOINTS.items():
+            found = batch.activations[name]
+            assert found.shape == (32, width)
+            assert found.dtype == getattr(torch, dtype)
+            truth = np.concatenate([cache.read(name, s, r, 1) for s, r in batch.addresses])
+            assert torch.equal(found, cache.codec.to_torch(truth))
+    stream.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 6, 12])
+def test_the_ranks_together_have_the_batch_of_one_process(
+    world_size: int, open_stream: Callable[..., ActivationStream]
+) -> None:
+    alone = take(open_stream(), 12)
+    ranks = [take(open_stream(rank=r, world_size=world_size), 12) for r in range(world_size)]
+    b = PLAN.rows_per_lane_and_batch
+    for step, whole in enumerate(alone):
+        together = np.empty_like(whole.addresses)
+        rows = torch.empty_like(whole.activations["layers.0"])
+        for lane in range(PLAN.lanes):
+            part, place = ranks[lane % world_size][step], lane // world_size * b
+            together[lane * b : (lane + 1) * b] = part.addresses[place : place + b]
+            rows[lane * b : (lane + 1) * b] = part.activations["layers.0"][place : place + b]
+        np.testing.assert_array_equal(together, whole.addresses)
+        assert torch.equal(rows, whole.activations["layers.0"])
+        assert all(len(rank[step].addresses) == 24 // world_size for rank in ranks)
+
+
+def test_ranks_that_cannot_share_the_lanes_are_refused(
+    open_stream: Callable[..., ActivationStream],
+) -> None:
+    with pytest.raises(ConfigError, match="12 lanes cannot be divided among 5 processes"):
+        open_stream(rank=0, world_size=5)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, PLAN.steps_per_epoch, PLAN.steps_per_epoch + 2])
+def test_a_stream_made_from_the_state_goes_on_exactly_at_any_world_size(
+    taken: int, open_stream: Callable[..., ActivationStream]
+) -> None:
+    whole = take(open_stream(), taken + 4)
+    stopped = open_stream()
+    take(stopped, taken)
+    for world_size in (1, 2):
+        resumed = open_stream(rank=world_size - 1, world_size=world_size)
+        resumed.load_state_dict(stopped.state_dict())
+        for expected, found in zip(whole[taken:], take(resumed, 4), strict=True):
+            assert (found.epoch, found.step) == (expected.epoch, expected.step)
+            lanes = expected.addresses.reshape(PLAN.lanes, -1, 2)[world_size - 1 :: world_size]
+            np.testing.assert_array_equal(found.addresses, lanes.reshape(-1, 2))
+
+
+def test_the_state_counts_what_was_taken_and_not_what_was_read_ahead(
+    open_stream: Callable[..., ActivationStream],
+) -> None:
+    stream = open_stream()
+    assert stream.state_dict() == {"epoch": 0, "step": 0}
+    take(stream, 1)
+    assert stream.state_dict() == {"epoch": 0, "step": 1}
+
+
+def test_a_state_is_not_loaded_into_a_stream_that_has_begun(
+    open_stream: Callable[..., ActivationStream],
+) -> None:
+    stream = open_stream()
+    take(stream, 1)
+    with pytest.raises(RunError, match="already begun"):
+        stream.load_state_dict({"epoch": 0, "step": 0})
+
+
+def test_held_out_shards_never_appear(
+    cache: Cache, open_stream: Callable[..., ActivationStream]
+) -> None:
+    training, held_out = split_shards(cache.shards, 0.25, seed=0)
+    plan = make_plan([(s, cache.receipts[s].rows) for s in training], 16, 24, seed=0)
+    batches = take(open_stream(plan), 3 * plan.steps_per_epoch)
+    seen = {int(shard) for batch in batches for shard in batch.addresses[:, 0]}
+    assert seen == set(training)
+    assert seen.isdisjoint(held_out)
+
+
+def test_only_the_hookpoints_asked_for_are_read(
+    make_cache: Callable[..., Path],
+) -> None:
+    root = make_cache(hookpoints=HOOKPOINTS, sequences=4)
+    for path in (root / "activations" / "layers.1:in").iterdir():
+        path.unlink()
+    cache = Cache.open(root)
+    plan = make_plan([(s, 64) for s in range(4)], 16, 32, seed=0)
+    stream = ActivationStream(cache, ["layers.0"], plan)
+    for batch in take(stream, 10):
+        assert list(batch.activations) == ["layers.0"]
+    stream.close()
+
+
+def test_a_hookpoint_that_the_cache_does_not_hold_is_refused_at_once(
+    open_stream: Callable[..., ActivationStream],
+) -> None:
+    with pytest.raises(HookpointError, match=r"layers\.7"):
+        open_stream(hookpoints=["layers.7"])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_error_of_the_reader_reaches_the_consumer_once_and_nothing_hangs(
+    when: str, make_cache: Callable[..., Path]
+) -> None:
+    root = make_cache(hookpoints=HOOKPOINTS, sequences=4)
+    plan = make_plan([(s, 64) for s in range(4)], 16, 32, seed=0, pool_rows=32)
+    stream = ActivationStream(Cache.open(root), ["layers.0"], plan)
+    if when == "after":
+        take(stream, 1)
+    for path in (root / "activations" / "layers.0").iterdir():
+        path.unlink()
+    with pytest.raises(CorruptShardError, match=r"layers\.0"):
+        take(stream, plan.steps_per_epoch + PREFETCH_BATCHES + 1)
+    with pytest.raises(RunError, match="stream is closed"):
+        next(stream)
+
+
+def test_closing_ends_the_thread_and_taking_more_is_an_error(
+    open_stream: Callable[..., ActivationStream],
+) -> None:
+    def readers() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if t.name == "actcache-reader"}
+
+    before = readers()
+    begun, unused = open_stream(), open_stream()
+    take(begun, 1)
+    assert len(readers() - before) == 1
+    for stream in (begun, unused):
+        stream.close()
+        stream.close()
+        with pytest.raises(RunError, match="stream is closed"):
+            next(stream)
+    assert readers() == before
+
+
+def test_batches_are_memory_of_their_own(open_stream: Callable[..., ActivationStream]) -> None:
+    first, again = take(open_stream(), 8), take(open_stream(), 8)
+    for batch in first:
+        batch.activations["layers.0"].zero_()
+    stream = open_stream()
+    for expected, found in zip(again, take(stream, 8), strict=True):
+        assert torch.equal(expected.activations["layers.0"], found.activations["layers.0"])
+
+
+def test_waiting_is_counted(open_stream: Callable[..., ActivationStream]) -> None:
+    stream = open_stream()
+    take(stream, 1)
+    assert stream.seconds_waited > 0

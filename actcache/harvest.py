@@ -1,0 +1,222 @@
+"""Run a model once over a text and leave its activations in a cache.
+
+Every process makes the shards s with s mod world_size = rank, from sequences that it makes for
+itself; what is published already is skipped. So a harvest that was killed, or is run again with
+another number of processes, ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actcache import receipt as receipts_module
+from actcache.config import HarvestConfig
+from actcache.errors import ConfigError
+from actcache.hooks import Capture
+from actcache.preparation import Job, prepare
+from actcache.progress import Progress
+from actcache.ranks import Ranks
+from actcache.receipt import EndReceipt, ShardReceipt, publish_end
+from actcache.storage import CODECS, Codec
+from actcache.tokens import Sequence
+from actcache.writer import FilledShard, RowLayout, publish_shard
+
+
+@dataclass(frozen=True)
+class HarvestSummary:
+    """What a harvest did, for the one line at its end and for `--json`."""
+
+    cache: str
+    cache_id: str
+    rank: int
+    """This process's number, of `world_size`."""
+    world_size: int
+    """Processes of this harvest."""
+    complete: bool
+    """Whether the whole cache is complete, all processes' shards together."""
+    reason: str
+    """Why it ended: goal, text, or empty while other processes are at work."""
+    new_shards: int
+    """Shards that this process published."""
+    new_rows: int
+    """Rows in them, at each hookpoint."""
+    new_bytes: int
+    """Bytes of them."""
+    seconds: float
+    """Time in the loop, without loading."""
+    tokens_per_second: float
+    """Tokens run through the model by this process in a second."""
+    warnings: tuple[str, ...]
+    """What the user should know."""
+
+
+def harvest(config: HarvestConfig) -> HarvestSummary:
+    """Make, or finish, the cache that a configuration describes.
+
+    Raises:
+        ActcacheError: one of its kinds, for anything a user can mend; what was published by then
+            stays valid.
+    """
+    job = prepare(config, Ranks.from_environment())
+    manifest = job.manifest
+    done = receipts_module.read_receipts(job.root, manifest)
+    end = receipts_module.read_end(job.root, manifest.cache_id)
+    began = time.monotonic()
+    log = _Log(job.root, job.ranks.rank)
+    fresh: list[ShardReceipt] = []
+    if end is None or len(done) <= end.last_shard:
+        end = _seal(job, _make_shards(job, set(done), fresh, log))
+    seconds = time.monotonic() - began
+    tokens = sum(receipt.sequences for receipt in fresh) * manifest.identity.ctx_len
+    return HarvestSummary(
+        cache=str(job.root),
+        cache_id=manifest.cache_id,
+        rank=job.ranks.rank,
+        world_size=job.ranks.world_size,
+        complete=end is not None,
+        reason=end.reason if end is not None else "",
+        new_shards=len(fresh),
+        new_rows=sum(receipt.rows for receipt in fresh),
+        new_bytes=sum(file.bytes for receipt in fresh for file in receipt.files.values()),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if fresh else 0.0,
+        warnings=job.warnings,
+    )
+
+
+def _make_shards(job: Job, done: set[int], fresh: list[ShardReceipt], log: _Log) -> int:
+    """Make this process's missing shards; returns how many sequences there are in all."""
+    manifest, ranks = job.manifest, job.ranks
+    size, goal = manifest.sequences_per_shard, manifest.planned_sequences
+    total = None
+    if goal is not None:
+        mine = range(ranks.rank, -(-goal // size), ranks.world_size)
+        total = sum(min(size, goal - shard * size) for shard in mine if shard not in done)
+        total *= manifest.identity.ctx_len
+    bar = Progress("harvest", total, "tok", show=None if ranks.rank == 0 else False)
+    count = 0
+    # One shard is written, hashed and synced while the model fills the next.
+    with (
+        Capture(job.model, manifest.identity.hookpoints) as capture,
+        ThreadPoolExecutor(max_workers=1) as publisher,
+    ):
+        writing: Future[ShardReceipt] | None = None
+        for shard, group in _shard_groups(job.sequences, size, goal):
+            count += len(group)
+            if shard % ranks.world_size != ranks.rank or shard in done:
+                continue
+            filled = _fill(job, shard, group, capture, bar)
+            if writing is not None:
+                fresh.append(log.shard(writing.result()))
+            writing = publisher.submit(publish_shard, job.root, manifest, filled)
+        if writing is not None:
+            fresh.append(log.shard(writing.result()))
+    bar.close()
+    return count
+
+
+def _shard_groups(
+    stream: Iterator[Sequence], size: int, goal: int | None
+) -> Iterator[tuple[int, list[Sequence]]]:
+    """(shard, its sequences), up to the goal or the end of the text."""
+    shard = 0
+    group: list[Sequence] = []
+    for count, sequence in enumerate(itertools.islice(stream, goal), start=1):
+        group.append(sequence)
+        if len(group) == size or count == goal:
+            yield shard, group
+            shard, group = shard + 1, []
+    if group:
+        yield shard, group
+
+
+def _fill(
+    job: Job, shard: int, group: list[Sequence], capture: Capture, bar: Progress
+) -> FilledShard:
+    """Run the model over a shard's sequences and put each row where it belongs."""
+    identity = job.manifest.identity
+    codec = CODECS[identity.dtype]
+    tokens = np.stack(group)  # [S, C]
+    layout = RowLayout.of(job.manifest, shard, len(tokens))
+    rows = {
+        h.name: np.empty((len(layout.sequence), h.width), dtype=codec.storage)
+        for h in identity.hookpoints
+    }
+    kept = identity.rows_per_sequence
+    for start in range(0, len(tokens), identity.batch_size):
+        part = tokens[start : start + identity.batch_size]
+        # Always the same shape, whatever is left: kernels may round differently at another.
+        padded = np.zeros((identity.batch_size, identity.ctx_len), dtype=np.int64)
+        padded[: len(part)] = part
+        captured = capture.run(torch.from_numpy(padded).to(job.device))
+        places = layout.row_of[start * kept : (start + len(part)) * kept]
+        for name, activations in captured.items():
+            chosen = activations[: len(part), identity.skip_positions :].flatten(0, 1)
+            rows[name][places] = _stored(chosen, codec, name)
+        written = len(part) * kept * sum(h.width for h in identity.hookpoints) * codec.itemsize
+        bar.advance(part.size, written)
+    return FilledShard(shard, tokens, layout, rows)
+
+
+def _stored(activations: torch.Tensor, codec: Codec, hookpoint: str) -> NDArray[Any]:
+    stored = codec.from_torch(activations)
+    if codec.name == "float16" and activations.dtype != torch.float16:
+        overflowed = int((np.isinf(stored).any(axis=1)).sum())
+        overflowed -= int(activations.isinf().any(dim=1).sum())
+        if overflowed:
+            raise ConfigError(
+                f"activations of {hookpoint} do not fit float16",
+                expected="absolute values below 65,520",
+                got=f"{overflowed} rows of {len(stored)} beyond",
+                remedy="--dtype bfloat16 or float32",
+            )
+    return stored
+
+
+def _seal(job: Job, count: int) -> EndReceipt | None:
+    """Write END.json if every shard is there; whichever process comes last does it."""
+    last = -(-count // job.manifest.sequences_per_shard) - 1
+    receipts = receipts_module.read_receipts(job.root, job.manifest)
+    if list(receipts) != list(range(last + 1)):
+        return None
+    reason: Literal["goal", "text"] = "goal" if count == job.asked else "text"
+    end = EndReceipt(job.manifest.cache_id, last, count, reason)
+    publish_end(job.root, end)
+    return end
+
+
+class _Log:
+    """What varies from run to run, under `logs/` and nowhere else."""
+
+    def __init__(self, root: Path, rank: int) -> None:
+        self._path = root / "logs" / f"harvest-rank{rank}.jsonl"
+        self._last = time.monotonic()
+
+    def shard(self, receipt: ShardReceipt) -> ShardReceipt:
+        """Note a published shard."""
+        now = time.monotonic()
+        entry = {
+            "shard": receipt.shard,
+            "rows": receipt.rows,
+            "bytes": sum(file.bytes for file in receipt.files.values()),
+            "seconds": round(now - self._last, 3),
+            "host": socket.gethostname(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        self._last = now
+        self._path.parent.mkdir(exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        return receipt

@@ -1,0 +1,142 @@
+"""The model and its tokenizer: found, loaded, fingerprinted. Errors name what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from actcache.config import HarvestConfig
+from actcache.device import choose_device
+from actcache.errors import ModelError
+
+
+def load_config(config: HarvestConfig) -> Any:
+    """The model's transformers configuration.
+
+    Raises:
+        ModelError: it cannot be found, or is of a kind whose hidden states are not one stream.
+    """
+    from transformers import AutoConfig
+
+    _check_local(config)
+    with _explained(config, "configuration"):
+        loaded = AutoConfig.from_pretrained(config.model, **_source(config))
+    if getattr(loaded, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{config.model} is an encoder-decoder model",
+            expected="a decoder-only language model",
+            got=type(loaded).__name__,
+        )
+    return loaded
+
+
+def load_tokenizer(config: HarvestConfig) -> Any:
+    """The model's tokenizer; raises `ModelError`."""
+    from transformers import AutoTokenizer
+
+    _check_local(config)
+    with _explained(config, "tokenizer"):
+        return AutoTokenizer.from_pretrained(config.model, **_source(config))
+
+
+def load_model(config: HarvestConfig) -> Any:
+    """The model with its weights, in evaluation mode, on its device; raises `ModelError`."""
+    from transformers import AutoModelForCausalLM
+
+    device = choose_device(config.device)
+    dtype = "auto" if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
+    with _explained(config, "weights"):
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **_source(config))
+        return model.to(device).eval().requires_grad_(False)
+
+
+def empty_model(model_config: Any, config: HarvestConfig) -> Any:
+    """The model on the meta device, in bfloat16: shapes without weights.
+
+    Raises:
+        Exception: whatever a model raises that cannot be built there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=torch.bfloat16, trust_remote_code=config.trust_remote_code
+        )
+    return model.eval()
+
+
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """Digest of the names, types, shapes and bytes of all parameters and buffers."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """Digest of the vocabulary, special tokens, and of how a probe text is cut."""
+    probe = "The quick brown fox, naïve café — 12345\n\tdef f(x): return x**2  "
+    digest = xxhash.xxh3_128()
+    digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+    digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
+    digest.update(repr(tokenizer(probe)["input_ids"]).encode())
+    return digest.hexdigest()
+
+
+def dtype_name(model: Any) -> str:
+    """Type of the model's arithmetic, such as 'bfloat16'."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _source(config: HarvestConfig) -> dict[str, Any]:
+    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        source["revision"] = config.revision
+    if config.gguf_file is not None:
+        source["gguf_file"] = config.gguf_file
+    return source
+
+
+def _check_local(config: HarvestConfig) -> None:
+    """Transformers answers a missing folder with advice on hub logins: say it plainly first."""
+    path = Path(config.model)
+    if config.gguf_file is not None and path.is_dir() and not (path / config.gguf_file).is_file():
+        found = sorted(p.name for p in path.glob("*.gguf"))
+        raise ModelError(
+            f"{config.model} holds no file {config.gguf_file}",
+            expected=" | ".join(found) or "a .gguf file",
+            got=config.gguf_file,
+            remedy="name one of them with --gguf-file",
+        )
+    if not path.exists() and config.model.startswith((".", "/", "~")):
+        raise ModelError(f"no such model folder: {config.model}")
+
+
+@contextlib.contextmanager
+def _explained(config: HarvestConfig, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises into a `ModelError`, and keep its bars off a pipe."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if not sys.stderr.isatty():  # the GGUF reader draws a bar that no setting turns off
+        logging.disable_progress_bar()
+        quiet = contextlib.redirect_stderr(io.StringIO())
+    try:
+        with quiet:
+            yield
+    except Exception as error:  # transformers, its hub client and its parsers raise anything
+        raise ModelError(
+            f"cannot load the {what} of {config.model}",
+            got=f"{type(error).__name__}: {error}",
+            remedy="check the name, --revision and --gguf-file; gated models need a login",
+        ) from error

@@ -1,0 +1,171 @@
+"""Before the model runs: hookpoints, packing, shard plan, room on the disk."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from actcache.config import HarvestConfig
+from actcache.documents import TextDocuments, TokenFile
+from actcache.errors import DatasetError, DiskFullError, ModelError
+from actcache.hooks import Site, match, residual_hookpoints, survey
+from actcache.manifest import Hookpoint, Manifest
+from actcache.model import empty_model, load_model
+from actcache.progress import format_bytes
+from actcache.storage import CODECS
+from actcache.tokens import Packing, count_sequences
+
+COUNTED_TOKENS = 1 << 24
+"""A goal up to this many tokens is checked against the text beforehand; a larger one is believed,
+for counting it would take minutes, and the harvest ends with the text anyway."""
+
+_SHARDS = 128
+_MAX_SHARD_BYTES = 4 << 30
+_BLOCK_BYTES = 1 << 20
+
+
+def survey_model(config: HarvestConfig, model_config: Any) -> tuple[Any, dict[str, Site]]:
+    """The model without weights where possible, else with; and what can be hooked in it.
+
+    Raises:
+        ModelError: it cannot be loaded either way.
+    """
+    try:
+        model = empty_model(model_config, config)
+        return model, survey(model)
+    except Exception:  # any model may refuse the meta device in its own way; its weights decide
+        model = load_model(config)
+        return model, survey(model)
+
+
+def choose_hookpoints(
+    config: HarvestConfig, model: Any, sites: dict[str, Site]
+) -> tuple[Hookpoint, ...]:
+    """The hookpoints that the options ask for; raises `HookpointError`."""
+    patterns = config.hookpoint or residual_hookpoints(model, config.layers, config.layer_stride)
+    return tuple(match(patterns, sites, model.base_model_prefix))
+
+
+def choose_packing(
+    config: HarvestConfig, model_config: Any, tokenizer: Any, source: TextDocuments | TokenFile
+) -> Packing:
+    """How documents become sequences for this tokenizer.
+
+    Raises:
+        ModelError: the tokenizer lacks EOS, or a BOS that was asked for.
+    """
+    is_text = isinstance(source, TextDocuments)
+    bos_id = None
+    if config.bos == "always" or (config.bos == "auto" and is_text and _adds_bos(tokenizer)):
+        bos_id = tokenizer.bos_token_id
+        if bos_id is None:
+            raise ModelError(
+                f"the tokenizer of {config.model} has no BOS token", remedy="--bos never"
+            )
+    if is_text and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {config.model} has no EOS token to join documents with",
+            remedy="tokenise the text yourself and give a .bin file",
+        )
+    return Packing(
+        ctx_len=config.ctx_len,
+        bos_id=bos_id,
+        eos_id=tokenizer.eos_token_id if is_text else None,
+        keep_order=config.keep_order or not is_text,
+        seed=config.seed,
+        vocab_size=model_config.get_text_config().vocab_size,
+    )
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def count_planned(
+    config: HarvestConfig, source: TextDocuments | TokenFile, tokenizer: Any, packing: Packing
+) -> int:
+    """Sequences that this harvest is going to run the model on.
+
+    Raises:
+        DatasetError: the text is shorter than one sequence.
+    """
+    goal = None if config.max_tokens is None else config.max_tokens // config.ctx_len
+    believed = (
+        goal is not None
+        and goal * config.ctx_len > COUNTED_TOKENS
+        and isinstance(source, TextDocuments)  # token files are counted by their size
+    )
+    count = count_sequences(source, tokenizer, packing, 1 if believed else goal)
+    if count == 0:
+        raise DatasetError(
+            f"{config.dataset} is shorter than one sequence",
+            expected=f"at least {packing.text_tokens} tokens",
+            remedy="give more text or a smaller --ctx-len",
+        )
+    return goal if believed and goal is not None else count
+
+
+def sequences_per_shard(
+    config: HarvestConfig, planned: int, hookpoints: tuple[Hookpoint, ...], dtype: str
+) -> int:
+    """Size of a shard by formula: a 128th of the harvest, in whole batches, of bounded bytes."""
+    if config.shard_size is not None:
+        return config.shard_size
+    per_sequence = sum(h.width for h in hookpoints) * CODECS[dtype].itemsize
+    per_sequence *= config.ctx_len - config.skip_positions
+    wanted = min(-(-planned // _SHARDS), max(1, _MAX_SHARD_BYTES // per_sequence))
+    batches = -(-wanted // config.batch_size)
+    if batches * config.batch_size * per_sequence > _MAX_SHARD_BYTES:
+        batches -= 1
+    return max(1, batches) * config.batch_size
+
+
+def choose_block_rows(hookpoints: tuple[Hookpoint, ...], dtype: str) -> int:
+    """The power of two of rows nearest to 1 MiB of the widest hookpoint."""
+    row = max(h.width for h in hookpoints) * CODECS[dtype].itemsize
+    below = 1 << max(0, (_BLOCK_BYTES // row).bit_length() - 1)
+    return below if _BLOCK_BYTES - below * row <= 2 * below * row - _BLOCK_BYTES else 2 * below
+
+
+def require_room(root: Path, manifest: Manifest, published: int) -> None:
+    """Ask, before starting, whether the rest of the harvest fits on the disk.
+
+    Args:
+        root: folder of the cache.
+        manifest: what will be harvested.
+        published: sequences that are there already.
+
+    Raises:
+        DiskFullError: it does not fit.
+    """
+    identity = manifest.identity
+    if manifest.planned_sequences is None:
+        return
+    sequences = max(0, manifest.planned_sequences - published)
+    shards = -(-sequences // manifest.sequences_per_shard)
+    row = sum(h.width for h in identity.hookpoints) * CODECS[identity.dtype].itemsize + 8
+    needed = sequences * (identity.rows_per_sequence * row + identity.ctx_len * 4)
+    # Headers, receipts and statistics of a shard: 16 bytes a dimension and 10 kB a hookpoint.
+    needed += shards * sum(h.width * 16 + 10_000 for h in identity.hookpoints) + shards * 20_000
+    folder = root
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskFullError(
+            f"the harvest does not fit on the disk of {root}",
+            expected=f"{format_bytes(needed)} free",
+            got=f"{format_bytes(free)} free",
+            remedy="fewer --max-tokens or hookpoints, a smaller --dtype, or another --out",
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    from importlib.metadata import version
+
+    names = ("actcache", "torch", "transformers", "tokenizers", "datasets", "numpy")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}

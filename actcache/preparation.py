@@ -1,0 +1,190 @@
+"""Everything before the first forward pass: load, decide, agree, lay the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actcache import receipt as receipts_module
+from actcache.atomic import publish, remove_partials
+from actcache.config import HarvestConfig
+from actcache.device import choose_device
+from actcache.documents import TextDocuments, open_documents
+from actcache.errors import CacheMismatchError, ConfigError
+from actcache.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Identity,
+    Manifest,
+    differences,
+    read_manifest,
+)
+from actcache.model import (
+    dtype_name,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+from actcache.parse import to_json
+from actcache.planning import (
+    choose_block_rows,
+    choose_hookpoints,
+    choose_packing,
+    count_planned,
+    library_versions,
+    require_room,
+    sequences_per_shard,
+    survey_model,
+)
+from actcache.ranks import Ranks
+from actcache.storage import CODECS
+from actcache.tokens import Sequence, sequences
+
+
+@dataclass(frozen=True)
+class Job:
+    """A harvest that has been decided, agreed on, and can begin."""
+
+    root: Path
+    manifest: Manifest
+    model: Any
+    device: torch.device
+    ranks: Ranks
+    sequences: Iterator[Sequence]
+    """All sequences of the text, from the first."""
+    asked: int | None
+    """Sequences that --max-tokens asks for; the plan may hold fewer, if the text does."""
+    warnings: tuple[str, ...]
+    """What the user should know."""
+
+
+def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
+    """Load, plan, and agree on the manifest. What can fail cheaply fails first.
+
+    Raises:
+        ActcacheError: one of its kinds, for anything a user can mend.
+    """
+    root = Path(config.out)
+    _refuse_foreign_folder(root)
+    source = open_documents(config)
+    model_config = load_config(config)
+    surveyed, sites = survey_model(config, model_config)
+    hookpoints = choose_hookpoints(config, surveyed, sites)
+    needs_tokenizer = isinstance(source, TextDocuments) or config.bos == "always"
+    tokenizer = load_tokenizer(config) if needs_tokenizer else None
+    packing = choose_packing(config, model_config, tokenizer, source)
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.ctx_len > longest:
+        raise ConfigError(
+            "--ctx-len is longer than the model's context",
+            expected=f"<= {longest}",
+            got=config.ctx_len,
+        )
+    planned = count_planned(config, source, tokenizer, packing)
+
+    weights = next(surveyed.parameters()).device
+    model = surveyed if weights.type != "meta" else load_model(config)
+    model_dtype = dtype_name(model)
+    dtype = model_dtype if config.dtype == "auto" else config.dtype
+    if dtype not in CODECS:
+        raise ConfigError(
+            "the model's type cannot be stored",
+            expected=" | ".join(CODECS),
+            got=dtype,
+            remedy="name one with --dtype",
+        )
+    identity = Identity(
+        model_fingerprint=fingerprint_weights(model),
+        model_dtype=model_dtype,
+        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer) if tokenizer is not None else "",
+        dataset_fingerprint=source.fingerprint,
+        text_column=source.column if isinstance(source, TextDocuments) else "",
+        pipeline="pack",
+        ctx_len=config.ctx_len,
+        bos_id=packing.bos_id,
+        eos_id=packing.eos_id,
+        keep_order=packing.keep_order,
+        skip_positions=config.skip_positions,
+        hookpoints=hookpoints,
+        dtype=dtype,  # type: ignore[arg-type] # checked just above
+        batch_size=config.batch_size,
+        row_order=config.order,
+        seed=config.seed,
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        cache_id=identity.digest(),
+        identity=identity,
+        model=_last_part(config.model),
+        revision=config.revision,
+        architecture=type(model).__name__,
+        dataset=_last_part(config.dataset),
+        split=config.split,
+        backend="memmap",
+        sequences_per_shard=sequences_per_shard(config, planned, hookpoints, dtype),
+        planned_sequences=planned,
+        block_rows=choose_block_rows(hookpoints, dtype),
+        versions=library_versions(),
+    )
+    ranks.agree(to_json(manifest), lambda: _lay_manifest(root, manifest))
+    laid = read_manifest(root)
+    warnings = tuple(
+        f"{name} is {manifest.versions.get(name)} now; this cache was begun with {version}"
+        for name, version in laid.versions.items()
+        if manifest.versions.get(name) != version
+    )
+    return Job(
+        root=root,
+        manifest=laid,
+        model=model,
+        device=choose_device(config.device),
+        ranks=ranks,
+        sequences=sequences(source, tokenizer, packing),
+        asked=None if config.max_tokens is None else config.max_tokens // config.ctx_len,
+        warnings=warnings,
+    )
+
+
+def _refuse_foreign_folder(root: Path) -> None:
+    if root.is_file():
+        raise CacheMismatchError(f"--out {root} is a file", expected="a folder, or nothing yet")
+    if not root.is_dir() or (root / MANIFEST).exists():
+        return
+    # A harvest that was killed while it wrote the manifest leaves a partial file: that is ours.
+    if any(not path.name.startswith(f".{MANIFEST}.") for path in root.iterdir()):
+        raise CacheMismatchError(
+            f"--out {root} holds other things and no {MANIFEST}",
+            expected="an empty folder, or a cache",
+            remedy="choose another folder",
+        )
+
+
+def _lay_manifest(root: Path, manifest: Manifest) -> None:
+    """Write the manifest, or check that the one there asks for the same bytes."""
+    published = 0
+    if (root / MANIFEST).exists():
+        laid = read_manifest(root)
+        if different := differences(manifest, laid):
+            raise CacheMismatchError(
+                f"{root} holds another cache ({laid.model} on {laid.dataset})",
+                expected=f"this harvest, id {manifest.cache_id}",
+                got="\n            ".join([f"id {laid.cache_id}", *different]),
+                remedy="choose another --out, or repeat the options that it was made with",
+            )
+        receipts = receipts_module.read_receipts(root, laid)
+        published = sum(receipt.sequences for receipt in receipts.values())
+    remove_partials(root)
+    require_room(root, manifest, published)
+    if not (root / MANIFEST).exists():
+        publish(root / MANIFEST, [to_json(manifest)])
+
+
+def _last_part(name: str) -> str:
+    """A local path's last part, so that a cache says the same wherever it was made."""
+    return Path(name).resolve().name if Path(name).exists() else name

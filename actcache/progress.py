@@ -1,0 +1,60 @@
+"""Progress bars: on a terminal, for whatever takes seconds; silent elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """One bar: amount, rate, time left, and bytes per second where bytes are told.
+
+    Args:
+        what: a word or two.
+        total: how many units there are; None when that is not known.
+        unit: what is counted.
+        show: draw it; by default where stderr is a terminal.
+    """
+
+    def __init__(
+        self, what: str, total: int | None, unit: str, *, initial: int = 0, show: bool | None = None
+    ) -> None:
+        show = sys.stderr.isatty() if show is None else show
+        self._bytes = 0
+        self._began = time.monotonic()
+        self._bar: Any = tqdm(
+            desc=what,
+            total=total,
+            initial=initial,
+            unit=f" {unit}",
+            unit_scale=True,
+            disable=not show,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+
+    def advance(self, units: int, written: int = 0, **notes: object) -> None:
+        """Count units done and bytes moved; notes stand at the end of the line."""
+        self._bytes += written
+        if self._bytes:
+            rate = self._bytes / max(time.monotonic() - self._began, 1e-9)
+            notes["disk"] = f"{format_bytes(rate)}/s"
+        if notes:
+            self._bar.set_postfix(notes, refresh=False)
+        self._bar.update(units)
+
+    def close(self) -> None:
+        """Leave the finished bar on the screen."""
+        self._bar.close()
+
+
+def format_bytes(size: float) -> str:
+    """A size with three digits and a decimal unit, such as '235 MB'."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} PB"

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from actcache.config import HarvestConfig
+from actcache.errors import ConfigError
+
+
+def config(**options: object) -> HarvestConfig:
+    return HarvestConfig("model", "data", "out", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ctx_len": 1}, r"--ctx-len is too small\n  expected: >= 2\n  got:      1"),
+        ({"batch_size": 0}, r"--batch-size is too small"),
+        ({"max_tokens": 0}, r"--max-tokens is too small"),
+        ({"shard_size": 0}, r"--shard-size is too small"),
+        ({"skip_positions": -1}, r"--skip-positions is too small"),
+        ({"layer_stride": 0}, r"--layer-stride is too small"),
+        ({"seed": -1}, r"--seed is too small"),
+        ({"seed": 2**32}, r"--seed is too large"),
+        ({"ctx_len": 8, "skip_positions": 8}, r"(?s)--skip-positions leaves no row.*--ctx-len 8"),
+        ({"max_tokens": 1023}, r"(?s)--max-tokens is less than one sequence.*--ctx-len 1024"),
+        ({"hookpoint": ("a",), "layers": (1,)}, r"(?s)--hookpoint stands alone.*remedy"),
+        ({"hookpoint": ("a",), "layer_stride": 2}, r"--hookpoint stands alone"),
+        ({"layers": (1,), "layer_stride": 2}, r"--layers and --layer-stride"),
+        ({"layers": (1, -1)}, r"--layers counts from 0"),
+    ],
+)
+def test_options_that_cannot_be_carried_out_are_refused_by_name(
+    options: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        config(**options)
+    assert caught.value.exit_code == 2
+
+
+def test_the_defaults_and_the_limits_are_accepted() -> None:
+    assert config().skip_positions == 1
+    config(ctx_len=2, skip_positions=1, max_tokens=2, batch_size=1, shard_size=1, seed=2**32 - 1)
+
+
+def test_the_configuration_imports_neither_torch_nor_numpy() -> None:
+    code = "import actcache.config, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,180 @@
+"""Several processes, real ones: gloo, torchrun, SIGKILL. What one process can show is elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actcache.harvest import harvest
+from actcache.ranks import Ranks
+from actcache.reader import Cache
+
+BIN = Path(sys.executable).parent
+SECONDS = 240  # until a process that hangs is given up
+
+Tree = Callable[[Path | str], dict[str, str]]
+
+
+def test_a_process_started_alone_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Ranks.from_environment() == Ranks(0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert Ranks.from_environment() == Ranks(3, 8)
+
+
+def test_alone_there_is_nobody_to_agree_with() -> None:
+    acted: list[str] = []
+    Ranks(0, 1).agree(b"x", lambda: acted.append("yes"))
+    assert acted == ["yes"]
+
+
+AGREE = """
+import os, sys
+from actcache.ranks import Ranks
+
+ranks = Ranks.from_environment()
+
+def attempt(port, what, act):
+    os.environ["MASTER_PORT"] = port
+    try:
+        ranks.agree(what, act)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "agreed"
+
+def write():
+    open("made", "a").write(f"by {ranks.rank}")
+
+def refuse():
+    raise PermissionError("no such right")
+
+print(attempt(sys.argv[1], b"same", write))
+print(attempt(sys.argv[2], f"rank {ranks.rank}".encode(), write))
+print(attempt(sys.argv[3], b"same", refuse))
+"""
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [str(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def test_ranks_act_once_when_they_agree_and_leave_together_when_they_do_not(
+    tmp_path: Path,
+) -> None:
+    ports = free_ports(3)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGREE, *ports],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=SECONDS)[0].splitlines() for process in processes]
+    differ = "CacheMismatchError: the processes of this harvest would make different caches"
+    assert outputs[0] == ["agreed", differ, "PermissionError: no such right"]
+    left = "CacheMismatchError: rank 0 refused this harvest, so rank 1 leaves too"
+    assert outputs[1] == ["agreed", differ, left]
+    assert (tmp_path / "made").read_text() == "by 0"
+
+
+@pytest.fixture
+def whole(options: Callable[..., Any], tmp_path: Path) -> Any:
+    """A harvest of 150 shards, made without interruption by this process."""
+    config = options(
+        out=str(tmp_path / "whole"), max_tokens=16 * 300, shard_size=2, batch_size=2, seed=5
+    )
+    harvest(config)
+    return config
+
+
+def command(config: Any, out: Path, processes: int | None = None) -> list[str]:
+    """The same harvest as a command line."""
+    given = [str(BIN / "actcache"), "harvest", config.model, config.dataset, "--out", str(out)]
+    for hookpoint in config.hookpoint:
+        given += ["--hookpoint", hookpoint]
+    for name in ("ctx_len", "max_tokens", "batch_size", "shard_size", "seed"):
+        given += ["--" + name.replace("_", "-"), str(getattr(config, name))]
+    if processes is None:
+        return given
+    launcher = [str(BIN / "torchrun"), "--no-python", "--standalone", "--nproc_per_node"]
+    return [*launcher, str(processes), *given]
+
+
+def run(arguments: list[str]) -> None:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def kill_half_way(arguments: list[str], out: Path) -> None:
+    """Start a command and SIGKILL it, with its children, once some shards are published."""
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + SECONDS
+    while len(list(out.glob("shards/0*.json"))) < 5:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_two_processes_leave_the_same_bytes_as_one(whole: Any, tree: Tree, tmp_path: Path) -> None:
+    run(command(whole, tmp_path / "two", processes=2))
+    assert tree(tmp_path / "two") == tree(whole.out)
+
+
+def test_a_harvest_killed_half_way_ends_in_the_same_bytes_when_run_again(
+    whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    kill_half_way(command(whole, out), out)
+    cache = Cache.open(out)
+    assert 5 <= len(cache.shards) < 150
+    assert not cache.complete
+    assert all(len(cache.read("layers.0", shard)) == 30 for shard in cache.shards)
+    run(command(whole, out))
+    assert tree(out) == tree(whole.out)
+
+
+def test_a_harvest_of_two_killed_half_way_is_finished_by_one(
+    whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    kill_half_way(command(whole, out, processes=2), out)
+    assert len(Cache.open(out).shards) < 150
+    summary = harvest(dataclasses.replace(whole, out=str(out)))
+    assert summary.complete
+    assert tree(out) == tree(whole.out)
+
+
+def test_one_rank_that_is_refused_ends_the_command_with_its_message(whole: Any, tree: Tree) -> None:
+    before = tree(whole.out)
+    arguments = [*command(whole, Path(whole.out), processes=2), "--bos", "never"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode != 0
+    assert "bos_id: 0, not None" in done.stderr
+    assert "RuntimeError" not in done.stderr
+    assert tree(whole.out) == before

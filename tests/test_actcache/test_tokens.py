@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actcache import rng, tokens
+from actcache.documents import TextDocuments, TokenFile
+from actcache.errors import DatasetError
+from actcache.tokens import Packing, count_sequences, sequences
+
+
+class Letters:
+    """A tokenizer: one token a letter, a = 1."""
+
+    def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(c) - 96 for c in text] for text in texts]}
+
+
+def documents(*texts: str) -> TextDocuments:
+    return TextDocuments(lambda numbers: [texts[n] for n in numbers], len(texts), "text", "")
+
+
+def token_file(ids: Sequence[int], dtype: str = "<u2") -> TokenFile:
+    return TokenFile(np.array(ids, dtype=dtype), Path("x.bin"), "")  # type: ignore[arg-type]
+
+
+def packing(ctx_len: int = 4, **changes: Any) -> Packing:
+    values = {"bos_id": None, "eos_id": 0, "keep_order": True, "seed": 0, "vocab_size": 100}
+    return Packing(ctx_len=ctx_len, **(values | changes))
+
+
+def pack(source: Any, **changes: Any) -> list[list[int]]:
+    found = list(sequences(source, Letters(), packing(**changes)))
+    assert all(sequence.dtype == np.int32 for sequence in found)
+    assert count_sequences(source, Letters(), packing(**changes), None) == len(found)
+    return [sequence.tolist() for sequence in found]
+
+
+def test_documents_are_joined_by_eos_and_cut() -> None:
+    assert pack(documents("abc", "de", "f")) == [[1, 2, 3, 0], [4, 5, 0, 6]]
+
+
+def test_what_is_left_at_the_end_is_dropped() -> None:
+    assert pack(documents("abcdefg")) == [[1, 2, 3, 4], [5, 6, 7, 0]]
+    assert pack(documents("abcdefgh")) == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_bos_stands_first_in_every_sequence_and_takes_the_place_of_a_token() -> None:
+    assert pack(documents("abcde", "f"), bos_id=9) == [[9, 1, 2, 3], [9, 4, 5, 0]]
+
+
+def test_an_empty_document_leaves_no_token() -> None:
+    assert pack(documents("", "abc", "", "", "d", "ef")) == pack(documents("abc", "d", "ef"))
+
+
+def test_text_shorter_than_one_sequence_gives_none() -> None:
+    assert pack(documents("ab")) == []
+    assert pack(documents("", "")) == []
+    assert pack(documents("abc"), bos_id=9, ctx_len=6) == []
+    assert pack(documents("abc"), bos_id=9, ctx_len=5) == [[9, 1, 2, 3, 0]]
+
+
+def test_documents_are_taken_in_an_order_that_follows_from_the_seed() -> None:
+    texts = [chr(97 + i) * 3 for i in range(20)]
+    orders = []
+    for seed in (0, 1):
+        found = pack(documents(*texts), keep_order=False, seed=seed)
+        permutation = rng.stream("documents", seed).permutation(20)
+        assert found == [[int(i) + 1] * 3 + [0] for i in permutation]
+        orders.append(found)
+    assert orders[0] != orders[1]
+    assert pack(documents(*texts)) == sorted(orders[0])
+
+
+def test_many_documents_flow_over_the_batches_in_which_they_are_tokenised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = ["abcdefghijk"[: i % 11] for i in range(100)]
+    whole = [pack(documents(*texts), keep_order=k, bos_id=9) for k in (True, False)]
+    monkeypatch.setattr(tokens, "_DOCUMENTS_AT_ONCE", 7)
+    assert [pack(documents(*texts), keep_order=k, bos_id=9) for k in (True, False)] == whole
+
+
+@given(st.lists(st.text("abc", max_size=12), max_size=12), st.integers(2, 9), st.booleans())
+def test_packing_is_joining_and_cutting(texts: list[str], ctx_len: int, with_bos: bool) -> None:
+    line = [token for text in texts if text for token in [*(ord(c) - 96 for c in text), 0]]
+    bos = [50] if with_bos else []
+    size = ctx_len - len(bos)
+    expected = [bos + line[i : i + size] for i in range(0, len(line) - size + 1, size)]
+    assert pack(documents(*texts), ctx_len=ctx_len, bos_id=50 if with_bos else None) == expected
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4", "<i4", "<i8"])
+def test_token_ids_are_cut_as_they_are(dtype: str) -> None:
+    source = token_file([5, 6, 7, 8, 9, 10, 11], dtype)
+    assert pack(source, eos_id=None, ctx_len=3) == [[5, 6, 7], [8, 9, 10]]
+    assert pack(source, eos_id=None, ctx_len=4, bos_id=1) == [[1, 5, 6, 7], [1, 8, 9, 10]]
+    assert pack(source, eos_id=None, ctx_len=8) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "dtype"), [([1, 100], "<u2"), ([2**32 - 1, 1], "<u4"), ([-1, 1], "<i4")]
+)
+def test_an_id_beyond_the_vocabulary_is_refused_with_a_remedy(ids: list[int], dtype: str) -> None:
+    with pytest.raises(DatasetError, match=r"(?s)vocabulary.*0 to 99.*got.*--bin-dtype"):
+        list(sequences(token_file(ids, dtype), None, packing(2, eos_id=None)))
+
+
+def test_counting_stops_at_the_limit() -> None:
+    def texts(numbers: Sequence[int]) -> list[str]:
+        assert max(numbers) < 256, "read further than the limit"
+        return ["abc"] * len(numbers)
+
+    endless = TextDocuments(texts, 10**6, "text", "")
+    assert count_sequences(endless, Letters(), packing(), 5) == 5
+    assert count_sequences(token_file(range(40)), None, packing(eos_id=None), 3) == 3
+
+
+def test_a_real_tokenizer_adds_nothing_of_its_own(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+    (ids,) = tokens.tokenize(tokenizer, ["the cache"])
+    assert tokenizer.bos_token_id not in ids
+    assert tokenizer.decode(ids) == "the cache"
+    assert tokens.tokenize(tokenizer, []) == []
+
+
+def test_a_document_longer_than_the_tokenizers_limit_is_not_cut(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 8
+    (ids,) = tokens.tokenize(tokenizer, ["row " * 50])
+    assert len(ids) >= 50

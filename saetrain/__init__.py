@@ -1,0 +1,1 @@
+"""Train sparse autoencoders from a cache of activations."""

@@ -1,0 +1,87 @@
+"""Which implementation serves a tensor: chosen at call time, by its device."""
+
+import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from saetrain.kernels.pairs import SortedPairs
+
+VARIABLE = "SAETRAIN_KERNELS"
+PATHS = ("reference", "torch", "triton")
+_MODULES = {"reference": "reference", "torch": "torch_ops", "triton": "triton_ops"}
+
+
+class Primitives(Protocol):
+    """What `reference`, `torch_ops` and `triton_ops` all define, with the same results.
+
+    The floating arguments of one call share a dtype, which is also the result's.
+    """
+
+    def gather_sum(self, acts: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+        """[N, K], [N, K], [M, D] -> [N, D]."""
+
+    def gather_dot(self, dY: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+        """[N, D], [N, K], [M, D] -> [N, K]."""
+
+    def scatter_outer(
+        self,
+        acts: Tensor,
+        indices: Tensor,
+        dY: Tensor,
+        num_latents: int,
+        pairs: SortedPairs | None = None,
+    ) -> Tensor:
+        """[N, K], [N, K], [N, D] -> [M, D]."""
+
+    def scatter_sum(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        num_latents: int,
+        pairs: SortedPairs | None = None,
+    ) -> Tensor:
+        """[N, K], [N, K] -> [M]."""
+
+
+def chosen_path(tensor: Tensor) -> str:
+    """Return "reference", "torch" or "triton": the path that would serve `tensor` now.
+
+    The environment variable SAETRAIN_KERNELS forces one of them. Without it a CUDA tensor takes
+    "triton" if that is installed, and everything else takes "torch".
+
+    Raises:
+        ValueError: SAETRAIN_KERNELS names no path, or one that cannot serve this tensor here.
+    """
+    forced = os.environ.get(VARIABLE, "")
+    if not forced:
+        return "triton" if tensor.is_cuda and _has_triton() else "torch"
+    if forced not in PATHS:
+        raise ValueError(
+            f"{VARIABLE}={forced!r} names no path of saetrain.kernels: expected one of "
+            f"{', '.join(PATHS)}; unset it to choose by the tensor's device"
+        )
+    if forced == "triton" and not _has_triton():
+        raise ValueError(
+            f"{VARIABLE}=triton, but the package triton is not installed here: install it, "
+            f"or unset {VARIABLE}"
+        )
+    if forced == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"{VARIABLE}=triton cannot serve a tensor on {tensor.device}: move it to a CUDA "
+            f"device, unset {VARIABLE}, or start the process with TRITON_INTERPRET=1"
+        )
+    return forced
+
+
+def primitives(path: str) -> Primitives:
+    """Return the module that implements `path`. Triton is imported here, and not before."""
+    return cast("Primitives", import_module(f"saetrain.kernels.{_MODULES[path]}"))
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

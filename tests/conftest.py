@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before any conftest imports torch: two cores, many processes
+
 Rows = Callable[[str, int, int, int], np.ndarray]
 """(hookpoint, shard, number of rows, width) -> float32 rows in natural order. [N, D]"""
 
@@ -34,7 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
     }
 
 

@@ -1,0 +1,126 @@
+"""What a training run is asked to do. No torch here: the command line reads this for `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from actcache.errors import ConfigError
+
+OptimizerName = Literal["signum", "adam"]
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """One sparse autoencoder: what `cfg.json` says of it."""
+
+    d_in: int
+    """Width of the activations, D."""
+    num_latents: int
+    """Latents, M."""
+    k: int
+    """Latents that may be active at once, K."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be built."""
+        if min(self.d_in, self.num_latents, self.k) < 1:
+            raise ConfigError("an SAE's sizes must be positive", got=self)
+        if self.k > self.num_latents:
+            raise ConfigError(
+                "--k is larger than the number of latents",
+                expected=f"<= {self.num_latents}",
+                got=self.k,
+                remedy="a smaller --k, or more --num-latents",
+            )
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One run: SAEs over one stream of a cache."""
+
+    cache: str
+    """Folder of the cache."""
+
+    out: str
+    """Folder of the run. One that exists is refused without --resume."""
+
+    hookpoint: tuple[str, ...] = ()
+    """Hookpoint of the cache, or fnmatch pattern; repeatable. Default: all of them."""
+
+    expansion_factor: int = 32
+    """Latents as a multiple of the activations' width."""
+
+    num_latents: int | None = None
+    """Latents, instead of --expansion-factor."""
+
+    k: int = 32
+    """Latents that may be active at once."""
+
+    batch_size: int = 4096
+    """Rows (tokens) in a step."""
+
+    epochs: int = 1
+    """Passes over the training rows."""
+
+    max_tokens: int | None = None
+    """Rows to train on, rounded down to whole batches, instead of --epochs."""
+
+    optimizer: OptimizerName = "signum"
+    """signum: schedule-free SignSGD, momentum 0.95. adam: Adam with warm-up and linear decay."""
+
+    lr: float | None = None
+    """Learning rate. Default: 5e-3 (signum) or 2e-4 (adam), divided by sqrt(latents / 2^14)."""
+
+    lr_warmup_steps: int = 1000
+    """Steps of linear warm-up; adam only."""
+
+    auxk_alpha: float = 1 / 32
+    """Weight of AuxK, which lets dead latents predict the residual. 0: off."""
+
+    dead_after: int | None = None
+    """Rows without firing after which a latent counts as dead. Default: 10 million, or one epoch if
+    that is less."""
+
+    val_fraction: float = 0.05
+    """Share of the shards that are held out and never trained on. 0: none."""
+
+    seed: int = 0
+    """Seed of the weights, of the order of rows and of the held-out split."""
+
+    device: str = "auto"
+    """Torch device, such as cpu or cuda:1. auto: cuda where there is one, else cpu."""
+
+    save_every: int = 1000
+    """Steps between checkpoints; the last step always has one."""
+
+    log_every: int = 10
+    """Steps that a line of metrics.jsonl covers."""
+
+    resume: bool = False
+    """Go on from the run's last checkpoint; begin a run that does not exist yet."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers and combinations that no run can carry out."""
+        for name in (
+            "expansion_factor",
+            "num_latents",
+            "k",
+            "batch_size",
+            "epochs",
+            "max_tokens",
+            "dead_after",
+            "save_every",
+            "log_every",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} is too small", expected=">= 1", got=value)
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ConfigError("--lr is out of range", expected="> 0", got=self.lr)
+        if not 0 <= self.auxk_alpha < float("inf"):
+            raise ConfigError("--auxk-alpha is out of range", expected=">= 0", got=self.auxk_alpha)
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError("--seed is out of range", expected="0 to 2**32 - 1", got=self.seed)
+        if self.lr_warmup_steps < 0:
+            raise ConfigError("--lr-warmup-steps is negative", got=self.lr_warmup_steps)

@@ -1,0 +1,151 @@
+"""How well a run's SAEs reconstruct rows that they were never trained on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from actcache.atomic import publish
+from actcache.errors import RunError
+from actcache.parse import to_json
+from actcache.progress import Progress
+from actcache.reader import Cache
+from saetrain.formats.sparsify import load_sae
+from saetrain.losses import total
+from saetrain.metrics import fired
+from saetrain.run import RunRecord, SaeEntry, check_same_cache, read_run
+from saetrain.sae import Sae
+from saetrain.tracking import METRICS, TIMINGS, last_line
+
+EVALUATION = "eval.json"
+_ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class SaeEvaluation:
+    """One SAE on the held-out rows."""
+
+    hookpoint: str
+    num_latents: int
+    k: int
+    fvu: float
+    """Σ‖x - x̂‖² / Σ‖x - mean‖² over the held-out rows; mean is that of the training rows."""
+    l0: float
+    """Mean number of active latents in a row."""
+    dead_percent: float
+    """Latents that did not fire in the last `dead_after` rows of training, percent."""
+    fired_percent: float
+    """Latents that fire at least once on the held-out rows, percent."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A run on its held-out rows."""
+
+    run: str
+    cache_id: str
+    rows: int
+    """Held-out rows."""
+    dead_after: int
+    """Rows without firing after which a latent is dead."""
+    rows_per_second: float
+    """Of training, all SAEs together, since the run was last started."""
+    saes: tuple[SaeEvaluation, ...]
+
+
+def evaluate(root: Path, cache_folder: str | None = None) -> Evaluation:
+    """Evaluate a run's exported SAEs and write `eval.json`.
+
+    Args:
+        root: folder of the run.
+        cache_folder: where the cache is now; None: where it was.
+
+    Raises:
+        RunError: no such run, or nothing was held out, or nothing has been trained yet, or the
+            held-out rows are not finite or do not vary.
+        CacheMismatchError: the cache is another one or has changed.
+    """
+    record = read_run(root)
+    cache = Cache.open(cache_folder or record.cache)
+    check_same_cache(record, cache)
+    if not record.held_out:
+        raise RunError(
+            f"{root} held nothing out to evaluate on",
+            remedy="fit with a --val-fraction above 0",
+        )
+    metrics, timings = last_line(root / METRICS), last_line(root / TIMINGS)
+    if metrics is None or timings is None:
+        raise RunError(
+            f"{root} has not been trained yet", remedy="saetrain fit with --resume goes on"
+        )
+    evaluation = Evaluation(
+        run=str(root),
+        cache_id=record.cache_id,
+        rows=sum(cache.receipts[shard].rows for shard in record.held_out),
+        dead_after=record.dead_after,
+        rows_per_second=timings["mean_rows_per_second"],
+        saes=tuple(
+            _evaluate_sae(
+                root, record, entry, cache, metrics["saes"][entry.hookpoint]["dead_percent"]
+            )
+            for entry in record.saes
+        ),
+    )
+    publish(root / EVALUATION, [to_json(evaluation)])
+    return evaluation
+
+
+def _evaluate_sae(
+    root: Path, record: RunRecord, entry: SaeEntry, cache: Cache, dead_percent: float
+) -> SaeEvaluation:
+    sae = load_sae(root / entry.hookpoint)
+    name, shards = entry.hookpoint, list(record.held_out)
+    mean = cache.statistics(name, record.training_shards).mean
+    denominator = cache.statistics(name, shards).squared_error_of(mean)
+    error, l0, alive = squared_error(sae, cache, name, shards)
+    rows = sum(cache.receipts[shard].rows for shard in shards)
+    if not (math.isfinite(error) and denominator > 0):
+        raise RunError(
+            f"the held-out rows of {name} cannot be evaluated on",
+            expected="finite rows that vary",
+            got=f"squared error {error}, variance {denominator}",
+            remedy="actcache inspect shows rows that are not finite",
+        )
+    return SaeEvaluation(
+        hookpoint=name,
+        num_latents=entry.config.num_latents,
+        k=entry.config.k,
+        fvu=error / denominator,
+        l0=l0 / rows,
+        dead_percent=dead_percent,
+        fired_percent=100.0 * float(alive.double().mean()),
+    )
+
+
+@torch.no_grad()
+def squared_error(
+    sae: Sae, cache: Cache, hookpoint: str, shards: list[int]
+) -> tuple[float, float, torch.Tensor]:
+    """Run an SAE over whole shards.
+
+    Returns:
+        Σ‖x - x̂‖², the number of active latents summed over rows, and which latents fired [M].
+    """
+    error, active = 0.0, 0.0
+    alive = torch.zeros(sae.num_latents, dtype=torch.bool, device=sae.W_enc.device)
+    bar = Progress(hookpoint, sum(cache.receipts[s].rows for s in shards), "rows")
+    for shard in shards:
+        for start in range(0, cache.receipts[shard].rows, _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, cache.receipts[shard].rows - start)
+            stored = cache.read(hookpoint, shard, start, count)
+            x = cache.codec.to_torch(stored).to(sae.W_enc)  # [n, D], the weights' type and device
+            output = sae(x)
+            error += float(total((x - output.reconstruction).double().pow(2).sum(dim=1)))
+            active += float((output.top_acts > 0).sum())
+            alive |= fired(output.top_acts, output.top_indices, sae.num_latents)
+            bar.advance(count, stored.nbytes)
+    bar.close()
+    return error, active, alive

@@ -1,0 +1,246 @@
+"""From options to a finished run: decide, check, build, train."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from actcache.atomic import remove_partials
+from actcache.device import choose_device
+from actcache.errors import ConfigError, FormatError, HookpointError, RunError
+from actcache.manifest import MANIFEST
+from actcache.order import make_plan, split_shards
+from actcache.reader import Cache
+from actcache.stream import ActivationStream
+from saetrain.checkpoint import FOLDER as CHECKPOINTS
+from saetrain.checkpoint import load_checkpoint, remove_others
+from saetrain.config import FitConfig, SaeConfig
+from saetrain.metrics import Firing, Meter
+from saetrain.optim import default_lr, make_optimizer
+from saetrain.run import (
+    FORMAT_VERSION,
+    RUN,
+    RunRecord,
+    SaeEntry,
+    check_same_cache,
+    check_same_run,
+    read_run,
+    receipts_digest,
+    write_run,
+)
+from saetrain.sae import Sae
+from saetrain.tracking import METRICS, Tracker, last_line
+from saetrain.trainer import Trainee, train
+
+_DEAD_AFTER = 10_000_000
+
+
+@dataclass(frozen=True)
+class FitSummary:
+    """What a call of `fit` did."""
+
+    run: str
+    steps: int
+    """Of the whole run."""
+    new_steps: int
+    """Done by this call."""
+    rows: int
+    """Trained on in the whole run."""
+    rows_per_second: float
+    """In this call, for all SAEs together; 0 when nothing was left to do."""
+    data_wait: float
+    """Share of the time spent waiting for rows."""
+    dead_after: int
+    """Rows without firing after which a latent is dead."""
+    saes: dict[str, dict[str, float]]
+    """Last line of metrics.jsonl, by hookpoint."""
+
+
+def fit(config: FitConfig) -> FitSummary:
+    """Train one SAE for each hookpoint chosen, or go on with a run.
+
+    Raises:
+        ActcacheError: one of its kinds, for anything a user can mend.
+    """
+    root = Path(config.out)
+    cache = Cache.open(config.cache)
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: the encoder's product is most of a step
+    begun = _is_begun(config, root)
+    record = _go_on(config, cache, root) if begun else _decide(config, cache)
+    trainees = _build(record, cache, device)
+    remove_partials(root)
+    if not begun:  # only now: a run that cannot be built leaves nothing behind
+        write_run(root, record)
+    first_step = _restore(root, record, trainees)
+    hookpoints = [entry.hookpoint for entry in record.saes]
+    epoch, step = divmod(first_step, record.plan.steps_per_epoch)
+    stream = ActivationStream(cache, hookpoints, record.plan, epoch=epoch, step=step)
+    tracker = Tracker(root, first_step, record.steps, record.plan.batch_size)
+    try:
+        train(root, record, trainees, stream, tracker, first_step)
+    finally:
+        stream.close()
+        rows_per_second, data_wait = tracker.close()
+    line = last_line(root / METRICS)
+    if line is None:  # a finished run that lost it; one that trained just wrote it
+        raise FormatError(f"{root / METRICS} is missing or empty", remedy="restore it from a copy")
+    return FitSummary(
+        run=str(root),
+        steps=record.steps,
+        new_steps=record.steps - first_step,
+        rows=record.steps * record.plan.batch_size,
+        rows_per_second=rows_per_second,
+        data_wait=data_wait,
+        dead_after=record.dead_after,
+        saes=line["saes"],
+    )
+
+
+def _is_begun(config: FitConfig, root: Path) -> bool:
+    """Whether the folder holds a run to go on with; raises `RunError` if it must not be used."""
+    if (root / RUN).exists():
+        if not config.resume:
+            raise RunError(
+                f"{root} holds a run already",
+                remedy="--resume to go on with it, or another --out",
+            )
+        return True
+    if root.exists():
+        if not root.is_dir():
+            raise RunError(f"--out {root} is a file", expected="a new or empty folder")
+        # A run killed while it wrote its first file has not begun.
+        if any(not path.name.startswith(f".{RUN}.") for path in root.iterdir()):
+            what = "a cache" if (root / MANIFEST).exists() else "other things"
+            raise RunError(f"--out {root} holds {what}", expected="a new or empty folder")
+    return False
+
+
+def _go_on(config: FitConfig, cache: Cache, root: Path) -> RunRecord:
+    """The record of the run that is there, checked against what is asked now."""
+    record = read_run(root)
+    check_same_cache(record, cache)
+    asked = dataclasses.replace(record, options=config)
+    check_same_run(record, asked)
+    return asked
+
+
+def _restore(root: Path, record: RunRecord, trainees: list[Trainee]) -> int:
+    """Put back the newest checkpoint, if there is one; returns the steps done.
+
+    Raises:
+        FormatError: it is damaged, or belongs to another run.
+    """
+    checkpoint = load_checkpoint(root)
+    if checkpoint is None:
+        return 0
+    state, tensors = checkpoint
+    epoch, step = divmod(state.step, record.plan.steps_per_epoch)
+    place = {"epoch": epoch, "step": step}
+    fits = len(tensors) == len(trainees) and 0 <= state.step <= record.steps
+    if not fits or state.stream != place:
+        expected = f"{len(trainees)} SAEs, step 0 to {record.steps}, the stream at {place}"
+        got = f"{len(tensors)} SAEs, step {state.step}, the stream at {state.stream}"
+        raise _foreign_checkpoint(root, expected, got)
+    for trainee, part, sae in zip(trainees, tensors, state.saes, strict=True):
+        try:
+            trainee.load_state(part, sae.numbers)
+        except (KeyError, RuntimeError) as error:
+            raise _foreign_checkpoint(root, f"the state of {trainee.entry}", error) from error
+    remove_others(root, state.step)
+    return state.step
+
+
+def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatError:
+    folder = root / CHECKPOINTS
+    return FormatError(
+        f"{folder} holds a checkpoint that is not of this run",
+        expected=expected,
+        got=got,
+        remedy=f"restore it from a copy, or remove {folder} and begin the run anew with --resume",
+    )
+
+
+def _decide(config: FitConfig, cache: Cache) -> RunRecord:
+    cache.require_shards()
+    training, held_out = split_shards(cache.shards, config.val_fraction, config.seed)
+    shards = [(shard, cache.receipts[shard].rows) for shard in training]
+    plan = make_plan(shards, cache.manifest.block_rows, config.batch_size, config.seed)
+    steps = config.epochs * plan.steps_per_epoch
+    if config.max_tokens is not None:
+        steps = config.max_tokens // config.batch_size
+        if steps == 0:
+            raise ConfigError(
+                "--max-tokens is less than one batch",
+                expected=f">= --batch-size {config.batch_size}",
+                got=config.max_tokens,
+            )
+    entries = tuple(
+        _entry(config, name, cache.manifest.width(name)) for name in _choose(config, cache)
+    )
+    return RunRecord(
+        format_version=FORMAT_VERSION,
+        cache=config.cache,
+        cache_id=cache.manifest.cache_id,
+        receipts_digest=receipts_digest(cache, training, held_out),
+        held_out=tuple(held_out),
+        plan=plan,
+        steps=steps,
+        dead_after=config.dead_after or min(_DEAD_AFTER, plan.steps_per_epoch * plan.batch_size),
+        saes=entries,
+        options=config,
+        versions={name: version(name) for name in ("actcache", "torch", "schedulefree")},
+    )
+
+
+def _choose(config: FitConfig, cache: Cache) -> list[str]:
+    """Hookpoints of the cache that the patterns mean, in the cache's order."""
+    patterns = config.hookpoint or ("*",)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in cache.hookpoints):
+            raise HookpointError(
+                f"{cache.root} holds no hookpoint that matches {pattern!r}",
+                expected=" | ".join(cache.hookpoints),
+                got=pattern,
+            )
+    return [
+        name for name in cache.hookpoints if any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+
+
+def _entry(config: FitConfig, hookpoint: str, width: int) -> SaeEntry:
+    num_latents = config.num_latents or width * config.expansion_factor
+    sizes = SaeConfig(width, num_latents, config.k)
+    lr = config.lr if config.lr is not None else default_lr(config.optimizer, num_latents)
+    return SaeEntry(hookpoint, sizes, lr, config.seed)
+
+
+def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Trainee]:
+    """Every SAE with its optimiser, b_dec at the mean of the training rows."""
+    options = record.options
+    trainees = []
+    for entry in record.saes:
+        statistics = cache.statistics(entry.hookpoint, record.training_shards)
+        if not statistics.variance > 0:
+            raise RunError(
+                f"the training rows of {entry.hookpoint} do not vary",
+                expected="a variance above 0",
+                got=statistics.variance,
+                remedy="leave this hookpoint out",
+            )
+        sizes = entry.config
+        sae = Sae(sizes.d_in, sizes.num_latents, sizes.k, seed=entry.seed, device=device)
+        with torch.no_grad():
+            sae.b_dec.copy_(torch.from_numpy(statistics.mean))
+        optimizer = make_optimizer(
+            options.optimizer, sae, entry.lr, options.lr_warmup_steps, record.steps
+        )
+        firing = Firing(sizes.num_latents, record.dead_after, device)
+        trainees.append(Trainee(entry, sae, optimizer, firing, Meter(device), statistics.variance))
+    return trainees

@@ -1,0 +1,1 @@
+"""Checkpoint families of the field, each read and written by one file."""

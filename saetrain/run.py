@@ -1,0 +1,150 @@
+"""`run.json`: what a run is, written once at its start and checked whenever it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.atomic import publish
+from actcache.errors import CacheMismatchError, FormatError, RunError
+from actcache.order import OrderPlan
+from actcache.parse import parse_dataclass, read_json, to_json
+from actcache.reader import Cache
+from saetrain.config import FitConfig, SaeConfig
+
+RUN = "run.json"
+FORMAT_VERSION = 1
+
+_FREE = {"cache", "out", "resume", "device", "save_every"}
+"""Options that may change between a run and its resumption: they do not touch its results."""
+
+
+@dataclass(frozen=True)
+class SaeEntry:
+    """One SAE of a run."""
+
+    hookpoint: str
+    """Hookpoint it is trained on, and its folder within the run."""
+    config: SaeConfig
+    """Its sizes."""
+    lr: float
+    """Its peak learning rate."""
+    seed: int
+    """Seed of its weights."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that decides a run's results, and what it was made with."""
+
+    format_version: int
+    cache: str
+    """Folder of the cache when the run began."""
+    cache_id: str
+    """Id of the cache."""
+    receipts_digest: str
+    """Digest over the receipts of the training shards and the held-out ones."""
+    held_out: tuple[int, ...]
+    """Shards that are never trained on."""
+    plan: OrderPlan
+    """Training shards and the order of their rows."""
+    steps: int
+    """Steps of the whole run."""
+    dead_after: int
+    """Rows without firing after which a latent is dead."""
+    saes: tuple[SaeEntry, ...]
+    """The SAEs, in order."""
+    options: FitConfig
+    """The options as given."""
+    versions: dict[str, str]
+    """Libraries that the run began with."""
+
+    def __post_init__(self) -> None:
+        """Refuse a record of another version."""
+        if self.format_version != FORMAT_VERSION:
+            raise FormatError(
+                "the run has another format version",
+                expected=FORMAT_VERSION,
+                got=self.format_version,
+                remedy="install the version of actcache that began it",
+            )
+
+    @property
+    def training_shards(self) -> list[int]:
+        """Numbers of the shards that are trained on."""
+        return [shard for shard, _ in self.plan.shards]
+
+
+def write_run(root: Path, record: RunRecord) -> None:
+    """Lay down what the run is."""
+    publish(root / RUN, [to_json(record)])
+
+
+def read_run(root: Path) -> RunRecord:
+    """The record of the run in a folder.
+
+    Raises:
+        RunError: there is no run.
+        FormatError: its record is damaged.
+    """
+    path = root / RUN
+    try:
+        return parse_dataclass(RunRecord, read_json(path), str(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(
+            f"{root} is not a run: it holds no {RUN}", remedy=f"saetrain fit CACHE --out {root}"
+        ) from error
+
+
+def receipts_digest(cache: Cache, training: list[int], held_out: list[int]) -> str:
+    """One digest over all shards that a run uses.
+
+    Raises:
+        CacheMismatchError: the cache no longer holds one of them.
+    """
+    shards = [*training, *held_out]
+    if missing := sorted(set(shards) - set(cache.shards)):
+        raise CacheMismatchError(
+            f"{cache.root} no longer holds all the shards of this run",
+            expected=f"{len(shards)} shards",
+            got=f"without {missing[:8]}",
+            remedy="harvest them again: the same command restores them",
+        )
+    return cache.digest(shards)
+
+
+def check_same_cache(record: RunRecord, cache: Cache) -> None:
+    """Refuse another cache, or one whose shards have changed; raises `CacheMismatchError`."""
+    if record.cache_id != cache.manifest.cache_id:
+        raise CacheMismatchError(
+            f"{cache.root} is not the cache of this run",
+            expected=f"cache id {record.cache_id}",
+            got=cache.manifest.cache_id,
+            remedy="name the right folder",
+        )
+    digest = receipts_digest(cache, record.training_shards, list(record.held_out))
+    if digest != record.receipts_digest:
+        raise CacheMismatchError(
+            f"the shards of {cache.root} have changed since this run began",
+            expected=f"receipts digest {record.receipts_digest}",
+            got=digest,
+            remedy="restore the cache, or begin another run",
+        )
+
+
+def check_same_run(record: RunRecord, now: RunRecord) -> None:
+    """Refuse to go on with options that would give other results; raises `RunError`."""
+    old, new = dataclasses.asdict(record.options), dataclasses.asdict(now.options)
+    changed = [
+        f"--{name.replace('_', '-')}: {old[name]!r} then, {new[name]!r} now"
+        for name in old
+        if name not in _FREE and old[name] != new[name]
+    ]
+    if changed:
+        raise RunError(
+            f"{now.options.out} was begun with other options",
+            got="\n            ".join(changed),
+            remedy="repeat the options of its start (they stand in run.json), or choose another "
+            "--out",
+        )

@@ -1,0 +1,122 @@
+"""What a run tells: metrics.jsonl (functions of the run), timings.jsonl (all else), a bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actcache.errors import FormatError
+from actcache.progress import Progress
+
+METRICS = "metrics.jsonl"
+TIMINGS = "timings.jsonl"
+
+
+class Tracker:
+    """Writes both files and draws the bar.
+
+    A resumed run first cuts both files back to its checkpoint's step, so that metrics.jsonl ends as
+    if there had been no interruption.
+    """
+
+    def __init__(self, root: Path, step: int, steps: int, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._files = {}
+        for name in (METRICS, TIMINGS):
+            cut_back(root / name, step)
+            self._files[name] = (root / name).open("a")
+        self._bar = Progress("fit", steps * batch_size, "rows", initial=step * batch_size)
+        self._began = self._last = time.monotonic()
+        self._first_step = self._last_step = step
+        self._waited = 0.0
+
+    def log(self, step: int, metrics: Mapping[str, Mapping[str, float]], waited: float) -> None:
+        """Write one line of each file.
+
+        Args:
+            step: steps done.
+            metrics: by hookpoint, means since the last line.
+            waited: seconds spent waiting for rows since the run was started.
+        """
+        now = time.monotonic()
+        rows = (step - self._last_step) * self._batch_size
+        seconds = max(now - self._last, 1e-9)
+        timings = {
+            "step": step,
+            "rows_per_second": rows / seconds,
+            "mean_rows_per_second": (step - self._first_step)
+            * self._batch_size
+            / max(now - self._began, 1e-9),
+            "data_wait": (waited - self._waited) / seconds,
+            "seconds": now - self._began,
+            "peak_memory_bytes": peak_memory(),
+        }
+        self._write(METRICS, {"step": step, "rows": step * self._batch_size, "saes": metrics})
+        self._write(TIMINGS, timings)
+        fvu = sum(m["fvu"] for m in metrics.values()) / len(metrics)
+        self._bar.advance(rows, fvu=f"{fvu:.4f}", data_wait=f"{timings['data_wait']:.0%}")
+        self._last, self._last_step, self._waited = now, step, waited
+
+    def sync(self) -> None:
+        """Make all lines durable: a checkpoint must not know more than they say."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def close(self) -> tuple[float, float]:
+        """Close all; returns rows per second and the share of time spent waiting for rows."""
+        self._bar.close()
+        for file in self._files.values():
+            file.close()
+        seconds = max(self._last - self._began, 1e-9)
+        rows = (self._last_step - self._first_step) * self._batch_size
+        return rows / seconds, self._waited / seconds
+
+    def _write(self, name: str, line: Mapping[str, Any]) -> None:
+        self._files[name].write(json.dumps(line) + "\n")
+        self._files[name].flush()
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines after a step, and a last line that was cut off in writing.
+
+    Raises:
+        FormatError: a whole line is damaged.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n") or _parse(path, line)["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)  # noqa: PTH105
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a .jsonl file, or None; raises `FormatError`."""
+    text = path.read_text() if path.exists() else ""
+    whole, _, _ = text.rpartition("\n")  # what follows was cut off in writing
+    return _parse(path, whole.rpartition("\n")[2]) if whole else None
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        line: object = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"{path} holds a line that is not JSON", got=text[:80]) from error
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        raise FormatError(f"{path} holds a line without a step", got=text[:80])
+    return line
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,151 @@
+"""The loop and the step, nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from actcache.errors import RunError
+from actcache.stream import ActivationStream
+from saetrain.checkpoint import save_checkpoint
+from saetrain.formats.sparsify import save_sae
+from saetrain.losses import compute_losses
+from saetrain.metrics import Firing, Meter
+from saetrain.optim import Optimizer
+from saetrain.run import RunRecord, SaeEntry
+from saetrain.sae import Sae
+from saetrain.tracking import Tracker
+
+V = TypeVar("V")
+
+
+@dataclass
+class Trainee:
+    """One SAE in training, with all that belongs to it alone."""
+
+    entry: SaeEntry
+    sae: Sae
+    optimizer: Optimizer
+    firing: Firing
+    meter: Meter
+    variance: float
+    """Mean of ‖x - mean‖² over the training rows."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Tensors and numbers for a checkpoint."""
+        tensors = {f"sae.{name}": p for name, p in self.sae.state_dict().items()}
+        tensors |= {f"optimizer.{name}": t for name, t in self.optimizer.state_tensors().items()}
+        tensors |= {"firing": self.firing.rows_since, "meter": self.meter.sums}
+        numbers = {f"optimizer.{k}": v for k, v in self.optimizer.state_numbers().items()}
+        return tensors, numbers | {"meter.steps": self.meter.steps}
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Put back what `state` gave."""
+        self.sae.load_state_dict(_below("sae.", tensors))
+        self.optimizer.load_state(_below("optimizer.", tensors), _below("optimizer.", numbers))
+        self.firing.rows_since.copy_(tensors["firing"])
+        self.meter.sums.copy_(tensors["meter"])
+        self.meter.steps = int(numbers["meter.steps"])
+
+
+def train(
+    root: Path,
+    record: RunRecord,
+    trainees: list[Trainee],
+    stream: ActivationStream,
+    tracker: Tracker,
+    first_step: int,
+) -> None:
+    """Train until the run's last step, from `first_step` on.
+
+    Raises:
+        RunError: a loss is not finite; the checkpoint before it stays.
+    """
+    options = record.options
+    for step in range(first_step, record.steps):
+        batch = next(stream)
+        for trainee in trainees:
+            train_step(
+                trainee, batch.activations[trainee.entry.hookpoint], step, options.auxk_alpha
+            )
+        done = step + 1
+        last = done == record.steps
+        if done % options.log_every == 0 or last:
+            tracker.log(done, _read_metrics(trainees, done), stream.seconds_waited)
+        if done % options.save_every == 0 or last:
+            tracker.sync()
+            save(root, done, trainees, stream)
+
+
+def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> None:
+    """One update of one SAE from a batch of rows [N, D], in any type, on any device."""
+    sae = trainee.sae
+    # Before the step, not after: what signum exports is an average drawn from the weights that the
+    # step leaves, and normalising those last costs it 1% of FVU.
+    sae.normalise_decoder()
+    x = rows.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype, non_blocking=True)
+    dead = trainee.firing.dead() if auxk_alpha > 0 else None
+    losses = compute_losses(sae, x, trainee.variance, dead)
+    torch.autograd.backward(losses.fvu + auxk_alpha * losses.auxk)
+    sae.remove_parallel_gradient()
+    trainee.optimizer.step(step)
+    trainee.firing.add((losses.output.top_acts, losses.output.top_indices))
+    trainee.meter.add(losses)
+
+
+def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStream) -> None:
+    """Write every SAE as others load it, and a checkpoint.
+
+    The checkpoint comes last: killed before it, the run does these steps again and writes the same
+    SAEs; killed after it, nothing is missing.
+    """
+    for trainee in trainees:
+        _require_finite_state(trainee, done)
+    for trainee in trainees:
+        folder = root / trainee.entry.hookpoint
+        save_sae(folder, trainee.entry.config, trainee.optimizer.weights_to_export())
+    save_checkpoint(root, done, stream.state_dict(), [trainee.state() for trainee in trainees])
+
+
+def _read_metrics(trainees: list[Trainee], step: int) -> dict[str, dict[str, float]]:
+    metrics = {}
+    for trainee in trainees:
+        means = trainee.meter.read()
+        _require_finite(trainee, means["fvu"] + means["auxk"], step)
+        dead = {
+            "dead_percent": trainee.firing.dead_percent(),
+            "dead_after": trainee.firing.dead_after,
+        }
+        metrics[trainee.entry.hookpoint] = means | dead
+    return metrics
+
+
+def _require_finite_state(trainee: Trainee, step: int) -> None:
+    """Refuse to save what a loss that was not finite has touched.
+
+    The weights alone do not tell: the sign of NaN is 0, so signum keeps them finite.
+    """
+    _require_finite(trainee, float(trainee.meter.sums.sum()), step)
+    for parameter in trainee.sae.parameters():
+        if not bool(parameter.isfinite().all()):
+            _require_finite(trainee, math.nan, step)
+
+
+def _require_finite(trainee: Trainee, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise RunError(
+            f"the loss of {trainee.entry.hookpoint} is not finite by step {step}",
+            expected="a number",
+            got=value,
+            remedy="a smaller --lr; actcache inspect shows rows that are not finite. The last "
+            "checkpoint is from before",
+        )
+
+
+def _below(prefix: str, items: dict[str, V]) -> dict[str, V]:
+    return {k.removeprefix(prefix): v for k, v in items.items() if k.startswith(prefix)}

@@ -1,0 +1,114 @@
+"""Builders of this suite: options of a small run, a trainee, the peer that we are compared with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cache_path(make_cache: Callable[..., Path]) -> Path:
+    """Four shards of 128 rows at layers.0 and layers.1, width 16. Nobody may change it."""
+    return make_cache()
+
+
+@pytest.fixture
+def options(cache_path: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Options of a run of two SAEs over 12 steps an epoch, with AuxK at work from step 2 on."""
+    from saetrain.config import FitConfig
+
+    def make(**changes: Any) -> FitConfig:
+        small = {
+            "cache": str(cache_path),
+            "out": str(tmp_path / "run"),
+            "num_latents": 48,
+            "k": 3,
+            "batch_size": 32,
+            "lr": 0.01,
+            "lr_warmup_steps": 4,
+            "dead_after": 64,
+            "save_every": 3,
+            "log_every": 4,
+            "device": "cpu",
+        }
+        return FitConfig(**small | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """Every file of a run that must not depend on when, where and how often it was started."""
+
+    def take(root: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in sorted(root.rglob("*"))
+            if path.is_file() and path.name not in ("run.json", "timings.jsonl")
+        }
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def make_trainee() -> Callable[..., Any]:
+    """A factory of SAEs with all that `train_step` needs."""
+    import torch
+
+    from saetrain.config import SaeConfig
+    from saetrain.metrics import Firing, Meter
+    from saetrain.optim import make_optimizer
+    from saetrain.run import SaeEntry
+    from saetrain.sae import Sae
+    from saetrain.trainer import Trainee
+
+    def make(
+        d_in: int = 16,
+        num_latents: int = 64,
+        k: int = 4,
+        *,
+        optimizer: str = "signum",
+        lr: float = 0.01,
+        warmup: int = 0,
+        steps: int = 50,
+        dtype: torch.dtype = torch.float32,
+        dead_after: int = 10**9,
+        variance: float = 1.0,
+    ) -> Trainee:
+        device = torch.device("cpu")
+        sae = Sae(d_in, num_latents, k, dtype=dtype)
+        return Trainee(
+            SaeEntry("layers.0", SaeConfig(d_in, num_latents, k), lr, seed=0),
+            sae,
+            make_optimizer(optimizer, sae, lr, warmup, steps),  # type: ignore[arg-type]
+            Firing(num_latents, dead_after, device),
+            Meter(device),
+            variance,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sparsify() -> ModuleType:
+    """The peer's package. It needs to be told not to use triton on a CPU, before it is imported."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    import sparsify
+
+    return sparsify
+
+
+@pytest.fixture(scope="session")
+def make_peer(sparsify: ModuleType) -> Callable[..., Any]:
+    """A factory of the peer's modules."""
+
+    def make(d_in: int, num_latents: int, k: int, **arguments: Any) -> Any:
+        config = sparsify.SparseCoderConfig(num_latents=num_latents, k=k)
+        return sparsify.SparseCoder(d_in, config, **arguments)
+
+    return make

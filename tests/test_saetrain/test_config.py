@@ -1,0 +1,57 @@
+"""`saetrain.config`: what is refused before anything is read."""
+
+from __future__ import annotations
+
+import pytest
+
+from actcache.errors import ConfigError
+from saetrain.config import FitConfig, SaeConfig
+
+
+@pytest.mark.parametrize("sizes", [(0, 8, 2), (4, 0, 2), (4, 8, 0), (-4, 8, 2)])
+def test_an_sae_without_positive_sizes_is_refused(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        SaeConfig(*sizes)
+
+
+def test_k_may_be_all_latents_and_no_more() -> None:
+    assert SaeConfig(4, 8, 8).k == 8
+    with pytest.raises(ConfigError, match=r"--k is larger(.|\n)*<= 8(.|\n)*9"):
+        SaeConfig(4, 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("expansion_factor", 0),
+        ("num_latents", 0),
+        ("k", 0),
+        ("batch_size", 0),
+        ("epochs", 0),
+        ("max_tokens", 0),
+        ("dead_after", 0),
+        ("save_every", 0),
+        ("log_every", -1),
+        ("lr", 0.0),
+        ("lr", float("inf")),
+        ("lr", float("nan")),
+        ("auxk_alpha", -0.1),
+        ("auxk_alpha", float("nan")),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("lr_warmup_steps", -1),
+    ],
+)
+def test_a_number_that_no_run_can_carry_out_is_refused_by_its_option(
+    option: str, value: float
+) -> None:
+    with pytest.raises(ConfigError, match="--" + option.replace("_", "-")):
+        FitConfig("cache", "run", **{option: value})  # type: ignore[arg-type]
+
+
+def test_the_defaults_are_those_of_the_field() -> None:
+    config = FitConfig("cache", "run")
+    assert (config.optimizer, config.expansion_factor, config.k) == ("signum", 32, 32)
+    assert config.auxk_alpha == 1 / 32
+    assert config.lr is None
+    assert config.dead_after is None

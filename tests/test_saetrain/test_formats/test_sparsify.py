@@ -1,0 +1,202 @@
+"""`saetrain.formats.sparsify` with the real package on the other side. D d_in, M num_latents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from actcache.errors import FormatError
+from saetrain.config import SaeConfig
+from saetrain.formats.sparsify import CONFIG, WEIGHTS, load_sae, read_config, save_sae
+from saetrain.sae import Sae
+
+D, M, K = 8, 20, 3
+
+
+def randomised(sae: Any) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return sae
+
+
+def batch(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(50, D, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+
+def saved(folder: Path) -> Sae:
+    """An SAE, also saved in `folder`."""
+    sae: Sae = randomised(Sae(D, M, K))
+    save_sae(folder, SaeConfig(D, M, K), dict(sae.named_parameters()))
+    return sae
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    tensors: dict[str, Any] = load_file(folder / WEIGHTS) | changes
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / WEIGHTS)
+
+
+def test_the_peer_loads_what_we_save_and_reconstructs_the_same(
+    sparsify: ModuleType, tmp_path: Path
+) -> None:
+    sae = saved(tmp_path / "layers.9.mlp")
+    peer = sparsify.SparseCoder.load_from_disk(tmp_path / "layers.9.mlp")
+    assert (peer.d_in, peer.num_latents, peer.cfg.k) == (D, M, K)
+    torch.testing.assert_close(
+        sae(batch()).reconstruction, peer(batch()).sae_out, rtol=1e-5, atol=1e-5
+    )
+    many = sparsify.SparseCoder.load_many(str(tmp_path), local=True)
+    assert list(many) == ["layers.9.mlp"]
+
+
+@pytest.mark.parametrize("num_latents", [0, M])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_we_load_what_the_peer_saves_and_reconstruct_the_same(
+    sparsify: ModuleType, tmp_path: Path, num_latents: int, dtype: torch.dtype
+) -> None:
+    config = sparsify.SparseCoderConfig(num_latents=num_latents, expansion_factor=4, k=K)
+    peer = randomised(sparsify.SparseCoder(D, config, dtype=dtype))
+    peer.save_to_disk(tmp_path)
+    sae = load_sae(tmp_path)
+    assert (sae.d_in, sae.num_latents, sae.k) == (D, num_latents or 4 * D, K)
+    assert sae.W_enc.dtype == dtype
+    for ours, theirs in (
+        (sae.W_enc, peer.encoder.weight),
+        (sae.b_enc, peer.encoder.bias),
+        (sae.W_dec, peer.W_dec),
+        (sae.b_dec, peer.b_dec),
+    ):
+        assert torch.equal(ours, theirs)
+    if dtype != torch.bfloat16:  # there a tie decides which latents are chosen
+        torch.testing.assert_close(
+            sae(batch(dtype)).reconstruction, peer(batch(dtype)).sae_out, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_our_config_has_exactly_the_peers_keys(sparsify: ModuleType, tmp_path: Path) -> None:
+    saved(tmp_path / "ours")
+    config = sparsify.SparseCoderConfig(num_latents=M, expansion_factor=2, k=K)
+    sparsify.SparseCoder(D, config).save_to_disk(tmp_path / "theirs")
+    ours, theirs = (json.loads((tmp_path / who / CONFIG).read_text()) for who in ("ours", "theirs"))
+    assert ours == theirs
+    ours_file, theirs_file = (load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs"))
+    assert {n: (t.shape, t.dtype) for n, t in ours_file.items()} == {
+        n: (t.shape, t.dtype) for n, t in theirs_file.items()
+    }
+
+
+def test_an_sae_comes_back_bit_for_bit_and_over_an_older_one(tmp_path: Path) -> None:
+    save_sae(tmp_path, SaeConfig(D, M, 1), dict(Sae(D, M, 1).named_parameters()))
+    sae, loaded = saved(tmp_path), load_sae(tmp_path)
+    assert loaded.k == K
+    for name, parameter in sae.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+
+
+def test_keys_of_other_versions_are_ignored_and_missing_ones_have_the_peers_defaults(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / CONFIG).write_text('{"d_in": 4, "signed": false, "jumprelu": null}')
+    config = read_config(tmp_path)
+    assert (config.d_in, config.k, config.expansion_factor, config.num_latents) == (4, 32, 32, 0)
+
+
+def test_a_folder_without_an_sae_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"holds no SAE(.|\n)*cfg\.json"):
+        load_sae(tmp_path)
+    saved(tmp_path / "half")
+    (tmp_path / "half" / WEIGHTS).unlink()
+    with pytest.raises(FormatError, match=WEIGHTS):
+        load_sae(tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"d_in": "8"}', '{"d_in": 8, "k": 2.5}', "NaN"]
+)
+def test_a_damaged_config_is_refused(tmp_path: Path, text: str) -> None:
+    saved(tmp_path)
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(FormatError, match=r"cfg\.json"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation": "groupmax"},
+        {"activation": "jumprelu"},
+        {"transcode": True},
+        {"skip_connection": True},
+        {"k": M + 1},
+        {"k": 0},
+        {"d_in": 0},
+        {"d_in": -8},
+        {"num_latents": -20},
+    ],
+    ids=str,
+)
+def test_an_sae_of_another_kind_or_with_impossible_sizes_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    saved(tmp_path)
+    edit_config(tmp_path, **change)
+    with pytest.raises(FormatError, match=r"cfg\.json"):
+        load_sae(tmp_path)
+
+
+def test_a_transcoder_of_the_peer_is_refused(sparsify: ModuleType, tmp_path: Path) -> None:
+    config = sparsify.SparseCoderConfig(num_latents=M, k=K, transcode=True, skip_connection=True)
+    sparsify.SparseCoder(D, config).save_to_disk(tmp_path)
+    with pytest.raises(FormatError, match="not a plain TopK"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["encoder.weight", "encoder.bias", "W_dec", "b_dec"])
+def test_a_tensor_that_is_missing_or_has_another_shape_is_named(tmp_path: Path, name: str) -> None:
+    saved(tmp_path)
+    shape = load_file(tmp_path / WEIGHTS)[name].shape
+    edit_tensors(tmp_path, **{name: torch.zeros(*shape, 1)})
+    with pytest.raises(FormatError, match=rf"tensor {name}"):
+        load_sae(tmp_path)
+    edit_tensors(tmp_path, **{name: None})
+    with pytest.raises(FormatError, match=rf"tensor {name}(.|\n)*nothing"):
+        load_sae(tmp_path)
+
+
+def test_a_config_of_other_sizes_than_its_tensors_is_refused_before_it_costs_memory(
+    tmp_path: Path,
+) -> None:
+    saved(tmp_path)
+    edit_config(tmp_path, num_latents=2**50)
+    with pytest.raises(FormatError, match=r"encoder\.weight"):
+        load_sae(tmp_path)
+
+
+def test_weights_that_are_not_numbers_with_a_point_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({name: t.to(torch.int32) for name, t in tensors.items()}, tmp_path / WEIGHTS)
+    with pytest.raises(FormatError, match="int32"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 300])
+def test_a_weights_file_that_was_cut_is_refused(tmp_path: Path, keep: int) -> None:
+    saved(tmp_path)
+    data = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(data[:keep])
+    with pytest.raises(FormatError, match=WEIGHTS):
+        load_sae(tmp_path)

@@ -1,0 +1,81 @@
+"""`saetrain.optim.adam` against torch's Adam under transformers' schedule, as sparsify runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+from saetrain.optim.adam import Adam
+
+LR, WARMUP, STEPS = 0.03, 5, 20
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator))
+        for name, shape in {"W": (7, 5), "b": (5,)}.items()
+    }
+
+
+def give_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_weights_follow_torchs_adam_under_transformers_schedule() -> None:
+    ours, theirs = parameters(), parameters()
+    adam = Adam(ours, LR, WARMUP, STEPS)
+    peer = torch.optim.Adam(theirs.values(), lr=LR)
+    schedule = get_linear_schedule_with_warmup(peer, WARMUP, STEPS)
+    for step in range(STEPS):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        adam.step(step)
+        peer.step()
+        schedule.step()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+    assert_same(adam.weights_to_export(), copies(ours))
+
+
+def test_the_first_step_of_a_warm_up_changes_nothing_and_drops_the_gradients() -> None:
+    ours = parameters()
+    adam = Adam(ours, LR, WARMUP, STEPS)
+    give_gradients(ours, 0)
+    adam.step(0)
+    assert_same(copies(ours), copies(parameters()))
+    assert all(parameter.grad is None for parameter in ours.values())
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 9])
+def test_state_put_back_goes_on_bit_for_bit(steps_before: int) -> None:
+    ours = parameters()
+    adam = Adam(ours, LR, WARMUP, STEPS)
+    for step in range(steps_before):
+        give_gradients(ours, step)
+        adam.step(step)
+    again = {name: nn.Parameter(value) for name, value in copies(ours).items()}
+    resumed = Adam(again, LR, WARMUP, STEPS)
+    resumed.load_state(copies(adam.state_tensors()), adam.state_numbers())
+    for step in range(steps_before, STEPS):
+        for optimizer, weights in ((adam, ours), (resumed, again)):
+            give_gradients(weights, step)
+            optimizer.step(step)
+    assert_same(copies(ours), copies(again))
+    assert_same(adam.state_tensors(), resumed.state_tensors())

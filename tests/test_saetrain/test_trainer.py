@@ -1,0 +1,265 @@
+"""`saetrain.trainer`: the step against sparsify's own. N tokens, D d_in, M num_latents, K k."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from schedulefree import ScheduleFreeWrapper
+from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
+
+from actcache.errors import RunError
+from saetrain.trainer import Trainee, save, train_step
+
+N, D, M, K = 64, 16, 64, 4
+STEPS, WARMUP = 50, 10
+LR = {"signum": 0.01, "adam": 0.003}
+
+BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
+
+
+def batches(dtype: torch.dtype) -> Tensor:
+    """Rows that are sparse combinations of M directions, with a mean. [STEPS, N, D]"""
+    generator = torch.Generator().manual_seed(11)
+    directions = torch.randn(M, D, generator=generator, dtype=torch.float64)
+    codes = torch.rand(STEPS, N, M, generator=generator, dtype=torch.float64)
+    codes *= torch.rand(STEPS, N, M, generator=generator) < 4 / M
+    noise = torch.randn(STEPS, N, D, generator=generator, dtype=torch.float64)
+    return (codes @ directions + 0.1 * noise + 0.5).to(dtype)
+
+
+class Peer:
+    """sparsify's module and optimiser, run as its trainer runs them on a given denominator."""
+
+    def __init__(self, module: Any, trainee: Trainee, optimizer: str) -> None:
+        from sparsify.sign_sgd import SignSGD
+
+        self.module, self.variance = module, trainee.variance
+        with torch.no_grad():
+            for ours, theirs in zip(trainee.sae.parameters(), self.weights(), strict=True):
+                theirs.copy_(ours)
+        self.schedule: Any = None
+        if optimizer == "signum":
+            base = SignSGD(module.parameters(), lr=LR[optimizer])
+            self.optimizer: Any = ScheduleFreeWrapper(base, momentum=0.95)
+            self.optimizer.train()
+        else:
+            self.optimizer = torch.optim.Adam(module.parameters(), lr=LR[optimizer])
+            self.schedule = get_linear_schedule_with_warmup(self.optimizer, WARMUP, STEPS)
+
+    def weights(self) -> list[Tensor]:
+        """In the order of our parameters."""
+        module = self.module
+        return [module.encoder.weight, module.encoder.bias, module.W_dec, module.b_dec]
+
+    def step(self, x: Tensor) -> float:
+        """One step; returns its FVU."""
+        self.module.set_decoder_norm_to_unit_norm()
+        denominator = torch.tensor(len(x) * self.variance, dtype=x.dtype)
+        output = self.module(x, total_variance=denominator)
+        output.fvu.backward()
+        self.module.remove_gradient_parallel_to_decoder_directions()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.schedule is not None:
+            self.schedule.step()
+        return float(output.fvu.detach())
+
+
+def our_step(trainee: Trainee, x: Tensor, step: int, alpha: float = 0.0) -> dict[str, float]:
+    train_step(trainee, x, step, alpha)
+    return trainee.meter.read()
+
+
+@pytest.fixture
+def make_pair(
+    make_trainee: Callable[..., Trainee], make_peer: Callable[..., Any], sparsify: ModuleType
+) -> Callable[[str, torch.dtype], tuple[Trainee, Peer]]:
+    """Ours and the peer's, with equal weights, b_dec at the first batch's mean."""
+
+    def make(optimizer: str, dtype: torch.dtype) -> tuple[Trainee, Peer]:
+        trainee = make_trainee(
+            D,
+            M,
+            K,
+            optimizer=optimizer,
+            lr=LR[optimizer],
+            warmup=WARMUP,
+            steps=STEPS,
+            dtype=dtype,
+            variance=3.7,
+        )
+        with torch.no_grad():
+            trainee.sae.b_dec.copy_(batches(dtype)[0].mean(dim=0))
+        return trainee, Peer(make_peer(D, M, K, dtype=dtype), trainee, optimizer)
+
+    return make
+
+
+@BOTH_OPTIMIZERS
+def test_fifty_steps_in_float64_have_the_peers_losses_and_leave_its_weights(
+    make_pair: Callable[..., tuple[Trainee, Peer]], optimizer: str
+) -> None:
+    trainee, peer = make_pair(optimizer, torch.float64)
+    ours, theirs = [], []
+    for step, x in enumerate(batches(torch.float64)):
+        ours.append(our_step(trainee, x, step)["fvu"])
+        theirs.append(peer.step(x))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert ours[-1] < 0.8 * ours[0]  # the steps did something
+    if optimizer == "signum":
+        peer.optimizer.eval()  # as the peer does before it saves
+    exported = trainee.optimizer.weights_to_export().values()
+    for weights, expected in zip(exported, peer.weights(), strict=True):
+        torch.testing.assert_close(weights, expected.detach(), rtol=1e-6, atol=1e-8)
+
+
+@BOTH_OPTIMIZERS
+def test_the_first_step_in_float32_has_the_peers_loss_and_update(
+    make_pair: Callable[..., tuple[Trainee, Peer]], optimizer: str
+) -> None:
+    trainee, peer = make_pair(optimizer, torch.float32)
+    x = batches(torch.float32)[0]
+    step = WARMUP if optimizer == "adam" else 0  # Adam's learning rate begins at 0
+    if peer.schedule is not None:
+        peer.optimizer.param_groups[0]["lr"] = LR[optimizer]
+    assert our_step(trainee, x, step)["fvu"] == pytest.approx(peer.step(x), rel=1e-6)
+    for ours, theirs in zip(trainee.sae.parameters(), peer.weights(), strict=True):
+        # The sign of a gradient that is zero but for rounding may differ; nothing else may.
+        differing = ((ours - theirs).abs() > 1e-6).double().mean()
+        assert differing < 0.01
+
+
+@BOTH_OPTIMIZERS
+def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
+    make_trainee: Callable[..., Trainee], optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainee = make_trainee(D, M, K, optimizer=optimizer, lr=0.1)
+    deviations, forward = [], trainee.sae.forward
+
+    def spy(x: Tensor) -> Any:
+        deviations.append(float((trainee.sae.W_dec.detach().norm(dim=1) - 1).abs().max()))
+        return forward(x)
+
+    monkeypatch.setattr(trainee.sae, "forward", spy)
+    for step, x in enumerate(batches(torch.float32)[:10]):
+        train_step(trainee, x, step, 0.0)
+    assert len(deviations) == 10
+    assert max(deviations) < 1e-6
+
+
+def test_the_optimiser_never_sees_a_gradient_along_a_decoder_row(
+    make_trainee: Callable[..., Trainee], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainee = make_trainee(D, M, K, dtype=torch.float64)
+    along = []
+
+    def spy(_: int) -> None:
+        W_dec, gradient = trainee.sae.W_dec.detach(), trainee.sae.W_dec.grad
+        assert gradient is not None
+        along.append(float((gradient * W_dec).sum(dim=1).abs().max() / gradient.abs().max()))
+
+    monkeypatch.setattr(trainee.optimizer, "step", spy)
+    train_step(trainee, batches(torch.float64)[0], 0, 0.0)
+    assert along[0] < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rows_of_any_type_train_as_the_same_numbers_in_the_weights_type(
+    make_trainee: Callable[..., Trainee], dtype: torch.dtype
+) -> None:
+    rows = batches(torch.float32)[0].to(dtype)
+    ours, same = make_trainee(D, M, K), make_trainee(D, M, K)
+    train_step(ours, rows, 0, 0.0)
+    train_step(same, rows.float(), 0, 0.0)
+    assert torch.equal(ours.sae.W_enc, same.sae.W_enc)
+    assert torch.equal(ours.meter.sums, same.meter.sums)
+
+
+def test_auxk_begins_when_latents_are_dead_and_revives_them(
+    make_trainee: Callable[..., Trainee],
+) -> None:
+    trainee = make_trainee(D, M, K, dead_after=2 * N, lr=0.02)
+    with torch.no_grad():
+        trainee.sae.b_enc[M // 2 :] = -0.7  # never among the strongest at first
+    auxk, dead = [], []
+    for step, x in enumerate(batches(torch.float32)):
+        auxk.append(our_step(trainee, x, step, alpha=1.0)["auxk"])
+        dead.append(trainee.firing.dead_percent())
+    assert auxk[:2] == [0.0, 0.0]
+    assert min(auxk[2:5]) > 0
+    assert dead[1] > 20
+    assert dead[-1] < dead[1] / 2
+
+
+def test_with_auxk_off_dead_latents_cost_nothing_and_feel_nothing(
+    make_trainee: Callable[..., Trainee],
+) -> None:
+    trainee = make_trainee(D, M, K, dead_after=1)
+    with torch.no_grad():
+        trainee.sae.b_enc[7] = -100.0
+    before = trainee.sae.W_enc[7].detach().clone()
+    for step, x in enumerate(batches(torch.float32)[:5]):
+        assert our_step(trainee, x, step, alpha=0.0)["auxk"] == 0
+    assert trainee.firing.dead()[7]
+    assert torch.equal(trainee.sae.W_enc[7], before)
+
+
+@BOTH_OPTIMIZERS
+def test_state_put_back_into_another_trainee_goes_on_bit_for_bit(
+    make_trainee: Callable[..., Trainee], optimizer: str
+) -> None:
+    ours, resumed = (make_trainee(D, M, K, optimizer=optimizer, dead_after=3 * N) for _ in range(2))
+    rows = batches(torch.float32)
+    for step in range(7):
+        train_step(ours, rows[step], step, 1.0)
+    tensors, numbers = ours.state()
+    resumed.load_state({name: t.detach().clone() for name, t in tensors.items()}, dict(numbers))
+    for step in range(7, 14):
+        train_step(ours, rows[step], step, 1.0)
+        train_step(resumed, rows[step], step, 1.0)
+    (expected, numbers), (got, numbers_again) = ours.state(), resumed.state()
+    assert numbers == numbers_again
+    assert expected.keys() == got.keys()
+    for name in expected:
+        assert torch.equal(expected[name], got[name]), name
+
+
+class NoStream:
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": 0, "step": 1}
+
+
+@BOTH_OPTIMIZERS
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+def test_nothing_is_saved_after_a_loss_that_was_not_finite(
+    make_trainee: Callable[..., Trainee], tmp_path: Path, optimizer: str, value: float
+) -> None:
+    """signum alone would keep the weights finite: the sign of NaN is 0."""
+    trainee = make_trainee(D, M, K, optimizer=optimizer)
+    rows = batches(torch.float32)[0].clone()
+    train_step(trainee, rows, 0, 0.0)
+    rows[3, 5] = value
+    train_step(trainee, rows, 1, 0.0)
+    with pytest.raises(RunError, match=r"loss of layers\.0 is not finite by step 2"):
+        save(tmp_path, 2, [trainee], NoStream())  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_nothing_is_saved_of_weights_that_are_not_finite(
+    make_trainee: Callable[..., Trainee], tmp_path: Path, name: str
+) -> None:
+    trainee = make_trainee(D, M, K)
+    train_step(trainee, batches(torch.float32)[0], 0, 0.0)
+    with torch.no_grad():
+        trainee.sae.get_parameter(name).view(-1)[-1] = math.inf
+    with pytest.raises(RunError, match="not finite"):
+        save(tmp_path, 1, [trainee], NoStream())  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

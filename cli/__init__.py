@@ -1,0 +1,1 @@
+"""The commands `actcache` and `saetrain`. Installed as `actcache_cli`."""

@@ -1,0 +1,50 @@
+"""`saetrain eval`: a run on its held-out rows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .guard import emit, guarded
+from .tables import table
+
+
+@guarded
+def run(
+    run: Annotated[str, typer.Argument(help="Folder of the run.")],
+    cache: Annotated[
+        str | None, typer.Option(help="Where the cache is now. Default: where it was.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print held-out FVU, L0 and dead latents of every SAE of RUN, and write RUN/eval.json."""
+    import dataclasses
+    from pathlib import Path
+
+    from saetrain.evaluate import EVALUATION, evaluate
+
+    evaluation = evaluate(Path(run), cache)
+    if json:
+        emit(dataclasses.asdict(evaluation))
+        return
+    header = ["hookpoint", "latents", "k", "FVU", "L0", "dead %", "fired %", "rows/s"]
+    rows = [
+        [
+            sae.hookpoint,
+            str(sae.num_latents),
+            str(sae.k),
+            f"{sae.fvu:.4f}",
+            f"{sae.l0:.1f}",
+            f"{sae.dead_percent:.1f}",
+            f"{sae.fired_percent:.1f}",
+            f"{evaluation.rows_per_second:,.0f}",
+        ]
+        for sae in evaluation.saes
+    ]
+    print(table(header, rows))
+    print(
+        f"{evaluation.rows:,} held-out rows; dead: not fired in the last "
+        f"{evaluation.dead_after:,} rows of training; fired: on held-out rows; rows/s: of training"
+    )
+    print(f"SAEs in {run}/HOOKPOINT, this table in {run}/{EVALUATION}")

@@ -1,0 +1,35 @@
+"""`saetrain fit`: train SAEs from a cache."""
+
+from __future__ import annotations
+
+from saetrain.config import FitConfig
+
+from .guard import emit
+from .tables import table
+
+
+def run(config: FitConfig, as_json: bool) -> None:
+    """Train one SAE per hookpoint of CACHE, all from one pass over its rows."""
+    import dataclasses
+
+    from saetrain.fit import fit
+
+    summary = fit(config)
+    if as_json:
+        emit(dataclasses.asdict(summary))
+        return
+    header = ["hookpoint", "FVU", "L0", f"dead % ({summary.dead_after:,} rows)"]
+    rows = [
+        [name, f"{m['fvu']:.4f}", f"{m['l0']:.1f}", f"{m['dead_percent']:.1f}"]
+        for name, m in summary.saes.items()
+    ]
+    print("training rows, last steps:")
+    print(table(header, rows))
+    did = f"{summary.new_steps:,} steps at {summary.rows_per_second:,.0f} rows/s"
+    if summary.new_steps == 0:
+        did = "nothing left to do"
+    print(
+        f"{summary.run}: {did}; finished, {summary.steps:,} steps of "
+        f"{summary.rows // max(summary.steps, 1):,} rows; waited for rows {summary.data_wait:.0%} "
+        f"of the time"
+    )

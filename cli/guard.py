@@ -1,0 +1,48 @@
+"""What stands between a command and the user: errors as text, codes as promised."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import typer
+
+from actcache.errors import ActcacheError
+
+P = ParamSpec("P")
+
+INTERRUPTED = 130  # what shells say of a command stopped by Ctrl-C
+
+
+def guarded(run: Callable[P, None]) -> Callable[P, None]:
+    """Print errors that a user can mend as text, without a traceback, and exit with their code."""
+
+    @functools.wraps(run)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            run(*args, **kwargs)
+        except ActcacheError as error:
+            say(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            say("interrupted: what was published stays; run the same command again to go on")
+            raise typer.Exit(INTERRUPTED) from None
+        except OSError as error:  # a folder without permission, a disk that fails
+            say(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+            raise typer.Exit(1) from None
+
+    return call
+
+
+def say(text: str) -> None:
+    """Tell the user something beside the command's own output: on stderr."""
+    print(text, file=sys.stderr)
+
+
+def emit(value: Any) -> None:
+    """Print a command's machine-readable result: one JSON document on stdout."""
+    import json
+
+    print(json.dumps(value, indent=2))

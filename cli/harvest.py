@@ -1,0 +1,42 @@
+"""`actcache harvest`: run a model once and leave its activations in a cache."""
+
+from __future__ import annotations
+
+from actcache.config import HarvestConfig
+
+from .guard import emit, say
+
+
+def run(config: HarvestConfig, as_json: bool) -> None:
+    """Run MODEL over DATASET once and write its activations to a cache.
+
+    Alone, or on several processes: torchrun --no-python --nproc_per_node N actcache harvest ...
+    """
+    import dataclasses
+
+    from actcache.harvest import harvest
+    from actcache.progress import format_bytes
+    from actcache.reader import Cache
+
+    summary = harvest(config)
+    for warning in summary.warnings:
+        say(f"warning: {warning}")
+    if as_json:
+        emit(dataclasses.asdict(summary))
+        return
+    cache = Cache.open(summary.cache)
+    state = "complete" if summary.complete else "other processes are still at work"
+    if summary.complete and summary.reason == "text" and config.max_tokens is not None:
+        state = "complete: the text ended before --max-tokens"
+    if summary.new_shards == 0:
+        did = "nothing left to do"
+    else:
+        did = (
+            f"wrote {summary.new_shards} shards, {summary.new_rows:,} rows x "
+            f"{len(cache.hookpoints)} hookpoints, {format_bytes(summary.new_bytes)} in "
+            f"{summary.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
+        )
+    who = f" (rank {summary.rank} of {summary.world_size})" if summary.world_size > 1 else ""
+    print(
+        f"{summary.cache}{who}: {did}; {state}, {cache.rows:,} rows in {len(cache.shards)} shards"
+    )

@@ -1,0 +1,45 @@
+"""`actcache hookpoints`: what can be hooked in a model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .guard import emit, guarded
+
+
+@guarded
+def run(
+    model: Annotated[str, typer.Argument(help="Model id or folder.")],
+    pattern: Annotated[str, typer.Argument(help="Only names that match this.")] = "*",
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file within MODEL.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the repository's Python code.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the hookpoints of MODEL with their widths, without loading weights where possible."""
+    from fnmatch import fnmatchcase
+
+    from actcache.config import HarvestConfig
+    from actcache.model import load_config
+    from actcache.planning import survey_model
+
+    config = HarvestConfig(
+        model,
+        dataset="",
+        out="",
+        revision=revision,
+        gguf_file=gguf_file,
+        trust_remote_code=trust_remote_code,
+    )
+    _, sites = survey_model(config, load_config(config))
+    chosen = [site for site in sites.values() if fnmatchcase(site.name, pattern)]
+    if json:
+        emit([{"name": s.name, "width": s.width, "reason": s.reason} for s in chosen])
+        return
+    longest = max((len(site.name) for site in chosen), default=0)
+    for site in chosen:
+        print(f"{site.name:<{longest}}  {site.width or f'-  ({site.reason})'}")

@@ -1,0 +1,51 @@
+"""The two programs and their commands. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import typer
+
+from actcache.config import HarvestConfig
+from saetrain.config import FitConfig
+
+from . import eval as eval_
+from . import fit, harvest, hookpoints, inspect_cache
+from .guard import guarded
+from .options import command
+
+
+def _app(text: str) -> typer.Typer:
+    """A program with plain help: rich text would cost a tenth of a second at every start."""
+    return typer.Typer(
+        help=text,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+
+def actcache_app() -> typer.Typer:
+    """The program `actcache`."""
+    app = _app("Harvest a model's activations once, and look at them.")
+    app.command("harvest")(guarded(command(HarvestConfig, harvest.run, ["model", "dataset"])))
+    app.command("hookpoints")(hookpoints.run)
+    app.command("inspect")(inspect_cache.run)
+    return app
+
+
+def saetrain_app() -> typer.Typer:
+    """The program `saetrain`."""
+    app = _app("Train sparse autoencoders from a cache of activations.")
+    app.command("fit")(guarded(command(FitConfig, fit.run, ["cache"])))
+    app.command("eval")(eval_.run)
+    return app
+
+
+def actcache() -> None:
+    """Console script `actcache`."""
+    actcache_app()()
+
+
+def saetrain() -> None:
+    """Console script `saetrain`."""
+    saetrain_app()()

@@ -1,0 +1,115 @@
+"""The commands, one after another, as a user runs them."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from actcache_cli.main import actcache_app, saetrain_app
+
+
+def run(app, *arguments):
+    result = CliRunner().invoke(app(), [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model, prose_file, tmp_path_factory):
+    """A cache and a run, made by the commands; what they printed the first time."""
+    root = tmp_path_factory.mktemp("commands")
+    harvest = ["harvest", tiny_model, prose_file, "--out", root / "cache", "--ctx-len", 16]
+    harvest += ["--batch-size", 2, "--shard-size", 8, "--hookpoint", "layers.1"]
+    harvest += ["--hookpoint", "layers.1.mlp"]
+    fit = ["fit", root / "cache", "--out", root / "run", "--expansion-factor", 2, "--k", 4]
+    fit += ["--batch-size", 32, "--val-fraction", 0.2]
+    printed = [run(actcache_app, *harvest), run(saetrain_app, *fit)]
+    return root, harvest, fit, printed
+
+
+def test_harvest_ends_with_one_line_of_what_was_written_where(folders):
+    root, _, _, (printed, _) = folders
+    (line,) = printed.splitlines()
+    assert line.startswith(f"{root / 'cache'}: wrote ")
+    for word in ("shards", "rows x 2 hookpoints", "tokens/s", "complete"):
+        assert word in line
+
+
+def test_harvest_run_again_finds_its_work_done(folders):
+    _, harvest, _, _ = folders
+    assert "nothing left to do; complete" in run(actcache_app, *harvest)
+
+
+def test_harvest_speaks_json(folders):
+    root, harvest, _, _ = folders
+    summary = json.loads(run(actcache_app, *harvest, "--json"))
+    assert summary["complete"]
+    assert summary["new_shards"] == 0
+    assert summary["cache"] == str(root / "cache")
+
+
+def test_hookpoints_lists_names_and_widths(tiny_model):
+    lines = run(actcache_app, "hookpoints", tiny_model, "layers.1.mlp*").splitlines()
+    assert lines[0].split() == ["layers.1.mlp", "32"]
+    assert lines[1].split() == ["layers.1.mlp:in", "32"]
+    listed = json.loads(run(actcache_app, "hookpoints", tiny_model, "--json"))
+    assert {"name": "layers.0", "width": 32, "reason": ""} in listed
+
+
+def test_inspect_shows_what_the_cache_is_of_and_each_hookpoint(folders, tiny_model):
+    root, *_ = folders
+    shown = run(actcache_app, "inspect", root / "cache", "--sample", 2, "--tokenizer", tiny_model)
+    for word in (
+        "LlamaForCausalLM",
+        "prose.jsonl",
+        "complete (the text ended)",
+        "positions below 1",
+    ):
+        assert word in shown
+    header = next(line for line in shown.splitlines() if line.startswith("hookpoint"))
+    for column in ("rows", "width", "dtype", "bytes", "mean norm", "RMS norm", "max norm"):
+        assert column in header
+    assert "non-finite" in header
+    assert shown.count("\nshard ") == 2
+
+
+def test_inspect_without_a_tokenizer_shows_token_ids_and_says_so(folders):
+    root, *_ = folders
+    result = CliRunner().invoke(actcache_app(), ["inspect", str(root / "cache"), "--sample", "1"])
+    assert result.exit_code == 0
+    assert "showing token ids" in result.stderr
+
+
+def test_inspect_speaks_json(folders):
+    root, *_ = folders
+    summary = json.loads(run(actcache_app, "inspect", root / "cache", "--json"))
+    assert summary["complete"]
+    assert [h["hookpoint"] for h in summary["hookpoints"]] == ["layers.1", "layers.1.mlp"]
+    assert all(h["rows"] == summary["rows"] and h["non_finite"] == 0 for h in summary["hookpoints"])
+
+
+def test_fit_prints_every_sae_and_where_the_run_is(folders):
+    root, _, _, (_, printed) = folders
+    assert f"{root / 'run'}: " in printed
+    assert "layers.1.mlp" in printed
+    assert "dead % (" in printed
+
+
+def test_a_run_that_exists_is_refused_without_resume_and_finished_with(folders):
+    _, _, fit, _ = folders
+    result = CliRunner().invoke(saetrain_app(), [str(a) for a in fit])
+    assert result.exit_code == 11
+    assert "--resume" in result.stderr
+    assert "nothing left to do" in run(saetrain_app, *fit, "--resume")
+
+
+def test_eval_prints_the_table_of_held_out_rows_and_writes_it(folders):
+    root, *_ = folders
+    shown = run(saetrain_app, "eval", root / "run")
+    header, *rows = shown.splitlines()
+    expected = ["hookpoint", "latents", "k", "FVU", "L0", "dead", "%", "fired", "%", "rows/s"]
+    assert header.split() == expected
+    assert [row.split()[0] for row in rows[:2]] == ["layers.1", "layers.1.mlp"]
+    assert "not fired in the last" in shown
+    written = json.loads((root / "run" / "eval.json").read_text())
+    assert written["saes"] == json.loads(run(saetrain_app, "eval", root / "run", "--json"))["saes"]

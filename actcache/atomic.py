@@ -66,15 +66,26 @@ def publish(path: Path, parts: Iterable[memoryview | bytes]) -> FileReceipt:
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                f"no room to write {path}",
-                expected=f"{size:,} bytes free",
-                got=os.strerror(error.errno),
-                remedy="free space and run the same command again: what is published stays valid",
-            ) from error
-        raise
+        raise tell_full_disk(error, path, size) from error
     return FileReceipt(size, digest.hexdigest())
+
+
+def tell_full_disk(error: OSError, path: Path, size: int) -> Exception:
+    """A `DiskFullError` if that is what `error` means, else `error` itself.
+
+    Args:
+        error: what writing raised.
+        path: what could not be written.
+        size: bytes that it needs.
+    """
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return DiskFullError(
+        f"no room to write {path}",
+        expected=f"{size:,} bytes free",
+        got=os.strerror(error.errno),
+        remedy="free space and run the same command again: what is published stays valid",
+    )
 
 
 def _make_folder(folder: Path) -> None:

@@ -83,3 +83,9 @@ class RunError(ActcacheError):
     """A training run that cannot be started, resumed or evaluated as asked."""
 
     exit_code = 11
+
+
+class CacheBusyError(ActcacheError):
+    """A folder in which another harvest is at work."""
+
+    exit_code = 12

@@ -70,6 +70,13 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
             stays valid.
     """
     job = prepare(config, Ranks.from_environment())
+    try:
+        return _finish(job)
+    finally:
+        job.lock.release()
+
+
+def _finish(job: Job) -> HarvestSummary:
     manifest = job.manifest
     done = receipts_module.read_receipts(job.root, manifest)
     end = receipts_module.read_end(job.root, manifest.cache_id)

@@ -15,6 +15,7 @@ from actcache.config import HarvestConfig
 from actcache.device import choose_device
 from actcache.documents import TextDocuments, open_documents
 from actcache.errors import CacheMismatchError, ConfigError
+from actcache.lock import LOCK, HarvestLock
 from actcache.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -62,6 +63,8 @@ class Job:
     """Sequences that --max-tokens asks for; the plan may hold fewer, if the text does."""
     warnings: tuple[str, ...]
     """What the user should know."""
+    lock: HarvestLock
+    """Held until the harvest ends."""
 
 
 def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
@@ -132,7 +135,14 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         block_rows=choose_block_rows(hookpoints, dtype),
         versions=library_versions(),
     )
-    ranks.agree(to_json(manifest), lambda: _lay_manifest(root, manifest))
+    lock = HarvestLock(root)
+    try:
+        ranks.agree(to_json(manifest), lambda: _lay_manifest(root, manifest, lock))
+    except BaseException:
+        lock.release()
+        raise
+    if ranks.rank > 0:
+        lock.join()
     laid = read_manifest(root)
     warnings = tuple(
         f"{name} is {manifest.versions.get(name)} now; this cache was begun with {version}"
@@ -148,6 +158,7 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         sequences=sequences(source, tokenizer, packing),
         asked=None if config.max_tokens is None else config.max_tokens // config.ctx_len,
         warnings=warnings,
+        lock=lock,
     )
 
 
@@ -156,8 +167,9 @@ def _refuse_foreign_folder(root: Path) -> None:
         raise CacheMismatchError(f"--out {root} is a file", expected="a folder, or nothing yet")
     if not root.is_dir() or (root / MANIFEST).exists():
         return
-    # A harvest that was killed while it wrote the manifest leaves a partial file: that is ours.
-    if any(not path.name.startswith(f".{MANIFEST}.") for path in root.iterdir()):
+    # A harvest that was killed before or while it wrote the manifest leaves these: they are ours.
+    ours = (LOCK.parts[0], f".{MANIFEST}.")
+    if any(not path.name.startswith(ours) for path in root.iterdir()):
         raise CacheMismatchError(
             f"--out {root} holds other things and no {MANIFEST}",
             expected="an empty folder, or a cache",
@@ -165,24 +177,34 @@ def _refuse_foreign_folder(root: Path) -> None:
         )
 
 
-def _lay_manifest(root: Path, manifest: Manifest) -> None:
+def _lay_manifest(root: Path, manifest: Manifest, lock: HarvestLock) -> None:
     """Write the manifest, or check that the one there asks for the same bytes."""
-    published = 0
-    if (root / MANIFEST).exists():
-        laid = read_manifest(root)
-        if different := differences(manifest, laid):
-            raise CacheMismatchError(
-                f"{root} holds another cache ({laid.model} on {laid.dataset})",
-                expected=f"this harvest, id {manifest.cache_id}",
-                got="\n            ".join([f"id {laid.cache_id}", *different]),
-                remedy="choose another --out, or repeat the options that it was made with",
-            )
-        receipts = receipts_module.read_receipts(root, laid)
-        published = sum(receipt.sequences for receipt in receipts.values())
+    require_room(root, manifest, _published(root, manifest))
+    lock.take()
+    _published(root, manifest)  # again: before the lock was ours, anyone could lay another manifest
     remove_partials(root)
-    require_room(root, manifest, published)
     if not (root / MANIFEST).exists():
         publish(root / MANIFEST, [to_json(manifest)])
+
+
+def _published(root: Path, manifest: Manifest) -> int:
+    """Sequences that are there already.
+
+    Raises:
+        CacheMismatchError: the folder holds another cache.
+    """
+    if not (root / MANIFEST).exists():
+        return 0
+    laid = read_manifest(root)
+    if different := differences(manifest, laid):
+        raise CacheMismatchError(
+            f"{root} holds another cache ({laid.model} on {laid.dataset})",
+            expected=f"this harvest, id {manifest.cache_id}",
+            got="\n            ".join([f"id {laid.cache_id}", *different]),
+            remedy="choose another --out, or repeat the options that it was made with",
+        )
+    receipts = receipts_module.read_receipts(root, laid)
+    return sum(receipt.sequences for receipt in receipts.values())
 
 
 def _last_part(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec
@@ -14,6 +15,11 @@ from actcache.errors import ActcacheError
 P = ParamSpec("P")
 
 INTERRUPTED = 130  # what shells say of a command stopped by Ctrl-C
+TERMINATED = 143  # and of one that was asked to end by SIGTERM, as schedulers do
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: whatever Ctrl-C would clean up is cleaned up."""
 
 
 def guarded(run: Callable[P, None]) -> Callable[P, None]:
@@ -21,19 +27,28 @@ def guarded(run: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(run)
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             run(*args, **kwargs)
         except ActcacheError as error:
             say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            say("interrupted: what was published stays; run the same command again to go on")
-            raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt as stop:
+            terminated = isinstance(stop, Terminated)
+            what = "terminated" if terminated else "interrupted"
+            say(f"{what}: what was published stays; the same command goes on (fit: with --resume)")
+            raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from None
         except OSError as error:  # a folder without permission, a disk that fails
             say(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
             raise typer.Exit(1) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return call
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise Terminated
 
 
 def say(text: str) -> None:

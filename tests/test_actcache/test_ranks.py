@@ -137,8 +137,27 @@ def kill_half_way(arguments: list[str], out: Path) -> None:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun's workers lead sessions of their own: they would outlive it.
+    workers = children_of(process.pid)
+    for pid in [process.pid, *workers]:
+        os.kill(pid, signal.SIGKILL)
     process.wait()
+    while any(is_alive(pid) for pid in workers):
+        time.sleep(0.01)
+
+
+def children_of(parent: int) -> list[int]:
+    """Process ids of a process's children."""
+    lists = Path(f"/proc/{parent}/task").glob("*/children")
+    return [int(pid) for text in lists for pid in text.read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and more than a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_two_processes_leave_the_same_bytes_as_one(whole: Any, tree: Tree, tmp_path: Path) -> None:
@@ -178,3 +197,42 @@ def test_one_rank_that_is_refused_ends_the_command_with_its_message(whole: Any, 
     assert "bos_id: 0, not None" in done.stderr
     assert "RuntimeError" not in done.stderr
     assert tree(whole.out) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_harvest_asked_to_stop_leaves_cleanly_and_says_how_to_go_on(
+    number: signal.Signals, code: int, word: str, whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(command(whole, out), stderr=subprocess.PIPE, text=True)
+    while len(list(out.glob("shards/0*.json"))) < 5:
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=SECONDS)
+    assert process.returncode == code
+    assert f"{word}: what was published stays" in told
+    assert "Traceback" not in told
+    assert 5 <= len(Cache.open(out).shards) < 150
+    assert not list(out.rglob("*.partial-*"))
+    assert harvest(dataclasses.replace(whole, out=str(out))).complete
+    assert tree(out) == tree(whole.out)
+
+
+def test_of_two_commands_at_once_one_works_and_the_other_says_so(
+    whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "shared"
+    both = [
+        subprocess.Popen(command(whole, out), stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    told = [process.communicate(timeout=SECONDS)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes
+    # The slower one may come when the faster is done: then it finds nothing left to do.
+    for code, text in zip(codes, told, strict=True):
+        assert code == 0 or (code == 12 and "another harvest is at work" in text)
+    assert tree(out) == tree(whole.out)

@@ -45,7 +45,7 @@ def test_an_interruption_says_how_to_go_on(capsys):
     with pytest.raises(typer.Exit) as exit_:
         raiser(KeyboardInterrupt())()
     assert exit_.value.exit_code == INTERRUPTED
-    assert "same command again" in capsys.readouterr().err
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

@@ -1,0 +1,70 @@
+"""One harvest at a time in a folder, however many processes it has.
+
+The lock is on a file under `logs/`, so it goes when its holders do, killed or not. Rank 0 takes it
+alone, which fails while anyone holds it, then shares it; the other ranks join. The last to leave
+frees the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+from actcache.atomic import tell_full_disk
+from actcache.errors import CacheBusyError
+
+LOCK = Path("logs") / "harvest.lock"
+
+
+class HarvestLock:
+    """Held from `take` or `join` until `release`, or until the process ends."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._path = root, root / LOCK
+        self._fd: int | None = None
+
+    def take(self) -> None:
+        """Become the harvest of this folder.
+
+        Raises:
+            CacheBusyError: another one is at work here.
+        """
+        who = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._open(os.O_CREAT)
+            assert self._fd is not None
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, who, 0)
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+        except BlockingIOError as error:
+            holder = self._path.read_text(errors="replace").strip()
+            self.release()
+            raise CacheBusyError(
+                f"another harvest is at work in {self._root}",
+                got=holder or "no name",
+                remedy="wait for it, or stop it: what it has published stays",
+            ) from error
+        except OSError as error:
+            self.release()
+            raise tell_full_disk(error, self._path, len(who)) from error
+
+    def join(self) -> None:
+        """Hold the lock that rank 0 of this harvest has taken."""
+        if self._fd is None:
+            self._open()
+            assert self._fd is not None
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+    def release(self) -> None:
+        """Let go; nothing happens if it is not held."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _open(self, create: int = 0) -> None:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | create, 0o644)

@@ -3,8 +3,9 @@
     python benchmarks/bench_train_step.py [--pairs 20]
 
 Both train from the same start on the same rows with the same optimiser: forward, backward, update,
-unit norm, dead-latent counts, float32. Contenders take turns, so that a slow minute of the machine
-meets both. Letters: N tokens, D d_in, M num_latents, K k.
+unit norm, dead-latent counts. Weights are float32; on CUDA our product is TF32, while sparsify's
+forward pass is bfloat16 by its own autocast. Contenders take turns, so that a slow minute of the
+machine meets both. Letters: N tokens, D d_in, M num_latents, K k.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20, help="interleaved timings of each side")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":  # as both trainers do
+        torch.set_float32_matmul_precision("high")
     lines = []
     for N, D, M, K in SIZES[device.type]:
         x = rows(N, D, device)

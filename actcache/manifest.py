@@ -121,8 +121,10 @@ class Manifest:
     """The dataset's name as it was given (a file: its last part)."""
     split: str
     """Split of the dataset."""
-    backend: Literal["memmap"]
+    backend: Literal["memmap", "zarr"]
     """How shards lie on disk."""
+    compression: Literal["none", "zstd"]
+    """Of the activations on disk."""
     sequences_per_shard: int
     """Sequences in every shard but the last."""
     planned_sequences: int | None
@@ -145,6 +147,10 @@ class Manifest:
         _at_least("block_rows", self.block_rows, 1, 2**31 - 1)
         if self.planned_sequences is not None:
             _at_least("planned_sequences", self.planned_sequences, 1, 2**53)
+        if self.backend == "memmap" and self.compression != "none":
+            raise FormatError("memmap is never compressed", expected="none", got=self.compression)
+        if self.backend == "zarr" and self.planned_sequences is None:
+            raise FormatError("a zarr array has a length: planned_sequences", got="null")
         if self.cache_id != self.identity.digest():
             raise FormatError(
                 "the cache id is not that of the manifest's identity",
@@ -190,7 +196,7 @@ def differences(ours: Manifest, theirs: Manifest) -> list[str]:
 
     Names and library versions may differ; identity, shard plan and goal may not.
     """
-    fixed = ("backend", "sequences_per_shard", "planned_sequences", "block_rows")
+    fixed = ("backend", "compression", "sequences_per_shard", "planned_sequences", "block_rows")
     pairs = [(f, getattr(ours, f), getattr(theirs, f)) for f in fixed]
     pairs += [
         (f.name, getattr(ours.identity, f.name), getattr(theirs.identity, f.name))

@@ -9,12 +9,12 @@ from typing import Any
 
 from actcache.config import HarvestConfig
 from actcache.documents import TextDocuments, TokenFile
-from actcache.errors import DatasetError, DiskFullError, ModelError
+from actcache.errors import ConfigError, DatasetError, DiskFullError, ModelError
 from actcache.hooks import Site, match, residual_hookpoints, survey
 from actcache.manifest import Hookpoint, Manifest
 from actcache.model import empty_model, load_model
 from actcache.progress import format_bytes
-from actcache.storage import CODECS
+from actcache.storage import CODECS, blosc_chunk
 from actcache.tokens import Packing, count_sequences
 
 COUNTED_TOKENS = 1 << 24
@@ -114,11 +114,12 @@ def sequences_per_shard(
     """Size of a shard by formula: a 128th of the harvest, in whole batches, of bounded bytes."""
     if config.shard_size is not None:
         return config.shard_size
-    per_sequence = sum(h.width for h in hookpoints) * CODECS[dtype].itemsize
-    per_sequence *= config.ctx_len - config.skip_positions
-    wanted = min(-(-planned // _SHARDS), max(1, _MAX_SHARD_BYTES // per_sequence))
-    batches = -(-wanted // config.batch_size)
-    if batches * config.batch_size * per_sequence > _MAX_SHARD_BYTES:
+    number = CODECS[dtype].itemsize * (config.ctx_len - config.skip_positions)
+    most = _MAX_SHARD_BYTES // (sum(h.width for h in hookpoints) * number)
+    if config.compress != "none":
+        most = min(most, blosc_chunk.MAX_BYTES // (max(h.width for h in hookpoints) * number))
+    batches = -(-min(-(-planned // _SHARDS), max(1, most)) // config.batch_size)
+    if batches * config.batch_size > most:
         batches -= 1
     return max(1, batches) * config.batch_size
 
@@ -128,6 +129,23 @@ def choose_block_rows(hookpoints: tuple[Hookpoint, ...], dtype: str) -> int:
     row = max(h.width for h in hookpoints) * CODECS[dtype].itemsize
     below = 1 << max(0, (_BLOCK_BYTES // row).bit_length() - 1)
     return below if _BLOCK_BYTES - below * row <= 2 * below * row - _BLOCK_BYTES else 2 * below
+
+
+def require_chunks(manifest: Manifest) -> None:
+    """Refuse shards of more bytes than the compressor takes at once; raises `ConfigError`."""
+    if manifest.compression == "none":
+        return
+    identity = manifest.identity
+    row = max(h.width for h in identity.hookpoints) * CODECS[identity.dtype].itemsize
+    size = manifest.shard_rows * row
+    if size > blosc_chunk.MAX_BYTES:
+        most = blosc_chunk.MAX_BYTES // (identity.rows_per_sequence * row)
+        raise ConfigError(
+            "a shard of one hookpoint is too large for --compress zstd",
+            expected=f"<= {blosc_chunk.MAX_BYTES:,} bytes",
+            got=f"{size:,} bytes in {manifest.sequences_per_shard} sequences",
+            remedy=f"--shard-size {most} or less" if most else "--compress none",
+        )
 
 
 def require_room(root: Path, manifest: Manifest, published: int) -> None:
@@ -147,7 +165,10 @@ def require_room(root: Path, manifest: Manifest, published: int) -> None:
     sequences = max(0, manifest.planned_sequences - published)
     shards = -(-sequences // manifest.sequences_per_shard)
     row = sum(h.width for h in identity.hookpoints) * CODECS[identity.dtype].itemsize + 8
-    needed = sequences * (identity.rows_per_sequence * row + identity.ctx_len * 4)
+    # A zarr chunk is a whole shard, however few sequences the last has; what compression saves is
+    # not known beforehand.
+    padded = shards * manifest.sequences_per_shard if manifest.backend == "zarr" else sequences
+    needed = padded * identity.rows_per_sequence * row + sequences * identity.ctx_len * 4
     # Headers, receipts and statistics of a shard: 16 bytes a dimension and 10 kB a hookpoint.
     needed += shards * sum(h.width * 16 + 10_000 for h in identity.hookpoints) + shards * 20_000
     folder = root
@@ -163,9 +184,10 @@ def require_room(root: Path, manifest: Manifest, published: int) -> None:
         )
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+def library_versions(compression: str) -> dict[str, str]:
+    """Versions of what decides the numbers, and the compressed bytes."""
     from importlib.metadata import version
 
-    names = ("actcache", "torch", "transformers", "tokenizers", "datasets", "numpy")
+    names = ["actcache", "torch", "transformers", "tokenizers", "datasets", "numpy"]
+    names += ["numcodecs"] if compression != "none" else []
     return {name: version(name) for name in names} | {"python": platform.python_version()}

@@ -39,12 +39,13 @@ from actcache.planning import (
     choose_packing,
     count_planned,
     library_versions,
+    require_chunks,
     require_room,
     sequences_per_shard,
     survey_model,
 )
 from actcache.ranks import Ranks
-from actcache.storage import CODECS
+from actcache.storage import BACKENDS, CODECS
 from actcache.tokens import Sequence, sequences
 
 
@@ -129,12 +130,14 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         architecture=type(model).__name__,
         dataset=_last_part(config.dataset),
         split=config.split,
-        backend="memmap",
+        backend=config.backend,
+        compression=config.compress,
         sequences_per_shard=sequences_per_shard(config, planned, hookpoints, dtype),
         planned_sequences=planned,
         block_rows=choose_block_rows(hookpoints, dtype),
-        versions=library_versions(),
+        versions=library_versions(config.compress),
     )
+    require_chunks(manifest)
     lock = HarvestLock(root)
     try:
         ranks.agree(to_json(manifest), lambda: _lay_manifest(root, manifest, lock))
@@ -185,6 +188,7 @@ def _lay_manifest(root: Path, manifest: Manifest, lock: HarvestLock) -> None:
     remove_partials(root)
     if not (root / MANIFEST).exists():
         publish(root / MANIFEST, [to_json(manifest)])
+    BACKENDS[manifest.backend].lay(root, manifest)
 
 
 def _published(root: Path, manifest: Manifest) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,16 @@ from actcache.errors import CorruptShardError, EmptyCacheError, HookpointError
 from actcache.manifest import Manifest, read_manifest
 from actcache.receipt import EndReceipt, ShardReceipt
 from actcache.statistics import NORM_BINS, Statistics, merge
-from actcache.storage import BACKENDS, CODECS, Array, Codec, Extent, safetensors_file
+from actcache.storage import (
+    BACKENDS,
+    CODECS,
+    Array,
+    Codec,
+    CompressedExtent,
+    Extent,
+    safetensors_file,
+)
+from actcache.storage.pread import read_exactly
 from actcache.writer import statistics_path, tokens_path
 
 
@@ -47,7 +55,7 @@ class Cache:
     ) -> None:
         self.root, self.manifest, self.receipts, self.end = root, manifest, receipts, end
         self.codec: Codec = CODECS[manifest.identity.dtype]
-        self._extents: dict[tuple[str, int], Extent] = {}
+        self._extents: dict[tuple[str, int], Extent | CompressedExtent] = {}
 
     @classmethod
     def open(cls, root: str | Path) -> Cache:
@@ -123,29 +131,12 @@ class Cache:
         """
         extent = self.locate(hookpoint, shard)
         view = out.reshape(-1).view(np.uint8).data
-        offset = extent.offset + start * out.shape[1] * self.codec.itemsize
-        assert offset + len(view) <= extent.offset + extent.bytes
-        try:
-            fd = os.open(extent.path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise CorruptShardError(
-                f"{extent.path} is gone",
-                expected="the file that was there when it was first read",
-                remedy="restore it from a copy, or delete the receipt and harvest again",
-            ) from error
-        try:
-            while view:
-                n = os.preadv(fd, [view], offset)
-                if n == 0:
-                    raise CorruptShardError(
-                        f"{extent.path} ends early",
-                        expected=f"{extent.offset + extent.bytes} bytes",
-                        got=f"{offset} bytes",
-                        remedy="it was cut while it was being read; restore or harvest it again",
-                    )
-                view, offset = view[n:], offset + n
-        finally:
-            os.close(fd)
+        offset = start * out.shape[1] * self.codec.itemsize
+        assert offset + len(view) <= extent.bytes
+        if isinstance(extent, CompressedExtent):
+            extent.read_into(view, offset)
+        else:
+            read_exactly(extent.path, view, extent.offset + offset)
 
     def read(self, hookpoint: str, shard: int, start: int = 0, rows: int | None = None) -> Array:
         """Rows [start, start + rows) of a shard, as stored. [rows, width]"""
@@ -225,7 +216,7 @@ class Cache:
                 remedy="delete that receipt and harvest again, or restore a copy",
             )
 
-    def locate(self, hookpoint: str, shard: int) -> Extent:
+    def locate(self, hookpoint: str, shard: int) -> Extent | CompressedExtent:
         """Where the bytes of a shard's rows lie; header and size are checked once.
 
         Raises:
@@ -235,9 +226,8 @@ class Cache:
         key = (hookpoint, shard)
         if key not in self._extents:
             self.require_hookpoint(hookpoint)
-            shape = (self.receipts[shard].rows, self.manifest.width(hookpoint))
-            backend = BACKENDS[self.manifest.backend]
-            self._extents[key] = backend.locate(self.root, hookpoint, shard, shape, self.codec)
+            rows, backend = self.receipts[shard].rows, BACKENDS[self.manifest.backend]
+            self._extents[key] = backend.locate(self.root, self.manifest, hookpoint, shard, rows)
         return self._extents[key]
 
 

@@ -83,7 +83,7 @@ def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardR
     codec, backend = CODECS[identity.dtype], BACKENDS[manifest.backend]
     statistics = {name: compute(rows, codec) for name, rows in filled.rows.items()}
     files = {
-        f"activations/{name}": backend.write(root, name, shard, rows, codec)
+        f"activations/{name}": backend.write(root, manifest, name, shard, rows)
         for name, rows in filled.rows.items()
     }
     files["tokens"] = safetensors_file.write(

@@ -75,6 +75,8 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         last_sequences: int | None = None,
         rows: Rows = structured_rows,
         end: bool = True,
+        backend: str = "memmap",
+        compression: str = "none",
     ) -> Path:
         """Write a cache and return its folder.
 
@@ -92,12 +94,14 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             last_sequences: sequences in the last shard, if fewer.
             rows: what the rows are.
             end: seal the harvest.
+            backend: memmap or zarr.
+            compression: none, or zstd with zarr.
         """
         from actcache.atomic import publish
         from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
         from actcache.parse import to_json
         from actcache.receipt import EndReceipt, publish_end
-        from actcache.storage import CODECS
+        from actcache.storage import BACKENDS, CODECS
         from actcache.writer import FilledShard, RowLayout, publish_shard
 
         root = path or tmp_path_factory.mktemp("cache")
@@ -131,13 +135,15 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             architecture="None",
             dataset="synthetic",
             split="train",
-            backend="memmap",
+            backend=backend,  # type: ignore[arg-type]
+            compression=compression,  # type: ignore[arg-type]
             sequences_per_shard=sequences,
             planned_sequences=max(total, 1),
             block_rows=block_rows,
             versions={"actcache": "0"},
         )
         publish(root / "manifest.json", [to_json(manifest)])
+        BACKENDS[backend].lay(root, manifest)
         for shard in range(shards):
             count = last if shard == shards - 1 else sequences
             layout = RowLayout.of(manifest, shard, count)

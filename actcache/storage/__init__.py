@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Protocol
 
 from actcache.atomic import FileReceipt
+from actcache.manifest import Manifest
+from actcache.storage.blosc_chunk import CompressedExtent
 from actcache.storage.codec import CODECS, Array, Codec
 from actcache.storage.memmap import MemmapBackend
 from actcache.storage.safetensors_file import Extent
+from actcache.storage.zarr_array import ZarrBackend
 
-__all__ = ["BACKENDS", "CODECS", "Array", "Backend", "Codec", "Extent"]
+__all__ = ["BACKENDS", "CODECS", "Array", "Backend", "Codec", "CompressedExtent", "Extent"]
 
 
 class Backend(Protocol):
@@ -19,16 +22,19 @@ class Backend(Protocol):
     def path(self, root: Path, hookpoint: str, shard: int) -> Path:
         """Where a shard's rows of one hookpoint lie."""
 
+    def lay(self, root: Path, manifest: Manifest) -> None:
+        """Make, or check, what must stand before the first shard. One process does it."""
+
     def write(
-        self, root: Path, hookpoint: str, shard: int, rows: Array, codec: Codec
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: Array
     ) -> FileReceipt:
         """Publish one shard's rows [rows, width], as stored."""
 
     def locate(
-        self, root: Path, hookpoint: str, shard: int, shape: tuple[int, int], codec: Codec
-    ) -> Extent:
-        """Where the rows' bytes lie, checked; raises `CorruptShardError`."""
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int
+    ) -> Extent | CompressedExtent:
+        """Where the bytes of `rows` rows lie, checked; raises `CorruptShardError`."""
 
 
-BACKENDS: dict[str, Backend] = {"memmap": MemmapBackend()}
+BACKENDS: dict[str, Backend] = {"memmap": MemmapBackend(), "zarr": ZarrBackend()}
 """Every backend, by its name in the manifest."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from actcache.atomic import FileReceipt
+from actcache.manifest import Manifest
 from actcache.storage import safetensors_file
-from actcache.storage.codec import Array, Codec
+from actcache.storage.codec import CODECS, Array
 from actcache.storage.safetensors_file import Extent
 
 _TENSOR = "activations"
@@ -19,15 +20,19 @@ class MemmapBackend:
         """Where a shard's rows of one hookpoint lie."""
         return root / "activations" / hookpoint / f"{shard:05d}.safetensors"
 
+    def lay(self, root: Path, manifest: Manifest) -> None:
+        """Nothing: every file describes itself."""
+
     def write(
-        self, root: Path, hookpoint: str, shard: int, rows: Array, codec: Codec
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: Array
     ) -> FileReceipt:
         """Publish one shard's rows [rows, width], as stored."""
         path = self.path(root, hookpoint, shard)
-        return safetensors_file.write(path, {_TENSOR: (rows, codec.tag)})
+        tag = CODECS[manifest.identity.dtype].tag
+        return safetensors_file.write(path, {_TENSOR: (rows, tag)})
 
     def locate(
-        self, root: Path, hookpoint: str, shard: int, shape: tuple[int, int], codec: Codec
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int
     ) -> Extent:
         """Where the rows' bytes lie, checked against what is expected.
 
@@ -35,5 +40,6 @@ class MemmapBackend:
             CorruptShardError: the file is missing or has another shape, type or size.
         """
         path = self.path(root, hookpoint, shard)
+        codec, shape = CODECS[manifest.identity.dtype], (rows, manifest.width(hookpoint))
         (extent,) = safetensors_file.locate(path, {_TENSOR: (shape, codec.storage, codec.tag)})
         return extent

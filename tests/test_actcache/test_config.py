@@ -30,6 +30,7 @@ def config(**options: object) -> HarvestConfig:
         ({"hookpoint": ("a",), "layer_stride": 2}, r"--hookpoint stands alone"),
         ({"layers": (1,), "layer_stride": 2}, r"--layers and --layer-stride"),
         ({"layers": (1, -1)}, r"--layers counts from 0"),
+        ({"compress": "zstd"}, r"(?s)--compress zstd needs --backend zarr.*got.*memmap"),
     ],
 )
 def test_options_that_cannot_be_carried_out_are_refused_by_name(
@@ -42,6 +43,8 @@ def test_options_that_cannot_be_carried_out_are_refused_by_name(
 
 def test_the_defaults_and_the_limits_are_accepted() -> None:
     assert config().skip_positions == 1
+    config(backend="zarr")
+    config(backend="zarr", compress="zstd")
     config(ctx_len=2, skip_positions=1, max_tokens=2, batch_size=1, shard_size=1, seed=2**32 - 1)
 
 

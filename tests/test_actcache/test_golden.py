@@ -1,6 +1,6 @@
-"""The committed cache under `tests/golden/`: FORMAT.md made of bytes.
+"""The committed caches under `tests/golden/`: FORMAT.md made of bytes.
 
-Should the format change on purpose: `python tests/test_actcache/test_golden.py` writes it anew.
+Should the format change on purpose: `python tests/test_actcache/test_golden.py` writes them anew.
 """
 
 import shutil
@@ -14,10 +14,12 @@ from actcache.manifest import FORMAT_VERSION, MANIFEST, Hookpoint, Identity, Man
 from actcache.parse import to_json
 from actcache.reader import Cache
 from actcache.receipt import EndReceipt, publish_end
-from actcache.storage import CODECS
+from actcache.storage import BACKENDS, CODECS
 from actcache.writer import FilledShard, RowLayout, publish_shard
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
+GOLDEN = Path(__file__).parents[1] / "golden"
+CACHES = {"v1": ("memmap", "none"), "v1-zarr": ("zarr", "none"), "v1-zarr-zstd": ("zarr", "zstd")}
+"""Backend and compression by folder. The compressed bytes are those of constraints.txt's blosc."""
 HOOKPOINTS = {"layers.0": 6, "layers.1.mlp:in": 10}
 
 
@@ -28,7 +30,7 @@ def value(hookpoint, sequence, position):
     return (7 * sequence + 3 * position + dims + 5 * index) % 31 - 15.0
 
 
-def write_golden(root):
+def write_golden(root, backend, compression):
     identity = Identity(
         model_fingerprint="0" * 32,
         model_dtype="bfloat16",
@@ -56,13 +58,15 @@ def write_golden(root):
         architecture="GoldenForCausalLM",
         dataset="golden.jsonl",
         split="train",
-        backend="memmap",
+        backend=backend,
+        compression=compression,
         sequences_per_shard=4,
         planned_sequences=10,
         block_rows=4,
         versions={"actcache": "0.1.0"},
     )
     publish(root / MANIFEST, [to_json(manifest)])
+    BACKENDS[backend].lay(root, manifest)
     codec = CODECS["bfloat16"]
     for shard, sequences in enumerate([4, 4, 2]):
         layout = RowLayout.of(manifest, shard, sequences)
@@ -83,14 +87,16 @@ def files_below(root):
     return {str(p.relative_to(root)): digest_file(p) for p in root.rglob("*") if p.is_file()}
 
 
-def test_todays_writer_makes_the_golden_cache_byte_for_byte(tmp_path):
-    write_golden(tmp_path)
-    assert files_below(tmp_path) == files_below(GOLDEN)
+@pytest.mark.parametrize("name", CACHES)
+def test_todays_writer_makes_the_golden_cache_byte_for_byte(name, tmp_path):
+    write_golden(tmp_path, *CACHES[name])
+    assert files_below(tmp_path) == files_below(GOLDEN / name)
 
 
+@pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("hookpoint", HOOKPOINTS)
-def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint):
-    cache = Cache.open(GOLDEN)
+def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint, name):
+    cache = Cache.open(GOLDEN / name)
     assert cache.complete
     assert cache.rows == 30
     for shard in cache.shards:
@@ -104,19 +110,21 @@ def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint):
             assert position >= 1
 
 
-def test_the_golden_receipts_are_true():
-    cache = Cache.open(GOLDEN)
+@pytest.mark.parametrize("golden", CACHES)
+def test_the_golden_receipts_are_true(golden):
+    cache = Cache.open(GOLDEN / golden)
+    backend = BACKENDS[CACHES[golden][0]]
     for shard, receipt in cache.receipts.items():
         paths = {
-            "tokens": GOLDEN / "tokens" / f"{shard:05d}.safetensors",
-            "stats": GOLDEN / "stats" / f"{shard:05d}.safetensors",
+            "tokens": cache.root / "tokens" / f"{shard:05d}.safetensors",
+            "stats": cache.root / "stats" / f"{shard:05d}.safetensors",
         }
         for name in HOOKPOINTS:
-            path = GOLDEN / "activations" / name / f"{shard:05d}.safetensors"
-            paths[f"activations/{name}"] = path
+            paths[f"activations/{name}"] = backend.path(cache.root, name, shard)
         assert {name: digest_file(path) for name, path in paths.items()} == receipt.files
 
 
 if __name__ == "__main__":
     shutil.rmtree(GOLDEN, ignore_errors=True)
-    write_golden(GOLDEN)
+    for folder, how in CACHES.items():
+        write_golden(GOLDEN / folder, *how)

@@ -38,6 +38,10 @@ Tree = Callable[[Path | str], dict[str, str]]
 
 pytestmark = pytest.mark.usefixtures("warm_model")
 
+ZARR = {"backend": "zarr"}
+ZSTD = {"backend": "zarr", "compress": "zstd"}
+STORAGES = pytest.mark.parametrize("storage", [{}, ZARR, ZSTD], ids=["memmap", "zarr", "zstd"])
+
 
 def hidden_states(model: Any, tokens: np.ndarray, batch_size: int) -> tuple[torch.Tensor, ...]:
     """States of a shard's sequences by the model's own account, in batches of one shape."""
@@ -240,6 +244,7 @@ OTHERS = {
     "batch_size": (5, "batch_size"),
     "shard_size": (5, "sequences_per_shard"),
     "dtype": ("bfloat16", "dtype"),
+    "backend": ("zarr", "backend"),
     "model_dtype": ("bfloat16", "model_fingerprint"),
     "seed": (1, "seed"),
     "skip_positions": (2, "skip_positions"),
@@ -290,11 +295,64 @@ def test_a_folder_that_is_no_cache_is_left_alone(options: Options, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["notes"]
 
 
+@pytest.mark.parametrize("storage", [ZARR, ZSTD], ids=["zarr", "zstd"])
+def test_backend_and_compression_change_neither_the_id_nor_the_rows(
+    storage: dict[str, str], options: Options, tmp_path: Path
+) -> None:
+    cache = Cache.open(harvest(options()).cache)
+    other = Cache.open(harvest(options(out=str(tmp_path / "other"), **storage)).cache)
+    assert other.manifest.cache_id == cache.manifest.cache_id
+    assert (other.manifest.backend, other.manifest.compression) == (
+        "zarr",
+        storage.get("compress", "none"),
+    )
+    assert ("numcodecs" in other.manifest.versions) == (storage == ZSTD)
+    for shard, name in itertools.product(cache.shards, cache.hookpoints):
+        np.testing.assert_array_equal(other.read(name, shard), cache.read(name, shard))
+        assert other.receipts[shard].non_finite == cache.receipts[shard].non_finite
+        assert other.receipts[shard].files["stats"] == cache.receipts[shard].files["stats"]
+        assert other.receipts[shard].files["tokens"] == cache.receipts[shard].files["tokens"]
+    with pytest.raises(CacheMismatchError, match=r"backend: 'memmap', not 'zarr'"):
+        harvest(options(**storage))
+
+
+def test_an_array_is_described_before_its_first_chunk(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[str] = []
+    replace = os.replace
+
+    def record(source: Path, target: Path) -> None:
+        published.append(str(Path(target).relative_to(options().out)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    harvest(options(**ZARR))
+    assert published[:3] == [
+        "manifest.json",
+        "activations/layers.0/zarr.json",
+        "activations/layers.1.mlp:in/zarr.json",
+    ]
+    assert sum(name.endswith("zarr.json") for name in published) == 2
+
+
+def test_a_shard_that_blosc_cannot_take_is_refused_before_anything_is_made(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning.blosc_chunk, "MAX_BYTES", 15 * 32 * 4 * 3)
+    with pytest.raises(ConfigError, match=r"(?s)too large for --compress zstd.*--shard-size 3 or"):
+        harvest(options(hookpoint=("layers.0",), **ZSTD))
+    assert not Path(options().out).exists()
+    # Shards of its own choice are small enough, here one batch.
+    own = options(hookpoint=("layers.0",), shard_size=None, batch_size=3, **ZSTD)
+    assert harvest(own).complete
+
+
 # I2: killed anywhere, valid; the same command finishes it.
 
 
-def small(options: Options, out: Path) -> HarvestConfig:
-    return options(out=str(out), max_tokens=16 * 3, shard_size=2, batch_size=2)
+def small(options: Options, out: Path, storage: dict[str, str]) -> HarvestConfig:
+    return options(out=str(out), max_tokens=16 * 3, shard_size=2, batch_size=2, **storage)
 
 
 def check_valid(root: Path) -> None:
@@ -312,37 +370,39 @@ def check_valid(root: Path) -> None:
     assert cache.end is None or cache.complete
 
 
+@STORAGES
 def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_command_finishes(
-    options: Options, faults: Any, tree: Tree, tmp_path: Path
+    storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
 ) -> None:
-    harvest(small(options, tmp_path / "whole"))
+    harvest(small(options, tmp_path / "whole", storage))
     whole = tree(tmp_path / "whole")
     for number in itertools.count():
         root = tmp_path / str(number)
         try:
             with faults.at(number):
-                harvest(small(options, root))
+                harvest(small(options, root, storage))
         except faults.Crash:
             check_valid(root)
         else:
             break
-        assert harvest(small(options, root)).complete
+        assert harvest(small(options, root, storage)).complete
         assert tree(root) == whole  # so nothing partial is left either
         shutil.rmtree(root)
     assert number > 80
 
 
+@STORAGES
 def test_a_harvest_that_crashes_at_every_step_still_comes_to_its_end(
-    options: Options, faults: Any, tree: Tree, tmp_path: Path
+    storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
 ) -> None:
     """Each run gets six calls further than the last and dies."""
-    harvest(small(options, tmp_path / "whole"))
+    harvest(small(options, tmp_path / "whole", storage))
     root = tmp_path / "cache"
     crashes = 0
     for number in itertools.count(6, 6):
         try:
             with faults.at(number):
-                harvest(small(options, root))
+                harvest(small(options, root, storage))
         except faults.Crash:
             crashes += 1
             check_valid(root)
@@ -352,23 +412,24 @@ def test_a_harvest_that_crashes_at_every_step_still_comes_to_its_end(
     assert tree(root) == tree(tmp_path / "whole")
 
 
+@STORAGES
 def test_a_full_disk_is_told_leaves_a_valid_cache_and_the_harvest_finishes_later(
-    options: Options, faults: Any, tree: Tree, tmp_path: Path
+    storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
 ) -> None:
-    harvest(small(options, tmp_path / "whole"))
+    harvest(small(options, tmp_path / "whole", storage))
     whole = tree(tmp_path / "whole")
     full = OSError(errno.ENOSPC, "No space left on device")
     for number in itertools.count(0, 5):
         root = tmp_path / str(number)
         try:
             with faults.at(number, full):
-                harvest(small(options, root))
+                harvest(small(options, root, storage))
         except DiskFullError:
             assert not list(root.rglob("*.partial-*"))
             check_valid(root)
         else:
             break
-        harvest(small(options, root))
+        harvest(small(options, root, storage))
         assert tree(root) == whole
     assert number > 60
 
@@ -425,16 +486,16 @@ def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list
     return summaries
 
 
+@STORAGES
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_each_rank_makes_its_share_and_the_last_one_seals(
-    world_size: int, options: Options, tree: Tree, tmp_path: Path
+    world_size: int, storage: dict[str, str], options: Options, tree: Tree, tmp_path: Path
 ) -> None:
-    config = options(max_tokens=16 * 25)
+    config = options(max_tokens=16 * 25, **storage)
     harvest(config)
     ranks = list(range(world_size))[::-1]
-    summaries = harvest_by(
-        ranks, world_size, options(max_tokens=16 * 25, out=str(tmp_path / "many"))
-    )
+    many = options(max_tokens=16 * 25, out=str(tmp_path / "many"), **storage)
+    summaries = harvest_by(ranks, world_size, many)
     assert tree(config.out) == tree(tmp_path / "many")
     for rank, summary in zip(ranks, summaries, strict=True):
         assert summary.new_shards == len(range(rank, 7, world_size))

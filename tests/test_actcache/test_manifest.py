@@ -59,7 +59,7 @@ def test_the_examples_change_every_field(manifest: Manifest) -> None:
     fields = {f.name for f in dataclasses.fields(Identity)}
     assert fields - set(OTHER_IDENTITY) == {"pipeline"}
     fields = {f.name for f in dataclasses.fields(Manifest)}
-    fixed = {"format_version", "cache_id", "identity", "backend"}
+    fixed = {"format_version", "cache_id", "identity", "backend", "compression"}
     assert fields - set(OTHER_MANIFEST) == fixed
     for name, value in OTHER_IDENTITY.items():
         assert getattr(manifest.identity, name) != value
@@ -87,6 +87,21 @@ def test_names_and_versions_may_differ_but_the_shard_plan_may_not(manifest: Mani
         if differences(dataclasses.replace(manifest, **{field: value}), manifest)
     }
     assert found == {"sequences_per_shard", "planned_sequences", "block_rows"}
+
+
+def test_backend_and_compression_leave_the_cache_id_but_may_not_differ(manifest: Manifest) -> None:
+    zarr = dataclasses.replace(manifest, backend="zarr")
+    packed = dataclasses.replace(zarr, compression="zstd")
+    assert zarr.cache_id == packed.cache_id == manifest.cache_id == manifest.identity.digest()
+    assert differences(zarr, manifest) == ["backend: 'memmap', not 'zarr'"]
+    assert differences(packed, zarr) == ["compression: 'none', not 'zstd'"]
+
+
+def test_a_manifest_of_a_backend_that_cannot_be_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(FormatError, match="memmap is never compressed"):
+        dataclasses.replace(manifest, compression="zstd")
+    with pytest.raises(FormatError, match="planned_sequences"):
+        dataclasses.replace(manifest, backend="zarr", planned_sequences=None)
 
 
 def test_a_difference_says_what_is_there_and_what_was_asked(manifest: Manifest) -> None:
@@ -189,6 +204,8 @@ def edited(manifest: Manifest, path: str, value: object) -> dict:
         ("identity/hookpoints/0/width", 0),
         ("identity/hookpoints/0/width", 2**24 + 1),
         ("backend", "pickle"),
+        ("compression", "gzip"),
+        ("compression", "zstd"),
         ("sequences_per_shard", 0),
         ("block_rows", 0),
         ("block_rows", 2**31),

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,6 +127,18 @@ def test_a_shard_is_a_128th_of_the_harvest_in_whole_batches(
     assert shard(options(shard_size=7), 10_000) == 7
 
 
+@given(st.integers(1, 10**9), st.integers(1, 2**16), st.integers(2, 2**14), st.integers(1, 64))
+def test_a_shard_that_is_compressed_has_less_than_2_gib_at_a_hookpoint_unless_one_batch_has_more(
+    planned: int, width: int, ctx_len: int, batch_size: int
+) -> None:
+    config = HarvestConfig(
+        "m", "d", "o", ctx_len=ctx_len, batch_size=batch_size, backend="zarr", compress="zstd"
+    )
+    size = shard(config, planned, width, "bfloat16")
+    assert size % batch_size == 0
+    assert size == batch_size or size * (ctx_len - 1) * width * 2 < 2**31 - 16
+
+
 @given(st.integers(1, 10**9), st.integers(1, 2**20), st.integers(2, 2**17), st.integers(1, 64))
 def test_a_shard_has_a_bounded_number_of_bytes_unless_one_batch_is_more(
     planned: int, width: int, ctx_len: int, batch_size: int
@@ -207,6 +220,28 @@ def test_the_room_asked_for_covers_what_is_written(
     free(monkeypatch, written - 1)
     with pytest.raises(DiskFullError):
         require_room(root, read_manifest(root), published=0)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_the_room_asked_for_covers_the_padding_of_zarr_and_expects_nothing_of_compression(
+    compression: str, make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hookpoints = {f"layers.{n}": 256 for n in range(4)}
+    shape = {"shards": 2, "sequences": 64, "hookpoints": hookpoints}
+    noise = np.random.RandomState(0)
+    root = make_cache(
+        last_sequences=1,
+        rows=lambda _, __, count, width: noise.standard_normal((count, width)),
+        backend="zarr",
+        compression="none",
+        **shape,
+    )
+    manifest = dataclasses.replace(read_manifest(root), compression=compression)
+    written = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+    free(monkeypatch, written - 1)
+    with pytest.raises(DiskFullError):
+        require_room(root, manifest, published=0)
+    require_room(root, dataclasses.replace(manifest, backend="memmap", compression="none"), 0)
 
 
 def test_hookpoints_are_chosen_without_loading_weights(

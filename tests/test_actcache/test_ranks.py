@@ -165,6 +165,16 @@ def test_two_processes_leave_the_same_bytes_as_one(whole: Any, tree: Tree, tmp_p
     assert tree(tmp_path / "two") == tree(whole.out)
 
 
+def test_two_processes_write_one_zarr_array_between_them(
+    whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    one = dataclasses.replace(whole, out=str(tmp_path / "one"), backend="zarr", compress="zstd")
+    harvest(one)
+    arguments = command(whole, tmp_path / "two", processes=2)
+    run([*arguments, "--backend", "zarr", "--compress", "zstd"])
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
 def test_a_harvest_killed_half_way_ends_in_the_same_bytes_when_run_again(
     whole: Any, tree: Tree, tmp_path: Path
 ) -> None:

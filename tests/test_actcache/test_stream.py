@@ -102,6 +102,21 @@ def test_activations_are_the_rows_at_the_addresses_for_every_hookpoint(
     stream.close()
 
 
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_batches_from_zarr_are_those_from_memmap(
+    compression: str, make_cache: Callable[..., Path], open_stream: Callable[..., ActivationStream]
+) -> None:
+    shape = {"hookpoints": HOOKPOINTS, "sequences": 4, "last_sequences": 2, "dtype": "bfloat16"}
+    zarr = Cache.open(make_cache(backend="zarr", compression=compression, **shape))
+    stream, steps = ActivationStream(zarr, zarr.hookpoints, PLAN), 2 * PLAN.steps_per_epoch + 1
+    for expected, found in zip(take(open_stream(), steps), take(stream, steps), strict=True):
+        assert (found.epoch, found.step) == (expected.epoch, expected.step)
+        np.testing.assert_array_equal(found.addresses, expected.addresses)
+        for name in HOOKPOINTS:
+            assert torch.equal(found.activations[name], expected.activations[name])
+    stream.close()
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4, 6, 12])
 def test_the_ranks_together_have_the_batch_of_one_process(
     world_size: int, open_stream: Callable[..., ActivationStream]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,11 +122,12 @@ def remove_partials(root: Path) -> int:
     return len(partials)
 
 
-def digest_file(path: Path) -> FileReceipt:
-    """Size and digest of a file as it is now."""
+def digest_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> FileReceipt:
+    """Size and digest of a file as it is now; `advance` hears of every piece, in bytes."""
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)
+            advance(len(chunk))
     return FileReceipt(size, digest.hexdigest())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 4000  # characters that one part of a message may have
+
 
 class ActcacheError(Exception):
     """An error that a user can act on. Its text is the whole message: no traceback is needed.
@@ -18,11 +20,19 @@ class ActcacheError(Exception):
     def __init__(
         self, what: str, *, expected: object = None, got: object = None, remedy: str | None = None
     ) -> None:
-        lines = [what]
-        lines += [f"  expected: {expected}"] if expected is not None else []
-        lines += [f"  got:      {got}"] if got is not None else []
+        self.what = _bounded(what)
+        self.expected = None if expected is None else _bounded(str(expected))
+        self.got = None if got is None else _bounded(str(got))
+        lines = [self.what]
+        lines += [f"  expected: {self.expected}"] if self.expected is not None else []
+        lines += [f"  got:      {self.got}"] if self.got is not None else []
         lines += [f"  remedy:   {remedy}"] if remedy is not None else []
         super().__init__("\n".join(lines))
+
+
+def _bounded(text: str) -> str:
+    """Values from damaged files stand in errors: they may be of any length."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class ConfigError(ActcacheError):

@@ -183,7 +183,7 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / MANIFEST
     try:
-        return parse_manifest(read_json(path), str(path))
+        return parse_manifest(read_json(path, links=False), str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise EmptyCacheError(
             f"{root} is not a cache: it holds no {MANIFEST}",

@@ -41,7 +41,7 @@ def parse_dataclass(cls: type[T], obj: object, where: str) -> T:
             refuses its values.
     """
     if not isinstance(obj, dict):
-        raise FormatError(f"{where} is not an object", expected="{...}", got=_short(obj))
+        raise FormatError(f"{where} is not an object", expected="{...}", got=short(obj))
     hints, fields = _schema(cls)  # type: ignore[arg-type]
     missing = [
         name
@@ -81,16 +81,16 @@ def parse_value(hint: Any, obj: object, where: str) -> Any:
     if origin is Literal:
         if not isinstance(obj, str) or obj not in args:
             raise FormatError(
-                f"{where} has an unknown value", expected=" | ".join(args), got=_short(obj)
+                f"{where} has an unknown value", expected=" | ".join(args), got=short(obj)
             )
         return obj
     if origin is tuple:
         if not isinstance(obj, list):
-            raise FormatError(f"{where} is not a list", expected="[...]", got=_short(obj))
+            raise FormatError(f"{where} is not a list", expected="[...]", got=short(obj))
         return tuple(parse_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(obj))
     if origin is dict:
         if not isinstance(obj, dict):
-            raise FormatError(f"{where} is not an object", expected="{...}", got=_short(obj))
+            raise FormatError(f"{where} is not an object", expected="{...}", got=short(obj))
         return {key: parse_value(args[1], item, f"{where}[{key!r}]") for key, item in obj.items()}
     if dataclasses.is_dataclass(hint):
         return parse_dataclass(hint, obj, where)  # type: ignore[arg-type]
@@ -104,29 +104,45 @@ def _parse_scalar(hint: type, obj: object, where: str) -> object:
         obj = float(obj)
     too_large |= type(obj) is float and not math.isfinite(obj)  # JSON's 1e999 decodes to inf
     if type(obj) is not hint or too_large:
-        raise FormatError(f"{where} has another type", expected=hint.__name__, got=_short(obj))
+        raise FormatError(f"{where} has another type", expected=hint.__name__, got=short(obj))
     return obj
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> object:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, *, links: bool = True) -> object:
     """Decode a JSON file.
+
+    Args:
+        path: the file.
+        limit: largest size, bytes.
+        links: whether the file may be a symbolic link. Those of a cache may not: what came from
+            elsewhere must not make us read outside its folder.
 
     Raises:
         FormatError: it is no plain file, larger than `limit` bytes, or not JSON.
         OSError: it cannot be read.
     """
-    found = path.stat()
+    found = path.stat() if links else path.lstat()
     if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
         raise FormatError(f"{path} is not a plain file", remedy="restore it from a copy")
     size = found.st_size
     if size > limit:
         raise FormatError(f"{path} is too large", expected=f"<= {limit} bytes", got=f"{size} bytes")
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        return decode_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{path} is not JSON", got=str(error), remedy="it is damaged; restore it from a copy"
         ) from error
+
+
+def decode_json(text: bytes) -> object:
+    """JSON without what two readers may take differently: NaN, infinities, a key that stands twice.
+
+    Raises:
+        ValueError: it is not such JSON.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twice)
 
 
 def to_json(obj: Any) -> bytes:
@@ -139,6 +155,17 @@ def _refuse_constant(text: str) -> object:
     raise ValueError(f"{text} is not JSON")
 
 
-def _short(obj: object) -> str:
-    text = repr(obj)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    obj = dict(pairs)
+    if len(obj) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return obj
+
+
+def short(obj: object, limit: int = 80) -> str:
+    """What an error shows of a value from outside: of bounded length, whatever it is."""
+    try:
+        text = repr(obj)
+    except RecursionError:  # decoding had a little more stack left than we have here
+        return "something nested too deeply to show"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -45,6 +45,8 @@ from actcache.planning import (
     survey_model,
 )
 from actcache.ranks import Ranks
+from actcache.receipt import ShardReceipt
+from actcache.retraction import forget_restored
 from actcache.storage import BACKENDS, CODECS
 from actcache.tokens import Sequence, sequences
 
@@ -182,23 +184,25 @@ def _refuse_foreign_folder(root: Path) -> None:
 
 def _lay_manifest(root: Path, manifest: Manifest, lock: HarvestLock) -> None:
     """Write the manifest, or check that the one there asks for the same bytes."""
-    require_room(root, manifest, _published(root, manifest))
+    receipts = _published(root, manifest)
+    require_room(root, manifest, sum(receipt.sequences for receipt in receipts.values()))
     lock.take()
-    _published(root, manifest)  # again: before the lock was ours, anyone could lay another manifest
+    # Again: before the lock was ours, anyone could lay another manifest or publish.
+    forget_restored(root, _published(root, manifest))
     remove_partials(root)
     if not (root / MANIFEST).exists():
         publish(root / MANIFEST, [to_json(manifest)])
     BACKENDS[manifest.backend].lay(root, manifest)
 
 
-def _published(root: Path, manifest: Manifest) -> int:
-    """Sequences that are there already.
+def _published(root: Path, manifest: Manifest) -> dict[int, ShardReceipt]:
+    """Shards that are there already, by number.
 
     Raises:
         CacheMismatchError: the folder holds another cache.
     """
     if not (root / MANIFEST).exists():
-        return 0
+        return {}
     laid = read_manifest(root)
     if different := differences(manifest, laid):
         raise CacheMismatchError(
@@ -207,8 +211,7 @@ def _published(root: Path, manifest: Manifest) -> int:
             got="\n            ".join([f"id {laid.cache_id}", *different]),
             remedy="choose another --out, or repeat the options that it was made with",
         )
-    receipts = receipts_module.read_receipts(root, laid)
-    return sum(receipt.sequences for receipt in receipts.values())
+    return receipts_module.read_receipts(root, laid)
 
 
 def _last_part(name: str) -> str:

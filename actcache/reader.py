@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from actcache import receipt as receipts_module
 from actcache.atomic import digest_file
-from actcache.errors import CorruptShardError, EmptyCacheError, HookpointError
+from actcache.errors import CorruptShardError, EmptyCacheError, FormatError, HookpointError
 from actcache.manifest import Manifest, read_manifest
 from actcache.receipt import EndReceipt, ShardReceipt
 from actcache.statistics import NORM_BINS, Statistics, merge
@@ -25,7 +25,7 @@ from actcache.storage import (
     safetensors_file,
 )
 from actcache.storage.pread import read_exactly
-from actcache.writer import statistics_path, tokens_path
+from actcache.writer import data_paths, statistics_path, tokens_path
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,16 @@ class Cache:
 
         Raises:
             EmptyCacheError: there is no manifest.
-            FormatError: manifest or receipts are damaged.
+            FormatError: manifest or receipts are damaged, or a folder is a symbolic link.
         """
         root = Path(root)
         manifest = read_manifest(root)
+        if linked := linked_folders(root, manifest):
+            raise FormatError(
+                f"{linked[0]} is a symbolic link",
+                expected="a folder: nothing outside the cache's own is read",
+                remedy="put the folder itself there, or a bind mount",
+            )
         return cls(
             root,
             manifest,
@@ -152,15 +158,7 @@ class Cache:
         identity = self.manifest.identity
         path = tokens_path(self.root, shard)
         self._check(path, receipt, "tokens")
-        rows = ((receipt.rows,), "<i4", "I32")
-        extents = safetensors_file.locate(
-            path,
-            {
-                "tokens": ((receipt.sequences, identity.ctx_len), "<i4", "I32"),
-                "row_sequence": rows,
-                "row_position": rows,
-            },
-        )
+        extents = self.locate_tokens(shard).values()
         words = ShardTokens(*(safetensors_file.read(extent) for extent in extents))
         _check_range(path, "row_sequence", words.row_sequence, receipt.sequences)
         _check_range(path, "row_position", words.row_position, identity.ctx_len)
@@ -180,15 +178,8 @@ class Cache:
 
     def _statistics(self, hookpoint: str, shard: int) -> Statistics:
         receipt = self.receipts[shard]
-        path = statistics_path(self.root, shard)
-        self._check(path, receipt, "stats")
-        expected = {}
-        for point in self.manifest.identity.hookpoints:
-            expected[f"{point.name}/sum"] = ((point.width,), "<f8", "F64")
-            expected[f"{point.name}/sum_squares"] = ((point.width,), "<f8", "F64")
-            expected[f"{point.name}/norm_sum_max"] = ((2,), "<f8", "F64")
-            expected[f"{point.name}/norm_histogram"] = ((NORM_BINS,), "<i8", "I64")
-        extents = dict(zip(expected, safetensors_file.locate(path, expected), strict=True))
+        self._check(statistics_path(self.root, shard), receipt, "stats")
+        extents = self.locate_statistics(shard)
 
         def tensor(key: str) -> Array:
             return safetensors_file.read(extents[f"{hookpoint}/{key}"])
@@ -207,11 +198,15 @@ class Cache:
 
     def _check(self, path: Path, receipt: ShardReceipt, name: str) -> None:
         plain = path.is_file() and not path.is_symlink()
-        got = digest_file(path) if plain else "no plain file"
-        if got != receipt.files.get(name):
+        promised = receipt.files[name]
+        got: object = "no plain file"
+        if plain:  # its size first: one that was blown up must not be read to its end
+            size = path.stat().st_size
+            got = digest_file(path) if size == promised.bytes else f"{size} bytes"
+        if got != promised:
             raise CorruptShardError(
                 f"{path} is not what the receipt of shard {receipt.shard} promises",
-                expected=receipt.files.get(name),
+                expected=promised,
                 got=got,
                 remedy="delete that receipt and harvest again, or restore a copy",
             )
@@ -229,6 +224,37 @@ class Cache:
             rows, backend = self.receipts[shard].rows, BACKENDS[self.manifest.backend]
             self._extents[key] = backend.locate(self.root, self.manifest, hookpoint, shard, rows)
         return self._extents[key]
+
+    def locate_tokens(self, shard: int) -> dict[str, Extent]:
+        """Where the tensors of a shard's text lie, by name; raises `CorruptShardError`."""
+        receipt = self.receipts[shard]
+        rows = ((receipt.rows,), "<i4", "I32")
+        expected = {
+            "tokens": ((receipt.sequences, self.manifest.identity.ctx_len), "<i4", "I32"),
+            "row_sequence": rows,
+            "row_position": rows,
+        }
+        extents = safetensors_file.locate(tokens_path(self.root, shard), expected)
+        return dict(zip(expected, extents, strict=True))
+
+    def locate_statistics(self, shard: int) -> dict[str, Extent]:
+        """Where the tensors of a shard's statistics lie, by name; raises `CorruptShardError`."""
+        expected = {}
+        for point in self.manifest.identity.hookpoints:
+            expected[f"{point.name}/sum"] = ((point.width,), "<f8", "F64")
+            expected[f"{point.name}/sum_squares"] = ((point.width,), "<f8", "F64")
+            expected[f"{point.name}/norm_sum_max"] = ((2,), "<f8", "F64")
+            expected[f"{point.name}/norm_histogram"] = ((NORM_BINS,), "<i8", "I64")
+        extents = safetensors_file.locate(statistics_path(self.root, shard), expected)
+        return dict(zip(expected, extents, strict=True))
+
+
+def linked_folders(root: Path, manifest: Manifest) -> list[Path]:
+    """Folders below a cache's own that are symbolic links. The cache's own may be one."""
+    folders = {root / receipts_module.FOLDER}
+    for path in data_paths(root, manifest, 0).values():
+        folders |= {parent for parent in path.parents if root in parent.parents}
+    return sorted(folder for folder in folders if folder.is_symlink())
 
 
 def _check_range(path: Path, name: str, numbers: NDArray[np.int32], end: int) -> None:

@@ -91,9 +91,11 @@ def publish_end(root: Path, end: EndReceipt) -> None:
 def read_end(root: Path, cache_id: str) -> EndReceipt | None:
     """The seal, or None while the harvest is not complete."""
     path = root / FOLDER / END
-    if not path.is_file():
+    try:
+        obj = read_json(path, _MAX_BYTES, links=False)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    end = parse_dataclass(EndReceipt, read_json(path, _MAX_BYTES), str(path))
+    end = parse_dataclass(EndReceipt, obj, str(path))
     _check_owner(path, end.cache_id, cache_id)
     return end
 
@@ -105,22 +107,33 @@ def read_receipts(root: Path, manifest: Manifest) -> dict[int, ShardReceipt]:
         FormatError: a receipt is damaged, belongs to another cache, or does not agree with the
             manifest.
     """
+    receipts = (read_receipt(path, manifest) for _, path in receipt_files(root))
+    return {receipt.shard: receipt for receipt in receipts}
+
+
+def receipt_files(root: Path) -> list[tuple[int, Path]]:
+    """The files that stand where receipts do, with the number in their name, ascending."""
     folder = root / FOLDER
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    receipts = {}
-    for name in names:
-        if not _RECEIPT_NAME.fullmatch(name):
-            continue
-        path = folder / name
-        receipt = parse_dataclass(ShardReceipt, read_json(path, _MAX_BYTES), str(path))
-        _check_owner(path, receipt.cache_id, manifest.cache_id)
-        if path != receipt_path(root, receipt.shard):
-            raise FormatError(
-                f"{path} is the receipt of another shard", expected=name, got=receipt.shard
-            )
-        _check_against(manifest, receipt, path)
-        receipts[receipt.shard] = receipt
-    return dict(sorted(receipts.items()))
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = sorted((int(name[:-5]), name) for name in names if _RECEIPT_NAME.fullmatch(name))
+    return [(number, folder / name) for number, name in found]
+
+
+def read_receipt(path: Path, manifest: Manifest) -> ShardReceipt:
+    """One receipt, checked against its name and the manifest.
+
+    Raises:
+        FormatError: it is damaged, belongs elsewhere, or does not agree with the manifest.
+    """
+    obj = read_json(path, _MAX_BYTES, links=False)
+    receipt = parse_dataclass(ShardReceipt, obj, str(path))
+    _check_owner(path, receipt.cache_id, manifest.cache_id)
+    if path.name != f"{receipt.shard:05d}.json":
+        raise FormatError(
+            f"{path} is the receipt of another shard", expected=path.name, got=receipt.shard
+        )
+    _check_against(manifest, receipt, path)
+    return receipt
 
 
 def digest(receipts: list[ShardReceipt]) -> str:

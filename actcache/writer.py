@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache import rng
+from actcache import retraction, rng
 from actcache.manifest import Manifest
 from actcache.receipt import ShardReceipt, publish_receipt
 from actcache.statistics import Statistics, compute
@@ -26,6 +26,14 @@ def tokens_path(root: Path, shard: int) -> Path:
 def statistics_path(root: Path, shard: int) -> Path:
     """Where a shard's statistics lie."""
     return root / "stats" / f"{shard:05d}.safetensors"
+
+
+def data_paths(root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
+    """Where every file of a shard lies, by the name that its receipt has for it."""
+    backend = BACKENDS[manifest.backend]
+    names = [hookpoint.name for hookpoint in manifest.identity.hookpoints]
+    paths = {f"activations/{name}": backend.path(root, name, shard) for name in names}
+    return paths | {"tokens": tokens_path(root, shard), "stats": statistics_path(root, shard)}
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,8 @@ def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardR
 
     Raises:
         DiskFullError: no room; the cache stays valid without this shard.
+        CacheMismatchError: the shard was retracted and this is not what it was; nothing of it is
+            left behind.
     """
     identity, shard, layout = manifest.identity, filled.shard, filled.layout
     codec, backend = CODECS[identity.dtype], BACKENDS[manifest.backend]
@@ -113,7 +123,11 @@ def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardR
         non_finite={name: statistic.non_finite for name, statistic in statistics.items()},
         files=files,
     )
+    paths = data_paths(root, manifest, shard)
+    restored = retraction.require_restored(root, manifest, receipt, paths)
     publish_receipt(root, receipt)
+    if restored:
+        retraction.forget(root, shard)
     return receipt
 
 

@@ -8,7 +8,7 @@ from actcache.config import HarvestConfig
 from saetrain.config import FitConfig
 
 from . import eval as eval_
-from . import fit, harvest, hookpoints, inspect_cache
+from . import fit, harvest, hookpoints, inspect_cache, verify
 from .guard import guarded
 from .options import command
 
@@ -30,6 +30,7 @@ def actcache_app() -> typer.Typer:
     app.command("harvest")(guarded(command(HarvestConfig, harvest.run, ["model", "dataset"])))
     app.command("hookpoints")(hookpoints.run)
     app.command("inspect")(inspect_cache.run)
+    app.command("verify")(verify.run)
     return app
 
 

@@ -1,4 +1,5 @@
-"""Builders that both suites share: synthetic caches, a tiny model with its tokenizer, prose.
+"""Builders that both suites share: synthetic caches, a tiny model with its tokenizer, prose,
+digests of a folder.
 
 Nothing heavy is imported before a test asks for it.
 """
@@ -264,3 +265,17 @@ def make_model(
 def tiny_model(make_model: Callable[..., Path]) -> Path:
     """Folder of a Llama with 3 layers of width 32 whose tokenizer puts BOS first."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], dict[str, str]]:
+    """Digest of every file below a folder by its relative path, all but what is in logs/."""
+    from actcache.atomic import digest_file
+
+    def digests(root: str | Path) -> dict[str, str]:
+        root = Path(root)
+        files = [p for p in sorted(root.rglob("*")) if p.is_file()]
+        names = {str(p.relative_to(root)): digest_file(p).xxh3_128 for p in files}
+        return {name: d for name, d in names.items() if not name.startswith("logs/")}
+
+    return digests

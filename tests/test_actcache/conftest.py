@@ -1,4 +1,4 @@
-"""Builders for harvests: options, digests of a folder, a model loaded once, faults of the disk."""
+"""Builders for harvests: options, a model loaded once, faults of the disk."""
 
 from __future__ import annotations
 
@@ -54,20 +54,6 @@ def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(preparation, name, by_model(getattr(preparation, name)))
 
 
-@pytest.fixture(scope="session")
-def tree() -> Callable[[Path], dict[str, str]]:
-    """Digest of every file below a folder by its relative path, all but what is in logs/."""
-    from actcache.atomic import digest_file
-
-    def digests(root: str | Path) -> dict[str, str]:
-        root = Path(root)
-        files = [p for p in sorted(root.rglob("*")) if p.is_file()]
-        names = {str(p.relative_to(root)): digest_file(p).xxh3_128 for p in files}
-        return {name: d for name, d in names.items() if not name.startswith("logs/")}
-
-    return digests
-
-
 class Crash(BaseException):
     """The process is gone: nothing handles this, nothing cleans up."""
 
@@ -75,7 +61,7 @@ class Crash(BaseException):
 class Faults:
     """Stands in for the calls that write, and lets one of them fail."""
 
-    CALLS = ("posix_fallocate", "pwrite", "fsync", "replace")
+    CALLS = ("posix_fallocate", "pwrite", "fsync", "replace", "unlink")
     Crash = Crash
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

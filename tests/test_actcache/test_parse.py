@@ -165,3 +165,26 @@ def test_json_has_one_spelling() -> None:
     )
     with pytest.raises(ValueError, match="JSON"):
         to_json({"a": float("nan")})
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '{"b": [{"": 0, "c": 2, "": 1}]}'])
+def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(FormatError, match="a key stands twice"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_link_is_read_unless_links_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[1]")
+    (tmp_path / "link").symlink_to("x.json")
+    assert read_json(tmp_path / "link") == [1]
+    with pytest.raises(FormatError, match="not a plain file"):
+        read_json(tmp_path / "link", links=False)
+
+
+def test_a_value_too_deep_to_show_is_refused_all_the_same() -> None:
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(FormatError, match="nested too deeply to show"):
+        parse_dataclass(Inner, {"width": deep}, "here")

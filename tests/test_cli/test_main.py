@@ -28,6 +28,7 @@ sys.exit(f"imported {{heavy}}" if heavy else 0)
         ("actcache", ["harvest"]),
         ("actcache", ["hookpoints"]),
         ("actcache", ["inspect"]),
+        ("actcache", ["verify"]),
         ("saetrain", []),
         ("saetrain", ["fit"]),
         ("saetrain", ["eval"]),

@@ -1,0 +1,323 @@
+"""Every byte of a cache against its receipts: what is damaged, what is missing, what is left over.
+
+Nothing here writes but `retract_damaged`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from actcache.atomic import digest_file
+from actcache.errors import ActcacheError, CorruptShardError, FormatError
+from actcache.manifest import MANIFEST, Manifest, read_manifest
+from actcache.progress import Progress
+from actcache.reader import Cache, linked_folders
+from actcache.receipt import (
+    END,
+    FOLDER,
+    EndReceipt,
+    ShardReceipt,
+    read_end,
+    read_receipt,
+    receipt_files,
+    receipt_path,
+)
+from actcache.retraction import forget_restored, retract, retracted_shards, retraction_path
+from actcache.storage import safetensors_file
+from actcache.writer import data_paths
+
+_SEAL = f"{FOLDER}/{END}"
+_KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not what it must be."""
+
+    file: str
+    """Path within the cache; for missing receipts 'from to to'."""
+    shard: int | None
+    """Shard to which it belongs; None: to the whole cache."""
+    expected: str
+    got: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found."""
+
+    cache: str
+    quick: bool
+    """Sizes and headers only."""
+    complete: bool
+    """Whether the cache is sealed and all its shards have receipts."""
+    shards: int
+    """Shards that have a receipt."""
+    files: int
+    """Data files that were looked at."""
+    bytes: int
+    """That their receipts promise."""
+    damages: tuple[Damage, ...]
+    """In the order of the cache: manifest, seal, shards."""
+    retracted: tuple[int, ...]
+    """Shards that were taken back and wait to be made again."""
+    leftovers: tuple[str, ...]
+    """Files that belong to no receipt. Harmless; a harvest at work has some."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether everything that is published is as it was published."""
+        return not self.damages
+
+
+def verify(root: str | Path, *, quick: bool = False, threads: int | None = None) -> Verification:
+    """Check a cache, with a progress bar.
+
+    Args:
+        root: folder of the cache.
+        quick: look at sizes and headers only.
+        threads: files read at once; by default as many as there are cores.
+
+    Raises:
+        EmptyCacheError: there is no manifest.
+    """
+    root = Path(root)
+    try:
+        manifest = read_manifest(root)
+    except FormatError as error:  # without it nothing else can be judged
+        return _found(root, quick, [_damage(MANIFEST, None, error)])
+    if linked := linked_folders(root, manifest):
+        return _found(root, quick, [_linked(root, folder) for folder in linked])
+    receipts, damages = _receipts(root, manifest)
+    end, about_end = _end(root, manifest, receipts, {d.shard for d in damages})
+    cache = Cache(root, manifest, receipts, end)
+    return _found(
+        root,
+        quick,
+        [*about_end, *sorted([*damages, *_data(cache, quick, threads)], key=_place)],
+        cache,
+    )
+
+
+def _found(
+    root: Path, quick: bool, damages: list[Damage], cache: Cache | None = None
+) -> Verification:
+    files = [f for r in cache.receipts.values() for f in r.files.values()] if cache else []
+    return Verification(
+        cache=str(root),
+        quick=quick,
+        complete=cache is not None and cache.complete,
+        shards=len(cache.receipts) if cache else 0,
+        files=len(files),
+        bytes=sum(file.bytes for file in files),
+        damages=tuple(damages),
+        retracted=tuple(retracted_shards(root)) if cache else (),
+        leftovers=tuple(_leftovers(cache)) if cache else (),
+    )
+
+
+def _place(damage: Damage) -> tuple[int, str]:
+    return (-1 if damage.shard is None else damage.shard, damage.file)
+
+
+def _damage(file: str, shard: int | None, error: ActcacheError) -> Damage:
+    if error.expected is None and error.got is None:
+        return Damage(file, shard, "what FORMAT.md says", error.what)
+    got = error.what if error.got is None else f"{error.got} ({error.what})"
+    return Damage(file, shard, error.expected or "what FORMAT.md says", got)
+
+
+def _linked(root: Path, folder: Path) -> Damage:
+    return Damage(str(folder.relative_to(root)), None, "a folder", "a symbolic link")
+
+
+def _receipts(root: Path, manifest: Manifest) -> tuple[dict[int, ShardReceipt], list[Damage]]:
+    receipts, damages = {}, []
+    for number, path in receipt_files(root):
+        shard = number if path == receipt_path(root, number) else None
+        try:
+            receipts[number] = read_receipt(path, manifest)
+        except FormatError as error:
+            damages.append(_damage(f"{FOLDER}/{path.name}", shard, error))
+        except OSError as error:
+            damages.append(_unreadable(f"{FOLDER}/{path.name}", shard, error))
+    return receipts, damages
+
+
+def _unreadable(file: str, shard: int | None, error: OSError) -> Damage:
+    return Damage(file, shard, "a file that can be read", error.strerror or str(error))
+
+
+def _end(
+    root: Path, manifest: Manifest, receipts: dict[int, ShardReceipt], damaged: set[int | None]
+) -> tuple[EndReceipt | None, list[Damage]]:
+    """The seal, against itself and the receipts, and the receipts that it misses."""
+    try:
+        end = read_end(root, manifest.cache_id)
+    except FormatError as error:
+        return None, [_damage(_SEAL, None, error)]
+    except OSError as error:
+        return None, [_unreadable(_SEAL, None, error)]
+    if end is None:
+        return None, []
+    numbers = sorted(receipts.keys() | {shard for shard in damaged if shard is not None})
+    last = -(-end.sequences // manifest.sequences_per_shard) - 1
+    if end.last_shard != last or (numbers and numbers[-1] > last):
+        wanted = max([last, *numbers])
+        return end, [Damage(_SEAL, None, f"last_shard {wanted}", f"{end.last_shard}")]
+    missing = [
+        _missing(begin, stop - 1)
+        for begin, stop in zip([0, *(n + 1 for n in numbers)], [*numbers, last + 1], strict=True)
+        if begin < stop
+    ]
+    sequences = sum(receipt.sequences for receipt in receipts.values())
+    if len(receipts) == last + 1 and sequences != end.sequences:
+        return end, [Damage(_SEAL, None, f"{sequences} sequences", f"{end.sequences}")]
+    return end, missing
+
+
+def _missing(first: int, last: int) -> Damage:
+    """A run of shards without receipts: one finding, however long a hostile seal makes it."""
+    file = f"{FOLDER}/{first:05d}.json"
+    if last > first:
+        file += f" to {FOLDER}/{last:05d}.json"
+    return Damage(file, first, f"{last - first + 1} receipts: the cache is sealed", "nothing")
+
+
+def _data(cache: Cache, quick: bool, threads: int | None) -> list[Damage]:
+    """Check the files of all shards, several at once."""
+    tasks = [
+        (shard, name, path)
+        for shard in cache.receipts
+        for name, path in data_paths(cache.root, cache.manifest, shard).items()
+    ]
+    promised = sum(f.bytes for r in cache.receipts.values() for f in r.files.values())
+    bar = Progress("verify", len(tasks) if quick else promised, "files" if quick else "B")
+    lock = Lock()
+
+    def advance(units: int) -> None:
+        with lock:
+            bar.advance(units)
+
+    def check(task: tuple[int, str, Path]) -> Damage | None:
+        damage = _file(cache, *task, None if quick else advance)
+        if quick:
+            advance(1)
+        return damage
+
+    found: Iterable[Damage | None]
+    workers = min(threads or os.cpu_count() or 1, len(tasks))
+    try:
+        if workers <= 1:
+            found = [check(task) for task in tasks]
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                found = list(pool.map(check, tasks))
+    finally:
+        bar.close()
+    return [damage for damage in found if damage is not None]
+
+
+def _file(
+    cache: Cache, shard: int, name: str, path: Path, advance: Callable[[int], None] | None
+) -> Damage | None:
+    """One data file: kind, size, bytes (unless quick: no `advance`), header, what it says."""
+    file = str(path.relative_to(cache.root))
+    promised = cache.receipts[shard].files[name]
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a pipe or device")
+            return Damage(file, shard, "a plain file", kind)
+        if found.st_size != promised.bytes:
+            return Damage(file, shard, f"{promised.bytes} bytes", f"{found.st_size} bytes")
+        if advance is not None:
+            got = digest_file(path, advance)
+            if got != promised:
+                return Damage(
+                    file, shard, f"XXH3-128 {promised.xxh3_128}", f"XXH3-128 {got.xxh3_128}"
+                )
+        _content(cache, shard, name, quick=advance is None)
+    except (FileNotFoundError, NotADirectoryError):
+        return Damage(file, shard, f"{promised.bytes} bytes", "nothing")
+    except CorruptShardError as error:
+        return _damage(file, shard, error)
+    except OSError as error:  # a disk that fails
+        return _unreadable(file, shard, error)
+    return None
+
+
+def _content(cache: Cache, shard: int, name: str, *, quick: bool) -> None:
+    """What a file with the right bytes must still fulfil: a receipt may promise nonsense."""
+    if name == "tokens":
+        cache.locate_tokens(shard) if quick else cache.tokens(shard)
+        return
+    if name != "stats":
+        cache.locate(name.removeprefix("activations/"), shard)
+        return
+    extents = cache.locate_statistics(shard)
+    receipt = cache.receipts[shard]
+    for hookpoint in () if quick else cache.hookpoints:
+        finite = receipt.rows - receipt.non_finite[hookpoint]
+        counted = int(safetensors_file.read(extents[f"{hookpoint}/norm_histogram"]).sum())
+        if counted != finite:
+            raise CorruptShardError(
+                f"statistics of {hookpoint} against the receipt",
+                expected=f"{finite} finite rows",
+                got=counted,
+            )
+
+
+def _leftovers(cache: Cache) -> list[str]:
+    """Files below the cache that nothing accounts for. Links are named, not followed."""
+    root, manifest = cache.root, cache.manifest
+    known = {root / MANIFEST, root / FOLDER / END}
+    for shard, path in receipt_files(root):
+        known |= {path, *data_paths(root, manifest, shard).values()}
+    known |= {retraction_path(root, shard) for shard in retracted_shards(root)}
+    left = []
+    for name, folders, files in os.walk(root):
+        folder = Path(name)
+        if folder == root and "logs" in folders:
+            folders.remove("logs")
+        entries = [*files, *(f for f in folders if (folder / f).is_symlink())]
+        left += [folder / entry for entry in entries if folder / entry not in known]
+    return sorted(str(path.relative_to(root)) for path in left)
+
+
+def retract_damaged(found: Verification) -> list[int]:
+    """Take back every damaged shard of a verified cache, so that a harvest makes it again.
+
+    Returns:
+        The shards that were taken back now.
+
+    Raises:
+        CorruptShardError: something is damaged that no harvest can make again; nothing was done.
+    """
+    root = Path(found.cache)
+    strays = {f"{FOLDER}/{p.name}" for n, p in receipt_files(root) if p != receipt_path(root, n)}
+    for damage in found.damages:
+        made_by_harvests = damage.shard is not None or damage.file in {_SEAL, *strays}
+        if not made_by_harvests or (root / damage.file).is_dir():
+            raise CorruptShardError(
+                f"{root / damage.file} cannot be repaired",
+                expected=damage.expected,
+                got=damage.got,
+                remedy="restore it from a copy, or harvest into another folder",
+            )
+    manifest = read_manifest(root)
+    standing = {number for number, _ in receipt_files(root)}
+    damaged = sorted({d.shard for d in found.damages if d.shard is not None} & standing)
+    for damage in found.damages:
+        if damage.shard is None:  # the harvest seals anew; a stray name is no shard's receipt
+            (root / damage.file).unlink()
+    for shard in damaged:
+        retract(root, manifest, shard, data_paths(root, manifest, shard))
+    forget_restored(root, standing - set(damaged))
+    return damaged

@@ -1,0 +1,108 @@
+"""`actcache verify`: every byte of a cache against its receipts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from actcache.config import HarvestConfig
+from actcache.errors import ConfigError, CorruptShardError
+
+from .guard import emit, guarded, say
+from .options import command
+
+if TYPE_CHECKING:
+    from actcache.verification import Verification
+
+
+@guarded
+def run(
+    cache: Annotated[str, typer.Argument(help="Folder of the cache.")],
+    harvest: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- MODEL DATASET OPTIONS]",
+            help="With --repair: the harvest command that made the cache, without --out.",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Check sizes and headers only.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Take damaged shards back, and make them again if a harvest command follows; "
+            "what comes out must be what they were.",
+        ),
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Files read at once. Default: one per core.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check every file of CACHE against its receipts and name what is damaged or missing."""
+    import dataclasses
+
+    from actcache.verification import retract_damaged, verify
+
+    if harvest and not repair:
+        raise ConfigError("a harvest command is for --repair", got=" ".join(harvest))
+    config = _harvest_config([*harvest, "--out", cache]) if harvest else None
+    found = verify(cache, quick=quick, threads=threads)
+    if not json:
+        _print(found)
+    retracted = retract_damaged(found) if repair else []
+    whole = found.sound
+    if repair and config is not None and not (found.sound and found.complete):
+        whole = _make_again(config, retracted)
+    elif repair and (retracted or found.retracted):
+        say("run the harvest command again: it makes the shards that were taken back, only these")
+    if json:
+        emit(dataclasses.asdict(found) | {"sound": whole})
+    if not whole:
+        raise typer.Exit(CorruptShardError.exit_code)
+
+
+def _harvest_config(arguments: list[str]) -> HarvestConfig:
+    """The harvest that a command line asks for; click refuses what it does not know."""
+    configs: list[HarvestConfig] = []
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+    def keep(config: HarvestConfig, _json: bool) -> None:
+        configs.append(config)
+
+    app.command()(command(HarvestConfig, keep, ["model", "dataset"]))
+    app(args=arguments, prog_name="actcache verify CACHE --repair --", standalone_mode=False)
+    if not configs:  # --help, which has been printed
+        raise typer.Exit
+    return configs[0]
+
+
+def _make_again(config: HarvestConfig, retracted: list[int]) -> bool:
+    """Run the harvest over what is missing; whether all is there again."""
+    from actcache.harvest import harvest
+
+    summary = harvest(config)
+    for warning in summary.warnings:
+        say(f"warning: {warning}")
+    numbers = ", ".join(map(str, retracted)) or "none"
+    say(f"{summary.cache}: took back shards {numbers}; made {summary.new_shards} shards again")
+    return summary.complete
+
+
+def _print(found: Verification) -> None:
+    from actcache.progress import format_bytes
+
+    for damage in found.damages:
+        print(f"{damage.file}\n  expected: {damage.expected}\n  got:      {damage.got}")
+    if found.leftovers:
+        shown = ", ".join(found.leftovers[:5]) + (", ..." if len(found.leftovers) > 5 else "")
+        print(f"{len(found.leftovers)} files belong to no receipt, and are left alone: {shown}")
+    if found.retracted:
+        print(f"shards that wait to be made again: {', '.join(map(str, found.retracted))}")
+    how = "sizes and headers" if found.quick else "every byte"
+    state = "sound" if found.sound else f"{len(found.damages)} findings"
+    print(
+        f"{found.cache}: {state}; {how} of {found.files} files in {found.shards} shards, "
+        f"{format_bytes(found.bytes)}"
+    )

@@ -1,0 +1,92 @@
+"""`actcache verify` as a user runs it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from actcache_cli.main import actcache_app
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(actcache_app(), [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def harvest(tiny_model, prose_file):
+    """The harvest command without --out."""
+    command = [tiny_model, prose_file, "--ctx-len", 16, "--batch-size", 2, "--shard-size", 8]
+    return [*command, "--max-tokens", 320, "--hookpoint", "layers.1"]
+
+
+@pytest.fixture
+def cache(harvest, tmp_path):
+    run("harvest", *harvest, "--out", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def damage(cache):
+    path = cache / "activations/layers.1/00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def test_a_sound_cache_is_one_line(cache):
+    (line,) = run("verify", cache).stdout.splitlines()
+    assert line.startswith(f"{cache}: sound; every byte of 9 files in 3 shards, ")
+    assert "sizes and headers of 9 files" in run("verify", cache, "--quick").stdout
+
+
+def test_damage_is_named_with_expected_and_got_and_the_exit_code_says_so(cache):
+    damage(cache)
+    lines = run("verify", cache, "--threads", 2, code=8).stdout.splitlines()
+    assert lines[0] == "activations/layers.1/00001.safetensors"
+    assert lines[1].startswith("  expected: XXH3-128 ")
+    assert lines[2].startswith("  got:      XXH3-128 ")
+    assert lines[3].startswith(f"{cache}: 1 findings; ")
+    assert run("verify", cache, "--quick").exit_code == 0
+
+
+def test_verify_speaks_json(cache):
+    assert json.loads(run("verify", cache, "--json").stdout)["sound"]
+    damage(cache)
+    (cache / "notes").write_text("x")
+    found = json.loads(run("verify", cache, "--json", code=8).stdout)
+    assert not found["sound"]
+    assert found["damages"][0]["shard"] == 1
+    assert found["leftovers"] == ["notes"]
+
+
+def test_repair_with_the_harvest_command_makes_the_damaged_shards_again(cache, harvest, tree):
+    before = tree(cache)
+    damage(cache)
+    result = run("verify", cache, "--repair", "--", *harvest)
+    assert "took back shards 1; made 1 shards again" in result.stderr
+    assert tree(cache) == before
+    assert run("verify", cache, "--repair", "--", *harvest).stderr == ""
+
+
+def test_repair_alone_takes_shards_back_and_says_how_to_go_on(cache, harvest, tree):
+    before = tree(cache)
+    damage(cache)
+    assert "run the harvest command again" in run("verify", cache, "--repair", code=8).stderr
+    assert "2 shards are missing" not in run("inspect", cache).stdout
+    assert "1 shards are missing" in run("inspect", cache).stdout
+    waiting = run("verify", cache, code=8).stdout
+    assert "shards that wait to be made again: 1" in waiting
+    assert "wrote 1 shards" in run("harvest", *harvest, "--out", cache).stdout
+    assert tree(cache) == before
+
+
+def test_a_harvest_command_that_cannot_be_is_refused_before_anything_is_taken_back(cache, tree):
+    damage(cache)
+    before = tree(cache)
+    run("verify", cache, "--repair", "--", "model", "data.txt", "--no-such-option", code=2)
+    run("verify", cache, "--", "model", "data.txt", code=2)
+    run("verify", cache, "--no-such-option", code=2)
+    assert tree(cache) == before
+
+
+def test_no_cache_is_told(tmp_path):
+    assert "is not a cache" in run("verify", tmp_path, code=9).stderr

@@ -20,6 +20,7 @@ import numpy as np
 
 from actcache.atomic import FileReceipt, publish
 from actcache.errors import CorruptShardError
+from actcache.parse import decode_json, short
 from actcache.storage.codec import Array
 
 ALIGNMENT = 4096
@@ -89,11 +90,11 @@ def locate(path: Path, expected: Mapping[str, tuple[tuple[int, ...], str, str]])
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             if not 0 < length <= min(_MAX_HEADER, size - 8):
                 raise _corrupt(path, "a header length", length)
-            header = json.loads(file.read(length))
+            header = decode_json(file.read(length))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _corrupt(path, "a file", "nothing") from error
     except (ValueError, RecursionError) as error:
-        raise _corrupt(path, "a JSON header", str(error)) from error
+        raise _corrupt(path, "a JSON header", short(str(error), 300)) from error
     want: dict[str, object] = {}
     extents = []
     offset = 8 + length
@@ -127,10 +128,9 @@ def _little(dtype: np.dtype[np.generic]) -> str:
 
 
 def _corrupt(path: Path, expected: object, got: object) -> CorruptShardError:
-    text = str(got)
     return CorruptShardError(
         f"{path} is not the file that its receipt promises",
         expected=expected,
-        got=text if len(text) <= 300 else f"{text[:297]}...",
+        got=got if isinstance(got, str) else short(got, 300),
         remedy="delete the receipt of this shard and harvest again, or restore a copy",
     )

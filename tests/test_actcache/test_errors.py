@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from actcache import errors
-from actcache.errors import ActcacheError, ConfigError
+from actcache.errors import ActcacheError, ConfigError, FormatError
 
 
 def test_an_error_says_what_expected_got_and_remedy() -> None:
@@ -24,3 +24,8 @@ def test_every_kind_of_error_has_an_exit_code_of_its_own() -> None:
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes) > 8
     assert all(0 < code < 126 for code in codes)
+
+
+def test_what_stood_in_a_damaged_file_is_quoted_in_part() -> None:
+    error = FormatError("x" * 10**6, expected="y" * 10**6, got="z" * 10**6)
+    assert 10_000 < len(str(error)) < 20_000

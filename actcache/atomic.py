@@ -21,7 +21,7 @@ _PARTIAL = ".partial-"
 _CHUNK = 16 << 20  # bytes written and hashed at a time: small enough to stay in cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileReceipt:
     """What a published file must be."""
 

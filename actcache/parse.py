@@ -13,6 +13,7 @@ import json
 import math
 import stat
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -40,72 +41,130 @@ def parse_dataclass(cls: type[T], obj: object, where: str) -> T:
         FormatError: a key is missing or unknown, a value has another type, or the class itself
             refuses its values.
     """
-    if not isinstance(obj, dict):
-        raise FormatError(f"{where} is not an object", expected="{...}", got=short(obj))
-    hints, fields = _schema(cls)  # type: ignore[arg-type]
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in obj
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    unknown = sorted(set(obj) - set(fields))
-    if missing or unknown:
-        raise FormatError(
-            f"{where} has other keys than this format",
-            expected=f"keys {', '.join(fields)}",
-            got=f"missing {missing}, unknown {unknown}",
-            remedy="it was written by another version or damaged",
-        )
-    values = {key: parse_value(hints[key], obj[key], f"{where}: {key}") for key in obj}
-    try:
-        return cls(**values)
-    except FormatError as error:  # the class knows what is wrong, not in which file
-        raise FormatError(f"{where}: {error}") from None
-
-
-@functools.cache
-def _schema(cls: type[Any]) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
-    return get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    parsed: T = _parser(cls)(obj, where)  # type: ignore[arg-type] # a class can be hashed
+    return parsed
 
 
 def parse_value(hint: Any, obj: object, where: str) -> Any:
     """Check `obj` against one type hint, converting JSON lists to tuples; see `parse_dataclass`."""
+    return _parser(hint)(obj, where)
+
+
+# Ten thousand receipts are parsed when a cache is opened: a type is looked at once, and the place
+# of a value becomes text only when there is something wrong with it.
+
+_Where = Any
+"""A place: text, or (outer place, format of the last part, its key)."""
+
+_Parser = Callable[[Any, _Where], Any]
+
+
+def _text(where: _Where) -> str:
+    if isinstance(where, str):
+        return where
+    outer, form, key = where
+    return _text(outer) + str(form).format(key)
+
+
+@functools.cache
+def _parser(hint: Any) -> _Parser:
+    """The function that checks values against a type hint."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        if obj is None and type(None) in args:
-            return None
         (inner,) = (a for a in args if a is not type(None))
-        return parse_value(inner, obj, where)
+        return _optional(_parser(inner), type(None) in args)
     if origin is Literal:
-        if not isinstance(obj, str) or obj not in args:
+        return _literal(args)
+    if origin is tuple:
+        return _tuple(_parser(args[0]))
+    if origin is dict:
+        return _dict(_parser(args[1]))
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint)
+    return _scalar(hint)
+
+
+def _optional(inner: _Parser, may_be_none: bool) -> _Parser:
+    def parse(obj: Any, where: _Where) -> Any:
+        return None if obj is None and may_be_none else inner(obj, where)
+
+    return parse
+
+
+def _literal(choices: tuple[str, ...]) -> _Parser:
+    def parse(obj: Any, where: _Where) -> Any:
+        if not isinstance(obj, str) or obj not in choices:
             raise FormatError(
-                f"{where} has an unknown value", expected=" | ".join(args), got=short(obj)
+                f"{_text(where)} has an unknown value",
+                expected=" | ".join(choices),
+                got=short(obj),
             )
         return obj
-    if origin is tuple:
+
+    return parse
+
+
+def _tuple(inner: _Parser) -> _Parser:
+    def parse(obj: Any, where: _Where) -> Any:
         if not isinstance(obj, list):
-            raise FormatError(f"{where} is not a list", expected="[...]", got=short(obj))
-        return tuple(parse_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(obj))
-    if origin is dict:
+            raise FormatError(f"{_text(where)} is not a list", expected="[...]", got=short(obj))
+        return tuple([inner(item, (where, "[{}]", i)) for i, item in enumerate(obj)])
+
+    return parse
+
+
+def _dict(inner: _Parser) -> _Parser:
+    def parse(obj: Any, where: _Where) -> Any:
         if not isinstance(obj, dict):
-            raise FormatError(f"{where} is not an object", expected="{...}", got=short(obj))
-        return {key: parse_value(args[1], item, f"{where}[{key!r}]") for key, item in obj.items()}
-    if dataclasses.is_dataclass(hint):
-        return parse_dataclass(hint, obj, where)  # type: ignore[arg-type]
-    return _parse_scalar(hint, obj, where)
+            raise FormatError(f"{_text(where)} is not an object", expected="{...}", got=short(obj))
+        return {key: inner(item, (where, "[{!r}]", key)) for key, item in obj.items()}
+
+    return parse
 
 
-def _parse_scalar(hint: type, obj: object, where: str) -> object:
-    # `type(...) is`: a bool is an int to isinstance, and must not be one here.
-    too_large = type(obj) is int and abs(obj) > _MAX_INT
-    if hint is float and type(obj) is int and not too_large:
-        obj = float(obj)
-    too_large |= type(obj) is float and not math.isfinite(obj)  # JSON's 1e999 decodes to inf
-    if type(obj) is not hint or too_large:
-        raise FormatError(f"{where} has another type", expected=hint.__name__, got=short(obj))
-    return obj
+def _dataclass(cls: Any) -> _Parser:
+    hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    parsers = {name: _parser(hints[name]) for name in fields}
+    nothing = dataclasses.MISSING
+    required = {
+        name for name, f in fields.items() if f.default is nothing and f.default_factory is nothing
+    }
+
+    def parse(obj: Any, where: _Where) -> Any:
+        if not isinstance(obj, dict):
+            raise FormatError(f"{_text(where)} is not an object", expected="{...}", got=short(obj))
+        if not required <= obj.keys() <= parsers.keys():
+            missing = [name for name in fields if name in required and name not in obj]
+            raise FormatError(
+                f"{_text(where)} has other keys than this format",
+                expected=f"keys {', '.join(fields)}",
+                got=f"missing {missing}, unknown {sorted(obj.keys() - fields)}",
+                remedy="it was written by another version or damaged",
+            )
+        values = {key: parsers[key](item, (where, ": {}", key)) for key, item in obj.items()}
+        try:
+            return cls(**values)
+        except FormatError as error:  # the class knows what is wrong, not in which file
+            raise FormatError(f"{_text(where)}: {error}") from None
+
+    return parse
+
+
+def _scalar(hint: Any) -> _Parser:
+    def parse(obj: Any, where: _Where) -> Any:
+        # `type(...) is`: a bool is an int to isinstance, and must not be one here.
+        if type(obj) is hint and (
+            (hint is not int or -_MAX_INT <= obj <= _MAX_INT)
+            and (hint is not float or math.isfinite(obj))  # JSON's 1e999 decodes to inf
+        ):
+            return obj
+        if hint is float and type(obj) is int and abs(obj) <= _MAX_INT:
+            return float(obj)
+        raise FormatError(
+            f"{_text(where)} has another type", expected=hint.__name__, got=short(obj)
+        )
+
+    return parse
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, *, links: bool = True) -> object:

@@ -1,0 +1,122 @@
+"""How long does it take to open a cache of many shards?
+
+Receipts are synthetic, but whole: `Cache.open` reads, parses and checks every one of them. Beside
+it stands what the same files cost when their bytes are read and nothing is done with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common import machine, print_table
+
+from actcache.atomic import FileReceipt
+from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
+from actcache.parse import to_json
+from actcache.reader import Cache
+from actcache.receipt import FOLDER, ShardReceipt, receipt_path
+
+
+def main() -> None:
+    """Print a row for each number of shards and hookpoints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", type=int, nargs="*", default=[100, 1000, 10_000])
+    parser.add_argument("--hookpoints", type=int, nargs="*", default=[1, 4, 32])
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    rows = []
+    for shards in arguments.shards:
+        for hookpoints in arguments.hookpoints:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(_measure(Path(folder), shards, hookpoints, arguments.repeats))
+    print(f"median of {arguments.repeats}, files in the page cache; {machine()}")
+    header = ["shards", "hookpoints", "receipt, B", "bytes alone, s", "Cache.open, s"]
+    print_table(header, rows)
+
+
+def _measure(root: Path, shards: int, hookpoints: int, repeats: int) -> list[str]:
+    size = _write(root, shards, hookpoints)
+
+    def read_bytes() -> None:
+        for path in (root / FOLDER).iterdir():
+            path.read_bytes()
+
+    def open_cache() -> None:
+        assert len(Cache.open(root).shards) == shards
+
+    seconds = [f"{_seconds(act, repeats):.3f}" for act in (read_bytes, open_cache)]
+    return [f"{shards:,}", str(hookpoints), f"{size:,}", *seconds]
+
+
+def _seconds(act: Callable[[], None], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _write(root: Path, shards: int, hookpoints: int) -> int:
+    """A manifest and receipts, without data; returns the bytes of a receipt."""
+    names = [f"layers.{layer}" for layer in range(hookpoints)]
+    identity = Identity(
+        model_fingerprint="0" * 32,
+        model_dtype="bfloat16",
+        tokenizer_fingerprint="1" * 32,
+        dataset_fingerprint="2" * 32,
+        text_column="text",
+        pipeline="pack",
+        ctx_len=1024,
+        bos_id=None,
+        eos_id=0,
+        keep_order=False,
+        skip_positions=1,
+        hookpoints=tuple(Hookpoint(name, 4096) for name in names),
+        dtype="bfloat16",
+        batch_size=8,
+        row_order="shuffled",
+        seed=0,
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        cache_id=identity.digest(),
+        identity=identity,
+        model="synthetic",
+        revision=None,
+        architecture="None",
+        dataset="synthetic",
+        split="train",
+        backend="memmap",
+        sequences_per_shard=64,
+        planned_sequences=shards * 64,
+        block_rows=128,
+        versions={},
+    )
+    (root / FOLDER).mkdir(parents=True)
+    (root / "manifest.json").write_bytes(to_json(manifest))
+    file = FileReceipt(64 * 1023 * 8192 + 4096, "ab" * 16)
+    receipt = ShardReceipt(
+        cache_id=manifest.cache_id,
+        shard=0,
+        first_sequence=0,
+        sequences=64,
+        rows=64 * 1023,
+        dropped={"skip_positions": 64},
+        non_finite=dict.fromkeys(names, 0),
+        files={"tokens": file, "stats": file} | {f"activations/{name}": file for name in names},
+    )
+    for shard in range(shards):
+        here = dataclasses.replace(receipt, shard=shard, first_sequence=shard * 64)
+        receipt_path(root, shard).write_bytes(to_json(here))
+    return len(to_json(receipt))
+
+
+if __name__ == "__main__":
+    main()

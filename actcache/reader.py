@@ -208,7 +208,7 @@ class Cache:
                 f"{path} is not what the receipt of shard {receipt.shard} promises",
                 expected=promised,
                 got=got,
-                remedy="delete that receipt and harvest again, or restore a copy",
+                remedy="actcache verify CACHE --repair, or restore a copy",
             )
 
     def locate(self, hookpoint: str, shard: int) -> Extent | CompressedExtent:
@@ -263,5 +263,5 @@ def _check_range(path: Path, name: str, numbers: NDArray[np.int32], end: int) ->
             f"{path} holds a {name} that cannot be",
             expected=f"0 to {end - 1}",
             got=f"{numbers.min()} to {numbers.max()}",
-            remedy="delete the receipt of this shard and harvest again, or restore a copy",
+            remedy="actcache verify CACHE --repair, or restore a copy",
         )

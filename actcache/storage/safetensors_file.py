@@ -132,5 +132,5 @@ def _corrupt(path: Path, expected: object, got: object) -> CorruptShardError:
         f"{path} is not the file that its receipt promises",
         expected=expected,
         got=got if isinstance(got, str) else short(got, 300),
-        remedy="delete the receipt of this shard and harvest again, or restore a copy",
+        remedy="actcache verify CACHE --repair, or restore a copy",
     )

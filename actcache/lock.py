@@ -52,6 +52,9 @@ class HarvestLock:
         except OSError as error:
             self.release()
             raise tell_full_disk(error, self._path, len(who)) from error
+        except BaseException:
+            self.release()
+            raise
 
     def join(self) -> None:
         """Hold the lock that rank 0 of this harvest has taken."""

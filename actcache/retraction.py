@@ -144,7 +144,7 @@ def forget_restored(root: Path, published: Iterable[int]) -> None:
 def _versions(manifest: Manifest) -> str:
     from actcache.planning import library_versions
 
-    now = library_versions()
+    now = library_versions(manifest.compression)
     changed = [
         f"{name} is {now.get(name)}, was {version}"
         for name, version in manifest.versions.items()

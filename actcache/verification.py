@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from threading import Lock
 
 from actcache.atomic import digest_file
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
+from actcache.lock import HarvestLock
 from actcache.manifest import MANIFEST, Manifest, read_manifest
 from actcache.progress import Progress
 from actcache.reader import Cache, linked_folders
@@ -29,7 +30,7 @@ from actcache.receipt import (
     receipt_path,
 )
 from actcache.retraction import forget_restored, retract, retracted_shards, retraction_path
-from actcache.storage import safetensors_file
+from actcache.storage import BACKENDS, safetensors_file
 from actcache.writer import data_paths
 
 _SEAL = f"{FOLDER}/{END}"
@@ -94,6 +95,8 @@ def verify(root: str | Path, *, quick: bool = False, threads: int | None = None)
         return _found(root, quick, [_damage(MANIFEST, None, error)])
     if linked := linked_folders(root, manifest):
         return _found(root, quick, [_linked(root, folder) for folder in linked])
+    if about_backend := _documents(root, manifest):  # every shard leans on them
+        return _found(root, quick, about_backend)
     receipts, damages = _receipts(root, manifest)
     end, about_end = _end(root, manifest, receipts, {d.shard for d in damages})
     cache = Cache(root, manifest, receipts, end)
@@ -135,6 +138,19 @@ def _damage(file: str, shard: int | None, error: ActcacheError) -> Damage:
 
 def _linked(root: Path, folder: Path) -> Damage:
     return Damage(str(folder.relative_to(root)), None, "a folder", "a symbolic link")
+
+
+def _documents(root: Path, manifest: Manifest) -> list[Damage]:
+    """What the backend keeps beside the shards, against what follows from the manifest."""
+    damages = []
+    for path, expected in BACKENDS[manifest.backend].documents(root, manifest).items():
+        wanted = f"the {len(expected)} bytes that follow from the manifest"
+        file = str(path.relative_to(root))
+        if path.is_symlink() or not path.is_file():
+            damages.append(Damage(file, None, wanted, "no plain file"))
+        elif path.stat().st_size != len(expected) or path.read_bytes() != expected:
+            damages.append(Damage(file, None, wanted, "others"))
+    return damages
 
 
 def _receipts(root: Path, manifest: Manifest) -> tuple[dict[int, ShardReceipt], list[Damage]]:
@@ -278,6 +294,7 @@ def _leftovers(cache: Cache) -> list[str]:
     """Files below the cache that nothing accounts for. Links are named, not followed."""
     root, manifest = cache.root, cache.manifest
     known = {root / MANIFEST, root / FOLDER / END}
+    known |= set(BACKENDS[manifest.backend].documents(root, manifest))
     for shard, path in receipt_files(root):
         known |= {path, *data_paths(root, manifest, shard).values()}
     known |= {retraction_path(root, shard) for shard in retracted_shards(root)}
@@ -299,11 +316,13 @@ def retract_damaged(found: Verification) -> list[int]:
 
     Raises:
         CorruptShardError: something is damaged that no harvest can make again; nothing was done.
+        CacheBusyError: a harvest is at work in the cache; nothing was done.
     """
     root = Path(found.cache)
     strays = {f"{FOLDER}/{p.name}" for n, p in receipt_files(root) if p != receipt_path(root, n)}
+    made_anew = {_SEAL, *strays, *_document_names(root)}
     for damage in found.damages:
-        made_by_harvests = damage.shard is not None or damage.file in {_SEAL, *strays}
+        made_by_harvests = damage.shard is not None or damage.file in made_anew
         if not made_by_harvests or (root / damage.file).is_dir():
             raise CorruptShardError(
                 f"{root / damage.file} cannot be repaired",
@@ -311,13 +330,31 @@ def retract_damaged(found: Verification) -> list[int]:
                 got=damage.got,
                 remedy="restore it from a copy, or harvest into another folder",
             )
+    lock = HarvestLock(root)
+    lock.take()
+    try:
+        return _retract(root, found.damages)
+    finally:
+        lock.release()
+
+
+def _retract(root: Path, damages: Sequence[Damage]) -> list[int]:
     manifest = read_manifest(root)
     standing = {number for number, _ in receipt_files(root)}
-    damaged = sorted({d.shard for d in found.damages if d.shard is not None} & standing)
-    for damage in found.damages:
-        if damage.shard is None:  # the harvest seals anew; a stray name is no shard's receipt
-            (root / damage.file).unlink()
+    damaged = sorted({d.shard for d in damages if d.shard is not None} & standing)
+    for damage in damages:
+        if damage.shard is None:  # a harvest makes them anew; a stray name is no shard's receipt
+            (root / damage.file).unlink(missing_ok=True)
     for shard in damaged:
         retract(root, manifest, shard, data_paths(root, manifest, shard))
     forget_restored(root, standing - set(damaged))
     return damaged
+
+
+def _document_names(root: Path) -> set[str]:
+    try:
+        manifest = read_manifest(root)
+    except FormatError:
+        return set()
+    documents = BACKENDS[manifest.backend].documents(root, manifest)
+    return {str(path.relative_to(root)) for path in documents}

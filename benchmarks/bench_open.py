@@ -94,6 +94,7 @@ def _write(root: Path, shards: int, hookpoints: int) -> int:
         dataset="synthetic",
         split="train",
         backend="memmap",
+        compression="none",
         sequences_per_shard=64,
         planned_sequences=shards * 64,
         block_rows=128,

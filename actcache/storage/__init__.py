@@ -25,6 +25,9 @@ class Backend(Protocol):
     def lay(self, root: Path, manifest: Manifest) -> None:
         """Make, or check, what must stand before the first shard. One process does it."""
 
+    def documents(self, root: Path, manifest: Manifest) -> dict[Path, bytes]:
+        """Files that stand beside the shards, with the bytes that follow from the manifest."""
+
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: Array
     ) -> FileReceipt:

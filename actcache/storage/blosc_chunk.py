@@ -154,5 +154,5 @@ def _corrupt(path: Path, expected: object, got: object) -> CorruptShardError:
         f"{path} is not the compressed chunk that its receipt promises",
         expected=expected,
         got=got,
-        remedy="delete the receipt of this shard and harvest again, or restore a copy",
+        remedy="actcache verify CACHE --repair, or restore a copy",
     )

@@ -23,6 +23,10 @@ class MemmapBackend:
     def lay(self, root: Path, manifest: Manifest) -> None:
         """Nothing: every file describes itself."""
 
+    def documents(self, root: Path, manifest: Manifest) -> dict[Path, bytes]:  # noqa: ARG002
+        """None."""
+        return {}
+
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: Array
     ) -> FileReceipt:

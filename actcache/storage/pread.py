@@ -21,7 +21,7 @@ def read_exactly(path: Path, view: memoryview, offset: int) -> None:
         raise CorruptShardError(
             f"{path} is gone",
             expected="the file that was there when it was first read",
-            remedy="restore it from a copy, or delete the receipt and harvest again",
+            remedy="restore it from a copy, or actcache verify CACHE --repair",
         ) from error
     try:
         while view:
@@ -31,7 +31,7 @@ def read_exactly(path: Path, view: memoryview, offset: int) -> None:
                     f"{path} ends early",
                     expected=f"at least {end} bytes",
                     got=f"{offset} bytes",
-                    remedy="it was cut while it was being read; restore or harvest it again",
+                    remedy="it was cut while it was being read; actcache verify CACHE --repair",
                 )
             view, offset = view[n:], offset + n
     finally:

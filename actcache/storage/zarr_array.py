@@ -40,12 +40,18 @@ class ZarrBackend:
             CorruptShardError: one is there and is not this cache's.
             DiskFullError: no room.
         """
-        for hookpoint in manifest.identity.hookpoints:
-            path = _folder(root, hookpoint.name) / DOCUMENT
+        for path, expected in self.documents(root, manifest).items():
             if path.exists() or path.is_symlink():
-                _check_document(path, manifest, hookpoint.name)
+                _check_document(path, expected)
             else:
-                publish(path, [to_json(document(manifest, hookpoint.name))])
+                publish(path, [expected])
+
+    def documents(self, root: Path, manifest: Manifest) -> dict[Path, bytes]:
+        """The `zarr.json` of every hookpoint."""
+        return {
+            _folder(root, h.name) / DOCUMENT: to_json(document(manifest, h.name))
+            for h in manifest.identity.hookpoints
+        }
 
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: Array
@@ -68,7 +74,8 @@ class ZarrBackend:
             CorruptShardError: `zarr.json` is not the manifest's, or the chunk is missing or has
                 another size.
         """
-        _check_document(_folder(root, hookpoint) / DOCUMENT, manifest, hookpoint)
+        expected = to_json(document(manifest, hookpoint))
+        _check_document(_folder(root, hookpoint) / DOCUMENT, expected)
         path = self.path(root, hookpoint, shard)
         size = _plain_size(path, (path, path.parent, path.parent.parent))
         if rows > manifest.shard_rows:
@@ -112,9 +119,8 @@ def _folder(root: Path, hookpoint: str) -> Path:
     return root / "activations" / hookpoint
 
 
-def _check_document(path: Path, manifest: Manifest, hookpoint: str) -> None:
+def _check_document(path: Path, expected: bytes) -> None:
     # Byte for byte: nothing is parsed that might say another thing to another parser.
-    expected = to_json(document(manifest, hookpoint))
     size = _plain_size(path, (path,))
     if size != len(expected) or path.read_bytes() != expected:
         raise _corrupt(path, f"the {len(expected)} bytes that follow from the manifest", "others")
@@ -135,7 +141,7 @@ def _plain_size(path: Path, links: tuple[Path, ...]) -> int:
 
 
 def _corrupt(path: Path, expected: object, got: object) -> CorruptShardError:
-    remedy = "delete the receipt of this shard and harvest again, or restore a copy"
+    remedy = "actcache verify CACHE --repair, or restore a copy"
     if path.name == DOCUMENT:
         remedy = "delete it and run the same actcache harvest command again: it is written anew"
     return CorruptShardError(

@@ -17,8 +17,15 @@ import torch
 from actcache import harvest as harvest_module
 from actcache.atomic import digest_file
 from actcache.config import HarvestConfig
-from actcache.errors import CacheMismatchError, CorruptShardError, EmptyCacheError, FormatError
+from actcache.errors import (
+    CacheBusyError,
+    CacheMismatchError,
+    CorruptShardError,
+    EmptyCacheError,
+    FormatError,
+)
 from actcache.harvest import harvest
+from actcache.lock import HarvestLock
 from actcache.reader import Cache
 from actcache.receipt import publish_receipt, receipt_path
 from actcache.retraction import retraction_path
@@ -383,3 +390,42 @@ def test_a_repair_that_crashes_at_any_call_is_finished_by_the_same_command(
         shutil.rmtree(root)
     assert tree(root) == whole
     assert number > 40
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_zarr_cache_is_verified_and_repaired_alike(
+    compression: str, options: Options, tree: Tree
+) -> None:
+    config = options(backend="zarr", compress=compression)
+    root = Path(harvest(config).cache)
+    before = tree(root)
+    assert verify(root).sound
+    assert verify(root).leftovers == ()
+    chunk = next(root.glob("activations/*/c/1/0"))
+    flip(chunk)
+    (damage,) = verify(root).damages
+    assert (damage.file, damage.shard) == (str(chunk.relative_to(root)), 1)
+    assert retract_damaged(verify(root)) == [1]
+    assert harvest(config).complete
+    assert tree(root) == before
+
+
+def test_a_damaged_zarr_document_is_named_and_made_anew(options: Options, tree: Tree) -> None:
+    config = options(backend="zarr")
+    root = Path(harvest(config).cache)
+    before = tree(root)
+    document = next(root.glob("activations/*/zarr.json"))
+    flip(document)
+    assert named(root) == [str(document.relative_to(root))]
+    assert retract_damaged(verify(root)) == []
+    assert harvest(config).complete
+    assert tree(root) == before
+
+
+def test_no_repair_begins_while_a_harvest_is_at_work(root: Path) -> None:
+    flip(root / DATA[0])
+    lock = HarvestLock(root)
+    lock.take()
+    with pytest.raises(CacheBusyError):
+        retract_damaged(verify(root))
+    assert receipt_path(root, 1).exists()

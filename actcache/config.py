@@ -30,9 +30,10 @@ class HarvestConfig:
     """Folder of the cache: made when missing, finished when it holds this very harvest."""
 
     hookpoint: tuple[str, ...] = ()
-    """Module name or fnmatch pattern, such as layers.9.mlp or 'layers.*'; repeatable. The model's
-    base prefix may be left out; ':in' at the end takes the module's input. Default: the residual
-    stream after every layer."""
+    """Module name or fnmatch pattern, such as layers.9.mlp or 'layers.*.mlp'; repeatable. The
+    model's base prefix may be left out; ':in' at the end takes the module's input. A * crosses
+    dots: for the residual stream alone, use --layers. Default: the residual stream after every
+    layer."""
 
     layers: tuple[int, ...] = ()
     """Layer numbers, from 0, whose residual stream is taken, instead of --hookpoint; repeatable."""
@@ -122,6 +123,10 @@ class HarvestConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{_option(name)} is too small", expected=f">= {low}", got=value)
+        for name in ("ctx_len", "batch_size", "shard_size", "max_tokens"):
+            value, high = getattr(self, name), 2**53 if name == "max_tokens" else 2**31 - 1
+            if value is not None and value > high:
+                raise ConfigError(f"{_option(name)} is too large", expected=f"<= {high}", got=value)
         if self.seed >= 2**32:
             raise ConfigError("--seed is too large", expected="< 2**32", got=self.seed)
         if self.skip_positions >= self.ctx_len:
@@ -146,7 +151,7 @@ class HarvestConfig:
             raise ConfigError(
                 "--hookpoint stands alone: it already says which modules",
                 got="--hookpoint with --layers or --layer-stride",
-                remedy="use a pattern such as --hookpoint 'layers.*'",
+                remedy="use a pattern such as --hookpoint 'layers.*.mlp'",
             )
         if self.layers and self.layer_stride != 1:
             raise ConfigError("--layers and --layer-stride cannot both be given")

@@ -20,8 +20,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()  # fails on meta, which computes nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             "--device cannot be used", expected="cpu, cuda, cuda:N or auto", got=f"{name} ({error})"
         ) from error

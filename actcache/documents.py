@@ -6,6 +6,7 @@ fingerprint, so that a cache knows which text it was made of.
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import sys
 from collections.abc import Sequence
@@ -29,13 +30,15 @@ class TextDocuments:
     """Texts by number."""
 
     texts: Any
-    """A sequence that takes a list of numbers: a datasets column, or a list in `_OneText`."""
+    """Function from a list of numbers to the texts."""
     count: int
     """How many."""
     column: str
     """Column they came from; empty for a .txt file."""
     fingerprint: str
     """Digest of the text."""
+    bytes: int | None = None
+    """Size of the file they came from, which bounds their tokens; None: not from one file."""
 
     def batch(self, numbers: Sequence[int]) -> list[str]:
         """Texts with these numbers.
@@ -90,6 +93,8 @@ def _open_file(path: Path, config: HarvestConfig) -> TextDocuments | TokenFile:
     suffix = path.suffix.lower()
     if path.stat().st_size == 0:
         raise DatasetError(f"{path} is empty")
+    if suffix in {".bin", ".txt"}:
+        _refuse_split(config)
     if suffix == ".bin":
         return _open_bin(path, config)
     fingerprint = digest_file(path).xxh3_128
@@ -98,7 +103,8 @@ def _open_file(path: Path, config: HarvestConfig) -> TextDocuments | TokenFile:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise DatasetError(f"{path} is not UTF-8 text", got=str(error)) from error
-        return TextDocuments(lambda numbers: [text for _ in numbers], 1, "", fingerprint)
+        size = path.stat().st_size
+        return TextDocuments(lambda numbers: [text for _ in numbers], 1, "", fingerprint, size)
     if suffix not in _TABLES:
         raise DatasetError(
             f"do not know how to read {path}",
@@ -106,7 +112,9 @@ def _open_file(path: Path, config: HarvestConfig) -> TextDocuments | TokenFile:
             got=suffix or "no suffix",
         )
     table = _load(config, builder=_TABLES[suffix], fingerprint=fingerprint)
-    return _from_table(table, config, fingerprint)
+    if config.split != "train":  # a slice of the file
+        fingerprint = f"{fingerprint}-{config.split}"
+    return _from_table(table, config, fingerprint, path.stat().st_size)
 
 
 def _open_bin(path: Path, config: HarvestConfig) -> TokenFile:
@@ -137,25 +145,41 @@ def _load(
             (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
         ):
             return datasets.load_from_disk(str(folder))
-        if builder is not None:  # a file has one split, whatever its name
+        if builder is not None:  # a file is one split, train, of which slices may be asked
             # Named by its digest: datasets knows a file by path and time, and would give the text
             # of an older one with the same.
             return datasets.load_dataset(
                 builder,
                 name=fingerprint,
                 data_files=glob.escape(config.dataset),  # a path, not a pattern
-                split="train",
+                split=config.split,
             )
         return datasets.load_dataset(config.dataset, config.dataset_config, split=config.split)
     except Exception as error:  # datasets raises dozens of types, and pyarrow's besides
         raise DatasetError(
             f"cannot load dataset {config.dataset}",
-            got=f"{type(error).__name__}: {error}",
+            got=_reason(error),
             remedy="check the name, --split and --dataset-config; files must match their suffix",
         ) from error
 
 
-def _from_table(table: Any, config: HarvestConfig, fingerprint: str | None) -> TextDocuments:
+def _reason(error: BaseException) -> str:
+    """What went wrong at the bottom of a chain of errors, which the top often hides."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _refuse_split(config: HarvestConfig) -> None:
+    if config.split != "train":
+        raise DatasetError(
+            f"{config.dataset} has no splits", expected="no --split", got=config.split
+        )
+
+
+def _from_table(
+    table: Any, config: HarvestConfig, fingerprint: str | None, size: int | None = None
+) -> TextDocuments:
     if hasattr(table, "keys"):  # a DatasetDict from save_to_disk
         if config.split not in table:
             raise DatasetError(
@@ -165,6 +189,8 @@ def _from_table(table: Any, config: HarvestConfig, fingerprint: str | None) -> T
                 remedy="name one of them with --split",
             )
         table = table[config.split]
+    elif Path(config.dataset).is_dir():
+        _refuse_split(config)
     if config.text_column not in table.column_names:
         raise DatasetError(
             f"{config.dataset} has no column {config.text_column!r}",
@@ -179,10 +205,9 @@ def _from_table(table: Any, config: HarvestConfig, fingerprint: str | None) -> T
     def texts(numbers: Sequence[int]) -> Any:
         return table[list(numbers)][config.text_column]
 
-    documents = TextDocuments(texts, len(table), config.text_column, fingerprint or "")
+    documents = TextDocuments(texts, len(table), config.text_column, fingerprint or "", size)
     if fingerprint is None:
-        fingerprint = _sampled_fingerprint(documents)
-        documents = TextDocuments(texts, len(table), config.text_column, fingerprint)
+        return dataclasses.replace(documents, fingerprint=_sampled_fingerprint(documents))
     return documents
 
 

@@ -130,6 +130,36 @@ def residual_hookpoints(model: Any, layers: Sequence[int], stride: int) -> list[
     return [f"{lists[0]}.{layer}" for layer in (layers or range(0, count, stride))]
 
 
+def select(pattern: str, sites: Mapping[str, Site], prefix: str) -> list[Site]:
+    """The places that a name or fnmatch pattern means, usable or not.
+
+    Args:
+        pattern: what the user gave; ':in' at the end asks for inputs.
+        sites: what `survey` found.
+        prefix: the model's base prefix, which the pattern may begin with.
+
+    Raises:
+        HookpointError: there are none.
+    """
+    wanted = pattern.removeprefix(f"{prefix}.") if prefix else pattern
+    inputs = wanted.endswith(INPUT)
+    found = [
+        site
+        for name, site in sites.items()
+        if name.endswith(INPUT) == inputs and fnmatchcase(name, wanted)
+    ]
+    if not found:
+        usable = [name for name, site in sites.items() if site.width is not None]
+        close = difflib.get_close_matches(wanted, usable, n=5, cutoff=0.4)
+        raise HookpointError(
+            f"no module of the model matches {pattern!r}",
+            expected=f"such as {', '.join(close)}" if close else None,
+            got=pattern,
+            remedy="actcache hookpoints MODEL lists what can be hooked",
+        )
+    return found
+
+
 def match(patterns: Sequence[str], sites: Mapping[str, Site], prefix: str) -> list[Hookpoint]:
     """The hookpoints that patterns mean, each once, in natural order.
 
@@ -142,25 +172,12 @@ def match(patterns: Sequence[str], sites: Mapping[str, Site], prefix: str) -> li
         HookpointError: a pattern matches nothing, or only what cannot be hooked.
     """
     found: dict[str, Hookpoint] = {}
-    for given in patterns:
-        pattern = given.removeprefix(f"{prefix}.") if prefix else given
-        wants_input = pattern.endswith(INPUT)
-        names = [
-            name
-            for name in sites
-            if name.endswith(INPUT) == wants_input and fnmatchcase(name, pattern)
-        ]
-        if not names:
-            close = difflib.get_close_matches(pattern, sites, n=5, cutoff=0.4)
+    for pattern in patterns:
+        places = select(pattern, sites, prefix)
+        usable = {site.name: site.width for site in places if site.width is not None}
+        if not usable:
             raise HookpointError(
-                f"no module of the model matches {given!r}",
-                expected=f"such as {', '.join(close)}" if close else None,
-                remedy="actcache hookpoints MODEL lists what can be hooked",
-            )
-        usable = {name: width for name in names if (width := sites[name].width) is not None}
-        if not usable or (len(usable) < len(names) and not re.search(r"[*?\[]", pattern)):
-            raise HookpointError(
-                f"{given!r} cannot be hooked: it {sites[names[0]].reason}",
+                f"{pattern!r} cannot be hooked: it {places[0].reason}",
                 remedy="actcache hookpoints MODEL lists what can be hooked",
             )
         found |= {name: Hookpoint(name, width) for name, width in usable.items()}

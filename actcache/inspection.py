@@ -39,6 +39,8 @@ class CacheSummary:
     """How text became sequences."""
     filters: str
     """Which rows were left out."""
+    backend: str
+    """How the rows lie on disk."""
     state: str
     """complete, or what is missing."""
     complete: bool
@@ -99,6 +101,8 @@ def summarise(cache: Cache) -> CacheSummary:
         filters=f"positions below {identity.skip_positions} left out"
         if identity.skip_positions
         else "none",
+        backend=manifest.backend
+        + (f", {manifest.compression}" if manifest.compression != "none" else ""),
         state=_state(cache),
         complete=cache.complete,
         shards=len(receipts),

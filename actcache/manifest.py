@@ -47,7 +47,7 @@ class Identity:
     """Everything that decides the numbers in the cache."""
 
     model_fingerprint: str
-    """Digest of the names, types, shapes and bytes of the loaded weights."""
+    """Digest of the model's configuration and weights as loaded."""
     model_dtype: str
     """Type of the model's arithmetic."""
     tokenizer_fingerprint: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,9 +73,20 @@ def empty_model(model_config: Any, config: HarvestConfig) -> Any:
     return model.eval()
 
 
-def fingerprint_weights(model: torch.nn.Module) -> str:
-    """Digest of the names, types, shapes and bytes of all parameters and buffers."""
-    digest = xxhash.xxh3_128()
+_NAMES_ONLY = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+"""Keys of a configuration that compute nothing (the weights' types are digested themselves)."""
+
+
+def fingerprint_model(model: Any) -> str:
+    """Digest of all that the model computes with: configuration and weights.
+
+    The configuration counts where it differs from its class's defaults: the same weights give
+    other activations with another epsilon, activation function or attention.
+    """
+    told = {k: v for k, v in model.config.to_diff_dict().items() if k not in _NAMES_ONLY}
+    told["attention"] = getattr(model.config, "_attn_implementation", None)
+    digest = xxhash.xxh3_128(json.dumps(told, sort_keys=True, default=str).encode())
+    # Buffers that are not in the state follow from the configuration.
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         plain = tensor.detach().cpu().contiguous().reshape(-1)

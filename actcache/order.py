@@ -135,9 +135,9 @@ def split_shards(
         ConfigError: the fraction is not in [0, 0.5].
         EmptyCacheError: a part was asked of a single shard.
     """
-    if not 0 <= val_fraction <= 0.5:
+    if val_fraction and not 1e-6 <= val_fraction <= 0.5:
         raise ConfigError(
-            "--val-fraction is out of range", expected="0 (none) to 0.5", got=val_fraction
+            "--val-fraction is out of range", expected="0 (none), or 1e-6 to 0.5", got=val_fraction
         )
     if val_fraction == 0:
         return list(shards), []

@@ -97,6 +97,7 @@ def count_planned(
         goal is not None
         and goal * config.ctx_len > COUNTED_TOKENS
         and isinstance(source, TextDocuments)  # token files are counted by their size
+        and (source.bytes is None or goal * packing.text_tokens <= source.bytes + source.count)
     )
     count = count_sequences(source, tokenizer, packing, 1 if believed else goal)
     if count == 0:

@@ -26,8 +26,8 @@ from actcache.manifest import (
 )
 from actcache.model import (
     dtype_name,
+    fingerprint_model,
     fingerprint_tokenizer,
-    fingerprint_weights,
     load_config,
     load_model,
     load_tokenizer,
@@ -45,8 +45,8 @@ from actcache.planning import (
     survey_model,
 )
 from actcache.ranks import Ranks
-from actcache.receipt import ShardReceipt
-from actcache.retraction import forget_restored
+from actcache.receipt import END, ShardReceipt
+from actcache.retraction import forget_restored, retracted_shards
 from actcache.storage import BACKENDS, CODECS
 from actcache.tokens import Sequence, sequences
 
@@ -106,7 +106,7 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
             remedy="name one with --dtype",
         )
     identity = Identity(
-        model_fingerprint=fingerprint_weights(model),
+        model_fingerprint=fingerprint_model(model),
         model_dtype=model_dtype,
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer) if tokenizer is not None else "",
         dataset_fingerprint=source.fingerprint,
@@ -190,6 +190,8 @@ def _lay_manifest(root: Path, manifest: Manifest, lock: HarvestLock) -> None:
     # Again: before the lock was ours, anyone could lay another manifest or publish.
     forget_restored(root, _published(root, manifest))
     remove_partials(root)
+    if (root / MANIFEST).exists() and differences(manifest, read_manifest(root)):
+        _withdraw(root)
     if not (root / MANIFEST).exists():
         publish(root / MANIFEST, [to_json(manifest)])
     BACKENDS[manifest.backend].lay(root, manifest)
@@ -204,14 +206,26 @@ def _published(root: Path, manifest: Manifest) -> dict[int, ShardReceipt]:
     if not (root / MANIFEST).exists():
         return {}
     laid = read_manifest(root)
-    if different := differences(manifest, laid):
+    receipts = receipts_module.read_receipts(root, laid)
+    kept = receipts or retracted_shards(root) or (root / receipts_module.FOLDER / END).exists()
+    if kept and (different := differences(manifest, laid)):
         raise CacheMismatchError(
             f"{root} holds another cache ({laid.model} on {laid.dataset})",
             expected=f"this harvest, id {manifest.cache_id}",
             got="\n            ".join([f"id {laid.cache_id}", *different]),
             remedy="choose another --out, or repeat the options that it was made with",
         )
-    return receipts_module.read_receipts(root, laid)
+    return receipts
+
+
+def _withdraw(root: Path) -> None:
+    """Remove the manifest of a harvest that published nothing: there is nothing to protect.
+
+    Such is left when memory runs out at the first batch; its options are the ones to change.
+    """
+    laid = read_manifest(root)
+    for path in (*BACKENDS[laid.backend].documents(root, laid), root / MANIFEST):
+        path.unlink(missing_ok=True)
 
 
 def _last_part(name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from actcache.errors import CacheMismatchError
+from actcache.errors import CacheMismatchError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,24 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What torchrun says; alone otherwise."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        """What torchrun says; alone otherwise.
+
+        Raises:
+            ConfigError: the environment holds half of what torchrun sets.
+        """
+        found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+        if found["WORLD_SIZE"] is None:
+            return cls(0, 1)
+        rank, world_size = (int(n) if n and n.isdecimal() else -1 for n in found.values())
+        alone = world_size == 1
+        if not 0 <= rank < world_size or not (alone or "MASTER_ADDR" in os.environ):
+            raise ConfigError(
+                "the environment does not say which process this is",
+                expected="RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them",
+                got=found,
+                remedy="unset WORLD_SIZE to harvest alone, or start through torchrun",
+            )
+        return cls(rank, world_size)
 
     def agree(self, what: bytes, act: Callable[[], None]) -> None:
         """Check that every process holds the same bytes, then let rank 0 act before all go on.

@@ -55,6 +55,7 @@ class Cache:
     ) -> None:
         self.root, self.manifest, self.receipts, self.end = root, manifest, receipts, end
         self.codec: Codec = CODECS[manifest.identity.dtype]
+        self._checked: set[Path] = set()
         self._extents: dict[tuple[str, int], Extent | CompressedExtent] = {}
 
     @classmethod
@@ -197,6 +198,8 @@ class Cache:
         )
 
     def _check(self, path: Path, receipt: ShardReceipt, name: str) -> None:
+        if path in self._checked:
+            return
         plain = path.is_file() and not path.is_symlink()
         promised = receipt.files[name]
         got: object = "no plain file"
@@ -210,6 +213,7 @@ class Cache:
                 got=got,
                 remedy="actcache verify CACHE --repair, or restore a copy",
             )
+        self._checked.add(path)
 
     def locate(self, hookpoint: str, shard: int) -> Extent | CompressedExtent:
         """Where the bytes of a shard's rows lie; header and size are checked once.

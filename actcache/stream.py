@@ -109,6 +109,12 @@ class ActivationStream:
         )
         return item
 
+    def __enter__(self) -> ActivationStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop reading ahead. Taking another batch is then an error."""
         self._stop.set()

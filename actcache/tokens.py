@@ -8,6 +8,7 @@ make the same ones for itself.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from actcache import rng
 from actcache.documents import TextDocuments, TokenFile
 from actcache.errors import DatasetError
+from actcache.progress import Progress
 
 Sequence = NDArray[np.int32]
 
@@ -82,10 +84,11 @@ def count_sequences(
         count = len(source.ids) // packing.text_tokens
         return count if limit is None else min(count, limit)
     count = 0
-    for _ in sequences(source, tokenizer, packing):
+    bar = Progress("count", None if limit is None else limit * packing.ctx_len, "tok")
+    for _ in itertools.islice(sequences(source, tokenizer, packing), limit):
         count += 1
-        if count == limit:
-            break
+        bar.advance(packing.ctx_len)
+    bar.close()
     return count
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -41,10 +42,24 @@ def guarded(run: Callable[P, None]) -> Callable[P, None]:
         except OSError as error:  # a folder without permission, a disk that fails
             say(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
             raise typer.Exit(1) from None
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            say(f"error: out of memory\n  got:      {error}\n  remedy:   a smaller --batch-size")
+            raise typer.Exit(1) from None
         finally:
             signal.signal(signal.SIGTERM, before)
 
     return call
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on the CPU or a GPU. Torch is not imported to find out."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "not enough memory" in str(error)
+    )
 
 
 def _terminate(_number: int, _frame: object) -> None:
@@ -60,4 +75,13 @@ def emit(value: Any) -> None:
     """Print a command's machine-readable result: one JSON document on stdout."""
     import json
 
-    print(json.dumps(value, indent=2))
+    print(json.dumps(_strict(value), indent=2, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    """The value with null for what JSON has no number for: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,6 +21,8 @@ def run(config: HarvestConfig, as_json: bool) -> None:
     summary = harvest(config)
     for warning in summary.warnings:
         say(f"warning: {warning}")
+    if summary.rank > 0:  # one process speaks for all
+        return
     if as_json:
         emit(dataclasses.asdict(summary))
         return

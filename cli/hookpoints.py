@@ -12,7 +12,9 @@ from .guard import emit, guarded
 @guarded
 def run(
     model: Annotated[str, typer.Argument(help="Model id or folder.")],
-    pattern: Annotated[str, typer.Argument(help="Only names that match this.")] = "*",
+    pattern: Annotated[
+        str | None, typer.Argument(help="Only names that match this; ':in' at the end for inputs.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file within MODEL.")] = None,
     trust_remote_code: Annotated[
@@ -21,9 +23,8 @@ def run(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the hookpoints of MODEL with their widths, without loading weights where possible."""
-    from fnmatch import fnmatchcase
-
     from actcache.config import HarvestConfig
+    from actcache.hooks import select
     from actcache.model import load_config
     from actcache.planning import survey_model
 
@@ -35,8 +36,10 @@ def run(
         gguf_file=gguf_file,
         trust_remote_code=trust_remote_code,
     )
-    _, sites = survey_model(config, load_config(config))
-    chosen = [site for site in sites.values() if fnmatchcase(site.name, pattern)]
+    surveyed, sites = survey_model(config, load_config(config))
+    chosen = list(sites.values())
+    if pattern is not None:
+        chosen = select(pattern, sites, surveyed.base_model_prefix)
     if json:
         emit([{"name": s.name, "width": s.width, "reason": s.reason} for s in chosen])
         return

@@ -56,6 +56,7 @@ def _print_summary(summary: Any) -> None:
         "dataset": summary.dataset,
         "text": summary.text,
         "filters": summary.filters,
+        "backend": summary.backend,
         "state": summary.state,
         "size": f"{size}; {summary.rows:,} rows, {format_bytes(summary.bytes)}",
     }
@@ -103,6 +104,7 @@ def _tokenizer(cache: Any, name: str | None, gguf_file: str | None) -> Any:
             raise
         say(f"no tokenizer {cache.manifest.model} here: showing token ids; see --tokenizer")
         return None
-    if fingerprint_tokenizer(loaded) != cache.manifest.identity.tokenizer_fingerprint:
+    made_by = cache.manifest.identity.tokenizer_fingerprint  # empty: the text came as token ids
+    if made_by and fingerprint_tokenizer(loaded) != made_by:
         say("warning: this is not the tokenizer that made the cache")
     return loaded

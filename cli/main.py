@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from actcache.config import HarvestConfig
@@ -15,13 +17,32 @@ from .options import command
 
 def _app(text: str) -> typer.Typer:
     """A program with plain help: rich text would cost a tenth of a second at every start."""
-    return typer.Typer(
+    app = typer.Typer(
         help=text,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool,
+            typer.Option("--version", help="Show the version.", is_eager=True, callback=_version),
+        ] = False,
+    ) -> None:
+        del version  # its callback has done the work
+
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("actcache"))
+        raise typer.Exit
 
 
 def actcache_app() -> typer.Typer:

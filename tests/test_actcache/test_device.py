@@ -9,7 +9,7 @@ from actcache.errors import ConfigError
 
 def test_devices_are_checked_by_use() -> None:
     assert choose_device("cpu").type == "cpu"
-    for name in ("nonsense", "cuda:99"):
+    for name in ("nonsense", "cuda:99", "meta"):
         with pytest.raises(ConfigError, match=rf"(?s)--device cannot be used.*got: +{name}"):
             choose_device(name)
 

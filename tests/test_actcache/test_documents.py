@@ -219,3 +219,29 @@ def test_nothing_is_drawn_where_there_is_no_terminal(
 ) -> None:
     opened(write(tmp_path / "a.jsonl"))
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_slice_of_a_file_is_taken_and_is_another_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl")
+    assert texts_of(path, split="train[:2]") == TEXTS[:2]
+    assert opened(path, split="train[:2]").fingerprint != opened(path).fingerprint
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin", "saved"])
+def test_a_split_that_is_not_there_is_refused_and_never_ignored(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "saved":
+        table().save_to_disk(path)
+    elif name == "a.jsonl":
+        write(path)
+    else:
+        path.write_bytes(b"some text ")
+    with pytest.raises(DatasetError, match="validation"):
+        opened(path, split="validation")
+
+
+def test_a_broken_file_says_what_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "whole"}\n{"text": "cut')
+    with pytest.raises(DatasetError, match="JSON"):
+        opened(path)

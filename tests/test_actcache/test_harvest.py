@@ -538,14 +538,14 @@ def test_a_text_that_ends_before_the_goal_seals_the_cache_and_says_so(
 ) -> None:
     if not counted:
         monkeypatch.setattr(planning, "COUNTED_TOKENS", 0)
-    config = options(max_tokens=16 * 5000, shard_size=50)
+    config = options(max_tokens=16 * 500, shard_size=50)
     summary = harvest(config)
     count = len(packed_by_hand(config, prose))
     assert (summary.complete, summary.reason) == (True, "text")
     cache = Cache.open(summary.cache)
     assert cache.end is not None
     assert cache.end.sequences == count
-    assert cache.manifest.planned_sequences == (count if counted else 5000)
+    assert cache.manifest.planned_sequences == (count if counted else 500)
     again = harvest(config)
     assert (again.new_shards, again.complete, again.reason) == (0, True, "text")
 
@@ -657,3 +657,22 @@ def test_the_summary_is_json(options: Options) -> None:
     size = sum(p.stat().st_size for p in Path(summary.cache).rglob("*.safetensors"))
     assert summary.new_bytes == size
     assert summary.tokens_per_second > 0
+
+
+def test_a_harvest_that_published_nothing_does_not_hold_its_folder(
+    options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = options(batch_size=2, out=str(tmp_path / "whole"))
+    harvest(whole)
+    for backend in ("memmap", "zarr"):
+        out = str(tmp_path / backend)
+        with monkeypatch.context() as patched:
+            patched.setattr(harvest_module, "_fill", out_of_memory)
+            with pytest.raises(MemoryError):
+                harvest(options(batch_size=8, backend=backend, out=out))
+        assert harvest(dataclasses.replace(whole, out=out)).complete
+        assert tree(out) == tree(whole.out)
+
+
+def out_of_memory(*_: Any) -> None:
+    raise MemoryError

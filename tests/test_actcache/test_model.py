@@ -13,12 +13,32 @@ from actcache.errors import ModelError
 from actcache.model import (
     dtype_name,
     empty_model,
+    fingerprint_model,
     fingerprint_tokenizer,
-    fingerprint_weights,
     load_config,
     load_model,
     load_tokenizer,
 )
+
+
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 1e-3}, {"hidden_act": "relu"}, {"num_key_value_heads": 1}]
+)
+def test_the_same_weights_with_another_configuration_are_another_model(
+    change: dict[str, Any], tiny_model: Path
+) -> None:
+    model = load_model(config(tiny_model))
+    other = copy.deepcopy(model)
+    other.config.update(change)
+    assert fingerprint_model(other) != fingerprint_model(model)
+
+
+def test_names_and_versions_are_no_part_of_a_model(tiny_model: Path) -> None:
+    model = load_model(config(tiny_model))
+    other = copy.deepcopy(model)
+    other.config._name_or_path = "elsewhere"
+    other.config.transformers_version = "9.9.9"
+    assert fingerprint_model(other) == fingerprint_model(model)
 
 
 def config(model: Path | str, **options: Any) -> HarvestConfig:
@@ -49,14 +69,14 @@ def test_the_empty_model_has_no_weights(tiny_model: Path) -> None:
 
 def test_the_fingerprint_of_weights_is_of_names_types_shapes_and_bytes(tiny_model: Path) -> None:
     model = load_model(config(tiny_model))
-    first = fingerprint_weights(model)
-    assert fingerprint_weights(load_model(config(tiny_model))) == first
+    first = fingerprint_model(model)
+    assert fingerprint_model(load_model(config(tiny_model))) == first
     others = [load_model(config(tiny_model)) for _ in range(3)]
     others[0].model.layers[2].mlp.down_proj.weight[0, 0] += 1e-3
     others[1].bfloat16()
     weight = others[2].model.layers[0].mlp.up_proj.weight
     others[2].model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.reshape(32, 48))
-    assert len({first, *map(fingerprint_weights, others)}) == 4
+    assert len({first, *map(fingerprint_model, others)}) == 4
 
 
 def test_the_fingerprint_of_a_tokenizer_is_of_how_it_cuts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from actcache.errors import ConfigError
 from actcache.harvest import harvest
 from actcache.ranks import Ranks
 from actcache.reader import Cache
@@ -31,7 +33,19 @@ def test_a_process_started_alone_is_the_only_rank(monkeypatch: pytest.MonkeyPatc
     assert Ranks.from_environment() == Ranks(0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert Ranks.from_environment() == Ranks(3, 8)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("0", "2"), ("2", "2"), ("x", "1"), ("", "2")])
+def test_half_an_environment_is_told(
+    rank: str, world_size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ConfigError, match=r"(?s)which process this is.*torchrun"):
+        Ranks.from_environment()
 
 
 def test_alone_there_is_nobody_to_agree_with() -> None:
@@ -138,18 +152,20 @@ def kill_half_way(arguments: list[str], out: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     # torchrun's workers lead sessions of their own: they would outlive it.
-    workers = children_of(process.pid)
+    workers = descendants_of(process.pid)
     for pid in [process.pid, *workers]:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     while any(is_alive(pid) for pid in workers):
         time.sleep(0.01)
 
 
-def children_of(parent: int) -> list[int]:
-    """Process ids of a process's children."""
+def descendants_of(parent: int) -> list[int]:
+    """Process ids of a process's children, theirs, and so on."""
     lists = Path(f"/proc/{parent}/task").glob("*/children")
-    return [int(pid) for text in lists for pid in text.read_text().split()]
+    children = [int(pid) for text in lists for pid in text.read_text().split()]
+    return [*children, *(pid for child in children for pid in descendants_of(child))]
 
 
 def is_alive(pid: int) -> bool:

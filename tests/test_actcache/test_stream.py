@@ -45,6 +45,14 @@ def open_stream(cache: Cache) -> Iterator[Callable[..., ActivationStream]]:
         stream.close()
 
 
+def test_leaving_a_streams_context_ends_its_thread(cache: Cache) -> None:
+    before = threading.active_count()
+    with ActivationStream(cache, ["layers.0"], PLAN) as stream:
+        assert next(stream).step == 0
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
 def take(stream: ActivationStream, count: int) -> list[Batch]:
     return [next(stream) for _ in range(count)]
 

@@ -1,6 +1,7 @@
 """What stands between a command and the user."""
 
 import errno
+import json
 
 import pytest
 import typer
@@ -56,3 +57,25 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 def test_emit_prints_one_json_document(capsys):
     emit({"a": [1, 2.5, None]})
     assert capsys.readouterr().out == '{\n  "a": [\n    1,\n    2.5,\n    null\n  ]\n}\n'
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8 TiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
+    ],
+)
+def test_running_out_of_memory_is_told_with_a_remedy(error, capsys):
+    with pytest.raises(typer.Exit) as exit_:
+        raiser(error)()
+    assert exit_.value.exit_code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: out of memory")
+    assert "--batch-size" in told
+
+
+def test_emit_has_null_for_what_json_has_no_number_for(capsys):
+    emit({"a": (float("nan"), 1.0), "b": {"c": float("-inf")}})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.0], "b": {"c": None}}

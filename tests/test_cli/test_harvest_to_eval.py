@@ -51,7 +51,12 @@ def test_harvest_speaks_json(folders):
 def test_hookpoints_lists_names_and_widths(tiny_model):
     lines = run(actcache_app, "hookpoints", tiny_model, "layers.1.mlp*").splitlines()
     assert lines[0].split() == ["layers.1.mlp", "32"]
-    assert lines[1].split() == ["layers.1.mlp:in", "32"]
+    assert not any(":in" in line for line in lines)
+    prefixed = run(actcache_app, "hookpoints", tiny_model, "model.layers.1.mlp:in")
+    assert prefixed.split() == ["layers.1.mlp:in", "32"]
+    result = CliRunner().invoke(actcache_app(), ["hookpoints", str(tiny_model), "layer.1"])
+    assert result.exit_code == 5
+    assert "layers.1" in result.stderr
     listed = json.loads(run(actcache_app, "hookpoints", tiny_model, "--json"))
     assert {"name": "layers.0", "width": 32, "reason": ""} in listed
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
@@ -39,6 +40,13 @@ def test_help_imports_nothing_heavy(program, command):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize("app", [actcache_app, saetrain_app])
+def test_both_programs_tell_their_version(app):
+    result = CliRunner().invoke(app(), ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.strip() == version("actcache")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import itertools
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from actcache.hooks import Capture
 from actcache.preparation import Job, prepare
 from actcache.progress import Progress
 from actcache.ranks import Ranks
+from actcache.reader import Cache
 from actcache.receipt import EndReceipt, ShardReceipt, publish_end
 from actcache.storage import CODECS, Codec
 from actcache.tokens import Sequence
@@ -99,7 +101,32 @@ def _finish(job: Job) -> HarvestSummary:
         new_bytes=sum(file.bytes for receipt in fresh for file in receipt.files.values()),
         seconds=seconds,
         tokens_per_second=tokens / seconds if fresh else 0.0,
-        warnings=job.warnings,
+        warnings=(*job.warnings, *_about_rows(fresh), *_about_files(job)),
+    )
+
+
+def _about_rows(fresh: list[ShardReceipt]) -> tuple[str, ...]:
+    """A warning for each hookpoint with rows that no SAE can be trained on."""
+    counts: Counter[str] = Counter()
+    for receipt in fresh:
+        counts.update(receipt.non_finite)
+    return tuple(
+        f"{count:,} rows of {hookpoint} hold an infinity or NaN; they are kept, and training on "
+        "them stops: another --model-dtype may help"
+        for hookpoint, count in counts.items()
+        if count
+    )
+
+
+def _about_files(job: Job) -> tuple[str, ...]:
+    """A warning if files of shards that count as done are not there."""
+    receipts = receipts_module.read_receipts(job.root, job.manifest)
+    missing = Cache(job.root, job.manifest, receipts, None).missing_files()
+    if not missing:
+        return ()
+    return (
+        f"{len(missing)} files of published shards are missing or cut, such as {missing[0]}: "
+        f"actcache verify {job.root} --repair",
     )
 
 

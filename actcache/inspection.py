@@ -104,7 +104,7 @@ def summarise(cache: Cache) -> CacheSummary:
         backend=manifest.backend
         + (f", {manifest.compression}" if manifest.compression != "none" else ""),
         state=_state(cache),
-        complete=cache.complete,
+        complete=cache.complete and not cache.missing_files(),
         shards=len(receipts),
         sequences=sequences,
         tokens=sequences * identity.ctx_len,
@@ -125,6 +125,12 @@ def _pipeline(manifest: Manifest) -> str:
 
 
 def _state(cache: Cache) -> str:
+    missing = len(cache.missing_files())
+    broken = f"; {missing} files are missing or cut: see actcache verify" if missing else ""
+    return _progress(cache) + broken
+
+
+def _progress(cache: Cache) -> str:
     if cache.end is not None:
         missing = cache.end.last_shard + 1 - len(cache.receipts)
         ended = "goal reached" if cache.end.reason == "goal" else "the text ended"

@@ -103,6 +103,15 @@ class Cache:
             return False
         return self.shards == list(range(self.end.last_shard + 1))
 
+    def missing_files(self) -> list[Path]:
+        """Published files that are gone or have another size; their bytes are not read."""
+        return [
+            path
+            for shard, receipt in self.receipts.items()
+            for name, path in data_paths(self.root, self.manifest, shard).items()
+            if not path.is_file() or path.stat().st_size != receipt.files[name].bytes
+        ]
+
     def require_shards(self) -> None:
         """Raise `EmptyCacheError` unless at least one shard is complete."""
         if not self.receipts:

@@ -587,11 +587,14 @@ def test_rows_that_are_not_finite_are_kept_and_counted(
         model.model.embed_tokens.weight[1, 0] = torch.inf  # EOS
     model.save_pretrained(path)
     config = options(model=str(path), hookpoint=("layers.0:in",), max_tokens=None, shard_size=500)
-    cache = Cache.open(harvest(config).cache)
+    summary = harvest(config)
+    cache = Cache.open(summary.cache)
     words = cache.tokens(0)
     is_eos = words.tokens[words.row_sequence, words.row_position] == 1
     assert 10 < is_eos.sum() < len(is_eos)
     assert cache.receipts[0].non_finite == {"layers.0:in": is_eos.sum()}
+    (warning,) = summary.warnings
+    assert f"{is_eos.sum()} rows of layers.0:in hold an infinity or NaN" in warning
     rows = cache.read("layers.0:in", 0)
     np.testing.assert_array_equal(~np.isfinite(rows).all(axis=1), is_eos)
     statistics = cache.statistics("layers.0:in")
@@ -676,3 +679,13 @@ def test_a_harvest_that_published_nothing_does_not_hold_its_folder(
 
 def out_of_memory(*_: Any) -> None:
     raise MemoryError
+
+
+def test_a_finished_harvest_warns_of_files_that_are_gone(options: Options) -> None:
+    config = options()
+    root = Path(harvest(config).cache)
+    assert harvest(config).warnings == ()
+    next(root.glob("activations/*/00001.safetensors")).unlink()
+    (warning,) = harvest(config).warnings
+    assert "1 files of published shards are missing or cut" in warning
+    assert "verify" in warning

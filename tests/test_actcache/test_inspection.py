@@ -139,3 +139,15 @@ def test_without_a_tokenizer_ids_are_shown(make_cache: Callable[..., Path]) -> N
     (sample,) = sample_rows(cache, 1, None)
     words = cache.tokens(0).tokens[sample.sequence]
     assert sample.token == str(words[sample.position])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
+def test_a_cache_without_all_its_files_is_not_called_complete(
+    damage: Callable[[Path], object], make_cache: Callable[..., Path]
+) -> None:
+    root = make_cache()
+    assert summarise(Cache.open(root)).complete
+    damage(root / "activations" / "layers.1" / "00002.safetensors")
+    summary = summarise(Cache.open(root))
+    assert not summary.complete
+    assert "1 files are missing or cut: see actcache verify" in summary.state

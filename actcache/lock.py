@@ -22,8 +22,8 @@ LOCK = Path("logs") / "harvest.lock"
 class HarvestLock:
     """Held from `take` or `join` until `release`, or until the process ends."""
 
-    def __init__(self, root: Path) -> None:
-        self._root, self._path = root, root / LOCK
+    def __init__(self, root: Path, path: Path = LOCK, work: str = "harvest") -> None:
+        self._root, self._path, self._work = root, root / path, work
         self._fd: int | None = None
 
     def take(self) -> None:
@@ -45,7 +45,7 @@ class HarvestLock:
             holder = self._path.read_text(errors="replace").strip()
             self.release()
             raise CacheBusyError(
-                f"another harvest is at work in {self._root}",
+                f"another {self._work} is at work in {self._root}",
                 got=holder or "no name",
                 remedy="wait for it, or stop it: what it has published stays",
             ) from error

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .fit import figure
 from .guard import emit, guarded
 from .tables import table
 
@@ -16,6 +17,9 @@ def run(
     cache: Annotated[
         str | None, typer.Option(help="Where the cache is now. Default: where it was.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Torch device. auto: cuda where there is one, else cpu.")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print held-out FVU, L0 and dead latents of every SAE of RUN, and write RUN/eval.json."""
@@ -24,7 +28,7 @@ def run(
 
     from saetrain.evaluate import EVALUATION, evaluate
 
-    evaluation = evaluate(Path(run), cache)
+    evaluation = evaluate(Path(run), cache, device)
     if json:
         emit(dataclasses.asdict(evaluation))
         return
@@ -36,9 +40,9 @@ def run(
             str(sae.k),
             f"{sae.fvu:.4f}",
             f"{sae.l0:.1f}",
-            f"{sae.dead_percent:.1f}",
+            figure(sae.dead_percent, ".1f"),
             f"{sae.fired_percent:.1f}",
-            f"{evaluation.rows_per_second:,.0f}",
+            figure(evaluation.rows_per_second, ",.0f"),
         ]
         for sae in evaluation.saes
     ]
@@ -47,4 +51,9 @@ def run(
         f"{evaluation.rows:,} held-out rows; dead: not fired in the last "
         f"{evaluation.dead_after:,} rows of training; fired: on held-out rows; rows/s: of training"
     )
+    if evaluation.step < evaluation.steps:
+        print(
+            f"step {evaluation.step:,} of {evaluation.steps:,}: the run is unfinished; "
+            f"saetrain fit ... --out {run} --resume goes on"
+        )
     print(f"SAEs in {run}/HOOKPOINT, this table in {run}/{EVALUATION}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from saetrain.config import FitConfig
 
-from .guard import emit
+from .guard import emit, say
 from .tables import table
 
 
@@ -15,12 +15,14 @@ def run(config: FitConfig, as_json: bool) -> None:
     from saetrain.fit import fit
 
     summary = fit(config)
+    for warning in summary.warnings:
+        say(f"warning: {warning}")
     if as_json:
         emit(dataclasses.asdict(summary))
         return
     header = ["hookpoint", "FVU", "L0", f"dead % ({summary.dead_after:,} rows)"]
     rows = [
-        [name, f"{m['fvu']:.4f}", f"{m['l0']:.1f}", f"{m['dead_percent']:.1f}"]
+        [name, f"{m['fvu']:.4f}", f"{m['l0']:.1f}", figure(m["dead_percent"], ".1f")]
         for name, m in summary.saes.items()
     ]
     print("training rows, last steps:")
@@ -33,3 +35,8 @@ def run(config: FitConfig, as_json: bool) -> None:
         )
     whole = f"{summary.steps:,} steps of {summary.rows // summary.steps:,} rows"
     print(f"{summary.run}: {did}; finished, {whole}")
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number of a table, or a dash where it is not known."""
+    return "-" if value is None else format(value, form)

@@ -72,7 +72,7 @@ def say(text: str) -> None:
 
 
 def emit(value: Any) -> None:
-    """Print a command's machine-readable result: one JSON document on stdout."""
+    """Print a command's machine-readable result: one strict JSON document on stdout."""
     import json
 
     print(json.dumps(_strict(value), indent=2, allow_nan=False))

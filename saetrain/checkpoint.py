@@ -1,13 +1,15 @@
 """A run's state on disk, from which it goes on as if it had never stopped.
 
-`RUN/checkpoints/STEP/`: one safetensors file per SAE, and last `state.json`, which holds the
-counters and every file's digest. A folder without a valid state.json is not a checkpoint. Older
-checkpoints go once a newer one is whole. Nothing is pickled.
+One safetensors file per SAE, `RUN/checkpoint-STEP.NUMBER.safetensors`, and last
+`RUN/checkpoint-STEP.json`, which holds the counters and every file's digest: without it, there is
+no checkpoint. Older checkpoints go once a newer one is whole. Nothing is pickled.
+
+They lie flat: sparsify takes every folder within a run for an SAE.
 """
 
 from __future__ import annotations
 
-import shutil
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +20,7 @@ from actcache.atomic import FileReceipt, digest_file, publish
 from actcache.errors import FormatError
 from actcache.parse import parse_dataclass, read_json, to_json
 
-FOLDER = "checkpoints"
-STATE = "state.json"
+_FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SaeState:
 
 @dataclass(frozen=True)
 class State:
-    """Contents of state.json."""
+    """Contents of the .json file."""
 
     step: int
     """Steps done."""
@@ -58,20 +59,40 @@ def save_checkpoint(
     Raises:
         DiskFullError: no room; the checkpoint before stays.
     """
-    folder = root / FOLDER / f"{step:09d}"
     parts = []
     for i, (tensors, numbers) in enumerate(saes):
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        parts.append(SaeState(publish(folder / f"{i:05d}.safetensors", [save(plain)]), numbers))
-    publish(folder / STATE, [to_json(State(step, stream, tuple(parts)))])
+        parts.append(SaeState(publish(tensors_path(root, step, i), [save(plain)]), numbers))
+    publish(state_path(root, step), [to_json(State(step, stream, tuple(parts)))])
     remove_others(root, step)
 
 
 def remove_others(root: Path, step: int) -> None:
     """Remove all checkpoints but that of `step`, and what a kill left of any."""
-    for other in (root / FOLDER).iterdir():
-        if other.name != f"{step:09d}" and other.is_dir():
-            shutil.rmtree(other)
+    others = sorted(path for path, of in _files(root) if of != step)
+    for other in sorted(others, key=lambda path: path.suffix != ".json"):  # the states first
+        other.unlink()
+
+
+def newest_step(root: Path) -> int | None:
+    """Steps done at the newest checkpoint, or None if there is none yet."""
+    return max((step for path, step in _files(root) if path.suffix == ".json"), default=None)
+
+
+def state_path(root: Path, step: int) -> Path:
+    """The file that makes a checkpoint whole."""
+    return root / f"checkpoint-{step:09d}.json"
+
+
+def tensors_path(root: Path, step: int, sae: int) -> Path:
+    """The file of one SAE of a checkpoint."""
+    return root / f"checkpoint-{step:09d}.{sae:05d}.safetensors"
+
+
+def _files(root: Path) -> list[tuple[Path, int]]:
+    """Every file of a checkpoint, whole or not, and its step."""
+    matches = [(path, _FILE.fullmatch(path.name)) for path in root.iterdir()]
+    return [(path, int(match[1])) for path, match in matches if match]
 
 
 def load_checkpoint(root: Path) -> tuple[State, list[dict[str, Tensor]]] | None:
@@ -80,21 +101,21 @@ def load_checkpoint(root: Path) -> tuple[State, list[dict[str, Tensor]]] | None:
     Raises:
         FormatError: it is damaged.
     """
-    folders = sorted(p.parent for p in (root / FOLDER).glob(f"*/{STATE}"))
-    if not folders:
+    step = newest_step(root)
+    if step is None:
         return None
-    folder = folders[-1]
-    state = parse_dataclass(State, read_json(folder / STATE), str(folder / STATE))
+    whole = state_path(root, step)
+    state = parse_dataclass(State, read_json(whole), str(whole))
     tensors = []
     for i, part in enumerate(state.saes):
-        path = folder / f"{i:05d}.safetensors"
+        path = tensors_path(root, step, i)
         got = digest_file(path) if path.is_file() else "nothing"
         if got != part.file:
             raise FormatError(
                 f"{path} is not what its checkpoint wrote",
                 expected=part.file,
                 got=got,
-                remedy=f"remove {folder} to go on from an older checkpoint, if there is one, or "
+                remedy=f"remove {whole} to go on from an older checkpoint, if there is one, or "
                 "begin the run anew",
             )
         tensors.append(load(path.read_bytes()))

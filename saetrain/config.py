@@ -78,11 +78,14 @@ class FitConfig:
     """Weight of AuxK, which lets dead latents predict the residual. 0: off."""
 
     dead_after: int | None = None
-    """Rows without firing after which a latent counts as dead. Default: 10 million, or one epoch if
-    that is less."""
+    """Rows without firing after which a latent counts as dead. Default: 10 million, or one epoch or
+    the whole run if that is less. Before that many rows, the share of dead latents is not known."""
 
     val_fraction: float = 0.05
     """Share of the shards that are held out and never trained on. 0: none."""
+
+    pool_rows: int = 2**19
+    """Rows held in memory over all lanes, of every hookpoint; part of the order of rows."""
 
     seed: int = 0
     """Seed of the weights, of the order of rows and of the held-out split."""
@@ -109,6 +112,7 @@ class FitConfig:
             "epochs",
             "max_tokens",
             "dead_after",
+            "pool_rows",
             "save_every",
             "log_every",
         ):

@@ -9,16 +9,20 @@ from pathlib import Path
 import torch
 
 from actcache.atomic import publish
-from actcache.errors import RunError
+from actcache.device import choose_device
+from actcache.errors import EmptyCacheError, FormatError, RunError
+from actcache.manifest import MANIFEST
 from actcache.parse import to_json
 from actcache.progress import Progress
 from actcache.reader import Cache
+from saetrain.checkpoint import newest_step
+from saetrain.config import SaeConfig
 from saetrain.formats.sparsify import load_sae
 from saetrain.losses import total
 from saetrain.metrics import fired
 from saetrain.run import RunRecord, SaeEntry, check_same_cache, read_run
 from saetrain.sae import Sae
-from saetrain.tracking import METRICS, TIMINGS, last_line
+from saetrain.tracking import METRICS, TIMINGS, last_line, number_of, saes_of
 
 EVALUATION = "eval.json"
 _ROWS_AT_ONCE = 2048
@@ -35,8 +39,9 @@ class SaeEvaluation:
     """Σ‖x - x̂‖² / Σ‖x - mean‖² over the held-out rows; mean is that of the training rows."""
     l0: float
     """Mean number of active latents in a row."""
-    dead_percent: float
-    """Latents that did not fire in the last `dead_after` rows of training, percent."""
+    dead_percent: float | None
+    """Latents that did not fire in the last `dead_after` rows of training, percent; None while
+    fewer rows have been trained on."""
     fired_percent: float
     """Latents that fire at least once on the held-out rows, percent."""
 
@@ -47,50 +52,79 @@ class Evaluation:
 
     run: str
     cache_id: str
+    step: int
+    """Steps that the SAEs have been trained for."""
+    steps: int
+    """Of the whole run."""
     rows: int
     """Held-out rows."""
     dead_after: int
     """Rows without firing after which a latent is dead."""
-    rows_per_second: float
-    """Of training, all SAEs together, since the run was last started."""
+    rows_per_second: float | None
+    """Of training, all SAEs together, since the run was last started; None if not measured yet."""
     saes: tuple[SaeEvaluation, ...]
 
 
-def evaluate(root: Path, cache_folder: str | None = None) -> Evaluation:
+def evaluate(root: Path, cache_folder: str | None = None, device: str = "auto") -> Evaluation:
     """Evaluate a run's exported SAEs and write `eval.json`.
+
+    The SAEs of a run that is not finished are those of its last checkpoint: they are written just
+    before it.
 
     Args:
         root: folder of the run.
         cache_folder: where the cache is now; None: where it was.
+        device: torch device, or auto.
 
     Raises:
-        RunError: no such run, or nothing was held out, or nothing has been trained yet, or the
+        RunError: no such run, or nothing was held out, or nothing has been saved yet, or the
             held-out rows are not finite or do not vary.
+        EmptyCacheError: the cache is not there.
         CacheMismatchError: the cache is another one or has changed.
+        FormatError: a file of the run is damaged.
     """
     record = read_run(root)
-    cache = Cache.open(cache_folder or record.cache)
+    folder = Path(cache_folder or record.cache)
+    if not (folder / MANIFEST).exists():
+        raise EmptyCacheError(
+            f"the cache of {root} is not at {folder}", remedy="name it with --cache"
+        )
+    cache = Cache.open(folder)
     check_same_cache(record, cache)
     if not record.held_out:
         raise RunError(
             f"{root} held nothing out to evaluate on",
             remedy="fit with a --val-fraction above 0",
         )
-    metrics, timings = last_line(root / METRICS), last_line(root / TIMINGS)
-    if metrics is None or timings is None:
+    step = newest_step(root)
+    if step is None:
         raise RunError(
-            f"{root} has not been trained yet", remedy="saetrain fit with --resume goes on"
+            f"{root} holds no checkpoint: nothing has been saved yet",
+            remedy="saetrain fit with --resume goes on",
         )
+    # Lines after the checkpoint are of steps that a resumed run does again.
+    metrics, timings = last_line(root / METRICS, step), last_line(root / TIMINGS, step)
+    if step == record.steps and (metrics is None or timings is None):
+        raise FormatError(f"{root} lost {METRICS} or {TIMINGS}", remedy="restore them from a copy")
+    hookpoints = [entry.hookpoint for entry in record.saes]
+    dead: dict[str, float | None] = dict.fromkeys(hookpoints)
+    if metrics is not None:
+        figures = saes_of(root / METRICS, metrics, hookpoints)
+        dead = {name: figures[name]["dead_percent"] for name in hookpoints}
+    rate = None
+    if timings is not None:
+        rate = number_of(root / TIMINGS, timings, "mean_rows_per_second")
+    at = choose_device(device)
     evaluation = Evaluation(
         run=str(root),
         cache_id=record.cache_id,
+        step=step,
+        steps=record.steps,
         rows=sum(cache.receipts[shard].rows for shard in record.held_out),
         dead_after=record.dead_after,
-        rows_per_second=timings["mean_rows_per_second"],
+        rows_per_second=rate,
         saes=tuple(
-            _evaluate_sae(
-                root, record, entry, cache, metrics["saes"][entry.hookpoint]["dead_percent"]
-            )
+            _evaluate_sae(root, record, entry, cache, at, dead[entry.hookpoint])
             for entry in record.saes
         ),
     )
@@ -99,15 +133,28 @@ def evaluate(root: Path, cache_folder: str | None = None) -> Evaluation:
 
 
 def _evaluate_sae(
-    root: Path, record: RunRecord, entry: SaeEntry, cache: Cache, dead_percent: float
+    root: Path,
+    record: RunRecord,
+    entry: SaeEntry,
+    cache: Cache,
+    device: torch.device,
+    dead_percent: float | None,
 ) -> SaeEvaluation:
-    sae = load_sae(root / entry.hookpoint)
+    sae = load_sae(root / entry.hookpoint, device)
+    found = SaeConfig(sae.d_in, sae.num_latents, sae.k)
+    if found != entry.config:
+        raise FormatError(
+            f"{root / entry.hookpoint} holds another SAE than the run's",
+            expected=entry.config,
+            got=found,
+            remedy="restore it from a copy",
+        )
     name, shards = entry.hookpoint, list(record.held_out)
     mean = cache.statistics(name, record.training_shards).mean
     denominator = cache.statistics(name, shards).squared_error_of(mean)
     error, l0, alive = squared_error(sae, cache, name, shards)
     rows = sum(cache.receipts[shard].rows for shard in shards)
-    if not (math.isfinite(error) and denominator > 0):
+    if not (math.isfinite(error) and 0 < denominator < math.inf):
         raise RunError(
             f"the held-out rows of {name} cannot be evaluated on",
             expected="finite rows that vary",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from actcache.atomic import remove_partials
 from actcache.device import choose_device
-from actcache.errors import ConfigError, FormatError, HookpointError, RunError
+from actcache.errors import ConfigError, DiskFullError, FormatError, HookpointError, RunError
+from actcache.lock import HarvestLock
 from actcache.manifest import MANIFEST
 from actcache.order import make_plan, split_shards
 from actcache.reader import Cache
 from actcache.stream import ActivationStream
-from saetrain.checkpoint import FOLDER as CHECKPOINTS
 from saetrain.checkpoint import load_checkpoint, remove_others
 from saetrain.config import FitConfig, SaeConfig
 from saetrain.metrics import Firing, Meter
@@ -29,14 +31,16 @@ from saetrain.run import (
     SaeEntry,
     check_same_cache,
     check_same_run,
+    place_of,
     read_run,
     receipts_digest,
     write_run,
 )
 from saetrain.sae import Sae
-from saetrain.tracking import METRICS, Tracker, last_line
+from saetrain.tracking import METRICS, Tracker, last_line, saes_of
 from saetrain.trainer import Trainee, train
 
+LOCK = Path("fit.lock")
 _DEAD_AFTER = 10_000_000
 
 
@@ -57,8 +61,10 @@ class FitSummary:
     """Share of the time spent waiting for rows."""
     dead_after: int
     """Rows without firing after which a latent is dead."""
-    saes: dict[str, dict[str, float]]
+    saes: dict[str, dict[str, Any]]
     """Last line of metrics.jsonl, by hookpoint."""
+    warnings: tuple[str, ...]
+    """What the user should know."""
 
 
 def fit(config: FitConfig) -> FitSummary:
@@ -67,16 +73,40 @@ def fit(config: FitConfig) -> FitSummary:
     Raises:
         ActcacheError: one of its kinds, for anything a user can mend.
     """
+    _refuse_ranks()
     root = Path(config.out)
     cache = Cache.open(config.cache)
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: the encoder's product is most of a step
+    lock = HarvestLock(root, LOCK, "fit")
+    try:
+        return _fit(config, root, cache, device, lock)
+    except DiskFullError as error:
+        remedy = "free space; the same command with --resume goes on from what is saved"
+        raise DiskFullError(
+            error.what, expected=error.expected, got=error.got, remedy=remedy
+        ) from error
+    finally:
+        lock.release()
+
+
+def _fit(
+    config: FitConfig, root: Path, cache: Cache, device: torch.device, lock: HarvestLock
+) -> FitSummary:
     begun = _is_begun(config, root)
-    record = _go_on(config, cache, root) if begun else _decide(config, cache)
+    if begun:
+        lock.take()
+        remove_partials(root)
+        record, warnings = _go_on(config, cache, root)
+    else:
+        record, warnings = _decide(config, cache), _missing_shards(cache)
     trainees = _build(record, cache, device)
-    remove_partials(root)
     if not begun:  # only now: a run that cannot be built leaves nothing behind
+        lock.take()
+        if (root / RUN).exists():
+            raise RunError(f"another fit has begun a run in {root}", remedy="--resume, or wait")
+        remove_partials(root)
         write_run(root, record)
     first_step = _restore(root, record, trainees)
     hookpoints = [entry.hookpoint for entry in record.saes]
@@ -99,8 +129,41 @@ def fit(config: FitConfig) -> FitSummary:
         rows_per_second=rows_per_second,
         data_wait=data_wait,
         dead_after=record.dead_after,
-        saes=line["saes"],
+        saes=saes_of(root / METRICS, line, hookpoints),
+        warnings=warnings,
     )
+
+
+def _refuse_ranks() -> None:
+    """Raise `ConfigError` under torchrun: every process would train the whole run."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1":
+        raise ConfigError(
+            "saetrain fit runs in one process for now",
+            expected="WORLD_SIZE unset or 1",
+            got=ranks,
+            remedy="start it without torchrun",
+        )
+
+
+def _missing_shards(cache: Cache) -> tuple[str, ...]:
+    """A warning if the harvest of the cache is not at its end."""
+    if cache.complete:
+        return ()
+    manifest = cache.manifest
+    planned = "all that the text gives"  # a harvest without --max-tokens
+    if cache.end is not None:
+        planned = str(cache.end.last_shard + 1)
+    elif manifest.planned_sequences is not None:
+        planned = str(-(-manifest.planned_sequences // manifest.sequences_per_shard))
+    return (
+        f"{cache.root} is not complete: shards there {len(cache.shards)}, planned {planned}; the "
+        "run uses those that are there now",
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("actcache", "torch", "schedulefree")}
 
 
 def _is_begun(config: FitConfig, root: Path) -> bool:
@@ -115,20 +178,30 @@ def _is_begun(config: FitConfig, root: Path) -> bool:
     if root.exists():
         if not root.is_dir():
             raise RunError(f"--out {root} is a file", expected="a new or empty folder")
-        # A run killed while it wrote its first file has not begun.
-        if any(not path.name.startswith(f".{RUN}.") for path in root.iterdir()):
+        # A run killed before or while it wrote its first file has not begun.
+        names = {path.name for path in root.iterdir()} - {str(LOCK)}
+        if any(not name.startswith(f".{RUN}.") for name in names):
             what = "a cache" if (root / MANIFEST).exists() else "other things"
             raise RunError(f"--out {root} holds {what}", expected="a new or empty folder")
     return False
 
 
-def _go_on(config: FitConfig, cache: Cache, root: Path) -> RunRecord:
-    """The record of the run that is there, checked against what is asked now."""
+def _go_on(config: FitConfig, cache: Cache, root: Path) -> tuple[RunRecord, tuple[str, ...]]:
+    """The record of the run that is there, checked against what is asked now; and warnings."""
     record = read_run(root)
     check_same_cache(record, cache)
     asked = dataclasses.replace(record, options=config)
     check_same_run(record, asked)
-    return asked
+    place = place_of(config.cache)
+    if place != record.cache:  # it was moved: `saetrain eval` must find it
+        write_run(root, dataclasses.replace(record, cache=place))
+    now = _versions()
+    warnings = tuple(
+        f"{name} is {now.get(name)} now; this run was begun with {then}"
+        for name, then in record.versions.items()
+        if now.get(name) != then
+    )
+    return asked, warnings
 
 
 def _restore(root: Path, record: RunRecord, trainees: list[Trainee]) -> int:
@@ -158,12 +231,12 @@ def _restore(root: Path, record: RunRecord, trainees: list[Trainee]) -> int:
 
 
 def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatError:
-    folder = root / CHECKPOINTS
     return FormatError(
-        f"{folder} holds a checkpoint that is not of this run",
+        f"{root} holds a checkpoint that is not of this run",
         expected=expected,
         got=got,
-        remedy=f"restore it from a copy, or remove {folder} and begin the run anew with --resume",
+        remedy="restore it from a copy, or remove checkpoint-* there and begin the run anew with "
+        "--resume",
     )
 
 
@@ -171,7 +244,9 @@ def _decide(config: FitConfig, cache: Cache) -> RunRecord:
     cache.require_shards()
     training, held_out = split_shards(cache.shards, config.val_fraction, config.seed)
     shards = [(shard, cache.receipts[shard].rows) for shard in training]
-    plan = make_plan(shards, cache.manifest.block_rows, config.batch_size, config.seed)
+    plan = make_plan(
+        shards, cache.manifest.block_rows, config.batch_size, config.seed, config.pool_rows
+    )
     steps = config.epochs * plan.steps_per_epoch
     if config.max_tokens is not None:
         steps = config.max_tokens // config.batch_size
@@ -186,16 +261,17 @@ def _decide(config: FitConfig, cache: Cache) -> RunRecord:
     )
     return RunRecord(
         format_version=FORMAT_VERSION,
-        cache=config.cache,
+        cache=place_of(config.cache),
         cache_id=cache.manifest.cache_id,
         receipts_digest=receipts_digest(cache, training, held_out),
         held_out=tuple(held_out),
         plan=plan,
         steps=steps,
-        dead_after=config.dead_after or min(_DEAD_AFTER, plan.steps_per_epoch * plan.batch_size),
+        dead_after=config.dead_after
+        or min(_DEAD_AFTER, min(steps, plan.steps_per_epoch) * plan.batch_size),
         saes=entries,
         options=config,
-        versions={name: version(name) for name in ("actcache", "torch", "schedulefree")},
+        versions=_versions(),
     )
 
 

@@ -56,8 +56,10 @@ class Firing:
         """Which latents have not fired for `dead_after` rows. bool [M]"""
         return self.rows_since >= self.dead_after
 
-    def dead_percent(self) -> float:
-        """Share of dead latents, percent."""
+    def dead_percent(self, rows: int) -> float | None:
+        """Share of dead latents, percent; None if `rows` trained on are too few to know."""
+        if rows < self.dead_after:
+            return None
         return 100.0 * float(self.dead().double().mean())
 
 

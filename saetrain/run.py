@@ -1,4 +1,7 @@
-"""`run.json`: what a run is, written once at its start and checked whenever it goes on."""
+"""`run.json`: what a run is, written once at its start and checked whenever it goes on.
+
+Only the cache's place is ever written again, when a run goes on with a cache that was moved.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class RunRecord:
 
     format_version: int
     cache: str
-    """Folder of the cache when the run began."""
+    """Folder of the cache when the run was last started, absolute."""
     cache_id: str
     """Id of the cache."""
     receipts_digest: str
@@ -95,6 +98,11 @@ def read_run(root: Path) -> RunRecord:
         raise RunError(
             f"{root} is not a run: it holds no {RUN}", remedy=f"saetrain fit CACHE --out {root}"
         ) from error
+
+
+def place_of(cache: str) -> str:
+    """Where a cache is, whatever the working directory."""
+    return str(Path(cache).resolve())
 
 
 def receipts_digest(cache: Cache, training: list[int], held_out: list[int]) -> str:

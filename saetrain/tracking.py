@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actcache.atomic import publish
 from actcache.errors import FormatError
+from actcache.parse import decode_json, short
 from actcache.progress import Progress
 
 METRICS = "metrics.jsonl"
@@ -34,7 +36,7 @@ class Tracker:
         self._first_step = self._last_step = step
         self._waited = 0.0
 
-    def log(self, step: int, metrics: Mapping[str, Mapping[str, float]], waited: float) -> None:
+    def log(self, step: int, metrics: Mapping[str, Mapping[str, Any]], waited: float) -> None:
         """Write one line of each file.
 
         Args:
@@ -76,7 +78,7 @@ class Tracker:
         return rows / seconds, self._waited / seconds
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
-        self._files[name].write(json.dumps(line) + "\n")
+        self._files[name].write(json.dumps(line, allow_nan=False) + "\n")
         self._files[name].flush()
 
 
@@ -93,22 +95,65 @@ def cut_back(path: Path, step: int) -> None:
         if not line.endswith("\n") or _parse(path, line)["step"] > step:
             break
         kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)  # noqa: PTH105
+    publish(path, ["".join(kept).encode()])
 
 
-def last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a .jsonl file, or None; raises `FormatError`."""
+def last_line(path: Path, step: int | None = None) -> dict[str, Any] | None:
+    """The last whole line of a .jsonl file, at or before a step; None if there is none.
+
+    Raises:
+        FormatError: a line that was looked at is damaged.
+    """
     text = path.read_text() if path.exists() else ""
     whole, _, _ = text.rpartition("\n")  # what follows was cut off in writing
-    return _parse(path, whole.rpartition("\n")[2]) if whole else None
+    for text_line in reversed(whole.splitlines()):
+        line = _parse(path, text_line)
+        if step is None or line["step"] <= step:
+            return line
+    return None
+
+
+def saes_of(path: Path, line: dict[str, Any], hookpoints: Sequence[str]) -> dict[str, Any]:
+    """What a line of metrics.jsonl says of every SAE; raises `FormatError`."""
+    saes = line.get("saes")
+    for hookpoint in hookpoints:
+        sae = saes.get(hookpoint) if isinstance(saes, dict) else None
+        said = sae if isinstance(sae, dict) else {}
+        numbers = [said.get(name) for name in ("fvu", "l0")]
+        if said.get("dead_percent", "") is not None:  # None: not known yet
+            numbers.append(said.get("dead_percent"))
+        if not all(map(_is_number, numbers)):
+            raise FormatError(
+                f"{path} lacks figures of {hookpoint} at step {line['step']}",
+                expected="fvu, l0, dead_percent",
+                got=short(sae),
+                remedy="it is damaged; restore it from a copy",
+            )
+    assert isinstance(saes, dict)
+    return saes
+
+
+def number_of(path: Path, line: dict[str, Any], key: str) -> float:
+    """One number of a line; raises `FormatError`."""
+    value = line.get(key)
+    if not _is_number(value):
+        raise FormatError(
+            f"{path} lacks {key} at step {line['step']}",
+            expected="a number",
+            got=short(value),
+            remedy="it is damaged; restore it from a copy",
+        )
+    return float(value)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        line: object = json.loads(text)
-    except ValueError as error:
+        line = decode_json(text.encode())
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} holds a line that is not JSON", got=text[:80]) from error
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         raise FormatError(f"{path} holds a line without a step", got=text[:80])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from actcache.errors import RunError
 from actcache.stream import ActivationStream
-from saetrain.checkpoint import save_checkpoint
+from saetrain.checkpoint import newest_step, save_checkpoint
 from saetrain.formats.sparsify import save_sae
 from saetrain.losses import compute_losses
 from saetrain.metrics import Firing, Meter
@@ -64,7 +64,7 @@ def train(
     """Train until the run's last step, from `first_step` on.
 
     Raises:
-        RunError: a loss is not finite; the checkpoint before it stays.
+        RunError: a loss is not finite; a checkpoint before it stays.
     """
     options = record.options
     for step in range(first_step, record.steps):
@@ -76,7 +76,8 @@ def train(
         done = step + 1
         last = done == record.steps
         if done % options.log_every == 0 or last:
-            tracker.log(done, _read_metrics(trainees, done), stream.seconds_waited)
+            rows = done * record.plan.batch_size
+            tracker.log(done, _read_metrics(root, trainees, done, rows), stream.seconds_waited)
         if done % options.save_every == 0 or last:
             tracker.sync()
             save(root, done, trainees, stream)
@@ -105,45 +106,49 @@ def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStrea
     SAEs; killed after it, nothing is missing.
     """
     for trainee in trainees:
-        _require_finite_state(trainee, done)
+        _require_finite_state(root, trainee, done)
     for trainee in trainees:
         folder = root / trainee.entry.hookpoint
         save_sae(folder, trainee.entry.config, trainee.optimizer.weights_to_export())
     save_checkpoint(root, done, stream.state_dict(), [trainee.state() for trainee in trainees])
 
 
-def _read_metrics(trainees: list[Trainee], step: int) -> dict[str, dict[str, float]]:
+def _read_metrics(
+    root: Path, trainees: list[Trainee], step: int, rows: int
+) -> dict[str, dict[str, Any]]:
     metrics = {}
     for trainee in trainees:
         means = trainee.meter.read()
-        _require_finite(trainee, means["fvu"] + means["auxk"], step)
-        dead = {
-            "dead_percent": trainee.firing.dead_percent(),
+        _require_finite(root, trainee, means["fvu"] + means["auxk"], step)
+        dead: dict[str, Any] = {
+            "dead_percent": trainee.firing.dead_percent(rows),
             "dead_after": trainee.firing.dead_after,
         }
         metrics[trainee.entry.hookpoint] = means | dead
     return metrics
 
 
-def _require_finite_state(trainee: Trainee, step: int) -> None:
+def _require_finite_state(root: Path, trainee: Trainee, step: int) -> None:
     """Refuse to save what a loss that was not finite has touched.
 
     The weights alone do not tell: the sign of NaN is 0, so signum keeps them finite.
     """
-    _require_finite(trainee, float(trainee.meter.sums.sum()), step)
+    _require_finite(root, trainee, float(trainee.meter.sums.sum()), step)
     for parameter in trainee.sae.parameters():
         if not bool(parameter.isfinite().all()):
-            _require_finite(trainee, math.nan, step)
+            _require_finite(root, trainee, math.nan, step)
 
 
-def _require_finite(trainee: Trainee, value: float, step: int) -> None:
+def _require_finite(root: Path, trainee: Trainee, value: float, step: int) -> None:
     if not math.isfinite(value):
+        saved = newest_step(root)
+        before = "Nothing is saved yet" if saved is None else f"Step {saved} is saved, from before"
         raise RunError(
             f"the loss of {trainee.entry.hookpoint} is not finite by step {step}",
             expected="a number",
             got=value,
-            remedy="a smaller --lr; actcache inspect shows rows that are not finite. The last "
-            "checkpoint is from before",
+            remedy="a smaller --lr, with another --out; actcache inspect shows rows that are not "
+            f"finite. {before}",
         )
 
 

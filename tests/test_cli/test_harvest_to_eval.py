@@ -1,10 +1,13 @@
 """The commands, one after another, as a user runs them."""
 
 import json
+import re
+import shutil
 
 import pytest
 from typer.testing import CliRunner
 
+import saetrain.trainer
 from actcache_cli.main import actcache_app, saetrain_app
 
 
@@ -118,3 +121,37 @@ def test_eval_prints_the_table_of_held_out_rows_and_writes_it(folders):
     assert "not fired in the last" in shown
     written = json.loads((root / "run" / "eval.json").read_text())
     assert written["saes"] == json.loads(run(saetrain_app, "eval", root / "run", "--json"))["saes"]
+
+
+def test_eval_of_an_unfinished_run_says_so_and_shows_dashes_for_what_is_not_known(
+    folders, tmp_path, monkeypatch
+):
+    _, _, fit, _ = folders
+    fit = [a if a != folders[0] / "run" else tmp_path / "run" for a in fit] + ["--save-every", 1]
+    real = saetrain.trainer.train_step
+
+    def step(trainee, rows, number, alpha):
+        if number == 2:
+            raise KeyboardInterrupt
+        real(trainee, rows, number, alpha)
+
+    monkeypatch.setattr(saetrain.trainer, "train_step", step)
+    result = CliRunner().invoke(saetrain_app(), [str(a) for a in fit])
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+    shown = run(saetrain_app, "eval", tmp_path / "run", "--device", "cpu")
+    assert re.search(r"step 2 of \d+: the run is unfinished; saetrain fit .*--resume", shown)
+    row = shown.splitlines()[1].split()
+    assert (row[5], row[7]) == ("-", "-")
+
+
+def test_fit_tells_warnings_on_stderr(folders, tmp_path):
+    root, _, fit, _ = folders
+    copy = shutil.copytree(root / "cache", tmp_path / "cache")
+    (copy / "shards" / "END.json").unlink()
+    places = {root / "cache": copy, root / "run": tmp_path / "run"}
+    fit = [str(places.get(a, a)) for a in fit]
+    result = CliRunner().invoke(saetrain_app(), fit)
+    assert result.exit_code == 0, result.output
+    assert "warning: " in result.stderr
+    assert "is not complete: shards there" in result.stderr

@@ -49,7 +49,7 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
         return {
             str(path.relative_to(root)): path.read_bytes()
             for path in sorted(root.rglob("*"))
-            if path.is_file() and path.name not in ("run.json", "timings.jsonl")
+            if path.is_file() and path.name not in ("run.json", "timings.jsonl", "fit.lock")
         }
 
     return take

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from actcache.errors import DiskFullError, FormatError
-from saetrain.checkpoint import FOLDER, STATE, load_checkpoint, save_checkpoint
+from saetrain.checkpoint import load_checkpoint, save_checkpoint, state_path, tensors_path
 
 STREAM = {"epoch": 1, "step": 2}
 
@@ -33,8 +32,15 @@ def contents(step: int) -> list[tuple[dict[str, torch.Tensor], dict[str, float]]
     ]
 
 
-def folder(root: Path, step: int) -> Path:
-    return root / FOLDER / f"{step:09d}"
+def files(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(root.iterdir())}
+
+
+def names(step: int) -> set[str]:
+    return {f"checkpoint-{step:09d}.{end}" for end in ("json", *ENDS)}
+
+
+ENDS = ("00000.safetensors", "00001.safetensors")
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -53,29 +59,29 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_run_without_a_checkpoint_has_none(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path) is None
-    (tmp_path / FOLDER).mkdir()
+    (tmp_path / "checkpoint-000000007.00000.safetensors").write_text("")
     assert load_checkpoint(tmp_path) is None
 
 
-def test_nothing_is_pickled(tmp_path: Path) -> None:
+def test_a_checkpoint_is_plain_files_and_nothing_is_pickled(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 7, STREAM, contents(7))
-    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {"00000.safetensors", "00001.safetensors", STATE}
+    assert files(tmp_path).keys() == names(7)
 
 
 def test_the_older_checkpoints_go_once_a_newer_one_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-mine.json").write_text("{}")
     for step in (9, 10, 100):
         save_checkpoint(tmp_path, step, STREAM, contents(step))
-        assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [f"{step:09d}"]
+        assert files(tmp_path).keys() == names(step) | {"checkpoint-mine.json"}
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 9, STREAM, contents(9))
-    older = shutil.copytree(folder(tmp_path, 9), tmp_path / "copy")
+    older = files(tmp_path)
     save_checkpoint(tmp_path, 10, STREAM, contents(10))
-    older.rename(folder(tmp_path, 9))  # as after a kill before the older one was removed
-    begun = shutil.copytree(folder(tmp_path, 10), folder(tmp_path, 11))
-    (begun / STATE).unlink()  # as after a kill before the newer one was whole
+    for name, data in older.items():  # as after a kill before the older one was removed
+        (tmp_path / name).write_bytes(data)
+    tensors_path(tmp_path, 11, 0).write_bytes(b"")  # and before the newer one was whole
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     assert loaded[0].step == 10
@@ -84,7 +90,7 @@ def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "remove"])
 def test_a_damaged_file_of_a_checkpoint_is_refused_by_its_name(tmp_path: Path, damage: str) -> None:
     save_checkpoint(tmp_path, 9, STREAM, contents(9))
-    path = folder(tmp_path, 9) / "00000.safetensors"
+    path = tensors_path(tmp_path, 9, 0)
     data = bytearray(path.read_bytes())
     if damage == "flip":
         data[-1] ^= 1
@@ -98,8 +104,8 @@ def test_a_damaged_file_of_a_checkpoint_is_refused_by_its_name(tmp_path: Path, d
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step": 1, "stream": {}, "saes": [0]}'])
 def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
     save_checkpoint(tmp_path, 9, STREAM, contents(9))
-    (folder(tmp_path, 9) / STATE).write_text(text)
-    with pytest.raises(FormatError, match=r"state\.json"):
+    state_path(tmp_path, 9).write_text(text)
+    with pytest.raises(FormatError, match=r"checkpoint-000000009\.json"):
         load_checkpoint(tmp_path)
 
 
@@ -122,7 +128,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays(
 
 def test_a_state_names_every_file_with_its_digest(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 9, STREAM, contents(9))
-    state = json.loads((folder(tmp_path, 9) / STATE).read_text())
-    sizes = [path.stat().st_size for path in sorted(folder(tmp_path, 9).glob("*.safetensors"))]
+    state = json.loads(state_path(tmp_path, 9).read_text())
+    sizes = [tensors_path(tmp_path, 9, i).stat().st_size for i in range(2)]
     assert [sae["file"]["bytes"] for sae in state["saes"]] == sizes
     assert all(len(sae["file"]["xxh3_128"]) == 32 for sae in state["saes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,13 +14,14 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from actcache.errors import CacheMismatchError, FormatError, RunError
+import saetrain.trainer
+from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.order import split_shards
 from actcache.reader import Cache
 from saetrain.evaluate import EVALUATION, evaluate
 from saetrain.fit import fit
 from saetrain.run import read_run
-from saetrain.tracking import METRICS
+from saetrain.tracking import METRICS, TIMINGS
 
 Float64 = NDArray[np.float64]
 
@@ -117,12 +119,112 @@ def test_a_run_that_is_not_there_or_not_trained_says_so(
     config = options()
     fit(config)
     (Path(config.out) / METRICS).write_text("")
-    with pytest.raises(RunError, match="has not been trained yet"):
+    with pytest.raises(FormatError, match=r"lost metrics\.jsonl"):
         evaluate(Path(config.out))
     fit(options(out=str(tmp_path / "other")))
     shutil.rmtree(tmp_path / "other" / "layers.1")
     with pytest.raises(FormatError, match=r"layers\.1 holds no SAE"):
         evaluate(tmp_path / "other")
+
+
+def stop(monkeypatch: pytest.MonkeyPatch, config: Any, at: int) -> None:
+    """Run until step `at` (from 0), and die there."""
+    real = saetrain.trainer.train_step
+
+    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == at:
+            raise KeyboardInterrupt
+        real(trainee, rows, number, alpha)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saetrain.trainer, "train_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+
+
+def test_an_unfinished_run_is_evaluated_at_the_step_of_its_last_checkpoint(
+    options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = options(save_every=6, log_every=2, dead_after=32)
+    stop(monkeypatch, config, 10)
+    root = Path(config.out)
+    lines = [json.loads(line) for line in (root / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    for line in lines:  # each step with a figure of its own
+        line["saes"]["layers.0"]["dead_percent"] = line["step"]
+    (root / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation = evaluate(root)
+    assert (evaluation.step, evaluation.steps) == (6, 12)
+    assert evaluation.saes[0].dead_percent == 6
+    written = json.loads((root / EVALUATION).read_text())
+    assert (written["step"], written["steps"]) == (6, 12)
+    fit(dataclasses.replace(config, resume=True))
+    assert evaluate(root).step == 12
+
+
+def test_what_was_not_logged_before_the_checkpoint_is_not_known(
+    options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = options(save_every=3, log_every=4)
+    stop(monkeypatch, config, 5)
+    evaluation = evaluate(Path(config.out))
+    assert evaluation.step == 3
+    assert evaluation.rows_per_second is None
+    assert [sae.dead_percent for sae in evaluation.saes] == [None, None]
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_that_nothing_is_saved(
+    options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = options(save_every=6)
+    stop(monkeypatch, config, 5)
+    with pytest.raises(RunError, match=r"nothing has been saved yet(.|\n)*--resume"):
+        evaluate(Path(config.out))
+
+
+def test_an_sae_of_other_sizes_than_the_runs_is_refused(
+    options: Callable[..., Any], tmp_path: Path
+) -> None:
+    config, other = options(), options(k=4, out=str(tmp_path / "other"))
+    fit(config)
+    fit(other)
+    root = Path(config.out)
+    shutil.rmtree(root / "layers.1")
+    shutil.copytree(tmp_path / "other" / "layers.1", root / "layers.1")
+    with pytest.raises(FormatError, match=r"layers\.1 holds another SAE(.|\n)*k=3(.|\n)*k=4"):
+        evaluate(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        (METRICS, "layers.1", "layers.2"),
+        (METRICS, '"saes"', '"said"'),
+        (METRICS, '"l0"', '"l1"'),
+        (METRICS, '"dead_percent"', '"dead"'),
+        (METRICS, '"fvu": ', '"fvu": 1e999, "was": '),
+        (METRICS, '"fvu": ', '"fvu": NaN, "was": '),
+        (TIMINGS, '"mean_rows_per_second"', '"mean"'),
+        (TIMINGS, '"mean_rows_per_second": ', '"mean_rows_per_second": null, "was": '),
+    ],
+)
+def test_lines_that_lack_a_figure_are_refused_by_their_file(
+    options: Callable[..., Any], name: str, old: str, new: str
+) -> None:
+    config = options()
+    fit(config)
+    path = Path(config.out) / name
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(FormatError, match=name):
+        evaluate(Path(config.out))
+
+
+def test_it_runs_on_the_device_that_is_asked_for(options: Callable[..., Any]) -> None:
+    config = options()
+    fit(config)
+    assert evaluate(Path(config.out), device="cpu") == evaluate(Path(config.out))
+    with pytest.raises(ConfigError, match="--device"):
+        evaluate(Path(config.out), device="nonsense")
 
 
 def test_held_out_rows_that_are_not_finite_are_refused_in_words(

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+import saetrain.fit
 import saetrain.trainer
 from actcache.errors import (
+    CacheBusyError,
     CacheMismatchError,
     ConfigError,
     DiskFullError,
@@ -31,9 +34,9 @@ from actcache.errors import (
     HookpointError,
     RunError,
 )
-from actcache.order import batch_rows
+from actcache.order import POOL_ROWS, batch_rows
 from actcache.reader import Cache
-from saetrain.checkpoint import FOLDER, load_checkpoint
+from saetrain.checkpoint import load_checkpoint
 from saetrain.config import FitConfig
 from saetrain.evaluate import evaluate
 from saetrain.fit import fit
@@ -87,9 +90,10 @@ def test_a_run_leaves_what_it_promises(options: Options, cache_path: Path) -> No
         "layers.0/sae.safetensors",
         "layers.1/cfg.json",
         "layers.1/sae.safetensors",
-        "checkpoints/000000012/00000.safetensors",
-        "checkpoints/000000012/00001.safetensors",
-        "checkpoints/000000012/state.json",
+        "checkpoint-000000012.00000.safetensors",
+        "checkpoint-000000012.00001.safetensors",
+        "checkpoint-000000012.json",
+        "fit.lock",
     }
     assert (summary.steps, summary.new_steps, summary.rows) == (12, 12, 384)
     assert summary.rows_per_second > 0
@@ -101,6 +105,16 @@ def test_a_run_leaves_what_it_promises(options: Options, cache_path: Path) -> No
     assert record.options == config
     assert sorted([*record.training_shards, *record.held_out]) == cache.shards
     assert len(record.held_out) == 1
+
+
+def test_sparsify_loads_every_sae_of_a_run_at_once(options: Options, sparsify: ModuleType) -> None:
+    config = options()
+    fit(config)
+    loaded = sparsify.SparseCoder.load_many(config.out, local=True)
+    assert loaded.keys() == {"layers.0", "layers.1"}
+    for name, sae in loaded.items():
+        stored = load_file(Path(config.out) / name / "sae.safetensors")
+        assert torch.equal(sae.W_dec, stored["W_dec"])
 
 
 def test_each_line_of_metrics_covers_the_steps_since_the_last(options: Options) -> None:
@@ -197,13 +211,15 @@ def test_the_loss_of_a_run_divides_by_the_variance_of_its_training_rows(
     assert fvu == pytest.approx(expected, rel=1e-5)
 
 
-def test_dead_after_is_an_epochs_rows_or_ten_million(
+def test_dead_after_is_an_epochs_rows_or_the_runs_or_ten_million(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows that an epoch trains on: a latent that never fires in one epoch is dead after it."""
     config = options(dead_after=None, batch_size=100, out=options().out + "-small")
     summary = fit(config)
     assert summary.steps * 100 == summary.dead_after == 300
+    short = options(dead_after=None, max_tokens=64, out=options().out + "-short")
+    assert fit(short).dead_after == 64
     monkeypatch.setattr("saetrain.fit._DEAD_AFTER", 200)
     assert fit(options(dead_after=None)).dead_after == 200
     assert fit(options(dead_after=7, out=options().out + "-given")).dead_after == 7
@@ -354,16 +370,19 @@ def test_a_kill_while_older_checkpoints_are_removed_leaves_a_run_that_resumes_to
 ) -> None:
     whole, config = options(out=options().out + "-whole"), options()
     fit(whole)
+    real = Path.unlink
 
-    def half(folder: Path) -> None:
-        (folder / "00000.safetensors").unlink()
-        raise Killed
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        real(path, missing_ok)
+        if path.name == "checkpoint-000000003.00000.safetensors":
+            raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", half)
+        patch.setattr(Path, "unlink", unlink)
         with pytest.raises(Killed):
             fit(config)
-    assert len(list((Path(config.out) / FOLDER).iterdir())) == 2
+    left = {path.name for path in Path(config.out).glob("checkpoint-000000003.*")}
+    assert left == {"checkpoint-000000003.00001.safetensors"}
     fit(dataclasses.replace(config, resume=True))
     assert only_changed(snapshot(Path(whole.out)), snapshot(Path(config.out))) == []
 
@@ -400,7 +419,7 @@ def test_a_command_killed_by_the_system_resumes_to_the_bytes_of_one_that_was_not
     root = Path(killed.out)
     process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not list(root.glob(f"{FOLDER}/*/state.json")) and time.monotonic() < deadline:
+    while not list(root.glob("checkpoint-*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -528,7 +547,7 @@ def test_another_or_a_changed_cache_is_refused_on_resume(
 def test_a_damaged_checkpoint_is_refused_on_resume(options: Options) -> None:
     config = options(resume=True)
     fit(config)
-    (path,) = Path(config.out).glob(f"{FOLDER}/*/00001.safetensors")
+    (path,) = Path(config.out).glob("checkpoint-*.00001.safetensors")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -553,7 +572,7 @@ def test_a_checkpoint_whose_place_is_not_of_this_run_is_refused(
 ) -> None:
     config = options(resume=True)
     fit(config)
-    (path,) = Path(config.out).glob(f"{FOLDER}/*/state.json")
+    (path,) = Path(config.out).glob("checkpoint-*.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(FormatError, match="not of this run"):
         fit(config)
@@ -576,8 +595,10 @@ def test_a_checkpoint_of_another_run_is_refused(
     config, foreign = options(**mine, resume=True), options(**other, out=options().out + "-other")
     fit(config)
     fit(foreign)
-    shutil.rmtree(Path(config.out) / FOLDER)
-    shutil.copytree(Path(foreign.out) / FOLDER, Path(config.out) / FOLDER)
+    for path in Path(config.out).glob("checkpoint-*"):
+        path.unlink()
+    for path in Path(foreign.out).glob("checkpoint-*"):
+        shutil.copy(path, config.out)
     with pytest.raises(FormatError, match="not of this run"):
         fit(config)
 
@@ -682,6 +703,147 @@ def test_an_empty_folder_is_a_place_for_a_run(options: Options, tmp_path: Path) 
     assert fit(options(out=str(tmp_path / "empty"))).steps == 12
 
 
+# --- one at a time, in one process ---------------------------------------------------------------
+
+
+def test_a_second_fit_in_the_folder_is_refused_by_the_name_of_the_first(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real, refused = options(), saetrain.trainer.train_step, []
+
+    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == 4 and not refused:
+            before = snapshot(Path(config.out))
+            with pytest.raises(
+                CacheBusyError, match=rf"another fit(.|\n)*process {os.getpid()} on"
+            ):
+                fit(dataclasses.replace(config, resume=True))
+            assert only_changed(before, snapshot(Path(config.out))) == []
+            refused.append(number)
+        real(trainee, rows, number, alpha)
+
+    monkeypatch.setattr(saetrain.trainer, "train_step", step)
+    fit(config)
+    assert refused == [4]
+    assert fit(dataclasses.replace(config, resume=True)).new_steps == 0  # the lock is free again
+
+
+def test_two_that_begin_a_run_at_once_do_not_both_begin_it(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slower one finds that a run has been begun since it looked."""
+    config, real = options(), saetrain.fit._build
+
+    def build(*arguments: Any) -> Any:
+        monkeypatch.setattr(saetrain.fit, "_build", real)
+        fit(config)
+        return real(*arguments)
+
+    monkeypatch.setattr(saetrain.fit, "_build", build)
+    with pytest.raises(RunError, match="another fit has begun a run"):
+        fit(config)
+
+
+def test_a_folder_that_holds_nothing_but_a_lock_is_a_place_for_a_run(options: Options) -> None:
+    Path(options().out).mkdir()
+    (Path(options().out) / "fit.lock").write_text("process 1 on a machine\n")
+    assert fit(options()).steps == 12
+
+
+def test_several_processes_are_refused(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"one process(.|\n)*without torchrun"):
+        fit(options())
+    assert not Path(options().out).exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert fit(options()).steps == 12
+
+
+# --- what is told --------------------------------------------------------------------------------
+
+
+def test_dead_latents_are_not_counted_before_they_can_be_known(options: Options) -> None:
+    config = options(dead_after=129, log_every=1, save_every=100)
+    fit(config)
+    known = [line["saes"]["layers.0"]["dead_percent"] for line in metrics(Path(config.out))]
+    assert known[:4] == [None] * 4
+    assert None not in known[4:]  # from 160 rows on
+
+
+def test_other_library_versions_are_told_when_a_run_goes_on(options: Options) -> None:
+    config = options(resume=True)
+    assert fit(config).warnings == ()
+    path = Path(config.out) / RUN
+    run = json.loads(path.read_text())
+    now = run["versions"]["torch"]
+    run["versions"]["torch"] = "0.1"
+    path.write_text(json.dumps(run))
+    assert fit(config).warnings == (f"torch is {now} now; this run was begun with 0.1",)
+
+
+def test_a_cache_that_is_not_complete_is_told_with_the_numbers(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    path = make_cache(shards=4)
+    (path / "shards" / "END.json").unlink()
+    (path / "shards" / "00003.json").unlink()
+    (warning,) = fit(options(cache=str(path))).warnings
+    assert "is not complete: shards there 3, planned 4" in warning
+
+
+def test_a_full_disk_names_resume_as_the_remedy(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskFullError, match=r"the same command with --resume goes on"):
+        fit(options())
+
+
+def test_a_run_records_where_its_cache_is_now_whatever_the_working_directory(
+    make_cache: Callable[..., Path],
+    options: Options,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = make_cache(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    config = options(cache="here")
+    fit(config)
+    root = Path(config.out)
+    assert read_run(root).cache == str(here)
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert evaluate(root).rows == 128
+    there = here.rename(tmp_path / "there")
+    with pytest.raises(EmptyCacheError, match=r"is not at .*/here(.|\n)*--cache"):
+        evaluate(root)
+    before = read_run(root)
+    fit(dataclasses.replace(config, cache="../there", resume=True))
+    assert read_run(root) == dataclasses.replace(before, cache=str(there))
+    assert evaluate(root).rows == 128
+
+
+def test_the_pool_of_rows_is_part_of_the_order(options: Options, snapshot: Snapshot) -> None:
+    assert FitConfig("cache", "run").pool_rows == POOL_ROWS
+    one, two = options(out=options().out + "1"), options(pool_rows=64)
+    fit(one)
+    fit(two)
+    assert read_run(Path(two.out)).plan.window == 2
+    assert "metrics.jsonl" in only_changed(snapshot(Path(one.out)), snapshot(Path(two.out)))
+
+
+def test_a_finished_run_whose_metrics_lack_a_hookpoint_is_refused(options: Options) -> None:
+    config = options(resume=True)
+    fit(config)
+    path = Path(config.out) / METRICS
+    path.write_text(path.read_text().replace("layers.1", "layers.2"))
+    with pytest.raises(FormatError, match=r"metrics\.jsonl lacks figures of layers\.1 at step 12"):
+        fit(config)
+
+
 # --- losses that are not finite ------------------------------------------------------------------
 
 
@@ -706,7 +868,7 @@ def test_a_row_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
     config = options(
         cache=str(path), optimizer=optimizer, save_every=save_every, log_every=log_every, seed=3
     )
-    with pytest.raises(RunError, match=r"layers\.1 is not finite(.|\n)*--lr"):
+    with pytest.raises(RunError, match=r"layers\.1 is not finite(.|\n)*--lr") as caught:
         fit(config)
     root = Path(config.out)
     plan = read_run(root).plan
@@ -715,6 +877,8 @@ def test_a_row_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
     checkpoint = load_checkpoint(root)
     last_saved = poisoned // save_every * save_every
     assert (checkpoint[0].step if checkpoint else 0) == last_saved
+    told = f"Step {last_saved} is saved, from before" if checkpoint else "Nothing is saved yet"
+    assert told in str(caught.value)
     weights = checkpoint[1] if checkpoint else []
     weights += [load_file(file) for file in root.glob("layers.*/sae.safetensors")]
     assert all(torch.isfinite(t).all() for part in weights for t in part.values())

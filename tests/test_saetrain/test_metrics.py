@@ -62,6 +62,7 @@ def test_a_latent_is_dead_from_exactly_dead_after_rows_on_and_revives_when_it_fi
     assert firing.dead().tolist() == [False, False]
     firing.add((torch.tensor([[1.0]]), torch.tensor([[1]])))
     assert firing.dead().tolist() == [True, False]
-    assert firing.dead_percent() == 50.0
+    assert firing.dead_percent(3) is None  # too few rows to know
+    assert firing.dead_percent(4) == 50.0
     firing.add((torch.tensor([[1.0]]), torch.tensor([[0]])))
-    assert firing.dead_percent() == 0.0
+    assert firing.dead_percent(4) == 0.0

@@ -140,6 +140,7 @@ BINDING = {
     "auxk_alpha": 0.5,
     "dead_after": 65,
     "val_fraction": 0.2,
+    "pool_rows": 64,
     "seed": 5,
     "log_every": 5,
 }

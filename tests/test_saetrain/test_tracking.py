@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actcache.errors import FormatError
+from actcache.errors import DiskFullError, FormatError
 from saetrain.tracking import METRICS, TIMINGS, Tracker, cut_back, last_line
 
 SAES = {"layers.0": {"fvu": 0.5, "l0": 3.0}, "layers.1": {"fvu": 0.25, "l0": 2.0}}
@@ -108,3 +110,31 @@ def test_a_whole_line_that_is_damaged_is_refused(tmp_path: Path, line: str) -> N
         cut_back(path, 8)
     with pytest.raises(FormatError, match=r"metrics\.jsonl"):
         last_line(path)
+
+
+def test_a_line_at_or_before_a_step_can_be_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    path.write_text(text(4, 8, 12))
+    for step, found in ((3, None), (4, 4), (11, 8), (12, 12), (99, 12)):
+        line = last_line(path, step)
+        assert (line and line["step"]) == found
+
+
+def test_a_line_with_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"step": 4, "rows": NaN}\n')
+    with pytest.raises(FormatError, match=r"metrics\.jsonl"):
+        last_line(tmp_path / METRICS)
+
+
+def test_cutting_back_on_a_full_disk_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / METRICS).write_text(text(4, 8, 12))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DiskFullError):
+        cut_back(tmp_path / METRICS, 8)
+    assert (tmp_path / METRICS).read_text() == text(4, 8, 12)
+    assert [p.name for p in tmp_path.iterdir()] == [METRICS]

@@ -191,7 +191,7 @@ def test_auxk_begins_when_latents_are_dead_and_revives_them(
     auxk, dead = [], []
     for step, x in enumerate(batches(torch.float32)):
         auxk.append(our_step(trainee, x, step, alpha=1.0)["auxk"])
-        dead.append(trainee.firing.dead_percent())
+        dead.append(trainee.firing.dead_percent(2 * N))
     assert auxk[:2] == [0.0, 0.0]
     assert min(auxk[2:5]) > 0
     assert dead[1] > 20

@@ -25,10 +25,11 @@ _FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
 
 @dataclass(frozen=True)
 class SaeState:
-    """One SAE's part: its file, and what is not a tensor."""
+    """One SAE's part: its file, what is not a tensor, and the weights' file for others."""
 
     file: FileReceipt
     numbers: dict[str, float]
+    export: FileReceipt
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def save_checkpoint(
     step: int,
     stream: dict[str, int],
     saes: list[tuple[dict[str, Tensor], dict[str, float]]],
+    exports: list[FileReceipt],
 ) -> None:
     """Write a checkpoint, then remove the older ones.
 
@@ -55,6 +57,7 @@ def save_checkpoint(
         step: steps done.
         stream: the stream's state.
         saes: tensors and numbers of each SAE, in the run's order.
+        exports: of each SAE, the file of weights that others load, written before.
 
     Raises:
         DiskFullError: no room; the checkpoint before stays.
@@ -62,7 +65,8 @@ def save_checkpoint(
     parts = []
     for i, (tensors, numbers) in enumerate(saes):
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        parts.append(SaeState(publish(tensors_path(root, step, i), [save(plain)]), numbers))
+        file = publish(tensors_path(root, step, i), [save(plain)])
+        parts.append(SaeState(file, numbers, exports[i]))
     publish(state_path(root, step), [to_json(State(step, stream, tuple(parts)))])
     remove_others(root, step)
 
@@ -77,6 +81,18 @@ def remove_others(root: Path, step: int) -> None:
 def newest_step(root: Path) -> int | None:
     """Steps done at the newest checkpoint, or None if there is none yet."""
     return max((step for path, step in _files(root) if path.suffix == ".json"), default=None)
+
+
+def newest_state(root: Path) -> State | None:
+    """The state of the newest checkpoint, if there is one; raises `FormatError`."""
+    step = newest_step(root)
+    if step is None:
+        return None
+    path = state_path(root, step)
+    state = parse_dataclass(State, read_json(path), str(path))
+    if state.step != step:
+        raise FormatError(f"{path} is not of its step", expected=step, got=state.step)
+    return state
 
 
 def state_path(root: Path, step: int) -> Path:
@@ -101,22 +117,20 @@ def load_checkpoint(root: Path) -> tuple[State, list[dict[str, Tensor]]] | None:
     Raises:
         FormatError: it is damaged.
     """
-    step = newest_step(root)
-    if step is None:
+    state = newest_state(root)
+    if state is None:
         return None
-    whole = state_path(root, step)
-    state = parse_dataclass(State, read_json(whole), str(whole))
     tensors = []
     for i, part in enumerate(state.saes):
-        path = tensors_path(root, step, i)
+        path = tensors_path(root, state.step, i)
         got = digest_file(path) if path.is_file() else "nothing"
         if got != part.file:
             raise FormatError(
                 f"{path} is not what its checkpoint wrote",
                 expected=part.file,
                 got=got,
-                remedy=f"remove {whole} to go on from an older checkpoint, if there is one, or "
-                "begin the run anew",
+                remedy=f"remove {state_path(root, state.step)} to go on from an older checkpoint, "
+                "if there is one, or begin the run anew",
             )
         tensors.append(load(path.read_bytes()))
     return state, tensors

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from actcache.atomic import publish
+from actcache.atomic import digest_file, publish
 from actcache.device import choose_device
 from actcache.errors import EmptyCacheError, FormatError, RunError
 from actcache.manifest import MANIFEST
 from actcache.parse import to_json
 from actcache.progress import Progress
 from actcache.reader import Cache
-from saetrain.checkpoint import newest_step
+from saetrain.checkpoint import SaeState, newest_state
 from saetrain.config import SaeConfig
-from saetrain.formats.sparsify import load_sae
+from saetrain.formats.sparsify import WEIGHTS, load_sae
 from saetrain.losses import total
 from saetrain.metrics import fired
 from saetrain.run import RunRecord, SaeEntry, check_same_cache, read_run
@@ -96,14 +96,17 @@ def evaluate(root: Path, cache_folder: str | None = None, device: str = "auto") 
             f"{root} held nothing out to evaluate on",
             remedy="fit with a --val-fraction above 0",
         )
-    step = newest_step(root)
-    if step is None:
+    state = newest_state(root)
+    if state is None:
         raise RunError(
             f"{root} holds no checkpoint: nothing has been saved yet",
             remedy="saetrain fit with --resume goes on",
         )
+    step = state.step
     # Lines after the checkpoint are of steps that a resumed run does again.
     metrics, timings = last_line(root / METRICS, step), last_line(root / TIMINGS, step)
+    if len(state.saes) != len(record.saes) or step > record.steps:
+        raise FormatError(f"{root} holds a checkpoint that is not of this run")
     if step == record.steps and (metrics is None or timings is None):
         raise FormatError(f"{root} lost {METRICS} or {TIMINGS}", remedy="restore them from a copy")
     hookpoints = [entry.hookpoint for entry in record.saes]
@@ -124,8 +127,8 @@ def evaluate(root: Path, cache_folder: str | None = None, device: str = "auto") 
         dead_after=record.dead_after,
         rows_per_second=rate,
         saes=tuple(
-            _evaluate_sae(root, record, entry, cache, at, dead[entry.hookpoint])
-            for entry in record.saes
+            _evaluate_sae(root, record, entry, saved, cache, at, dead[entry.hookpoint])
+            for entry, saved in zip(record.saes, state.saes, strict=True)
         ),
     )
     publish(root / EVALUATION, [to_json(evaluation)])
@@ -136,6 +139,7 @@ def _evaluate_sae(
     root: Path,
     record: RunRecord,
     entry: SaeEntry,
+    saved: SaeState,
     cache: Cache,
     device: torch.device,
     dead_percent: float | None,
@@ -148,6 +152,12 @@ def _evaluate_sae(
             expected=entry.config,
             got=found,
             remedy="restore it from a copy",
+        )
+    if digest_file(root / entry.hookpoint / WEIGHTS) != saved.export:
+        raise RunError(
+            f"the SAE in {root / entry.hookpoint} is not that of the last checkpoint",
+            remedy="saetrain fit with --resume goes on, if it was stopped while it saved; if it is "
+            "at work, try again; else restore the SAE from a copy",
         )
     name, shards = entry.hookpoint, list(record.held_out)
     mean = cache.statistics(name, record.training_shards).mean

@@ -107,10 +107,13 @@ def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStrea
     """
     for trainee in trainees:
         _require_finite_state(root, trainee, done)
+    exports = []
     for trainee in trainees:
         folder = root / trainee.entry.hookpoint
-        save_sae(folder, trainee.entry.config, trainee.optimizer.weights_to_export())
-    save_checkpoint(root, done, stream.state_dict(), [trainee.state() for trainee in trainees])
+        weights = trainee.optimizer.weights_to_export()
+        exports.append(save_sae(folder, trainee.entry.config, weights))
+    states = [trainee.state() for trainee in trainees]
+    save_checkpoint(root, done, stream.state_dict(), states, exports)
 
 
 def _read_metrics(

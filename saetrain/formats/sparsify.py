@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from actcache.atomic import publish
+from actcache.atomic import FileReceipt, publish
 from actcache.errors import FormatError
 from actcache.parse import parse_dataclass, read_json, to_json
 from saetrain.config import SaeConfig
@@ -50,8 +50,8 @@ class SparsifyConfig:
     transcode: bool = False
 
 
-def save_sae(folder: Path, config: SaeConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint that sparsify loads.
+def save_sae(folder: Path, config: SaeConfig, weights: Mapping[str, Tensor]) -> FileReceipt:
+    """Write a checkpoint that sparsify loads; returns what its weights' file must be.
 
     Args:
         folder: made when missing.
@@ -65,8 +65,9 @@ def save_sae(folder: Path, config: SaeConfig, weights: Mapping[str, Tensor]) -> 
     cfg = SparsifyConfig(
         d_in=config.d_in, expansion_factor=factor, num_latents=config.num_latents, k=config.k
     )
-    publish(folder / WEIGHTS, [save(tensors)])
+    receipt = publish(folder / WEIGHTS, [save(tensors)])
     publish(folder / CONFIG, [to_json(asdict(cfg))])
+    return receipt
 
 
 def load_sae(folder: Path, device: torch.device | str = "cpu") -> Sae:

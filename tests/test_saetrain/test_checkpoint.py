@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from actcache.atomic import FileReceipt
 from actcache.errors import DiskFullError, FormatError
 from saetrain.checkpoint import load_checkpoint, save_checkpoint, state_path, tensors_path
 
 STREAM = {"epoch": 1, "step": 2}
+EXPORTS = [FileReceipt(1, "a" * 32), FileReceipt(2, "b" * 32)]
 
 
 def contents(step: int) -> list[tuple[dict[str, torch.Tensor], dict[str, float]]]:
@@ -44,11 +46,12 @@ ENDS = ("00000.safetensors", "00001.safetensors")
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 7, STREAM, contents(7))
+    save_checkpoint(tmp_path, 7, STREAM, contents(7), EXPORTS)
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     state, tensors = loaded
     assert (state.step, state.stream) == (7, STREAM)
+    assert [sae.export for sae in state.saes] == EXPORTS
     for (expected, numbers), got, sae in zip(contents(7), tensors, state.saes, strict=True):
         assert sae.numbers == numbers
         assert got.keys() == expected.keys()
@@ -64,21 +67,21 @@ def test_a_run_without_a_checkpoint_has_none(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_plain_files_and_nothing_is_pickled(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 7, STREAM, contents(7))
+    save_checkpoint(tmp_path, 7, STREAM, contents(7), EXPORTS)
     assert files(tmp_path).keys() == names(7)
 
 
 def test_the_older_checkpoints_go_once_a_newer_one_is_whole(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-mine.json").write_text("{}")
     for step in (9, 10, 100):
-        save_checkpoint(tmp_path, step, STREAM, contents(step))
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS)
         assert files(tmp_path).keys() == names(step) | {"checkpoint-mine.json"}
 
 
 def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9))
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
     older = files(tmp_path)
-    save_checkpoint(tmp_path, 10, STREAM, contents(10))
+    save_checkpoint(tmp_path, 10, STREAM, contents(10), EXPORTS)
     for name, data in older.items():  # as after a kill before the older one was removed
         (tmp_path / name).write_bytes(data)
     tensors_path(tmp_path, 11, 0).write_bytes(b"")  # and before the newer one was whole
@@ -89,7 +92,7 @@ def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "remove"])
 def test_a_damaged_file_of_a_checkpoint_is_refused_by_its_name(tmp_path: Path, damage: str) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9))
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
     path = tensors_path(tmp_path, 9, 0)
     data = bytearray(path.read_bytes())
     if damage == "flip":
@@ -103,7 +106,7 @@ def test_a_damaged_file_of_a_checkpoint_is_refused_by_its_name(tmp_path: Path, d
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step": 1, "stream": {}, "saes": [0]}'])
 def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9))
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
     state_path(tmp_path, 9).write_text(text)
     with pytest.raises(FormatError, match=r"checkpoint-000000009\.json"):
         load_checkpoint(tmp_path)
@@ -112,7 +115,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
 def test_on_a_full_disk_the_checkpoint_before_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9))
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
 
     def no_room(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -120,14 +123,14 @@ def test_on_a_full_disk_the_checkpoint_before_stays(
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", no_room)
         with pytest.raises(DiskFullError):
-            save_checkpoint(tmp_path, 10, STREAM, contents(10))
+            save_checkpoint(tmp_path, 10, STREAM, contents(10), EXPORTS)
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     assert loaded[0].step == 9
 
 
 def test_a_state_names_every_file_with_its_digest(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9))
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
     state = json.loads(state_path(tmp_path, 9).read_text())
     sizes = [tensors_path(tmp_path, 9, i).stat().st_size for i in range(2)]
     assert [sae["file"]["bytes"] for sae in state["saes"]] == sizes

@@ -182,6 +182,29 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_nothing_is_saved(
         evaluate(Path(config.out))
 
 
+def test_a_run_killed_while_it_saved_is_not_evaluated_as_a_mixture_of_steps(
+    options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = options(save_every=3), saetrain.trainer.save_sae
+
+    def save(folder: Path, *arguments: Any) -> Any:
+        if saved and folder.name == "layers.1":
+            raise KeyboardInterrupt
+        if folder.name == "layers.1":
+            saved.append(folder)
+        return real(folder, *arguments)
+
+    saved: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(saetrain.trainer, "save_sae", save)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    with pytest.raises(RunError, match=r"layers\.0 is not that of the last(.|\n)*--resume"):
+        evaluate(Path(config.out))
+    fit(dataclasses.replace(config, resume=True))
+    assert evaluate(Path(config.out)).step == 12
+
+
 def test_an_sae_of_other_sizes_than_the_runs_is_refused(
     options: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -96,6 +96,6 @@ class RunError(ActcacheError):
 
 
 class CacheBusyError(ActcacheError):
-    """A folder in which another harvest is at work."""
+    """A folder in which another harvest, or another fit, is at work."""
 
     exit_code = 12

@@ -233,7 +233,13 @@ def test_a_harvest_asked_to_stop_leaves_cleanly_and_says_how_to_go_on(
     number: signal.Signals, code: int, word: str, whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "stopped"
-    process = subprocess.Popen(command(whole, out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(whole, out),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs with SIGINT ignored, and they would pass it on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while len(list(out.glob("shards/0*.json"))) < 5:
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.002)

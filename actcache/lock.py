@@ -1,8 +1,8 @@
-"""One harvest at a time in a folder, however many processes it has.
+"""One harvest, or one fit, at a time in a folder, however many processes it has.
 
-The lock is on a file under `logs/`, so it goes when its holders do, killed or not. Rank 0 takes it
-alone, which fails while anyone holds it, then shares it; the other ranks join. The last to leave
-frees the folder.
+The lock is the kernel's, on a small file, so it goes when its holders do, killed or not. Rank 0
+takes it alone, which fails while anyone holds it, then shares it; the other ranks join. The last to
+leave frees the folder.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ from actcache.errors import CacheBusyError
 LOCK = Path("logs") / "harvest.lock"
 
 
-class HarvestLock:
-    """Held from `take` or `join` until `release`, or until the process ends."""
+class FolderLock:
+    """Held from `take` or `join` until `release`, or until the process ends.
+
+    Args:
+        root: the folder.
+        path: the lock's file within it.
+        work: what is done there, for errors.
+    """
 
     def __init__(self, root: Path, path: Path = LOCK, work: str = "harvest") -> None:
         self._root, self._path, self._work = root, root / path, work
         self._fd: int | None = None
 
     def take(self) -> None:
-        """Become the harvest of this folder.
+        """Become the one at work in this folder.
 
         Raises:
             CacheBusyError: another one is at work here.

@@ -15,7 +15,7 @@ from actcache.config import HarvestConfig
 from actcache.device import choose_device
 from actcache.documents import TextDocuments, open_documents
 from actcache.errors import CacheMismatchError, ConfigError
-from actcache.lock import LOCK, HarvestLock
+from actcache.lock import LOCK, FolderLock
 from actcache.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -66,7 +66,7 @@ class Job:
     """Sequences that --max-tokens asks for; the plan may hold fewer, if the text does."""
     warnings: tuple[str, ...]
     """What the user should know."""
-    lock: HarvestLock
+    lock: FolderLock
     """Held until the harvest ends."""
 
 
@@ -140,7 +140,7 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         versions=library_versions(config.compress),
     )
     require_chunks(manifest)
-    lock = HarvestLock(root)
+    lock = FolderLock(root)
     try:
         ranks.agree(to_json(manifest), lambda: _lay_manifest(root, manifest, lock))
     except BaseException:
@@ -182,7 +182,7 @@ def _refuse_foreign_folder(root: Path) -> None:
         )
 
 
-def _lay_manifest(root: Path, manifest: Manifest, lock: HarvestLock) -> None:
+def _lay_manifest(root: Path, manifest: Manifest, lock: FolderLock) -> None:
     """Write the manifest, or check that the one there asks for the same bytes."""
     receipts = _published(root, manifest)
     require_room(root, manifest, sum(receipt.sequences for receipt in receipts.values()))

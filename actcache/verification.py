@@ -15,7 +15,7 @@ from threading import Lock
 
 from actcache.atomic import digest_file
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
-from actcache.lock import HarvestLock
+from actcache.lock import FolderLock
 from actcache.manifest import MANIFEST, Manifest, read_manifest
 from actcache.progress import Progress
 from actcache.reader import Cache, linked_folders
@@ -330,7 +330,7 @@ def retract_damaged(found: Verification) -> list[int]:
                 got=damage.got,
                 remedy="restore it from a copy, or harvest into another folder",
             )
-    lock = HarvestLock(root)
+    lock = FolderLock(root)
     lock.take()
     try:
         return _retract(root, found.damages)

@@ -15,7 +15,7 @@ import torch
 from actcache.atomic import remove_partials
 from actcache.device import choose_device
 from actcache.errors import ConfigError, DiskFullError, FormatError, HookpointError, RunError
-from actcache.lock import HarvestLock
+from actcache.lock import FolderLock
 from actcache.manifest import MANIFEST
 from actcache.order import make_plan, split_shards
 from actcache.reader import Cache
@@ -79,7 +79,7 @@ def fit(config: FitConfig) -> FitSummary:
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: the encoder's product is most of a step
-    lock = HarvestLock(root, LOCK, "fit")
+    lock = FolderLock(root, LOCK, "fit")
     try:
         return _fit(config, root, cache, device, lock)
     except DiskFullError as error:
@@ -92,7 +92,7 @@ def fit(config: FitConfig) -> FitSummary:
 
 
 def _fit(
-    config: FitConfig, root: Path, cache: Cache, device: torch.device, lock: HarvestLock
+    config: FitConfig, root: Path, cache: Cache, device: torch.device, lock: FolderLock
 ) -> FitSummary:
     begun = _is_begun(config, root)
     if begun:

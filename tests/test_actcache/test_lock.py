@@ -13,11 +13,11 @@ import pytest
 
 from actcache.errors import CacheBusyError
 from actcache.harvest import harvest
-from actcache.lock import LOCK, HarvestLock
+from actcache.lock import LOCK, FolderLock
 
 
 def test_a_second_harvest_is_told_who_is_at_work(tmp_path: Path) -> None:
-    first, second = HarvestLock(tmp_path), HarvestLock(tmp_path)
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
     first.take()
     with pytest.raises(CacheBusyError) as told:
         second.take()
@@ -26,7 +26,7 @@ def test_a_second_harvest_is_told_who_is_at_work(tmp_path: Path) -> None:
 
 
 def test_the_folder_is_free_once_every_rank_has_left(tmp_path: Path) -> None:
-    zero, one, other = HarvestLock(tmp_path), HarvestLock(tmp_path), HarvestLock(tmp_path)
+    zero, one, other = FolderLock(tmp_path), FolderLock(tmp_path), FolderLock(tmp_path)
     zero.take()
     one.join()
     zero.release()
@@ -38,24 +38,24 @@ def test_the_folder_is_free_once_every_rank_has_left(tmp_path: Path) -> None:
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, sys; from actcache.lock import HarvestLock; "
-        "HarvestLock(pathlib.Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
+        "import os, pathlib, sys; from actcache.lock import FolderLock; "
+        "FolderLock(pathlib.Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert done.returncode == -9
     assert (tmp_path / LOCK).exists()
-    HarvestLock(tmp_path).take()
+    FolderLock(tmp_path).take()
 
 
 def test_releasing_what_is_not_held_is_harmless(tmp_path: Path) -> None:
-    HarvestLock(tmp_path).release()
+    FolderLock(tmp_path).release()
 
 
 def test_a_harvest_leaves_a_busy_folder_as_it_is(
     options: Callable[..., Any], tree: Callable[[Path], dict[str, str]], tmp_path: Path
 ) -> None:
     config = options(out=str(tmp_path / "cache"))
-    holder = HarvestLock(tmp_path / "cache")
+    holder = FolderLock(tmp_path / "cache")
     holder.take()
     with pytest.raises(CacheBusyError):
         harvest(config)
@@ -67,4 +67,4 @@ def test_a_harvest_leaves_a_busy_folder_as_it_is(
 def test_a_harvest_that_ends_frees_its_folder(options: Callable[..., Any], tmp_path: Path) -> None:
     config = options(out=str(tmp_path / "cache"))
     harvest(config)
-    HarvestLock(tmp_path / "cache").take()
+    FolderLock(tmp_path / "cache").take()

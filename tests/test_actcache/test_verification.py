@@ -25,7 +25,7 @@ from actcache.errors import (
     FormatError,
 )
 from actcache.harvest import harvest
-from actcache.lock import HarvestLock
+from actcache.lock import FolderLock
 from actcache.reader import Cache
 from actcache.receipt import publish_receipt, receipt_path
 from actcache.retraction import retraction_path
@@ -424,7 +424,7 @@ def test_a_damaged_zarr_document_is_named_and_made_anew(options: Options, tree: 
 
 def test_no_repair_begins_while_a_harvest_is_at_work(root: Path) -> None:
     flip(root / DATA[0])
-    lock = HarvestLock(root)
+    lock = FolderLock(root)
     lock.take()
     with pytest.raises(CacheBusyError):
         retract_damaged(verify(root))

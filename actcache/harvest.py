@@ -86,7 +86,9 @@ def _finish(job: Job) -> HarvestSummary:
     log = _Log(job.root, job.ranks.rank)
     fresh: list[ShardReceipt] = []
     if end is None or len(done) <= end.last_shard:
-        end = _seal(job, _make_shards(job, set(done), fresh, log))
+        count = _make_shards(job, set(done), fresh, log)
+        done = receipts_module.read_receipts(job.root, manifest)  # with those of other processes
+        end = _seal(job, count, done)
     seconds = time.monotonic() - began
     tokens = sum(receipt.sequences for receipt in fresh) * manifest.identity.ctx_len
     return HarvestSummary(
@@ -101,7 +103,7 @@ def _finish(job: Job) -> HarvestSummary:
         new_bytes=sum(file.bytes for receipt in fresh for file in receipt.files.values()),
         seconds=seconds,
         tokens_per_second=tokens / seconds if fresh else 0.0,
-        warnings=(*job.warnings, *_about_rows(fresh), *_about_files(job)),
+        warnings=(*job.warnings, *_about_rows(fresh), *_about_files(job, done)),
     )
 
 
@@ -118,9 +120,8 @@ def _about_rows(fresh: list[ShardReceipt]) -> tuple[str, ...]:
     )
 
 
-def _about_files(job: Job) -> tuple[str, ...]:
+def _about_files(job: Job, receipts: dict[int, ShardReceipt]) -> tuple[str, ...]:
     """A warning if files of shards that count as done are not there."""
-    receipts = receipts_module.read_receipts(job.root, job.manifest)
     missing = Cache(job.root, job.manifest, receipts, None).missing_files()
     if not missing:
         return ()
@@ -219,10 +220,9 @@ def _stored(activations: torch.Tensor, codec: Codec, hookpoint: str) -> NDArray[
     return stored
 
 
-def _seal(job: Job, count: int) -> EndReceipt | None:
+def _seal(job: Job, count: int, receipts: dict[int, ShardReceipt]) -> EndReceipt | None:
     """Write END.json if every shard is there; whichever process comes last does it."""
     last = -(-count // job.manifest.sequences_per_shard) - 1
-    receipts = receipts_module.read_receipts(job.root, job.manifest)
     if list(receipts) != list(range(last + 1)):
         return None
     reason: Literal["goal", "text"] = "goal" if count == job.asked else "text"

@@ -75,6 +75,7 @@ def summarise(cache: Cache) -> CacheSummary:
     manifest, receipts = cache.manifest, list(cache.receipts.values())
     identity = manifest.identity
     sequences = sum(receipt.sequences for receipt in receipts)
+    missing = len(cache.missing_files())
     hookpoints = []
     for hookpoint in identity.hookpoints:
         statistics = cache.statistics(hookpoint.name)
@@ -96,15 +97,15 @@ def summarise(cache: Cache) -> CacheSummary:
         cache=str(cache.root),
         cache_id=manifest.cache_id,
         model=f"{manifest.model}{revision} ({manifest.architecture}, {identity.model_dtype})",
-        dataset=f"{manifest.dataset}, split {manifest.split}",
+        dataset=manifest.dataset + (f", split {manifest.split}" if manifest.split else ""),
         text=_pipeline(manifest),
         filters=f"positions below {identity.skip_positions} left out"
         if identity.skip_positions
         else "none",
         backend=manifest.backend
         + (f", {manifest.compression}" if manifest.compression != "none" else ""),
-        state=_state(cache),
-        complete=cache.complete and not cache.missing_files(),
+        state=_state(cache, missing),
+        complete=cache.complete and not missing,
         shards=len(receipts),
         sequences=sequences,
         tokens=sequences * identity.ctx_len,
@@ -124,8 +125,7 @@ def _pipeline(manifest: Manifest) -> str:
     return f"{joined}, {order}, cut to {identity.ctx_len} tokens, {bos}; rows {identity.row_order}"
 
 
-def _state(cache: Cache) -> str:
-    missing = len(cache.missing_files())
+def _state(cache: Cache, missing: int) -> str:
     broken = f"; {missing} files are missing or cut: see actcache verify" if missing else ""
     return _progress(cache) + broken
 

@@ -120,7 +120,7 @@ class Manifest:
     dataset: str
     """The dataset's name as it was given (a file: its last part)."""
     split: str
-    """Split of the dataset."""
+    """Split of the dataset; empty for files without columns, which have none."""
     backend: Literal["memmap", "zarr"]
     """How shards lie on disk."""
     compression: Literal["none", "zstd"]

@@ -131,7 +131,7 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         revision=config.revision,
         architecture=type(model).__name__,
         dataset=_last_part(config.dataset),
-        split=config.split,
+        split=config.split if identity.text_column else "",
         backend=config.backend,
         compression=config.compress,
         sequences_per_shard=sequences_per_shard(config, planned, hookpoints, dtype),
@@ -143,12 +143,12 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
     lock = FolderLock(root)
     try:
         ranks.agree(to_json(manifest), lambda: _lay_manifest(root, manifest, lock))
+        if ranks.rank > 0:
+            lock.join()
+        laid = read_manifest(root)
     except BaseException:
         lock.release()
         raise
-    if ranks.rank > 0:
-        lock.join()
-    laid = read_manifest(root)
     warnings = tuple(
         f"{name} is {manifest.versions.get(name)} now; this cache was begun with {version}"
         for name, version in laid.versions.items()

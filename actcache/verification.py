@@ -1,13 +1,13 @@
 """Every byte of a cache against its receipts: what is damaged, what is missing, what is left over.
 
-Nothing here writes but `retract_damaged`.
+Nothing here writes; `repair` acts on what is found.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from threading import Lock
 
 from actcache.atomic import digest_file
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
-from actcache.lock import FolderLock
 from actcache.manifest import MANIFEST, Manifest, read_manifest
 from actcache.progress import Progress
 from actcache.reader import Cache, linked_folders
@@ -29,11 +28,12 @@ from actcache.receipt import (
     receipt_files,
     receipt_path,
 )
-from actcache.retraction import forget_restored, retract, retracted_shards, retraction_path
+from actcache.retraction import retracted_shards, retraction_path
 from actcache.storage import BACKENDS, safetensors_file
 from actcache.writer import data_paths
 
-_SEAL = f"{FOLDER}/{END}"
+SEAL = f"{FOLDER}/{END}"
+"""The seal, as findings name it."""
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}
 
 
@@ -177,16 +177,16 @@ def _end(
     try:
         end = read_end(root, manifest.cache_id)
     except FormatError as error:
-        return None, [_damage(_SEAL, None, error)]
+        return None, [_damage(SEAL, None, error)]
     except OSError as error:
-        return None, [_unreadable(_SEAL, None, error)]
+        return None, [_unreadable(SEAL, None, error)]
     if end is None:
         return None, []
     numbers = sorted(receipts.keys() | {shard for shard in damaged if shard is not None})
     last = -(-end.sequences // manifest.sequences_per_shard) - 1
     if end.last_shard != last or (numbers and numbers[-1] > last):
         wanted = max([last, *numbers])
-        return end, [Damage(_SEAL, None, f"last_shard {wanted}", f"{end.last_shard}")]
+        return end, [Damage(SEAL, None, f"last_shard {wanted}", f"{end.last_shard}")]
     missing = [
         _missing(begin, stop - 1)
         for begin, stop in zip([0, *(n + 1 for n in numbers)], [*numbers, last + 1], strict=True)
@@ -194,7 +194,7 @@ def _end(
     ]
     sequences = sum(receipt.sequences for receipt in receipts.values())
     if len(receipts) == last + 1 and sequences != end.sequences:
-        return end, [Damage(_SEAL, None, f"{sequences} sequences", f"{end.sequences}")]
+        return end, [Damage(SEAL, None, f"{sequences} sequences", f"{end.sequences}")]
     return end, missing
 
 
@@ -306,55 +306,3 @@ def _leftovers(cache: Cache) -> list[str]:
         entries = [*files, *(f for f in folders if (folder / f).is_symlink())]
         left += [folder / entry for entry in entries if folder / entry not in known]
     return sorted(str(path.relative_to(root)) for path in left)
-
-
-def retract_damaged(found: Verification) -> list[int]:
-    """Take back every damaged shard of a verified cache, so that a harvest makes it again.
-
-    Returns:
-        The shards that were taken back now.
-
-    Raises:
-        CorruptShardError: something is damaged that no harvest can make again; nothing was done.
-        CacheBusyError: a harvest is at work in the cache; nothing was done.
-    """
-    root = Path(found.cache)
-    strays = {f"{FOLDER}/{p.name}" for n, p in receipt_files(root) if p != receipt_path(root, n)}
-    made_anew = {_SEAL, *strays, *_document_names(root)}
-    for damage in found.damages:
-        made_by_harvests = damage.shard is not None or damage.file in made_anew
-        if not made_by_harvests or (root / damage.file).is_dir():
-            raise CorruptShardError(
-                f"{root / damage.file} cannot be repaired",
-                expected=damage.expected,
-                got=damage.got,
-                remedy="restore it from a copy, or harvest into another folder",
-            )
-    lock = FolderLock(root)
-    lock.take()
-    try:
-        return _retract(root, found.damages)
-    finally:
-        lock.release()
-
-
-def _retract(root: Path, damages: Sequence[Damage]) -> list[int]:
-    manifest = read_manifest(root)
-    standing = {number for number, _ in receipt_files(root)}
-    damaged = sorted({d.shard for d in damages if d.shard is not None} & standing)
-    for damage in damages:
-        if damage.shard is None:  # a harvest makes them anew; a stray name is no shard's receipt
-            (root / damage.file).unlink(missing_ok=True)
-    for shard in damaged:
-        retract(root, manifest, shard, data_paths(root, manifest, shard))
-    forget_restored(root, standing - set(damaged))
-    return damaged
-
-
-def _document_names(root: Path) -> set[str]:
-    try:
-        manifest = read_manifest(root)
-    except FormatError:
-        return set()
-    documents = BACKENDS[manifest.backend].documents(root, manifest)
-    return {str(path.relative_to(root)) for path in documents}

@@ -43,7 +43,8 @@ def run(
     """Check every file of CACHE against its receipts and name what is damaged or missing."""
     import dataclasses
 
-    from actcache.verification import retract_damaged, verify
+    from actcache.repair import retract_damaged
+    from actcache.verification import verify
 
     if harvest and not repair:
         raise ConfigError("a harvest command is for --repair", got=" ".join(harvest))

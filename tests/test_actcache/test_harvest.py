@@ -689,3 +689,12 @@ def test_a_finished_harvest_warns_of_files_that_are_gone(options: Options) -> No
     (warning,) = harvest(config).warnings
     assert "1 files of published shards are missing or cut" in warning
     assert "verify" in warning
+
+
+def test_a_text_without_splits_records_none(options: Options, prose: list[str]) -> None:
+    config = options()
+    path = Path(config.out).with_name("prose.txt")
+    path.write_text("\n".join(prose))
+    assert Cache.open(harvest(config).cache).manifest.split == "train"
+    text = dataclasses.replace(config, dataset=str(path), out=config.out + "-text")
+    assert Cache.open(harvest(text).cache).manifest.split == ""

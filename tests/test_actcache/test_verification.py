@@ -28,8 +28,9 @@ from actcache.harvest import harvest
 from actcache.lock import FolderLock
 from actcache.reader import Cache
 from actcache.receipt import publish_receipt, receipt_path
+from actcache.repair import retract_damaged
 from actcache.retraction import retraction_path
-from actcache.verification import retract_damaged, verify
+from actcache.verification import verify
 
 Options = Callable[..., HarvestConfig]
 Tree = Callable[[Path | str], dict[str, str]]

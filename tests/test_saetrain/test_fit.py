@@ -282,6 +282,7 @@ def test_it_learns_rows_that_are_sparse(
 @pytest.mark.parametrize(
     ("stop_at", "save_every"), [(1, 3), (7, 3), (9, 3), (13, 7), (16, 5), (19, 1)]
 )
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     options: Options,
     snapshot: Snapshot,
@@ -289,9 +290,11 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     optimizer: str,
     stop_at: int,
     save_every: int,
+    device: str,
 ) -> None:
     """Over an epoch's end (step 12), between lines of metrics (every 4 steps), with AuxK on."""
     common = {"optimizer": optimizer, "max_tokens": 20 * 32, "save_every": save_every}
+    common["device"] = device
     whole, stopped = options(**common, out=options().out + "-whole"), options(**common)
     fit(whole)
     assert metrics(Path(whole.out))[1]["saes"]["layers.0"]["auxk"] > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +12,7 @@ from actcache.errors import ConfigError
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 BinDtype = Literal["uint8", "uint16", "uint32", "int32", "int64"]
 Bos = Literal["auto", "always", "never"]
+PipelineKind = Literal["pack", "crop", "truncate"]
 RowOrder = Literal["shuffled", "sequence"]
 Backend = Literal["memmap", "zarr"]
 Compression = Literal["none", "zstd"]
@@ -56,6 +59,33 @@ class HarvestConfig:
     text_column: str = "text"
     """Column that holds the text of a document."""
 
+    chat_column: str | None = None
+    """Column that holds a conversation, as a list of messages with role and content: the
+    tokenizer's chat template writes it out. Instead of --text-column."""
+
+    token_column: str | None = None
+    """Column that holds a document's token ids, made with this model's tokenizer. Instead of
+    --text-column."""
+
+    mix: tuple[str, ...] = ()
+    """Another dataset to draw documents from, with the same split and columns; repeatable. The text
+    ends with the first dataset that is drawn and has none left: nothing is repeated."""
+
+    weight: tuple[float, ...] = ()
+    """Share of the documents that come from DATASET, then from each --mix in its order; repeatable.
+    Default: equal shares."""
+
+    streaming: bool = False
+    """Read the dataset as a stream instead of downloading it first; needs --max-tokens."""
+
+    shuffle_buffer: int = 10_000
+    """Documents held to shuffle a stream; part of the cache's identity."""
+
+    pipeline: PipelineKind = "pack"
+    """How documents become sequences. pack: joined by EOS and cut, without a gap; crop: one window
+    of each, at a random place; truncate: the beginning of each. Documents shorter than a sequence
+    are padded on the right with crop and truncate, and padding leaves no rows."""
+
     bin_dtype: BinDtype = "uint16"
     """Type of the token ids in a .bin file, little-endian."""
 
@@ -89,8 +119,19 @@ class HarvestConfig:
     """Leave out the rows of the first n positions of each sequence: position 0 alone can hold most
     of the variance of a layer."""
 
+    exclude_special: bool = False
+    """Leave out the rows of the tokenizer's special tokens (BOS, EOS, those of a chat template)."""
+
+    exclude_tokens: tuple[str, ...] = ()
+    """Leave out the rows of this token, given by id or as the tokenizer writes it; repeatable."""
+
+    max_norm_ratio: float | None = None
+    """Leave out a row everywhere if its norm at any hookpoint is over so many times the median of
+    its shard there, or if it is not finite."""
+
     bos: Bos = "auto"
-    """Whether each sequence begins with the BOS token. auto: if the tokenizer does so by itself."""
+    """Whether each sequence begins with the BOS token. auto: if the tokenizer does so by itself
+    with text; never with token ids or chats, which bring their own."""
 
     keep_order: bool = False
     """Take the documents in the dataset's order instead of a seeded one."""
@@ -119,11 +160,12 @@ class HarvestConfig:
             "seed": 0,
             "shard_size": 1,
             "skip_positions": 0,
+            "shuffle_buffer": 1,
         }.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{_option(name)} is too small", expected=f">= {low}", got=value)
-        for name in ("ctx_len", "batch_size", "shard_size", "max_tokens"):
+        for name in ("ctx_len", "batch_size", "shard_size", "shuffle_buffer", "max_tokens"):
             value, high = getattr(self, name), 2**53 if name == "max_tokens" else 2**31 - 1
             if value is not None and value > high:
                 raise ConfigError(f"{_option(name)} is too large", expected=f"<= {high}", got=value)
@@ -141,6 +183,13 @@ class HarvestConfig:
                 expected=f">= --ctx-len {self.ctx_len}",
                 got=self.max_tokens,
             )
+        self._check_documents()
+        if self.max_norm_ratio is not None and not 1 <= self.max_norm_ratio < math.inf:
+            raise ConfigError(
+                "--max-norm-ratio leaves out more than half of the rows",
+                expected=">= 1",
+                got=self.max_norm_ratio,
+            )
         if self.compress != "none" and self.backend != "zarr":
             raise ConfigError(
                 f"--compress {self.compress} needs --backend zarr",
@@ -157,6 +206,35 @@ class HarvestConfig:
             raise ConfigError("--layers and --layer-stride cannot both be given")
         if any(layer < 0 for layer in self.layers):
             raise ConfigError("--layers counts from 0", got=self.layers)
+
+    def _check_documents(self) -> None:
+        columns = {
+            "--text-column": self.text_column if self.text_column != "text" else None,
+            "--chat-column": self.chat_column,
+            "--token-column": self.token_column,
+        }
+        named = [option for option, column in columns.items() if column is not None]
+        if len(named) > 1:
+            raise ConfigError(f"{' and '.join(named)} cannot be given together", got=columns)
+        if self.streaming and self.max_tokens is None:
+            raise ConfigError(
+                "--streaming needs --max-tokens: a stream has no length to plan for",
+                remedy="--max-tokens N; if the text ends before, the cache ends with it",
+            )
+        if self.weight and len(self.weight) != 1 + len(self.mix):
+            raise ConfigError(
+                "--weight is given once for DATASET and once for each --mix",
+                expected=f"{1 + len(self.mix)} weights" if self.mix else "--mix",
+                got=f"{len(self.weight)} weights",
+            )
+        if any(not 0 < weight < math.inf for weight in self.weight):
+            raise ConfigError("--weight is not above 0", got=self.weight)
+        twice = [d for d, n in Counter((self.dataset, *self.mix)).items() if n > 1]
+        if self.mix and twice:
+            raise ConfigError(
+                f"{twice[0]} is mixed with itself, so its documents would be repeated",
+                remedy="name each dataset once, and give it its --weight",
+            )
 
 
 def _option(name: str) -> str:

@@ -1,18 +1,21 @@
-"""DATASET to documents: whatever the command line accepts, behind two small classes.
+"""DATASET to documents: whatever the command line accepts, behind a few small classes.
 
-`TextDocuments` are texts by number; `TokenFile` is one long run of token ids. Both carry a
-fingerprint, so that a cache knows which text it was made of.
+`Documents` are known by number; a `DocumentStream` can only be walked; a `Mixture` draws from
+several; a `TokenFile` is one long run of token ids. Each carries a fingerprint, so that a cache
+knows what it was made of.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -23,39 +26,112 @@ from actcache.errors import DatasetError
 
 _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SAMPLED = 1024  # documents that the fingerprint of a dataset without a single file covers
+_STREAMED = 64  # the same of a stream: its first
+
+Kind = Literal["text", "chat", "ids"]
+Record = Any
+"""A document as it came: str, a list of messages, or a list of token ids."""
 
 
 @dataclass(frozen=True)
-class TextDocuments:
-    """Texts by number."""
+class Column:
+    """Where documents stand in a table, and what they are."""
 
-    texts: Any
-    """Function from a list of numbers to the texts."""
+    name: str
+    """Empty for a .txt file."""
+    kind: Kind
+
+    def check(self, record: object, number: int) -> Record:
+        """A document that is what its column promises; one that is missing is empty.
+
+        Raises:
+            DatasetError: it is something else.
+        """
+        if record is None:
+            return "" if self.kind == "text" else []
+        if not _CHECKS[self.kind](record):
+            wanted, remedy = _WANTED[self.kind]
+            raise DatasetError(
+                f"column {self.name!r} does not hold {wanted}",
+                expected=wanted,
+                got=f"{_describe(record)} in document {number}",
+                remedy=remedy,
+            )
+        return record
+
+
+_CHECKS: dict[Kind, Callable[[Any], bool]] = {
+    "text": lambda record: isinstance(record, str),
+    "chat": lambda record: (
+        isinstance(record, list) and all(isinstance(m, dict) and "role" in m for m in record)
+    ),
+    "ids": lambda record: isinstance(record, list) and all(type(i) is int for i in record),
+}
+_WANTED: dict[Kind, tuple[str, str]] = {
+    "text": ("text", "name another column with --text-column"),
+    "chat": ("lists of messages, each with a role", "name another column with --chat-column"),
+    "ids": ("lists of token ids", "name another column with --token-column"),
+}
+
+
+def _describe(record: object) -> str:
+    inner = f" of {type(record[0]).__name__}" if isinstance(record, list) and record else ""
+    return f"{type(record).__name__}{inner}"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents by number."""
+
+    fetch: Callable[[list[int]], Sequence[object]]
+    """Function from a list of numbers to the records."""
     count: int
     """How many."""
-    column: str
-    """Column they came from; empty for a .txt file."""
+    column: Column
     fingerprint: str
     """Digest of the text."""
     bytes: int | None = None
     """Size of the file they came from, which bounds their tokens; None: not from one file."""
 
-    def batch(self, numbers: Sequence[int]) -> list[str]:
-        """Texts with these numbers.
+    def batch(self, numbers: Sequence[int]) -> list[Record]:
+        """Documents with these numbers.
 
         Raises:
-            DatasetError: one of them is not text.
+            DatasetError: one of them is not what the column promises.
         """
-        texts = self.texts(list(numbers))
-        for number, text in zip(numbers, texts, strict=True):
-            if text is not None and not isinstance(text, str):
-                raise DatasetError(
-                    f"column {self.column!r} does not hold text",
-                    expected="str",
-                    got=f"{type(text).__name__} in document {number}",
-                    remedy="name another column with --text-column",
-                )
-        return [text or "" for text in texts]
+        records = self.fetch(list(numbers))
+        pairs = zip(numbers, records, strict=True)
+        return [self.column.check(record, number) for number, record in pairs]
+
+
+@dataclass(frozen=True)
+class DocumentStream:
+    """Documents one after another, from the first, as often as asked."""
+
+    walk: Callable[[], Iterator[Record]]
+    column: Column
+    fingerprint: str
+    """Digest of the names and of the first documents, or of the file."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several datasets, of which documents are drawn by weight."""
+
+    parts: tuple[Documents | DocumentStream, ...]
+    weights: tuple[float, ...]
+    """Share of each part in the documents drawn; any scale."""
+
+    @property
+    def column(self) -> Column:
+        """Where the documents of every part stand."""
+        return self.parts[0].column
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the parts' fingerprints."""
+        joined = " ".join(part.fingerprint for part in self.parts)
+        return f"{xxhash.xxh3_128(joined.encode()).hexdigest()}-mixed"
 
 
 @dataclass(frozen=True)
@@ -69,12 +145,37 @@ class TokenFile:
     """Digest of the file and of the type its ids are read as."""
 
 
-def open_documents(config: HarvestConfig) -> TextDocuments | TokenFile:
-    """Find the text that DATASET names.
+Source = Documents | DocumentStream | Mixture | TokenFile
+
+
+def kind_of(source: Source) -> Kind:
+    """What the documents are."""
+    return "ids" if isinstance(source, TokenFile) else source.column.kind
+
+
+def open_documents(config: HarvestConfig) -> Source:
+    """Find the text that DATASET names, and what --mix adds to it.
 
     Raises:
         DatasetError: it does not exist, cannot be read, has no such split or column, or is empty.
     """
+    if not config.mix:
+        return _open_one(config)
+    parts: list[Documents | DocumentStream] = []
+    for dataset in (config.dataset, *config.mix):
+        part = _open_one(dataclasses.replace(config, dataset=dataset, mix=(), weight=()))
+        assert not isinstance(part, Mixture)
+        if isinstance(part, TokenFile):
+            raise DatasetError(
+                f"{dataset} cannot be mixed: it holds no documents",
+                expected="datasets with a column of documents",
+                remedy="a table with a column of token ids, and --token-column",
+            )
+        parts.append(part)
+    return Mixture(tuple(parts), config.weight or (1.0,) * len(parts))
+
+
+def _open_one(config: HarvestConfig) -> Source:
     path = Path(config.dataset)
     if path.is_file():
         return _open_file(path, config)
@@ -89,12 +190,12 @@ def open_documents(config: HarvestConfig) -> TextDocuments | TokenFile:
     return _from_table(_load(config), config, fingerprint=None)
 
 
-def _open_file(path: Path, config: HarvestConfig) -> TextDocuments | TokenFile:
+def _open_file(path: Path, config: HarvestConfig) -> Source:
     suffix = path.suffix.lower()
     if path.stat().st_size == 0:
         raise DatasetError(f"{path} is empty")
     if suffix in {".bin", ".txt"}:
-        _refuse_split(config)
+        _refuse_table_options(path, config)
     if suffix == ".bin":
         return _open_bin(path, config)
     fingerprint = digest_file(path).xxh3_128
@@ -103,8 +204,8 @@ def _open_file(path: Path, config: HarvestConfig) -> TextDocuments | TokenFile:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise DatasetError(f"{path} is not UTF-8 text", got=str(error)) from error
-        size = path.stat().st_size
-        return TextDocuments(lambda numbers: [text for _ in numbers], 1, "", fingerprint, size)
+        size, column = path.stat().st_size, Column("", "text")
+        return Documents(lambda numbers: [text for _ in numbers], 1, column, fingerprint, size)
     if suffix not in _TABLES:
         raise DatasetError(
             f"do not know how to read {path}",
@@ -153,8 +254,11 @@ def _load(
                 name=fingerprint,
                 data_files=glob.escape(config.dataset),  # a path, not a pattern
                 split=config.split,
+                streaming=config.streaming,
             )
-        return datasets.load_dataset(config.dataset, config.dataset_config, split=config.split)
+        return datasets.load_dataset(
+            config.dataset, config.dataset_config, split=config.split, streaming=config.streaming
+        )
     except Exception as error:  # datasets raises dozens of types, and pyarrow's besides
         raise DatasetError(
             f"cannot load dataset {config.dataset}",
@@ -177,9 +281,29 @@ def _refuse_split(config: HarvestConfig) -> None:
         )
 
 
+def _refuse_table_options(path: Path, config: HarvestConfig) -> None:
+    """Options that mean nothing for a file without columns are not ignored."""
+    _refuse_split(config)
+    for option in ("streaming", "token_column", "chat_column"):
+        if getattr(config, option):
+            raise DatasetError(
+                f"{path} has neither rows nor columns",
+                expected="a table, such as a .jsonl or .parquet file",
+                got=f"--{option.replace('_', '-')}",
+            )
+
+
+def _column(config: HarvestConfig) -> Column:
+    if config.token_column is not None:
+        return Column(config.token_column, "ids")
+    if config.chat_column is not None:
+        return Column(config.chat_column, "chat")
+    return Column(config.text_column, "text")
+
+
 def _from_table(
     table: Any, config: HarvestConfig, fingerprint: str | None, size: int | None = None
-) -> TextDocuments:
+) -> Documents | DocumentStream:
     if hasattr(table, "keys"):  # a DatasetDict from save_to_disk
         if config.split not in table:
             raise DatasetError(
@@ -191,36 +315,85 @@ def _from_table(
         table = table[config.split]
     elif Path(config.dataset).is_dir():
         _refuse_split(config)
-    if config.text_column not in table.column_names:
-        raise DatasetError(
-            f"{config.dataset} has no column {config.text_column!r}",
-            expected=" | ".join(table.column_names),
-            got=config.text_column,
-            remedy="name one of them with --text-column",
-        )
+    column = _column(config)
+    if table.column_names is not None and column.name not in table.column_names:
+        raise _no_column(config, column, table.column_names)
+    if config.streaming:
+        return _from_stream(table, config, column, fingerprint)
     if len(table) == 0:
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
-    table = table.select_columns([config.text_column])
+    table = table.select_columns([column.name])
 
-    def texts(numbers: Sequence[int]) -> Any:
-        return table[list(numbers)][config.text_column]
+    def fetch(numbers: list[int]) -> Any:
+        return table[numbers][column.name]
 
-    documents = TextDocuments(texts, len(table), config.text_column, fingerprint or "", size)
+    documents = Documents(fetch, len(table), column, fingerprint or "", size)
     if fingerprint is None:
         return dataclasses.replace(documents, fingerprint=_sampled_fingerprint(documents))
     return documents
 
 
-def _sampled_fingerprint(documents: TextDocuments) -> str:
+def _from_stream(
+    table: Any, config: HarvestConfig, column: Column, fingerprint: str | None
+) -> DocumentStream:
+    if hasattr(table, "to_iterable_dataset"):  # a folder lies here already
+        table = table.to_iterable_dataset()
+
+    def walk() -> Iterator[Record]:
+        rows = enumerate(table)
+        while (found := _next_row(rows, config)) is not None:
+            number, row = found
+            if column.name not in row:
+                raise _no_column(config, column, row)
+            yield column.check(row[column.name], number)
+
+    first = list(itertools.islice(walk(), _STREAMED))
+    if not first:
+        raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
+    if fingerprint is None:
+        name = Path(config.dataset).name if Path(config.dataset).exists() else config.dataset
+        told = json.dumps([name, config.dataset_config, config.split])
+        fingerprint = f"{_digest(told, first)}-streamed"
+    return DocumentStream(walk, column, fingerprint)
+
+
+def _next_row(rows: Iterator[tuple[int, Any]], config: HarvestConfig) -> tuple[int, Any] | None:
+    try:
+        return next(rows, None)
+    except Exception as error:  # whatever the hub's client and the parsers raise
+        raise DatasetError(
+            f"the stream of {config.dataset} broke off",
+            got=_reason(error),
+            remedy="run the same command again: what is published stays, and it goes on there",
+        ) from error
+
+
+def _no_column(config: HarvestConfig, column: Column, names: Any) -> DatasetError:
+    option = {"text": "--text-column", "chat": "--chat-column", "ids": "--token-column"}
+    return DatasetError(
+        f"{config.dataset} has no column {column.name!r}",
+        expected=" | ".join(names),
+        got=column.name,
+        remedy=f"name one of them with {option[column.kind]}",
+    )
+
+
+def _sampled_fingerprint(documents: Documents) -> str:
     """Digest of the number of documents and of 1,024 of them, evenly spread.
 
     Reading all of a hub dataset to name it could cost more than the harvest.
     """
     step = max(1, documents.count // _SAMPLED)
-    digest = xxhash.xxh3_128(str(documents.count).encode())
-    for text in documents.batch(range(0, documents.count, step)):
+    records = documents.batch(range(0, documents.count, step))
+    return f"{_digest(str(documents.count), records)}-sampled"
+
+
+def _digest(told: str, records: Sequence[Record]) -> str:
+    digest = xxhash.xxh3_128(told.encode())
+    for record in records:
+        text = record if isinstance(record, str) else json.dumps(record, sort_keys=True)
         digest.update(len(text).to_bytes(8, "little") + text.encode("utf-8", "surrogatepass"))
-    return f"{digest.hexdigest()}-sampled"
+    return digest.hexdigest()
 
 
 def _looks_local(dataset: str) -> bool:

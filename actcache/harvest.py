@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from actcache import receipt as receipts_module
 from actcache.config import HarvestConfig
 from actcache.errors import ConfigError
+from actcache.filters import kept_positions, row_norms
 from actcache.hooks import Capture
 from actcache.preparation import Job, prepare
 from actcache.progress import Progress
@@ -33,7 +34,7 @@ from actcache.reader import Cache
 from actcache.receipt import EndReceipt, ShardReceipt, publish_end
 from actcache.storage import CODECS, Codec
 from actcache.tokens import Sequence
-from actcache.writer import FilledShard, RowLayout, publish_shard
+from actcache.writer import FilledShard, ShardText, publish_shard
 
 
 @dataclass(frozen=True)
@@ -180,29 +181,57 @@ def _shard_groups(
 def _fill(
     job: Job, shard: int, group: list[Sequence], capture: Capture, bar: Progress
 ) -> FilledShard:
-    """Run the model over a shard's sequences and put each row where it belongs."""
+    """Run the model over a shard's sequences and keep the rows that the filters leave."""
     identity = job.manifest.identity
-    codec = CODECS[identity.dtype]
-    tokens = np.stack(group)  # [S, C]
-    layout = RowLayout.of(job.manifest, shard, len(tokens))
-    rows = {
-        h.name: np.empty((len(layout.sequence), h.width), dtype=codec.storage)
-        for h in identity.hookpoints
-    }
-    kept = identity.rows_per_sequence
-    for start in range(0, len(tokens), identity.batch_size):
-        part = tokens[start : start + identity.batch_size]
-        # Always the same shape, whatever is left: kernels may round differently at another.
-        padded = np.zeros((identity.batch_size, identity.ctx_len), dtype=np.int64)
-        padded[: len(part)] = part
-        captured = capture.run(torch.from_numpy(padded).to(job.device))
-        places = layout.row_of[start * kept : (start + len(part)) * kept]
+    codec, size = CODECS[identity.dtype], identity.batch_size
+    text = _text(group)
+    kept, dropped = kept_positions(identity, text.tokens, text.lengths)
+    count = int(kept.sum())
+    rows = {h.name: np.empty((count, h.width), dtype=codec.storage) for h in identity.hookpoints}
+    asks_norms = identity.max_norm_ratio is not None
+    norms = {h.name: np.empty(count) for h in identity.hookpoints if asks_norms}
+    filled = 0
+    for start in range(0, len(group), size):
+        captured = capture.run(*_batch(job, text, start))
+        chosen = torch.from_numpy(np.flatnonzero(kept[start : start + size])).to(job.device)
+        place = slice(filled, filled + len(chosen))
         for name, activations in captured.items():
-            chosen = activations[: len(part), identity.skip_positions :].flatten(0, 1)
-            rows[name][places] = _stored(chosen, codec, name)
-        written = len(part) * kept * sum(h.width for h in identity.hookpoints) * codec.itemsize
-        bar.advance(part.size, written)
-    return FilledShard(shard, tokens, layout, rows)
+            found = activations.flatten(0, 1).index_select(0, chosen.to(activations.device))
+            rows[name][place] = _stored(found, codec, name)
+            if asks_norms:
+                norms[name][place] = row_norms(found.float().cpu().numpy())
+        filled += len(chosen)
+        written = len(chosen) * sum(h.width for h in identity.hookpoints) * codec.itemsize
+        bar.advance(min(size, len(group) - start) * identity.ctx_len, written)
+    return FilledShard(shard, text, kept, dropped, rows, norms)
+
+
+def _text(group: list[Sequence]) -> ShardText:
+    return ShardText(
+        tokens=np.stack([sequence.tokens for sequence in group]),
+        lengths=np.array([sequence.length for sequence in group], dtype=np.int32),
+        documents=np.array([sequence.document for sequence in group], dtype=np.int64),
+        starts=np.array([sequence.start for sequence in group], dtype=np.int64),
+    )
+
+
+def _batch(job: Job, text: ShardText, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids of one forward pass, and the mask that hides padding where there can be any.
+
+    Always of the same shape, whatever is left: kernels may round differently at another.
+    """
+    identity = job.manifest.identity
+    shape = (identity.batch_size, identity.ctx_len)
+    part = slice(start, start + identity.batch_size)
+    tokens = np.zeros(shape, dtype=np.int64)
+    tokens[: len(text.tokens[part])] = text.tokens[part]
+    ids = torch.from_numpy(tokens).to(job.device)
+    if identity.pipeline == "pack":
+        return ids, None
+    mask = np.ones(shape, dtype=np.int64)  # where no sequence is left: attention to nothing is NaN
+    lengths = text.lengths[part]
+    mask[: len(lengths)] = np.arange(identity.ctx_len) < lengths[:, None]
+    return ids, torch.from_numpy(mask).to(job.device)
 
 
 def _stored(activations: torch.Tensor, codec: Codec, hookpoint: str) -> NDArray[Any]:

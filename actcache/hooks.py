@@ -222,11 +222,12 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def run(self, tokens: Tensor) -> dict[str, Tensor]:
+    def run(self, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Activations of a batch of sequences.
 
         Args:
             tokens: token ids [B, C] on the model's device.
+            mask: 1 where there is a token and 0 where there is padding [B, C]; None: no padding.
 
         Returns:
             By hookpoint, [B, C, width] in the model's type.
@@ -236,7 +237,10 @@ class Capture:
         """
         self._captured = {}
         with torch.inference_mode(), contextlib.suppress(_StopForward):
-            self._base(tokens, use_cache=False)
+            if mask is None:
+                self._base(tokens, use_cache=False)
+            else:
+                self._base(tokens, attention_mask=mask, use_cache=False)
         for hookpoint in self._hookpoints:
             got = _shape(self._captured.get(hookpoint.name))
             if got != (*tokens.shape, hookpoint.width):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actcache import rng
-from actcache.manifest import Manifest
+from actcache.manifest import Identity, Manifest
 from actcache.reader import Cache
 
 
@@ -99,9 +99,7 @@ def summarise(cache: Cache) -> CacheSummary:
         model=f"{manifest.model}{revision} ({manifest.architecture}, {identity.model_dtype})",
         dataset=manifest.dataset + (f", split {manifest.split}" if manifest.split else ""),
         text=_pipeline(manifest),
-        filters=f"positions below {identity.skip_positions} left out"
-        if identity.skip_positions
-        else "none",
+        filters=_filters(identity),
         backend=manifest.backend
         + (f", {manifest.compression}" if manifest.compression != "none" else ""),
         state=_state(cache, missing),
@@ -117,12 +115,37 @@ def summarise(cache: Cache) -> CacheSummary:
 
 def _pipeline(manifest: Manifest) -> str:
     identity = manifest.identity
-    joined = "token ids as they are" if identity.eos_id is None else "documents joined by EOS"
+    documents = {"text": "documents", "chat": "conversations", "ids": "documents of token ids"}
+    what = documents[identity.documents] if identity.column or identity.documents == "text" else ""
+    if len(identity.weights) > 1:
+        shares = " : ".join(f"{weight:g}" for weight in identity.weights)
+        what = f"{what} mixed {shares}"
+    how = {
+        "pack": f"{what} joined by EOS, cut to" if what else "token ids as they are, cut to",
+        "crop": f"{what}, a random window of each, of",
+        "truncate": f"{what}, the beginning of each, to",
+    }
     order = (
         "in the dataset's order" if identity.keep_order else f"in the order of seed {identity.seed}"
     )
+    if identity.shuffle_buffer is not None:
+        order += f" (a stream, {identity.shuffle_buffer:,} held)"
     bos = "no BOS" if identity.bos_id is None else "BOS first"
-    return f"{joined}, {order}, cut to {identity.ctx_len} tokens, {bos}; rows {identity.row_order}"
+    length = f"{how[identity.pipeline]} {identity.ctx_len} tokens"
+    return f"{length}, {order}, {bos}; rows {identity.row_order}"
+
+
+def _filters(identity: Identity) -> str:
+    found = []
+    if identity.skip_positions:
+        found.append(f"positions below {identity.skip_positions}")
+    if identity.exclude_special:
+        found.append(f"{len(identity.exclude_special)} special tokens")
+    if identity.exclude_tokens:
+        found.append(f"tokens {', '.join(map(str, identity.exclude_tokens))}")
+    if identity.max_norm_ratio is not None:
+        found.append(f"norms over {identity.max_norm_ratio:g} times their shard's median")
+    return f"left out: {'; '.join(found)}" if found else "none"
 
 
 def _state(cache: Cache, missing: int) -> str:

@@ -54,20 +54,35 @@ class Identity:
     """Digest of the tokenizer as it was loaded; empty when the text came as token ids."""
     dataset_fingerprint: str
     """Digest of the text (see FORMAT.md: what it covers depends on the source)."""
-    text_column: str
-    """Column the text came from; empty for files without columns."""
-    pipeline: Literal["pack"]
-    """How documents become sequences. pack: joined by EOS, cut to ctx_len."""
+    weights: tuple[float, ...]
+    """Shares of the datasets that documents were drawn from, in their order; empty: one dataset."""
+    documents: Literal["text", "chat", "ids"]
+    """What a document was: text, a conversation that the chat template wrote out, or token ids."""
+    column: str
+    """Column the documents came from; empty for files without columns."""
+    shuffle_buffer: int | None
+    """Documents came as a stream, shuffled within a buffer of so many; null: all together."""
+    pipeline: Literal["pack", "crop", "truncate"]
+    """How documents become sequences. pack: joined by EOS, cut to ctx_len; crop: a random window
+    of each; truncate: the beginning of each."""
     ctx_len: int
     """Tokens in a sequence."""
     bos_id: int | None
     """Token put first in every sequence; null: none."""
     eos_id: int | None
     """Token put after every document; null: documents came as token ids."""
+    pad_id: int | None
+    """Token put after sequences that are shorter than ctx_len; null: none are."""
     keep_order: bool
     """Documents were taken in the dataset's own order."""
     skip_positions: int
     """Rows at positions below this were left out."""
+    exclude_special: tuple[int, ...]
+    """Special tokens whose rows were left out, ascending."""
+    exclude_tokens: tuple[int, ...]
+    """Other tokens whose rows were left out, ascending."""
+    max_norm_ratio: float | None
+    """Rows of a norm over so many times their shard's median were left out; null: none."""
     hookpoints: tuple[Hookpoint, ...]
     """What is held, in the order in which it was asked for."""
     dtype: DiskDtype
@@ -85,6 +100,21 @@ class Identity:
         _at_least("skip_positions", self.skip_positions, 0, self.ctx_len - 1)
         _at_least("batch_size", self.batch_size, 1, 2**31 - 1)
         _at_least("seed", self.seed, 0, 2**32 - 1)
+        if self.shuffle_buffer is not None:
+            _at_least("shuffle_buffer", self.shuffle_buffer, 1, 2**31 - 1)
+        if self.max_norm_ratio is not None and not self.max_norm_ratio > 0:
+            raise FormatError("max_norm_ratio is not above 0", got=self.max_norm_ratio)
+        if self.weights and not min(self.weights) > 0:
+            raise FormatError("a dataset's weight is not above 0", got=self.weights)
+        if (self.pad_id is None) != (self.pipeline == "pack"):
+            raise FormatError(
+                "pad_id does not agree with the pipeline",
+                expected="null with pack, a token with crop and truncate",
+                got=f"{self.pad_id} with {self.pipeline}",
+            )
+        for ids in (self.exclude_special, self.exclude_tokens):
+            if list(ids) != sorted(set(ids)):
+                raise FormatError("excluded tokens are not in ascending order", got=ids)
         if not self.hookpoints:
             raise FormatError("a cache without hookpoints", expected="at least one", got="none")
         names = [hookpoint.name for hookpoint in self.hookpoints]
@@ -93,7 +123,7 @@ class Identity:
 
     @property
     def rows_per_sequence(self) -> int:
-        """Rows that one sequence leaves after the filters."""
+        """Rows that one sequence can have: those of the positions that are not skipped."""
         return self.ctx_len - self.skip_positions
 
     def digest(self) -> str:
@@ -161,7 +191,7 @@ class Manifest:
 
     @property
     def shard_rows(self) -> int:
-        """Rows of a full shard, before filters that look at activations."""
+        """Rows that a full shard can have, before padding, tokens and norms are looked at."""
         return self.sequences_per_shard * self.identity.rows_per_sequence
 
     def width(self, hookpoint: str) -> int:

@@ -94,13 +94,20 @@ def fingerprint_model(model: Any) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """Digest of the vocabulary, special tokens, and of how a probe text is cut."""
+def fingerprint_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
+    """Digest of the vocabulary, special tokens, and of how a probe text is cut.
+
+    Args:
+        tokenizer: of transformers.
+        chat: whether its chat template counts too.
+    """
     probe = "The quick brown fox, naïve café — 12345\n\tdef f(x): return x**2  "
     digest = xxhash.xxh3_128()
     digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(repr(sorted(tokenizer.special_tokens_map.items())).encode())
     digest.update(repr(tokenizer(probe)["input_ids"]).encode())
+    if chat:
+        digest.update(str(tokenizer.chat_template).encode())
     return digest.hexdigest()
 
 

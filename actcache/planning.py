@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from actcache.config import HarvestConfig
-from actcache.documents import TextDocuments, TokenFile
+from actcache.documents import (
+    Documents,
+    DocumentStream,
+    Mixture,
+    Source,
+    TokenFile,
+    kind_of,
+)
 from actcache.errors import ConfigError, DatasetError, DiskFullError, ModelError
 from actcache.hooks import Site, match, residual_hookpoints, survey
 from actcache.manifest import Hookpoint, Manifest
+from actcache.mixing import DocumentOrder
 from actcache.model import empty_model, load_model
 from actcache.progress import format_bytes
 from actcache.storage import CODECS, blosc_chunk
-from actcache.tokens import Packing, count_sequences
+from actcache.tokens import Pipeline, count_sequences
 
 COUNTED_TOKENS = 1 << 24
 """A goal up to this many tokens is checked against the text beforehand; a larger one is believed,
@@ -48,33 +56,61 @@ def choose_hookpoints(
     return tuple(match(patterns, sites, model.base_model_prefix))
 
 
-def choose_packing(
-    config: HarvestConfig, model_config: Any, tokenizer: Any, source: TextDocuments | TokenFile
-) -> Packing:
+def needs_tokenizer(config: HarvestConfig, source: Source) -> bool:
+    """Whether anything asked for takes a tokenizer: token ids mostly do without."""
+    return (
+        kind_of(source) != "ids"
+        or config.bos == "always"
+        or config.exclude_special
+        or any(not token.isdecimal() for token in config.exclude_tokens)
+        or (config.pipeline == "pack" and not isinstance(source, TokenFile))
+    )
+
+
+def choose_pipeline(
+    config: HarvestConfig, model_config: Any, tokenizer: Any, source: Source
+) -> Pipeline:
     """How documents become sequences for this tokenizer.
 
     Raises:
-        ModelError: the tokenizer lacks EOS, or a BOS that was asked for.
+        ConfigError: token ids in one line are to be cropped or truncated.
+        ModelError: the tokenizer lacks EOS, a BOS that was asked for, or a chat template.
     """
-    is_text = isinstance(source, TextDocuments)
+    kind, is_file = kind_of(source), isinstance(source, TokenFile)
+    if is_file and config.pipeline != "pack":
+        raise ConfigError(
+            f"{config.dataset} holds no documents to {config.pipeline}",
+            expected="--pipeline pack",
+            got=config.pipeline,
+        )
+    if kind == "chat" and not tokenizer.chat_template:
+        raise ModelError(
+            f"the tokenizer of {config.model} has no chat template",
+            remedy="use the model's chat version, or text with --text-column",
+        )
     bos_id = None
-    if config.bos == "always" or (config.bos == "auto" and is_text and _adds_bos(tokenizer)):
+    if config.bos == "always" or (config.bos == "auto" and kind == "text" and _adds_bos(tokenizer)):
         bos_id = tokenizer.bos_token_id
         if bos_id is None:
             raise ModelError(
                 f"the tokenizer of {config.model} has no BOS token", remedy="--bos never"
             )
-    if is_text and tokenizer.eos_token_id is None:
+    joins = config.pipeline == "pack" and not is_file
+    if joins and tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {config.model} has no EOS token to join documents with",
-            remedy="tokenise the text yourself and give a .bin file",
+            remedy="--pipeline truncate or crop, or tokenise the text yourself into a .bin file",
         )
-    return Packing(
+    pads = config.pipeline != "pack"
+    return Pipeline(
+        kind=config.pipeline,
         ctx_len=config.ctx_len,
         bos_id=bos_id,
-        eos_id=tokenizer.eos_token_id if is_text else None,
-        keep_order=config.keep_order or not is_text,
-        seed=config.seed,
+        eos_id=tokenizer.eos_token_id if joins else None,
+        pad_id=_pad_id(tokenizer) if pads else None,
+        order=DocumentOrder(
+            config.seed, config.keep_order or is_file, buffer=config.shuffle_buffer
+        ),
         vocab_size=model_config.get_text_config().vocab_size,
     )
 
@@ -84,29 +120,79 @@ def _adds_bos(tokenizer: Any) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def count_planned(
-    config: HarvestConfig, source: TextDocuments | TokenFile, tokenizer: Any, packing: Packing
-) -> int:
+def _pad_id(tokenizer: Any) -> int:
+    """Any token does: what is padding is told by lengths, and never attended to."""
+    names = ("pad_token_id", "eos_token_id")
+    found = [getattr(tokenizer, name, None) for name in names]
+    return next((int(i) for i in found if i is not None), 0)
+
+
+def special_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of all special tokens, those that were added among them, ascending."""
+    added = tokenizer.added_tokens_decoder.items()
+    return tuple(sorted({*tokenizer.all_special_ids, *(i for i, t in added if t.special)}))
+
+
+def excluded_tokens(tokens: tuple[str, ...], tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Ids of the tokens that --exclude-tokens names, ascending.
+
+    Raises:
+        ConfigError: there is no such token.
+    """
+    ids = set()
+    for token in tokens:
+        if token.isdecimal():
+            found = int(token)
+        else:
+            found = tokenizer.get_vocab().get(token, -1)
+            alone = tokenizer(token, add_special_tokens=False)["input_ids"]
+            found = alone[0] if found < 0 and len(alone) == 1 else found
+        if not 0 <= found < vocab_size:
+            raise ConfigError(
+                f"--exclude-tokens {token!r} is not a token of this model",
+                expected=f"an id from 0 to {vocab_size - 1}, or text that is one token",
+                got=token,
+            )
+        ids.add(found)
+    return tuple(sorted(ids))
+
+
+def count_planned(config: HarvestConfig, source: Source, tokenizer: Any, pipeline: Pipeline) -> int:
     """Sequences that this harvest is going to run the model on.
 
     Raises:
         DatasetError: the text is shorter than one sequence.
     """
     goal = None if config.max_tokens is None else config.max_tokens // config.ctx_len
-    believed = (
-        goal is not None
-        and goal * config.ctx_len > COUNTED_TOKENS
-        and isinstance(source, TextDocuments)  # token files are counted by their size
-        and (source.bytes is None or goal * packing.text_tokens <= source.bytes + source.count)
-    )
-    count = count_sequences(source, tokenizer, packing, 1 if believed else goal)
+    believed = goal is not None and _believed(goal, source, pipeline)
+    count = count_sequences(source, tokenizer, pipeline, 1 if believed else goal)
     if count == 0:
+        whole = f"at least {pipeline.text_tokens} tokens"
         raise DatasetError(
             f"{config.dataset} is shorter than one sequence",
-            expected=f"at least {packing.text_tokens} tokens",
+            expected=whole if pipeline.kind == "pack" else "a document that is not empty",
             remedy="give more text or a smaller --ctx-len",
         )
     return goal if believed and goal is not None else count
+
+
+def _believed(goal: int, source: Source, pipeline: Pipeline) -> bool:
+    """Whether the text is taken to reach the goal, because counting would cost too much."""
+    if isinstance(source, TokenFile):  # counted by its size
+        return False
+    if is_stream(source):
+        return True
+    if goal * pipeline.ctx_len <= COUNTED_TOKENS:
+        return False
+    if isinstance(source, Documents) and source.bytes is not None:
+        return goal * pipeline.text_tokens <= source.bytes + source.count
+    return True
+
+
+def is_stream(source: Source) -> bool:
+    """Whether documents come as a stream, which would have to be read twice to be counted."""
+    parts = source.parts if isinstance(source, Mixture) else (source,)
+    return any(isinstance(part, DocumentStream) for part in parts)
 
 
 def sequences_per_shard(

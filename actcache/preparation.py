@@ -12,14 +12,13 @@ import torch
 from actcache import receipt as receipts_module
 from actcache.atomic import publish, remove_partials
 from actcache.config import HarvestConfig
+from actcache.decision import decide, make_identity
 from actcache.device import choose_device
-from actcache.documents import TextDocuments, open_documents
 from actcache.errors import CacheMismatchError, ConfigError
 from actcache.lock import LOCK, FolderLock
 from actcache.manifest import (
     FORMAT_VERSION,
     MANIFEST,
-    Identity,
     Manifest,
     differences,
     read_manifest,
@@ -27,22 +26,16 @@ from actcache.manifest import (
 from actcache.model import (
     dtype_name,
     fingerprint_model,
-    fingerprint_tokenizer,
-    load_config,
     load_model,
-    load_tokenizer,
 )
 from actcache.parse import to_json
 from actcache.planning import (
     choose_block_rows,
-    choose_hookpoints,
-    choose_packing,
     count_planned,
     library_versions,
     require_chunks,
     require_room,
     sequences_per_shard,
-    survey_model,
 )
 from actcache.ranks import Ranks
 from actcache.receipt import END, ShardReceipt
@@ -78,24 +71,11 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
     """
     root = Path(config.out)
     _refuse_foreign_folder(root)
-    source = open_documents(config)
-    model_config = load_config(config)
-    surveyed, sites = survey_model(config, model_config)
-    hookpoints = choose_hookpoints(config, surveyed, sites)
-    needs_tokenizer = isinstance(source, TextDocuments) or config.bos == "always"
-    tokenizer = load_tokenizer(config) if needs_tokenizer else None
-    packing = choose_packing(config, model_config, tokenizer, source)
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.ctx_len > longest:
-        raise ConfigError(
-            "--ctx-len is longer than the model's context",
-            expected=f"<= {longest}",
-            got=config.ctx_len,
-        )
-    planned = count_planned(config, source, tokenizer, packing)
+    decided = decide(config)
+    planned = count_planned(config, decided.source, decided.tokenizer, decided.pipeline)
 
-    weights = next(surveyed.parameters()).device
-    model = surveyed if weights.type != "meta" else load_model(config)
+    weights = next(decided.surveyed.parameters()).device
+    model = decided.surveyed if weights.type != "meta" else load_model(config)
     model_dtype = dtype_name(model)
     dtype = model_dtype if config.dtype == "auto" else config.dtype
     if dtype not in CODECS:
@@ -105,24 +85,8 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
             got=dtype,
             remedy="name one with --dtype",
         )
-    identity = Identity(
-        model_fingerprint=fingerprint_model(model),
-        model_dtype=model_dtype,
-        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer) if tokenizer is not None else "",
-        dataset_fingerprint=source.fingerprint,
-        text_column=source.column if isinstance(source, TextDocuments) else "",
-        pipeline="pack",
-        ctx_len=config.ctx_len,
-        bos_id=packing.bos_id,
-        eos_id=packing.eos_id,
-        keep_order=packing.keep_order,
-        skip_positions=config.skip_positions,
-        hookpoints=hookpoints,
-        dtype=dtype,  # type: ignore[arg-type] # checked just above
-        batch_size=config.batch_size,
-        row_order=config.order,
-        seed=config.seed,
-    )
+    identity = make_identity(config, decided, fingerprint_model(model), model_dtype, dtype)
+    hookpoints = decided.hookpoints
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         cache_id=identity.digest(),
@@ -130,8 +94,8 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         model=_last_part(config.model),
         revision=config.revision,
         architecture=type(model).__name__,
-        dataset=_last_part(config.dataset),
-        split=config.split if identity.text_column else "",
+        dataset=" + ".join(_last_part(name) for name in (config.dataset, *config.mix)),
+        split=config.split if identity.column else "",
         backend=config.backend,
         compression=config.compress,
         sequences_per_shard=sequences_per_shard(config, planned, hookpoints, dtype),
@@ -160,7 +124,7 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         model=model,
         device=choose_device(config.device),
         ranks=ranks,
-        sequences=sequences(source, tokenizer, packing),
+        sequences=sequences(decided.source, decided.tokenizer, decided.pipeline),
         asked=None if config.max_tokens is None else config.max_tokens // config.ctx_len,
         warnings=warnings,
         lock=lock,

@@ -33,7 +33,13 @@ class ShardTokens:
     """The text of a shard: C context length, S sequences, N rows."""
 
     tokens: NDArray[np.int32]
-    """Token ids. [S, C]"""
+    """Token ids, padding included. [S, C]"""
+    lengths: NDArray[np.int32]
+    """Tokens before the padding. [S]"""
+    documents: NDArray[np.int64]
+    """Number of the document in which a sequence begins, in the order they were taken. [S]"""
+    starts: NDArray[np.int64]
+    """Token of that document with which it begins. [S]"""
     row_sequence: NDArray[np.int32]
     """Sequence, within the shard, of every row. [N]"""
     row_position: NDArray[np.int32]
@@ -170,6 +176,7 @@ class Cache:
         self._check(path, receipt, "tokens")
         extents = self.locate_tokens(shard).values()
         words = ShardTokens(*(safetensors_file.read(extent) for extent in extents))
+        _check_range(path, "lengths", words.lengths, identity.ctx_len + 1)
         _check_range(path, "row_sequence", words.row_sequence, receipt.sequences)
         _check_range(path, "row_position", words.row_position, identity.ctx_len)
         return words
@@ -241,9 +248,12 @@ class Cache:
     def locate_tokens(self, shard: int) -> dict[str, Extent]:
         """Where the tensors of a shard's text lie, by name; raises `CorruptShardError`."""
         receipt = self.receipts[shard]
-        rows = ((receipt.rows,), "<i4", "I32")
+        rows, count = ((receipt.rows,), "<i4", "I32"), receipt.sequences
         expected = {
-            "tokens": ((receipt.sequences, self.manifest.identity.ctx_len), "<i4", "I32"),
+            "tokens": ((count, self.manifest.identity.ctx_len), "<i4", "I32"),
+            "lengths": ((count,), "<i4", "I32"),
+            "documents": ((count,), "<i8", "I64"),
+            "starts": ((count,), "<i8", "I64"),
             "row_sequence": rows,
             "row_position": rows,
         }

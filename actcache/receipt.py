@@ -12,6 +12,7 @@ import xxhash
 
 from actcache.atomic import FileReceipt, publish
 from actcache.errors import FormatError
+from actcache.filters import FILTERS
 from actcache.manifest import Manifest
 from actcache.parse import parse_dataclass, read_json, to_json
 
@@ -162,6 +163,7 @@ def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Path) -> Non
         "files": ({"tokens", "stats", *(f"activations/{n}" for n in names)}, set(receipt.files)),
         "first_sequence": (receipt.shard * manifest.sequences_per_shard, receipt.first_sequence),
         "sequences": (min(receipt.sequences, manifest.sequences_per_shard), receipt.sequences),
+        "filters of dropped": (set(FILTERS), set(receipt.dropped)),
         "rows and dropped rows": (tokens, receipt.rows + sum(receipt.dropped.values())),
     }
     for fact, (expected, got) in facts.items():

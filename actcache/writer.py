@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache import retraction, rng
-from actcache.manifest import Manifest
+from actcache.atomic import FileReceipt
+from actcache.filters import Mask, Norms, norm_outliers
+from actcache.manifest import Identity, Manifest
 from actcache.receipt import ShardReceipt, publish_receipt
 from actcache.statistics import Statistics, compute
 from actcache.storage import BACKENDS, CODECS, Array, safetensors_file
 
 Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
 
 
 def tokens_path(root: Path, shard: int) -> Path:
@@ -37,48 +40,63 @@ def data_paths(root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
 
 
 @dataclass(frozen=True)
-class RowLayout:
-    """Which token position each row of a shard is: equal at every hookpoint.
+class ShardText:
+    """The text of a shard: S sequences of context length C."""
 
-    C is the context length, S the shard's sequences, N its rows.
-    """
+    tokens: Ints
+    """Token ids, padding included. [S, C]"""
+    lengths: Ints
+    """Tokens before the padding. [S]"""
+    documents: Longs
+    """Number of the document in which a sequence begins, in the order they were taken. [S]"""
+    starts: Longs
+    """Token of that document with which it begins. [S]"""
+
+
+@dataclass(frozen=True)
+class FilledShard:
+    """A shard in memory, ready to be published. n rows, before filters that look at norms."""
+
+    shard: int
+    text: ShardText
+    kept: Mask
+    """Positions that have a row here. [S, C]"""
+    dropped: Mapping[str, int]
+    """Positions that have none, by filter."""
+    rows: Mapping[str, Array]
+    """Rows as stored, by hookpoint, in natural order: by sequence, then position. Each [n, D]"""
+    norms: Mapping[str, Norms]
+    """Norms of the rows as they were captured, by hookpoint; empty unless a filter asks. [n]"""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which token position each row of a shard is: equal at every hookpoint. N rows."""
 
     sequence: Ints
     """Sequence within the shard. [N]"""
     position: Ints
     """Position within the sequence. [N]"""
-    row_of: NDArray[np.int64]
-    """Row of a kept (sequence, position), numbered in natural order. [N]"""
+    source: Longs
+    """Which of the rows in natural order it is. [N]"""
 
     @classmethod
-    def of(cls, manifest: Manifest, shard: int, sequences: int) -> RowLayout:
-        """Shuffle (or not) the rows of a shard that holds `sequences` sequences."""
-        identity = manifest.identity
-        kept = identity.rows_per_sequence
-        natural = np.arange(sequences * kept, dtype=np.int64)
+    def of(cls, identity: Identity, shard: int, kept: Mask, outliers: Mask) -> RowLayout:
+        """Shuffle (or not) the rows that remain.
+
+        Args:
+            identity: says seed and order.
+            shard: the shard's number.
+            kept: positions that have a row. [S, C], n of them
+            outliers: which of those rows are left out after all. [n]
+        """
+        remaining = np.flatnonzero(~outliers)
+        source = remaining
         if identity.row_order == "shuffled":
-            order = rng.stream("rows in shard", identity.seed, shard).permutation(natural)
-        else:
-            order = natural
-        row_of = np.empty_like(natural)
-        row_of[order] = natural
-        return cls(
-            sequence=(order // kept).astype(np.int32),
-            position=(order % kept + identity.skip_positions).astype(np.int32),
-            row_of=row_of,
-        )
-
-
-@dataclass(frozen=True)
-class FilledShard:
-    """A shard in memory, ready to be published."""
-
-    shard: int
-    tokens: Ints
-    """Token ids. [S, C]"""
-    layout: RowLayout
-    rows: Mapping[str, Array]
-    """Rows as stored, by hookpoint. Each [N, D]"""
+            order = rng.stream("rows in shard", identity.seed, shard).permutation(len(remaining))
+            source = remaining[order]
+        sequence, position = (place.astype(np.int32)[source] for place in np.nonzero(kept))
+        return cls(sequence, position, source)
 
 
 def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardReceipt:
@@ -89,21 +107,19 @@ def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardR
         CacheMismatchError: the shard was retracted and this is not what it was; nothing of it is
             left behind.
     """
-    identity, shard, layout = manifest.identity, filled.shard, filled.layout
+    identity, shard = manifest.identity, filled.shard
     codec, backend = CODECS[identity.dtype], BACKENDS[manifest.backend]
-    statistics = {name: compute(rows, codec) for name, rows in filled.rows.items()}
-    files = {
-        f"activations/{name}": backend.write(root, manifest, name, shard, rows)
-        for name, rows in filled.rows.items()
-    }
-    files["tokens"] = safetensors_file.write(
-        tokens_path(root, shard),
-        {
-            "tokens": (filled.tokens, None),
-            "row_sequence": (layout.sequence, None),
-            "row_position": (layout.position, None),
-        },
-    )
+    outliers = np.zeros(int(filled.kept.sum()), dtype=bool)
+    if identity.max_norm_ratio is not None:
+        outliers = norm_outliers(filled.norms, identity.max_norm_ratio)
+    layout = RowLayout.of(identity, shard, filled.kept, outliers)
+    files: dict[str, FileReceipt] = {}
+    statistics: dict[str, Statistics] = {}
+    for name, natural in filled.rows.items():
+        rows = natural[layout.source]
+        statistics[name] = compute(rows, codec)
+        files[f"activations/{name}"] = backend.write(root, manifest, name, shard, rows)
+    files["tokens"] = _write_text(tokens_path(root, shard), filled.text, layout)
     files["stats"] = safetensors_file.write(
         statistics_path(root, shard),
         {
@@ -112,14 +128,13 @@ def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardR
             for key, array in statistics_arrays(statistic).items()
         },
     )
-    sequences = len(filled.tokens)
     receipt = ShardReceipt(
         cache_id=manifest.cache_id,
         shard=shard,
         first_sequence=shard * manifest.sequences_per_shard,
-        sequences=sequences,
-        rows=len(layout.sequence),
-        dropped={"skip_positions": sequences * identity.skip_positions},
+        sequences=len(filled.text.tokens),
+        rows=len(layout.source),
+        dropped={**filled.dropped, "max_norm_ratio": int(outliers.sum())},
         non_finite={name: statistic.non_finite for name, statistic in statistics.items()},
         files=files,
     )
@@ -129,6 +144,20 @@ def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardR
     if restored:
         retraction.forget(root, shard)
     return receipt
+
+
+def _write_text(path: Path, text: ShardText, layout: RowLayout) -> FileReceipt:
+    return safetensors_file.write(
+        path,
+        {
+            "tokens": (text.tokens, None),
+            "lengths": (text.lengths, None),
+            "documents": (text.documents, None),
+            "starts": (text.starts, None),
+            "row_sequence": (layout.sequence, None),
+            "row_position": (layout.position, None),
+        },
+    )
 
 
 def statistics_arrays(statistics: Statistics) -> dict[str, Array]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from common import machine, print_table
 
 from actcache.atomic import FileReceipt
+from actcache.filters import FILTERS
 from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
 from actcache.parse import to_json
 from actcache.reader import Cache
@@ -71,13 +72,20 @@ def _write(root: Path, shards: int, hookpoints: int) -> int:
         model_dtype="bfloat16",
         tokenizer_fingerprint="1" * 32,
         dataset_fingerprint="2" * 32,
-        text_column="text",
+        weights=(),
+        documents="text",
+        column="text",
+        shuffle_buffer=None,
         pipeline="pack",
         ctx_len=1024,
         bos_id=None,
         eos_id=0,
+        pad_id=None,
         keep_order=False,
         skip_positions=1,
+        exclude_special=(),
+        exclude_tokens=(),
+        max_norm_ratio=None,
         hookpoints=tuple(Hookpoint(name, 4096) for name in names),
         dtype="bfloat16",
         batch_size=8,
@@ -109,7 +117,7 @@ def _write(root: Path, shards: int, hookpoints: int) -> int:
         first_sequence=0,
         sequences=64,
         rows=64 * 1023,
-        dropped={"skip_positions": 64},
+        dropped=dict.fromkeys(FILTERS, 0) | {"skip_positions": 64},
         non_finite=dict.fromkeys(names, 0),
         files={"tokens": file, "stats": file} | {f"activations/{name}": file for name in names},
     )

@@ -99,11 +99,12 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             compression: none, or zstd with zarr.
         """
         from actcache.atomic import publish
+        from actcache.filters import kept_positions
         from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
         from actcache.parse import to_json
         from actcache.receipt import EndReceipt, publish_end
         from actcache.storage import BACKENDS, CODECS
-        from actcache.writer import FilledShard, RowLayout, publish_shard
+        from actcache.writer import FilledShard, publish_shard
 
         root = path or tmp_path_factory.mktemp("cache")
         widths = dict(hookpoints or {"layers.0": 16, "layers.1": 16})
@@ -114,13 +115,20 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model_dtype="float32",
             tokenizer_fingerprint="",
             dataset_fingerprint="11" * 16,
-            text_column="text",
+            weights=(),
+            documents="text",
+            column="text",
+            shuffle_buffer=None,
             pipeline="pack",
             ctx_len=ctx_len,
             bos_id=None,
             eos_id=0,
+            pad_id=None,
             keep_order=False,
             skip_positions=skip_positions,
+            exclude_special=(),
+            exclude_tokens=(),
+            max_norm_ratio=None,
             hookpoints=tuple(Hookpoint(name, width) for name, width in widths.items()),
             dtype=dtype,  # type: ignore[arg-type]
             batch_size=4,
@@ -147,22 +155,29 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         BACKENDS[backend].lay(root, manifest)
         for shard in range(shards):
             count = last if shard == shards - 1 else sequences
-            layout = RowLayout.of(manifest, shard, count)
-            stored = {}
-            for name, width in widths.items():
-                natural = rows(name, shard, len(layout.sequence), width)
-                stored[name] = np.empty_like(encode(natural, dtype))
-                stored[name][layout.row_of] = encode(natural, dtype)
             tokens = np.random.RandomState([3, shard]).randint(0, 200, (count, ctx_len))
+            text = whole_text(tokens.astype(np.int32))
+            kept, dropped = kept_positions(identity, text.tokens, text.lengths)
+            stored = {
+                name: encode(rows(name, shard, int(kept.sum()), width), dtype)
+                for name, width in widths.items()
+            }
             assert stored[next(iter(widths))].dtype == np.dtype(CODECS[dtype].storage)
-            publish_shard(
-                root, manifest, FilledShard(shard, tokens.astype(np.int32), layout, stored)
-            )
+            publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, stored, {}))
         if end:
             publish_end(root, EndReceipt(manifest.cache_id, shards - 1, total, "goal"))
         return root
 
     return make
+
+
+def whole_text(tokens: np.ndarray) -> Any:
+    """Sequences without padding, each from a document of its own. tokens [S, C] int32"""
+    from actcache.writer import ShardText
+
+    count, ctx_len = tokens.shape
+    numbers = np.arange(count, dtype=np.int64)
+    return ShardText(tokens, np.full(count, ctx_len, dtype=np.int32), numbers, numbers * 0)
 
 
 def encode(rows: np.ndarray, dtype: str) -> np.ndarray:

@@ -36,7 +36,7 @@ def options(tiny_model: Path, prose_file: Path, tmp_path: Path) -> Callable[...,
 @pytest.fixture
 def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load every model and tokenizer once a test: for tests that harvest a hundred times."""
-    from actcache import preparation
+    from actcache import decision, preparation
 
     def by_model(load: Callable[..., Any]) -> Callable[..., Any]:
         known: dict[Any, Any] = {}
@@ -50,8 +50,9 @@ def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return once
 
-    for name in ("load_config", "load_tokenizer", "load_model", "survey_model"):
-        monkeypatch.setattr(preparation, name, by_model(getattr(preparation, name)))
+    for name in ("load_config", "load_tokenizer", "survey_model"):
+        monkeypatch.setattr(decision, name, by_model(getattr(decision, name)))
+    monkeypatch.setattr(preparation, "load_model", by_model(preparation.load_model))
 
 
 class Crash(BaseException):

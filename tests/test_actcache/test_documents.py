@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actcache.config import HarvestConfig
-from actcache.documents import TextDocuments, TokenFile, open_documents
+from actcache.documents import Documents, TokenFile, open_documents
 from actcache.errors import DatasetError
 
 TEXTS = ["one", "", "two words", "naïve — café", "last\nlines\n"]
@@ -21,7 +21,7 @@ def opened(path: Path | str, **options: Any) -> Any:
 
 def texts_of(path: Path | str, **options: Any) -> list[str]:
     documents = opened(path, **options)
-    assert isinstance(documents, TextDocuments)
+    assert isinstance(documents, Documents)
     return documents.batch(range(documents.count))
 
 
@@ -59,14 +59,14 @@ def test_every_kind_of_table_gives_its_documents(name: str, tmp_path: Path) -> N
 def test_another_column_can_be_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", column="body")
     assert texts_of(path, text_column="body") == TEXTS
-    assert opened(path, text_column="body").column == "body"
+    assert opened(path, text_column="body").column.name == "body"
 
 
 def test_a_text_file_is_one_document_without_a_column(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("naïve\nlines\n", encoding="utf-8")
     documents = opened(path)
-    assert (documents.count, documents.column) == (1, "")
+    assert (documents.count, documents.column.name) == (1, "")
     assert documents.batch([0]) == ["naïve\nlines\n"]
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from actcache.atomic import digest_file, publish
+from actcache.filters import kept_positions
 from actcache.manifest import FORMAT_VERSION, MANIFEST, Hookpoint, Identity, Manifest
 from actcache.parse import to_json
 from actcache.reader import Cache
 from actcache.receipt import EndReceipt, publish_end
 from actcache.storage import BACKENDS, CODECS
-from actcache.writer import FilledShard, RowLayout, publish_shard
+from actcache.writer import FilledShard, ShardText, publish_shard
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CACHES = {"v1": ("memmap", "none"), "v1-zarr": ("zarr", "none"), "v1-zarr-zstd": ("zarr", "zstd")}
@@ -36,13 +37,20 @@ def write_golden(root, backend, compression):
         model_dtype="bfloat16",
         tokenizer_fingerprint="1" * 32,
         dataset_fingerprint="2" * 32,
-        text_column="text",
+        weights=(),
+        documents="text",
+        column="text",
+        shuffle_buffer=None,
         pipeline="pack",
         ctx_len=4,
         bos_id=None,
         eos_id=2,
+        pad_id=None,
         keep_order=False,
         skip_positions=1,
+        exclude_special=(),
+        exclude_tokens=(),
+        max_norm_ratio=None,
         hookpoints=tuple(Hookpoint(name, width) for name, width in HOOKPOINTS.items()),
         dtype="bfloat16",
         batch_size=2,
@@ -69,17 +77,16 @@ def write_golden(root, backend, compression):
     BACKENDS[backend].lay(root, manifest)
     codec = CODECS["bfloat16"]
     for shard, sequences in enumerate([4, 4, 2]):
-        layout = RowLayout.of(manifest, shard, sequences)
+        tokens = np.arange(sequences * 4, dtype=np.int32).reshape(sequences, 4) + 100 * shard
+        numbers = np.arange(sequences, dtype=np.int64) + 4 * shard
+        text = ShardText(tokens, np.full(sequences, 4, dtype=np.int32), numbers // 2, 5 * numbers)
+        kept, dropped = kept_positions(identity, text.tokens, text.lengths)
         rows = {}
         for name in HOOKPOINTS:
-            exact = [
-                value(name, 4 * shard + s, p)
-                for s, p in zip(layout.sequence, layout.position, strict=True)
-            ]
+            exact = [value(name, 4 * shard + s, p) for s, p in zip(*np.nonzero(kept), strict=True)]
             wide = np.array(exact, dtype=np.float32)
             rows[name] = (wide.view(np.uint32) >> 16).astype(codec.storage)
-        tokens = np.arange(sequences * 4, dtype=np.int32).reshape(sequences, 4) + 100 * shard
-        publish_shard(root, manifest, FilledShard(shard, tokens, layout, rows))
+        publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, rows, {}))
     publish_end(root, EndReceipt(manifest.cache_id, 2, 10, "goal"))
 
 

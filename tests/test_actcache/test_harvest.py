@@ -203,7 +203,7 @@ def test_the_manifest_says_what_the_cache_is_of(options: Options) -> None:
     assert manifest.dataset == "prose.jsonl"
     assert manifest.architecture == "LlamaForCausalLM"
     assert (identity.ctx_len, identity.batch_size, identity.skip_positions) == (16, 4, 1)
-    assert (identity.bos_id, identity.eos_id, identity.text_column) == (0, 1, "text")
+    assert (identity.bos_id, identity.eos_id, identity.column) == (0, 1, "text")
     assert cache.hookpoints == ["layers.0", "layers.1.mlp:in"]
     assert (manifest.planned_sequences, manifest.sequences_per_shard) == (10, 4)
     assert {"torch", "transformers", "tokenizers", "actcache", "python"} <= set(manifest.versions)
@@ -554,9 +554,9 @@ def test_batches_are_padded_to_one_shape(options: Options, monkeypatch: pytest.M
     shapes = set()
     run = harvest_module.Capture.run
 
-    def record(capture: Any, tokens: torch.Tensor) -> Any:
+    def record(capture: Any, tokens: torch.Tensor, mask: Any) -> Any:
         shapes.add(tuple(tokens.shape))
-        return run(capture, tokens)
+        return run(capture, tokens, mask)
 
     monkeypatch.setattr(harvest_module.Capture, "run", record)
     harvest(options(shard_size=3))

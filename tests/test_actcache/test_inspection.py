@@ -64,7 +64,7 @@ def test_a_cache_is_summed_up(make_cache: Callable[..., Path]) -> None:
     assert (summary.complete, summary.state) == (True, "complete (goal reached)")
     assert summary.model == "synthetic (None, float32)"
     assert summary.dataset == "synthetic, split train"
-    assert summary.filters == "positions below 1 left out"
+    assert summary.filters == "left out: positions below 1"
     assert summary.text == (
         "documents joined by EOS, in the order of seed 0, cut to 17 tokens, no BOS; rows shuffled"
     )

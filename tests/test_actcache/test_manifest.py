@@ -24,12 +24,18 @@ OTHER_IDENTITY = {
     "model_dtype": "bfloat16",
     "tokenizer_fingerprint": "33",
     "dataset_fingerprint": "44",
-    "text_column": "body",
+    "weights": (1.0, 2.0),
+    "documents": "chat",
+    "column": "body",
+    "shuffle_buffer": 5,
     "ctx_len": 18,
     "bos_id": 1,
     "eos_id": None,
     "keep_order": True,
     "skip_positions": 0,
+    "exclude_special": (0, 1),
+    "exclude_tokens": (7,),
+    "max_norm_ratio": 10.0,
     "hookpoints": (Hookpoint("layers.0", 16),),
     "dtype": "bfloat16",
     "batch_size": 5,
@@ -57,7 +63,7 @@ def with_identity(manifest: Manifest, **changes: Any) -> Manifest:
 
 def test_the_examples_change_every_field(manifest: Manifest) -> None:
     fields = {f.name for f in dataclasses.fields(Identity)}
-    assert fields - set(OTHER_IDENTITY) == {"pipeline"}
+    assert fields - set(OTHER_IDENTITY) == {"pipeline", "pad_id"}  # which go together
     fields = {f.name for f in dataclasses.fields(Manifest)}
     fixed = {"format_version", "cache_id", "identity", "backend", "compression"}
     assert fields - set(OTHER_MANIFEST) == fixed
@@ -116,20 +122,27 @@ def test_the_cache_id_never_changes() -> None:
         model_dtype="bfloat16",
         tokenizer_fingerprint="t",
         dataset_fingerprint="d",
-        text_column="text",
+        weights=(),
+        documents="text",
+        column="text",
+        shuffle_buffer=None,
         pipeline="pack",
         ctx_len=256,
         bos_id=None,
         eos_id=2,
+        pad_id=None,
         keep_order=False,
         skip_positions=1,
+        exclude_special=(),
+        exclude_tokens=(),
+        max_norm_ratio=None,
         hookpoints=(Hookpoint("layers.9", 576), Hookpoint("layers.9.mlp:in", 576)),
         dtype="bfloat16",
         batch_size=8,
         row_order="shuffled",
         seed=0,
     )
-    assert identity.digest() == "dc9a5e7769086a7472d51e03ab770152"
+    assert identity.digest() == "dadd247fc1cde884bc53f966145e6250"
 
 
 def test_a_manifest_is_parsed_back_equal(manifest: Manifest) -> None:

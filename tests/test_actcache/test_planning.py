@@ -21,7 +21,7 @@ from actcache.model import load_config, load_tokenizer
 from actcache.planning import (
     choose_block_rows,
     choose_hookpoints,
-    choose_packing,
+    choose_pipeline,
     count_planned,
     require_room,
     sequences_per_shard,
@@ -29,9 +29,9 @@ from actcache.planning import (
 )
 
 
-def packing_of(config: HarvestConfig, tokenizer: Any) -> Any:
+def pipeline_of(config: HarvestConfig, tokenizer: Any) -> Any:
     vocabulary = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
-    return choose_packing(config, vocabulary, tokenizer, open_documents(config))
+    return choose_pipeline(config, vocabulary, tokenizer, open_documents(config))
 
 
 @pytest.mark.parametrize(
@@ -51,19 +51,19 @@ def test_bos_is_put_first_as_the_option_and_the_tokenizer_say(
     options: Callable[..., HarvestConfig],
     make_tokenizer: Callable[..., Any],
 ) -> None:
-    packing = packing_of(options(bos=bos, seed=4), make_tokenizer(adds_bos=adds_bos))
-    assert packing.bos_id == expected
-    assert (packing.eos_id, packing.seed, packing.keep_order) == (1, 4, False)
-    assert (packing.ctx_len, packing.vocab_size) == (16, 300)
+    pipeline = pipeline_of(options(bos=bos, seed=4), make_tokenizer(adds_bos=adds_bos))
+    assert pipeline.bos_id == expected
+    assert (pipeline.eos_id, pipeline.order.seed, pipeline.order.keep_order) == (1, 4, False)
+    assert (pipeline.ctx_len, pipeline.vocab_size) == (16, 300)
 
 
 def test_a_tokenizer_without_the_token_that_is_needed_is_refused_with_a_remedy(
     options: Callable[..., HarvestConfig], make_tokenizer: Callable[..., Any]
 ) -> None:
     with pytest.raises(ModelError, match=r"(?s)no BOS token.*remedy: +--bos never"):
-        packing_of(options(bos="always"), make_tokenizer(adds_bos=False, bos=False))
+        pipeline_of(options(bos="always"), make_tokenizer(adds_bos=False, bos=False))
     with pytest.raises(ModelError, match=r"(?s)no EOS token.*\.bin file"):
-        packing_of(options(), make_tokenizer(eos=False))
+        pipeline_of(options(), make_tokenizer(eos=False))
 
 
 def test_token_ids_are_neither_joined_nor_shuffled_and_need_no_tokenizer(
@@ -71,16 +71,16 @@ def test_token_ids_are_neither_joined_nor_shuffled_and_need_no_tokenizer(
 ) -> None:
     path = tmp_path / "ids.bin"
     path.write_bytes(bytes(64))
-    packing = packing_of(options(dataset=str(path)), None)
-    assert (packing.bos_id, packing.eos_id, packing.keep_order) == (None, None, True)
-    packing = packing_of(options(dataset=str(path), bos="always"), make_tokenizer())
-    assert packing.bos_id == 0
+    pipeline = pipeline_of(options(dataset=str(path)), None)
+    assert (pipeline.bos_id, pipeline.eos_id, pipeline.order.keep_order) == (None, None, True)
+    pipeline = pipeline_of(options(dataset=str(path), bos="always"), make_tokenizer())
+    assert pipeline.bos_id == 0
 
 
 def planned(config: HarvestConfig) -> int:
     source, tokenizer = open_documents(config), load_tokenizer(config)
-    packing = choose_packing(config, load_config(config), tokenizer, source)
-    return count_planned(config, source, tokenizer, packing)
+    pipeline = choose_pipeline(config, load_config(config), tokenizer, source)
+    return count_planned(config, source, tokenizer, pipeline)
 
 
 def test_the_plan_is_the_goal_in_whole_sequences_or_less_if_the_text_is(

@@ -18,6 +18,7 @@ from actcache.errors import (
     FormatError,
     HookpointError,
 )
+from actcache.filters import FILTERS
 from actcache.manifest import read_manifest
 from actcache.parse import to_json
 from actcache.reader import Cache
@@ -26,6 +27,7 @@ from actcache.statistics import compute
 from actcache.storage import safetensors_file
 from actcache.writer import tokens_path
 
+NOTHING_DROPPED = dict.fromkeys(FILTERS, 0)
 FILES = ["activations/layers.1/00001", "tokens/00001", "stats/00001"]
 
 
@@ -192,7 +194,7 @@ def rewrite_receipt(root: Path, shard: int, **changes: object) -> None:
 
 
 def test_a_receipt_that_promises_other_rows_than_the_file_has_is_refused(root: Path) -> None:
-    rewrite_receipt(root, 1, sequences=3, rows=48, dropped={"skip_positions": 3})
+    rewrite_receipt(root, 1, sequences=3, rows=48, dropped=NOTHING_DROPPED | {"skip_positions": 3})
     cache = Cache.open(root)
     with pytest.raises(CorruptShardError, match=r"activations/layers\.1/00001"):
         cache.read("layers.1", 1)
@@ -215,7 +217,7 @@ def test_no_memory_is_taken_for_rows_that_are_only_promised(root: Path) -> None:
         cache_id=huge.cache_id,
         sequences=sequences,
         rows=sequences * (2**31 - 2),
-        dropped={"skip_positions": sequences},
+        dropped=NOTHING_DROPPED | {"skip_positions": sequences},
     )
     cache = Cache.open(root)
     assert cache.rows > 2**51

@@ -8,6 +8,7 @@ import pytest
 
 from actcache.atomic import FileReceipt
 from actcache.errors import FormatError
+from actcache.filters import FILTERS
 from actcache.manifest import Manifest, read_manifest
 from actcache.parse import to_json
 from actcache.reader import Cache
@@ -62,7 +63,7 @@ def test_a_receipt_stays_below_4_kb_and_200_bytes_a_file(hookpoints: int, tmp_pa
         first_sequence=2**40,
         sequences=2**20,
         rows=2**30,
-        dropped={"skip_positions": 2**30},
+        dropped=dict.fromkeys(FILTERS, 2**30),
         non_finite=dict.fromkeys(names, 2**20),
         files=files,
     )
@@ -75,6 +76,7 @@ def change(root: Path, number: int, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+DROPPED = dict.fromkeys(FILTERS, 0) | {"skip_positions": 2}
 FILE = {"bytes": 1, "xxh3_128": "0"}
 
 
@@ -96,8 +98,9 @@ FILE = {"bytes": 1, "xxh3_128": "0"}
         {"rows": 10**40},
         {"rows": "32"},
         {"dropped": {}},
-        {"dropped": {"skip_positions": 1, "other": 2}},
-        {"dropped": {"skip_positions": 4, "other": -2}},
+        {"dropped": DROPPED | {"other": 0}},
+        {"dropped": DROPPED | {"skip_positions": 1}},
+        {"dropped": DROPPED | {"skip_positions": 4, "padding": -2}},
         {"non_finite": {}},
         {"non_finite": {"layers.0": 0, "layers.1": 33}},
         {"non_finite": {"layers.0": 0, "layers.1": 0, "../../x": 0}},

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +9,53 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actcache import rng, tokens
-from actcache.documents import TextDocuments, TokenFile
+from actcache import mixing, rng, tokens
+from actcache.documents import Column, Documents, TokenFile
 from actcache.errors import DatasetError
-from actcache.tokens import Packing, count_sequences, sequences
+from actcache.mixing import DocumentOrder
+from actcache.tokens import Pipeline, Sequence, count_sequences, sequences
 
 
 class Letters:
     """A tokenizer: one token a letter, a = 1."""
 
-    def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[ord(c) - 96 for c in text] for text in texts]}
 
 
-def documents(*texts: str) -> TextDocuments:
-    return TextDocuments(lambda numbers: [texts[n] for n in numbers], len(texts), "text", "")
+TEXT = Column("text", "text")
 
 
-def token_file(ids: Sequence[int], dtype: str = "<u2") -> TokenFile:
+def documents(*texts: str) -> Documents:
+    return Documents(lambda numbers: [texts[n] for n in numbers], len(texts), TEXT, "")
+
+
+def token_file(ids: list[int], dtype: str = "<u2") -> TokenFile:
     return TokenFile(np.array(ids, dtype=dtype), Path("x.bin"), "")  # type: ignore[arg-type]
 
 
-def packing(ctx_len: int = 4, **changes: Any) -> Packing:
-    values = {"bos_id": None, "eos_id": 0, "keep_order": True, "seed": 0, "vocab_size": 100}
-    return Packing(ctx_len=ctx_len, **(values | changes))
+def pipeline(kind: Any = "pack", ctx_len: int = 4, **changes: Any) -> Pipeline:
+    order = DocumentOrder(changes.pop("seed", 0), changes.pop("keep_order", True), 100)
+    values = {"bos_id": None, "eos_id": 0, "pad_id": None, "order": order, "vocab_size": 100}
+    if kind != "pack":
+        values |= {"eos_id": None, "pad_id": 77}
+    return Pipeline(kind, ctx_len, **(values | changes))
+
+
+def made(source: Any, *kind: str, **changes: Any) -> list[Sequence]:
+    how = pipeline(*kind, **changes)
+    found = list(sequences(source, Letters(), how))
+    for sequence in found:
+        assert sequence.tokens.dtype == np.int32
+        assert sequence.tokens.shape == (how.ctx_len,)
+    assert count_sequences(source, Letters(), how, None) == len(found)
+    return found
 
 
 def pack(source: Any, **changes: Any) -> list[list[int]]:
-    found = list(sequences(source, Letters(), packing(**changes)))
-    assert all(sequence.dtype == np.int32 for sequence in found)
-    assert count_sequences(source, Letters(), packing(**changes), None) == len(found)
-    return [sequence.tolist() for sequence in found]
+    found = made(source, **changes)
+    assert all(sequence.length == len(sequence.tokens) for sequence in found)
+    return [sequence.tokens.tolist() for sequence in found]
 
 
 def test_documents_are_joined_by_eos_and_cut() -> None:
@@ -83,7 +99,7 @@ def test_many_documents_flow_over_the_batches_in_which_they_are_tokenised(
 ) -> None:
     texts = ["abcdefghijk"[: i % 11] for i in range(100)]
     whole = [pack(documents(*texts), keep_order=k, bos_id=9) for k in (True, False)]
-    monkeypatch.setattr(tokens, "_DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(mixing, "DOCUMENTS_AT_ONCE", 7)
     assert [pack(documents(*texts), keep_order=k, bos_id=9) for k in (True, False)] == whole
 
 
@@ -109,25 +125,25 @@ def test_token_ids_are_cut_as_they_are(dtype: str) -> None:
 )
 def test_an_id_beyond_the_vocabulary_is_refused_with_a_remedy(ids: list[int], dtype: str) -> None:
     with pytest.raises(DatasetError, match=r"(?s)vocabulary.*0 to 99.*got.*--bin-dtype"):
-        list(sequences(token_file(ids, dtype), None, packing(2, eos_id=None)))
+        list(sequences(token_file(ids, dtype), None, pipeline(ctx_len=2, eos_id=None)))
 
 
 def test_counting_stops_at_the_limit() -> None:
-    def texts(numbers: Sequence[int]) -> list[str]:
+    def texts(numbers: list[int]) -> list[str]:
         assert max(numbers) < 256, "read further than the limit"
         return ["abc"] * len(numbers)
 
-    endless = TextDocuments(texts, 10**6, "text", "")
-    assert count_sequences(endless, Letters(), packing(), 5) == 5
-    assert count_sequences(token_file(range(40)), None, packing(eos_id=None), 3) == 3
+    endless = Documents(texts, 10**6, TEXT, "")
+    assert count_sequences(endless, Letters(), pipeline(), 5) == 5
+    assert count_sequences(token_file(range(40)), None, pipeline(eos_id=None), 3) == 3
 
 
 def test_a_real_tokenizer_adds_nothing_of_its_own(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
-    (ids,) = tokens.tokenize(tokenizer, ["the cache"])
+    (ids,) = tokens.tokenize(tokenizer, "text", ["the cache"])
     assert tokenizer.bos_token_id not in ids
     assert tokenizer.decode(ids) == "the cache"
-    assert tokens.tokenize(tokenizer, []) == []
+    assert tokens.tokenize(tokenizer, "text", []) == []
 
 
 def test_a_document_longer_than_the_tokenizers_limit_is_not_cut(
@@ -135,5 +151,5 @@ def test_a_document_longer_than_the_tokenizers_limit_is_not_cut(
 ) -> None:
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 8
-    (ids,) = tokens.tokenize(tokenizer, ["row " * 50])
+    (ids,) = tokens.tokenize(tokenizer, "text", ["row " * 50])
     assert len(ids) >= 50

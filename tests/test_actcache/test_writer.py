@@ -13,11 +13,12 @@ import pytest
 import safetensors.numpy
 
 from actcache.errors import DiskFullError
+from actcache.filters import FILTERS, kept_positions
 from actcache.manifest import Manifest, read_manifest
 from actcache.reader import Cache
 from actcache.receipt import receipt_path
 from actcache.statistics import compute
-from actcache.writer import FilledShard, RowLayout, publish_shard
+from actcache.writer import FilledShard, RowLayout, ShardText, publish_shard
 
 Tree = Callable[[Path], dict[str, str]]
 
@@ -32,21 +33,28 @@ def with_identity(manifest: Manifest, **changes: Any) -> Manifest:
     return dataclasses.replace(manifest, identity=identity, cache_id=identity.digest())
 
 
-@pytest.mark.parametrize("skip", [0, 1, 5])
+def layout_of(manifest: Manifest, shard: int, sequences: int, skip: int = 1) -> RowLayout:
+    kept = np.ones((sequences, 17), dtype=bool)
+    kept[:, :skip] = False
+    return RowLayout.of(manifest.identity, shard, kept, np.zeros(kept.sum(), dtype=bool))
+
+
 @pytest.mark.parametrize("order", ["shuffled", "sequence"])
-def test_every_kept_position_has_one_row(skip: int, order: str, manifest: Manifest) -> None:
-    layout = RowLayout.of(
-        with_identity(manifest, skip_positions=skip, row_order=order), shard=3, sequences=6
-    )
+def test_every_kept_position_has_one_row_but_for_outliers(order: str, manifest: Manifest) -> None:
+    state = np.random.RandomState(0)
+    kept = state.random_sample((6, 17)) < 0.7
+    outliers = state.random_sample(kept.sum()) < 0.2
+    layout = RowLayout.of(with_identity(manifest, row_order=order).identity, 3, kept, outliers)
+    natural = list(zip(*(place.tolist() for place in np.nonzero(kept)), strict=True))
     places = list(zip(layout.sequence.tolist(), layout.position.tolist(), strict=True))
-    natural = list(itertools.product(range(6), range(skip, 17)))
-    assert sorted(places) == natural
-    assert [places[row] for row in layout.row_of] == natural
-    assert (places == natural) == (order == "sequence")
+    assert [natural[row] for row in layout.source] == places
+    remaining = [place for place, out in zip(natural, outliers, strict=True) if not out]
+    assert sorted(places) == remaining
+    assert (places == remaining) == (order == "sequence")
 
 
 def test_a_contiguous_block_mixes_the_sequences_of_its_shard(manifest: Manifest) -> None:
-    layout = RowLayout.of(manifest, shard=0, sequences=32)
+    layout = layout_of(manifest, 0, 32)
     same = (layout.sequence[1:] == layout.sequence[:-1]).mean()
     assert same < 3 / 32  # 1/32 by chance, 15/16 unshuffled
     for block in layout.sequence.reshape(-1, 64):
@@ -55,14 +63,16 @@ def test_a_contiguous_block_mixes_the_sequences_of_its_shard(manifest: Manifest)
 
 def test_the_shuffle_depends_on_seed_and_shard_alone(manifest: Manifest) -> None:
     def order(shard: int, **changes: Any) -> bytes:
-        return RowLayout.of(with_identity(manifest, **changes), shard, 8).row_of.tobytes()
+        return layout_of(with_identity(manifest, **changes), shard, 8).source.tobytes()
 
     assert order(0) == order(0, dtype="bfloat16", model_fingerprint="other")
     assert len({order(0), order(1), order(0, seed=1), order(1, seed=1)}) == 4
 
 
 def test_the_shuffle_of_a_shard_is_the_same_for_ever(manifest: Manifest) -> None:
-    layout = RowLayout.of(with_identity(manifest, ctx_len=4, skip_positions=1), 2, 3)
+    kept = np.ones((3, 4), dtype=bool)
+    kept[:, 0] = False
+    layout = RowLayout.of(manifest.identity, 2, kept, np.zeros(9, dtype=bool))
     assert layout.sequence.tolist() == [1, 1, 0, 2, 0, 0, 1, 2, 2]
     assert layout.position.tolist() == [2, 3, 2, 2, 1, 3, 1, 1, 3]
 
@@ -70,15 +80,13 @@ def test_the_shuffle_of_a_shard_is_the_same_for_ever(manifest: Manifest) -> None
 @pytest.fixture
 def filled(make_cache: Callable[..., Path]) -> tuple[Path, FilledShard]:
     """A cache of two shards, of which the second is not published yet, and that shard."""
-    root = make_cache(shards=2, sequences=4, end=False)
+    root = make_cache(shards=2, sequences=4, row_order="sequence", end=False)
     cache = Cache.open(root)
-    shard = FilledShard(
-        1,
-        cache.tokens(1).tokens,
-        RowLayout.of(cache.manifest, 1, 4),
-        {name: cache.read(name, 1) for name in cache.hookpoints},
-    )
-    return root, shard
+    words = cache.tokens(1)
+    text = ShardText(words.tokens, words.lengths, words.documents, words.starts)
+    kept, dropped = kept_positions(cache.manifest.identity, text.tokens, text.lengths)
+    rows = {name: cache.read(name, 1) for name in cache.hookpoints}
+    return root, FilledShard(1, text, kept, dropped, rows, {})
 
 
 def unpublish(root: Path, shard: int) -> None:
@@ -117,7 +125,7 @@ def test_the_receipt_counts_what_the_shard_holds(filled: tuple[Path, FilledShard
     receipt = publish_shard(root, read_manifest(root), shard)
     assert (receipt.shard, receipt.first_sequence, receipt.sequences) == (1, 4, 4)
     assert receipt.rows == 64
-    assert receipt.dropped == {"skip_positions": 4}
+    assert receipt.dropped == dict.fromkeys(FILTERS, 0) | {"skip_positions": 4}
     assert receipt.non_finite == {"layers.0": 0, "layers.1": 1}
     for name, file in receipt.files.items():
         folder, _, hookpoint = name.partition("/")
@@ -137,8 +145,9 @@ def test_statistics_and_tokens_lie_in_files_that_any_library_opens(
     np.testing.assert_array_equal(stats["layers.0/norm_sum_max"], norms)
     np.testing.assert_array_equal(stats["layers.0/norm_histogram"], expected.norm_histogram)
     words = safetensors.numpy.load_file(root / "tokens" / "00001.safetensors")
-    np.testing.assert_array_equal(words["tokens"], shard.tokens)
-    np.testing.assert_array_equal(words["row_position"], shard.layout.position)
+    np.testing.assert_array_equal(words["tokens"], shard.text.tokens)
+    np.testing.assert_array_equal(words["lengths"], [17] * 4)
+    np.testing.assert_array_equal(words["row_position"], np.tile(np.arange(1, 17), 4))
 
 
 def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_shard_completes(

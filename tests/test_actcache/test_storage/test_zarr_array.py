@@ -12,6 +12,7 @@ import zarr
 
 from actcache.atomic import digest_file
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
+from actcache.filters import FILTERS
 from actcache.manifest import read_manifest
 from actcache.reader import Cache
 from actcache.storage import BACKENDS, CODECS
@@ -189,7 +190,7 @@ def test_a_chunk_that_is_not_the_file_it_should_be_is_refused(damage: str, root:
 
 def test_a_receipt_of_more_rows_than_a_chunk_holds_is_refused(root: Path) -> None:
     path = root / "shards" / "00001.json"
-    receipt = json.loads(path.read_text()) | {"rows": 68, "dropped": {"skip_positions": 0}}
+    receipt = json.loads(path.read_text()) | {"rows": 68, "dropped": dict.fromkeys(FILTERS, 0)}
     path.write_text(json.dumps(receipt))
     with pytest.raises(CorruptShardError, match=r"(?s)at most 64 rows.*68 in the receipt"):
         Cache.open(root).read("layers.0", 1)

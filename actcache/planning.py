@@ -256,8 +256,8 @@ def require_room(root: Path, manifest: Manifest, published: int) -> None:
     # not known beforehand.
     padded = shards * manifest.sequences_per_shard if manifest.backend == "zarr" else sequences
     needed = padded * identity.rows_per_sequence * row + sequences * identity.ctx_len * 4
-    # Headers, receipts and statistics of a shard: 16 bytes a dimension and 10 kB a hookpoint.
-    needed += shards * sum(h.width * 16 + 10_000 for h in identity.hookpoints) + shards * 20_000
+    # Headers, receipts and statistics of a shard: 24 bytes a dimension and 10 kB a hookpoint.
+    needed += shards * sum(h.width * 24 + 10_000 for h in identity.hookpoints) + shards * 20_000
     folder = root
     while not folder.exists():
         folder = folder.parent

@@ -207,10 +207,12 @@ class Cache:
             count=receipt.rows - non_finite,
             total=tensor("sum"),
             total_squares=tensor("sum_squares"),
+            abs_max=tensor("abs_max"),
             norm_total=norm_total,
             norm_max=norm_max,
             norm_histogram=tensor("norm_histogram"),
             non_finite=non_finite,
+            near_overflow=receipt.near_overflow[hookpoint],
         )
 
     def _check(self, path: Path, receipt: ShardReceipt, name: str) -> None:
@@ -266,6 +268,7 @@ class Cache:
         for point in self.manifest.identity.hookpoints:
             expected[f"{point.name}/sum"] = ((point.width,), "<f8", "F64")
             expected[f"{point.name}/sum_squares"] = ((point.width,), "<f8", "F64")
+            expected[f"{point.name}/abs_max"] = ((point.width,), "<f8", "F64")
             expected[f"{point.name}/norm_sum_max"] = ((2,), "<f8", "F64")
             expected[f"{point.name}/norm_histogram"] = ((NORM_BINS,), "<i8", "I64")
         extents = safetensors_file.locate(statistics_path(self.root, shard), expected)

@@ -40,13 +40,16 @@ class ShardReceipt:
     """Rows left out, by filter."""
     non_finite: dict[str, int]
     """Rows that hold an infinity or NaN, by hookpoint. They are kept."""
+    near_overflow: dict[str, int]
+    """Finite rows with an absolute value of 32,752 or more, by hookpoint: beyond half of float16's
+    range."""
     files: dict[str, FileReceipt]
     """Size and digest by logical name: 'tokens', 'stats', 'activations/HOOKPOINT'."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         counts = [self.shard, self.first_sequence, self.sequences - 1, self.rows]
-        counts += [*self.dropped.values(), *self.non_finite.values()]
+        counts += [*self.dropped.values(), *self.non_finite.values(), *self.near_overflow.values()]
         counts += [file.bytes for file in self.files.values()]
         if min(counts) < 0:
             raise FormatError(f"receipt of shard {self.shard} holds a negative count")
@@ -160,6 +163,7 @@ def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Path) -> Non
     tokens = receipt.sequences * manifest.identity.ctx_len
     facts = {
         "hookpoints of non_finite": (names, set(receipt.non_finite)),
+        "hookpoints of near_overflow": (names, set(receipt.near_overflow)),
         "files": ({"tokens", "stats", *(f"activations/{n}" for n in names)}, set(receipt.files)),
         "first_sequence": (receipt.shard * manifest.sequences_per_shard, receipt.first_sequence),
         "sequences": (min(receipt.sequences, manifest.sequences_per_shard), receipt.sequences),
@@ -171,12 +175,13 @@ def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Path) -> Non
             raise FormatError(
                 f"{path} does not agree with the manifest: {fact}", expected=expected, got=got
             )
-    if max(receipt.non_finite.values()) > receipt.rows:
-        raise FormatError(
-            f"{path} counts more non-finite rows than rows",
-            expected=f"<= {receipt.rows}",
-            got=receipt.non_finite,
-        )
+    for name, broken in receipt.non_finite.items():
+        if broken + receipt.near_overflow[name] > receipt.rows:
+            raise FormatError(
+                f"{path} counts more rows of {name} by their values than there are",
+                expected=f"non_finite and near_overflow together <= {receipt.rows}",
+                got=f"{broken} and {receipt.near_overflow[name]}",
+            )
 
 
 def _check_owner(path: Path, got: str, expected: str) -> None:

@@ -136,6 +136,7 @@ def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardR
         rows=len(layout.source),
         dropped={**filled.dropped, "max_norm_ratio": int(outliers.sum())},
         non_finite={name: statistic.non_finite for name, statistic in statistics.items()},
+        near_overflow={name: statistic.near_overflow for name, statistic in statistics.items()},
         files=files,
     )
     paths = data_paths(root, manifest, shard)
@@ -165,6 +166,7 @@ def statistics_arrays(statistics: Statistics) -> dict[str, Array]:
     return {
         "sum": statistics.total,
         "sum_squares": statistics.total_squares,
+        "abs_max": statistics.abs_max,
         "norm_sum_max": np.array([statistics.norm_total, statistics.norm_max]),
         "norm_histogram": statistics.norm_histogram,
     }

@@ -119,6 +119,7 @@ def _write(root: Path, shards: int, hookpoints: int) -> int:
         rows=64 * 1023,
         dropped=dict.fromkeys(FILTERS, 0) | {"skip_positions": 64},
         non_finite=dict.fromkeys(names, 0),
+        near_overflow=dict.fromkeys(names, 0),
         files={"tokens": file, "stats": file} | {f"activations/{name}": file for name in names},
     )
     for shard in range(shards):

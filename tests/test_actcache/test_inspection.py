@@ -49,7 +49,7 @@ def test_the_numbers_of_a_hookpoint_are_those_of_its_finite_rows(
         assert found.non_finite == len(rows) - len(norms)
         numbers = (found.mean_norm, found.rms_norm, found.max_norm)
         expected = (norms.mean(), np.sqrt((norms**2).mean()), norms.max())
-        np.testing.assert_allclose(numbers, expected, rtol=1e-12)
+        np.testing.assert_allclose(numbers, expected, rtol=1e-6)
         folder = root / "activations" / found.hookpoint
         assert found.bytes == sum(path.stat().st_size for path in folder.iterdir())
     assert [h.non_finite for h in summary.hookpoints] == [0, 1 + 2 + 3]
@@ -66,7 +66,7 @@ def test_a_cache_is_summed_up(make_cache: Callable[..., Path]) -> None:
     assert summary.dataset == "synthetic, split train"
     assert summary.filters == "left out: positions below 1"
     assert summary.text == (
-        "documents joined by EOS, in the order of seed 0, cut to 17 tokens, no BOS; rows shuffled"
+        "documents joined by EOS, cut to 17 tokens, in the order of seed 0, no BOS; rows shuffled"
     )
     assert json.loads(json.dumps(dataclasses.asdict(summary)))["cache"] == str(root)
 

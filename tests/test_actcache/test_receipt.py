@@ -53,7 +53,7 @@ def test_shards_beyond_five_digits_are_found_in_order(root: Path, manifest: Mani
 
 
 @pytest.mark.parametrize("hookpoints", [1, 30, 400])
-def test_a_receipt_stays_below_4_kb_and_200_bytes_a_file(hookpoints: int, tmp_path: Path) -> None:
+def test_a_receipt_stays_below_4_kb_and_240_bytes_a_file(hookpoints: int, tmp_path: Path) -> None:
     names = [f"layers.{n}.self_attn.o_proj:in" for n in range(hookpoints)]
     file = FileReceipt(4 << 30, "f" * 32)
     files = {f"activations/{name}": file for name in names} | {"tokens": file, "stats": file}
@@ -65,10 +65,11 @@ def test_a_receipt_stays_below_4_kb_and_200_bytes_a_file(hookpoints: int, tmp_pa
         rows=2**30,
         dropped=dict.fromkeys(FILTERS, 2**30),
         non_finite=dict.fromkeys(names, 2**20),
+        near_overflow=dict.fromkeys(names, 2**20),
         files=files,
     )
     publish_receipt(tmp_path, receipt)
-    assert receipt_path(tmp_path, 99_999).stat().st_size < 4_000 + 200 * len(files)
+    assert receipt_path(tmp_path, 99_999).stat().st_size < 4_000 + 240 * len(files)
 
 
 def change(root: Path, number: int, **changes: object) -> None:
@@ -105,6 +106,14 @@ FILE = {"bytes": 1, "xxh3_128": "0"}
         {"non_finite": {"layers.0": 0, "layers.1": 33}},
         {"non_finite": {"layers.0": 0, "layers.1": 0, "../../x": 0}},
         {"non_finite": {"layers.0": 0, "layers.1": -1}},
+        {"near_overflow": {}},
+        {"near_overflow": {"layers.0": 0, "layers.1": 33}},
+        {"near_overflow": {"layers.0": 0, "layers.1": 0, "../../x": 0}},
+        {"near_overflow": {"layers.0": 0, "layers.1": -1}},
+        {
+            "non_finite": {"layers.0": 0, "layers.1": 20},
+            "near_overflow": {"layers.0": 0, "layers.1": 13},
+        },
         {"files": {}},
         {"files": {"tokens": FILE, "stats": FILE, "activations/../../x": FILE}},
         {"files": {"tokens": {"bytes": -1, "xxh3_128": "0"}}},

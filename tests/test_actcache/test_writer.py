@@ -122,11 +122,13 @@ def test_the_receipt_comes_after_every_file(
 def test_the_receipt_counts_what_the_shard_holds(filled: tuple[Path, FilledShard]) -> None:
     root, shard = filled
     shard.rows["layers.1"][5, 3] = np.nan
+    shard.rows["layers.0"][6:8, 3] = 40_000
     receipt = publish_shard(root, read_manifest(root), shard)
     assert (receipt.shard, receipt.first_sequence, receipt.sequences) == (1, 4, 4)
     assert receipt.rows == 64
     assert receipt.dropped == dict.fromkeys(FILTERS, 0) | {"skip_positions": 4}
     assert receipt.non_finite == {"layers.0": 0, "layers.1": 1}
+    assert receipt.near_overflow == {"layers.0": 2, "layers.1": 0}
     for name, file in receipt.files.items():
         folder, _, hookpoint = name.partition("/")
         path = root / folder / hookpoint / "00001.safetensors"
@@ -141,6 +143,7 @@ def test_statistics_and_tokens_lie_in_files_that_any_library_opens(
     expected = compute(shard.rows["layers.0"], Cache.open(root).codec)
     np.testing.assert_array_equal(stats["layers.0/sum"], expected.total)
     np.testing.assert_array_equal(stats["layers.0/sum_squares"], expected.total_squares)
+    np.testing.assert_array_equal(stats["layers.0/abs_max"], expected.abs_max)
     norms = [expected.norm_total, expected.norm_max]
     np.testing.assert_array_equal(stats["layers.0/norm_sum_max"], norms)
     np.testing.assert_array_equal(stats["layers.0/norm_histogram"], expected.norm_histogram)

@@ -221,7 +221,7 @@ class HarvestConfig:
                 "--streaming needs --max-tokens: a stream has no length to plan for",
                 remedy="--max-tokens N; if the text ends before, the cache ends with it",
             )
-        if self.weight and len(self.weight) != 1 + len(self.mix):
+        if self.weight and (not self.mix or len(self.weight) != 1 + len(self.mix)):
             raise ConfigError(
                 "--weight is given once for DATASET and once for each --mix",
                 expected=f"{1 + len(self.mix)} weights" if self.mix else "--mix",

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from actcache.config import HarvestConfig
-from actcache.documents import Documents, TokenFile, open_documents
+from actcache.documents import (
+    Documents,
+    DocumentStream,
+    Mixture,
+    TokenFile,
+    kind_of,
+    open_documents,
+)
 from actcache.errors import DatasetError
 
 TEXTS = ["one", "", "two words", "naïve — café", "last\nlines\n"]
@@ -245,3 +252,132 @@ def test_a_broken_file_says_what_is_broken(tmp_path: Path) -> None:
     path.write_text('{"text": "whole"}\n{"text": "cut')
     with pytest.raises(DatasetError, match="JSON"):
         opened(path)
+
+
+MESSAGES = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}, {"role": "x"}]]
+COLUMNS = {"chat": ("chat_column", MESSAGES), "ids": ("token_column", [[1, 2, 3], [], [4]])}
+
+
+def rows_file(path: Path, rows: list[Any], column: str = "it") -> Path:
+    path.write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_conversations_and_token_ids_come_from_columns_of_their_own(
+    kind: str, streaming: bool, tmp_path: Path
+) -> None:
+    option, rows = COLUMNS[kind]
+    path = rows_file(tmp_path / "a.jsonl", rows)
+    how = {"streaming": True, "max_tokens": 4096} if streaming else {}
+    source = opened(path, **{option: "it"}, **how)
+    assert kind_of(source) == kind
+    found = list(source.walk()) if streaming else source.batch(range(source.count))
+    plain = [
+        [{k: v for k, v in m.items() if v} for m in row] if kind == "chat" else row for row in found
+    ]
+    assert plain == rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("option", "rows", "message"),
+    [
+        ("chat_column", ["text"], r"messages.*str in document 0.*--chat-column"),
+        ("chat_column", [[{"content": "a"}]], r"messages.*list of dict.*--chat-column"),
+        ("token_column", [["a", "b"]], r"token ids.*list of str in document 0.*--token-column"),
+        ("token_column", [[1.5]], r"token ids.*list of float.*--token-column"),
+        ("text_column", [[1]], r"text.*list of int.*--text-column"),
+    ],
+)
+def test_a_column_of_another_kind_is_told_with_the_option_to_change(
+    option: str, rows: list[Any], message: str, streaming: bool, tmp_path: Path
+) -> None:
+    path = rows_file(tmp_path / "a.jsonl", rows)
+    how = {"streaming": True, "max_tokens": 4096} if streaming else {}
+    with pytest.raises(DatasetError, match=rf"(?s)does not hold.*{message}"):
+        opened(path, **{option: "it"}, **how).batch([0])  # a stream is looked into at once
+
+
+def streamed(path: Path | str, **options: Any) -> DocumentStream:
+    source = opened(path, streaming=True, max_tokens=4096, **options)
+    assert isinstance(source, DocumentStream)
+    return source
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_stream_gives_the_same_documents_as_often_as_asked(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name)
+    source = streamed(path)
+    assert list(source.walk()) == list(source.walk()) == TEXTS
+    assert source.fingerprint == opened(path).fingerprint
+
+
+def test_a_stream_from_a_folder_is_known_by_its_name_and_first_documents(tmp_path: Path) -> None:
+    import datasets
+
+    def fingerprint(place: str, texts: list[str]) -> str:
+        path = tmp_path / place / "texts"
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(path)
+        assert list(streamed(path).walk()) == texts
+        return streamed(path).fingerprint
+
+    first = fingerprint("a", TEXTS)
+    assert first.endswith("-streamed")
+    assert first == fingerprint("b", TEXTS) != fingerprint("c", TEXTS[1:])
+
+
+def test_a_stream_that_breaks_off_says_so_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    source = streamed(write(tmp_path / "a.jsonl"))
+
+    def broken(_: Any) -> Any:
+        yield {"text": "one"}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
+    walk = source.walk()
+    assert next(walk) == "one"
+    with pytest.raises(DatasetError, match=r"(?s)stream of .*a\.jsonl broke off.*reset.*same"):
+        next(walk)
+
+
+def test_a_stream_without_the_column_or_without_documents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"(?s)no column 'text'.*body"):
+        streamed(write(tmp_path / "a.jsonl", column="body"))
+    (tmp_path / "none.csv").write_text("text\n")
+    with pytest.raises(DatasetError, match="none"):
+        streamed(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.bin"])
+@pytest.mark.parametrize("option", ["streaming", "token_column", "chat_column"])
+def test_options_of_tables_are_refused_for_files_without_columns(
+    name: str, option: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(bytes(8))
+    value: Any = True if option == "streaming" else "x"
+    with pytest.raises(DatasetError, match=option.replace("_", "-")):
+        opened(tmp_path / name, max_tokens=4096, **{option: value})
+
+
+def test_datasets_are_mixed_and_the_mixture_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a.jsonl"), rows_file(tmp_path / "b.jsonl", ["b"], "text")
+    mixed = opened(first, mix=(str(second),))
+    assert isinstance(mixed, Mixture)
+    assert mixed.weights == (1.0, 1.0)
+    assert [part.fingerprint for part in mixed.parts] == [
+        opened(path).fingerprint for path in (first, second)
+    ]
+    assert mixed.fingerprint != opened(second, mix=(str(first),)).fingerprint
+    assert opened(first, mix=(str(second),), weight=(3, 1)).weights == (3, 1)
+
+
+def test_a_file_of_token_ids_cannot_be_mixed(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(8))
+    with pytest.raises(DatasetError, match=r"(?s)a\.bin cannot be mixed.*--token-column"):
+        opened(write(tmp_path / "a.jsonl"), mix=(str(tmp_path / "a.bin"),))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from actcache import planning
 from actcache.config import HarvestConfig
 from actcache.documents import open_documents
-from actcache.errors import DatasetError, DiskFullError, ModelError
+from actcache.errors import ConfigError, DatasetError, DiskFullError, ModelError
 from actcache.manifest import Hookpoint, read_manifest
 from actcache.model import load_config, load_tokenizer
 from actcache.planning import (
@@ -23,8 +23,11 @@ from actcache.planning import (
     choose_hookpoints,
     choose_pipeline,
     count_planned,
+    excluded_tokens,
+    needs_tokenizer,
     require_room,
     sequences_per_shard,
+    special_tokens,
     survey_model,
 )
 
@@ -75,6 +78,92 @@ def test_token_ids_are_neither_joined_nor_shuffled_and_need_no_tokenizer(
     assert (pipeline.bos_id, pipeline.eos_id, pipeline.order.keep_order) == (None, None, True)
     pipeline = pipeline_of(options(dataset=str(path), bos="always"), make_tokenizer())
     assert pipeline.bos_id == 0
+
+
+def test_chats_and_token_columns_bring_their_own_bos(
+    options: Callable[..., HarvestConfig], make_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ids": [1, 2], "talk": [{"role": "user", "content": "a"}]}\n')
+    config = options(dataset=str(path), token_column="ids")
+    assert pipeline_of(config, tokenizer).bos_id is None
+    assert pipeline_of(dataclasses.replace(config, bos="always"), tokenizer).bos_id == 0
+    config = options(dataset=str(path), chat_column="talk")
+    with pytest.raises(ModelError, match=r"(?s)no chat template.*--text-column"):
+        pipeline_of(config, tokenizer)
+    tokenizer.chat_template = "{{ messages }}"
+    assert pipeline_of(config, tokenizer).bos_id is None
+
+
+@pytest.mark.parametrize("kind", ["crop", "truncate"])
+def test_one_sequence_a_document_is_padded_and_not_joined(
+    kind: Any, options: Callable[..., HarvestConfig], make_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer = make_tokenizer()
+    found = pipeline_of(options(pipeline=kind), tokenizer)
+    assert (found.kind, found.eos_id, found.pad_id) == (kind, None, 1)  # EOS, lacking another
+    tokenizer.pad_token = "<s>"
+    assert pipeline_of(options(pipeline=kind), tokenizer).pad_id == 0
+    assert pipeline_of(options(pipeline=kind), make_tokenizer(eos=False)).pad_id == 0
+
+
+def test_a_file_of_token_ids_has_no_documents_to_crop(
+    options: Callable[..., HarvestConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(64))
+    with pytest.raises(ConfigError, match=r"(?s)no documents to crop.*--pipeline pack"):
+        pipeline_of(options(dataset=str(tmp_path / "a.bin"), pipeline="crop"), None)
+
+
+def test_special_tokens_are_those_of_the_tokenizer_and_those_added_to_it(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer()
+    assert special_tokens(tokenizer) == (0, 1)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.add_tokens(["plain"])
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert special_tokens(tokenizer) == (0, 1, turn)
+
+
+def test_tokens_to_exclude_are_given_by_id_by_name_or_as_text(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer()
+    written = next(token for token in tokenizer.get_vocab() if token[0] == "Ġ" and len(token) > 1)
+    text, number = written.replace("Ġ", " "), tokenizer.convert_tokens_to_ids(written)
+    found = excluded_tokens(("7", "</s>", text, "7"), tokenizer, 300)
+    assert found == tuple(sorted({7, 1, number}))
+    assert excluded_tokens(("7", "0"), None, 300) == (0, 7)
+    for token in ("300", "of no single token", ""):
+        with pytest.raises(ConfigError, match=r"(?s)--exclude-tokens.*0 to 299.*one token"):
+            excluded_tokens((token,), tokenizer, 300)
+
+
+def test_a_tokenizer_is_loaded_only_where_something_asks_for_it(
+    options: Callable[..., HarvestConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(64))
+    (tmp_path / "a.jsonl").write_text('{"ids": [1, 2]}\n')
+
+    def needed(name: str, **given: Any) -> bool:
+        config = options(dataset=str(tmp_path / name), **given)
+        return needs_tokenizer(config, open_documents(config))
+
+    assert not needed("a.bin")
+    assert not needed("a.bin", exclude_tokens=("3",))
+    assert needed("a.bin", exclude_tokens=("</s>",))
+    assert needed("a.bin", exclude_special=True)
+    assert needed("a.bin", bos="always")
+    assert needed("a.jsonl", token_column="ids")  # to join with EOS
+    assert not needed("a.jsonl", token_column="ids", pipeline="crop")
+
+
+def test_a_stream_is_believed_and_not_read_twice(
+    options: Callable[..., HarvestConfig], prose_file: Path
+) -> None:
+    assert planned(options(streaming=True, max_tokens=16 * 99_999)) == 99_999
 
 
 def planned(config: HarvestConfig) -> int:

@@ -24,6 +24,7 @@ class Letters:
 
 
 TEXT = Column("text", "text")
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 def documents(*texts: str) -> Documents:
@@ -110,6 +111,84 @@ def test_packing_is_joining_and_cutting(texts: list[str], ctx_len: int, with_bos
     size = ctx_len - len(bos)
     expected = [bos + line[i : i + size] for i in range(0, len(line) - size + 1, size)]
     assert pack(documents(*texts), ctx_len=ctx_len, bos_id=50 if with_bos else None) == expected
+
+
+def pairs(found: list[Sequence]) -> list[tuple[list[int], int, int, int]]:
+    return [(s.tokens.tolist(), s.length, s.document, s.start) for s in found]
+
+
+def test_truncating_takes_the_beginning_of_each_document_and_pads_the_rest() -> None:
+    source = documents("abcdef", "", "gh", "ijkl")
+    assert pairs(made(source, "truncate")) == [
+        ([1, 2, 3, 4], 4, 0, 0),
+        ([7, 8, 77, 77], 2, 2, 0),
+        ([9, 10, 11, 12], 4, 3, 0),
+    ]
+    assert pairs(made(source, "truncate", bos_id=50))[:2] == [
+        ([50, 1, 2, 3], 4, 0, 0),
+        ([50, 7, 8, 77], 3, 2, 0),
+    ]
+
+
+def test_cropping_takes_one_window_of_each_document_at_a_place_of_its_own() -> None:
+    texts = [ALPHABET[i % 5 :] for i in range(200)]
+    found = made(documents(*texts), "crop", ctx_len=5)
+    starts = {}
+    for number, (text, sequence) in enumerate(zip(texts, found, strict=True)):
+        start = sequence.start
+        assert (sequence.document, sequence.length) == (number, 5)
+        window = [ord(c) - 96 for c in text[start : start + 5]]
+        assert sequence.tokens.tolist() == window
+        slack = len(text) - 5
+        assert start == rng.stream("crop", 0, number).randint(slack + 1)
+        starts.setdefault(slack, set()).add(start)
+    assert all(len(places) > slack / 2 for slack, places in starts.items())
+    assert pairs(made(documents("abc"), "crop", ctx_len=5)) == [([1, 2, 3, 77, 77], 3, 0, 0)]
+    again = made(documents(*texts), "crop", ctx_len=5, seed=1)
+    assert [s.start for s in again] != [s.start for s in found]
+
+
+def test_every_sequence_says_where_its_text_begins() -> None:
+    source = documents("abc", "", "defgh", "i", "jk")
+    found = made(source, ctx_len=3, bos_id=50)
+    line = [
+        (n, i)
+        for n, t in enumerate(["abc", "", "defgh", "i", "jk"])
+        if t
+        for i in range(len(t) + 1)
+    ]
+    assert [(s.document, s.start) for s in found] == line[: len(found) * 2 : 2]
+    by_file = made(token_file(range(10)), ctx_len=4, bos_id=50, eos_id=None)
+    assert [(s.document, s.start) for s in by_file] == [(0, 0), (0, 3), (0, 6)]
+
+
+def test_a_document_that_ends_with_eos_gets_no_second_one() -> None:
+    ids = Column("ids", "ids")
+    source = Documents(lambda numbers: [[[5, 0], [6], [], [7, 0]][n] for n in numbers], 4, ids, "")
+    found = [s.tokens.tolist() for s in made(source, ctx_len=2)]
+    assert found == [[5, 0], [6, 0], [7, 0]]
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if messages[0]['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+)
+
+
+def test_a_conversation_is_written_out_by_the_chat_template(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    messages = [
+        {"role": "user", "content": "the cache", "name": None},
+        {"role": "model", "content": "the row"},
+    ]
+    (ids,) = tokens.tokenize(tokenizer, "chat", [messages])
+    assert tokenizer.decode(ids) == "<s>user: the cache</s><s>model: the row</s>"
+    assert ids.count(tokenizer.bos_token_id) == 2
+    with pytest.raises(DatasetError, match=r"(?s)chat template.*no robots.*robot"):
+        tokens.tokenize(tokenizer, "chat", [[{"role": "robot", "content": "x"}]])
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4", "<i4", "<i8"])

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from actcache import receipt as receipts_module
+from actcache.atomic import tell_full_disk
 from actcache.config import HarvestConfig
 from actcache.errors import ConfigError
 from actcache.filters import kept_positions, row_norms
@@ -279,7 +280,11 @@ class _Log:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         self._last = now
-        self._path.parent.mkdir(exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        line = json.dumps(entry) + "\n"
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise tell_full_disk(error, self._path, len(line)) from error
         return receipt

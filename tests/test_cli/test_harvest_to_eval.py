@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import saetrain.trainer
+from actcache.reader import Cache
 from actcache_cli.main import actcache_app, saetrain_app
 
 
@@ -49,6 +50,19 @@ def test_harvest_speaks_json(folders):
     assert summary["complete"]
     assert summary["new_shards"] == 0
     assert summary["cache"] == str(root / "cache")
+
+
+def test_a_text_that_ends_before_the_goal_is_said_and_nothing_is_repeated(folders, tmp_path):
+    root, harvest, *_ = folders
+    harvest = [tmp_path if word == root / "cache" else word for word in harvest]
+    for did in ("wrote ", "nothing left to do"):
+        printed = run(actcache_app, *harvest, "--max-tokens", 10**6)
+        assert did in printed
+        assert "; complete: the text ended before --max-tokens, " in printed
+    # The other harvest was asked for all of the text.
+    all_of_it, short_of_goal = Cache.open(root / "cache"), Cache.open(tmp_path)
+    assert short_of_goal.end == all_of_it.end
+    assert short_of_goal.digest(short_of_goal.shards) == all_of_it.digest(all_of_it.shards)
 
 
 def test_hookpoints_lists_names_and_widths(tiny_model):

@@ -11,12 +11,15 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from actcache.atomic import tell_full_disk
 from actcache.errors import CacheBusyError
 
 LOCK = Path("logs") / "harvest.lock"
+_TRIES = 5
+_PAUSE = 0.02  # seconds between tries: whoever looks whether it is free holds it for a moment
 
 
 class FolderLock:
@@ -43,7 +46,7 @@ class FolderLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._open(os.O_CREAT)
             assert self._fd is not None
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take_alone(self._fd)
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, who, 0)
             fcntl.flock(self._fd, fcntl.LOCK_SH)
@@ -77,3 +80,29 @@ class FolderLock:
 
     def _open(self, create: int = 0) -> None:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | create, 0o644)
+
+
+def is_free(root: Path, path: Path = LOCK) -> bool:
+    """Whether nobody holds the lock of a folder. Where that cannot be told: no."""
+    try:
+        fd = os.open(root / path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _take_alone(fd: int) -> None:
+    for _ in range(_TRIES - 1):
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_PAUSE)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

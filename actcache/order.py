@@ -123,23 +123,37 @@ def make_plan(
     return OrderPlan(tuple((s, n) for s, n in shards), block_rows, batch_size, lanes, window, seed)
 
 
-def split_shards(
-    shards: Sequence[int], val_fraction: float, seed: int
-) -> tuple[list[int], list[int]]:
-    """Shards to train on and shards held out.
+def held_out_rule(val_fraction: float, seed: int) -> tuple[int, int] | None:
+    """(modulus, residue) of the shards that are held out: s ≡ h mod round(1/f), h 0 or 1 by seed.
 
-    Held out are the shards s ≡ h mod round(1/f), h being 0 or 1 by the seed: at least one shard of
-    any two is held out, and which ones does not move when the cache grows.
+    None where nothing is held out.
 
     Raises:
         ConfigError: the fraction is not in [0, 0.5].
-        EmptyCacheError: a part was asked of a single shard.
     """
     if val_fraction and not 1e-6 <= val_fraction <= 0.5:
         raise ConfigError(
             "--val-fraction is out of range", expected="0 (none), or 1e-6 to 0.5", got=val_fraction
         )
     if val_fraction == 0:
+        return None
+    return max(2, round(1 / val_fraction)), int(rng.stream("held-out", seed).randint(2))
+
+
+def split_shards(
+    shards: Sequence[int], val_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Shards to train on and shards held out.
+
+    Held out are those of `held_out_rule`: at least one shard of any two is held out, and which ones
+    does not move when the cache grows.
+
+    Raises:
+        ConfigError: the fraction is not in [0, 0.5].
+        EmptyCacheError: a part was asked of a single shard.
+    """
+    rule = held_out_rule(val_fraction, seed)
+    if rule is None:
         return list(shards), []
     if len(shards) < 2:
         raise EmptyCacheError(
@@ -148,8 +162,7 @@ def split_shards(
             got=len(shards),
             remedy="harvest more, or with a smaller --shard-size; or fit with --val-fraction 0",
         )
-    modulus = max(2, round(1 / val_fraction))
-    residue = int(rng.stream("held-out", seed).randint(2))
+    modulus, residue = rule
     held_out = [s for s in shards if s % modulus == residue] or [shards[residue]]
     training = [s for s in shards if s not in set(held_out)]
     if not training:  # a harvest that is not finished may have just these

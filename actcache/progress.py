@@ -23,6 +23,7 @@ class Progress:
         self, what: str, total: int | None, unit: str, *, initial: int = 0, show: bool | None = None
     ) -> None:
         show = sys.stderr.isatty() if show is None else show
+        self._what = what
         self._bytes = 0
         self._began = time.monotonic()
         self._bar: Any = tqdm(
@@ -45,6 +46,17 @@ class Progress:
         if notes:
             self._bar.set_postfix(notes, refresh=False)
         self._bar.update(units)
+
+    def wait(self, what: str, *, begins: bool) -> None:
+        """Say what is waited for: at the end of the bar; without one in a line, when it begins."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str(what)
+        elif begins:
+            self.say(f"{self._what}: {what}")
+
+    def say(self, text: str) -> None:
+        """A line on stderr, above the bar if there is one."""
+        tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Leave the finished bar on the screen."""

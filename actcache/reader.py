@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class ShardTokens:
 
 
 class Cache:
-    """The published shards of a cache at the moment it was opened.
+    """The published shards of a cache at the moment it was opened, and those taken in since.
 
     Reading is safe from several threads at once.
     """
@@ -108,6 +108,30 @@ class Cache:
         if self.end is None or len(self.receipts) != self.end.last_shard + 1:
             return False
         return self.shards == list(range(self.end.last_shard + 1))
+
+    def take_in(self, shards: Iterable[int]) -> int | None:
+        """Take in what a harvest has published since: the seal, and the receipts of some shards.
+
+        Returns:
+            The first of the shards that is not there yet; None if all are.
+
+        Raises:
+            FormatError: a receipt or the seal is damaged.
+        """
+        if self.end is None:
+            self.end = receipts_module.read_end(self.root, self.manifest.cache_id)
+        found, missing = {}, None
+        for shard in shards:
+            if shard in self.receipts:
+                continue
+            path = receipts_module.receipt_path(self.root, shard)
+            if path.exists():
+                found[shard] = receipts_module.read_receipt(path, self.manifest)
+            elif missing is None:
+                missing = shard
+        if found:  # as a whole: other threads read it
+            self.receipts = dict(sorted((self.receipts | found).items()))
+        return missing
 
     def missing_files(self) -> list[Path]:
         """Published files that are gone or have another size; their bytes are not read."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,6 +20,21 @@ if TYPE_CHECKING:
     import torch
 
 PREFETCH_BATCHES = 4
+_PATIENCE = 1.0  # seconds without a batch before a consumer hears what is waited for
+
+
+class Plans(Protocol):
+    """Plans that a stream walks one after another, in every epoch the same."""
+
+    missing: int | None
+    """The shard that `walk` waits for now, if it waits."""
+
+    def walk(self, first: int, stop: threading.Event) -> Iterator[tuple[int, OrderPlan]]:
+        """Number and plan, from number `first` on; ends early when `stop` is set."""
+
+
+Place = tuple[int, int, int]
+"""Epoch, number of the plan, step within it: where a batch lies."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +43,15 @@ class Batch:
 
     epoch: int
     step: int
-    """Step within the epoch."""
+    """Step within the epoch, or within the segment where there are several."""
     activations: dict[str, torch.Tensor]
     """Rows by hookpoint, in the type on disk, on the CPU. Each [n, d_in]"""
     addresses: Rows
     """(shard, row in shard) of every row. [n, 2]"""
+    segment: int = 0
+    """Number of the plan that it is of, where there are several."""
+    last: bool = False
+    """Whether it ends a stream of a given number of epochs."""
 
 
 class ActivationStream:
@@ -41,12 +60,18 @@ class ActivationStream:
     The order is a pure function of (plan, epoch, step), so two integers are the whole state, and a
     stream rebuilt from them, on any number of ranks, goes on exactly where it was.
 
+    Given several plans (the segments of a cache, see `follow`), an epoch is all of them in turn;
+    each leaves out fewer than B + L rows, and the state has the segment's number too.
+
     Args:
         cache: where the rows are.
         hookpoints: which to read; nothing else is read.
-        plan: the order.
+        plan: the order, or the order of each segment.
         epoch: epoch to begin with.
-        step: step within it to begin with.
+        segment: segment to begin with.
+        step: step within epoch, or segment, to begin with.
+        epochs: end after so many; None: never. The last batch of a segment is then handed out once
+            it is known whether more follow.
         rank: this process's number.
         world_size: processes that share each global batch.
 
@@ -59,32 +84,46 @@ class ActivationStream:
         self,
         cache: Cache,
         hookpoints: Sequence[str],
-        plan: OrderPlan,
+        plan: OrderPlan | Plans,
         *,
         epoch: int = 0,
+        segment: int = 0,
         step: int = 0,
+        epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         for hookpoint in hookpoints:
             cache.require_hookpoint(hookpoint)
-        self.cache, self.hookpoints, self.plan = cache, tuple(hookpoints), plan
-        self.lanes = lanes_of_rank(plan.lanes, rank, world_size)
-        self.epoch, self.step = epoch, step
+        self.cache, self.hookpoints = cache, tuple(hookpoints)
+        self._segmented = not isinstance(plan, OrderPlan)
+        self._plans: Plans = _OnePlan(plan) if isinstance(plan, OrderPlan) else plan
+        self._rank, self._world_size = rank, world_size
+        if isinstance(plan, OrderPlan):
+            lanes_of_rank(plan.lanes, rank, world_size)  # refused here, not by the thread
+        self._place: Place = (epoch, segment, step)
+        self._epochs = epochs
         self.seconds_waited = 0.0
-        self._batches: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH_BATCHES)
+        self.on_wait: Callable[[int], None] = lambda _: None
+        """Called by `next` about once a second while a shard is waited for, with its number."""
+        self._batches: queue.Queue[tuple[Batch, Place] | BaseException | None] = queue.Queue(
+            PREFETCH_BATCHES
+        )
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch lies."""
-        return {"epoch": self.epoch, "step": self.step}
+        epoch, segment, step = self._place
+        if self._segmented:
+            return {"epoch": epoch, "segment": segment, "step": step}
+        return {"epoch": epoch, "step": step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a state. Only before the first batch is taken."""
         if self._thread is not None:
             raise RunError("the stream has already begun", remedy="load the state into a new one")
-        self.epoch, self.step = state["epoch"], state["step"]
+        self._place = (state["epoch"], state.get("segment", 0), state["step"])
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -98,16 +137,25 @@ class ActivationStream:
             self._thread.daemon = True  # an abandoned stream must not keep the process alive
             self._thread.start()
         began = time.monotonic()
-        item = self._batches.get()
+        item = self._take()
         self.seconds_waited += time.monotonic() - began
+        if item is None:
+            self.close()
+            raise StopIteration
         if isinstance(item, BaseException):
             self.close()
             raise item
-        epoch, step = item.epoch, item.step + 1
-        self.epoch, self.step = (
-            (epoch, step) if step < self.plan.steps_per_epoch else (epoch + 1, 0)
-        )
-        return item
+        batch, self._place = item
+        return batch
+
+    def _take(self) -> tuple[Batch, Place] | BaseException | None:
+        while True:
+            try:
+                return self._batches.get(timeout=_PATIENCE)
+            except queue.Empty:
+                missing = self._plans.missing
+            if missing is not None:
+                self.on_wait(missing)
 
     def __enter__(self) -> ActivationStream:
         return self
@@ -123,16 +171,14 @@ class ActivationStream:
 
     def _produce(self) -> None:
         try:
-            epoch, step = self.epoch, self.step
-            while True:
-                for batch in self._epoch(epoch, step):
-                    if not self._put(batch):
-                        return
-                epoch, step = epoch + 1, 0
+            for item in self._walk() if self._epochs is None else _mark_last(self._walk()):
+                if not self._put(item):
+                    return
+            self._put(None)
         except BaseException as error:  # handed over whole: whoever takes the batch raises it
             self._put(error)
 
-    def _put(self, item: Batch | BaseException) -> bool:
+    def _put(self, item: tuple[Batch, Place] | BaseException | None) -> bool:
         while not self._stop.is_set():
             try:
                 self._batches.put(item, timeout=0.1)
@@ -141,11 +187,27 @@ class ActivationStream:
             return True
         return False
 
-    def _epoch(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        plan = self.plan
+    def _walk(self) -> Iterator[tuple[Batch, Place]]:
+        """Every batch, and the place after it."""
+        epoch, segment, step = self._place
+        while not self._stop.is_set() and epoch != self._epochs:
+            for number, plan in self._plans.walk(segment, self._stop):
+                # The next segment's number, whether there is one or not: the place is a function of
+                # the batches before it, not of what is known of those after it.
+                end = (epoch, number + 1, 0) if self._segmented else (epoch + 1, 0, 0)
+                for batch in self._segment(epoch, number, plan, step):
+                    whole = batch.step + 1 == plan.steps_per_epoch
+                    yield batch, end if whole else (epoch, number, batch.step + 1)
+                step = 0
+            epoch, segment, step = epoch + 1, 0, 0
+
+    def _segment(
+        self, epoch: int, number: int, plan: OrderPlan, first_step: int
+    ) -> Iterator[Batch]:
         line = Epoch(plan, epoch)
         b = plan.rows_per_lane_and_batch
-        lanes = [_Lane(self.cache, self.hookpoints, line, lane) for lane in self.lanes]
+        served = lanes_of_rank(plan.lanes, self._rank, self._world_size)
+        lanes = [_Lane(self.cache, self.hookpoints, line, lane) for lane in served]
         storage = self.cache.codec.storage
         for step in range(first_step, plan.steps_per_epoch):
             n = b * len(lanes)
@@ -161,7 +223,33 @@ class ActivationStream:
                 step,
                 {name: self.cache.codec.to_torch(array) for name, array in rows.items()},
                 addresses,
+                number,
             )
+
+
+class _OnePlan:
+    """One plan, as plans."""
+
+    def __init__(self, plan: OrderPlan) -> None:
+        self._plan = plan
+        self.missing: int | None = None
+
+    def walk(self, first: int, stop: threading.Event) -> Iterator[tuple[int, OrderPlan]]:
+        """The plan."""
+        del first, stop
+        yield 0, self._plan
+
+
+def _mark_last(items: Iterator[tuple[Batch, Place]]) -> Iterator[tuple[Batch, Place]]:
+    """The same batches, the last one marked; after it, the place is the start of an epoch."""
+    held = next(items, None)
+    for item in items:
+        assert held is not None
+        yield held
+        held = item
+    if held is not None:
+        batch, _ = held
+        yield replace(batch, last=True), (batch.epoch + 1, 0, 0)
 
 
 class _Lane:

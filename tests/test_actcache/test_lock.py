@@ -13,7 +13,7 @@ import pytest
 
 from actcache.errors import CacheBusyError
 from actcache.harvest import harvest
-from actcache.lock import LOCK, FolderLock
+from actcache.lock import LOCK, FolderLock, is_free
 
 
 def test_a_second_harvest_is_told_who_is_at_work(tmp_path: Path) -> None:
@@ -45,6 +45,26 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     assert done.returncode == -9
     assert (tmp_path / LOCK).exists()
     FolderLock(tmp_path).take()
+
+
+def test_whether_a_folder_is_free_can_be_asked_without_taking_it(tmp_path: Path) -> None:
+    assert is_free(tmp_path)
+    lock = FolderLock(tmp_path)
+    lock.take()
+    assert not is_free(tmp_path)
+    lock.release()
+    assert is_free(tmp_path)
+    FolderLock(tmp_path).take()
+
+
+def test_one_who_looks_at_the_moment_of_taking_does_not_stand_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, looker = FolderLock(tmp_path), FolderLock(tmp_path)
+    looker.take()
+    monkeypatch.setattr("actcache.lock.time.sleep", lambda _: looker.release())
+    lock.take()
+    assert not is_free(tmp_path)
 
 
 def test_releasing_what_is_not_held_is_harmless(tmp_path: Path) -> None:

@@ -42,3 +42,17 @@ def test_a_bar_shows_the_amount_the_rate_and_the_disk(capsys: pytest.CaptureFixt
     assert "2.00k/4.00k" in err
     assert "loss=1" in err
     assert "disk=" in err
+
+
+def test_waiting_stands_in_the_bar_and_without_one_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    silent = Progress("fit", 10, "rows")
+    for shard in range(3):
+        silent.wait(f"waiting for shard {shard}", begins=shard == 0)
+    silent.say("warning: cold")
+    assert capsys.readouterr() == ("", "fit: waiting for shard 0\nwarning: cold\n")
+    shown = Progress("fit", 10, "rows", show=True)
+    shown.wait("waiting for shard 0", begins=False)
+    shown.close()
+    assert "waiting for shard 0" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""Segments: how a cache that is still being harvested is cut up for training. Pure functions.
+
+Segment n is the shards [n·G, (n + 1)·G), the last one what is left. Each has a plan of its own (see
+`order`), so that it can be trained on as soon as its shards are there, whatever comes later. An
+epoch is all segments in turn. Letters: G shards of a segment, B rows of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from actcache.manifest import Manifest
+from actcache.order import OrderPlan, held_out_rule, make_plan
+
+_BATCHES = 64
+"""Batches that a segment should hold: less than one is left over at its end, 1/64 of its rows."""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """All that the order of segments depends on, besides how many rows each shard has."""
+
+    shards_each: int
+    """Shards of a segment, G."""
+    block_rows: int
+    """Rows of a block."""
+    batch_size: int
+    """Rows of a global batch, B."""
+    seed: int
+    """Seed of the order and of the held-out split."""
+    pool_rows: int
+    """Rows to hold in memory."""
+    val_fraction: float
+    """Share of the shards that is held out."""
+
+    def shards(self, number: int, last: int | None = None) -> range:
+        """Shards of a segment; none after the last.
+
+        Args:
+            number: which segment, from 0.
+            last: number of the cache's last shard, where it is known.
+        """
+        first = number * self.shards_each
+        stop = first + self.shards_each
+        return range(first, stop if last is None else min(stop, last + 1))
+
+    def is_held_out(self, shard: int) -> bool:
+        """Whether a shard is never trained on: by its number alone."""
+        return self._rule is not None and shard % self._rule[0] == self._rule[1]
+
+    @cached_property
+    def _rule(self) -> tuple[int, int] | None:
+        return held_out_rule(self.val_fraction, self.seed)
+
+    def plan(self, number: int, rows: Mapping[int, int]) -> OrderPlan | None:
+        """The order of one segment's training rows; None if they are fewer than a batch.
+
+        The first segment has the run's own seed, each other the next number: a cache of one segment
+        is trained on as it is without segments.
+
+        Args:
+            number: which segment.
+            rows: of each of its shards.
+        """
+        training = [(shard, n) for shard, n in rows.items() if not self.is_held_out(shard)]
+        if sum(n for _, n in training) < self.batch_size:
+            return None
+        seed = (self.seed + number) % 2**32
+        return make_plan(training, self.block_rows, self.batch_size, seed, self.pool_rows)
+
+    def steps(self, rows: Mapping[int, int]) -> int:
+        """Global batches in an epoch over all shards of a cache, given the rows of each."""
+        segments = range(-(-len(rows) // self.shards_each))
+        parts = [{s: rows[s] for s in self.shards(n, len(rows) - 1)} for n in segments]
+        plans = [self.plan(number, part) for number, part in enumerate(parts)]
+        return sum(plan.steps_per_epoch for plan in plans if plan is not None)
+
+
+def default_shards_each(manifest: Manifest, batch_size: int, pool_rows: int) -> int:
+    """The fewest shards, at least 2, whose rows fill the pool and hold 64 batches.
+
+    With fewer rows than the pool, batches would be mixed worse than memory allows; with fewer
+    batches, more than 1/64 of the rows could be left over. Of two neighbours one is trained on.
+    """
+    rows = max(pool_rows, _BATCHES * batch_size)
+    return max(2, math.ceil(rows / manifest.shard_rows))
+
+
+def goal_rows(manifest: Manifest, sequences: int) -> dict[int, int]:
+    """The most rows that each shard of a harvest of so many sequences can have, by number."""
+    full, rest = divmod(sequences, manifest.sequences_per_shard)
+    rows = dict.fromkeys(range(full), manifest.shard_rows)
+    return rows | ({full: rest * manifest.identity.rows_per_sequence} if rest else {})

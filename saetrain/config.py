@@ -84,6 +84,18 @@ class FitConfig:
     val_fraction: float = 0.05
     """Share of the shards that are held out and never trained on. 0: none."""
 
+    follow: bool = False
+    """Train while the harvest is still at work: begin on the shards that are there, in segments,
+    and wait for more instead of ending the epoch. The result does not depend on when shards come.
+    Steps are counted from the harvest's goal (its --max-tokens) or, where it has none, from
+    --max-tokens here. If there are fewer rows than the goal promises (the text ends early, filters
+    drop rows), the run ends after the last segment of its last epoch, and says so."""
+
+    segment_shards: int | None = None
+    """Shards of a segment with --follow: trained on once all are there, each shuffled by itself; an
+    incomplete batch at its end is left out. The first one gives the mean and variance. Default: as
+    many as fill --pool-rows and hold 64 batches."""
+
     pool_rows: int = 2**19
     """Rows held in memory over all lanes, of every hookpoint; part of the order of rows."""
 
@@ -112,6 +124,7 @@ class FitConfig:
             "epochs",
             "max_tokens",
             "dead_after",
+            "segment_shards",
             "pool_rows",
             "save_every",
             "log_every",
@@ -128,3 +141,15 @@ class FitConfig:
             raise ConfigError("--seed is out of range", expected="0 to 2**32 - 1", got=self.seed)
         if self.lr_warmup_steps < 0:
             raise ConfigError("--lr-warmup-steps is negative", got=self.lr_warmup_steps)
+        if self.segment_shards is not None and not self.follow:
+            raise ConfigError(
+                "--segment-shards is for a run with --follow",
+                got=self.segment_shards,
+                remedy="add --follow, or leave it out",
+            )
+        if self.segment_shards == 1 and self.val_fraction:
+            raise ConfigError(
+                "--segment-shards leaves nothing to train on in a segment that is held out",
+                expected=">= 2, or --val-fraction 0",
+                got=1,
+            )

@@ -17,6 +17,7 @@ from actcache.progress import Progress
 from actcache.reader import Cache
 from saetrain.checkpoint import SaeState, newest_state
 from saetrain.config import SaeConfig
+from saetrain.follow import has_ended, held_out_shards, read_used
 from saetrain.formats.sparsify import WEIGHTS, load_sae
 from saetrain.losses import total
 from saetrain.metrics import fired
@@ -36,7 +37,8 @@ class SaeEvaluation:
     num_latents: int
     k: int
     fvu: float
-    """Σ‖x - x̂‖² / Σ‖x - mean‖² over the held-out rows; mean is that of the training rows."""
+    """Σ‖x - x̂‖² / Σ‖x - mean‖² over the held-out rows; mean is that of the training rows
+    (with --follow: of the first segment's)."""
     l0: float
     """Mean number of active latents in a row."""
     dead_percent: float | None
@@ -91,7 +93,10 @@ def evaluate(root: Path, cache_folder: str | None = None, device: str = "auto") 
         )
     cache = Cache.open(folder)
     check_same_cache(record, cache)
-    if not record.held_out:
+    if record.segment_shards is not None:
+        read_used(root, record, cache)  # checks it
+    held_out = held_out_shards(record, cache)
+    if not held_out:
         raise RunError(
             f"{root} held nothing out to evaluate on",
             remedy="fit with a --val-fraction above 0",
@@ -102,12 +107,14 @@ def evaluate(root: Path, cache_folder: str | None = None, device: str = "auto") 
             f"{root} holds no checkpoint: nothing has been saved yet",
             remedy="saetrain fit with --resume goes on",
         )
-    step = state.step
+    step, steps = state.step, record.steps
+    if has_ended(record, state):
+        steps = step
     # Lines after the checkpoint are of steps that a resumed run does again.
     metrics, timings = last_line(root / METRICS, step), last_line(root / TIMINGS, step)
     if len(state.saes) != len(record.saes) or step > record.steps:
         raise FormatError(f"{root} holds a checkpoint that is not of this run")
-    if step == record.steps and (metrics is None or timings is None):
+    if step == steps and (metrics is None or timings is None):
         raise FormatError(f"{root} lost {METRICS} or {TIMINGS}", remedy="restore them from a copy")
     hookpoints = [entry.hookpoint for entry in record.saes]
     dead: dict[str, float | None] = dict.fromkeys(hookpoints)
@@ -122,12 +129,12 @@ def evaluate(root: Path, cache_folder: str | None = None, device: str = "auto") 
         run=str(root),
         cache_id=record.cache_id,
         step=step,
-        steps=record.steps,
-        rows=sum(cache.receipts[shard].rows for shard in record.held_out),
+        steps=steps,
+        rows=sum(cache.receipts[shard].rows for shard in held_out),
         dead_after=record.dead_after,
         rows_per_second=rate,
         saes=tuple(
-            _evaluate_sae(root, record, entry, saved, cache, at, dead[entry.hookpoint])
+            _evaluate_sae(root, record, entry, saved, cache, held_out, at, dead[entry.hookpoint])
             for entry, saved in zip(record.saes, state.saes, strict=True)
         ),
     )
@@ -141,6 +148,7 @@ def _evaluate_sae(
     entry: SaeEntry,
     saved: SaeState,
     cache: Cache,
+    shards: list[int],
     device: torch.device,
     dead_percent: float | None,
 ) -> SaeEvaluation:
@@ -159,7 +167,7 @@ def _evaluate_sae(
             remedy="saetrain fit with --resume goes on, if it was stopped while it saved; if it is "
             "at work, try again; else restore the SAE from a copy",
         )
-    name, shards = entry.hookpoint, list(record.held_out)
+    name = entry.hookpoint
     mean = cache.statistics(name, record.training_shards).mean
     denominator = cache.statistics(name, shards).squared_error_of(mean)
     error, l0, alive = squared_error(sae, cache, name, shards)

@@ -17,11 +17,13 @@ from actcache.device import choose_device
 from actcache.errors import ConfigError, DiskFullError, FormatError, HookpointError, RunError
 from actcache.lock import FolderLock
 from actcache.manifest import MANIFEST
-from actcache.order import make_plan, split_shards
+from actcache.order import OrderPlan, make_plan, split_shards
 from actcache.reader import Cache
+from actcache.segments import Segmentation, default_shards_each, goal_rows
 from actcache.stream import ActivationStream
 from saetrain.checkpoint import load_checkpoint, remove_others
 from saetrain.config import FitConfig, SaeConfig
+from saetrain.follow import Follower
 from saetrain.metrics import Firing, Meter
 from saetrain.optim import default_lr, make_optimizer
 from saetrain.run import (
@@ -39,6 +41,7 @@ from saetrain.run import (
 from saetrain.sae import Sae
 from saetrain.tracking import METRICS, Tracker, last_line, saes_of
 from saetrain.trainer import Trainee, train
+from saetrain.waiting import first_segment, require_batch
 
 LOCK = Path("fit.lock")
 _DEAD_AFTER = 10_000_000
@@ -100,7 +103,8 @@ def _fit(
         remove_partials(root)
         record, warnings = _go_on(config, cache, root)
     else:
-        record, warnings = _decide(config, cache), _missing_shards(cache)
+        record = _decide(config, cache)
+        warnings = () if config.follow else _missing_shards(cache)
     trainees = _build(record, cache, device)
     if not begun:  # only now: a run that cannot be built leaves nothing behind
         lock.take()
@@ -108,13 +112,19 @@ def _fit(
             raise RunError(f"another fit has begun a run in {root}", remedy="--resume, or wait")
         remove_partials(root)
         write_run(root, record)
-    first_step = _restore(root, record, trainees)
+    follower = None if record.segment_shards is None else Follower(root, record, cache)
+    first_step, place = _restore(root, record, trainees, follower)
     hookpoints = [entry.hookpoint for entry in record.saes]
-    epoch, step = divmod(first_step, record.plan.steps_per_epoch)
-    stream = ActivationStream(cache, hookpoints, record.plan, epoch=epoch, step=step)
+    stream = ActivationStream(
+        cache,
+        hookpoints,
+        record.plan if follower is None else follower.plans,
+        epochs=None if follower is None else _epochs(record),
+        **place,
+    )
     tracker = Tracker(root, first_step, record.steps, record.plan.batch_size)
     try:
-        train(root, record, trainees, stream, tracker, first_step)
+        steps = train(root, record, trainees, stream, tracker, first_step, follower)
     finally:
         stream.close()
         rows_per_second, data_wait = tracker.close()
@@ -123,14 +133,30 @@ def _fit(
         raise FormatError(f"{root / METRICS} is missing or empty", remedy="restore it from a copy")
     return FitSummary(
         run=str(root),
-        steps=record.steps,
-        new_steps=record.steps - first_step,
-        rows=record.steps * record.plan.batch_size,
+        steps=steps,
+        new_steps=steps - first_step,
+        rows=steps * record.plan.batch_size,
         rows_per_second=rows_per_second,
         data_wait=data_wait,
         dead_after=record.dead_after,
         saes=saes_of(root / METRICS, line, hookpoints),
-        warnings=warnings,
+        warnings=(*warnings, *_ended_early(record, steps)),
+    )
+
+
+def _epochs(record: RunRecord) -> int | None:
+    """Epochs after which the run ends; None where its steps alone say it."""
+    return record.options.epochs if record.options.max_tokens is None else None
+
+
+def _ended_early(record: RunRecord, steps: int) -> tuple[str, ...]:
+    """A warning if there were fewer rows than the harvest's goal promised."""
+    if steps == record.steps:
+        return ()
+    rate = "" if record.options.optimizer == "signum" else "; the learning rate did not reach 0"
+    return (
+        f"the run ended after {steps:,} of {record.steps:,} planned steps: the text ended before "
+        f"the harvest's goal, or filters dropped rows{rate}",
     )
 
 
@@ -158,7 +184,7 @@ def _missing_shards(cache: Cache) -> tuple[str, ...]:
         planned = str(-(-manifest.planned_sequences // manifest.sequences_per_shard))
     return (
         f"{cache.root} is not complete: shards there {len(cache.shards)}, planned {planned}; the "
-        "run uses those that are there now",
+        "run uses those that are there now (--follow waits for more)",
     )
 
 
@@ -204,18 +230,26 @@ def _go_on(config: FitConfig, cache: Cache, root: Path) -> tuple[RunRecord, tupl
     return asked, warnings
 
 
-def _restore(root: Path, record: RunRecord, trainees: list[Trainee]) -> int:
-    """Put back the newest checkpoint, if there is one; returns the steps done.
+def _restore(
+    root: Path, record: RunRecord, trainees: list[Trainee], follower: Follower | None
+) -> tuple[int, dict[str, int]]:
+    """Put back the newest checkpoint, if there is one.
+
+    Returns:
+        Steps done, and the state of the stream.
 
     Raises:
         FormatError: it is damaged, or belongs to another run.
     """
     checkpoint = load_checkpoint(root)
     if checkpoint is None:
-        return 0
+        return 0, {}
     state, tensors = checkpoint
-    epoch, step = divmod(state.step, record.plan.steps_per_epoch)
-    place = {"epoch": epoch, "step": step}
+    if follower is None:
+        epoch, step = divmod(state.step, record.plan.steps_per_epoch)
+        place: dict[str, int] | None = {"epoch": epoch, "step": step}
+    else:
+        place = follower.place_after(state.step, _epochs(record))
     fits = len(tensors) == len(trainees) and 0 <= state.step <= record.steps
     if not fits or state.stream != place:
         expected = f"{len(trainees)} SAEs, step 0 to {record.steps}, the stream at {place}"
@@ -227,7 +261,7 @@ def _restore(root: Path, record: RunRecord, trainees: list[Trainee]) -> int:
         except (KeyError, RuntimeError) as error:
             raise _foreign_checkpoint(root, f"the state of {trainee.entry}", error) from error
     remove_others(root, state.step)
-    return state.step
+    return state.step, state.stream
 
 
 def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatError:
@@ -241,38 +275,98 @@ def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatErro
 
 
 def _decide(config: FitConfig, cache: Cache) -> RunRecord:
+    entries = tuple(
+        _entry(config, name, cache.manifest.width(name)) for name in _choose(config, cache)
+    )
+    order = _order_in_segments(config, cache) if config.follow else _order(config, cache)
+    steps = _steps(config, order.epoch_steps)
+    epoch_steps = steps if order.epoch_steps is None else order.epoch_steps
+    training = [shard for shard, _ in order.plan.shards]
+    return RunRecord(
+        format_version=FORMAT_VERSION,
+        cache=place_of(config.cache),
+        cache_id=cache.manifest.cache_id,
+        receipts_digest=receipts_digest(cache, training, order.held_out),
+        held_out=tuple(order.held_out),
+        plan=order.plan,
+        steps=steps,
+        dead_after=config.dead_after
+        or min(_DEAD_AFTER, min(steps, epoch_steps) * order.plan.batch_size),
+        saes=entries,
+        options=config,
+        versions=_versions(),
+        segment_shards=order.segment_shards,
+    )
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a run trains on, and how long an epoch is."""
+
+    plan: OrderPlan
+    held_out: list[int]
+    epoch_steps: int | None
+    """None if that cannot be known."""
+    segment_shards: int | None
+
+
+def _order(config: FitConfig, cache: Cache) -> _Order:
+    """All shards that are there now, as one."""
     cache.require_shards()
     training, held_out = split_shards(cache.shards, config.val_fraction, config.seed)
     shards = [(shard, cache.receipts[shard].rows) for shard in training]
     plan = make_plan(
         shards, cache.manifest.block_rows, config.batch_size, config.seed, config.pool_rows
     )
-    steps = config.epochs * plan.steps_per_epoch
-    if config.max_tokens is not None:
-        steps = config.max_tokens // config.batch_size
-        if steps == 0:
+    return _Order(plan, held_out, plan.steps_per_epoch, None)
+
+
+def _order_in_segments(config: FitConfig, cache: Cache) -> _Order:
+    """Segments; waits until the first one is there."""
+    manifest = cache.manifest
+    segmentation = Segmentation(
+        shards_each=config.segment_shards
+        or default_shards_each(manifest, config.batch_size, config.pool_rows),
+        block_rows=manifest.block_rows,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        pool_rows=config.pool_rows,
+        val_fraction=config.val_fraction,
+    )
+    epoch_steps = None
+    promised = dict.fromkeys(segmentation.shards(0), manifest.shard_rows)
+    # A harvest of less text than its goal has a seal that says so, and must not change the steps.
+    sealed = None if cache.end is None else cache.end.sequences
+    goals = [goal for goal in (manifest.planned_sequences, sealed) if goal is not None]
+    if goals:
+        rows = goal_rows(manifest, max(goals))
+        epoch_steps = segmentation.steps(rows)
+        promised = {shard: rows[shard] for shard in promised if shard in rows}
+    _steps(config, epoch_steps)  # what cannot be is refused now, not after hours of waiting
+    require_batch(segmentation, promised)
+    plan = first_segment(cache, segmentation)
+    held_out = [s for s in segmentation.shards(0, cache.shards[-1]) if segmentation.is_held_out(s)]
+    return _Order(plan, held_out, epoch_steps, segmentation.shards_each)
+
+
+def _steps(config: FitConfig, epoch_steps: int | None) -> int:
+    """Steps of the whole run; with --follow, unless --max-tokens says it, the most it can have."""
+    if config.max_tokens is None:
+        if epoch_steps is None:
             raise ConfigError(
-                "--max-tokens is less than one batch",
-                expected=f">= --batch-size {config.batch_size}",
-                got=config.max_tokens,
+                f"how many steps --follow will make cannot be known: the harvest of {config.cache} "
+                "has no goal",
+                remedy="--max-tokens N",
             )
-    entries = tuple(
-        _entry(config, name, cache.manifest.width(name)) for name in _choose(config, cache)
-    )
-    return RunRecord(
-        format_version=FORMAT_VERSION,
-        cache=place_of(config.cache),
-        cache_id=cache.manifest.cache_id,
-        receipts_digest=receipts_digest(cache, training, held_out),
-        held_out=tuple(held_out),
-        plan=plan,
-        steps=steps,
-        dead_after=config.dead_after
-        or min(_DEAD_AFTER, min(steps, plan.steps_per_epoch) * plan.batch_size),
-        saes=entries,
-        options=config,
-        versions=_versions(),
-    )
+        return config.epochs * epoch_steps
+    steps = config.max_tokens // config.batch_size
+    if steps == 0:
+        raise ConfigError(
+            "--max-tokens is less than one batch",
+            expected=f">= --batch-size {config.batch_size}",
+            got=config.max_tokens,
+        )
+    return steps
 
 
 def _choose(config: FitConfig, cache: Cache) -> list[str]:

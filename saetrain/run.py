@@ -47,13 +47,14 @@ class RunRecord:
     cache_id: str
     """Id of the cache."""
     receipts_digest: str
-    """Digest over the receipts of the training shards and the held-out ones."""
+    """Digest over the receipts of the training shards and the held-out ones (with --follow: of the
+    first segment; the others are pinned in segments.json as they are used)."""
     held_out: tuple[int, ...]
-    """Shards that are never trained on."""
+    """Shards that are never trained on (with --follow: those of the first segment)."""
     plan: OrderPlan
-    """Training shards and the order of their rows."""
+    """Training shards and the order of their rows (with --follow: those of the first segment)."""
     steps: int
-    """Steps of the whole run."""
+    """Steps of the whole run; with --follow at most: the text may end before its goal."""
     dead_after: int
     """Rows without firing after which a latent is dead."""
     saes: tuple[SaeEntry, ...]
@@ -62,6 +63,8 @@ class RunRecord:
     """The options as given."""
     versions: dict[str, str]
     """Libraries that the run began with."""
+    segment_shards: int | None = None
+    """Shards of a segment, with --follow; null: the run uses the shards of `plan` alone."""
 
     def __post_init__(self) -> None:
         """Refuse a record of another version."""
@@ -75,7 +78,10 @@ class RunRecord:
 
     @property
     def training_shards(self) -> list[int]:
-        """Numbers of the shards that are trained on."""
+        """Numbers of the shards that are trained on, and give mean and variance.
+
+        With --follow, those of the first segment: what comes later must not change the loss.
+        """
         return [shard for shard, _ in self.plan.shards]
 
 
@@ -93,11 +99,19 @@ def read_run(root: Path) -> RunRecord:
     """
     path = root / RUN
     try:
-        return parse_dataclass(RunRecord, read_json(path), str(path))
+        record = parse_dataclass(RunRecord, read_json(path), str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(
             f"{root} is not a run: it holds no {RUN}", remedy=f"saetrain fit CACHE --out {root}"
         ) from error
+    shards = record.segment_shards
+    if (shards is not None) != record.options.follow or (shards is not None and shards < 1):
+        raise FormatError(
+            f"{path} holds segments that cannot be",
+            expected="segment_shards >= 1 with --follow, null without",
+            got=shards,
+        )
+    return record
 
 
 def place_of(cache: str) -> str:

@@ -31,7 +31,7 @@ class Tracker:
         for name in (METRICS, TIMINGS):
             cut_back(root / name, step)
             self._files[name] = (root / name).open("a")
-        self._bar = Progress("fit", steps * batch_size, "rows", initial=step * batch_size)
+        self.bar = Progress("fit", steps * batch_size, "rows", initial=step * batch_size)
         self._began = self._last = time.monotonic()
         self._first_step = self._last_step = step
         self._waited = 0.0
@@ -60,7 +60,7 @@ class Tracker:
         self._write(METRICS, {"step": step, "rows": step * self._batch_size, "saes": metrics})
         self._write(TIMINGS, timings)
         fvu = sum(m["fvu"] for m in metrics.values()) / len(metrics)
-        self._bar.advance(rows, fvu=f"{fvu:.4f}", data_wait=f"{timings['data_wait']:.0%}")
+        self.bar.advance(rows, fvu=f"{fvu:.4f}", data_wait=f"{timings['data_wait']:.0%}")
         self._last, self._last_step, self._waited = now, step, waited
 
     def sync(self) -> None:
@@ -70,7 +70,7 @@ class Tracker:
 
     def close(self) -> tuple[float, float]:
         """Close all; returns rows per second and the share of time spent waiting for rows."""
-        self._bar.close()
+        self.bar.close()
         for file in self._files.values():
             file.close()
         seconds = max(self._last - self._began, 1e-9)

@@ -13,6 +13,7 @@ from torch import Tensor
 from actcache.errors import RunError
 from actcache.stream import ActivationStream
 from saetrain.checkpoint import newest_step, save_checkpoint
+from saetrain.follow import Follower
 from saetrain.formats.sparsify import save_sae
 from saetrain.losses import compute_losses
 from saetrain.metrics import Firing, Meter
@@ -20,6 +21,7 @@ from saetrain.optim import Optimizer
 from saetrain.run import RunRecord, SaeEntry
 from saetrain.sae import Sae
 from saetrain.tracking import Tracker
+from saetrain.waiting import Waiting
 
 V = TypeVar("V")
 
@@ -60,27 +62,58 @@ def train(
     stream: ActivationStream,
     tracker: Tracker,
     first_step: int,
-) -> None:
-    """Train until the run's last step, from `first_step` on.
+    follower: Follower | None = None,
+) -> int:
+    """Train until the run's last step, or the last of its data, from `first_step` on.
+
+    Args:
+        root: folder of the run.
+        record: what the run is.
+        trainees: what is trained.
+        stream: at the batch of `first_step`.
+        tracker: hears of every step that is logged.
+        first_step: steps done.
+        follower: pins what is used of a cache that is still being harvested.
+
+    Returns:
+        Steps done in the whole run.
 
     Raises:
         RunError: a loss is not finite; a checkpoint before it stays.
     """
-    options = record.options
+    options, done, saved = record.options, first_step, first_step
+    if follower is not None:
+        waiting = Waiting(stream.cache, follower.plans.segmentation.shards_each, tracker.bar)
+
+        def wait(shard: int) -> None:
+            nonlocal saved
+            waiting(shard)
+            if done > saved:  # time enough, and nothing is lost to whoever stops it now
+                tracker.sync()
+                save(root, done, trainees, stream)
+                saved = done
+
+        stream.on_wait = wait
     for step in range(first_step, record.steps):
-        batch = next(stream)
+        batch = next(stream, None)
+        if batch is None:
+            break
+        if follower is not None:
+            follower.use(batch)
         for trainee in trainees:
             train_step(
                 trainee, batch.activations[trainee.entry.hookpoint], step, options.auxk_alpha
             )
         done = step + 1
-        last = done == record.steps
+        last = done == record.steps or batch.last
         if done % options.log_every == 0 or last:
             rows = done * record.plan.batch_size
             tracker.log(done, _read_metrics(root, trainees, done, rows), stream.seconds_waited)
         if done % options.save_every == 0 or last:
             tracker.sync()
             save(root, done, trainees, stream)
+            saved = done
+    return done
 
 
 def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> None:

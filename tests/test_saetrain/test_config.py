@@ -30,6 +30,7 @@ def test_k_may_be_all_latents_and_no_more() -> None:
         ("epochs", 0),
         ("max_tokens", 0),
         ("dead_after", 0),
+        ("segment_shards", 0),
         ("save_every", 0),
         ("log_every", -1),
         ("lr", 0.0),
@@ -47,6 +48,14 @@ def test_a_number_that_no_run_can_carry_out_is_refused_by_its_option(
 ) -> None:
     with pytest.raises(ConfigError, match="--" + option.replace("_", "-")):
         FitConfig("cache", "run", **{option: value})  # type: ignore[arg-type]
+
+
+def test_segments_are_for_runs_that_follow_and_one_shard_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"--segment-shards is for a run with --follow"):
+        FitConfig("cache", "run", segment_shards=4)
+    with pytest.raises(ConfigError, match=r"held out(.|\n)*>= 2, or --val-fraction 0"):
+        FitConfig("cache", "run", follow=True, segment_shards=1)
+    FitConfig("cache", "run", follow=True, segment_shards=1, val_fraction=0.0)
 
 
 def test_the_defaults_are_those_of_the_field() -> None:

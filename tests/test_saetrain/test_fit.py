@@ -443,7 +443,7 @@ def command(config: FitConfig) -> list[str]:
     words = [program, "fit", config.cache]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("cache", "hookpoint", "resume") and value is not None:
+        if field.name not in ("cache", "hookpoint", "resume", "follow") and value is not None:
             words += ["--" + field.name.replace("_", "-"), str(value)]
     return words
 
@@ -790,8 +790,13 @@ def test_a_cache_that_is_not_complete_is_told_with_the_numbers(
     path = make_cache(shards=4)
     (path / "shards" / "END.json").unlink()
     (path / "shards" / "00003.json").unlink()
-    (warning,) = fit(options(cache=str(path))).warnings
+    config = options(cache=str(path))
+    (warning,) = fit(config).warnings
     assert "is not complete: shards there 3, planned 4" in warning
+    assert "--follow waits for more" in warning
+    record = read_run(Path(config.out))
+    assert sorted([*record.training_shards, *record.held_out]) == [0, 1, 2]
+    assert record.steps == 2 * 128 // 32
 
 
 def test_a_full_disk_names_resume_as_the_remedy(

@@ -78,8 +78,9 @@ def test_a_folder_that_is_no_run_is_refused_by_its_name(tmp_path: Path, path: st
         lambda run: json.dumps(run | {"steps": "8"}),
         lambda run: json.dumps(run | {"saes": [{"hookpoint": "layers.0"}]}),
         lambda run: json.dumps(run | {"format_version": 2}),
+        lambda run: json.dumps(run | {"options": run["options"] | {"follow": True}}),
     ],
-    ids=["empty", "cut", "list", "missing", "unknown", "type", "nested", "version"],
+    ids=["empty", "cut", "list", "missing", "unknown", "type", "nested", "version", "segments"],
 )
 def test_a_damaged_record_is_refused(
     record: RunRecord, tmp_path: Path, damage: Callable[[dict[str, Any]], str]
@@ -143,6 +144,8 @@ BINDING = {
     "pool_rows": 64,
     "seed": 5,
     "log_every": 5,
+    "follow": True,
+    "segment_shards": 4,
 }
 
 
@@ -163,6 +166,8 @@ def test_options_that_do_not_touch_the_results_may_change(record: RunRecord) -> 
 def test_every_other_option_is_refused_with_its_name_and_both_values(
     record: RunRecord, option: str
 ) -> None:
+    if option == "segment_shards":
+        record = changed(record, follow=True)
     old, new = getattr(record.options, option), BINDING[option]
     with pytest.raises(RunError) as caught:
         check_same_run(record, changed(record, **{option: new}))

@@ -1,0 +1,173 @@
+"""A run beside a harvest: what it has used of the cache so far.
+
+`segments.json` lies in the run from its first step on: the receipts of each segment are pinned when
+it is first used, and stay pinned. Like metrics.jsonl it is a function of the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.atomic import publish
+from actcache.errors import CacheMismatchError, FormatError
+from actcache.follow import Following
+from actcache.parse import parse_dataclass, read_json, to_json
+from actcache.reader import Cache
+from actcache.segments import Segmentation
+from actcache.stream import Batch
+from saetrain.checkpoint import State
+from saetrain.run import RunRecord
+
+SEGMENTS = "segments.json"
+
+
+@dataclass(frozen=True)
+class UsedSegment:
+    """A segment that a run has trained on, or passed over."""
+
+    first_shard: int
+    last_shard: int
+    receipts_digest: str
+    """Digest over the receipts of all its shards."""
+
+
+@dataclass(frozen=True)
+class UsedSegments:
+    """Contents of `segments.json`."""
+
+    segments: tuple[UsedSegment, ...]
+    """From the first on, in order."""
+    last_shard: int | None
+    """The cache's last shard, once the run has come to it; null before."""
+
+
+def segmentation_of(record: RunRecord) -> Segmentation:
+    """How a run with --follow cuts its cache up."""
+    assert record.segment_shards is not None
+    return Segmentation(
+        shards_each=record.segment_shards,
+        block_rows=record.plan.block_rows,
+        batch_size=record.plan.batch_size,
+        seed=record.options.seed,
+        pool_rows=record.options.pool_rows,
+        val_fraction=record.options.val_fraction,
+    )
+
+
+def held_out_shards(record: RunRecord, cache: Cache) -> list[int]:
+    """Shards to evaluate on; with --follow, all that the cache holds out by now."""
+    if record.segment_shards is None:
+        return list(record.held_out)
+    segmentation = segmentation_of(record)
+    return [shard for shard in cache.shards if segmentation.is_held_out(shard)]
+
+
+def has_ended(record: RunRecord, state: State) -> bool:
+    """Whether a run came to the end of the cache, in its last epoch, before its planned steps."""
+    by_epochs = record.segment_shards is not None and record.options.max_tokens is None
+    return by_epochs and state.stream.get("epoch") == record.options.epochs
+
+
+def read_used(root: Path, record: RunRecord, cache: Cache) -> UsedSegments:
+    """What a run has used, checked against the cache as it is.
+
+    Raises:
+        CacheMismatchError: a segment has changed or is not there any more.
+        FormatError: the file is damaged.
+    """
+    path, segmentation = root / SEGMENTS, segmentation_of(record)
+    if not path.exists():
+        return UsedSegments((), None)
+    used = parse_dataclass(UsedSegments, read_json(path), str(path))
+    for number, segment in enumerate(used.segments):
+        shards = range(segment.first_shard, segment.last_shard + 1)
+        if not shards or shards != segmentation.shards(number, segment.last_shard):
+            raise FormatError(
+                f"{path} holds a segment that cannot be",
+                expected=f"{segmentation.shards(number)} or the start of it",
+                got=segment,
+                remedy="restore it from a copy",
+            )
+        name = f"segment {number} (shards {shards[0]} to {shards[-1]}) of {cache.root}"
+        if missing := [shard for shard in shards if shard not in cache.receipts]:
+            raise CacheMismatchError(
+                f"{name} is no longer whole; this run has used it",
+                expected=f"{len(shards)} shards",
+                got=f"without {missing[:8]}",
+                remedy="harvest them again: the same command restores them",
+            )
+        if (digest := cache.digest(shards)) != segment.receipts_digest:
+            raise CacheMismatchError(
+                f"{name} has changed since this run first used it",
+                expected=f"receipts digest {segment.receipts_digest}",
+                got=digest,
+                remedy="restore the cache, or begin another run",
+            )
+    return used
+
+
+class Follower:
+    """A run's side of following a harvest.
+
+    Args:
+        root: folder of the run.
+        record: what the run is.
+        cache: the cache that it follows.
+
+    Raises:
+        CacheMismatchError: a segment that was used has changed.
+        FormatError: the run's record of segments is damaged.
+    """
+
+    def __init__(self, root: Path, record: RunRecord, cache: Cache) -> None:
+        self._root, self._cache = root, cache
+        self._used = read_used(root, record, cache)
+        self.plans = Following(cache, segmentation_of(record), self._used.last_shard)
+
+    def use(self, batch: Batch) -> None:
+        """Pin what a batch is the first of. Before it is trained on.
+
+        Raises:
+            DiskFullError: no room to write it down.
+        """
+        known = len(self._used.segments)
+        # All segments have been passed once it is the last batch, or of an epoch after the first.
+        ended = batch.last or batch.epoch > 0
+        if batch.segment < known and (not ended or self._used.last_shard is not None):
+            return
+        segments, number = list(self._used.segments), known
+        while (number <= batch.segment or ended) and (shards := self.plans.shards(number)):
+            segments.append(UsedSegment(shards[0], shards[-1], self._cache.digest(shards)))
+            number += 1
+        last = segments[-1].last_shard
+        ended = ended or (last + 1) % self.plans.segmentation.shards_each > 0
+        self._used = UsedSegments(tuple(segments), last if ended else None)
+        publish(self._root / SEGMENTS, [to_json(self._used)])
+
+    def place_after(self, step: int, epochs: int | None) -> dict[str, int] | None:
+        """State of the stream after so many steps; None if the segments used do not reach there.
+
+        Args:
+            step: steps done.
+            epochs: epochs of the run; None: as many as its steps need.
+        """
+        plans = [self.plans.plan(number) for number in range(len(self._used.segments))]
+        steps = [0 if plan is None else plan.steps_per_epoch for plan in plans]
+        epoch = 0
+        if self._used.last_shard is not None and step > 0:
+            if step == sum(steps) * (epochs or 0):
+                return _place(epochs or 0, 0, 0)
+            epoch, step = divmod(step - 1, sum(steps))
+            step += 1
+        if step == 0:
+            return _place(0, 0, 0)
+        for number, count in enumerate(steps):
+            if step <= count:
+                return _place(epoch, *((number, step) if step < count else (number + 1, 0)))
+            step -= count
+        return None
+
+
+def _place(epoch: int, segment: int, step: int) -> dict[str, int]:
+    return {"epoch": epoch, "segment": segment, "step": step}

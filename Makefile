@@ -49,7 +49,7 @@ soak: .venv/dev.stamp
 	touch $@
 
 .venv/dev.stamp: .venv/demo.stamp
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,peers,report]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,peers,quantized,report]'
 	touch $@
 
 clean:

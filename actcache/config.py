@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,10 @@ PipelineKind = Literal["pack", "crop", "truncate"]
 RowOrder = Literal["shuffled", "sequence"]
 Backend = Literal["memmap", "zarr"]
 Compression = Literal["none", "zstd"]
+LoadIn = Literal["none", "8bit", "4bit"]
+DeviceMap = Literal["none", "auto"]
+
+_BUDGET = re.compile(r"(cpu|[0-9]+)=([0-9.]+[KMG]i?B)")
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,24 @@ class HarvestConfig:
 
     device: str = "auto"
     """Torch device, such as cpu or cuda:1. auto: cuda:LOCAL_RANK where there is one, else cpu."""
+
+    load_in: LoadIn = "none"
+    """Load the weights in 8 bits (LLM.int8) or 4 (NF4); needs bitsandbytes and accelerate. The
+    weights are others then, and so is the cache. With 8bit a row depends on the other rows of its
+    batch, so batches are kept the same: --max-tokens is rounded down to whole ones."""
+
+    device_map: DeviceMap = "none"
+    """auto: a model too large for one device, spread over the GPUs, then memory, then disk; needs
+    accelerate, and one process a machine. The rows are those of one device of that kind."""
+
+    max_memory: tuple[str, ...] = ()
+    """With --device-map auto, what the weights may take of a device, such as 0=60GiB or cpu=200GiB;
+    repeatable. Devices not named are not used. Default: nearly all there is, which may leave too
+    little for a batch."""
+
+    offload_folder: str | None = None
+    """With --device-map auto, a folder for weights that fit nowhere else and cannot be read from
+    the model's own files."""
 
     seed: int = 0
     """Seed of the order of documents and of the rows within a shard."""
@@ -206,6 +229,57 @@ class HarvestConfig:
             raise ConfigError("--layers and --layer-stride cannot both be given")
         if any(layer < 0 for layer in self.layers):
             raise ConfigError("--layers counts from 0", got=self.layers)
+        self._check_loading()
+
+    def _check_loading(self) -> None:
+        if self.load_in != "none" and self.gguf_file is not None:
+            raise ConfigError(
+                f"--load-in {self.load_in} with --gguf-file: a GGUF file is quantised already",
+                remedy="leave one of them out",
+            )
+        if self.load_in == "8bit":
+            if self.shard_size is not None and self.shard_size % self.batch_size:
+                raise ConfigError(
+                    "with --load-in 8bit a shard is made of whole batches",
+                    expected=f"--shard-size a multiple of --batch-size {self.batch_size}",
+                    got=self.shard_size,
+                )
+            if self.goal == 0:
+                raise ConfigError(
+                    "--max-tokens is less than one batch, which --load-in 8bit needs",
+                    expected=f">= --batch-size {self.batch_size} x --ctx-len {self.ctx_len}",
+                    got=self.max_tokens,
+                )
+        if self.device_map == "auto":
+            if self.device != "auto":
+                raise ConfigError(
+                    "--device-map auto chooses the devices itself",
+                    got=f"--device {self.device}",
+                    remedy="--max-memory says which may be used; CUDA_VISIBLE_DEVICES hides others",
+                )
+        elif self.max_memory or self.offload_folder is not None:
+            raise ConfigError("--max-memory and --offload-folder need --device-map auto")
+        for budget in self.max_memory:
+            if not _BUDGET.fullmatch(budget):
+                raise ConfigError(
+                    "--max-memory is not a device and a size",
+                    expected="DEVICE=SIZE, such as 0=60GiB or cpu=200GiB",
+                    got=budget,
+                )
+
+    @property
+    def goal(self) -> int | None:
+        """Sequences that --max-tokens asks for, with --load-in 8bit in whole batches."""
+        if self.max_tokens is None:
+            return None
+        sequences = self.max_tokens // self.ctx_len
+        return sequences - (sequences % self.batch_size if self.load_in == "8bit" else 0)
+
+    @property
+    def budgets(self) -> dict[int | str, str]:
+        """Size by device, of --max-memory."""
+        pairs = (budget.split("=") for budget in self.max_memory)
+        return {int(device) if device.isdecimal() else device: size for device, size in pairs}
 
     def _check_documents(self) -> None:
         columns = {

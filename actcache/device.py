@@ -1,8 +1,9 @@
-"""Which device an option means."""
+"""Which device an option means, and which one a model takes its tokens on."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -26,3 +27,32 @@ def choose_device(name: str) -> torch.device:
             "--device cannot be used", expected="cpu, cuda, cuda:N or auto", got=f"{name} ({error})"
         ) from error
     return device
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its tokens; meta if it has no weights.
+
+    Of a model that is spread over devices, weights that wait in memory or on disk are on the meta
+    device; the hook that brings them in says where they compute.
+    """
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    first: torch.device = next(model.parameters()).device
+    return first
+
+
+def require_whole_machine() -> None:
+    """Refuse to spread a model over GPUs that other processes spread theirs over.
+
+    Raises:
+        ConfigError: torchrun started several processes on this machine.
+    """
+    processes = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    if processes != "1":
+        raise ConfigError(
+            "--device-map auto takes every GPU of the machine",
+            expected="one process a machine",
+            got=f"{processes} processes",
+            remedy="torchrun --nproc_per_node 1, or start without torchrun",
+        )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actcache.device import input_device
 from actcache.errors import HookpointError, ModelError
 from actcache.manifest import Hookpoint
 
@@ -54,7 +55,7 @@ def survey(model: Any) -> dict[str, Site]:
         for name, module in names:
             hook = _note(name, seen)
             stack.enter_context(_removing(module.register_forward_hook(hook, with_kwargs=True)))
-        _forward_probe(base, seen)
+        _forward_probe(model, seen)
     sites = [
         _site(place, seen.get(place, [])) for name, _ in names for place in (name, f"{name}{INPUT}")
     ]
@@ -83,8 +84,8 @@ def _site(name: str, shapes: list[tuple[int, ...] | None]) -> Site:
     return Site(name, shape[2], "")
 
 
-def _forward_probe(base: Any, seen: dict[str, list[Any]]) -> None:
-    device = next(base.parameters()).device
+def _forward_probe(model: Any, seen: dict[str, list[Any]]) -> None:
+    base, device = model.base_model, input_device(model)
     batch, ctx = _PROBE
     ids = torch.zeros(batch, ctx, dtype=torch.long, device=device)
     # On the meta device a mask cannot be built from values, but one in four dimensions is taken
@@ -109,10 +110,13 @@ def residual_hookpoints(model: Any, layers: Sequence[int], stride: int) -> list[
         HookpointError: a layer number is beyond the last.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    # Beside a vision tower, which may have as many layers, stands the decoder of the text.
+    text = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    inside = set(text.modules())
     lists = [
         name
         for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
     ]
     if count is None or len(lists) != 1:
         raise ModelError(

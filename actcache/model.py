@@ -16,6 +16,8 @@ import xxhash
 from actcache.config import HarvestConfig
 from actcache.device import choose_device
 from actcache.errors import ModelError
+from actcache.kinds import require_decoder
+from actcache.placement import placement
 
 
 def load_config(config: HarvestConfig) -> Any:
@@ -29,12 +31,7 @@ def load_config(config: HarvestConfig) -> Any:
     _check_local(config)
     with _explained(config, "configuration"):
         loaded = AutoConfig.from_pretrained(config.model, **_source(config))
-    if getattr(loaded, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{config.model} is an encoder-decoder model",
-            expected="a decoder-only language model",
-            got=type(loaded).__name__,
-        )
+    require_decoder(config.model, loaded)
     return loaded
 
 
@@ -48,14 +45,23 @@ def load_tokenizer(config: HarvestConfig) -> Any:
 
 
 def load_model(config: HarvestConfig) -> Any:
-    """The model with its weights, in evaluation mode, on its device; raises `ModelError`."""
+    """The model with its weights, in evaluation mode, on its device or devices.
+
+    Raises:
+        ModelError: it cannot be loaded, or not as the options ask.
+    """
     from transformers import AutoModelForCausalLM
 
-    device = choose_device(config.device)
+    placed = placement(config, load_config(config))
+    device = None if placed else choose_device(config.device)
     dtype = "auto" if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
     with _explained(config, "weights"):
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **_source(config))
-        return model.to(device).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=dtype, **placed, **_source(config)
+        )
+        if device is not None:  # otherwise transformers has placed it already
+            model.to(device)
+        return model.eval().requires_grad_(False)
 
 
 def empty_model(model_config: Any, config: HarvestConfig) -> Any:
@@ -89,9 +95,22 @@ def fingerprint_model(model: Any) -> str:
     # Buffers that are not in the state follow from the configuration.
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy())
+        plain = _present(model, name, tensor).contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _present(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the state on the CPU; one that is offloaded is brought in, it alone."""
+    if tensor.device.type != "meta":
+        return tensor.detach().cpu()
+    from accelerate.utils import align_module_device
+
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    with align_module_device(module, torch.device("cpu")):
+        found: torch.Tensor = getattr(module, leaf).detach()
+    return found
 
 
 def fingerprint_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
@@ -112,8 +131,14 @@ def fingerprint_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
 
 
 def dtype_name(model: Any) -> str:
-    """Type of the model's arithmetic, such as 'bfloat16'."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    """Type of the model's arithmetic, such as 'bfloat16'.
+
+    That of its first weights with 2 bytes or more to a number: quantised ones have fewer, and are
+    decoded to the type of the others.
+    """
+    types = (p.dtype for p in model.parameters())
+    first = next(t for t in types if t.is_floating_point and t.itemsize > 1)
+    return str(first).removeprefix("torch.")
 
 
 def _source(config: HarvestConfig) -> dict[str, Any]:
@@ -154,8 +179,9 @@ def _explained(config: HarvestConfig, what: str) -> Iterator[None]:
         with quiet:
             yield
     except Exception as error:  # transformers, its hub client and its parsers raise anything
+        spread = "; an offload_folder is --offload-folder" if config.device_map == "auto" else ""
         raise ModelError(
             f"cannot load the {what} of {config.model}",
             got=f"{type(error).__name__}: {error}",
-            remedy="check the name, --revision and --gguf-file; gated models need a login",
+            remedy=f"check the name, --revision and --gguf-file; gated models need a login{spread}",
         ) from error

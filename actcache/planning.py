@@ -163,7 +163,7 @@ def count_planned(config: HarvestConfig, source: Source, tokenizer: Any, pipelin
     Raises:
         DatasetError: the text is shorter than one sequence.
     """
-    goal = None if config.max_tokens is None else config.max_tokens // config.ctx_len
+    goal = config.goal
     believed = goal is not None and _believed(goal, source, pipeline)
     count = count_sequences(source, tokenizer, pipeline, 1 if believed else goal)
     if count == 0:

@@ -13,7 +13,7 @@ from actcache import receipt as receipts_module
 from actcache.atomic import publish, remove_partials
 from actcache.config import HarvestConfig
 from actcache.decision import decide, make_identity
-from actcache.device import choose_device
+from actcache.device import input_device, require_whole_machine
 from actcache.errors import CacheMismatchError, ConfigError
 from actcache.lock import LOCK, FolderLock
 from actcache.manifest import (
@@ -71,11 +71,15 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
     """
     root = Path(config.out)
     _refuse_foreign_folder(root)
+    if config.device_map == "auto":
+        require_whole_machine()
     decided = decide(config)
     planned = count_planned(config, decided.source, decided.tokenizer, decided.pipeline)
 
-    weights = next(decided.surveyed.parameters()).device
-    model = decided.surveyed if weights.type != "meta" else load_model(config)
+    # Quantised weights may be rounded again by a forward pass: they are loaded afresh.
+    loaded = input_device(decided.surveyed).type != "meta"
+    usable = loaded and not getattr(decided.surveyed, "is_quantized", False)
+    model = decided.surveyed if usable else load_model(config)
     model_dtype = dtype_name(model)
     dtype = model_dtype if config.dtype == "auto" else config.dtype
     if dtype not in CODECS:
@@ -122,10 +126,10 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         root=root,
         manifest=laid,
         model=model,
-        device=choose_device(config.device),
+        device=input_device(model),
         ranks=ranks,
         sequences=sequences(decided.source, decided.tokenizer, decided.pipeline),
-        asked=None if config.max_tokens is None else config.max_tokens // config.ctx_len,
+        asked=config.goal,
         warnings=warnings,
         lock=lock,
     )

@@ -247,7 +247,13 @@ def make_model(
     """A factory of tiny random Llamas on disk, each with a tokenizer."""
 
     def make(
-        *, layers: int = 3, width: int = 32, seed: int = 0, dtype: str = "float32", **tokenizer: Any
+        *,
+        layers: int = 3,
+        width: int = 32,
+        inner: int = 48,
+        seed: int = 0,
+        dtype: str = "float32",
+        **tokenizer: Any,
     ) -> Path:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -256,7 +262,7 @@ def make_model(
         config = LlamaConfig(
             vocab_size=300,
             hidden_size=width,
-            intermediate_size=48,
+            intermediate_size=inner,
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,

@@ -43,7 +43,13 @@ def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
         @functools.wraps(load)
         def once(config: Any, *rest: Any) -> Any:
-            key = (config.model, config.model_dtype)
+            key = (
+                config.model,
+                config.model_dtype,
+                config.load_in,
+                config.device_map,
+                config.max_memory,
+            )
             if key not in known:
                 known[key] = load(config, *rest)
             return known[key]

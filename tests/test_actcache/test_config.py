@@ -43,6 +43,25 @@ def config(**options: object) -> HarvestConfig:
         ({"weight": (1.0,)}, r"(?s)--weight is given once.*--mix"),
         ({"mix": ("other",), "weight": (1.0, 0.0)}, r"--weight is not above 0"),
         ({"mix": ("a", "data")}, r"(?s)data is mixed with itself.*repeated"),
+        (
+            {"load_in": "8bit", "batch_size": 4, "shard_size": 6},
+            r"(?s)a shard is made of whole batches.*--batch-size 4.*got: +6",
+        ),
+        (
+            {"load_in": "8bit", "batch_size": 4, "max_tokens": 4095},
+            r"(?s)--max-tokens is less than one batch.*--batch-size 4 x --ctx-len 1024",
+        ),
+        ({"load_in": "4bit", "gguf_file": "a.gguf"}, r"--load-in 4bit with --gguf-file"),
+        (
+            {"device_map": "auto", "device": "cuda:1"},
+            r"(?s)--device-map auto chooses.*got: +--device cuda:1.*--max-memory",
+        ),
+        ({"max_memory": ("0=1GiB",)}, r"need --device-map auto"),
+        ({"offload_folder": "there"}, r"need --device-map auto"),
+        *(
+            ({"device_map": "auto", "max_memory": (bad,)}, rf"(?s)DEVICE=SIZE.*got: +{bad}")
+            for bad in ("60GiB", "0=60", "gpu=1GB", "0=1GB,1=1GB", "cpu=-1GB")
+        ),
         ({"compress": "zstd"}, r"(?s)--compress zstd needs --backend zarr.*got.*memmap"),
     ],
 )
@@ -59,6 +78,19 @@ def test_the_defaults_and_the_limits_are_accepted() -> None:
     config(backend="zarr")
     config(backend="zarr", compress="zstd")
     config(ctx_len=2, skip_positions=1, max_tokens=2, batch_size=1, shard_size=1, seed=2**32 - 1)
+
+
+def test_the_goal_is_in_whole_sequences_and_with_8_bits_in_whole_batches() -> None:
+    sizes = {"ctx_len": 16, "batch_size": 4, "max_tokens": 16 * 11 + 15}
+    assert config().goal is None
+    assert config(**sizes).goal == config(**sizes, load_in="4bit").goal == 11
+    assert config(**sizes, load_in="8bit").goal == 8
+    assert config(load_in="8bit", batch_size=4, shard_size=8, max_tokens=4096).goal == 4
+
+
+def test_memory_is_given_by_device() -> None:
+    given = config(device_map="auto", max_memory=("0=60GiB", "cpu=1.5GB"))
+    assert given.budgets == {0: "60GiB", "cpu": "1.5GB"}
 
 
 def test_the_configuration_imports_neither_torch_nor_numpy() -> None:

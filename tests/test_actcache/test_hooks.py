@@ -14,7 +14,13 @@ from actcache.manifest import Hookpoint
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
 
-FAMILIES: dict[str, tuple[str, dict[str, int], str, str]] = {
+LLAMA = SMALL | {"intermediate_size": 32, "num_key_value_heads": 1}
+HEADS = LLAMA | {"head_dim": 8}
+SLIDING = HEADS | {"sliding_window": 3}
+"""Some layers see three tokens only: fewer than the seven of a test's sequence."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "gpt2": (
         "GPT2Config",
         {"vocab_size": 50, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32},
@@ -22,43 +28,88 @@ FAMILIES: dict[str, tuple[str, dict[str, int], str, str]] = {
         "ln_f",
     ),
     "gpt_neox": ("GPTNeoXConfig", SMALL | {"intermediate_size": 32}, "layers", "final_layer_norm"),
-    "llama": (
-        "LlamaConfig",
-        SMALL | {"intermediate_size": 32, "num_key_value_heads": 1},
+    "llama": ("LlamaConfig", LLAMA, "layers", "norm"),
+    "mistral": ("MistralConfig", SLIDING, "layers", "norm"),
+    "gemma": ("GemmaConfig", HEADS, "layers", "norm"),
+    "gemma2": ("Gemma2Config", SLIDING, "layers", "norm"),
+    "gemma3": ("Gemma3TextConfig", SLIDING, "layers", "norm"),
+    "gemma3_vision": (
+        "Gemma3Config",
+        {
+            "text_config": SLIDING | TOKENS,
+            "vision_config": SMALL | {"intermediate_size": 16, "image_size": 28, "patch_size": 14},
+        },
+        "language_model.layers",
+        "language_model.norm",
+    ),
+    "qwen2": ("Qwen2Config", LLAMA, "layers", "norm"),
+    "qwen3": ("Qwen3Config", HEADS, "layers", "norm"),
+    "qwen3_moe": ("Qwen3MoeConfig", HEADS | EXPERTS, "layers", "norm"),
+    "mixtral": ("MixtralConfig", LLAMA | {"num_local_experts": 4}, "layers", "norm"),
+    "gpt_oss": (
+        "GptOssConfig",
+        SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
         "layers",
         "norm",
     ),
     "falcon": ("FalconConfig", SMALL, "h", "ln_f"),
-    "mixtral": (
-        "MixtralConfig",
-        SMALL | {"intermediate_size": 32, "num_key_value_heads": 1, "num_local_experts": 4},
-        "layers",
-        "norm",
+    "falcon_sequential": (
+        "FalconConfig",
+        SMALL | {"parallel_attn": False, "multi_query": False, "alibi": True},
+        "h",
+        "ln_f",
     ),
-}
-"""Configuration class, its sizes, the list of layers, the final norm."""
-
-REFUSE_MASK = {
-    "bloom": ("BloomConfig", {"vocab_size": 50, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
+    "falcon_new": (
+        "FalconConfig",
+        SMALL | {"new_decoder_architecture": True, "num_kv_heads": 1},
+        "h",
+        "ln_f",
+    ),
+    "phi": ("PhiConfig", SMALL | {"intermediate_size": 32}, "layers", "final_layernorm"),
+    "phi3": ("Phi3Config", LLAMA | {"pad_token_id": 0}, "layers", "norm"),
     "opt": (
         "OPTConfig",
         SMALL | {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
+        "decoder.layers",
+        "decoder.final_layer_norm",
+    ),
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": 50, "hidden_size": 16, "n_layer": 3, "n_head": 2},
+        "h",
+        "ln_f",
+    ),
+    "mamba": (
+        "MambaConfig",
+        {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4},
+        "layers",
+        "norm_f",
     ),
 }
-"""Models that do not take a mask in four dimensions."""
+"""Configuration class, its sizes, the list of layers, the final norm. OPT and BLOOM refuse a mask
+in four dimensions, Mamba takes none."""
 
 
 def build(family: str, device: str = "cpu") -> Any:
     import transformers
 
-    name, sizes, *_ = (FAMILIES | REFUSE_MASK)[family]  # type: ignore[operator]
-    config = getattr(transformers, name)(**sizes, **TOKENS)
+    name, sizes, *_ = FAMILIES[family]
+    config = getattr(transformers, name)(**(TOKENS | sizes))
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         # Mixtral's experts compute their shapes on the meta device in bfloat16 only.
         dtype = torch.bfloat16 if device == "meta" else torch.float32
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
+
+
+def residual_stream(family: str, model: Any) -> tuple[Tensor, ...]:
+    """By the model's own account: the embeddings, the stream after every layer but the last, and
+    after the final norm."""
+    states = model(IDS, output_hidden_states=True, use_cache=False).hidden_states
+    if family == "mamba":  # leaves out the embeddings, and says the last layer's twice
+        return (model.backbone.embeddings(IDS), *states[:2], states[3])
+    return tuple(states)
 
 
 IDS = torch.arange(21).reshape(3, 7) * 2
@@ -74,7 +125,7 @@ def run(model: Any, names: list[str], ids: Tensor = IDS) -> dict[str, Tensor]:
 def test_what_is_captured_are_the_models_own_hidden_states(family: str) -> None:
     model = build(family)
     _, _, layers, norm = FAMILIES[family]
-    states = model(IDS, output_hidden_states=True, use_cache=False).hidden_states
+    states = residual_stream(family, model)
     found = run(model, [f"{layers}.?", f"{layers}.?:in", norm, f"{norm}:in"])
     assert len(found) == 8
     for layer in range(3):
@@ -116,14 +167,15 @@ def test_a_layer_adds_its_attention_and_mlp_to_its_input(
     torch.testing.assert_close(total, found[layer])
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *REFUSE_MASK])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_survey_without_weights_finds_what_one_with_weights_finds(family: str) -> None:
     sites, empty = survey(build(family)), survey(build(family, "meta"))
+    assert sum(site.width == 16 for site in sites.values()) >= 10
     assert empty == sites
     assert list(empty) == list(sites)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *REFUSE_MASK])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_a_survey_offers_is_captured_at_any_batch_and_length(family: str) -> None:
     model = build(family)
     hookpoints = match(["*", "*:in"], survey(model), model.base_model_prefix)
@@ -132,6 +184,46 @@ def test_whatever_a_survey_offers_is_captured_at_any_batch_and_length(family: st
             found = capture.run(ids)
         assert set(found) == {h.name for h in hookpoints}
         assert all(found[h.name].shape == (*ids.shape, h.width) for h in hookpoints)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_the_right_that_is_masked_leaves_the_tokens_before_it_as_they_are(
+    family: str,
+) -> None:
+    model = build(family)
+    layers = FAMILIES[family][2]
+    hookpoints = match([f"{layers}.?"], survey(model), model.base_model_prefix)
+    mask = (torch.arange(7) < torch.tensor([[7], [4], [2]])).long()
+    with Capture(model, hookpoints) as capture:
+        padded = dict(capture.run(IDS * mask, mask))
+        for sequence, length in enumerate((7, 4, 2)):
+            alone = capture.run(IDS[sequence : sequence + 1, :length])
+            for name, activations in alone.items():
+                torch.testing.assert_close(activations[0], padded[name][sequence, :length])
+
+
+def test_a_model_of_text_and_images_runs_on_text_past_its_vision_tower() -> None:
+    sites = survey(build("gemma3_vision"))
+    assert sites["vision_tower.encoder.layers.0"].reason == "is not called in a forward pass"
+    assert sites["language_model.layers.0"].width == 16
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_of_a_layer_that_gives_several_things_the_first_is_taken(as_list: bool) -> None:
+    model = build("llama")
+    before = run(model, ["layers.1", "layers.2:in"])
+
+    def several(_module: nn.Module, _args: Any, output: Tensor) -> Any:
+        return [output, None] if as_list else (output, (output, output))
+
+    def first(_module: nn.Module, args: Any) -> Any:
+        return (args[0][0], *args[1:])
+
+    model.model.layers[1].register_forward_hook(several)
+    model.model.layers[2].register_forward_pre_hook(first)
+    assert survey(model)["layers.1"] == Site("layers.1", 16, "")
+    after = run(model, ["layers.1", "layers.2:in"])
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_survey_says_why_a_module_cannot_be_hooked() -> None:

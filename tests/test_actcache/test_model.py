@@ -123,14 +123,6 @@ def test_a_missing_gguf_file_is_told_with_those_there_are(tiny_model: Path, tmp_
         load_config(config(tiny_model, gguf_file="other.gguf"))
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    from transformers import T5Config
-
-    T5Config(vocab_size=50, d_model=16, num_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"(?s)encoder-decoder.*decoder-only"):
-        load_config(config(tmp_path))
-
-
 def test_code_in_the_models_folder_is_not_run_unless_trusted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         '{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}'

@@ -11,6 +11,7 @@ from typing import Literal
 from actcache.errors import ConfigError
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+StoredDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8_e4m3"]
 BinDtype = Literal["uint8", "uint16", "uint32", "int32", "int64"]
 Bos = Literal["auto", "always", "never"]
 PipelineKind = Literal["pack", "crop", "truncate"]
@@ -98,8 +99,9 @@ class HarvestConfig:
     """Sequences in one forward pass. Part of the cache's identity: kernels may round differently
     at another shape."""
 
-    dtype: Dtype = "auto"
-    """Type of the activations on disk. auto: that of the model."""
+    dtype: StoredDtype = "auto"
+    """Type of the activations on disk. auto: that of the model. int8 and float8_e4m3 have a scale
+    for each row and are read back as float32."""
 
     model_dtype: Dtype = "auto"
     """Type of the model's weights and arithmetic. auto: that of its checkpoint."""

@@ -100,6 +100,7 @@ def make_identity(
         max_norm_ratio=config.max_norm_ratio,
         hookpoints=decided.hookpoints,
         dtype=dtype,  # type: ignore[arg-type] # the caller has looked it up
+        via=(),
         batch_size=config.batch_size,
         row_order=config.order,
         seed=config.seed,

@@ -16,16 +16,14 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from actcache import receipt as receipts_module
 from actcache.atomic import tell_full_disk
 from actcache.config import HarvestConfig
-from actcache.errors import ConfigError
 from actcache.filters import kept_positions, row_norms
 from actcache.hooks import Capture
 from actcache.preparation import Job, prepare
@@ -33,7 +31,7 @@ from actcache.progress import Progress
 from actcache.ranks import Ranks
 from actcache.reader import Cache
 from actcache.receipt import EndReceipt, ShardReceipt, publish_end
-from actcache.storage import CODECS, Codec
+from actcache.storage import CODECS, refuse_overflow
 from actcache.tokens import Sequence
 from actcache.writer import FilledShard, ShardText, publish_shard
 
@@ -188,7 +186,7 @@ def _fill(
     text = _text(group)
     kept, dropped = kept_positions(identity, text.tokens, text.lengths)
     count = int(kept.sum())
-    rows = {h.name: np.empty((count, h.width), dtype=codec.storage) for h in identity.hookpoints}
+    rows = {h.name: codec.empty(count, h.width) for h in identity.hookpoints}
     asks_norms = identity.max_norm_ratio is not None
     norms = {h.name: np.empty(count) for h in identity.hookpoints if asks_norms}
     filled = 0
@@ -198,11 +196,13 @@ def _fill(
         place = slice(filled, filled + len(chosen))
         for name, activations in captured.items():
             found = activations.flatten(0, 1).index_select(0, chosen.to(activations.device))
-            rows[name][place] = _stored(found, codec, name)
+            stored = codec.from_torch(found)
+            refuse_overflow(found, stored, codec, name)
+            rows[name][place] = stored
             if asks_norms:
                 norms[name][place] = row_norms(found.float().cpu().numpy())
         filled += len(chosen)
-        written = len(chosen) * sum(h.width for h in identity.hookpoints) * codec.itemsize
+        written = len(chosen) * sum(codec.row_bytes(h.width) for h in identity.hookpoints)
         bar.advance(min(size, len(group) - start) * identity.ctx_len, written)
     return FilledShard(shard, text, kept, dropped, rows, norms)
 
@@ -233,21 +233,6 @@ def _batch(job: Job, text: ShardText, start: int) -> tuple[torch.Tensor, torch.T
     lengths = text.lengths[part]
     mask[: len(lengths)] = np.arange(identity.ctx_len) < lengths[:, None]
     return ids, torch.from_numpy(mask).to(job.device)
-
-
-def _stored(activations: torch.Tensor, codec: Codec, hookpoint: str) -> NDArray[Any]:
-    stored = codec.from_torch(activations)
-    if codec.name == "float16" and activations.dtype != torch.float16:
-        overflowed = int((np.isinf(stored).any(axis=1)).sum())
-        overflowed -= int(activations.isinf().any(dim=1).sum())
-        if overflowed:
-            raise ConfigError(
-                f"activations of {hookpoint} do not fit float16",
-                expected="absolute values below 65,520",
-                got=f"{overflowed} rows of {len(stored)} beyond",
-                remedy="--dtype bfloat16 or float32",
-            )
-    return stored
 
 
 def _seal(job: Job, count: int, receipts: dict[int, ShardReceipt]) -> EndReceipt | None:

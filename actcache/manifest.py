@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(:in)?")
 """Module path with an optional ':in': no separators, no '..', nothing that leaves a folder."""
 
-DiskDtype = Literal["bfloat16", "float16", "float32"]
+DiskDtype = Literal["bfloat16", "float16", "float32", "int8", "float8_e4m3"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Identity:
     """What is held, in the order in which it was asked for."""
     dtype: DiskDtype
     """Type of the activations on disk, little-endian."""
+    via: tuple[DiskDtype, ...]
+    """Types to which the rows were rounded before, in this order; none for a harvest."""
     batch_size: int
     """Sequences in a forward pass; every pass had [batch_size, ctx_len] tokens."""
     row_order: Literal["shuffled", "sequence"]
@@ -188,6 +191,14 @@ class Manifest:
                 got=self.cache_id,
                 remedy="the manifest was edited or damaged; restore it from a copy",
             )
+
+    @cached_property
+    def file_names(self) -> frozenset[str]:
+        """What every receipt calls the files of its shard."""
+        apart = self.backend == "zarr" and self.identity.dtype in ("int8", "float8_e4m3")
+        folders = ("activations", "scales") if apart else ("activations",)
+        rows = {f"{folder}/{h.name}" for folder in folders for h in self.identity.hookpoints}
+        return frozenset(rows | {"tokens", "stats"})
 
     @property
     def shard_rows(self) -> int:

@@ -251,7 +251,7 @@ def require_room(root: Path, manifest: Manifest, published: int) -> None:
         return
     sequences = max(0, manifest.planned_sequences - published)
     shards = -(-sequences // manifest.sequences_per_shard)
-    row = sum(h.width for h in identity.hookpoints) * CODECS[identity.dtype].itemsize + 8
+    row = sum(CODECS[identity.dtype].row_bytes(h.width) for h in identity.hookpoints) + 8
     # A zarr chunk is a whole shard, however few sequences the last has; what compression saves is
     # not known beforehand.
     padded = shards * manifest.sequences_per_shard if manifest.backend == "zarr" else sequences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ from actcache.storage import (
     Codec,
     CompressedExtent,
     Extent,
+    StoredRows,
     safetensors_file,
 )
+from actcache.storage.codec import VALUES
 from actcache.storage.pread import read_exactly
 from actcache.writer import data_paths, statistics_path, tokens_path
 
@@ -62,7 +65,7 @@ class Cache:
         self.root, self.manifest, self.receipts, self.end = root, manifest, receipts, end
         self.codec: Codec = CODECS[manifest.identity.dtype]
         self._checked: set[Path] = set()
-        self._extents: dict[tuple[str, int], Extent | CompressedExtent] = {}
+        self._extents: dict[tuple[str, int, str], Extent | CompressedExtent] = {}
 
     @classmethod
     def open(cls, root: str | Path) -> Cache:
@@ -163,32 +166,35 @@ class Cache:
         """Digest over the receipts of some shards: pins every byte that training reads."""
         return receipts_module.digest([self.receipts[shard] for shard in shards])
 
-    def read_into(self, hookpoint: str, shard: int, start: int, out: Array) -> None:
+    def read_into(self, hookpoint: str, shard: int, start: int, out: StoredRows) -> None:
         """Read consecutive rows, as stored, into `out`.
 
         Args:
             hookpoint: which activations.
             shard: which shard.
             start: first row.
-            out: C-contiguous [n, width] array of the codec's storage type.
+            out: memory for as many rows as are wanted, from the codec's `empty`.
 
         Raises:
             CorruptShardError: the file is missing, has another header or size, or ends early.
         """
-        extent = self.locate(hookpoint, shard)
-        view = out.reshape(-1).view(np.uint8).data
-        offset = start * out.shape[1] * self.codec.itemsize
-        assert offset + len(view) <= extent.bytes
-        if isinstance(extent, CompressedExtent):
-            extent.read_into(view, offset)
-        else:
-            read_exactly(extent.path, view, extent.offset + offset)
+        for part, array in out.parts.items():
+            extent = self.locate(hookpoint, shard, part)
+            view = array.reshape(-1).view(np.uint8).data
+            offset = start * math.prod(array.shape[1:]) * array.itemsize
+            assert offset + len(view) <= extent.bytes
+            if isinstance(extent, CompressedExtent):
+                extent.read_into(view, offset)
+            else:
+                read_exactly(extent.path, view, extent.offset + offset)
 
-    def read(self, hookpoint: str, shard: int, start: int = 0, rows: int | None = None) -> Array:
-        """Rows [start, start + rows) of a shard, as stored. [rows, width]"""
+    def read(
+        self, hookpoint: str, shard: int, start: int = 0, rows: int | None = None
+    ) -> StoredRows:
+        """Rows [start, start + rows) of a shard, as stored."""
         self.locate(hookpoint, shard)  # before memory is taken for what the receipt promises
         rows = self.receipts[shard].rows - start if rows is None else rows
-        out = np.empty((rows, self.manifest.width(hookpoint)), dtype=self.codec.storage)
+        out = self.codec.empty(rows, self.manifest.width(hookpoint))
         self.read_into(hookpoint, shard, start, out)
         return out
 
@@ -257,18 +263,20 @@ class Cache:
             )
         self._checked.add(path)
 
-    def locate(self, hookpoint: str, shard: int) -> Extent | CompressedExtent:
-        """Where the bytes of a shard's rows lie; header and size are checked once.
+    def locate(self, hookpoint: str, shard: int, part: str = VALUES) -> Extent | CompressedExtent:
+        """Where one part of a shard's rows lies; header and size are checked once.
 
         Raises:
             HookpointError: the cache does not hold the hookpoint.
             CorruptShardError: the file is missing or is not what the receipt promises.
         """
-        key = (hookpoint, shard)
+        key = (hookpoint, shard, part)
         if key not in self._extents:
             self.require_hookpoint(hookpoint)
             rows, backend = self.receipts[shard].rows, BACKENDS[self.manifest.backend]
-            self._extents[key] = backend.locate(self.root, self.manifest, hookpoint, shard, rows)
+            self._extents[key] = backend.locate(
+                self.root, self.manifest, hookpoint, shard, rows, part
+            )
         return self._extents[key]
 
     def locate_tokens(self, shard: int) -> dict[str, Extent]:

@@ -44,7 +44,8 @@ class ShardReceipt:
     """Finite rows with an absolute value of 32,752 or more, by hookpoint: beyond half of float16's
     range."""
     files: dict[str, FileReceipt]
-    """Size and digest by logical name: 'tokens', 'stats', 'activations/HOOKPOINT'."""
+    """Size and digest by logical name: 'tokens', 'stats', 'activations/HOOKPOINT', and with zarr
+    'scales/HOOKPOINT' of 8-bit rows."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -164,7 +165,7 @@ def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Path) -> Non
     facts = {
         "hookpoints of non_finite": (names, set(receipt.non_finite)),
         "hookpoints of near_overflow": (names, set(receipt.near_overflow)),
-        "files": ({"tokens", "stats", *(f"activations/{n}" for n in names)}, set(receipt.files)),
+        "files": (manifest.file_names, receipt.files.keys()),
         "first_sequence": (receipt.shard * manifest.sequences_per_shard, receipt.first_sequence),
         "sequences": (min(receipt.sequences, manifest.sequences_per_shard), receipt.sequences),
         "filters of dropped": (set(FILTERS), set(receipt.dropped)),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.storage.codec import Array, Codec
+from actcache.storage.codec import Codec, StoredRows
 
 BLOCK_ROWS = 4096
 """Rows of a block, which is summed by itself; blocks are added in order."""
@@ -95,12 +95,12 @@ class Statistics:
 
 
 def compute(
-    rows: Array, codec: Codec, mapper: Callable[..., Iterable[Statistics]] = map
+    rows: StoredRows, codec: Codec, mapper: Callable[..., Iterable[Statistics]] = map
 ) -> Statistics:
-    """Statistics of stored rows [N, D].
+    """Statistics of rows as stored: of the numbers [N, D] that they stand for.
 
     Args:
-        rows: the rows, C-contiguous.
+        rows: the rows.
         codec: their type.
         mapper: `map`, or that of an executor, for blocks side by side; the result is the same.
     """
@@ -109,16 +109,16 @@ def compute(
     return merge(mapper(partial(_of_block, codec=codec), blocks))
 
 
-def _of_block(rows: Array, codec: Codec) -> Statistics:
-    name = codec.name
+def _of_block(rows: StoredRows, codec: Codec) -> Statistics:
+    floats, name = rows.values, codec.name
     if name not in _BITS:
-        rows, name = codec.to_float32(rows), "float32"
+        floats, name = codec.to_float32(rows), "float32"
     kind, infinity = _BITS[name]
-    bits = rows.view(kind)
+    bits = floats.view(kind)
     found = _sums(bits, name, np.float32)
     if (broken := found.peaks >= infinity).any():
         finite = (_without_sign(bits[:, broken]) < infinity).all(axis=1)
-        clean = _of_block(rows[finite], codec)
+        clean = _of_block(rows[np.flatnonzero(finite)], codec)
         return replace(clean, non_finite=len(rows) - clean.count)
     abs_max = _floats(found.peaks, name, np.empty(len(found.peaks), np.float32))
     if not _squares_fit(abs_max):

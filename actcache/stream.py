@@ -14,7 +14,7 @@ import numpy as np
 from actcache.errors import RunError
 from actcache.order import Epoch, OrderPlan, Rows, lanes_of_rank
 from actcache.reader import Cache
-from actcache.storage import Array
+from actcache.storage import StoredRows
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Batch:
     step: int
     """Step within the epoch, or within the segment where there are several."""
     activations: dict[str, torch.Tensor]
-    """Rows by hookpoint, in the type on disk, on the CPU. Each [n, d_in]"""
+    """Rows by hookpoint, on the CPU, in the type on disk; 8-bit rows as float32. Each [n, d_in]"""
     addresses: Rows
     """(shard, row in shard) of every row. [n, 2]"""
     segment: int = 0
@@ -208,20 +208,17 @@ class ActivationStream:
         b = plan.rows_per_lane_and_batch
         served = lanes_of_rank(plan.lanes, self._rank, self._world_size)
         lanes = [_Lane(self.cache, self.hookpoints, line, lane) for lane in served]
-        storage = self.cache.codec.storage
+        codec, width = self.cache.codec, self.cache.manifest.width
         for step in range(first_step, plan.steps_per_epoch):
             n = b * len(lanes)
-            rows = {
-                name: np.empty((n, self.cache.manifest.width(name)), dtype=storage)
-                for name in self.hookpoints
-            }
+            rows = {name: codec.empty(n, width(name)) for name in self.hookpoints}
             addresses = np.empty((n, 2), dtype=np.int64)
             for i, lane in enumerate(lanes):
                 lane.take(step * b, b, rows, addresses, at=i * b)
             yield Batch(
                 epoch,
                 step,
-                {name: self.cache.codec.to_torch(array) for name, array in rows.items()},
+                {name: codec.to_torch(stored) for name, stored in rows.items()},
                 addresses,
                 number,
             )
@@ -253,20 +250,21 @@ def _mark_last(items: Iterator[tuple[Batch, Place]]) -> Iterator[tuple[Batch, Pl
 
 
 class _Lane:
-    """One lane's current window, in memory."""
+    """One lane's current window, in memory as on disk: 8-bit rows are decoded by the batch."""
 
     def __init__(self, cache: Cache, hookpoints: Sequence[str], line: Epoch, lane: int) -> None:
         self._cache, self._line, self._lane = cache, line, lane
         capacity = min(line.plan.window, line.plan.lane_rows)
         self._buffers = {
-            name: np.empty((capacity, cache.manifest.width(name)), dtype=cache.codec.storage)
-            for name in hookpoints
+            name: cache.codec.empty(capacity, cache.manifest.width(name)) for name in hookpoints
         }
         self._addresses = np.empty((capacity, 2), dtype=np.int64)
         self._start = self._stop = 0  # rows of the lane that the window holds
         self._permutation: Rows = np.empty(0, dtype=np.int64)
 
-    def take(self, row: int, count: int, out: dict[str, Array], addresses: Rows, at: int) -> None:
+    def take(
+        self, row: int, count: int, out: dict[str, StoredRows], addresses: Rows, at: int
+    ) -> None:
         """Copy the lane's rows [row, row + count) to `out` and `addresses`, from index `at` on."""
         while count:
             if not self._start <= row < self._stop:
@@ -274,8 +272,8 @@ class _Lane:
             n = min(count, self._stop - row)
             chosen = self._permutation[row - self._start : row - self._start + n]
             for name, buffer in self._buffers.items():
-                # mode='clip' lets NumPy write straight into `out`; the indices are in range.
-                np.take(buffer, chosen, axis=0, out=out[name][at : at + n], mode="clip")
+                buffer.take(chosen, out[name][at : at + n])
+            # mode='clip' lets NumPy write straight into `addresses`; the indices are in range.
             np.take(self._addresses, chosen, axis=0, out=addresses[at : at + n], mode="clip")
             row, count, at = row + n, count - n, at + n
 

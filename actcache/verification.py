@@ -275,7 +275,8 @@ def _content(cache: Cache, shard: int, name: str, *, quick: bool) -> None:
         cache.locate_tokens(shard) if quick else cache.tokens(shard)
         return
     if name != "stats":
-        cache.locate(name.removeprefix("activations/"), shard)
+        part, _, hookpoint = name.partition("/")
+        cache.locate(hookpoint, shard, part)
         return
     extents = cache.locate_statistics(shard)
     receipt = cache.receipts[shard]

@@ -15,7 +15,7 @@ from actcache.filters import Mask, Norms, norm_outliers
 from actcache.manifest import Identity, Manifest
 from actcache.receipt import ShardReceipt, publish_receipt
 from actcache.statistics import Statistics, compute
-from actcache.storage import BACKENDS, CODECS, Array, safetensors_file
+from actcache.storage import BACKENDS, CODECS, Array, StoredRows, safetensors_file
 
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
@@ -33,9 +33,7 @@ def statistics_path(root: Path, shard: int) -> Path:
 
 def data_paths(root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
     """Where every file of a shard lies, by the name that its receipt has for it."""
-    backend = BACKENDS[manifest.backend]
-    names = [hookpoint.name for hookpoint in manifest.identity.hookpoints]
-    paths = {f"activations/{name}": backend.path(root, name, shard) for name in names}
+    paths = BACKENDS[manifest.backend].files(root, manifest, shard)
     return paths | {"tokens": tokens_path(root, shard), "stats": statistics_path(root, shard)}
 
 
@@ -63,8 +61,8 @@ class FilledShard:
     """Positions that have a row here. [S, C]"""
     dropped: Mapping[str, int]
     """Positions that have none, by filter."""
-    rows: Mapping[str, Array]
-    """Rows as stored, by hookpoint, in natural order: by sequence, then position. Each [n, D]"""
+    rows: Mapping[str, StoredRows]
+    """Rows as stored, by hookpoint, in natural order: by sequence, then position. n each"""
     norms: Mapping[str, Norms]
     """Norms of the rows as they were captured, by hookpoint; empty unless a filter asks. [n]"""
 
@@ -118,7 +116,7 @@ def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardR
     for name, natural in filled.rows.items():
         rows = natural[layout.source]
         statistics[name] = compute(rows, codec)
-        files[f"activations/{name}"] = backend.write(root, manifest, name, shard, rows)
+        files |= backend.write(root, manifest, name, shard, rows)
     files["tokens"] = _write_text(tokens_path(root, shard), filled.text, layout)
     files["stats"] = safetensors_file.write(
         statistics_path(root, shard),

@@ -88,6 +88,7 @@ def _write(root: Path, shards: int, hookpoints: int) -> int:
         max_norm_ratio=None,
         hookpoints=tuple(Hookpoint(name, 4096) for name in names),
         dtype="bfloat16",
+        via=(),
         batch_size=8,
         row_order="shuffled",
         seed=0,

@@ -75,8 +75,13 @@ def prose() -> Iterator[str]:
                     yield text
 
 
-def real_cache(work: Path, hookpoints: Sequence[str], max_tokens: int) -> Path:
-    """Harvest SmolLM2-135M over `prose` through the command itself; nothing if it is there."""
+def real_cache(
+    work: Path, hookpoints: Sequence[str], max_tokens: int, options: Sequence[str] = ()
+) -> Path:
+    """Harvest SmolLM2-135M over `prose` through the command itself; nothing if it is there.
+
+    It runs in bfloat16 unless the options say otherwise.
+    """
     work.mkdir(parents=True, exist_ok=True)
     text = work / "prose.jsonl"
     if not text.exists():
@@ -88,7 +93,7 @@ def real_cache(work: Path, hookpoints: Sequence[str], max_tokens: int) -> Path:
     command = [str(Path(sys.executable).parent / "actcache"), "harvest"]
     command += [package.submodule_search_locations[0], str(text), "--gguf-file", GGUF_FILE]
     command += ["--model-dtype", "bfloat16", "--ctx-len", "256", "--out", str(cache)]
-    command += ["--max-tokens", str(max_tokens)]
+    command += ["--max-tokens", str(max_tokens), *options]
     for hookpoint in hookpoints:
         command += ["--hookpoint", hookpoint]
     subprocess.run(command, check=True)

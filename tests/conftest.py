@@ -87,7 +87,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             sequences: in a shard.
             ctx_len: tokens in a sequence.
             hookpoints: width by name; by default layers.0 and layers.1 of width 16.
-            dtype: on disk: float32, bfloat16 or float16.
+            dtype: on disk.
             skip_positions: positions left out at the start of each sequence.
             row_order: shuffled or sequence.
             block_rows: of the manifest.
@@ -103,7 +103,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
         from actcache.parse import to_json
         from actcache.receipt import EndReceipt, publish_end
-        from actcache.storage import BACKENDS, CODECS
+        from actcache.storage import BACKENDS
         from actcache.writer import FilledShard, publish_shard
 
         root = path or tmp_path_factory.mktemp("cache")
@@ -131,6 +131,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             max_norm_ratio=None,
             hookpoints=tuple(Hookpoint(name, width) for name, width in widths.items()),
             dtype=dtype,  # type: ignore[arg-type]
+            via=(),
             batch_size=4,
             row_order=row_order,  # type: ignore[arg-type]
             seed=seed,
@@ -162,7 +163,6 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 name: encode(rows(name, shard, int(kept.sum()), width), dtype)
                 for name, width in widths.items()
             }
-            assert stored[next(iter(widths))].dtype == np.dtype(CODECS[dtype].storage)
             publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, stored, {}))
         if end:
             publish_end(root, EndReceipt(manifest.cache_id, shards - 1, total, "goal"))
@@ -180,11 +180,19 @@ def whole_text(tokens: np.ndarray) -> Any:
     return ShardText(tokens, np.full(count, ctx_len, dtype=np.int32), numbers, numbers * 0)
 
 
-def encode(rows: np.ndarray, dtype: str) -> np.ndarray:
+def encode(rows: np.ndarray, dtype: str) -> Any:
     """float32 rows as they lie on disk (bfloat16 by truncation, as uint16)."""
+    from actcache.storage import CODECS, StoredRows
+
     if dtype == "bfloat16":
-        return (rows.astype("<f4").view("<u4") >> 16).astype("<u2")
-    return rows.astype({"float32": "<f4", "float16": "<f2"}[dtype])
+        values = (rows.astype("<f4").view("<u4") >> 16).astype("<u2")
+    elif dtype in ("float32", "float16"):
+        values = rows.astype({"float32": "<f4", "float16": "<f2"}[dtype])
+    else:
+        import torch
+
+        return CODECS[dtype].from_torch(torch.from_numpy(rows))
+    return StoredRows({"activations": values})
 
 
 WORDS = """

@@ -8,19 +8,32 @@ from typing import Protocol
 from actcache.atomic import FileReceipt
 from actcache.manifest import Manifest
 from actcache.storage.blosc_chunk import CompressedExtent
-from actcache.storage.codec import CODECS, Array, Codec
+from actcache.storage.codec import CODECS, Array, Codec, StoredRows, refuse_overflow
 from actcache.storage.memmap import MemmapBackend
 from actcache.storage.safetensors_file import Extent
 from actcache.storage.zarr_array import ZarrBackend
 
-__all__ = ["BACKENDS", "CODECS", "Array", "Backend", "Codec", "CompressedExtent", "Extent"]
+__all__ = [
+    "BACKENDS",
+    "CODECS",
+    "Array",
+    "Backend",
+    "Codec",
+    "CompressedExtent",
+    "Extent",
+    "StoredRows",
+    "refuse_overflow",
+]
 
 
 class Backend(Protocol):
     """Writes rows, and says where their bytes lie; reading them is the reader's one job."""
 
     def path(self, root: Path, hookpoint: str, shard: int) -> Path:
-        """Where a shard's rows of one hookpoint lie."""
+        """Where the numbers of a shard's rows of one hookpoint lie."""
+
+    def files(self, root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
+        """The files of a shard's rows, by the name that its receipt has for them."""
 
     def lay(self, root: Path, manifest: Manifest) -> None:
         """Make, or check, what must stand before the first shard. One process does it."""
@@ -29,14 +42,14 @@ class Backend(Protocol):
         """Files that stand beside the shards, with the bytes that follow from the manifest."""
 
     def write(
-        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: Array
-    ) -> FileReceipt:
-        """Publish one shard's rows [rows, width], as stored."""
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
+    ) -> dict[str, FileReceipt]:
+        """Publish one shard's rows of one hookpoint; receipts by the names of `files`."""
 
     def locate(
-        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
     ) -> Extent | CompressedExtent:
-        """Where the bytes of `rows` rows lie, checked; raises `CorruptShardError`."""
+        """Where one part of `rows` rows lies, checked; raises `CorruptShardError`."""
 
 
 BACKENDS: dict[str, Backend] = {"memmap": MemmapBackend(), "zarr": ZarrBackend()}

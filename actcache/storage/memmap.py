@@ -1,4 +1,7 @@
-"""The memmap backend: one safetensors file per shard and hookpoint, tensor `activations`."""
+"""The memmap backend: one safetensors file per shard and hookpoint, tensor `activations`.
+
+The scales of 8-bit rows are its second tensor.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,8 @@ from pathlib import Path
 from actcache.atomic import FileReceipt
 from actcache.manifest import Manifest
 from actcache.storage import safetensors_file
-from actcache.storage.codec import CODECS, Array
+from actcache.storage.codec import CODECS, VALUES, StoredRows
 from actcache.storage.safetensors_file import Extent
-
-_TENSOR = "activations"
 
 
 class MemmapBackend:
@@ -27,23 +28,34 @@ class MemmapBackend:
         """None."""
         return {}
 
+    def files(self, root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
+        """The files of a shard's rows, by the name that its receipt has for them."""
+        names = (hookpoint.name for hookpoint in manifest.identity.hookpoints)
+        return {f"{VALUES}/{name}": self.path(root, name, shard) for name in names}
+
     def write(
-        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: Array
-    ) -> FileReceipt:
-        """Publish one shard's rows [rows, width], as stored."""
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
+    ) -> dict[str, FileReceipt]:
+        """Publish one shard's rows of one hookpoint."""
+        parts = CODECS[manifest.identity.dtype].parts(manifest.width(hookpoint))
+        tensors = {name: (rows.parts[name], part.tag) for name, part in parts.items()}
         path = self.path(root, hookpoint, shard)
-        tag = CODECS[manifest.identity.dtype].tag
-        return safetensors_file.write(path, {_TENSOR: (rows, tag)})
+        return {f"{VALUES}/{hookpoint}": safetensors_file.write(path, tensors)}
 
     def locate(
-        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
     ) -> Extent:
-        """Where the rows' bytes lie, checked against what is expected.
+        """Where the bytes of one part of the rows lie, checked against what is expected.
 
         Raises:
             CorruptShardError: the file is missing or has another shape, type or size.
         """
         path = self.path(root, hookpoint, shard)
-        codec, shape = CODECS[manifest.identity.dtype], (rows, manifest.width(hookpoint))
-        (extent,) = safetensors_file.locate(path, {_TENSOR: (shape, codec.storage, codec.tag)})
-        return extent
+        expected = {
+            name: ((rows, *each.shape), each.storage, each.tag)
+            for name, each in CODECS[manifest.identity.dtype]
+            .parts(manifest.width(hookpoint))
+            .items()
+        }
+        extents = safetensors_file.locate(path, expected)
+        return extents[list(expected).index(part)]

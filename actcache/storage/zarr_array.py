@@ -2,7 +2,9 @@
 
 `zarr.open` opens the arrays. Chunk files are written here and not by zarr-python, which leaves out
 chunks of zeros, syncs nothing, and reads a chunk that is missing as zeros. An uncompressed chunk
-file is its numbers and nothing else, so rows are read from it as from any other file.
+file is its numbers and nothing else, so rows are read from it as from any other file. Scales of
+8-bit rows are an array of one dimension, under `scales/` instead of `activations/`, and are never
+compressed.
 """
 
 from __future__ import annotations
@@ -18,20 +20,26 @@ from actcache.manifest import Manifest
 from actcache.parse import to_json
 from actcache.storage import blosc_chunk
 from actcache.storage.blosc_chunk import CompressedExtent
-from actcache.storage.codec import CODECS, Array
+from actcache.storage.codec import CODECS, VALUES, Part, StoredRows
 from actcache.storage.safetensors_file import Extent
 
 DOCUMENT = "zarr.json"
-_TYPES = {"bfloat16": ("uint16", 0), "float16": ("float16", 0.0), "float32": ("float32", 0.0)}
-"""Zarr's type and fill value by ours: Zarr has no bfloat16."""
 
 
 class ZarrBackend:
     """Rows of a shard as one chunk of the array [planned shards * shard rows, width]."""
 
     def path(self, root: Path, hookpoint: str, shard: int) -> Path:
-        """Where a shard's rows of one hookpoint lie."""
-        return _folder(root, hookpoint) / "c" / str(shard) / "0"
+        """Where the numbers of a shard's rows of one hookpoint lie."""
+        return _chunk(_folder(root, hookpoint, VALUES), shard, 2)
+
+    def files(self, root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
+        """The files of a shard's rows, by the name that its receipt has for them."""
+        return {
+            f"{part}/{h.name}": _chunk(_folder(root, h.name, part), shard, 1 + len(each.shape))
+            for h in manifest.identity.hookpoints
+            for part, each in _parts(manifest, h.name).items()
+        }
 
     def lay(self, root: Path, manifest: Manifest) -> None:
         """Write the arrays' `zarr.json`, which never changes, or check those that are there.
@@ -47,76 +55,97 @@ class ZarrBackend:
                 publish(path, [expected])
 
     def documents(self, root: Path, manifest: Manifest) -> dict[Path, bytes]:
-        """The `zarr.json` of every hookpoint."""
+        """The `zarr.json` of every array."""
         return {
-            _folder(root, h.name) / DOCUMENT: to_json(document(manifest, h.name))
+            _folder(root, h.name, part) / DOCUMENT: to_json(document(manifest, h.name, part))
             for h in manifest.identity.hookpoints
+            for part in _parts(manifest, h.name)
         }
 
     def write(
-        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: Array
-    ) -> FileReceipt:
-        """Publish one shard's rows [rows, width], as stored, with zeros up to a whole chunk."""
-        path = self.path(root, hookpoint, shard)
-        missing = manifest.shard_rows - len(rows)
-        padding = np.zeros((missing, rows.shape[1]), dtype=rows.dtype)
-        if manifest.compression == "none":
-            return publish(path, [part.reshape(-1).view(np.uint8).data for part in (rows, padding)])
-        chunk = np.concatenate([rows, padding]) if missing else rows
-        return publish(path, [blosc_chunk.encode(chunk)])
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
+    ) -> dict[str, FileReceipt]:
+        """Publish one shard's rows of one hookpoint, with zeros up to whole chunks."""
+        receipts = {}
+        for part, array in rows.parts.items():
+            path = _chunk(_folder(root, hookpoint, part), shard, array.ndim)
+            missing = manifest.shard_rows - len(array)
+            padding = np.zeros((missing, *array.shape[1:]), dtype=array.dtype)
+            pieces: list[memoryview | bytes]
+            if _compressed(manifest, part):
+                chunk = np.concatenate([array, padding]) if missing else array
+                pieces = [blosc_chunk.encode(chunk)]
+            else:
+                pieces = [piece.reshape(-1).view(np.uint8).data for piece in (array, padding)]
+            receipts[f"{part}/{hookpoint}"] = publish(path, pieces)
+        return receipts
 
     def locate(
-        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
     ) -> Extent | CompressedExtent:
-        """Where the rows' bytes lie, checked against what is expected.
+        """Where the bytes of one part of the rows lie, checked against what is expected.
 
         Raises:
             CorruptShardError: `zarr.json` is not the manifest's, or the chunk is missing or has
                 another size.
         """
-        expected = to_json(document(manifest, hookpoint))
-        _check_document(_folder(root, hookpoint) / DOCUMENT, expected)
-        path = self.path(root, hookpoint, shard)
-        size = _plain_size(path, (path, path.parent, path.parent.parent))
+        folder, each = _folder(root, hookpoint, part), _parts(manifest, hookpoint)[part]
+        _check_document(folder / DOCUMENT, to_json(document(manifest, hookpoint, part)))
+        path = _chunk(folder, shard, 1 + len(each.shape))
+        size = _plain_size(path, (path, *(p for p in path.parents if folder in p.parents)))
         if rows > manifest.shard_rows:
             raise _corrupt(path, f"at most {manifest.shard_rows} rows", f"{rows} in the receipt")
-        codec, width = CODECS[manifest.identity.dtype], manifest.width(hookpoint)
-        whole = Extent(path, 0, (manifest.shard_rows, width), codec.storage)
-        if manifest.compression == "zstd":
-            return blosc_chunk.locate(path, size, whole.bytes, (rows, width), codec.storage)
+        shape = (rows, *each.shape)
+        whole = Extent(path, 0, (manifest.shard_rows, *each.shape), each.storage)
+        if _compressed(manifest, part):
+            return blosc_chunk.locate(path, size, whole.bytes, shape, each.storage)
         if size != whole.bytes:
             raise _corrupt(path, f"{whole.bytes} bytes", f"{size} bytes")
-        return Extent(path, 0, (rows, width), codec.storage)
+        return Extent(path, 0, shape, each.storage)
 
 
-def document(manifest: Manifest, hookpoint: str) -> dict[str, object]:
-    """The `zarr.json` of one hookpoint: all of it follows from the manifest."""
+def document(manifest: Manifest, hookpoint: str, part: str = VALUES) -> dict[str, object]:
+    """The `zarr.json` of one array: all of it follows from the manifest."""
     assert manifest.planned_sequences is not None  # the manifest's own rule for this backend
     shards = -(-manifest.planned_sequences // manifest.sequences_per_shard)
-    width, dtype = manifest.width(hookpoint), manifest.identity.dtype
-    data_type, fill_value = _TYPES[dtype]
-    codecs: list[object] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if manifest.compression == "zstd":
-        settings = blosc_chunk.ZARR_CODEC | {"typesize": CODECS[dtype].itemsize}
+    each = _parts(manifest, hookpoint)[part]
+    number = np.dtype(each.storage)
+    order = {"configuration": {"endian": "little"}} if number.itemsize > 1 else {}
+    codecs: list[object] = [{"name": "bytes"} | order]
+    if _compressed(manifest, part):
+        settings = blosc_chunk.ZARR_CODEC | {"typesize": number.itemsize}
         codecs.append({"name": "blosc", "configuration": settings})
     return {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": [shards * manifest.shard_rows, width],
-        "data_type": data_type,
+        "shape": [shards * manifest.shard_rows, *each.shape],
+        "data_type": number.name,  # bfloat16 and float8_e4m3 as integers: Zarr has no such types
         "chunk_grid": {
             "name": "regular",
-            "configuration": {"chunk_shape": [manifest.shard_rows, width]},
+            "configuration": {"chunk_shape": [manifest.shard_rows, *each.shape]},
         },
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": fill_value,
+        "fill_value": 0.0 if number.kind == "f" else 0,
         "codecs": codecs,
-        "attributes": {"actcache_dtype": dtype},
+        "attributes": {"actcache_dtype": manifest.identity.dtype if part == VALUES else "float32"},
     }
 
 
-def _folder(root: Path, hookpoint: str) -> Path:
-    return root / "activations" / hookpoint
+def _parts(manifest: Manifest, hookpoint: str) -> dict[str, Part]:
+    return CODECS[manifest.identity.dtype].parts(manifest.width(hookpoint))
+
+
+def _compressed(manifest: Manifest, part: str) -> bool:
+    return manifest.compression == "zstd" and part == VALUES
+
+
+def _folder(root: Path, hookpoint: str, part: str) -> Path:
+    return root / part / hookpoint
+
+
+def _chunk(folder: Path, shard: int, dimensions: int) -> Path:
+    """The chunk of a shard, which is all of the array's width."""
+    return folder.joinpath("c", str(shard), *["0"] * (dimensions - 1))
 
 
 def _check_document(path: Path, expected: bytes) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from actcache.atomic import digest_file, publish
 from actcache.filters import kept_positions
@@ -19,19 +20,34 @@ from actcache.storage import BACKENDS, CODECS
 from actcache.writer import FilledShard, ShardText, publish_shard
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CACHES = {"v1": ("memmap", "none"), "v1-zarr": ("zarr", "none"), "v1-zarr-zstd": ("zarr", "zstd")}
-"""Backend and compression by folder. The compressed bytes are those of constraints.txt's blosc."""
+CACHES = {
+    "v1": ("memmap", "none", "bfloat16"),
+    "v1-zarr": ("zarr", "none", "bfloat16"),
+    "v1-zarr-zstd": ("zarr", "zstd", "bfloat16"),
+    "v1-int8": ("memmap", "none", "int8"),
+    "v1-zarr-fp8": ("zarr", "none", "float8_e4m3"),
+}
+"""Backend, compression and type by folder. The compressed bytes are those of constraints.txt's
+blosc."""
 HOOKPOINTS = {"layers.0": 6, "layers.1.mlp:in": 10}
 
 
-def value(hookpoint, sequence, position):
-    """What a row holds: small integers, exact in bfloat16. [D]"""
+def value(hookpoint, sequence, position, dtype):
+    """What a row holds: small integers, exact in every type. [D]
+
+    The first number of an 8-bit row is the largest of its type: the scale is 2 ** position.
+    """
     index = list(HOOKPOINTS).index(hookpoint)
     dims = np.arange(HOOKPOINTS[hookpoint])
-    return (7 * sequence + 3 * position + dims + 5 * index) % 31 - 15.0
+    row = (7 * sequence + 3 * position + dims + 5 * index) % 31 - 15.0
+    largest = {"int8": 127.0, "float8_e4m3": 448.0}.get(dtype)
+    if largest is None:
+        return row
+    row[0] = largest
+    return row * 2.0**position
 
 
-def write_golden(root, backend, compression):
+def write_golden(root, backend, compression, dtype):
     identity = Identity(
         model_fingerprint="0" * 32,
         model_dtype="bfloat16",
@@ -52,7 +68,8 @@ def write_golden(root, backend, compression):
         exclude_tokens=(),
         max_norm_ratio=None,
         hookpoints=tuple(Hookpoint(name, width) for name, width in HOOKPOINTS.items()),
-        dtype="bfloat16",
+        dtype=dtype,
+        via=(),
         batch_size=2,
         row_order="shuffled",
         seed=7,
@@ -75,7 +92,7 @@ def write_golden(root, backend, compression):
     )
     publish(root / MANIFEST, [to_json(manifest)])
     BACKENDS[backend].lay(root, manifest)
-    codec = CODECS["bfloat16"]
+    codec = CODECS[dtype]
     for shard, sequences in enumerate([4, 4, 2]):
         tokens = np.arange(sequences * 4, dtype=np.int32).reshape(sequences, 4) + 100 * shard
         numbers = np.arange(sequences, dtype=np.int64) + 4 * shard
@@ -83,9 +100,10 @@ def write_golden(root, backend, compression):
         kept, dropped = kept_positions(identity, text.tokens, text.lengths)
         rows = {}
         for name in HOOKPOINTS:
-            exact = [value(name, 4 * shard + s, p) for s, p in zip(*np.nonzero(kept), strict=True)]
-            wide = np.array(exact, dtype=np.float32)
-            rows[name] = (wide.view(np.uint32) >> 16).astype(codec.storage)
+            exact = [
+                value(name, 4 * shard + s, p, dtype) for s, p in zip(*np.nonzero(kept), strict=True)
+            ]
+            rows[name] = codec.from_torch(torch.tensor(np.array(exact), dtype=torch.float32))
         publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, rows, {}))
     publish_end(root, EndReceipt(manifest.cache_id, 2, 10, "goal"))
 
@@ -112,7 +130,7 @@ def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint, name):
         for row, sequence, position in zip(
             rows, words.row_sequence, words.row_position, strict=True
         ):
-            expected = value(hookpoint, 4 * shard + int(sequence), int(position))
+            expected = value(hookpoint, 4 * shard + int(sequence), int(position), CACHES[name][2])
             np.testing.assert_array_equal(row, expected)
             assert position >= 1
 
@@ -125,9 +143,7 @@ def test_the_golden_receipts_are_true(golden):
         paths = {
             "tokens": cache.root / "tokens" / f"{shard:05d}.safetensors",
             "stats": cache.root / "stats" / f"{shard:05d}.safetensors",
-        }
-        for name in HOOKPOINTS:
-            paths[f"activations/{name}"] = backend.path(cache.root, name, shard)
+        } | backend.files(cache.root, cache.manifest, shard)
         assert {name: digest_file(path) for name, path in paths.items()} == receipt.files
 
 

@@ -32,6 +32,7 @@ from actcache.model import load_model, load_tokenizer
 from actcache.ranks import Ranks
 from actcache.reader import Cache
 from actcache.receipt import receipt_path
+from actcache.verification import verify
 
 Options = Callable[..., HarvestConfig]
 Tree = Callable[[Path | str], dict[str, str]]
@@ -99,6 +100,50 @@ def test_rows_are_rounded_to_the_type_on_disk(dtype: str, options: Options) -> N
         assert torch.equal(rounded, full.to(getattr(torch, dtype)))
 
 
+@pytest.mark.parametrize("backend", ["memmap", "zarr"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+def test_rows_of_8_bits_are_those_of_the_exact_rows(
+    dtype: str, backend: str, options: Options, tmp_path: Path
+) -> None:
+    exact = Cache.open(harvest(options(out=str(tmp_path / "exact"))).cache)
+    cache = Cache.open(harvest(options(dtype=dtype, backend=backend)).cache)
+    assert verify(cache.root).sound
+    for shard, name in itertools.product(exact.shards, exact.hookpoints):
+        expected = cache.codec.from_torch(exact.codec.to_torch(exact.read(name, shard)))
+        for part, array in cache.read(name, shard).parts.items():
+            np.testing.assert_array_equal(array, expected.parts[part])
+        statistics = cache.statistics(name, [shard])
+        decoded = cache.codec.to_float32(expected)
+        np.testing.assert_allclose(statistics.total, decoded.sum(axis=0, dtype=np.float64))
+        names = {"tokens", "stats", *(f"activations/{n}" for n in exact.hookpoints)}
+        names |= {f"scales/{n}" for n in exact.hookpoints} if backend == "zarr" else set()
+        assert cache.receipts[shard].files.keys() == names
+
+
+def test_rows_of_8_bits_that_are_not_finite_stay_so(
+    make_model: Callable[..., Path], options: Options
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = make_model()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1, 0] = torch.inf  # EOS
+    model.save_pretrained(path)
+    config = options(model=str(path), hookpoint=("layers.0:in",), max_tokens=None, dtype="int8")
+    cache = Cache.open(harvest(config).cache)
+    counted = 0
+    for shard in cache.shards:
+        words = cache.tokens(shard)
+        is_eos = words.tokens[words.row_sequence, words.row_position] == 1
+        stored = cache.read("layers.0:in", shard)
+        np.testing.assert_array_equal(np.isnan(stored.scales), is_eos)
+        np.testing.assert_array_equal(np.isnan(cache.codec.to_float32(stored)).all(axis=1), is_eos)
+        assert cache.receipts[shard].non_finite == {"layers.0:in": is_eos.sum()}
+        counted += is_eos.sum()
+    assert counted > 10
+
+
 def test_the_type_on_disk_is_the_models_by_default(options: Options) -> None:
     cache = Cache.open(harvest(options(model_dtype="bfloat16")).cache)
     assert cache.manifest.identity.model_dtype == cache.manifest.identity.dtype == "bfloat16"
@@ -148,7 +193,8 @@ def test_token_ids_from_a_file_are_harvested_as_they_are(options: Options, tmp_p
     identity = first.manifest.identity
     assert (identity.bos_id, identity.eos_id, identity.tokenizer_fingerprint) == (None, None, "")
     for shard in first.shards:
-        np.testing.assert_array_equal(first.read("layers.0", shard), second.read("layers.0", shard))
+        a, b = first.read("layers.0", shard), second.read("layers.0", shard)
+        np.testing.assert_array_equal(a.values, b.values)
 
 
 def test_ids_beyond_the_vocabulary_end_the_harvest_with_a_message(
@@ -308,7 +354,8 @@ def test_backend_and_compression_change_neither_the_id_nor_the_rows(
     )
     assert ("numcodecs" in other.manifest.versions) == (storage == ZSTD)
     for shard, name in itertools.product(cache.shards, cache.hookpoints):
-        np.testing.assert_array_equal(other.read(name, shard), cache.read(name, shard))
+        theirs, ours = other.read(name, shard), cache.read(name, shard)
+        np.testing.assert_array_equal(theirs.values, ours.values)
         assert other.receipts[shard].non_finite == cache.receipts[shard].non_finite
         assert other.receipts[shard].files["stats"] == cache.receipts[shard].files["stats"]
         assert other.receipts[shard].files["tokens"] == cache.receipts[shard].files["tokens"]
@@ -614,7 +661,7 @@ def test_rows_that_are_not_finite_are_kept_and_counted(
     assert cache.receipts[0].non_finite == {"layers.0:in": is_eos.sum()}
     (warning,) = summary.warnings
     assert f"{is_eos.sum()} rows of layers.0:in hold an infinity or NaN" in warning
-    rows = cache.read("layers.0:in", 0)
+    rows = cache.read("layers.0:in", 0).values
     np.testing.assert_array_equal(~np.isfinite(rows).all(axis=1), is_eos)
     statistics = cache.statistics("layers.0:in")
     mean = rows[~is_eos].mean(axis=0, dtype=np.float64)

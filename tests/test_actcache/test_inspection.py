@@ -40,8 +40,8 @@ def test_the_numbers_of_a_hookpoint_are_those_of_its_finite_rows(
     cache = Cache.open(root)
     summary = summarise(cache)
     for found in summary.hookpoints:
-        rows = np.concatenate([cache.read(found.hookpoint, s) for s in cache.shards])
-        rows = cache.codec.to_float32(rows).astype(np.float64)
+        stored = [cache.read(found.hookpoint, s) for s in cache.shards]
+        rows = np.concatenate([cache.codec.to_float32(s) for s in stored]).astype(np.float64)
         norms = np.linalg.norm(rows[np.isfinite(rows).all(axis=1)], axis=1)
         assert found.rows == len(rows) == 3 * 128
         assert found.width == widths[found.hookpoint]
@@ -125,7 +125,7 @@ def test_a_sample_shows_a_row_in_its_text(make_cache: Callable[..., Path]) -> No
         assert sample.after == "".join(ids[place + 1 : place + 4])
         for name, norm in sample.norms.items():
             row = cache.read(name, sample.shard, sample.row, 1)
-            assert norm == pytest.approx(np.linalg.norm(row.astype(np.float64)))
+            assert norm == pytest.approx(np.linalg.norm(row.values.astype(np.float64)))
     assert json.dumps([dataclasses.asdict(s) for s in samples])
 
 

@@ -430,3 +430,26 @@ def test_no_repair_begins_while_a_harvest_is_at_work(root: Path) -> None:
     with pytest.raises(CacheBusyError):
         retract_damaged(verify(root))
     assert receipt_path(root, 1).exists()
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_damaged_scales_are_named_and_taken_back(
+    compression: str, make_cache: Callable[..., Path]
+) -> None:
+    root = make_cache(shards=3, dtype="int8", backend="zarr", compression=compression)
+    assert verify(root).sound
+    flip(root / "scales/layers.0/c/1")
+    (root / "scales/layers.1/c/2").unlink()
+    assert named(root, quick=True) == ["scales/layers.1/c/2"]
+    found = verify(root)
+    assert [d.file for d in found.damages] == ["scales/layers.0/c/1", "scales/layers.1/c/2"]
+    assert found.leftovers == ()
+    assert retract_damaged(found) == [1, 2]
+    left = sorted(str(p.relative_to(root)) for p in root.rglob("c/*") if p.is_file())
+    assert left == ["scales/layers.0/c/0", "scales/layers.1/c/0"]
+
+
+def test_an_array_of_scales_that_is_another_is_named(make_cache: Callable[..., Path]) -> None:
+    root = make_cache(dtype="float8_e4m3", backend="zarr")
+    (root / "scales/layers.1/zarr.json").write_text("{}")
+    assert named(root) == ["scales/layers.1/zarr.json"]

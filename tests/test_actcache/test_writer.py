@@ -121,8 +121,8 @@ def test_the_receipt_comes_after_every_file(
 
 def test_the_receipt_counts_what_the_shard_holds(filled: tuple[Path, FilledShard]) -> None:
     root, shard = filled
-    shard.rows["layers.1"][5, 3] = np.nan
-    shard.rows["layers.0"][6:8, 3] = 40_000
+    shard.rows["layers.1"].values[5, 3] = np.nan
+    shard.rows["layers.0"].values[6:8, 3] = 40_000
     receipt = publish_shard(root, read_manifest(root), shard)
     assert (receipt.shard, receipt.first_sequence, receipt.sequences) == (1, 4, 4)
     assert receipt.rows == 64
@@ -169,7 +169,7 @@ def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_shard_completes(
             assert 0 in cache.shards
             assert {name: tree(root)[name] for name in before} == before
             for s in cache.shards:  # 1 only if it crashed while the receipt's name was synced
-                assert cache.read("layers.1", s).shape == (64, 16)
+                assert cache.read("layers.1", s).values.shape == (64, 16)
                 assert cache.tokens(s).tokens.shape == (4, 17)
                 assert cache.statistics("layers.0", [s]).count == 64
             for partial in root.rglob(".*.partial-*"):

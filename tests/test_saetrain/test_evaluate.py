@@ -27,8 +27,8 @@ Float64 = NDArray[np.float64]
 
 
 def rows_of(cache: Cache, hookpoint: str, shards: list[int]) -> Float64:
-    stored = np.concatenate([cache.read(hookpoint, shard) for shard in shards])
-    return cache.codec.to_float32(stored).astype(np.float64)  # [N, D]
+    stored = [cache.codec.to_float32(cache.read(hookpoint, shard)) for shard in shards]
+    return np.concatenate(stored).astype(np.float64)  # [N, D]
 
 
 def active(folder: Path, x: Float64, k: int) -> tuple[Float64, Float64]:

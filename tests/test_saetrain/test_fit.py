@@ -186,10 +186,22 @@ def test_b_dec_begins_at_the_mean_of_the_training_rows_alone(
     config = options(cache=str(path), lr=1e-30, max_tokens=32)
     fit(config)
     cache, record = Cache.open(path), read_run(Path(config.out))
-    training = [cache.read("layers.0", shard) for shard in record.training_shards]
+    training = [cache.read("layers.0", shard).values for shard in record.training_shards]
     mean = np.concatenate(training).astype(np.float64).mean(axis=0)
     b_dec = load_file(Path(config.out) / "layers.0" / "sae.safetensors")["b_dec"]
     assert b_dec.numpy() == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["memmap", "zarr"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+def test_a_run_learns_from_rows_of_8_bits_what_it_learns_from_exact_ones(
+    dtype: str, backend: str, make_cache: Callable[..., Path], options: Options, tmp_path: Path
+) -> None:
+    exact = fit(options(epochs=4))
+    path = make_cache(dtype=dtype, backend=backend)
+    found = fit(options(cache=str(path), out=str(tmp_path / "eight"), epochs=4))
+    for hookpoint in ("layers.0", "layers.1"):
+        assert found.saes[hookpoint]["fvu"] == pytest.approx(exact.saes[hookpoint]["fvu"], rel=0.05)
 
 
 def test_the_loss_of_a_run_divides_by_the_variance_of_its_training_rows(
@@ -200,7 +212,7 @@ def test_the_loss_of_a_run_divides_by_the_variance_of_its_training_rows(
     config = options(cache=str(path), lr=1e-30, max_tokens=384, log_every=12, auxk_alpha=0.0)
     fvu = fit(config).saes["layers.0"]["fvu"]
     cache, record = Cache.open(path), read_run(Path(config.out))
-    stored = [cache.read("layers.0", shard) for shard in record.training_shards]
+    stored = [cache.read("layers.0", shard).values for shard in record.training_shards]
     x = np.concatenate(stored).astype(np.float64)
     from saetrain.formats.sparsify import load_sae
 

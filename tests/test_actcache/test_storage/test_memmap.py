@@ -32,23 +32,32 @@ def test_rows_written_are_found_and_opened_by_the_safetensors_library(
     dtype: str, make_cache: Callable[..., Path], tmp_path: Path
 ) -> None:
     codec, manifest = CODECS[dtype], manifest_of(make_cache, 3, dtype)
-    tensor = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-    tensor = tensor.to(getattr(torch, dtype))
-    receipt = BACKEND.write(tmp_path, manifest, "layers.0", 1, codec.from_torch(tensor))
+    stored = codec.from_torch(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)))
+    receipts = BACKEND.write(tmp_path, manifest, "layers.0", 1, stored)
     path = BACKEND.path(tmp_path, "layers.0", 1)
-    assert receipt == digest_file(path)
-    assert torch.equal(safetensors.torch.load_file(path)["activations"], tensor)
-    extent = BACKEND.locate(tmp_path, manifest, "layers.0", 1, 5)
-    assert isinstance(extent, Extent)
-    np.testing.assert_array_equal(safetensors_file.read(extent), codec.from_torch(tensor))
+    assert receipts == {"activations/layers.0": digest_file(path)}
+    assert BACKEND.files(tmp_path, manifest, 1) == {"activations/layers.0": path}
+    tensors = safetensors.torch.load_file(path)
+    assert list(tensors) == list(stored.parts)
+    assert tensors["activations"].dtype == getattr(torch, codec.torch_name)
+    decoded = tensors["activations"].float()
+    if dtype in ("int8", "float8_e4m3"):  # what any library does with the two tensors
+        decoded = decoded * tensors["scales"][:, None]
+    np.testing.assert_array_equal(decoded.numpy(), codec.to_float32(stored))
+    for part, array in stored.parts.items():
+        extent = BACKEND.locate(tmp_path, manifest, "layers.0", 1, 5, part)
+        assert isinstance(extent, Extent)
+        np.testing.assert_array_equal(safetensors_file.read(extent), array)
 
 
 def test_rows_of_another_shape_or_type_are_refused(
     make_cache: Callable[..., Path], tmp_path: Path
 ) -> None:
     manifest = manifest_of(make_cache, 6, "bfloat16")
-    BACKEND.write(tmp_path, manifest, "layers.0", 0, np.zeros((4, 6), dtype="<u2"))
-    for rows, width, dtype in [(6, 4, "bfloat16"), (3, 6, "bfloat16"), (4, 6, "float16")]:
+    BACKEND.write(tmp_path, manifest, "layers.0", 0, CODECS["bfloat16"].empty(4, 6))
+    others = [(6, 4, "bfloat16"), (3, 6, "bfloat16"), (4, 6, "float16"), (4, 6, "int8")]
+    for rows, width, dtype in others:
+        other = manifest_of(make_cache, width, dtype)
         with pytest.raises(CorruptShardError):
-            BACKEND.locate(tmp_path, manifest_of(make_cache, width, dtype), "layers.0", 0, rows)
-    BACKEND.locate(tmp_path, manifest, "layers.0", 0, 4)
+            BACKEND.locate(tmp_path, other, "layers.0", 0, rows, "activations")
+    BACKEND.locate(tmp_path, manifest, "layers.0", 0, 4, "activations")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
 from actcache.atomic import digest_file
@@ -15,7 +16,7 @@ from actcache.errors import ActcacheError, CorruptShardError, FormatError
 from actcache.filters import FILTERS
 from actcache.manifest import read_manifest
 from actcache.reader import Cache
-from actcache.storage import BACKENDS, CODECS
+from actcache.storage import BACKENDS, CODECS, StoredRows
 from actcache.storage.zarr_array import document
 
 Make = Callable[..., Path]
@@ -65,10 +66,12 @@ def test_zarr_opens_the_arrays_and_both_backends_hold_the_same_rows(
         assert array.attrs["actcache_dtype"] == dtype
         for shard in memmap.shards:
             rows = memmap.read(hookpoint, shard)
-            np.testing.assert_array_equal(cache.read(hookpoint, shard), rows)
-            np.testing.assert_array_equal(cache.read(hookpoint, shard, 7, 9), rows[7:16])
+            whole, some = cache.read(hookpoint, shard), cache.read(hookpoint, shard, 7, 9)
+            for part, truth in rows.parts.items():
+                np.testing.assert_array_equal(whole.parts[part], truth)
+                np.testing.assert_array_equal(some.parts[part], truth[7:16])
             there = np.asarray(array[64 * shard : 64 * (shard + 1)])
-            np.testing.assert_array_equal(there[: len(rows)], rows)
+            np.testing.assert_array_equal(there[: len(rows)], rows.values)
             assert not there[len(rows) :].any()
     for shard, receipt in memmap.receipts.items():
         other = cache.receipts[shard]
@@ -77,28 +80,73 @@ def test_zarr_opens_the_arrays_and_both_backends_hold_the_same_rows(
             assert receipt.files[name] == other.files[name]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_zarr_alone_gives_the_rows_of_8_bits_and_their_scales(
+    compression: str, dtype: str, make_cache: Make
+) -> None:
+    path = make_cache(
+        shards=3,
+        sequences=4,
+        last_sequences=2,
+        hookpoints=HOOKPOINTS,
+        dtype=dtype,
+        backend="zarr",
+        compression=compression,
+    )
+    cache = Cache.open(path)
+    for hookpoint in HOOKPOINTS:
+        values = zarr.open(path / "activations" / hookpoint, mode="r")
+        scales = zarr.open(path / "scales" / hookpoint, mode="r")
+        assert isinstance(values, zarr.Array)
+        assert isinstance(scales, zarr.Array)
+        assert values.dtype == {"int8": np.int8, "float8_e4m3": np.uint8}[dtype]
+        assert values.attrs["actcache_dtype"] == dtype
+        assert (scales.shape, scales.chunks, scales.dtype) == ((192,), (64,), np.float32)
+        numbers = torch.from_numpy(np.asarray(values[:160]))
+        if dtype == "float8_e4m3":
+            numbers = numbers.view(torch.float8_e4m3fn)
+        decoded = numbers.float() * torch.from_numpy(np.asarray(scales[:160]))[:, None]
+        truth = [cache.codec.to_float32(cache.read(hookpoint, s)) for s in cache.shards]
+        np.testing.assert_array_equal(decoded.numpy(), np.concatenate(truth))
+        assert not np.asarray(scales[160:]).any()
+
+
 def test_bfloat16_is_uint16_to_zarr(root: Path) -> None:
     array = zarr.open(root / "activations" / "layers.0", mode="r")
     assert isinstance(array, zarr.Array)
     assert array.dtype == np.uint16
     cache = Cache.open(root)
-    first = cache.codec.to_float32(np.asarray(array[:64]))
+    first = cache.codec.to_float32(StoredRows({"activations": np.asarray(array[:64])}))
     np.testing.assert_array_equal(first, cache.codec.to_float32(cache.read("layers.0", 0)))
 
 
-def test_zarr_itself_would_describe_the_arrays_so(root: Path, tmp_path: Path) -> None:
-    expected = document(read_manifest(root), "layers.0")
+TYPES = {"bfloat16": "uint16", "float32": "float32", "int8": "int8", "float8_e4m3": "uint8"}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("part", ["activations", "scales"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_zarr_itself_would_describe_the_arrays_so(
+    dtype: str, part: str, compression: str, make_cache: Make, tmp_path: Path
+) -> None:
+    if part == "scales" and dtype not in ("int8", "float8_e4m3"):
+        return
+    shape: dict[str, Any] = {"shards": 3, "sequences": 4, "dtype": dtype, "end": False}
+    path = make_cache(hookpoints=HOOKPOINTS, backend="zarr", compression=compression, **shape)
+    expected = document(read_manifest(path), "layers.0", part)
+    kind = np.dtype("float32" if part == "scales" else TYPES[dtype])
     codec = zarr.codecs.BloscCodec(
-        typesize=2, cname="zstd", clevel=1, shuffle="shuffle", blocksize=1 << 19
+        typesize=kind.itemsize, cname="zstd", clevel=1, shuffle="shuffle", blocksize=1 << 19
     )
     zarr.create_array(
         tmp_path / "theirs",
-        shape=(192, 6),
-        chunks=(64, 6),
-        dtype="uint16",
+        shape=(192,) if part == "scales" else (192, 6),
+        chunks=(64,) if part == "scales" else (64, 6),
+        dtype=kind.name,
         compressors=codec if len(expected["codecs"]) > 1 else None,  # type: ignore[arg-type]
         fill_value=0,
-        attributes={"actcache_dtype": "bfloat16"},
+        attributes={"actcache_dtype": "float32" if part == "scales" else dtype},
     )
     theirs = json.loads((tmp_path / "theirs" / "zarr.json").read_text())
     assert theirs.pop("storage_transformers") == []
@@ -110,7 +158,7 @@ def test_a_chunk_is_whole_however_few_rows_its_shard_has(make_cache: Make) -> No
     for shard, rows in ((0, 64), (1, 16)):
         data = chunk(root, shard).read_bytes()
         assert len(data) == 64 * 16 * 4
-        assert data[: rows * 64] == Cache.open(root).read("layers.0", shard).tobytes()
+        assert data[: rows * 64] == Cache.open(root).read("layers.0", shard).values.tobytes()
         assert not any(data[rows * 64 :])
 
 

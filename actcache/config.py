@@ -313,5 +313,20 @@ class HarvestConfig:
             )
 
 
+@dataclass(frozen=True)
+class PlanConfig(HarvestConfig):
+    """A harvest that is planned and not carried out: its options, and these."""
+
+    out: str = "."
+    """Folder the cache would go to: its disk is asked for room."""
+
+    measure: bool = False
+    """Run a short trial harvest into a temporary folder beside OUT, which is removed, and tell the
+    time and memory that one process takes."""
+
+    measure_seconds: float = 20.0
+    """How long the trial's model runs, seconds; loading it comes before."""
+
+
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")

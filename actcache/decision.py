@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from actcache.config import HarvestConfig
-from actcache.documents import Mixture, Source, TokenFile, kind_of, open_documents
+from actcache.documents import Source, open_documents
 from actcache.errors import ConfigError
-from actcache.manifest import Hookpoint, Identity
-from actcache.model import fingerprint_tokenizer, load_config, load_tokenizer
+from actcache.manifest import Hookpoint
+from actcache.model import load_config, load_tokenizer
 from actcache.planning import (
     choose_hookpoints,
     choose_pipeline,
     excluded_tokens,
-    is_stream,
     needs_tokenizer,
     special_tokens,
     survey_model,
@@ -68,46 +67,3 @@ def decide(config: HarvestConfig) -> Decision:
         exclude_special=special_tokens(tokenizer) if config.exclude_special else (),
         exclude_tokens=excluded_tokens(config.exclude_tokens, tokenizer, pipeline.vocab_size),
     )
-
-
-def make_identity(
-    config: HarvestConfig, decided: Decision, model_fingerprint: str, model_dtype: str, dtype: str
-) -> Identity:
-    """Everything that decides the numbers, as the manifest has it."""
-    source, pipeline, tokenizer = decided.source, decided.pipeline, decided.tokenizer
-    kind = kind_of(source)
-    fingerprint = ""
-    if tokenizer is not None:
-        fingerprint = fingerprint_tokenizer(tokenizer, chat=kind == "chat")
-    return Identity(
-        model_fingerprint=model_fingerprint,
-        model_dtype=model_dtype,
-        tokenizer_fingerprint=fingerprint,
-        dataset_fingerprint=source.fingerprint,
-        weights=source.weights if isinstance(source, Mixture) else (),
-        documents=kind,
-        column="" if isinstance(source, TokenFile) else source.column.name,
-        shuffle_buffer=_shuffle_buffer(source, pipeline),
-        pipeline=pipeline.kind,
-        ctx_len=pipeline.ctx_len,
-        bos_id=pipeline.bos_id,
-        eos_id=pipeline.eos_id,
-        pad_id=pipeline.pad_id,
-        keep_order=pipeline.order.keep_order,
-        skip_positions=config.skip_positions,
-        exclude_special=decided.exclude_special,
-        exclude_tokens=decided.exclude_tokens,
-        max_norm_ratio=config.max_norm_ratio,
-        hookpoints=decided.hookpoints,
-        dtype=dtype,  # type: ignore[arg-type] # the caller has looked it up
-        via=(),
-        batch_size=config.batch_size,
-        row_order=config.order,
-        seed=config.seed,
-    )
-
-
-def _shuffle_buffer(source: Source, pipeline: Pipeline) -> int | None:
-    if pipeline.order.keep_order or not is_stream(source):
-        return None
-    return pipeline.order.buffer

@@ -73,12 +73,13 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
     """
     job = prepare(config, Ranks.from_environment())
     try:
-        return _finish(job)
+        return carry_out(job)
     finally:
         job.lock.release()
 
 
-def _finish(job: Job) -> HarvestSummary:
+def carry_out(job: Job) -> HarvestSummary:
+    """Make what is missing of a prepared harvest."""
     manifest = job.manifest
     done = receipts_module.read_receipts(job.root, manifest)
     end = receipts_module.read_end(job.root, manifest.cache_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import sys
@@ -74,7 +75,9 @@ def empty_model(model_config: Any, config: HarvestConfig) -> Any:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            model_config, dtype=torch.bfloat16, trust_remote_code=config.trust_remote_code
+            copy.deepcopy(model_config),  # it writes the type into the configuration
+            dtype=torch.bfloat16,
+            trust_remote_code=config.trust_remote_code,
         )
     return model.eval()
 

@@ -195,6 +195,19 @@ def is_stream(source: Source) -> bool:
     return any(isinstance(part, DocumentStream) for part in parts)
 
 
+def stored_dtype(config: HarvestConfig, model_dtype: str) -> str:
+    """Type of the activations on disk; raises `ConfigError` if there is no such."""
+    dtype = model_dtype if config.dtype == "auto" else config.dtype
+    if dtype not in CODECS:
+        raise ConfigError(
+            "the model's type cannot be stored",
+            expected=" | ".join(CODECS),
+            got=dtype,
+            remedy="name one with --dtype",
+        )
+    return dtype
+
+
 def sequences_per_shard(
     config: HarvestConfig, planned: int, hookpoints: tuple[Hookpoint, ...], dtype: str
 ) -> int:

@@ -12,12 +12,12 @@ import torch
 from actcache import receipt as receipts_module
 from actcache.atomic import publish, remove_partials
 from actcache.config import HarvestConfig
-from actcache.decision import decide, make_identity
+from actcache.decision import decide
 from actcache.device import input_device, require_whole_machine
-from actcache.errors import CacheMismatchError, ConfigError
+from actcache.drafting import draft_identity, draft_manifest
+from actcache.errors import CacheMismatchError
 from actcache.lock import LOCK, FolderLock
 from actcache.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     Manifest,
     differences,
@@ -30,17 +30,15 @@ from actcache.model import (
 )
 from actcache.parse import to_json
 from actcache.planning import (
-    choose_block_rows,
     count_planned,
-    library_versions,
     require_chunks,
     require_room,
-    sequences_per_shard,
+    stored_dtype,
 )
 from actcache.ranks import Ranks
 from actcache.receipt import END, ShardReceipt
 from actcache.retraction import forget_restored, retracted_shards
-from actcache.storage import BACKENDS, CODECS
+from actcache.storage import BACKENDS
 from actcache.tokens import Sequence, sequences
 
 
@@ -81,32 +79,9 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
     usable = loaded and not getattr(decided.surveyed, "is_quantized", False)
     model = decided.surveyed if usable else load_model(config)
     model_dtype = dtype_name(model)
-    dtype = model_dtype if config.dtype == "auto" else config.dtype
-    if dtype not in CODECS:
-        raise ConfigError(
-            "the model's type cannot be stored",
-            expected=" | ".join(CODECS),
-            got=dtype,
-            remedy="name one with --dtype",
-        )
-    identity = make_identity(config, decided, fingerprint_model(model), model_dtype, dtype)
-    hookpoints = decided.hookpoints
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        cache_id=identity.digest(),
-        identity=identity,
-        model=_last_part(config.model),
-        revision=config.revision,
-        architecture=type(model).__name__,
-        dataset=" + ".join(_last_part(name) for name in (config.dataset, *config.mix)),
-        split=config.split if identity.column else "",
-        backend=config.backend,
-        compression=config.compress,
-        sequences_per_shard=sequences_per_shard(config, planned, hookpoints, dtype),
-        planned_sequences=planned,
-        block_rows=choose_block_rows(hookpoints, dtype),
-        versions=library_versions(config.compress),
-    )
+    dtype = stored_dtype(config, model_dtype)
+    identity = draft_identity(config, decided, fingerprint_model(model), model_dtype, dtype)
+    manifest = draft_manifest(config, decided, identity, planned, type(model).__name__)
     require_chunks(manifest)
     lock = FolderLock(root)
     try:
@@ -194,8 +169,3 @@ def _withdraw(root: Path) -> None:
     laid = read_manifest(root)
     for path in (*BACKENDS[laid.backend].documents(root, laid), root / MANIFEST):
         path.unlink(missing_ok=True)
-
-
-def _last_part(name: str) -> str:
-    """A local path's last part, so that a cache says the same wherever it was made."""
-    return Path(name).resolve().name if Path(name).exists() else name

@@ -15,7 +15,7 @@ from actcache.atomic import digest_file
 from actcache.errors import CorruptShardError, EmptyCacheError, FormatError, HookpointError
 from actcache.manifest import Manifest, read_manifest
 from actcache.receipt import EndReceipt, ShardReceipt
-from actcache.statistics import NORM_BINS, Statistics, merge
+from actcache.statistics import Statistics, merge
 from actcache.storage import (
     BACKENDS,
     CODECS,
@@ -28,6 +28,7 @@ from actcache.storage import (
 )
 from actcache.storage.codec import VALUES
 from actcache.storage.pread import read_exactly
+from actcache.tensors import statistics_tensors, token_tensors
 from actcache.writer import data_paths, statistics_path, tokens_path
 
 
@@ -281,28 +282,14 @@ class Cache:
 
     def locate_tokens(self, shard: int) -> dict[str, Extent]:
         """Where the tensors of a shard's text lie, by name; raises `CorruptShardError`."""
-        receipt = self.receipts[shard]
-        rows, count = ((receipt.rows,), "<i4", "I32"), receipt.sequences
-        expected = {
-            "tokens": ((count, self.manifest.identity.ctx_len), "<i4", "I32"),
-            "lengths": ((count,), "<i4", "I32"),
-            "documents": ((count,), "<i8", "I64"),
-            "starts": ((count,), "<i8", "I64"),
-            "row_sequence": rows,
-            "row_position": rows,
-        }
+        receipt, ctx_len = self.receipts[shard], self.manifest.identity.ctx_len
+        expected = token_tensors(receipt.sequences, ctx_len, receipt.rows)
         extents = safetensors_file.locate(tokens_path(self.root, shard), expected)
         return dict(zip(expected, extents, strict=True))
 
     def locate_statistics(self, shard: int) -> dict[str, Extent]:
         """Where the tensors of a shard's statistics lie, by name; raises `CorruptShardError`."""
-        expected = {}
-        for point in self.manifest.identity.hookpoints:
-            expected[f"{point.name}/sum"] = ((point.width,), "<f8", "F64")
-            expected[f"{point.name}/sum_squares"] = ((point.width,), "<f8", "F64")
-            expected[f"{point.name}/abs_max"] = ((point.width,), "<f8", "F64")
-            expected[f"{point.name}/norm_sum_max"] = ((2,), "<f8", "F64")
-            expected[f"{point.name}/norm_histogram"] = ((NORM_BINS,), "<i8", "I64")
+        expected = statistics_tensors(self.manifest.identity.hookpoints)
         extents = safetensors_file.locate(statistics_path(self.root, shard), expected)
         return dict(zip(expected, extents, strict=True))
 

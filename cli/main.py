@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from actcache.config import HarvestConfig
+from actcache.config import HarvestConfig, PlanConfig
 from saetrain.config import FitConfig
 
 from . import eval as eval_
-from . import fit, harvest, hookpoints, inspect_cache, verify
+from . import fit, harvest, hookpoints, inspect_cache, plan, verify
 from .guard import guarded
 from .options import command
 
@@ -49,6 +49,7 @@ def actcache_app() -> typer.Typer:
     """The program `actcache`."""
     app = _app("Harvest a model's activations once, and look at them.")
     app.command("harvest")(guarded(command(HarvestConfig, harvest.run, ["model", "dataset"])))
+    app.command("plan")(guarded(command(PlanConfig, plan.run, ["model", "dataset"])))
     app.command("hookpoints")(hookpoints.run)
     app.command("inspect")(inspect_cache.run)
     app.command("verify")(verify.run)

@@ -52,10 +52,11 @@ def command(
 
 
 def field_docs(config_class: type[Any]) -> dict[str, str]:
-    """The string under each field of a dataclass, as one paragraph."""
+    """The string under each field of a dataclass and of those it extends, as one paragraph."""
+    base = config_class.__base__
+    docs = field_docs(base) if base is not None and dataclasses.is_dataclass(base) else {}
     (class_,) = ast.parse(inspect.getsource(config_class)).body
     assert isinstance(class_, ast.ClassDef)
-    docs = {}
     for field, text in zip(class_.body, class_.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             assert isinstance(field.target, ast.Name)

@@ -41,6 +41,9 @@ class Backend(Protocol):
     def documents(self, root: Path, manifest: Manifest) -> dict[Path, bytes]:
         """Files that stand beside the shards, with the bytes that follow from the manifest."""
 
+    def sizes(self, manifest: Manifest, rows: int) -> dict[str, int]:
+        """Bytes of a shard's files, by the names of `files`, as they are without compression."""
+
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
     ) -> dict[str, FileReceipt]:

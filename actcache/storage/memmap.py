@@ -11,7 +11,7 @@ from actcache.atomic import FileReceipt
 from actcache.manifest import Manifest
 from actcache.storage import safetensors_file
 from actcache.storage.codec import CODECS, VALUES, StoredRows
-from actcache.storage.safetensors_file import Extent
+from actcache.storage.safetensors_file import Extent, Spec
 
 
 class MemmapBackend:
@@ -33,6 +33,13 @@ class MemmapBackend:
         names = (hookpoint.name for hookpoint in manifest.identity.hookpoints)
         return {f"{VALUES}/{name}": self.path(root, name, shard) for name in names}
 
+    def sizes(self, manifest: Manifest, rows: int) -> dict[str, int]:
+        """Bytes of the files of a shard of so many rows, by the names of `files`."""
+        return {
+            f"{VALUES}/{h.name}": safetensors_file.size(_tensors(manifest, h.name, rows))
+            for h in manifest.identity.hookpoints
+        }
+
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
     ) -> dict[str, FileReceipt]:
@@ -50,12 +57,11 @@ class MemmapBackend:
         Raises:
             CorruptShardError: the file is missing or has another shape, type or size.
         """
-        path = self.path(root, hookpoint, shard)
-        expected = {
-            name: ((rows, *each.shape), each.storage, each.tag)
-            for name, each in CODECS[manifest.identity.dtype]
-            .parts(manifest.width(hookpoint))
-            .items()
-        }
+        path, expected = self.path(root, hookpoint, shard), _tensors(manifest, hookpoint, rows)
         extents = safetensors_file.locate(path, expected)
         return extents[list(expected).index(part)]
+
+
+def _tensors(manifest: Manifest, hookpoint: str, rows: int) -> dict[str, Spec]:
+    parts = CODECS[manifest.identity.dtype].parts(manifest.width(hookpoint))
+    return {name: ((rows, *part.shape), part.storage, part.tag) for name, part in parts.items()}

@@ -24,6 +24,8 @@ from actcache.parse import decode_json, short
 from actcache.storage.codec import Array
 
 ALIGNMENT = 4096
+Spec = tuple[tuple[int, ...], str, str]
+"""What a tensor is: (shape, NumPy type, safetensors tag)."""
 _MAX_HEADER = 1 << 20
 _TAGS = {"<u2": "U16", "<i4": "I32", "<i8": "I64", "<f2": "F16", "<f4": "F32", "<f8": "F64"}
 
@@ -54,26 +56,44 @@ def write(path: Path, tensors: Mapping[str, tuple[Array, str | None]]) -> FileRe
         tensors: name to (C-contiguous little-endian array, safetensors tag or None for the
             array's own type).
     """
-    header: dict[str, object] = {}
-    end = 0
+    specs: dict[str, Spec] = {}
     for name, (array, tag) in tensors.items():
         assert array.flags.c_contiguous
-        begin, end = end, end + array.nbytes
-        tag = tag or _TAGS[_little(array.dtype)]
-        header[name] = {"dtype": tag, "shape": list(array.shape), "data_offsets": [begin, end]}
+        storage = _little(array.dtype)
+        specs[name] = (array.shape, storage, tag or _TAGS[storage])
+    parts = [array.reshape(-1).view(np.uint8).data for array, _ in tensors.values()]
+    return publish(path, [_header(specs), *parts])
+
+
+def size(tensors: Mapping[str, Spec]) -> int:
+    """Bytes of the file that `write` would make of such tensors."""
+    return len(_header(tensors)) + sum(_bytes(spec) for spec in tensors.values())
+
+
+def _header(tensors: Mapping[str, Spec]) -> bytes:
+    """Length and JSON header, with spaces up to where the data begins."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, spec in tensors.items():
+        begin, end = end, end + _bytes(spec)
+        shape, _, tag = spec
+        header[name] = {"dtype": tag, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    parts = [array.reshape(-1).view(np.uint8).data for array, _ in tensors.values()]
-    return publish(path, [struct.pack("<Q", len(text)) + text, *parts])
+    return struct.pack("<Q", len(text)) + text
 
 
-def locate(path: Path, expected: Mapping[str, tuple[tuple[int, ...], str, str]]) -> list[Extent]:
+def _bytes(spec: Spec) -> int:
+    shape, storage, _ = spec
+    return math.prod(shape) * np.dtype(storage).itemsize
+
+
+def locate(path: Path, expected: Mapping[str, Spec]) -> list[Extent]:
     """Find tensors whose shapes and types are known beforehand.
 
     Args:
         path: the file.
-        expected: name to (shape, NumPy type, safetensors tag): all that the file may hold, in the
-            order of the bytes.
+        expected: all that the file may hold, in the order of the bytes.
 
     Raises:
         CorruptShardError: the file is missing, or anything in its header or its size differs.

@@ -62,6 +62,14 @@ class ZarrBackend:
             for part in _parts(manifest, h.name)
         }
 
+    def sizes(self, manifest: Manifest, rows: int) -> dict[str, int]:  # noqa: ARG002
+        """Bytes of a shard's chunks, by the names of `files`: whole, and before compression."""
+        return {
+            f"{part}/{h.name}": manifest.shard_rows * each.bytes
+            for h in manifest.identity.hookpoints
+            for part, each in _parts(manifest, h.name).items()
+        }
+
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
     ) -> dict[str, FileReceipt]:

@@ -1,0 +1,54 @@
+"""How large a cache will be: every file of every shard, from shapes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actcache.atomic import FileReceipt
+from actcache.filters import FILTERS
+from actcache.manifest import MANIFEST, Manifest
+from actcache.parse import to_json
+from actcache.receipt import END, EndReceipt, ShardReceipt
+from actcache.storage import BACKENDS, safetensors_file
+from actcache.tensors import statistics_tensors, token_tensors
+
+
+def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> dict[str, int]:
+    """Bytes of every file of a shard, by its name in the receipt; the receipt itself as 'receipt'.
+
+    Exact, but for compressed files, which are counted as if they were not, and for a few digits of
+    the receipt.
+
+    Args:
+        manifest: of the cache.
+        shard: the shard's number.
+        sequences: in the shard.
+        rows: at each hookpoint.
+    """
+    identity = manifest.identity
+    sizes = BACKENDS[manifest.backend].sizes(manifest, rows)
+    sizes["tokens"] = safetensors_file.size(token_tensors(sequences, identity.ctx_len, rows))
+    sizes["stats"] = safetensors_file.size(statistics_tensors(identity.hookpoints))
+    zeros = dict.fromkeys((h.name for h in identity.hookpoints), 0)
+    receipt = ShardReceipt(
+        cache_id=manifest.cache_id,
+        shard=shard,
+        first_sequence=shard * manifest.sequences_per_shard,
+        sequences=sequences,
+        rows=rows,
+        dropped=dict.fromkeys(FILTERS, 0),
+        non_finite=zeros,
+        near_overflow=zeros,
+        files={name: FileReceipt(size, "0" * 32) for name, size in sizes.items()},
+    )
+    return sizes | {"receipt": len(to_json(receipt))}
+
+
+def other_files(manifest: Manifest) -> dict[str, int]:
+    """Bytes of the files that belong to no shard, by name; the seal within a few digits."""
+    root = Path()
+    documents = BACKENDS[manifest.backend].documents(root, manifest)
+    end = EndReceipt(manifest.cache_id, 0, manifest.planned_sequences or 1, "goal")
+    return {MANIFEST: len(to_json(manifest)), END: len(to_json(end))} | {
+        str(path): len(document) for path, document in documents.items()
+    }

@@ -122,7 +122,9 @@ def _about_rows(fresh: list[ShardReceipt]) -> tuple[str, ...]:
 
 
 def _about_files(job: Job, receipts: dict[int, ShardReceipt]) -> tuple[str, ...]:
-    """A warning if files of shards that count as done are not there."""
+    """A warning if files of shards that count as done are not there: rank 0 looks for all."""
+    if job.ranks.rank > 0:
+        return ()
     missing = Cache(job.root, job.manifest, receipts, None).missing_files()
     if not missing:
         return ()

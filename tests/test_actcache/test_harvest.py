@@ -756,6 +756,8 @@ def test_a_finished_harvest_warns_of_files_that_are_gone(options: Options) -> No
     (warning,) = harvest(config).warnings
     assert "1 files of published shards are missing or cut" in warning
     assert "verify" in warning
+    first, second = harvest_by([0, 1], 2, config)
+    assert (first.warnings, second.warnings) == ((warning,), ())  # one process looks for all
 
 
 def test_a_text_without_splits_records_none(options: Options, prose: list[str]) -> None:

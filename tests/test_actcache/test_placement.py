@@ -257,7 +257,7 @@ def rows_by_token(cache: Cache, name: str) -> dict[tuple[int, int], np.ndarray]:
     """Rows of the whole cache by (sequence of the harvest, position)."""
     found = {}
     for shard in cache.shards:
-        words, rows = cache.tokens(shard), cache.read(name, shard)
+        words, rows = cache.tokens(shard), cache.codec.to_torch(cache.read(name, shard)).numpy()
         first = cache.receipts[shard].first_sequence
         places = zip(words.row_sequence, words.row_position, strict=True)
         for place, row in zip(places, rows, strict=True):

@@ -33,6 +33,7 @@ from actcache.reader import Cache
 from actcache.receipt import EndReceipt, ShardReceipt, publish_end
 from actcache.storage import CODECS, refuse_overflow
 from actcache.tokens import Sequence
+from actcache.workers import Memory, Workers
 from actcache.writer import FilledShard, ShardText, publish_shard
 
 
@@ -146,8 +147,11 @@ def _make_shards(job: Job, done: set[int], fresh: list[ShardReceipt], log: _Log)
     bar = Progress("harvest", total, "tok", show=None if ranks.rank == 0 else False)
     count = 0
     # One shard is written, hashed and synced while the model fills the next.
+    hookpoints = manifest.identity.hookpoints
+    memory = itertools.cycle([Memory(), Memory()])  # of the shard being filled, of the one before
     with (
-        Capture(job.model, manifest.identity.hookpoints) as capture,
+        Capture(job.model, hookpoints) as capture,
+        Workers.threads(len(hookpoints)) as workers,
         ThreadPoolExecutor(max_workers=1) as publisher,
     ):
         writing: Future[ShardReceipt] | None = None
@@ -155,10 +159,10 @@ def _make_shards(job: Job, done: set[int], fresh: list[ShardReceipt], log: _Log)
             count += len(group)
             if shard % ranks.world_size != ranks.rank or shard in done:
                 continue
-            filled = _fill(job, shard, group, capture, bar)
+            filled = _fill(job, shard, group, capture, bar, next(memory))
             if writing is not None:
                 fresh.append(log.shard(writing.result()))
-            writing = publisher.submit(publish_shard, job.root, manifest, filled)
+            writing = publisher.submit(publish_shard, job.root, manifest, filled, workers)
         if writing is not None:
             fresh.append(log.shard(writing.result()))
     bar.close()
@@ -181,7 +185,7 @@ def _shard_groups(
 
 
 def _fill(
-    job: Job, shard: int, group: list[Sequence], capture: Capture, bar: Progress
+    job: Job, shard: int, group: list[Sequence], capture: Capture, bar: Progress, memory: Memory
 ) -> FilledShard:
     """Run the model over a shard's sequences and keep the rows that the filters leave."""
     identity = job.manifest.identity
@@ -189,7 +193,7 @@ def _fill(
     text = _text(group)
     kept, dropped = kept_positions(identity, text.tokens, text.lengths)
     count = int(kept.sum())
-    rows = {h.name: codec.empty(count, h.width) for h in identity.hookpoints}
+    rows = {h.name: memory.rows(h.name, count, h.width, codec) for h in identity.hookpoints}
     asks_norms = identity.max_norm_ratio is not None
     norms = {h.name: np.empty(count) for h in identity.hookpoints if asks_norms}
     filled = 0

@@ -256,9 +256,12 @@ class Capture:
         return self._captured
 
     def _keep(self, hookpoint: Hookpoint, tensor: Tensor | None) -> None:
-        if tensor is not None:  # copied, for modules further on may add to it in place
-            self._captured[hookpoint.name] = tensor.clone()
-        if len(self._captured) == len(self._hookpoints):
+        if tensor is None:
+            return
+        waiting = {h.name for h in self._hookpoints} - set(self._captured) - {hookpoint.name}
+        # Copied, for modules further on may add to it in place; after the last, none is called.
+        self._captured[hookpoint.name] = tensor.clone() if waiting else tensor
+        if not waiting:
             raise _StopForward
 
     def _input_hook(self, hookpoint: Hookpoint) -> Any:

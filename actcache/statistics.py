@@ -94,19 +94,24 @@ class Statistics:
         return self.norm_total / max(self.count, 1)
 
 
-def compute(
+def compute(rows: StoredRows, codec: Codec) -> Statistics:
+    """Statistics of rows as stored: of the numbers [N, D] that they stand for."""
+    return merge(parts(rows, codec))
+
+
+def parts(
     rows: StoredRows, codec: Codec, mapper: Callable[..., Iterable[Statistics]] = map
-) -> Statistics:
-    """Statistics of rows as stored: of the numbers [N, D] that they stand for.
+) -> Iterable[Statistics]:
+    """Statistics of every block of rows, in order, which `merge` adds up.
 
     Args:
         rows: the rows.
         codec: their type.
-        mapper: `map`, or that of an executor, for blocks side by side; the result is the same.
+        mapper: `map`; or that of an executor, which begins at once and gives the same.
     """
     starts = range(0, max(len(rows), 1), BLOCK_ROWS)
     blocks = [rows[start : start + BLOCK_ROWS] for start in starts]
-    return merge(mapper(partial(_of_block, codec=codec), blocks))
+    return mapper(partial(_of_block, codec=codec), blocks)
 
 
 def _of_block(rows: StoredRows, codec: Codec) -> Statistics:

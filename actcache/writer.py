@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from actcache.atomic import FileReceipt
 from actcache.filters import Mask, Norms, norm_outliers
 from actcache.manifest import Identity, Manifest
 from actcache.receipt import ShardReceipt, publish_receipt
-from actcache.statistics import Statistics, compute
+from actcache.statistics import Statistics, merge, parts
 from actcache.storage import BACKENDS, CODECS, Array, StoredRows, safetensors_file
+from actcache.workers import Workers
 
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
@@ -97,8 +99,16 @@ class RowLayout:
         return cls(sequence, position, source)
 
 
-def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardReceipt:
+def publish_shard(
+    root: Path, manifest: Manifest, filled: FilledShard, workers: Workers | None = None
+) -> ShardReceipt:
     """Write a shard's files, then its receipt. Killed anywhere before, there is no shard.
+
+    Args:
+        root: folder of the cache.
+        manifest: its manifest.
+        filled: the shard.
+        workers: who does it; by default the caller's thread.
 
     Raises:
         DiskFullError: no room; the cache stays valid without this shard.
@@ -111,19 +121,26 @@ def publish_shard(root: Path, manifest: Manifest, filled: FilledShard) -> ShardR
     if identity.max_norm_ratio is not None:
         outliers = norm_outliers(filled.norms, identity.max_norm_ratio)
     layout = RowLayout.of(identity, shard, filled.kept, outliers)
+    hands = workers or Workers()
     files: dict[str, FileReceipt] = {}
     statistics: dict[str, Statistics] = {}
-    for name, natural in filled.rows.items():
-        rows = natural[layout.source]
-        statistics[name] = compute(rows, codec)
-        files |= backend.write(root, manifest, name, shard, rows)
-    files["tokens"] = _write_text(tokens_path(root, shard), filled.text, layout)
+
+    def write_text() -> None:
+        files["tokens"] = _write_text(tokens_path(root, shard), filled.text, layout)
+
+    def write_rows(name: str) -> None:
+        rows = hands.gather(filled.rows[name], layout.source, codec)
+        found = parts(rows, codec, hands.blocks)  # while the file is written
+        files.update(backend.write(root, manifest, name, shard, rows))
+        statistics[name] = merge(found)
+
+    hands.do([*(partial(write_rows, name) for name in filled.rows), write_text])
     files["stats"] = safetensors_file.write(
         statistics_path(root, shard),
         {
             f"{name}/{key}": (array, None)
-            for name, statistic in statistics.items()
-            for key, array in statistics_arrays(statistic).items()
+            for name in filled.rows
+            for key, array in statistics_arrays(statistics[name]).items()
         },
     )
     receipt = ShardReceipt(

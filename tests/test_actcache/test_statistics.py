@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actcache import statistics
-from actcache.statistics import BLOCK_ROWS, NORM_BINS, Statistics, merge
+from actcache.statistics import BLOCK_ROWS, NORM_BINS, Statistics, merge, parts
 from actcache.storage import CODECS, Codec, StoredRows
 
 FLOAT32 = CODECS["float32"]
@@ -20,7 +20,7 @@ def rows(count: int, width: int = 5, seed: int = 0) -> np.ndarray:
 
 
 def compute(x: np.ndarray, codec: Codec, mapper: Any = map) -> Statistics:
-    return statistics.compute(StoredRows({"activations": x}), codec, mapper)
+    return merge(parts(StoredRows({"activations": x}), codec, mapper))
 
 
 @pytest.mark.parametrize("count", [1, 31, 33, 2500, BLOCK_ROWS + 100])

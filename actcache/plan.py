@@ -17,6 +17,7 @@ from actcache.row_count import Known, RowCount, count_rows
 from actcache.sizing import other_files, shard_bytes
 from actcache.storage import CODECS
 from actcache.trial import Trial, run_trial
+from actcache.workers import files_at_once
 
 _LIVE = 6  # tensors of the widest output that a forward pass holds at once, about
 
@@ -28,7 +29,8 @@ class Memory:
     weights: int
     """On the model's device."""
     shards: int
-    """In main memory: a shard that is being filled and one that is being published."""
+    """In main memory: a shard that is being filled, one that is being published, and the hookpoints
+    of that one that are being permuted."""
     forward: int
     """On the model's device, about: activations of one forward pass."""
 
@@ -171,8 +173,7 @@ def _memory(config: PlanConfig, decided: Decision, manifest: Manifest, model_dty
     inner = max([*captured, *_widths(decided.model_config)])
     return Memory(
         weights=int(weights * bits),
-        # The one that is published is permuted hookpoint by hookpoint: one more copy of the widest.
-        shards=manifest.shard_rows * (2 * row + widest),
+        shards=manifest.shard_rows * (2 * row + files_at_once(len(captured)) * widest),
         forward=tokens * number * (sum(captured) + _LIVE * inner),
     )
 

@@ -35,10 +35,9 @@ class Workers:
     @contextmanager
     def threads(cls, hookpoints: int) -> Iterator[Workers]:
         """As many as are of use to this many hookpoints on this machine."""
-        most = max(2, min(4, len(os.sched_getaffinity(0)) // 2))
         with (
-            ThreadPoolExecutor(min(hookpoints, most), "files") as files,
-            ThreadPoolExecutor(most, "blocks") as blocks,
+            ThreadPoolExecutor(files_at_once(hookpoints), "files") as files,
+            ThreadPoolExecutor(_most(), "blocks") as blocks,
         ):
             yield cls(files, blocks.map)
 
@@ -64,6 +63,15 @@ class Workers:
         out = memory.rows(width, len(source), width, codec)
         rows.take(source, out)
         return out
+
+
+def files_at_once(hookpoints: int) -> int:
+    """Hookpoints that are permuted and written side by side, each in memory of its own."""
+    return min(hookpoints, _most())
+
+
+def _most() -> int:
+    return max(2, min(4, len(os.sched_getaffinity(0)) // 2))
 
 
 class Memory:

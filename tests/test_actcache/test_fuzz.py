@@ -8,6 +8,7 @@ statistics. Meanwhile no path outside the cache is opened and no large buffer is
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import io
 import json
 import os
@@ -63,8 +64,8 @@ def contents(root: Path) -> dict[str, bytes]:
     found["complete"] = repr((cache.shards, cache.complete)).encode()
     for shard in cache.shards:
         words = cache.tokens(shard)
-        for name in ("tokens", "row_sequence", "row_position"):
-            found[f"{name} {shard}"] = getattr(words, name).tobytes()
+        for field in dataclasses.fields(words):
+            found[f"{field.name} {shard}"] = getattr(words, field.name).tobytes()
         for hookpoint in cache.hookpoints:
             for part, array in cache.read(hookpoint, shard).parts.items():
                 found[f"{hookpoint} {shard} {part}"] = array.tobytes()
@@ -72,6 +73,7 @@ def contents(root: Path) -> dict[str, bytes]:
             found[f"{hookpoint} {shard} sums"] = statistics.total.tobytes()
             found[f"{hookpoint} {shard} squares"] = statistics.total_squares.tobytes()
             found[f"{hookpoint} {shard} norms"] = statistics.norm_histogram.tobytes()
+            found[f"{hookpoint} {shard} largest"] = statistics.abs_max.tobytes()
     return found
 
 

@@ -99,7 +99,9 @@ def test_weights_count_once_and_buffers_of_shards_as_they_are_held(options: Opti
     model = load_model(options())
     assert plan.memory.weights == sum(p.numel() * 4 for p in model.parameters())
     row = (32 + 32) * 4
-    assert plan.memory.shards == 4 * 15 * (2 * row + 32 * 4)
+    assert plan.memory.shards == 4 * 15 * (
+        2 * row + 2 * 32 * 4
+    )  # two hookpoints are permuted at once
     assert plan.memory.total > plan.memory.weights + plan.memory.shards
     halved = planned(options(model_dtype="bfloat16"))
     assert halved.memory.weights * 2 == plan.memory.weights

@@ -65,6 +65,49 @@ def test_a_text_that_ends_before_the_goal_is_said_and_nothing_is_repeated(folder
     assert short_of_goal.digest(short_of_goal.shards) == all_of_it.digest(all_of_it.shards)
 
 
+def test_a_plan_tells_what_the_harvest_then_writes(folders):
+    root, harvest, *_ = folders
+    shown = run(actcache_app, "plan", *harvest[1:])
+    cache = Cache.open(root / "cache")
+    for words in (
+        f"{cache.rows:,} at each hookpoint (left out: ",
+        f"{len(cache.shards)} of 8 sequences",
+        f"free at {root / 'cache'}: fits",
+        "a process: weights ",
+        "layers.1.mlp",
+    ):
+        assert words in shown
+    told = json.loads(run(actcache_app, "plan", *harvest[1:], "--json"))
+    assert (told["rows"], told["fits"], told["trial"]) == (cache.rows, True, None)
+    bytes_of = dict.fromkeys(cache.hookpoints, 0)
+    for receipt in cache.receipts.values():
+        for name in bytes_of:
+            bytes_of[name] += receipt.files[f"activations/{name}"].bytes
+    assert told["hookpoints"] == bytes_of
+
+
+def test_a_plan_that_is_measured_tells_the_time(folders, tmp_path):
+    _, harvest, *_ = folders
+    arguments = [
+        tmp_path / "new" if harvest[i - 1] == "--out" else a for i, a in enumerate(harvest)
+    ]
+    shown = run(actcache_app, "plan", *arguments[1:], "--measure", "--measure-seconds", 0.2)
+    assert "tokens/s), peak " in shown
+    assert "on one process like this" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_pipelines_and_filters_are_options_and_are_shown(tiny_model, prose_file, tmp_path):
+    harvest = ["harvest", tiny_model, prose_file, "--out", tmp_path / "cache", "--ctx-len", 32]
+    harvest += ["--layers", 0, "--pipeline", "truncate", "--exclude-special", "--exclude-tokens", 7]
+    harvest += ["--exclude-tokens", "</s>", "--max-norm-ratio", 3, "--batch-size", 4]
+    run(actcache_app, *harvest)
+    shown = run(actcache_app, "inspect", tmp_path / "cache")
+    assert "the beginning of each, to 32 tokens" in shown
+    left_out = "left out: positions below 1; 2 special tokens; tokens 1, 7; norms over 3 times"
+    assert left_out in shown
+
+
 def test_hookpoints_lists_names_and_widths(tiny_model):
     lines = run(actcache_app, "hookpoints", tiny_model, "layers.1.mlp*").splitlines()
     assert lines[0].split() == ["layers.1.mlp", "32"]

@@ -198,11 +198,10 @@ def _fill(
     norms = {h.name: np.empty(count) for h in identity.hookpoints if asks_norms}
     filled = 0
     for start in range(0, len(group), size):
-        captured = capture.run(*_batch(job, text, start))
         chosen = torch.from_numpy(np.flatnonzero(kept[start : start + size])).to(job.device)
+        captured = capture.run(*_batch(job, text, start), chosen)
         place = slice(filled, filled + len(chosen))
-        for name, activations in captured.items():
-            found = activations.flatten(0, 1).index_select(0, chosen.to(activations.device))
+        for name, found in captured.items():
             stored = codec.from_torch(found)
             refuse_overflow(found, stored, codec, name)
             rows[name][place] = stored

@@ -202,6 +202,8 @@ class Capture:
         self._base = model.base_model
         self._hookpoints = hookpoints
         self._captured: dict[str, Tensor] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._chosen: Tensor | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> Capture:
@@ -226,27 +228,30 @@ class Capture:
             handle.remove()
         self._handles.clear()
 
-    def run(self, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def run(
+        self, tokens: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Activations of a batch of sequences.
 
         Args:
             tokens: token ids [B, C] on the model's device.
             mask: 1 where there is a token and 0 where there is padding [B, C]; None: no padding.
+            chosen: tokens, numbered through all sequences [n], whose activations are wanted.
 
         Returns:
-            By hookpoint, [B, C, width] in the model's type.
+            By hookpoint, [B, C, width], or [n, width] of those chosen, in the model's type.
 
         Raises:
             HookpointError: a hookpoint was not reached, or gave another shape than when surveyed.
         """
-        self._captured = {}
+        self._captured, self._shapes, self._chosen = {}, {}, chosen
         with torch.inference_mode(), contextlib.suppress(_StopForward):
             if mask is None:
                 self._base(tokens, use_cache=False)
             else:
                 self._base(tokens, attention_mask=mask, use_cache=False)
         for hookpoint in self._hookpoints:
-            got = _shape(self._captured.get(hookpoint.name))
+            got = self._shapes.get(hookpoint.name)
             if got != (*tokens.shape, hookpoint.width):
                 raise HookpointError(
                     f"hookpoint {hookpoint.name} did not give what it gave when surveyed",
@@ -256,13 +261,16 @@ class Capture:
         return self._captured
 
     def _keep(self, hookpoint: Hookpoint, tensor: Tensor | None) -> None:
-        if tensor is None:
-            return
-        waiting = {h.name for h in self._hookpoints} - set(self._captured) - {hookpoint.name}
-        # Copied, for modules further on may add to it in place; after the last, none is called.
-        self._captured[hookpoint.name] = tensor.clone() if waiting else tensor
-        if not waiting:
+        if tensor is not None:  # copied, for modules further on may add to it in place
+            self._shapes[hookpoint.name] = tuple(tensor.shape)
+            self._captured[hookpoint.name] = self._copy(tensor)
+        if len(self._captured) == len(self._hookpoints):
             raise _StopForward
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self._chosen is None or tensor.dim() != 3:  # `run` refuses another shape
+            return tensor.clone()
+        return tensor.flatten(0, 1).index_select(0, self._chosen.to(tensor.device))
 
     def _input_hook(self, hookpoint: Hookpoint) -> Any:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:

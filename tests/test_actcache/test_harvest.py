@@ -620,9 +620,9 @@ def test_batches_are_padded_to_one_shape(options: Options, monkeypatch: pytest.M
     shapes = set()
     run = harvest_module.Capture.run
 
-    def record(capture: Any, tokens: torch.Tensor, mask: Any) -> Any:
+    def record(capture: Any, tokens: torch.Tensor, *rest: Any) -> Any:
         shapes.add(tuple(tokens.shape))
-        return run(capture, tokens, mask)
+        return run(capture, tokens, *rest)
 
     monkeypatch.setattr(harvest_module.Capture, "run", record)
     harvest(options(shard_size=3))

@@ -186,6 +186,16 @@ def test_whatever_a_survey_offers_is_captured_at_any_batch_and_length(family: st
         assert all(found[h.name].shape == (*ids.shape, h.width) for h in hookpoints)
 
 
+def test_chosen_tokens_alone_are_kept_and_are_what_they_are_among_all() -> None:
+    hookpoints = [Hookpoint("layers.0", 16), Hookpoint("layers.1.mlp:in", 16)]
+    chosen = torch.tensor([0, 3, 8, 20])  # of 3 sequences of 7
+    with Capture(build("llama"), hookpoints) as capture:
+        whole = dict(capture.run(IDS))
+        found = capture.run(IDS, None, chosen)
+    for name, rows in found.items():
+        torch.testing.assert_close(rows, whole[name].flatten(0, 1)[chosen], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_on_the_right_that_is_masked_leaves_the_tokens_before_it_as_they_are(
     family: str,

@@ -86,9 +86,9 @@ def test_padding_is_hidden_from_attention_and_not_only_left_out(
     masks = []
     run = module.Capture.run
 
-    def record(capture: Any, tokens: torch.Tensor, mask: torch.Tensor) -> Any:
+    def record(capture: Any, tokens: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
         masks.append((tokens, mask))
-        return run(capture, tokens, mask)
+        return run(capture, tokens, mask, *rest)
 
     monkeypatch.setattr(module.Capture, "run", record)
     cache = Cache.open(harvest(options(pipeline="truncate", ctx_len=48, max_tokens=480)).cache)

@@ -56,6 +56,10 @@ class HarvestConfig:
     max_tokens: int | None = None
     """Tokens to run the model on, rounded down to whole sequences. Default: all of the text."""
 
+    extend: bool = False
+    """Go on beyond the goal of the cache in --out, to a larger --max-tokens or all of the text. All
+    else must be as it was; a goal not yet reached is reached first."""
+
     split: str = "train"
     """Split of the dataset."""
 

@@ -7,12 +7,12 @@ another number of processes, ends in the same bytes.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from actcache import receipt as receipts_module
 from actcache.atomic import tell_full_disk
 from actcache.config import HarvestConfig
+from actcache.extension import extended, publish_extension
 from actcache.filters import kept_positions, row_norms
 from actcache.hooks import Capture
 from actcache.preparation import Job, prepare
@@ -81,21 +82,17 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
 
 def carry_out(job: Job) -> HarvestSummary:
     """Make what is missing of a prepared harvest."""
-    manifest = job.manifest
-    done = receipts_module.read_receipts(job.root, manifest)
-    end = receipts_module.read_end(job.root, manifest.cache_id)
+    job, done, end = _as_published(job)
     began = time.monotonic()
     log = _Log(job.root, job.ranks.rank)
     fresh: list[ShardReceipt] = []
-    if end is None or len(done) <= end.last_shard:
-        count = _make_shards(job, set(done), fresh, log)
-        done = receipts_module.read_receipts(job.root, manifest)  # with those of other processes
-        end = _seal(job, count, done)
+    if end is None or len(done) <= end.last_shard or job.extend_to is not None:
+        job, done, end = _go_through(job, done, fresh, log)
     seconds = time.monotonic() - began
-    tokens = sum(receipt.sequences for receipt in fresh) * manifest.identity.ctx_len
+    tokens = sum(receipt.sequences for receipt in fresh) * job.manifest.identity.ctx_len
     return HarvestSummary(
         cache=str(job.root),
-        cache_id=manifest.cache_id,
+        cache_id=job.manifest.cache_id,
         rank=job.ranks.rank,
         world_size=job.ranks.world_size,
         complete=end is not None,
@@ -105,8 +102,21 @@ def carry_out(job: Job) -> HarvestSummary:
         new_bytes=sum(file.bytes for receipt in fresh for file in receipt.files.values()),
         seconds=seconds,
         tokens_per_second=tokens / seconds if fresh else 0.0,
-        warnings=(*job.warnings, *_about_rows(fresh), *_about_files(job, done)),
+        warnings=(
+            *job.warnings,
+            *_about_text(job),
+            *_about_rows(fresh),
+            *_about_files(job, done),
+        ),
     )
+
+
+def _about_text(job: Job) -> tuple[str, ...]:
+    """A warning if there was no text for --extend: with a large goal only the end shows it."""
+    goal = job.manifest.plan.goal
+    if job.extend_to is None or goal is None or job.extend_to <= goal:
+        return ()
+    return ("--extend: the text has ended; there was nothing to go on with",)
 
 
 def _about_rows(fresh: list[ShardReceipt]) -> tuple[str, ...]:
@@ -135,15 +145,62 @@ def _about_files(job: Job, receipts: dict[int, ShardReceipt]) -> tuple[str, ...]
     )
 
 
-def _make_shards(job: Job, done: set[int], fresh: list[ShardReceipt], log: _Log) -> int:
-    """Make this process's missing shards; returns how many sequences there are in all."""
-    manifest, ranks = job.manifest, job.ranks
-    size, goal = manifest.sequences_per_shard, manifest.planned_sequences
+_State = tuple[Job, dict[int, ShardReceipt], EndReceipt | None]
+"""A job, the shards that are there, and the seal."""
+
+
+def _as_published(job: Job) -> _State:
+    """How things stand: other processes make shards, and may have extended the harvest."""
+    manifest, done, end = receipts_module.read_published(job.root)
+    return dataclasses.replace(job, manifest=manifest), done, end
+
+
+def _go_through(
+    job: Job, done: dict[int, ShardReceipt], fresh: list[ShardReceipt], log: _Log
+) -> _State:
+    """Make what is missing up to the goal; then, with --extend, go on to the next."""
+    part = count = 0
+    while True:
+        count += _make_shards(job, part, set(done), fresh, log)
+        part = len(job.manifest.extensions) + 1
+        job, done, end = _as_published(job)
+        if part <= len(job.manifest.extensions):
+            continue  # another process was here first and has extended the harvest
+        further = _further(job, count)
+        end = _seal(job, count, done, end, goes_on=further is not None)
+        if further is None:
+            return job, done, end
+        publish_extension(further.root, further.manifest)
+        job = further
+
+
+def _further(job: Job, count: int) -> Job | None:
+    """The job extended as it is asked, or None: nothing is asked, or the text ends here."""
+    goal = job.manifest.plan.goal
+    if job.extend_to is None or count != goal or job.extend_to <= goal:
+        return None
+    following = next(job.sequences, None)
+    if following is None:
+        return None
+    return dataclasses.replace(
+        job,
+        manifest=extended(job.manifest, job.extend_to),
+        sequences=itertools.chain([following], job.sequences),
+    )
+
+
+def _make_shards(job: Job, part: int, done: set[int], fresh: list[ShardReceipt], log: _Log) -> int:
+    """Make this process's missing shards from one part of the plan on.
+
+    Returns:
+        How many sequences there are in those parts.
+    """
+    manifest, ranks, plan = job.manifest, job.ranks, job.manifest.plan
     total = None
-    if goal is not None:
-        mine = range(ranks.rank, -(-goal // size), ranks.world_size)
-        total = sum(min(size, goal - shard * size) for shard in mine if shard not in done)
-        total *= manifest.identity.ctx_len
+    if plan.shards is not None:
+        numbers = range(plan.parts[part].first_shard, plan.shards)
+        mine = (s for s in numbers if s % ranks.world_size == ranks.rank and s not in done)
+        total = sum(map(plan.most_sequences, mine)) * manifest.identity.ctx_len
     bar = Progress("harvest", total, "tok", show=None if ranks.rank == 0 else False)
     count = 0
     # One shard is written, hashed and synced while the model fills the next.
@@ -155,7 +212,7 @@ def _make_shards(job: Job, done: set[int], fresh: list[ShardReceipt], log: _Log)
         ThreadPoolExecutor(max_workers=1) as publisher,
     ):
         writing: Future[ShardReceipt] | None = None
-        for shard, group in _shard_groups(job.sequences, size, goal):
+        for shard, group in plan.groups(job.sequences, part):
             count += len(group)
             if shard % ranks.world_size != ranks.rank or shard in done:
                 continue
@@ -167,21 +224,6 @@ def _make_shards(job: Job, done: set[int], fresh: list[ShardReceipt], log: _Log)
             fresh.append(log.shard(writing.result()))
     bar.close()
     return count
-
-
-def _shard_groups(
-    stream: Iterator[Sequence], size: int, goal: int | None
-) -> Iterator[tuple[int, list[Sequence]]]:
-    """(shard, its sequences), up to the goal or the end of the text."""
-    shard = 0
-    group: list[Sequence] = []
-    for count, sequence in enumerate(itertools.islice(stream, goal), start=1):
-        group.append(sequence)
-        if len(group) == size or count == goal:
-            yield shard, group
-            shard, group = shard + 1, []
-    if group:
-        yield shard, group
 
 
 def _fill(
@@ -241,13 +283,24 @@ def _batch(job: Job, text: ShardText, start: int) -> tuple[torch.Tensor, torch.T
     return ids, torch.from_numpy(mask).to(job.device)
 
 
-def _seal(job: Job, count: int, receipts: dict[int, ShardReceipt]) -> EndReceipt | None:
+def _seal(
+    job: Job,
+    count: int,
+    receipts: dict[int, ShardReceipt],
+    before: EndReceipt | None,
+    *,
+    goes_on: bool,
+) -> EndReceipt | None:
     """Write END.json if every shard is there; whichever process comes last does it."""
-    last = -(-count // job.manifest.sequences_per_shard) - 1
+    manifest = job.manifest
+    last = manifest.plan.shards_of(count) - 1
     if list(receipts) != list(range(last + 1)):
         return None
-    reason: Literal["goal", "text"] = "goal" if count == job.asked else "text"
-    end = EndReceipt(job.manifest.cache_id, last, count, reason)
+    if before is not None and (before.last_shard, before.sequences) == (last, count):
+        return before  # why it ended then is not for a command with another --max-tokens to say
+    reached = goes_on or (job.asked is not None and count >= job.asked)
+    reason: Literal["goal", "text"] = "goal" if reached else "text"
+    end = EndReceipt(manifest.cache_id, last, count, reason, len(manifest.extensions))
     publish_end(job.root, end)
     return end
 

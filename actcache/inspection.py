@@ -150,7 +150,14 @@ def _filters(identity: Identity) -> str:
 
 def _state(cache: Cache, missing: int) -> str:
     broken = f"; {missing} files are missing or cut: see actcache verify" if missing else ""
-    return _progress(cache) + broken
+    return _progress(cache) + _extended(cache.manifest) + broken
+
+
+def _extended(manifest: Manifest) -> str:
+    """Where earlier parts of an extended harvest ended."""
+    ctx_len = manifest.identity.ctx_len
+    places = [f"{e.first_sequence * ctx_len:,}" for e in manifest.extensions]
+    return f"; extended after {', '.join(places)} tokens" if places else ""
 
 
 def _progress(cache: Cache) -> str:
@@ -158,10 +165,9 @@ def _progress(cache: Cache) -> str:
         missing = cache.end.last_shard + 1 - len(cache.receipts)
         ended = "goal reached" if cache.end.reason == "goal" else "the text ended"
         return f"complete ({ended})" if cache.complete else f"{missing} shards are missing"
-    planned = cache.manifest.planned_sequences
-    if planned is None:
+    total = cache.manifest.plan.shards
+    if total is None:
         return "incomplete: the harvest has not reached the end of the text"
-    total = -(-planned // cache.manifest.sequences_per_shard)
     return f"incomplete: {total - len(cache.receipts)} of {total} shards are missing"
 
 

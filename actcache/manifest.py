@@ -10,16 +10,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from actcache.errors import EmptyCacheError, FormatError
-from actcache.parse import parse_dataclass, read_json, to_json
+from actcache.parse import BESIDE, parse_dataclass, read_json, to_json
+from actcache.shard_plan import Part, ShardPlan
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+EXTENSIONS = "extensions"
+_EXTENSION_NAME = re.compile(r"[0-9]{5,9}\.json")
+_MAX_EXTENSION_BYTES = 4096
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(:in)?")
 """Module path with an optional ':in': no separators, no '..', nothing that leaves a folder."""
@@ -135,8 +139,24 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Extension:
+    """A file under `extensions/`: the harvest goes on beyond its goal. Never changed either."""
+
+    cache_id: str
+    """Cache that is extended."""
+    number: int
+    """Which extension, from 1."""
+    first_shard: int
+    """Number of its first shard: as many as there were planned before."""
+    first_sequence: int
+    """Number of its first sequence: the goal before."""
+    planned_sequences: int | None
+    """The goal now, of all sequences; null: all the text there is."""
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The file `manifest.json`: written first, never changed."""
+    """The file `manifest.json`: written first, never changed; and the extensions beside it."""
 
     format_version: int
     """Version of FORMAT.md that the cache follows."""
@@ -166,6 +186,8 @@ class Manifest:
     """Rows that a reader fetches at once: about 1 MiB of the widest hookpoint."""
     versions: dict[str, str]
     """Libraries that made the cache."""
+    extensions: tuple[Extension, ...] = field(default=(), metadata=BESIDE)
+    """What the files under `extensions/` say."""
 
     def __post_init__(self) -> None:
         """Check ranges, and that the id is that of the identity."""
@@ -182,8 +204,16 @@ class Manifest:
             _at_least("planned_sequences", self.planned_sequences, 1, 2**53)
         if self.backend == "memmap" and self.compression != "none":
             raise FormatError("memmap is never compressed", expected="none", got=self.compression)
-        if self.backend == "zarr" and self.planned_sequences is None:
+        goal = self.plan.goal  # which sees to it that the extensions join
+        if self.backend == "zarr" and goal is None:
             raise FormatError("a zarr array has a length: planned_sequences", got="null")
+        for number, extension in enumerate(self.extensions, start=1):
+            if (extension.cache_id, extension.number) != (self.cache_id, number):
+                raise FormatError(
+                    "an extension that belongs elsewhere",
+                    expected=f"number {number} of {self.cache_id}",
+                    got=f"number {extension.number} of {extension.cache_id}",
+                )
         if self.cache_id != self.identity.digest():
             raise FormatError(
                 "the cache id is not that of the manifest's identity",
@@ -199,6 +229,18 @@ class Manifest:
         folders = ("activations", "scales") if apart else ("activations",)
         rows = {f"{folder}/{h.name}" for folder in folders for h in self.identity.hookpoints}
         return frozenset(rows | {"tokens", "stats"})
+
+    @cached_property
+    def plan(self) -> ShardPlan:
+        """Which sequences each shard holds."""
+        later = (
+            Part(e.first_shard, e.first_sequence, e.planned_sequences) for e in self.extensions
+        )
+        return ShardPlan(self.sequences_per_shard, (Part(0, 0, self.planned_sequences), *later))
+
+    def before(self, extensions: int) -> Manifest:
+        """This manifest with the first so many of its extensions."""
+        return dataclasses.replace(self, extensions=self.extensions[:extensions])
 
     @property
     def shard_rows(self) -> int:
@@ -216,12 +258,20 @@ def parse_manifest(obj: object, where: str = MANIFEST) -> Manifest:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of the cache in folder `root`.
+    """The manifest of the cache in folder `root`, with its extensions.
 
     Raises:
         EmptyCacheError: there is no cache.
-        FormatError: the manifest is damaged or from another version.
+        FormatError: the manifest or an extension is damaged or from another version.
     """
+    manifest = read_first_manifest(root)
+    for path in extension_files(root):
+        manifest = read_extension(path, manifest)
+    return manifest
+
+
+def read_first_manifest(root: Path) -> Manifest:
+    """The manifest without extensions; raises as `read_manifest`."""
     path = root / MANIFEST
     try:
         return parse_manifest(read_json(path, links=False), str(path))
@@ -232,13 +282,56 @@ def read_manifest(root: Path) -> Manifest:
         ) from error
 
 
+def extension_path(root: Path, number: int) -> Path:
+    """Where the record of an extension lies."""
+    return root / EXTENSIONS / f"{number:05d}.json"
+
+
+def extension_files(root: Path) -> list[Path]:
+    """The files that stand where records of extensions do, in their order.
+
+    Raises:
+        FormatError: their folder is a symbolic link.
+    """
+    folder = root / EXTENSIONS
+    if folder.is_symlink():
+        raise FormatError(f"{folder} is a symbolic link", expected="a folder")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [folder / n for n in sorted(filter(_EXTENSION_NAME.fullmatch, names), key=_number)]
+
+
+def _number(name: str) -> tuple[int, str]:
+    return int(name.removesuffix(".json")), name
+
+
+def read_extension(path: Path, manifest: Manifest) -> Manifest:
+    """The manifest with one more extension: the one that follows those it has.
+
+    Raises:
+        FormatError: it is damaged, or does not follow.
+    """
+    obj = read_json(path, _MAX_EXTENSION_BYTES, links=False)
+    extension = parse_dataclass(Extension, obj, str(path))
+    expected = extension_path(path.parents[1], len(manifest.extensions) + 1).name
+    if path.name != expected:
+        raise FormatError(
+            f"{path} is not the extension that comes next", expected=expected, got=path.name
+        )
+    try:
+        return dataclasses.replace(manifest, extensions=(*manifest.extensions, extension))
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
+
+
 def differences(ours: Manifest, theirs: Manifest) -> list[str]:
     """Fields in which two manifests ask for other bytes, as 'field: theirs, not ours'.
 
-    Names and library versions may differ; identity, shard plan and goal may not.
+    Names and library versions may differ; identity, shard size and goal may not. The goal is the
+    last one, however many extensions led to it.
     """
-    fixed = ("backend", "compression", "sequences_per_shard", "planned_sequences", "block_rows")
+    fixed = ("backend", "compression", "sequences_per_shard", "block_rows")
     pairs = [(f, getattr(ours, f), getattr(theirs, f)) for f in fixed]
+    pairs.append(("planned_sequences", ours.plan.goal, theirs.plan.goal))
     pairs += [
         (f.name, getattr(ours.identity, f.name), getattr(theirs.identity, f.name))
         for f in dataclasses.fields(Identity)

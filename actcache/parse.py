@@ -24,6 +24,9 @@ T = TypeVar("T")
 MAX_JSON_BYTES = 64 << 20
 """A larger JSON file is refused before it is read: none of ours comes near it."""
 
+BESIDE = {"beside": True}
+"""Metadata of a dataclass's field that is not in its file, but follows from others."""
+
 _MAX_INT = 2**53
 """Integers beyond this do not survive every JSON reader."""
 
@@ -123,7 +126,8 @@ def _dict(inner: _Parser) -> _Parser:
 
 
 def _dataclass(cls: Any) -> _Parser:
-    hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata != BESIDE}
     parsers = {name: _parser(hints[name]) for name in fields}
     nothing = dataclasses.MISSING
     required = {
@@ -206,7 +210,11 @@ def decode_json(text: bytes) -> object:
 
 def to_json(obj: Any) -> bytes:
     """Encode a dataclass (or plain object) as JSON: sorted keys, two spaces, final newline."""
-    plain = dataclasses.asdict(obj) if dataclasses.is_dataclass(obj) else obj  # type: ignore[arg-type]
+    plain = obj
+    if dataclasses.is_dataclass(obj):
+        beside = {f.name for f in dataclasses.fields(obj) if f.metadata == BESIDE}
+        inside = dataclasses.asdict(obj)  # type: ignore[arg-type]
+        plain = {name: value for name, value in inside.items() if name not in beside}
     return (json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 

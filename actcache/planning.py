@@ -260,10 +260,10 @@ def require_room(root: Path, manifest: Manifest, published: int) -> None:
         DiskFullError: it does not fit.
     """
     identity = manifest.identity
-    if manifest.planned_sequences is None:
+    if manifest.plan.goal is None or manifest.plan.shards is None:
         return
-    sequences = max(0, manifest.planned_sequences - published)
-    shards = -(-sequences // manifest.sequences_per_shard)
+    sequences = max(0, manifest.plan.goal - published)
+    shards = max(0, manifest.plan.shards - manifest.plan.shards_of(published))
     row = sum(CODECS[identity.dtype].row_bytes(h.width) for h in identity.hookpoints) + 8
     # A zarr chunk is a whole shard, however few sequences the last has; what compression saves is
     # not known beforehand.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from actcache.decision import decide
 from actcache.device import input_device, require_whole_machine
 from actcache.drafting import draft_identity, draft_manifest
 from actcache.errors import CacheMismatchError
+from actcache.extension import extended
 from actcache.lock import LOCK, FolderLock
 from actcache.manifest import (
     MANIFEST,
@@ -55,6 +57,8 @@ class Job:
     """All sequences of the text, from the first."""
     asked: int | None
     """Sequences that --max-tokens asks for; the plan may hold fewer, if the text does."""
+    extend_to: int | None
+    """Sequences in all that --extend is to go on to, where the plan ends before; None: nowhere."""
     warnings: tuple[str, ...]
     """What the user should know."""
     lock: FolderLock
@@ -82,10 +86,12 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
     dtype = stored_dtype(config, model_dtype)
     identity = draft_identity(config, decided, fingerprint_model(model), model_dtype, dtype)
     manifest = draft_manifest(config, decided, identity, planned, type(model).__name__)
+    if config.shard_size is None:
+        manifest = _with_laid_shards(root, manifest, extend=config.extend)
     require_chunks(manifest)
     lock = FolderLock(root)
     try:
-        ranks.agree(to_json(manifest), lambda: _lay_manifest(root, manifest, lock))
+        ranks.agree(to_json(manifest), lambda: _lay_manifest(root, manifest, lock, config.extend))
         if ranks.rank > 0:
             lock.join()
         laid = read_manifest(root)
@@ -97,6 +103,9 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         for name, version in laid.versions.items()
         if manifest.versions.get(name) != version
     )
+    extend_to = planned if config.extend and _goes_beyond(manifest, laid) else None
+    if config.extend and planned == laid.plan.goal and planned != config.goal:
+        warnings += (f"--extend: the text has {planned:,} sequences, all of them planned already",)
     return Job(
         root=root,
         manifest=laid,
@@ -105,6 +114,7 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         ranks=ranks,
         sequences=sequences(decided.source, decided.tokenizer, decided.pipeline),
         asked=config.goal,
+        extend_to=extend_to,
         warnings=warnings,
         lock=lock,
     )
@@ -125,22 +135,52 @@ def _refuse_foreign_folder(root: Path) -> None:
         )
 
 
-def _lay_manifest(root: Path, manifest: Manifest, lock: FolderLock) -> None:
+def _with_laid_shards(root: Path, manifest: Manifest, *, extend: bool) -> Manifest:
+    """The manifest with shards of the size in the folder, where it is or will be extended.
+
+    By formula the larger goal has larger shards; but theirs is settled.
+    """
+    if not (root / MANIFEST).exists():
+        return manifest
+    laid = read_manifest(root)
+    if laid.cache_id != manifest.cache_id or not (extend or laid.extensions):
+        return manifest
+    return dataclasses.replace(manifest, sequences_per_shard=laid.sequences_per_shard)
+
+
+def _goes_beyond(manifest: Manifest, laid: Manifest) -> bool:
+    """Whether a manifest has a larger goal than the one in the folder."""
+    ours, theirs = manifest.plan.goal, laid.plan.goal
+    return theirs is not None and (ours is None or ours > theirs)
+
+
+def _different(manifest: Manifest, laid: Manifest, extend: bool) -> list[str]:
+    """What keeps a harvest from going on in the folder; with --extend, another goal does not."""
+    if extend and laid.plan.goal is not None:
+        manifest = dataclasses.replace(manifest, planned_sequences=laid.plan.goal)
+    return differences(manifest, laid)
+
+
+def _lay_manifest(root: Path, manifest: Manifest, lock: FolderLock, extend: bool) -> None:
     """Write the manifest, or check that the one there asks for the same bytes."""
-    receipts = _published(root, manifest)
-    require_room(root, manifest, sum(receipt.sequences for receipt in receipts.values()))
+    receipts = _published(root, manifest, extend)
+    coming = read_manifest(root) if receipts else manifest
+    if extend and _goes_beyond(manifest, coming):
+        coming = extended(coming, manifest.plan.goal)
+    require_room(root, coming, sum(receipt.sequences for receipt in receipts.values()))
     lock.take()
     # Again: before the lock was ours, anyone could lay another manifest or publish.
-    forget_restored(root, _published(root, manifest))
+    forget_restored(root, _published(root, manifest, extend))
     remove_partials(root)
-    if (root / MANIFEST).exists() and differences(manifest, read_manifest(root)):
+    if (root / MANIFEST).exists() and _different(manifest, read_manifest(root), extend):
         _withdraw(root)
     if not (root / MANIFEST).exists():
         publish(root / MANIFEST, [to_json(manifest)])
-    BACKENDS[manifest.backend].lay(root, manifest)
+    laid = read_manifest(root)
+    BACKENDS[laid.backend].lay(root, laid)
 
 
-def _published(root: Path, manifest: Manifest) -> dict[int, ShardReceipt]:
+def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardReceipt]:
     """Shards that are there already, by number.
 
     Raises:
@@ -148,15 +188,18 @@ def _published(root: Path, manifest: Manifest) -> dict[int, ShardReceipt]:
     """
     if not (root / MANIFEST).exists():
         return {}
-    laid = read_manifest(root)
-    receipts = receipts_module.read_receipts(root, laid)
-    kept = receipts or retracted_shards(root) or (root / receipts_module.FOLDER / END).exists()
-    if kept and (different := differences(manifest, laid)):
+    laid, receipts, _ = receipts_module.read_published(root)
+    sealed = (root / receipts_module.FOLDER / END).exists()  # however many extensions it counts
+    kept = receipts or retracted_shards(root) or sealed or laid.extensions
+    if kept and (different := _different(manifest, laid, extend)):
+        remedy = "choose another --out, or repeat the options that it was made with"
+        if manifest.cache_id == laid.cache_id and _goes_beyond(manifest, laid):
+            remedy += "; or add --extend, to go on with more tokens"
         raise CacheMismatchError(
             f"{root} holds another cache ({laid.model} on {laid.dataset})",
             expected=f"this harvest, id {manifest.cache_id}",
             got="\n            ".join([f"id {laid.cache_id}", *different]),
-            remedy="choose another --out, or repeat the options that it was made with",
+            remedy=remedy,
         )
     return receipts
 

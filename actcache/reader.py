@@ -77,19 +77,13 @@ class Cache:
             FormatError: manifest or receipts are damaged, or a folder is a symbolic link.
         """
         root = Path(root)
-        manifest = read_manifest(root)
-        if linked := linked_folders(root, manifest):
+        if linked := linked_folders(root, read_manifest(root)):
             raise FormatError(
                 f"{linked[0]} is a symbolic link",
                 expected="a folder: nothing outside the cache's own is read",
                 remedy="put the folder itself there, or a bind mount",
             )
-        return cls(
-            root,
-            manifest,
-            receipts_module.read_receipts(root, manifest),
-            receipts_module.read_end(root, manifest.cache_id),
-        )
+        return cls(root, *receipts_module.read_published(root))
 
     @property
     def hookpoints(self) -> list[str]:
@@ -123,7 +117,7 @@ class Cache:
             FormatError: a receipt or the seal is damaged.
         """
         if self.end is None:
-            self.end = receipts_module.read_end(self.root, self.manifest.cache_id)
+            self.manifest, self.end = receipts_module.read_seal(self.root)
         found, missing = {}, None
         for shard in shards:
             if shard in self.receipts:

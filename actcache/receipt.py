@@ -13,7 +13,7 @@ import xxhash
 from actcache.atomic import FileReceipt, publish
 from actcache.errors import FormatError
 from actcache.filters import FILTERS
-from actcache.manifest import Manifest
+from actcache.manifest import Manifest, read_manifest
 from actcache.parse import parse_dataclass, read_json, to_json
 
 FOLDER = "shards"
@@ -68,14 +68,17 @@ class EndReceipt:
     """Sequences in all."""
     reason: Literal["goal", "text"]
     """goal: as many as planned; text: the text ended first."""
+    extensions: int
+    """Extensions that it seals. Once there are more, it is out of date and seals nothing."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.last_shard < 0 or self.sequences <= self.last_shard:
+        if min(self.last_shard, self.extensions) < 0 or self.sequences <= self.last_shard:
             raise FormatError(
                 "a seal over shards that cannot be",
                 expected="at least one shard, and a sequence in each",
-                got=f"last shard {self.last_shard}, {self.sequences} sequences",
+                got=f"last shard {self.last_shard}, {self.sequences} sequences, "
+                f"{self.extensions} extensions",
             )
 
 
@@ -94,16 +97,77 @@ def publish_end(root: Path, end: EndReceipt) -> None:
     publish(root / FOLDER / END, [to_json(end)])
 
 
-def read_end(root: Path, cache_id: str) -> EndReceipt | None:
-    """The seal, or None while the harvest is not complete."""
+def read_end(root: Path, manifest: Manifest) -> EndReceipt | None:
+    """The seal, or None while the harvest, with all its extensions, is not complete.
+
+    Raises:
+        FormatError: it is damaged, belongs to another cache, or seals what was never planned.
+    """
     path = root / FOLDER / END
     try:
         obj = read_json(path, _MAX_BYTES, links=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
     end = parse_dataclass(EndReceipt, obj, str(path))
-    _check_owner(path, end.cache_id, cache_id)
-    return end
+    _check_owner(path, end.cache_id, manifest.cache_id)
+    if end.extensions > len(manifest.extensions):
+        raise FormatError(
+            f"{path} seals extensions that are not there",
+            expected=f"<= {len(manifest.extensions)}",
+            got=end.extensions,
+            remedy="restore what extensions/ held from a copy",
+        )
+    if end.extensions == len(manifest.extensions):
+        return end
+    _check_outdated(path, end, manifest.before(end.extensions))
+    return None
+
+
+def _check_outdated(path: Path, end: EndReceipt, manifest: Manifest) -> None:
+    """Whether a seal, of the time before the next extension, is what it was then."""
+    goal, shards = manifest.plan.goal, manifest.plan.shards
+    assert shards is not None  # otherwise there could be no next extension
+    expected, got = (goal, shards - 1, "goal"), (end.sequences, end.last_shard, end.reason)
+    if got != expected:
+        raise FormatError(
+            f"{path} is no seal of extension {end.extensions}", expected=expected, got=got
+        )
+
+
+def read_published(root: Path) -> tuple[Manifest, dict[int, ShardReceipt], EndReceipt | None]:
+    """Manifest, receipts and seal that agree, even if a harvest extends the cache in this moment.
+
+    Raises:
+        EmptyCacheError: there is no manifest.
+        FormatError: manifest, receipts or seal are damaged.
+    """
+    manifest = read_manifest(root)
+    while True:
+        try:
+            return manifest, read_receipts(root, manifest), read_end(root, manifest)
+        except FormatError:
+            later = read_manifest(root)
+            if later == manifest:
+                raise
+            manifest = later
+
+
+def read_seal(root: Path) -> tuple[Manifest, EndReceipt | None]:
+    """Manifest and seal that agree, even if a harvest extends the cache in this moment.
+
+    Raises:
+        EmptyCacheError: there is no manifest.
+        FormatError: manifest or seal are damaged.
+    """
+    manifest = read_manifest(root)
+    while True:
+        try:
+            return manifest, read_end(root, manifest)
+        except FormatError:
+            later = read_manifest(root)
+            if later == manifest:
+                raise
+            manifest = later
 
 
 def read_receipts(root: Path, manifest: Manifest) -> dict[int, ShardReceipt]:
@@ -162,12 +226,14 @@ def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Path) -> Non
     """Whether the receipt is of a shard that this manifest can have."""
     names = {hookpoint.name for hookpoint in manifest.identity.hookpoints}
     tokens = receipt.sequences * manifest.identity.ctx_len
+    plan = manifest.plan
+    most, short = plan.most_sequences(receipt.shard), plan.may_be_short(receipt.shard)
     facts = {
         "hookpoints of non_finite": (names, set(receipt.non_finite)),
         "hookpoints of near_overflow": (names, set(receipt.near_overflow)),
         "files": (manifest.file_names, receipt.files.keys()),
-        "first_sequence": (receipt.shard * manifest.sequences_per_shard, receipt.first_sequence),
-        "sequences": (min(receipt.sequences, manifest.sequences_per_shard), receipt.sequences),
+        "first_sequence": (plan.first_sequence(receipt.shard), receipt.first_sequence),
+        "sequences": (min(receipt.sequences, most) if short else most, receipt.sequences),
         "filters of dropped": (set(FILTERS), set(receipt.dropped)),
         "rows and dropped rows": (tokens, receipt.rows + sum(receipt.dropped.values())),
     }

@@ -91,6 +91,9 @@ def default_shards_each(manifest: Manifest, batch_size: int, pool_rows: int) -> 
 
 def goal_rows(manifest: Manifest, sequences: int) -> dict[int, int]:
     """The most rows that each shard of a harvest of so many sequences can have, by number."""
-    full, rest = divmod(sequences, manifest.sequences_per_shard)
-    rows = dict.fromkeys(range(full), manifest.shard_rows)
-    return rows | ({full: rest * manifest.identity.rows_per_sequence} if rest else {})
+    plan, each = manifest.plan, manifest.identity.rows_per_sequence
+    most = {
+        s: (plan.most_sequences(s), plan.first_sequence(s))
+        for s in range(plan.shards_of(sequences))
+    }
+    return {s: min(count, sequences - first) * each for s, (count, first) in most.items()}

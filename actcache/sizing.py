@@ -33,7 +33,7 @@ def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> di
     receipt = ShardReceipt(
         cache_id=manifest.cache_id,
         shard=shard,
-        first_sequence=shard * manifest.sequences_per_shard,
+        first_sequence=manifest.plan.first_sequence(shard),
         sequences=sequences,
         rows=rows,
         dropped=dict.fromkeys(FILTERS, 0),
@@ -48,7 +48,7 @@ def other_files(manifest: Manifest) -> dict[str, int]:
     """Bytes of the files that belong to no shard, by name; the seal within a few digits."""
     root = Path()
     documents = BACKENDS[manifest.backend].documents(root, manifest)
-    end = EndReceipt(manifest.cache_id, 0, manifest.planned_sequences or 1, "goal")
+    end = EndReceipt(manifest.cache_id, 0, manifest.planned_sequences or 1, "goal", 0)
     return {MANIFEST: len(to_json(manifest)), END: len(to_json(end))} | {
-        str(path): len(document) for path, document in documents.items()
+        str(path): len(accepted[-1]) for path, accepted in documents.items()
     }

@@ -15,7 +15,14 @@ from threading import Lock
 
 from actcache.atomic import digest_file
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
-from actcache.manifest import MANIFEST, Manifest, read_manifest
+from actcache.manifest import (
+    EXTENSIONS,
+    MANIFEST,
+    Manifest,
+    extension_files,
+    read_extension,
+    read_first_manifest,
+)
 from actcache.progress import Progress
 from actcache.reader import Cache, linked_folders
 from actcache.receipt import (
@@ -89,10 +96,15 @@ def verify(root: str | Path, *, quick: bool = False, threads: int | None = None)
         EmptyCacheError: there is no manifest.
     """
     root = Path(root)
+    file = MANIFEST
     try:
-        manifest = read_manifest(root)
+        manifest = read_first_manifest(root)
+        file = EXTENSIONS
+        for path in extension_files(root):
+            file = f"{EXTENSIONS}/{path.name}"
+            manifest = read_extension(path, manifest)
     except FormatError as error:  # without it nothing else can be judged
-        return _found(root, quick, [_damage(MANIFEST, None, error)])
+        return _found(root, quick, [_damage(file, None, error)])
     if linked := linked_folders(root, manifest):
         return _found(root, quick, [_linked(root, folder) for folder in linked])
     if about_backend := _documents(root, manifest):  # every shard leans on them
@@ -143,12 +155,12 @@ def _linked(root: Path, folder: Path) -> Damage:
 def _documents(root: Path, manifest: Manifest) -> list[Damage]:
     """What the backend keeps beside the shards, against what follows from the manifest."""
     damages = []
-    for path, expected in BACKENDS[manifest.backend].documents(root, manifest).items():
-        wanted = f"the {len(expected)} bytes that follow from the manifest"
+    for path, accepted in BACKENDS[manifest.backend].documents(root, manifest).items():
+        wanted = f"the {len(accepted[-1])} bytes that follow from the manifest"
         file = str(path.relative_to(root))
         if path.is_symlink() or not path.is_file():
             damages.append(Damage(file, None, wanted, "no plain file"))
-        elif path.stat().st_size != len(expected) or path.read_bytes() != expected:
+        elif path.stat().st_size not in map(len, accepted) or path.read_bytes() not in accepted:
             damages.append(Damage(file, None, wanted, "others"))
     return damages
 
@@ -175,7 +187,7 @@ def _end(
 ) -> tuple[EndReceipt | None, list[Damage]]:
     """The seal, against itself and the receipts, and the receipts that it misses."""
     try:
-        end = read_end(root, manifest.cache_id)
+        end = read_end(root, manifest)
     except FormatError as error:
         return None, [_damage(SEAL, None, error)]
     except OSError as error:
@@ -183,7 +195,7 @@ def _end(
     if end is None:
         return None, []
     numbers = sorted(receipts.keys() | {shard for shard in damaged if shard is not None})
-    last = -(-end.sequences // manifest.sequences_per_shard) - 1
+    last = manifest.plan.shards_of(end.sequences) - 1
     if end.last_shard != last or (numbers and numbers[-1] > last):
         wanted = max([last, *numbers])
         return end, [Damage(SEAL, None, f"last_shard {wanted}", f"{end.last_shard}")]
@@ -295,7 +307,7 @@ def _leftovers(cache: Cache) -> list[str]:
     """Files below the cache that nothing accounts for. Links are named, not followed."""
     root, manifest = cache.root, cache.manifest
     known = {root / MANIFEST, root / FOLDER / END}
-    known |= set(BACKENDS[manifest.backend].documents(root, manifest))
+    known |= {*BACKENDS[manifest.backend].documents(root, manifest), *extension_files(root)}
     for shard, path in receipt_files(root):
         known |= {path, *data_paths(root, manifest, shard).values()}
     known |= {retraction_path(root, shard) for shard in retracted_shards(root)}

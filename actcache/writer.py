@@ -146,7 +146,7 @@ def publish_shard(
     receipt = ShardReceipt(
         cache_id=manifest.cache_id,
         shard=shard,
-        first_sequence=shard * manifest.sequences_per_shard,
+        first_sequence=manifest.plan.first_sequence(shard),
         sequences=len(filled.text.tokens),
         rows=len(layout.source),
         dropped={**filled.dropped, "max_norm_ratio": int(outliers.sum())},

@@ -176,12 +176,11 @@ def _missing_shards(cache: Cache) -> tuple[str, ...]:
     """A warning if the harvest of the cache is not at its end."""
     if cache.complete:
         return ()
-    manifest = cache.manifest
     planned = "all that the text gives"  # a harvest without --max-tokens
     if cache.end is not None:
         planned = str(cache.end.last_shard + 1)
-    elif manifest.planned_sequences is not None:
-        planned = str(-(-manifest.planned_sequences // manifest.sequences_per_shard))
+    elif cache.manifest.plan.shards is not None:
+        planned = str(cache.manifest.plan.shards)
     return (
         f"{cache.root} is not complete: shards there {len(cache.shards)}, planned {planned}; the "
         "run uses those that are there now (--follow waits for more)",
@@ -337,7 +336,7 @@ def _order_in_segments(config: FitConfig, cache: Cache) -> _Order:
     promised = dict.fromkeys(segmentation.shards(0), manifest.shard_rows)
     # A harvest of less text than its goal has a seal that says so, and must not change the steps.
     sealed = None if cache.end is None else cache.end.sequences
-    goals = [goal for goal in (manifest.planned_sequences, sealed) if goal is not None]
+    goals = [goal for goal in (manifest.plan.goal, sealed) if goal is not None]
     if goals:
         rows = goal_rows(manifest, max(goals))
         epoch_steps = segmentation.steps(rows)

@@ -78,6 +78,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         end: bool = True,
         backend: str = "memmap",
         compression: str = "none",
+        extended_by: int = 0,
     ) -> Path:
         """Write a cache and return its folder.
 
@@ -97,8 +98,10 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             end: seal the harvest.
             backend: memmap or zarr.
             compression: none, or zstd with zarr.
+            extended_by: sequences by which the harvest is extended, in shards of their own.
         """
         from actcache.atomic import publish
+        from actcache.extension import extended, publish_extension
         from actcache.filters import kept_positions
         from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
         from actcache.parse import to_json
@@ -154,8 +157,12 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         )
         publish(root / "manifest.json", [to_json(manifest)])
         BACKENDS[backend].lay(root, manifest)
+        if extended_by:
+            manifest = extended(manifest, total + extended_by)
+            publish_extension(root, manifest)
+            total, shards = total + extended_by, manifest.plan.shards or 0
         for shard in range(shards):
-            count = last if shard == shards - 1 else sequences
+            count = manifest.plan.most_sequences(shard)
             tokens = np.random.RandomState([3, shard]).randint(0, 200, (count, ctx_len))
             text = whole_text(tokens.astype(np.int32))
             kept, dropped = kept_positions(identity, text.tokens, text.lengths)
@@ -165,7 +172,10 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             }
             publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, stored, {}))
         if end:
-            publish_end(root, EndReceipt(manifest.cache_id, shards - 1, total, "goal"))
+            end_receipt = EndReceipt(
+                manifest.cache_id, shards - 1, total, "goal", len(manifest.extensions)
+            )
+            publish_end(root, end_receipt)
         return root
 
     return make

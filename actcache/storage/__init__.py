@@ -38,8 +38,12 @@ class Backend(Protocol):
     def lay(self, root: Path, manifest: Manifest) -> None:
         """Make, or check, what must stand before the first shard. One process does it."""
 
-    def documents(self, root: Path, manifest: Manifest) -> dict[Path, bytes]:
-        """Files that stand beside the shards, with the bytes that follow from the manifest."""
+    def documents(self, root: Path, manifest: Manifest) -> dict[Path, tuple[bytes, ...]]:
+        """Files that stand beside the shards, with the bytes that follow from the manifest.
+
+        One for each extension and one before them all: a crash may leave a document of earlier.
+        The last is what it ought to be.
+        """
 
     def sizes(self, manifest: Manifest, rows: int) -> dict[str, int]:
         """Bytes of a shard's files, by the names of `files`, as they are without compression."""

@@ -24,7 +24,7 @@ class MemmapBackend:
     def lay(self, root: Path, manifest: Manifest) -> None:
         """Nothing: every file describes itself."""
 
-    def documents(self, root: Path, manifest: Manifest) -> dict[Path, bytes]:  # noqa: ARG002
+    def documents(self, root: Path, manifest: Manifest) -> dict[Path, tuple[bytes, ...]]:  # noqa: ARG002
         """None."""
         return {}
 

@@ -42,22 +42,21 @@ class ZarrBackend:
         }
 
     def lay(self, root: Path, manifest: Manifest) -> None:
-        """Write the arrays' `zarr.json`, which never changes, or check those that are there.
+        """Write the arrays' `zarr.json`, or check those there, and renew them after an extension.
 
         Raises:
             CorruptShardError: one is there and is not this cache's.
             DiskFullError: no room.
         """
-        for path, expected in self.documents(root, manifest).items():
-            if path.exists() or path.is_symlink():
-                _check_document(path, expected)
-            else:
-                publish(path, [expected])
+        for path, accepted in self.documents(root, manifest).items():
+            there = path.exists() or path.is_symlink()
+            if not there or _check_document(path, accepted) != accepted[-1]:
+                publish(path, [accepted[-1]])
 
-    def documents(self, root: Path, manifest: Manifest) -> dict[Path, bytes]:
-        """The `zarr.json` of every array."""
+    def documents(self, root: Path, manifest: Manifest) -> dict[Path, tuple[bytes, ...]]:
+        """The `zarr.json` of every array, before and after each extension."""
         return {
-            _folder(root, h.name, part) / DOCUMENT: to_json(document(manifest, h.name, part))
+            _folder(root, h.name, part) / DOCUMENT: _documents(manifest, h.name, part)
             for h in manifest.identity.hookpoints
             for part in _parts(manifest, h.name)
         }
@@ -98,7 +97,7 @@ class ZarrBackend:
                 another size.
         """
         folder, each = _folder(root, hookpoint, part), _parts(manifest, hookpoint)[part]
-        _check_document(folder / DOCUMENT, to_json(document(manifest, hookpoint, part)))
+        _check_document(folder / DOCUMENT, _documents(manifest, hookpoint, part))
         path = _chunk(folder, shard, 1 + len(each.shape))
         size = _plain_size(path, (path, *(p for p in path.parents if folder in p.parents)))
         if rows > manifest.shard_rows:
@@ -114,8 +113,8 @@ class ZarrBackend:
 
 def document(manifest: Manifest, hookpoint: str, part: str = VALUES) -> dict[str, object]:
     """The `zarr.json` of one array: all of it follows from the manifest."""
-    assert manifest.planned_sequences is not None  # the manifest's own rule for this backend
-    shards = -(-manifest.planned_sequences // manifest.sequences_per_shard)
+    shards = manifest.plan.shards
+    assert shards is not None  # the manifest's own rule for this backend
     each = _parts(manifest, hookpoint)[part]
     number = np.dtype(each.storage)
     order = {"configuration": {"endian": "little"}} if number.itemsize > 1 else {}
@@ -156,11 +155,21 @@ def _chunk(folder: Path, shard: int, dimensions: int) -> Path:
     return folder.joinpath("c", str(shard), *["0"] * (dimensions - 1))
 
 
-def _check_document(path: Path, expected: bytes) -> None:
+def _documents(manifest: Manifest, hookpoint: str, part: str) -> tuple[bytes, ...]:
+    """What one array's `zarr.json` may be: that of each extension, and of none."""
+    known = (manifest.before(number) for number in range(len(manifest.extensions) + 1))
+    return tuple(to_json(document(before, hookpoint, part)) for before in known)
+
+
+def _check_document(path: Path, accepted: tuple[bytes, ...]) -> bytes:
+    """The document there, if it is one of those accepted."""
     # Byte for byte: nothing is parsed that might say another thing to another parser.
     size = _plain_size(path, (path,))
-    if size != len(expected) or path.read_bytes() != expected:
-        raise _corrupt(path, f"the {len(expected)} bytes that follow from the manifest", "others")
+    found = path.read_bytes() if size in map(len, accepted) else b""
+    if found not in accepted:
+        expected = f"the {len(accepted[-1])} bytes that follow from the manifest"
+        raise _corrupt(path, expected, "others")
+    return found
 
 
 def _plain_size(path: Path, links: tuple[Path, ...]) -> int:

@@ -90,7 +90,7 @@ def test_segments_come_in_turn_each_in_the_order_of_its_plan_and_epochs_permute_
         assert plan is not None
         expected = batch_rows(plan, batch.epoch, batch.step)
         np.testing.assert_array_equal(batch.addresses, expected)
-        truth = np.concatenate([cache.read("layers.0", s, r, 1) for s, r in expected])
+        truth = np.concatenate([cache.read("layers.0", s, r, 1).values for s, r in expected])
         assert torch.equal(batch.activations["layers.0"], torch.from_numpy(truth))
         assert not batch.last
     assert not np.array_equal(batches[0].addresses, batches[sum(STEPS)].addresses)

@@ -57,6 +57,13 @@ def small(make_cache: Callable[..., Path]) -> Callable[[int], Path]:
     return lambda number: caches[number % len(caches)]
 
 
+@pytest.fixture(scope="module")
+def extended(make_cache: Callable[..., Path]) -> Path:
+    """One shard, and another of an extension; one hookpoint."""
+    hookpoints = {"layers.0": 2}
+    return make_cache(shards=1, sequences=2, ctx_len=4, hookpoints=hookpoints, extended_by=1)
+
+
 def contents(root: Path) -> dict[str, bytes]:
     """All that a cache gives its readers, as bytes."""
     cache = Cache.open(root)
@@ -191,7 +198,7 @@ def consistent(root: Path) -> None:
         identity["hookpoints"] = tuple(Hookpoint(**h) for h in identity["hookpoints"])
         cache_id = Identity(**identity).digest()
         (root / "manifest.json").write_text(json.dumps(manifest | {"cache_id": cache_id}))
-        for path in (root / "shards").iterdir():
+        for path in [*(root / "shards").iterdir(), *root.glob("extensions/*")]:
             obj = json.loads(path.read_bytes())
             path.write_text(json.dumps(obj | {"cache_id": cache_id}))
     except (ActcacheError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

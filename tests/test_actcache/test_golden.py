@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from actcache.atomic import digest_file, publish
+from actcache.extension import extended, publish_extension
 from actcache.filters import kept_positions
 from actcache.manifest import FORMAT_VERSION, MANIFEST, Hookpoint, Identity, Manifest
 from actcache.parse import to_json
@@ -21,14 +22,15 @@ from actcache.writer import FilledShard, ShardText, publish_shard
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CACHES = {
-    "v1": ("memmap", "none", "bfloat16"),
-    "v1-zarr": ("zarr", "none", "bfloat16"),
-    "v1-zarr-zstd": ("zarr", "zstd", "bfloat16"),
-    "v1-int8": ("memmap", "none", "int8"),
-    "v1-zarr-fp8": ("zarr", "none", "float8_e4m3"),
+    "v1": ("memmap", "none", "bfloat16", 0),
+    "v1-zarr": ("zarr", "none", "bfloat16", 0),
+    "v1-zarr-zstd": ("zarr", "zstd", "bfloat16", 0),
+    "v1-int8": ("memmap", "none", "int8", 0),
+    "v1-zarr-fp8": ("zarr", "none", "float8_e4m3", 0),
+    "v1-zarr-extended": ("zarr", "none", "bfloat16", 5),
 }
-"""Backend, compression and type by folder. The compressed bytes are those of constraints.txt's
-blosc."""
+"""Backend, compression, type, and sequences by which the harvest was extended, by folder. The
+compressed bytes are those of constraints.txt's blosc."""
 HOOKPOINTS = {"layers.0": 6, "layers.1.mlp:in": 10}
 
 
@@ -47,7 +49,7 @@ def value(hookpoint, sequence, position, dtype):
     return row * 2.0**position
 
 
-def write_golden(root, backend, compression, dtype):
+def write_golden(root, backend, compression, dtype, more):
     identity = Identity(
         model_fingerprint="0" * 32,
         model_dtype="bfloat16",
@@ -92,20 +94,26 @@ def write_golden(root, backend, compression, dtype):
     )
     publish(root / MANIFEST, [to_json(manifest)])
     BACKENDS[backend].lay(root, manifest)
+    if more:
+        manifest = extended(manifest, 10 + more)
+        publish_extension(root, manifest)
     codec = CODECS[dtype]
-    for shard, sequences in enumerate([4, 4, 2]):
+    shards = [4, 4, 2, 4, 1] if more else [4, 4, 2]
+    for shard, sequences in enumerate(shards):
+        first = manifest.plan.first_sequence(shard)
         tokens = np.arange(sequences * 4, dtype=np.int32).reshape(sequences, 4) + 100 * shard
-        numbers = np.arange(sequences, dtype=np.int64) + 4 * shard
+        numbers = np.arange(sequences, dtype=np.int64) + first
         text = ShardText(tokens, np.full(sequences, 4, dtype=np.int32), numbers // 2, 5 * numbers)
         kept, dropped = kept_positions(identity, text.tokens, text.lengths)
         rows = {}
         for name in HOOKPOINTS:
             exact = [
-                value(name, 4 * shard + s, p, dtype) for s, p in zip(*np.nonzero(kept), strict=True)
+                value(name, first + s, p, dtype) for s, p in zip(*np.nonzero(kept), strict=True)
             ]
             rows[name] = codec.from_torch(torch.tensor(np.array(exact), dtype=torch.float32))
         publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, rows, {}))
-    publish_end(root, EndReceipt(manifest.cache_id, 2, 10, "goal"))
+    extensions = len(manifest.extensions)
+    publish_end(root, EndReceipt(manifest.cache_id, len(shards) - 1, 10 + more, "goal", extensions))
 
 
 def files_below(root):
@@ -123,14 +131,15 @@ def test_todays_writer_makes_the_golden_cache_byte_for_byte(name, tmp_path):
 def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint, name):
     cache = Cache.open(GOLDEN / name)
     assert cache.complete
-    assert cache.rows == 30
+    assert cache.rows == 3 * (10 + CACHES[name][2])
     for shard in cache.shards:
         words = cache.tokens(shard)
         rows = cache.codec.to_float32(cache.read(hookpoint, shard))
         for row, sequence, position in zip(
             rows, words.row_sequence, words.row_position, strict=True
         ):
-            expected = value(hookpoint, 4 * shard + int(sequence), int(position), CACHES[name][2])
+            first = cache.receipts[shard].first_sequence
+            expected = value(hookpoint, first + int(sequence), int(position), CACHES[name][2])
             np.testing.assert_array_equal(row, expected)
             assert position >= 1
 

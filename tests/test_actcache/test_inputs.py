@@ -125,7 +125,7 @@ def rows_by_address(cache: Cache, name: str) -> dict[tuple[int, int, int], bytes
     found = {}
     for shard in cache.shards:
         words = cache.tokens(shard)
-        rows = cache.read(name, shard)
+        rows = cache.read(name, shard).values
         for row, s, p in zip(rows, words.row_sequence, words.row_position, strict=True):
             found[shard, int(s), int(p)] = row.tobytes()
     return found
@@ -208,7 +208,7 @@ def test_a_shard_whose_rows_are_all_left_out_is_a_shard_without_rows(
     config = options(dataset=str(path), exclude_tokens=("7",), max_tokens=None, max_norm_ratio=9.0)
     cache = Cache.open(harvest(config).cache)
     assert [receipt.rows for receipt in cache.receipts.values()] == [0, 60, 60]
-    assert cache.read("layers.0", 0).shape == (0, 32)
+    assert cache.read("layers.0", 0).values.shape == (0, 32)
     assert cache.statistics("layers.0", [0]).count == 0
     assert cache.complete
 

@@ -66,7 +66,7 @@ def test_the_examples_change_every_field(manifest: Manifest) -> None:
     fields = {f.name for f in dataclasses.fields(Identity)}
     assert fields - set(OTHER_IDENTITY) == {"pipeline", "pad_id"}  # which go together
     fields = {f.name for f in dataclasses.fields(Manifest)}
-    fixed = {"format_version", "cache_id", "identity", "backend", "compression"}
+    fixed = {"format_version", "cache_id", "identity", "backend", "compression", "extensions"}
     assert fields - set(OTHER_MANIFEST) == fixed
     for name, value in OTHER_IDENTITY.items():
         assert getattr(manifest.identity, name) != value

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -234,6 +235,22 @@ def test_a_harvest_of_two_killed_half_way_is_finished_by_one(
     summary = harvest(dataclasses.replace(whole, out=str(out)))
     assert summary.complete
     assert tree(out) == tree(whole.out)
+
+
+def test_an_extension_by_two_processes_killed_half_way_is_finished_by_one(
+    options: Callable[..., Any], tree: Tree, tmp_path: Path
+) -> None:
+    begun = options(max_tokens=16 * 101, shard_size=2, batch_size=2, out=str(tmp_path / "one"))
+    more = dataclasses.replace(begun, max_tokens=16 * 300)
+    harvest(begun)
+    out = tmp_path / "two"
+    shutil.copytree(begun.out, out)
+    harvest(dataclasses.replace(more, extend=True))
+    kill_half_way([*command(more, out, processes=2), "--extend"], out, shards=56)
+    assert 56 <= len(Cache.open(out).shards) < 151
+    assert not Cache.open(out).complete
+    run([*command(more, out), "--extend"])
+    assert tree(out) == tree(begun.out)
 
 
 def test_one_rank_that_is_refused_ends_the_command_with_its_message(whole: Any, tree: Tree) -> None:

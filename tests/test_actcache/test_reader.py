@@ -206,7 +206,11 @@ def test_no_memory_is_taken_for_rows_that_are_only_promised(root: Path) -> None:
     manifest = read_manifest(root)
     identity = dataclasses.replace(manifest.identity, ctx_len=2**31 - 1)
     huge = dataclasses.replace(
-        manifest, identity=identity, cache_id=identity.digest(), sequences_per_shard=2**21
+        manifest,
+        identity=identity,
+        cache_id=identity.digest(),
+        sequences_per_shard=2**21,
+        planned_sequences=None,
     )
     publish(root / "manifest.json", [to_json(huge)])
     for shard in (1, 2):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -42,14 +43,17 @@ def test_receipts_are_read_in_order_and_other_files_ignored(root: Path, manifest
 
 def test_a_cache_without_receipts_has_no_shard(tmp_path: Path, manifest: Manifest) -> None:
     assert read_receipts(tmp_path, manifest) == {}
-    assert read_end(tmp_path, manifest.cache_id) is None
+    assert read_end(tmp_path, manifest) is None
 
 
 def test_shards_beyond_five_digits_are_found_in_order(root: Path, manifest: Manifest) -> None:
     first = read_receipts(root, manifest)[0]
     obj = json.loads(to_json(first)) | {"shard": 123456, "first_sequence": 2 * 123456}
     receipt_path(root, 123456).write_text(json.dumps(obj))
-    assert list(read_receipts(root, manifest)) == [0, 1, 2, 123456]
+    endless = dataclasses.replace(manifest, planned_sequences=None)
+    assert list(read_receipts(root, endless)) == [0, 1, 2, 123456]
+    with pytest.raises(FormatError, match="sequences"):  # beyond the goal there is no shard
+        read_receipts(root, manifest)
 
 
 @pytest.mark.parametrize("hookpoints", [1, 30, 400])
@@ -165,7 +169,7 @@ def test_a_seal_that_cannot_be_is_refused_by_path(root: Path, changes: dict) -> 
 
 
 def test_a_seal_over_a_huge_number_of_shards_costs_nothing(root: Path, manifest: Manifest) -> None:
-    publish_end(root, EndReceipt(manifest.cache_id, 2**52, 2**53, "goal"))
+    publish_end(root, EndReceipt(manifest.cache_id, 2**52, 2**53, "goal", 0))
     assert not Cache.open(root).complete
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from actcache import harvest as harvest_module
 from actcache.atomic import digest_file

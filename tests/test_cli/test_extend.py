@@ -1,0 +1,91 @@
+"""`actcache harvest --extend` as a user runs it, and what becomes of runs on the cache."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from actcache.reader import Cache
+from actcache_cli.main import actcache_app, saetrain_app
+
+
+def run(app, *arguments, code=0):
+    result = CliRunner().invoke(app(), [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def harvest(tiny_model, prose_file, cache):
+    """Harvests so many sequences, with further options."""
+    command = ["harvest", tiny_model, prose_file, "--out", cache, "--ctx-len", 16]
+    command += ["--batch-size", 2, "--shard-size", 4, "--hookpoint", "layers.1"]
+
+    def make(sequences, *options, code=0):
+        goal = [] if sequences is None else ["--max-tokens", 16 * sequences]
+        return run(actcache_app, *command, *goal, *options, code=code)
+
+    return make
+
+
+def test_more_tokens_need_extend_which_goes_on_where_the_harvest_ended(harvest, cache):
+    assert "wrote 3 shards" in harvest(10).stdout
+    refused = harvest(30, code=7)
+    assert "planned_sequences: 10, not 30" in refused.stderr
+    assert "or add --extend, to go on with more tokens" in refused.stderr
+    extended = harvest(30, "--extend")
+    assert "wrote 5 shards, 300 rows" in extended.stdout
+    assert "; complete, 450 rows in 8 shards" in extended.stdout
+    assert extended.stderr == ""
+    assert "nothing left to do; complete" in harvest(30, "--extend").stdout
+    shown = run(actcache_app, "inspect", cache).stdout
+    assert "complete (goal reached); extended after 160 tokens" in shown
+    assert "sound; every byte" in run(actcache_app, "verify", cache).stdout
+
+
+def test_a_text_that_has_ended_cannot_be_extended_and_that_is_said(harvest, cache, tree):
+    harvest(None)
+    before = tree(cache)
+    for goal in (None, 100_000):
+        told = harvest(goal, "--extend")
+        assert "warning: --extend: the text has " in told.stderr
+        assert "nothing left to do; complete" in told.stdout
+    assert tree(cache) == before
+
+
+def test_runs_on_a_cache_stay_what_they_are_when_it_is_extended(harvest, cache, tmp_path):
+    harvest(50)
+    fit = ["fit", cache, "--expansion-factor", 2, "--k", 4, "--batch-size", 32]
+    fit += ["--val-fraction", 0.2, "--out"]
+    run(saetrain_app, *fit, tmp_path / "old")
+    before = run(saetrain_app, "eval", tmp_path / "old", "--json").stdout
+    harvest(90, "--extend")
+    assert run(saetrain_app, "eval", tmp_path / "old", "--json").stdout == before
+    assert "nothing left to do" in run(saetrain_app, *fit, tmp_path / "old", "--resume").stdout
+    run(saetrain_app, *fit, tmp_path / "new")
+    old, new = (
+        set(json.loads((tmp_path / name / "run.json").read_text())["held_out"])
+        for name in ("old", "new")
+    )
+    # The split goes by number: no shard changes sides, and the new ones are divided alike.
+    assert old == {shard for shard in new if shard < 13}
+    assert len(Cache.open(cache).shards) == 23
+    assert len(new) > len(old)
+
+
+def test_repair_of_an_extended_cache_takes_the_last_command(harvest, cache, tree):
+    harvest(10)
+    harvest(30, "--extend")
+    before = tree(cache)
+    for shard in (2, 6):
+        path = cache / f"activations/layers.1/{shard:05d}.safetensors"
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    run(actcache_app, "verify", cache, "--repair", code=8)
+    assert "wrote 2 shards" in harvest(30).stdout
+    assert tree(cache) == before

@@ -216,29 +216,17 @@ class Cache:
         self.require_hookpoint(hookpoint)
         self.require_shards()
         chosen = self.shards if shards is None else shards
-        return merge(self._statistics(hookpoint, shard) for shard in chosen)
+        return merge(self._statistics(shard, [hookpoint])[hookpoint] for shard in chosen)
 
-    def _statistics(self, hookpoint: str, shard: int) -> Statistics:
+    def shard_statistics(self, shard: int) -> dict[str, Statistics]:
+        """Statistics of one shard at every hookpoint; its file is opened and checked once."""
+        return self._statistics(shard, self.hookpoints)
+
+    def _statistics(self, shard: int, hookpoints: Sequence[str]) -> dict[str, Statistics]:
         receipt = self.receipts[shard]
         self._check(statistics_path(self.root, shard), receipt, "stats")
         extents = self.locate_statistics(shard)
-
-        def tensor(key: str) -> Array:
-            return safetensors_file.read(extents[f"{hookpoint}/{key}"])
-
-        norm_total, norm_max = (float(x) for x in tensor("norm_sum_max"))
-        non_finite = receipt.non_finite[hookpoint]
-        return Statistics(
-            count=receipt.rows - non_finite,
-            total=tensor("sum"),
-            total_squares=tensor("sum_squares"),
-            abs_max=tensor("abs_max"),
-            norm_total=norm_total,
-            norm_max=norm_max,
-            norm_histogram=tensor("norm_histogram"),
-            non_finite=non_finite,
-            near_overflow=receipt.near_overflow[hookpoint],
-        )
+        return {name: _parse_statistics(name, extents, receipt) for name in hookpoints}
 
     def _check(self, path: Path, receipt: ShardReceipt, name: str) -> None:
         if path in self._checked:
@@ -294,6 +282,27 @@ def linked_folders(root: Path, manifest: Manifest) -> list[Path]:
     for path in data_paths(root, manifest, 0).values():
         folders |= {parent for parent in path.parents if root in parent.parents}
     return sorted(folder for folder in folders if folder.is_symlink())
+
+
+def _parse_statistics(
+    hookpoint: str, extents: dict[str, Extent], receipt: ShardReceipt
+) -> Statistics:
+    def tensor(key: str) -> Array:
+        return safetensors_file.read(extents[f"{hookpoint}/{key}"])
+
+    norm_total, norm_max = (float(x) for x in tensor("norm_sum_max"))
+    non_finite = receipt.non_finite[hookpoint]
+    return Statistics(
+        count=receipt.rows - non_finite,
+        total=tensor("sum"),
+        total_squares=tensor("sum_squares"),
+        abs_max=tensor("abs_max"),
+        norm_total=norm_total,
+        norm_max=norm_max,
+        norm_histogram=tensor("norm_histogram"),
+        non_finite=non_finite,
+        near_overflow=receipt.near_overflow[hookpoint],
+    )
 
 
 def _check_range(path: Path, name: str, numbers: NDArray[np.int32], end: int) -> None:

@@ -39,6 +39,8 @@ def guarded(run: Callable[P, None]) -> Callable[P, None]:
             what = "terminated" if terminated else "interrupted"
             say(f"{what}: what was published stays; the same command goes on (fit: with --resume)")
             raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from None
+        except BrokenPipeError:  # `| head` has seen enough: click ends quietly, with code 1
+            raise
         except OSError as error:  # a folder without permission, a disk that fails
             say(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
             raise typer.Exit(1) from None

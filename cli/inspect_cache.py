@@ -2,107 +2,190 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import io
+import itertools
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .guard import emit, guarded, say
-from .tables import table
+
+if TYPE_CHECKING:
+    from actcache.inspection import CacheSummary, Reading, Sample
+    from actcache.reader import Cache
+
+FEW_SEQUENCES = 8
+"""Sequences that --text shows where nobody can stop it."""
+PAGE_SEQUENCES = 3
+"""Sequences on the page of --html."""
+MODEL_NAME = re.compile(r"(?!\.)[\w.-]{1,96}(/(?!\.)[\w.-]{1,96})?", re.ASCII)
+"""A name that a cache may give to load a tokenizer by: on a hub, or of a folder that is here."""
+SAMPLE_NORMS = 8
+"""Hookpoints whose norms stand beside a --sample."""
 
 
 @guarded
 def run(
     cache: Annotated[str, typer.Argument(help="Folder of the cache.")],
+    shard: Annotated[
+        int | None, typer.Option(min=0, help="This shard alone: its files, and all else of it.")
+    ] = None,
+    hookpoint: Annotated[
+        str | None,
+        typer.Option(help="All about this hookpoint; --text shows its norms. Default: the first."),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Page through sequences with the norm of every token.")
+    ] = False,
+    sequences: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many sequences --text shows. Default: all on a terminal, else "
+            f"{FEW_SEQUENCES}; --html: {PAGE_SEQUENCES}.",
+        ),
+    ] = None,
     sample: Annotated[int, typer.Option(min=0, help="Show this many rows in their text.")] = 0,
+    html: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write all of it, with plots, as one page."),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Model id or folder whose tokenizer decodes --sample; default: the one "
-            "the cache names."
+            help="Model id or folder whose tokenizer decodes text; default: the one the cache "
+            "names."
         ),
     ] = None,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file of that tokenizer.")] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Details of every hookpoint, shard and rank.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what CACHE is of, whether it is complete, and each hookpoint's size and norms."""
+    """Show what CACHE is of, whether it is complete, and what its activations are like."""
     import dataclasses
 
-    from actcache.inspection import sample_rows, summarise
+    from actcache.inspection import (
+        read_sequences,
+        render_page,
+        sample_rows,
+        shard_facts,
+        summarise,
+    )
     from actcache.reader import Cache
 
+    from .inspect_text import show
+
     opened = Cache.open(cache)
-    summary = summarise(opened)
-    words = _tokenizer(opened, tokenizer, gguf_file) if sample else None
-    samples = sample_rows(opened, sample, words)
+    if hookpoint is not None:
+        opened.require_hookpoint(hookpoint)
+    shards = None if shard is None else [shard]
+    summary = summarise(opened, shards)
+    one = None if shard is None else shard_facts(opened, shard)
+    words = _tokenizer(opened, tokenizer, gguf_file) if sample or text or html else None
+    samples = sample_rows(opened, sample, words, shards=shards)
+
+    def readings(count: int | None) -> Iterator[Reading]:
+        named = hookpoint or opened.hookpoints[0]
+        return itertools.islice(read_sequences(opened, named, words, shards), count)
+
+    if html is not None:
+        shown = list(readings(sequences or PAGE_SEQUENCES))
+        _write_page(html, render_page(summary, shown, shard=one))
     if json:
-        emit(dataclasses.asdict(summary) | {"samples": [dataclasses.asdict(s) for s in samples]})
-        return
-    _print_summary(summary)
-    for s in samples:
-        norms = ", ".join(f"{name} {norm:.4g}" for name, norm in s.norms.items())
-        print(
-            f"\nshard {s.shard} row {s.row}: sequence {s.sequence}, position {s.position}; {norms}"
+        shown = list(readings(sequences or FEW_SEQUENCES)) if text else []
+        emit(
+            dataclasses.asdict(summary)
+            | {"samples": [dataclasses.asdict(s) for s in samples]}
+            | {"shard": None if one is None else dataclasses.asdict(one)}
+            | {"readings": [dataclasses.asdict(reading) for reading in shown]}
         )
-        print(f"  {s.before!r} [{s.token!r}] {s.after!r}")
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):  # text is of any script, the terminal may be not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if text:
+        _page_through(summary, hookpoint, readings, sequences)
+    elif html is None:
+        show(summary, shard=one, hookpoint=hookpoint, verbose=verbose)
+    for s in samples:
+        _print_sample(s)
 
 
-def _print_summary(summary: Any) -> None:
+def _print_sample(s: Sample) -> None:
+    norms = [f"{name} {norm:.4g}" for name, norm in list(s.norms.items())[:SAMPLE_NORMS]]
+    more = [f"{len(s.norms) - len(norms)} more"] if len(s.norms) > len(norms) else []
+    place = f"shard {s.shard} row {s.row}: sequence {s.sequence}, position {s.position}"
+    print(f"\n{place}; {', '.join(norms + more)}")
+    print(f"  {s.before!r} [{s.token!r}] {s.after!r}")
+
+
+def _page_through(
+    summary: CacheSummary,
+    hookpoint: str | None,
+    readings: Callable[[int | None], Iterator[Reading]],
+    count: int | None,
+) -> None:
+    """Sequences through a pager, as far as somebody reads; to a file or pipe, a few."""
+    import click
+
+    from .inspect_sequences import LEGEND, draw
+
+    chosen = next(h for h in summary.hookpoints if hookpoint in (None, h.hookpoint))
+    median = chosen.norms.quantile(0.5)
+    pager = sys.stdin.isatty() and sys.stdout.isatty()
+    colour = pager and not os.environ.get("NO_COLOR")
+    width = shutil.get_terminal_size((100, 24)).columns
+    pages = (
+        draw(reading, median, width, colour=colour)
+        for reading in readings(count if count or pager else FEW_SEQUENCES)
+    )
+    head = f"{chosen.hookpoint}: median norm of the cache {median:.4g}; {LEGEND}\n\n"
+    if pager:
+        click.echo_via_pager(itertools.chain([head], pages))
+        return
+    print(head, end="")
+    for page in pages:
+        print(page, end="")
+    left = summary.sequences - (count or FEW_SEQUENCES)
+    if left > 0:
+        print(f"and {left:,} more sequences: --sequences N")
+
+
+def _write_page(file: str, page: str) -> None:
+    """Write the page whole or not at all."""
+    from actcache.atomic import publish
     from actcache.progress import format_bytes
 
-    size = f"{summary.tokens:,} tokens in {summary.sequences:,} sequences, {summary.shards} shards"
-    facts = {
-        "cache": f"{summary.cache}  (id {summary.cache_id})",
-        "model": summary.model,
-        "dataset": summary.dataset,
-        "text": summary.text,
-        "filters": summary.filters,
-        "backend": summary.backend,
-        "state": summary.state,
-        "size": f"{size}; {summary.rows:,} rows, {format_bytes(summary.bytes)}",
-    }
-    for name, fact in facts.items():
-        print(f"{name:<8} {fact}")
-    header = [
-        "hookpoint",
-        "rows",
-        "width",
-        "dtype",
-        "bytes",
-        "mean norm",
-        "RMS norm",
-        "max norm",
-        "non-finite",
-    ]
-    rows = [
-        [
-            h.hookpoint,
-            f"{h.rows:,}",
-            str(h.width),
-            h.dtype,
-            format_bytes(h.bytes),
-            f"{h.mean_norm:.4g}",
-            f"{h.rms_norm:.4g}",
-            f"{h.max_norm:.4g}",
-            str(h.non_finite),
-        ]
-        for h in summary.hookpoints
-    ]
-    print("\n" + table(header, rows))
+    written = publish(Path(file), [page.encode()])
+    say(f"{file}: one page, {format_bytes(written.bytes)}")
 
 
-def _tokenizer(cache: Any, name: str | None, gguf_file: str | None) -> Any:
+def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
     """The tokenizer that made the cache, checked by fingerprint; None (and a word) without it."""
     from actcache.config import HarvestConfig
     from actcache.errors import ModelError
+    from actcache.inspection.printable import printable
     from actcache.model import fingerprint_tokenizer, load_tokenizer
 
     source = HarvestConfig(name or cache.manifest.model, "", "", gguf_file=gguf_file)
     try:
-        loaded = load_tokenizer(source)
+        # A cache may say anything: what looks like no name is not looked for.
+        named = name is not None or MODEL_NAME.fullmatch(source.model)
+        loaded = load_tokenizer(source) if named else None
     except ModelError:
         if name is not None:
             raise
-        say(f"no tokenizer {cache.manifest.model} here: showing token ids; see --tokenizer")
+        loaded = None
+    if loaded is None:
+        said = printable(source.model, 80)
+        say(f"no tokenizer {said} here: showing token ids; see --tokenizer")
         return None
     made_by = cache.manifest.identity.tokenizer_fingerprint  # empty: the text came as token ids
     if made_by and fingerprint_tokenizer(loaded) != made_by:

@@ -21,4 +21,4 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell[:2] in {"-", "-."}
+    return cell == "-" or cell.lstrip("-.")[:1].isdigit()

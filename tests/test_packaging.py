@@ -86,7 +86,7 @@ def test_the_wheel_holds_exactly_the_three_packages_and_their_data(tmp_path):
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(HOUSE.values())
     pages = ("actcache/FORMAT.md", "actcache/SCALE.md", "saetrain/kernels/README.md")
-    for needed in (*pages, "actcache/py.typed"):
+    for needed in (*pages, "actcache/inspection/page.css", "actcache/py.typed"):
         assert needed in names
     for folder, package in HOUSE.items():
         for path in sources(folder):

@@ -8,20 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actcache.errors import EmptyCacheError
-from actcache.inspection import sample_rows, summarise
+from actcache.errors import ConfigError, CorruptShardError, EmptyCacheError
+from actcache.inspection import summarise
 from actcache.manifest import read_manifest
 from actcache.parse import to_json
 from actcache.reader import Cache
 from actcache.receipt import receipt_path
-
-
-class Letters:
-    """A tokenizer that decodes id n to '<n>'."""
-
-    def decode(self, ids: list[int]) -> str:
-        assert all(type(i) is int for i in ids)
-        return "".join(f"<{i}>" for i in ids)
 
 
 def some_not_finite(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
@@ -105,40 +97,8 @@ def test_a_cache_without_a_filter_says_none(make_cache: Callable[..., Path]) -> 
 
 def test_a_cache_without_a_complete_shard_is_refused(make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache(shards=0, end=False))
-    for look in (summarise, lambda cache: sample_rows(cache, 1, None)):
-        with pytest.raises(EmptyCacheError, match="holds no complete shard"):
-            look(cache)
-
-
-def test_a_sample_shows_a_row_in_its_text(make_cache: Callable[..., Path]) -> None:
-    cache = Cache.open(make_cache(shards=3))
-    samples = sample_rows(cache, 20, Letters(), context=3)
-    assert len({(s.shard, s.row) for s in samples}) > 15
-    for sample in samples:
-        words = cache.tokens(sample.shard)
-        assert sample.sequence == words.row_sequence[sample.row]
-        assert sample.position == words.row_position[sample.row]
-        ids = [f"<{i}>" for i in words.tokens[sample.sequence]]
-        place = sample.position
-        assert sample.before == "".join(ids[max(0, place - 3) : place])
-        assert sample.token == ids[place]
-        assert sample.after == "".join(ids[place + 1 : place + 4])
-        for name, norm in sample.norms.items():
-            row = cache.read(name, sample.shard, sample.row, 1)
-            assert norm == pytest.approx(np.linalg.norm(row.values.astype(np.float64)))
-    assert json.dumps([dataclasses.asdict(s) for s in samples])
-
-
-def test_the_same_rows_are_sampled_every_time(make_cache: Callable[..., Path]) -> None:
-    cache = Cache.open(make_cache(shards=3))
-    assert sample_rows(cache, 5, None) == sample_rows(cache, 7, None)[:5]
-
-
-def test_without_a_tokenizer_ids_are_shown(make_cache: Callable[..., Path]) -> None:
-    cache = Cache.open(make_cache(shards=1))
-    (sample,) = sample_rows(cache, 1, None)
-    words = cache.tokens(0).tokens[sample.sequence]
-    assert sample.token == str(words[sample.position])
+    with pytest.raises(EmptyCacheError, match="holds no complete shard"):
+        summarise(cache)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
@@ -151,3 +111,78 @@ def test_a_cache_without_all_its_files_is_not_called_complete(
     summary = summarise(Cache.open(root))
     assert not summary.complete
     assert "1 files are missing or cut: see actcache verify" in summary.state
+
+
+def test_one_shard_is_summed_up_by_itself(make_cache: Callable[..., Path]) -> None:
+    cache = Cache.open(make_cache(shards=3, hookpoints={"layers.1": 6}, rows=some_not_finite))
+    parts = [summarise(cache, [shard]) for shard in cache.shards]
+    assert [p.hookpoints[0].non_finite for p in parts] == [1, 2, 3]
+    assert [p.shards for p in parts] == [1, 1, 1]
+    assert sum(p.bytes for p in parts) == summarise(cache).bytes
+    assert {p.state for p in parts} == {"complete (goal reached)"}
+    assert parts[1].hookpoints[0].max_norm == cache.statistics("layers.1", [1]).norm_max
+    with pytest.raises(ConfigError, match="has no shard 3"):
+        summarise(cache, [3])
+
+
+def test_shards_whose_statistics_are_gone_are_left_out_and_counted(
+    make_cache: Callable[..., Path],
+) -> None:
+    cache = Cache.open(make_cache(shards=3))
+    (cache.root / "stats" / "00001.safetensors").unlink()
+    (cache.root / "stats" / "00002.safetensors").write_bytes(b"cut")
+    summary = summarise(cache)
+    assert summary.without_statistics == 2
+    assert summary.hookpoints[0].mean_norm == cache.statistics("layers.0", [0]).mean_norm
+    assert summary.rows == 3 * 128
+    (cache.root / "stats" / "00000.safetensors").unlink()
+    with pytest.raises(CorruptShardError, match="stats"):
+        summarise(Cache.open(cache.root))
+
+
+def test_statistics_added_shard_by_shard_have_the_bits_of_those_added_at_once(
+    make_cache: Callable[..., Path],
+) -> None:
+    cache = Cache.open(make_cache(shards=4))
+    for found in summarise(cache).hookpoints:
+        at_once = cache.statistics(found.hookpoint)
+        assert found.mean_norm == at_once.mean_norm
+        assert found.rms_norm == at_once.rms_norm
+        assert found.abs_max == at_once.abs_max.max()
+
+
+def test_names_from_the_manifest_cannot_move_the_cursor_or_fill_the_screen(
+    make_cache: Callable[..., Path],
+) -> None:
+    root = make_cache(shards=1)
+    hostile = dataclasses.replace(
+        read_manifest(root), model="\x1b[2Jgone", dataset="A" * 10**6, split="\u202etxt"
+    )
+    (root / "manifest.json").write_bytes(to_json(hostile))
+    summary = summarise(Cache.open(root))
+    assert summary.model.startswith("\\x1b[2Jgone")
+    assert len(summary.dataset) <= 300
+    assert (summary.model + summary.dataset).isprintable()
+
+
+def test_all_of_it_is_json(make_cache: Callable[..., Path]) -> None:
+    summary = summarise(Cache.open(make_cache(shards=2)))
+    again = json.loads(json.dumps(dataclasses.asdict(summary), allow_nan=False))
+    assert again["hookpoints"][0]["norms"]["counts"] == list(summary.hookpoints[0].norms.counts)
+    assert again["mean_cosines"][0][0] == pytest.approx(1)
+    assert again["excluded"] == [{"name": "skip_positions", "positions": 16, "fraction": 1 / 17}]
+
+
+@pytest.mark.parametrize("backend", ["memmap", "zarr"])
+def test_the_scales_of_8_bit_rows_belong_to_their_hookpoint(
+    backend: str, make_cache: Callable[..., Path]
+) -> None:
+    root = make_cache(shards=2, dtype="int8", backend=backend)
+    summary = summarise(Cache.open(root))
+    beside = sum((root / name).stat().st_size for s in (0, 1) for name in others(s))
+    assert sum(h.bytes for h in summary.hookpoints) == summary.bytes - beside
+
+
+def others(shard: int) -> list[str]:
+    """Files that belong to no hookpoint."""
+    return [f"{folder}/{shard:05d}.safetensors" for folder in ("tokens", "stats")]

@@ -1,0 +1,25 @@
+"""What a cache holds, as facts: the command draws them, `--json` hands them on.
+
+Facts are frozen dataclasses of plain numbers and text, so that `dataclasses.asdict` is JSON. They
+come from receipts, statistics and logs; activations are read for `texts` alone, a row at a time.
+"""
+
+from __future__ import annotations
+
+from actcache.inspection.page import render_page
+from actcache.inspection.shards import ShardFacts, shard_facts
+from actcache.inspection.summary import CacheSummary, HookpointSummary, summarise
+from actcache.inspection.texts import Reading, Sample, read_sequences, sample_rows
+
+__all__ = [
+    "CacheSummary",
+    "HookpointSummary",
+    "Reading",
+    "Sample",
+    "ShardFacts",
+    "read_sequences",
+    "render_page",
+    "sample_rows",
+    "shard_facts",
+    "summarise",
+]

@@ -1,0 +1,21 @@
+"""Builders for inspection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from actcache.statistics import Statistics, compute
+from actcache.storage.codec import CODECS, VALUES, StoredRows
+
+
+@pytest.fixture(scope="session")
+def statistics_of() -> Callable[[np.ndarray], Statistics]:
+    """Statistics of rows [N, D] as a shard in float32 has them."""
+
+    def build(rows: np.ndarray) -> Statistics:
+        return compute(StoredRows({VALUES: rows.astype("<f4")}), CODECS["float32"])
+
+    return build

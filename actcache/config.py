@@ -18,6 +18,8 @@ PipelineKind = Literal["pack", "crop", "truncate"]
 RowOrder = Literal["shuffled", "sequence"]
 Backend = Literal["memmap", "zarr"]
 Compression = Literal["none", "zstd"]
+AnyBackend = Literal["auto", "memmap", "zarr"]
+AnyCompression = Literal["auto", "none", "zstd"]
 LoadIn = Literal["none", "8bit", "4bit"]
 DeviceMap = Literal["none", "auto"]
 
@@ -330,6 +332,27 @@ class PlanConfig(HarvestConfig):
 
     measure_seconds: float = 20.0
     """How long the trial's model runs, seconds; loading it comes before."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """One conversion: a cache, and what the new one shall be."""
+
+    source: str
+    """Folder of the cache to convert. It is only read, and may be unfinished."""
+
+    out: str
+    """Folder of the new cache: made when missing, finished when it holds this very conversion."""
+
+    backend: AnyBackend = "auto"
+    """How the new cache lies on disk: memmap or zarr. auto: as the source."""
+
+    compress: AnyCompression = "auto"
+    """Compression of the activations, with zarr only. auto: as the source if the backend stays,
+    else none."""
+
+    dtype: StoredDtype = "auto"
+    """Type of the activations on disk. auto: that of the source."""
 
 
 def _option(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from actcache.manifest import Hookpoint, Manifest
 from actcache.mixing import DocumentOrder
 from actcache.model import empty_model, load_model
 from actcache.progress import format_bytes
+from actcache.sizing import bytes_to_come
 from actcache.storage import CODECS, blosc_chunk
 from actcache.tokens import Pipeline, count_sequences
 
@@ -244,43 +246,38 @@ def require_chunks(manifest: Manifest) -> None:
             "a shard of one hookpoint is too large for --compress zstd",
             expected=f"<= {blosc_chunk.MAX_BYTES:,} bytes",
             got=f"{size:,} bytes in {manifest.sequences_per_shard} sequences",
-            remedy=f"--shard-size {most} or less" if most else "--compress none",
+            remedy=f"harvest with --shard-size {most} or less" if most else "--compress none",
         )
 
 
-def require_room(root: Path, manifest: Manifest, published: int) -> None:
+def require_room(root: Path, manifest: Manifest, published: Collection[int]) -> None:
     """Ask, before starting, whether the rest of the harvest fits on the disk.
 
     Args:
         root: folder of the cache.
         manifest: what will be harvested.
-        published: sequences that are there already.
+        published: shards that are there already.
 
     Raises:
         DiskFullError: it does not fit.
     """
-    identity = manifest.identity
-    if manifest.plan.goal is None or manifest.plan.shards is None:
-        return
-    sequences = max(0, manifest.plan.goal - published)
-    shards = max(0, manifest.plan.shards - manifest.plan.shards_of(published))
-    row = sum(CODECS[identity.dtype].row_bytes(h.width) for h in identity.hookpoints) + 8
-    # A zarr chunk is a whole shard, however few sequences the last has; what compression saves is
-    # not known beforehand.
-    padded = shards * manifest.sequences_per_shard if manifest.backend == "zarr" else sequences
-    needed = padded * identity.rows_per_sequence * row + sequences * identity.ctx_len * 4
-    # Headers, receipts and statistics of a shard: 24 bytes a dimension and 10 kB a hookpoint.
-    needed += shards * sum(h.width * 24 + 10_000 for h in identity.hookpoints) + shards * 20_000
+    needed = bytes_to_come(manifest, published)
+    remedy = "fewer --max-tokens or hookpoints, a smaller --dtype, or another --out"
+    require_free(root, needed, "harvest", remedy)
+
+
+def require_free(root: Path, needed: int, work: str, remedy: str) -> None:
+    """Raise `DiskFullError` unless the disk of a folder, made or not, has `needed` bytes free."""
     folder = root
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFullError(
-            f"the harvest does not fit on the disk of {root}",
+            f"the {work} does not fit on the disk of {root}",
             expected=f"{format_bytes(needed)} free",
             got=f"{format_bytes(free)} free",
-            remedy="fewer --max-tokens or hookpoints, a smaller --dtype, or another --out",
+            remedy=remedy,
         )
 
 

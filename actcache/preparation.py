@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         ActcacheError: one of its kinds, for anything a user can mend.
     """
     root = Path(config.out)
-    _refuse_foreign_folder(root)
+    refuse_foreign_folder(root)
     if config.device_map == "auto":
         require_whole_machine()
     decided = decide(config)
@@ -91,7 +91,10 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
     require_chunks(manifest)
     lock = FolderLock(root)
     try:
-        ranks.agree(to_json(manifest), lambda: _lay_manifest(root, manifest, lock, config.extend))
+        ranks.agree(
+            to_json(manifest),
+            lambda: lay_manifest(root, manifest, lock, require_room, extend=config.extend),
+        )
         if ranks.rank > 0:
             lock.join()
         laid = read_manifest(root)
@@ -120,7 +123,8 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
     )
 
 
-def _refuse_foreign_folder(root: Path) -> None:
+def refuse_foreign_folder(root: Path) -> None:
+    """Raise `CacheMismatchError` if a folder holds anything but a cache, whole or begun."""
     if root.is_file():
         raise CacheMismatchError(f"--out {root} is a file", expected="a folder, or nothing yet")
     if not root.is_dir() or (root / MANIFEST).exists():
@@ -161,13 +165,32 @@ def _different(manifest: Manifest, laid: Manifest, extend: bool) -> list[str]:
     return differences(manifest, laid)
 
 
-def _lay_manifest(root: Path, manifest: Manifest, lock: FolderLock, extend: bool) -> None:
-    """Write the manifest, or check that the one there asks for the same bytes."""
+def lay_manifest(
+    root: Path,
+    manifest: Manifest,
+    lock: FolderLock,
+    ask: Callable[[Path, Manifest, Collection[int]], None],
+    *,
+    extend: bool = False,
+) -> None:
+    """Write the manifest, or check that the one there asks for the same bytes.
+
+    Args:
+        root: folder of the cache.
+        manifest: what it is going to hold.
+        lock: taken here, and held.
+        ask: raises unless there is room for all but the shards that are published, which it gets.
+        extend: the harvest may have a larger goal than the one that is there.
+
+    Raises:
+        CacheMismatchError: the folder holds another cache.
+        CacheBusyError: someone is at work there.
+    """
     receipts = _published(root, manifest, extend)
     coming = read_manifest(root) if receipts else manifest
     if extend and _goes_beyond(manifest, coming):
         coming = extended(coming, manifest.plan.goal)
-    require_room(root, coming, sum(receipt.sequences for receipt in receipts.values()))
+    ask(root, coming, receipts)
     lock.take()
     # Again: before the lock was ours, anyone could lay another manifest or publish.
     forget_restored(root, _published(root, manifest, extend))
@@ -197,7 +220,7 @@ def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardR
             remedy += "; or add --extend, to go on with more tokens"
         raise CacheMismatchError(
             f"{root} holds another cache ({laid.model} on {laid.dataset})",
-            expected=f"this harvest, id {manifest.cache_id}",
+            expected=f"id {manifest.cache_id}",
             got="\n            ".join([f"id {laid.cache_id}", *different]),
             remedy=remedy,
         )

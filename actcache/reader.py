@@ -228,6 +228,19 @@ class Cache:
         extents = self.locate_statistics(shard)
         return {name: _parse_statistics(name, extents, receipt) for name in hookpoints}
 
+    def check_file(self, shard: int, name: str) -> Path:
+        """Compare every byte of a shard's file, named as in receipts, with what was promised.
+
+        Returns:
+            Where it lies.
+
+        Raises:
+            CorruptShardError: it is another, or gone.
+        """
+        path = data_paths(self.root, self.manifest, shard)[name]
+        self._check(path, self.receipts[shard], name)
+        return path
+
     def _check(self, path: Path, receipt: ShardReceipt, name: str) -> None:
         if path in self._checked:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from actcache.atomic import FileReceipt
@@ -11,6 +12,8 @@ from actcache.parse import to_json
 from actcache.receipt import END, EndReceipt, ShardReceipt
 from actcache.storage import BACKENDS, safetensors_file
 from actcache.tensors import statistics_tensors, token_tensors
+
+_BLOCK = 4096  # of most file systems
 
 
 def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> dict[str, int]:
@@ -42,6 +45,28 @@ def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> di
         files={name: FileReceipt(size, "0" * 32) for name, size in sizes.items()},
     )
     return sizes | {"receipt": len(to_json(receipt))}
+
+
+def bytes_to_come(manifest: Manifest, published: Collection[int]) -> int:
+    """The most that the planned shards can take which are not published yet.
+
+    That is, if no filter leaves out a row and compression saves nothing; 0 if there is no goal.
+    """
+    known: dict[int, int] = {}
+    total = 0
+    for shard in range(manifest.plan.shards or 0):
+        if shard not in published:
+            count = manifest.plan.most_sequences(shard)
+            if count not in known:
+                rows = count * manifest.identity.rows_per_sequence
+                known[count] = _on_disk(shard_bytes(manifest, shard, count, rows))
+            total += known[count]
+    return total + _on_disk(other_files(manifest)) if total else 0
+
+
+def _on_disk(sizes: Mapping[str, int]) -> int:
+    """Bytes that files of these sizes take: whole blocks of the file system."""
+    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes.values())
 
 
 def other_files(manifest: Manifest) -> dict[str, int]:

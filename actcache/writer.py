@@ -135,14 +135,8 @@ def publish_shard(
         statistics[name] = merge(found)
 
     hands.do([*(partial(write_rows, name) for name in filled.rows), write_text])
-    files["stats"] = safetensors_file.write(
-        statistics_path(root, shard),
-        {
-            f"{name}/{key}": (array, None)
-            for name in filled.rows
-            for key, array in statistics_arrays(statistics[name]).items()
-        },
-    )
+    in_order = {name: statistics[name] for name in filled.rows}
+    files["stats"] = write_statistics(root, shard, in_order)
     receipt = ShardReceipt(
         cache_id=manifest.cache_id,
         shard=shard,
@@ -154,12 +148,29 @@ def publish_shard(
         near_overflow={name: statistic.near_overflow for name, statistic in statistics.items()},
         files=files,
     )
-    paths = data_paths(root, manifest, shard)
+    publish_sealed(root, manifest, receipt)
+    return receipt
+
+
+def publish_sealed(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
+    """Publish the receipt of a shard whose files are written; see `publish_shard`."""
+    paths = data_paths(root, manifest, receipt.shard)
     restored = retraction.require_restored(root, manifest, receipt, paths)
     publish_receipt(root, receipt)
     if restored:
-        retraction.forget(root, shard)
-    return receipt
+        retraction.forget(root, receipt.shard)
+
+
+def write_statistics(root: Path, shard: int, statistics: Mapping[str, Statistics]) -> FileReceipt:
+    """Write the statistics of a shard, by hookpoint in the manifest's order."""
+    return safetensors_file.write(
+        statistics_path(root, shard),
+        {
+            f"{name}/{key}": (array, None)
+            for name, statistic in statistics.items()
+            for key, array in statistics_arrays(statistic).items()
+        },
+    )
 
 
 def _write_text(path: Path, text: ShardText, layout: RowLayout) -> FileReceipt:

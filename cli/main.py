@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from actcache.config import HarvestConfig, PlanConfig
+from actcache.config import ConvertConfig, HarvestConfig, PlanConfig
 from saetrain.config import FitConfig
 
+from . import convert, fit, harvest, hookpoints, inspect_cache, plan, verify
 from . import eval as eval_
-from . import fit, harvest, hookpoints, inspect_cache, plan, verify
 from .guard import guarded
 from .options import command
 
@@ -50,6 +50,7 @@ def actcache_app() -> typer.Typer:
     app = _app("Harvest a model's activations once, and look at them.")
     app.command("harvest")(guarded(command(HarvestConfig, harvest.run, ["model", "dataset"])))
     app.command("plan")(guarded(command(PlanConfig, plan.run, ["model", "dataset"])))
+    app.command("convert")(guarded(command(ConvertConfig, convert.run, ["source"])))
     app.command("hookpoints")(hookpoints.run)
     app.command("inspect")(inspect_cache.run)
     app.command("verify")(verify.run)

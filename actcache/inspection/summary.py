@@ -137,8 +137,7 @@ def summarise(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary
         ),
         text=printable(_pipeline(manifest)),
         filters=printable(_filters(identity)),
-        backend=manifest.backend
-        + (f", {manifest.compression}" if manifest.compression != "none" else ""),
+        backend=_storage(manifest),
         state=_state(cache, missing),
         complete=cache.complete and not missing,
         shards=len(receipts),
@@ -222,6 +221,13 @@ def _filters(identity: Identity) -> str:
     if identity.max_norm_ratio is not None:
         found.append(f"norms over {identity.max_norm_ratio:g} times their shard's median")
     return f"left out: {'; '.join(found)}" if found else "none"
+
+
+def _storage(manifest: Manifest) -> str:
+    packed = f", {manifest.compression}" if manifest.compression != "none" else ""
+    via = manifest.identity.via
+    rounded = f"; rows were rounded to {', '.join(via)} before" if via else ""
+    return manifest.backend + packed + rounded
 
 
 def _state(cache: Cache, missing: int) -> str:

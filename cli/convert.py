@@ -1,0 +1,36 @@
+"""`actcache convert`: the same rows in another backend or type."""
+
+from __future__ import annotations
+
+from actcache.config import ConvertConfig
+
+from .guard import emit
+
+
+def run(config: ConvertConfig, as_json: bool) -> None:
+    """Copy the cache SOURCE into another backend, compression or type, shard by shard.
+
+    Every file is checked as it is read. Killed, the same command goes on; a source that is not
+    finished is converted as far as it is, and the rest by converting again.
+    """
+    import dataclasses
+
+    from actcache.conversion import convert
+    from actcache.progress import format_bytes
+    from actcache.reader import Cache
+
+    summary = convert(config)
+    if as_json:
+        emit(dataclasses.asdict(summary))
+        return
+    cache = Cache.open(summary.cache)
+    state = "complete" if summary.complete else "incomplete, as the source is: convert again later"
+    if summary.new_shards == 0:
+        did = "nothing left to do"
+    else:
+        did = (
+            f"converted {summary.new_shards} shards, {summary.new_rows:,} rows x "
+            f"{len(cache.hookpoints)} hookpoints, {format_bytes(summary.read_bytes)} to "
+            f"{format_bytes(summary.new_bytes)} in {summary.seconds:.0f} s"
+        )
+    print(f"{summary.cache}: {did}; {state}, {cache.rows:,} rows in {len(cache.shards)} shards")

@@ -117,19 +117,29 @@ class Cache:
             FormatError: a receipt or the seal is damaged.
         """
         if self.end is None:
-            self.manifest, self.end = receipts_module.read_seal(self.root)
+            self.end = receipts_module.read_end_of(self.root, self.manifest)
         found, missing = {}, None
+        planned = self.manifest.plan.shards  # what lies beyond is of a later extension
         for shard in shards:
             if shard in self.receipts:
                 continue
             path = receipts_module.receipt_path(self.root, shard)
-            if path.exists():
+            if (planned is None or shard < planned) and path.exists():
                 found[shard] = receipts_module.read_receipt(path, self.manifest)
             elif missing is None:
                 missing = shard
         if found:  # as a whole: other threads read it
             self.receipts = dict(sorted((self.receipts | found).items()))
         return missing
+
+    def before(self, extensions: int) -> Cache:
+        """The cache as it is without its later extensions."""
+        if extensions >= len(self.manifest.extensions):
+            return self
+        manifest = self.manifest.before(extensions)
+        inside = {s: r for s, r in self.receipts.items() if manifest.plan.most_sequences(s)}
+        end = receipts_module.read_end_of(self.root, manifest)
+        return Cache(self.root, manifest, inside, end)
 
     def missing_files(self) -> list[Path]:
         """Published files that are gone or have another size; their bytes are not read."""

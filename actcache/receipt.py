@@ -123,6 +123,29 @@ def read_end(root: Path, manifest: Manifest) -> EndReceipt | None:
     return None
 
 
+def read_end_of(root: Path, manifest: Manifest) -> EndReceipt | None:
+    """The seal of a harvest as far as this manifest goes, whatever it was extended by since.
+
+    Raises:
+        FormatError: the seal or an extension is damaged.
+    """
+    try:
+        end = read_end(root, manifest)
+    except FormatError:
+        if not _is_extended(root, manifest):
+            raise
+        end = None
+    goal, shards = manifest.plan.goal, manifest.plan.shards
+    if end is None and goal is not None and shards is not None and _is_extended(root, manifest):
+        # Only what has reached its goal is extended.
+        return EndReceipt(manifest.cache_id, shards - 1, goal, "goal", len(manifest.extensions))
+    return end
+
+
+def _is_extended(root: Path, manifest: Manifest) -> bool:
+    return len(read_manifest(root).extensions) > len(manifest.extensions)
+
+
 def _check_outdated(path: Path, end: EndReceipt, manifest: Manifest) -> None:
     """Whether a seal, of the time before the next extension, is what it was then."""
     goal, shards = manifest.plan.goal, manifest.plan.shards
@@ -145,24 +168,6 @@ def read_published(root: Path) -> tuple[Manifest, dict[int, ShardReceipt], EndRe
     while True:
         try:
             return manifest, read_receipts(root, manifest), read_end(root, manifest)
-        except FormatError:
-            later = read_manifest(root)
-            if later == manifest:
-                raise
-            manifest = later
-
-
-def read_seal(root: Path) -> tuple[Manifest, EndReceipt | None]:
-    """Manifest and seal that agree, even if a harvest extends the cache in this moment.
-
-    Raises:
-        EmptyCacheError: there is no manifest.
-        FormatError: manifest or seal are damaged.
-    """
-    manifest = read_manifest(root)
-    while True:
-        try:
-            return manifest, read_end(root, manifest)
         except FormatError:
             later = read_manifest(root)
             if later == manifest:

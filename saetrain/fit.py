@@ -105,6 +105,8 @@ def _fit(
     else:
         record = _decide(config, cache)
         warnings = () if config.follow else _missing_shards(cache)
+    if record.extensions is not None:  # those that came later are no part of the run
+        cache = cache.before(record.extensions)
     trainees = _build(record, cache, device)
     if not begun:  # only now: a run that cannot be built leaves nothing behind
         lock.take()
@@ -295,6 +297,7 @@ def _decide(config: FitConfig, cache: Cache) -> RunRecord:
         options=config,
         versions=_versions(),
         segment_shards=order.segment_shards,
+        extensions=len(cache.manifest.extensions) if config.follow else None,
     )
 
 

@@ -65,6 +65,8 @@ class RunRecord:
     """Libraries that the run began with."""
     segment_shards: int | None = None
     """Shards of a segment, with --follow; null: the run uses the shards of `plan` alone."""
+    extensions: int | None = None
+    """Extensions that the cache had, with --follow: the run goes to the goal of then."""
 
     def __post_init__(self) -> None:
         """Refuse a record of another version."""

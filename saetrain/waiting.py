@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from actcache.errors import ConfigError
 from actcache.follow import POLL_SECONDS, Following
 from actcache.lock import is_free
-from actcache.manifest import read_manifest
 from actcache.order import OrderPlan
 from actcache.progress import Progress
 from actcache.reader import Cache
-from actcache.receipt import read_end, receipt_path
+from actcache.receipt import read_end_of, receipt_path
 from actcache.segments import Segmentation
 
 
@@ -26,7 +25,8 @@ class Waiting:
     """
 
     def __init__(self, cache: Cache, shards_each: int, bar: Progress) -> None:
-        self._root, self._shards_each, self._bar = cache.root, shards_each, bar
+        self._root, self._manifest = cache.root, cache.manifest
+        self._shards_each, self._bar = shards_each, bar
         self._segment: int | None = None
         self._warned = False
 
@@ -48,7 +48,7 @@ class Waiting:
     def _is_missing(self, shard: int) -> bool:
         if receipt_path(self._root, shard).exists():
             return False
-        end = read_end(self._root, read_manifest(self._root))
+        end = read_end_of(self._root, self._manifest)
         return end is None or shard <= end.last_shard
 
 

@@ -181,6 +181,46 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes_after_the_cache_grew(
     assert only_changed(snapshot(Path(after.out)), snapshot(Path(config.out))) == []
 
 
+@pytest.mark.parametrize("stop_at", [None, 4, 17, 25])
+def test_an_extension_that_comes_after_a_runs_begin_is_no_part_of_it(
+    make_cache: Callable[..., Path],
+    growing: Growing,
+    following: Options,
+    beside: Callable[..., None],
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: int | None,
+) -> None:
+    """Whether it comes while the run waits, or while it is stopped."""
+    after = following(epochs=2, out=following().out + "-after")
+    fit(after)
+    longer = make_cache(shards=7, last_sequences=5, extended_by=30)
+    config = following(epochs=2, cache=str(growing.root))
+    growing.publish(0, 1, 2, 3)
+
+    def extend() -> None:
+        """The seal of the first part is never there to be seen."""
+        time.sleep(0.1)
+        for folder in ("activations", "extensions", "tokens", "stats", "shards"):
+            shutil.copytree(longer / folder, growing.root / folder, dirs_exist_ok=True)
+
+    if stop_at is None:
+        beside(extend)
+        fit(config)
+    else:
+        if stop_at > 12:
+            growing.publish(*ALL)
+        with monkeypatch.context() as patch:
+            stop_in_step(patch, stop_at)
+            with pytest.raises(Killed):
+                fit(config)
+        extend()
+        fit(dataclasses.replace(config, resume=True))
+    assert Cache.open(growing.root).complete
+    assert len(Cache.open(growing.root).shards) > 7
+    assert only_changed(snapshot(Path(after.out)), snapshot(Path(config.out))) == []
+
+
 def test_a_run_of_one_segment_is_that_without_segments(
     whole: Path, options: Options, snapshot: Snapshot
 ) -> None:

@@ -43,7 +43,9 @@ def publish(path: Path, parts: Iterable[memoryview | bytes]) -> FileReceipt:
     """
     buffers = [memoryview(part).cast("B") for part in parts if len(part)]
     size = sum(len(buffer) for buffer in buffers)
-    partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    # Containers that share a folder may share process numbers too.
+    writer = f"{os.uname().nodename}-{os.getpid()}"
+    partial = path.with_name(f".{path.name}{_PARTIAL}{writer}")
     digest = xxhash.xxh3_128()
     try:
         _make_folder(path.parent)

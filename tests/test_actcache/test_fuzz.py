@@ -45,6 +45,7 @@ KINDS = [
     {"dtype": "int8"},
     {"dtype": "float8_e4m3", "backend": "zarr"},
     {"dtype": "bfloat16", "backend": "zarr", "compression": "zstd"},
+    {"dtype": "bfloat16", "backend": "zarr", "shards": 1, "last_sequences": 2, "extended_by": 1},
 ]
 
 
@@ -53,15 +54,8 @@ def small(make_cache: Callable[..., Path]) -> Callable[[int], Path]:
     """Caches by number, of every kind: two shards, two hookpoints of width 2, sealed."""
     hookpoints = {"layers.0": 2, "layers.1:in": 2}
     shape = {"shards": 2, "sequences": 2, "ctx_len": 4, "last_sequences": 1}
-    caches = [make_cache(hookpoints=hookpoints, **shape, **kind) for kind in KINDS]
+    caches = [make_cache(hookpoints=hookpoints, **(shape | kind)) for kind in KINDS]
     return lambda number: caches[number % len(caches)]
-
-
-@pytest.fixture(scope="module")
-def extended(make_cache: Callable[..., Path]) -> Path:
-    """One shard, and another of an extension; one hookpoint."""
-    hookpoints = {"layers.0": 2}
-    return make_cache(shards=1, sequences=2, ctx_len=4, hookpoints=hookpoints, extended_by=1)
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -28,7 +28,8 @@ HOOKPOINTS = {"layers.0": 16, "layers.1": 40, "layers.1.mlp": 8}
 @pytest.fixture
 def filled(make_cache: Callable[..., Path]) -> tuple[Path, FilledShard]:
     """A cache with one shard, and another shard to publish."""
-    root = make_cache(shards=1, sequences=4, hookpoints=HOOKPOINTS)
+    root = make_cache(shards=2, sequences=4, hookpoints=HOOKPOINTS, end=False)
+    unpublish(root)
     kept = np.ones((4, 17), dtype=bool)
     kept[:, 0] = False
     state = np.random.RandomState(0)

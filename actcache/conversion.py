@@ -20,7 +20,7 @@ from actcache.config import ConvertConfig
 from actcache.errors import ActcacheError, ConfigError
 from actcache.extension import publish_extension
 from actcache.lock import FolderLock
-from actcache.manifest import DiskDtype, Identity, Manifest, read_manifest
+from actcache.manifest import MANIFEST, DiskDtype, Identity, Manifest, read_manifest
 from actcache.planning import choose_block_rows, library_versions, require_chunks, require_free
 from actcache.preparation import lay_manifest, refuse_foreign_folder
 from actcache.progress import Progress
@@ -82,11 +82,21 @@ def convert(config: ConvertConfig) -> ConversionSummary:
     require_chunks(manifest)
     lock = FolderLock(root, work="harvest or conversion")
     try:
-        lay_manifest(root, manifest.before(0), lock, partial(_require_room, source))
+        lay_manifest(root, _begun(root, manifest), lock, partial(_require_room, source))
         _extend(root, manifest)
         return _finish(source, root, manifest)
     finally:
         lock.release()
+
+
+def _begun(root: Path, manifest: Manifest) -> Manifest:
+    """The manifest with as many of its extensions as an earlier conversion has left in the folder.
+
+    Where others are there, with all of them: then the folder holds another cache, and is refused.
+    """
+    there = read_manifest(root).extensions if (root / MANIFEST).exists() else ()
+    begun = manifest.before(len(there))
+    return begun if begun.extensions == there else manifest
 
 
 def _extend(root: Path, manifest: Manifest) -> None:
@@ -112,7 +122,7 @@ def converted_manifest(manifest: Manifest, config: ConvertConfig) -> Manifest:
             expected="--compress none, or --backend zarr",
             got=f"--backend {backend}",
         )
-    if backend == "zarr" and manifest.planned_sequences is None:
+    if backend == "zarr" and manifest.plan.goal is None:
         raise ConfigError(
             "the source does not say how many sequences it is going to have, as zarr arrays must",
             expected="--backend memmap",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -202,6 +203,57 @@ def test_rows_that_are_not_finite_stay_so(make_cache: Make, tmp_path: Path) -> N
             assert receipt.non_finite == {"layers.0": 3, "layers.1": 3}
         x = cache.codec.to_float32(cache.read("layers.0", 0))
         assert (~np.isfinite(x).all(axis=1)).sum() == 3
+
+
+# Extended.
+
+
+@pytest.mark.parametrize("target", [{}, {"dtype": "int8", "backend": "zarr"}, ZSTD], ids=str)
+def test_an_extended_cache_is_converted_whole_or_after_each_extension(
+    target: dict[str, Any], options: Options, tmp_path: Path, tree: Tree
+) -> None:
+    for goal in (6, 11, 13):
+        goes = {"max_tokens": 16 * goal, "extend": goal > 6, "hookpoint": ("layers.1",)}
+        source = harvest(options(out=str(tmp_path / "source"), **goes)).cache
+        harvested = harvest(options(out=str(tmp_path / "harvested"), **goes, **target)).cache
+        step = run(source, tmp_path / "steps", **target)
+        assert step.complete
+        assert tree(step.cache) == tree(harvested)
+    whole = run(source, tmp_path / "whole", **target)
+    assert tree(whole.cache) == tree(harvested)
+    assert len(read_manifest(tmp_path / "whole").extensions) == 2
+    assert verify(whole.cache).sound
+
+
+def test_a_crash_while_an_extension_is_converted_is_gone_on_from(
+    options: Options, faults: Any, tmp_path: Path, tree: Tree
+) -> None:
+    goes: dict[str, Any] = {"out": str(tmp_path / "source"), "hookpoint": ("layers.1",)}
+    harvest(options(max_tokens=16 * 6, **goes))
+    run(tmp_path / "source", tmp_path / "before", backend="zarr")
+    harvest(options(max_tokens=16 * 9, extend=True, **goes))
+    whole = tree(run(tmp_path / "source", tmp_path / "whole", backend="zarr").cache)
+    for number in range(0, 40, 2):
+        out = tmp_path / str(number)
+        shutil.copytree(tmp_path / "before", out)
+        with contextlib.suppress(faults.Crash), faults.at(number):
+            run(tmp_path / "source", out, backend="zarr")
+        run(tmp_path / "source", out, backend="zarr")
+        assert tree(out) == whole, number
+
+
+def test_a_folder_with_extensions_that_the_source_lacks_is_another_cache(
+    options: Options, tmp_path: Path, tree: Tree
+) -> None:
+    goes: dict[str, Any] = {"hookpoint": ("layers.1",)}
+    source = harvest(options(out=str(tmp_path / "short"), max_tokens=96, **goes)).cache
+    longer = harvest(options(out=str(tmp_path / "long"), max_tokens=96, **goes)).cache
+    harvest(options(out=longer, max_tokens=160, extend=True, **goes))
+    run(longer, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    with pytest.raises(CacheMismatchError, match="planned_sequences: 10, not 6"):
+        run(source, tmp_path / "out")
+    assert tree(tmp_path / "out") == before
 
 
 # Stopped, and gone on with.

@@ -131,7 +131,7 @@ def test_todays_writer_makes_the_golden_cache_byte_for_byte(name, tmp_path):
 def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint, name):
     cache = Cache.open(GOLDEN / name)
     assert cache.complete
-    assert cache.rows == 3 * (10 + CACHES[name][2])
+    assert cache.rows == 3 * (10 + CACHES[name][3])
     for shard in cache.shards:
         words = cache.tokens(shard)
         rows = cache.codec.to_float32(cache.read(hookpoint, shard))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ def choose_device(name: str) -> torch.device:
             "--device cannot be used", expected="cpu, cuda, cuda:N or auto", got=f"{name} ({error})"
         ) from error
     return device
+
+
+def peak_memory() -> int:
+    """The most main memory that this process has held, bytes.
+
+    From the kernel's own count: what `getrusage` says begins with the memory of the parent.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("Linux counts this of every process")
 
 
 def input_device(model: Any) -> torch.device:

@@ -11,9 +11,10 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import stat
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -60,6 +61,7 @@ _Where = Any
 """A place: text, or (outer place, format of the last part, its key)."""
 
 _Parser = Callable[[Any, _Where], Any]
+_Many = Callable[[list[Any]], "list[Any] | None"]
 
 
 def _text(where: _Where) -> str:
@@ -81,7 +83,7 @@ def _parser(hint: Any) -> _Parser:
     if origin is tuple:
         return _tuple(_parser(args[0]))
     if origin is dict:
-        return _dict(_parser(args[1]))
+        return _dict(_parser(args[1]), _many(args[1]))
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint)
     return _scalar(hint)
@@ -116,13 +118,59 @@ def _tuple(inner: _Parser) -> _Parser:
     return parse
 
 
-def _dict(inner: _Parser) -> _Parser:
+def _dict(inner: _Parser, many: _Many | None) -> _Parser:
     def parse(obj: Any, where: _Where) -> Any:
         if not isinstance(obj, dict):
             raise FormatError(f"{_text(where)} is not an object", expected="{...}", got=short(obj))
+        if many is not None and (found := many(list(obj.values()))) is not None:
+            return dict(zip(obj, found, strict=True))
         return {key: inner(item, (where, "[{!r}]", key)) for key, item in obj.items()}
 
     return parse
+
+
+def _many(hint: Any) -> _Many | None:
+    """A short way for many values of one kind, of which a cache's receipts may hold a million.
+
+    It gives None for what is not as it should be: the long way then says what is wrong. None:
+    there is no short way for this kind.
+    """
+    if hint is int:
+        return lambda values: values if _all_whole(values) else None
+    if not dataclasses.is_dataclass(hint):
+        return None
+    make: Any = hint
+    hints, names = get_type_hints(hint), [field.name for field in dataclasses.fields(hint)]
+    if len(names) < 2 or not {hints[name] for name in names} <= {int, str}:
+        return None
+    pick = operator.itemgetter(*names)
+
+    def columns(objs: list[Any]) -> list[Any] | None:
+        if {*map(type, objs)} != {dict} or {*map(len, objs)} != {len(names)}:
+            return None
+        try:
+            rows = [*map(pick, objs)]
+        except KeyError:
+            return None
+        for name, column in zip(names, zip(*rows, strict=True), strict=True):
+            fits = _all_whole if hints[name] is int else _all_text
+            if not fits(column):
+                return None
+        try:
+            return [make(*row) for row in rows]
+        except FormatError:
+            return None
+
+    return columns
+
+
+def _all_whole(values: Sequence[Any]) -> bool:
+    """Whether all are integers that a file may hold; at least one."""
+    return {*map(type, values)} == {int} and min(values) >= -_MAX_INT and max(values) <= _MAX_INT
+
+
+def _all_text(values: Sequence[Any]) -> bool:
+    return {*map(type, values)} == {str}
 
 
 def _dataclass(cls: Any) -> _Parser:

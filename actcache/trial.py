@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import shutil
 import tempfile
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from actcache.config import HarvestConfig
+from actcache.device import peak_memory
 from actcache.harvest import carry_out
 from actcache.preparation import prepare
 from actcache.ranks import Ranks
@@ -79,7 +79,7 @@ def _measure(config: HarvestConfig, seconds: float) -> Trial:
         tokens=tokens,
         seconds=found.seconds,
         tokens_per_second=found.tokens_per_second,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=peak_memory(),
         peak_device_memory=torch.cuda.max_memory_allocated(job.device) if on_device else 0,
         compression=written / sum(sizes[name] for sizes in plain for name in files),
         norm_share=left_out / max(1, cache.rows + left_out),

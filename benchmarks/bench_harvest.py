@@ -45,12 +45,15 @@ from instant import build_instant_model
 from torch import Tensor
 
 from actcache.config import HarvestConfig
+from actcache.device import peak_memory
 from actcache.harvest import HarvestSummary, carry_out
 from actcache.preparation import Job, prepare
 from actcache.progress import format_bytes
 from actcache.ranks import Ranks
 
 HOOKPOINTS = ("layers.9", "layers.9.mlp")
+SHALLOW = ("layers.0", "layers.0.mlp")
+"""Hookpoints where the model costs little, and the rest of a harvest shows."""
 _CHUNK = 16 << 20
 _RAW = 16 * _CHUNK  # more than caches hold: the rows of a harvest come from memory too
 
@@ -98,7 +101,8 @@ def main() -> None:
         if 1 in chosen:
             against_model(work, job, sizes)
         if 2 in chosen:
-            against_saelens(work, job, sizes)
+            for points in (HOOKPOINTS, SHALLOW):
+                against_saelens(work, replace(job, hookpoint=points), sizes)
         if 3 in chosen:
             against_disk(work, sizes)
         if 4 in chosen:
@@ -279,7 +283,7 @@ def against_saelens(work: Path, job: HarvestConfig, sizes: Sizes) -> None:
     ours, theirs = Times(), Times()
     for _ in range(sizes.saelens_pairs):
         both = Times()
-        for name in HOOKPOINTS:
+        for name in job.hookpoint:
             with saelens(work, job, name) as runner:
                 both.take(runner.run)
         theirs.wall.append(sum(both.wall))
@@ -287,7 +291,8 @@ def against_saelens(work: Path, job: HarvestConfig, sizes: Sizes) -> None:
         with prepared(work, job) as ready:
             ours.take(partial(run, ready))
     tokens = sizes.batches * BATCH * CTX
-    print(f"The same, {tokens:,} tokens, rows in float32 (SAELens stores no bfloat16)\n")
+    where = " and ".join(job.hookpoint)
+    print(f"{where}, {tokens:,} tokens, rows in float32 (SAELens stores no bfloat16)\n")
     rows = []
     named = (("SAELens CacheActivationsRunner, two runs", theirs), ("actcache harvest", ours))
     for name, times in named:
@@ -419,17 +424,11 @@ def _child(asked: dict[str, Any]) -> None:
     with prepared(work, HarvestConfig(**job)) as ready:
         before = _resident()
         summary = run(ready)
-    print(json.dumps({"bytes": summary.new_bytes, "peak": _peak(), "before": before}))
+    print(json.dumps({"bytes": summary.new_bytes, "peak": peak_memory(), "before": before}))
 
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peak() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # Words and numbers.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actcache.config import HarvestConfig
-from actcache.documents import Source, open_documents
+from actcache.documents import Source
 from actcache.errors import ConfigError
 from actcache.manifest import Hookpoint
 from actcache.model import load_config, load_tokenizer
@@ -18,6 +18,7 @@ from actcache.planning import (
     special_tokens,
     survey_model,
 )
+from actcache.sources import open_documents
 from actcache.tokens import Pipeline
 
 

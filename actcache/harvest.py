@@ -9,33 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import socket
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-
 from actcache import receipt as receipts_module
-from actcache.atomic import tell_full_disk
 from actcache.config import HarvestConfig
 from actcache.extension import extended, publish_extension
-from actcache.filters import kept_positions, row_norms
+from actcache.filling import fill_shard
+from actcache.harvest_log import HarvestLog
 from actcache.hooks import Capture
 from actcache.preparation import Job, prepare
 from actcache.progress import Progress
 from actcache.ranks import Ranks
 from actcache.reader import Cache
 from actcache.receipt import EndReceipt, ShardReceipt, publish_end
-from actcache.storage import CODECS, refuse_overflow
-from actcache.tokens import Sequence
 from actcache.workers import Memory, Workers
-from actcache.writer import FilledShard, ShardText, publish_shard
+from actcache.writer import publish_shard
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ def carry_out(job: Job) -> HarvestSummary:
     """Make what is missing of a prepared harvest."""
     job, done, end = _as_published(job)
     began = time.monotonic()
-    log = _Log(job.root, job.ranks.rank)
+    log = HarvestLog(job.root, job.ranks.rank)
     fresh: list[ShardReceipt] = []
     if end is None or len(done) <= end.last_shard or job.extend_to is not None:
         job, done, end = _go_through(job, done, fresh, log)
@@ -156,7 +148,7 @@ def _as_published(job: Job) -> _State:
 
 
 def _go_through(
-    job: Job, done: dict[int, ShardReceipt], fresh: list[ShardReceipt], log: _Log
+    job: Job, done: dict[int, ShardReceipt], fresh: list[ShardReceipt], log: HarvestLog
 ) -> _State:
     """Make what is missing up to the goal; then, with --extend, go on to the next."""
     part = count = 0
@@ -189,7 +181,9 @@ def _further(job: Job, count: int) -> Job | None:
     )
 
 
-def _make_shards(job: Job, part: int, done: set[int], fresh: list[ShardReceipt], log: _Log) -> int:
+def _make_shards(
+    job: Job, part: int, done: set[int], fresh: list[ShardReceipt], log: HarvestLog
+) -> int:
     """Make this process's missing shards from one part of the plan on.
 
     Returns:
@@ -216,7 +210,7 @@ def _make_shards(job: Job, part: int, done: set[int], fresh: list[ShardReceipt],
             count += len(group)
             if shard % ranks.world_size != ranks.rank or shard in done:
                 continue
-            filled = _fill(job, shard, group, capture, bar, next(memory))
+            filled = fill_shard(job, shard, group, capture, bar, next(memory))
             if writing is not None:
                 fresh.append(log.shard(writing.result()))
             writing = publisher.submit(publish_shard, job.root, manifest, filled, workers)
@@ -224,63 +218,6 @@ def _make_shards(job: Job, part: int, done: set[int], fresh: list[ShardReceipt],
             fresh.append(log.shard(writing.result()))
     bar.close()
     return count
-
-
-def _fill(
-    job: Job, shard: int, group: list[Sequence], capture: Capture, bar: Progress, memory: Memory
-) -> FilledShard:
-    """Run the model over a shard's sequences and keep the rows that the filters leave."""
-    identity = job.manifest.identity
-    codec, size = CODECS[identity.dtype], identity.batch_size
-    text = _text(group)
-    kept, dropped = kept_positions(identity, text.tokens, text.lengths)
-    count = int(kept.sum())
-    rows = {h.name: memory.rows(h.name, count, h.width, codec) for h in identity.hookpoints}
-    asks_norms = identity.max_norm_ratio is not None
-    norms = {h.name: np.empty(count) for h in identity.hookpoints if asks_norms}
-    filled = 0
-    for start in range(0, len(group), size):
-        chosen = torch.from_numpy(np.flatnonzero(kept[start : start + size])).to(job.device)
-        captured = capture.run(*_batch(job, text, start), chosen)
-        place = slice(filled, filled + len(chosen))
-        for name, found in captured.items():
-            stored = codec.from_torch(found)
-            refuse_overflow(found, stored, codec, name)
-            rows[name][place] = stored
-            if asks_norms:
-                norms[name][place] = row_norms(found.float().cpu().numpy())
-        filled += len(chosen)
-        written = len(chosen) * sum(codec.row_bytes(h.width) for h in identity.hookpoints)
-        bar.advance(min(size, len(group) - start) * identity.ctx_len, written)
-    return FilledShard(shard, text, kept, dropped, rows, norms)
-
-
-def _text(group: list[Sequence]) -> ShardText:
-    return ShardText(
-        tokens=np.stack([sequence.tokens for sequence in group]),
-        lengths=np.array([sequence.length for sequence in group], dtype=np.int32),
-        documents=np.array([sequence.document for sequence in group], dtype=np.int64),
-        starts=np.array([sequence.start for sequence in group], dtype=np.int64),
-    )
-
-
-def _batch(job: Job, text: ShardText, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Token ids of one forward pass, and the mask that hides padding where there can be any.
-
-    Always of the same shape, whatever is left: kernels may round differently at another.
-    """
-    identity = job.manifest.identity
-    shape = (identity.batch_size, identity.ctx_len)
-    part = slice(start, start + identity.batch_size)
-    tokens = np.zeros(shape, dtype=np.int64)
-    tokens[: len(text.tokens[part])] = text.tokens[part]
-    ids = torch.from_numpy(tokens).to(job.device)
-    if identity.pipeline == "pack":
-        return ids, None
-    mask = np.ones(shape, dtype=np.int64)  # where no sequence is left: attention to nothing is NaN
-    lengths = text.lengths[part]
-    mask[: len(lengths)] = np.arange(identity.ctx_len) < lengths[:, None]
-    return ids, torch.from_numpy(mask).to(job.device)
 
 
 def _seal(
@@ -303,32 +240,3 @@ def _seal(
     end = EndReceipt(manifest.cache_id, last, count, reason, len(manifest.extensions))
     publish_end(job.root, end)
     return end
-
-
-class _Log:
-    """What varies from run to run, under `logs/` and nowhere else."""
-
-    def __init__(self, root: Path, rank: int) -> None:
-        self._path = root / "logs" / f"harvest-rank{rank}.jsonl"
-        self._last = time.monotonic()
-
-    def shard(self, receipt: ShardReceipt) -> ShardReceipt:
-        """Note a published shard."""
-        now = time.monotonic()
-        entry = {
-            "shard": receipt.shard,
-            "rows": receipt.rows,
-            "bytes": sum(file.bytes for file in receipt.files.values()),
-            "seconds": round(now - self._last, 3),
-            "host": socket.gethostname(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        self._last = now
-        line = json.dumps(entry) + "\n"
-        try:
-            self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(line)
-        except OSError as error:
-            raise tell_full_disk(error, self._path, len(line)) from error
-        return receipt

@@ -738,7 +738,7 @@ def test_a_harvest_that_published_nothing_does_not_hold_its_folder(
     for backend in ("memmap", "zarr"):
         out = str(tmp_path / backend)
         with monkeypatch.context() as patched:
-            patched.setattr(harvest_module, "_fill", out_of_memory)
+            patched.setattr(harvest_module, "fill_shard", out_of_memory)
             with pytest.raises(MemoryError):
                 harvest(options(batch_size=8, backend=backend, out=out))
         assert harvest(dataclasses.replace(whole, out=out)).complete

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from actcache import planning
 from actcache.config import HarvestConfig
-from actcache.documents import open_documents
 from actcache.errors import ConfigError, DatasetError, DiskFullError, ModelError
 from actcache.manifest import Hookpoint, read_manifest
 from actcache.model import load_config, load_tokenizer
@@ -30,6 +29,7 @@ from actcache.planning import (
     special_tokens,
     survey_model,
 )
+from actcache.sources import open_documents
 
 
 def pipeline_of(config: HarvestConfig, tokenizer: Any) -> Any:

@@ -15,9 +15,9 @@ from actcache.documents import (
     Mixture,
     TokenFile,
     kind_of,
-    open_documents,
 )
 from actcache.errors import DatasetError
+from actcache.sources import open_documents
 
 TEXTS = ["one", "", "two words", "naïve — café", "last\nlines\n"]
 

@@ -179,25 +179,31 @@ class Epoch:
     """One epoch's line of blocks: step 1 of the rule, from which spans are looked up."""
 
     def __init__(self, plan: OrderPlan, epoch: int) -> None:
-        blocks = [
-            (shard, start, min(plan.block_rows, rows - start))
-            for shard, rows in plan.shards
-            for start in range(0, rows, plan.block_rows)
-        ]
-        permutation = rng.stream("blocks", plan.seed, epoch).permutation(len(blocks))
         self.plan, self.epoch = plan, epoch
-        self._blocks: Rows = np.array(blocks, dtype=np.int64)[permutation]  # [blocks, 3]
-        self._ends: Rows = self._blocks[:, 2].cumsum()
+        # Blocks are numbered shard after shard. What is kept of a block is its number and where it
+        # ends on the line, 16 bytes: a large cache has tens of millions.
+        shards = np.array([pair for pair in plan.shards if pair[1]], dtype=np.int64)  # [S, 2]
+        self._shards, rows = shards[:, 0], shards[:, 1]
+        whole, rest = np.divmod(rows - 1, plan.block_rows)  # blocks before a shard's last one
+        last = (whole + 1).cumsum() - 1
+        sizes = np.full(last[-1] + 1, plan.block_rows, dtype=np.int64)  # [blocks]
+        sizes[last] = rest + 1
+        self._first = last - whole  # each shard's first block [S]
+        self._blocks: Rows = rng.stream("blocks", plan.seed, epoch).permutation(len(sizes))
+        self._ends: Rows = sizes[self._blocks]
+        np.cumsum(self._ends, out=self._ends)
 
     def spans(self, start: int, stop: int) -> Iterator[Span]:
         """Where virtual rows [start, stop) lie, in order."""
         index = int(self._ends.searchsorted(start, side="right"))
+        begin = int(self._ends[index - 1]) if index else 0
         while start < stop:
-            shard, first, rows = (int(n) for n in self._blocks[index])
-            skip = start - (int(self._ends[index]) - rows)
-            take = min(rows - skip, stop - start)
-            yield Span(shard, first + skip, take)
-            start, index = start + take, index + 1
+            block, end = int(self._blocks[index]), int(self._ends[index])
+            place = int(self._first.searchsorted(block, side="right")) - 1
+            row = (block - int(self._first[place])) * self.plan.block_rows + start - begin
+            take = min(end, stop) - start
+            yield Span(int(self._shards[place]), row, take)
+            start, begin, index = start + take, end, index + 1
 
     def window(self, lane: int, number: int) -> tuple[int, int]:
         """Rows [start, stop) of a lane that form one of its windows."""

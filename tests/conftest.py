@@ -79,6 +79,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         backend: str = "memmap",
         compression: str = "none",
         extended_by: int = 0,
+        most_rows: Mapping[int, int] | None = None,
     ) -> Path:
         """Write a cache and return its folder.
 
@@ -99,6 +100,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             backend: memmap or zarr.
             compression: none, or zstd with zarr.
             extended_by: sequences by which the harvest is extended, in shards of their own.
+            most_rows: rows that filters leave of a shard, by its number; of others, all.
         """
         from actcache.atomic import publish
         from actcache.extension import extended, publish_extension
@@ -166,6 +168,10 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             tokens = np.random.RandomState([3, shard]).randint(0, 200, (count, ctx_len))
             text = whole_text(tokens.astype(np.int32))
             kept, dropped = kept_positions(identity, text.tokens, text.lengths)
+            if most_rows and shard in most_rows:
+                beyond = kept & (kept.cumsum().reshape(kept.shape) > most_rows[shard])
+                dropped["exclude_tokens"] += int(beyond.sum())
+                kept &= ~beyond
             stored = {
                 name: encode(rows(name, shard, int(kept.sum()), width), dtype)
                 for name, width in widths.items()

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.errors import ConfigError
-from actcache.order import make_plan, split_shards
+from actcache.order import batch_rows, make_plan, split_shards
 from actcache.reader import Cache
 from actcache.segments import Segmentation, default_shards_each, goal_rows
 
@@ -35,6 +35,28 @@ def test_the_shards_held_out_are_those_of_a_run_that_does_not_follow(
     cut = Segmentation(3, 4, 8, seed, 32, fraction)
     held_out = [shard for shard in range(count) if cut.is_held_out(shard)]
     assert held_out == split_shards(range(count), fraction, seed)[1]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=10),
+    st.integers(1, 4),
+    st.sampled_from([0.0, 0.1, 0.3, 0.5]),
+    st.integers(0, 2**32 - 1),
+)
+def test_an_epoch_has_every_training_row_once_but_for_fewer_than_a_batch_a_segment(
+    sizes: list[int], each: int, fraction: float, seed: int
+) -> None:
+    cut = Segmentation(each, 4, 8, seed, 32, fraction)
+    for number in range(-(-len(sizes) // each)):
+        rows = {shard: sizes[shard] for shard in cut.shards(number, len(sizes) - 1)}
+        everything = {(s, r) for s, n in rows.items() if not cut.is_held_out(s) for r in range(n)}
+        plan = cut.plan(number, rows)
+        steps = range(plan.steps_per_epoch) if plan else ()
+        seen = [(s, r) for t in steps for s, r in batch_rows(plan, 0, t).tolist()]
+        assert len(seen) == len(set(seen))
+        assert set(seen) <= everything
+        assert len(everything) - len(seen) < 16  # B + L
 
 
 def test_a_segment_is_planned_by_itself_and_the_first_one_as_without_segments() -> None:

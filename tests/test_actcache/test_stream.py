@@ -1,5 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +23,22 @@ from actcache.reader import Cache
 from actcache.storage import CODECS
 from actcache.stream import PREFETCH_BATCHES, ActivationStream, Batch
 
-SHARDS = ((0, 64), (1, 64), (2, 64), (3, 32))
+SHARDS = ((0, 64), (1, 0), (2, 64), (3, 37), (4, 64), (5, 32))
 HOOKPOINTS = {"layers.0": 6, "layers.1:in": 10}
+SHAPE = {
+    "shards": 6,
+    "hookpoints": HOOKPOINTS,
+    "sequences": 4,
+    "last_sequences": 2,
+    "most_rows": {1: 0, 3: 37},  # filters may leave a shard without rows
+    "dtype": "bfloat16",
+}
 PLAN = OrderPlan(SHARDS, block_rows=16, batch_size=24, lanes=12, window=7, seed=4)
 
 
 @pytest.fixture(scope="module")
 def root(make_cache: Callable[..., Path]) -> Path:
-    return make_cache(hookpoints=HOOKPOINTS, sequences=4, last_sequences=2, dtype="bfloat16")
+    return make_cache(**SHAPE)
 
 
 @pytest.fixture
@@ -60,7 +75,8 @@ def take(stream: ActivationStream, count: int) -> list[Batch]:
 
 @st.composite
 def plans(draw: st.DrawFn) -> OrderPlan:
-    shards = tuple(sorted(draw(st.sets(st.sampled_from(SHARDS), min_size=1))))
+    chosen = st.sets(st.sampled_from(SHARDS), min_size=1)
+    shards = tuple(sorted(draw(chosen.filter(lambda shards: shards != {SHARDS[1]}))))
     lanes = draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
     return OrderPlan(
         shards,
@@ -115,8 +131,7 @@ def test_activations_are_the_rows_at_the_addresses_for_every_hookpoint(
 def test_batches_from_zarr_are_those_from_memmap(
     compression: str, make_cache: Callable[..., Path], open_stream: Callable[..., ActivationStream]
 ) -> None:
-    shape = {"hookpoints": HOOKPOINTS, "sequences": 4, "last_sequences": 2, "dtype": "bfloat16"}
-    zarr = Cache.open(make_cache(backend="zarr", compression=compression, **shape))
+    zarr = Cache.open(make_cache(backend="zarr", compression=compression, **SHAPE))
     stream, steps = ActivationStream(zarr, zarr.hookpoints, PLAN), 2 * PLAN.steps_per_epoch + 1
     for expected, found in zip(take(open_stream(), steps), take(stream, steps), strict=True):
         assert (found.epoch, found.step) == (expected.epoch, expected.step)
@@ -126,23 +141,44 @@ def test_batches_from_zarr_are_those_from_memmap(
     stream.close()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 6, 12])
-def test_the_ranks_together_have_the_batch_of_one_process(
-    world_size: int, open_stream: Callable[..., ActivationStream]
+def together(ranks: list[Batch], lanes: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Addresses and rows of a global batch from its parts: lane l is of rank l mod W. [B, ...]"""
+    per_lane = len(ranks[0].addresses) * len(ranks) // lanes
+    places = [(ranks[lane % len(ranks)], lane // len(ranks) * per_lane) for lane in range(lanes)]
+    addresses = [rank.addresses[at : at + per_lane] for rank, at in places]
+    rows = [rank.activations["layers.0"][at : at + per_lane] for rank, at in places]
+    return np.concatenate(addresses), torch.cat(rows)
+
+
+@settings(max_examples=15, deadline=None)
+@given(plans(), st.integers(0, 2), st.data())
+def test_from_any_state_any_number_of_ranks_goes_on_with_the_batches_of_one_process(
+    root: Path, plan: OrderPlan, epoch: int, data: st.DataObject
 ) -> None:
-    alone = take(open_stream(), 12)
-    ranks = [take(open_stream(rank=r, world_size=world_size), 12) for r in range(world_size)]
-    b = PLAN.rows_per_lane_and_batch
-    for step, whole in enumerate(alone):
-        together = np.empty_like(whole.addresses)
-        rows = torch.empty_like(whole.activations["layers.0"])
-        for lane in range(PLAN.lanes):
-            part, place = ranks[lane % world_size][step], lane // world_size * b
-            together[lane * b : (lane + 1) * b] = part.addresses[place : place + b]
-            rows[lane * b : (lane + 1) * b] = part.activations["layers.0"][place : place + b]
-        np.testing.assert_array_equal(together, whole.addresses)
-        assert torch.equal(rows, whole.activations["layers.0"])
-        assert all(len(rank[step].addresses) == 24 // world_size for rank in ranks)
+    cache, divisors = Cache.open(root), [n for n in range(1, 13) if plan.lanes % n == 0]
+    before, after = (data.draw(st.sampled_from(divisors)) for _ in range(2))
+    place = {"epoch": epoch, "step": data.draw(st.integers(0, plan.steps_per_epoch - 1))}
+    with contextlib.ExitStack() as opened:
+
+        def streams(world_size: int, state: dict[str, int]) -> list[ActivationStream]:
+            ranks = []
+            for rank in range(world_size):
+                at = {"rank": rank, "world_size": world_size}
+                stream = ActivationStream(cache, ["layers.0"], plan, **at)
+                stream.load_state_dict(state)
+                ranks.append(opened.enter_context(stream))
+            return ranks
+
+        (alone,), ranks = streams(1, place), streams(before, place)
+        for taken in range(4):
+            if taken == 2:  # stopped, and begun again with another number
+                states = [stream.state_dict() for stream in ranks]
+                assert states == [alone.state_dict()] * before
+                ranks = streams(after, states[-1])
+            whole = next(alone)
+            addresses, rows = together([next(stream) for stream in ranks], plan.lanes)
+            np.testing.assert_array_equal(addresses, whole.addresses)
+            assert torch.equal(rows, whole.activations["layers.0"])
 
 
 def test_ranks_that_cannot_share_the_lanes_are_refused(
@@ -166,6 +202,55 @@ def test_a_stream_made_from_the_state_goes_on_exactly_at_any_world_size(
             assert (found.epoch, found.step) == (expected.epoch, expected.step)
             lanes = expected.addresses.reshape(PLAN.lanes, -1, 2)[world_size - 1 :: world_size]
             np.testing.assert_array_equal(found.addresses, lanes.reshape(-1, 2))
+
+
+ELSEWHERE = """
+import dataclasses, hashlib, json, sys
+from actcache import ActivationStream, Cache
+from actcache.order import OrderPlan
+
+root, plan, state, world_size, count = json.loads(sys.argv[1])
+plan["shards"] = tuple(map(tuple, plan["shards"]))
+for rank in range(world_size):
+    place = {"rank": rank, "world_size": world_size}
+    stream = ActivationStream(Cache.open(root), ["layers.0"], OrderPlan(**plan), **place)
+    stream.load_state_dict(state)
+    for _ in range(count):
+        batch = next(stream)
+        bits = batch.activations["layers.0"].float().numpy().tobytes()
+        print(json.dumps([batch.addresses.tolist(), hashlib.sha256(bits).hexdigest()]))
+    print(json.dumps(stream.state_dict()))
+"""
+
+
+def test_other_processes_of_another_number_go_on_exactly_from_the_state_and_so_at_every_run(
+    root: Path, open_stream: Callable[..., ActivationStream]
+) -> None:
+    stopped, count, world_size = open_stream(), PLAN.steps_per_epoch, 3  # over the epoch's end
+    take(stopped, 3)
+    state = stopped.state_dict()
+    task = json.dumps([str(root), dataclasses.asdict(PLAN), state, world_size, count])
+
+    def elsewhere(seed: str, threads: str) -> list[object]:
+        """What a process of its own sees, of other hashes and numbers of threads."""
+        environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
+        command = [sys.executable, "-c", ELSEWHERE, task]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    expected = []
+    ranks = [open_stream(rank=r, world_size=world_size, **state) for r in range(world_size)]
+    whole = take(stopped, count)
+    parts = [take(stream, count) for stream in ranks]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(together(shares, PLAN.lanes)[0], batch.addresses)
+    for part in parts:
+        for batch in part:
+            bits = batch.activations["layers.0"].float().numpy().tobytes()
+            expected.append([batch.addresses.tolist(), hashlib.sha256(bits).hexdigest()])
+        expected.append(stopped.state_dict())
+    assert elsewhere("1", "1") == expected
+    assert elsewhere("2", "2") == expected
 
 
 def test_the_state_counts_what_was_taken_and_not_what_was_read_ahead(
@@ -193,7 +278,7 @@ def test_held_out_shards_never_appear(
     plan = make_plan([(s, cache.receipts[s].rows) for s in training], 16, 24, seed=0)
     batches = take(open_stream(plan), 3 * plan.steps_per_epoch)
     seen = {int(shard) for batch in batches for shard in batch.addresses[:, 0]}
-    assert seen == set(training)
+    assert seen == {shard for shard in training if cache.receipts[shard].rows}
     assert seen.isdisjoint(held_out)
 
 

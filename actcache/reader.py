@@ -67,6 +67,7 @@ class Cache:
         self.codec: Codec = CODECS[manifest.identity.dtype]
         self._checked: set[Path] = set()
         self._extents: dict[tuple[str, int, str], Extent | CompressedExtent] = {}
+        self._files: dict[tuple[str, int], dict[str, Path]] = {}
 
     @classmethod
     def open(cls, root: str | Path) -> Cache:
@@ -251,23 +252,26 @@ class Cache:
         self._check(path, self.receipts[shard], name)
         return path
 
+    def files_of(self, hookpoint: str, shard: int) -> dict[str, Path]:
+        """The files of a shard's rows of one hookpoint, by their names in the receipt."""
+        key = (hookpoint, shard)
+        if key not in self._files:
+            paths = data_paths(self.root, self.manifest, shard)
+            parts = self.codec.parts(self.manifest.width(hookpoint))
+            names = [f"{part}/{hookpoint}" for part in parts]
+            self._files[key] = {name: paths[name] for name in names if name in paths}
+        return self._files[key]
+
+    def compare_file(self, shard: int, name: str) -> Path:
+        """As `check_file`, however often that was done before."""
+        path = data_paths(self.root, self.manifest, shard)[name]
+        _compare(path, self.receipts[shard], name)
+        return path
+
     def _check(self, path: Path, receipt: ShardReceipt, name: str) -> None:
-        if path in self._checked:
-            return
-        plain = path.is_file() and not path.is_symlink()
-        promised = receipt.files[name]
-        got: object = "no plain file"
-        if plain:  # its size first: one that was blown up must not be read to its end
-            size = path.stat().st_size
-            got = digest_file(path) if size == promised.bytes else f"{size} bytes"
-        if got != promised:
-            raise CorruptShardError(
-                f"{path} is not what the receipt of shard {receipt.shard} promises",
-                expected=promised,
-                got=got,
-                remedy="actcache verify CACHE --repair, or restore a copy",
-            )
-        self._checked.add(path)
+        if path not in self._checked:
+            _compare(path, receipt, name)
+            self._checked.add(path)
 
     def locate(self, hookpoint: str, shard: int, part: str = VALUES) -> Extent | CompressedExtent:
         """Where one part of a shard's rows lies; header and size are checked once.
@@ -326,6 +330,23 @@ def _parse_statistics(
         non_finite=non_finite,
         near_overflow=receipt.near_overflow[hookpoint],
     )
+
+
+def _compare(path: Path, receipt: ShardReceipt, name: str) -> None:
+    """Raise `CorruptShardError` unless a file is, byte for byte, what a receipt calls `name`."""
+    plain = path.is_file() and not path.is_symlink()
+    promised = receipt.files[name]
+    got: object = "no plain file"
+    if plain:  # its size first: one that was blown up must not be read to its end
+        size = path.stat().st_size
+        got = digest_file(path) if size == promised.bytes else f"{size} bytes"
+    if got != promised:
+        raise CorruptShardError(
+            f"{path} is not what the receipt of shard {receipt.shard} promises",
+            expected=promised,
+            got=got,
+            remedy="actcache verify CACHE --repair, or restore a copy",
+        )
 
 
 def _check_range(path: Path, name: str, numbers: NDArray[np.int32], end: int) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from actcache.checked_reads import CheckedReads, Verify
 from actcache.errors import RunError
 from actcache.order import Epoch, OrderPlan, Rows, lanes_of_rank
 from actcache.reader import Cache
@@ -74,6 +75,7 @@ class ActivationStream:
             it is known whether more follow.
         rank: this process's number.
         world_size: processes that share each global batch.
+        verify: when the bytes that are read are compared with the receipts, see `CheckedReads`.
 
     Raises:
         HookpointError: the cache does not hold a hookpoint.
@@ -92,6 +94,7 @@ class ActivationStream:
         epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        verify: Verify = "first-read",
     ) -> None:
         for hookpoint in hookpoints:
             cache.require_hookpoint(hookpoint)
@@ -99,6 +102,7 @@ class ActivationStream:
         self._segmented = not isinstance(plan, OrderPlan)
         self._plans: Plans = _OnePlan(plan) if isinstance(plan, OrderPlan) else plan
         self._rank, self._world_size = rank, world_size
+        self._reads = CheckedReads(cache, verify)
         if isinstance(plan, OrderPlan):
             lanes_of_rank(plan.lanes, rank, world_size)  # refused here, not by the thread
         self._place: Place = (epoch, segment, step)
@@ -154,8 +158,17 @@ class ActivationStream:
                 return self._batches.get(timeout=_PATIENCE)
             except queue.Empty:
                 missing = self._plans.missing
+                self._require_reader()
             if missing is not None:
                 self.on_wait(missing)
+
+    def _require_reader(self) -> None:
+        """Raise `RunError` if no batch will ever come: a process that forked has no threads."""
+        if (self._thread is None or not self._thread.is_alive()) and self._batches.empty():
+            raise RunError(
+                "the stream's thread is gone",
+                remedy="make the stream in the process that takes its batches",
+            )
 
     def __enter__(self) -> ActivationStream:
         return self
@@ -207,7 +220,7 @@ class ActivationStream:
         line = Epoch(plan, epoch)
         b = plan.rows_per_lane_and_batch
         served = lanes_of_rank(plan.lanes, self._rank, self._world_size)
-        lanes = [_Lane(self.cache, self.hookpoints, line, lane) for lane in served]
+        lanes = [_Lane(self.cache, self._reads, self.hookpoints, line, lane) for lane in served]
         codec, width = self.cache.codec, self.cache.manifest.width
         for step in range(first_step, plan.steps_per_epoch):
             n = b * len(lanes)
@@ -252,8 +265,10 @@ def _mark_last(items: Iterator[tuple[Batch, Place]]) -> Iterator[tuple[Batch, Pl
 class _Lane:
     """One lane's current window, in memory as on disk: 8-bit rows are decoded by the batch."""
 
-    def __init__(self, cache: Cache, hookpoints: Sequence[str], line: Epoch, lane: int) -> None:
-        self._cache, self._line, self._lane = cache, line, lane
+    def __init__(
+        self, cache: Cache, reads: CheckedReads, hookpoints: Sequence[str], line: Epoch, lane: int
+    ) -> None:
+        self._reads, self._line, self._lane = reads, line, lane
         capacity = min(line.plan.window, line.plan.lane_rows)
         self._buffers = {
             name: cache.codec.empty(capacity, cache.manifest.width(name)) for name in hookpoints
@@ -281,11 +296,11 @@ class _Lane:
         self._start, self._stop = self._line.window(self._lane, number)
         self._permutation = self._line.permutation(self._lane, number)
         first = self._lane * self._line.plan.lane_rows
+        spans = list(self._line.spans(first + self._start, first + self._stop))
+        self._reads.load(spans, self._buffers)
         filled = 0
-        for span in self._line.spans(first + self._start, first + self._stop):
+        for span in spans:
             place = slice(filled, filled + span.rows)
-            for name, buffer in self._buffers.items():
-                self._cache.read_into(name, span.shard, span.start, buffer[place])
             self._addresses[place, 0] = span.shard
             self._addresses[place, 1] = np.arange(span.start, span.start + span.rows)
             filled += span.rows

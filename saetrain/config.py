@@ -99,6 +99,13 @@ class FitConfig:
     pool_rows: int = 2**19
     """Rows held in memory over all lanes, of every hookpoint; part of the order of rows."""
 
+    verify: Literal["first-read", "always", "never"] = "first-read"
+    """When the rows that are read are compared with their checksums. first-read: each shard before
+    its first rows are used, and again if its file was touched since; the first epoch then reads
+    every byte twice, the first time before the first step for most of them. always: for every
+    window of rows in memory, which reads every byte many times. never: sizes and headers only, for
+    a cache that `actcache verify` has just passed."""
+
     seed: int = 0
     """Seed of the weights, of the order of rows and of the held-out split."""
 

@@ -122,6 +122,7 @@ def _fit(
         hookpoints,
         record.plan if follower is None else follower.plans,
         epochs=None if follower is None else _epochs(record),
+        verify=config.verify,
         **place,
     )
     tracker = Tracker(root, first_step, record.steps, record.plan.batch_size)

@@ -19,7 +19,7 @@ from saetrain.config import FitConfig, SaeConfig
 RUN = "run.json"
 FORMAT_VERSION = 1
 
-_FREE = {"cache", "out", "resume", "device", "save_every"}
+_FREE = {"cache", "out", "resume", "device", "save_every", "verify"}
 """Options that may change between a run and its resumption: they do not touch its results."""
 
 

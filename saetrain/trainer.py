@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from actcache.errors import RunError
+from actcache.errors import ActcacheError, RunError
 from actcache.stream import ActivationStream
 from saetrain.checkpoint import newest_step, save_checkpoint
 from saetrain.follow import Follower
@@ -80,6 +80,8 @@ def train(
 
     Raises:
         RunError: a loss is not finite; a checkpoint before it stays.
+        CorruptShardError: a shard has changed or is gone; the steps before it are saved. So they
+            are for any other error of the reader.
     """
     options, done, saved = record.options, first_step, first_step
     if follower is not None:
@@ -95,7 +97,11 @@ def train(
 
         stream.on_wait = wait
     for step in range(first_step, record.steps):
-        batch = next(stream, None)
+        try:
+            batch = next(stream, None)
+        except Exception:
+            _keep(root, done, saved, trainees, stream, tracker)
+            raise
         if batch is None:
             break
         if follower is not None:
@@ -114,6 +120,29 @@ def train(
             save(root, done, trainees, stream)
             saved = done
     return done
+
+
+def _keep(
+    root: Path,
+    done: int,
+    saved: int,
+    trainees: list[Trainee],
+    stream: ActivationStream,
+    tracker: Tracker,
+) -> None:
+    """Save what was learnt before rows could not be read, and say what is saved."""
+    if done > saved:
+        tracker.sync()
+        try:
+            save(root, done, trainees, stream)
+        except ActcacheError as error:  # what happened to the rows is the news, not this
+            tracker.bar.say(f"warning: step {done:,} could not be saved: {error}")
+        else:
+            saved = done
+    if saved:
+        tracker.bar.say(
+            f"rows could not be read; step {saved:,} is saved, and --resume goes on from there"
+        )
 
 
 def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> None:

@@ -351,3 +351,13 @@ def test_waiting_is_counted(open_stream: Callable[..., ActivationStream]) -> Non
     stream = open_stream()
     take(stream, 1)
     assert stream.seconds_waited > 0
+
+
+def test_a_stream_whose_thread_is_gone_says_so_instead_of_waiting_for_ever(
+    open_stream: Callable[..., ActivationStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the child of a process that forked."""
+    monkeypatch.setattr(ActivationStream, "_produce", lambda _: None)
+    monkeypatch.setattr("actcache.stream._PATIENCE", 0.01)
+    with pytest.raises(RunError, match="thread is gone"):
+        next(open_stream())

@@ -126,7 +126,14 @@ def test_a_missing_shard_is_named(record: RunRecord, own_cache: Path, shard: int
         check_same_cache(record, Cache.open(own_cache))
 
 
-FREE = {"cache": "x", "out": "y", "resume": True, "device": "cuda", "save_every": 77}
+FREE = {
+    "cache": "x",
+    "out": "y",
+    "resume": True,
+    "device": "cuda",
+    "save_every": 77,
+    "verify": "always",
+}
 BINDING = {
     "hookpoint": ("layers.1",),
     "expansion_factor": 8,

@@ -1,0 +1,110 @@
+"""Rows of files that may change while they are read: none is handed out that was not promised."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from actcache.errors import CorruptShardError
+from actcache.order import Span
+from actcache.reader import Cache
+from actcache.storage import StoredRows
+
+Verify = Literal["first-read", "always", "never"]
+
+_Version = tuple[int, ...]
+"""What `stat` says of a file, and a change of its bytes changes."""
+
+
+class CheckedReads:
+    """Reads rows out of files that are what their receipts promise. Safe from several threads.
+
+    `first-read` reads a file in full, front to back, before its first rows are used, and compares
+    size and digest. After every later read, `stat` tells whether it is still that file: one that
+    was touched since is compared again, and its rows are read again. So the first pass over a cache
+    reads its bytes twice, at the speed of the disk where the cache is larger than the page cache,
+    and of memory the second time where it is not. Blocks of all shards are mixed, so most of that
+    comes before the first batch; an epoch later on costs nothing but the `stat`.
+
+    `always` compares a file for every window that has rows of it: as many times the bytes as a
+    shard has windows, for small caches on disks that are not to be trusted.
+
+    `never` looks at sizes and headers only, once; a file that is gone or too short is still told.
+
+    Args:
+        cache: where the rows are.
+        verify: which of these.
+    """
+
+    def __init__(self, cache: Cache, verify: Verify) -> None:
+        self._cache, self._verify = cache, verify
+        self._versions: dict[str, _Version] = {}  # of the files that were compared, by receipt name
+        self._locks: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
+
+    def load(self, spans: Iterable[Span], out: Mapping[str, StoredRows]) -> None:
+        """Read the rows of a window.
+
+        Args:
+            spans: where they lie, in order.
+            out: by hookpoint, memory for all of them.
+
+        Raises:
+            CorruptShardError: a file is gone, or is not what its receipt promises.
+        """
+        spans = list(spans)
+        if self._verify == "always":
+            for shard in {span.shard for span in spans}:
+                for hookpoint in out:
+                    self._forget(hookpoint, shard)
+        filled = 0
+        for span in spans:
+            for hookpoint, rows in out.items():
+                self._read(hookpoint, span, rows[filled : filled + span.rows])
+            filled += span.rows
+
+    def _read(self, hookpoint: str, span: Span, out: StoredRows) -> None:
+        if self._verify == "never":
+            self._cache.read_into(hookpoint, span.shard, span.start, out)
+            return
+        while True:
+            self._compare(hookpoint, span.shard)
+            self._cache.read_into(hookpoint, span.shard, span.start, out)
+            # After the read, not before it: these bytes are those that were compared.
+            if self._is_current(hookpoint, span.shard):
+                return
+
+    def _compare(self, hookpoint: str, shard: int) -> None:
+        """Compare the files of a shard's hookpoint with the receipt, unless that is done."""
+        with self._locks[hookpoint, shard]:  # whoever comes second waits instead of reading too
+            for name, path in self._cache.files_of(hookpoint, shard).items():
+                key = f"{shard}/{name}"
+                version = _version(path)
+                if self._versions.get(key) != version:
+                    self._cache.compare_file(shard, name)
+                    self._versions[key] = version  # of before: a change meanwhile is seen next time
+
+    def _is_current(self, hookpoint: str, shard: int) -> bool:
+        files = self._cache.files_of(hookpoint, shard).items()
+        return all(self._versions.get(f"{shard}/{name}") == _version(path) for name, path in files)
+
+    def _forget(self, hookpoint: str, shard: int) -> None:
+        with self._locks[hookpoint, shard]:
+            for name in self._cache.files_of(hookpoint, shard):
+                self._versions.pop(f"{shard}/{name}", None)
+
+
+def _version(path: Path) -> _Version:
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptShardError(
+            f"{path} is gone",
+            expected="the file that the receipt promises",
+            remedy="actcache verify CACHE --repair, or restore a copy",
+        ) from error
+    # Not the device: a remount may renumber it.
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

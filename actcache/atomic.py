@@ -18,6 +18,7 @@ import xxhash
 from actcache.errors import DiskFullError
 
 _PARTIAL = ".partial-"
+_PIECE = 4 << 20  # bytes read and hashed at a time
 _CHUNK = 16 << 20  # bytes written and hashed at a time: small enough to stay in cache
 
 
@@ -127,9 +128,11 @@ def remove_partials(root: Path) -> int:
 def digest_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> FileReceipt:
     """Size and digest of a file as it is now; `advance` hears of every piece, in bytes."""
     digest, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-            advance(len(chunk))
+    with path.open("rb", buffering=0) as file:
+        # Memory that is used again: a fresh piece for each read costs as much as the read.
+        piece = memoryview(bytearray(min(_PIECE, os.fstat(file.fileno()).st_size + 1)))
+        while n := file.readinto(piece):
+            digest.update(piece[:n])
+            size += n
+            advance(n)
     return FileReceipt(size, digest.hexdigest())

@@ -118,9 +118,14 @@ def make_plan(
         )
     if batch_size < 1:
         raise ConfigError("--batch-size is too small", expected=">= 1", got=batch_size)
-    lanes = max(n for n in range(1, MAX_LANES + 1) if batch_size % n == 0)
+    lanes = default_lanes(batch_size)
     window = max(1, min(pool_rows // lanes, rows // lanes))
     return OrderPlan(tuple((s, n) for s, n in shards), block_rows, batch_size, lanes, window, seed)
+
+
+def default_lanes(batch_size: int) -> int:
+    """Lanes of a plan, L: the largest divisor of B up to 64."""
+    return max(n for n in range(1, MAX_LANES + 1) if batch_size % n == 0)
 
 
 def held_out_rule(val_fraction: float, seed: int) -> tuple[int, int] | None:

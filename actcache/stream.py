@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from actcache.budget import PREFETCH_BATCHES
 from actcache.checked_reads import CheckedReads, Verify
 from actcache.errors import RunError
 from actcache.order import Epoch, OrderPlan, Rows, lanes_of_rank
@@ -20,7 +21,6 @@ from actcache.storage import StoredRows
 if TYPE_CHECKING:
     import torch
 
-PREFETCH_BATCHES = 4
 _PATIENCE = 1.0  # seconds without a batch before a consumer hears what is waited for
 
 
@@ -76,6 +76,7 @@ class ActivationStream:
         rank: this process's number.
         world_size: processes that share each global batch.
         verify: when the bytes that are read are compared with the receipts, see `CheckedReads`.
+        prefetch: batches that may wait to be taken.
 
     Raises:
         HookpointError: the cache does not hold a hookpoint.
@@ -95,6 +96,7 @@ class ActivationStream:
         rank: int = 0,
         world_size: int = 1,
         verify: Verify = "first-read",
+        prefetch: int = PREFETCH_BATCHES,
     ) -> None:
         for hookpoint in hookpoints:
             cache.require_hookpoint(hookpoint)
@@ -111,7 +113,7 @@ class ActivationStream:
         self.on_wait: Callable[[int], None] = lambda _: None
         """Called by `next` about once a second while a shard is waited for, with its number."""
         self._batches: queue.Queue[tuple[Batch, Place] | BaseException | None] = queue.Queue(
-            PREFETCH_BATCHES
+            prefetch
         )
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None

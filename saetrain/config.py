@@ -94,10 +94,15 @@ class FitConfig:
     segment_shards: int | None = None
     """Shards of a segment with --follow: trained on once all are there, each shuffled by itself; an
     incomplete batch at its end is left out. The first one gives the mean and variance. Default: as
-    many as fill --pool-rows and hold 64 batches."""
+    many as fill the memory for rows and hold 64 batches."""
 
-    pool_rows: int = 2**19
-    """Rows held in memory over all lanes, of every hookpoint; part of the order of rows."""
+    buffer_bytes: int | None = None
+    """Memory for rows that are mixed and batches that wait, of all hookpoints together, bytes; how
+    many rows that is, is part of their order. Default: 4 GiB (or eight batches, if that is more),
+    for 2^19 rows at most."""
+
+    pool_rows: int | None = None
+    """Rows to mix in memory, instead of --buffer-bytes."""
 
     verify: Literal["first-read", "always", "never"] = "first-read"
     """When the rows that are read are compared with their checksums. first-read: each shard before
@@ -132,6 +137,7 @@ class FitConfig:
             "max_tokens",
             "dead_after",
             "segment_shards",
+            "buffer_bytes",
             "pool_rows",
             "save_every",
             "log_every",
@@ -148,6 +154,12 @@ class FitConfig:
             raise ConfigError("--seed is out of range", expected="0 to 2**32 - 1", got=self.seed)
         if self.lr_warmup_steps < 0:
             raise ConfigError("--lr-warmup-steps is negative", got=self.lr_warmup_steps)
+        if self.buffer_bytes is not None and self.pool_rows is not None:
+            raise ConfigError(
+                "--buffer-bytes and --pool-rows say the same",
+                expected="one of them",
+                got=f"{self.buffer_bytes} and {self.pool_rows}",
+            )
         if self.segment_shards is not None and not self.follow:
             raise ConfigError(
                 "--segment-shards is for a run with --follow",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from actcache.atomic import remove_partials
+from actcache.budget import PREFETCH_BATCHES, Budget, spend
 from actcache.device import choose_device
 from actcache.errors import ConfigError, DiskFullError, FormatError, HookpointError, RunError
 from actcache.lock import FolderLock
@@ -117,12 +118,14 @@ def _fit(
     follower = None if record.segment_shards is None else Follower(root, record, cache)
     first_step, place = _restore(root, record, trainees, follower)
     hookpoints = [entry.hookpoint for entry in record.saes]
+    budget = _budget(config, cache, hookpoints)
     stream = ActivationStream(
         cache,
         hookpoints,
         record.plan if follower is None else follower.plans,
         epochs=None if follower is None else _epochs(record),
         verify=config.verify,
+        prefetch=budget.prefetch,
         **place,
     )
     tracker = Tracker(root, first_step, record.steps, record.plan.batch_size)
@@ -276,11 +279,19 @@ def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatErro
     )
 
 
+def _budget(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
+    """How many rows are mixed in memory, and how many batches wait."""
+    if config.pool_rows is not None:
+        return Budget(config.pool_rows, PREFETCH_BATCHES)
+    return spend(config.buffer_bytes, cache.manifest, hookpoints, config.batch_size)
+
+
 def _decide(config: FitConfig, cache: Cache) -> RunRecord:
-    entries = tuple(
-        _entry(config, name, cache.manifest.width(name)) for name in _choose(config, cache)
-    )
-    order = _order_in_segments(config, cache) if config.follow else _order(config, cache)
+    hookpoints = _choose(config, cache)
+    entries = tuple(_entry(config, name, cache.manifest.width(name)) for name in hookpoints)
+    pool_rows = _budget(config, cache, hookpoints).pool_rows
+    decide = _order_in_segments if config.follow else _order
+    order = decide(config, cache, pool_rows)
     steps = _steps(config, order.epoch_steps)
     epoch_steps = steps if order.epoch_steps is None else order.epoch_steps
     training = [shard for shard, _ in order.plan.shards]
@@ -299,6 +310,7 @@ def _decide(config: FitConfig, cache: Cache) -> RunRecord:
         versions=_versions(),
         segment_shards=order.segment_shards,
         extensions=len(cache.manifest.extensions) if config.follow else None,
+        pool_rows=pool_rows,
     )
 
 
@@ -313,27 +325,25 @@ class _Order:
     segment_shards: int | None
 
 
-def _order(config: FitConfig, cache: Cache) -> _Order:
+def _order(config: FitConfig, cache: Cache, pool_rows: int) -> _Order:
     """All shards that are there now, as one."""
     cache.require_shards()
     training, held_out = split_shards(cache.shards, config.val_fraction, config.seed)
     shards = [(shard, cache.receipts[shard].rows) for shard in training]
-    plan = make_plan(
-        shards, cache.manifest.block_rows, config.batch_size, config.seed, config.pool_rows
-    )
+    plan = make_plan(shards, cache.manifest.block_rows, config.batch_size, config.seed, pool_rows)
     return _Order(plan, held_out, plan.steps_per_epoch, None)
 
 
-def _order_in_segments(config: FitConfig, cache: Cache) -> _Order:
+def _order_in_segments(config: FitConfig, cache: Cache, pool_rows: int) -> _Order:
     """Segments; waits until the first one is there."""
     manifest = cache.manifest
     segmentation = Segmentation(
         shards_each=config.segment_shards
-        or default_shards_each(manifest, config.batch_size, config.pool_rows),
+        or default_shards_each(manifest, config.batch_size, pool_rows),
         block_rows=manifest.block_rows,
         batch_size=config.batch_size,
         seed=config.seed,
-        pool_rows=config.pool_rows,
+        pool_rows=pool_rows,
         val_fraction=config.val_fraction,
     )
     epoch_steps = None

@@ -44,13 +44,15 @@ class UsedSegments:
 
 def segmentation_of(record: RunRecord) -> Segmentation:
     """How a run with --follow cuts its cache up."""
+    pool_rows = record.pool_rows or record.options.pool_rows
     assert record.segment_shards is not None
+    assert pool_rows is not None
     return Segmentation(
         shards_each=record.segment_shards,
         block_rows=record.plan.block_rows,
         batch_size=record.plan.batch_size,
         seed=record.options.seed,
-        pool_rows=record.options.pool_rows,
+        pool_rows=pool_rows,
         val_fraction=record.options.val_fraction,
     )
 

@@ -67,6 +67,8 @@ class RunRecord:
     """Shards of a segment, with --follow; null: the run uses the shards of `plan` alone."""
     extensions: int | None = None
     """Extensions that the cache had, with --follow: the run goes to the goal of then."""
+    pool_rows: int | None = None
+    """Rows that are mixed in memory; null in a run from before --buffer-bytes."""
 
     def __post_init__(self) -> None:
         """Refuse a record of another version."""

@@ -109,6 +109,11 @@ class Codec:
     """Type through which they pass from NumPy to torch, which both have under this name."""
 
     @property
+    def decodes(self) -> bool:
+        """Whether `to_torch` gives other numbers than those stored: float32, in new memory."""
+        return False
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one number."""
         return np.dtype(self.storage).itemsize
@@ -172,6 +177,11 @@ class ScaledCodec(Codec):
 
     largest: float
     """The largest magnitude that is stored."""
+
+    @property
+    def decodes(self) -> bool:
+        """They are scaled."""
+        return True
 
     def parts(self, width: int) -> dict[str, Part]:
         """The numbers, then the scale."""

@@ -17,11 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actcache.budget import PREFETCH_BATCHES
 from actcache.errors import ConfigError, CorruptShardError, HookpointError, RunError
 from actcache.order import OrderPlan, batch_rows, make_plan, split_shards
 from actcache.reader import Cache
 from actcache.storage import CODECS
-from actcache.stream import PREFETCH_BATCHES, ActivationStream, Batch
+from actcache.stream import ActivationStream, Batch
 
 SHARDS = ((0, 64), (1, 0), (2, 64), (3, 37), (4, 64), (5, 32))
 HOOKPOINTS = {"layers.0": 6, "layers.1:in": 10}

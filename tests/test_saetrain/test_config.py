@@ -31,6 +31,8 @@ def test_k_may_be_all_latents_and_no_more() -> None:
         ("max_tokens", 0),
         ("dead_after", 0),
         ("segment_shards", 0),
+        ("buffer_bytes", 0),
+        ("pool_rows", 0),
         ("save_every", 0),
         ("log_every", -1),
         ("lr", 0.0),
@@ -48,6 +50,11 @@ def test_a_number_that_no_run_can_carry_out_is_refused_by_its_option(
 ) -> None:
     with pytest.raises(ConfigError, match="--" + option.replace("_", "-")):
         FitConfig("cache", "run", **{option: value})  # type: ignore[arg-type]
+
+
+def test_memory_and_rows_are_not_given_both() -> None:
+    with pytest.raises(ConfigError, match="--buffer-bytes and --pool-rows"):
+        FitConfig("cache", "run", buffer_bytes=2**30, pool_rows=64)
 
 
 def test_segments_are_for_runs_that_follow_and_one_shard_is_none() -> None:

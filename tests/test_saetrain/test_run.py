@@ -148,6 +148,7 @@ BINDING = {
     "auxk_alpha": 0.5,
     "dead_after": 65,
     "val_fraction": 0.2,
+    "buffer_bytes": 2**30,
     "pool_rows": 64,
     "seed": 5,
     "log_every": 5,

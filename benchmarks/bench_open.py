@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import machine, print_table
+from common import machine, print_table, synthetic_manifest
 
 from actcache.atomic import FileReceipt
 from actcache.filters import FILTERS
-from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
+from actcache.manifest import Hookpoint
 from actcache.parse import to_json
 from actcache.reader import Cache
 from actcache.receipt import FOLDER, ShardReceipt, receipt_path
@@ -67,48 +67,8 @@ def _seconds(act: Callable[[], None], repeats: int) -> float:
 def _write(root: Path, shards: int, hookpoints: int) -> int:
     """A manifest and receipts, without data; returns the bytes of a receipt."""
     names = [f"layers.{layer}" for layer in range(hookpoints)]
-    identity = Identity(
-        model_fingerprint="0" * 32,
-        model_dtype="bfloat16",
-        tokenizer_fingerprint="1" * 32,
-        dataset_fingerprint="2" * 32,
-        weights=(),
-        documents="text",
-        column="text",
-        shuffle_buffer=None,
-        pipeline="pack",
-        ctx_len=1024,
-        bos_id=None,
-        eos_id=0,
-        pad_id=None,
-        keep_order=False,
-        skip_positions=1,
-        exclude_special=(),
-        exclude_tokens=(),
-        max_norm_ratio=None,
-        hookpoints=tuple(Hookpoint(name, 4096) for name in names),
-        dtype="bfloat16",
-        via=(),
-        batch_size=8,
-        row_order="shuffled",
-        seed=0,
-    )
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        cache_id=identity.digest(),
-        identity=identity,
-        model="synthetic",
-        revision=None,
-        architecture="None",
-        dataset="synthetic",
-        split="train",
-        backend="memmap",
-        compression="none",
-        sequences_per_shard=64,
-        planned_sequences=shards * 64,
-        block_rows=128,
-        versions={},
-    )
+    points = tuple(Hookpoint(name, 4096) for name in names)
+    manifest = synthetic_manifest(points, sequences_per_shard=64, shards=shards)
     (root / FOLDER).mkdir(parents=True)
     (root / "manifest.json").write_bytes(to_json(manifest))
     file = FileReceipt(64 * 1023 * 8192 + 4096, "ab" * 16)

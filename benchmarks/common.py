@@ -17,6 +17,10 @@ from pathlib import Path
 
 import torch
 
+from actcache.config import RowOrder
+from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
+from actcache.planning import choose_block_rows
+
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -73,6 +77,60 @@ def prose() -> Iterator[str]:
                 text = ast.get_docstring(node)
                 if text is not None and len(text) >= 400:
                     yield text
+
+
+def synthetic_manifest(
+    hookpoints: tuple[Hookpoint, ...],
+    *,
+    sequences_per_shard: int,
+    shards: int,
+    ctx_len: int = 1024,
+    row_order: RowOrder = "shuffled",
+    seed: int = 0,
+) -> Manifest:
+    """What a harvest of so many full shards says of itself; bfloat16, position 0 left out."""
+    identity = Identity(
+        model_fingerprint="0" * 32,
+        model_dtype="bfloat16",
+        tokenizer_fingerprint="1" * 32,
+        dataset_fingerprint="2" * 32,
+        weights=(),
+        documents="text",
+        column="text",
+        shuffle_buffer=None,
+        pipeline="pack",
+        ctx_len=ctx_len,
+        bos_id=None,
+        eos_id=0,
+        pad_id=None,
+        keep_order=False,
+        skip_positions=1,
+        exclude_special=(),
+        exclude_tokens=(),
+        max_norm_ratio=None,
+        hookpoints=hookpoints,
+        dtype="bfloat16",
+        via=(),
+        batch_size=8,
+        row_order=row_order,
+        seed=seed,
+    )
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        cache_id=identity.digest(),
+        identity=identity,
+        model="synthetic",
+        revision=None,
+        architecture="None",
+        dataset="synthetic",
+        split="train",
+        backend="memmap",
+        compression="none",
+        sequences_per_shard=sequences_per_shard,
+        planned_sequences=shards * sequences_per_shard,
+        block_rows=choose_block_rows(hookpoints, "bfloat16"),
+        versions={},
+    )
 
 
 def real_cache(

@@ -23,6 +23,7 @@ from actcache.order import OrderPlan, batch_rows, make_plan, split_shards
 from actcache.reader import Cache
 from actcache.storage import CODECS
 from actcache.stream import ActivationStream, Batch
+from actcache.writer import RowLayout
 
 SHARDS = ((0, 64), (1, 0), (2, 64), (3, 37), (4, 64), (5, 32))
 HOOKPOINTS = {"layers.0": 6, "layers.1:in": 10}
@@ -346,6 +347,28 @@ def test_batches_are_memory_of_their_own(open_stream: Callable[..., ActivationSt
     stream = open_stream()
     for expected, found in zip(again, take(stream, 8), strict=True):
         assert torch.equal(expected.activations["layers.0"], found.activations["layers.0"])
+
+
+@pytest.mark.parametrize(
+    ("row_order", "least", "most"), [("shuffled", 1, 1.25), ("sequence", 2, 9)]
+)
+def test_rows_of_one_sequence_meet_in_a_batch_hardly_more_often_than_by_chance(
+    row_order: str, least: float, most: float, cache: Cache
+) -> None:
+    """bench_shuffle.py in small: 128 shards of 8 sequences of 32 rows, a pool of an eighth."""
+    identity = dataclasses.replace(cache.manifest.identity, row_order=row_order)
+    kept, outliers = np.ones((8, 32), dtype=bool), np.zeros(256, dtype=bool)
+    sequence_of = np.stack(
+        [8 * s + RowLayout.of(identity, s, kept, outliers).sequence for s in range(128)]
+    )
+    plan = make_plan([(s, 256) for s in range(128)], 8, 1024, seed=0, pool_rows=4096)
+    pairs = []
+    with ActivationStream(cache, [], plan, epochs=1) as stream:
+        for batch in stream:
+            held = np.bincount(sequence_of[tuple(batch.addresses.T)])
+            pairs.append((held * (held - 1) // 2).sum())
+    by_chance = 1024 * 1023 / 2 * 31 / (128 * 256 - 1)
+    assert least < np.mean(pairs) / by_chance < most
 
 
 def test_waiting_is_counted(open_stream: Callable[..., ActivationStream]) -> None:

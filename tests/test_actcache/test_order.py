@@ -25,7 +25,7 @@ SMALL = OrderPlan(((0, 10), (2, 7)), block_rows=4, batch_size=4, lanes=2, window
 def plans(draw: st.DrawFn) -> OrderPlan:
     """Any plan of up to 200 rows: windows longer than lanes, blocks longer than shards, shards
     that filters left without a row, all."""
-    sizes = draw(st.lists(st.integers(0, 50), min_size=1, max_size=4).filter(any))
+    sizes = draw(st.lists(st.just(0) | st.integers(1, 50), min_size=1, max_size=4).filter(any))
     shards = tuple((3 * i + 1, n) for i, n in enumerate(sizes))
     lanes = draw(st.integers(1, min(8, sum(sizes))))
     return OrderPlan(

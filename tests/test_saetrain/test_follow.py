@@ -32,6 +32,7 @@ from saetrain.evaluate import evaluate
 from saetrain.fit import fit
 from saetrain.follow import SEGMENTS
 from saetrain.run import RUN, read_run
+from saetrain.waiting import Waiting
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -354,12 +355,21 @@ def test_waiting_is_told_once_a_segment_and_a_harvest_at_work_is_not_missed(
     following: Options,
     beside: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    waited, tell = threading.Event(), Waiting.__call__
+
+    def note(waiting: Waiting, shard: int) -> None:
+        tell(waiting, shard)
+        waited.set()
+
+    monkeypatch.setattr(Waiting, "__call__", note)
     lock = FolderLock(growing.root)
     lock.take()
     config = following(cache=str(growing.root))
 
     def harvest() -> None:
+        waited.wait(60)
         for name in ALL:
             time.sleep(0.1)
             growing.publish(name)

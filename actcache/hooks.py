@@ -245,11 +245,20 @@ class Capture:
             HookpointError: a hookpoint was not reached, or gave another shape than when surveyed.
         """
         self._captured, self._shapes, self._chosen = {}, {}, chosen
-        with torch.inference_mode(), contextlib.suppress(_StopForward):
-            if mask is None:
-                self._base(tokens, use_cache=False)
-            else:
-                self._base(tokens, attention_mask=mask, use_cache=False)
+        try:
+            with torch.inference_mode(), contextlib.suppress(_StopForward):
+                if mask is None:
+                    self._base(tokens, use_cache=False)
+                else:
+                    self._base(tokens, attention_mask=mask, use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:  # of kernels that do not fit
+            raise ModelError(
+                f"the model's forward pass failed at {len(tokens)} sequences of {tokens.shape[1]}",
+                got=f"{type(error).__name__}: {error}",
+                remedy="another --device, --model-dtype or --load-in",
+            ) from error
         for hookpoint in self._hookpoints:
             got = self._shapes.get(hookpoint.name)
             if got != (*tokens.shape, hookpoint.width):

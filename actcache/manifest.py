@@ -21,6 +21,8 @@ from actcache.shard_plan import Part, ShardPlan
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MAX_SHARDS = 1 << 22
+"""What is kept in memory of each shard must fit there."""
 EXTENSIONS = "extensions"
 _EXTENSION_NAME = re.compile(r"[0-9]{5,9}\.json")
 _MAX_EXTENSION_BYTES = 4096
@@ -202,6 +204,13 @@ class Manifest:
         _at_least("block_rows", self.block_rows, 1, 2**31 - 1)
         if self.planned_sequences is not None:
             _at_least("planned_sequences", self.planned_sequences, 1, 2**53)
+        if (self.planned_sequences or 0) > MAX_SHARDS * self.sequences_per_shard:
+            raise FormatError(
+                "more shards are planned than a cache can have",
+                expected=f"<= {MAX_SHARDS:,}",
+                got=f"{self.planned_sequences} sequences in shards of {self.sequences_per_shard}",
+                remedy="a larger --shard-size",
+            )
         if self.backend == "memmap" and self.compression != "none":
             raise FormatError("memmap is never compressed", expected="none", got=self.compression)
         goal = self.plan.goal  # which sees to it that the extensions join

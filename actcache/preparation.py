@@ -13,7 +13,7 @@ import torch
 from actcache import receipt as receipts_module
 from actcache.atomic import publish, remove_partials
 from actcache.config import HarvestConfig
-from actcache.decision import decide
+from actcache.decision import Decision, decide
 from actcache.device import input_device, require_whole_machine
 from actcache.drafting import draft_identity, draft_manifest
 from actcache.errors import CacheMismatchError
@@ -21,6 +21,7 @@ from actcache.extension import extended
 from actcache.lock import LOCK, FolderLock
 from actcache.manifest import (
     MANIFEST,
+    Identity,
     Manifest,
     differences,
     read_manifest,
@@ -77,14 +78,7 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         require_whole_machine()
     decided = decide(config)
     planned = count_planned(config, decided.source, decided.tokenizer, decided.pipeline)
-
-    # Quantised weights may be rounded again by a forward pass: they are loaded afresh.
-    loaded = input_device(decided.surveyed).type != "meta"
-    usable = loaded and not getattr(decided.surveyed, "is_quantized", False)
-    model = decided.surveyed if usable else load_model(config)
-    model_dtype = dtype_name(model)
-    dtype = stored_dtype(config, model_dtype)
-    identity = draft_identity(config, decided, fingerprint_model(model), model_dtype, dtype)
+    model, identity = _identify(config, decided)
     manifest = draft_manifest(config, decided, identity, planned, type(model).__name__)
     if config.shard_size is None:
         manifest = _with_laid_shards(root, manifest, extend=config.extend)
@@ -121,6 +115,36 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
         warnings=warnings,
         lock=lock,
     )
+
+
+def _identify(config: HarvestConfig, decided: Decision) -> tuple[Any, Identity]:
+    """The model with its weights, and what the cache's numbers will be."""
+    # Quantised weights may be rounded again by a forward pass: they are loaded afresh.
+    loaded = input_device(decided.surveyed).type != "meta"
+    usable = loaded and not getattr(decided.surveyed, "is_quantized", False)
+    model = decided.surveyed if usable else load_model(config)
+    model_dtype = dtype_name(model)
+    dtype = stored_dtype(config, model_dtype)
+    fingerprint = fingerprint_model(model)
+    return model, draft_identity(config, decided, fingerprint, model_dtype, dtype)
+
+
+def require_same_harvest(config: HarvestConfig, root: Path) -> None:
+    """Check, before anything is touched, that a harvest would make the cache in a folder.
+
+    Raises:
+        CacheMismatchError: it would make another.
+        ActcacheError: whatever else would stop it before its first shard.
+    """
+    laid = read_manifest(root)
+    _, identity = _identify(config, decide(config))
+    if identity.digest() != laid.cache_id:
+        raise CacheMismatchError(
+            f"these arguments are not those of the harvest that made {root}; nothing was done",
+            expected=f"id {laid.cache_id} ({laid.model} on {laid.dataset})",
+            got=f"id {identity.digest()}",
+            remedy="repeat model, text and options of that harvest",
+        )
 
 
 def refuse_foreign_folder(root: Path) -> None:

@@ -118,6 +118,7 @@ def read_end(root: Path, manifest: Manifest) -> EndReceipt | None:
             remedy="restore what extensions/ held from a copy",
         )
     if end.extensions == len(manifest.extensions):
+        _check_goal(path, end, manifest.plan.goal)
         return end
     _check_outdated(path, end, manifest.before(end.extensions))
     return None
@@ -144,6 +145,18 @@ def read_end_of(root: Path, manifest: Manifest) -> EndReceipt | None:
 
 def _is_extended(root: Path, manifest: Manifest) -> bool:
     return len(read_manifest(root).extensions) > len(manifest.extensions)
+
+
+def _check_goal(path: Path, end: EndReceipt, goal: int | None) -> None:
+    """Whether a seal can be that of a harvest with this goal."""
+    reached = end.sequences == goal
+    if (end.reason == "goal" and not reached) or (goal is not None and end.sequences > goal):
+        raise FormatError(
+            f"{path} does not agree with the goal of the harvest",
+            expected=f"{goal} sequences" if goal is not None else "the end of the text",
+            got=f"{end.sequences} sequences, reason {end.reason}",
+            remedy="the manifest or the seal was edited or damaged; restore it from a copy",
+        )
 
 
 def _check_outdated(path: Path, end: EndReceipt, manifest: Manifest) -> None:

@@ -52,6 +52,8 @@ def run(
     found = verify(cache, quick=quick, threads=threads)
     if not json:
         _print(found)
+    if config is not None and any(damage.shard is not None for damage in found.damages):
+        _require_same(config)
     retracted = retract_damaged(found) if repair else []
     whole = found.sound
     if repair and config is not None and not (found.sound and found.complete):
@@ -77,6 +79,17 @@ def _harvest_config(arguments: list[str]) -> HarvestConfig:
     if not configs:  # --help, which has been printed
         raise typer.Exit
     return configs[0]
+
+
+def _require_same(config: HarvestConfig) -> None:
+    """A shard that is taken back is gone: first see that this command makes it again."""
+    from pathlib import Path
+
+    from actcache.manifest import MANIFEST
+    from actcache.preparation import require_same_harvest
+
+    if (Path(config.out) / MANIFEST).exists():
+        require_same_harvest(config, Path(config.out))
 
 
 def _make_again(config: HarvestConfig, retracted: list[int]) -> bool:

@@ -315,7 +315,7 @@ def test_no_hook_is_left_behind_whatever_happens() -> None:
     before = count()
     run(model, ["layers.*", "layers.*:in"])
     with (
-        pytest.raises(IndexError),
+        pytest.raises(ModelError, match=r"(?s)failed at 1 sequences of 3.*IndexError.*--device"),
         Capture(model, [Hookpoint("layers.0", 16), Hookpoint("layers.1:in", 16)]) as capture,
     ):
         capture.run(torch.full((1, 3), 999))

@@ -254,3 +254,8 @@ def test_a_full_shard_has_the_rows_that_the_filter_leaves(manifest: Manifest) ->
     assert manifest.identity.rows_per_sequence == 16
     assert dataclasses.replace(manifest, sequences_per_shard=3).shard_rows == 48
     assert manifest.width("layers.1") == 16
+
+
+def test_more_shards_than_fit_into_memory_are_refused(manifest: Manifest) -> None:
+    with pytest.raises(FormatError, match=r"(?s)more shards.*4,194,304.*--shard-size"):
+        dataclasses.replace(manifest, planned_sequences=2**53)

@@ -170,7 +170,8 @@ def test_a_seal_that_cannot_be_is_refused_by_path(root: Path, changes: dict) -> 
 
 def test_a_seal_over_a_huge_number_of_shards_costs_nothing(root: Path, manifest: Manifest) -> None:
     publish_end(root, EndReceipt(manifest.cache_id, 2**52, 2**53, "goal", 0))
-    assert not Cache.open(root).complete
+    with pytest.raises(FormatError, match="goal of the harvest"):
+        Cache.open(root)
 
 
 def test_a_cache_is_complete_with_its_seal_and_every_shard(root: Path) -> None:
@@ -187,3 +188,14 @@ def test_the_digest_covers_every_receipt_in_its_order(root: Path, manifest: Mani
     assert before == digests[0]
     change(root, 1, files=json.loads(to_json(two))["files"])
     assert Cache.open(root).digest([0, 1]) != before
+
+
+@pytest.mark.parametrize("planned", [2**20, 17, 1])
+def test_a_seal_that_does_not_agree_with_the_goal_is_refused(
+    planned: int, make_cache: Callable[..., Path]
+) -> None:
+    root = make_cache(shards=2, sequences=8)
+    path = root / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"planned_sequences": planned}))
+    with pytest.raises(FormatError):
+        Cache.open(root)

@@ -67,6 +67,22 @@ def test_repair_with_the_harvest_command_makes_the_damaged_shards_again(cache, h
     assert run("verify", cache, "--repair", "--", *harvest).stderr == ""
 
 
+@pytest.mark.parametrize("wrong", ["model", "text"])
+def test_a_repair_with_another_command_takes_nothing_back(
+    wrong, cache, harvest, tree, make_model, tmp_path
+):
+    damage(cache)
+    before = tree(cache)
+    other = tmp_path / "other.txt"
+    other.write_text("another text " * 300)
+    model, text, *options = harvest
+    command = [make_model(seed=9), text] if wrong == "model" else [model, other]
+    stderr = run("verify", cache, "--repair", "--", *command, *options, code=7).stderr
+    assert "nothing was done" in stderr
+    run("verify", cache, "--repair", "--", "no-such-model", text, *options, code=4)
+    assert tree(cache) == before
+
+
 def test_repair_alone_takes_shards_back_and_says_how_to_go_on(cache, harvest, tree):
     before = tree(cache)
     damage(cache)

@@ -149,11 +149,12 @@ def _is_extended(root: Path, manifest: Manifest) -> bool:
 
 def _check_goal(path: Path, end: EndReceipt, goal: int | None) -> None:
     """Whether a seal can be that of a harvest with this goal."""
-    reached = end.sequences == goal
-    if (end.reason == "goal" and not reached) or (goal is not None and end.sequences > goal):
+    if goal is None:
+        return
+    if end.sequences > goal or (end.reason == "goal" and end.sequences != goal):
         raise FormatError(
             f"{path} does not agree with the goal of the harvest",
-            expected=f"{goal} sequences" if goal is not None else "the end of the text",
+            expected=f"{goal} sequences",
             got=f"{end.sequences} sequences, reason {end.reason}",
             remedy="the manifest or the seal was edited or damaged; restore it from a copy",
         )

@@ -34,9 +34,10 @@ def fill_shard(
         place = slice(filled, filled + len(chosen))
         for name, found in captured.items():
             stored = codec.from_torch(found)
-            refuse_overflow(found, stored, codec, name)
             rows[name][place] = stored
-            if asks_norms:
+            if not asks_norms:
+                refuse_overflow(found, stored, codec, name)
+            else:  # whether a row is left out is told by all the shard's norms
                 norms[name][place] = row_norms(found.float().cpu().numpy())
         filled += len(chosen)
         written = len(chosen) * sum(codec.row_bytes(h.width) for h in identity.hookpoints)

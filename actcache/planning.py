@@ -166,7 +166,7 @@ def count_planned(config: HarvestConfig, source: Source, tokenizer: Any, pipelin
         DatasetError: the text is shorter than one sequence.
     """
     goal = config.goal
-    believed = goal is not None and _believed(goal, source, pipeline)
+    believed = goal is not None and is_believed(goal, source, pipeline)
     count = count_sequences(source, tokenizer, pipeline, 1 if believed else goal)
     if count == 0:
         whole = f"at least {pipeline.text_tokens} tokens"
@@ -178,7 +178,7 @@ def count_planned(config: HarvestConfig, source: Source, tokenizer: Any, pipelin
     return goal if believed and goal is not None else count
 
 
-def _believed(goal: int, source: Source, pipeline: Pipeline) -> bool:
+def is_believed(goal: int, source: Source, pipeline: Pipeline) -> bool:
     """Whether the text is taken to reach the goal, because counting would cost too much."""
     if isinstance(source, TokenFile):  # counted by its size
         return False

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from actcache.decision import Decision
 from actcache.filters import FILTERS, kept_positions
 from actcache.manifest import Identity
-from actcache.planning import COUNTED_TOKENS
+from actcache.planning import COUNTED_TOKENS, is_believed
 from actcache.progress import Progress
 from actcache.tokens import Sequence, sequences
 
@@ -60,7 +60,8 @@ class RowCount:
 
 def count_rows(decided: Decision, identity: Identity, planned: int) -> RowCount:
     """Rows of `planned` sequences; text beyond 16M tokens is taken to be as that before it."""
-    known: Known = "exact" if identity.max_norm_ratio is None else "at most"
+    believed = is_believed(planned, decided.source, decided.pipeline)  # the text may end before
+    known: Known = "at most" if believed or identity.max_norm_ratio is not None else "exact"
     looks = identity.exclude_special or identity.exclude_tokens or identity.pipeline != "pack"
     if not looks:
         shares = dict.fromkeys(FILTERS, 0.0) | {"skip_positions": float(identity.skip_positions)}

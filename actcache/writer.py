@@ -16,7 +16,7 @@ from actcache.filters import Mask, Norms, norm_outliers
 from actcache.manifest import Identity, Manifest
 from actcache.receipt import ShardReceipt, publish_receipt
 from actcache.statistics import Statistics, merge, parts
-from actcache.storage import BACKENDS, CODECS, Array, StoredRows, safetensors_file
+from actcache.storage import BACKENDS, CODECS, Array, StoredRows, refuse_infinite, safetensors_file
 from actcache.workers import Workers
 
 Ints = NDArray[np.int32]
@@ -112,6 +112,7 @@ def publish_shard(
 
     Raises:
         DiskFullError: no room; the cache stays valid without this shard.
+        ConfigError: rows that the norm filter keeps do not fit float16.
         CacheMismatchError: the shard was retracted and this is not what it was; nothing of it is
             left behind.
     """
@@ -130,6 +131,8 @@ def publish_shard(
 
     def write_rows(name: str) -> None:
         rows = hands.gather(filled.rows[name], layout.source, codec)
+        if identity.max_norm_ratio is not None:  # which leaves out what is not finite
+            refuse_infinite(rows, codec, name)
         found = parts(rows, codec, hands.blocks)  # while the file is written
         files.update(backend.write(root, manifest, name, shard, rows))
         statistics[name] = merge(found)

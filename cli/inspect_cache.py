@@ -187,7 +187,9 @@ def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
         said = printable(source.model, 80)
         say(f"no tokenizer {said} here: showing token ids; see --tokenizer")
         return None
-    made_by = cache.manifest.identity.tokenizer_fingerprint  # empty: the text came as token ids
-    if made_by and fingerprint_tokenizer(loaded) != made_by:
+    identity = cache.manifest.identity
+    made_by = identity.tokenizer_fingerprint  # empty: the text came as token ids
+    found = fingerprint_tokenizer(loaded, chat=identity.documents == "chat")
+    if made_by and found != made_by:
         say("warning: this is not the tokenizer that made the cache")
     return loaded

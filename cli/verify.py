@@ -58,8 +58,8 @@ def run(
     whole = found.sound
     if repair and config is not None and not (found.sound and found.complete):
         whole = _make_again(config, retracted)
-    elif repair and (retracted or found.retracted):
-        say("run the harvest command again: it makes the shards that were taken back, only these")
+    elif repair and (found.damages or found.retracted):
+        say("run the harvest command again: it makes what is missing, and only that")
     if json:
         emit(dataclasses.asdict(found) | {"sound": whole})
     if not whole:
@@ -116,6 +116,7 @@ def _print(found: Verification) -> None:
         print(f"shards that wait to be made again: {', '.join(map(str, found.retracted))}")
     how = "sizes and headers" if found.quick else "every byte"
     state = "sound" if found.sound else f"{len(found.damages)} findings"
+    state += "" if found.complete else ", incomplete"
     print(
         f"{found.cache}: {state}; {how} of {found.files} files in {found.shards} shards, "
         f"{format_bytes(found.bytes)}"

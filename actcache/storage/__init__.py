@@ -8,7 +8,14 @@ from typing import Protocol
 from actcache.atomic import FileReceipt
 from actcache.manifest import Manifest
 from actcache.storage.blosc_chunk import CompressedExtent
-from actcache.storage.codec import CODECS, Array, Codec, StoredRows, refuse_overflow
+from actcache.storage.codec import (
+    CODECS,
+    Array,
+    Codec,
+    StoredRows,
+    refuse_infinite,
+    refuse_overflow,
+)
 from actcache.storage.memmap import MemmapBackend
 from actcache.storage.safetensors_file import Extent
 from actcache.storage.zarr_array import ZarrBackend
@@ -22,6 +29,7 @@ __all__ = [
     "CompressedExtent",
     "Extent",
     "StoredRows",
+    "refuse_infinite",
     "refuse_overflow",
 ]
 

@@ -253,12 +253,22 @@ def refuse_overflow(
         return
     overflowed = int((np.isinf(stored.values).any(axis=1)).sum())
     overflowed -= int(activations.isinf().any(dim=1).sum())
+    _refuse_rows(overflowed, len(stored), hookpoint)
+
+
+def refuse_infinite(stored: StoredRows, codec: Codec, hookpoint: str) -> None:
+    """The same for rows of which those that were captured infinite have been left out already."""
+    if codec.name == "float16":
+        _refuse_rows(int(np.isinf(stored.values).any(axis=1).sum()), len(stored), hookpoint)
+
+
+def _refuse_rows(overflowed: int, rows: int, hookpoint: str) -> None:
     if overflowed:
         raise ConfigError(
             f"activations of {hookpoint} do not fit float16",
             expected="absolute values below 65,520",
-            got=f"{overflowed} rows of {len(stored)} beyond",
-            remedy="--dtype bfloat16 or float32",
+            got=f"{overflowed} rows of {rows} beyond",
+            remedy="--dtype bfloat16 or float32, or leave such rows out with --max-norm-ratio",
         )
 
 

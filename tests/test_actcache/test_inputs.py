@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from actcache.config import HarvestConfig
-from actcache.errors import CacheMismatchError
+from actcache.errors import CacheMismatchError, ConfigError
 from actcache.filters import FILTERS
 from actcache.harvest import harvest
 from actcache.model import load_model, load_tokenizer
@@ -303,3 +303,25 @@ def test_a_column_of_token_ids_is_joined_and_needs_no_text(
     line = [token for ids in rows if ids for token in [*ids, 1]]
     found = np.concatenate([cache.tokens(s).tokens.reshape(-1) for s in cache.shards])
     assert found.tolist() == line[: len(line) // 16 * 16]
+
+
+@pytest.mark.parametrize(("ratio", "fits"), [(5.0, True), (1e9, False)])
+def test_float16_is_asked_of_the_rows_that_the_norm_filter_keeps(
+    ratio: float, fits: bool, make_model: Callable[..., Path], options: Options
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = make_model()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] *= 1e6  # EOS: far beyond float16
+    model.save_pretrained(path)
+    given = {"model": str(path), "hookpoint": ("layers.0:in",), "max_tokens": None}
+    config = options(dtype="float16", max_norm_ratio=ratio, **given)
+    if fits:
+        cache = Cache.open(harvest(config).cache)
+        assert counts(cache)["max_norm_ratio"] > 0
+        assert not any(receipt.non_finite["layers.0:in"] for receipt in cache.receipts.values())
+    else:
+        with pytest.raises(ConfigError, match=r"(?s)do not fit float16.*--max-norm-ratio"):
+            harvest(config)

@@ -177,3 +177,10 @@ def test_what_the_harvest_would_refuse_the_plan_refuses(options: Options, tmp_pa
 def test_a_plan_is_json(options: Options) -> None:
     told = json.loads(json.dumps(dataclasses.asdict(planned(options()))))
     assert told["hookpoints"].keys() == {"layers.0", "layers.1.mlp:in"}
+
+
+def test_a_stream_may_end_before_its_goal_so_its_plan_is_a_bound(options: Options) -> None:
+    config = options(streaming=True, max_tokens=16 * 100_000)
+    plan = planned(config)
+    assert plan.rows_known == "at most"
+    assert plan.rows > Cache.open(harvest(config).cache).rows

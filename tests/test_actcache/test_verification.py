@@ -176,6 +176,7 @@ def test_a_seal_that_does_not_fit_the_receipts_is_found(changes: dict, root: Pat
 
 
 def test_a_seal_over_shards_without_number_is_told_in_one_line(root: Path) -> None:
+    edit(root / "manifest.json", planned_sequences=None)
     edit(root / "shards/END.json", last_shard=2**51 - 1, sequences=2**53)
     (damage,) = verify(root).damages
     assert damage.file == f"shards/00003.json to shards/{2**51 - 1}.json"

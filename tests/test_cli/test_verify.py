@@ -106,3 +106,17 @@ def test_a_harvest_command_that_cannot_be_is_refused_before_anything_is_taken_ba
 
 def test_no_cache_is_told(tmp_path):
     assert "is not a cache" in run("verify", tmp_path, code=9).stderr
+
+
+def test_verify_says_when_a_cache_is_not_complete(cache):
+    (cache / "shards" / "END.json").unlink()
+    assert f"{cache}: sound, incomplete; " in run("verify", cache).stdout
+
+
+def test_a_repair_without_a_command_says_how_to_go_on_whatever_is_damaged(harvest, tmp_path):
+    root = tmp_path / "zarr"
+    run("harvest", *harvest, "--out", root, "--backend", "zarr")
+    (root / "activations" / "layers.1" / "zarr.json").unlink()
+    assert "run the harvest command again" in run("verify", root, "--repair", code=8).stderr
+    run("harvest", *harvest, "--out", root, "--backend", "zarr")
+    assert ": sound; " in run("verify", root).stdout

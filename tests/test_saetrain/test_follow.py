@@ -286,10 +286,12 @@ def test_by_default_segments_fill_the_pool(options: Options, whole: Path) -> Non
 # --- steps ---------------------------------------------------------------------------------------
 
 
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def goal(root: Path, sequences: int | None) -> None:
-    manifest = json.loads((root / "manifest.json").read_text())
-    manifest["planned_sequences"] = sequences
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    edit(root / "manifest.json", planned_sequences=sequences)
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
@@ -298,6 +300,7 @@ def test_a_run_ends_with_the_text_and_says_what_was_planned(
 ) -> None:
     goal(growing.root, 8 * 8)
     growing.publish(*ALL)
+    edit(growing.root / "shards" / "END.json", reason="text")
     config = following(cache=str(growing.root), optimizer=optimizer, epochs=2)
     summary = fit(config)
     assert (summary.steps, summary.rows) == (2 * EPOCH, 2 * EPOCH * 32)

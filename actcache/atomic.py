@@ -18,7 +18,7 @@ import xxhash
 from actcache.errors import DiskFullError
 
 _PARTIAL = ".partial-"
-_PIECE = 4 << 20  # bytes read and hashed at a time
+_PIECE = 1 << 20  # bytes read and hashed at a time
 _CHUNK = 16 << 20  # bytes written and hashed at a time: small enough to stay in cache
 
 

@@ -17,13 +17,15 @@ DEFAULT_BYTES = 4 << 30
 """Unless said otherwise: about POOL_ROWS rows of one hookpoint of width 4,096 in bfloat16, and half
 the memory of the smallest machine on which one would train from such rows."""
 
-SCRATCH = 48 << 20
-"""What reading takes besides: pieces of 4 MiB to compare or decompress, for up to 4 threads."""
+SCRATCH = 64 << 20
+"""What reading takes besides: pieces of a few MiB to compare or decompress, for up to 4 threads."""
 
 PREFETCH_BATCHES = 4
 """Batches that wait to be taken, if there is room."""
 
-_HELD = 3  # more batches: one in the making, one kept back to know the last one, one in use
+HELD_BATCHES = 3
+"""More batches: one in the making, one kept back to know the last one, one in use."""
+
 _PLACE = 24  # bytes for each row of a window: its address and its place in the permutation
 _LEAST_BATCHES = 8  # of which half is for the pool: by default at least about 4 batches are mixed
 _SPARE = 16
@@ -66,14 +68,14 @@ def spend(
     decoded = sum(4 * width for width in widths) if codec.decodes else 0
     batch = batch_size * (row + decoded + _PLACE)
     budget = buffer_bytes or max(DEFAULT_BYTES, SCRATCH + _LEAST_BATCHES * batch)
-    prefetch = min(max(1, budget // 4 // batch - _HELD), PREFETCH_BATCHES)
+    prefetch = min(max(1, budget // 4 // batch - HELD_BATCHES), PREFETCH_BATCHES)
     lanes = default_lanes(batch_size)
     windows = lanes + spare_windows(lanes)
-    fixed = SCRATCH + (prefetch + _HELD) * batch
+    fixed = SCRATCH + (prefetch + HELD_BATCHES) * batch
     window = max(0, budget - fixed) // (windows * (row + _PLACE))
-    least = batch_size // lanes
+    least = max(2, batch_size // lanes)  # one row is no window: see `in_order`
     if window < least:
-        needed = SCRATCH + (1 + _HELD) * batch + windows * least * (row + _PLACE)
+        needed = SCRATCH + (1 + HELD_BATCHES) * batch + windows * least * (row + _PLACE)
         raise ConfigError(
             "--buffer-bytes is too small for batches of these rows",
             expected=f">= {needed:,} ({batch_size:,} rows of {row:,} bytes a batch)",

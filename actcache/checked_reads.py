@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from actcache.errors import CorruptShardError
 from actcache.order import Span
-from actcache.reader import Cache
+from actcache.reader import Cache, Views, flat
 from actcache.storage import StoredRows
 
 Verify = Literal["first-read", "always", "never"]
@@ -56,23 +57,40 @@ class CheckedReads:
             CorruptShardError: a file is gone, or is not what its receipt promises.
         """
         spans = list(spans)
+        whole = {name: flat(rows) for name, rows in out.items()}
+        sizes = {name: row_sizes(rows) for name, rows in out.items()}
+        filled, places = 0, []
+        for span in spans:
+            stop = filled + span.rows
+            places.append(
+                {
+                    name: {
+                        part: [view[filled * sizes[name][part] : stop * sizes[name][part]]]
+                        for part, view in views.items()
+                    }
+                    for name, views in whole.items()
+                }
+            )
+            filled = stop
+        self.load_views(spans, places)
+
+    def load_views(self, spans: Sequence[Span], out: Sequence[Mapping[str, Views]]) -> None:
+        """As `load`, each span into places of its own, by hookpoint."""
         if self._verify == "always":
             for shard in {span.shard for span in spans}:
-                for hookpoint in out:
+                for hookpoint in out[0]:
                     self._forget(hookpoint, shard)
-        filled = 0
-        for span in spans:
-            for hookpoint, rows in out.items():
-                self._read(hookpoint, span, rows[filled : filled + span.rows])
-            filled += span.rows
+        for span, places in zip(spans, out, strict=True):
+            for hookpoint, views in places.items():
+                self._read(hookpoint, span, views)
 
-    def _read(self, hookpoint: str, span: Span, out: StoredRows) -> None:
+    def _read(self, hookpoint: str, span: Span, views: Views) -> None:
         if self._verify == "never":
-            self._cache.read_into(hookpoint, span.shard, span.start, out)
+            self._cache.read_views(hookpoint, span.shard, span.start, views)
             return
         while True:
             self._compare(hookpoint, span.shard)
-            self._cache.read_into(hookpoint, span.shard, span.start, out)
+            self._cache.read_views(hookpoint, span.shard, span.start, views)
             # After the read, not before it: these bytes are those that were compared.
             if self._is_current(hookpoint, span.shard):
                 return
@@ -95,6 +113,11 @@ class CheckedReads:
         with self._locks[hookpoint, shard]:
             for name in self._cache.files_of(hookpoint, shard):
                 self._versions.pop(f"{shard}/{name}", None)
+
+
+def row_sizes(rows: StoredRows) -> dict[str, int]:
+    """Bytes of one row, by part."""
+    return {name: part.itemsize * math.prod(part.shape[1:]) for name, part in rows.parts.items()}
 
 
 def _version(path: Path) -> _Version:

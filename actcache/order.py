@@ -225,8 +225,7 @@ class Epoch:
     def permutation(self, lane: int, number: int) -> Rows:
         """Order in which a window's rows are taken."""
         start, stop = self.window(lane, number)
-        state = rng.stream("window", self.plan.seed, self.epoch, lane, number)
-        return state.permutation(stop - start).astype(np.int64)
+        return rng.permutation(stop - start, "window", self.plan.seed, self.epoch, lane, number)
 
 
 def lanes_of_rank(lanes: int, rank: int, world_size: int) -> list[int]:

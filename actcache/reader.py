@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +26,12 @@ from actcache.storage import (
     safetensors_file,
 )
 from actcache.storage.codec import VALUES
-from actcache.storage.pread import read_exactly
+from actcache.storage.pread import read_scattered
 from actcache.tensors import statistics_tensors, token_tensors
 from actcache.writer import data_paths, statistics_path, tokens_path
+
+Views = Mapping[str, Sequence[memoryview]]
+"""By part, places for the bytes of consecutive rows, one after another."""
 
 
 @dataclass(frozen=True)
@@ -173,26 +175,35 @@ class Cache:
         return receipts_module.digest([self.receipts[shard] for shard in shards])
 
     def read_into(self, hookpoint: str, shard: int, start: int, out: StoredRows) -> None:
-        """Read consecutive rows, as stored, into `out`.
+        """Read consecutive rows, as stored, into `out`, which is as many rows; see `read_views`."""
+        self.read_views(hookpoint, shard, start, {k: [v] for k, v in flat(out).items()})
+
+    def read_views(self, hookpoint: str, shard: int, start: int, views: Views) -> None:
+        """Read consecutive rows, as stored, into several places, one after another.
 
         Args:
             hookpoint: which activations.
             shard: which shard.
             start: first row.
-            out: memory for as many rows as are wanted, from the codec's `empty`.
+            views: memory for as many rows as are wanted.
 
         Raises:
             CorruptShardError: the file is missing, has another header or size, or ends early.
         """
-        for part, array in out.parts.items():
+        for part, places in views.items():
             extent = self.locate(hookpoint, shard, part)
-            view = array.reshape(-1).view(np.uint8).data
-            offset = start * math.prod(array.shape[1:]) * array.itemsize
-            assert offset + len(view) <= extent.bytes
-            if isinstance(extent, CompressedExtent):
-                extent.read_into(view, offset)
-            else:
-                read_exactly(extent.path, view, extent.offset + offset)
+            offset = start * (extent.bytes // extent.shape[0])
+            length = sum(map(len, places))
+            assert offset + length <= extent.bytes
+            if not isinstance(extent, CompressedExtent):
+                read_scattered(extent.path, places, extent.offset + offset)
+            elif len(places) == 1:
+                extent.read_into(places[0], offset)
+            else:  # as one: a block would be decoded for every place
+                whole = memoryview(bytearray(length))
+                extent.read_into(whole, offset)
+                for place in places:
+                    place[:], whole = whole[: len(place)], whole[len(place) :]
 
     def read(
         self, hookpoint: str, shard: int, start: int = 0, rows: int | None = None
@@ -301,6 +312,11 @@ class Cache:
         expected = statistics_tensors(self.manifest.identity.hookpoints)
         extents = safetensors_file.locate(statistics_path(self.root, shard), expected)
         return dict(zip(expected, extents, strict=True))
+
+
+def flat(rows: StoredRows) -> dict[str, memoryview]:
+    """The memory of some rows, by part, as bytes."""
+    return {name: part.reshape(-1).view(np.uint8).data for name, part in rows.parts.items()}
 
 
 def linked_folders(root: Path, manifest: Manifest) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`ActivationStream`: batches in the order of `order`, read ahead by a thread."""
+"""`ActivationStream`: batches in the order of `order`, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from actcache.budget import PREFETCH_BATCHES
+from actcache.batch_memory import BatchMemory
+from actcache.budget import HELD_BATCHES, PREFETCH_BATCHES, spare_windows
 from actcache.checked_reads import CheckedReads, Verify
 from actcache.errors import RunError
+from actcache.in_order import GROUPS, Filled, in_order, steps_at_once
 from actcache.order import Epoch, OrderPlan, Rows, lanes_of_rank
+from actcache.read_ahead import ReadAhead, Window, WindowMemory
 from actcache.reader import Cache
 from actcache.storage import StoredRows
+from actcache.tuning import DEFAULT_THREADS
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +82,7 @@ class ActivationStream:
         world_size: processes that share each global batch.
         verify: when the bytes that are read are compared with the receipts, see `CheckedReads`.
         prefetch: batches that may wait to be taken.
+        threads: read rows ahead of the batches; cannot touch the order.
 
     Raises:
         HookpointError: the cache does not hold a hookpoint.
@@ -97,6 +103,7 @@ class ActivationStream:
         world_size: int = 1,
         verify: Verify = "first-read",
         prefetch: int = PREFETCH_BATCHES,
+        threads: int = DEFAULT_THREADS,
     ) -> None:
         for hookpoint in hookpoints:
             cache.require_hookpoint(hookpoint)
@@ -105,6 +112,11 @@ class ActivationStream:
         self._plans: Plans = _OnePlan(plan) if isinstance(plan, OrderPlan) else plan
         self._rank, self._world_size = rank, world_size
         self._reads = CheckedReads(cache, verify)
+        widths = map(cache.manifest.width, self.hookpoints)
+        self.row_bytes = sum(map(cache.codec.row_bytes, widths))
+        """Bytes of a row on disk, of all hookpoints that are read."""
+        self._window_memory = WindowMemory(cache, self.hookpoints)
+        self._threads = threads
         if isinstance(plan, OrderPlan):
             lanes_of_rank(plan.lanes, rank, world_size)  # refused here, not by the thread
         self._place: Place = (epoch, segment, step)
@@ -186,9 +198,13 @@ class ActivationStream:
 
     def _produce(self) -> None:
         try:
-            for item in self._walk() if self._epochs is None else _mark_last(self._walk()):
-                if not self._put(item):
-                    return
+            self._pool = ThreadPoolExecutor(self._threads, "actcache-loader")
+            try:
+                for item in self._walk() if self._epochs is None else _mark_last(self._walk()):
+                    if not self._put(item):
+                        return
+            finally:
+                self._pool.shutdown(cancel_futures=True)
             self._put(None)
         except BaseException as error:  # handed over whole: whoever takes the batch raises it
             self._put(error)
@@ -220,23 +236,46 @@ class ActivationStream:
         self, epoch: int, number: int, plan: OrderPlan, first_step: int
     ) -> Iterator[Batch]:
         line = Epoch(plan, epoch)
-        b = plan.rows_per_lane_and_batch
-        served = lanes_of_rank(plan.lanes, self._rank, self._world_size)
-        lanes = [_Lane(self.cache, self._reads, self.hookpoints, line, lane) for lane in served]
-        codec, width = self.cache.codec, self.cache.manifest.width
-        for step in range(first_step, plan.steps_per_epoch):
-            n = b * len(lanes)
-            rows = {name: codec.empty(n, width(name)) for name in self.hookpoints}
-            addresses = np.empty((n, 2), dtype=np.int64)
+        lanes = lanes_of_rank(plan.lanes, self._rank, self._world_size)
+        filled = self._mixed if plan.window > 1 else self._in_order
+        for item in filled(line, lanes, first_step):
+            # Read before the batch is handed out: then its memory is its own.
+            activations = {
+                name: self.cache.codec.to_torch(rows) for name, rows in item.rows.items()
+            }
+            yield Batch(epoch, item.step, activations, item.addresses, number)
+
+    def _in_order(self, line: Epoch, lanes: list[int], first_step: int) -> Iterator[Filled]:
+        batch = len(lanes) * line.plan.rows_per_lane_and_batch
+        each = steps_at_once(line.plan, batch * self.row_bytes)
+        memory = self._memory(GROUPS * each)
+        return in_order(self._reads, memory, self._pool, line, lanes, first_step, each)
+
+    def _memory(self, filled_at_once: int) -> BatchMemory:
+        most = self._batches.maxsize + HELD_BATCHES + filled_at_once
+        widths = {name: self.cache.manifest.width(name) for name in self.hookpoints}
+        return BatchMemory(self.cache.codec, widths, most)
+
+    def _mixed(self, line: Epoch, lanes: list[int], first_step: int) -> Iterator[Filled]:
+        b = line.plan.rows_per_lane_and_batch
+        ahead = ReadAhead(
+            self._reads,
+            self._window_memory,
+            self._pool,
+            line,
+            lanes,
+            first_step,
+            spare_windows(len(lanes)),
+        )
+        memory = self._memory(0)
+        windows: list[Window | None] = [None] * len(lanes)
+        for step in range(first_step, line.plan.steps_per_epoch):
+            rows = memory.take(b * len(lanes))
+            addresses = np.empty((b * len(lanes), 2), dtype=np.int64)
             for i, lane in enumerate(lanes):
-                lane.take(step * b, b, rows, addresses, at=i * b)
-            yield Batch(
-                epoch,
-                step,
-                {name: codec.to_torch(stored) for name, stored in rows.items()},
-                addresses,
-                number,
-            )
+                windows[i] = _take(ahead, windows[i], lane, step * b, b, rows, addresses, at=i * b)
+            yield Filled(step, rows, addresses)
+        ahead.end(windows)
 
 
 class _OnePlan:
@@ -264,45 +303,42 @@ def _mark_last(items: Iterator[tuple[Batch, Place]]) -> Iterator[tuple[Batch, Pl
         yield replace(batch, last=True), (batch.epoch + 1, 0, 0)
 
 
-class _Lane:
-    """One lane's current window, in memory as on disk: 8-bit rows are decoded by the batch."""
+def _take(
+    ahead: ReadAhead,
+    window: Window | None,
+    lane: int,
+    row: int,
+    count: int,
+    out: dict[str, StoredRows],
+    addresses: Rows,
+    at: int,
+) -> Window | None:
+    """Copy a lane's rows [row, row + count) to `out` and `addresses`, from index `at` on.
 
-    def __init__(
-        self, cache: Cache, reads: CheckedReads, hookpoints: Sequence[str], line: Epoch, lane: int
-    ) -> None:
-        self._reads, self._line, self._lane = reads, line, lane
-        capacity = min(line.plan.window, line.plan.lane_rows)
-        self._buffers = {
-            name: cache.codec.empty(capacity, cache.manifest.width(name)) for name in hookpoints
-        }
-        self._addresses = np.empty((capacity, 2), dtype=np.int64)
-        self._start = self._stop = 0  # rows of the lane that the window holds
-        self._permutation: Rows = np.empty(0, dtype=np.int64)
+    Args:
+        ahead: gives the lane's next windows.
+        window: the one that the lane has; None before its first.
+        lane: which lane.
+        row: first row.
+        count: how many.
+        out: by hookpoint.
+        addresses: (shard, row in shard).
+        at: where to begin in both.
 
-    def take(
-        self, row: int, count: int, out: dict[str, StoredRows], addresses: Rows, at: int
-    ) -> None:
-        """Copy the lane's rows [row, row + count) to `out` and `addresses`, from index `at` on."""
-        while count:
-            if not self._start <= row < self._stop:
-                self._load(self._line.window_at(self._lane, row))
-            n = min(count, self._stop - row)
-            chosen = self._permutation[row - self._start : row - self._start + n]
-            for name, buffer in self._buffers.items():
-                buffer.take(chosen, out[name][at : at + n])
-            # mode='clip' lets NumPy write straight into `addresses`; the indices are in range.
-            np.take(self._addresses, chosen, axis=0, out=addresses[at : at + n], mode="clip")
-            row, count, at = row + n, count - n, at + n
-
-    def _load(self, number: int) -> None:
-        self._start, self._stop = self._line.window(self._lane, number)
-        self._permutation = self._line.permutation(self._lane, number)
-        first = self._lane * self._line.plan.lane_rows
-        spans = list(self._line.spans(first + self._start, first + self._stop))
-        self._reads.load(spans, self._buffers)
-        filled = 0
-        for span in spans:
-            place = slice(filled, filled + span.rows)
-            self._addresses[place, 0] = span.shard
-            self._addresses[place, 1] = np.arange(span.start, span.start + span.rows)
-            filled += span.rows
+    Returns:
+        The window that the lane has now.
+    """
+    while count:
+        if window is None or row >= window.stop:
+            window = ahead.swap(window)
+        assert window.lane == lane
+        assert window.start <= row < window.stop
+        assert window.permutation is not None
+        n = min(count, window.stop - row)
+        chosen = window.permutation[row - window.start : row - window.start + n]
+        for name, stored in window.rows.items():
+            stored.take(chosen, out[name][at : at + n])
+        # mode='clip' lets NumPy write straight into `addresses`; the indices are in range.
+        np.take(window.addresses, chosen, axis=0, out=addresses[at : at + n], mode="clip")
+        row, count, at = row + n, count - n, at + n
+    return window

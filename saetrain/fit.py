@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from actcache.atomic import remove_partials
-from actcache.budget import PREFETCH_BATCHES, Budget, spend
+from actcache.budget import PREFETCH_BATCHES, Budget, spare_windows, spend
 from actcache.device import choose_device
 from actcache.errors import ConfigError, DiskFullError, FormatError, HookpointError, RunError
 from actcache.lock import FolderLock
 from actcache.manifest import MANIFEST
 from actcache.order import OrderPlan, make_plan, split_shards
+from actcache.progress import format_bytes
 from actcache.reader import Cache
 from actcache.segments import Segmentation, default_shards_each, goal_rows
 from actcache.stream import ActivationStream
+from actcache.tuning import Tuning, tune
 from saetrain.checkpoint import load_checkpoint, remove_others
 from saetrain.config import FitConfig, SaeConfig
 from saetrain.follow import Follower
@@ -118,6 +120,7 @@ def _fit(
     follower = None if record.segment_shards is None else Follower(root, record, cache)
     first_step, place = _restore(root, record, trainees, follower)
     hookpoints = [entry.hookpoint for entry in record.saes]
+    tuning = tune(cache, hookpoints, record.plan)
     budget = _budget(config, cache, hookpoints)
     stream = ActivationStream(
         cache,
@@ -126,9 +129,12 @@ def _fit(
         epochs=None if follower is None else _epochs(record),
         verify=config.verify,
         prefetch=budget.prefetch,
+        threads=tuning.threads,
         **place,
     )
     tracker = Tracker(root, first_step, record.steps, record.plan.batch_size)
+    if first_step < record.steps:
+        tracker.bar.say(_how_it_reads(record, tuning, stream.row_bytes))
     try:
         steps = train(root, record, trainees, stream, tracker, first_step, follower)
     finally:
@@ -147,6 +153,20 @@ def _fit(
         dead_after=record.dead_after,
         saes=saes_of(root / METRICS, line, hookpoints),
         warnings=(*warnings, *_ended_early(record, steps)),
+    )
+
+
+def _how_it_reads(record: RunRecord, tuning: Tuning, row_bytes: int) -> str:
+    """One line: what is held, and how it is read."""
+    plan = record.plan
+    pool = min(plan.window, plan.lane_rows) * plan.lanes
+    speed = "too little to probe"
+    if tuning.bytes_per_second is not None:
+        speed = f"{format_bytes(tuning.bytes_per_second)}/s in a probe"
+    threads = "1 thread" if tuning.threads == 1 else f"{tuning.threads} threads"
+    return (
+        f"fit: {pool:,} rows are mixed in memory ({format_bytes(pool * row_bytes)}); read by "
+        f"{threads}, up to {spare_windows(plan.lanes)} of {plan.lanes} windows ahead ({speed})"
     )
 
 

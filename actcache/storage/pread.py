@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from actcache.errors import CorruptShardError
 
+_MOST_VIEWS = 1024
+"""That one call of the kernel takes (IOV_MAX)."""
+
 
 def read_exactly(path: Path, view: memoryview, offset: int) -> None:
-    """Fill `view` with a file's bytes from `offset` on.
+    """Fill `view` with a file's bytes from `offset` on; see `read_scattered`."""
+    read_scattered(path, [view], offset)
+
+
+def read_scattered(path: Path, views: Sequence[memoryview], offset: int) -> None:
+    """Fill views, one after another, with a file's consecutive bytes from `offset` on.
 
     Raises:
         CorruptShardError: the file is gone, or ends early.
     """
-    end = offset + len(view)
+    left = deque(view for view in views if len(view))
+    end = offset + sum(map(len, left))
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
@@ -24,8 +36,8 @@ def read_exactly(path: Path, view: memoryview, offset: int) -> None:
             remedy="restore it from a copy, or actcache verify CACHE --repair",
         ) from error
     try:
-        while view:
-            n = os.preadv(fd, [view], offset)
+        while left:
+            n = os.preadv(fd, list(islice(left, _MOST_VIEWS)), offset)
             if n == 0:
                 raise CorruptShardError(
                     f"{path} ends early",
@@ -33,6 +45,10 @@ def read_exactly(path: Path, view: memoryview, offset: int) -> None:
                     got=f"{offset} bytes",
                     remedy="it was cut while it was being read; actcache verify CACHE --repair",
                 )
-            view, offset = view[n:], offset + n
+            offset += n
+            while left and n >= len(left[0]):
+                n -= len(left.popleft())
+            if n:
+                left[0] = left[0][n:]
     finally:
         os.close(fd)

@@ -134,13 +134,13 @@ def test_a_file_that_is_put_back_in_its_own_bytes_is_compared_again_and_read_on(
 def test_rows_of_a_file_that_changes_between_its_check_and_its_reading_are_not_handed_out(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads, real = CheckedReads(cache, "first-read"), cache.read_into
+    reads, real = CheckedReads(cache, "first-read"), cache.read_views
 
     def read_late(*args: object) -> None:
         real(*args)  # type: ignore[arg-type]
         change(values_path(cache, 1))
 
-    monkeypatch.setattr(cache, "read_into", read_late)
+    monkeypatch.setattr(cache, "read_views", read_late)
     with pytest.raises(CorruptShardError, match="receipt of shard 1"):
         reads.load(SPANS[:1], {"layers.1": cache.codec.empty(16, 10)})
 

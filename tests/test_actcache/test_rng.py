@@ -25,3 +25,9 @@ def test_a_stream_leaves_numpys_own_state_alone() -> None:
     np.random.seed(1)
     rng.stream("blocks", 0).permutation(100)
     assert np.random.random_sample() == expected
+
+
+def test_the_quick_permutation_is_that_of_the_stream_whatever_came_before() -> None:
+    for numbers in ((0, 0, 3, 4), (2**32 - 1,), (7, 1)):
+        expected = rng.stream("window", *numbers).permutation(100)
+        np.testing.assert_array_equal(rng.permutation(100, "window", *numbers), expected)

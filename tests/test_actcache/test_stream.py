@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.budget import PREFETCH_BATCHES
+from actcache.checked_reads import Verify
 from actcache.errors import ConfigError, CorruptShardError, HookpointError, RunError
 from actcache.order import OrderPlan, batch_rows, make_plan, split_shards
 from actcache.reader import Cache
@@ -67,7 +71,7 @@ def test_leaving_a_streams_context_ends_its_thread(cache: Cache) -> None:
     before = threading.active_count()
     with ActivationStream(cache, ["layers.0"], PLAN) as stream:
         assert next(stream).step == 0
-        assert threading.active_count() == before + 1
+        assert threading.active_count() > before
     assert threading.active_count() == before
 
 
@@ -385,3 +389,69 @@ def test_a_stream_whose_thread_is_gone_says_so_instead_of_waiting_for_ever(
     monkeypatch.setattr("actcache.stream._PATIENCE", 0.01)
     with pytest.raises(RunError, match="thread is gone"):
         next(open_stream())
+
+
+@pytest.mark.parametrize("window", [1, 7])
+@pytest.mark.parametrize("verify", ["first-read", "never"])
+def test_batches_are_the_same_for_every_number_of_threads(
+    window: int, verify: Verify, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, real = replace(PLAN, window=window), os.preadv
+    state = np.random.RandomState(0)
+
+    def preadv(*args: Any) -> int:
+        time.sleep(float(state.random_sample()) * 0.002)  # threads end in any order
+        return real(*args)
+
+    runs = []
+    for threads in (1, 2, 4):
+        with ActivationStream(
+            cache, cache.hookpoints, plan, threads=threads, verify=verify
+        ) as stream:
+            runs.append(take(stream, plan.steps_per_epoch + 1))
+        monkeypatch.setattr(os, "preadv", preadv)
+    for run in runs[1:]:
+        for expected, found in zip(runs[0], run, strict=True):
+            np.testing.assert_array_equal(expected.addresses, found.addresses)
+            for name in HOOKPOINTS:
+                assert torch.equal(expected.activations[name], found.activations[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("window", [1, 7])
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_any_of_it(
+    window: int, dtype: str, make_cache: Callable[..., Path]
+) -> None:
+    root = make_cache(hookpoints={"layers.0": 6}, sequences=4, last_sequences=2, dtype=dtype)
+    plan, cache = replace(PLAN, window=window), Cache.open(root)
+    rows = {shard: cache.read("layers.0", shard) for shard in cache.shards}
+    with ActivationStream(cache, ["layers.0"], plan) as stream:
+        views = []
+        for batch in take(stream, 4 * plan.steps_per_epoch):
+            whole = batch.activations["layers.0"]
+            # Nothing but one row of it is kept, in one of the ways in which that is done.
+            kept = [whole[3], whole.numpy()[3], whole.view(-1)[18:24].detach()][batch.step % 3]
+            views.append((batch.addresses[3], kept))
+    for (shard, row), kept in views:
+        truth = cache.codec.to_torch(rows[shard][row : row + 1])[0]
+        np.testing.assert_array_equal(np.asarray(kept), truth.numpy())
+
+
+def test_memory_of_batches_is_used_again(cache: Cache) -> None:
+    with ActivationStream(cache, ["layers.0"], PLAN) as stream:
+        places = {next(stream).activations["layers.0"].data_ptr() for _ in range(100)}
+    assert len(places) <= PREFETCH_BATCHES + 4
+
+
+def test_zarr_in_order_is_memmap_in_order(make_cache: Callable[..., Path], cache: Cache) -> None:
+    shape = {"hookpoints": HOOKPOINTS, "sequences": 4, "last_sequences": 2, "dtype": "bfloat16"}
+    zarr = Cache.open(make_cache(backend="zarr", compression="zstd", **shape))
+    plan = replace(PLAN, window=1)
+    with (
+        ActivationStream(zarr, zarr.hookpoints, plan) as one,
+        ActivationStream(cache, cache.hookpoints, plan) as other,
+    ):
+        for found, expected in zip(take(one, 9), take(other, 9), strict=True):
+            np.testing.assert_array_equal(found.addresses, expected.addresses)
+            for name in HOOKPOINTS:
+                assert torch.equal(found.activations[name], expected.activations[name])

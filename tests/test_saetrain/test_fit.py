@@ -855,6 +855,19 @@ def test_the_pool_of_rows_is_part_of_the_order(options: Options, snapshot: Snaps
     assert "metrics.jsonl" in only_changed(snapshot(Path(one.out)), snapshot(Path(two.out)))
 
 
+def test_how_rows_are_read_is_told_in_one_line_where_there_is_something_to_read(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = options(resume=True)
+    fit(config)
+    assert capsys.readouterr().err == (
+        "fit: 384 rows are mixed in memory (49.2 kB); read by 2 threads, up to 2 of 32 windows "
+        "ahead (too little to probe)\n"
+    )
+    fit(config)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_finished_run_whose_metrics_lack_a_hookpoint_is_refused(options: Options) -> None:
     config = options(resume=True)
     fit(config)

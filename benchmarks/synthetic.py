@@ -1,0 +1,86 @@
+"""A cache of random rows, written as a harvest writes them, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from actcache.atomic import publish
+from actcache.filters import kept_positions
+from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
+from actcache.parse import to_json
+from actcache.receipt import EndReceipt, publish_end
+from actcache.storage import BACKENDS, StoredRows
+from actcache.writer import FilledShard, ShardText, publish_shard
+
+HOOKPOINT = "layers.0"
+CTX = 512
+
+
+def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 128) -> None:
+    """One hookpoint in bfloat16, in sequences of 512 rows; fresh files.
+
+    Args:
+        root: a folder that does not exist.
+        backend: memmap or zarr.
+        rows: all together, rounded down to whole shards.
+        width: of a row.
+        shards: how many.
+    """
+    sequences = max(1, rows // CTX // shards)
+    identity = Identity(
+        model_fingerprint="0" * 32,
+        model_dtype="bfloat16",
+        tokenizer_fingerprint="1" * 32,
+        dataset_fingerprint="2" * 32,
+        weights=(),
+        documents="text",
+        column="text",
+        shuffle_buffer=None,
+        pipeline="pack",
+        ctx_len=CTX,
+        bos_id=None,
+        eos_id=0,
+        pad_id=None,
+        keep_order=False,
+        skip_positions=0,
+        exclude_special=(),
+        exclude_tokens=(),
+        max_norm_ratio=None,
+        hookpoints=(Hookpoint(HOOKPOINT, width),),
+        dtype="bfloat16",
+        via=(),
+        batch_size=8,
+        row_order="shuffled",
+        seed=0,
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        cache_id=identity.digest(),
+        identity=identity,
+        model="synthetic",
+        revision=None,
+        architecture="None",
+        dataset="synthetic",
+        split="train",
+        backend=backend,  # type: ignore[arg-type]
+        compression="none",
+        sequences_per_shard=sequences,
+        planned_sequences=sequences * shards,
+        block_rows=2 ** round(np.log2(2**20 / (2 * width))),
+        versions={},
+    )
+    publish(root / "manifest.json", [to_json(manifest)])
+    BACKENDS[backend].lay(root, manifest)
+    count = sequences * CTX
+    for shard in range(shards):
+        numbers = np.arange(sequences, dtype=np.int64)
+        lengths = np.full(sequences, CTX, dtype=np.int32)
+        text = ShardText(np.zeros((sequences, CTX), np.int32), lengths, numbers, numbers * 0)
+        kept, dropped = kept_positions(identity, text.tokens, text.lengths)
+        random = np.random.default_rng(shard).integers(0, 2**15, (count, width), dtype=np.uint16)
+        values = (random & 0x80FF) | 0x3F00  # bfloat16 numbers between 0.5 and 2
+        stored = {HOOKPOINT: StoredRows({"activations": values.astype("<u2")})}
+        publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, stored, {}))
+    publish_end(root, EndReceipt(manifest.cache_id, shards - 1, sequences * shards, "goal", 0))

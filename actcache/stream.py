@@ -122,6 +122,11 @@ class ActivationStream:
         self._place: Place = (epoch, segment, step)
         self._epochs = epochs
         self.seconds_waited = 0.0
+        """Waiting for batches."""
+        self.seconds_to_first = 0.0
+        """Of that, for the first one."""
+        self.seconds_for_shards = 0.0
+        """Of that, for shards that were not there yet; in steps of a second."""
         self.on_wait: Callable[[int], None] = lambda _: None
         """Called by `next` about once a second while a shard is waited for, with its number."""
         self._batches: queue.Queue[tuple[Batch, Place] | BaseException | None] = queue.Queue(
@@ -156,7 +161,10 @@ class ActivationStream:
             self._thread.start()
         began = time.monotonic()
         item = self._take()
-        self.seconds_waited += time.monotonic() - began
+        seconds = time.monotonic() - began
+        if not self.seconds_waited:
+            self.seconds_to_first = seconds
+        self.seconds_waited += seconds
         if item is None:
             self.close()
             raise StopIteration
@@ -174,6 +182,7 @@ class ActivationStream:
                 missing = self._plans.missing
                 self._require_reader()
             if missing is not None:
+                self.seconds_for_shards += _PATIENCE
                 self.on_wait(missing)
 
     def _require_reader(self) -> None:

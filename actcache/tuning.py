@@ -14,7 +14,7 @@ from itertools import islice
 from actcache.order import Epoch, OrderPlan, Span
 from actcache.reader import Cache
 
-THREADS = (1, 2, 4)
+THREADS = (2, 4)
 DEFAULT_THREADS = 2
 
 _ROUND = 16 << 20  # bytes that each number of threads reads
@@ -31,9 +31,9 @@ class Tuning:
 
 
 def tune(cache: Cache, hookpoints: Sequence[str], plan: OrderPlan, epoch: int = 0) -> Tuning:
-    """Read the first blocks of an epoch with one, two and four threads, each block once.
+    """Read the first blocks of an epoch with two and with four threads, each block once.
 
-    Takes 48 MiB, which training reads soon after; nothing where that is more than 1/8 of the rows.
+    Takes 32 MiB, which training reads soon after; nothing where that is more than 1/8 of the rows.
 
     Raises:
         CorruptShardError: a file is gone, or is not what its receipt promises.

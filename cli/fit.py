@@ -12,6 +12,7 @@ def run(config: FitConfig, as_json: bool) -> None:
     """Train one SAE per hookpoint of CACHE, all from one pass over its rows."""
     import dataclasses
 
+    from actcache.progress import format_bytes
     from saetrain.fit import fit
 
     summary = fit(config)
@@ -31,10 +32,13 @@ def run(config: FitConfig, as_json: bool) -> None:
     if summary.new_steps:
         did = (
             f"{summary.new_steps:,} steps at {summary.rows_per_second:,.0f} rows/s, "
+            f"{format_bytes(summary.bytes_per_second)}/s, "
             f"{summary.data_wait:.0%} of the time waiting for rows"
         )
     whole = f"{summary.steps:,} steps of {summary.rows // summary.steps:,} rows"
     print(f"{summary.run}: {did}; finished, {whole}")
+    if summary.limit is not None:
+        print(summary.limit)
 
 
 def figure(value: float | None, form: str) -> str:

@@ -9,7 +9,7 @@ import typer
 from actcache.config import ConvertConfig, HarvestConfig, PlanConfig
 from saetrain.config import FitConfig
 
-from . import convert, fit, harvest, hookpoints, inspect_cache, plan, verify
+from . import bench, convert, fit, harvest, hookpoints, inspect_cache, plan, verify
 from . import eval as eval_
 from .guard import guarded
 from .options import command
@@ -54,6 +54,7 @@ def actcache_app() -> typer.Typer:
     app.command("hookpoints")(hookpoints.run)
     app.command("inspect")(inspect_cache.run)
     app.command("verify")(verify.run)
+    app.command("bench")(bench.run)
     return app
 
 

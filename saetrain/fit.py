@@ -27,6 +27,7 @@ from actcache.tuning import Tuning, tune
 from saetrain.checkpoint import load_checkpoint, remove_others
 from saetrain.config import FitConfig, SaeConfig
 from saetrain.follow import Follower
+from saetrain.limits import Waits, sentence
 from saetrain.metrics import Firing, Meter
 from saetrain.optim import default_lr, make_optimizer
 from saetrain.run import (
@@ -63,8 +64,12 @@ class FitSummary:
     """Trained on in the whole run."""
     rows_per_second: float
     """In this call, for all SAEs together; 0 when nothing was left to do."""
+    bytes_per_second: float
+    """Of rows on disk, likewise."""
     data_wait: float
     """Share of the time spent waiting for rows."""
+    limit: str | None
+    """One sentence: what the limit was, and what would help; None when nothing was left to do."""
     dead_after: int
     """Rows without firing after which a latent is dead."""
     saes: dict[str, dict[str, Any]]
@@ -132,13 +137,14 @@ def _fit(
         threads=tuning.threads,
         **place,
     )
-    tracker = Tracker(root, first_step, record.steps, record.plan.batch_size)
+    tracker = Tracker(root, first_step, record.steps, record.plan.batch_size, stream.row_bytes)
     if first_step < record.steps:
         tracker.bar.say(_how_it_reads(record, tuning, stream.row_bytes))
     try:
         steps = train(root, record, trainees, stream, tracker, first_step, follower)
     finally:
         stream.close()
+        seconds = tracker.seconds
         rows_per_second, data_wait = tracker.close()
     line = last_line(root / METRICS)
     if line is None:  # a finished run that lost it; one that trained just wrote it
@@ -149,11 +155,22 @@ def _fit(
         new_steps=steps - first_step,
         rows=steps * record.plan.batch_size,
         rows_per_second=rows_per_second,
+        bytes_per_second=rows_per_second * stream.row_bytes,
         data_wait=data_wait,
+        limit=_limit(stream, seconds, rows_per_second, config) if steps > first_step else None,
         dead_after=record.dead_after,
         saes=saes_of(root / METRICS, line, hookpoints),
         warnings=(*warnings, *_ended_early(record, steps)),
     )
+
+
+def _limit(
+    stream: ActivationStream, seconds: float, rows_per_second: float, config: FitConfig
+) -> str:
+    waits = Waits(
+        seconds, stream.seconds_waited, stream.seconds_to_first, stream.seconds_for_shards
+    )
+    return sentence(waits, rows_per_second * stream.row_bytes, config.verify)
 
 
 def _how_it_reads(record: RunRecord, tuning: Tuning, row_bytes: int) -> str:

@@ -23,10 +23,19 @@ class Tracker:
 
     A resumed run first cuts both files back to its checkpoint's step, so that metrics.jsonl ends as
     if there had been no interruption.
+
+    Args:
+        root: folder of the run.
+        step: steps done.
+        steps: of the whole run.
+        batch_size: rows of a step.
+        row_bytes: bytes of a row on disk, of all hookpoints.
     """
 
-    def __init__(self, root: Path, step: int, steps: int, batch_size: int) -> None:
-        self._batch_size = batch_size
+    def __init__(
+        self, root: Path, step: int, steps: int, batch_size: int, row_bytes: int = 0
+    ) -> None:
+        self._batch_size, self._row_bytes = batch_size, row_bytes
         self._files = {}
         for name in (METRICS, TIMINGS):
             cut_back(root / name, step)
@@ -50,6 +59,7 @@ class Tracker:
         timings = {
             "step": step,
             "rows_per_second": rows / seconds,
+            "bytes_per_second": rows * self._row_bytes / seconds,
             "mean_rows_per_second": (step - self._first_step)
             * self._batch_size
             / max(now - self._began, 1e-9),
@@ -60,8 +70,14 @@ class Tracker:
         self._write(METRICS, {"step": step, "rows": step * self._batch_size, "saes": metrics})
         self._write(TIMINGS, timings)
         fvu = sum(m["fvu"] for m in metrics.values()) / len(metrics)
-        self.bar.advance(rows, fvu=f"{fvu:.4f}", data_wait=f"{timings['data_wait']:.0%}")
+        notes = {"fvu": f"{fvu:.4f}", "data_wait": f"{timings['data_wait']:.0%}"}
+        self.bar.advance(rows, rows * self._row_bytes, **notes)
         self._last, self._last_step, self._waited = now, step, waited
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the last line."""
+        return self._last - self._began
 
     def sync(self) -> None:
         """Make all lines durable: a checkpoint must not know more than they say."""

@@ -26,7 +26,7 @@ def plan_of(cache: Cache) -> OrderPlan:
 
 
 @pytest.mark.parametrize(
-    ("speeds", "threads"), [((1, 1, 1), 1), ((1, 2, 2.1), 2), ((1, 1.05, 4), 4), ((3, 1, 1), 1)]
+    ("speeds", "threads"), [((1, 1), 2), ((1, 1.05), 2), ((1, 2), 4), ((3, 1), 2)]
 )
 def test_more_threads_are_taken_where_they_read_faster(
     cache: Cache, speeds: Sequence[float], threads: int, monkeypatch: pytest.MonkeyPatch
@@ -39,7 +39,7 @@ def test_more_threads_are_taken_where_they_read_faster(
 
     monkeypatch.setattr(tuning, "_speed", speed)
     assert tune(cache, ["layers.0"], plan_of(cache)).threads == threads
-    assert len(set(seen)) == len(seen) == 3 * 4  # no block is read twice: it would be in memory
+    assert len(set(seen)) == len(seen) == 2 * 4  # no block is read twice: it would be in memory
 
 
 def test_it_reads_for_real_and_tells_the_speed(cache: Cache) -> None:

@@ -855,6 +855,19 @@ def test_the_pool_of_rows_is_part_of_the_order(options: Options, snapshot: Snaps
     assert "metrics.jsonl" in only_changed(snapshot(Path(one.out)), snapshot(Path(two.out)))
 
 
+def test_a_run_says_what_its_limit_was_and_every_line_how_fast_it_was(options: Options) -> None:
+    config = options(resume=True)
+    summary = fit(config)
+    assert summary.limit is not None
+    assert "of the time went into waiting for rows" in summary.limit
+    assert summary.bytes_per_second == pytest.approx(summary.rows_per_second * 2 * 16 * 4)
+    for text in (Path(config.out) / TIMINGS).read_text().splitlines():
+        line = json.loads(text)
+        assert 0 <= line["data_wait"] <= 1
+        assert line["bytes_per_second"] == pytest.approx(line["rows_per_second"] * 2 * 16 * 4)
+    assert fit(config).limit is None
+
+
 def test_how_rows_are_read_is_told_in_one_line_where_there_is_something_to_read(
     options: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,34 @@ def test_the_share_of_waiting_is_that_of_the_time_since_the_last_line(
     assert (second["rows_per_second"], second["data_wait"]) == (64.0, 0.5)
 
 
+def test_bytes_per_second_are_those_of_the_rows_since_the_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("saetrain.tracking.time.monotonic", lambda: now[0])
+    tracker = Tracker(tmp_path, step=10, steps=40, batch_size=32, row_bytes=100)
+    for step, then in ((20, 102.0), (40, 112.0)):
+        now[0] = then
+        tracker.log(step, SAES, waited=0.0)
+    assert tracker.seconds == 12
+    tracker.close()
+    found = [line["bytes_per_second"] for line in lines(tmp_path / TIMINGS)]
+    assert found == [16_000.0, 6_400.0]
+
+
+def test_the_bar_has_rows_bytes_and_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    tracker = Tracker(tmp_path, step=0, steps=4, batch_size=32, row_bytes=100)
+    tracker.log(4, SAES, waited=0.0)
+    tracker.close()
+    shown = capsys.readouterr().err
+    assert "rows/s" in shown
+    assert "data_wait=0%" in shown
+    assert "disk=" in shown
+
+
 def test_a_resumed_run_goes_on_after_the_lines_of_its_checkpoint(tmp_path: Path) -> None:
     for name in (METRICS, TIMINGS):
         (tmp_path / name).write_text(text(4, 8, 12))

@@ -1,0 +1,52 @@
+"""`actcache bench`: how fast this machine reads a cache."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .guard import emit, guarded
+from .tables import table
+
+
+@guarded
+def run(
+    cache: Annotated[str, typer.Argument(help="Folder of the cache.")],
+    hookpoint: Annotated[
+        list[str] | None, typer.Option(help="Read this one; repeatable. Default: all together.")
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Read shards up to so many bytes.")] = 2**30,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 4096,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that read. Default: by a short probe.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure how fast CACHE is read and streamed on this machine, from disk and from memory."""
+    import dataclasses
+
+    from actcache.progress import format_bytes
+    from actcache.reader import Cache
+    from actcache.speed import measure
+
+    found = measure(
+        Cache.open(cache),
+        hookpoint or (),
+        max_bytes=max_bytes,
+        batch_size=batch_size,
+        threads=threads,
+    )
+    if json:
+        emit(dataclasses.asdict(found))
+        return
+    rows = [
+        [speed.what, f"{format_bytes(speed.bytes_per_second)}/s", f"{speed.rows_per_second:,.0f}"]
+        for speed in found.speeds
+    ]
+    print(table(["", "bytes", "rows/s"], rows))
+    print(
+        f"{found.rows:,} rows of {', '.join(found.hookpoints)} ({format_bytes(found.bytes)}), "
+        f"threads: {found.threads}, batches of {found.batch_size:,} rows; "
+        f"mixed: {found.pool_rows:,} rows in memory"
+    )

@@ -1,0 +1,29 @@
+"""`actcache bench`, through the program itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = str(Path(sys.executable).with_name("actcache"))
+    return subprocess.run([program, "bench", *arguments], capture_output=True, text=True)
+
+
+def test_a_caches_speed_is_shown_as_a_table_and_as_json(make_cache: Callable[..., Path]) -> None:
+    root = str(make_cache())
+    shown = bench(root, "--hookpoint", "layers.1", "--threads", "2")
+    assert shown.returncode == 0, shown.stderr
+    for text in ("batches mixed, from disk", "rows/s", "512 rows of layers.1 (32.8 kB)"):
+        assert text in shown.stdout
+    found = json.loads(bench(root, "--json").stdout)
+    assert found["hookpoints"] == ["layers.0", "layers.1"]
+    assert len(found["speeds"]) == 6
+
+
+def test_what_is_no_cache_is_refused_with_its_code(tmp_path: Path) -> None:
+    assert bench(str(tmp_path)).returncode == 9

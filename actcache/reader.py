@@ -192,7 +192,7 @@ class Cache:
         """
         for part, places in views.items():
             extent = self.locate(hookpoint, shard, part)
-            offset = start * (extent.bytes // extent.shape[0])
+            offset = start * (extent.bytes // max(1, extent.shape[0]))
             length = sum(map(len, places))
             assert offset + length <= extent.bytes
             if not isinstance(extent, CompressedExtent):

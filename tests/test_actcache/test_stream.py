@@ -422,7 +422,7 @@ def test_batches_are_the_same_for_every_number_of_threads(
 def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_any_of_it(
     window: int, dtype: str, make_cache: Callable[..., Path]
 ) -> None:
-    root = make_cache(hookpoints={"layers.0": 6}, sequences=4, last_sequences=2, dtype=dtype)
+    root = make_cache(**(SHAPE | {"hookpoints": {"layers.0": 6}, "dtype": dtype}))
     plan, cache = replace(PLAN, window=window), Cache.open(root)
     rows = {shard: cache.read("layers.0", shard) for shard in cache.shards}
     with ActivationStream(cache, ["layers.0"], plan) as stream:
@@ -444,8 +444,7 @@ def test_memory_of_batches_is_used_again(cache: Cache) -> None:
 
 
 def test_zarr_in_order_is_memmap_in_order(make_cache: Callable[..., Path], cache: Cache) -> None:
-    shape = {"hookpoints": HOOKPOINTS, "sequences": 4, "last_sequences": 2, "dtype": "bfloat16"}
-    zarr = Cache.open(make_cache(backend="zarr", compression="zstd", **shape))
+    zarr = Cache.open(make_cache(backend="zarr", compression="zstd", **SHAPE))
     plan = replace(PLAN, window=1)
     with (
         ActivationStream(zarr, zarr.hookpoints, plan) as one,

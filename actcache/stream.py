@@ -20,6 +20,7 @@ from actcache.in_order import GROUPS, Filled, in_order, steps_at_once
 from actcache.order import Epoch, OrderPlan, Rows, lanes_of_rank
 from actcache.read_ahead import ReadAhead, Window, WindowMemory
 from actcache.reader import Cache
+from actcache.row_text import RowText, TextReader
 from actcache.storage import StoredRows
 from actcache.tuning import DEFAULT_THREADS
 
@@ -58,6 +59,8 @@ class Batch:
     """Number of the plan that it is of, where there are several."""
     last: bool = False
     """Whether it ends a stream of a given number of epochs."""
+    text: RowText | None = None
+    """Which tokens the rows are, if the stream was asked for it."""
 
 
 class ActivationStream:
@@ -83,6 +86,7 @@ class ActivationStream:
         verify: when the bytes that are read are compared with the receipts, see `CheckedReads`.
         prefetch: batches that may wait to be taken.
         threads: read rows ahead of the batches; cannot touch the order.
+        text: whether batches carry token ids, sequences and positions; else no text is read.
 
     Raises:
         HookpointError: the cache does not hold a hookpoint.
@@ -104,6 +108,7 @@ class ActivationStream:
         verify: Verify = "first-read",
         prefetch: int = PREFETCH_BATCHES,
         threads: int = DEFAULT_THREADS,
+        text: bool = False,
     ) -> None:
         for hookpoint in hookpoints:
             cache.require_hookpoint(hookpoint)
@@ -121,6 +126,7 @@ class ActivationStream:
             lanes_of_rank(plan.lanes, rank, world_size)  # refused here, not by the thread
         self._place: Place = (epoch, segment, step)
         self._epochs = epochs
+        self._text = TextReader(cache) if text else None
         self.seconds_waited = 0.0
         """Waiting for batches."""
         self.seconds_to_first = 0.0
@@ -252,7 +258,8 @@ class ActivationStream:
             activations = {
                 name: self.cache.codec.to_torch(rows) for name, rows in item.rows.items()
             }
-            yield Batch(epoch, item.step, activations, item.addresses, number)
+            text = None if self._text is None else self._text.of(item.addresses)
+            yield Batch(epoch, item.step, activations, item.addresses, number, text=text)
 
     def _in_order(self, line: Epoch, lanes: list[int], first_step: int) -> Iterator[Filled]:
         batch = len(lanes) * line.plan.rows_per_lane_and_batch

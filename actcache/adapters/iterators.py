@@ -1,0 +1,169 @@
+"""Iterators over a feed, in this process: for NumPy, SAELens and dictionary_learning.
+
+Letters: B rows of a batch, D d_in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.adapters.feed import Feed
+from actcache.errors import ConfigError
+from actcache.hooks import INPUT
+from actcache.stream import ActivationStream, Batch
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+class Batches(ABC, Generic[T]):
+    """A feed's batches, each converted to float32: exact for every type of a cache.
+
+    Reading ahead begins with the first batch. `close`, leaving the context, or forgetting the
+    iterator ends it.
+    """
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self._stream = feed.stream()
+        self._let_go = weakref.finalize(self, _close, self._stream)
+
+    @abstractmethod
+    def _convert(self, batch: Batch) -> T: ...
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        """The next batch; a reader's error is raised here."""
+        return self._convert(next(self._stream))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead. Taking another batch is then an error."""
+        self._let_go.detach()
+        self._stream.close()
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch lies: save it beside the trainer's own state."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a state of the same feed. Only before the first batch is taken."""
+        self._stream.load_state_dict(state)
+
+
+def _close(stream: ActivationStream) -> None:
+    # What is forgotten may be collected in the stream's own thread, which cannot wait for itself.
+    with contextlib.suppress(RuntimeError):
+        stream.close()
+
+
+class NumpyBatches(Batches[NDArray[np.float32]]):
+    """Batches of one hookpoint as NumPy arrays. Each float32 [B, D]"""
+
+    def __init__(self, feed: Feed) -> None:
+        super().__init__(feed)
+        self._hookpoint = only_hookpoint(feed)
+
+    def _convert(self, batch: Batch) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = batch.activations[self._hookpoint].float().numpy()
+        return rows
+
+
+class HookpointBatches(Batches["dict[str, torch.Tensor]"]):
+    """Batches of several hookpoints, aligned, by name: what SAELens's `MultiSAETrainer` takes.
+
+    Row i is the same token at every hookpoint, as transcoders and crosscoders need it. Each float32
+    [B, D]
+
+    Args:
+        feed: the rows.
+        device: torch device to put them on.
+    """
+
+    def __init__(self, feed: Feed, device: str | torch.device = "cpu") -> None:
+        super().__init__(feed)
+        self.device = device
+
+    def _convert(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return to_float32(batch, self.device)
+
+
+class SaeLensBatches(Batches["torch.Tensor"]):
+    """Batches of one hookpoint: the data provider of SAELens 6's `SAETrainer`. Each float32 [B, D]
+
+    `batch_size` is the trainer's `train_batch_size_samples`. An estimate of the activations' scale
+    (`normalize_activations`) takes its batches from here too, so that training begins after them.
+
+    Args:
+        feed: the rows; endless, because the trainer counts its samples itself.
+        device: torch device to put them on.
+    """
+
+    def __init__(self, feed: Feed, device: str | torch.device = "cpu") -> None:
+        super().__init__(feed)
+        self.device = device
+        self._hookpoint = only_hookpoint(feed)
+
+    def _convert(self, batch: Batch) -> torch.Tensor:
+        return to_float32(batch, self.device)[self._hookpoint]
+
+
+class DictionaryLearningBuffer(SaeLensBatches):
+    """Batches of one hookpoint: `data` for dictionary_learning's `trainSAE`. Each float32 [B, D]
+
+    Put them on the trainer's device: its first step expects them there.
+    """
+
+    @property
+    def config(self) -> dict[str, object]:
+        """What `trainSAE` saves under "buffer", by its own buffer's names as far as they apply."""
+        manifest = self.feed.cache.manifest
+        name, plan = self._hookpoint, self.feed.plan
+        return {
+            "d_submodule": manifest.width(name),
+            "io": "in" if name.endswith(INPUT) else "out",
+            "ctx_len": manifest.identity.ctx_len,
+            "out_batch_size": plan.batch_size,
+            "device": str(self.device),
+            "hookpoint": name,
+            "cache_id": manifest.cache_id,
+            "receipts_digest": self.feed.cache.digest([shard for shard, _ in plan.shards]),
+            "seed": plan.seed,
+        }
+
+
+def only_hookpoint(feed: Feed) -> str:
+    """The hookpoint of a feed that has one; raises `ConfigError` for another number."""
+    if len(feed.hookpoints) != 1:
+        raise ConfigError(
+            "these batches are of one hookpoint",
+            expected="one name",
+            got=feed.hookpoints,
+            remedy="a feed of one hookpoint; or HookpointBatches, which gives all by name",
+        )
+    return feed.hookpoints[0]
+
+
+def to_float32(batch: Batch, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """A batch's rows by hookpoint, on a device. Each float32 [n, D]"""
+    import torch
+
+    return {
+        name: rows.to(device).to(torch.float32)  # the fewer bytes travel
+        for name, rows in batch.activations.items()
+    }

@@ -5,8 +5,6 @@ Letters: B rows of a batch, D d_in.
 
 from __future__ import annotations
 
-import contextlib
-import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 from actcache.adapters.feed import Feed
 from actcache.errors import ConfigError
 from actcache.hooks import INPUT
-from actcache.stream import ActivationStream, Batch
+from actcache.stream import Batch
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +32,6 @@ class Batches(ABC, Generic[T]):
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
         self._stream = feed.stream()
-        self._let_go = weakref.finalize(self, _close, self._stream)
 
     @abstractmethod
     def _convert(self, batch: Batch) -> T: ...
@@ -54,7 +51,6 @@ class Batches(ABC, Generic[T]):
 
     def close(self) -> None:
         """Stop reading ahead. Taking another batch is then an error."""
-        self._let_go.detach()
         self._stream.close()
 
     def state_dict(self) -> dict[str, int]:
@@ -64,12 +60,6 @@ class Batches(ABC, Generic[T]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a state of the same feed. Only before the first batch is taken."""
         self._stream.load_state_dict(state)
-
-
-def _close(stream: ActivationStream) -> None:
-    # What is forgotten may be collected in the stream's own thread, which cannot wait for itself.
-    with contextlib.suppress(RuntimeError):
-        stream.close()
 
 
 class NumpyBatches(Batches[NDArray[np.float32]]):

@@ -24,6 +24,7 @@ from actcache.budget import PREFETCH_BATCHES
 from actcache.checked_reads import Verify
 from actcache.errors import ConfigError, CorruptShardError, HookpointError, RunError
 from actcache.order import OrderPlan, batch_rows, make_plan, split_shards
+from actcache.producer import Producer
 from actcache.reader import Cache
 from actcache.storage import CODECS
 from actcache.stream import ActivationStream, Batch
@@ -72,6 +73,18 @@ def test_leaving_a_streams_context_ends_its_thread(cache: Cache) -> None:
     with ActivationStream(cache, ["layers.0"], PLAN) as stream:
         assert next(stream).step == 0
         assert threading.active_count() > before
+    assert threading.active_count() == before
+
+
+def test_a_stream_that_is_forgotten_ends_its_threads(cache: Cache) -> None:
+    before = threading.active_count()
+    stream: ActivationStream | None = ActivationStream(cache, ["layers.0"], PLAN)
+    assert stream is not None
+    assert next(stream).step == 0
+    stream = None
+    deadline = time.monotonic() + 60
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert threading.active_count() == before
 
 
@@ -426,7 +439,7 @@ def test_a_stream_whose_thread_is_gone_says_so_instead_of_waiting_for_ever(
     open_stream: Callable[..., ActivationStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in the child of a process that forked."""
-    monkeypatch.setattr(ActivationStream, "_produce", lambda _: None)
+    monkeypatch.setattr(Producer, "_run", lambda _: None)
     monkeypatch.setattr("actcache.stream._PATIENCE", 0.01)
     with pytest.raises(RunError, match="thread is gone"):
         next(open_stream())

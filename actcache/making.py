@@ -11,17 +11,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from actcache.batch_memory import BatchMemory
 from actcache.budget import HELD_BATCHES, spare_windows
 from actcache.checked_reads import CheckedReads, Verify
 from actcache.in_order import GROUPS, Filled, in_order, steps_at_once
+from actcache.mixed import mixed
 from actcache.order import Epoch, OrderPlan, Rows, lanes_of_rank
-from actcache.read_ahead import ReadAhead, Window, WindowMemory
+from actcache.read_ahead import Pool, ReadAhead
 from actcache.reader import Cache
 from actcache.row_text import RowText, TextReader
-from actcache.storage import StoredRows
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +105,7 @@ class BatchMaker:
         self._widths = {name: cache.manifest.width(name) for name in hookpoints}
         self.row_bytes = sum(map(cache.codec.row_bytes, self._widths.values()))
         """Bytes of a row on disk, of all hookpoints that are read."""
-        self._window_memory = WindowMemory(cache, self.hookpoints)
+        self._pool: Pool | None = None
         self._text = TextReader(cache) if text else None
 
     def batches(
@@ -164,17 +162,14 @@ class BatchMaker:
     def _mixed(
         self, line: Epoch, lanes: list[int], first_step: int, threads: Executor
     ) -> Iterator[Filled]:
-        b, spare = line.plan.rows_per_lane_and_batch, spare_windows(len(lanes))
-        ahead = ReadAhead(self._reads, self._window_memory, threads, line, lanes, first_step, spare)
-        memory = self._memory(0)
-        windows: list[Window | None] = [None] * len(lanes)
-        for step in range(first_step, line.plan.steps_per_epoch):
-            rows = memory.take(b * len(lanes))
-            addresses = np.empty((b * len(lanes), 2), dtype=np.int64)
-            for i, lane in enumerate(lanes):
-                windows[i] = _take(ahead, windows[i], lane, step * b, b, rows, addresses, at=i * b)
-            yield Filled(step, rows, addresses)
-        ahead.end(windows)
+        plan = line.plan
+        slots = len(lanes) + spare_windows(len(lanes))
+        shape = (slots, min(plan.window, plan.lane_rows))
+        if self._pool is None or self._pool.shape != shape:  # of another plan
+            self._pool = None  # let go before there is another
+            self._pool = Pool(self.cache, self.hookpoints, *shape)
+        ahead = ReadAhead(self._reads, self._pool, threads, line, lanes, first_step)
+        return mixed(ahead, self._pool, self._memory(0), line, lanes, first_step)
 
     def _memory(self, filled_at_once: int) -> BatchMemory:
         most = self._waiting + HELD_BATCHES + filled_at_once
@@ -191,44 +186,3 @@ def _mark_last(items: Iterator[tuple[Batch, Place]]) -> Iterator[tuple[Batch, Pl
     if held is not None:
         batch, _ = held
         yield replace(batch, last=True), (batch.epoch + 1, 0, 0)
-
-
-def _take(
-    ahead: ReadAhead,
-    window: Window | None,
-    lane: int,
-    row: int,
-    count: int,
-    out: dict[str, StoredRows],
-    addresses: Rows,
-    at: int,
-) -> Window | None:
-    """Copy a lane's rows [row, row + count) to `out` and `addresses`, from index `at` on.
-
-    Args:
-        ahead: gives the lane's next windows.
-        window: the one that the lane has; None before its first.
-        lane: which lane.
-        row: first row.
-        count: how many.
-        out: by hookpoint.
-        addresses: (shard, row in shard).
-        at: where to begin in both.
-
-    Returns:
-        The window that the lane has now.
-    """
-    while count:
-        if window is None or row >= window.stop:
-            window = ahead.swap(window)
-        assert window.lane == lane
-        assert window.start <= row < window.stop
-        assert window.permutation is not None
-        n = min(count, window.stop - row)
-        chosen = window.permutation[row - window.start : row - window.start + n]
-        for name, stored in window.rows.items():
-            stored.take(chosen, out[name][at : at + n])
-        # mode='clip' lets NumPy write straight into `addresses`; the indices are in range.
-        np.take(window.addresses, chosen, axis=0, out=addresses[at : at + n], mode="clip")
-        row, count, at = row + n, count - n, at + n
-    return window

@@ -7,7 +7,7 @@ which batches need them, and are handed out in that order, whichever is done fir
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -16,46 +16,41 @@ import numpy as np
 from actcache.checked_reads import CheckedReads
 from actcache.order import Epoch, Rows, Span
 from actcache.reader import Cache
-from actcache.storage import StoredRows
 
 
-@dataclass
+class Pool:
+    """Memory for windows, one piece of which every window has a slot, used again and again.
+
+    One piece, so that a batch is gathered out of all lanes' windows at once. S slots of W rows.
+
+    Args:
+        cache: where the rows come from.
+        hookpoints: which rows.
+        slots: windows that it holds.
+        capacity: rows of a window, at most.
+    """
+
+    def __init__(self, cache: Cache, hookpoints: Sequence[str], slots: int, capacity: int) -> None:
+        self.shape = (slots, capacity)
+        codec, width = cache.codec, cache.manifest.width
+        self.rows = {name: codec.empty(slots * capacity, width(name)) for name in hookpoints}
+        """As on disk, in the order of the line. Each [S * W, d_in]"""
+        self.addresses: Rows = np.empty((slots * capacity, 2), dtype=np.int64)
+        """(shard, row in shard) of each. [S * W, 2]"""
+        self.order: Rows = np.empty(slots * capacity, dtype=np.int64)
+        """Numbers of a window's rows in this pool, in the order in which they are taken. [S * W]"""
+
+
+@dataclass(frozen=True)
 class Window:
-    """A window of one lane, in memory as on disk. W rows at most."""
+    """A window of one lane in a slot of the pool."""
 
-    rows: Mapping[str, StoredRows]
-    """By hookpoint, in the order of the line. Each [W, d_in]"""
-    addresses: Rows
-    """(shard, row in shard). [W, 2]"""
-    lane: int = 0
-    start: int = 0
+    slot: int
+    lane: int
+    start: int
     """First row of the lane that it holds."""
-    stop: int = 0
+    stop: int
     """First one after them."""
-    permutation: Rows | None = None
-    """The order in which its rows are taken. [stop - start]"""
-
-
-class WindowMemory:
-    """Memory for windows, used again and again: fresh pages cost as much as filling them."""
-
-    def __init__(self, cache: Cache, hookpoints: Sequence[str]) -> None:
-        self._cache, self._hookpoints = cache, tuple(hookpoints)
-        self._free: list[Window] = []
-
-    def take(self, rows: int) -> Window:
-        """A window with room for so many rows."""
-        while self._free:
-            window = self._free.pop()
-            if len(window.addresses) == rows:
-                return window  # those of another plan are let go
-        codec, width = self._cache.codec, self._cache.manifest.width
-        memory = {name: codec.empty(rows, width(name)) for name in self._hookpoints}
-        return Window(memory, np.empty((rows, 2), dtype=np.int64))
-
-    def give_back(self, window: Window) -> None:
-        """Its rows are not needed any more."""
-        self._free.append(window)
 
 
 class ReadAhead:
@@ -63,64 +58,53 @@ class ReadAhead:
 
     Args:
         reads: how rows are read.
-        memory: for the windows.
+        pool: where they are put.
         threads: load them.
         line: the epoch.
         lanes: which lanes.
         first_step: step of the first batch.
-        spare: windows to load ahead while every lane has one.
     """
 
     def __init__(
         self,
         reads: CheckedReads,
-        memory: WindowMemory,
+        pool: Pool,
         threads: Executor,
         line: Epoch,
         lanes: Sequence[int],
         first_step: int,
-        spare: int,
     ) -> None:
-        self._reads, self._memory, self._threads, self._line = reads, memory, threads, line
+        self._reads, self._pool, self._threads, self._line = reads, pool, threads, line
         self._wanted = _needed(line, lanes, first_step)
         self._loading: deque[Future[Window]] = deque()
-        self._capacity = min(line.plan.window, line.plan.lane_rows)
-        self._free = len(lanes) + spare  # windows that may still be begun
+        slots, self._capacity = pool.shape
+        self._free = list(range(slots))
         self._begin()
 
     def swap(self, old: Window | None) -> Window:
         """Give a window back, and take the next; raises what its reading raised."""
         if old is not None:
-            self._memory.give_back(old)
-            self._free += 1
+            self._free.append(old.slot)
         self._begin()
         return self._loading.popleft().result()
-
-    def end(self, last: Sequence[Window | None]) -> None:
-        """Give back all windows that lanes still have."""
-        for window in last:
-            if window is not None:
-                self._memory.give_back(window)
 
     def _begin(self) -> None:
         while self._free:
             wanted = next(self._wanted, None)
             if wanted is None:
                 return
-            window = self._memory.take(self._capacity)
-            self._loading.append(self._threads.submit(self._load, window, *wanted))
-            self._free -= 1
+            self._loading.append(self._threads.submit(self._load, self._free.pop(), *wanted))
 
-    def _load(self, window: Window, lane: int, number: int) -> Window:
-        line = self._line
-        window.lane = lane
-        window.start, window.stop = line.window(lane, number)
-        window.permutation = line.permutation(lane, number)
+    def _load(self, slot: int, lane: int, number: int) -> Window:
+        line, pool = self._line, self._pool
+        start, stop = line.window(lane, number)
+        place = slice(slot * self._capacity, slot * self._capacity + stop - start)
+        np.add(line.permutation(lane, number), place.start, out=pool.order[place])
         first = lane * line.plan.lane_rows
-        spans = list(line.spans(first + window.start, first + window.stop))
-        self._reads.load(spans, window.rows)
-        write_addresses(spans, window.addresses)
-        return window
+        spans = list(line.spans(first + start, first + stop))
+        self._reads.load(spans, {name: rows[place] for name, rows in pool.rows.items()})
+        write_addresses(spans, pool.addresses[place])
+        return Window(slot, lane, start, stop)
 
 
 def write_addresses(spans: Sequence[Span], out: Rows) -> None:

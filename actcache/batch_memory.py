@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Callable
 
-from actcache.storage import Codec, StoredRows
+import numpy as np
+
+from actcache.storage import Array, StoredRows
+
+Empty = Callable[[int, int], StoredRows]
 
 
 class BatchMemory:
@@ -15,13 +20,13 @@ class BatchMemory:
     reference count of the array below, and only memory that is held by nobody else is used again.
 
     Args:
-        codec: type of the rows.
+        empty: gives memory for so many rows of a width.
         widths: of the hookpoints, by name.
         most: batches to keep an eye on; of more, the oldest is left to whoever holds it.
     """
 
-    def __init__(self, codec: Codec, widths: dict[str, int], most: int) -> None:
-        self._codec, self._widths = codec, widths
+    def __init__(self, empty: Empty, widths: dict[str, int], most: int) -> None:
+        self._empty, self._widths = empty, widths
         self._kept: deque[tuple[int, dict[str, StoredRows], list[int]]] = deque(maxlen=most)
 
     def take(self, rows: int) -> dict[str, StoredRows]:
@@ -29,7 +34,7 @@ class BatchMemory:
         for count, batch, free in self._kept:
             if count == rows and _references(batch) == free:
                 return _lent(batch)
-        batch = {name: self._codec.empty(rows, width) for name, width in self._widths.items()}
+        batch = {name: self._empty(rows, width) for name, width in self._widths.items()}
         self._kept.append((rows, batch, []))
         self._kept[-1][2].extend(_references(batch))
         return _lent(batch)
@@ -41,4 +46,13 @@ def _lent(batch: dict[str, StoredRows]) -> dict[str, StoredRows]:
 
 
 def _references(batch: dict[str, StoredRows]) -> list[int]:
-    return [sys.getrefcount(part) for rows in batch.values() for part in rows.parts.values()]
+    return [
+        sys.getrefcount(_owner(part)) for rows in batch.values() for part in rows.parts.values()
+    ]
+
+
+def _owner(array: Array) -> Array:
+    """The array that holds the memory: every view refers to it, and not to a view between."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array

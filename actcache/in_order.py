@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
 
 import numpy as np
 
 from actcache.batch_memory import BatchMemory
 from actcache.checked_reads import CheckedReads, row_sizes
-from actcache.order import Epoch, OrderPlan, Rows
+from actcache.order import Epoch, OrderPlan
+from actcache.pool import Filled
 from actcache.read_ahead import write_addresses
 from actcache.reader import flat
 from actcache.storage import StoredRows
@@ -29,13 +29,7 @@ GROUPS = 2
 _READS = 8  # of a group, at least: so that threads end at about the same time
 
 
-@dataclass(frozen=True)
-class Filled:
-    """Rows of one batch, as on disk."""
-
-    step: int
-    rows: dict[str, StoredRows]
-    addresses: Rows
+Stored = Filled[dict[str, StoredRows]]
 
 
 def steps_at_once(plan: OrderPlan, batch_bytes: int) -> int:
@@ -52,7 +46,7 @@ def in_order(
     lanes: Sequence[int],
     first_step: int,
     each: int,
-) -> Iterator[Filled]:
+) -> Iterator[Stored]:
     """The batches of some lanes of an epoch, from a step on.
 
     Args:
@@ -66,7 +60,7 @@ def in_order(
     """
     plan, b = line.plan, line.plan.rows_per_lane_and_batch
     starts = iter(range(first_step, plan.steps_per_epoch, each))
-    groups: deque[tuple[list[Filled], list[Future[None]]]] = deque()
+    groups: deque[tuple[list[Stored], list[Future[None]]]] = deque()
     share = -(-len(lanes) // _READS)
 
     def begin(step: int) -> None:
@@ -92,7 +86,7 @@ def in_order(
 
 
 def _fill(
-    reads: CheckedReads, line: Epoch, lanes: Sequence[int], at: int, batches: Sequence[Filled]
+    reads: CheckedReads, line: Epoch, lanes: Sequence[int], at: int, batches: Sequence[Stored]
 ) -> None:
     """Read some lanes' part of several batches. `at`: number of the first lane in a batch."""
     plan, b = line.plan, line.plan.rows_per_lane_and_batch

@@ -6,23 +6,30 @@ Nothing here waits for whoever takes the batches, and nothing knows who that is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from actcache.batch_memory import BatchMemory
 from actcache.budget import HELD_BATCHES, spare_windows
 from actcache.checked_reads import CheckedReads, Verify
-from actcache.in_order import GROUPS, Filled, in_order, steps_at_once
+from actcache.in_order import GROUPS, in_order, steps_at_once
 from actcache.mixed import mixed
 from actcache.order import Epoch, OrderPlan, Rows, lanes_of_rank
-from actcache.read_ahead import Pool, ReadAhead
+from actcache.pool import HostPool, Places, Pool
+from actcache.read_ahead import ReadAhead
 from actcache.reader import Cache
 from actcache.row_text import RowText, TextReader
+from actcache.storage import StoredRows
 
 if TYPE_CHECKING:
     import torch
+
+    from actcache.device_pool import Mark, SideStream
+
+    Made = tuple[int, dict[str, torch.Tensor], Rows]
 
 Place = tuple[int, int, int]
 """Epoch, number of the plan, step within it: where a batch lies."""
@@ -59,7 +66,7 @@ class Batch:
     step: int
     """Step within the epoch, or within the segment where there are several."""
     activations: dict[str, torch.Tensor]
-    """Rows by hookpoint, on the CPU, in the type on disk; 8-bit rows as float32. Each [n, d_in]"""
+    """Rows by hookpoint, in the type on disk; 8-bit rows as float32. Each [n, d_in]"""
     addresses: Rows
     """(shard, row in shard) of every row. [n, 2]"""
     segment: int = 0
@@ -68,6 +75,8 @@ class Batch:
     """Whether it ends a stream of a given number of epochs."""
     text: RowText | None = None
     """Which tokens the rows are, if the stream was asked for it."""
+    ready: Mark | None = None
+    """When the rows are on their device, if that is not the CPU."""
 
 
 class BatchMaker:
@@ -83,6 +92,8 @@ class BatchMaker:
         verify: when the bytes that are read are compared with the receipts.
         waiting: batches that may wait to be taken.
         text: whether batches carry what their rows' tokens are.
+        device: where rows are mixed and put; None: in main memory.
+        threads: that read.
     """
 
     def __init__(
@@ -97,6 +108,8 @@ class BatchMaker:
         verify: Verify,
         waiting: int,
         text: bool,
+        device: torch.device | None,
+        threads: int,
     ) -> None:
         self.cache, self.hookpoints, self.plans = cache, tuple(hookpoints), plans
         self._segmented, self._rank, self._world_size = segmented, rank, world_size
@@ -105,7 +118,9 @@ class BatchMaker:
         self._widths = {name: cache.manifest.width(name) for name in hookpoints}
         self.row_bytes = sum(map(cache.codec.row_bytes, self._widths.values()))
         """Bytes of a row on disk, of all hookpoints that are read."""
-        self._pool: Pool | None = None
+        self._pool: Pool[Any] | None = None
+        self._threads, self._device = threads, device
+        self._side: SideStream | None = None
         self._text = TextReader(cache) if text else None
 
     def batches(
@@ -143,37 +158,72 @@ class BatchMaker:
         line = Epoch(plan, epoch)
         lanes = lanes_of_rank(plan.lanes, self._rank, self._world_size)
         filled = self._mixed if plan.window > 1 else self._in_order
-        for item in filled(line, lanes, first_step, threads):
+        for step, activations, addresses in filled(line, lanes, first_step, threads):
             # Read before the batch is handed out: then its memory is its own.
-            activations = {
-                name: self.cache.codec.to_torch(rows) for name, rows in item.rows.items()
-            }
-            text = None if self._text is None else self._text.of(item.addresses)
-            yield Batch(epoch, item.step, activations, item.addresses, number, text=text)
+            text = None if self._text is None else self._text.of(addresses)
+            ready = None if self._side is None else self._side.mark()
+            yield Batch(epoch, step, activations, addresses, number, text=text, ready=ready)
 
     def _in_order(
         self, line: Epoch, lanes: list[int], first_step: int, threads: Executor
-    ) -> Iterator[Filled]:
+    ) -> Iterator[Made]:
         batch = len(lanes) * line.plan.rows_per_lane_and_batch
         each = steps_at_once(line.plan, batch * self.row_bytes)
         memory = self._memory(GROUPS * each)
-        return in_order(self._reads, memory, threads, line, lanes, first_step, each)
+        filled = in_order(self._reads, memory, threads, line, lanes, first_step, each)
+        tensors = self._tensors()
+        for item in filled:
+            yield item.step, tensors(item.rows), item.addresses
 
     def _mixed(
         self, line: Epoch, lanes: list[int], first_step: int, threads: Executor
-    ) -> Iterator[Filled]:
-        plan = line.plan
-        slots = len(lanes) + spare_windows(len(lanes))
-        shape = (slots, min(plan.window, plan.lane_rows))
-        if self._pool is None or self._pool.shape != shape:  # of another plan
-            self._pool = None  # let go before there is another
-            self._pool = Pool(self.cache, self.hookpoints, *shape)
-        ahead = ReadAhead(self._reads, self._pool, threads, line, lanes, first_step)
-        return mixed(ahead, self._pool, self._memory(0), line, lanes, first_step)
+    ) -> Iterator[Made]:
+        pool = self._require_pool(line.plan, len(lanes))
+        ahead = ReadAhead(self._reads, pool, threads, line, lanes, first_step)
+        for item in mixed(ahead, pool, line, lanes, first_step):
+            yield item.step, pool.tensors(item.rows), item.addresses
+
+    def _require_pool(self, plan: OrderPlan, lanes: int) -> Pool[Any]:
+        """Memory for windows of a plan; that of another plan is let go first."""
+        shape = (lanes + spare_windows(lanes), min(plan.window, plan.lane_rows))
+        if self._pool is None or self._pool.places.shape != shape:
+            self._pool = None
+            self._pool = self._make_pool(Places(*shape))
+        return self._pool
+
+    def _make_pool(self, places: Places) -> Pool[Any]:
+        side = self._require_side()
+        if side is None:
+            return HostPool(self.cache, self.hookpoints, places, self._memory(0))
+        from actcache.device_pool import DevicePool
+
+        return DevicePool(self.cache, self.hookpoints, places, side, self._threads + 1)
+
+    def _tensors(self) -> Callable[[dict[str, StoredRows]], dict[str, torch.Tensor]]:
+        """What makes tensors of a batch in main memory."""
+        codec, side = self.cache.codec, self._require_side()
+        if side is None:
+            return lambda batch: {name: codec.to_torch(rows) for name, rows in batch.items()}
+        from actcache.device_pool import Uploads
+
+        return Uploads(codec, side).put
+
+    def _require_side(self) -> SideStream | None:
+        if self._device is not None and self._side is None:
+            from actcache.device_pool import SideStream
+
+            self._side = SideStream(self._device)
+        return self._side
 
     def _memory(self, filled_at_once: int) -> BatchMemory:
         most = self._waiting + HELD_BATCHES + filled_at_once
-        return BatchMemory(self.cache.codec, self._widths, most)
+        if self._device is None:
+            empty = self.cache.codec.empty
+        else:
+            from actcache.device_pool import pinned_rows
+
+            empty = partial(pinned_rows, self._device, self.cache.codec)
+        return BatchMemory(empty, self._widths, most)
 
 
 def _mark_last(items: Iterator[tuple[Batch, Place]]) -> Iterator[tuple[Batch, Place]]:

@@ -7,29 +7,29 @@ lane by lane, Python would take as long as the copying. L lanes, b rows of a lan
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from actcache.batch_memory import BatchMemory
-from actcache.in_order import Filled
 from actcache.order import Epoch, Rows
-from actcache.read_ahead import Pool, ReadAhead, Window
+from actcache.pool import Filled, Pool
+from actcache.read_ahead import ReadAhead, Window
+
+M = TypeVar("M")
 
 
 def mixed(
     ahead: ReadAhead,
-    pool: Pool,
-    memory: BatchMemory,
+    pool: Pool[M],
     line: Epoch,
     lanes: Sequence[int],
     first_step: int,
-) -> Iterator[Filled]:
+) -> Iterator[Filled[M]]:
     """The batches of some lanes of an epoch, from a step on.
 
     Args:
         ahead: gives the lanes' windows in turn.
         pool: where they lie.
-        memory: for the batches.
         line: the epoch.
         lanes: which lanes.
         first_step: step of the first batch.
@@ -39,16 +39,15 @@ def mixed(
     bounds = np.zeros((3, len(lanes)), dtype=np.int64)  # start, stop, first place in the pool
     within = np.arange(b)  # [b]
     for step in range(first_step, line.plan.steps_per_epoch):
-        filled = Filled(
-            step, memory.take(b * len(lanes)), np.empty((b * len(lanes), 2), dtype=np.int64)
-        )
+        count = b * len(lanes)
+        filled = Filled(step, pool.batch(count), np.empty((count, 2), dtype=np.int64))
         row = step * b
         starts, stops, places = bounds
         whole = row + b <= stops  # [L]
         if whole.any():
             # Lanes that need another window get some row for now: gathered in one go, all the same.
             first = np.where(whole, places + row - starts, 0)  # [L]
-            _gather(pool, pool.order[first[:, None] + within].ravel(), filled, 0)
+            _gather(pool, pool.places.order[first[:, None] + within].ravel(), filled, 0)
         for i in np.flatnonzero(~whole):
             windows[i] = _piece_by_piece(ahead, pool, windows[i], row, b, filled, at=int(i) * b)
             bounds[:, i] = _bounds(pool, windows[i])
@@ -56,7 +55,13 @@ def mixed(
 
 
 def _piece_by_piece(
-    ahead: ReadAhead, pool: Pool, window: Window | None, row: int, count: int, out: Filled, at: int
+    ahead: ReadAhead,
+    pool: Pool[M],
+    window: Window | None,
+    row: int,
+    count: int,
+    out: Filled[M],
+    at: int,
 ) -> Window | None:
     """Copy a lane's rows [row, row + count), of several windows, to a batch from row `at` on.
 
@@ -69,20 +74,19 @@ def _piece_by_piece(
         n = min(count, window.stop - row)
         start, _, place = _bounds(pool, window)
         first = place + row - start
-        _gather(pool, pool.order[first : first + n], out, at)
+        _gather(pool, pool.places.order[first : first + n], out, at)
         row, count, at = row + n, count - n, at + n
     return window
 
 
-def _bounds(pool: Pool, window: Window | None) -> tuple[int, int, int]:
+def _bounds(pool: Pool[Any], window: Window | None) -> tuple[int, int, int]:
     assert window is not None
-    return window.start, window.stop, window.slot * pool.shape[1]
+    return window.start, window.stop, window.slot * pool.places.shape[1]
 
 
-def _gather(pool: Pool, chosen: Rows, out: Filled, at: int) -> None:
+def _gather(pool: Pool[M], chosen: Rows, out: Filled[M], at: int) -> None:
     """Copy rows of the pool to a batch, from row `at` on."""
     place = slice(at, at + len(chosen))
-    for name, stored in pool.rows.items():
-        stored.take(chosen, out.rows[name][place])
+    pool.gather(chosen, out.rows, at)
     # mode='clip' lets NumPy write straight to `out`; the indices are in range.
-    np.take(pool.addresses, chosen, axis=0, out=out.addresses[place], mode="clip")
+    np.take(pool.places.addresses, chosen, axis=0, out=out.addresses[place], mode="clip")

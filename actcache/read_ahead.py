@@ -10,35 +10,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from actcache.checked_reads import CheckedReads
 from actcache.order import Epoch, Rows, Span
-from actcache.reader import Cache
-
-
-class Pool:
-    """Memory for windows, one piece of which every window has a slot, used again and again.
-
-    One piece, so that a batch is gathered out of all lanes' windows at once. S slots of W rows.
-
-    Args:
-        cache: where the rows come from.
-        hookpoints: which rows.
-        slots: windows that it holds.
-        capacity: rows of a window, at most.
-    """
-
-    def __init__(self, cache: Cache, hookpoints: Sequence[str], slots: int, capacity: int) -> None:
-        self.shape = (slots, capacity)
-        codec, width = cache.codec, cache.manifest.width
-        self.rows = {name: codec.empty(slots * capacity, width(name)) for name in hookpoints}
-        """As on disk, in the order of the line. Each [S * W, d_in]"""
-        self.addresses: Rows = np.empty((slots * capacity, 2), dtype=np.int64)
-        """(shard, row in shard) of each. [S * W, 2]"""
-        self.order: Rows = np.empty(slots * capacity, dtype=np.int64)
-        """Numbers of a window's rows in this pool, in the order in which they are taken. [S * W]"""
+from actcache.pool import Pool
 
 
 @dataclass(frozen=True)
@@ -68,7 +46,7 @@ class ReadAhead:
     def __init__(
         self,
         reads: CheckedReads,
-        pool: Pool,
+        pool: Pool[Any],
         threads: Executor,
         line: Epoch,
         lanes: Sequence[int],
@@ -77,7 +55,7 @@ class ReadAhead:
         self._reads, self._pool, self._threads, self._line = reads, pool, threads, line
         self._wanted = _needed(line, lanes, first_step)
         self._loading: deque[Future[Window]] = deque()
-        slots, self._capacity = pool.shape
+        slots, self._capacity = pool.places.shape
         self._free = list(range(slots))
         self._begin()
 
@@ -96,14 +74,14 @@ class ReadAhead:
             self._loading.append(self._threads.submit(self._load, self._free.pop(), *wanted))
 
     def _load(self, slot: int, lane: int, number: int) -> Window:
-        line, pool = self._line, self._pool
+        line, places = self._line, self._pool.places
         start, stop = line.window(lane, number)
         place = slice(slot * self._capacity, slot * self._capacity + stop - start)
-        np.add(line.permutation(lane, number), place.start, out=pool.order[place])
+        np.add(line.permutation(lane, number), place.start, out=places.order[place])
         first = lane * line.plan.lane_rows
         spans = list(line.spans(first + start, first + stop))
-        self._reads.load(spans, {name: rows[place] for name, rows in pool.rows.items()})
-        write_addresses(spans, pool.addresses[place])
+        write_addresses(spans, places.addresses[place])
+        self._pool.fill(place, lambda memory: self._reads.load(spans, memory))
         return Window(slot, lane, start, stop)
 
 

@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 
+import torch
+
 from actcache.budget import PREFETCH_BATCHES
 from actcache.checked_reads import Verify
 from actcache.errors import RunError
@@ -47,6 +49,8 @@ class ActivationStream:
         prefetch: batches that may wait to be taken.
         threads: read rows ahead of the batches; cannot touch the order.
         text: whether batches carry token ids, sequences and positions; else no text is read.
+        device: where rows are mixed, and batches put: with CUDA, beside whatever runs there. None:
+            in main memory.
 
     Raises:
         HookpointError: the cache does not hold a hookpoint.
@@ -69,6 +73,7 @@ class ActivationStream:
         prefetch: int = PREFETCH_BATCHES,
         threads: int = DEFAULT_THREADS,
         text: bool = False,
+        device: torch.device | str | None = None,
     ) -> None:
         for hookpoint in hookpoints:
             cache.require_hookpoint(hookpoint)
@@ -87,6 +92,8 @@ class ActivationStream:
             verify=verify,
             waiting=prefetch,
             text=text,
+            device=None if device is None else torch.device(device),
+            threads=threads,
         )
         self.row_bytes = self._maker.row_bytes
         """Bytes of a row on disk, of all hookpoints that are read."""
@@ -139,6 +146,8 @@ class ActivationStream:
             self.close()
             raise item
         batch, self._place = item
+        if batch.ready is not None:
+            batch.ready.join(batch.activations)
         return batch
 
     def _begin(self) -> Producer[tuple[Batch, Place]]:

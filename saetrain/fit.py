@@ -135,6 +135,7 @@ def _fit(
         verify=config.verify,
         prefetch=budget.prefetch,
         threads=tuning.threads,
+        device=device if device.type == "cuda" else None,
     )
     if place:
         stream.load_state_dict(place)

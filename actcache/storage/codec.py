@@ -141,12 +141,24 @@ class Codec:
             return (rows.values.astype(np.uint32) << 16).view(np.float32)
         return rows.values.astype(np.float32)
 
-    def to_torch(self, rows: StoredRows) -> torch.Tensor:
-        """Stored rows as a torch tensor of this type that shares their memory. [N, D]"""
+    def tensors(self, rows: StoredRows) -> dict[str, torch.Tensor]:
+        """The parts of stored rows as tensors that share their memory, for `decode`."""
         import torch
 
-        carried = torch.from_numpy(rows.values.view(self.carrier))
-        return carried.view(getattr(torch, self.torch_name))
+        return {
+            name: torch.from_numpy(part.view(self.carrier) if name == VALUES else part)
+            for name, part in rows.parts.items()
+        }
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What `tensors` gave, or a copy of it on any device, as a tensor of this type. [N, D]"""
+        import torch
+
+        return parts[VALUES].view(getattr(torch, self.torch_name))
+
+    def to_torch(self, rows: StoredRows) -> torch.Tensor:
+        """Stored rows as a tensor of this type that shares their memory; of 8 bits, as `decode`."""
+        return self.decode(self.tensors(rows))
 
     def from_torch(self, rows: torch.Tensor) -> StoredRows:
         """A tensor [N, D] of any float type and device to rows as stored, in C order."""
@@ -193,12 +205,18 @@ class ScaledCodec(Codec):
         with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale is any number
             return np.multiply(values, rows.scales[:, None], dtype=np.float32)
 
-    def to_torch(self, rows: StoredRows) -> torch.Tensor:
+    def tensors(self, rows: StoredRows) -> dict[str, torch.Tensor]:
+        """The numbers as int8, whatever they mean, and the scales."""
+        import torch
+
+        values = torch.from_numpy(rows.values.view(np.int8))
+        return {VALUES: values, SCALES: torch.from_numpy(rows.scales)}
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The numbers that stored rows stand for. float32 [N, D], in memory of its own"""
         import torch
 
-        scales = torch.from_numpy(rows.scales)[:, None]
-        values = torch.from_numpy(rows.values.view(np.int8))
+        values, scales = parts[VALUES], parts[SCALES][:, None]
         if self.name == "int8":
             return torch.mul(values, scales)
         # The bits of an e4m3, shifted, are those of a float16 with 1/256 of its value: sign in

@@ -13,6 +13,7 @@ from typing import Literal
 from actcache.errors import CorruptShardError
 from actcache.order import Span
 from actcache.reader import Cache, Views, flat
+from actcache.reading import DEFAULT, Reading
 from actcache.storage import StoredRows
 
 Verify = Literal["first-read", "always", "never"]
@@ -39,10 +40,11 @@ class CheckedReads:
     Args:
         cache: where the rows are.
         verify: which of these.
+        reading: how to read.
     """
 
-    def __init__(self, cache: Cache, verify: Verify) -> None:
-        self._cache, self._verify = cache, verify
+    def __init__(self, cache: Cache, verify: Verify, reading: Reading = DEFAULT) -> None:
+        self._cache, self._verify, self.reading = cache, verify, reading
         self._versions: dict[str, _Version] = {}  # of the files that were compared, by receipt name
         self._locks: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
 
@@ -86,14 +88,24 @@ class CheckedReads:
 
     def _read(self, hookpoint: str, span: Span, views: Views) -> None:
         if self._verify == "never":
-            self._cache.read_views(hookpoint, span.shard, span.start, views)
+            self._read_views(hookpoint, span, views)
             return
         while True:
             self._compare(hookpoint, span.shard)
-            self._cache.read_views(hookpoint, span.shard, span.start, views)
+            self._read_views(hookpoint, span, views)
             # After the read, not before it: these bytes are those that were compared.
             if self._is_current(hookpoint, span.shard):
                 return
+
+    def _read_views(self, hookpoint: str, span: Span, views: Views) -> None:
+        self._cache.read_views(hookpoint, span.shard, span.start, views, self.reading.piece)
+
+    def announce(self, spans: Iterable[Span], hookpoints: Iterable[str]) -> None:
+        """Tell the system what will be loaded soon, if that is how to read."""
+        if self.reading.ahead:
+            for span in spans:
+                for hookpoint in hookpoints:
+                    self._cache.announce(hookpoint, span.shard, span.start, span.rows)
 
     def _compare(self, hookpoint: str, shard: int) -> None:
         """Compare the files of a shard's hookpoint with the receipt, unless that is done."""

@@ -21,6 +21,7 @@ from actcache.order import Epoch, OrderPlan, Rows, lanes_of_rank
 from actcache.pool import HostPool, Places, Pool
 from actcache.read_ahead import ReadAhead
 from actcache.reader import Cache
+from actcache.reading import Reading
 from actcache.row_text import RowText, TextReader
 from actcache.storage import StoredRows
 
@@ -93,7 +94,7 @@ class BatchMaker:
         waiting: batches that may wait to be taken.
         text: whether batches carry what their rows' tokens are.
         device: where rows are mixed and put; None: in main memory.
-        threads: that read.
+        reading: how to read.
     """
 
     def __init__(
@@ -109,17 +110,17 @@ class BatchMaker:
         waiting: int,
         text: bool,
         device: torch.device | None,
-        threads: int,
+        reading: Reading,
     ) -> None:
         self.cache, self.hookpoints, self.plans = cache, tuple(hookpoints), plans
         self._segmented, self._rank, self._world_size = segmented, rank, world_size
-        self._reads = CheckedReads(cache, verify)
+        self._reads = CheckedReads(cache, verify, reading)
         self._waiting = waiting
         self._widths = {name: cache.manifest.width(name) for name in hookpoints}
         self.row_bytes = sum(map(cache.codec.row_bytes, self._widths.values()))
         """Bytes of a row on disk, of all hookpoints that are read."""
         self._pool: Pool[Any] | None = None
-        self._threads, self._device = threads, device
+        self._reading, self._device = reading, device
         self._side: SideStream | None = None
         self._text = TextReader(cache) if text else None
 
@@ -179,7 +180,7 @@ class BatchMaker:
         self, line: Epoch, lanes: list[int], first_step: int, threads: Executor
     ) -> Iterator[Made]:
         pool = self._require_pool(line.plan, len(lanes))
-        ahead = ReadAhead(self._reads, pool, threads, line, lanes, first_step)
+        ahead = ReadAhead(self._reads, self.hookpoints, pool, threads, line, lanes, first_step)
         for item in mixed(ahead, pool, line, lanes, first_step):
             yield item.step, pool.tensors(item.rows), item.addresses
 
@@ -197,7 +198,7 @@ class BatchMaker:
             return HostPool(self.cache, self.hookpoints, places, self._memory(0))
         from actcache.device_pool import DevicePool
 
-        return DevicePool(self.cache, self.hookpoints, places, side, self._threads + 1)
+        return DevicePool(self.cache, self.hookpoints, places, side, self._reading.threads + 1)
 
     def _tensors(self) -> Callable[[dict[str, StoredRows]], dict[str, torch.Tensor]]:
         """What makes tensors of a batch in main memory."""

@@ -25,6 +25,8 @@ class Window:
 
     slot: int
     lane: int
+    number: int
+    """In its lane."""
     start: int
     """First row of the lane that it holds."""
     stop: int
@@ -36,6 +38,7 @@ class ReadAhead:
 
     Args:
         reads: how rows are read.
+        hookpoints: which rows.
         pool: where they are put.
         threads: load them.
         line: the epoch.
@@ -46,12 +49,14 @@ class ReadAhead:
     def __init__(
         self,
         reads: CheckedReads,
+        hookpoints: Sequence[str],
         pool: Pool[Any],
         threads: Executor,
         line: Epoch,
         lanes: Sequence[int],
         first_step: int,
     ) -> None:
+        self._hookpoints = hookpoints
         self._reads, self._pool, self._threads, self._line = reads, pool, threads, line
         self._wanted = _needed(line, lanes, first_step)
         self._loading: deque[Future[Window]] = deque()
@@ -71,18 +76,22 @@ class ReadAhead:
             wanted = next(self._wanted, None)
             if wanted is None:
                 return
-            self._loading.append(self._threads.submit(self._load, self._free.pop(), *wanted))
+            lane, number = wanted
+            start, stop = self._line.window(lane, number)
+            first = lane * self._line.plan.lane_rows
+            spans = list(self._line.spans(first + start, first + stop))
+            self._reads.announce(spans, self._hookpoints)
+            window = Window(self._free.pop(), lane, number, start, stop)
+            self._loading.append(self._threads.submit(self._load, window, spans))
 
-    def _load(self, slot: int, lane: int, number: int) -> Window:
-        line, places = self._line, self._pool.places
-        start, stop = line.window(lane, number)
-        place = slice(slot * self._capacity, slot * self._capacity + stop - start)
-        np.add(line.permutation(lane, number), place.start, out=places.order[place])
-        first = lane * line.plan.lane_rows
-        spans = list(line.spans(first + start, first + stop))
+    def _load(self, window: Window, spans: Sequence[Span]) -> Window:
+        places, begin = self._pool.places, window.slot * self._capacity
+        place = slice(begin, begin + window.stop - window.start)
+        permutation = self._line.permutation(window.lane, window.number)
+        np.add(permutation, begin, out=places.order[place])
         write_addresses(spans, places.addresses[place])
         self._pool.fill(place, lambda memory: self._reads.load(spans, memory))
-        return Window(slot, lane, start, stop)
+        return window
 
 
 def write_addresses(spans: Sequence[Span], out: Rows) -> None:

@@ -13,6 +13,7 @@ from actcache import receipt as receipts_module
 from actcache.atomic import digest_file
 from actcache.errors import CorruptShardError, EmptyCacheError, FormatError, HookpointError
 from actcache.manifest import Manifest, read_manifest
+from actcache.reading import WHOLE
 from actcache.receipt import EndReceipt, ShardReceipt
 from actcache.statistics import Statistics, merge
 from actcache.storage import (
@@ -26,7 +27,7 @@ from actcache.storage import (
     safetensors_file,
 )
 from actcache.storage.codec import VALUES
-from actcache.storage.pread import read_scattered
+from actcache.storage.pread import announce, read_scattered
 from actcache.tensors import statistics_tensors, token_tensors
 from actcache.writer import data_paths, statistics_path, tokens_path
 
@@ -178,7 +179,9 @@ class Cache:
         """Read consecutive rows, as stored, into `out`, which is as many rows; see `read_views`."""
         self.read_views(hookpoint, shard, start, {k: [v] for k, v in flat(out).items()})
 
-    def read_views(self, hookpoint: str, shard: int, start: int, views: Views) -> None:
+    def read_views(
+        self, hookpoint: str, shard: int, start: int, views: Views, piece: int = WHOLE
+    ) -> None:
         """Read consecutive rows, as stored, into several places, one after another.
 
         Args:
@@ -186,6 +189,7 @@ class Cache:
             shard: which shard.
             start: first row.
             views: memory for as many rows as are wanted.
+            piece: bytes that the system is asked for at once, at most.
 
         Raises:
             CorruptShardError: the file is missing, has another header or size, or ends early.
@@ -196,7 +200,7 @@ class Cache:
             length = sum(map(len, places))
             assert offset + length <= extent.bytes
             if not isinstance(extent, CompressedExtent):
-                read_scattered(extent.path, places, extent.offset + offset)
+                read_scattered(extent.path, places, extent.offset + offset, piece)
             elif len(places) == 1:
                 extent.read_into(places[0], offset)
             else:  # as one: a block would be decoded for every place
@@ -204,6 +208,14 @@ class Cache:
                 extent.read_into(whole, offset)
                 for place in places:
                     place[:], whole = whole[: len(place)], whole[len(place) :]
+
+    def announce(self, hookpoint: str, shard: int, start: int, rows: int) -> None:
+        """Tell the system that these rows will be read soon."""
+        for part in self.codec.parts(self.manifest.width(hookpoint)):
+            extent = self.locate(hookpoint, shard, part)
+            size = extent.bytes // max(1, extent.shape[0])
+            if not isinstance(extent, CompressedExtent):
+                announce(extent.path, extent.offset + start * size, rows * size)
 
     def read(
         self, hookpoint: str, shard: int, start: int = 0, rows: int | None = None

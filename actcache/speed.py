@@ -13,6 +13,7 @@ from pathlib import Path
 from actcache.errors import EmptyCacheError
 from actcache.order import POOL_ROWS, make_plan
 from actcache.reader import Cache
+from actcache.reading import Reading
 from actcache.stream import ActivationStream
 from actcache.tuning import tune
 
@@ -37,8 +38,8 @@ class Speeds:
     """That were read, each way."""
     bytes: int
     """That they take on disk."""
-    threads: int
-    """That read them."""
+    reading: Reading
+    """How."""
     batch_size: int
     pool_rows: int
     """Mixed in memory, where rows are mixed."""
@@ -63,7 +64,7 @@ def measure(
         hookpoints: to read together; all by default.
         max_bytes: of shards to read, at least one shard.
         batch_size: rows of a batch; fewer if the shards have fewer.
-        threads: that read; by default as many as a probe finds best.
+        threads: that read; by default all of how to read is found by a probe.
 
     Raises:
         EmptyCacheError: there is no complete shard, or no row.
@@ -87,20 +88,17 @@ def measure(
     files = [p for s, _ in shards for name in names for p in cache.files_of(name, s).values()]
     batch_size = min(batch_size, rows)
     pool_rows = max(2, min(POOL_ROWS, rows // 8))
-    threads = (
-        threads
-        or tune(cache, names, make_plan(shards, cache.manifest.block_rows, batch_size, 0)).threads
-    )
+    reading = Reading(threads) if threads is not None else _tuned(cache, names, shards, batch_size)
 
     def stream(pool: int) -> int:
         plan = make_plan(shards, cache.manifest.block_rows, batch_size, 0, pool)
-        with ActivationStream(cache, names, plan, verify="never", threads=threads) as batches:
+        with ActivationStream(cache, names, plan, verify="never", reading=reading) as batches:
             for _ in range(plan.steps_per_epoch):
                 next(batches)
         return plan.steps_per_epoch * batch_size
 
     def read() -> int:
-        _read_all(files, threads)
+        _read_all(files, reading.threads)
         return rows
 
     ways: list[tuple[str, Callable[[], int]]] = [
@@ -115,7 +113,13 @@ def measure(
             began = time.perf_counter()
             speed = act() / max(time.perf_counter() - began, 1e-9)
             found.append(Speed(f"{way}, from {state}", speed * row_bytes, speed))
-    return Speeds(names, rows, rows * row_bytes, threads, batch_size, pool_rows, tuple(found))
+    return Speeds(names, rows, rows * row_bytes, reading, batch_size, pool_rows, tuple(found))
+
+
+def _tuned(
+    cache: Cache, names: Sequence[str], shards: list[tuple[int, int]], batch_size: int
+) -> Reading:
+    return tune(cache, names, make_plan(shards, cache.manifest.block_rows, batch_size, 0)).reading
 
 
 def _let_go(files: Sequence[Path]) -> None:

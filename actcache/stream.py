@@ -18,7 +18,7 @@ from actcache.making import Batch, BatchMaker, OnePlan, Place, Plans
 from actcache.order import OrderPlan, lanes_of_rank
 from actcache.producer import Producer
 from actcache.reader import Cache
-from actcache.tuning import DEFAULT_THREADS
+from actcache.reading import DEFAULT, Reading
 
 __all__ = ["ActivationStream", "Batch"]
 
@@ -47,7 +47,7 @@ class ActivationStream:
         world_size: processes that share each global batch.
         verify: when the bytes that are read are compared with the receipts, see `CheckedReads`.
         prefetch: batches that may wait to be taken.
-        threads: read rows ahead of the batches; cannot touch the order.
+        reading: how rows are read ahead of the batches; cannot touch the order. See `tuning.tune`.
         text: whether batches carry token ids, sequences and positions; else no text is read.
         device: where rows are mixed, and batches put: with CUDA, beside whatever runs there. None:
             in main memory.
@@ -71,7 +71,7 @@ class ActivationStream:
         world_size: int = 1,
         verify: Verify = "first-read",
         prefetch: int = PREFETCH_BATCHES,
-        threads: int = DEFAULT_THREADS,
+        reading: Reading = DEFAULT,
         text: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -93,11 +93,11 @@ class ActivationStream:
             waiting=prefetch,
             text=text,
             device=None if device is None else torch.device(device),
-            threads=threads,
+            reading=reading,
         )
         self.row_bytes = self._maker.row_bytes
         """Bytes of a row on disk, of all hookpoints that are read."""
-        self._ahead, self._threads = prefetch, threads
+        self._ahead, self._threads = prefetch, reading.threads
         self._place: Place = (epoch, segment, step)
         self._epochs = epochs
         self.seconds_waited = 0.0

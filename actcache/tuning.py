@@ -1,4 +1,4 @@
-"""A short look at the disk before a stream begins: how many threads read it best.
+"""A short look at the disk before a stream begins: how is it best read?
 
 What is found cannot touch the order of rows, see `read_ahead`.
 """
@@ -8,64 +8,75 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
+from actcache.checked_reads import CheckedReads
 from actcache.order import Epoch, OrderPlan, Span
 from actcache.reader import Cache
+from actcache.reading import WHOLE, Reading
 
-THREADS = (2, 4)
-DEFAULT_THREADS = 2
+CHANGES: tuple[dict[str, Any], ...] = ({"threads": 4}, {"piece": WHOLE}, {"ahead": True})
+"""What is tried after the default, one upon the other where it helps."""
 
-_ROUND = 16 << 20  # bytes that each number of threads reads
-_ENOUGH = 1.1  # more threads must be so much faster: they take time from training
+_ROUND = 16 << 20  # bytes that each way reads
+_ENOUGH = 1.1  # what takes more from the machine must be so much faster
 
 
 @dataclass(frozen=True)
 class Tuning:
     """How a stream reads."""
 
-    threads: int
+    reading: Reading
     bytes_per_second: float | None
-    """At which the probe read with these; None where the cache is too small to tell."""
+    """At which the probe read so; None where the cache is too small to tell."""
 
 
 def tune(cache: Cache, hookpoints: Sequence[str], plan: OrderPlan, epoch: int = 0) -> Tuning:
-    """Read the first blocks of an epoch with two and with four threads, each block once.
+    """Read the first blocks of an epoch in several ways, each block once.
 
-    Takes 32 MiB, which training reads soon after; nothing where that is more than 1/8 of the rows.
+    With two threads and with four, then in whole blocks, then announced ahead. Takes 64 MiB, which
+    training reads soon after; nothing where that is more than 1/8 of the rows.
 
     Raises:
         CorruptShardError: a file is gone, or is not what its receipt promises.
     """
     row_bytes = sum(cache.codec.row_bytes(cache.manifest.width(name)) for name in hookpoints)
-    blocks = max(THREADS[-1], _ROUND // (row_bytes * plan.block_rows))
-    if 8 * len(THREADS) * blocks * plan.block_rows > plan.rows:
-        return Tuning(DEFAULT_THREADS, None)
+    blocks = max(4, _ROUND // (row_bytes * plan.block_rows))
+    if 8 * (1 + len(CHANGES)) * blocks * plan.block_rows > plan.rows:
+        return Tuning(Reading(), None)
     spans = Epoch(plan, epoch).spans(0, plan.rows)
-    found: Tuning | None = None
-    for threads in THREADS:
-        speed = _speed(cache, hookpoints, list(islice(spans, blocks)), threads) * row_bytes
-        best = found.bytes_per_second if found is not None else None
-        if best is None or speed > _ENOUGH * best:
-            found = Tuning(threads, speed)
-    assert found is not None
-    return found
+
+    def speed_of(reading: Reading) -> float:
+        return _speed(cache, hookpoints, list(islice(spans, blocks)), reading) * row_bytes
+
+    best = Reading()
+    speed = speed_of(best)
+    for change in CHANGES:
+        trial = replace(best, **change)
+        found = speed_of(trial)
+        if found > _ENOUGH * speed:
+            best, speed = trial, found
+    return Tuning(best, speed)
 
 
-def _speed(cache: Cache, hookpoints: Sequence[str], spans: Sequence[Span], threads: int) -> float:
+def _speed(
+    cache: Cache, hookpoints: Sequence[str], spans: Sequence[Span], reading: Reading
+) -> float:
     """Rows per second."""
+    reads = CheckedReads(cache, "never", reading)
 
     def read(mine: Sequence[Span]) -> None:
         rows = max(span.rows for span in mine)
         memory = {name: cache.codec.empty(rows, cache.manifest.width(name)) for name in hookpoints}
-        for span in mine:
-            for name, out in memory.items():
-                cache.read_into(name, span.shard, span.start, out[: span.rows])
+        for number, span in enumerate(mine):
+            reads.announce(mine[number + 1 : number + 2], hookpoints)
+            reads.load([span], {name: out[: span.rows] for name, out in memory.items()})
 
-    with ThreadPoolExecutor(threads, "actcache-probe") as pool:
+    with ThreadPoolExecutor(reading.threads, "actcache-probe") as pool:
         began = time.perf_counter()
-        shares = [spans[i::threads] for i in range(threads)]
+        shares = [spans[i :: reading.threads] for i in range(reading.threads)]
         for future in [pool.submit(read, share) for share in shares if share]:
             future.result()
         return sum(span.rows for span in spans) / max(time.perf_counter() - began, 1e-9)

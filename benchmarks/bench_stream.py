@@ -37,6 +37,7 @@ from synthetic import CTX, HOOKPOINT, write_cache
 
 from actcache.order import make_plan
 from actcache.reader import Cache
+from actcache.reading import Reading
 from actcache.stream import ActivationStream
 
 BATCH = 4096
@@ -131,7 +132,9 @@ def stream(cache: Cache, pool_rows: int, threads: int, rows_per_second: bool = F
     shards = [(shard, receipt.rows) for shard, receipt in cache.receipts.items()]
     plan = make_plan(shards, cache.manifest.block_rows, BATCH, 0, pool_rows)
     began = time.perf_counter()
-    with ActivationStream(cache, [HOOKPOINT], plan, verify="never", threads=threads) as batches:
+    with ActivationStream(
+        cache, [HOOKPOINT], plan, verify="never", reading=Reading(threads)
+    ) as batches:
         for _ in range(plan.steps_per_epoch):
             next(batches)
         seconds = time.perf_counter() - began

@@ -47,6 +47,6 @@ def run(
     print(table(["", "bytes", "rows/s"], rows))
     print(
         f"{found.rows:,} rows of {', '.join(found.hookpoints)} ({format_bytes(found.bytes)}), "
-        f"threads: {found.threads}, batches of {found.batch_size:,} rows; "
+        f"read by {found.reading}; batches of {found.batch_size:,} rows; "
         f"mixed: {found.pool_rows:,} rows in memory"
     )

@@ -134,7 +134,7 @@ def _fit(
         epochs=None if follower is None else _epochs(record),
         verify=config.verify,
         prefetch=budget.prefetch,
-        threads=tuning.threads,
+        reading=tuning.reading,
         device=device if device.type == "cuda" else None,
     )
     if place:
@@ -182,10 +182,10 @@ def _how_it_reads(record: RunRecord, tuning: Tuning, row_bytes: int) -> str:
     speed = "too little to probe"
     if tuning.bytes_per_second is not None:
         speed = f"{format_bytes(tuning.bytes_per_second)}/s in a probe"
-    threads = "1 thread" if tuning.threads == 1 else f"{tuning.threads} threads"
     return (
         f"fit: {pool:,} rows are mixed in memory ({format_bytes(pool * row_bytes)}); read by "
-        f"{threads}, up to {spare_windows(plan.lanes)} of {plan.lanes} windows ahead ({speed})"
+        f"{tuning.reading}, up to {spare_windows(plan.lanes)} of {plan.lanes} windows ahead "
+        f"({speed})"
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from actcache.errors import CorruptShardError
+from actcache.reading import WHOLE
 
 _MOST_VIEWS = 1024
 """That one call of the kernel takes (IOV_MAX)."""
@@ -19,8 +21,16 @@ def read_exactly(path: Path, view: memoryview, offset: int) -> None:
     read_scattered(path, [view], offset)
 
 
-def read_scattered(path: Path, views: Sequence[memoryview], offset: int) -> None:
+def read_scattered(
+    path: Path, views: Sequence[memoryview], offset: int, piece: int = WHOLE
+) -> None:
     """Fill views, one after another, with a file's consecutive bytes from `offset` on.
+
+    Args:
+        path: the file.
+        views: memory for the bytes.
+        offset: of the first one.
+        piece: bytes that one call asks for, at most.
 
     Raises:
         CorruptShardError: the file is gone, or ends early.
@@ -37,7 +47,7 @@ def read_scattered(path: Path, views: Sequence[memoryview], offset: int) -> None
         ) from error
     try:
         while left:
-            n = os.preadv(fd, list(islice(left, _MOST_VIEWS)), offset)
+            n = os.preadv(fd, _first(left, piece), offset)
             if n == 0:
                 raise CorruptShardError(
                     f"{path} ends early",
@@ -52,3 +62,24 @@ def read_scattered(path: Path, views: Sequence[memoryview], offset: int) -> None
                 left[0] = left[0][n:]
     finally:
         os.close(fd)
+
+
+def announce(path: Path, offset: int, length: int) -> None:
+    """Tell the system that bytes will be wanted soon; whether they are there is asked later."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
+
+
+def _first(views: Iterable[memoryview], most: int) -> list[memoryview]:
+    """The first bytes of some views: as many as are asked for at once."""
+    chosen = []
+    for view in islice(views, _MOST_VIEWS):
+        chosen.append(view[:most])
+        most -= len(chosen[-1])
+        if not most:
+            break
+    return chosen

@@ -11,6 +11,7 @@ import torch
 from actcache.errors import ConfigError, CorruptShardError
 from actcache.order import OrderPlan, make_plan
 from actcache.reader import Cache
+from actcache.reading import Reading
 from actcache.storage import CODECS
 from actcache.stream import ActivationStream
 
@@ -31,9 +32,10 @@ def a_plan(pool_rows: int = 128) -> OrderPlan:
 
 def require_same(cache: Cache, plan: OrderPlan, device: str, hold: bool) -> None:
     """Whether batches on a device are those in main memory, bit for bit, for over two epochs."""
+    reading = Reading(3, piece=100, ahead=True)
     with (
         ActivationStream(cache, cache.hookpoints, plan) as host,
-        ActivationStream(cache, cache.hookpoints, plan, device=device, threads=3) as there,
+        ActivationStream(cache, cache.hookpoints, plan, device=device, reading=reading) as there,
     ):
         held = []
         for _ in range(2 * plan.steps_per_epoch + 3):
@@ -64,7 +66,7 @@ def test_a_reading_error_ends_the_stream_and_leaves_nobody_waiting_for_memory(
     open_cache: Callable[..., Cache],
 ) -> None:
     cache, plan = open_cache(), a_plan()
-    with ActivationStream(cache, ["layers.0"], plan, device="cpu", threads=1) as stream:
+    with ActivationStream(cache, ["layers.0"], plan, device="cpu", reading=Reading(1)) as stream:
         next(stream)
         for path in (cache.root / "activations" / "layers.0").iterdir():
             path.unlink()

@@ -9,6 +9,7 @@ import pytest
 
 from actcache.errors import EmptyCacheError, HookpointError
 from actcache.reader import Cache
+from actcache.reading import Reading
 from actcache.speed import measure
 
 HOOKPOINTS = {"layers.0": 16, "layers.1": 8}
@@ -36,7 +37,7 @@ def test_only_the_hookpoints_and_bytes_asked_for_are_read(make_cache: Callable[.
         path.unlink()
     cache = Cache.open(root)
     found = measure(cache, ["layers.0"], max_bytes=2 * 128 * 64, threads=3)
-    assert (found.rows, found.threads, found.batch_size) == (256, 3, 256)
+    assert (found.rows, found.reading, found.batch_size) == (256, Reading(3), 256)
     assert measure(cache, ["layers.0"], max_bytes=1).rows == 128  # one shard at least
     with pytest.raises(HookpointError):
         measure(cache, ["layers.7"])

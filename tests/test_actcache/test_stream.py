@@ -26,6 +26,7 @@ from actcache.errors import ConfigError, CorruptShardError, HookpointError, RunE
 from actcache.order import OrderPlan, batch_rows, make_plan, split_shards
 from actcache.producer import Producer
 from actcache.reader import Cache
+from actcache.reading import WHOLE, Reading
 from actcache.storage import CODECS
 from actcache.stream import ActivationStream, Batch
 from actcache.writer import RowLayout
@@ -447,7 +448,7 @@ def test_a_stream_whose_thread_is_gone_says_so_instead_of_waiting_for_ever(
 
 @pytest.mark.parametrize("window", [1, 7])
 @pytest.mark.parametrize("verify", ["first-read", "never"])
-def test_batches_are_the_same_for_every_number_of_threads(
+def test_batches_are_the_same_however_they_are_read(
     window: int, verify: Verify, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, real = replace(PLAN, window=window), os.preadv
@@ -458,9 +459,9 @@ def test_batches_are_the_same_for_every_number_of_threads(
         return real(*args)
 
     runs = []
-    for threads in (1, 2, 4):
+    for reading in (Reading(1), Reading(2, piece=7), Reading(4, WHOLE), Reading(2, ahead=True)):
         with ActivationStream(
-            cache, cache.hookpoints, plan, threads=threads, verify=verify
+            cache, cache.hookpoints, plan, reading=reading, verify=verify
         ) as stream:
             runs.append(take(stream, plan.steps_per_epoch + 1))
         monkeypatch.setattr(os, "preadv", preadv)

@@ -11,7 +11,8 @@ from actcache import tuning
 from actcache.errors import CorruptShardError
 from actcache.order import OrderPlan, Span, make_plan
 from actcache.reader import Cache
-from actcache.tuning import DEFAULT_THREADS, THREADS, Tuning, tune
+from actcache.reading import WHOLE, Reading
+from actcache.tuning import Tuning, tune
 
 
 @pytest.fixture
@@ -26,38 +27,46 @@ def plan_of(cache: Cache) -> OrderPlan:
 
 
 @pytest.mark.parametrize(
-    ("speeds", "threads"), [((1, 1), 2), ((1, 1.05), 2), ((1, 2), 4), ((3, 1), 2)]
+    ("speeds", "best"),
+    [
+        ((1, 1.05, 1.05, 1.05), Reading()),
+        ((1, 2, 2, 2), Reading(4)),
+        ((3, 1, 1, 4), Reading(ahead=True)),
+        ((1, 1, 2, 2), Reading(piece=WHOLE)),
+        ((1, 2, 3, 4), Reading(4, WHOLE, ahead=True)),
+    ],
 )
-def test_more_threads_are_taken_where_they_read_faster(
-    cache: Cache, speeds: Sequence[float], threads: int, monkeypatch: pytest.MonkeyPatch
+def test_what_takes_more_is_chosen_where_it_reads_faster(
+    cache: Cache, speeds: Sequence[float], best: Reading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Span] = []
+    found = iter(speeds)
 
-    def speed(_cache: Cache, _names: Sequence[str], spans: Sequence[Span], count: int) -> float:
+    def speed(_cache: Cache, _names: Sequence[str], spans: Sequence[Span], _: Reading) -> float:
         seen.extend(spans)
-        return speeds[THREADS.index(count)]
+        return next(found)
 
     monkeypatch.setattr(tuning, "_speed", speed)
-    assert tune(cache, ["layers.0"], plan_of(cache)).threads == threads
-    assert len(set(seen)) == len(seen) == 2 * 4  # no block is read twice: it would be in memory
+    assert tune(cache, ["layers.0"], plan_of(cache)).reading == best
+    assert len(set(seen)) == len(seen) == 4 * 4  # no block is read twice: it would be in memory
 
 
 def test_it_reads_for_real_and_tells_the_speed(cache: Cache) -> None:
     found = tune(cache, ["layers.0"], plan_of(cache))
-    assert found.threads in THREADS
+    assert found.reading.threads in (2, 4)
     assert found.bytes_per_second is not None
     assert found.bytes_per_second > 0
 
 
 def test_a_small_cache_is_not_probed(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_ROUND", 1 << 20)
-    assert tune(cache, ["layers.0"], plan_of(cache)) == Tuning(DEFAULT_THREADS, None)
+    assert tune(cache, ["layers.0"], plan_of(cache)) == Tuning(Reading(), None)
 
 
 def test_a_file_that_is_gone_is_told(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object) -> None:
         raise CorruptShardError("it is gone")
 
-    monkeypatch.setattr(cache, "read_into", gone)
+    monkeypatch.setattr(cache, "read_views", gone)
     with pytest.raises(CorruptShardError, match="gone"):
         tune(cache, ["layers.0"], plan_of(cache))

@@ -874,8 +874,8 @@ def test_how_rows_are_read_is_told_in_one_line_where_there_is_something_to_read(
     config = options(resume=True)
     fit(config)
     assert capsys.readouterr().err == (
-        "fit: 384 rows are mixed in memory (49.2 kB); read by 2 threads, up to 2 of 32 windows "
-        "ahead (too little to probe)\n"
+        "fit: 384 rows are mixed in memory (49.2 kB); read by 2 threads, 262 kB at a time, "
+        "up to 2 of 32 windows ahead (too little to probe)\n"
     )
     fit(config)
     assert capsys.readouterr().err == ""

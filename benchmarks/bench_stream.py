@@ -2,13 +2,15 @@
 
     python benchmarks/bench_stream.py [--smoke] [--work FOLDER]
 
-Two tables. (1) `ActivationStream` to batches on the CPU over `preadv` of the same files from front
-to back, 4 MiB at a time: into one buffer, which stays in the processor's cache, and into as much
-memory as the batches take. In order (a pool of one row: nothing is mixed in memory) and mixed (a
-pool of 1/8 of the rows, filled within the time that is measured); both backends; from the page
+Three tables. (1) `ActivationStream` to batches on the CPU over `preadv` of the same files from
+front to back, 4 MiB at a time: into one buffer, which stays in the processor's cache, and into as
+much memory as the batches take. In order (a pool of one row: nothing is mixed in memory) and mixed
+(a pool of 1/8 of the rows, filled within the time that is measured); both backends; from the page
 cache and, after `posix_fadvise`, from the disk. (2) Against the readers of SAELens, litdata and
-MosaicML streaming, by the row. Files are freshly written for each table, contenders take turns, and
-the tables show medians; each takes one epoch, its start included.
+MosaicML streaming, by the row. (3) Where there is a GPU: batches on it over the larger of the time
+to read the files and the time to copy as much from pinned memory, which an ideal stream would
+take. Files are freshly written for each table, contenders take turns, and the tables show medians;
+each takes one epoch, its start included.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Sizes:
     rounds: int
 
 
-FULL = Sizes(2**22, 2**18, 7)
+FULL = Sizes(2**22, 2**20, 7)
 SMOKE = Sizes(2**18, 2**16, 3)
 
 
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder on the disk to measure; default: /tmp")
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--threads", type=int, default=2, help="of the stream and of preadv")
-    parser.add_argument("--only", type=int, choices=(1, 2), help="one table alone")
+    parser.add_argument("--only", type=int, choices=(1, 2, 3), help="one table alone")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     sizes = SMOKE if options.smoke else FULL
@@ -76,6 +78,8 @@ def main() -> None:
             against_disk(work, sizes, options.width, options.threads)
         if options.only in (None, 2):
             against_peers(work, sizes, options.width, options.threads)
+        if options.only in (None, 3) and torch.cuda.is_available():
+            on_a_gpu(work, sizes, options.width, options.threads)
 
 
 # 1. The disk.
@@ -127,16 +131,24 @@ def raw(files: Sequence[Path], threads: int, room: int) -> float:
         return total / (time.perf_counter() - began) / 1e9
 
 
-def stream(cache: Cache, pool_rows: int, threads: int, rows_per_second: bool = False) -> float:
+def stream(
+    cache: Cache,
+    pool_rows: int,
+    threads: int,
+    rows_per_second: bool = False,
+    device: str | None = None,
+) -> float:
     """GB/s, or rows/s, of one epoch."""
     shards = [(shard, receipt.rows) for shard, receipt in cache.receipts.items()]
     plan = make_plan(shards, cache.manifest.block_rows, BATCH, 0, pool_rows)
     began = time.perf_counter()
     with ActivationStream(
-        cache, [HOOKPOINT], plan, verify="never", reading=Reading(threads)
+        cache, [HOOKPOINT], plan, verify="never", reading=Reading(threads), device=device
     ) as batches:
         for _ in range(plan.steps_per_epoch):
             next(batches)
+        if device is not None:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         rows = plan.steps_per_epoch * BATCH / seconds
         return rows if rows_per_second else rows * batches.row_bytes / 1e9
@@ -258,6 +270,48 @@ def mosaic(work: Path, rows: np.ndarray) -> Callable[[], float]:
         return count / (time.perf_counter() - began)
 
     return read
+
+
+# 3. A GPU.
+
+
+def on_a_gpu(work: Path, sizes: Sizes, width: int, threads: int) -> None:
+    """Bytes per second to batches on the GPU, and the time over that of the slower limit."""
+    root = work / "gpu"
+    write_cache(root, "memmap", sizes.rows, width)
+    cache = Cache.open(root)
+    files = [p for s in cache.shards for p in cache.files_of(HOOKPOINT, s).values()]
+    acts: dict[str, Callable[[], float]] = {
+        "preadv, memory of batches": lambda: raw(files, threads, 64 << 20),
+        "copy from pinned memory": host_to_device,
+        "in order": lambda: stream(cache, 1, threads, device="cuda"),
+        "mixed on the GPU": lambda: stream(cache, cache.rows // 8, threads, device="cuda"),
+    }
+    rows = []
+    for state in ("warm", "cold"):
+        speeds = take_turns(acts, sizes.rounds, files if state == "cold" else None)
+        disk, copy = list(speeds.values())[:2]
+        limit = [min(pair) for pair in zip(disk, copy, strict=True)]
+        for act, found in speeds.items():
+            over = "" if found is disk or found is copy else _ratio(limit, found)
+            rows.append([state, act, f"{statistics.median(found):.2f}", over])
+    shutil.rmtree(root)
+    print(f"{torch.cuda.get_device_name()}, {sizes.rows:,} rows, {threads} threads\n")
+    print_table(["files", "", "GB/s", "time over the limit's"], rows)
+    print()
+
+
+def host_to_device() -> float:
+    """GB/s of copies from pinned memory."""
+    source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="cuda")
+    target.copy_(source)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(8):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    return 8 * source.nbytes / (time.perf_counter() - began) / 1e9
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> str:

@@ -7,7 +7,10 @@ from typing import Literal
 
 from actcache.errors import ConfigError
 
-OptimizerName = Literal["signum", "adam"]
+OptimizerName = Literal["signum", "adam", "adamw", "adam8bit", "muon"]
+LrSchedule = Literal["constant", "linear", "cosine", "stable-then-decay"]
+DecoderNorm = Literal["unit", "fold", "free"]
+WeightsDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,60 @@ class FitConfig:
     """Rows to train on, rounded down to whole batches, instead of --epochs."""
 
     optimizer: OptimizerName = "signum"
-    """signum: schedule-free SignSGD, momentum 0.95. adam: Adam with warm-up and linear decay."""
+    """signum: schedule-free SignSGD, momentum 0.95. adam, adamw. adam8bit: moments in 8 bits, needs
+    bitsandbytes ([quantized]). muon: Muon for matrices, Adam for the rest."""
 
     lr: float | None = None
-    """Learning rate. Default: 5e-3 (signum) or 2e-4 (adam), divided by sqrt(latents / 2^14)."""
+    """Learning rate, the peak where it changes. Default: 5e-3 (signum) or 2e-4 (adam, adamw,
+    adam8bit), divided by sqrt(latents / 2^14); 2e-3 (muon)."""
+
+    lr_schedule: LrSchedule | None = None
+    """What follows the warm-up. stable-then-decay: constant, then linear over --lr-decay-steps.
+    Default: linear; for signum none, not even a warm-up: being schedule-free, it needs neither."""
 
     lr_warmup_steps: int = 1000
-    """Steps of linear warm-up; adam only."""
+    """Steps of linear warm-up; for signum only with --lr-schedule."""
+
+    lr_decay_steps: int | None = None
+    """Steps of the decay that ends the run, with --lr-schedule stable-then-decay. Default: a fifth
+    of the run."""
+
+    lr_end: float = 0.0
+    """What the learning rate falls to, as a share of its peak."""
+
+    weight_decay: float | None = None
+    """Decoupled weight decay of adamw (default 0.01) and of muon's matrices (0.1)."""
+
+    grad_clip: float | None = None
+    """Largest norm of an SAE's gradient, over all its weights; one that is longer is scaled down.
+    Not for signum, which looks at signs alone."""
+
+    grad_acc_steps: int = 1
+    """Batches of which one update is made, of their mean gradient. Steps count batches."""
+
+    micro_batch_size: int | None = None
+    """Rows that are in the forward and backward pass at once: less memory, the same gradient but
+    for rounding. Default: the whole batch."""
+
+    autocast: bool = False
+    """Products of matrices in bfloat16, weights as they are. On a CPU it needs AVX512-BF16 or AMX,
+    and a step then takes about two thirds of the time. Off unless asked for, on any device: it
+    rounds the choice of latents."""
+
+    weights_dtype: WeightsDtype = "float32"
+    """Type of the weights, of the optimiser's state and of what is saved."""
+
+    decoder_norm: DecoderNorm = "unit"
+    """unit: decoder rows are scaled to norm 1 before every step. fold: they are free, latents are
+    chosen by activation times norm, and the norm is folded into the encoder when it is saved: rows
+    of norm 1, the same function. free: rows of any norm, saved so."""
+
+    k_anneal_steps: int = 0
+    """Steps in which k falls linearly from --k-start to --k. What is saved says --k always."""
+
+    k_start: int | None = None
+    """Where k begins, with --k-anneal-steps. Default: ten times the activations' width, or all
+    latents."""
 
     auxk_alpha: float = 1 / 32
     """Weight of AuxK, which lets dead latents predict the residual. 0: off."""
@@ -139,6 +189,10 @@ class FitConfig:
             "segment_shards",
             "buffer_bytes",
             "pool_rows",
+            "lr_decay_steps",
+            "grad_acc_steps",
+            "micro_batch_size",
+            "k_start",
             "save_every",
             "log_every",
         ):
@@ -154,6 +208,7 @@ class FitConfig:
             raise ConfigError("--seed is out of range", expected="0 to 2**32 - 1", got=self.seed)
         if self.lr_warmup_steps < 0:
             raise ConfigError("--lr-warmup-steps is negative", got=self.lr_warmup_steps)
+        self._check_recipe()
         if self.buffer_bytes is not None and self.pool_rows is not None:
             raise ConfigError(
                 "--buffer-bytes and --pool-rows say the same",
@@ -172,3 +227,47 @@ class FitConfig:
                 expected=">= 2, or --val-fraction 0",
                 got=1,
             )
+
+    def _check_recipe(self) -> None:
+        """Refuse optimisers, schedules and recipes that contradict themselves."""
+        if self.lr_decay_steps is not None and self.lr_schedule != "stable-then-decay":
+            raise ConfigError(
+                "--lr-decay-steps is for --lr-schedule stable-then-decay",
+                got=self.lr_schedule,
+                remedy="linear and cosine fall from the warm-up on",
+            )
+        if not 0 <= self.lr_end <= 1:
+            raise ConfigError("--lr-end is out of range", expected="0 to 1", got=self.lr_end)
+        falls = self.optimizer != "signum" if self.lr_schedule is None else True
+        if self.lr_end and (not falls or self.lr_schedule == "constant"):
+            raise ConfigError(
+                "--lr-end is for a learning rate that falls",
+                got=f"--optimizer {self.optimizer}, --lr-schedule {self.lr_schedule}",
+                remedy="--lr-schedule linear, cosine or stable-then-decay",
+            )
+        if self.weight_decay is not None:
+            if not 0 <= self.weight_decay < float("inf"):
+                raise ConfigError(
+                    "--weight-decay is out of range", expected=">= 0", got=self.weight_decay
+                )
+            if self.optimizer not in ("adamw", "muon"):
+                raise ConfigError(
+                    "--weight-decay is for adamw and muon", got=f"--optimizer {self.optimizer}"
+                )
+        if self.grad_clip is not None:
+            if not 0 < self.grad_clip < float("inf"):
+                raise ConfigError("--grad-clip is out of range", expected="> 0", got=self.grad_clip)
+            if self.optimizer == "signum":
+                raise ConfigError(
+                    "--grad-clip does nothing for signum, which takes signs of gradients",
+                    remedy="leave it out, or another --optimizer",
+                )
+        if self.k_anneal_steps < 0:
+            raise ConfigError("--k-anneal-steps is negative", got=self.k_anneal_steps)
+        if self.k_start is not None:
+            if not self.k_anneal_steps:
+                raise ConfigError("--k-start is for a run with --k-anneal-steps", got=self.k_start)
+            if self.k_start < self.k:
+                raise ConfigError(
+                    "--k-start is smaller than --k", expected=f">= {self.k}", got=self.k_start
+                )

@@ -27,9 +27,11 @@ from actcache.tuning import Tuning, tune
 from saetrain.checkpoint import load_checkpoint, remove_others
 from saetrain.config import FitConfig, SaeConfig
 from saetrain.follow import Follower
+from saetrain.gradient import require_bfloat16_products
 from saetrain.limits import Waits, sentence
 from saetrain.metrics import Firing, Meter
-from saetrain.optim import default_lr, make_optimizer
+from saetrain.optim import default_lr, make_optimizer, make_schedule
+from saetrain.recipe import make_recipe
 from saetrain.run import (
     FORMAT_VERSION,
     RUN,
@@ -198,7 +200,9 @@ def _ended_early(record: RunRecord, steps: int) -> tuple[str, ...]:
     """A warning if there were fewer rows than the harvest's goal promised."""
     if steps == record.steps:
         return ()
-    rate = "" if record.options.optimizer == "signum" else "; the learning rate did not reach 0"
+    signum = record.options.optimizer == "signum"
+    shape = record.options.lr_schedule or ("constant" if signum else "linear")
+    rate = "" if shape == "constant" else "; the learning rate did not reach its end"
     return (
         f"the run ended after {steps:,} of {record.steps:,} planned steps: the text ended before "
         f"the harvest's goal, or filters dropped rows{rate}",
@@ -410,7 +414,7 @@ def _steps(config: FitConfig, epoch_steps: int | None) -> int:
                 "has no goal",
                 remedy="--max-tokens N",
             )
-        return config.epochs * epoch_steps
+        return _whole_updates(config, config.epochs * epoch_steps)
     steps = config.max_tokens // config.batch_size
     if steps == 0:
         raise ConfigError(
@@ -418,7 +422,26 @@ def _steps(config: FitConfig, epoch_steps: int | None) -> int:
             expected=f">= --batch-size {config.batch_size}",
             got=config.max_tokens,
         )
-    return steps
+    return _whole_updates(config, steps)
+
+
+def _whole_updates(config: FitConfig, steps: int) -> int:
+    """So many steps, without the last ones if they do not fill an update.
+
+    Raises:
+        ConfigError: an option counts more steps than the run has.
+    """
+    whole = steps // config.grad_acc_steps * config.grad_acc_steps
+    for name, value in (
+        ("--grad-acc-steps", config.grad_acc_steps),
+        ("--lr-decay-steps", config.lr_decay_steps or 0),
+        ("--k-anneal-steps", config.k_anneal_steps),
+    ):
+        if value > (steps if name == "--grad-acc-steps" else whole):
+            raise ConfigError(
+                f"{name} is longer than the run", expected=f"<= {whole or steps}", got=value
+            )
+    return whole
 
 
 def _choose(config: FitConfig, cache: Cache) -> list[str]:
@@ -446,6 +469,8 @@ def _entry(config: FitConfig, hookpoint: str, width: int) -> SaeEntry:
 def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Trainee]:
     """Every SAE with its optimiser, b_dec at the mean of the training rows."""
     options = record.options
+    if options.autocast:
+        require_bfloat16_products(device)
     trainees = []
     for entry in record.saes:
         statistics = cache.statistics(entry.hookpoint, record.training_shards)
@@ -457,12 +482,22 @@ def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Traine
                 remedy="leave this hookpoint out",
             )
         sizes = entry.config
-        sae = Sae(sizes.d_in, sizes.num_latents, sizes.k, seed=entry.seed, device=device)
+        dtype = getattr(torch, options.weights_dtype)
+        sae = Sae(
+            sizes.d_in, sizes.num_latents, sizes.k, seed=entry.seed, device=device, dtype=dtype
+        )
         with torch.no_grad():
             sae.b_dec.copy_(torch.from_numpy(statistics.mean))
         optimizer = make_optimizer(
-            options.optimizer, sae, entry.lr, options.lr_warmup_steps, record.steps
+            options.optimizer,
+            sae,
+            entry.lr,
+            options.lr_warmup_steps,
+            record.steps,
+            schedule=make_schedule(options, record.steps),
+            weight_decay=options.weight_decay,
         )
         firing = Firing(sizes.num_latents, record.dead_after, device)
-        trainees.append(Trainee(entry, sae, optimizer, firing, Meter(device), statistics.variance))
+        meter, recipe = Meter(device), make_recipe(options, sizes)
+        trainees.append(Trainee(entry, sae, optimizer, firing, meter, statistics.variance, recipe))
     return trainees

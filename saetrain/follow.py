@@ -12,6 +12,7 @@ from pathlib import Path
 from actcache.atomic import publish
 from actcache.errors import CacheMismatchError, FormatError
 from actcache.follow import Following
+from actcache.order import OrderPlan
 from actcache.parse import parse_dataclass, read_json, to_json
 from actcache.reader import Cache
 from actcache.segments import Segmentation
@@ -169,6 +170,17 @@ class Follower:
                 return _place(epoch, *((number, step) if step < count else (number + 1, 0)))
             step -= count
         return None
+
+    def plan_of(self, step: int) -> tuple[OrderPlan, int, int]:
+        """The segment of a step (from 0) that was made, its epoch, and the step within both."""
+        plans = [self.plans.plan(number) for number in range(len(self._used.segments))]
+        made = [plan for plan in plans if plan is not None]
+        epoch, step = divmod(step, sum(plan.steps_per_epoch for plan in made))
+        for plan in made:
+            if step < plan.steps_per_epoch:
+                return plan, epoch, step
+            step -= plan.steps_per_epoch
+        raise AssertionError("no segment that was used has this step")
 
 
 def _place(epoch: int, segment: int, step: int) -> dict[str, int]:

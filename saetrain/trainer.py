@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from actcache.errors import ActcacheError, RunError
+from actcache.errors import ActcacheError
+from actcache.order import OrderPlan
 from actcache.stream import ActivationStream
 from saetrain.checkpoint import newest_step, save_checkpoint
+from saetrain.decoder_norm import fold
 from saetrain.follow import Follower
 from saetrain.formats.sparsify import save_sae
-from saetrain.losses import compute_losses
+from saetrain.gradient import add_gradient, clip_gradient
 from saetrain.metrics import Firing, Meter
-from saetrain.optim import Optimizer
+from saetrain.non_finite import Guard, NonFiniteError, require_finite, with_rows
+from saetrain.optim import Optimizer, step_if
+from saetrain.recipe import Recipe
 from saetrain.run import RunRecord, SaeEntry
 from saetrain.sae import Sae
 from saetrain.tracking import Tracker
@@ -37,12 +39,23 @@ class Trainee:
     meter: Meter
     variance: float
     """Mean of ‖x - mean‖² over the training rows."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """How its steps are made."""
+    guard: Guard = field(init=False)
+    """Whether its losses have been finite."""
+
+    def __post_init__(self) -> None:
+        """Watch the losses where they are computed."""
+        self.guard = Guard(self.sae.W_enc.device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Tensors and numbers for a checkpoint."""
         tensors = {f"sae.{name}": p for name, p in self.sae.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizer.state_tensors().items()}
         tensors |= {"firing": self.firing.rows_since, "meter": self.meter.sums}
+        for name, p in self.sae.named_parameters():
+            if p.grad is not None:  # some batches of an update that is not made yet
+                tensors[f"gradient.{name}"] = p.grad
         numbers = {f"optimizer.{k}": v for k, v in self.optimizer.state_numbers().items()}
         return tensors, numbers | {"meter.steps": self.meter.steps}
 
@@ -50,6 +63,9 @@ class Trainee:
         """Put back what `state` gave."""
         self.sae.load_state_dict(_below("sae.", tensors))
         self.optimizer.load_state(_below("optimizer.", tensors), _below("optimizer.", numbers))
+        for name, gradient in _below("gradient.", tensors).items():
+            parameter = self.sae.get_parameter(name)
+            parameter.grad = gradient.to(parameter.device)
         self.firing.rows_since.copy_(tensors["firing"])
         self.meter.sums.copy_(tensors["meter"])
         self.meter.steps = int(numbers["meter.steps"])
@@ -79,10 +95,28 @@ def train(
         Steps done in the whole run.
 
     Raises:
-        RunError: a loss is not finite; a checkpoint before it stays.
+        NonFiniteError: a loss is not finite; it has reached no weight, and a checkpoint before it
+            stays.
         CorruptShardError: a shard has changed or is gone; the steps before it are saved. So they
             are for any other error of the reader.
     """
+    try:
+        return _train(root, record, trainees, stream, tracker, first_step, follower)
+    except NonFiniteError as error:
+        raise with_rows(
+            error, root, stream.cache, lambda step: _place(record, follower, step)
+        ) from error
+
+
+def _train(
+    root: Path,
+    record: RunRecord,
+    trainees: list[Trainee],
+    stream: ActivationStream,
+    tracker: Tracker,
+    first_step: int,
+    follower: Follower | None,
+) -> int:
     options, done, saved = record.options, first_step, first_step
     if follower is not None:
         waiting = Waiting(stream.cache, follower.plans.segmentation.shards_each, tracker.bar)
@@ -146,19 +180,36 @@ def _keep(
 
 
 def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> None:
-    """One update of one SAE from a batch of rows [N, D], in any type, on any device."""
-    sae = trainee.sae
+    """One batch for one SAE, rows [N, D] in any type, on any device; and an update, if it is due.
+
+    Nothing here makes the host wait for the device, but AuxK: it counts the dead latents.
+    """
+    sae, recipe = trainee.sae, trainee.recipe
+    if (k := recipe.k(step)) is not None:
+        sae.k = k
     # Before the step, not after: what signum exports is an average drawn from the weights that the
     # step leaves, and normalising those last costs it 1% of FVU.
-    sae.normalise_decoder()
+    if recipe.decoder_norm == "unit" and recipe.begins_update(step):
+        sae.normalise_decoder()
     x = rows.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype, non_blocking=True)
     dead = trainee.firing.dead() if auxk_alpha > 0 else None
-    losses = compute_losses(sae, x, trainee.variance, dead)
-    torch.autograd.backward(losses.fvu + auxk_alpha * losses.auxk)
-    sae.remove_parallel_gradient()
-    trainee.optimizer.step(step)
+    losses = add_gradient(sae, x, trainee.variance, dead, auxk_alpha, recipe)
+    finite = trainee.guard.check(losses.fvu + auxk_alpha * losses.auxk, step)
+    if recipe.ends_update(step):
+        _update(trainee, step, finite)
     trainee.firing.add((losses.output.top_acts, losses.output.top_indices))
     trainee.meter.add(losses)
+
+
+def _update(trainee: Trainee, step: int, finite: Tensor) -> None:
+    """Change the weights by their gradient, unless `finite` says that it must not reach them."""
+    sae, recipe = trainee.sae, trainee.recipe
+    if recipe.decoder_norm == "unit":
+        sae.remove_parallel_gradient()
+    if recipe.grad_clip is not None:
+        norm = clip_gradient(sae.parameters(), recipe.grad_clip)
+        finite = trainee.guard.check(norm, step)
+    step_if(finite, trainee.optimizer, recipe.first_step_of_update(step))
 
 
 def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStream) -> None:
@@ -173,7 +224,10 @@ def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStrea
     for trainee in trainees:
         folder = root / trainee.entry.hookpoint
         weights = trainee.optimizer.weights_to_export()
-        exports.append(save_sae(folder, trainee.entry.config, weights))
+        if trainee.recipe.decoder_norm == "fold":
+            weights = fold(weights)
+        unit = trainee.recipe.decoder_norm != "free"
+        exports.append(save_sae(folder, trainee.entry.config, weights, unit))
     states = [trainee.state() for trainee in trainees]
     save_checkpoint(root, done, stream.state_dict(), states, exports)
 
@@ -201,20 +255,19 @@ def _require_finite_state(root: Path, trainee: Trainee, step: int) -> None:
     _require_finite(root, trainee, float(trainee.meter.sums.sum()), step)
     for parameter in trainee.sae.parameters():
         if not bool(parameter.isfinite().all()):
-            _require_finite(root, trainee, math.nan, step)
+            _require_finite(root, trainee, float("nan"), step)
 
 
 def _require_finite(root: Path, trainee: Trainee, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        saved = newest_step(root)
-        before = "Nothing is saved yet" if saved is None else f"Step {saved} is saved, from before"
-        raise RunError(
-            f"the loss of {trainee.entry.hookpoint} is not finite by step {step}",
-            expected="a number",
-            got=value,
-            remedy="a smaller --lr, with another --out; actcache inspect shows rows that are not "
-            f"finite. {before}",
-        )
+    first_bad = trainee.guard.first_bad()
+    require_finite(value, trainee.entry.hookpoint, step, first_bad, newest_step(root))
+
+
+def _place(record: RunRecord, follower: Follower | None, step: int) -> tuple[OrderPlan, int, int]:
+    """Plan of step `step` (from 0) of a run, its epoch, and the step within both."""
+    if follower is None:
+        return record.plan, *divmod(step, record.plan.steps_per_epoch)
+    return follower.plan_of(step)
 
 
 def _below(prefix: str, items: dict[str, V]) -> dict[str, V]:

@@ -50,20 +50,27 @@ class SparsifyConfig:
     transcode: bool = False
 
 
-def save_sae(folder: Path, config: SaeConfig, weights: Mapping[str, Tensor]) -> FileReceipt:
+def save_sae(
+    folder: Path, config: SaeConfig, weights: Mapping[str, Tensor], unit_rows: bool = True
+) -> FileReceipt:
     """Write a checkpoint that sparsify loads; returns what its weights' file must be.
 
     Args:
         folder: made when missing.
         config: sizes.
         weights: W_enc [M, D], b_enc [M], W_dec [M, D], b_dec [D].
+        unit_rows: whether whoever trains them on is to keep decoder rows at norm 1.
     """
     tensors = {
         theirs: weights[ours].detach().cpu().contiguous() for ours, theirs in _TENSORS.items()
     }
     factor = max(1, config.num_latents // config.d_in)
     cfg = SparsifyConfig(
-        d_in=config.d_in, expansion_factor=factor, num_latents=config.num_latents, k=config.k
+        d_in=config.d_in,
+        expansion_factor=factor,
+        normalize_decoder=unit_rows,
+        num_latents=config.num_latents,
+        k=config.k,
     )
     receipt = publish(folder / WEIGHTS, [save(tensors)])
     publish(folder / CONFIG, [to_json(asdict(cfg))])

@@ -8,10 +8,16 @@ from torch import Tensor, nn
 
 from saetrain.config import OptimizerName
 from saetrain.optim.adam import Adam
-from saetrain.optim.schedule import default_lr
+from saetrain.optim.adam8bit import Adam8bit
+from saetrain.optim.mask import step_if
+from saetrain.optim.muon import Muon
+from saetrain.optim.schedule import Schedule, default_lr, make_schedule
 from saetrain.optim.signum import Signum
 
-__all__ = ["Optimizer", "default_lr", "make_optimizer"]
+__all__ = ["Optimizer", "Schedule", "default_lr", "make_optimizer", "make_schedule", "step_if"]
+
+_WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.1}
+"""Where there is any: torch's default, and sparsify's."""
 
 
 class Optimizer(Protocol):
@@ -19,6 +25,12 @@ class Optimizer(Protocol):
 
     def step(self, step: int) -> None:
         """Update the parameters from their gradients, and drop these."""
+
+    def masked_step(self, step: int, ok: Tensor) -> None:
+        """The same where the flag `ok` (bool, on the parameters' device) is true; else nothing."""
+
+    def drop_gradients(self) -> None:
+        """Drop the gradients without an update."""
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name."""
@@ -34,7 +46,14 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(
-    name: OptimizerName, module: nn.Module, lr: float, warmup: int, steps: int
+    name: OptimizerName,
+    module: nn.Module,
+    lr: float,
+    warmup: int,
+    steps: int,
+    *,
+    schedule: Schedule | None = None,
+    weight_decay: float | None = None,
 ) -> Optimizer:
     """An optimiser over all parameters of a module.
 
@@ -42,10 +61,23 @@ def make_optimizer(
         name: which.
         module: whose parameters.
         lr: peak learning rate.
-        warmup: steps of warm-up (adam).
-        steps: steps of the whole run (adam).
+        warmup: steps of warm-up, unless `schedule` says it; signum has none.
+        steps: steps of the whole run, likewise.
+        schedule: None: none for signum, else linear decay to 0.
+        weight_decay: of adamw, and of muon's matrices; None: 0.01 and 0.1.
+
+    Raises:
+        ConfigError: a library that it needs is missing, or cannot run on the module's device.
     """
     parameters = dict(module.named_parameters())
     if name == "signum":
-        return Signum(parameters, lr)
-    return Adam(parameters, lr, warmup, steps)
+        return Signum(parameters, lr, schedule)
+    schedule = schedule or Schedule("linear", warmup, steps)
+    if name == "adam8bit":
+        return Adam8bit(parameters, lr, schedule)
+    if weight_decay is None:
+        weight_decay = _WEIGHT_DECAY.get(name)
+    if name == "muon":
+        assert weight_decay is not None
+        return Muon(parameters, lr, schedule, weight_decay)
+    return Adam(parameters, lr, schedule=schedule, weight_decay=weight_decay)

@@ -1,50 +1,78 @@
-"""Adam with linear warm-up and decay. Kingma and Ba (2014)."""
+"""Adam, after Kingma and Ba (2014), and AdamW, after Loshchilov and Hutter (2017)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saetrain.optim.schedule import warmup_then_decay
+from saetrain.optim.schedule import Schedule
+from saetrain.optim.scheduled import Parameters, Scheduled
 
 
-class Adam:
-    """torch's Adam over named parameters; see `saetrain.optim.Optimizer`."""
+class Adam(Scheduled):
+    """torch's Adam over named parameters; with `weight_decay`, its AdamW.
+
+    On CUDA it is torch's fused kernel: one pass over the weights, which also does nothing at all
+    where a flag on the device says so.
+
+    Args:
+        parameters: by name.
+        lr: peak learning rate.
+        warmup: steps of warm-up, unless `schedule` says it.
+        steps: steps of the whole run, likewise; then the rate falls linearly to 0.
+        schedule: share of the peak in each step.
+        weight_decay: decoupled, a share of the weights per step and learning rate; None: Adam.
+        fused: None: on CUDA.
+    """
 
     def __init__(
-        self, parameters: dict[str, torch.nn.Parameter], lr: float, warmup: int, steps: int
+        self,
+        parameters: Parameters,
+        lr: float,
+        warmup: int = 0,
+        steps: int = 0,
+        *,
+        schedule: Schedule | None = None,
+        weight_decay: float | None = None,
+        fused: bool | None = None,
     ) -> None:
-        self._parameters, self._lr, self._warmup, self._steps = parameters, lr, warmup, steps
-        self._adam = torch.optim.Adam(parameters.values(), lr=lr)
+        self._fused = all_on_cuda(parameters) if fused is None else fused
+        self._counts_on_device = self._fused
+        assert schedule is not None or steps > 0
+        schedule = schedule or Schedule("linear", warmup, steps)
+        super().__init__(
+            parameters, lr, schedule, [torch_adam(parameters, lr, weight_decay, self._fused)]
+        )
 
-    def step(self, step: int) -> None:
-        """Update, at the learning rate of step `step` (from 0)."""
-        for group in self._adam.param_groups:
-            group["lr"] = self._lr * warmup_then_decay(step, self._warmup, self._steps)
-        self._adam.step()
-        self._adam.zero_grad()
+    @torch.no_grad()
+    def masked_step(self, step: int, ok: Tensor) -> None:
+        """Update where `ok` is true, else leave weights and state as they are, bit for bit."""
+        if not self._fused:
+            super().masked_step(step, ok)
+            return
+        adam: Any = self._inner[0]
+        self._set_lr(step)
+        # The interface that torch's fused optimisers have for gradient scalers.
+        adam.found_inf = (~ok).float()
+        adam.grad_scale = None
+        adam.step()
+        adam.zero_grad()
+        del adam.found_inf, adam.grad_scale
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """First and second moments, and torch's step counter, by parameter."""
-        return {
-            f"{name}.{key}": value
-            for name, parameter in self._parameters.items()
-            for key, value in self._adam.state[parameter].items()
-        }
 
-    def state_numbers(self) -> dict[str, float]:
-        """Nothing: the learning rate follows from the step."""
-        return {}
+def all_on_cuda(parameters: Parameters) -> bool:
+    """Whether torch's fused kernels serve them on a GPU."""
+    return all(parameter.is_cuda for parameter in parameters.values())
 
-    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Put moments and counters back."""
-        del numbers
-        for name, value in tensors.items():
-            parameter, _, key = name.rpartition(".")
-            # torch keeps the step counter on the CPU unless it is asked to capture graphs.
-            device = "cpu" if key == "step" else self._parameters[parameter].device
-            self._adam.state[self._parameters[parameter]][key] = value.to(device)
 
-    def weights_to_export(self) -> dict[str, Tensor]:
-        """The parameters themselves."""
-        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+def torch_adam(
+    parameters: Parameters, lr: float, weight_decay: float | None, fused: bool
+) -> torch.optim.Optimizer:
+    """Make torch's Adam, or its AdamW where there is weight decay."""
+    if weight_decay is None:
+        return torch.optim.Adam(parameters.values(), lr=lr, fused=fused or None)
+    return torch.optim.AdamW(
+        parameters.values(), lr=lr, weight_decay=weight_decay, fused=fused or None
+    )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from saetrain.config import OptimizerName
+from saetrain.config import FitConfig, LrSchedule, OptimizerName
 
-_BASE = {"signum": 5e-3, "adam": 2e-4}
+_BASE = {"signum": 5e-3, "adam": 2e-4, "adamw": 2e-4, "adam8bit": 2e-4}
+_MUON = 2e-3
 
 
 def default_lr(optimizer: OptimizerName, num_latents: int) -> float:
-    """Learning rate that falls with the root of the width: base / sqrt(M / 2^14)."""
+    """Learning rate that falls with the root of the width: base / sqrt(M / 2^14).
+
+    Muon's does not: its updates are scaled by the shape of the matrix already.
+    """
+    if optimizer == "muon":
+        return _MUON
     return _BASE[optimizer] / math.sqrt(num_latents / 2**14)
 
 
@@ -25,3 +32,50 @@ def warmup_then_decay(step: int, warmup: int, steps: int) -> float:
     if step < warmup:
         return step / warmup
     return max(0.0, (steps - step) / max(1, steps - warmup))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over a run, as a share of its peak."""
+
+    shape: LrSchedule
+    """What follows the warm-up."""
+    warmup: int
+    """Steps of linear warm-up, from 0."""
+    steps: int
+    """Steps of the whole run."""
+    decay: int | None = None
+    """Steps of the decay at the end, stable-then-decay only; None: a fifth of the run."""
+    end: float = 0.0
+    """What the decay ends at, one step after the run's last."""
+
+    def factor(self, step: int) -> float:
+        """Share of the peak in a step, from 0."""
+        if step < self.warmup:
+            return step / self.warmup
+        if self.shape == "constant":
+            return 1.0
+        if self.shape == "stable-then-decay":
+            decay = max(1, self.steps // 5) if self.decay is None else self.decay
+            begin = max(self.warmup, self.steps - decay)
+            left = 1.0 if step < begin else warmup_then_decay(step, begin, self.steps)
+        else:
+            left = warmup_then_decay(step, self.warmup, self.steps)
+        if self.shape == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return self.end + (1 - self.end) * left
+
+
+def make_schedule(options: FitConfig, steps: int) -> Schedule | None:
+    """The schedule that the options of a run ask for; None: the optimiser's own.
+
+    Args:
+        options: of the run.
+        steps: steps of the whole run.
+    """
+    shape = options.lr_schedule
+    if shape is None:
+        if options.optimizer == "signum":
+            return None
+        shape = "linear"
+    return Schedule(shape, options.lr_warmup_steps, steps, options.lr_decay_steps, options.lr_end)

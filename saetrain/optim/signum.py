@@ -5,6 +5,8 @@ Steepest descent in the L∞ norm (Bernstein et al., "signSGD", 2018) inside the
 points: y, where gradients are taken (the live parameters), and z, where sign steps go. The point to
 evaluate is their average x = lerp(y, z, 1 - 1/β). It is computed aside: switching the live weights
 to x and back does not return the same bits.
+
+It needs no schedule: averaging does what a decay is for. Given one, sign steps are scaled by it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from typing import Any
 import torch
 from schedulefree import ScheduleFreeWrapper
 from torch import Tensor
+
+from saetrain.optim.mask import zero_gradients_unless
+from saetrain.optim.schedule import Schedule
 
 MOMENTUM = 0.95
 
@@ -38,18 +43,51 @@ class SignSgd(torch.optim.Optimizer):
 
 
 class Signum:
-    """Schedule-free SignSGD over named parameters; see `saetrain.optim.Optimizer`."""
+    """Schedule-free SignSGD over named parameters; see `saetrain.optim.Optimizer`.
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], lr: float) -> None:
-        self._parameters = parameters
+    Args:
+        parameters: by name.
+        lr: learning rate, the peak where there is a schedule.
+        schedule: its share in each step; None: 1.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        lr: float,
+        schedule: Schedule | None = None,
+    ) -> None:
+        self._parameters, self._lr, self._schedule = parameters, lr, schedule
         base = SignSgd(parameters.values(), lr)
         self._wrapper = ScheduleFreeWrapper(base, momentum=MOMENTUM)
         self._wrapper.train()
 
     def step(self, step: int) -> None:
-        """Update; the step's number plays no part."""
-        del step
+        """Update; the step's number (from 0) plays no part without a schedule."""
+        if self._schedule is not None:
+            # A warm-up counts from 1: the average's weights are squares of the largest rate so
+            # far, and must not all be 0.
+            warming = step < self._schedule.warmup
+            (group,) = self._wrapper.param_groups
+            group["lr"] = self._lr * self._schedule.factor(step + 1 if warming else step)
         self._wrapper.step()
+        self._wrapper.zero_grad()
+
+    @torch.no_grad()
+    def masked_step(self, step: int, ok: Tensor) -> None:
+        """Update where `ok` is true, else leave y and z as they are, bit for bit.
+
+        A sign step of +0 leaves z alone; y comes back from the average with other bits, so it is
+        kept. The numbers of the average count on: after such a step, the run ends.
+        """
+        zero_gradients_unless(ok, self._parameters.values())
+        kept = [(y, y.clone()) for y in self._parameters.values()]
+        self.step(step)
+        for y, before in kept:
+            torch.where(ok, y, before, out=y)
+
+    def drop_gradients(self) -> None:
+        """Forget them without an update."""
         self._wrapper.zero_grad()
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from actcache.errors import ConfigError
@@ -43,6 +45,14 @@ def test_k_may_be_all_latents_and_no_more() -> None:
         ("seed", -1),
         ("seed", 2**32),
         ("lr_warmup_steps", -1),
+        ("lr_decay_steps", 0),
+        ("lr_end", -0.1),
+        ("lr_end", 1.1),
+        ("lr_end", float("nan")),
+        ("grad_acc_steps", 0),
+        ("micro_batch_size", 0),
+        ("k_anneal_steps", -1),
+        ("k_start", 0),
     ],
 )
 def test_a_number_that_no_run_can_carry_out_is_refused_by_its_option(
@@ -50,6 +60,25 @@ def test_a_number_that_no_run_can_carry_out_is_refused_by_its_option(
 ) -> None:
     with pytest.raises(ConfigError, match="--" + option.replace("_", "-")):
         FitConfig("cache", "run", **{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr_decay_steps": 9}, "--lr-decay-steps is for --lr-schedule stable-then-decay"),
+        ({"lr_end": 0.1}, "--lr-end is for a learning rate that falls"),
+        ({"lr_end": 0.1, "lr_schedule": "constant"}, "--lr-end is for a learning rate that falls"),
+        ({"weight_decay": 0.1, "optimizer": "adam"}, "--weight-decay is for adamw and muon"),
+        ({"weight_decay": -0.1, "optimizer": "adamw"}, "--weight-decay is out of range"),
+        ({"grad_clip": 0.0, "optimizer": "adam"}, "--grad-clip is out of range"),
+        ({"grad_clip": 1.0}, "--grad-clip does nothing for signum"),
+        ({"k_start": 64}, "--k-start is for a run with --k-anneal-steps"),
+        ({"k_start": 16, "k_anneal_steps": 5}, "--k-start is smaller than --k"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        FitConfig("cache", "run", **options)
 
 
 def test_memory_and_rows_are_not_given_both() -> None:

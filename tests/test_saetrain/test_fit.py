@@ -455,7 +455,8 @@ def command(config: FitConfig) -> list[str]:
     words = [program, "fit", config.cache]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("cache", "hookpoint", "resume", "follow") and value is not None:
+        flags = ("resume", "follow", "autocast")
+        if field.name not in ("cache", "hookpoint", *flags) and value is not None:
             words += ["--" + field.name.replace("_", "-"), str(value)]
     return words
 

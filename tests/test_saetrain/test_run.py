@@ -144,7 +144,19 @@ BINDING = {
     "max_tokens": 640,
     "optimizer": "adam",
     "lr": 0.02,
+    "lr_schedule": "cosine",
     "lr_warmup_steps": 9,
+    "lr_decay_steps": 3,
+    "lr_end": 0.1,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "grad_acc_steps": 2,
+    "micro_batch_size": 16,
+    "autocast": True,
+    "weights_dtype": "bfloat16",
+    "decoder_norm": "fold",
+    "k_anneal_steps": 6,
+    "k_start": 9,
     "auxk_alpha": 0.5,
     "dead_after": 65,
     "val_fraction": 0.2,
@@ -155,6 +167,16 @@ BINDING = {
     "follow": True,
     "segment_shards": 4,
 }
+
+NEEDS: dict[str, dict[str, Any]] = {
+    "segment_shards": {"follow": True},
+    "lr_decay_steps": {"lr_schedule": "stable-then-decay"},
+    "lr_end": {"lr_schedule": "linear"},
+    "weight_decay": {"optimizer": "adamw"},
+    "grad_clip": {"optimizer": "adam"},
+    "k_start": {"k_anneal_steps": 5},
+}
+"""Options that are refused without others."""
 
 
 def changed(record: RunRecord, **options: Any) -> RunRecord:
@@ -174,8 +196,7 @@ def test_options_that_do_not_touch_the_results_may_change(record: RunRecord) -> 
 def test_every_other_option_is_refused_with_its_name_and_both_values(
     record: RunRecord, option: str
 ) -> None:
-    if option == "segment_shards":
-        record = changed(record, follow=True)
+    record = changed(record, **NEEDS.get(option, {}))
     old, new = getattr(record.options, option), BINDING[option]
     with pytest.raises(RunError) as caught:
         check_same_run(record, changed(record, **{option: new}))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from saetrain.optim.adam import Adam
+from saetrain.optim.schedule import Schedule
 
 LR, WARMUP, STEPS = 0.03, 5, 20
 
@@ -25,7 +26,7 @@ def parameters() -> dict[str, nn.Parameter]:
 def give_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in parameters.values():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -79,3 +80,27 @@ def test_state_put_back_goes_on_bit_for_bit(steps_before: int) -> None:
             optimizer.step(step)
     assert_same(copies(ours), copies(again))
     assert_same(adam.state_tensors(), resumed.state_tensors())
+
+
+@pytest.mark.parametrize("weight_decay", [None, 0.1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_adam_and_adamw_are_the_plain_formula_in_float64(
+    weight_decay: float | None, fused: bool
+) -> None:
+    ours = {name: nn.Parameter(p.double()) for name, p in parameters().items()}
+    schedule = Schedule("stable-then-decay", 3, STEPS, 8)
+    adam = Adam(ours, LR, schedule=schedule, weight_decay=weight_decay, fused=fused)
+    W = ours["W"].detach().clone()
+    first, second = torch.zeros_like(W), torch.zeros_like(W)
+    for step in range(STEPS):
+        give_gradients(ours, step)
+        gradient = ours["W"].grad
+        assert gradient is not None
+        lr = LR * schedule.factor(step)
+        W = W * (1 - lr * (weight_decay or 0.0))
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        unbiased = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        W = W - lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+        adam.step(step)
+        torch.testing.assert_close(ours["W"].detach(), W, rtol=1e-10, atol=1e-12)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
+from saetrain.config import FitConfig, LrSchedule, OptimizerName
 from saetrain.optim import default_lr
-from saetrain.optim.schedule import warmup_then_decay
+from saetrain.optim.schedule import Schedule, make_schedule, warmup_then_decay
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,50 @@ def test_warm_up_and_decay_are_those_of_transformers(warmup: int, steps: int) ->
         )
         optimizer.step()
         schedule.step()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
+def test_all_kinds_of_adam_have_adams_learning_rate(optimizer: OptimizerName) -> None:
+    assert default_lr(optimizer, 4608) == default_lr("adam", 4608)
+
+
+def test_the_learning_rate_of_muon_does_not_follow_the_width() -> None:
+    assert default_lr("muon", 2**10) == default_lr("muon", 2**17) == 2e-3
+
+
+HALF = 0.5
+TABLE = {
+    # Ten steps, of them two of warm-up.
+    ("constant", None, 0.0): [0, HALF, 1, 1, 1, 1, 1, 1, 1, 1],
+    ("linear", None, 0.0): [0, HALF, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125],
+    ("linear", None, 0.2): [0, HALF, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3],
+    ("cosine", None, 0.0): [0, HALF, 1, 0.96194, 0.85355, 0.69134, 0.5, 0.30866, 0.14645, 0.03806],
+    ("cosine", None, 0.5): [0, HALF, 1, 0.98097, 0.92678, 0.84567, 0.75, 0.65433, 0.57322, 0.51903],
+    ("stable-then-decay", 4, 0.0): [0, HALF, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25],
+    ("stable-then-decay", 4, 0.6): [0, HALF, 1, 1, 1, 1, 1, 0.9, 0.8, 0.7],
+    ("stable-then-decay", None, 0.0): [0, HALF, 1, 1, 1, 1, 1, 1, 1, 0.5],
+    ("stable-then-decay", 10, 0.0): [0, HALF, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_each_schedule_takes_the_values_of_its_table(
+    case: tuple[LrSchedule, int | None, float],
+) -> None:
+    shape, decay, end = case
+    schedule = Schedule(shape, 2, 10, decay, end)
+    assert [schedule.factor(step) for step in range(10)] == pytest.approx(TABLE[case], abs=1e-5)
+
+
+def test_a_linear_schedule_is_warm_up_then_decay_to_the_last_bit() -> None:
+    schedule = Schedule("linear", 7, 31)
+    for step in range(31):
+        assert schedule.factor(step) == warmup_then_decay(step, 7, 31)
+
+
+def test_by_default_signum_has_no_schedule_and_the_others_a_linear_one() -> None:
+    assert make_schedule(FitConfig("cache", "run"), 9) is None
+    adam = make_schedule(FitConfig("cache", "run", optimizer="adam"), 9)
+    assert adam == Schedule("linear", 1000, 9, None, 0.0)
+    cosine = FitConfig("cache", "run", lr_schedule="cosine", lr_warmup_steps=2, lr_end=0.1)
+    assert make_schedule(cosine, 9) == Schedule("cosine", 2, 9, None, 0.1)

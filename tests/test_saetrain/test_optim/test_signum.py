@@ -12,6 +12,7 @@ import torch
 from schedulefree import ScheduleFreeWrapper
 from torch import Tensor, nn
 
+from saetrain.optim.schedule import Schedule
 from saetrain.optim.signum import Signum
 
 LR = 0.03
@@ -31,7 +32,7 @@ def give_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
     for parameter in parameters.values():
         gradient = torch.randn(parameter.shape, generator=generator)
         gradient[gradient.abs() < 0.1] = 0.0  # the sign of 0 is 0
-        parameter.grad = gradient
+        parameter.grad = gradient.to(parameter.dtype)
 
 
 def copies(tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -118,3 +119,25 @@ def test_state_put_back_goes_on_bit_for_bit(steps_before: int) -> None:
     assert_same(signum.state_tensors(), resumed.state_tensors())
     assert_same(signum.weights_to_export(), resumed.weights_to_export())
     assert signum.state_numbers() == resumed.state_numbers()
+
+
+def test_with_a_schedule_it_is_the_plain_formula_in_float64() -> None:
+    """Defazio et al. (2024), with signs for the gradient; a warm-up begins above 0."""
+    schedule, momentum = Schedule("cosine", 4, 20), 0.95
+    ours = {name: nn.Parameter(p.double()) for name, p in parameters().items()}
+    signum = Signum(ours, LR, schedule)
+    x, z = ours["W"].detach().clone(), ours["W"].detach().clone()
+    largest = weights = 0.0
+    for step in range(20):
+        y = (1 - momentum) * z + momentum * x
+        torch.testing.assert_close(ours["W"].detach(), y, rtol=1e-12, atol=1e-12)
+        give_gradients(ours, step)
+        gradient = ours["W"].grad
+        assert gradient is not None
+        lr = LR * ([0.25, 0.5, 0.75, 1.0][step] if step < 4 else schedule.factor(step))
+        z = z - lr * gradient.sign()
+        largest = max(largest, lr)
+        weights += largest**2
+        x = x + largest**2 / weights * (z - x)
+        signum.step(step)
+    torch.testing.assert_close(signum.weights_to_export()["W"], x, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,93 @@
+"""Adam with moments in 8 bits, through bitsandbytes.
+
+Dettmers et al., "8-bit optimizers via block-wise quantization" (2021).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actcache.errors import ConfigError
+from saetrain.optim.schedule import Schedule
+from saetrain.optim.scheduled import Parameters, Scheduled
+
+_TABLES = ("qmap1", "qmap2")
+"""bitsandbytes' own constants, not state."""
+
+
+class Adam8bit(Scheduled):
+    """bitsandbytes' Adam8bit over named parameters; those below 4,096 numbers stay in float32.
+
+    Args:
+        parameters: by name.
+        lr: peak learning rate.
+        schedule: its share in each step.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed, or cannot make a step on this device.
+    """
+
+    def __init__(self, parameters: Parameters, lr: float, schedule: Schedule) -> None:
+        self._adam = _make(list(parameters.values()), lr)
+        _try_out(next(iter(parameters.values())))
+        super().__init__(parameters, lr, schedule, [self._adam])
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Moments and the scales of their blocks, by parameter."""
+        tensors = super().state_tensors()
+        return {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in _TABLES}
+
+    def state_numbers(self) -> dict[str, float]:
+        """Steps that each parameter has had."""
+        states = {name: self._state(parameter) for name, parameter in self._parameters.items()}
+        return {f"{name}.step": float(s["step"]) for name, s in states.items() if s}  # type: ignore[arg-type]
+
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Put moments, scales and counters back."""
+        (group,) = self._adam.param_groups
+        for index, (name, parameter) in enumerate(self._parameters.items()):
+            if f"{name}.step" in numbers:
+                self._adam.init_state(group, parameter, 0, index)  # the tables
+                self._state(parameter)["step"] = int(numbers[f"{name}.step"])
+        super().load_state(tensors, {})
+
+
+def _make(parameters: list[torch.nn.Parameter], lr: float) -> Any:
+    try:
+        import bitsandbytes.optim
+    except Exception as error:  # a library that it loads may be missing, which it tells in any way
+        raise ConfigError(
+            "--optimizer adam8bit needs bitsandbytes",
+            got=f"{type(error).__name__}: {error}",
+            remedy='pip install "actcache[quantized]", or --optimizer adam',
+        ) from error
+    make: Any = bitsandbytes.optim.Adam8bit  # type: ignore[attr-defined]
+    return make(parameters, lr=lr)
+
+
+def _try_out(like: torch.nn.Parameter) -> None:
+    """Make one step of a small matrix where the weights are: better now than after the first batch.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    trial = torch.nn.Parameter(torch.zeros(64, 64, device=like.device, dtype=like.dtype))
+    trial.grad = torch.ones_like(trial)
+    try:
+        _make([trial], 1.0).step()
+        moved = bool((trial < 0).all())
+    except Exception as error:
+        raise _cannot(like, f"{type(error).__name__}: {error}") from error
+    if not moved:
+        raise _cannot(like, "a step that does not move the weights")
+
+
+def _cannot(like: torch.nn.Parameter, got: str) -> ConfigError:
+    return ConfigError(
+        f"--optimizer adam8bit cannot run on {like.device} with weights in {like.dtype}",
+        got=got,
+        remedy="--optimizer adam, or another --device",
+    )

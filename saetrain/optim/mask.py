@@ -1,0 +1,43 @@
+"""An update that happens if a flag is true, and else changes nothing, by not one bit.
+
+On a CPU the flag is simply looked at. On a GPU that would make the host wait for the device in
+every step; there the optimisers update under the flag, where it lies (`masked_step`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Maskable(Protocol):
+    """What is asked of an optimiser here."""
+
+    def step(self, step: int) -> None:
+        """Update, and drop the gradients."""
+
+    def masked_step(self, step: int, ok: Tensor) -> None:
+        """Update where `ok` is true, and drop the gradients."""
+
+    def drop_gradients(self) -> None:
+        """Drop them without an update."""
+
+
+def step_if(ok: Tensor, optimizer: Maskable, step: int) -> None:
+    """Make step `step` (from 0) if the flag `ok` (bool, no dimensions) is true."""
+    if ok.device.type != "cpu":
+        optimizer.masked_step(step, ok)
+    elif bool(ok):
+        optimizer.step(step)
+    else:
+        optimizer.drop_gradients()
+
+
+def zero_gradients_unless(ok: Tensor, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Put +0 for every gradient where `ok` is false, so that no NaN comes into any state."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = torch.where(ok, parameter.grad, 0.0)

@@ -1,0 +1,55 @@
+"""Muon for matrices, Adam for the rest. Jordan et al., "Muon" (2024), kellerjordan.github.io.
+
+The momentum of each matrix is made nearly orthogonal by five Newton-Schulz iterations in bfloat16,
+and scaled by 0.2 · sqrt(max(rows, columns)), which gives its entries the size of Adam's updates
+(Liu et al., "Muon is scalable for LLM training", 2025). With that scale one learning rate serves
+both parts and every width, as in sparsify.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from actcache.errors import ConfigError
+from saetrain.optim.adam import all_on_cuda, torch_adam
+from saetrain.optim.schedule import Schedule
+from saetrain.optim.scheduled import Parameters, Scheduled
+
+MOMENTUM = 0.95
+
+
+class Muon(Scheduled):
+    """torch's Muon over named matrices [rows, columns], torch's Adam over all other parameters.
+
+    Args:
+        parameters: by name.
+        lr: peak learning rate of both.
+        schedule: its share in each step.
+        weight_decay: of the matrices, decoupled.
+
+    Raises:
+        ConfigError: this torch has no Muon.
+    """
+
+    def __init__(
+        self, parameters: Parameters, lr: float, schedule: Schedule, weight_decay: float
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                "--optimizer muon needs torch.optim.Muon",
+                expected="torch >= 2.9",
+                got=torch.__version__,
+                remedy="pip install -U torch, or --optimizer adam",
+            )
+        matrices = [p for p in parameters.values() if p.ndim == 2]
+        others = {name: p for name, p in parameters.items() if p.ndim != 2}
+        muon = torch.optim.Muon(
+            matrices,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=MOMENTUM,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self._counts_on_device = all_on_cuda(others)
+        adam = torch_adam(others, lr, None, self._counts_on_device)
+        super().__init__(parameters, lr, schedule, [muon, adam])

@@ -1,0 +1,289 @@
+"""`saetrain.non_finite`: a loss that is not finite reaches no weight, and is told by its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import saetrain.trainer
+from actcache.errors import RunError
+from actcache.order import batch_rows
+from actcache.reader import Cache
+from saetrain.checkpoint import load_checkpoint
+from saetrain.config import FitConfig, SaeConfig
+from saetrain.fit import fit
+from saetrain.metrics import Firing, Meter
+from saetrain.non_finite import ROWS, Guard, NonFiniteError
+from saetrain.optim import make_optimizer
+from saetrain.recipe import Recipe
+from saetrain.run import SaeEntry, read_run
+from saetrain.sae import Sae
+from saetrain.trainer import Trainee, train_step
+
+Options = Callable[..., FitConfig]
+
+N, D, M, K = 40, 12, 64, 4
+OPTIMIZERS = ["signum", "adam", "adamw", "adam8bit", "muon"]
+
+
+def batches(count: int) -> Tensor:
+    """[count, N, D]"""
+    return torch.randn(count, N, D, generator=torch.Generator().manual_seed(0))
+
+
+def bits(trainee: Trainee) -> dict[str, bytes]:
+    """Weights and the optimiser's state."""
+    tensors = {**trainee.sae.state_dict(), **trainee.optimizer.state_tensors()}
+    return {name: t.detach().contiguous().numpy().tobytes() for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("device_flag", [False, True])
+def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
+    make_trainee: Callable[..., Trainee],
+    optimizer: str,
+    value: float,
+    device_flag: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the flag looked at, as on a CPU, and with the update under it, as on a GPU."""
+    if device_flag:
+        monkeypatch.setattr(
+            saetrain.trainer, "step_if", lambda ok, optimizer, step: optimizer.masked_step(step, ok)
+        )
+    trainee, rows = make_trainee(D, M, K, optimizer=optimizer), batches(6)
+    # It would be normalised before the loss is known, which is not what is asked here.
+    trainee.recipe = Recipe(decoder_norm="free")
+    rows[3, 7, 2] = value
+    for step in range(3):
+        train_step(trainee, rows[step], step, 0.0)
+    assert trainee.guard.first_bad() is None
+    before = bits(trainee)
+    for step in range(3, 6):
+        train_step(trainee, rows[step], step, 0.0)
+        assert bits(trainee) == before
+    assert trainee.guard.first_bad() == 3
+
+
+@pytest.mark.parametrize("recipe", [{"grad_acc_steps": 3}, {"micro_batch_size": 9}])
+def test_one_bad_part_of_an_update_is_enough(
+    make_trainee: Callable[..., Trainee], recipe: dict[str, Any]
+) -> None:
+    trainee, rows = make_trainee(D, M, K), batches(6)
+    trainee.recipe = Recipe(decoder_norm="free", **recipe)
+    for step in range(3):
+        train_step(trainee, rows[step], step, 0.0)
+    before, rows[4, 20, 0] = bits(trainee), math.nan
+    if "micro_batch_size" in recipe:
+        rows[3] = rows[4]
+    for step in range(3, 6):
+        train_step(trainee, rows[step], step, 0.0)
+    assert bits(trainee) == before
+    assert trainee.guard.first_bad() == (3 if "micro_batch_size" in recipe else 4)
+
+
+def test_a_guard_remembers_the_first_bad_step_only() -> None:
+    guard = Guard(torch.device("cpu"))
+    values = [1.0, math.inf, 2.0, math.nan]
+    found = [bool(guard.check(torch.tensor(v), step)) for step, v in enumerate(values)]
+    assert found == [True, False, False, False]
+    assert guard.first_bad() == 1
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
+@pytest.mark.parametrize("norm", ["unit", "fold", "free"])
+def test_a_whole_step_asks_the_device_nothing(
+    monkeypatch: pytest.MonkeyPatch, optimizer: Any, norm: Any
+) -> None:
+    """Meta tensors hold no numbers: whoever would wait for one from the device raises on them."""
+    # It has no meta device; the kernels switch it off around one product.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    device = torch.device("meta")
+    recipe = Recipe(
+        decoder_norm=norm,
+        k_start=9,
+        k_end=K,
+        k_anneal_steps=3,
+        grad_clip=1.0,
+        grad_acc_steps=2,
+        micro_batch_size=9,
+    )
+    sae = Sae(D, M, K, device=device)
+    entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
+    update = make_optimizer(optimizer, sae, 0.01, 2, 6)
+    firing, meter = Firing(M, 10**9, device), Meter(device)
+    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe)
+    for step in range(6):
+        train_step(trainee, torch.zeros(N, D, device=device), step, 0.0)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        trainee.guard.first_bad()  # a log does ask
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
+def test_on_a_gpu_a_step_waits_for_nothing_and_a_bad_batch_changes_no_bit(optimizer: Any) -> None:
+    device = torch.device("cuda")
+    sae = Sae(D, M, K, device=device)
+    update = make_optimizer(optimizer, sae, 0.01, 0, 8)
+    firing, meter = Firing(M, 10**9, device), Meter(device)
+    entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
+    recipe = Recipe(decoder_norm="free", grad_clip=1.0)
+    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe)
+    rows = batches(6).to(device)
+    rows[4, 7, 2] = math.nan
+    for step in range(2):  # whatever is compiled or set up, is so now
+        train_step(trainee, rows[step], step, 0.0)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for step in range(2, 4):
+            train_step(trainee, rows[step], step, 0.0)
+        torch.cuda.set_sync_debug_mode("default")
+        before = {n: t.detach().cpu().numpy().tobytes() for n, t in trainee.state()[0].items()}
+        torch.cuda.set_sync_debug_mode("error")
+        for step in range(4, 6):
+            train_step(trainee, rows[step], step, 0.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    after = {n: t.detach().cpu().numpy().tobytes() for n, t in trainee.state()[0].items()}
+    kept = [n for n in before if n.startswith(("sae.", "optimizer."))]
+    assert [n for n in kept if before[n] != after[n]] == []
+    assert trainee.guard.first_bad() == 4
+
+
+def poisoned(
+    make_cache: Callable[..., Path], value: float = math.nan, **changes: Any
+) -> tuple[Path, tuple[int, int]]:
+    """A cache with one number of one row of layers.1 that is `value`; and that row's address."""
+
+    def rows(hookpoint: str, shard: int, count: int, width: int) -> NDArray[np.float32]:
+        made = np.random.RandomState(shard).standard_normal((count, width)).astype(np.float32)
+        if shard == 2 and hookpoint == "layers.1":
+            made[77, 3] = value
+        return made
+
+    return make_cache(rows=rows, row_order="sequence", **changes), (2, 77)
+
+
+def told(root: Path) -> dict[str, Any]:
+    return json.loads((root / ROWS).read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "muon"])
+def test_the_command_names_sae_step_rows_and_remedy_and_ends_with_code_11(
+    make_cache: Callable[..., Path], tmp_path: Path, optimizer: str
+) -> None:
+    cache, bad = poisoned(make_cache)
+    root = tmp_path / "run"
+    program = str(Path(sys.executable).with_name("saetrain"))
+    command = [program, "fit", str(cache), "--out", str(root), "--k", "3", "--num-latents", "48"]
+    command += ["--batch-size", "32", "--device", "cpu", "--optimizer", optimizer, "--seed", "3"]
+    command += ["--log-every", "100"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    plan = read_run(root).plan
+    step = next(s for s in range(12) if list(bad) in batch_rows(plan, 0, s).tolist())
+    assert done.returncode == 11, done.stderr
+    assert "Traceback" not in done.stderr
+    words = " ".join(done.stderr.split())
+    assert f"the loss of layers.1 is not finite by step {step + 1}" in words
+    assert f"of the batch of epoch 0: shard {plan.shards[0][0]} rows" in words
+    assert "shard 2 row 77: not finite on disk, so no --lr helps" in words
+    assert "Nothing is saved yet" in words
+    found = told(root)
+    assert found["rows"] == batch_rows(plan, 0, step).tolist()
+    assert found["rows_not_finite"] == [list(bad)]
+    assert (found["hookpoint"], found["step"], found["epoch"], found["step_in_plan"]) == (
+        "layers.1",
+        step + 1,
+        0,
+        step,
+    )
+
+
+def test_a_learning_rate_that_explodes_is_told_from_rows_that_are_not_finite(
+    options: Options,
+) -> None:
+    config = options(lr=1e25, optimizer="signum", log_every=3)
+    with pytest.raises(NonFiniteError, match=r"its rows are finite(.|\n)*a smaller --lr") as caught:
+        fit(config)
+    assert caught.value.step is not None
+    assert told(Path(config.out))["rows_not_finite"] == []
+
+
+def test_a_batch_of_a_later_epoch_and_segment_is_found(
+    make_cache: Callable[..., Path], options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --follow, and with a batch that is spoiled after it was read."""
+    real, seen = saetrain.trainer.train_step, []
+
+    class Spoil:
+        step = 0
+
+    def train_step(trainee: Any, rows: Tensor, number: int, alpha: float) -> None:
+        real(trainee, rows * math.nan if number == Spoil.step else rows, number, alpha)
+
+    monkeypatch.setattr(saetrain.trainer, "train_step", train_step)
+    cache = Cache.open(options().cache)
+    for follow in (False, True):
+        shards = {"segment_shards": 2, "follow": True, "val_fraction": 0.25} if follow else {}
+        common: dict[str, Any] = {"epochs": 3, "log_every": 1, "hookpoint": ("layers.0",)} | shards
+        Spoil.step = 10**9
+        whole = options(**common, out=f"{options().out}-{follow}-whole")
+        batches: list[NDArray[np.int64]] = []
+        with monkeypatch.context() as patch:
+            keep_addresses(patch, batches)
+            steps = fit(whole).steps
+        for Spoil.step in (0, steps // 2, steps - 1):
+            config = options(**common, out=f"{options().out}-{follow}-{Spoil.step}")
+            with pytest.raises(NonFiniteError, match=f"by step {Spoil.step + 1}\n"):
+                fit(config)
+            found = told(Path(config.out))
+            assert found["rows"] == batches[Spoil.step].tolist()
+            seen.append(found["epoch"])
+            rows = found["rows_not_finite"]  # on disk all is well
+            assert rows == []
+    assert seen[:3] == [0, 1, 2]
+    assert cache.shards
+
+
+def keep_addresses(patch: pytest.MonkeyPatch, batches: list[NDArray[np.int64]]) -> None:
+    """Note the rows of every batch that a run is given."""
+    from actcache.stream import ActivationStream
+
+    real = ActivationStream.__next__
+
+    def following(self: ActivationStream) -> Any:
+        batch = real(self)
+        batches.append(batch.addresses.copy())
+        return batch
+
+    patch.setattr(ActivationStream, "__next__", following)
+
+
+def test_the_checkpoint_before_it_is_what_a_run_resumes_from_and_fails_on_again(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    cache, _ = poisoned(make_cache)
+    config = options(cache=str(cache), seed=3, save_every=1, log_every=1)
+    messages = []
+    for resume in (False, True):
+        with pytest.raises(RunError) as caught:
+            fit(dataclasses.replace(config, resume=resume))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    checkpoint = load_checkpoint(Path(config.out))
+    assert checkpoint is not None
+    assert checkpoint[0].step == told(Path(config.out))["step"] - 1

@@ -50,7 +50,7 @@ soak: .venv/dev.stamp
 
 # dictionary-learning is wanted for its training loop, which needs none of its dependencies.
 .venv/dev.stamp: .venv/demo.stamp
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,peers,quantized,report]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,peers,quantized,report,s3]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt dictionary-learning
 	touch $@
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import xxhash
 
 from actcache.errors import DiskFullError
+from actcache.place import Place, as_remote
 
 _PARTIAL = ".partial-"
 _PIECE = 1 << 20  # bytes read and hashed at a time
@@ -125,8 +126,10 @@ def remove_partials(root: Path) -> int:
     return len(partials)
 
 
-def digest_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> FileReceipt:
+def digest_file(path: Place, advance: Callable[[int], None] = lambda _: None) -> FileReceipt:
     """Size and digest of a file as it is now; `advance` hears of every piece, in bytes."""
+    if not isinstance(path, Path):
+        return FileReceipt(*as_remote(path).digest(advance))
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         # Memory that is used again: a fresh piece for each read costs as much as the read.

@@ -12,13 +12,14 @@ from typing import Literal
 
 from actcache.errors import CorruptShardError
 from actcache.order import Span
+from actcache.place import Place, as_remote
 from actcache.reader import Cache, Views, flat
 from actcache.reading import DEFAULT, Reading
 from actcache.storage import StoredRows
 
 Verify = Literal["first-read", "always", "never"]
 
-_Version = tuple[int, ...]
+_Version = tuple[int | str, ...]
 """What `stat` says of a file, and a change of its bytes changes."""
 
 
@@ -132,7 +133,9 @@ def row_sizes(rows: StoredRows) -> dict[str, int]:
     return {name: part.itemsize * math.prod(part.shape[1:]) for name, part in rows.parts.items()}
 
 
-def _version(path: Path) -> _Version:
+def _version(path: Place) -> _Version:
+    if not isinstance(path, Path):
+        return (as_remote(path).version(),)  # each block is compared as it is read, see `remote`
     try:
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError) as error:

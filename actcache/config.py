@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actcache.errors import ConfigError
+from actcache.place import refuse_url
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 StoredDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8_e4m3"]
@@ -183,6 +184,7 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers and combinations that no harvest can carry out."""
+        refuse_url(self.out, "--out", "files are published by renaming them")
         for name, low in {
             "layer_stride": 1,
             "ctx_len": 2,
@@ -339,7 +341,7 @@ class ConvertConfig:
     """One conversion: a cache, and what the new one shall be."""
 
     source: str
-    """Folder of the cache to convert. It is only read, and may be unfinished."""
+    """Folder or URL of the cache to convert. It is only read, and may be unfinished."""
 
     out: str
     """Folder of the new cache: made when missing, finished when it holds this very conversion."""
@@ -353,6 +355,10 @@ class ConvertConfig:
 
     dtype: StoredDtype = "auto"
     """Type of the activations on disk. auto: that of the source."""
+
+    def __post_init__(self) -> None:
+        """Refuse an --out that cannot be written to."""
+        refuse_url(self.out, "--out", "files are published by renaming them")
 
 
 def _option(name: str) -> str:

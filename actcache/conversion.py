@@ -76,7 +76,8 @@ def convert(config: ConvertConfig) -> ConversionSummary:
     """
     source, root = Cache.open(config.source), Path(config.out)
     source.require_shards()
-    _refuse_same_folder(source.root, root)
+    if isinstance(source.root, Path):
+        _refuse_same_folder(source.root, root)
     refuse_foreign_folder(root)
     manifest = converted_manifest(source.manifest, config)
     require_chunks(manifest)

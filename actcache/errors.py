@@ -99,3 +99,9 @@ class CacheBusyError(ActcacheError):
     """A folder in which another harvest, or another fit, is at work."""
 
     exit_code = 12
+
+
+class RemoteError(ActcacheError):
+    """A store behind a URL that does not answer, or does not let us in."""
+
+    exit_code = 13

@@ -12,11 +12,11 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from actcache.errors import EmptyCacheError, FormatError
 from actcache.parse import BESIDE, parse_dataclass, read_json, to_json
+from actcache.place import Place, PlaceT
 from actcache.shard_plan import Part, ShardPlan
 
 FORMAT_VERSION = 1
@@ -266,7 +266,7 @@ def parse_manifest(obj: object, where: str = MANIFEST) -> Manifest:
     return parse_dataclass(Manifest, obj, where)
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Place) -> Manifest:
     """The manifest of the cache in folder `root`, with its extensions.
 
     Raises:
@@ -279,7 +279,7 @@ def read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def read_first_manifest(root: Path) -> Manifest:
+def read_first_manifest(root: Place) -> Manifest:
     """The manifest without extensions; raises as `read_manifest`."""
     path = root / MANIFEST
     try:
@@ -291,12 +291,12 @@ def read_first_manifest(root: Path) -> Manifest:
         ) from error
 
 
-def extension_path(root: Path, number: int) -> Path:
+def extension_path(root: PlaceT, number: int) -> PlaceT:
     """Where the record of an extension lies."""
     return root / EXTENSIONS / f"{number:05d}.json"
 
 
-def extension_files(root: Path) -> list[Path]:
+def extension_files(root: PlaceT) -> list[PlaceT]:
     """The files that stand where records of extensions do, in their order.
 
     Raises:
@@ -313,7 +313,7 @@ def _number(name: str) -> tuple[int, str]:
     return int(name.removesuffix(".json")), name
 
 
-def read_extension(path: Path, manifest: Manifest) -> Manifest:
+def read_extension(path: Place, manifest: Manifest) -> Manifest:
     """The manifest with one more extension: the one that follows those it has.
 
     Raises:

@@ -15,10 +15,10 @@ import operator
 import stat
 import types
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from actcache.errors import FormatError
+from actcache.place import Place
 
 T = TypeVar("T")
 
@@ -219,7 +219,7 @@ def _scalar(hint: Any) -> _Parser:
     return parse
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES, *, links: bool = True) -> object:
+def read_json(path: Place, limit: int = MAX_JSON_BYTES, *, links: bool = True) -> object:
     """Decode a JSON file.
 
     Args:

@@ -13,6 +13,7 @@ from actcache import receipt as receipts_module
 from actcache.atomic import digest_file
 from actcache.errors import CorruptShardError, EmptyCacheError, FormatError, HookpointError
 from actcache.manifest import Manifest, read_manifest
+from actcache.place import Place, as_place, as_remote, fetched_ahead
 from actcache.reading import WHOLE
 from actcache.receipt import EndReceipt, ShardReceipt
 from actcache.statistics import Statistics, merge
@@ -61,26 +62,39 @@ class Cache:
 
     def __init__(
         self,
-        root: Path,
+        root: Place,
         manifest: Manifest,
         receipts: dict[int, ShardReceipt],
         end: EndReceipt | None,
     ) -> None:
         self.root, self.manifest, self.receipts, self.end = root, manifest, receipts, end
         self.codec: Codec = CODECS[manifest.identity.dtype]
-        self._checked: set[Path] = set()
+        self._checked: set[Place] = set()
         self._extents: dict[tuple[str, int, str], Extent | CompressedExtent] = {}
-        self._files: dict[tuple[str, int], dict[str, Path]] = {}
+        self._files: dict[tuple[str, int], dict[str, Place]] = {}
 
     @classmethod
-    def open(cls, root: str | Path) -> Cache:
-        """Open the cache in a folder.
+    def open(
+        cls,
+        root: str | Place,
+        *,
+        block_cache: str | None = None,
+        block_cache_bytes: int | None = None,
+    ) -> Cache:
+        """Open the cache in a folder, or at a URL that fsspec reads (s3://, gs://, hf://, ...).
+
+        Args:
+            root: folder or URL.
+            block_cache: with a URL, folder of this machine for blocks that were fetched.
+            block_cache_bytes: bytes that it may hold; both by default as in `remote.open_url`.
 
         Raises:
             EmptyCacheError: there is no manifest.
             FormatError: manifest or receipts are damaged, or a folder is a symbolic link.
+            ConfigError: a URL that cannot be read.
+            RemoteError: the store behind the URL does not answer, or does not let us in.
         """
-        root = Path(root)
+        root = as_place(root, block_cache, block_cache_bytes)
         if linked := linked_folders(root, read_manifest(root)):
             raise FormatError(
                 f"{linked[0]} is a symbolic link",
@@ -145,7 +159,7 @@ class Cache:
         end = receipts_module.read_end_of(self.root, manifest)
         return Cache(self.root, manifest, inside, end)
 
-    def missing_files(self) -> list[Path]:
+    def missing_files(self) -> list[Place]:
         """Published files that are gone or have another size; their bytes are not read."""
         return [
             path
@@ -250,11 +264,18 @@ class Cache:
         self.require_hookpoint(hookpoint)
         self.require_shards()
         chosen = self.shards if shards is None else shards
+        self.fetch_statistics(chosen)
         return merge(self._statistics(shard, [hookpoint])[hookpoint] for shard in chosen)
 
     def shard_statistics(self, shard: int) -> dict[str, Statistics]:
         """Statistics of one shard at every hookpoint; its file is opened and checked once."""
         return self._statistics(shard, self.hookpoints)
+
+    def fetch_statistics(self, shards: Sequence[int]) -> None:
+        """Have the statistics of shards of a store on this machine; nothing with a folder."""
+        if not isinstance(self.root, Path):
+            for _ in fetched_ahead(statistics_path(self.root, shard) for shard in shards):
+                pass
 
     def _statistics(self, shard: int, hookpoints: Sequence[str]) -> dict[str, Statistics]:
         receipt = self.receipts[shard]
@@ -262,7 +283,7 @@ class Cache:
         extents = self.locate_statistics(shard)
         return {name: _parse_statistics(name, extents, receipt) for name in hookpoints}
 
-    def check_file(self, shard: int, name: str) -> Path:
+    def check_file(self, shard: int, name: str) -> Place:
         """Compare every byte of a shard's file, named as in receipts, with what was promised.
 
         Returns:
@@ -275,7 +296,7 @@ class Cache:
         self._check(path, self.receipts[shard], name)
         return path
 
-    def files_of(self, hookpoint: str, shard: int) -> dict[str, Path]:
+    def files_of(self, hookpoint: str, shard: int) -> dict[str, Place]:
         """The files of a shard's rows of one hookpoint, by their names in the receipt."""
         key = (hookpoint, shard)
         if key not in self._files:
@@ -285,13 +306,13 @@ class Cache:
             self._files[key] = {name: paths[name] for name in names if name in paths}
         return self._files[key]
 
-    def compare_file(self, shard: int, name: str) -> Path:
+    def compare_file(self, shard: int, name: str) -> Place:
         """As `check_file`, however often that was done before."""
         path = data_paths(self.root, self.manifest, shard)[name]
         _compare(path, self.receipts[shard], name)
         return path
 
-    def _check(self, path: Path, receipt: ShardReceipt, name: str) -> None:
+    def _check(self, path: Place, receipt: ShardReceipt, name: str) -> None:
         if path not in self._checked:
             _compare(path, receipt, name)
             self._checked.add(path)
@@ -331,8 +352,10 @@ def flat(rows: StoredRows) -> dict[str, memoryview]:
     return {name: part.reshape(-1).view(np.uint8).data for name, part in rows.parts.items()}
 
 
-def linked_folders(root: Path, manifest: Manifest) -> list[Path]:
+def linked_folders(root: Place, manifest: Manifest) -> list[Path]:
     """Folders below a cache's own that are symbolic links. The cache's own may be one."""
+    if not isinstance(root, Path):
+        return []  # stores have none
     folders = {root / receipts_module.FOLDER}
     for path in data_paths(root, manifest, 0).values():
         folders |= {parent for parent in path.parents if root in parent.parents}
@@ -360,14 +383,13 @@ def _parse_statistics(
     )
 
 
-def _compare(path: Path, receipt: ShardReceipt, name: str) -> None:
+def _compare(path: Place, receipt: ShardReceipt, name: str) -> None:
     """Raise `CorruptShardError` unless a file is, byte for byte, what a receipt calls `name`."""
-    plain = path.is_file() and not path.is_symlink()
     promised = receipt.files[name]
-    got: object = "no plain file"
-    if plain:  # its size first: one that was blown up must not be read to its end
-        size = path.stat().st_size
-        got = digest_file(path) if size == promised.bytes else f"{size} bytes"
+    got = _found(path, promised.bytes)
+    if got != promised and not isinstance(path, Path):
+        as_remote(path).forget()  # it may be what is kept on this machine that is wrong
+        got = _found(path, promised.bytes)
     if got != promised:
         raise CorruptShardError(
             f"{path} is not what the receipt of shard {receipt.shard} promises",
@@ -377,7 +399,15 @@ def _compare(path: Path, receipt: ShardReceipt, name: str) -> None:
         )
 
 
-def _check_range(path: Path, name: str, numbers: NDArray[np.int32], end: int) -> None:
+def _found(path: Place, size: int) -> object:
+    """Size and digest of a plain file of so many bytes; else, what it is."""
+    if not path.is_file() or path.is_symlink():
+        return "no plain file"
+    found = path.stat().st_size  # first: one that was blown up must not be read to its end
+    return digest_file(path) if found == size else f"{found} bytes"
+
+
+def _check_range(path: Place, name: str, numbers: NDArray[np.int32], end: int) -> None:
     if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < end:
         raise CorruptShardError(
             f"{path} holds a {name} that cannot be",

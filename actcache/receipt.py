@@ -15,6 +15,7 @@ from actcache.errors import FormatError
 from actcache.filters import FILTERS
 from actcache.manifest import Manifest, read_manifest
 from actcache.parse import parse_dataclass, read_json, to_json
+from actcache.place import Place, PlaceT, fetched_ahead
 
 FOLDER = "shards"
 END = "END.json"
@@ -82,7 +83,7 @@ class EndReceipt:
             )
 
 
-def receipt_path(root: Path, shard: int) -> Path:
+def receipt_path(root: PlaceT, shard: int) -> PlaceT:
     """Where the receipt of a shard lies."""
     return root / FOLDER / f"{shard:05d}.json"
 
@@ -97,7 +98,7 @@ def publish_end(root: Path, end: EndReceipt) -> None:
     publish(root / FOLDER / END, [to_json(end)])
 
 
-def read_end(root: Path, manifest: Manifest) -> EndReceipt | None:
+def read_end(root: Place, manifest: Manifest) -> EndReceipt | None:
     """The seal, or None while the harvest, with all its extensions, is not complete.
 
     Raises:
@@ -124,7 +125,7 @@ def read_end(root: Path, manifest: Manifest) -> EndReceipt | None:
     return None
 
 
-def read_end_of(root: Path, manifest: Manifest) -> EndReceipt | None:
+def read_end_of(root: Place, manifest: Manifest) -> EndReceipt | None:
     """The seal of a harvest as far as this manifest goes, whatever it was extended by since.
 
     Raises:
@@ -143,11 +144,11 @@ def read_end_of(root: Path, manifest: Manifest) -> EndReceipt | None:
     return end
 
 
-def _is_extended(root: Path, manifest: Manifest) -> bool:
+def _is_extended(root: Place, manifest: Manifest) -> bool:
     return len(read_manifest(root).extensions) > len(manifest.extensions)
 
 
-def _check_goal(path: Path, end: EndReceipt, goal: int | None) -> None:
+def _check_goal(path: Place, end: EndReceipt, goal: int | None) -> None:
     """Whether a seal can be that of a harvest with this goal."""
     if goal is None:
         return
@@ -160,7 +161,7 @@ def _check_goal(path: Path, end: EndReceipt, goal: int | None) -> None:
         )
 
 
-def _check_outdated(path: Path, end: EndReceipt, manifest: Manifest) -> None:
+def _check_outdated(path: Place, end: EndReceipt, manifest: Manifest) -> None:
     """Whether a seal, of the time before the next extension, is what it was then."""
     goal, shards = manifest.plan.goal, manifest.plan.shards
     assert shards is not None  # otherwise there could be no next extension
@@ -171,7 +172,7 @@ def _check_outdated(path: Path, end: EndReceipt, manifest: Manifest) -> None:
         )
 
 
-def read_published(root: Path) -> tuple[Manifest, dict[int, ShardReceipt], EndReceipt | None]:
+def read_published(root: Place) -> tuple[Manifest, dict[int, ShardReceipt], EndReceipt | None]:
     """Manifest, receipts and seal that agree, even if a harvest extends the cache in this moment.
 
     Raises:
@@ -189,7 +190,7 @@ def read_published(root: Path) -> tuple[Manifest, dict[int, ShardReceipt], EndRe
             manifest = later
 
 
-def read_receipts(root: Path, manifest: Manifest) -> dict[int, ShardReceipt]:
+def read_receipts(root: Place, manifest: Manifest) -> dict[int, ShardReceipt]:
     """All published shards, by number, in order.
 
     Raises:
@@ -201,14 +202,15 @@ def read_receipts(root: Path, manifest: Manifest) -> dict[int, ShardReceipt]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        receipts = (read_receipt(path, manifest) for _, path in receipt_files(root))
+        files = fetched_ahead(path for _, path in receipt_files(root))
+        receipts = (read_receipt(path, manifest) for path in files)
         return {receipt.shard: receipt for receipt in receipts}
     finally:
         if collecting:
             gc.enable()
 
 
-def receipt_files(root: Path) -> list[tuple[int, Path]]:
+def receipt_files(root: PlaceT) -> list[tuple[int, PlaceT]]:
     """The files that stand where receipts do, with the number in their name, ascending."""
     folder = root / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -216,7 +218,7 @@ def receipt_files(root: Path) -> list[tuple[int, Path]]:
     return [(number, folder / name) for number, name in found]
 
 
-def read_receipt(path: Path, manifest: Manifest) -> ShardReceipt:
+def read_receipt(path: Place, manifest: Manifest) -> ShardReceipt:
     """One receipt, checked against its name and the manifest.
 
     Raises:
@@ -241,7 +243,7 @@ def digest(receipts: list[ShardReceipt]) -> str:
     return hasher.hexdigest()
 
 
-def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Path) -> None:
+def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Place) -> None:
     """Whether the receipt is of a shard that this manifest can have."""
     names = {hookpoint.name for hookpoint in manifest.identity.hookpoints}
     tokens = receipt.sequences * manifest.identity.ctx_len
@@ -270,7 +272,7 @@ def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Path) -> Non
             )
 
 
-def _check_owner(path: Path, got: str, expected: str) -> None:
+def _check_owner(path: Place, got: str, expected: str) -> None:
     if got != expected:
         raise FormatError(
             f"{path} belongs to another cache",

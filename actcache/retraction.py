@@ -16,6 +16,7 @@ from actcache.atomic import FileReceipt, digest_file, publish, sync_folder
 from actcache.errors import CacheMismatchError, FormatError
 from actcache.manifest import Manifest
 from actcache.parse import parse_dataclass, read_json, to_json
+from actcache.place import Place, PlaceT
 from actcache.receipt import FOLDER, ShardReceipt, read_receipt, receipt_path
 
 _MAX_BYTES = 8 << 20
@@ -36,17 +37,17 @@ class Retraction:
     """Its files as they lay there. Where the receipt was what was damaged, these were right."""
 
 
-def retraction_path(root: Path, shard: int) -> Path:
+def retraction_path(root: PlaceT, shard: int) -> PlaceT:
     """Where the record of a retracted shard lies."""
     return root / FOLDER / f"{shard:05d}.retracted.json"
 
 
-def retracted_shards(root: Path) -> list[int]:
+def retracted_shards(root: Place) -> list[int]:
     """Numbers of the shards that wait to be made again, ascending."""
     return [s for s in _recorded(root) if not receipt_path(root, s).exists()]
 
 
-def _recorded(root: Path) -> list[int]:
+def _recorded(root: Place) -> list[int]:
     folder = root / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name[1]) for name in map(_NAME.fullmatch, names) if name)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from actcache.errors import EmptyCacheError
 from actcache.order import POOL_ROWS, make_plan
+from actcache.place import Place, as_remote
 from actcache.reader import Cache
 from actcache.reading import Reading
 from actcache.stream import ActivationStream
@@ -57,7 +58,7 @@ def measure(
     """Read some shards front to back, and stream them, out of the disk's hands and the page cache.
 
     Their pages are let go before each reading from the disk, as far as the system does so; a disk
-    may have memory of its own.
+    may have memory of its own. With a store, blocks that this machine keeps are let go instead.
 
     Args:
         cache: the cache.
@@ -107,9 +108,10 @@ def measure(
         ("batches mixed", lambda: stream(pool_rows)),
     ]
     found = []
+    local = isinstance(cache.root, Path)
     for way, act in ways:
         _let_go(files)
-        for state in ("disk", "memory"):
+        for state in ("disk", "memory") if local else ("the store", "kept blocks"):
             began = time.perf_counter()
             speed = act() / max(time.perf_counter() - began, 1e-9)
             found.append(Speed(f"{way}, from {state}", speed * row_bytes, speed))
@@ -122,9 +124,12 @@ def _tuned(
     return tune(cache, names, make_plan(shards, cache.manifest.block_rows, batch_size, 0)).reading
 
 
-def _let_go(files: Sequence[Path]) -> None:
+def _let_go(files: Sequence[Place]) -> None:
     """Ask the system to forget what it holds of some files."""
     for path in files:
+        if not isinstance(path, Path):
+            as_remote(path).forget()
+            continue
         with suppress(OSError):
             fd = os.open(path, os.O_RDONLY)
             try:
@@ -133,10 +138,13 @@ def _let_go(files: Sequence[Path]) -> None:
                 os.close(fd)
 
 
-def _read_all(files: Sequence[Path], threads: int) -> None:
-    def read(mine: Sequence[Path]) -> None:
+def _read_all(files: Sequence[Place], threads: int) -> None:
+    def read(mine: Sequence[Place]) -> None:
         memory = memoryview(bytearray(_PIECE))
         for path in mine:
+            if not isinstance(path, Path):
+                as_remote(path).warm()
+                continue
             with path.open("rb", buffering=0) as file:
                 while file.readinto(memory):
                     pass

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from actcache.checked_reads import CheckedReads
@@ -19,6 +20,8 @@ from actcache.reading import WHOLE, Reading
 
 CHANGES: tuple[dict[str, Any], ...] = ({"threads": 4}, {"piece": WHOLE}, {"ahead": True})
 """What is tried after the default, one upon the other where it helps."""
+REMOTE = Reading(threads=8, piece=WHOLE)
+"""From a store: what threads wait for is the way there, not this machine."""
 
 _ROUND = 16 << 20  # bytes that each way reads
 _ENOUGH = 1.1  # what takes more from the machine must be so much faster
@@ -30,7 +33,9 @@ class Tuning:
 
     reading: Reading
     bytes_per_second: float | None
-    """At which the probe read so; None where the cache is too small to tell."""
+    """At which the probe read so; None where there was none."""
+    why_not: str = "too little to probe"
+    """Said where there was none."""
 
 
 def tune(cache: Cache, hookpoints: Sequence[str], plan: OrderPlan, epoch: int = 0) -> Tuning:
@@ -42,6 +47,8 @@ def tune(cache: Cache, hookpoints: Sequence[str], plan: OrderPlan, epoch: int = 
     Raises:
         CorruptShardError: a file is gone, or is not what its receipt promises.
     """
+    if not isinstance(cache.root, Path):
+        return Tuning(REMOTE, None, "from a store")
     row_bytes = sum(cache.codec.row_bytes(cache.manifest.width(name)) for name in hookpoints)
     blocks = max(4, _ROUND // (row_bytes * plan.block_rows))
     if 8 * (1 + len(CHANGES)) * blocks * plan.block_rows > plan.rows:

@@ -23,6 +23,7 @@ from actcache.manifest import (
     read_extension,
     read_first_manifest,
 )
+from actcache.place import Place, as_folder, as_place
 from actcache.progress import Progress
 from actcache.reader import Cache, linked_folders
 from actcache.receipt import (
@@ -84,18 +85,19 @@ class Verification:
         return not self.damages
 
 
-def verify(root: str | Path, *, quick: bool = False, threads: int | None = None) -> Verification:
+def verify(root: str | Place, *, quick: bool = False, threads: int | None = None) -> Verification:
     """Check a cache, with a progress bar.
 
     Args:
-        root: folder of the cache.
+        root: folder of the cache, or its URL; then nothing is kept on this machine, what is here
+            already is not trusted, and leftovers are not looked for.
         quick: look at sizes and headers only.
         threads: files read at once; by default as many as there are cores.
 
     Raises:
         EmptyCacheError: there is no manifest.
     """
-    root = Path(root)
+    root = as_place(root, block_cache_bytes=0)
     file = MANIFEST
     try:
         manifest = read_first_manifest(root)
@@ -121,7 +123,7 @@ def verify(root: str | Path, *, quick: bool = False, threads: int | None = None)
 
 
 def _found(
-    root: Path, quick: bool, damages: list[Damage], cache: Cache | None = None
+    root: Place, quick: bool, damages: list[Damage], cache: Cache | None = None
 ) -> Verification:
     files = [f for r in cache.receipts.values() for f in r.files.values()] if cache else []
     return Verification(
@@ -148,11 +150,11 @@ def _damage(file: str, shard: int | None, error: ActcacheError) -> Damage:
     return Damage(file, shard, error.expected or "what FORMAT.md says", got)
 
 
-def _linked(root: Path, folder: Path) -> Damage:
-    return Damage(str(folder.relative_to(root)), None, "a folder", "a symbolic link")
+def _linked(root: Place, folder: Path) -> Damage:
+    return Damage(str(folder.relative_to(as_folder(root))), None, "a folder", "a symbolic link")
 
 
-def _documents(root: Path, manifest: Manifest) -> list[Damage]:
+def _documents(root: Place, manifest: Manifest) -> list[Damage]:
     """What the backend keeps beside the shards, against what follows from the manifest."""
     damages = []
     for path, accepted in BACKENDS[manifest.backend].documents(root, manifest).items():
@@ -165,7 +167,7 @@ def _documents(root: Path, manifest: Manifest) -> list[Damage]:
     return damages
 
 
-def _receipts(root: Path, manifest: Manifest) -> tuple[dict[int, ShardReceipt], list[Damage]]:
+def _receipts(root: Place, manifest: Manifest) -> tuple[dict[int, ShardReceipt], list[Damage]]:
     receipts, damages = {}, []
     for number, path in receipt_files(root):
         shard = number if path == receipt_path(root, number) else None
@@ -183,7 +185,7 @@ def _unreadable(file: str, shard: int | None, error: OSError) -> Damage:
 
 
 def _end(
-    root: Path, manifest: Manifest, receipts: dict[int, ShardReceipt], damaged: set[int | None]
+    root: Place, manifest: Manifest, receipts: dict[int, ShardReceipt], damaged: set[int | None]
 ) -> tuple[EndReceipt | None, list[Damage]]:
     """The seal, against itself and the receipts, and the receipts that it misses."""
     try:
@@ -233,7 +235,7 @@ def _data(cache: Cache, quick: bool, threads: int | None) -> list[Damage]:
         with lock:
             bar.advance(units)
 
-    def check(task: tuple[int, str, Path]) -> Damage | None:
+    def check(task: tuple[int, str, Place]) -> Damage | None:
         damage = _file(cache, *task, None if quick else advance)
         if quick:
             advance(1)
@@ -253,7 +255,7 @@ def _data(cache: Cache, quick: bool, threads: int | None) -> list[Damage]:
 
 
 def _file(
-    cache: Cache, shard: int, name: str, path: Path, advance: Callable[[int], None] | None
+    cache: Cache, shard: int, name: str, path: Place, advance: Callable[[int], None] | None
 ) -> Damage | None:
     """One data file: kind, size, bytes (unless quick: no `advance`), header, what it says."""
     file = str(path.relative_to(cache.root))
@@ -306,6 +308,8 @@ def _content(cache: Cache, shard: int, name: str, *, quick: bool) -> None:
 def _leftovers(cache: Cache) -> list[str]:
     """Files below the cache that nothing accounts for. Links are named, not followed."""
     root, manifest = cache.root, cache.manifest
+    if not isinstance(root, Path):
+        return []
     known = {root / MANIFEST, root / FOLDER / END}
     known |= {*BACKENDS[manifest.backend].documents(root, manifest), *extension_files(root)}
     for shard, path in receipt_files(root):

@@ -14,6 +14,7 @@ from actcache import retraction, rng
 from actcache.atomic import FileReceipt
 from actcache.filters import Mask, Norms, norm_outliers
 from actcache.manifest import Identity, Manifest
+from actcache.place import PlaceT
 from actcache.receipt import ShardReceipt, publish_receipt
 from actcache.statistics import Statistics, merge, parts
 from actcache.storage import BACKENDS, CODECS, Array, StoredRows, refuse_infinite, safetensors_file
@@ -23,17 +24,17 @@ Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
 
-def tokens_path(root: Path, shard: int) -> Path:
+def tokens_path(root: PlaceT, shard: int) -> PlaceT:
     """Where a shard's token ids and row addresses lie."""
     return root / "tokens" / f"{shard:05d}.safetensors"
 
 
-def statistics_path(root: Path, shard: int) -> Path:
+def statistics_path(root: PlaceT, shard: int) -> PlaceT:
     """Where a shard's statistics lie."""
     return root / "stats" / f"{shard:05d}.safetensors"
 
 
-def data_paths(root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
+def data_paths(root: PlaceT, manifest: Manifest, shard: int) -> dict[str, PlaceT]:
     """Where every file of a shard lies, by the name that its receipt has for it."""
     paths = BACKENDS[manifest.backend].files(root, manifest, shard)
     return paths | {"tokens": tokens_path(root, shard), "stats": statistics_path(root, shard)}

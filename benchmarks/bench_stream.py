@@ -92,7 +92,7 @@ def against_disk(work: Path, sizes: Sizes, width: int, threads: int) -> None:
         root = work / backend
         write_cache(root, backend, sizes.rows, width)
         cache = Cache.open(root)
-        files = [p for s in cache.shards for p in cache.files_of(HOOKPOINT, s).values()]
+        files = [Path(str(p)) for s in cache.shards for p in cache.files_of(HOOKPOINT, s).values()]
         acts: dict[str, Callable[[], float]] = {
             "preadv, one buffer": lambda files=files: raw(files, threads, _PIECE),  # type: ignore[misc]
             "preadv, memory of batches": lambda files=files: raw(files, threads, 64 << 20),  # type: ignore[misc]
@@ -280,7 +280,7 @@ def on_a_gpu(work: Path, sizes: Sizes, width: int, threads: int) -> None:
     root = work / "gpu"
     write_cache(root, "memmap", sizes.rows, width)
     cache = Cache.open(root)
-    files = [p for s in cache.shards for p in cache.files_of(HOOKPOINT, s).values()]
+    files = [Path(str(p)) for s in cache.shards for p in cache.files_of(HOOKPOINT, s).values()]
     acts: dict[str, Callable[[], float]] = {
         "preadv, memory of batches": lambda: raw(files, threads, 64 << 20),
         "copy from pinned memory": host_to_device,

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
+from .block_cache import BlockCache, BlockCacheBytes
 from .guard import emit, guarded
 from .tables import table
 
 
 @guarded
 def run(
-    cache: Annotated[str, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
     hookpoint: Annotated[
         list[str] | None, typer.Option(help="Read this one; repeatable. Default: all together.")
     ] = None,
@@ -21,6 +22,8 @@ def run(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that read. Default: by a short probe.")
     ] = None,
+    block_cache: BlockCache = None,
+    block_cache_bytes: BlockCacheBytes = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how fast CACHE is read and streamed on this machine, from disk and from memory."""
@@ -31,7 +34,7 @@ def run(
     from actcache.speed import measure
 
     found = measure(
-        Cache.open(cache),
+        Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes),
         hookpoint or (),
         max_bytes=max_bytes,
         batch_size=batch_size,

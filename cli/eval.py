@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .block_cache import BlockCache, BlockCacheBytes
 from .fit import figure
 from .guard import emit, guarded
 from .tables import table
@@ -20,6 +21,8 @@ def run(
     device: Annotated[
         str, typer.Option(help="Torch device. auto: cuda where there is one, else cpu.")
     ] = "auto",
+    block_cache: BlockCache = None,
+    block_cache_bytes: BlockCacheBytes = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print held-out FVU, L0 and dead latents of every SAE of RUN, and write RUN/eval.json."""
@@ -28,7 +31,7 @@ def run(
 
     from saetrain.evaluate import EVALUATION, evaluate
 
-    evaluation = evaluate(Path(run), cache, device)
+    evaluation = evaluate(Path(run), cache, device, block_cache, block_cache_bytes)
     if json:
         emit(dataclasses.asdict(evaluation))
         return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .block_cache import BlockCache, BlockCacheBytes
 from .guard import emit, guarded, say
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ SAMPLE_NORMS = 8
 
 @guarded
 def run(
-    cache: Annotated[str, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
     shard: Annotated[
         int | None, typer.Option(min=0, help="This shard alone: its files, and all else of it.")
     ] = None,
@@ -67,6 +68,8 @@ def run(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Details of every hookpoint, shard and rank.")
     ] = False,
+    block_cache: BlockCache = None,
+    block_cache_bytes: BlockCacheBytes = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what CACHE is of, whether it is complete, and what its activations are like."""
@@ -83,7 +86,7 @@ def run(
 
     from .inspect_text import show
 
-    opened = Cache.open(cache)
+    opened = Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes)
     if hookpoint is not None:
         opened.require_hookpoint(hookpoint)
     shards = None if shard is None else [shard]

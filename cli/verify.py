@@ -8,6 +8,7 @@ import typer
 
 from actcache.config import HarvestConfig
 from actcache.errors import ConfigError, CorruptShardError
+from actcache.place import refuse_url
 
 from .guard import emit, guarded, say
 from .options import command
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @guarded
 def run(
-    cache: Annotated[str, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
     harvest: Annotated[
         list[str] | None,
         typer.Argument(
@@ -48,6 +49,8 @@ def run(
 
     if harvest and not repair:
         raise ConfigError("a harvest command is for --repair", got=" ".join(harvest))
+    if repair:
+        refuse_url(cache, "CACHE with --repair", "files are published by renaming them")
     config = _harvest_config([*harvest, "--out", cache]) if harvest else None
     found = verify(cache, quick=quick, threads=threads)
     if not json:

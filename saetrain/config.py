@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actcache.errors import ConfigError
+from actcache.place import refuse_url
 
 OptimizerName = Literal["signum", "adam", "adamw", "adam8bit", "muon"]
 LrSchedule = Literal["constant", "linear", "cosine", "stable-then-decay"]
@@ -42,7 +43,7 @@ class FitConfig:
     """One run: SAEs over one stream of a cache."""
 
     cache: str
-    """Folder of the cache."""
+    """Folder of the cache, or its URL (s3://, gs://, hf:// and others that fsspec reads)."""
 
     out: str
     """Folder of the run. One that exists is refused without --resume."""
@@ -176,8 +177,21 @@ class FitConfig:
     resume: bool = False
     """Go on from the run's last checkpoint; begin a run that does not exist yet."""
 
+    block_cache: str | None = None
+    """With a URL: folder for blocks that were fetched. Default: $ACTCACHE_BLOCK_CACHE, or
+    actcache/blocks in the user's folder for caches."""
+
+    block_cache_bytes: int | None = None
+    """Bytes that it may hold, 0 for none; the blocks that were not used for longest go first. A
+    cache that fits is fetched once, a larger one about twice in every epoch.
+    Default: $ACTCACHE_BLOCK_CACHE_BYTES, or
+    16 GiB."""
+
     def __post_init__(self) -> None:
         """Refuse numbers and combinations that no run can carry out."""
+        refuse_url(self.out, "--out", "files are published by renaming them")
+        if self.follow:
+            refuse_url(self.cache, "CACHE with --follow", "a harvest at work is in a folder")
         for name in (
             "expansion_factor",
             "num_latents",

@@ -13,6 +13,7 @@ from actcache.device import choose_device
 from actcache.errors import EmptyCacheError, FormatError, RunError
 from actcache.manifest import MANIFEST
 from actcache.parse import to_json
+from actcache.place import is_url
 from actcache.progress import Progress
 from actcache.reader import Cache
 from saetrain.checkpoint import SaeState, newest_state
@@ -67,7 +68,13 @@ class Evaluation:
     saes: tuple[SaeEvaluation, ...]
 
 
-def evaluate(root: Path, cache_folder: str | None = None, device: str = "auto") -> Evaluation:
+def evaluate(
+    root: Path,
+    cache_folder: str | None = None,
+    device: str = "auto",
+    block_cache: str | None = None,
+    block_cache_bytes: int | None = None,
+) -> Evaluation:
     """Evaluate a run's exported SAEs and write `eval.json`.
 
     The SAEs of a run that is not finished are those of its last checkpoint: they are written just
@@ -75,8 +82,10 @@ def evaluate(root: Path, cache_folder: str | None = None, device: str = "auto") 
 
     Args:
         root: folder of the run.
-        cache_folder: where the cache is now; None: where it was.
+        cache_folder: where the cache is now, a folder or URL; None: where it was.
         device: torch device, or auto.
+        block_cache: with a URL, see `Cache.open`.
+        block_cache_bytes: likewise.
 
     Raises:
         RunError: no such run, or nothing was held out, or nothing has been saved yet, or the
@@ -86,12 +95,12 @@ def evaluate(root: Path, cache_folder: str | None = None, device: str = "auto") 
         FormatError: a file of the run is damaged.
     """
     record = read_run(root)
-    folder = Path(cache_folder or record.cache)
-    if not (folder / MANIFEST).exists():
+    folder = cache_folder or record.cache
+    if not is_url(folder) and not (Path(folder) / MANIFEST).exists():
         raise EmptyCacheError(
             f"the cache of {root} is not at {folder}", remedy="name it with --cache"
         )
-    cache = Cache.open(folder)
+    cache = Cache.open(folder, block_cache=block_cache, block_cache_bytes=block_cache_bytes)
     check_same_cache(record, cache)
     if record.segment_shards is not None:
         read_used(root, record, cache)  # checks it

@@ -88,7 +88,11 @@ def fit(config: FitConfig) -> FitSummary:
     """
     _refuse_ranks()
     root = Path(config.out)
-    cache = Cache.open(config.cache)
+    cache = Cache.open(
+        config.cache,
+        block_cache=config.block_cache,
+        block_cache_bytes=config.block_cache_bytes,
+    )
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: the encoder's product is most of a step
@@ -181,7 +185,7 @@ def _how_it_reads(record: RunRecord, tuning: Tuning, row_bytes: int) -> str:
     """One line: what is held, and how it is read."""
     plan = record.plan
     pool = min(plan.window, plan.lane_rows) * plan.lanes
-    speed = "too little to probe"
+    speed = tuning.why_not
     if tuning.bytes_per_second is not None:
         speed = f"{format_bytes(tuning.bytes_per_second)}/s in a probe"
     return (

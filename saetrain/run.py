@@ -13,13 +13,23 @@ from actcache.atomic import publish
 from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.order import OrderPlan
 from actcache.parse import parse_dataclass, read_json, to_json
+from actcache.place import is_url
 from actcache.reader import Cache
 from saetrain.config import FitConfig, SaeConfig
 
 RUN = "run.json"
 FORMAT_VERSION = 1
 
-_FREE = {"cache", "out", "resume", "device", "save_every", "verify"}
+_FREE = {
+    "cache",
+    "out",
+    "resume",
+    "device",
+    "save_every",
+    "verify",
+    "block_cache",
+    "block_cache_bytes",
+}
 """Options that may change between a run and its resumption: they do not touch its results."""
 
 
@@ -43,7 +53,7 @@ class RunRecord:
 
     format_version: int
     cache: str
-    """Folder of the cache when the run was last started, absolute."""
+    """Folder of the cache when the run was last started, absolute, or its URL."""
     cache_id: str
     """Id of the cache."""
     receipts_digest: str
@@ -120,6 +130,8 @@ def read_run(root: Path) -> RunRecord:
 
 def place_of(cache: str) -> str:
     """Where a cache is, whatever the working directory."""
+    if is_url(cache):
+        return cache
     return str(Path(cache).resolve())
 
 

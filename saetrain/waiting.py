@@ -9,6 +9,7 @@ from actcache.errors import ConfigError
 from actcache.follow import POLL_SECONDS, Following
 from actcache.lock import is_free
 from actcache.order import OrderPlan
+from actcache.place import as_folder
 from actcache.progress import Progress
 from actcache.reader import Cache
 from actcache.receipt import read_end_of, receipt_path
@@ -25,7 +26,7 @@ class Waiting:
     """
 
     def __init__(self, cache: Cache, shards_each: int, bar: Progress) -> None:
-        self._root, self._manifest = cache.root, cache.manifest
+        self._root, self._manifest = as_folder(cache.root), cache.manifest
         self._shards_each, self._bar = shards_each, bar
         self._segment: int | None = None
         self._warned = False

@@ -6,9 +6,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from actcache.inspection.printable import printable
+from actcache.place import Place
 from actcache.reader import Cache
 from actcache.receipt import ShardReceipt
 from actcache.writer import data_paths
@@ -124,7 +124,7 @@ def shard_facts(cache: Cache, shard: int) -> ShardFacts:
     return ShardFacts(shard, receipt.first_sequence, receipt.sequences, receipt.rows, tuple(files))
 
 
-def _state(path: Path, size: int) -> str:
+def _state(path: Place, size: int) -> str:
     try:
         found = path.lstat()
     except OSError:

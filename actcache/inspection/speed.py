@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.inspection.printable import printable
+from actcache.place import Place
 from actcache.receipt import ShardReceipt
+from actcache.storage.pread import read_exactly
 
 FOLDER = "logs"
 RANKS = 4096
@@ -58,7 +60,7 @@ class _Entry:
 
 
 def speed_by_rank(
-    root: Path, receipts: Mapping[int, ShardReceipt], ctx_len: int
+    root: Place, receipts: Mapping[int, ShardReceipt], ctx_len: int
 ) -> tuple[RankSpeed, ...]:
     """Speed of every process that left a log with an entry for one of these shards.
 
@@ -72,7 +74,7 @@ def speed_by_rank(
 
 
 def _of_rank(
-    rank: int, path: Path, receipts: Mapping[int, ShardReceipt], ctx_len: int
+    rank: int, path: Place, receipts: Mapping[int, ShardReceipt], ctx_len: int
 ) -> RankSpeed | None:
     read = [_entry(line) for line in _lines(path)]
     entries = [e for e in read if e is not None and e.shard in receipts]
@@ -96,7 +98,7 @@ def _of_rank(
     )
 
 
-def _logs(root: Path) -> list[tuple[int, Path]]:
+def _logs(root: Place) -> list[tuple[int, Place]]:
     folder = root / FOLDER
     if folder.is_symlink():  # nothing outside the cache is read
         return []
@@ -108,8 +110,14 @@ def _logs(root: Path) -> list[tuple[int, Path]]:
     return [(rank, folder / name) for rank, name in ranks[:RANKS]]
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Place) -> Iterator[bytes]:
     """The last lines of a log, whole ones; none of what is not a plain file."""
+    if not isinstance(path, Path):
+        size = path.stat().st_size if path.is_file() else 0
+        end = bytearray(min(TAIL, max(0, size)))
+        read_exactly(path, memoryview(end), size - len(end))
+        yield from _whole_lines(bytes(end), cut=size > TAIL)
+        return
     try:
         # A pipe must not be waited for, and a link not be followed.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -120,10 +128,14 @@ def _lines(path: Path) -> Iterator[bytes]:
         if not stat.S_ISREG(found.st_mode):
             return
         begin = max(0, found.st_size - TAIL)
-        lines = os.pread(fd, TAIL, begin).split(b"\n")
+        tail = os.pread(fd, TAIL, begin)
     finally:
         os.close(fd)
-    yield from (line for line in lines[1 if begin else 0 :] if line.strip())
+    yield from _whole_lines(tail, cut=begin > 0)
+
+
+def _whole_lines(tail: bytes, *, cut: bool) -> Iterator[bytes]:
+    yield from (line for line in tail.split(b"\n")[1 if cut else 0 :] if line.strip())
 
 
 def _entry(line: bytes) -> _Entry | None:

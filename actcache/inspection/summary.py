@@ -99,6 +99,7 @@ def summarise(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary
     identity, receipts = manifest.identity, [cache.receipts[shard] for shard in shards]
     sequences = sum(receipt.sequences for receipt in receipts)
     missing = len(cache.missing_files())
+    cache.fetch_statistics(shards)
     statistics, unread = _statistics(cache, shards)
     rows = sum(receipt.rows for receipt in receipts)
     sizes: Counter[str] = Counter()  # of activations/HOOKPOINT and scales/HOOKPOINT together

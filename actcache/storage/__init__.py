@@ -7,6 +7,7 @@ from typing import Protocol
 
 from actcache.atomic import FileReceipt
 from actcache.manifest import Manifest
+from actcache.place import Place, PlaceT
 from actcache.storage.blosc_chunk import CompressedExtent
 from actcache.storage.codec import (
     CODECS,
@@ -37,16 +38,16 @@ __all__ = [
 class Backend(Protocol):
     """Writes rows, and says where their bytes lie; reading them is the reader's one job."""
 
-    def path(self, root: Path, hookpoint: str, shard: int) -> Path:
+    def path(self, root: PlaceT, hookpoint: str, shard: int) -> PlaceT:
         """Where the numbers of a shard's rows of one hookpoint lie."""
 
-    def files(self, root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
+    def files(self, root: PlaceT, manifest: Manifest, shard: int) -> dict[str, PlaceT]:
         """The files of a shard's rows, by the name that its receipt has for them."""
 
     def lay(self, root: Path, manifest: Manifest) -> None:
         """Make, or check, what must stand before the first shard. One process does it."""
 
-    def documents(self, root: Path, manifest: Manifest) -> dict[Path, tuple[bytes, ...]]:
+    def documents(self, root: PlaceT, manifest: Manifest) -> dict[PlaceT, tuple[bytes, ...]]:
         """Files that stand beside the shards, with the bytes that follow from the manifest.
 
         One for each extension and one before them all: a crash may leave a document of earlier.
@@ -62,7 +63,7 @@ class Backend(Protocol):
         """Publish one shard's rows of one hookpoint; receipts by the names of `files`."""
 
     def locate(
-        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
+        self, root: Place, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
     ) -> Extent | CompressedExtent:
         """Where one part of `rows` rows lies, checked; raises `CorruptShardError`."""
 

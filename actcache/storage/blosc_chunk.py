@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import CorruptShardError
+from actcache.place import Place
 from actcache.storage.codec import Array
 from actcache.storage.pread import read_exactly
 from actcache.storage.safetensors_file import Extent
@@ -45,7 +45,7 @@ _STORED = 0x02  # incompressible: the bytes follow the header as they are
 class CompressedExtent:
     """Where the blocks of a compressed chunk lie, and how much of it is rows."""
 
-    path: Path
+    path: Place
     shape: tuple[int, ...]
     """Of the rows; the chunk may go on after them."""
     storage: str
@@ -101,7 +101,7 @@ def encode(chunk: Array) -> bytes:
 
 
 def locate(
-    path: Path, size: int, decoded: int, shape: tuple[int, ...], storage: str
+    path: Place, size: int, decoded: int, shape: tuple[int, ...], storage: str
 ) -> Extent | CompressedExtent:
     """Where a compressed chunk's blocks lie, or its rows if blosc found nothing to compress.
 
@@ -149,7 +149,7 @@ def _blosc() -> Any:
     return blosc
 
 
-def _corrupt(path: Path, expected: object, got: object) -> CorruptShardError:
+def _corrupt(path: Place, expected: object, got: object) -> CorruptShardError:
     return CorruptShardError(
         f"{path} is not the compressed chunk that its receipt promises",
         expected=expected,

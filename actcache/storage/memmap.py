@@ -9,6 +9,7 @@ from pathlib import Path
 
 from actcache.atomic import FileReceipt
 from actcache.manifest import Manifest
+from actcache.place import Place, PlaceT
 from actcache.storage import safetensors_file
 from actcache.storage.codec import CODECS, VALUES, StoredRows
 from actcache.storage.safetensors_file import Extent, Spec
@@ -17,18 +18,18 @@ from actcache.storage.safetensors_file import Extent, Spec
 class MemmapBackend:
     """Rows of a shard as a self-describing file that any safetensors library can map."""
 
-    def path(self, root: Path, hookpoint: str, shard: int) -> Path:
+    def path(self, root: PlaceT, hookpoint: str, shard: int) -> PlaceT:
         """Where a shard's rows of one hookpoint lie."""
         return root / "activations" / hookpoint / f"{shard:05d}.safetensors"
 
     def lay(self, root: Path, manifest: Manifest) -> None:
         """Nothing: every file describes itself."""
 
-    def documents(self, root: Path, manifest: Manifest) -> dict[Path, tuple[bytes, ...]]:  # noqa: ARG002
+    def documents(self, root: PlaceT, manifest: Manifest) -> dict[PlaceT, tuple[bytes, ...]]:  # noqa: ARG002
         """None."""
         return {}
 
-    def files(self, root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
+    def files(self, root: PlaceT, manifest: Manifest, shard: int) -> dict[str, PlaceT]:
         """The files of a shard's rows, by the name that its receipt has for them."""
         names = (hookpoint.name for hookpoint in manifest.identity.hookpoints)
         return {f"{VALUES}/{name}": self.path(root, name, shard) for name in names}
@@ -50,7 +51,7 @@ class MemmapBackend:
         return {f"{VALUES}/{hookpoint}": safetensors_file.write(path, tensors)}
 
     def locate(
-        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
+        self, root: Place, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
     ) -> Extent:
         """Where the bytes of one part of the rows lie, checked against what is expected.
 

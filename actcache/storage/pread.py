@@ -1,4 +1,7 @@
-"""The one way in which rows come off a disk: `preadv` into memory that is there already."""
+"""The one way in which rows come off a disk: `preadv` into memory that is there already.
+
+Those of a store come by way of blocks that are kept on this machine, see `remote`.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,20 @@ from itertools import islice
 from pathlib import Path
 
 from actcache.errors import CorruptShardError
+from actcache.place import Place, as_remote
 from actcache.reading import WHOLE
 
 _MOST_VIEWS = 1024
 """That one call of the kernel takes (IOV_MAX)."""
 
 
-def read_exactly(path: Path, view: memoryview, offset: int) -> None:
+def read_exactly(path: Place, view: memoryview, offset: int) -> None:
     """Fill `view` with a file's bytes from `offset` on; see `read_scattered`."""
     read_scattered(path, [view], offset)
 
 
 def read_scattered(
-    path: Path, views: Sequence[memoryview], offset: int, piece: int = WHOLE
+    path: Place, views: Sequence[memoryview], offset: int, piece: int = WHOLE
 ) -> None:
     """Fill views, one after another, with a file's consecutive bytes from `offset` on.
 
@@ -35,6 +39,9 @@ def read_scattered(
     Raises:
         CorruptShardError: the file is gone, or ends early.
     """
+    if not isinstance(path, Path):
+        as_remote(path).read_into(views, offset)
+        return
     left = deque(view for view in views if len(view))
     end = offset + sum(map(len, left))
     try:
@@ -64,8 +71,10 @@ def read_scattered(
         os.close(fd)
 
 
-def announce(path: Path, offset: int, length: int) -> None:
+def announce(path: Place, offset: int, length: int) -> None:
     """Tell the system that bytes will be wanted soon; whether they are there is asked later."""
+    if not isinstance(path, Path):
+        return
     with suppress(OSError):
         fd = os.open(path, os.O_RDONLY)
         try:

@@ -15,12 +15,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from actcache.atomic import FileReceipt, publish
 from actcache.errors import CorruptShardError
 from actcache.parse import decode_json, short
+from actcache.place import Place, as_remote
 from actcache.storage.codec import Array
 
 ALIGNMENT = 4096
@@ -34,7 +36,7 @@ _TAGS = {"<u2": "U16", "<i4": "I32", "<i8": "I64", "<f2": "F16", "<f4": "F32", "
 class Extent:
     """Where the bytes of one tensor lie."""
 
-    path: Path
+    path: Place
     offset: int
     """Bytes from the beginning of the file."""
     shape: tuple[int, ...]
@@ -88,7 +90,7 @@ def _bytes(spec: Spec) -> int:
     return math.prod(shape) * np.dtype(storage).itemsize
 
 
-def locate(path: Path, expected: Mapping[str, Spec]) -> list[Extent]:
+def locate(path: Place, expected: Mapping[str, Spec]) -> list[Extent]:
     """Find tensors whose shapes and types are known beforehand.
 
     Args:
@@ -103,7 +105,7 @@ def locate(path: Path, expected: Mapping[str, Spec]) -> list[Extent]:
             raise _corrupt(path, "a plain file", "a symbolic link")
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise _corrupt(path, "a plain file", "a folder or a device")
-        with path.open("rb") as file:
+        with _opened(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             head = file.read(8)
@@ -134,7 +136,7 @@ def locate(path: Path, expected: Mapping[str, Spec]) -> list[Extent]:
 
 def read(extent: Extent) -> Array:
     """The whole tensor, in memory of its own."""
-    with extent.path.open("rb") as file:
+    with _opened(extent.path) as file:
         file.seek(extent.offset)
         data = file.read(extent.bytes)
     if len(data) != extent.bytes:
@@ -143,11 +145,15 @@ def read(extent: Extent) -> Array:
     return array
 
 
+def _opened(path: Place) -> BinaryIO:
+    return path.open("rb") if isinstance(path, Path) else as_remote(path).open()
+
+
 def _little(dtype: np.dtype[np.generic]) -> str:
     return dtype.newbyteorder("<").str
 
 
-def _corrupt(path: Path, expected: object, got: object) -> CorruptShardError:
+def _corrupt(path: Place, expected: object, got: object) -> CorruptShardError:
     return CorruptShardError(
         f"{path} is not the file that its receipt promises",
         expected=expected,

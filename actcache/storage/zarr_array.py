@@ -18,6 +18,7 @@ from actcache.atomic import FileReceipt, publish
 from actcache.errors import CorruptShardError
 from actcache.manifest import Manifest
 from actcache.parse import to_json
+from actcache.place import Place, PlaceT
 from actcache.storage import blosc_chunk
 from actcache.storage.blosc_chunk import CompressedExtent
 from actcache.storage.codec import CODECS, VALUES, Part, StoredRows
@@ -29,11 +30,11 @@ DOCUMENT = "zarr.json"
 class ZarrBackend:
     """Rows of a shard as one chunk of the array [planned shards * shard rows, width]."""
 
-    def path(self, root: Path, hookpoint: str, shard: int) -> Path:
+    def path(self, root: PlaceT, hookpoint: str, shard: int) -> PlaceT:
         """Where the numbers of a shard's rows of one hookpoint lie."""
         return _chunk(_folder(root, hookpoint, VALUES), shard, 2)
 
-    def files(self, root: Path, manifest: Manifest, shard: int) -> dict[str, Path]:
+    def files(self, root: PlaceT, manifest: Manifest, shard: int) -> dict[str, PlaceT]:
         """The files of a shard's rows, by the name that its receipt has for them."""
         return {
             f"{part}/{h.name}": _chunk(_folder(root, h.name, part), shard, 1 + len(each.shape))
@@ -53,7 +54,7 @@ class ZarrBackend:
             if not there or _check_document(path, accepted) != accepted[-1]:
                 publish(path, [accepted[-1]])
 
-    def documents(self, root: Path, manifest: Manifest) -> dict[Path, tuple[bytes, ...]]:
+    def documents(self, root: PlaceT, manifest: Manifest) -> dict[PlaceT, tuple[bytes, ...]]:
         """The `zarr.json` of every array, before and after each extension."""
         return {
             _folder(root, h.name, part) / DOCUMENT: _documents(manifest, h.name, part)
@@ -88,7 +89,7 @@ class ZarrBackend:
         return receipts
 
     def locate(
-        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
+        self, root: Place, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
     ) -> Extent | CompressedExtent:
         """Where the bytes of one part of the rows lie, checked against what is expected.
 
@@ -146,11 +147,11 @@ def _compressed(manifest: Manifest, part: str) -> bool:
     return manifest.compression == "zstd" and part == VALUES
 
 
-def _folder(root: Path, hookpoint: str, part: str) -> Path:
+def _folder(root: PlaceT, hookpoint: str, part: str) -> PlaceT:
     return root / part / hookpoint
 
 
-def _chunk(folder: Path, shard: int, dimensions: int) -> Path:
+def _chunk(folder: PlaceT, shard: int, dimensions: int) -> PlaceT:
     """The chunk of a shard, which is all of the array's width."""
     return folder.joinpath("c", str(shard), *["0"] * (dimensions - 1))
 
@@ -161,7 +162,7 @@ def _documents(manifest: Manifest, hookpoint: str, part: str) -> tuple[bytes, ..
     return tuple(to_json(document(before, hookpoint, part)) for before in known)
 
 
-def _check_document(path: Path, accepted: tuple[bytes, ...]) -> bytes:
+def _check_document(path: Place, accepted: tuple[bytes, ...]) -> bytes:
     """The document there, if it is one of those accepted."""
     # Byte for byte: nothing is parsed that might say another thing to another parser.
     size = _plain_size(path, (path,))
@@ -172,7 +173,7 @@ def _check_document(path: Path, accepted: tuple[bytes, ...]) -> bytes:
     return found
 
 
-def _plain_size(path: Path, links: tuple[Path, ...]) -> int:
+def _plain_size(path: Place, links: tuple[Place, ...]) -> int:
     """Size of a plain file; none of `links` may be a symbolic link."""
     for link in links:
         if link.is_symlink():
@@ -186,7 +187,7 @@ def _plain_size(path: Path, links: tuple[Path, ...]) -> int:
     return found.st_size
 
 
-def _corrupt(path: Path, expected: object, got: object) -> CorruptShardError:
+def _corrupt(path: Place, expected: object, got: object) -> CorruptShardError:
     remedy = "actcache verify CACHE --repair, or restore a copy"
     if path.name == DOCUMENT:
         remedy = "delete it and run the same actcache harvest command again: it is written anew"

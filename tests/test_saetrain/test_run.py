@@ -133,6 +133,8 @@ FREE = {
     "device": "cuda",
     "save_every": 77,
     "verify": "always",
+    "block_cache": "z",
+    "block_cache_bytes": 0,
 }
 BINDING = {
     "hookpoint": ("layers.1",),

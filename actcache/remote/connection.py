@@ -1,0 +1,253 @@
+"""One store, asked patiently: every request has a time limit, is tried again, and ends.
+
+A store's own library tries again too, each in its own way and some for very long. Where that can be
+turned off, it is: how long a drop-out may last is said here alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from threading import Lock
+from typing import Any, TypeVar
+
+from actcache.errors import ConfigError, RemoteError
+
+T = TypeVar("T")
+
+ATTEMPTS = 8
+FIRST_DELAY = 0.25
+"""Seconds before the second attempt; each further one waits twice as long, up to MOST_DELAY."""
+MOST_DELAY = 8.0
+PATIENCE = 60.0
+"""Seconds after which nothing is tried again."""
+TIME_LIMIT = 30.0
+"""Seconds that one attempt may take."""
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_STRONG = ("ETag", "etag", "sha256", "blob_id", "md5Hash", "generation", "ino")
+"""What stores say of an object that its bytes decide, or its version."""
+_WEAK = ("LastModified", "last_modified", "last_commit", "updated", "mtime", "modified", "created")
+_NO_CREDENTIALS = ("Credential", "TokenNotFound", "ProfileNotFound", "SSO", "TokenRetrieval")
+"""Parts of the names of errors that stores' libraries raise without a common class."""
+_FINAL = (ValueError, TypeError, NotImplementedError, ImportError, AttributeError)
+"""Asking again would end the same way."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a store says of a name."""
+
+    is_folder: bool
+    bytes: int
+    """Size; -1 where the store does not know it."""
+    version: str | None
+    """Another one for other bytes; None where the store has no such thing."""
+
+
+class Connection:
+    """The folder behind a URL. Safe from several threads, and after a fork.
+
+    Args:
+        url: of the folder, a plain one.
+
+    Raises:
+        ConfigError: no library knows the protocol, or it is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._lock = Lock()
+        self._opened: tuple[int, Any, str] | None = None
+        _require_library(self.url)
+
+    def __reduce__(self) -> tuple[type[Connection], tuple[str]]:
+        """To another process: it opens its own."""
+        return Connection, (self.url,)
+
+    def listing(self, folder: str) -> dict[str, Info]:
+        """What lies in a folder, by name; nothing if there is no such folder."""
+        fs, root = self._filesystem()
+        path = f"{root}/{folder}" if folder else root
+
+        def ask() -> list[Mapping[str, Any]]:
+            fs.invalidate_cache()
+            found: list[Mapping[str, Any]] = self._call(fs, "ls", path, detail=True)
+            return found
+
+        try:
+            entries = self._patiently(ask, folder)
+        except FileNotFoundError:
+            return {}
+        found = {}
+        for entry in entries:
+            whole = str(entry["name"]).strip("/")
+            above, _, name = whole.rpartition("/")
+            # A folder may list itself, as an empty object. Nothing leads out of it.
+            inside = above.rpartition("/")[2] == path.strip("/").rpartition("/")[2]
+            if inside and whole != path.strip("/") and name not in ("", ".", ".."):
+                found[name] = _info(entry)
+        return found
+
+    def fetch(self, file: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file.
+
+        Raises:
+            FileNotFoundError: it is gone.
+            RemoteError: the store does not give them.
+        """
+        fs, root = self._filesystem()
+
+        def ask() -> bytes:
+            found = bytes(self._call(fs, "cat_file", f"{root}/{file}", start=start, end=stop))
+            if len(found) != stop - start:
+                raise OSError(f"{len(found):,} bytes instead of {stop - start:,}")
+            return found
+
+        return self._patiently(ask, file)
+
+    def _call(self, fs: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        if not fs.async_impl:
+            return getattr(fs, method)(*args, **kwargs)
+        from fsspec.asyn import sync
+
+        return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=TIME_LIMIT, **kwargs)
+
+    def _patiently(self, ask: Callable[[], T], what: str) -> T:
+        """Ask until there is an answer, or no hope of one."""
+        began = time.monotonic()
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return ask()
+            except FileNotFoundError:
+                raise
+            except Exception as error:
+                if final := self._final(error, what):
+                    raise final from error
+                if attempt == ATTEMPTS or time.monotonic() - began > PATIENCE:
+                    raise RemoteError(
+                        f"{self._name(what)} cannot be read",
+                        expected=f"an answer within {attempt} attempts",
+                        got=_said(error),
+                        remedy="see whether the store can be reached, and run the same command "
+                        "again; what was fetched is kept",
+                    ) from error
+            delay = min(MOST_DELAY, FIRST_DELAY * 2 ** (attempt - 1))
+            time.sleep(delay * (0.5 + random.random()))  # noqa: S311 # not all at the same instant
+
+    def _name(self, what: str) -> str:
+        return f"{self.url}/{what}" if what else self.url
+
+    def _final(self, error: Exception, what: str) -> RemoteError | None:
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        if any(part in kind for kind in kinds for part in _NO_CREDENTIALS):
+            return RemoteError(
+                f"{self.url} cannot be read: there are no credentials for it",
+                expected="credentials in the environment or in the store's own configuration",
+                got=_said(error),
+                remedy="log in with the store's own tool; for a public s3 bucket, "
+                "FSSPEC_S3_ANON=true",
+            )
+        if isinstance(error, PermissionError):
+            return RemoteError(
+                f"{self._name(what)} may not be read",
+                expected="credentials that allow to list and read it",
+                got=_said(error),
+                remedy="ask for the right to, or see which credentials are in use",
+            )
+        if isinstance(error, _FINAL) or "OfflineModeIsEnabled" in kinds:
+            return RemoteError(f"{self._name(what)} cannot be read", got=_said(error))
+        return None
+
+    def _filesystem(self) -> tuple[Any, str]:
+        """The object of fsspec, of this process, and the folder's name in it."""
+        with self._lock:
+            if self._opened is None or self._opened[0] != os.getpid():
+                from fsspec.core import url_to_fs
+
+                try:
+                    fs, root = url_to_fs(self.url, skip_instance_cache=True, **_options(self.url))
+                except Exception as error:
+                    raise self._final(error, "") or RemoteError(
+                        f"{self.url} cannot be opened", got=_said(error)
+                    ) from error
+                if self.url.startswith(("s3://", "s3a://")):
+                    fs.retries = 1
+                self._opened = os.getpid(), fs, str(root).rstrip("/")
+            return self._opened[1], self._opened[2]
+
+
+def _require_library(url: str) -> None:
+    from fsspec.registry import get_filesystem_class, known_implementations
+
+    protocol = url.partition("://")[0]
+    try:
+        get_filesystem_class(protocol)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        remedy = f"pip install 'actcache[{extra}]'" if extra else None
+        raise ConfigError(
+            f"{protocol}:// needs a library that is not installed",
+            expected=known_implementations.get(protocol, {}).get("class", "a library for it"),
+            got=_said(error),
+            remedy=remedy,
+        ) from None
+    except ValueError:
+        raise ConfigError(
+            f"{protocol}:// is no protocol that fsspec knows",
+            expected="s3, gs, hf, or another of fsspec's",
+            got=protocol,
+        ) from None
+
+
+def _options(url: str) -> dict[str, Any]:
+    """What a store's library is told, unless the user's own configuration says otherwise."""
+    from fsspec.config import conf
+
+    if url.startswith(("s3://", "s3a://")) and "config_kwargs" not in conf.get("s3", {}):
+        return {"config_kwargs": {"retries": {"total_max_attempts": 1, "mode": "standard"}}}
+    return {}
+
+
+def _info(entry: Mapping[str, Any]) -> Info:
+    size = entry.get("size")
+    return Info(
+        entry.get("type") == "directory",
+        size if isinstance(size, int) else -1,
+        _version(entry),
+    )
+
+
+def _version(entry: Mapping[str, Any]) -> str | None:
+    for keys in (_STRONG, _WEAK):
+        found = [f"{key}={_plain(entry[key])}" for key in keys if entry.get(key) is not None]
+        if found:
+            return ";".join([*found, f"size={entry.get('size')}"])
+    return None
+
+
+def _plain(value: Any) -> str:
+    return repr(value.timestamp()) if isinstance(value, datetime) else str(value)
+
+
+@functools.lru_cache(maxsize=1)
+def _secrets() -> tuple[str, ...]:
+    names = ("KEY", "SECRET", "TOKEN", "PASSWORD")
+    return tuple(
+        v for k, v in os.environ.items() if len(v) >= 8 and any(n in k.upper() for n in names)
+    )
+
+
+def _said(error: BaseException) -> str:
+    """One line of what a library says, in which no secret stands."""
+    text = " ".join(str(error).split())[:300]
+    for secret in _secrets():
+        text = text.replace(secret, "***")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -30,7 +30,7 @@ demo/topics.jsonl: .venv/demo.stamp
 	touch $@
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import numpy as np
 
 from actcache.batch_memory import BatchMemory
 from actcache.checked_reads import CheckedReads, row_sizes
-from actcache.order import Epoch, OrderPlan
+from actcache.order import Epoch, OrderPlan, Rows
 from actcache.pool import Filled
 from actcache.read_ahead import write_addresses
 from actcache.reader import flat
@@ -64,12 +64,15 @@ def in_order(
     share = -(-len(lanes) // _READS)
 
     def begin(step: int) -> None:
+        steps = range(step, min(step + each, plan.steps_per_epoch))
+        addresses = np.empty((len(steps), len(lanes), b, 2), dtype=np.int64)
         batches = [
-            Filled(t, memory.take(len(lanes) * b), np.empty((len(lanes) * b, 2), dtype=np.int64))
-            for t in range(step, min(step + each, plan.steps_per_epoch))
+            Filled(t, memory.take(len(lanes) * b), addresses[n].reshape(-1, 2))
+            for n, t in enumerate(steps)
         ]
+        group = _Group(batches, addresses)
         futures = [
-            threads.submit(_fill, reads, line, lanes[i : i + share], i, batches)
+            threads.submit(_fill, reads, line, lanes[i : i + share], i, group)
             for i in range(0, len(lanes), share)
         ]
         groups.append((batches, futures))
@@ -85,47 +88,62 @@ def in_order(
         yield from batches
 
 
-def _fill(
-    reads: CheckedReads, line: Epoch, lanes: Sequence[int], at: int, batches: Sequence[Stored]
-) -> None:
+class _Group:
+    """Batches that are filled at once, and their memory as views of bytes.
+
+    Args:
+        batches: of consecutive steps. T of them
+        addresses: of them all. [T, L, b, 2]
+    """
+
+    def __init__(self, batches: Sequence[Stored], addresses: Rows) -> None:
+        self.steps = range(batches[0].step, batches[0].step + len(batches))
+        self.addresses = addresses
+        flats = [{name: flat(rows) for name, rows in batch.rows.items()} for batch in batches]
+        self.parts = [
+            (name, part, [views[name][part] for views in flats], size)
+            for name, rows in batches[0].rows.items()
+            for part, size in row_sizes(rows).items()
+        ]
+        """Hookpoint, part, every batch's bytes of it, and those of a row."""
+
+
+def _fill(reads: CheckedReads, line: Epoch, lanes: Sequence[int], at: int, group: _Group) -> None:
     """Read some lanes' part of several batches. `at`: number of the first lane in a batch."""
     plan, b = line.plan, line.plan.rows_per_lane_and_batch
-    memory = [
-        (name, [flat(batch.rows[name]) for batch in batches], row_sizes(rows))
-        for name, rows in batches[0].rows.items()
-    ]
-    addresses = np.empty((len(batches) * b, 2), dtype=np.int64)
+    addresses = np.empty((len(group.steps) * b, 2), dtype=np.int64)
     for i, lane in enumerate(lanes, at):
-        first = lane * plan.lane_rows + batches[0].step * b
-        spans = list(line.spans(first, first + len(batches) * b))
+        first = lane * plan.lane_rows + group.steps[0] * b
+        spans = list(line.spans(first, first + len(addresses)))
         begin, places = 0, []
         for span in spans:
-            cuts = _cuts(begin, span.rows, b, i * b)
-            places.append(
-                {
-                    name: {
-                        part: [views[n][part][j * size : k * size] for n, j, k in cuts]
-                        for part, size in sizes.items()
-                    }
-                    for name, views, sizes in memory
-                }
-            )
+            place: dict[str, dict[str, list[memoryview]]] = {}
+            for name, part, views, size in group.parts:
+                cut = _cut(views, begin, span.rows, b, i * b, size)
+                place.setdefault(name, {})[part] = cut
+            places.append(place)
             begin += span.rows
         reads.load_views(spans, places)
         write_addresses(spans, addresses)
-        for n, batch in enumerate(batches):
-            batch.addresses[i * b : (i + 1) * b] = addresses[n * b : (n + 1) * b]
+        group.addresses[:, i] = addresses.reshape(-1, b, 2)
 
 
-def _cuts(begin: int, rows: int, b: int, offset: int) -> list[tuple[int, int, int]]:
-    """Where rows `begin` and on of a lane go: (number of the batch, first row there, end).
+def _cut(
+    views: Sequence[memoryview], begin: int, rows: int, b: int, offset: int, size: int
+) -> list[memoryview]:
+    """Where rows [begin, begin + rows) of a lane go: b to each batch, from its row `offset` on.
 
-    b of them go to each batch, from its row `offset` on.
+    Args:
+        views: the batches' memory.
+        begin: first row, counted from the first batch's.
+        rows: how many.
+        b: rows of the lane and a batch.
+        offset: where they begin in a batch, rows.
+        size: bytes of a row.
     """
-    cuts = []
-    while rows:
-        number, inside = divmod(begin, b)
-        n = min(b - inside, rows)
-        cuts.append((number, offset + inside, offset + inside + n))
-        begin, rows = begin + n, rows - n
-    return cuts
+    (first, before), (last, after) = divmod(begin, b), divmod(begin + rows - 1, b)
+    low, high = offset * size, (offset + b) * size
+    cut = [view[low:high] for view in views[first : last + 1]]
+    cut[-1] = cut[-1][: (after + 1) * size]
+    cut[0] = cut[0][before * size :]
+    return cut

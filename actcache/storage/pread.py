@@ -42,8 +42,8 @@ def read_scattered(
     if not isinstance(path, Path):
         as_remote(path).read_into(views, offset)
         return
-    left = deque(view for view in views if len(view))
-    end = offset + sum(map(len, left))
+    left = deque(views)
+    end = offset + sum(map(len, views))
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
@@ -53,7 +53,7 @@ def read_scattered(
             remedy="restore it from a copy, or actcache verify CACHE --repair",
         ) from error
     try:
-        while left:
+        while offset < end:
             n = os.preadv(fd, _first(left, piece), offset)
             if n == 0:
                 raise CorruptShardError(
@@ -87,8 +87,8 @@ def _first(views: Iterable[memoryview], most: int) -> list[memoryview]:
     """The first bytes of some views: as many as are asked for at once."""
     chosen = []
     for view in islice(views, _MOST_VIEWS):
-        chosen.append(view[:most])
-        most -= len(chosen[-1])
-        if not most:
+        chosen.append(view if len(view) <= most else view[:most])
+        most -= len(view)
+        if most <= 0:
             break
     return chosen

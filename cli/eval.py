@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .block_cache import BlockCache, BlockCacheBytes
-from .fit import figure
+from .fit import figure, heading
 from .guard import emit, guarded
 from .tables import table
 
@@ -35,10 +35,19 @@ def run(
     if json:
         emit(dataclasses.asdict(evaluation))
         return
-    header = ["hookpoint", "latents", "k", "FVU", "L0", "dead %", "fired %", "rows/s"]
+    header = [
+        heading(sae.name for sae in evaluation.saes),
+        "latents",
+        "k",
+        "FVU",
+        "L0",
+        "dead %",
+        "fired %",
+        "rows/s",
+    ]
     rows = [
         [
-            sae.hookpoint,
+            sae.name,
             str(sae.num_latents),
             str(sae.k),
             f"{sae.fvu:.4f}",
@@ -59,4 +68,4 @@ def run(
             f"step {evaluation.step:,} of {evaluation.steps:,}: the run is unfinished; "
             f"saetrain fit ... --out {run} --resume goes on"
         )
-    print(f"SAEs in {run}/HOOKPOINT, this table in {run}/{EVALUATION}")
+    print(f"SAEs in {run}/{header[0].upper()}, this table in {run}/{EVALUATION}")

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from saetrain.config import FitConfig
 
+from .fit_plan import show
 from .guard import emit, say
 from .tables import table
 
 
-def run(config: FitConfig, as_json: bool) -> None:
-    """Train one SAE per hookpoint of CACHE, all from one pass over its rows."""
+def run(config: FitConfig, plan: bool, as_json: bool) -> None:
+    """Train SAEs at each hookpoint of CACHE, all from one pass over its rows.
+
+    Options of an SAE may be given several times (--k 16 --k 32 --seed 0 --seed 1): every
+    combination is trained.
+    """
+    if plan:
+        show(config, as_json)
+        return
     import dataclasses
 
     from actcache.progress import format_bytes
@@ -21,7 +31,7 @@ def run(config: FitConfig, as_json: bool) -> None:
     if as_json:
         emit(dataclasses.asdict(summary))
         return
-    header = ["hookpoint", "FVU", "L0", f"dead % ({summary.dead_after:,} rows)"]
+    header = [heading(summary.saes), "FVU", "L0", f"dead % ({summary.dead_after:,} rows)"]
     rows = [
         [name, f"{m['fvu']:.4f}", f"{m['l0']:.1f}", figure(m["dead_percent"], ".1f")]
         for name, m in summary.saes.items()
@@ -39,6 +49,11 @@ def run(config: FitConfig, as_json: bool) -> None:
     print(f"{summary.run}: {did}; finished, {whole}")
     if summary.limit is not None:
         print(summary.limit)
+
+
+def heading(names: Iterable[str]) -> str:
+    """What the first column of a table of SAEs is: a hookpoint, where each has one SAE."""
+    return "SAE" if any("/" in name for name in names) else "hookpoint"
 
 
 def figure(value: float | None, form: str) -> str:

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from actcache.config import ConvertConfig, HarvestConfig, PlanConfig
-from saetrain.config import FitConfig
 
 from . import bench, convert, fit, harvest, hookpoints, inspect_cache, plan, verify
 from . import eval as eval_
+from .fit_options import fit_command
 from .guard import guarded
 from .options import command
 
@@ -61,7 +61,7 @@ def actcache_app() -> typer.Typer:
 def saetrain_app() -> typer.Typer:
     """The program `saetrain`."""
     app = _app("Train sparse autoencoders from a cache of activations.")
-    app.command("fit")(guarded(command(FitConfig, fit.run, ["cache"])))
+    app.command("fit")(guarded(fit_command(fit.run)))
     app.command("eval")(eval_.run)
     return app
 

@@ -32,8 +32,8 @@ def command(
     docs = field_docs(config_class)
     hints = get_type_hints(config_class)
     parameters = [
-        _parameter(field, hints[field.name], docs[field.name], field.name in positional)
-        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+        parameter(field, hints[field.name], docs[field.name], field.name in positional)
+        for field in option_fields(config_class)
     ]
     as_json = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary.")]
     parameters.append(
@@ -43,7 +43,7 @@ def command(
     @functools.wraps(run)
     def invoke(**values: Any) -> None:
         as_json = values.pop("json")
-        run(config_class(**{k: _frozen(v, hints[k]) for k, v in values.items()}), as_json)
+        run(config_class(**{k: frozen(v, hints[k]) for k, v in values.items()}), as_json)
 
     del invoke.__wrapped__  # typer would look through it, at the signature of `run`
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -65,9 +65,16 @@ def field_docs(config_class: type[Any]) -> dict[str, str]:
     return docs
 
 
-def _parameter(
+def option_fields(config_class: type[Any]) -> list[dataclasses.Field[Any]]:
+    """The fields that are options: all, unless their metadata says otherwise."""
+    fields = dataclasses.fields(config_class)
+    return [field for field in fields if field.metadata.get("option", True)]
+
+
+def parameter(
     field: dataclasses.Field[Any], hint: Any, doc: str, positional: bool
 ) -> inspect.Parameter:
+    """What typer makes an option, or an argument, of."""
     name = field.name
     kind = inspect.Parameter.KEYWORD_ONLY
     annotation: Any
@@ -85,7 +92,8 @@ def _parameter(
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _frozen(value: Any, hint: Any) -> Any:
+def frozen(value: Any, hint: Any) -> Any:
+    """A value as the configuration holds it."""
     if get_origin(hint) is tuple:
         return tuple(value or ())
     if isinstance(hint, types.UnionType) and value is None:

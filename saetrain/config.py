@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Literal
 
 from actcache.errors import ConfigError
 from actcache.place import refuse_url
+
+_NO_OPTION = {"option": False}
+"""Metadata of a field that the command line does not have as an option."""
 
 OptimizerName = Literal["signum", "adam", "adamw", "adam8bit", "muon"]
 LrSchedule = Literal["constant", "linear", "cosine", "stable-then-decay"]
@@ -38,18 +42,14 @@ class SaeConfig:
             )
 
 
-@dataclass(frozen=True)
-class FitConfig:
-    """One run: SAEs over one stream of a cache."""
+@dataclass(frozen=True, kw_only=True)
+class SaeOptions:
+    """What belongs to one SAE of a run, rather than to the stream that feeds them all.
 
-    cache: str
-    """Folder of the cache, or its URL (s3://, gs://, hf:// and others that fsspec reads)."""
-
-    out: str
-    """Folder of the run. One that exists is refused without --resume."""
-
-    hookpoint: tuple[str, ...] = ()
-    """Hookpoint of the cache, or fnmatch pattern; repeatable. Default: all of them."""
+    Each of these options may be given several times, but for those that are flags or lists by
+    themselves: a run trains every combination, at every hookpoint. A new field here needs nothing
+    else for that.
+    """
 
     expansion_factor: int = 32
     """Latents as a multiple of the activations' width."""
@@ -59,15 +59,6 @@ class FitConfig:
 
     k: int = 32
     """Latents that may be active at once."""
-
-    batch_size: int = 4096
-    """Rows (tokens) in a step."""
-
-    epochs: int = 1
-    """Passes over the training rows."""
-
-    max_tokens: int | None = None
-    """Rows to train on, rounded down to whole batches, instead of --epochs."""
 
     optimizer: OptimizerName = "signum"
     """signum: schedule-free SignSGD, momentum 0.95. adam, adamw. adam8bit: moments in 8 bits, needs
@@ -98,21 +89,6 @@ class FitConfig:
     """Largest norm of an SAE's gradient, over all its weights; one that is longer is scaled down.
     Not for signum, which looks at signs alone."""
 
-    grad_acc_steps: int = 1
-    """Batches of which one update is made, of their mean gradient. Steps count batches."""
-
-    micro_batch_size: int | None = None
-    """Rows that are in the forward and backward pass at once: less memory, the same gradient but
-    for rounding. Default: the whole batch."""
-
-    autocast: bool = False
-    """Products of matrices in bfloat16, weights as they are. On a CPU it needs AVX512-BF16 or AMX,
-    and a step then takes about two thirds of the time. Off unless asked for, on any device: it
-    rounds the choice of latents."""
-
-    weights_dtype: WeightsDtype = "float32"
-    """Type of the weights, of the optimiser's state and of what is saved."""
-
     decoder_norm: DecoderNorm = "unit"
     """unit: decoder rows are scaled to norm 1 before every step. fold: they are free, latents are
     chosen by activation times norm, and the norm is folded into the encoder when it is saved: rows
@@ -128,119 +104,21 @@ class FitConfig:
     auxk_alpha: float = 1 / 32
     """Weight of AuxK, which lets dead latents predict the residual. 0: off."""
 
-    dead_after: int | None = None
-    """Rows without firing after which a latent counts as dead. Default: 10 million, or one epoch or
-    the whole run if that is less. Before that many rows, the share of dead latents is not known."""
-
-    val_fraction: float = 0.05
-    """Share of the shards that are held out and never trained on. 0: none."""
-
-    follow: bool = False
-    """Train while the harvest is still at work: begin on the shards that are there, in segments,
-    and wait for more instead of ending the epoch. The result does not depend on when shards come.
-    Steps are counted from the harvest's goal (its --max-tokens) or, where it has none, from
-    --max-tokens here. If there are fewer rows than the goal promises (the text ends early, filters
-    drop rows), the run ends after the last segment of its last epoch, and says so."""
-
-    segment_shards: int | None = None
-    """Shards of a segment with --follow: trained on once all are there, each shuffled by itself; an
-    incomplete batch at its end is left out. The first one gives the mean and variance. Default: as
-    many as fill the memory for rows and hold 64 batches."""
-
-    buffer_bytes: int | None = None
-    """Memory for rows that are mixed and batches that wait, of all hookpoints together, bytes; how
-    many rows that is, is part of their order. Default: 4 GiB (or eight batches, if that is more),
-    for 2^19 rows at most."""
-
-    pool_rows: int | None = None
-    """Rows to mix in memory, instead of --buffer-bytes."""
-
-    verify: Literal["first-read", "always", "never"] = "first-read"
-    """When the rows that are read are compared with their checksums. first-read: each shard before
-    its first rows are used, and again if its file was touched since; the first epoch then reads
-    every byte twice, the first time before the first step for most of them. always: for every
-    window of rows in memory, which reads every byte many times. never: sizes and headers only, for
-    a cache that `actcache verify` has just passed."""
-
     seed: int = 0
-    """Seed of the weights, of the order of rows and of the held-out split."""
-
-    device: str = "auto"
-    """Torch device, such as cpu or cuda:1. auto: cuda where there is one, else cpu."""
-
-    save_every: int = 1000
-    """Steps between checkpoints; the last step always has one."""
-
-    log_every: int = 10
-    """Steps that a line of metrics.jsonl covers."""
-
-    resume: bool = False
-    """Go on from the run's last checkpoint; begin a run that does not exist yet."""
-
-    block_cache: str | None = None
-    """With a URL: folder for blocks that were fetched. Default: $ACTCACHE_BLOCK_CACHE, or
-    actcache/blocks in the user's folder for caches."""
-
-    block_cache_bytes: int | None = None
-    """Bytes that it may hold, 0 for none; the blocks that were not used for longest go first. A
-    cache that fits is fetched once, a larger one about twice in every epoch.
-    Default: $ACTCACHE_BLOCK_CACHE_BYTES, or
-    16 GiB."""
+    """Seed of the weights; the first one is that of the order of rows and of the held-out split,
+    too, unless --data-seed is given."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers and combinations that no run can carry out."""
-        refuse_url(self.out, "--out", "files are published by renaming them")
-        if self.follow:
-            refuse_url(self.cache, "CACHE with --follow", "a harvest at work is in a folder")
-        for name in (
-            "expansion_factor",
-            "num_latents",
-            "k",
-            "batch_size",
-            "epochs",
-            "max_tokens",
-            "dead_after",
-            "segment_shards",
-            "buffer_bytes",
-            "pool_rows",
-            "lr_decay_steps",
-            "grad_acc_steps",
-            "micro_batch_size",
-            "k_start",
-            "save_every",
-            "log_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                option = "--" + name.replace("_", "-")
-                raise ConfigError(f"{option} is too small", expected=">= 1", got=value)
+        """Refuse numbers that no SAE can have."""
+        _require_positive(self, "expansion_factor", "num_latents", "k", "lr_decay_steps", "k_start")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ConfigError("--lr is out of range", expected="> 0", got=self.lr)
         if not 0 <= self.auxk_alpha < float("inf"):
             raise ConfigError("--auxk-alpha is out of range", expected=">= 0", got=self.auxk_alpha)
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError("--seed is out of range", expected="0 to 2**32 - 1", got=self.seed)
+        _require_seed("--seed", self.seed)
         if self.lr_warmup_steps < 0:
             raise ConfigError("--lr-warmup-steps is negative", got=self.lr_warmup_steps)
         self._check_recipe()
-        if self.buffer_bytes is not None and self.pool_rows is not None:
-            raise ConfigError(
-                "--buffer-bytes and --pool-rows say the same",
-                expected="one of them",
-                got=f"{self.buffer_bytes} and {self.pool_rows}",
-            )
-        if self.segment_shards is not None and not self.follow:
-            raise ConfigError(
-                "--segment-shards is for a run with --follow",
-                got=self.segment_shards,
-                remedy="add --follow, or leave it out",
-            )
-        if self.segment_shards == 1 and self.val_fraction:
-            raise ConfigError(
-                "--segment-shards leaves nothing to train on in a segment that is held out",
-                expected=">= 2, or --val-fraction 0",
-                got=1,
-            )
 
     def _check_recipe(self) -> None:
         """Refuse optimisers, schedules and recipes that contradict themselves."""
@@ -285,3 +163,217 @@ class FitConfig:
                 raise ConfigError(
                     "--k-start is smaller than --k", expected=f">= {self.k}", got=self.k_start
                 )
+
+
+@dataclass(frozen=True)
+class Override:
+    """What the SAEs of some hookpoints have instead of what the run's options say."""
+
+    k: int | None = None
+    """Latents that may be active at once."""
+    lr: float | None = None
+    """Learning rate."""
+    expansion_factor: int | None = None
+    """Latents as a multiple of the activations' width."""
+    num_latents: int | None = None
+    """Latents."""
+
+    def __post_init__(self) -> None:
+        """Refuse widths that are said twice; what else cannot be, `SaeOptions` refuses."""
+        if self.expansion_factor is not None and self.num_latents is not None:
+            raise ConfigError(
+                "expansion-factor and num-latents say the same of a hookpoint",
+                expected="one of them",
+                got=f"{self.expansion_factor} and {self.num_latents}",
+            )
+
+
+@dataclass(frozen=True)
+class FitConfig(SaeOptions):
+    """One run: SAEs over one stream of a cache.
+
+    The options of `SaeOptions` say what is trained at each hookpoint: one SAE, or those of `saes`.
+    """
+
+    cache: str
+    """Folder of the cache, or its URL (s3://, gs://, hf:// and others that fsspec reads)."""
+
+    out: str
+    """Folder of the run. One that exists is refused without --resume."""
+
+    hookpoint: tuple[str, ...] = ()
+    """Hookpoint of the cache, or fnmatch pattern; repeatable. Default: all of them."""
+
+    saes: tuple[SaeOptions, ...] = field(default=(), metadata=_NO_OPTION)
+    """SAEs to train at each hookpoint, instead of the one that the options here describe; they are
+    then those of the first. On the command line, options that are given several times."""
+
+    hookpoints: dict[str, Override] = field(default_factory=dict, metadata=_NO_OPTION)
+    """Other k, lr or width for hookpoints, by name or fnmatch pattern; in a file for --config."""
+
+    batch_size: int = 4096
+    """Rows (tokens) in a step."""
+
+    epochs: int = 1
+    """Passes over the training rows."""
+
+    max_tokens: int | None = None
+    """Rows to train on, rounded down to whole batches, instead of --epochs."""
+
+    grad_acc_steps: int = 1
+    """Batches of which one update is made, of their mean gradient. Steps count batches."""
+
+    micro_batch_size: int | None = None
+    """Rows that are in the forward and backward pass at once: less memory, the same gradient but
+    for rounding. Default: the whole batch."""
+
+    autocast: bool = False
+    """Products of matrices in bfloat16, weights as they are. On a CPU it needs AVX512-BF16 or AMX,
+    and a step then takes about two thirds of the time. Off unless asked for, on any device: it
+    rounds the choice of latents."""
+
+    weights_dtype: WeightsDtype = "float32"
+    """Type of the weights, of the optimiser's state and of what is saved."""
+
+    dead_after: int | None = None
+    """Rows without firing after which a latent counts as dead. Default: 10 million, or one epoch or
+    the whole run if that is less. Before that many rows, the share of dead latents is not known."""
+
+    val_fraction: float = 0.05
+    """Share of the shards that are held out and never trained on. 0: none."""
+
+    follow: bool = False
+    """Train while the harvest is still at work: begin on the shards that are there, in segments,
+    and wait for more instead of ending the epoch. The result does not depend on when shards come.
+    Steps are counted from the harvest's goal (its --max-tokens) or, where it has none, from
+    --max-tokens here. If there are fewer rows than the goal promises (the text ends early, filters
+    drop rows), the run ends after the last segment of its last epoch, and says so."""
+
+    segment_shards: int | None = None
+    """Shards of a segment with --follow: trained on once all are there, each shuffled by itself; an
+    incomplete batch at its end is left out. The first one gives the mean and variance. Default: as
+    many as fill the memory for rows and hold 64 batches."""
+
+    buffer_bytes: int | None = None
+    """Memory for rows that are mixed and batches that wait, of all hookpoints together, bytes; how
+    many rows that is, is part of their order. Default: 4 GiB (or eight batches, if that is more),
+    for 2^19 rows at most."""
+
+    pool_rows: int | None = None
+    """Rows to mix in memory, instead of --buffer-bytes."""
+
+    verify: Literal["first-read", "always", "never"] = "first-read"
+    """When the rows that are read are compared with their checksums. first-read: each shard before
+    its first rows are used, and again if its file was touched since; the first epoch then reads
+    every byte twice, the first time before the first step for most of them. always: for every
+    window of rows in memory, which reads every byte many times. never: sizes and headers only, for
+    a cache that `actcache verify` has just passed."""
+
+    data_seed: int | None = None
+    """Seed of the order of rows and of the held-out split. Default: the first --seed."""
+
+    device: str = "auto"
+    """Torch device, such as cpu or cuda:1. auto: cuda where there is one, else cpu."""
+
+    save_every: int = 1000
+    """Steps between checkpoints; the last step always has one."""
+
+    log_every: int = 10
+    """Steps that a line of metrics.jsonl covers."""
+
+    resume: bool = False
+    """Go on from the run's last checkpoint; begin a run that does not exist yet."""
+
+    block_cache: str | None = None
+    """With a URL: folder for blocks that were fetched. Default: $ACTCACHE_BLOCK_CACHE, or
+    actcache/blocks in the user's folder for caches."""
+
+    block_cache_bytes: int | None = None
+    """Bytes that it may hold, 0 for none; the blocks that were not used for longest go first. A
+    cache that fits is fetched once, a larger one about twice in every epoch.
+    Default: $ACTCACHE_BLOCK_CACHE_BYTES, or
+    16 GiB."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers and combinations that no run can carry out."""
+        refuse_url(self.out, "--out", "files are published by renaming them")
+        if self.follow:
+            refuse_url(self.cache, "CACHE with --follow", "a harvest at work is in a folder")
+        self._take_first()
+        super().__post_init__()
+        _require_positive(
+            self,
+            "batch_size",
+            "epochs",
+            "max_tokens",
+            "dead_after",
+            "segment_shards",
+            "buffer_bytes",
+            "pool_rows",
+            "grad_acc_steps",
+            "micro_batch_size",
+            "save_every",
+            "log_every",
+        )
+        if self.data_seed is not None:
+            _require_seed("--data-seed", self.data_seed)
+        if self.buffer_bytes is not None and self.pool_rows is not None:
+            raise ConfigError(
+                "--buffer-bytes and --pool-rows say the same",
+                expected="one of them",
+                got=f"{self.buffer_bytes} and {self.pool_rows}",
+            )
+        if self.segment_shards is not None and not self.follow:
+            raise ConfigError(
+                "--segment-shards is for a run with --follow",
+                got=self.segment_shards,
+                remedy="add --follow, or leave it out",
+            )
+        if self.segment_shards == 1 and self.val_fraction:
+            raise ConfigError(
+                "--segment-shards leaves nothing to train on in a segment that is held out",
+                expected=">= 2, or --val-fraction 0",
+                got=1,
+            )
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of rows and of the held-out split."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def sae(self) -> SaeOptions:
+        """The options of one SAE: the first, if there are several."""
+        names = [f.name for f in dataclasses.fields(SaeOptions)]
+        return SaeOptions(**{name: getattr(self, name) for name in names})
+
+    def of(self, sae: SaeOptions) -> FitConfig:
+        """The options of the run with those of one of its SAEs."""
+        return dataclasses.replace(self, saes=(), **vars(sae))
+
+    def _take_first(self) -> None:
+        """Let the options of one SAE be those of the first of `saes`."""
+        if not self.saes:
+            return
+        first = self.saes[0]
+        if self.sae not in (SaeOptions(), first):
+            raise ConfigError(
+                "saes and other options say what is trained",
+                expected="each option of an SAE within saes",
+                got=self.sae,
+            )
+        for f in dataclasses.fields(SaeOptions):
+            object.__setattr__(self, f.name, getattr(first, f.name))  # the class is frozen
+
+
+def _require_positive(options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} is too small", expected=">= 1", got=value)
+
+
+def _require_seed(option: str, seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"{option} is out of range", expected="0 to 2**32 - 1", got=seed)

@@ -34,6 +34,8 @@ _ROWS_AT_ONCE = 2048
 class SaeEvaluation:
     """One SAE on the held-out rows."""
 
+    name: str
+    """Its name in the run: the hookpoint, and what tells it from others of that hookpoint."""
     hookpoint: str
     num_latents: int
     k: int
@@ -125,15 +127,18 @@ def evaluate(
         raise FormatError(f"{root} holds a checkpoint that is not of this run")
     if step == steps and (metrics is None or timings is None):
         raise FormatError(f"{root} lost {METRICS} or {TIMINGS}", remedy="restore them from a copy")
-    hookpoints = [entry.hookpoint for entry in record.saes]
-    dead: dict[str, float | None] = dict.fromkeys(hookpoints)
+    names = [entry.name for entry in record.saes]
+    dead: dict[str, float | None] = dict.fromkeys(names)
     if metrics is not None:
-        figures = saes_of(root / METRICS, metrics, hookpoints)
-        dead = {name: figures[name]["dead_percent"] for name in hookpoints}
+        figures = saes_of(root / METRICS, metrics, names)
+        dead = {name: figures[name]["dead_percent"] for name in names}
     rate = None
     if timings is not None:
         rate = number_of(root / TIMINGS, timings, "mean_rows_per_second")
     at = choose_device(device)
+    groups: dict[str, list[tuple[SaeEntry, SaeState]]] = {}
+    for entry, saved in zip(record.saes, state.saes, strict=True):
+        groups.setdefault(entry.hookpoint, []).append((entry, saved))
     evaluation = Evaluation(
         run=str(root),
         cache_id=record.cache_id,
@@ -143,83 +148,100 @@ def evaluate(
         dead_after=record.dead_after,
         rows_per_second=rate,
         saes=tuple(
-            _evaluate_sae(root, record, entry, saved, cache, held_out, at, dead[entry.hookpoint])
-            for entry, saved in zip(record.saes, state.saes, strict=True)
+            figure
+            for group in groups.values()
+            for figure in _evaluate_group(root, record, group, cache, held_out, at, dead)
         ),
     )
     publish(root / EVALUATION, [to_json(evaluation)])
     return evaluation
 
 
-def _evaluate_sae(
+def _evaluate_group(
     root: Path,
     record: RunRecord,
-    entry: SaeEntry,
-    saved: SaeState,
+    group: list[tuple[SaeEntry, SaeState]],
     cache: Cache,
     shards: list[int],
     device: torch.device,
-    dead_percent: float | None,
-) -> SaeEvaluation:
-    sae = load_sae(root / entry.hookpoint, device)
+    dead: dict[str, float | None],
+) -> list[SaeEvaluation]:
+    """The SAEs of one hookpoint, from one pass over its rows."""
+    saes = [_load(root, entry, saved, device) for entry, saved in group]
+    name = group[0][0].hookpoint
+    mean = cache.statistics(name, record.training_shards).mean
+    denominator = cache.statistics(name, shards).squared_error_of(mean)
+    rows = sum(cache.receipts[shard].rows for shard in shards)
+    evaluated = []
+    found = squared_errors(saes, cache, name, shards)
+    for (entry, _), (error, l0, alive) in zip(group, found, strict=True):
+        if not (math.isfinite(error) and 0 < denominator < math.inf):
+            raise RunError(
+                f"the held-out rows of {name} cannot be evaluated on",
+                expected="finite rows that vary",
+                got=f"squared error {error}, variance {denominator}",
+                remedy="actcache inspect shows rows that are not finite",
+            )
+        evaluated.append(
+            SaeEvaluation(
+                name=entry.name,
+                hookpoint=name,
+                num_latents=entry.config.num_latents,
+                k=entry.config.k,
+                fvu=error / denominator,
+                l0=l0 / rows,
+                dead_percent=dead[entry.name],
+                fired_percent=100.0 * float(alive.double().mean()),
+            )
+        )
+    return evaluated
+
+
+def _load(root: Path, entry: SaeEntry, saved: SaeState, device: torch.device) -> Sae:
+    """An SAE that the run exported; refuses another."""
+    folder = root / entry.name
+    sae = load_sae(folder, device)
     found = SaeConfig(sae.d_in, sae.num_latents, sae.k)
     if found != entry.config:
         raise FormatError(
-            f"{root / entry.hookpoint} holds another SAE than the run's",
+            f"{folder} holds another SAE than the run's",
             expected=entry.config,
             got=found,
             remedy="restore it from a copy",
         )
-    if digest_file(root / entry.hookpoint / WEIGHTS) != saved.export:
+    if digest_file(folder / WEIGHTS) != saved.export:
         raise RunError(
-            f"the SAE in {root / entry.hookpoint} is not that of the last checkpoint",
+            f"the SAE in {folder} is not that of the last checkpoint",
             remedy="saetrain fit with --resume goes on, if it was stopped while it saved; if it is "
             "at work, try again; else restore the SAE from a copy",
         )
-    name = entry.hookpoint
-    mean = cache.statistics(name, record.training_shards).mean
-    denominator = cache.statistics(name, shards).squared_error_of(mean)
-    error, l0, alive = squared_error(sae, cache, name, shards)
-    rows = sum(cache.receipts[shard].rows for shard in shards)
-    if not (math.isfinite(error) and 0 < denominator < math.inf):
-        raise RunError(
-            f"the held-out rows of {name} cannot be evaluated on",
-            expected="finite rows that vary",
-            got=f"squared error {error}, variance {denominator}",
-            remedy="actcache inspect shows rows that are not finite",
-        )
-    return SaeEvaluation(
-        hookpoint=name,
-        num_latents=entry.config.num_latents,
-        k=entry.config.k,
-        fvu=error / denominator,
-        l0=l0 / rows,
-        dead_percent=dead_percent,
-        fired_percent=100.0 * float(alive.double().mean()),
-    )
+    return sae
 
 
 @torch.no_grad()
-def squared_error(
-    sae: Sae, cache: Cache, hookpoint: str, shards: list[int]
-) -> tuple[float, float, torch.Tensor]:
-    """Run an SAE over whole shards.
+def squared_errors(
+    saes: list[Sae], cache: Cache, hookpoint: str, shards: list[int]
+) -> list[tuple[float, float, torch.Tensor]]:
+    """Run SAEs over whole shards, of which each row is read once.
 
     Returns:
-        Σ‖x - x̂‖², the number of active latents summed over rows, and which latents fired [M].
+        Of each, Σ‖x - x̂‖², the number of active latents summed over rows, and which latents fired
+        [M].
     """
-    error, active = 0.0, 0.0
-    alive = torch.zeros(sae.num_latents, dtype=torch.bool, device=sae.W_enc.device)
+    errors, active = [0.0] * len(saes), [0.0] * len(saes)
+    alive = [torch.zeros_like(sae.b_enc, dtype=torch.bool) for sae in saes]
     bar = Progress(hookpoint, sum(cache.receipts[s].rows for s in shards), "rows")
     for shard in shards:
         for start in range(0, cache.receipts[shard].rows, _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, cache.receipts[shard].rows - start)
             stored = cache.read(hookpoint, shard, start, count)
-            x = cache.codec.to_torch(stored).to(sae.W_enc)  # [n, D], the weights' type and device
-            output = sae(x)
-            error += float(total((x - output.reconstruction).double().pow(2).sum(dim=1)))
-            active += float((output.top_acts > 0).sum())
-            alive |= fired(output.top_acts, output.top_indices, sae.num_latents)
+            rows = cache.codec.to_torch(stored).to(saes[0].W_enc.device)  # [n, D]
+            for i, sae in enumerate(saes):
+                x = rows.to(sae.W_enc.dtype)
+                output = sae(x)
+                errors[i] += float(total((x - output.reconstruction).double().pow(2).sum(dim=1)))
+                active[i] += float((output.top_acts > 0).sum())
+                alive[i] |= fired(output.top_acts, output.top_indices, sae.num_latents)
             bar.advance(count, stored.nbytes)
     bar.close()
-    return error, active, alive
+    return list(zip(errors, active, alive, strict=True))

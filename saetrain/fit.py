@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,9 +26,10 @@ from actcache.segments import Segmentation, default_shards_each, goal_rows
 from actcache.stream import ActivationStream
 from actcache.tuning import Tuning, tune
 from saetrain.checkpoint import load_checkpoint, remove_others
-from saetrain.config import FitConfig, SaeConfig
+from saetrain.config import FitConfig, SaeConfig, SaeOptions
 from saetrain.follow import Follower
 from saetrain.gradient import require_bfloat16_products
+from saetrain.grid import require_overrides_used, saes_at
 from saetrain.limits import Waits, sentence
 from saetrain.metrics import Firing, Meter
 from saetrain.optim import default_lr, make_optimizer, make_schedule
@@ -75,13 +77,13 @@ class FitSummary:
     dead_after: int
     """Rows without firing after which a latent is dead."""
     saes: dict[str, dict[str, Any]]
-    """Last line of metrics.jsonl, by hookpoint."""
+    """Last line of metrics.jsonl, by the SAE's name."""
     warnings: tuple[str, ...]
     """What the user should know."""
 
 
 def fit(config: FitConfig) -> FitSummary:
-    """Train one SAE for each hookpoint chosen, or go on with a run.
+    """Train the SAEs of each hookpoint chosen from one pass over its rows, or go on with a run.
 
     Raises:
         ActcacheError: one of its kinds, for anything a user can mend.
@@ -130,9 +132,9 @@ def _fit(
         write_run(root, record)
     follower = None if record.segment_shards is None else Follower(root, record, cache)
     first_step, place = _restore(root, record, trainees, follower)
-    hookpoints = [entry.hookpoint for entry in record.saes]
+    hookpoints = list(dict.fromkeys(entry.hookpoint for entry in record.saes))
     tuning = tune(cache, hookpoints, record.plan)
-    budget = _budget(config, cache, hookpoints)
+    budget = budget_of(config, cache, hookpoints)
     stream = ActivationStream(
         cache,
         hookpoints,
@@ -167,7 +169,7 @@ def _fit(
         data_wait=data_wait,
         limit=_limit(stream, seconds, rows_per_second, config) if steps > first_step else None,
         dead_after=record.dead_after,
-        saes=saes_of(root / METRICS, line, hookpoints),
+        saes=saes_of(root / METRICS, line, [entry.name for entry in record.saes]),
         warnings=(*warnings, *_ended_early(record, steps)),
     )
 
@@ -204,13 +206,18 @@ def _ended_early(record: RunRecord, steps: int) -> tuple[str, ...]:
     """A warning if there were fewer rows than the harvest's goal promised."""
     if steps == record.steps:
         return ()
-    signum = record.options.optimizer == "signum"
-    shape = record.options.lr_schedule or ("constant" if signum else "linear")
-    rate = "" if shape == "constant" else "; the learning rate did not reach its end"
+    falls = any(_falls(entry.options) for entry in record.saes)
+    rate = "; the learning rate did not reach its end" if falls else ""
     return (
         f"the run ended after {steps:,} of {record.steps:,} planned steps: the text ended before "
         f"the harvest's goal, or filters dropped rows{rate}",
     )
+
+
+def _falls(options: SaeOptions) -> bool:
+    """Whether the learning rate ends lower than its peak."""
+    signum = options.optimizer == "signum"
+    return (options.lr_schedule or ("constant" if signum else "linear")) != "constant"
 
 
 def _refuse_ranks() -> None:
@@ -326,7 +333,7 @@ def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatErro
     )
 
 
-def _budget(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
+def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
     """How many rows are mixed in memory, and how many batches wait."""
     if config.pool_rows is not None:
         return Budget(config.pool_rows, PREFETCH_BATCHES)
@@ -334,9 +341,9 @@ def _budget(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
 
 
 def _decide(config: FitConfig, cache: Cache) -> RunRecord:
-    hookpoints = _choose(config, cache)
-    entries = tuple(_entry(config, name, cache.manifest.width(name)) for name in hookpoints)
-    pool_rows = _budget(config, cache, hookpoints).pool_rows
+    hookpoints = chosen_hookpoints(config, cache)
+    entries = entries_of(config, cache)
+    pool_rows = budget_of(config, cache, hookpoints).pool_rows
     decide = _order_in_segments if config.follow else _order
     order = decide(config, cache, pool_rows)
     steps = _steps(config, order.epoch_steps)
@@ -375,9 +382,10 @@ class _Order:
 def _order(config: FitConfig, cache: Cache, pool_rows: int) -> _Order:
     """All shards that are there now, as one."""
     cache.require_shards()
-    training, held_out = split_shards(cache.shards, config.val_fraction, config.seed)
+    seed = config.order_seed
+    training, held_out = split_shards(cache.shards, config.val_fraction, seed)
     shards = [(shard, cache.receipts[shard].rows) for shard in training]
-    plan = make_plan(shards, cache.manifest.block_rows, config.batch_size, config.seed, pool_rows)
+    plan = make_plan(shards, cache.manifest.block_rows, config.batch_size, seed, pool_rows)
     return _Order(plan, held_out, plan.steps_per_epoch, None)
 
 
@@ -389,7 +397,7 @@ def _order_in_segments(config: FitConfig, cache: Cache, pool_rows: int) -> _Orde
         or default_shards_each(manifest, config.batch_size, pool_rows),
         block_rows=manifest.block_rows,
         batch_size=config.batch_size,
-        seed=config.seed,
+        seed=config.order_seed,
         pool_rows=pool_rows,
         val_fraction=config.val_fraction,
     )
@@ -436,10 +444,11 @@ def _whole_updates(config: FitConfig, steps: int) -> int:
         ConfigError: an option counts more steps than the run has.
     """
     whole = steps // config.grad_acc_steps * config.grad_acc_steps
+    saes = config.saes or (config.sae,)
     for name, value in (
         ("--grad-acc-steps", config.grad_acc_steps),
-        ("--lr-decay-steps", config.lr_decay_steps or 0),
-        ("--k-anneal-steps", config.k_anneal_steps),
+        ("--lr-decay-steps", max(sae.lr_decay_steps or 0 for sae in saes)),
+        ("--k-anneal-steps", max(sae.k_anneal_steps for sae in saes)),
     ):
         if value > (steps if name == "--grad-acc-steps" else whole):
             raise ConfigError(
@@ -448,7 +457,7 @@ def _whole_updates(config: FitConfig, steps: int) -> int:
     return whole
 
 
-def _choose(config: FitConfig, cache: Cache) -> list[str]:
+def chosen_hookpoints(config: FitConfig, cache: Cache) -> list[str]:
     """Hookpoints of the cache that the patterns mean, in the cache's order."""
     patterns = config.hookpoint or ("*",)
     for pattern in patterns:
@@ -463,21 +472,33 @@ def _choose(config: FitConfig, cache: Cache) -> list[str]:
     ]
 
 
-def _entry(config: FitConfig, hookpoint: str, width: int) -> SaeEntry:
-    num_latents = config.num_latents or width * config.expansion_factor
-    sizes = SaeConfig(width, num_latents, config.k)
-    lr = config.lr if config.lr is not None else default_lr(config.optimizer, num_latents)
-    return SaeEntry(hookpoint, sizes, lr, config.seed)
+def entries_of(config: FitConfig, cache: Cache) -> tuple[SaeEntry, ...]:
+    """The SAEs that a run trains, hookpoint after hookpoint."""
+    hookpoints = chosen_hookpoints(config, cache)
+    require_overrides_used(config, hookpoints)
+    return tuple(
+        _entry(name, cache.manifest.width(name), setting, options)
+        for name in hookpoints
+        for setting, options in saes_at(config, name).items()
+    )
+
+
+def _entry(hookpoint: str, width: int, setting: str, options: SaeOptions) -> SaeEntry:
+    num_latents = options.num_latents or width * options.expansion_factor
+    sizes = SaeConfig(width, num_latents, options.k)
+    lr = options.lr if options.lr is not None else default_lr(options.optimizer, num_latents)
+    return SaeEntry(hookpoint, sizes, lr, options.seed, setting, options)
 
 
 def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Trainee]:
     """Every SAE with its optimiser, b_dec at the mean of the training rows."""
-    options = record.options
-    if options.autocast:
+    if record.options.autocast:
         require_bfloat16_products(device)
+    # Once for each hookpoint: they are merged from as many files as there are shards.
+    statistics_of = functools.cache(lambda name: cache.statistics(name, record.training_shards))
     trainees = []
     for entry in record.saes:
-        statistics = cache.statistics(entry.hookpoint, record.training_shards)
+        statistics = statistics_of(entry.hookpoint)
         if not statistics.variance > 0:
             raise RunError(
                 f"the training rows of {entry.hookpoint} do not vary",
@@ -485,7 +506,7 @@ def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Traine
                 got=statistics.variance,
                 remedy="leave this hookpoint out",
             )
-        sizes = entry.config
+        sizes, options = entry.config, record.options.of(entry.options)
         dtype = getattr(torch, options.weights_dtype)
         sae = Sae(
             sizes.d_in, sizes.num_latents, sizes.k, seed=entry.seed, device=device, dtype=dtype

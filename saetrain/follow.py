@@ -52,7 +52,7 @@ def segmentation_of(record: RunRecord) -> Segmentation:
         shards_each=record.segment_shards,
         block_rows=record.plan.block_rows,
         batch_size=record.plan.batch_size,
-        seed=record.options.seed,
+        seed=record.options.order_seed,
         pool_rows=pool_rows,
         val_fraction=record.options.val_fraction,
     )

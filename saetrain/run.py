@@ -6,7 +6,7 @@ Only the cache's place is ever written again, when a run goes on with a cache th
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from actcache.atomic import publish
@@ -15,7 +15,8 @@ from actcache.order import OrderPlan
 from actcache.parse import parse_dataclass, read_json, to_json
 from actcache.place import is_url
 from actcache.reader import Cache
-from saetrain.config import FitConfig, SaeConfig
+from saetrain.config import FitConfig, SaeConfig, SaeOptions
+from saetrain.grid import option, values_of
 
 RUN = "run.json"
 FORMAT_VERSION = 1
@@ -38,13 +39,23 @@ class SaeEntry:
     """One SAE of a run."""
 
     hookpoint: str
-    """Hookpoint it is trained on, and its folder within the run."""
+    """Hookpoint it is trained on."""
     config: SaeConfig
     """Its sizes."""
     lr: float
     """Its peak learning rate."""
     seed: int
     """Seed of its weights."""
+    setting: str = ""
+    """What tells it from the run's other SAEs of its hookpoint, such as k32-lr1e-3; empty where
+    there are no others."""
+    options: SaeOptions = field(default_factory=SaeOptions)
+    """Its options, as given."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the run, and its folder: HOOKPOINT, or HOOKPOINT/SETTING."""
+        return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ def read_run(root: Path) -> RunRecord:
     """
     path = root / RUN
     try:
-        record = parse_dataclass(RunRecord, read_json(path), str(path))
+        record = _parse(read_json(path), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(
             f"{root} is not a run: it holds no {RUN}", remedy=f"saetrain fit CACHE --out {root}"
@@ -126,6 +137,16 @@ def read_run(root: Path) -> RunRecord:
             got=shards,
         )
     return record
+
+
+def _parse(obj: object, path: Path) -> RunRecord:
+    record = parse_dataclass(RunRecord, obj, str(path))
+    assert isinstance(obj, dict)
+    if all("options" in sae for sae in obj["saes"]):
+        return record
+    # From before a run could have several SAEs of a hookpoint: they have the run's own options.
+    saes = tuple(dataclasses.replace(sae, options=record.options.sae) for sae in record.saes)
+    return dataclasses.replace(record, saes=saes)
 
 
 def place_of(cache: str) -> str:
@@ -173,12 +194,14 @@ def check_same_cache(record: RunRecord, cache: Cache) -> None:
 
 def check_same_run(record: RunRecord, now: RunRecord) -> None:
     """Refuse to go on with options that would give other results; raises `RunError`."""
-    old, new = dataclasses.asdict(record.options), dataclasses.asdict(now.options)
+    old, new = values_of(record.options), values_of(now.options)
     changed = [
-        f"--{name.replace('_', '-')}: {old[name]!r} then, {new[name]!r} now"
+        f"{option(name)}: {old[name]!r} then, {new[name]!r} now"
         for name in old
         if name not in _FREE and old[name] != new[name]
     ]
+    if not changed and record.options.saes != now.options.saes:
+        changed = ["saes: the same values in other combinations"]
     if changed:
         raise RunError(
             f"{now.options.out} was begun with other options",

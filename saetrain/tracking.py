@@ -50,7 +50,7 @@ class Tracker:
 
         Args:
             step: steps done.
-            metrics: by hookpoint, means since the last line.
+            metrics: by the SAE's name, means since the last line.
             waited: seconds spent waiting for rows since the run was started.
         """
         now = time.monotonic()
@@ -69,8 +69,9 @@ class Tracker:
         }
         self._write(METRICS, {"step": step, "rows": step * self._batch_size, "saes": metrics})
         self._write(TIMINGS, timings)
-        fvu = sum(m["fvu"] for m in metrics.values()) / len(metrics)
-        notes = {"fvu": f"{fvu:.4f}", "data_wait": f"{timings['data_wait']:.0%}"}
+        fvu = sorted(f"{m['fvu']:.4f}" for m in metrics.values())
+        range_of = fvu[0] if len(fvu) == 1 else f"{fvu[0]} to {fvu[-1]}"
+        notes = {"fvu": range_of, "data_wait": f"{timings['data_wait']:.0%}"}
         self.bar.advance(rows, rows * self._row_bytes, **notes)
         self._last, self._last_step, self._waited = now, step, waited
 
@@ -129,18 +130,18 @@ def last_line(path: Path, step: int | None = None) -> dict[str, Any] | None:
     return None
 
 
-def saes_of(path: Path, line: dict[str, Any], hookpoints: Sequence[str]) -> dict[str, Any]:
+def saes_of(path: Path, line: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """What a line of metrics.jsonl says of every SAE; raises `FormatError`."""
     saes = line.get("saes")
-    for hookpoint in hookpoints:
-        sae = saes.get(hookpoint) if isinstance(saes, dict) else None
+    for name in names:
+        sae = saes.get(name) if isinstance(saes, dict) else None
         said = sae if isinstance(sae, dict) else {}
-        numbers = [said.get(name) for name in ("fvu", "l0")]
+        numbers = [said.get(figure) for figure in ("fvu", "l0")]
         if said.get("dead_percent", "") is not None:  # None: not known yet
             numbers.append(said.get("dead_percent"))
         if not all(map(_is_number, numbers)):
             raise FormatError(
-                f"{path} lacks figures of {hookpoint} at step {line['step']}",
+                f"{path} lacks figures of {name} at step {line['step']}",
                 expected="fvu, l0, dead_percent",
                 got=short(sae),
                 remedy="it is damaged; restore it from a copy",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actcache.errors import ActcacheError
 from actcache.order import OrderPlan
-from actcache.stream import ActivationStream
+from actcache.stream import ActivationStream, Batch
 from saetrain.checkpoint import newest_step, save_checkpoint
 from saetrain.decoder_norm import fold
 from saetrain.follow import Follower
@@ -118,6 +118,7 @@ def _train(
     follower: Follower | None,
 ) -> int:
     options, done, saved = record.options, first_step, first_step
+    groups = by_hookpoint(trainees)
     if follower is not None:
         waiting = Waiting(stream.cache, follower.plans.segmentation.shards_each, tracker.bar)
 
@@ -140,10 +141,7 @@ def _train(
             break
         if follower is not None:
             follower.use(batch)
-        for trainee in trainees:
-            train_step(
-                trainee, batch.activations[trainee.entry.hookpoint], step, options.auxk_alpha
-            )
+        train_batch(groups, batch, step)
         done = step + 1
         last = done == record.steps or batch.last
         if done % options.log_every == 0 or last:
@@ -154,6 +152,25 @@ def _train(
             save(root, done, trainees, stream)
             saved = done
     return done
+
+
+def by_hookpoint(trainees: list[Trainee]) -> dict[str, list[Trainee]]:
+    """Those that are fed with the same rows, together."""
+    groups: dict[str, list[Trainee]] = {}
+    for trainee in trainees:
+        groups.setdefault(trainee.entry.hookpoint, []).append(trainee)
+    return groups
+
+
+def train_batch(groups: dict[str, list[Trainee]], batch: Batch, step: int) -> None:
+    """One update of every SAE. Rows go to the device once for each hookpoint."""
+    for hookpoint, group in groups.items():
+        rows = batch.activations[hookpoint]
+        weights = group[0].sae.W_enc
+        # In their own type, which is smaller; there into that of the weights.
+        x = rows.to(weights.device, non_blocking=True).to(weights.dtype)
+        for trainee in group:
+            train_step(trainee, x, step, trainee.entry.options.auxk_alpha)
 
 
 def _keep(
@@ -222,7 +239,7 @@ def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStrea
         _require_finite_state(root, trainee, done)
     exports = []
     for trainee in trainees:
-        folder = root / trainee.entry.hookpoint
+        folder = root / trainee.entry.name
         weights = trainee.optimizer.weights_to_export()
         if trainee.recipe.decoder_norm == "fold":
             weights = fold(weights)
@@ -243,7 +260,7 @@ def _read_metrics(
             "dead_percent": trainee.firing.dead_percent(rows),
             "dead_after": trainee.firing.dead_after,
         }
-        metrics[trainee.entry.hookpoint] = means | dead
+        metrics[trainee.entry.name] = means | dead
     return metrics
 
 
@@ -260,7 +277,7 @@ def _require_finite_state(root: Path, trainee: Trainee, step: int) -> None:
 
 def _require_finite(root: Path, trainee: Trainee, value: float, step: int) -> None:
     first_bad = trainee.guard.first_bad()
-    require_finite(value, trainee.entry.hookpoint, step, first_bad, newest_step(root))
+    require_finite(value, trainee.entry.name, step, first_bad, newest_step(root))
 
 
 def _place(record: RunRecord, follower: Follower | None, step: int) -> tuple[OrderPlan, int, int]:

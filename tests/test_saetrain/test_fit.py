@@ -455,8 +455,7 @@ def command(config: FitConfig) -> list[str]:
     words = [program, "fit", config.cache]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        flags = ("resume", "follow", "autocast")
-        if field.name not in ("cache", "hookpoint", *flags) and value is not None:
+        if field.name != "cache" and isinstance(value, (int, float, str)) and value is not False:
             words += ["--" + field.name.replace("_", "-"), str(value)]
     return words
 

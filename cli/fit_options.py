@@ -1,0 +1,111 @@
+"""The command line of `saetrain fit`: options that may be given several times, and a file of them.
+
+As `options`, but what belongs to one SAE becomes a list, --config fills in what the command line
+does not say, and so nothing is required of the command line alone.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from saetrain.config import FitConfig
+from saetrain.grid import AXES
+
+from .options import field_docs, frozen, option_fields, parameter
+
+_FIRST = ("cache", "out", "hookpoint")
+"""What the help begins with."""
+
+
+def fit_command(run: Callable[[FitConfig, bool, bool], None]) -> Callable[..., None]:
+    """A function for typer, which calls `run(config, plan, json)`."""
+    docs, hints = field_docs(FitConfig), get_type_hints(FitConfig)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("ctx", keyword, annotation=typer.Context)]
+    fields = {field.name: field for field in option_fields(FitConfig)}
+    for name in (*_FIRST, *(name for name in fields if name not in _FIRST)):
+        made = parameter(fields[name], hints[name], docs[name], positional=name == "cache")
+        hint, info = get_args(made.annotation)
+        default: Any = None if made.default is inspect.Parameter.empty else made.default
+        if hint is bool:  # what a file says, the command line can take back
+            flag = name.replace("_", "-")
+            info = typer.Option(f"--{flag}/--no-{flag}", help=docs[name])
+        if is_repeatable(name):
+            info.help = f"{docs[name]} Repeatable."
+            hint = list[_item(hint)]  # type: ignore[misc]
+            default = None if default is None else [default]
+        if default is None:
+            hint = hint | None
+        parameters.append(made.replace(annotation=Annotated[hint, info], default=default))
+    parameters += [_flag(name, text) for name, text in _FLAGS.items()]
+    parameters.append(inspect.Parameter("config", keyword, default=None, annotation=_CONFIG))
+
+    def invoke(ctx: typer.Context, **values: Any) -> None:
+        from pathlib import Path
+
+        from saetrain.config_file import make_config, merge, read_options
+
+        line: dict[str, Any] = {
+            name: _plain(value) if is_repeatable(name) else frozen(value, hints.get(name))
+            for name, value in values.items()
+            if _is_given(ctx, name)
+        }
+        path = line.pop("config", None)
+        flags = dict.fromkeys(_FLAGS, bool)
+        options = merge({} if path is None else read_options(Path(path), flags), line)
+        plan, as_json = (bool(options.pop(name, False)) for name in _FLAGS)
+        run(make_config(options), plan, as_json)
+
+    invoke.__doc__ = run.__doc__
+    invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    invoke.__annotations__ = {p.name: p.annotation for p in parameters}
+    return invoke
+
+
+_FLAGS = {
+    "plan": "Print the SAEs with their parameters and memory, and train nothing.",
+    "json": "Print a machine-readable summary.",
+}
+
+_CONFIG = Annotated[
+    str | None,
+    typer.Option(
+        help="TOML or YAML file with options by name, or the run.json of a run. The command line "
+        "wins. [hookpoints.PATTERN] in it: k, lr, num-latents or expansion-factor of some."
+    ),
+]
+
+
+def is_repeatable(name: str) -> bool:
+    """Whether an option may be given several times, for as many SAEs. A flag may not."""
+    return name in AXES and get_type_hints(FitConfig)[name] is not bool
+
+
+def _flag(name: str, text: str) -> inspect.Parameter:
+    annotation = Annotated[bool, typer.Option(f"--{name}", help=text)]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
+    )
+
+
+def _item(hint: Any) -> Any:
+    """The type of one of several values, as typer takes it."""
+    if type(None) in get_args(hint):
+        (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
+    if get_origin(hint) is Literal:  # not within a list
+        return enum.StrEnum("Choice", {choice: choice for choice in get_args(hint)})
+    return hint
+
+
+def _plain(values: list[Any]) -> list[Any]:
+    return [value.value if isinstance(value, enum.Enum) else value for value in values]
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -1,0 +1,177 @@
+"""What a run will train, and the memory that takes, before anything is trained.
+
+Letters: N rows of a batch, D d_in, M num_latents, K k, P parameters of an SAE.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from actcache.budget import Budget
+from actcache.reader import Cache
+from saetrain.config import FitConfig, OptimizerName, SaeConfig
+from saetrain.fit import budget_of, chosen_hookpoints, entries_of
+from saetrain.run import SaeEntry
+from saetrain.sae import Sae
+
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class SaePlan:
+    """One SAE. Sizes in bytes."""
+
+    name: str
+    hookpoint: str
+    d_in: int
+    num_latents: int
+    k: int
+    optimizer: str
+    lr: float
+    """Peak."""
+    seed: int
+    parameters: int
+    """P."""
+    weights: int
+    optimizer_state: int
+    gradients: int
+    """While it makes its step."""
+    activations: int
+    """While it makes its step: the most that is held besides, of a batch or by the update."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The SAEs of a run. Sizes in bytes."""
+
+    saes: tuple[SaePlan, ...]
+    parameters: int
+    weights: int
+    optimizer_state: int
+    gradients: int
+    """One SAE makes its step at a time: the largest."""
+    activations: int
+    """Likewise."""
+    total: int
+    """On the device, without rows and what torch itself takes."""
+    rows: int
+    """Rows in main memory, mixed there: once, however many SAEs."""
+    free: int
+    """Memory that the device has free now."""
+
+
+def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
+    """List what a run would train; nothing is written.
+
+    Raises:
+        ActcacheError: one of its kinds, for options that `fit` would refuse.
+    """
+    cache = Cache.open(
+        config.cache,
+        block_cache=config.block_cache,
+        block_cache_bytes=config.block_cache_bytes,
+    )
+    hookpoints = chosen_hookpoints(config, cache)
+    saes = tuple(plan_sae(entry, config) for entry in entries_of(config, cache))
+    budget: Budget = budget_of(config, cache, hookpoints)
+    row = sum(cache.codec.row_bytes(cache.manifest.width(name)) for name in hookpoints)
+    weights, state = sum(s.weights for s in saes), sum(s.optimizer_state for s in saes)
+    # Of the one that takes most: gradients are dropped before the next SAE's turn.
+    gradients, activations = max(
+        ((s.gradients, s.activations) for s in saes), key=lambda pair: pair[0] + pair[1]
+    )
+    return RunPlan(
+        saes=saes,
+        parameters=sum(s.parameters for s in saes),
+        weights=weights,
+        optimizer_state=state,
+        gradients=gradients,
+        activations=activations,
+        total=weights + state + gradients + activations,
+        rows=min(budget.pool_rows, cache.rows) * row,
+        free=_free(device),
+    )
+
+
+def plan_sae(entry: SaeEntry, options: FitConfig) -> SaePlan:
+    """Parameters and memory of one SAE.
+
+    Args:
+        entry: which.
+        options: of the run.
+    """
+    sizes, shapes = entry.config, parameter_shapes(entry.config)
+    P = sum(map(math.prod, shapes))
+    item = getattr(torch, options.weights_dtype).itemsize
+    return SaePlan(
+        name=entry.name,
+        hookpoint=entry.hookpoint,
+        d_in=sizes.d_in,
+        num_latents=sizes.num_latents,
+        k=sizes.k,
+        optimizer=entry.options.optimizer,
+        lr=entry.lr,
+        seed=entry.seed,
+        parameters=P,
+        weights=P * item,
+        optimizer_state=sum(state_bytes(entry.options.optimizer, s, item) for s in shapes),
+        gradients=P * item,
+        activations=step_bytes(
+            sizes, entry.options.optimizer, options.micro_batch_size or options.batch_size
+        ),
+    )
+
+
+def parameter_shapes(sizes: SaeConfig) -> list[tuple[int, ...]]:
+    """Shapes of an SAE's parameters, of which none is made."""
+    with torch.device("meta"):
+        sae = Sae(sizes.d_in, sizes.num_latents, sizes.k, device="meta")
+    return [tuple(parameter.shape) for parameter in sae.parameters()]
+
+
+def state_bytes(optimizer: OptimizerName, shape: tuple[int, ...], item: int) -> int:
+    """What an optimiser keeps of one parameter; counters apart.
+
+    Args:
+        optimizer: which.
+        shape: of the parameter.
+        item: bytes of one of its numbers.
+    """
+    numbers = math.prod(shape)
+    if optimizer == "signum":  # z
+        return numbers * item
+    if optimizer == "muon" and len(shape) == 2:  # momentum
+        return numbers * item
+    if optimizer == "adam8bit":  # two moments; in float32 where the parameter is small
+        scales = -(-numbers // 256) * FLOAT
+        return 2 * (numbers * FLOAT if numbers < 4096 else numbers + scales)
+    return 2 * numbers * item  # two moments
+
+
+def step_bytes(sizes: SaeConfig, optimizer: OptimizerName, rows: int) -> int:
+    """The most that a step holds besides weights, optimiser state and gradients; AuxK apart.
+
+    A bound from what the step does: the forward pass holds all pre-activations [N, M], four
+    matrices as large as the batch [N, D], and top activations with their indices, sorted and
+    unsorted; normalising and the update hold two matrices as large as W_dec (adam8bit, where it
+    unpacks its moments, five) and muon's [D, D].
+
+    Args:
+        sizes: of the SAE.
+        optimizer: of the SAE.
+        rows: in a forward pass at once, N.
+    """
+    N, D, M, K = rows, sizes.d_in, sizes.num_latents, sizes.k
+    forward = N * M + 4 * N * D + 6 * N * K
+    update = (5 if optimizer == "adam8bit" else 2) * M * D + D * D + 16 * M
+    return FLOAT * max(forward, update)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,100 @@
+"""`saetrain.plan`: parameters and memory, against SAEs that are made and steps that are run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from actcache.errors import ActcacheError
+from saetrain.config import FitConfig, OptimizerName, SaeConfig, SaeOptions
+from saetrain.fit import fit
+from saetrain.grid import vary
+from saetrain.plan import FLOAT, parameter_shapes, plan_fit, plan_sae, step_bytes
+from saetrain.run import SaeEntry, read_run
+from saetrain.trainer import train_step
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+def test_weights_and_optimiser_state_are_those_of_an_sae_in_training(
+    make_trainee: Callable[..., Any], optimizer: OptimizerName
+) -> None:
+    trainee = make_trainee(16, 400, 4, optimizer=optimizer)
+    train_step(trainee, torch.randn(32, 16), 0, 0.0)
+    entry = SaeEntry(
+        "layers.0", SaeConfig(16, 400, 4), 0.1, 0, options=SaeOptions(optimizer=optimizer)
+    )
+    plan = plan_sae(entry, FitConfig("c", "r"))
+    weights = sum(p.numel() * p.element_size() for p in trainee.sae.parameters())
+    state = trainee.optimizer.state_tensors().values()
+    assert plan.weights == plan.gradients == weights
+    large = sum(t.numel() * t.element_size() for t in state if t.dim())  # no counters
+    assert plan.optimizer_state == large
+    assert plan.parameters == 2 * 16 * 400 + 16 + 400
+
+
+def test_counting_parameters_makes_none() -> None:
+    shapes = parameter_shapes(SaeConfig(2**16, 2**24, 32))
+    assert sum(map(math.prod, shapes)) == 2**41 + 2**16 + 2**24
+
+
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+@pytest.mark.parametrize(
+    ("N", "D", "M", "K"), [(512, 64, 2048, 16), (64, 128, 4096, 8), (2048, 64, 256, 64)]
+)
+def test_a_step_holds_no_more_than_is_planned_nor_much_less(
+    make_trainee: Callable[..., Any], N: int, D: int, M: int, K: int, optimizer: OptimizerName
+) -> None:
+    trainee, x = make_trainee(D, M, K, optimizer=optimizer), torch.randn(N, D)
+    for step in range(2):
+        train_step(trainee, x, step, 0.0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        train_step(trainee, x.bfloat16(), 2, 0.0)
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    gradients = sum(map(math.prod, parameter_shapes(SaeConfig(D, M, K)))) * FLOAT
+    planned = gradients + step_bytes(SaeConfig(D, M, K), optimizer, N)
+    assert 0.5 * planned <= peak <= planned
+
+
+def test_a_plan_lists_the_saes_that_the_run_then_has(options: Callable[..., FitConfig]) -> None:
+    config = vary(options(), num_latents=(32, 48), seed=(0, 1), optimizer=("adam", "signum"))
+    plan = plan_fit(config, CPU)
+    assert not Path(config.out).exists()
+    fit(config)
+    entries = read_run(Path(config.out)).saes
+    assert [(s.name, s.k, s.lr, s.seed, s.num_latents) for s in plan.saes] == [
+        (e.name, e.config.k, e.lr, e.seed, e.config.num_latents) for e in entries
+    ]
+    assert plan.weights == sum(sae.weights for sae in plan.saes)
+    assert plan.gradients == max(sae.gradients for sae in plan.saes)
+    assert plan.total == plan.weights + plan.optimizer_state + plan.gradients + plan.activations
+    assert plan.rows == 512 * 2 * 16 * 4
+    assert plan.free > 0
+    alone = plan_fit(dataclasses.replace(config, saes=config.saes[:1]), CPU)
+    assert alone.total < plan.total
+    assert alone.rows == plan.rows
+
+
+def test_weights_in_bfloat16_take_half(options: Callable[..., FitConfig]) -> None:
+    whole, half = plan_fit(options(), CPU), plan_fit(options(weights_dtype="bfloat16"), CPU)
+    assert (half.weights, half.optimizer_state) == (whole.weights / 2, whole.optimizer_state / 2)
+
+
+def test_a_plan_refuses_what_fit_would_refuse(options: Callable[..., FitConfig]) -> None:
+    for changes in ({"k": 49}, {"hookpoint": ("layers.7",)}, {"cache": "/nowhere"}):
+        with pytest.raises(ActcacheError):
+            plan_fit(options(**changes), CPU)

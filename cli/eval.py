@@ -23,15 +23,21 @@ def run(
     ] = "auto",
     block_cache: BlockCache = None,
     block_cache_bytes: BlockCacheBytes = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Evaluate the best ones, which fit --save-best kept.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print held-out FVU, L0 and dead latents of every SAE of RUN, and write RUN/eval.json."""
+    """Print held-out FVU, L0 and dead latents of every SAE of RUN, and write RUN/eval.json.
+
+    With --best, RUN/eval-best.json.
+    """
     import dataclasses
     from pathlib import Path
 
-    from saetrain.evaluate import EVALUATION, evaluate
+    from saetrain.evaluate import BEST_EVALUATION, EVALUATION, evaluate
 
-    evaluation = evaluate(Path(run), cache, device, block_cache, block_cache_bytes)
+    evaluation = evaluate(Path(run), cache, device, block_cache, block_cache_bytes, best=best)
     if json:
         emit(dataclasses.asdict(evaluation))
         return
@@ -44,6 +50,7 @@ def run(
         "dead %",
         "fired %",
         "rows/s",
+        *["step"] * best,
     ]
     rows = [
         [
@@ -55,6 +62,7 @@ def run(
             figure(sae.dead_percent, ".1f"),
             f"{sae.fired_percent:.1f}",
             figure(evaluation.rows_per_second, ",.0f"),
+            *[f"{sae.step:,}"] * best,
         ]
         for sae in evaluation.saes
     ]
@@ -68,4 +76,5 @@ def run(
             f"step {evaluation.step:,} of {evaluation.steps:,}: the run is unfinished; "
             f"saetrain fit ... --out {run} --resume goes on"
         )
-    print(f"SAEs in {run}/{header[0].upper()}, this table in {run}/{EVALUATION}")
+    where = f"{run}/{header[0].upper()}" + ("/best-STEP" if best else "")
+    print(f"SAEs in {where}, this table in {run}/{BEST_EVALUATION if best else EVALUATION}")

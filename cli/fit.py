@@ -36,6 +36,13 @@ def run(config: FitConfig, plan: bool, as_json: bool) -> None:
         [name, f"{m['fvu']:.4f}", f"{m['l0']:.1f}", figure(m["dead_percent"], ".1f")]
         for name, m in summary.saes.items()
     ]
+    if summary.held_out:
+        header.append("held-out FVU")
+        rows = [[*row, f"{summary.held_out[row[0]]['fvu']:.4f}"] for row in rows]
+    if summary.best:
+        header += ["best", "at step"]
+        best = [summary.best[row[0]] for row in rows]
+        rows = [[*row, f"{b.fvu:.4f}", f"{b.step:,}"] for row, b in zip(rows, best, strict=True)]
     print("training rows, last steps:")
     print(table(header, rows))
     did = "nothing left to do"

@@ -19,6 +19,7 @@ from torch import Tensor
 from actcache.atomic import FileReceipt, digest_file, publish
 from actcache.errors import FormatError
 from actcache.parse import parse_dataclass, read_json, to_json
+from saetrain.best import Best
 
 _FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
 
@@ -30,6 +31,8 @@ class SaeState:
     file: FileReceipt
     numbers: dict[str, float]
     export: FileReceipt
+    best: Best | None = None
+    """With --save-best, the best that it has been."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def save_checkpoint(
     stream: dict[str, int],
     saes: list[tuple[dict[str, Tensor], dict[str, float]]],
     exports: list[FileReceipt],
+    bests: list[Best | None] | None = None,
 ) -> None:
     """Write a checkpoint, then remove the older ones.
 
@@ -58,6 +62,7 @@ def save_checkpoint(
         stream: the stream's state.
         saes: tensors and numbers of each SAE, in the run's order.
         exports: of each SAE, the file of weights that others load, written before.
+        bests: of each SAE, the best that it has been, written before; None: none are kept.
 
     Raises:
         DiskFullError: no room; the checkpoint before stays.
@@ -66,7 +71,7 @@ def save_checkpoint(
     for i, (tensors, numbers) in enumerate(saes):
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         file = publish(tensors_path(root, step, i), [save(plain)])
-        parts.append(SaeState(file, numbers, exports[i]))
+        parts.append(SaeState(file, numbers, exports[i], None if bests is None else bests[i]))
     publish(state_path(root, step), [to_json(State(step, stream, tuple(parts)))])
     remove_others(root, step)
 

@@ -242,6 +242,18 @@ class FitConfig(SaeOptions):
     val_fraction: float = 0.05
     """Share of the shards that are held out and never trained on. 0: none."""
 
+    val_every: int | None = None
+    """Steps between validations: FVU and L0 on held-out rows, of the weights that would be exported
+    (signum's averages), to metrics.jsonl; and at the last step. Default: none."""
+
+    val_rows: int = 16384
+    """Held-out rows to validate on, kept in memory; as many from each held-out shard (with
+    --follow, of the first segment's)."""
+
+    save_best: bool = False
+    """Keep each SAE as it was at the validation with the lowest FVU, in SAE/best-STEP, beside the
+    last one."""
+
     follow: bool = False
     """Train while the harvest is still at work: begin on the shards that are there, in segments,
     and wait for more instead of ending the epoch. The result does not depend on when shards come.
@@ -307,6 +319,8 @@ class FitConfig(SaeOptions):
             "epochs",
             "max_tokens",
             "dead_after",
+            "val_every",
+            "val_rows",
             "segment_shards",
             "buffer_bytes",
             "pool_rows",
@@ -317,6 +331,14 @@ class FitConfig(SaeOptions):
         )
         if self.data_seed is not None:
             _require_seed("--data-seed", self.data_seed)
+        if self.save_best and self.val_every is None:
+            raise ConfigError("--save-best needs validations", remedy="add --val-every N")
+        if self.val_every is not None and self.val_fraction == 0:
+            raise ConfigError(
+                "--val-every needs rows that are held out",
+                expected="--val-fraction above 0",
+                got=self.val_fraction,
+            )
         if self.buffer_bytes is not None and self.pool_rows is not None:
             raise ConfigError(
                 "--buffer-bytes and --pool-rows say the same",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from actcache.atomic import digest_file, publish
+from actcache.atomic import FileReceipt, digest_file, publish
 from actcache.device import choose_device
 from actcache.errors import EmptyCacheError, FormatError, RunError
 from actcache.manifest import MANIFEST
@@ -16,6 +16,7 @@ from actcache.parse import to_json
 from actcache.place import is_url
 from actcache.progress import Progress
 from actcache.reader import Cache
+from saetrain.best import best_folder
 from saetrain.checkpoint import SaeState, newest_state
 from saetrain.config import SaeConfig
 from saetrain.follow import has_ended, held_out_shards, read_used
@@ -27,6 +28,7 @@ from saetrain.sae import Sae
 from saetrain.tracking import METRICS, TIMINGS, last_line, number_of, saes_of
 
 EVALUATION = "eval.json"
+BEST_EVALUATION = "eval-best.json"
 _ROWS_AT_ONCE = 2048
 
 
@@ -37,6 +39,8 @@ class SaeEvaluation:
     name: str
     """Its name in the run: the hookpoint, and what tells it from others of that hookpoint."""
     hookpoint: str
+    step: int
+    """Steps that it has been trained for."""
     num_latents: int
     k: int
     fvu: float
@@ -58,7 +62,7 @@ class Evaluation:
     run: str
     cache_id: str
     step: int
-    """Steps that the SAEs have been trained for."""
+    """Steps that the run has done; the SAEs too, unless it is the best ones that are evaluated."""
     steps: int
     """Of the whole run."""
     rows: int
@@ -76,6 +80,8 @@ def evaluate(
     device: str = "auto",
     block_cache: str | None = None,
     block_cache_bytes: int | None = None,
+    *,
+    best: bool = False,
 ) -> Evaluation:
     """Evaluate a run's exported SAEs and write `eval.json`.
 
@@ -88,6 +94,7 @@ def evaluate(
         device: torch device, or auto.
         block_cache: with a URL, see `Cache.open`.
         block_cache_bytes: likewise.
+        best: evaluate the best ones that --save-best kept instead, and write `eval-best.json`.
 
     Raises:
         RunError: no such run, or nothing was held out, or nothing has been saved yet, or the
@@ -122,7 +129,7 @@ def evaluate(
     if has_ended(record, state):
         steps = step
     # Lines after the checkpoint are of steps that a resumed run does again.
-    metrics, timings = last_line(root / METRICS, step), last_line(root / TIMINGS, step)
+    metrics, timings = last_line(root / METRICS, step, "saes"), last_line(root / TIMINGS, step)
     if len(state.saes) != len(record.saes) or step > record.steps:
         raise FormatError(f"{root} holds a checkpoint that is not of this run")
     if step == steps and (metrics is None or timings is None):
@@ -150,10 +157,12 @@ def evaluate(
         saes=tuple(
             figure
             for group in groups.values()
-            for figure in _evaluate_group(root, record, group, cache, held_out, at, dead)
+            for figure in _evaluate_group(
+                root, record, group, cache, held_out, at, dead, step, best
+            )
         ),
     )
-    publish(root / EVALUATION, [to_json(evaluation)])
+    publish(root / (BEST_EVALUATION if best else EVALUATION), [to_json(evaluation)])
     return evaluation
 
 
@@ -165,16 +174,19 @@ def _evaluate_group(
     shards: list[int],
     device: torch.device,
     dead: dict[str, float | None],
+    step: int,
+    best: bool,
 ) -> list[SaeEvaluation]:
     """The SAEs of one hookpoint, from one pass over its rows."""
-    saes = [_load(root, entry, saved, device) for entry, saved in group]
+    places = [_place(root, entry, saved, step, best) for entry, saved in group]
+    saes = [_load(place, entry, device) for place, (entry, _) in zip(places, group, strict=True)]
     name = group[0][0].hookpoint
     mean = cache.statistics(name, record.training_shards).mean
     denominator = cache.statistics(name, shards).squared_error_of(mean)
     rows = sum(cache.receipts[shard].rows for shard in shards)
     evaluated = []
     found = squared_errors(saes, cache, name, shards)
-    for (entry, _), (error, l0, alive) in zip(group, found, strict=True):
+    for (entry, _), place, (error, l0, alive) in zip(group, places, found, strict=True):
         if not (math.isfinite(error) and 0 < denominator < math.inf):
             raise RunError(
                 f"the held-out rows of {name} cannot be evaluated on",
@@ -186,20 +198,42 @@ def _evaluate_group(
             SaeEvaluation(
                 name=entry.name,
                 hookpoint=name,
+                step=place.step,
                 num_latents=entry.config.num_latents,
                 k=entry.config.k,
                 fvu=error / denominator,
                 l0=l0 / rows,
-                dead_percent=dead[entry.name],
+                dead_percent=dead[entry.name] if place.step == step else None,
                 fired_percent=100.0 * float(alive.double().mean()),
             )
         )
     return evaluated
 
 
-def _load(root: Path, entry: SaeEntry, saved: SaeState, device: torch.device) -> Sae:
+@dataclass(frozen=True)
+class _Place:
+    """Where an SAE lies, of which step it is, and what its weights' file must be."""
+
+    folder: Path
+    step: int
+    file: FileReceipt
+
+
+def _place(root: Path, entry: SaeEntry, saved: SaeState, step: int, best: bool) -> _Place:
+    if not best:
+        return _Place(root / entry.name, step, saved.export)
+    if saved.best is None:
+        raise RunError(
+            f"{root} keeps no best SAE of {entry.name}",
+            remedy="fit with --val-every N --save-best",
+        )
+    folder = best_folder(root / entry.name, saved.best.step)
+    return _Place(folder, saved.best.step, saved.best.file)
+
+
+def _load(place: _Place, entry: SaeEntry, device: torch.device) -> Sae:
     """An SAE that the run exported; refuses another."""
-    folder = root / entry.name
+    folder = place.folder
     sae = load_sae(folder, device)
     found = SaeConfig(sae.d_in, sae.num_latents, sae.k)
     if found != entry.config:
@@ -209,7 +243,7 @@ def _load(root: Path, entry: SaeEntry, saved: SaeState, device: torch.device) ->
             got=found,
             remedy="restore it from a copy",
         )
-    if digest_file(folder / WEIGHTS) != saved.export:
+    if digest_file(folder / WEIGHTS) != place.file:
         raise RunError(
             f"the SAE in {folder} is not that of the last checkpoint",
             remedy="saetrain fit with --resume goes on, if it was stopped while it saved; if it is "

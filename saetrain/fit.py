@@ -25,7 +25,8 @@ from actcache.reader import Cache
 from actcache.segments import Segmentation, default_shards_each, goal_rows
 from actcache.stream import ActivationStream
 from actcache.tuning import Tuning, tune
-from saetrain.checkpoint import load_checkpoint, remove_others
+from saetrain.best import Best
+from saetrain.checkpoint import load_checkpoint, newest_step, remove_others
 from saetrain.config import FitConfig, SaeConfig, SaeOptions
 from saetrain.follow import Follower
 from saetrain.gradient import require_bfloat16_products
@@ -48,7 +49,8 @@ from saetrain.run import (
 )
 from saetrain.sae import Sae
 from saetrain.tracking import METRICS, Tracker, last_line, saes_of
-from saetrain.trainer import Trainee, train
+from saetrain.trainer import Trainee, forget_other_bests, train
+from saetrain.validation import Validation
 from saetrain.waiting import first_segment, require_batch
 
 LOCK = Path("fit.lock")
@@ -78,6 +80,10 @@ class FitSummary:
     """Rows without firing after which a latent is dead."""
     saes: dict[str, dict[str, Any]]
     """Last line of metrics.jsonl, by the SAE's name."""
+    held_out: dict[str, dict[str, Any]]
+    """Last validation, by the SAE's name; none without --val-every."""
+    best: dict[str, Best]
+    """With --save-best, each SAE's best validation, by name."""
     warnings: tuple[str, ...]
     """What the user should know."""
 
@@ -124,6 +130,8 @@ def _fit(
     if record.extensions is not None:  # those that came later are no part of the run
         cache = cache.before(record.extensions)
     trainees = _build(record, cache, device)
+    finished = begun and newest_step(root) == record.steps
+    validation = None if finished else _held_out_rows(record, cache)
     if not begun:  # only now: a run that cannot be built leaves nothing behind
         lock.take()
         if (root / RUN).exists():
@@ -151,12 +159,12 @@ def _fit(
     if first_step < record.steps:
         tracker.bar.say(_how_it_reads(record, tuning, stream.row_bytes))
     try:
-        steps = train(root, record, trainees, stream, tracker, first_step, follower)
+        steps = train(root, record, trainees, stream, tracker, first_step, follower, validation)
     finally:
         stream.close()
         seconds = tracker.seconds
         rows_per_second, data_wait = tracker.close()
-    line = last_line(root / METRICS)
+    line = last_line(root / METRICS, key="saes")
     if line is None:  # a finished run that lost it; one that trained just wrote it
         raise FormatError(f"{root / METRICS} is missing or empty", remedy="restore it from a copy")
     return FitSummary(
@@ -170,6 +178,8 @@ def _fit(
         limit=_limit(stream, seconds, rows_per_second, config) if steps > first_step else None,
         dead_after=record.dead_after,
         saes=saes_of(root / METRICS, line, [entry.name for entry in record.saes]),
+        held_out=(last_line(root / METRICS, key="val") or {"val": {}})["val"],
+        best={t.entry.name: t.best for t in trainees if t.best is not None},
         warnings=(*warnings, *_ended_early(record, steps)),
     )
 
@@ -302,6 +312,8 @@ def _restore(
     """
     checkpoint = load_checkpoint(root)
     if checkpoint is None:
+        for trainee in trainees:
+            forget_other_bests(root, trainee)
         return 0, {}
     state, tensors = checkpoint
     if follower is None:
@@ -319,6 +331,8 @@ def _restore(
             trainee.load_state(part, sae.numbers)
         except (KeyError, RuntimeError) as error:
             raise _foreign_checkpoint(root, f"the state of {trainee.entry}", error) from error
+        trainee.best = sae.best
+        forget_other_bests(root, trainee)
     remove_others(root, state.step)
     return state.step, state.stream
 
@@ -330,6 +344,18 @@ def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatErro
         got=got,
         remedy="restore it from a copy, or remove checkpoint-* there and begin the run anew with "
         "--resume",
+    )
+
+
+def _held_out_rows(record: RunRecord, cache: Cache) -> Validation | None:
+    """What a run validates on, if it does."""
+    options = record.options
+    if options.val_every is None:
+        return None
+    hookpoints = list(dict.fromkeys(entry.hookpoint for entry in record.saes))
+    held_out = record.held_out
+    return Validation(
+        cache, hookpoints, record.training_shards, held_out, options.val_rows, options.verify
     )
 
 

@@ -44,6 +44,7 @@ class Tracker:
         self._began = self._last = time.monotonic()
         self._first_step = self._last_step = step
         self._waited = 0.0
+        self._held_out: dict[str, str] = {}
 
     def log(self, step: int, metrics: Mapping[str, Mapping[str, Any]], waited: float) -> None:
         """Write one line of each file.
@@ -69,11 +70,24 @@ class Tracker:
         }
         self._write(METRICS, {"step": step, "rows": step * self._batch_size, "saes": metrics})
         self._write(TIMINGS, timings)
-        fvu = sorted(f"{m['fvu']:.4f}" for m in metrics.values())
-        range_of = fvu[0] if len(fvu) == 1 else f"{fvu[0]} to {fvu[-1]}"
-        notes = {"fvu": range_of, "data_wait": f"{timings['data_wait']:.0%}"}
+        waiting = f"{timings['data_wait']:.0%}"
+        notes = {"fvu": _range(metrics), **self._held_out, "data_wait": waiting}
         self.bar.advance(rows, rows * self._row_bytes, **notes)
         self._last, self._last_step, self._waited = now, step, waited
+
+    def log_held_out(
+        self, step: int, figures: Mapping[str, Mapping[str, float]], rows: int
+    ) -> None:
+        """Write a line of metrics.jsonl on held-out rows.
+
+        Args:
+            step: steps done.
+            figures: by the SAE's name.
+            rows: held-out rows that they are of.
+        """
+        line = {"step": step, "rows": step * self._batch_size, "val_rows": rows, "val": figures}
+        self._write(METRICS, line)
+        self._held_out = {"val_fvu": _range(figures)}
 
     @property
     def seconds(self) -> float:
@@ -115,8 +129,19 @@ def cut_back(path: Path, step: int) -> None:
     publish(path, ["".join(kept).encode()])
 
 
-def last_line(path: Path, step: int | None = None) -> dict[str, Any] | None:
+def _range(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """The least and the largest FVU."""
+    found = sorted(f"{figure['fvu']:.4f}" for figure in figures.values())
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def last_line(path: Path, step: int | None = None, key: str | None = None) -> dict[str, Any] | None:
     """The last whole line of a .jsonl file, at or before a step; None if there is none.
+
+    Args:
+        path: the file.
+        step: the last that counts.
+        key: what the line must have.
 
     Raises:
         FormatError: a line that was looked at is damaged.
@@ -125,7 +150,7 @@ def last_line(path: Path, step: int | None = None) -> dict[str, Any] | None:
     whole, _, _ = text.rpartition("\n")  # what follows was cut off in writing
     for text_line in reversed(whole.splitlines()):
         line = _parse(path, text_line)
-        if step is None or line["step"] <= step:
+        if (step is None or line["step"] <= step) and (key is None or key in line):
             return line
     return None
 

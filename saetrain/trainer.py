@@ -11,6 +11,7 @@ from torch import Tensor
 from actcache.errors import ActcacheError
 from actcache.order import OrderPlan
 from actcache.stream import ActivationStream, Batch
+from saetrain.best import Best, keep_only, save_best
 from saetrain.checkpoint import newest_step, save_checkpoint
 from saetrain.decoder_norm import fold
 from saetrain.follow import Follower
@@ -23,6 +24,7 @@ from saetrain.recipe import Recipe
 from saetrain.run import RunRecord, SaeEntry
 from saetrain.sae import Sae
 from saetrain.tracking import Tracker
+from saetrain.validation import Validation
 from saetrain.waiting import Waiting
 
 V = TypeVar("V")
@@ -43,10 +45,23 @@ class Trainee:
     """How its steps are made."""
     guard: Guard = field(init=False)
     """Whether its losses have been finite."""
+    best: Best | None = None
+    """With --save-best, the best that it has been."""
+    saved_best: int | None = None
+    """Step of the best one that the newest checkpoint names: it must stay until the next."""
 
     def __post_init__(self) -> None:
         """Watch the losses where they are computed."""
         self.guard = Guard(self.sae.W_enc.device)
+
+    def exported(self) -> dict[str, Tensor]:
+        """The weights as they are saved and judged."""
+        weights = self.optimizer.weights_to_export()
+        return fold(weights) if self.recipe.decoder_norm == "fold" else weights
+
+    def unit_norm(self) -> bool:
+        """Whether the saved decoder rows are meant to have norm 1."""
+        return self.recipe.decoder_norm != "free"
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Tensors and numbers for a checkpoint."""
@@ -79,6 +94,7 @@ def train(
     tracker: Tracker,
     first_step: int,
     follower: Follower | None = None,
+    validation: Validation | None = None,
 ) -> int:
     """Train until the run's last step, or the last of its data, from `first_step` on.
 
@@ -90,6 +106,7 @@ def train(
         tracker: hears of every step that is logged.
         first_step: steps done.
         follower: pins what is used of a cache that is still being harvested.
+        validation: held-out rows, if the run validates.
 
     Returns:
         Steps done in the whole run.
@@ -101,7 +118,7 @@ def train(
             are for any other error of the reader.
     """
     try:
-        return _train(root, record, trainees, stream, tracker, first_step, follower)
+        return _train(root, record, trainees, stream, tracker, first_step, follower, validation)
     except NonFiniteError as error:
         raise with_rows(
             error, root, stream.cache, lambda step: _place(record, follower, step)
@@ -116,6 +133,7 @@ def _train(
     tracker: Tracker,
     first_step: int,
     follower: Follower | None,
+    validation: Validation | None,
 ) -> int:
     options, done, saved = record.options, first_step, first_step
     groups = by_hookpoint(trainees)
@@ -147,6 +165,9 @@ def _train(
         if done % options.log_every == 0 or last:
             rows = done * record.plan.batch_size
             tracker.log(done, _read_metrics(root, trainees, done, rows), stream.seconds_waited)
+        if validation is not None and (done % (options.val_every or 1) == 0 or last):
+            figures = validate(root, groups, validation, done, options.save_best)
+            tracker.log_held_out(done, figures, validation.rows)
         if done % options.save_every == 0 or last:
             tracker.sync()
             save(root, done, trainees, stream)
@@ -229,6 +250,34 @@ def _update(trainee: Trainee, step: int, finite: Tensor) -> None:
     step_if(finite, trainee.optimizer, recipe.first_step_of_update(step))
 
 
+def validate(
+    root: Path,
+    groups: dict[str, list[Trainee]],
+    validation: Validation,
+    done: int,
+    keep_best: bool,
+) -> dict[str, dict[str, float]]:
+    """Measure every SAE as it would be exported, and write those that were never better.
+
+    Returns:
+        Figures by the SAE's name.
+    """
+    figures = {}
+    for hookpoint, group in groups.items():
+        rows = validation.on(hookpoint, group[0].sae.W_enc.device)
+        for trainee in group:
+            weights, config = trainee.exported(), trainee.entry.config
+            trainee.sae.k = config.k  # while k falls, every step sets its own
+            found = validation.measure(trainee.sae, weights, hookpoint, rows)
+            _require_finite(root, trainee, found["fvu"], done)
+            figures[trainee.entry.name] = found
+            if keep_best and (trainee.best is None or found["fvu"] < trainee.best.fvu):
+                folder, unit = root / trainee.entry.name, trainee.unit_norm()
+                trainee.best = save_best(folder, config, weights, unit, done, found["fvu"])
+                keep_only(folder, {done, trainee.saved_best})
+    return figures
+
+
 def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStream) -> None:
     """Write every SAE as others load it, and a checkpoint.
 
@@ -240,13 +289,19 @@ def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStrea
     exports = []
     for trainee in trainees:
         folder = root / trainee.entry.name
-        weights = trainee.optimizer.weights_to_export()
-        if trainee.recipe.decoder_norm == "fold":
-            weights = fold(weights)
-        unit = trainee.recipe.decoder_norm != "free"
+        weights, unit = trainee.exported(), trainee.unit_norm()
         exports.append(save_sae(folder, trainee.entry.config, weights, unit))
     states = [trainee.state() for trainee in trainees]
-    save_checkpoint(root, done, stream.state_dict(), states, exports)
+    bests = [trainee.best for trainee in trainees]
+    save_checkpoint(root, done, stream.state_dict(), states, exports, bests)
+    for trainee in trainees:
+        forget_other_bests(root, trainee)
+
+
+def forget_other_bests(root: Path, trainee: Trainee) -> None:
+    """Remove what was better once, and what is newer than the checkpoint that is gone on from."""
+    trainee.saved_best = None if trainee.best is None else trainee.best.step
+    keep_only(root / trainee.entry.name, {trainee.saved_best})
 
 
 def _read_metrics(

@@ -138,3 +138,18 @@ def test_run_json_goes_on_with_its_run_or_begins_another(run, tmp_path):
     assert other.exit_code == 0
     for name in ("metrics.jsonl", "layers.1/k4/sae.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_validations_and_best_ones_are_told(run, tmp_path):
+    out = tmp_path / "run"
+    shown = run("fit", "--out", out, "--val-every", 4, "--save-best", "--k", 2)
+    header, *rows = shown.splitlines()[1:]
+    assert header.split()[-5:] == ["held-out", "FVU", "best", "at", "step"]
+    assert rows[0].split()[-1] == "12"
+    *_, last = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    assert rows[0].split()[-3] == f"{last['val']['layers.0']['fvu']:.4f}"
+    shown = run("eval", out, "--best")
+    assert shown.splitlines()[0].split()[-1] == "step"
+    assert f"{out}/HOOKPOINT/best-STEP" in shown
+    assert (out / "eval-best.json").exists()
+    assert not (out / "eval.json").exists()

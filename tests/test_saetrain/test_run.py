@@ -162,6 +162,9 @@ BINDING = {
     "auxk_alpha": 0.5,
     "dead_after": 65,
     "val_fraction": 0.2,
+    "val_every": 5,
+    "val_rows": 77,
+    "save_best": True,
     "buffer_bytes": 2**30,
     "pool_rows": 64,
     "seed": 5,
@@ -174,6 +177,7 @@ BINDING = {
 }
 
 NEEDS: dict[str, dict[str, Any]] = {
+    "save_best": {"val_every": 5},
     "segment_shards": {"follow": True},
     "lr_decay_steps": {"lr_schedule": "stable-then-decay"},
     "lr_end": {"lr_schedule": "linear"},

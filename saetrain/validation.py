@@ -1,0 +1,116 @@
+"""How well SAEs in training reconstruct held-out rows: a bounded number, held in memory.
+
+What is judged is what would be exported: of schedule-free optimisers, the averages. Letters: N
+rows, D d_in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from actcache.checked_reads import CheckedReads, Verify
+from actcache.errors import ConfigError, RunError
+from actcache.order import Span
+from actcache.reader import Cache
+from saetrain.losses import total
+from saetrain.sae import Sae
+
+_ROWS_AT_ONCE = 2048
+
+
+class Validation:
+    """Held-out rows of every hookpoint of a run, the same for all its SAEs and steps.
+
+    Args:
+        cache: where they are.
+        hookpoints: of the run.
+        training: shards whose mean the FVU is taken around.
+        held_out: shards that are never trained on.
+        most: rows; as many from each shard, from its beginning (rows of a shard are shuffled).
+        verify: when files are compared with their receipts.
+
+    Raises:
+        ConfigError: nothing is held out.
+        RunError: the rows are not finite, or do not vary.
+        CorruptShardError: they are not what the receipts promise.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        hookpoints: Sequence[str],
+        training: list[int],
+        held_out: Sequence[int],
+        most: int,
+        verify: Verify = "first-read",
+    ) -> None:
+        spans = spread({shard: cache.receipts[shard].rows for shard in held_out}, most)
+        self.rows = sum(span.rows for span in spans)
+        if not self.rows:
+            raise ConfigError(
+                "--val-every needs rows that are held out",
+                expected="shards with rows",
+                got=f"shards {list(held_out)}",
+                remedy="a larger --val-fraction",
+            )
+        codec = cache.codec
+        stored = {name: codec.empty(self.rows, cache.manifest.width(name)) for name in hookpoints}
+        CheckedReads(cache, verify).load(spans, stored)
+        self._rows = {name: codec.to_torch(rows) for name, rows in stored.items()}  # each [N, D]
+        self._scale = {
+            name: self._squares(name, cache.statistics(name, training).mean) for name in hookpoints
+        }
+
+    def _squares(self, hookpoint: str, mean: object) -> float:
+        """Σ‖x - mean‖² of a hookpoint's rows."""
+        around = torch.as_tensor(mean, dtype=torch.float64)  # [D]
+        found = 0.0
+        for rows in torch.split(self._rows[hookpoint], _ROWS_AT_ONCE):
+            found += float(total((rows.double() - around).pow(2).sum(dim=1)))
+        if not 0 < found < math.inf:
+            raise RunError(
+                f"the held-out rows of {hookpoint} cannot be validated on",
+                expected="finite rows that vary",
+                got=f"a sum of squares of {found}",
+                remedy="actcache inspect shows rows that are not finite; or leave out --val-every",
+            )
+        return found
+
+    def on(self, hookpoint: str, device: torch.device) -> Tensor:
+        """A hookpoint's rows, in the type on disk. [N, D]"""
+        return self._rows[hookpoint].to(device)
+
+    @torch.no_grad()
+    def measure(
+        self, sae: Sae, weights: Mapping[str, Tensor], hookpoint: str, rows: Tensor
+    ) -> dict[str, float]:
+        """FVU and L0 of an SAE with given weights on a hookpoint's rows [N, D]."""
+        error, active = 0.0, 0.0
+        for part in torch.split(rows, _ROWS_AT_ONCE):
+            x = part.to(sae.W_enc.dtype)
+            output = functional_call(sae, dict(weights), (x,))
+            error += float(total((x - output.reconstruction).double().pow(2).sum(dim=1)))
+            active += float((output.top_acts > 0).sum())
+        return {"fvu": error / self._scale[hookpoint], "l0": active / self.rows}
+
+
+def spread(rows: Mapping[int, int], most: int) -> list[Span]:
+    """At most so many rows, from the beginning of each shard, as evenly as shards have them.
+
+    Args:
+        rows: of each shard.
+        most: of all together.
+    """
+    spans, left = [], most
+    # The small ones first: what they do not have, the others give.
+    for place, shard in enumerate(sorted(rows, key=lambda shard: (rows[shard], shard))):
+        count = min(rows[shard], left // (len(rows) - place))
+        left -= count
+        if count:
+            spans.append(Span(shard, 0, count))
+    return sorted(spans, key=lambda span: span.shard)

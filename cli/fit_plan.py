@@ -60,5 +60,5 @@ def _notes(plan: Any) -> list[str]:
     return [
         f"{format_bytes(plan.total)} on the device, of which {format_bytes(plan.free)} are free: "
         f"{fits}. SAEs step one after another: gradients and activations are the largest one's",
-        f"{format_bytes(plan.rows)} of rows are mixed in main memory, once for all SAEs",
+        f"{format_bytes(plan.rows)} of rows are mixed in memory, once for all SAEs",
     ]

@@ -57,9 +57,9 @@ class RunPlan:
     activations: int
     """Likewise."""
     total: int
-    """On the device, without rows and what torch itself takes."""
+    """On the device, without what torch itself takes; on a GPU, with the rows."""
     rows: int
-    """Rows in main memory, mixed there: once, however many SAEs."""
+    """Rows that are mixed in memory, on a GPU in its own: once, however many SAEs."""
     free: int
     """Memory that the device has free now."""
 
@@ -84,6 +84,8 @@ def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
     gradients, activations = max(
         ((s.gradients, s.activations) for s in saes), key=lambda pair: pair[0] + pair[1]
     )
+    rows = min(budget.pool_rows, cache.rows) * row
+    mixed_there = rows if device.type == "cuda" else 0
     return RunPlan(
         saes=saes,
         parameters=sum(s.parameters for s in saes),
@@ -91,8 +93,8 @@ def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
         optimizer_state=state,
         gradients=gradients,
         activations=activations,
-        total=weights + state + gradients + activations,
-        rows=min(budget.pool_rows, cache.rows) * row,
+        total=weights + state + gradients + activations + mixed_there,
+        rows=rows,
         free=_free(device),
     )
 

@@ -1,0 +1,222 @@
+"""What do many SAEs in one pass cost, against what they would compute alone?
+
+    python benchmarks/bench_grid.py [--smoke] [--pairs 20] [--work FOLDER]
+
+Eight SAEs (two k, two learning rates, two seeds) of one hookpoint, fed by one stream. (1) Bytes:
+one epoch with one SAE and with all eight, counted by the kernel (`rchar` of /proc/self/io), over
+the bytes of the rows. (2) Time: blocks of steps of the whole pass (the stream, the copy to the
+device, every SAE's step) over the sum of the eight SAEs' own steps on rows that lie ready on the
+device, in turns, the median of the pairs' ratios. Batches that the stream made ahead while it was
+not its turn are thrown away before a block of the pass begins. The processor's time, of all
+threads, stands beside the clock's: it says the same on a machine that is shared. Exit status 1 if a
+goal (the bytes of one pass, within 2%; 1.02 times the time) is missed; not with --smoke, whose
+steps are too small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import machine, print_table
+from synthetic import write_cache
+
+from actcache.order import OrderPlan, make_plan
+from actcache.reader import Cache
+from actcache.stream import ActivationStream
+from saetrain.config import FitConfig
+from saetrain.fit import entries_of
+from saetrain.grid import vary
+from saetrain.metrics import Firing, Meter
+from saetrain.optim import make_optimizer
+from saetrain.sae import Sae
+from saetrain.trainer import Trainee, by_hookpoint, train_batch, train_step
+
+SAES = {"k": (16, 32), "lr": (1e-3, 3e-4), "seed": (0, 1)}
+PREFETCH = 4
+GOAL = 1.02
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    rows: int
+    width: int
+    num_latents: int
+    batch: int
+    block: int
+    """Steps of each side in a pair."""
+
+
+FULL = {
+    "cpu": Sizes(2**17, 576, 4608, 4096, 2),
+    "cuda": Sizes(2**20, 2048, 16384, 8192, 20),
+}
+SMOKE = Sizes(2**13, 64, 256, 512, 2)
+
+
+def main() -> int:
+    """Count, measure, print both tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="small sizes, no goals")
+    parser.add_argument("--pairs", type=int, default=20, help="interleaved timings of each side")
+    parser.add_argument("--work", type=Path, help="folder for the cache")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":  # as `fit` does
+        torch.set_float32_matmul_precision("high")
+    sizes = SMOKE if options.smoke else FULL[device.type]
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        write_cache(Path(folder) / "cache", "memmap", sizes.rows, sizes.width, shards=16)
+        cache = Cache.open(Path(folder) / "cache")
+        one = FitConfig(str(cache.root), "", num_latents=sizes.num_latents, k=32, lr=1e-3)
+        bytes_read = [
+            epoch_bytes(cache, config, sizes, device) / (cache.rows * sizes.width * 2)
+            for config in (one, vary(one, **SAES))
+        ]
+        pairs = measure(cache, vary(one, **SAES), sizes, device, options.pairs)
+    print(
+        f"8 SAEs of {sizes.num_latents:,} latents, width {sizes.width:,}, batch {sizes.batch:,}, "
+        f"signum; {cache.rows:,} rows in bfloat16; blocks of {sizes.block} steps"
+    )
+    print(f"{machine()}, {torch.get_num_threads()} threads\n")
+    told = [
+        ["1 SAE", f"{bytes_read[0]:.3f}"],
+        ["8 SAEs", f"**{bytes_read[1]:.3f}**"],
+    ]
+    print_table(["an epoch with", "bytes read / bytes of the rows"], told)
+    print()
+    rows, medians = [], []
+    for name, sides in zip(("clock", "processor"), pairs, strict=True):
+        ratios = [together / alone for together, alone in sides]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        together, alone = (statistics.median(side) for side in zip(*sides, strict=True))
+        spread = f"{low:.3f} to {high:.3f}"
+        rows.append([name, f"{alone:.1f}", f"{together:.1f}", f"**{middle:.3f}**", spread])
+        medians.append(middle)
+    header = ["time", "8 SAEs alone, ms a step", "one pass, ms a step", "ratio", "quartiles"]
+    print_table([*header[:-1], f"quartiles of {options.pairs} pairs"], rows)
+    met = bytes_read[1] <= 1.02 and medians[0] <= GOAL
+    return 0 if met or options.smoke else 1
+
+
+def trainees_of(cache: Cache, config: FitConfig, steps: int, device: torch.device) -> list[Trainee]:
+    """The SAEs of a configuration, as `fit` makes them."""
+    made = []
+    for entry in entries_of(config, cache):
+        found = cache.statistics(entry.hookpoint)
+        sae = Sae(
+            entry.config.d_in,
+            entry.config.num_latents,
+            entry.config.k,
+            seed=entry.seed,
+            device=device,
+        )
+        with torch.no_grad():
+            sae.b_dec.copy_(torch.from_numpy(found.mean))
+        optimizer = make_optimizer(entry.options.optimizer, sae, entry.lr, 0, steps)
+        firing = Firing(entry.config.num_latents, 10_000_000, device)
+        made.append(Trainee(entry, sae, optimizer, firing, Meter(device), found.variance))
+    return made
+
+
+def plan_of(cache: Cache, sizes: Sizes) -> OrderPlan:
+    """All shards; a pool of 1/8 of the rows."""
+    shards = [(shard, cache.receipts[shard].rows) for shard in cache.shards]
+    return make_plan(shards, cache.manifest.block_rows, sizes.batch, 0, cache.rows // 8)
+
+
+def open_stream(
+    cache: Cache, sizes: Sizes, device: torch.device, epochs: int | None = None
+) -> ActivationStream:
+    """As `fit` opens it, for files that were verified."""
+    return ActivationStream(
+        cache,
+        cache.hookpoints,
+        plan_of(cache, sizes),
+        epochs=epochs,
+        verify="never",
+        prefetch=PREFETCH,
+        device=device if device.type == "cuda" else None,
+    )
+
+
+def epoch_bytes(cache: Cache, config: FitConfig, sizes: Sizes, device: torch.device) -> int:
+    """Bytes that this process reads in one epoch of training."""
+    groups = by_hookpoint(trainees_of(cache, config, 100, device))
+    with open_stream(cache, sizes, device) as stream:  # what is imported at first is read too
+        train_batch(groups, next(stream), 0)
+    before = bytes_so_far()
+    with open_stream(cache, sizes, device, epochs=1) as stream:
+        for step, batch in enumerate(stream):
+            train_batch(groups, batch, step)
+    return bytes_so_far() - before
+
+
+def bytes_so_far() -> int:
+    """Bytes that this process has read, from the disk or from memory."""
+    (line, *_) = Path("/proc/self/io").read_text().splitlines()
+    name, _, count = line.partition(": ")
+    assert name == "rchar"
+    return int(count)
+
+
+def measure(
+    cache: Cache, config: FitConfig, sizes: Sizes, device: torch.device, pairs: int
+) -> list[list[tuple[float, float]]]:
+    """Milliseconds a step of the pass and of its SAEs alone, pair by pair: clock, processor."""
+    trainees = trainees_of(cache, config, 10**6, device)
+    groups = by_hookpoint(trainees)
+    (hookpoint,) = cache.hookpoints
+    clock, processor = [], []
+    with open_stream(cache, sizes, device) as stream:
+        ready = next(stream).activations[hookpoint].to(device).float()
+
+        def together() -> None:
+            for step in range(sizes.block):
+                train_batch(groups, next(stream), step)
+
+        def alone() -> None:
+            for step in range(sizes.block):
+                for trainee in trainees:
+                    train_step(trainee, ready, step, trainee.entry.options.auxk_alpha)
+
+        for pair in range(-1, pairs):  # the first one warms up
+            took = {}
+            for side in (together, alone) if pair % 2 else (alone, together):
+                if side is together:
+                    for _ in range(PREFETCH + 1):
+                        next(stream)
+                took[side] = timed(side, device, sizes.block)
+            if pair >= 0:
+                clock.append((took[together][0], took[alone][0]))
+                processor.append((took[together][1], took[alone][1]))
+    return [clock, processor]
+
+
+def timed(side: Callable[[], None], device: torch.device, steps: int) -> tuple[float, float]:
+    """Milliseconds a step: of the clock, and of the processor, all threads together."""
+    _synchronise(device)
+    clock, processor = time.perf_counter(), time.process_time()
+    side()
+    _synchronise(device)
+    return (
+        (time.perf_counter() - clock) * 1e3 / steps,
+        (time.process_time() - processor) * 1e3 / steps,
+    )
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

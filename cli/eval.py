@@ -56,7 +56,7 @@ def run(
         [
             sae.name,
             str(sae.num_latents),
-            str(sae.k),
+            figure(sae.k, "d"),
             f"{sae.fvu:.4f}",
             f"{sae.l0:.1f}",
             figure(sae.dead_percent, ".1f"),
@@ -67,6 +67,9 @@ def run(
         for sae in evaluation.saes
     ]
     print(table(header, rows))
+    for sae in evaluation.saes:
+        for name, part in sae.parts.items():
+            print(f"{sae.name} at {name}: FVU {part.fvu:.4f}, norm {part.decoder_norm:.3f}")
     print(
         f"{evaluation.rows:,} held-out rows; dead: not fired in the last "
         f"{evaluation.dead_after:,} rows of training; fired: on held-out rows; rows/s: of training"

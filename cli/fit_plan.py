@@ -41,7 +41,7 @@ def _table(plan: Any) -> str:
             sae.name,
             str(sae.d_in),
             str(sae.num_latents),
-            str(sae.k),
+            "-" if sae.k is None else str(sae.k),
             sae.optimizer,
             short_number(float(f"{sae.lr:.3g}")),
             str(sae.seed),

@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from actcache.atomic import FileReceipt
-from saetrain.config import SaeConfig
 from saetrain.formats.sparsify import save_sae
+from saetrain.run import SaeEntry
 
 _FOLDER = re.compile(r"best-([0-9]{9,})")
 
@@ -39,10 +39,11 @@ def best_folder(sae: Path, step: int) -> Path:
 
 
 def save_best(
-    sae: Path, config: SaeConfig, weights: Mapping[str, Tensor], unit: bool, step: int, fvu: float
+    sae: Path, entry: SaeEntry, weights: Mapping[str, Tensor], unit: bool, step: int, fvu: float
 ) -> Best:
     """Write an SAE that is better than all before it. Those before it stay, see `keep_only`."""
-    return Best(step, fvu, save_sae(best_folder(sae, step), config, weights, unit))
+    folder = best_folder(sae, step)
+    return Best(step, fvu, save_sae(folder, entry.config, weights, entry.reads, unit))
 
 
 def keep_only(sae: Path, steps: Collection[int | None]) -> None:

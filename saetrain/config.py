@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from actcache.errors import ConfigError
@@ -16,30 +17,104 @@ OptimizerName = Literal["signum", "adam", "adamw", "adam8bit", "muon"]
 LrSchedule = Literal["constant", "linear", "cosine", "stable-then-decay"]
 DecoderNorm = Literal["unit", "fold", "free"]
 WeightsDtype = Literal["float32", "bfloat16"]
+ActivationName = Literal["topk", "batchtopk", "groupmax", "jumprelu", "relu", "gated"]
+
+ANNEALED = ("topk", "batchtopk")
+"""Activations whose k may fall in a run."""
+
+PENALISED = {"jumprelu": 1e-3, "relu": 3e-2, "gated": 3e-2}
+"""Activations that a penalty makes sparse instead of k, and the penalty's weight by default."""
 
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """One sparse autoencoder: what `cfg.json` says of it."""
+    """One sparse autoencoder, transcoder or crosscoder: what `cfg.json` says of it."""
 
     d_in: int
-    """Width of the activations, D."""
+    """Width of what is encoded, D; of a crosscoder, of all its hookpoints together."""
     num_latents: int
     """Latents, M."""
     k: int
-    """Latents that may be active at once, K."""
+    """Latents that may be active at once, K; says nothing where a penalty makes latents sparse."""
+    activation: ActivationName = "topk"
+    """How latents become active."""
+    multi_topk: bool = False
+    """Whether the loss of 4k latents is trained on too, at 1/8."""
+    matryoshka: tuple[int, ...] = ()
+    """Numbers of first latents that must reconstruct alone, rising; M itself goes without saying"""
+    transcode: bool = False
+    """Whether it predicts other rows than those it reads; b_dec is then not taken from them, and
+    decoder rows may have any norm."""
+    skip_connection: bool = False
+    """Whether it has a linear path from input to output beside its latents."""
+    d_out: int | None = None
+    """Width of what is predicted; null: d_in."""
+    widths: tuple[int, ...] = ()
+    """Widths of a crosscoder's hookpoints, in order; none: it is no crosscoder."""
+    sparsity: float = 0.0
+    """Weight of the penalty: on L0 (jumprelu), or on L1 in roots of the variance (relu, gated)."""
+    threshold: float = 0.01
+    """Where jumprelu's thresholds begin, in roots of the variance."""
+    bandwidth: float = 0.05
+    """Width of the window in which jumprelu's thresholds feel a gradient, in the same unit."""
+
+    @property
+    def width_out(self) -> int:
+        """Width of what is predicted."""
+        return self.d_in if self.d_out is None else self.d_out
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot be built."""
-        if min(self.d_in, self.num_latents, self.k) < 1:
+        """Refuse sizes and combinations that cannot be built."""
+        if min(self.d_in, self.num_latents, self.k, self.width_out, *self.widths, 1) < 1:
             raise ConfigError("an SAE's sizes must be positive", got=self)
-        if self.k > self.num_latents:
+        if self.k > self.num_latents and self.activation not in PENALISED:
             raise ConfigError(
                 "--k is larger than the number of latents",
                 expected=f"<= {self.num_latents}",
                 got=self.k,
                 remedy="a smaller --k, or more --num-latents",
             )
+        if self.activation == "groupmax" and self.num_latents % self.k:
+            raise ConfigError(
+                "--activation groupmax takes one latent of each of k equal groups",
+                expected=f"a number of latents that --k {self.k} divides",
+                got=self.num_latents,
+                remedy="another --k or --num-latents",
+            )
+        if self.multi_topk and self.activation != "topk":
+            raise ConfigError(
+                "--multi-topk goes with --activation topk",
+                got=self.activation,
+                remedy="leave one of them out",
+            )
+        rising = (0, *self.matryoshka, self.num_latents)
+        if any(low >= high for low, high in pairwise(rising)):
+            raise ConfigError(
+                "--matryoshka takes rising numbers of latents",
+                expected=f"1 to {self.num_latents - 1}, each larger than the one before",
+                got=list(self.matryoshka),
+                remedy="another order, or more --num-latents",
+            )
+        if self.multi_topk and self.matryoshka:
+            raise ConfigError(
+                "--multi-topk and --matryoshka are two ways to train one dictionary at many sizes",
+                expected="one of them",
+                remedy="leave one of them out",
+            )
+        if self.widths and (sum(self.widths) != self.d_in or self.transcode):
+            raise ConfigError(
+                "a crosscoder reads and predicts all of its hookpoints",
+                expected=f"d_in {sum(self.widths)}, no --transcode",
+                got=self,
+            )
+        if self.d_out not in (None, self.d_in) and not self.transcode:
+            raise ConfigError("an autoencoder's output is as wide as its input", got=self)
+        for name in ("sparsity", "threshold"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"--{name} is out of range", expected=">= 0", got=value)
+        if not 0 < self.bandwidth < float("inf"):
+            raise ConfigError("--bandwidth is out of range", expected="> 0", got=self.bandwidth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +133,35 @@ class SaeOptions:
     """Latents, instead of --expansion-factor."""
 
     k: int = 32
-    """Latents that may be active at once."""
+    """Latents that may be active at once; with batchtopk, on average over a batch. jumprelu, relu
+    and gated have none: --sparsity decides."""
+
+    activation: ActivationName = "topk"
+    """topk: the k largest of a row. batchtopk: the k times rows largest of a batch; a threshold
+    after training. groupmax: the largest of each of k groups. jumprelu: those above a learnt
+    threshold, with a penalty on their number. relu: those above 0, with a penalty on their sum.
+    gated: relu, with magnitudes apart from the choice of latents."""
+
+    sparsity: float | None = None
+    """Weight of the penalty that makes latents sparse: for jumprelu on their number (default 1e-3),
+    for relu and gated on the sum of their activations in roots of the rows' variance (default
+    3e-2). Beside the FVU, whatever the scale of the rows."""
+
+    sparsity_warmup_steps: int | None = None
+    """Steps in which the penalty rises from 0 to --sparsity. Default: a twentieth of the run."""
+
+    threshold: float | None = None
+    """jumprelu: where the thresholds begin, in roots of the rows' variance. Default: 0.01."""
+
+    bandwidth: float | None = None
+    """jumprelu: width of the window around a threshold in which it feels a gradient, in the same
+    unit. Default: 0.05."""
+
+    multi_topk: bool = False
+    """With topk: train on the reconstruction from 4k latents too, at 1/8 of the weight."""
+
+    matryoshka: tuple[int, ...] = ()
+    """Number of first latents that must reconstruct by themselves; repeatable, rising."""
 
     optimizer: OptimizerName = "signum"
     """signum: schedule-free SignSGD, momentum 0.95. adam, adamw. adam8bit: moments in 8 bits, needs
@@ -90,12 +193,14 @@ class SaeOptions:
     Not for signum, which looks at signs alone."""
 
     decoder_norm: DecoderNorm = "unit"
-    """unit: decoder rows are scaled to norm 1 before every step. fold: they are free, latents are
-    chosen by activation times norm, and the norm is folded into the encoder when it is saved: rows
-    of norm 1, the same function. free: rows of any norm, saved so."""
+    """unit: decoder rows are scaled to norm 1 before every step (not a transcoder's, which are
+    free). fold: they are free, latents are chosen by activation times norm, and the norm is folded
+    into the encoder when it is saved: rows of norm 1, the same function. free: rows of any norm,
+    saved so."""
 
     k_anneal_steps: int = 0
-    """Steps in which k falls linearly from --k-start to --k. What is saved says --k always."""
+    """Steps in which k falls linearly from --k-start to --k, with topk and batchtopk. What is saved
+    says --k always."""
 
     k_start: int | None = None
     """Where k begins, with --k-anneal-steps. Default: ten times the activations' width, or all
@@ -118,7 +223,39 @@ class SaeOptions:
         _require_seed("--seed", self.seed)
         if self.lr_warmup_steps < 0:
             raise ConfigError("--lr-warmup-steps is negative", got=self.lr_warmup_steps)
+        self._check_activation()
         self._check_recipe()
+
+    def _check_activation(self) -> None:
+        """Refuse options that an activation lacks; what depends on widths, `SaeConfig` refuses."""
+        if self.sparsity is not None and self.activation not in PENALISED:
+            raise ConfigError(
+                f"--activation {self.activation} is sparse by --k, and has no penalty",
+                expected="no --sparsity",
+                got=self.sparsity,
+                remedy=f"leave it out, or --activation {' | '.join(PENALISED)}",
+            )
+        for name in ("threshold", "bandwidth"):
+            if getattr(self, name) is not None and self.activation != "jumprelu":
+                raise ConfigError(
+                    f"--{name} is for --activation jumprelu",
+                    got=self.activation,
+                    remedy="leave one of them out",
+                )
+        for name in ("sparsity", "threshold", "bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"--{name} is out of range", expected=">= 0", got=value)
+        if self.sparsity_warmup_steps is not None and self.sparsity_warmup_steps < 0:
+            raise ConfigError("--sparsity-warmup-steps is negative", got=self.sparsity_warmup_steps)
+        if self.k_anneal_steps and self.activation not in ANNEALED:
+            why = "has groups that --k makes" if self.activation == "groupmax" else "has no k"
+            raise ConfigError(
+                f"--k-anneal-steps lets k fall, and --activation {self.activation} {why}",
+                expected=f"--activation {' | '.join(ANNEALED)}",
+                got=self.k_anneal_steps,
+                remedy="leave --k-anneal-steps out",
+            )
 
     def _check_recipe(self) -> None:
         """Refuse optimisers, schedules and recipes that contradict themselves."""
@@ -211,6 +348,16 @@ class FitConfig(SaeOptions):
     hookpoints: dict[str, Override] = field(default_factory=dict, metadata=_NO_OPTION)
     """Other k, lr or width for hookpoints, by name or fnmatch pattern; in a file for --config."""
 
+    transcode: bool = False
+    """Predict a module's output from its input: for each hookpoint NAME that is chosen, the SAE
+    reads NAME:in and predicts NAME, and its decoder begins at zero."""
+
+    skip_connection: bool = False
+    """With --transcode: a linear path from input to output beside the latents."""
+
+    crosscode: bool = False
+    """Train one SAE on all hookpoints chosen, side by side, instead of one SAE each."""
+
     batch_size: int = 4096
     """Rows (tokens) in a step."""
 
@@ -225,7 +372,7 @@ class FitConfig(SaeOptions):
 
     micro_batch_size: int | None = None
     """Rows that are in the forward and backward pass at once: less memory, the same gradient but
-    for rounding. Default: the whole batch."""
+    for rounding. Default: the whole batch. Not for batchtopk, which chooses among all of it."""
 
     autocast: bool = False
     """Products of matrices in bfloat16, weights as they are. On a CPU it needs AVX512-BF16 or AMX,
@@ -329,6 +476,7 @@ class FitConfig(SaeOptions):
             "save_every",
             "log_every",
         )
+        self._check_kinds()
         if self.data_seed is not None:
             _require_seed("--data-seed", self.data_seed)
         if self.save_best and self.val_every is None:
@@ -357,6 +505,38 @@ class FitConfig(SaeOptions):
                 expected=">= 2, or --val-fraction 0",
                 got=1,
             )
+
+    def _check_kinds(self) -> None:
+        """Refuse inputs and outputs, and batches, that SAEs of the run cannot have."""
+        if self.skip_connection and not self.transcode:
+            raise ConfigError(
+                "--skip-connection would let an autoencoder copy its input",
+                expected="--transcode",
+                remedy="add --transcode, or leave it out",
+            )
+        if self.crosscode and self.transcode:
+            raise ConfigError(
+                "--crosscode and --transcode are two kinds of SAE",
+                expected="one of them",
+                remedy="leave one of them out",
+            )
+
+        for sae in self.saes or (self,):
+            rows = self.micro_batch_size or self.batch_size
+            if sae.activation == "batchtopk" and rows < self.batch_size:
+                raise ConfigError(
+                    "--micro-batch-size cuts the batch that --activation batchtopk chooses among",
+                    expected=f">= --batch-size {self.batch_size}",
+                    got=self.micro_batch_size,
+                    remedy="a smaller --batch-size with --grad-acc-steps, or --activation topk",
+                )
+            if sae.decoder_norm == "fold" and self.transcode:
+                raise ConfigError(
+                    "--decoder-norm fold scales latents by norms, and a transcoder's begin at zero",
+                    expected="--decoder-norm unit or free with --transcode",
+                    got="fold",
+                    remedy="leave it out: a transcoder's decoder rows are free",
+                )
 
     @property
     def order_seed(self) -> int:

@@ -18,9 +18,10 @@ from actcache.progress import Progress
 from actcache.reader import Cache
 from saetrain.best import best_folder
 from saetrain.checkpoint import SaeState, newest_state
-from saetrain.config import SaeConfig
+from saetrain.config import PENALISED
 from saetrain.follow import has_ended, held_out_shards, read_used
-from saetrain.formats.sparsify import WEIGHTS, load_sae
+from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
+from saetrain.inputs import rows_of
 from saetrain.losses import total
 from saetrain.metrics import fired
 from saetrain.run import RunRecord, SaeEntry, check_same_cache, read_run
@@ -33,6 +34,17 @@ _ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
+class PartEvaluation:
+    """One hookpoint of a crosscoder on the held-out rows."""
+
+    fvu: float
+    """Its fraction of variance unexplained."""
+    decoder_norm: float
+    """Mean norm of the decoder's rows there; all hookpoints together have unit norm, but with
+    --decoder-norm free."""
+
+
+@dataclass(frozen=True)
 class SaeEvaluation:
     """One SAE on the held-out rows."""
 
@@ -42,10 +54,12 @@ class SaeEvaluation:
     step: int
     """Steps that it has been trained for."""
     num_latents: int
-    k: int
+    k: int | None
+    """None where a penalty makes latents sparse."""
+    activation: str
     fvu: float
-    """Σ‖x - x̂‖² / Σ‖x - mean‖² over the held-out rows; mean is that of the training rows
-    (with --follow: of the first segment's)."""
+    """Σ‖y - ŷ‖² / Σ‖y - mean‖² over the held-out rows; mean is that of the training rows
+    (with --follow: of the first segment's). Of a crosscoder, the mean over its hookpoints."""
     l0: float
     """Mean number of active latents in a row."""
     dead_percent: float | None
@@ -53,6 +67,8 @@ class SaeEvaluation:
     fewer rows have been trained on."""
     fired_percent: float
     """Latents that fire at least once on the held-out rows, percent."""
+    parts: dict[str, PartEvaluation]
+    """Of a crosscoder, each hookpoint by itself; of others, nothing."""
 
 
 @dataclass(frozen=True)
@@ -177,37 +193,54 @@ def _evaluate_group(
     step: int,
     best: bool,
 ) -> list[SaeEvaluation]:
-    """The SAEs of one hookpoint, from one pass over its rows."""
+    """The SAEs of one hookpoint, or of the same several, from one pass over their rows."""
     places = [_place(root, entry, saved, step, best) for entry, saved in group]
     saes = [_load(place, entry, device) for place, (entry, _) in zip(places, group, strict=True)]
-    name = group[0][0].hookpoint
-    mean = cache.statistics(name, record.training_shards).mean
-    denominator = cache.statistics(name, shards).squared_error_of(mean)
+    targets = group[0][0].targets
+    means = [cache.statistics(name, record.training_shards).mean for name in targets]
+    held_out = [cache.statistics(name, shards) for name in targets]
+    denominators = [s.squared_error_of(m) for s, m in zip(held_out, means, strict=True)]
     rows = sum(cache.receipts[shard].rows for shard in shards)
     evaluated = []
-    found = squared_errors(saes, cache, name, shards)
-    for (entry, _), place, (error, l0, alive) in zip(group, places, found, strict=True):
-        if not (math.isfinite(error) and 0 < denominator < math.inf):
-            raise RunError(
-                f"the held-out rows of {name} cannot be evaluated on",
-                expected="finite rows that vary",
-                got=f"squared error {error}, variance {denominator}",
-                remedy="actcache inspect shows rows that are not finite",
-            )
+    found = squared_errors(saes, cache, group[0][0], shards)
+    for (entry, _), place, sae, (errors, l0, alive) in zip(group, places, saes, found, strict=True):
+        for name, error, denominator in zip(targets, errors, denominators, strict=True):
+            if not (math.isfinite(error) and 0 < denominator < math.inf):
+                raise RunError(
+                    f"the held-out rows of {name} cannot be evaluated on",
+                    expected="finite rows that vary",
+                    got=f"squared error {error}, variance {denominator}",
+                    remedy="actcache inspect shows rows that are not finite",
+                )
+        fvus = [e / denominator for e, denominator in zip(errors, denominators, strict=True)]
+        kind = entry.config.activation
         evaluated.append(
             SaeEvaluation(
                 name=entry.name,
-                hookpoint=name,
+                hookpoint=entry.hookpoint,
                 step=place.step,
                 num_latents=entry.config.num_latents,
-                k=entry.config.k,
-                fvu=error / denominator,
+                k=None if kind in PENALISED else entry.config.k,
+                activation=kind,
+                fvu=sum(fvus) / len(fvus),
                 l0=l0 / rows,
                 dead_percent=dead[entry.name] if place.step == step else None,
                 fired_percent=100.0 * float(alive.double().mean()),
+                parts=_parts(sae, targets, [len(mean) for mean in means], fvus),
             )
         )
     return evaluated
+
+
+def _parts(
+    sae: Sae, targets: tuple[str, ...], widths: list[int], fvus: list[float]
+) -> dict[str, PartEvaluation]:
+    """Of a crosscoder, what it is at each hookpoint."""
+    if len(targets) == 1:
+        return {}
+    pieces = torch.split(sae.W_dec.detach(), widths, dim=1)
+    norms = [float(piece.norm(dim=1).double().mean()) for piece in pieces]
+    return dict(zip(targets, map(PartEvaluation, fvus, norms), strict=True))
 
 
 @dataclass(frozen=True)
@@ -235,7 +268,7 @@ def _load(place: _Place, entry: SaeEntry, device: torch.device) -> Sae:
     """An SAE that the run exported; refuses another."""
     folder = place.folder
     sae = load_sae(folder, device)
-    found = SaeConfig(sae.d_in, sae.num_latents, sae.k)
+    found = read_sae_config(folder)
     if found != entry.config:
         raise FormatError(
             f"{folder} holds another SAE than the run's",
@@ -254,28 +287,39 @@ def _load(place: _Place, entry: SaeEntry, device: torch.device) -> Sae:
 
 @torch.no_grad()
 def squared_errors(
-    saes: list[Sae], cache: Cache, hookpoint: str, shards: list[int]
-) -> list[tuple[float, float, torch.Tensor]]:
+    saes: list[Sae], cache: Cache, entry: SaeEntry, shards: list[int]
+) -> list[tuple[list[float], float, torch.Tensor]]:
     """Run SAEs over whole shards, of which each row is read once.
 
+    Args:
+        saes: that read and predict the same hookpoints.
+        cache: where the rows are.
+        entry: one of the SAEs.
+        shards: which.
+
     Returns:
-        Of each, Σ‖x - x̂‖², the number of active latents summed over rows, and which latents fired
-        [M].
+        Of each, Σ‖y - ŷ‖² of each hookpoint that is predicted, the number of active latents summed
+        over rows, and which latents fired [M].
     """
-    errors, active = [0.0] * len(saes), [0.0] * len(saes)
+    widths = [cache.manifest.width(name) for name in entry.targets]
+    errors, active = [[0.0] * len(widths) for _ in saes], [0.0] * len(saes)
     alive = [torch.zeros_like(sae.b_enc, dtype=torch.bool) for sae in saes]
-    bar = Progress(hookpoint, sum(cache.receipts[s].rows for s in shards), "rows")
+    bar = Progress(entry.hookpoint, sum(cache.receipts[s].rows for s in shards), "rows")
     for shard in shards:
         for start in range(0, cache.receipts[shard].rows, _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, cache.receipts[shard].rows - start)
-            stored = cache.read(hookpoint, shard, start, count)
-            rows = cache.codec.to_torch(stored).to(saes[0].W_enc.device)  # [n, D]
+            names = dict.fromkeys(entry.hookpoints)
+            stored = {name: cache.read(name, shard, start, count) for name in names}
+            loaded = {name: cache.codec.to_torch(rows) for name, rows in stored.items()}
+            rows = rows_of(entry, loaded).to(saes[0].W_enc.device)  # [n, D]
             for i, sae in enumerate(saes):
-                x = rows.to(sae.W_enc.dtype)
+                x, y = sae.split(rows.to(sae.W_enc.dtype))
                 output = sae(x)
-                errors[i] += float(total((x - output.reconstruction).double().pow(2).sum(dim=1)))
+                squares = (y - output.reconstruction).double().pow(2)  # [n, E]
+                for j, piece in enumerate(torch.split(squares, widths, dim=1)):
+                    errors[i][j] += float(total(piece.sum(dim=1)))
                 active[i] += float((output.top_acts > 0).sum())
                 alive[i] |= fired(output.top_acts, output.top_indices, sae.num_latents)
-            bar.advance(count, stored.nbytes)
+            bar.advance(count, sum(rows.nbytes for rows in stored.values()))
     bar.close()
     return list(zip(errors, active, alive, strict=True))

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from actcache.atomic import remove_partials
 from actcache.budget import PREFETCH_BATCHES, Budget, spare_windows, spend
 from actcache.device import choose_device
-from actcache.errors import ConfigError, DiskFullError, FormatError, HookpointError, RunError
+from actcache.errors import ConfigError, DiskFullError, FormatError, RunError
 from actcache.lock import FolderLock
 from actcache.manifest import MANIFEST
 from actcache.order import OrderPlan, make_plan, split_shards
@@ -26,13 +25,16 @@ from actcache.segments import Segmentation, default_shards_each, goal_rows
 from actcache.stream import ActivationStream
 from actcache.tuning import Tuning, tune
 from saetrain.best import Best
+from saetrain.build import build_sae
 from saetrain.checkpoint import load_checkpoint, newest_step, remove_others
-from saetrain.config import FitConfig, SaeConfig, SaeOptions
+from saetrain.config import PENALISED, FitConfig, SaeConfig, SaeOptions
 from saetrain.follow import Follower
 from saetrain.gradient import require_bfloat16_products
 from saetrain.grid import require_overrides_used, saes_at
+from saetrain.inputs import Wiring, hookpoints_of, targets_of, wire
 from saetrain.limits import Waits, sentence
 from saetrain.metrics import Firing, Meter
+from saetrain.objective import objective_of
 from saetrain.optim import default_lr, make_optimizer, make_schedule
 from saetrain.recipe import make_recipe
 from saetrain.run import (
@@ -47,7 +49,6 @@ from saetrain.run import (
     receipts_digest,
     write_run,
 )
-from saetrain.sae import Sae
 from saetrain.tracking import METRICS, Tracker, last_line, saes_of
 from saetrain.trainer import Trainee, forget_other_bests, train
 from saetrain.validation import Validation
@@ -140,7 +141,7 @@ def _fit(
         write_run(root, record)
     follower = None if record.segment_shards is None else Follower(root, record, cache)
     first_step, place = _restore(root, record, trainees, follower)
-    hookpoints = list(dict.fromkeys(entry.hookpoint for entry in record.saes))
+    hookpoints = hookpoints_of(record.saes)
     tuning = tune(cache, hookpoints, record.plan)
     budget = budget_of(config, cache, hookpoints)
     stream = ActivationStream(
@@ -352,7 +353,7 @@ def _held_out_rows(record: RunRecord, cache: Cache) -> Validation | None:
     options = record.options
     if options.val_every is None:
         return None
-    hookpoints = list(dict.fromkeys(entry.hookpoint for entry in record.saes))
+    hookpoints = hookpoints_of(record.saes)
     held_out = record.held_out
     return Validation(
         cache, hookpoints, record.training_shards, held_out, options.val_rows, options.verify
@@ -367,9 +368,8 @@ def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
 
 
 def _decide(config: FitConfig, cache: Cache) -> RunRecord:
-    hookpoints = chosen_hookpoints(config, cache)
     entries = entries_of(config, cache)
-    pool_rows = budget_of(config, cache, hookpoints).pool_rows
+    pool_rows = budget_of(config, cache, hookpoints_of(entries)).pool_rows
     decide = _order_in_segments if config.follow else _order
     order = decide(config, cache, pool_rows)
     steps = _steps(config, order.epoch_steps)
@@ -483,37 +483,48 @@ def _whole_updates(config: FitConfig, steps: int) -> int:
     return whole
 
 
-def chosen_hookpoints(config: FitConfig, cache: Cache) -> list[str]:
-    """Hookpoints of the cache that the patterns mean, in the cache's order."""
-    patterns = config.hookpoint or ("*",)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in cache.hookpoints):
-            raise HookpointError(
-                f"{cache.root} holds no hookpoint that matches {pattern!r}",
-                expected=" | ".join(cache.hookpoints),
-                got=pattern,
-            )
-    return [
-        name for name in cache.hookpoints if any(fnmatchcase(name, pattern) for pattern in patterns)
-    ]
-
-
 def entries_of(config: FitConfig, cache: Cache) -> tuple[SaeEntry, ...]:
     """The SAEs that a run trains, hookpoint after hookpoint."""
-    hookpoints = chosen_hookpoints(config, cache)
-    require_overrides_used(config, hookpoints)
+    wirings = wire(config, cache)
+    require_overrides_used(config, [wiring.name for wiring in wirings])
     return tuple(
-        _entry(name, cache.manifest.width(name), setting, options)
-        for name in hookpoints
-        for setting, options in saes_at(config, name).items()
+        _entry(config, wiring, cache, setting, options)
+        for wiring in wirings
+        for setting, options in saes_at(config, wiring.name).items()
     )
 
 
-def _entry(hookpoint: str, width: int, setting: str, options: SaeOptions) -> SaeEntry:
-    num_latents = options.num_latents or width * options.expansion_factor
-    sizes = SaeConfig(width, num_latents, options.k)
+def _entry(
+    config: FitConfig, wiring: Wiring, cache: Cache, setting: str, options: SaeOptions
+) -> SaeEntry:
+    """One SAE's kind, sizes and learning rate."""
+    width = cache.manifest.width
+    reads = wiring.reads or (wiring.name,)
+    widths = tuple(width(name) for name in reads)
+    num_latents = options.num_latents or max(widths) * options.expansion_factor
+    d_out = sum(map(width, wiring.predicts))
+    sparsity = options.sparsity
+    if sparsity is None:
+        sparsity = PENALISED.get(options.activation, 0.0)
+    sizes = SaeConfig(
+        sum(widths),
+        num_latents,
+        options.k,
+        activation=options.activation,
+        multi_topk=options.multi_topk,
+        matryoshka=options.matryoshka,
+        transcode=config.transcode,
+        skip_connection=config.skip_connection,
+        d_out=d_out if d_out and d_out != sum(widths) else None,
+        widths=widths if config.crosscode else (),
+        sparsity=sparsity,
+        threshold=SaeConfig.threshold if options.threshold is None else options.threshold,
+        bandwidth=SaeConfig.bandwidth if options.bandwidth is None else options.bandwidth,
+    )
     lr = options.lr if options.lr is not None else default_lr(options.optimizer, num_latents)
-    return SaeEntry(hookpoint, sizes, lr, options.seed, setting, options)
+    return SaeEntry(
+        wiring.name, sizes, lr, options.seed, setting, options, wiring.reads, wiring.predicts
+    )
 
 
 def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Trainee]:
@@ -524,21 +535,12 @@ def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Traine
     statistics_of = functools.cache(lambda name: cache.statistics(name, record.training_shards))
     trainees = []
     for entry in record.saes:
-        statistics = statistics_of(entry.hookpoint)
-        if not statistics.variance > 0:
-            raise RunError(
-                f"the training rows of {entry.hookpoint} do not vary",
-                expected="a variance above 0",
-                got=statistics.variance,
-                remedy="leave this hookpoint out",
-            )
         sizes, options = entry.config, record.options.of(entry.options)
+        targets = targets_of(entry, statistics_of)
         dtype = getattr(torch, options.weights_dtype)
-        sae = Sae(
-            sizes.d_in, sizes.num_latents, sizes.k, seed=entry.seed, device=device, dtype=dtype
-        )
+        sae = build_sae(sizes, unit=targets.unit, seed=entry.seed, device=device, dtype=dtype)
         with torch.no_grad():
-            sae.b_dec.copy_(torch.from_numpy(statistics.mean))
+            sae.b_dec.copy_(torch.from_numpy(targets.mean))
         optimizer = make_optimizer(
             options.optimizer,
             sae,
@@ -548,7 +550,18 @@ def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Traine
             schedule=make_schedule(options, record.steps),
             weight_decay=options.weight_decay,
         )
-        firing = Firing(sizes.num_latents, record.dead_after, device)
-        meter, recipe = Meter(device), make_recipe(options, sizes)
-        trainees.append(Trainee(entry, sae, optimizer, firing, meter, statistics.variance, recipe))
+        rise = options.sparsity_warmup_steps
+        objective = objective_of(sizes, record.steps // 20 if rise is None else rise, targets.parts)
+        trainees.append(
+            Trainee(
+                entry,
+                sae,
+                optimizer,
+                Firing(sizes.num_latents, record.dead_after, device),
+                Meter(device, objective.names),
+                targets.variance,
+                objective,
+                make_recipe(options, sizes),
+            )
+        )
     return trainees

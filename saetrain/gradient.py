@@ -13,35 +13,50 @@ from torch import Tensor, nn
 
 from actcache.errors import ConfigError
 from saetrain.decoder_norm import folded_losses
-from saetrain.losses import Losses, compute_losses, total
+from saetrain.losses import Losses, Term, compute_losses, total
+from saetrain.objective import Objective
 from saetrain.recipe import Recipe
 from saetrain.sae import Sae, SaeOutput
 
 
 def add_gradient(
-    sae: Sae, x: Tensor, variance: float, dead: Tensor | None, auxk_alpha: float, recipe: Recipe
+    sae: Sae,
+    x: Tensor,
+    variance: float,
+    dead: Tensor | None,
+    objective: Objective,
+    step: int,
+    auxk_alpha: float,
+    recipe: Recipe,
 ) -> Losses:
     """Add a batch's gradient to the weights', and return its losses.
 
     A loss is a mean over rows, so that of a batch is the mean of its parts', weighted by their
-    rows, and so is its gradient.
+    rows, and so is its gradient. (BatchTopK chooses among a whole batch; `FitConfig` refuses it in
+    parts.)
 
     Args:
         sae: the autoencoder.
-        x: activations in its type. [N, D]
+        x: activations in its type, [N, D]; of a transcoder, inputs and outputs [N, D + E].
         variance: what the losses divide by.
         dead: which latents are dead, bool [M]; None leaves AuxK out.
+        objective: what is trained on besides.
+        step: its number, from 0.
         auxk_alpha: weight of AuxK.
         recipe: says the parts, the precision and the batches of an update.
+
+    Returns:
+        The losses, without their graph. Of dense activations [N, M], `output` keeps only whether
+        they are above 0: all of them would take the memory that parts of a batch spare.
     """
-    objective = folded_losses if recipe.decoder_norm == "fold" else compute_losses
+    losses_of = folded_losses if recipe.decoder_norm == "fold" else compute_losses
     parts = torch.split(x, recipe.micro_batch_size or len(x))
     losses = []
     for part in parts:
         with _precision(recipe, x.device):
-            of_part = objective(sae, part, variance, dead)
+            of_part = losses_of(sae, part, variance, dead, objective, step)
         share = len(part) / len(x)
-        loss = of_part.fvu + auxk_alpha * of_part.auxk
+        loss = of_part.total(auxk_alpha)
         torch.autograd.backward(loss * (share / recipe.grad_acc_steps))
         losses.append(_without_graph(of_part))
     if len(losses) == 1:
@@ -88,13 +103,33 @@ def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[o
 
 
 def _without_graph(losses: Losses) -> Losses:
-    output = SaeOutput(*(tensor.detach() for tensor in losses.output))
-    return losses._replace(fvu=losses.fvu.detach(), auxk=losses.auxk.detach(), output=output)
+    reconstruction, acts, indices, _ = losses.output
+    acts = acts > 0 if indices is None else acts.detach()
+    return Losses(
+        losses.fvu.detach(),
+        losses.auxk.detach(),
+        SaeOutput(reconstruction.detach(), acts, indices),
+        tuple(term._replace(value=term.value.detach()) for term in losses.terms),
+    )
 
 
 def _mean(parts: Sequence[Losses], shares: Sequence[float]) -> Losses:
     """The losses of a batch from those of its parts."""
-    fvu = torch.stack([part.fvu * share for part, share in zip(parts, shares, strict=True)]).sum()
-    auxk = torch.stack([part.auxk * share for part, share in zip(parts, shares, strict=True)]).sum()
-    outputs = zip(*(part.output for part in parts), strict=True)
-    return Losses(fvu, auxk, SaeOutput(*(torch.cat(tensors) for tensors in outputs)))
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([v * share for v, share in zip(values, shares, strict=True)]).sum()
+
+    outputs = [part.output for part in parts]
+    indices = [output.top_indices for output in outputs if output.top_indices is not None]
+    output = SaeOutput(
+        torch.cat([output.reconstruction for output in outputs]),
+        torch.cat([output.top_acts for output in outputs]),
+        torch.cat(indices) if indices else None,
+    )
+    terms = (
+        Term(mean(term.value for term in same), same[0].weight)
+        for same in zip(*(part.terms for part in parts), strict=True)
+    )
+    return Losses(
+        mean(part.fvu for part in parts), mean(part.auxk for part in parts), output, tuple(terms)
+    )

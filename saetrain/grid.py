@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any, get_origin, get_type_hints
 
 from actcache.errors import ConfigError, HookpointError
-from saetrain.config import FitConfig, Override, SaeOptions
+from saetrain.config import PENALISED, FitConfig, Override, SaeOptions
 
 _HINTS = get_type_hints(SaeOptions)
 
@@ -79,7 +79,8 @@ def require_different(saes: Sequence[SaeOptions]) -> None:
             raise ConfigError(
                 "two SAEs of the run would be the same",
                 expected="options that differ"
-                + (" (--expansion-factor means nothing beside --num-latents)" * _by_width(same)),
+                + (" (--expansion-factor means nothing beside --num-latents)" * _by_width(same))
+                + (" (--k means nothing where --sparsity decides)" * _by_k(same)),
                 got=f"{len(same)} times {sae}",
                 remedy="leave one of them out",
             )
@@ -89,11 +90,16 @@ def _by_width(saes: Sequence[SaeOptions]) -> bool:
     return len({sae.expansion_factor for sae in saes}) > 1
 
 
+def _by_k(saes: Sequence[SaeOptions]) -> bool:
+    return len({sae.k for sae in saes}) > 1
+
+
 def _effective(sae: SaeOptions) -> SaeOptions:
-    """The options without one that means nothing beside another."""
-    if sae.num_latents is None:
-        return sae
-    return dataclasses.replace(sae, expansion_factor=1)
+    """The options without those that mean nothing beside others."""
+    void: dict[str, Any] = {} if sae.num_latents is None else {"expansion_factor": 1}
+    if sae.activation in PENALISED:
+        void["k"] = 1
+    return dataclasses.replace(sae, **void)
 
 
 def saes_at(config: FitConfig, hookpoint: str) -> dict[str, SaeOptions]:

@@ -1,21 +1,45 @@
-"""What training minimises. Letters: N tokens, D d_in, M num_latents, K k, A dead latents.
+"""What training minimises.
 
-Both losses are divided by the variance of the cache, a constant of the run, never by that of the
+All losses are divided by the variance of the cache, a constant of the run, never by that of the
 batch: so a batch of easy rows does not weigh more than one of hard rows, and losses of different
-batches, ranks and runs can be compared.
+batches, ranks and runs can be compared. Of a crosscoder, each hookpoint's error is divided by its
+own variance and their mean is the loss, so that late layers do not drown early ones.
+
+- FVU, and AuxK with any activation: Gao et al., "Scaling and evaluating sparse autoencoders"
+  (2024).
+- Multi-TopK, the same, section 4: FVU(k) + FVU(4k)/8, so that more latents than k do no harm.
+- Matryoshka: Bussmann, Nabeshima, Karvonen and Nanda, "Learning multi-level features with
+  Matryoshka sparse autoencoders" (2025): Σ over prefixes of the FVU from their latents alone.
+- Penalties on L0 or L1, and the gate's own reconstruction: see `saetrain.activations`.
+
+Letters: N tokens, D d_in, E width of the output, M num_latents, K k, A dead latents.
 """
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from saetrain.activations import Latents, TopK
 from saetrain.kernels import sparse_decode
+from saetrain.objective import PLAIN, Objective, Part
 from saetrain.sae import Sae, SaeOutput
 
 _CHUNK = 4096
+_MULTI = 4  # times k latents
+_MULTI_WEIGHT = 1 / 8
+
+
+class Term(NamedTuple):
+    """A loss beside FVU and AuxK."""
+
+    value: Tensor
+    weight: float
+    """In what is minimised; 0: it is only logged."""
 
 
 class Losses(NamedTuple):
@@ -27,6 +51,16 @@ class Losses(NamedTuple):
     """AuxK loss in the same unit, 0 without dead latents."""
     output: SaeOutput
     """The forward pass."""
+    terms: tuple[Term, ...] = ()
+    """Others, as `Objective.names` calls them."""
+
+    def total(self, auxk_alpha: float) -> Tensor:
+        """What is minimised."""
+        loss = self.fvu + auxk_alpha * self.auxk
+        for term in self.terms:
+            if term.weight:
+                loss = loss + term.weight * term.value
+        return loss
 
 
 def total(values: Tensor) -> Tensor:
@@ -38,44 +72,147 @@ def total(values: Tensor) -> Tensor:
     return torch.stack([chunk.sum() for chunk in torch.split(values, _CHUNK)]).sum()
 
 
-def compute_losses(sae: Sae, x: Tensor, variance: float, dead: Tensor | None) -> Losses:
+def compute_losses(
+    sae: Sae,
+    rows: Tensor,
+    variance: float,
+    dead: Tensor | None,
+    objective: Objective = PLAIN,
+    step: int = 0,
+) -> Losses:
     """Forward pass and losses of a batch.
 
     Args:
         sae: the autoencoder.
-        x: activations in its type. [N, D]
-        variance: mean of ‖x - mean‖² over the cache's training rows.
+        rows: activations in its type, [N, D]; of a transcoder, inputs and outputs [N, D + E].
+        variance: mean of ‖y - mean‖² over the cache's training rows of what is predicted.
         dead: which latents are dead, bool [M]; None leaves AuxK out.
+        objective: what is trained on besides.
+        step: its number, from 0, for the warm-up of a penalty.
     """
-    output = sae(x)
-    residual = x - output.reconstruction  # [N, D]
-    scale = len(x) * variance
-    fvu = total(residual.pow(2).sum(dim=1)) / scale
+    x, y = sae.split(rows)
+    parts = objective.parts or (Part("", sae.d_out, variance),)
+    output, terms = _forward(sae, x, y, parts, objective)
+    residual = y - output.reconstruction  # [N, E]
+    by_part = _fvus(residual, parts)
+    fvu = _mean(by_part)
+    if objective.parts:
+        terms = [*(Term(value, 0.0) for value in by_part), *terms]
     aux = fvu.new_zeros(())
     if dead is not None:
         indices = dead.nonzero().squeeze(1)  # [A]
         if len(indices):
-            aux = auxk_loss(sae, x, residual.detach(), indices) / scale
-    return Losses(fvu, aux, output)
+            aux = auxk_loss(sae, x, residual.detach(), indices, parts)
+    if objective.sparsity:
+        penalty = _penalty(sae, output, math.sqrt(variance), parts)
+        terms.append(Term(penalty, objective.sparsity_at(step)))
+    if objective.gated:
+        terms.append(Term(_gate_fvu(sae, x, y, output, parts), 1.0))
+    return Losses(fvu, aux, output, tuple(terms))
 
 
-def auxk_loss(sae: Sae, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-    """Squared error of the residual as the strongest dead latents predict it.
+def auxk_loss(
+    sae: Sae, x: Tensor, residual: Tensor, dead: Tensor, parts: tuple[Part, ...]
+) -> Tensor:
+    """Fraction of the variance in the residual after the strongest dead latents predicted it.
 
-    Gao et al. (2024), appendix A.2: k_aux = D/2 dead latents reconstruct e = x - x̂ without bias.
+    Gao et al. (2024), appendix A.2: k_aux = E/2 dead latents reconstruct e = y - x̂ without bias.
     With fewer than k_aux dead latents the loss is scaled down by their number over k_aux. Only the
     dead latents' pre-activations are computed, and the gradient reaches their encoder rows.
+    Whatever the activation, dead latents go through ReLU and top k_aux here.
 
     Args:
         sae: the autoencoder.
         x: activations. [N, D]
-        residual: x - x̂, detached. [N, D]
+        residual: y - x̂, detached. [N, E]
         dead: numbers of the dead latents, at least one. [A]
+        parts: of what is predicted.
     """
-    k_aux = max(1, sae.d_in // 2)
+    k_aux = max(1, sae.d_out // 2)
     scale = min(1.0, len(dead) / k_aux)
     W_enc, b_enc = sae.W_enc[dead], sae.b_enc[dead]  # [A, D], [A]
-    pre_acts = torch.relu(torch.nn.functional.linear(x - sae.b_dec, W_enc, b_enc))  # [N, A]
+    centred = x if sae.subtracted is None else x - sae.subtracted  # [N, D]
+    pre_acts = torch.relu(torch.nn.functional.linear(centred, W_enc, b_enc))  # [N, A]
     top_acts, top = pre_acts.topk(min(k_aux, len(dead)), dim=1, sorted=False)
-    predicted = sparse_decode(top_acts, top, sae.W_dec[dead])  # [N, D]
-    return scale * total((predicted - residual).pow(2).sum(dim=1))
+    predicted = sparse_decode(top_acts, top, sae.W_dec[dead])  # [N, E]
+    return _mean(_fvus(predicted - residual, parts, scale))
+
+
+def _forward(
+    sae: Sae, x: Tensor, y: Tensor, parts: tuple[Part, ...], objective: Objective
+) -> tuple[SaeOutput, list[Term]]:
+    """The forward pass, and the losses that need more of it than its result."""
+    if objective.multi_topk:
+        return _multi_topk(sae, x, y, parts)
+    if objective.prefixes:
+        return _matryoshka(sae, x, y, parts, objective.prefixes)
+    return sae(x), []
+
+
+def _multi_topk(
+    sae: Sae, x: Tensor, y: Tensor, parts: tuple[Part, ...]
+) -> tuple[SaeOutput, list[Term]]:
+    assert isinstance(sae.activation, TopK)
+    slots = min(_MULTI * sae.k, sae.num_latents)
+    latents = sae.activation.encode_more(x, sae, slots)
+    assert latents.top_indices is not None
+    acts, indices = latents.top_acts[:, : sae.k], latents.top_indices[:, : sae.k]  # [N, K]
+    output = SaeOutput(sae.decode(acts, indices, x), acts, indices)
+    more = sae.decode(latents.top_acts, latents.top_indices, x)  # [N, E]
+    return output, [Term(_mean(_fvus(y - more, parts)), _MULTI_WEIGHT)]
+
+
+def _matryoshka(
+    sae: Sae, x: Tensor, y: Tensor, parts: tuple[Part, ...], prefixes: tuple[int, ...]
+) -> tuple[SaeOutput, list[Term]]:
+    """Every latent is encoded once, and decoded once: prefixes are running sums of their pieces."""
+    top_acts, top_indices, pre_acts = sae.encode(x)
+    bounds = (0, *prefixes, sae.num_latents)
+    so_far: Tensor = sae.b_dec if sae.W_skip is None else sae.b_dec + x @ sae.W_skip.T
+    terms = []
+    for low, high in pairwise(bounds):
+        if top_indices is None:
+            so_far = so_far + top_acts[:, low:high] @ sae.W_dec[low:high]
+        else:
+            inside = (top_indices >= low) & (top_indices < high)  # [N, K]
+            so_far = so_far + sparse_decode(top_acts * inside, top_indices, sae.W_dec)
+        if high < sae.num_latents:
+            terms.append(Term(_mean(_fvus(y - so_far, parts)), 1.0))
+    return SaeOutput(so_far, top_acts, top_indices, pre_acts), terms
+
+
+def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[Part, ...]) -> Tensor:
+    """Mean over rows of what the activation makes latents sparse with.
+
+    A crosscoder's latent has the sum of its rows' norms at each hookpoint (Lindsey et al., 2024).
+    """
+    pieces = torch.split(sae.W_dec, [part.width for part in parts], dim=1)
+    norms = sum((piece.norm(dim=1) for piece in pieces), start=torch.zeros_like(sae.b_enc))  # [M]
+    latents = Latents(output.top_acts, output.top_indices, output.pre_acts)
+    of_rows = sae.activation.penalty(latents, norms)  # [N], of autocast's type under it
+    assert of_rows is not None
+    mean = total(of_rows.to(norms.dtype)) / len(of_rows)
+    return mean if sae.activation.counts else mean / unit
+
+
+def _gate_fvu(sae: Sae, x: Tensor, y: Tensor, output: SaeOutput, parts: tuple[Part, ...]) -> Tensor:
+    """What the gate alone leaves unexplained, through a decoder that does not feel it."""
+    acts = sae.activation.gate(Latents(output.top_acts, output.top_indices, output.pre_acts))
+    assert acts is not None
+    predicted = acts @ sae.W_dec.detach() + sae.b_dec.detach()  # [N, E]
+    if sae.W_skip is not None:
+        predicted = predicted + x @ sae.W_skip.detach().T
+    return _mean(_fvus(y - predicted, parts))
+
+
+def _fvus(error: Tensor, parts: tuple[Part, ...], factor: float = 1.0) -> list[Tensor]:
+    """Squared error [N, E] of each part over the variance of as many rows."""
+    pieces = torch.split(error, [part.width for part in parts], dim=1) if parts[1:] else (error,)
+    return [
+        factor * total(piece.pow(2).sum(dim=1)) / (len(error) * part.variance)
+        for piece, part in zip(pieces, parts, strict=True)
+    ]
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean()

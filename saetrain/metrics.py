@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saetrain.kernels import Encoded
 from saetrain.losses import Losses, total
+from saetrain.objective import Part
 
 
 class Meter:
@@ -18,8 +18,9 @@ class Meter:
 
     NAMES = ("fvu", "auxk", "l0")
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, terms: tuple[str, ...] = ()) -> None:
+        self.names = (*self.NAMES, *terms)
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.steps = 0
 
     @torch.no_grad()
@@ -27,7 +28,8 @@ class Meter:
         """Count one step."""
         active = (losses.output.top_acts > 0).sum(dim=1).double()  # [N]
         l0 = total(active) / len(active)
-        self.sums += torch.stack([losses.fvu.double(), losses.auxk.double(), l0])
+        terms = [term.value.double() for term in losses.terms]
+        self.sums += torch.stack([losses.fvu.double(), losses.auxk.double(), l0, *terms])
         self.steps += 1
 
     def read(self) -> dict[str, float]:
@@ -35,7 +37,7 @@ class Meter:
         means = (self.sums / max(self.steps, 1)).tolist()
         self.sums.zero_()
         self.steps = 0
-        return dict(zip(self.NAMES, means, strict=True))
+        return dict(zip(self.names, means, strict=True))
 
 
 class Firing:
@@ -46,8 +48,8 @@ class Firing:
         self.dead_after = dead_after
 
     @torch.no_grad()
-    def add(self, encoded: Encoded | tuple[Tensor, Tensor]) -> None:
-        """Count one batch: (top_acts [N, K], top_indices [N, K])."""
+    def add(self, encoded: tuple[Tensor, Tensor | None]) -> None:
+        """Count one batch: (top_acts [N, K], top_indices [N, K]), or (acts [N, M], None)."""
         top_acts, top_indices = encoded
         self.rows_since += len(top_acts)
         self.rows_since[fired(top_acts, top_indices, len(self.rows_since))] = 0
@@ -63,11 +65,22 @@ class Firing:
         return 100.0 * float(self.dead().double().mean())
 
 
-def fired(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> Tensor:
+@torch.no_grad()
+def decoder_norms(W_dec: Tensor, parts: tuple[Part, ...]) -> dict[str, float]:
+    """Mean norm of a crosscoder's decoder rows [M, E] at each hookpoint, by its log name."""
+    pieces = torch.split(W_dec, [part.width for part in parts], dim=1)
+    means = [total(piece.norm(dim=1).double()) / len(piece) for piece in pieces]
+    return {f"norm/{p.name}": float(mean) for p, mean in zip(parts, means, strict=True)}
+
+
+def fired(top_acts: Tensor, top_indices: Tensor | None, num_latents: int) -> Tensor:
     """Which latents are active in any row. bool [M]
 
-    A maximum, not an assignment: where an index repeats, the order of writing does not matter.
+    Without indices, the activations are those of all latents, [N, M]. With them,
+    a maximum, not an assignment: where an index repeats, the order of writing does not matter.
     """
+    if top_indices is None:
+        return (top_acts > 0).any(dim=0)
     hits = torch.zeros(num_latents, dtype=torch.int32, device=top_acts.device)
     active = (top_acts > 0).int().flatten()
     return hits.scatter_reduce_(0, top_indices.flatten(), active, "amax").bool()

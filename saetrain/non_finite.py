@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,7 @@ class NonFiniteError(RunError):
         saved: what is saved, one sentence.
         batch: where the rows of the batch lie, once that is known.
         culprits: rows of it that are not finite.
+        at: hookpoints where they are not.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class NonFiniteError(RunError):
         saved: str,
         batch: str | None = None,
         culprits: Rows | None = None,
+        at: tuple[str, ...] = (),
     ) -> None:
         self.hookpoint, self.step, self.saved = hookpoint, step, saved
         self.value = got
@@ -82,9 +84,10 @@ class NonFiniteError(RunError):
         )
         if culprits is not None and len(culprits):
             remedy = (
-                f"{_by_shard(culprits)}: not finite on disk, so no --lr helps. Leave {hookpoint} "
-                "out, or harvest anew with --max-norm-ratio, which drops such rows, or in bfloat16 "
-                "where float16 overflowed; actcache verify says whether they are as harvested"
+                f"{_by_shard(culprits)}: not finite on disk, so no --lr helps. Leave "
+                f"{' and '.join(at)} out, or harvest anew with --max-norm-ratio, which drops such "
+                "rows, or in bfloat16 where float16 overflowed; actcache verify says whether they "
+                "are as harvested"
             )
         elif culprits is not None:
             remedy = (
@@ -124,6 +127,7 @@ def with_rows(
     error: NonFiniteError,
     root: Path,
     cache: Cache,
+    hookpoints: Sequence[str],
     place: Callable[[int], tuple[OrderPlan, int, int]],
 ) -> NonFiniteError:
     """The same error with the addresses of the batch's rows, which `non-finite.json` has all of.
@@ -132,13 +136,15 @@ def with_rows(
         error: what happened.
         root: folder of the run.
         cache: its cache.
+        hookpoints: whose rows the SAE is given.
         place: from a step (from 0) to plan, epoch and step in it.
     """
     if error.step is None:
         return error
     plan, epoch, step = place(error.step)
     addresses = batch_rows(plan, epoch, step)  # [B, 2]
-    culprits = _not_finite(cache, error.hookpoint, addresses)
+    found = {name: _not_finite(cache, name, addresses) for name in dict.fromkeys(hookpoints)}
+    culprits = _union(list(found.values()))
     told = {
         "hookpoint": error.hookpoint,
         "step": error.step + 1,
@@ -163,6 +169,7 @@ def with_rows(
         saved=error.saved,
         batch=where,
         culprits=culprits,
+        at=tuple(name for name, rows in found.items() if rows is not None and len(rows)),
     )
 
 
@@ -178,6 +185,12 @@ def _not_finite(cache: Cache, hookpoint: str, addresses: Rows) -> Rows | None:
     except (ActcacheError, OSError):
         return None
     return np.array(bad, dtype=np.int64).reshape(-1, 2)
+
+
+def _union(found: Sequence[Rows | None]) -> Rows | None:
+    """Rows that are among any of these, in order; None if nothing could be read."""
+    read = [rows for rows in found if rows is not None]
+    return np.unique(np.concatenate(read), axis=0) if read else None
 
 
 def _by_shard(addresses: Rows) -> str:

@@ -1,6 +1,7 @@
 """What a run will train, and the memory that takes, before anything is trained.
 
-Letters: N rows of a batch, D d_in, M num_latents, K k, P parameters of an SAE.
+Letters: N rows of a batch, D d_in, E width of the output, M num_latents, K k, P parameters of an
+SAE.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 
 from actcache.budget import Budget
 from actcache.reader import Cache
-from saetrain.config import FitConfig, OptimizerName, SaeConfig
-from saetrain.fit import budget_of, chosen_hookpoints, entries_of
+from saetrain.build import build_sae
+from saetrain.config import PENALISED, FitConfig, OptimizerName, SaeConfig
+from saetrain.fit import budget_of, entries_of
+from saetrain.inputs import hookpoints_of
 from saetrain.run import SaeEntry
-from saetrain.sae import Sae
 
 FLOAT = 4  # bytes
 
@@ -29,7 +31,8 @@ class SaePlan:
     hookpoint: str
     d_in: int
     num_latents: int
-    k: int
+    k: int | None
+    """None where a penalty makes latents sparse."""
     optimizer: str
     lr: float
     """Peak."""
@@ -75,8 +78,9 @@ def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
         block_cache=config.block_cache,
         block_cache_bytes=config.block_cache_bytes,
     )
-    hookpoints = chosen_hookpoints(config, cache)
-    saes = tuple(plan_sae(entry, config) for entry in entries_of(config, cache))
+    entries = entries_of(config, cache)
+    hookpoints = hookpoints_of(entries)
+    saes = tuple(plan_sae(entry, config) for entry in entries)
     budget: Budget = budget_of(config, cache, hookpoints)
     row = sum(cache.codec.row_bytes(cache.manifest.width(name)) for name in hookpoints)
     weights, state = sum(s.weights for s in saes), sum(s.optimizer_state for s in saes)
@@ -114,7 +118,7 @@ def plan_sae(entry: SaeEntry, options: FitConfig) -> SaePlan:
         hookpoint=entry.hookpoint,
         d_in=sizes.d_in,
         num_latents=sizes.num_latents,
-        k=sizes.k,
+        k=None if sizes.activation in PENALISED else sizes.k,
         optimizer=entry.options.optimizer,
         lr=entry.lr,
         seed=entry.seed,
@@ -123,7 +127,10 @@ def plan_sae(entry: SaeEntry, options: FitConfig) -> SaePlan:
         optimizer_state=sum(state_bytes(entry.options.optimizer, s, item) for s in shapes),
         gradients=P * item,
         activations=step_bytes(
-            sizes, entry.options.optimizer, options.micro_batch_size or options.batch_size
+            sizes,
+            entry.options.optimizer,
+            options.micro_batch_size or options.batch_size,
+            entry.options.decoder_norm == "fold",
         ),
     )
 
@@ -131,7 +138,7 @@ def plan_sae(entry: SaeEntry, options: FitConfig) -> SaePlan:
 def parameter_shapes(sizes: SaeConfig) -> list[tuple[int, ...]]:
     """Shapes of an SAE's parameters, of which none is made."""
     with torch.device("meta"):
-        sae = Sae(sizes.d_in, sizes.num_latents, sizes.k, device="meta")
+        sae = build_sae(sizes, device="meta")
     return [tuple(parameter.shape) for parameter in sae.parameters()]
 
 
@@ -154,22 +161,38 @@ def state_bytes(optimizer: OptimizerName, shape: tuple[int, ...], item: int) -> 
     return 2 * numbers * item  # two moments
 
 
-def step_bytes(sizes: SaeConfig, optimizer: OptimizerName, rows: int) -> int:
+_DENSE = {"relu": 4, "jumprelu": 7, "gated": 9}
+"""Matrices [N, M] that an activation without indices needs, with what its gradient is made of."""
+
+
+def step_bytes(sizes: SaeConfig, optimizer: OptimizerName, rows: int, folded: bool = False) -> int:
     """The most that a step holds besides weights, optimiser state and gradients; AuxK apart.
 
-    A bound from what the step does: the forward pass holds all pre-activations [N, M], four
-    matrices as large as the batch [N, D], and top activations with their indices, sorted and
-    unsorted; normalising and the update hold two matrices as large as W_dec (adam8bit, where it
-    unpacks its moments, five) and muon's [D, D].
+    A bound from what the step does: the forward pass holds all pre-activations [N, M], two matrices
+    as large as what is read [N, D] and two as what is predicted [N, E], and top activations with
+    their indices, sorted and unsorted (of BatchTopK and Multi-TopK 4K, and copies; BatchTopK may
+    look farther); dense activations hold more matrices [N, M]. A prefix holds its own sum. Folded
+    weights and their gradients are four matrices as large as W_dec. Normalising and the update hold
+    two (adam8bit, where it unpacks its moments, five) and muon's [D, D].
 
     Args:
         sizes: of the SAE.
         optimizer: of the SAE.
         rows: in a forward pass at once, N.
+        folded: whether training sees folded weights.
     """
-    N, D, M, K = rows, sizes.d_in, sizes.num_latents, sizes.k
-    forward = N * M + 4 * N * D + 6 * N * K
-    update = (5 if optimizer == "adam8bit" else 2) * M * D + D * D + 16 * M
+    N, D, E, M, K = rows, sizes.d_in, sizes.width_out, sizes.num_latents, sizes.k
+    wide, dense, prefixes = max(D, E), sizes.activation in _DENSE, len(sizes.matryoshka)
+    batch = D + E if sizes.transcode else D
+    forward = 4 * N * batch + prefixes * N * E
+    if dense:
+        forward += _DENSE[sizes.activation] * N * M + bool(prefixes) * (N * M + 2 * M * wide)
+    elif sizes.multi_topk or sizes.activation == "batchtopk":
+        forward += N * M + (10 + 2 * prefixes) * N * min(4 * K, M)
+    else:
+        forward += N * M + (6 + 2 * prefixes) * N * K
+    forward += 4 * M * wide * folded
+    update = (5 if optimizer == "adam8bit" else 2) * M * wide + wide**2 + 16 * M
     return FLOAT * max(forward, update)
 
 

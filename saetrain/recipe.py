@@ -48,6 +48,10 @@ class Recipe:
         done = min(1.0, self.first_step_of_update(step) / self.k_anneal_steps)
         return round(self.k_start * (1 - done) + self.k_end * done)
 
+    def changes_k(self, step: int) -> bool:
+        """Whether K is another than in the step before."""
+        return step > 0 and self.k(step) != self.k(step - 1)
+
 
 def make_recipe(options: FitConfig, sizes: SaeConfig) -> Recipe:
     """What the options of a run mean for an SAE of these sizes.

@@ -39,7 +39,7 @@ class SaeEntry:
     """One SAE of a run."""
 
     hookpoint: str
-    """Hookpoint it is trained on."""
+    """Hookpoint it is trained on; of a crosscoder, its name."""
     config: SaeConfig
     """Its sizes."""
     lr: float
@@ -51,6 +51,25 @@ class SaeEntry:
     there are no others."""
     options: SaeOptions = field(default_factory=SaeOptions)
     """Its options, as given."""
+    reads: tuple[str, ...] = ()
+    """Hookpoints whose rows it reads, side by side; none: the one it is called after."""
+    predicts: tuple[str, ...] = ()
+    """Hookpoints whose rows it predicts; none: those it reads."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Hookpoints it reads."""
+        return self.reads or (self.hookpoint,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Hookpoints it predicts."""
+        return self.predicts or self.sources
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Hookpoints whose rows it is given, in order."""
+        return (*self.sources, *self.predicts)
 
     @property
     def name(self) -> str:

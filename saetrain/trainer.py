@@ -17,8 +17,10 @@ from saetrain.decoder_norm import fold
 from saetrain.follow import Follower
 from saetrain.formats.sparsify import save_sae
 from saetrain.gradient import add_gradient, clip_gradient
-from saetrain.metrics import Firing, Meter
+from saetrain.inputs import rows_of
+from saetrain.metrics import Firing, Meter, decoder_norms
 from saetrain.non_finite import Guard, NonFiniteError, require_finite, with_rows
+from saetrain.objective import PLAIN, Objective
 from saetrain.optim import Optimizer, step_if
 from saetrain.recipe import Recipe
 from saetrain.run import RunRecord, SaeEntry
@@ -40,7 +42,9 @@ class Trainee:
     firing: Firing
     meter: Meter
     variance: float
-    """Mean of ‖x - mean‖² over the training rows."""
+    """Mean of ‖y - mean‖² over the training rows of what is predicted."""
+    objective: Objective = PLAIN
+    """What it is trained on besides FVU and AuxK."""
     recipe: Recipe = field(default_factory=Recipe)
     """How its steps are made."""
     guard: Guard = field(init=False)
@@ -55,8 +59,8 @@ class Trainee:
         self.guard = Guard(self.sae.W_enc.device)
 
     def exported(self) -> dict[str, Tensor]:
-        """The weights as they are saved and judged."""
-        weights = self.optimizer.weights_to_export()
+        """The weights as they are saved and judged, and thresholds that are no weights."""
+        weights = dict(self.sae.named_buffers()) | self.optimizer.weights_to_export()
         return fold(weights) if self.recipe.decoder_norm == "fold" else weights
 
     def unit_norm(self) -> bool:
@@ -120,8 +124,9 @@ def train(
     try:
         return _train(root, record, trainees, stream, tracker, first_step, follower, validation)
     except NonFiniteError as error:
+        read = {entry.name: entry.hookpoints for entry in record.saes}[error.hookpoint]
         raise with_rows(
-            error, root, stream.cache, lambda step: _place(record, follower, step)
+            error, root, stream.cache, read, lambda step: _place(record, follower, step)
         ) from error
 
 
@@ -185,8 +190,8 @@ def by_hookpoint(trainees: list[Trainee]) -> dict[str, list[Trainee]]:
 
 def train_batch(groups: dict[str, list[Trainee]], batch: Batch, step: int) -> None:
     """One update of every SAE. Rows go to the device once for each hookpoint."""
-    for hookpoint, group in groups.items():
-        rows = batch.activations[hookpoint]
+    for group in groups.values():
+        rows = rows_of(group[0].entry, batch.activations)
         weights = group[0].sae.W_enc
         # In their own type, which is smaller; there into that of the weights.
         x = rows.to(weights.device, non_blocking=True).to(weights.dtype)
@@ -218,23 +223,29 @@ def _keep(
 
 
 def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> None:
-    """One batch for one SAE, rows [N, D] in any type, on any device; and an update, if it is due.
+    """One batch for one SAE, its rows in any type, on any device; and an update, if it is due.
 
-    Nothing here makes the host wait for the device, but AuxK: it counts the dead latents.
+    Nothing here makes the host wait for the device, but AuxK, which counts the dead latents, and
+    BatchTopK, which asks whether it has looked far enough.
     """
     sae, recipe = trainee.sae, trainee.recipe
     if (k := recipe.k(step)) is not None:
         sae.k = k
-    # Before the step, not after: what signum exports is an average drawn from the weights that the
-    # step leaves, and normalising those last costs it 1% of FVU.
-    if recipe.decoder_norm == "unit" and recipe.begins_update(step):
-        sae.normalise_decoder()
+    if recipe.begins_update(step):
+        # Before the step, not after: what signum exports is an average drawn from the weights that
+        # the step leaves, and normalising those last costs it 1% of FVU.
+        if recipe.decoder_norm == "unit":
+            sae.normalise_decoder()
+        sae.activation.project()
     x = rows.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype, non_blocking=True)
     dead = trainee.firing.dead() if auxk_alpha > 0 else None
-    losses = add_gradient(sae, x, trainee.variance, dead, auxk_alpha, recipe)
-    finite = trainee.guard.check(losses.fvu + auxk_alpha * losses.auxk, step)
+    losses = add_gradient(
+        sae, x, trainee.variance, dead, trainee.objective, step, auxk_alpha, recipe
+    )
+    finite = trainee.guard.check(losses.total(auxk_alpha), step)
     if recipe.ends_update(step):
         _update(trainee, step, finite)
+    sae.activation.observe(losses.output.top_acts, anew=recipe.changes_k(step))
     trainee.firing.add((losses.output.top_acts, losses.output.top_indices))
     trainee.meter.add(losses)
 
@@ -263,17 +274,18 @@ def validate(
         Figures by the SAE's name.
     """
     figures = {}
-    for hookpoint, group in groups.items():
-        rows = validation.on(hookpoint, group[0].sae.W_enc.device)
+    for group in groups.values():
+        rows = validation.on(group[0].entry, group[0].sae.W_enc.device)
         for trainee in group:
-            weights, config = trainee.exported(), trainee.entry.config
-            trainee.sae.k = config.k  # while k falls, every step sets its own
-            found = validation.measure(trainee.sae, weights, hookpoint, rows)
+            weights, entry = trainee.exported(), trainee.entry
+            if trainee.recipe.k_anneal_steps:
+                trainee.sae.k = entry.config.k  # while k falls, every step sets its own
+            found = validation.measure(trainee.sae, weights, entry, rows)
             _require_finite(root, trainee, found["fvu"], done)
-            figures[trainee.entry.name] = found
+            figures[entry.name] = found
             if keep_best and (trainee.best is None or found["fvu"] < trainee.best.fvu):
-                folder, unit = root / trainee.entry.name, trainee.unit_norm()
-                trainee.best = save_best(folder, config, weights, unit, done, found["fvu"])
+                folder, unit = root / entry.name, trainee.unit_norm()
+                trainee.best = save_best(folder, entry, weights, unit, done, found["fvu"])
                 keep_only(folder, {done, trainee.saved_best})
     return figures
 
@@ -290,7 +302,7 @@ def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStrea
     for trainee in trainees:
         folder = root / trainee.entry.name
         weights, unit = trainee.exported(), trainee.unit_norm()
-        exports.append(save_sae(folder, trainee.entry.config, weights, unit))
+        exports.append(save_sae(folder, trainee.entry.config, weights, trainee.entry.reads, unit))
     states = [trainee.state() for trainee in trainees]
     bests = [trainee.best for trainee in trainees]
     save_checkpoint(root, done, stream.state_dict(), states, exports, bests)
@@ -315,8 +327,19 @@ def _read_metrics(
             "dead_percent": trainee.firing.dead_percent(rows),
             "dead_after": trainee.firing.dead_after,
         }
-        metrics[trainee.entry.name] = means | dead
+        metrics[trainee.entry.name] = means | dead | _norms(trainee)
     return metrics
+
+
+def _norms(trainee: Trainee) -> dict[str, float]:
+    """Of a crosscoder, the norms of its decoder's rows as they are saved, at each hookpoint."""
+    parts = trainee.objective.parts
+    if not parts:
+        return {}
+    weights: dict[str, Tensor] = dict(trainee.sae.named_parameters())
+    if trainee.recipe.decoder_norm == "fold":
+        weights = fold(weights)
+    return decoder_norms(weights["W_dec"], parts)
 
 
 def _require_finite_state(root: Path, trainee: Trainee, step: int) -> None:

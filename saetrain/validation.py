@@ -17,7 +17,9 @@ from actcache.checked_reads import CheckedReads, Verify
 from actcache.errors import ConfigError, RunError
 from actcache.order import Span
 from actcache.reader import Cache
+from saetrain.inputs import rows_of
 from saetrain.losses import total
+from saetrain.run import SaeEntry
 from saetrain.sae import Sae
 
 _ROWS_AT_ONCE = 2048
@@ -81,22 +83,32 @@ class Validation:
             )
         return found
 
-    def on(self, hookpoint: str, device: torch.device) -> Tensor:
-        """A hookpoint's rows, in the type on disk. [N, D]"""
-        return self._rows[hookpoint].to(device)
+    def on(self, entry: SaeEntry, device: torch.device) -> Tensor:
+        """An SAE's rows, as `rows_of` says, in the type on disk. [N, D]"""
+        return rows_of(entry, self._rows).to(device)
 
     @torch.no_grad()
     def measure(
-        self, sae: Sae, weights: Mapping[str, Tensor], hookpoint: str, rows: Tensor
+        self, sae: Sae, weights: Mapping[str, Tensor], entry: SaeEntry, rows: Tensor
     ) -> dict[str, float]:
-        """FVU and L0 of an SAE with given weights on a hookpoint's rows [N, D]."""
-        error, active = 0.0, 0.0
+        """FVU and L0 of an SAE with given weights on its rows [N, D], as it is used afterwards.
+
+        Of a crosscoder, the mean of its hookpoints' FVUs.
+        """
+        scales = [self._scale[name] for name in entry.targets]
+        widths = [self._rows[name].shape[1] for name in entry.targets]
+        errors, active = [0.0] * len(scales), 0.0
+        sae.eval()
         for part in torch.split(rows, _ROWS_AT_ONCE):
-            x = part.to(sae.W_enc.dtype)
+            x, y = sae.split(part.to(sae.W_enc.dtype))
             output = functional_call(sae, dict(weights), (x,))
-            error += float(total((x - output.reconstruction).double().pow(2).sum(dim=1)))
+            squares = (y - output.reconstruction).double().pow(2)  # [n, E]
+            for i, piece in enumerate(torch.split(squares, widths, dim=1)):
+                errors[i] += float(total(piece.sum(dim=1)))
             active += float((output.top_acts > 0).sum())
-        return {"fvu": error / self._scale[hookpoint], "l0": active / self.rows}
+        sae.train()
+        fvus = [error / scale for error, scale in zip(errors, scales, strict=True)]
+        return {"fvu": sum(fvus) / len(fvus), "l0": active / self.rows}
 
 
 def spread(rows: Mapping[int, int], most: int) -> list[Span]:

@@ -46,7 +46,11 @@ def test_imports_follow_the_arrows_of_the_design(folder):
     ("place", "allowed"),
     [
         ("saetrain/kernels", {"torch", "triton", "saetrain.kernels"}),
-        ("saetrain/sae.py", {"torch", "safetensors", "saetrain.kernels"}),
+        ("saetrain/activations", {"torch", "saetrain.kernels", "saetrain.activations"}),
+        (
+            "saetrain/sae.py",
+            {"torch", "safetensors", "saetrain.kernels", "saetrain.activations"},
+        ),
     ],
 )
 def test_kernels_and_sae_run_where_nothing_but_torch_is_installed(place, allowed):

@@ -4,6 +4,8 @@ Letters: N tokens, D d_in, M num_latents, K k. Gradients are derived in README.m
 derivative is not defined, and asking for one raises.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,10 @@ from torch.nn.functional import linear
 from saetrain.kernels import reference
 from saetrain.kernels.pairs import sort_pairs
 from saetrain.kernels.paths import chosen_path, primitives
+
+Select = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""pre_acts [N, M] to values and int64 latents, both [N, S]. A value is the pre-activation of its
+latent, or not positive for a slot that stays empty. A latent may come twice in a row."""
 
 
 class Encoded(NamedTuple):
@@ -78,14 +84,39 @@ def sparse_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None,
     Raises:
         ValueError: the shapes do not fit, or k is not in 1 to M.
     """
-    _check_encode(x, W_enc, b_enc, b_dec, k)
+    _check_encode(x, W_enc, b_enc, b_dec)
+    _check_k(k, W_enc)
+    # relu keeps the order, so it may follow the selection.
+    return sparse_encode_by(x, W_enc, b_enc, b_dec, partial(torch.topk, k=k, dim=-1, sorted=False))
+
+
+def sparse_encode_by(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, select: Select
+) -> Encoded:
+    """Encode by a selection of one's own: `sparse_encode`, S slots a token instead of k.
+
+    Args:
+        x: [N, D], cast to the dtype of W_enc.
+        W_enc: [M, D].
+        b_enc: [M].
+        b_dec: [D], or None to subtract nothing.
+        select: chooses among (x - b_dec) W_enc^T + b_enc; no gradient passes through it.
+
+    Returns:
+        top_acts, relu of the values, in the dtype of W_enc, and top_indices; both [N, S].
+        Differentiable as `sparse_encode` is.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check_encode(x, W_enc, b_enc, b_dec)
     path = chosen_path(W_enc)
     x = x.to(W_enc.dtype)
     b_enc = b_enc.to(W_enc.dtype)
     b_dec = None if b_dec is None else b_dec.to(W_enc.dtype)
     if path == "reference":
-        return Encoded(*reference.sparse_encode(x, W_enc, b_enc, b_dec, k))
-    inputs = (x, W_enc, b_enc, b_dec, k, path)
+        return Encoded(*reference.sparse_encode(x, W_enc, b_enc, b_dec, select))
+    inputs = (x, W_enc, b_enc, b_dec, select, path)
     return Encoded(*_SparseEncode.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
@@ -127,14 +158,13 @@ class _SparseEncode(Function):
         W_enc: Tensor,
         b_enc: Tensor,
         b_dec: Tensor | None,
-        k: int,
+        select: Select,
         path: str,
     ) -> tuple[Tensor, Tensor]:
         # Subtract first: folded into b_enc, a mean much longer than the rest of x costs digits.
         centred = x if b_dec is None else x - b_dec  # [N, D]
         pre_acts = linear(centred, W_enc, b_enc)  # [N, M], gone when this returns
-        # relu keeps the order, so it may follow the selection.
-        values, top_indices = torch.topk(pre_acts, k, dim=-1, sorted=False)  # [N, K]
+        values, top_indices = select(pre_acts)  # [N, K]
         top_acts = torch.relu(values).to(W_enc.dtype)
         ctx.mark_non_differentiable(top_indices)
         ctx.set_materialize_grads(False)
@@ -184,7 +214,7 @@ def _check_decode(
     _check_vector("b_dec", b_dec, W_dec.shape[1])
 
 
-def _check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> None:
+def _check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
     if W_enc.dim() != 2:
         raise ValueError(f"W_enc must be [num_latents, d_in], got shape {tuple(W_enc.shape)}")
     num_latents, d_in = W_enc.shape
@@ -195,6 +225,10 @@ def _check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None,
         )
     _check_vector("b_enc", b_enc, num_latents)
     _check_vector("b_dec", b_dec, d_in)
+
+
+def _check_k(k: int, W_enc: Tensor) -> None:
+    num_latents = W_enc.shape[0]
     if not 1 <= k <= num_latents:
         raise ValueError(
             f"k must be 1 to num_latents = {num_latents}, got {k}: "

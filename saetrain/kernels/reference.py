@@ -4,6 +4,8 @@ Letters: N tokens, D d_in, M num_latents, K k. Every function is differentiable 
 Sums of bfloat16 and float16 are formed in float32 and rounded once.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -68,10 +70,15 @@ def sparse_decode(
 
 
 def sparse_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    select: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """`saetrain.kernels.sparse_encode`, differentiated by autograd."""
+    """`saetrain.kernels.sparse_encode_by`, differentiated by autograd."""
     centred = x if b_dec is None else x - b_dec  # [N, D]
     pre_acts = torch.nn.functional.linear(centred, W_enc, b_enc)  # [N, M]
-    top_acts, top_indices = torch.topk(torch.relu(pre_acts), k, dim=-1, sorted=False)  # [N, K]
+    values, top_indices = select(pre_acts.detach())  # [N, K]
+    top_acts = torch.relu(pre_acts.gather(1, top_indices)) * (values > 0)  # [N, K]
     return top_acts.to(W_enc.dtype), top_indices

@@ -57,7 +57,7 @@ def test_repeated_options_make_a_grid():
 
 
 def test_every_option_of_an_sae_is_repeatable_but_flags():
-    assert all(is_repeatable(name) for name in AXES)
+    assert {name for name in AXES if not is_repeatable(name)} == {"multi_topk"}
     assert not any(is_repeatable(name) for name in ("batch_size", "hookpoint", "out"))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from actcache.errors import ConfigError
-from saetrain.config import FitConfig, SaeConfig
+from saetrain.config import FitConfig, SaeConfig, SaeOptions
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 2), (4, 0, 2), (4, 8, 0), (-4, 8, 2)])
@@ -92,6 +92,69 @@ def test_segments_are_for_runs_that_follow_and_one_shard_is_none() -> None:
     with pytest.raises(ConfigError, match=r"held out(.|\n)*>= 2, or --val-fraction 0"):
         FitConfig("cache", "run", follow=True, segment_shards=1)
     FitConfig("cache", "run", follow=True, segment_shards=1, val_fraction=0.0)
+
+
+IMPOSSIBLE = [
+    ({"activation": "topk", "sparsity": 0.1}, r"no penalty(.|\n)*jumprelu \| relu \| gated"),
+    ({"activation": "relu", "sparsity": -0.1}, "--sparsity is out of range"),
+    ({"activation": "relu", "threshold": 0.1}, "--threshold is for --activation jumprelu"),
+    ({"bandwidth": 0.1}, "--bandwidth is for --activation jumprelu"),
+    ({"sparsity_warmup_steps": -1}, "--sparsity-warmup-steps"),
+    ({"skip_connection": True}, r"copy its input(.|\n)*add --transcode"),
+    ({"crosscode": True, "transcode": True}, "two kinds"),
+    ({"activation": "relu", "k_anneal_steps": 5}, r"has no k(.|\n)*topk \| batchtopk"),
+    ({"activation": "groupmax", "k_anneal_steps": 5}, r"has groups that --k makes"),
+    (
+        {"activation": "batchtopk", "batch_size": 64, "micro_batch_size": 63},
+        r"cuts the batch(.|\n)*>= --batch-size 64(.|\n)*--grad-acc-steps",
+    ),
+    ({"transcode": True, "decoder_norm": "fold"}, r"begin at zero(.|\n)*rows are free"),
+    (
+        {
+            "saes": (SaeOptions(), SaeOptions(activation="batchtopk")),
+            "batch_size": 64,
+            "micro_batch_size": 63,
+        },
+        "cuts the batch",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IMPOSSIBLE, ids=str)
+def test_a_kind_of_run_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FitConfig("cache", "run", **options)
+
+
+def test_a_micro_batch_that_is_the_whole_batch_is_one_that_batchtopk_can_choose_among() -> None:
+    FitConfig("cache", "run", activation="batchtopk", batch_size=64, micro_batch_size=64)
+
+
+IMPOSSIBLE_SAES = [
+    ({"activation": "groupmax"}, "--k 3 divides"),
+    ({"activation": "batchtopk", "multi_topk": True}, "--multi-topk goes with"),
+    ({"matryoshka": (8,)}, "1 to 7"),
+    ({"matryoshka": (0, 4)}, "rising"),
+    ({"matryoshka": (4, 4)}, "rising"),
+    ({"matryoshka": (4,), "multi_topk": True}, "one of them"),
+    ({"widths": (1, 2)}, "a crosscoder reads and predicts"),
+    ({"widths": (1, 3), "transcode": True}, "a crosscoder reads and predicts"),
+    ({"d_out": 5}, "as wide as its input"),
+    ({"d_out": 0, "transcode": True}, "must be positive"),
+    ({"sparsity": float("nan")}, "--sparsity"),
+    ({"threshold": -1.0}, "--threshold"),
+    ({"bandwidth": 0.0}, "--bandwidth"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), IMPOSSIBLE_SAES, ids=str)
+def test_a_kind_of_sae_that_cannot_be_is_refused(kind: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SaeConfig(4, 8, 3, **kind)
+
+
+def test_k_says_nothing_where_a_penalty_makes_latents_sparse() -> None:
+    assert SaeConfig(4, 8, 32, activation="relu").k == 32
 
 
 def test_the_defaults_are_those_of_the_field() -> None:

@@ -72,21 +72,29 @@ def test_both_languages_say_the_same(tmp_path: Path, text: str, suffix: str) -> 
 
 @pytest.mark.parametrize("suffix", [".toml", ".yaml"])
 @pytest.mark.parametrize("hyphens", [True, False])
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
 def test_every_option_of_the_command_line_may_stand_in_a_file(
-    tmp_path: Path, suffix: str, hyphens: bool
+    tmp_path: Path, suffix: str, hyphens: bool, activation: str
 ) -> None:
+    """Of an activation that has it: some lack k, some a penalty."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(FitConfig):
         if field.name not in ("saes", "hookpoints"):
             default = field.default
             values[field.name] = {int: 3, float: 0.5, bool: True}.get(type(default), "x")
     values |= {"hookpoint": ["a", "b"], "optimizer": "adamw", "verify": "always", "lr": 0.25}
-    values |= {"lr_schedule": "stable-then-decay", "decoder_norm": "fold"}
+    values |= {"lr_schedule": "stable-then-decay", "decoder_norm": "free"}
+    values |= {"activation": activation, "crosscode": False}  # --transcode is given
     values |= {"weights_dtype": "bfloat16", "weight_decay": 0.25, "grad_clip": 0.25}
     for field in dataclasses.fields(FitConfig):
         if "int" in str(field.type) and not isinstance(field.default, bool):
             values[field.name] = 3
-    del values["pool_rows"]  # says the same as --buffer-bytes
+    values["matryoshka"] = [3, 4]
+    penalised = {"sparsity": 0.25, "threshold": 0.25, "bandwidth": 0.25}
+    lacking = {"topk": set(penalised), "jumprelu": {"k_anneal_steps", "k_start"}}[activation]
+    values |= penalised
+    # pool_rows says the same as --buffer-bytes
+    values = {name: v for name, v in values.items() if name not in {"pool_rows", *lacking}}
 
     def key(name: str) -> str:
         return name.replace("_", "-") if hyphens else name

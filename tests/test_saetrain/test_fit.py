@@ -455,8 +455,13 @@ def command(config: FitConfig) -> list[str]:
     words = [program, "fit", config.cache]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name != "cache" and isinstance(value, (int, float, str)) and value is not False:
-            words += ["--" + field.name.replace("_", "-"), str(value)]
+        option = "--" + field.name.replace("_", "-")
+        if value is True and field.name != "resume":
+            words.append(option)
+        elif field.name not in ("cache", "saes") and isinstance(value, tuple):
+            words += [word for item in value for word in (option, str(item))]
+        elif field.name != "cache" and type(value) in (int, float, str):
+            words += [option, str(value)]
     return words
 
 

@@ -74,6 +74,9 @@ def test_every_option_of_an_sae_can_be_an_axis_and_is_in_the_name(axis: str) -> 
         "weight_decay": {"optimizer": "adamw"},
         "grad_clip": {"optimizer": "adam"},
         "k_start": {"k_anneal_steps": 5},
+        "sparsity": {"activation": "relu"},
+        "threshold": {"activation": "jumprelu"},
+        "bandwidth": {"activation": "jumprelu"},
     }
     names = named(**{axis: values}, **others.get(axis, {}))
     assert len(set(names)) == 2

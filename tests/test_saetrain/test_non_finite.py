@@ -22,11 +22,13 @@ import saetrain.trainer
 from actcache.errors import RunError
 from actcache.order import batch_rows
 from actcache.reader import Cache
+from saetrain.build import build_sae
 from saetrain.checkpoint import load_checkpoint
-from saetrain.config import FitConfig, SaeConfig
+from saetrain.config import PENALISED, FitConfig, SaeConfig
 from saetrain.fit import fit
 from saetrain.metrics import Firing, Meter
 from saetrain.non_finite import ROWS, Guard, NonFiniteError
+from saetrain.objective import objective_of
 from saetrain.optim import make_optimizer
 from saetrain.recipe import Recipe
 from saetrain.run import SaeEntry, read_run
@@ -126,11 +128,29 @@ def test_a_whole_step_asks_the_device_nothing(
     entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
     update = make_optimizer(optimizer, sae, 0.01, 2, 6)
     firing, meter = Firing(M, 10**9, device), Meter(device)
-    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe)
+    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe=recipe)
     for step in range(6):
         train_step(trainee, torch.zeros(N, D, device=device), step, 0.0)
     with pytest.raises((RuntimeError, NotImplementedError)):
         trainee.guard.first_bad()  # a log does ask
+
+
+@pytest.mark.parametrize("activation", ["groupmax", "jumprelu", "relu", "gated"])
+def test_nor_does_a_step_of_another_activation(
+    monkeypatch: pytest.MonkeyPatch, activation: Any
+) -> None:
+    """But of batchtopk's, which looks whether it has looked far enough."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    sparsity = 0.1 * (activation in PENALISED)
+    config = SaeConfig(D, M, K, activation=activation, sparsity=sparsity)
+    device = torch.device("meta")
+    sae, objective = build_sae(config, device=device), objective_of(config, 2)
+    entry, update = SaeEntry("layers.0", config, 0.01, 0), make_optimizer("adam", sae, 0.01, 2, 6)
+    firing, meter = Firing(M, 10**9, device), Meter(device, objective.names)
+    recipe = Recipe(micro_batch_size=9, grad_clip=1.0)
+    trainee = Trainee(entry, sae, update, firing, meter, 1.0, objective, recipe)
+    for step in range(2):
+        train_step(trainee, torch.zeros(N, D, device=device), step, 0.0)
 
 
 @pytest.mark.gpu
@@ -142,7 +162,7 @@ def test_on_a_gpu_a_step_waits_for_nothing_and_a_bad_batch_changes_no_bit(optimi
     firing, meter = Firing(M, 10**9, device), Meter(device)
     entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
     recipe = Recipe(decoder_norm="free", grad_clip=1.0)
-    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe)
+    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe=recipe)
     rows = batches(6).to(device)
     rows[4, 7, 2] = math.nan
     for step in range(2):  # whatever is compiled or set up, is so now

@@ -13,12 +13,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from actcache.errors import ActcacheError
+from saetrain.build import build_sae
 from saetrain.config import FitConfig, OptimizerName, SaeConfig, SaeOptions
 from saetrain.fit import fit
 from saetrain.grid import vary
+from saetrain.metrics import Firing, Meter
+from saetrain.objective import objective_of
+from saetrain.optim import make_optimizer
 from saetrain.plan import FLOAT, parameter_shapes, plan_fit, plan_sae, step_bytes
+from saetrain.recipe import Recipe
 from saetrain.run import SaeEntry, read_run
-from saetrain.trainer import train_step
+from saetrain.trainer import Trainee, train_step
 
 CPU = torch.device("cpu")
 
@@ -53,7 +58,53 @@ def test_counting_parameters_makes_none() -> None:
 def test_a_step_holds_no_more_than_is_planned_nor_much_less(
     make_trainee: Callable[..., Any], N: int, D: int, M: int, K: int, optimizer: OptimizerName
 ) -> None:
-    trainee, x = make_trainee(D, M, K, optimizer=optimizer), torch.randn(N, D)
+    peak = peak_of_a_step(make_trainee(D, M, K, optimizer=optimizer), torch.randn(N, D))
+    gradients = sum(map(math.prod, parameter_shapes(SaeConfig(D, M, K)))) * FLOAT
+    planned = gradients + step_bytes(SaeConfig(D, M, K), optimizer, N)
+    assert 0.5 * planned <= peak <= planned
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "batchtopk": {"activation": "batchtopk"},
+    "jumprelu": {"activation": "jumprelu", "sparsity": 0.1},
+    "relu": {"activation": "relu", "sparsity": 0.1},
+    "gated": {"activation": "gated", "sparsity": 0.1},
+    "multi-topk": {"multi_topk": True},
+    "matryoshka": {"matryoshka": (16, 40, 100)},
+    "matryoshka of gated": {"matryoshka": (16, 40), "activation": "gated", "sparsity": 0.1},
+    "matryoshka of batchtopk": {"matryoshka": (16, 40), "activation": "batchtopk"},
+    "skip transcoder": {"transcode": True, "skip_connection": True, "d_out": 96},
+}
+
+
+@pytest.mark.parametrize(("N", "D", "M", "K"), [(512, 64, 2048, 16), (64, 128, 4096, 8)])
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_does_a_step_of_another_kind_or_with_folded_weights(
+    kind: str, folded: bool, N: int, D: int, M: int, K: int
+) -> None:
+    sizes = SaeConfig(D, M, K, **KINDS[kind])
+    folded = folded and not sizes.transcode
+    sae, objective = build_sae(sizes), objective_of(sizes, 0)
+    trainee = Trainee(
+        SaeEntry("layers.0", sizes, 0.1, 0),
+        sae,
+        make_optimizer("signum", sae, 0.1, 0, 9),
+        Firing(M, 10**9, CPU),
+        Meter(CPU, objective.names),
+        1.0,
+        objective,
+        Recipe(decoder_norm="fold" if folded else "unit"),
+    )
+    peak = peak_of_a_step(trainee, torch.randn(N, D + sizes.width_out * sizes.transcode))
+    gradients = sum(map(math.prod, parameter_shapes(sizes))) * FLOAT
+    planned = gradients + step_bytes(sizes, "signum", N, folded)
+    assert 0.5 * planned <= peak <= planned
+
+
+def peak_of_a_step(trainee: Any, x: torch.Tensor) -> int:
+    """Bytes that a step holds at most, besides what it begins with."""
     for step in range(2):
         train_step(trainee, x, step, 0.0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -65,9 +116,7 @@ def test_a_step_holds_no_more_than_is_planned_nor_much_less(
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    gradients = sum(map(math.prod, parameter_shapes(SaeConfig(D, M, K)))) * FLOAT
-    planned = gradients + step_bytes(SaeConfig(D, M, K), optimizer, N)
-    assert 0.5 * planned <= peak <= planned
+    return int(peak)
 
 
 def test_a_plan_lists_the_saes_that_the_run_then_has(options: Callable[..., FitConfig]) -> None:

@@ -37,6 +37,8 @@ def test_k_starts_where_it_is_told_to_and_without_annealing_nobody_touches_it() 
     recipe = annealed(k=3, k_anneal_steps=4, k_start=11)
     assert [recipe.k(step) for step in range(6)] == [11, 9, 7, 5, 3, 3]
     assert annealed(k=3).k(0) is None
+    assert [recipe.changes_k(step) for step in range(6)] == [False, True, True, True, True, False]
+    assert not annealed(k=3).changes_k(1)
 
 
 def test_all_batches_of_an_update_have_one_k() -> None:

@@ -174,8 +174,17 @@ BINDING = {
     "log_every": 5,
     "follow": True,
     "segment_shards": 4,
+    "activation": "relu",
+    "sparsity": 0.5,
+    "sparsity_warmup_steps": 7,
+    "threshold": 0.2,
+    "bandwidth": 0.3,
+    "multi_topk": True,
+    "matryoshka": (4, 8),
+    "transcode": True,
+    "skip_connection": True,
+    "crosscode": True,
 }
-
 NEEDS: dict[str, dict[str, Any]] = {
     "save_best": {"val_every": 5},
     "segment_shards": {"follow": True},
@@ -184,6 +193,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "weight_decay": {"optimizer": "adamw"},
     "grad_clip": {"optimizer": "adam"},
     "k_start": {"k_anneal_steps": 5},
+    "sparsity": {"activation": "relu"},
+    "threshold": {"activation": "jumprelu"},
+    "bandwidth": {"activation": "jumprelu"},
+    "skip_connection": {"transcode": True},
 }
 """Options that are refused without others."""
 

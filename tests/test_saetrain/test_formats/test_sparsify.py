@@ -12,8 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actcache.errors import FormatError
+from saetrain.build import build_sae
 from saetrain.config import SaeConfig
-from saetrain.formats.sparsify import CONFIG, WEIGHTS, load_sae, read_config, save_sae
+from saetrain.formats.sparsify import (
+    CONFIG,
+    WEIGHTS,
+    load_sae,
+    read_config,
+    read_sae_config,
+    save_sae,
+)
 from saetrain.sae import Sae
 
 D, M, K = 8, 20, 3
@@ -137,9 +145,11 @@ def test_a_damaged_config_is_refused(tmp_path: Path, text: str) -> None:
     "change",
     [
         {"activation": "groupmax"},
-        {"activation": "jumprelu"},
-        {"transcode": True},
-        {"skip_connection": True},
+        {"activation": "relu6"},
+        {"matryoshka": [8, 4]},
+        {"widths": [4, 5]},
+        {"d_out": 9},
+        {"bandwidth": 0.0},
         {"k": M + 1},
         {"k": 0},
         {"d_in": 0},
@@ -157,10 +167,104 @@ def test_an_sae_of_another_kind_or_with_impossible_sizes_is_refused(
         load_sae(tmp_path)
 
 
-def test_a_transcoder_of_the_peer_is_refused(sparsify: ModuleType, tmp_path: Path) -> None:
-    config = sparsify.SparseCoderConfig(num_latents=M, k=K, transcode=True, skip_connection=True)
+KINDS_OF_BOTH = [
+    {"transcode": True},
+    {"transcode": True, "skip_connection": True},
+    {"activation": "groupmax", "k": 4},
+    {"multi_topk": True},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_BOTH, ids=str)
+def test_every_kind_of_the_peer_goes_there_and_back_and_reconstructs_the_same(
+    sparsify: ModuleType, tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    config = sparsify.SparseCoderConfig(num_latents=M, **{"k": K} | kind)
+    peer = randomised(sparsify.SparseCoder(D, config))
+    peer.save_to_disk(tmp_path / "theirs")
+    sae = load_sae(tmp_path / "theirs")
+    expected = {"rtol": 1e-5, "atol": 1e-5}
+    peer.cfg.multi_topk = False  # with it, the peer returns the reconstruction of 4k latents
+    torch.testing.assert_close(sae(batch()).reconstruction, peer(batch()).sae_out, **expected)
+    ours = SaeConfig(D, M, **{"k": K} | kind)
+    save_sae(tmp_path / "ours", ours, dict(sae.named_parameters()))
+    again = sparsify.SparseCoder.load_from_disk(tmp_path / "ours")
+    again.cfg.multi_topk = False
+    torch.testing.assert_close(again(batch()).sae_out, peer(batch()).sae_out, **expected)
+    cfgs = [json.loads((tmp_path / who / CONFIG).read_text()) for who in ("ours", "theirs")]
+    assert cfgs[0] == cfgs[1] | {"expansion_factor": 2}
+
+
+def test_groupmax_of_the_peer_with_multi_topk_is_read_without_it(
+    sparsify: ModuleType, tmp_path: Path
+) -> None:
+    config = sparsify.SparseCoderConfig(num_latents=M, k=4, activation="groupmax", multi_topk=True)
     sparsify.SparseCoder(D, config).save_to_disk(tmp_path)
-    with pytest.raises(FormatError, match="not a plain TopK"):
+    assert read_sae_config(tmp_path) == SaeConfig(D, M, 4, activation="groupmax")
+
+
+OURS_ALONE = [
+    SaeConfig(D, M, K, activation="batchtopk", matryoshka=(5, 9)),
+    SaeConfig(D, M, K, activation="jumprelu", sparsity=0.25, threshold=0.5, bandwidth=0.125),
+    SaeConfig(D, M, K, activation="relu", sparsity=0.5),
+    SaeConfig(D, M, K, activation="gated", sparsity=0.5),
+    SaeConfig(D, M, K, transcode=True, skip_connection=True, d_out=5),
+    SaeConfig(D, M, K, activation="gated", transcode=True, d_out=3),
+]
+
+
+@pytest.mark.parametrize("config", OURS_ALONE, ids=lambda c: f"{c.activation} {c.width_out}")
+def test_what_the_peer_cannot_express_comes_back_to_us_and_is_refused_there(
+    sparsify: ModuleType, tmp_path: Path, config: SaeConfig
+) -> None:
+    sae = randomised(build_sae(config))
+    if config.activation == "batchtopk":
+        sae.activation.threshold.fill_(0.75)
+    save_sae(tmp_path, config, sae.state_dict(), ("a", "b"))
+    loaded = load_sae(tmp_path)
+    assert read_sae_config(tmp_path) == config
+    assert read_config(tmp_path).hookpoints == ("a", "b")
+    assert loaded.state_dict().keys() == sae.state_dict().keys()
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert torch.equal(loaded(batch()).reconstruction, sae.eval()(batch()).reconstruction)
+    with pytest.raises((TypeError, RuntimeError)):
+        sparsify.SparseCoder.load_from_disk(tmp_path)
+
+
+def test_prefixes_and_a_crosscoder_of_topk_load_there_as_the_autoencoders_they_are(
+    sparsify: ModuleType, tmp_path: Path
+) -> None:
+    config = SaeConfig(D, M, K, matryoshka=(4,), widths=(3, 5))
+    sae = randomised(build_sae(config))
+    save_sae(tmp_path, config, sae.state_dict(), ("a", "b"))
+    peer = sparsify.SparseCoder.load_from_disk(tmp_path)
+    torch.testing.assert_close(
+        peer(batch()).sae_out, sae(batch()).reconstruction, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ({"activation": "batchtopk"}, "threshold"),
+        ({"activation": "jumprelu"}, "threshold"),
+        ({"activation": "gated"}, "b_mag"),
+        ({"activation": "gated"}, "r_mag"),
+        ({"transcode": True, "skip_connection": True}, "W_skip"),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_a_kind_needs_is_named_if_it_is_not_there(
+    tmp_path: Path, kind: dict[str, Any], name: str
+) -> None:
+    config = SaeConfig(D, M, K, **kind)
+    save_sae(tmp_path, config, build_sae(config).state_dict())
+    edit_tensors(tmp_path, **{name: torch.zeros(2, 2)})
+    with pytest.raises(FormatError, match=rf"tensor {name}"):
+        load_sae(tmp_path)
+    edit_tensors(tmp_path, **{name: None})
+    with pytest.raises(FormatError, match=rf"tensor {name}(.|\n)*nothing"):
         load_sae(tmp_path)
 
 

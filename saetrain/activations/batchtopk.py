@@ -1,0 +1,63 @@
+"""BatchTopK: the K·N largest latents of a batch of N rows, so that rows may have more or fewer.
+
+Bussmann, Leask and Nanda, "BatchTopK sparse autoencoders" (2024). A row alone has no batch:
+afterwards the latents above one threshold are active, the mean over batches of the smallest
+activation that was chosen. Here that is a running mean which forgets: θ ← 0.95 θ + 0.05 min.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saetrain.activations.base import Activation, Encoder, Latents, pre_activations
+from saetrain.kernels import sparse_encode_by
+
+FORGET = 0.05
+"""Weight of the newest batch in the threshold."""
+
+
+class BatchTopK(Activation):
+    """The k·N largest latents of a batch while training, those above the threshold otherwise."""
+
+    threshold: Tensor
+    """Where the last batches were cut; -1 before the first. float64 []"""
+
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.k = k
+        empty = torch.tensor(-1.0, dtype=torch.float64, device=device)
+        self.register_buffer("threshold", empty)
+
+    def encode(self, x: Tensor, encoder: Encoder) -> Latents:
+        """Training: [N, S], S what the fullest row needs, other slots 0. Else dense, [N, M]."""
+        if not self.training:
+            pre_acts = pre_activations(x, encoder)  # [N, M]
+            chosen = pre_acts > self.threshold
+            return Latents(torch.relu(pre_acts) * chosen, None)
+        b_dec = encoder.subtracted
+        return Latents(*sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, self._largest))
+
+    @torch.no_grad()
+    def observe(self, top_acts: Tensor, anew: bool = False) -> None:
+        """Move the threshold to the smallest activation of the first batch, towards all others'."""
+        smallest = torch.where(top_acts > 0, top_acts, torch.inf).min().double()
+        mixed = (1 - FORGET) * self.threshold + FORGET * smallest
+        moved = smallest if anew else torch.where(self.threshold < 0, smallest, mixed)
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+
+    def _largest(self, pre_acts: Tensor) -> tuple[Tensor, Tensor]:
+        """The k·N largest; what ties with the smallest of them is chosen too.
+
+        Looking through all N·M is slow. The largest S of each row hold all that are wanted once
+        each row's smallest of these falls short, which 4k nearly always do.
+        """
+        rows, num_latents = pre_acts.shape
+        slots = min(4 * self.k, num_latents)
+        while True:
+            values, indices = torch.topk(pre_acts, slots, dim=-1, sorted=True)  # [N, S]
+            cut = torch.topk(values.flatten(), self.k * rows, sorted=False).values.min()
+            full = (values[:, -1] >= cut) & (values[:, -1] > 0)  # [N]: there may be more below
+            if slots == num_latents or not bool(full.any()):
+                return torch.where(values >= cut, values, 0), indices
+            slots = min(2 * slots, num_latents)

@@ -1,0 +1,31 @@
+"""GroupMax: the latents are K groups of M/K neighbours, and each group's largest is active.
+
+A maxout (Goodfellow et al., "Maxout networks", 2013) that keeps the winner's number; as an SAE's
+activation it is sparsify's. No selection across a row is needed, so it is cheaper than TopK.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saetrain.activations.base import Activation, Encoder, Latents
+from saetrain.kernels import sparse_encode_by
+
+
+class GroupMax(Activation):
+    """The largest latent of each of k groups; M must be a multiple of k."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def encode(self, x: Tensor, encoder: Encoder) -> Latents:
+        """[N, K], in the groups' order."""
+        b_dec = encoder.subtracted
+        return Latents(*sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, self._winners))
+
+    def _winners(self, pre_acts: Tensor) -> tuple[Tensor, Tensor]:
+        values, within = pre_acts.view(len(pre_acts), self.k, -1).max(dim=-1)  # [N, K]
+        size = pre_acts.shape[-1] // self.k
+        return values, within + size * torch.arange(self.k, device=within.device)

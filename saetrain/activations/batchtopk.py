@@ -59,5 +59,7 @@ class BatchTopK(Activation):
             cut = torch.topk(values.flatten(), self.k * rows, sorted=False).values.min()
             full = (values[:, -1] >= cut) & (values[:, -1] > 0)  # [N]: there may be more below
             if slots == num_latents or not bool(full.any()):
-                return torch.where(values >= cut, values, 0), indices
+                chosen = (values >= cut) & (values > 0)  # [N, S], from the left
+                fullest = max(1, int(chosen.sum(dim=1).max()))
+                return torch.where(chosen, values, 0)[:, :fullest], indices[:, :fullest]
             slots = min(2 * slots, num_latents)

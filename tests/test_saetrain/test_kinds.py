@@ -322,3 +322,12 @@ def test_a_transcoder_begins_with_a_decoder_of_zeros_and_keeps_its_norms() -> No
     sae.remove_parallel_gradient()
     assert (sae.W_dec == 3).all()
     assert (sae.W_dec.grad == 1).all()
+
+
+def test_batchtopk_has_no_more_slots_than_the_fullest_row_needs() -> None:
+    sae, rows = make(SaeConfig(D, M, K, activation="batchtopk")), rows_for(SaeConfig(D, M, K))
+    top_acts = sae(rows).top_acts
+    assert top_acts.shape[1] == (top_acts > 0).sum(dim=1).max()
+    with torch.no_grad():
+        sae.b_enc.sub_(100.0)
+    assert sae(rows).top_acts.tolist() == [[0.0]] * N

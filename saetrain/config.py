@@ -17,6 +17,7 @@ OptimizerName = Literal["signum", "adam", "adamw", "adam8bit", "muon"]
 LrSchedule = Literal["constant", "linear", "cosine", "stable-then-decay"]
 DecoderNorm = Literal["unit", "fold", "free"]
 WeightsDtype = Literal["float32", "bfloat16"]
+WandbMode = Literal["disabled", "offline", "online"]
 ActivationName = Literal["topk", "batchtopk", "groupmax", "jumprelu", "relu", "gated"]
 
 ANNEALED = ("topk", "batchtopk")
@@ -440,6 +441,36 @@ class FitConfig(SaeOptions):
     log_every: int = 10
     """Steps that a line of metrics.jsonl covers."""
 
+    histogram_every: int = 10
+    """Lines of metrics.jsonl from one histogram of the latents' firing (log10 of the share of rows)
+    to the next, each over the rows since the one before; the last line has one, too. 0: none."""
+
+    wandb: WandbMode = "disabled"
+    """Log what metrics.jsonl and timings.jsonl say to Weights & Biases, too. offline: to a folder
+    below $WANDB_DIR, or ./wandb, which `wandb sync` uploads. What fails there is told, and does not
+    stop the run."""
+
+    wandb_project: str | None = None
+    """Project there. Default: $WANDB_PROJECT, or W&B's own."""
+
+    wandb_entity: str | None = None
+    """User or team there."""
+
+    wandb_group: str | None = None
+    """Group of runs there. Default: with --wandb-per-sae, the name of the run's folder."""
+
+    wandb_tags: tuple[str, ...] = ()
+    """Tag there; repeatable."""
+
+    wandb_notes: str | None = None
+    """Notes there."""
+
+    wandb_per_sae: bool = False
+    """A run there for each SAE, instead of one for all."""
+
+    wandb_log_final_artifact: bool = False
+    """Upload the saved SAEs at the end, each as an artifact."""
+
     resume: bool = False
     """Go on from the run's last checkpoint; begin a run that does not exist yet."""
 
@@ -479,6 +510,8 @@ class FitConfig(SaeOptions):
         self._check_kinds()
         if self.data_seed is not None:
             _require_seed("--data-seed", self.data_seed)
+        if self.histogram_every < 0:
+            raise ConfigError("--histogram-every is negative", got=self.histogram_every)
         if self.save_best and self.val_every is None:
             raise ConfigError("--save-best needs validations", remedy="add --val-every N")
         if self.val_every is not None and self.val_fraction == 0:
@@ -537,6 +570,11 @@ class FitConfig(SaeOptions):
                     got="fold",
                     remedy="leave it out: a transcoder's decoder rows are free",
                 )
+
+    def has_histogram(self, step: int, *, last: bool) -> bool:
+        """Whether the line of metrics.jsonl after a step has histograms."""
+        lines = self.histogram_every
+        return lines > 0 and (last or step % (lines * self.log_every) == 0)
 
     @property
     def order_seed(self) -> int:

@@ -53,6 +53,7 @@ from saetrain.tracking import METRICS, Tracker, last_line, saes_of
 from saetrain.trainer import Trainee, forget_other_bests, train
 from saetrain.validation import Validation
 from saetrain.waiting import first_segment, require_batch
+from saetrain.wandb_runs import new_id, open_wandb
 
 LOCK = Path("fit.lock")
 _DEAD_AFTER = 10_000_000
@@ -160,7 +161,9 @@ def _fit(
     if first_step < record.steps:
         tracker.bar.say(_how_it_reads(record, tuning, stream.row_bytes))
     try:
+        tracker.mirror = open_wandb(root, record, tracker.bar.say)
         steps = train(root, record, trainees, stream, tracker, first_step, follower, validation)
+        tracker.end()
     finally:
         stream.close()
         seconds = tracker.seconds
@@ -286,18 +289,20 @@ def _go_on(config: FitConfig, cache: Cache, root: Path) -> tuple[RunRecord, tupl
     """The record of the run that is there, checked against what is asked now; and warnings."""
     record = read_run(root)
     check_same_cache(record, cache)
-    asked = dataclasses.replace(record, options=config)
-    check_same_run(record, asked)
-    place = place_of(config.cache)
-    if place != record.cache:  # it was moved: `saetrain eval` must find it
-        write_run(root, dataclasses.replace(record, cache=place))
+    check_same_run(record, dataclasses.replace(record, options=config))
+    # The cache may have been moved: `saetrain eval` must find it.
+    found = dataclasses.replace(
+        record, cache=place_of(config.cache), wandb_id=record.wandb_id or new_id(config)
+    )
+    if found != record:
+        write_run(root, found)
     now = _versions()
     warnings = tuple(
         f"{name} is {now.get(name)} now; this run was begun with {then}"
         for name, then in record.versions.items()
         if now.get(name) != then
     )
-    return asked, warnings
+    return dataclasses.replace(found, options=config), warnings
 
 
 def _restore(
@@ -391,6 +396,7 @@ def _decide(config: FitConfig, cache: Cache) -> RunRecord:
         segment_shards=order.segment_shards,
         extensions=len(cache.manifest.extensions) if config.follow else None,
         pool_rows=pool_rows,
+        wandb_id=new_id(config),
     )
 
 

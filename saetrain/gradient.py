@@ -71,11 +71,16 @@ def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
         Its norm before, on the device: not finite where the gradient is not.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack([_square(g) for g in gradients]).sum().sqrt()
+    norm = gradient_norm(gradients)
     scale = (largest / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
     for gradient in gradients:
         gradient.mul_(scale)
     return norm
+
+
+def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Norm of the gradient of all parameters together, on the device."""
+    return torch.stack([_square(g) for g in gradients]).sum().sqrt()
 
 
 def require_bfloat16_products(device: torch.device) -> None:

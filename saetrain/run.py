@@ -30,6 +30,14 @@ _FREE = {
     "verify",
     "block_cache",
     "block_cache_bytes",
+    "wandb",
+    "wandb_project",
+    "wandb_entity",
+    "wandb_group",
+    "wandb_tags",
+    "wandb_notes",
+    "wandb_per_sae",
+    "wandb_log_final_artifact",
 }
 """Options that may change between a run and its resumption: they do not touch its results."""
 
@@ -109,6 +117,8 @@ class RunRecord:
     """Extensions that the cache had, with --follow: the run goes to the goal of then."""
     pool_rows: int | None = None
     """Rows that are mixed in memory; null in a run from before --buffer-bytes."""
+    wandb_id: str | None = None
+    """Its id at Weights & Biases; null until it is first logged there."""
 
     def __post_init__(self) -> None:
         """Refuse a record of another version."""

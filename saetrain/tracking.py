@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from actcache.atomic import publish
 from actcache.errors import FormatError
@@ -16,6 +16,19 @@ from actcache.progress import Progress
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
+
+
+class Mirror(Protocol):
+    """Where the lines go besides, such as `saetrain.wandb_runs`."""
+
+    def log(self, line: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+        """Take a line of metrics.jsonl, and the one of timings.jsonl beside it."""
+
+    def end(self) -> None:
+        """The run has come to its end, and its SAEs are saved."""
+
+    def close(self) -> None:
+        """There will be no more lines, whether the run has come to its end or not."""
 
 
 class Tracker:
@@ -45,6 +58,8 @@ class Tracker:
         self._first_step = self._last_step = step
         self._waited = 0.0
         self._held_out: dict[str, str] = {}
+        self.mirror: Mirror | None = None
+        """Who else is told every line."""
 
     def log(self, step: int, metrics: Mapping[str, Mapping[str, Any]], waited: float) -> None:
         """Write one line of each file.
@@ -67,9 +82,13 @@ class Tracker:
             "data_wait": (waited - self._waited) / seconds,
             "seconds": now - self._began,
             "peak_memory_bytes": peak_memory(),
+            **peak_device_memory(),
         }
-        self._write(METRICS, {"step": step, "rows": step * self._batch_size, "saes": metrics})
+        line = {"step": step, "rows": step * self._batch_size, "saes": metrics}
+        self._write(METRICS, line)
         self._write(TIMINGS, timings)
+        if self.mirror is not None:
+            self.mirror.log(line, timings)
         waiting = f"{timings['data_wait']:.0%}"
         notes = {"fvu": _range(metrics), **self._held_out, "data_wait": waiting}
         self.bar.advance(rows, rows * self._row_bytes, **notes)
@@ -87,6 +106,8 @@ class Tracker:
         """
         line = {"step": step, "rows": step * self._batch_size, "val_rows": rows, "val": figures}
         self._write(METRICS, line)
+        if self.mirror is not None:
+            self.mirror.log(line)
         self._held_out = {"val_fvu": _range(figures)}
 
     @property
@@ -99,8 +120,15 @@ class Tracker:
         for file in self._files.values():
             os.fsync(file.fileno())
 
+    def end(self) -> None:
+        """The run has come to its end."""
+        if self.mirror is not None:
+            self.mirror.end()
+
     def close(self) -> tuple[float, float]:
         """Close all; returns rows per second and the share of time spent waiting for rows."""
+        if self.mirror is not None:
+            self.mirror.close()
         self.bar.close()
         for file in self._files.values():
             file.close()
@@ -127,6 +155,12 @@ def cut_back(path: Path, step: int) -> None:
             break
         kept.append(line)
     publish(path, ["".join(kept).encode()])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a .jsonl file that was cut back; raises `FormatError` if one is damaged."""
+    text = path.read_text() if path.exists() else ""
+    return [_parse(path, line) for line in text.splitlines()]
 
 
 def _range(figures: Mapping[str, Mapping[str, Any]]) -> str:
@@ -200,6 +234,16 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         raise FormatError(f"{path} holds a line without a step", got=text[:80])
     return line
+
+
+def peak_device_memory() -> dict[str, int]:
+    """Most bytes that this process has had in tensors on one GPU so far; nothing without a GPU."""
+    import torch
+
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return {}
+    devices = range(torch.cuda.device_count())
+    return {"peak_device_memory_bytes": max(map(torch.cuda.max_memory_allocated, devices))}
 
 
 def peak_memory() -> int:

@@ -16,7 +16,7 @@ from saetrain.checkpoint import newest_step, save_checkpoint
 from saetrain.decoder_norm import fold
 from saetrain.follow import Follower
 from saetrain.formats.sparsify import save_sae
-from saetrain.gradient import add_gradient, clip_gradient
+from saetrain.gradient import add_gradient, clip_gradient, gradient_norm
 from saetrain.inputs import rows_of
 from saetrain.metrics import Firing, Meter, decoder_norms
 from saetrain.non_finite import Guard, NonFiniteError, require_finite, with_rows
@@ -27,6 +27,7 @@ from saetrain.run import RunRecord, SaeEntry
 from saetrain.sae import Sae
 from saetrain.tracking import Tracker
 from saetrain.validation import Validation
+from saetrain.vitals import Vitals, decoder_norm_range
 from saetrain.waiting import Waiting
 
 V = TypeVar("V")
@@ -49,6 +50,8 @@ class Trainee:
     """How its steps are made."""
     guard: Guard = field(init=False)
     """Whether its losses have been finite."""
+    vitals: Vitals = field(init=False)
+    """How often its latents fire, and how long its gradients are."""
     best: Best | None = None
     """With --save-best, the best that it has been."""
     saved_best: int | None = None
@@ -57,6 +60,7 @@ class Trainee:
     def __post_init__(self) -> None:
         """Watch the losses where they are computed."""
         self.guard = Guard(self.sae.W_enc.device)
+        self.vitals = Vitals(self.sae.num_latents, self.sae.W_enc.device)
 
     def exported(self) -> dict[str, Tensor]:
         """The weights as they are saved and judged, and thresholds that are no weights."""
@@ -76,6 +80,9 @@ class Trainee:
             if p.grad is not None:  # some batches of an update that is not made yet
                 tensors[f"gradient.{name}"] = p.grad
         numbers = {f"optimizer.{k}": v for k, v in self.optimizer.state_numbers().items()}
+        watched, counted = self.vitals.state()
+        tensors |= {f"vitals.{name}": tensor for name, tensor in watched.items()}
+        numbers |= {f"vitals.{name}": number for name, number in counted.items()}
         return tensors, numbers | {"meter.steps": self.meter.steps}
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
@@ -88,6 +95,7 @@ class Trainee:
         self.firing.rows_since.copy_(tensors["firing"])
         self.meter.sums.copy_(tensors["meter"])
         self.meter.steps = int(numbers["meter.steps"])
+        self.vitals.load_state(_below("vitals.", tensors), _below("vitals.", numbers))
 
 
 def train(
@@ -169,7 +177,11 @@ def _train(
         last = done == record.steps or batch.last
         if done % options.log_every == 0 or last:
             rows = done * record.plan.batch_size
-            tracker.log(done, _read_metrics(root, trainees, done, rows), stream.seconds_waited)
+            metrics = _read_metrics(root, trainees, done, rows)
+            if options.has_histogram(done, last=last):
+                for trainee in trainees:
+                    metrics[trainee.entry.name] |= trainee.vitals.read_density()
+            tracker.log(done, metrics, stream.seconds_waited)
         if validation is not None and (done % (options.val_every or 1) == 0 or last):
             figures = validate(root, groups, validation, done, options.save_best)
             tracker.log_held_out(done, figures, validation.rows)
@@ -247,6 +259,7 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> 
         _update(trainee, step, finite)
     sae.activation.observe(losses.output.top_acts, anew=recipe.changes_k(step))
     trainee.firing.add((losses.output.top_acts, losses.output.top_indices))
+    trainee.vitals.add_latents(losses.output.top_acts, losses.output.top_indices)
     trainee.meter.add(losses)
 
 
@@ -258,6 +271,9 @@ def _update(trainee: Trainee, step: int, finite: Tensor) -> None:
     if recipe.grad_clip is not None:
         norm = clip_gradient(sae.parameters(), recipe.grad_clip)
         finite = trainee.guard.check(norm, step)
+    else:
+        norm = gradient_norm(p.grad for p in sae.parameters() if p.grad is not None)
+    trainee.vitals.add_gradient(norm)
     step_if(finite, trainee.optimizer, recipe.first_step_of_update(step))
 
 
@@ -327,7 +343,11 @@ def _read_metrics(
             "dead_percent": trainee.firing.dead_percent(rows),
             "dead_after": trainee.firing.dead_after,
         }
-        metrics[trainee.entry.name] = means | dead | _norms(trainee)
+        update = trainee.recipe.first_step_of_update(step - 1)
+        # No k: a penalty decides.
+        now = {"lr": trainee.optimizer.learning_rate(update), "k": trainee.sae.k or None}
+        norms = decoder_norm_range(trainee.sae.W_dec) | _norms(trainee)
+        metrics[trainee.entry.name] = means | dead | now | norms | trainee.vitals.read()
     return metrics
 
 

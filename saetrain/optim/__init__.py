@@ -32,6 +32,9 @@ class Optimizer(Protocol):
     def drop_gradients(self) -> None:
         """Drop the gradients without an update."""
 
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step `step` (from 0)."""
+
     def state_tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name."""
 

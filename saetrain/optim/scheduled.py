@@ -58,6 +58,10 @@ class Scheduled:
         for optimizer in self._inner:
             optimizer.zero_grad()
 
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step `step` (from 0)."""
+        return self._lr * self._schedule.factor(step)
+
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, by parameter."""
         return {
@@ -90,7 +94,7 @@ class Scheduled:
     def _set_lr(self, step: int) -> None:
         for optimizer in self._inner:
             for group in optimizer.param_groups:
-                group["lr"] = self._lr * self._schedule.factor(step)
+                group["lr"] = self.learning_rate(step)
 
     def _state(self, parameter: torch.nn.Parameter) -> dict[str, object]:
         """The part of the state that is of one parameter."""

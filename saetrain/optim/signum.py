@@ -65,13 +65,19 @@ class Signum:
     def step(self, step: int) -> None:
         """Update; the step's number (from 0) plays no part without a schedule."""
         if self._schedule is not None:
-            # A warm-up counts from 1: the average's weights are squares of the largest rate so
-            # far, and must not all be 0.
-            warming = step < self._schedule.warmup
             (group,) = self._wrapper.param_groups
-            group["lr"] = self._lr * self._schedule.factor(step + 1 if warming else step)
+            group["lr"] = self.learning_rate(step)
         self._wrapper.step()
         self._wrapper.zero_grad()
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step `step` (from 0)."""
+        if self._schedule is None:
+            return self._lr
+        # A warm-up counts from 1: the average's weights are squares of the largest rate so far, and
+        # must not all be 0.
+        warming = step < self._schedule.warmup
+        return self._lr * self._schedule.factor(step + 1 if warming else step)
 
     @torch.no_grad()
     def masked_step(self, step: int, ok: Tensor) -> None:

@@ -126,13 +126,16 @@ def test_each_line_of_metrics_covers_the_steps_since_the_last(options: Options) 
         (10, 320),
         (12, 384),
     ]
-    names = {"fvu", "auxk", "l0", "dead_percent", "dead_after"}
-    assert all(sae.keys() == names for line in metrics(root) for sae in line["saes"].values())
+    names = {"fvu", "auxk", "l0", "dead_percent", "dead_after", "lr", "k", "grad_norm"}
+    names |= {"decoder_norm_min", "decoder_norm_max"}
+    *others, last = metrics(root)
+    assert all(sae.keys() == names for line in others for sae in line["saes"].values())
+    assert all(sae.keys() == names | {"log10_density"} for sae in last["saes"].values())
     every_step = options(log_every=1, out=config.out + "-finer")
     fit(every_step)
     steps = [line["saes"]["layers.0"] for line in metrics(Path(every_step.out))]
     for line, covered in zip(metrics(root), (steps[:5], steps[5:10], steps[10:]), strict=True):
-        for name in ("fvu", "auxk", "l0"):
+        for name in ("fvu", "auxk", "l0", "grad_norm"):
             mean = sum(step[name] for step in covered) / len(covered)
             assert line["saes"]["layers.0"][name] == pytest.approx(mean, rel=1e-12)
 

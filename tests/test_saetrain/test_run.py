@@ -135,6 +135,14 @@ FREE = {
     "verify": "always",
     "block_cache": "z",
     "block_cache_bytes": 0,
+    "wandb": "offline",
+    "wandb_project": "a",
+    "wandb_entity": "b",
+    "wandb_group": "c",
+    "wandb_tags": ("d",),
+    "wandb_notes": "e",
+    "wandb_per_sae": True,
+    "wandb_log_final_artifact": True,
 }
 BINDING = {
     "hookpoint": ("layers.1",),
@@ -172,6 +180,7 @@ BINDING = {
     "saes": (SaeOptions(num_latents=48, k=3, lr=0.01), SaeOptions(seed=1)),
     "hookpoints": {"layers.0": Override(k=2)},
     "log_every": 5,
+    "histogram_every": 3,
     "follow": True,
     "segment_shards": 4,
     "activation": "relu",

@@ -70,7 +70,7 @@ def test_bytes_per_second_are_those_of_the_rows_since_the_last_line(
     assert found == [16_000.0, 6_400.0]
 
 
-def test_the_bar_has_rows_bytes_and_waiting(
+def test_the_bar_has_loss_rows_bytes_waiting_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
@@ -80,6 +80,8 @@ def test_the_bar_has_rows_bytes_and_waiting(
     shown = capsys.readouterr().err
     assert "rows/s" in shown
     assert "data_wait=0%" in shown
+    assert "fvu=0.2500 to 0.5000" in shown
+    assert "128/128 [00:00<00:00" in shown  # time gone and time left
     assert "disk=" in shown
 
 

@@ -17,6 +17,8 @@ OptimizerName = Literal["signum", "adam", "adamw", "adam8bit", "muon"]
 LrSchedule = Literal["constant", "linear", "cosine", "stable-then-decay"]
 DecoderNorm = Literal["unit", "fold", "free"]
 WeightsDtype = Literal["float32", "bfloat16"]
+InputScale = Literal["none", "rms", "unit"]
+BDecInit = Literal["mean", "geometric-median", "zeros"]
 WandbMode = Literal["disabled", "offline", "online"]
 ActivationName = Literal["topk", "batchtopk", "groupmax", "jumprelu", "relu", "gated"]
 
@@ -199,6 +201,19 @@ class SaeOptions:
     into the encoder when it is saved: rows of norm 1, the same function. free: rows of any norm,
     saved so."""
 
+    b_dec_init: BDecInit = "mean"
+    """Where b_dec begins: at the mean of all training rows, at the geometric median of the first
+    2,048, or at zeros."""
+
+    input_scale: InputScale = "none"
+    """Scale of rows in training, from the statistics of all training rows. rms: their numbers have
+    a mean square of 1. unit: their squared norms have a mean of 1. What is saved takes rows as they
+    are in the cache: the scale is folded into it."""
+
+    encoder_scale: str = "1"
+    """What the encoder's weights are multiplied by at the start: a number; or auto: the one with
+    the least error on the first 2,048 rows, found by trial and written to run.json."""
+
     k_anneal_steps: int = 0
     """Steps in which k falls linearly from --k-start to --k, with topk and batchtopk. What is saved
     says --k always."""
@@ -222,6 +237,8 @@ class SaeOptions:
         if not 0 <= self.auxk_alpha < float("inf"):
             raise ConfigError("--auxk-alpha is out of range", expected=">= 0", got=self.auxk_alpha)
         _require_seed("--seed", self.seed)
+        # One spelling of each number: 1 and 1.0 would be two SAEs. The class is frozen.
+        object.__setattr__(self, "encoder_scale", _scale(self.encoder_scale))
         if self.lr_warmup_steps < 0:
             raise ConfigError("--lr-warmup-steps is negative", got=self.lr_warmup_steps)
         self._check_activation()
@@ -563,6 +580,12 @@ class FitConfig(SaeOptions):
                     got=self.micro_batch_size,
                     remedy="a smaller --batch-size with --grad-acc-steps, or --activation topk",
                 )
+            if sae.encoder_scale == "auto" and self.transcode:
+                raise ConfigError(
+                    "--encoder-scale auto has nothing to try: a transcoder's decoder begins at 0",
+                    expected="a number with --transcode",
+                    remedy="leave it out",
+                )
             if sae.decoder_norm == "fold" and self.transcode:
                 raise ConfigError(
                     "--decoder-norm fold scales latents by norms, and a transcoder's begin at zero",
@@ -604,6 +627,21 @@ class FitConfig(SaeOptions):
             )
         for f in dataclasses.fields(SaeOptions):
             object.__setattr__(self, f.name, getattr(first, f.name))  # the class is frozen
+
+
+def _scale(text: str) -> str:
+    """A number above 0 in the shortest spelling, or auto; raises `ConfigError`."""
+    if text == "auto":
+        return text
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = -1.0
+    if not 0 < scale < float("inf"):
+        raise ConfigError(
+            "--encoder-scale is neither a scale nor auto", expected="auto, or > 0", got=text
+        )
+    return repr(scale).removesuffix(".0")
 
 
 def _require_positive(options: object, *names: str) -> None:

@@ -190,6 +190,8 @@ def _value(hint: Any, obj: Any, where: str, several: bool = False) -> Any:
         obj = [obj]
     if isinstance(obj, str) and (hint is float or float in get_args(hint)):
         obj = _number(obj)
+    if hint is str and type(obj) in (int, float):  # --encoder-scale is a number or a word
+        obj = repr(obj)
     try:
         return parse_value(hint, obj, where)
     except FormatError as error:

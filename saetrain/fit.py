@@ -25,12 +25,12 @@ from actcache.segments import Segmentation, default_shards_each, goal_rows
 from actcache.stream import ActivationStream
 from actcache.tuning import Tuning, tune
 from saetrain.best import Best
-from saetrain.build import build_sae
 from saetrain.checkpoint import load_checkpoint, newest_step, remove_others
 from saetrain.config import PENALISED, FitConfig, SaeConfig, SaeOptions
 from saetrain.follow import Follower
 from saetrain.gradient import require_bfloat16_products
 from saetrain.grid import require_overrides_used, saes_at
+from saetrain.initial import FirstRows, initial_sae, start_at_median, with_scales
 from saetrain.inputs import Wiring, hookpoints_of, targets_of, wire
 from saetrain.limits import Waits, sentence
 from saetrain.metrics import Firing, Meter
@@ -127,7 +127,7 @@ def _fit(
         remove_partials(root)
         record, warnings = _go_on(config, cache, root)
     else:
-        record = _decide(config, cache)
+        record = _decide(config, cache, device)
         warnings = () if config.follow else _missing_shards(cache)
     if record.extensions is not None:  # those that came later are no part of the run
         cache = cache.before(record.extensions)
@@ -142,6 +142,10 @@ def _fit(
         write_run(root, record)
     follower = None if record.segment_shards is None else Follower(root, record, cache)
     first_step, place = _restore(root, record, trainees, follower)
+    if first_step == 0:
+        first = FirstRows(cache, record.plan)
+        for trainee in trainees:
+            start_at_median(trainee.sae, trainee.entry, first)
     hookpoints = hookpoints_of(record.saes)
     tuning = tune(cache, hookpoints, record.plan)
     budget = budget_of(config, cache, hookpoints)
@@ -372,7 +376,7 @@ def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
     return spend(config.buffer_bytes, cache.manifest, hookpoints, config.batch_size)
 
 
-def _decide(config: FitConfig, cache: Cache) -> RunRecord:
+def _decide(config: FitConfig, cache: Cache, device: torch.device) -> RunRecord:
     entries = entries_of(config, cache)
     pool_rows = budget_of(config, cache, hookpoints_of(entries)).pool_rows
     decide = _order_in_segments if config.follow else _order
@@ -380,6 +384,12 @@ def _decide(config: FitConfig, cache: Cache) -> RunRecord:
     steps = _steps(config, order.epoch_steps)
     epoch_steps = steps if order.epoch_steps is None else order.epoch_steps
     training = [shard for shard, _ in order.plan.shards]
+    first = FirstRows(cache, order.plan)
+    statistics_of = functools.cache(lambda name: cache.statistics(name, training))
+    entries = tuple(
+        with_scales(entry, config.of(entry.options), statistics_of, first, device)
+        for entry in entries
+    )
     return RunRecord(
         format_version=FORMAT_VERSION,
         cache=place_of(config.cache),
@@ -543,10 +553,7 @@ def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Traine
     for entry in record.saes:
         sizes, options = entry.config, record.options.of(entry.options)
         targets = targets_of(entry, statistics_of)
-        dtype = getattr(torch, options.weights_dtype)
-        sae = build_sae(sizes, unit=targets.unit, seed=entry.seed, device=device, dtype=dtype)
-        with torch.no_grad():
-            sae.b_dec.copy_(torch.from_numpy(targets.mean))
+        sae = initial_sae(entry, targets, options, device)
         optimizer = make_optimizer(
             options.optimizer,
             sae,

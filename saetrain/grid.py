@@ -28,6 +28,9 @@ _LABELS = {
     "num_latents": "latents",
     "lr_warmup_steps": "warmup",
     "auxk_alpha": "auxk",
+    "b_dec_init": "b-dec",
+    "input_scale": "input",
+    "encoder_scale": "encoder",
 }
 """What stands before a number in a folder's name, where it is not the option's own."""
 
@@ -159,7 +162,7 @@ def _part(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return label if value else f"no-{label}"
     if isinstance(value, str):
-        return value
+        return f"{label}-{value}" if name in _LABELS else value
     if value is None:
         return f"{label}-default"
     if isinstance(value, tuple):

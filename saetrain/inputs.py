@@ -101,7 +101,7 @@ def rows_of(entry: SaeEntry, activations: Mapping[str, Tensor]) -> Tensor:
 
 
 class Targets(NamedTuple):
-    """What is known beforehand of the rows an SAE is trained on."""
+    """What is known beforehand of the rows an SAE is trained on, scaled as it is given them."""
 
     mean: NDArray[np.float64]
     """Mean row of what it predicts. [E]"""
@@ -124,6 +124,7 @@ def targets_of(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) -> T
         RunError: the rows of a hookpoint do not vary.
     """
     known = {name: statistics_of(name) for name in entry.hookpoints}
+    scales = dict(zip(entry.hookpoints, entry.scales or (1.0,) * len(known), strict=True))
     for name, statistics in known.items():
         if not statistics.variance > 0:
             raise RunError(
@@ -133,10 +134,11 @@ def targets_of(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) -> T
                 remedy="leave this hookpoint out",
             )
     targets = entry.targets
-    parts = tuple(Part(name, len(known[name].mean), known[name].variance) for name in targets)
+    variances = {name: known[name].variance * scales[name] ** 2 for name in known}
+    parts = tuple(Part(name, len(known[name].mean), variances[name]) for name in targets)
     return Targets(
-        mean=np.concatenate([known[name].mean for name in targets]),
+        mean=np.concatenate([known[name].mean * scales[name] for name in targets]),
         variance=sum(part.variance for part in parts),
-        unit=float(np.sqrt(sum(known[name].variance for name in entry.sources))),
+        unit=float(np.sqrt(sum(variances[name] for name in entry.sources))),
         parts=parts if len(parts) > 1 else (),
     )

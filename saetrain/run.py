@@ -63,6 +63,10 @@ class SaeEntry:
     """Hookpoints whose rows it reads, side by side; none: the one it is called after."""
     predicts: tuple[str, ...] = ()
     """Hookpoints whose rows it predicts; none: those it reads."""
+    scales: tuple[float, ...] = ()
+    """With --input-scale, what the rows of each of its hookpoints are multiplied by in training."""
+    encoder_scale: float = 1.0
+    """What its encoder's weights were multiplied by at the start."""
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from saetrain.optim import Optimizer, step_if
 from saetrain.recipe import Recipe
 from saetrain.run import RunRecord, SaeEntry
 from saetrain.sae import Sae
+from saetrain.scaling import Scaling, scaling_of
 from saetrain.tracking import Tracker
 from saetrain.validation import Validation
 from saetrain.vitals import Vitals, decoder_norm_range
@@ -50,6 +51,8 @@ class Trainee:
     """How its steps are made."""
     guard: Guard = field(init=False)
     """Whether its losses have been finite."""
+    scaling: Scaling | None = field(init=False)
+    """How its rows are scaled."""
     vitals: Vitals = field(init=False)
     """How often its latents fire, and how long its gradients are."""
     best: Best | None = None
@@ -61,15 +64,18 @@ class Trainee:
         """Watch the losses where they are computed."""
         self.guard = Guard(self.sae.W_enc.device)
         self.vitals = Vitals(self.sae.num_latents, self.sae.W_enc.device)
+        self.scaling = scaling_of(self.entry, self.sae.W_enc.device, self.sae.W_enc.dtype)
 
     def exported(self) -> dict[str, Tensor]:
         """The weights as they are saved and judged, and thresholds that are no weights."""
         weights = dict(self.sae.named_buffers()) | self.optimizer.weights_to_export()
-        return fold(weights) if self.recipe.decoder_norm == "fold" else weights
+        weights = fold(weights) if self.recipe.decoder_norm == "fold" else weights
+        return weights if self.scaling is None else self.scaling.raw(weights)
 
     def unit_norm(self) -> bool:
         """Whether the saved decoder rows are meant to have norm 1."""
-        return self.recipe.decoder_norm != "free"
+        of_columns = self.scaling is not None and self.scaling.by is None
+        return self.recipe.decoder_norm != "free" and not of_columns
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Tensors and numbers for a checkpoint."""
@@ -250,6 +256,8 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> 
             sae.normalise_decoder()
         sae.activation.project()
     x = rows.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype, non_blocking=True)
+    if trainee.scaling is not None:
+        x = x * trainee.scaling.rows
     dead = trainee.firing.dead() if auxk_alpha > 0 else None
     losses = add_gradient(
         sae, x, trainee.variance, dead, trainee.objective, step, auxk_alpha, recipe
@@ -359,6 +367,8 @@ def _norms(trainee: Trainee) -> dict[str, float]:
     weights: dict[str, Tensor] = dict(trainee.sae.named_parameters())
     if trainee.recipe.decoder_norm == "fold":
         weights = fold(weights)
+    if trainee.scaling is not None:
+        weights = trainee.scaling.raw(weights)
     return decoder_norms(weights["W_dec"], parts)
 
 

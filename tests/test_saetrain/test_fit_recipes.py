@@ -42,6 +42,12 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "adam8bit": {"optimizer": "adam8bit", "num_latents": 512},
     "muon": {"optimizer": "muon", "k_anneal_steps": 15, "k_start": 20},
+    "adam, from the median, rows and encoder scaled": {
+        "optimizer": "adam",
+        "b_dec_init": "geometric-median",
+        "input_scale": "rms",
+        "encoder_scale": "auto",
+    },
     "muon in bfloat16": {"optimizer": "muon", "autocast": True},
     "adam with weights in bfloat16": {"optimizer": "adam", "weights_dtype": "bfloat16"},
 }

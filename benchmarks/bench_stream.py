@@ -55,7 +55,8 @@ class Sizes:
     rounds: int
 
 
-FULL = Sizes(2**22, 2**20, 7)
+FULL = Sizes(2**21, 2**20, 5)
+PEERS = ("SAELens", "litdata", "streaming")
 SMOKE = Sizes(2**18, 2**16, 3)
 
 
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--threads", type=int, default=2, help="of the stream and of preadv")
     parser.add_argument("--only", type=int, choices=(1, 2, 3), help="one table alone")
+    parser.add_argument("--peer", choices=PEERS, action="append", help="in table 2; all of them")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     sizes = SMOKE if options.smoke else FULL
@@ -77,7 +79,7 @@ def main() -> None:
         if options.only in (None, 1):
             against_disk(work, sizes, options.width, options.threads)
         if options.only in (None, 2):
-            against_peers(work, sizes, options.width, options.threads)
+            against_peers(work, sizes, options.width, options.threads, options.peer or PEERS)
         if options.only in (None, 3) and torch.cuda.is_available():
             on_a_gpu(work, sizes, options.width, options.threads)
 
@@ -174,14 +176,15 @@ def take_turns(
 # 2. Peers.
 
 
-def against_peers(work: Path, sizes: Sizes, width: int, threads: int) -> None:
+def against_peers(work: Path, sizes: Sizes, width: int, threads: int, peers: Sequence[str]) -> None:
     """Rows per second of each library from files that it wrote itself."""
     root = work / "ours"
     write_cache(root, "memmap", sizes.peer_rows, width, shards=16)
     cache = Cache.open(root)
     rows = np.concatenate([cache.read(HOOKPOINT, shard).values for shard in cache.shards])
     acts = {"actcache": lambda: stream(cache, cache.rows // 8, threads, rows_per_second=True)}
-    for name, prepare in (("SAELens", saelens), ("litdata", litdata), ("streaming", mosaic)):
+    writers = dict(zip(PEERS, (saelens, litdata, mosaic), strict=True))
+    for name, prepare in ((name, writers[name]) for name in peers):
         try:
             acts[name] = prepare(work / name, rows)
         except (ImportError, AttributeError, TypeError, OSError) as error:

@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,9 +69,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the stream and of preadv")
     parser.add_argument("--only", type=int, choices=(1, 2, 3), help="one table alone")
     parser.add_argument("--peer", choices=PEERS, action="append", help="in table 2; all of them")
+    parser.add_argument("--peer-rows", type=int, help="of table 2; by default 2**20")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     sizes = SMOKE if options.smoke else FULL
+    sizes = replace(sizes, peer_rows=options.peer_rows or sizes.peer_rows)
     packages = ("sae-lens", "litdata", "mosaicml-streaming")
     print(f"{machine(*packages)}; width {options.width}, bfloat16, batch {BATCH}\n")
     with tempfile.TemporaryDirectory(dir=options.work, prefix="bench-stream-") as name:

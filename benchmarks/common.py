@@ -86,9 +86,10 @@ def synthetic_manifest(
     shards: int,
     ctx_len: int = 1024,
     row_order: RowOrder = "shuffled",
+    skip_positions: int = 1,
     seed: int = 0,
 ) -> Manifest:
-    """What a harvest of so many full shards says of itself; bfloat16, position 0 left out."""
+    """What a harvest of so many full shards says of itself; bfloat16, memmap."""
     identity = Identity(
         model_fingerprint="0" * 32,
         model_dtype="bfloat16",
@@ -104,7 +105,7 @@ def synthetic_manifest(
         eos_id=0,
         pad_id=None,
         keep_order=False,
-        skip_positions=1,
+        skip_positions=skip_positions,
         exclude_special=(),
         exclude_tokens=(),
         max_norm_ratio=None,

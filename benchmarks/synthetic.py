@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from common import synthetic_manifest
 
 from actcache.atomic import publish
 from actcache.filters import kept_positions
-from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
+from actcache.manifest import Hookpoint
 from actcache.parse import to_json
 from actcache.receipt import EndReceipt, publish_end
 from actcache.storage import BACKENDS, StoredRows
@@ -29,47 +31,15 @@ def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 1
         shards: how many.
     """
     sequences = max(1, rows // CTX // shards)
-    identity = Identity(
-        model_fingerprint="0" * 32,
-        model_dtype="bfloat16",
-        tokenizer_fingerprint="1" * 32,
-        dataset_fingerprint="2" * 32,
-        weights=(),
-        documents="text",
-        column="text",
-        shuffle_buffer=None,
-        pipeline="pack",
-        ctx_len=CTX,
-        bos_id=None,
-        eos_id=0,
-        pad_id=None,
-        keep_order=False,
-        skip_positions=0,
-        exclude_special=(),
-        exclude_tokens=(),
-        max_norm_ratio=None,
-        hookpoints=(Hookpoint(HOOKPOINT, width),),
-        dtype="bfloat16",
-        via=(),
-        batch_size=8,
-        row_order="shuffled",
-        seed=0,
-    )
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        cache_id=identity.digest(),
-        identity=identity,
-        model="synthetic",
-        revision=None,
-        architecture="None",
-        dataset="synthetic",
-        split="train",
+    manifest = replace(
+        synthetic_manifest(
+            (Hookpoint(HOOKPOINT, width),),
+            sequences_per_shard=sequences,
+            shards=shards,
+            ctx_len=CTX,
+            skip_positions=0,
+        ),
         backend=backend,  # type: ignore[arg-type]
-        compression="none",
-        sequences_per_shard=sequences,
-        planned_sequences=sequences * shards,
-        block_rows=2 ** round(np.log2(2**20 / (2 * width))),
-        versions={},
     )
     publish(root / "manifest.json", [to_json(manifest)])
     BACKENDS[backend].lay(root, manifest)
@@ -78,7 +48,7 @@ def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 1
         numbers = np.arange(sequences, dtype=np.int64)
         lengths = np.full(sequences, CTX, dtype=np.int32)
         text = ShardText(np.zeros((sequences, CTX), np.int32), lengths, numbers, numbers * 0)
-        kept, dropped = kept_positions(identity, text.tokens, text.lengths)
+        kept, dropped = kept_positions(manifest.identity, text.tokens, text.lengths)
         random = np.random.default_rng(shard).integers(0, 2**15, (count, width), dtype=np.uint16)
         values = (random & 0x80FF) | 0x3F00  # bfloat16 numbers between 0.5 and 2
         stored = {HOOKPOINT: StoredRows({"activations": values.astype("<u2")})}

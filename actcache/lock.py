@@ -35,6 +35,11 @@ class FolderLock:
         self._root, self._path, self._work = root, root / path, work
         self._fd: int | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether it is."""
+        return self._fd is not None
+
     def take(self) -> None:
         """Become the one at work in this folder.
 

@@ -22,6 +22,8 @@ TERMINATED = 143  # and of one that was asked to end by SIGTERM, as schedulers d
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception: whatever Ctrl-C would clean up is cleaned up."""
 
+    exit_code = TERMINATED
+
 
 def guarded(run: Callable[P, None]) -> Callable[P, None]:
     """Print errors that a user can mend as text, without a traceback, and exit with their code."""
@@ -35,10 +37,11 @@ def guarded(run: Callable[P, None]) -> Callable[P, None]:
             say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
-            terminated = isinstance(stop, Terminated)
-            what = "terminated" if terminated else "interrupted"
-            say(f"{what}: what was published stays; the same command goes on (fit: with --resume)")
-            raise typer.Exit(TERMINATED if terminated else INTERRUPTED) from None
+            code = getattr(stop, "exit_code", INTERRUPTED)  # of fit's `Stopped`, too
+            what = "terminated" if code == TERMINATED else "interrupted"
+            how = str(stop) or "what was published stays; the same command goes on (fit: --resume)"
+            say(f"{what}: {how}")
+            raise typer.Exit(code) from None
         except BrokenPipeError:  # `| head` has seen enough: click ends quietly, with code 1
             raise
         except OSError as error:  # a folder without permission, a disk that fails

@@ -1,18 +1,24 @@
 """A run's state on disk, from which it goes on as if it had never stopped.
 
 One safetensors file per SAE, `RUN/checkpoint-STEP.NUMBER.safetensors`, and last
-`RUN/checkpoint-STEP.json`, which holds the counters and every file's digest: without it, there is
-no checkpoint. Older checkpoints go once a newer one is whole. Nothing is pickled.
+`RUN/checkpoint-STEP.json`, which holds the counters, every file's digest, and its own: without it,
+there is no checkpoint. Older checkpoints go once a newer one is whole, but for those that are kept.
+Nothing is pickled.
 
 They lie flat: sparsify takes every folder within a run for an SAE.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -44,6 +50,31 @@ class State:
     stream: dict[str, int]
     """Where the next batch lies."""
     saes: tuple[SaeState, ...]
+    seal: str | None = None
+    """XXH3 128-bit digest of the file without it; null in one from before there was any."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when there are newer ones."""
+
+    last: int = 1
+    """So many of the newest."""
+    every: int | None = None
+    """And those of every so many steps."""
+
+    def choose(self, steps: Collection[int]) -> set[int]:
+        """Those of the checkpoints of these steps that stay."""
+        kept = set(sorted(steps)[-self.last :])
+        return kept | {step for step in steps if self.is_due(step)}
+
+    def is_due(self, step: int) -> bool:
+        """Whether there must be a checkpoint of a step, for it to be kept."""
+        return self.every is not None and step % self.every == 0
+
+
+NEWEST = Keep()
+"""The newest one alone."""
 
 
 def save_checkpoint(
@@ -53,8 +84,9 @@ def save_checkpoint(
     saes: list[tuple[dict[str, Tensor], dict[str, float]]],
     exports: list[FileReceipt],
     bests: list[Best | None] | None = None,
+    keep: Keep = NEWEST,
 ) -> None:
-    """Write a checkpoint, then remove the older ones.
+    """Write a checkpoint, then remove older ones.
 
     Args:
         root: folder of the run.
@@ -63,6 +95,7 @@ def save_checkpoint(
         saes: tensors and numbers of each SAE, in the run's order.
         exports: of each SAE, the file of weights that others load, written before.
         bests: of each SAE, the best that it has been, written before; None: none are kept.
+        keep: which older ones stay.
 
     Raises:
         DiskFullError: no room; the checkpoint before stays.
@@ -72,13 +105,16 @@ def save_checkpoint(
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         file = publish(tensors_path(root, step, i), [save(plain)])
         parts.append(SaeState(file, numbers, exports[i], None if bests is None else bests[i]))
-    publish(state_path(root, step), [to_json(State(step, stream, tuple(parts)))])
-    remove_others(root, step)
+    state = State(step, stream, tuple(parts))
+    publish(state_path(root, step), [to_json(dataclasses.replace(state, seal=_seal(state)))])
+    remove_others(root, step, keep)
 
 
-def remove_others(root: Path, step: int) -> None:
-    """Remove all checkpoints but that of `step`, and what a kill left of any."""
-    others = sorted(path for path, of in _files(root) if of != step)
+def remove_others(root: Path, step: int, keep: Keep = NEWEST) -> None:
+    """Remove all checkpoints but that of `step` and older ones to keep; what a kill left, too."""
+    found = _files(root)
+    kept = keep.choose({of for path, of in found if path.suffix == ".json" and of <= step})
+    others = sorted(path for path, of in found if of not in kept)
     for other in sorted(others, key=lambda path: path.suffix != ".json"):  # the states first
         other.unlink()
 
@@ -91,13 +127,33 @@ def newest_step(root: Path) -> int | None:
 def newest_state(root: Path) -> State | None:
     """The state of the newest checkpoint, if there is one; raises `FormatError`."""
     step = newest_step(root)
-    if step is None:
-        return None
+    return None if step is None else read_state(root, step)
+
+
+def read_state(root: Path, step: int) -> State:
+    """The state of the checkpoint of a step; raises `FormatError` if it is damaged."""
     path = state_path(root, step)
-    state = parse_dataclass(State, read_json(path), str(path))
+    obj = read_json(path)
+    state = parse_dataclass(State, obj, str(path))
+    if state.seal is not None and state.seal != _seal(obj):
+        raise FormatError(f"{path} is damaged", expected=f"digest {state.seal}", got=_seal(obj))
     if state.step != step:
         raise FormatError(f"{path} is not of its step", expected=step, got=state.step)
     return state
+
+
+def best_steps(root: Path, sae: int) -> set[int]:
+    """Steps of the best ones of an SAE that any checkpoint names: they must not go before it."""
+    steps = set()
+    for path, step in _files(root):
+        if path.suffix == ".json":
+            try:
+                state = read_state(root, step)
+            except FormatError:  # nobody can go on from it
+                continue
+            if sae < len(state.saes) and (best := state.saes[sae].best) is not None:
+                steps.add(best.step)
+    return steps
 
 
 def state_path(root: Path, step: int) -> Path:
@@ -116,26 +172,63 @@ def _files(root: Path) -> list[tuple[Path, int]]:
     return [(path, int(match[1])) for path, match in matches if match]
 
 
-def load_checkpoint(root: Path) -> tuple[State, list[dict[str, Tensor]]] | None:
-    """The newest checkpoint: its state and each SAE's tensors; None if there is none yet.
+def load_checkpoint(
+    root: Path,
+    check: Callable[[State], None] = lambda _: None,
+    fell_back: Callable[[FormatError, int], None] = lambda *_: None,
+) -> tuple[State, list[dict[str, Tensor]]] | None:
+    """The newest checkpoint that is whole: its state and each SAE's tensors.
+
+    Args:
+        root: folder of the run.
+        check: raises `FormatError` if what lies beside a checkpoint is not what it names.
+        fell_back: hears why a newer one is not taken, and the step of the one that is.
+
+    Returns:
+        None if there is none yet.
 
     Raises:
-        FormatError: it is damaged.
+        FormatError: there are some, and all are damaged. It is told of the newest.
     """
-    state = newest_state(root)
-    if state is None:
-        return None
-    tensors = []
-    for i, part in enumerate(state.saes):
-        path = tensors_path(root, state.step, i)
-        got = digest_file(path) if path.is_file() else "nothing"
-        if got != part.file:
-            raise FormatError(
-                f"{path} is not what its checkpoint wrote",
-                expected=part.file,
-                got=got,
-                remedy=f"remove {state_path(root, state.step)} to go on from an older checkpoint, "
-                "if there is one, or begin the run anew",
-            )
-        tensors.append(load(path.read_bytes()))
-    return state, tensors
+    steps = sorted({step for path, step in _files(root) if path.suffix == ".json"}, reverse=True)
+    first: FormatError | None = None
+    for step in steps:
+        try:
+            state = read_state(root, step)
+            tensors = [_load(root, state, i) for i in range(len(state.saes))]
+            check(state)
+        except FormatError as error:
+            first = first or error
+        else:
+            if first is not None:
+                fell_back(first, step)
+            return state, tensors
+    if first is not None:
+        raise FormatError(
+            first.what,
+            expected=first.expected,
+            got=first.got,
+            remedy="no other checkpoint is whole (--keep-last 2 keeps one to fall back to): "
+            "restore it from a copy, or remove checkpoint-* there and begin the run anew with "
+            "--resume",
+        ) from first
+    return None
+
+
+def _load(root: Path, state: State, sae: int) -> dict[str, Tensor]:
+    """The tensors of one SAE; raises `FormatError` if its file is not what was written."""
+    path, promised = tensors_path(root, state.step, sae), state.saes[sae].file
+    got: object = digest_file(path) if path.is_file() else "nothing"
+    try:
+        if got == promised:
+            return load(path.read_bytes())
+    except SafetensorError as error:
+        got = error
+    raise FormatError(f"{path} is not what its checkpoint wrote", expected=promised, got=got)
+
+
+def _seal(state: object) -> str:
+    """Digest over all of a state but the digest itself."""
+    plain = json.loads(to_json(state))
+    plain["seal"] = None
+    return xxhash.xxh3_128(to_json(plain)).hexdigest()

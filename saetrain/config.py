@@ -455,6 +455,13 @@ class FitConfig(SaeOptions):
     save_every: int = 1000
     """Steps between checkpoints; the last step always has one."""
 
+    keep_last: int = 1
+    """Checkpoints that stay, the newest ones. With 2 or more, a run whose newest one is damaged
+    goes on from the one before."""
+
+    keep_every: int | None = None
+    """Make a checkpoint every so many steps, besides, and keep it for good. Default: none."""
+
     log_every: int = 10
     """Steps that a line of metrics.jsonl covers."""
 
@@ -491,6 +498,14 @@ class FitConfig(SaeOptions):
     resume: bool = False
     """Go on from the run's last checkpoint; begin a run that does not exist yet."""
 
+    force_config: bool = False
+    """With --resume, go on under other options than the run has had: lr, lr-schedule,
+    lr-warmup-steps, lr-decay-steps, lr-end, weight-decay, grad-clip, decoder-norm, k-anneal-steps,
+    k-start, auxk-alpha, sparsity, sparsity-warmup-steps, dead-after, epochs and max-tokens (not
+    with --follow), micro-batch-size, autocast, val-every, val-rows, save-best, log-every. They hold
+    from the last checkpoint on, and run.json tells it. What changes the SAEs' names, shapes or
+    optimisers, or the order of rows, is refused, and so is another cache."""
+
     block_cache: str | None = None
     """With a URL: folder for blocks that were fetched. Default: $ACTCACHE_BLOCK_CACHE, or
     actcache/blocks in the user's folder for caches."""
@@ -522,6 +537,8 @@ class FitConfig(SaeOptions):
             "grad_acc_steps",
             "micro_batch_size",
             "save_every",
+            "keep_last",
+            "keep_every",
             "log_every",
         )
         self._check_kinds()
@@ -529,6 +546,8 @@ class FitConfig(SaeOptions):
             _require_seed("--data-seed", self.data_seed)
         if self.histogram_every < 0:
             raise ConfigError("--histogram-every is negative", got=self.histogram_every)
+        if self.force_config and not self.resume:
+            raise ConfigError("--force-config is for a run to go on with", remedy="add --resume")
         if self.save_best and self.val_every is None:
             raise ConfigError("--save-best needs validations", remedy="add --val-every N")
         if self.val_every is not None and self.val_fraction == 0:

@@ -98,7 +98,7 @@ def _of_run(path: Path) -> Options:
 
     record = read_run(path.parent)
     options = values_of(record.options) | {"cache": record.cache, "out": str(path.parent)}
-    del options["resume"]
+    del options["resume"], options["force_config"]
     found = {name: value for name, value in options.items() if value is not None}
     if record.options.saes and make_config(found).saes != record.options.saes:
         raise ConfigError(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from actcache.atomic import remove_partials
+from actcache.atomic import digest_file, remove_partials
 from actcache.budget import PREFETCH_BATCHES, Budget, spare_windows, spend
 from actcache.device import choose_device
 from actcache.errors import ConfigError, DiskFullError, FormatError, RunError
@@ -24,10 +24,13 @@ from actcache.reader import Cache
 from actcache.segments import Segmentation, default_shards_each, goal_rows
 from actcache.stream import ActivationStream
 from actcache.tuning import Tuning, tune
-from saetrain.best import Best
-from saetrain.checkpoint import load_checkpoint, newest_step, remove_others
+from saetrain.best import Best, best_folder
+from saetrain.checkpoint import Keep, State, load_checkpoint, newest_step, remove_others
 from saetrain.config import PENALISED, FitConfig, SaeConfig, SaeOptions
+from saetrain.ending import forget, told
 from saetrain.follow import Follower
+from saetrain.forcing import force, with_change
+from saetrain.formats.sparsify import WEIGHTS
 from saetrain.gradient import require_bfloat16_products
 from saetrain.grid import require_overrides_used, saes_at
 from saetrain.initial import FirstRows, initial_sae, start_at_median, with_scales
@@ -42,6 +45,7 @@ from saetrain.run import (
     RUN,
     RunRecord,
     SaeEntry,
+    changed_options,
     check_same_cache,
     check_same_run,
     place_of,
@@ -49,8 +53,9 @@ from saetrain.run import (
     receipts_digest,
     write_run,
 )
+from saetrain.stopping import Stopping
 from saetrain.tracking import METRICS, Tracker, last_line, saes_of
-from saetrain.trainer import Trainee, forget_other_bests, train
+from saetrain.trainer import Trainee, export, forget_other_bests, train
 from saetrain.validation import Validation
 from saetrain.waiting import first_segment, require_batch
 from saetrain.wandb_runs import new_id, open_wandb
@@ -93,8 +98,11 @@ class FitSummary:
 def fit(config: FitConfig) -> FitSummary:
     """Train the SAEs of each hookpoint chosen from one pass over its rows, or go on with a run.
 
+    SIGTERM and Ctrl-C let it save at the next step; a second one ends it at once.
+
     Raises:
         ActcacheError: one of its kinds, for anything a user can mend.
+        Stopped: a signal asked for it, and the steps before it are saved.
     """
     _refuse_ranks()
     root = Path(config.out)
@@ -108,7 +116,8 @@ def fit(config: FitConfig) -> FitSummary:
         torch.set_float32_matmul_precision("high")  # TF32: the encoder's product is most of a step
     lock = FolderLock(root, LOCK, "fit")
     try:
-        return _fit(config, root, cache, device, lock)
+        with told(root, lambda: lock.held):
+            return _fit(config, root, cache, device, lock)
     except DiskFullError as error:
         remedy = "free space; the same command with --resume goes on from what is saved"
         raise DiskFullError(
@@ -122,30 +131,34 @@ def _fit(
     config: FitConfig, root: Path, cache: Cache, device: torch.device, lock: FolderLock
 ) -> FitSummary:
     begun = _is_begun(config, root)
+    changes: tuple[str, ...] = ()
     if begun:
         lock.take()
+        forget(root)
         remove_partials(root)
-        record, warnings = _go_on(config, cache, root)
+        record, changes, warnings = _go_on(config, cache, root)
     else:
         record = _decide(config, cache, device)
         warnings = () if config.follow else _missing_shards(cache)
     if record.extensions is not None:  # those that came later are no part of the run
         cache = cache.before(record.extensions)
     trainees = _build(record, cache, device)
-    finished = begun and newest_step(root) == record.steps
-    validation = None if finished else _held_out_rows(record, cache)
-    if not begun:  # only now: a run that cannot be built leaves nothing behind
+    follower = None if record.segment_shards is None else Follower(root, record, cache)
+    restored = _restore(root, record, trainees, follower) if begun else _Restored()
+    first_step = restored.step
+    if first_step == 0:
+        first = FirstRows(cache, record.plan)
+        for trainee in trainees:
+            start_at_median(trainee.sae, trainee.entry, first)
+    validation = None if first_step == record.steps else _held_out_rows(record, cache)
+    if begun:
+        _write_changes(root, record, first_step, changes)
+    else:  # only now: a run that cannot be built leaves nothing behind
         lock.take()
         if (root / RUN).exists():
             raise RunError(f"another fit has begun a run in {root}", remedy="--resume, or wait")
         remove_partials(root)
         write_run(root, record)
-    follower = None if record.segment_shards is None else Follower(root, record, cache)
-    first_step, place = _restore(root, record, trainees, follower)
-    if first_step == 0:
-        first = FirstRows(cache, record.plan)
-        for trainee in trainees:
-            start_at_median(trainee.sae, trainee.entry, first)
     hookpoints = hookpoints_of(record.saes)
     tuning = tune(cache, hookpoints, record.plan)
     budget = budget_of(config, cache, hookpoints)
@@ -159,14 +172,19 @@ def _fit(
         reading=tuning.reading,
         device=device if device.type == "cuda" else None,
     )
-    if place:
-        stream.load_state_dict(place)
+    if restored.stream:
+        stream.load_state_dict(restored.stream)
     tracker = Tracker(root, first_step, record.steps, record.plan.batch_size, stream.row_bytes)
+    for warning in restored.warnings:
+        tracker.bar.say(f"warning: {warning}")
     if first_step < record.steps:
         tracker.bar.say(_how_it_reads(record, tuning, stream.row_bytes))
     try:
         tracker.mirror = open_wandb(root, record, tracker.bar.say)
-        steps = train(root, record, trainees, stream, tracker, first_step, follower, validation)
+        with Stopping() as stopping:
+            steps = train(
+                root, record, trainees, stream, tracker, first_step, follower, validation, stopping
+            )
         tracker.end()
     finally:
         stream.close()
@@ -188,7 +206,7 @@ def _fit(
         saes=saes_of(root / METRICS, line, [entry.name for entry in record.saes]),
         held_out=(last_line(root / METRICS, key="val") or {"val": {}})["val"],
         best={t.entry.name: t.best for t in trainees if t.best is not None},
-        warnings=(*warnings, *_ended_early(record, steps)),
+        warnings=(*warnings, *restored.warnings, *_ended_early(record, steps)),
     )
 
 
@@ -289,42 +307,96 @@ def _is_begun(config: FitConfig, root: Path) -> bool:
     return False
 
 
-def _go_on(config: FitConfig, cache: Cache, root: Path) -> tuple[RunRecord, tuple[str, ...]]:
-    """The record of the run that is there, checked against what is asked now; and warnings."""
+def _go_on(
+    config: FitConfig, cache: Cache, root: Path
+) -> tuple[RunRecord, tuple[str, ...], tuple[str, ...]]:
+    """The record of the run that is there, checked against what is asked now.
+
+    Returns:
+        It with the options of now, what has changed since it was last written, and warnings.
+    """
     record = read_run(root)
     check_same_cache(record, cache)
-    check_same_run(record, dataclasses.replace(record, options=config))
-    # The cache may have been moved: `saetrain eval` must find it.
-    found = dataclasses.replace(
-        record, cache=place_of(config.cache), wandb_id=record.wandb_id or new_id(config)
-    )
-    if found != record:
-        write_run(root, found)
+    options = changed_options(record, config)
+    record = dataclasses.replace(record, wandb_id=record.wandb_id or new_id(config))
+    asked = dataclasses.replace(record, options=config)
+    if options and config.force_config:
+        saes, done = entries_of(config, cache), newest_step(root) or 0
+        asked = force(record, config, options, saes, _forced_steps(record, config), done)
+    else:
+        check_same_run(record, asked)
     now = _versions()
+    last = record.history[-1].versions if record.history else record.versions
+    libraries = [
+        f"{name}: {then} then, {now.get(name)} now"
+        for name, then in last.items()
+        if now.get(name) != then
+    ]
     warnings = tuple(
         f"{name} is {now.get(name)} now; this run was begun with {then}"
         for name, then in record.versions.items()
         if now.get(name) != then
     )
-    return dataclasses.replace(found, options=config), warnings
+    return asked, (*options.values(), *libraries), warnings
+
+
+def _forced_steps(record: RunRecord, config: FitConfig) -> int:
+    """Steps of a run under other options."""
+    if config.follow:
+        return _whole_updates(config, record.steps)
+    return _steps(config, record.plan.steps_per_epoch)
+
+
+def _write_changes(
+    root: Path, record: RunRecord, first_step: int, changes: tuple[str, ...]
+) -> None:
+    """Write down what is not as it was when the run was last started.
+
+    Options that touch no result are left as they were given first. The cache's place is that of
+    now: `saetrain eval` must find it.
+    """
+    old = read_run(root)
+    new = dataclasses.replace(old, cache=place_of(record.options.cache), wandb_id=record.wandb_id)
+    if first_step < record.steps:
+        if changed_options(old, record.options):
+            new = dataclasses.replace(record, cache=new.cache)
+        new = with_change(new, first_step, changes, _versions())
+    if new != old:
+        write_run(root, new)
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """What a run goes on from; by default, its beginning."""
+
+    step: int = 0
+    """Steps done."""
+    stream: dict[str, int] = field(default_factory=dict)
+    """State of the stream."""
+    warnings: tuple[str, ...] = ()
+    """One if a newer checkpoint is damaged."""
 
 
 def _restore(
     root: Path, record: RunRecord, trainees: list[Trainee], follower: Follower | None
-) -> tuple[int, dict[str, int]]:
-    """Put back the newest checkpoint, if there is one.
-
-    Returns:
-        Steps done, and the state of the stream.
+) -> _Restored:
+    """Put back the newest checkpoint that is whole, if there is one, and all that lies beside it.
 
     Raises:
-        FormatError: it is damaged, or belongs to another run.
+        FormatError: all are damaged, or it belongs to another run.
     """
-    checkpoint = load_checkpoint(root)
+    warnings: list[str] = []
+
+    def fell_back(error: FormatError, step: int) -> None:
+        warnings.append(
+            f"{error.what}: the newest checkpoint is damaged; going on from step {step:,}, and all "
+            "that came after it is done again"
+        )
+
+    checkpoint = load_checkpoint(root, lambda state: _require_bests(root, record, state), fell_back)
     if checkpoint is None:
-        for trainee in trainees:
-            forget_other_bests(root, trainee)
-        return 0, {}
+        forget_other_bests(root, trainees)
+        return _Restored()
     state, tensors = checkpoint
     if follower is None:
         epoch, step = divmod(state.step, record.plan.steps_per_epoch)
@@ -342,9 +414,26 @@ def _restore(
         except (KeyError, RuntimeError) as error:
             raise _foreign_checkpoint(root, f"the state of {trainee.entry}", error) from error
         trainee.best = sae.best
-        forget_other_bests(root, trainee)
-    remove_others(root, state.step)
-    return state.step, state.stream
+    remove_others(root, state.step, Keep(record.options.keep_last, record.options.keep_every))
+    forget_other_bests(root, trainees)
+    for trainee, sae in zip(trainees, state.saes, strict=True):
+        exported = root / trainee.entry.name / WEIGHTS
+        if not exported.is_file() or digest_file(exported) != sae.export:  # of a later step
+            export(root, trainee)
+    return _Restored(state.step, state.stream, tuple(warnings))
+
+
+def _require_bests(root: Path, record: RunRecord, state: State) -> None:
+    """Raise `FormatError` if a best SAE that a checkpoint names is not as it was saved."""
+    for entry, sae in zip(record.saes, state.saes, strict=False):
+        if sae.best is None:
+            continue
+        path = best_folder(root / entry.name, sae.best.step) / WEIGHTS
+        got = digest_file(path) if path.is_file() else "nothing"
+        if got != sae.best.file:
+            raise FormatError(
+                f"{path} is not what its checkpoint wrote", expected=sae.best.file, got=got
+            )
 
 
 def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatError:

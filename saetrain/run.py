@@ -1,6 +1,7 @@
 """`run.json`: what a run is, written once at its start and checked whenever it goes on.
 
-Only the cache's place is ever written again, when a run goes on with a cache that was moved.
+It is written again only when a run goes on with a cache that was moved, with other libraries, or
+with options that `--force-config` lets through; `history` then says since when.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ _FREE = {
     "out",
     "resume",
     "device",
+    "force_config",
     "save_every",
+    "keep_last",
+    "keep_every",
     "verify",
     "block_cache",
     "block_cache_bytes",
@@ -90,6 +94,18 @@ class SaeEntry:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What has changed in a run since it began."""
+
+    step: int
+    """Steps done by then."""
+    changes: tuple[str, ...]
+    """Options and libraries, as "--lr: 0.01 then, 0.02 now"."""
+    versions: dict[str, str]
+    """Libraries from then on."""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """All that decides a run's results, and what it was made with."""
 
@@ -123,6 +139,8 @@ class RunRecord:
     """Rows that are mixed in memory; null in a run from before --buffer-bytes."""
     wandb_id: str | None = None
     """Its id at Weights & Biases; null until it is first logged there."""
+    history: tuple[Change, ...] = ()
+    """What changed when it went on. `options`, `saes`, `steps`, `dead_after` are those of now."""
 
     def __post_init__(self) -> None:
         """Refuse a record of another version."""
@@ -225,20 +243,25 @@ def check_same_cache(record: RunRecord, cache: Cache) -> None:
         )
 
 
-def check_same_run(record: RunRecord, now: RunRecord) -> None:
-    """Refuse to go on with options that would give other results; raises `RunError`."""
-    old, new = values_of(record.options), values_of(now.options)
-    changed = [
-        f"{option(name)}: {old[name]!r} then, {new[name]!r} now"
+def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:
+    """Options that touch a run's results and are others now: both values in words, by field."""
+    old, new = values_of(record.options), values_of(now)
+    changed = {
+        name: f"{option(name)}: {old[name]!r} then, {new[name]!r} now"
         for name in old
         if name not in _FREE and old[name] != new[name]
-    ]
-    if not changed and record.options.saes != now.options.saes:
-        changed = ["saes: the same values in other combinations"]
-    if changed:
+    }
+    if not changed and record.options.saes != now.saes:
+        changed = {"saes": "saes: the same values in other combinations"}
+    return changed
+
+
+def check_same_run(record: RunRecord, now: RunRecord) -> None:
+    """Refuse to go on with options that would give other results; raises `RunError`."""
+    if changed := changed_options(record, now.options):
         raise RunError(
             f"{now.options.out} was begun with other options",
-            got="\n            ".join(changed),
+            got="\n            ".join(changed.values()),
             remedy="repeat the options of its start (they stand in run.json), or choose another "
-            "--out",
+            "--out; --force-config lets some of them through, see --help",
         )

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from actcache.atomic import FileReceipt
 from actcache.errors import ActcacheError
 from actcache.order import OrderPlan
 from actcache.stream import ActivationStream, Batch
 from saetrain.best import Best, keep_only, save_best
-from saetrain.checkpoint import newest_step, save_checkpoint
+from saetrain.checkpoint import NEWEST, Keep, best_steps, newest_step, save_checkpoint
 from saetrain.decoder_norm import fold
 from saetrain.follow import Follower
 from saetrain.formats.sparsify import save_sae
@@ -26,6 +27,7 @@ from saetrain.recipe import Recipe
 from saetrain.run import RunRecord, SaeEntry
 from saetrain.sae import Sae
 from saetrain.scaling import Scaling, scaling_of
+from saetrain.stopping import Stopping
 from saetrain.tracking import Tracker
 from saetrain.validation import Validation
 from saetrain.vitals import Vitals, decoder_norm_range
@@ -57,8 +59,8 @@ class Trainee:
     """How often its latents fire, and how long its gradients are."""
     best: Best | None = None
     """With --save-best, the best that it has been."""
-    saved_best: int | None = None
-    """Step of the best one that the newest checkpoint names: it must stay until the next."""
+    saved_bests: frozenset[int] = frozenset()
+    """Steps of the best ones that checkpoints name: they must stay as long as those do."""
 
     def __post_init__(self) -> None:
         """Watch the losses where they are computed."""
@@ -113,6 +115,7 @@ def train(
     first_step: int,
     follower: Follower | None = None,
     validation: Validation | None = None,
+    stopping: Stopping | None = None,
 ) -> int:
     """Train until the run's last step, or the last of its data, from `first_step` on.
 
@@ -125,18 +128,30 @@ def train(
         first_step: steps done.
         follower: pins what is used of a cache that is still being harvested.
         validation: held-out rows, if the run validates.
+        stopping: hears signals once there is something to save; None: nobody does.
 
     Returns:
         Steps done in the whole run.
 
     Raises:
+        Stopped: a signal asked for it, and the steps before it are saved.
         NonFiniteError: a loss is not finite; it has reached no weight, and a checkpoint before it
             stays.
         CorruptShardError: a shard has changed or is gone; the steps before it are saved. So they
             are for any other error of the reader.
     """
     try:
-        return _train(root, record, trainees, stream, tracker, first_step, follower, validation)
+        return _train(
+            root,
+            record,
+            trainees,
+            stream,
+            tracker,
+            first_step,
+            follower,
+            validation,
+            stopping or Stopping(),
+        )
     except NonFiniteError as error:
         read = {entry.name: entry.hookpoints for entry in record.saes}[error.hookpoint]
         raise with_rows(
@@ -153,8 +168,10 @@ def _train(
     first_step: int,
     follower: Follower | None,
     validation: Validation | None,
+    stopping: Stopping,
 ) -> int:
     options, done, saved = record.options, first_step, first_step
+    keep = Keep(options.keep_last, options.keep_every)
     groups = by_hookpoint(trainees)
     if follower is not None:
         waiting = Waiting(stream.cache, follower.plans.segmentation.shards_each, tracker.bar)
@@ -164,18 +181,20 @@ def _train(
             waiting(shard)
             if done > saved:  # time enough, and nothing is lost to whoever stops it now
                 tracker.sync()
-                save(root, done, trainees, stream)
+                save(root, done, trainees, stream, keep)
                 saved = done
+            stopping.require_none(done)
 
         stream.on_wait = wait
     for step in range(first_step, record.steps):
         try:
             batch = next(stream, None)
         except Exception:
-            _keep(root, done, saved, trainees, stream, tracker)
+            _keep(root, done, saved, trainees, stream, tracker, keep)
             raise
         if batch is None:
             break
+        stopping.listen()  # not while the first rows are read: there is nothing to save yet
         if follower is not None:
             follower.use(batch)
         train_batch(groups, batch, step)
@@ -191,10 +210,13 @@ def _train(
         if validation is not None and (done % (options.val_every or 1) == 0 or last):
             figures = validate(root, groups, validation, done, options.save_best)
             tracker.log_held_out(done, figures, validation.rows)
-        if done % options.save_every == 0 or last:
+        due = done % options.save_every == 0 or keep.is_due(done) or last
+        if due or stopping.asked is not None:
             tracker.sync()
-            save(root, done, trainees, stream)
+            save(root, done, trainees, stream, keep)
             saved = done
+        if not last:
+            stopping.require_none(done)
     return done
 
 
@@ -224,12 +246,13 @@ def _keep(
     trainees: list[Trainee],
     stream: ActivationStream,
     tracker: Tracker,
+    keep: Keep,
 ) -> None:
     """Save what was learnt before rows could not be read, and say what is saved."""
     if done > saved:
         tracker.sync()
         try:
-            save(root, done, trainees, stream)
+            save(root, done, trainees, stream, keep)
         except ActcacheError as error:  # what happened to the rows is the news, not this
             tracker.bar.say(f"warning: step {done:,} could not be saved: {error}")
         else:
@@ -310,11 +333,17 @@ def validate(
             if keep_best and (trainee.best is None or found["fvu"] < trainee.best.fvu):
                 folder, unit = root / entry.name, trainee.unit_norm()
                 trainee.best = save_best(folder, entry, weights, unit, done, found["fvu"])
-                keep_only(folder, {done, trainee.saved_best})
+                keep_only(folder, {done, *trainee.saved_bests})
     return figures
 
 
-def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStream) -> None:
+def save(
+    root: Path,
+    done: int,
+    trainees: list[Trainee],
+    stream: ActivationStream,
+    keep: Keep = NEWEST,
+) -> None:
     """Write every SAE as others load it, and a checkpoint.
 
     The checkpoint comes last: killed before it, the run does these steps again and writes the same
@@ -322,22 +351,26 @@ def save(root: Path, done: int, trainees: list[Trainee], stream: ActivationStrea
     """
     for trainee in trainees:
         _require_finite_state(root, trainee, done)
-    exports = []
-    for trainee in trainees:
-        folder = root / trainee.entry.name
-        weights, unit = trainee.exported(), trainee.unit_norm()
-        exports.append(save_sae(folder, trainee.entry.config, weights, trainee.entry.reads, unit))
+    exports = [export(root, trainee) for trainee in trainees]
     states = [trainee.state() for trainee in trainees]
     bests = [trainee.best for trainee in trainees]
-    save_checkpoint(root, done, stream.state_dict(), states, exports, bests)
-    for trainee in trainees:
-        forget_other_bests(root, trainee)
+    save_checkpoint(root, done, stream.state_dict(), states, exports, bests, keep)
+    forget_other_bests(root, trainees)
 
 
-def forget_other_bests(root: Path, trainee: Trainee) -> None:
-    """Remove what was better once, and what is newer than the checkpoint that is gone on from."""
-    trainee.saved_best = None if trainee.best is None else trainee.best.step
-    keep_only(root / trainee.entry.name, {trainee.saved_best})
+def export(root: Path, trainee: Trainee) -> FileReceipt:
+    """Write an SAE as others load it."""
+    weights, unit = trainee.exported(), trainee.unit_norm()
+    entry = trainee.entry
+    return save_sae(root / entry.name, entry.config, weights, entry.reads, unit)
+
+
+def forget_other_bests(root: Path, trainees: list[Trainee]) -> None:
+    """Remove best ones that no checkpoint names: of before, or newer than what is gone on from."""
+    for number, trainee in enumerate(trainees):
+        saved = set() if trainee.best is None else best_steps(root, number)
+        trainee.saved_bests = frozenset(saved)
+        keep_only(root / trainee.entry.name, saved)
 
 
 def _read_metrics(

@@ -13,7 +13,16 @@ import torch
 
 from actcache.atomic import FileReceipt
 from actcache.errors import DiskFullError, FormatError
-from saetrain.checkpoint import load_checkpoint, save_checkpoint, state_path, tensors_path
+from saetrain.best import Best
+from saetrain.checkpoint import (
+    Keep,
+    best_steps,
+    load_checkpoint,
+    newest_state,
+    save_checkpoint,
+    state_path,
+    tensors_path,
+)
 
 STREAM = {"epoch": 1, "step": 2}
 EXPORTS = [FileReceipt(1, "a" * 32), FileReceipt(2, "b" * 32)]
@@ -135,3 +144,107 @@ def test_a_state_names_every_file_with_its_digest(tmp_path: Path) -> None:
     sizes = [tensors_path(tmp_path, 9, i).stat().st_size for i in range(2)]
     assert [sae["file"]["bytes"] for sae in state["saes"]] == sizes
     assert all(len(sae["file"]["xxh3_128"]) == 32 for sae in state["saes"])
+
+
+# --- which stay ----------------------------------------------------------------------------------
+
+
+def kept_steps(root: Path) -> list[int]:
+    steps = sorted(int(path.name[11:20]) for path in root.glob("checkpoint-*.json"))
+    assert files(root).keys() == set().union(*map(names, steps))
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (Keep(), [12]),
+        (Keep(3), [8, 10, 12]),
+        (Keep(99), [2, 4, 6, 8, 10, 12]),
+        (Keep(1, 6), [6, 12]),
+        (Keep(2, 4), [4, 8, 10, 12]),
+    ],
+    ids=str,
+)
+def test_the_newest_ones_stay_and_those_of_every_so_many_steps(
+    tmp_path: Path, keep: Keep, expected: list[int]
+) -> None:
+    for step in range(2, 13, 2):
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=keep)
+    assert kept_steps(tmp_path) == expected
+
+
+def test_best_ones_that_any_sound_checkpoint_names_are_known(tmp_path: Path) -> None:
+    for step, best in ((3, 2), (6, 2), (9, 8), (12, 11)):
+        bests = [Best(best, 0.5, EXPORTS[0]), None]
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, bests, Keep(3))
+    assert kept_steps(tmp_path) == [6, 9, 12]
+    assert best_steps(tmp_path, 0) == {2, 8, 11}
+    assert best_steps(tmp_path, 1) == best_steps(tmp_path, 2) == set()
+    state_path(tmp_path, 9).write_text("{")
+    assert best_steps(tmp_path, 0) == {2, 11}
+
+
+# --- damage, and the one before ------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_one_gives_way_to_the_newest_that_is_whole(tmp_path: Path) -> None:
+    for step in (3, 6, 9, 12):
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=Keep(4))
+    told: list[tuple[str, int]] = []
+
+    def load() -> int:
+        told.clear()
+        loaded = load_checkpoint(tmp_path, fell_back=lambda e, step: told.append((e.what, step)))
+        assert loaded is not None
+        assert torch.equal(loaded[1][0]["firing"], contents(loaded[0].step)[0][0]["firing"])
+        return loaded[0].step
+
+    assert (load(), told) == (12, [])
+    flip(tensors_path(tmp_path, 12, 1))
+    assert load() == 9
+    state_path(tmp_path, 9).write_text("")
+    assert load() == 6
+    tensors_path(tmp_path, 6, 0).unlink()
+    assert load() == 3
+    assert told == [(f"{tensors_path(tmp_path, 12, 1)} is not what its checkpoint wrote", 3)]
+    flip(state_path(tmp_path, 3))
+    with pytest.raises(FormatError, match=r"000012\.00001(.|\n)*no other checkpoint is whole"):
+        load()
+
+
+def test_what_lies_beside_a_checkpoint_counts_as_part_of_it(tmp_path: Path) -> None:
+    for step in (3, 6):
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=Keep(2))
+
+    def check(state: Any) -> None:
+        if state.step == 6:
+            raise FormatError("its best one is gone")
+
+    loaded = load_checkpoint(tmp_path, check)
+    assert loaded is not None
+    assert loaded[0].step == 3
+
+
+def test_every_bit_of_a_state_is_sealed(tmp_path: Path) -> None:
+    """A number that is another number is JSON all the same."""
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+    path = state_path(tmp_path, 9)
+    whole = json.loads(path.read_text())
+    for change in (
+        {"stream": STREAM | {"step": 3}},
+        {"saes": [whole["saes"][0] | {"numbers": {"meter.steps": 4}}, whole["saes"][1]]},
+        {"saes": whole["saes"][::-1]},
+        {"seal": "0" * 32},
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(FormatError, match="is damaged"):
+            newest_state(tmp_path)
+    path.write_text(json.dumps(whole | {"seal": None}))  # as one from before there were seals
+    assert newest_state(tmp_path) is not None

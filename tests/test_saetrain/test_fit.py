@@ -94,6 +94,7 @@ def test_a_run_leaves_what_it_promises(options: Options, cache_path: Path) -> No
         "checkpoint-000000012.00001.safetensors",
         "checkpoint-000000012.json",
         "fit.lock",
+        "exit.json",
     }
     assert (summary.steps, summary.new_steps, summary.rows) == (12, 12, 384)
     assert summary.rows_per_second > 0
@@ -359,7 +360,8 @@ def test_a_kill_before_or_after_any_rename_leaves_a_run_that_resumes_to_the_same
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", count)
         fit(whole)
-    assert seen == 1 + 2 * (2 * 2 + 2 + 1)  # run.json; per save two SAEs' files, and a checkpoint
+    # run.json, exit.json; per save two SAEs' files, and a checkpoint
+    assert seen == 2 + 2 * (2 * 2 + 2 + 1)
     expected = snapshot(Path(whole.out))
     for number in range(seen):
         for after in (False, True):
@@ -596,7 +598,11 @@ def test_a_checkpoint_whose_place_is_not_of_this_run_is_refused(
     config = options(resume=True)
     fit(config)
     (path,) = Path(config.out).glob("checkpoint-*.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | change))
+    with pytest.raises(FormatError, match=r"json is damaged"):
+        fit(config)
+    path.write_text(json.dumps(json.loads(text) | change | {"seal": None}))
     with pytest.raises(FormatError, match=r"not of (this run|its step)"):
         fit(config)
 

@@ -1,0 +1,76 @@
+"""`exit.json`: how the last call of `fit` in a run ended. Launchers swallow exit codes, files not.
+
+It lies flat in the run, as all that is no SAE: sparsify takes every folder there for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.atomic import publish
+from actcache.errors import ActcacheError
+from actcache.parse import to_json
+from saetrain.checkpoint import newest_step
+from saetrain.run import RUN
+from saetrain.stopping import Stopped
+
+EXIT = "exit.json"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Contents of `exit.json`."""
+
+    code: int
+    """The exit code: 0 finished, 143 SIGTERM, 130 Ctrl-C (both saved: requeue with --resume), those
+    of `actcache.errors`, 1 anything else."""
+    reason: str
+    """finished, SIGTERM, SIGINT, or an error's kind and its first line."""
+    step: int
+    """Of the newest checkpoint; 0 if there is none."""
+
+
+@contextmanager
+def told(root: Path, is_ours: Callable[[], bool]) -> Iterator[None]:
+    """Write `exit.json` when what is within ends, however it does.
+
+    Args:
+        root: folder of the run.
+        is_ours: whether the run is this process's to write to, by then.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _write(root, is_ours, _code(error), _reason(error))
+        raise
+    _write(root, is_ours, 0, "finished")
+
+
+def forget(root: Path) -> None:
+    """Remove what an earlier call left: whoever is killed from now on must not look finished."""
+    (root / EXIT).unlink(missing_ok=True)
+
+
+def _write(root: Path, is_ours: Callable[[], bool], code: int, reason: str) -> None:
+    if is_ours() and (root / RUN).exists():
+        with suppress(ActcacheError, OSError):  # how it ended is the news, not this
+            publish(root / EXIT, [to_json(Ending(code, reason, newest_step(root) or 0))])
+
+
+def _code(error: BaseException) -> int:
+    code = getattr(error, "exit_code", None)  # of ours, and of signals
+    if isinstance(code, int):
+        return code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Stopped):
+        return error.signal.name
+    if isinstance(error, KeyboardInterrupt):
+        return "SIGTERM" if _code(error) == 143 else "SIGINT"
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")

@@ -1,0 +1,83 @@
+"""Signals that ask a run to stop: the first lets it save, a second ends it at once.
+
+SIGTERM is what schedulers send before they take a machine away, and SIGINT is Ctrl-C. Whoever is
+stopped so leaves with 128 + the signal's number, 143 and 130: what shells say of a command that a
+signal ended, and what `actcache harvest` leaves with.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that was asked to stop, and has saved what it did.
+
+    It is a KeyboardInterrupt, for that is what Ctrl-C raises, and nobody catches it as an error.
+
+    Args:
+        signal_: which it was.
+        step: steps done, and saved.
+    """
+
+    def __init__(self, signal_: signal.Signals, step: int) -> None:
+        self.signal, self.step = signal_, step
+        self.exit_code = 128 + signal_
+        super().__init__(f"{signal_.name}: step {step:,} is saved; --resume goes on from there")
+
+
+class Stopping:
+    """Hears signals from `listen` on, until the context is left.
+
+    Before that they do what they did, for there is nothing to save. So they do in threads other
+    than the main one, which Python does not let listen.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+        """The signal that asked to stop, if one has."""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def listen(self) -> None:
+        """From now on there is something to save. May be called again."""
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        for number in _SIGNALS:
+            before = signal.getsignal(number)
+            if before not in (None, signal.SIG_IGN):  # as under nohup, or `&` in a script
+                self._before[number] = before
+                signal.signal(number, self._hear)
+
+    def require_none(self, step: int) -> None:
+        """Raise `Stopped` if a signal has come; so many steps must be saved."""
+        if self.asked is not None:
+            raise Stopped(self.asked, step)
+
+    def __enter__(self) -> Stopping:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._hand_back()
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number)
+        self._hand_back()  # a second one, of either kind, ends the run as if we were not there
+        # Not print: the signal may have come in the middle of one.
+        text = f"\nfit: {self.asked.name}: saving at the next step; once more ends at once\n"
+        os.write(2, text.encode())
+
+    def _hand_back(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before = {}

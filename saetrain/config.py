@@ -419,6 +419,18 @@ class FitConfig(SaeOptions):
     """Keep each SAE as it was at the validation with the lowest FVU, in SAE/best-STEP, beside the
     last one."""
 
+    finetune: str | None = None
+    """Begin with the weights of other SAEs: the folder of a run (of ours or sparsify's) with SAEs
+    called after hookpoints, of one SAE or its best-STEP, or USER/REPO[@REVISION] of the Hub. Sizes
+    and kind come from there."""
+
+    fresh_b_dec: bool = False
+    """With --finetune: let b_dec begin as --b-dec-init says all the same."""
+
+    fresh_decoder: bool = False
+    """With --finetune: let the decoder begin anew, from the encoder's rows at norm 1 (of a
+    transcoder, at 0)."""
+
     follow: bool = False
     """Train while the harvest is still at work: begin on the shards that are there, in segments,
     and wait for more instead of ending the epoch. The result does not depend on when shards come.
@@ -546,6 +558,10 @@ class FitConfig(SaeOptions):
             _require_seed("--data-seed", self.data_seed)
         if self.histogram_every < 0:
             raise ConfigError("--histogram-every is negative", got=self.histogram_every)
+        for name in ("fresh_b_dec", "fresh_decoder"):
+            if getattr(self, name) and self.finetune is None:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} is for --finetune", remedy="add it, or leave this out")
         if self.force_config and not self.resume:
             raise ConfigError("--force-config is for a run to go on with", remedy="add --resume")
         if self.save_best and self.val_every is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from saetrain.best import Best, best_folder
 from saetrain.checkpoint import Keep, State, load_checkpoint, newest_step, remove_others
 from saetrain.config import PENALISED, FitConfig, SaeConfig, SaeOptions
 from saetrain.ending import forget, told
+from saetrain.finetune import Origins, begin_with
 from saetrain.follow import Follower
 from saetrain.forcing import force, with_change
 from saetrain.formats.sparsify import WEIGHTS
@@ -61,6 +63,7 @@ from saetrain.waiting import first_segment, require_batch
 from saetrain.wandb_runs import new_id, open_wandb
 
 LOCK = Path("fit.lock")
+Kinds = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
 _DEAD_AFTER = 10_000_000
 
 
@@ -150,6 +153,8 @@ def _fit(
         first = FirstRows(cache, record.plan)
         for trainee in trainees:
             start_at_median(trainee.sae, trainee.entry, first)
+        for trainee, source in zip(trainees, record.origins, strict=False):
+            begin_with(trainee.sae, trainee.entry, source, record.options)
     validation = None if first_step == record.steps else _held_out_rows(record, cache)
     if begun:
         _write_changes(root, record, first_step, changes)
@@ -177,6 +182,10 @@ def _fit(
     tracker = Tracker(root, first_step, record.steps, record.plan.batch_size, stream.row_bytes)
     for warning in restored.warnings:
         tracker.bar.say(f"warning: {warning}")
+    if first_step == 0:
+        for sae, source in zip(record.saes, record.origins, strict=False):
+            sizes = f"{sae.config.num_latents:,} latents, k {sae.config.k}"
+            tracker.bar.say(f"fit: {sae.name} begins with {source.path} ({sizes})")
     if first_step < record.steps:
         tracker.bar.say(_how_it_reads(record, tuning, stream.row_bytes))
     try:
@@ -321,7 +330,8 @@ def _go_on(
     record = dataclasses.replace(record, wandb_id=record.wandb_id or new_id(config))
     asked = dataclasses.replace(record, options=config)
     if options and config.force_config:
-        saes, done = entries_of(config, cache), newest_step(root) or 0
+        saes = entries_of(config, cache, functools.partial(_kinds_of, record))
+        done = newest_step(root) or 0
         asked = force(record, config, options, saes, _forced_steps(record, config), done)
     else:
         check_same_run(record, asked)
@@ -338,6 +348,16 @@ def _go_on(
         if now.get(name) != then
     )
     return asked, (*options.values(), *libraries), warnings
+
+
+def _kinds_of(record: RunRecord, entries: Sequence[SaeEntry]) -> list[SaeConfig]:
+    """What the SAEs of a run with --finetune are under other options: where they began is past."""
+    return [
+        sae.config
+        if entry.options.sparsity is None
+        else dataclasses.replace(sae.config, sparsity=entry.options.sparsity)
+        for sae, entry in zip(record.saes, entries, strict=False)
+    ]
 
 
 def _forced_steps(record: RunRecord, config: FitConfig) -> int:
@@ -466,7 +486,8 @@ def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
 
 
 def _decide(config: FitConfig, cache: Cache, device: torch.device) -> RunRecord:
-    entries = entries_of(config, cache)
+    origins = None if config.finetune is None else Origins(config.finetune)
+    entries = entries_of(config, cache, None if origins is None else origins.kinds)
     pool_rows = budget_of(config, cache, hookpoints_of(entries)).pool_rows
     decide = _order_in_segments if config.follow else _order
     order = decide(config, cache, pool_rows)
@@ -496,6 +517,7 @@ def _decide(config: FitConfig, cache: Cache, device: torch.device) -> RunRecord:
         extensions=len(cache.manifest.extensions) if config.follow else None,
         pool_rows=pool_rows,
         wandb_id=new_id(config),
+        origins=() if origins is None else origins.sources(entries),
     )
 
 
@@ -588,15 +610,32 @@ def _whole_updates(config: FitConfig, steps: int) -> int:
     return whole
 
 
-def entries_of(config: FitConfig, cache: Cache) -> tuple[SaeEntry, ...]:
-    """The SAEs that a run trains, hookpoint after hookpoint."""
+def entries_of(config: FitConfig, cache: Cache, kinds: Kinds | None = None) -> tuple[SaeEntry, ...]:
+    """The SAEs that a run trains, hookpoint after hookpoint.
+
+    Args:
+        config: the options.
+        cache: its cache.
+        kinds: with --finetune, what they are, from what they would be; None: what is found.
+    """
     wirings = wire(config, cache)
     require_overrides_used(config, [wiring.name for wiring in wirings])
-    return tuple(
+    entries = tuple(
         _entry(config, wiring, cache, setting, options)
         for wiring in wirings
         for setting, options in saes_at(config, wiring.name).items()
     )
+    if config.finetune is None:
+        return entries
+    kinds = kinds or Origins(config.finetune).kinds
+    return tuple(map(_with_kind, entries, kinds(entries)))
+
+
+def _with_kind(entry: SaeEntry, kind: SaeConfig) -> SaeEntry:
+    lr = entry.options.lr
+    if lr is None:
+        lr = default_lr(entry.options.optimizer, kind.num_latents)
+    return dataclasses.replace(entry, config=kind, lr=lr)
 
 
 def _entry(

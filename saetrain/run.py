@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from actcache.atomic import publish
+from actcache.atomic import FileReceipt, publish
 from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.order import OrderPlan
 from actcache.parse import parse_dataclass, read_json, to_json
@@ -94,6 +94,18 @@ class SaeEntry:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Weights that an SAE began with."""
+
+    path: str
+    """Folder, absolute, or USER/REPO/FOLDER of the Hub."""
+    revision: str | None
+    """Commit of the repository; null of a folder."""
+    file: FileReceipt
+    """Of sae.safetensors."""
+
+
+@dataclass(frozen=True)
 class Change:
     """What has changed in a run since it began."""
 
@@ -139,6 +151,8 @@ class RunRecord:
     """Rows that are mixed in memory; null in a run from before --buffer-bytes."""
     wandb_id: str | None = None
     """Its id at Weights & Biases; null until it is first logged there."""
+    origins: tuple[Source, ...] = ()
+    """With --finetune, what each SAE began with."""
     history: tuple[Change, ...] = ()
     """What changed when it went on. `options`, `saes`, `steps`, `dead_after` are those of now."""
 

@@ -156,6 +156,11 @@ def _shapes(config: SaeConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def tensors_of(config: SaeConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of an SAE's file, by the file's names."""
+    return {_TENSORS[ours]: shape for ours, shape in _shapes(config).items()}
+
+
 def read_config(folder: Path) -> SparsifyConfig:
     """The cfg.json of a checkpoint, key by key; raises `FormatError`."""
     path = folder / CONFIG

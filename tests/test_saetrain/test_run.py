@@ -187,6 +187,9 @@ BINDING = {
     "hookpoints": {"layers.0": Override(k=2)},
     "log_every": 5,
     "histogram_every": 3,
+    "finetune": "u/r",
+    "fresh_b_dec": True,
+    "fresh_decoder": True,
     "follow": True,
     "segment_shards": 4,
     "activation": "relu",
@@ -202,6 +205,8 @@ BINDING = {
 }
 NEEDS: dict[str, dict[str, Any]] = {
     "save_best": {"val_every": 5},
+    "fresh_b_dec": {"finetune": "x"},
+    "fresh_decoder": {"finetune": "x"},
     "segment_shards": {"follow": True},
     "lr_decay_steps": {"lr_schedule": "stable-then-decay"},
     "lr_end": {"lr_schedule": "linear"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -75,7 +76,8 @@ class Stopping:
         self._hand_back()  # a second one, of either kind, ends the run as if we were not there
         # Not print: the signal may have come in the middle of one.
         text = f"\nfit: {self.asked.name}: saving at the next step; once more ends at once\n"
-        os.write(2, text.encode())
+        with suppress(OSError):  # nobody may be left to read it
+            os.write(2, text.encode())
 
     def _hand_back(self) -> None:
         for number, before in self._before.items():

@@ -108,6 +108,25 @@ def test_a_run_that_was_terminated_and_killed_ends_in_the_bytes_of_one_that_was_
     assert snapshot(Path(whole.out)) == snapshot(root)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["single", "grid", "best"])
+def test_a_run_killed_again_and_again_ends_in_the_bytes_of_one_that_was_not(
+    options: Options, snapshot: Snapshot, tmp_path: Path, name: str
+) -> None:
+    whole = kind(options, name, out=options().out + "-whole", save_every=100)
+    hit = kind(options, name, save_every=1)
+    fit(whole)
+    root, done = Path(hit.out), 0
+    for number in range(10):
+        process = start(hit, tmp_path / "fit.json")
+        strike(process, root, (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)[number % 3], done)
+        done = newest_step(root) or 0
+        if done > 360:
+            break
+    fit(dataclasses.replace(hit, save_every=100, resume=True))
+    assert snapshot(Path(whole.out)) == snapshot(root)
+
+
 # --- a damaged checkpoint ------------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import typer
+
 from saetrain.config import FitConfig
 
 from .fit_plan import show
@@ -17,15 +19,29 @@ def run(config: FitConfig, plan: bool, as_json: bool) -> None:
     Options of an SAE may be given several times (--k 16 --k 32 --seed 0 --seed 1): every
     combination is trained.
     """
+    import os
+
+    leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     if plan:
-        show(config, as_json)
+        if leads:
+            show(config, as_json)
         return
     import dataclasses
 
     from actcache.progress import format_bytes
+    from saetrain.crew import tells
     from saetrain.fit import fit
+    from saetrain.peers import PeerFailedError
+    from saetrain.stopping import Stopped
 
-    summary = fit(config)
+    try:
+        summary = fit(config)
+    except (PeerFailedError, Stopped) as error:
+        if tells(error):
+            raise
+        raise typer.Exit(error.exit_code) from None
+    if not leads:
+        return
     for warning in summary.warnings:
         say(f"warning: {warning}")
     if as_json:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,11 +100,32 @@ def save_checkpoint(
     Raises:
         DiskFullError: no room; the checkpoint before stays.
     """
-    parts = []
-    for i, (tensors, numbers) in enumerate(saes):
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        file = publish(tensors_path(root, step, i), [save(plain)])
-        parts.append(SaeState(file, numbers, exports[i], None if bests is None else bests[i]))
+    bests = [None] * len(saes) if bests is None else bests
+    parts = [
+        save_part(root, step, i, state, export, best)
+        for i, (state, export, best) in enumerate(zip(saes, exports, bests, strict=True))
+    ]
+    commit(root, step, stream, parts, keep)
+
+
+def save_part(
+    root: Path,
+    step: int,
+    sae: int,
+    state: tuple[dict[str, Tensor], dict[str, float]],
+    export: FileReceipt,
+    best: Best | None = None,
+) -> SaeState:
+    """Write what a checkpoint has of one SAE; it counts once `commit` is told."""
+    tensors, numbers = state
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return SaeState(publish(tensors_path(root, step, sae), [save(plain)]), numbers, export, best)
+
+
+def commit(
+    root: Path, step: int, stream: dict[str, int], parts: Sequence[SaeState], keep: Keep = NEWEST
+) -> None:
+    """Make a checkpoint of the parts of all SAEs, then remove older ones."""
     state = State(step, stream, tuple(parts))
     publish(state_path(root, step), [to_json(dataclasses.replace(state, seal=_seal(state)))])
     remove_others(root, step, keep)
@@ -174,6 +195,7 @@ def _files(root: Path) -> list[tuple[Path, int]]:
 
 def load_checkpoint(
     root: Path,
+    wanted: Container[int] | None = None,
     check: Callable[[State], None] = lambda _: None,
     fell_back: Callable[[FormatError, int], None] = lambda *_: None,
 ) -> tuple[State, list[dict[str, Tensor]]] | None:
@@ -181,6 +203,8 @@ def load_checkpoint(
 
     Args:
         root: folder of the run.
+        wanted: numbers of the SAEs whose tensors are needed, the others' are empty; None: all. The
+            files of all are checked.
         check: raises `FormatError` if what lies beside a checkpoint is not what it names.
         fell_back: hears why a newer one is not taken, and the step of the one that is.
 
@@ -195,7 +219,9 @@ def load_checkpoint(
     for step in steps:
         try:
             state = read_state(root, step)
-            tensors = [_load(root, state, i) for i in range(len(state.saes))]
+            tensors = [
+                _load(root, state, i, wanted is None or i in wanted) for i in range(len(state.saes))
+            ]
             check(state)
         except FormatError as error:
             first = first or error
@@ -215,13 +241,30 @@ def load_checkpoint(
     return None
 
 
-def _load(root: Path, state: State, sae: int) -> dict[str, Tensor]:
-    """The tensors of one SAE; raises `FormatError` if its file is not what was written."""
+def load_parts(
+    root: Path, step: int, wanted: Container[int]
+) -> tuple[State, list[dict[str, Tensor]]]:
+    """Some SAEs of the checkpoint that another process has chosen, and found whole.
+
+    Args:
+        root: folder of the run.
+        step: steps done then.
+        wanted: their numbers; the others' tensors are empty, and their files are not looked at.
+
+    Raises:
+        FormatError: it is not whole here.
+    """
+    state = read_state(root, step)
+    return state, [_load(root, state, i) if i in wanted else {} for i in range(len(state.saes))]
+
+
+def _load(root: Path, state: State, sae: int, wanted: bool = True) -> dict[str, Tensor]:
+    """The tensors of one SAE, or none; raises `FormatError` if its file is not what was written."""
     path, promised = tensors_path(root, state.step, sae), state.saes[sae].file
     got: object = digest_file(path) if path.is_file() else "nothing"
     try:
         if got == promised:
-            return load(path.read_bytes())
+            return load(path.read_bytes()) if wanted else {}
     except SafetensorError as error:
         got = error
     raise FormatError(f"{path} is not what its checkpoint wrote", expected=promised, got=got)

@@ -34,30 +34,35 @@ class Ending:
 
 
 @contextmanager
-def told(root: Path, is_ours: Callable[[], bool]) -> Iterator[None]:
+def told(root: Path, is_ours: Callable[[BaseException | None], bool]) -> Iterator[None]:
     """Write `exit.json` when what is within ends, however it does.
 
     Args:
         root: folder of the run.
-        is_ours: whether the run is this process's to write to, by then.
+        is_ours: whether it is this process's to tell, by then, that the run has ended with an
+            error, or (None) without one.
     """
     try:
         yield
     except BaseException as error:
-        _write(root, is_ours, _code(error), _reason(error))
+        if is_ours(error):
+            tell(root, error)
         raise
-    _write(root, is_ours, 0, "finished")
+    if is_ours(None):
+        tell(root, None)
+
+
+def tell(root: Path, error: BaseException | None) -> None:
+    """Write `exit.json`, if there is a run."""
+    if (root / RUN).exists():
+        code, reason = (0, "finished") if error is None else (_code(error), _reason(error))
+        with suppress(ActcacheError, OSError):  # how it ended is the news, not this
+            publish(root / EXIT, [to_json(Ending(code, reason, newest_step(root) or 0))])
 
 
 def forget(root: Path) -> None:
     """Remove what an earlier call left: whoever is killed from now on must not look finished."""
     (root / EXIT).unlink(missing_ok=True)
-
-
-def _write(root: Path, is_ours: Callable[[], bool], code: int, reason: str) -> None:
-    if is_ours() and (root / RUN).exists():
-        with suppress(ActcacheError, OSError):  # how it ended is the news, not this
-            publish(root / EXIT, [to_json(Ending(code, reason, newest_step(root) or 0))])
 
 
 def _code(error: BaseException) -> int:

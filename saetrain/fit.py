@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from actcache.atomic import digest_file, remove_partials
 from actcache.budget import PREFETCH_BATCHES, Budget, spare_windows, spend
@@ -26,9 +26,18 @@ from actcache.segments import Segmentation, default_shards_each, goal_rows
 from actcache.stream import ActivationStream
 from actcache.tuning import Tuning, tune
 from saetrain.best import Best, best_folder
-from saetrain.checkpoint import Keep, State, load_checkpoint, newest_step, remove_others
+from saetrain.checkpoint import (
+    Keep,
+    State,
+    load_checkpoint,
+    load_parts,
+    newest_state,
+    newest_step,
+    remove_others,
+)
 from saetrain.config import PENALISED, FitConfig, SaeConfig, SaeOptions
-from saetrain.ending import forget, told
+from saetrain.crew import Crew, Decided, assemble, tells
+from saetrain.ending import forget, tell, told
 from saetrain.finetune import Origins, begin_with
 from saetrain.follow import Follower
 from saetrain.forcing import force, with_change
@@ -55,6 +64,7 @@ from saetrain.run import (
     receipts_digest,
     write_run,
 )
+from saetrain.shared_batches import SharedBatches
 from saetrain.stopping import Stopping
 from saetrain.tracking import METRICS, Tracker, last_line, saes_of
 from saetrain.trainer import Trainee, export, forget_other_bests, train
@@ -107,20 +117,23 @@ def fit(config: FitConfig) -> FitSummary:
         ActcacheError: one of its kinds, for anything a user can mend.
         Stopped: a signal asked for it, and the steps before it are saved.
     """
-    _refuse_ranks()
     root = Path(config.out)
-    cache = Cache.open(
-        config.cache,
-        block_cache=config.block_cache,
-        block_cache_bytes=config.block_cache_bytes,
-    )
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: the encoder's product is most of a step
     lock = FolderLock(root, LOCK, "fit")
+
+    def is_ours(error: BaseException | None) -> bool:
+        return lock.held and tells(error)
+
+    def last_words(error: BaseException) -> None:
+        if is_ours(error):
+            tell(root, error)
+
     try:
-        with told(root, lambda: lock.held):
-            return _fit(config, root, cache, device, lock)
+        with (
+            Stopping() as stopping,
+            told(root, is_ours),
+            assemble(config, stopping, last_words) as crew,
+        ):
+            return _fit(config, root, lock, crew)
     except DiskFullError as error:
         remedy = "free space; the same command with --resume goes on from what is saved"
         raise DiskFullError(
@@ -130,41 +143,58 @@ def fit(config: FitConfig) -> FitSummary:
         lock.release()
 
 
-def _fit(
-    config: FitConfig, root: Path, cache: Cache, device: torch.device, lock: FolderLock
-) -> FitSummary:
-    begun = _is_begun(config, root)
+def _fit(config: FitConfig, root: Path, lock: FolderLock, crew: Crew) -> FitSummary:
     changes: tuple[str, ...] = ()
-    if begun:
-        lock.take()
-        forget(root)
-        remove_partials(root)
-        record, changes, warnings = _go_on(config, cache, root)
+    warnings: tuple[str, ...] = ()
+    if crew.leads:
+        cache, device = _open(config), _device(config)
+        begun = _is_begun(config, root)
+        if begun:
+            lock.take()
+            forget(root)
+            remove_partials(root)
+            record, changes, warnings = _go_on(config, cache, root, crew)
+        else:
+            record = _decide(config, cache, device, crew)
+            warnings = () if config.follow else _missing_shards(cache)
+        crew.require(record)
+        crew.tell(Decided(begun, record))
     else:
-        record = _decide(config, cache, device)
-        warnings = () if config.follow else _missing_shards(cache)
+        decided = crew.hear(Decided)
+        begun, record = decided.begun, decided.record
+        if begun:
+            _join(lock, root)
+        cache, device = _open(config), _device(config)
+        check_same_cache(record, cache)
     if record.extensions is not None:  # those that came later are no part of the run
         cache = cache.before(record.extensions)
-    trainees = _build(record, cache, device)
-    follower = None if record.segment_shards is None else Follower(root, record, cache)
-    restored = _restore(root, record, trainees, follower) if begun else _Restored()
+    crew.begin(device)
+    numbers = crew.saes(record.saes)
+    trainees = _build(record, cache, device, numbers, crew.shares_batches)
+    follower = None if record.segment_shards is None else Follower(root, record, cache, crew.leads)
+    restored = _restore(root, record, trainees, follower, crew) if begun else _Restored()
     first_step = restored.step
     if first_step == 0:
         first = FirstRows(cache, record.plan)
         for trainee in trainees:
             start_at_median(trainee.sae, trainee.entry, first)
-        for trainee, source in zip(trainees, record.origins, strict=False):
-            begin_with(trainee.sae, trainee.entry, source, record.options)
-    validation = None if first_step == record.steps else _held_out_rows(record, cache)
-    if begun:
+            if record.origins:
+                origin = record.origins[trainee.number]
+                begin_with(trainee.sae, trainee.entry, origin, record.options)
+    validates = crew.saves and first_step < record.steps
+    validation = _held_out_rows(record, cache, trainees) if validates else None
+    crew.wait()
+    if crew.leads and begun:
         _write_changes(root, record, first_step, changes)
-    else:  # only now: a run that cannot be built leaves nothing behind
+    elif crew.leads:  # only now: a run that cannot be built leaves nothing behind
         lock.take()
         if (root / RUN).exists():
             raise RunError(f"another fit has begun a run in {root}", remedy="--resume, or wait")
         remove_partials(root)
         write_run(root, record)
-    hookpoints = hookpoints_of(record.saes)
+    crew.wait()
+    _join(lock, root)
+    hookpoints = hookpoints_of([trainee.entry for trainee in trainees])
     tuning = tune(cache, hookpoints, record.plan)
     budget = budget_of(config, cache, hookpoints)
     stream = ActivationStream(
@@ -173,13 +203,19 @@ def _fit(
         record.plan if follower is None else follower.plans,
         epochs=None if follower is None else _epochs(record),
         verify=config.verify,
+        rank=crew.rank if crew.shares_batches else 0,
+        world_size=crew.processes if crew.shares_batches else 1,
         prefetch=budget.prefetch,
         reading=tuning.reading,
         device=device if device.type == "cuda" else None,
     )
     if restored.stream:
         stream.load_state_dict(restored.stream)
-    tracker = Tracker(root, first_step, record.steps, record.plan.batch_size, stream.row_bytes)
+    crew.set_pace(first_step, record.plan.batch_size, _row_bytes(record, cache))
+    tracker = crew.tracker(
+        lambda: Tracker(root, first_step, record.steps, record.plan.batch_size, stream.row_bytes),
+        record.saes,
+    )
     for warning in restored.warnings:
         tracker.bar.say(f"warning: {warning}")
     if first_step == 0:
@@ -189,16 +225,17 @@ def _fit(
     if first_step < record.steps:
         tracker.bar.say(_how_it_reads(record, tuning, stream.row_bytes))
     try:
-        tracker.mirror = open_wandb(root, record, tracker.bar.say)
-        with Stopping() as stopping:
-            steps = train(
-                root, record, trainees, stream, tracker, first_step, follower, validation, stopping
-            )
+        if crew.leads:
+            tracker.mirror = open_wandb(root, record, tracker.bar.say)
+        steps = train(
+            root, record, trainees, stream, tracker, first_step, follower, validation, crew
+        )
         tracker.end()
     finally:
         stream.close()
         seconds = tracker.seconds
         rows_per_second, data_wait = tracker.close()
+    crew.wait()  # for the last line
     line = last_line(root / METRICS, key="saes")
     if line is None:  # a finished run that lost it; one that trained just wrote it
         raise FormatError(f"{root / METRICS} is missing or empty", remedy="restore it from a copy")
@@ -214,9 +251,21 @@ def _fit(
         dead_after=record.dead_after,
         saes=saes_of(root / METRICS, line, [entry.name for entry in record.saes]),
         held_out=(last_line(root / METRICS, key="val") or {"val": {}})["val"],
-        best={t.entry.name: t.best for t in trainees if t.best is not None},
+        best=_bests(root, record),
         warnings=(*warnings, *restored.warnings, *_ended_early(record, steps)),
     )
+
+
+def _join(lock: FolderLock, root: Path) -> None:
+    """Hold the lock that the leader has taken; raises `RunError` if it is not to be seen here."""
+    try:
+        lock.join()
+    except FileNotFoundError as error:
+        raise RunError(
+            f"the run that rank 0 sees in {root} is not there for another process",
+            expected="--out in a folder that all machines share",
+            got=f"no {error.filename}",
+        ) from error
 
 
 def _limit(
@@ -265,16 +314,33 @@ def _falls(options: SaeOptions) -> bool:
     return (options.lr_schedule or ("constant" if signum else "linear")) != "constant"
 
 
-def _refuse_ranks() -> None:
-    """Raise `ConfigError` under torchrun: every process would train the whole run."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks != "1":
-        raise ConfigError(
-            "saetrain fit runs in one process for now",
-            expected="WORLD_SIZE unset or 1",
-            got=ranks,
-            remedy="start it without torchrun",
-        )
+def _open(config: FitConfig) -> Cache:
+    return Cache.open(
+        config.cache,
+        block_cache=config.block_cache,
+        block_cache_bytes=config.block_cache_bytes,
+    )
+
+
+def _device(config: FitConfig) -> torch.device:
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: the encoder's product is most of a step
+    return device
+
+
+def _row_bytes(record: RunRecord, cache: Cache) -> int:
+    """Bytes of a row, of all hookpoints of the run."""
+    hookpoints = hookpoints_of(record.saes)
+    return sum(cache.codec.row_bytes(cache.manifest.width(name)) for name in hookpoints)
+
+
+def _bests(root: Path, record: RunRecord) -> dict[str, Best]:
+    """Each SAE's best validation, as the newest checkpoint names it."""
+    state = newest_state(root)
+    saes = () if state is None else state.saes
+    named = zip(record.saes, saes, strict=False)
+    return {entry.name: sae.best for entry, sae in named if sae.best is not None}
 
 
 def _missing_shards(cache: Cache) -> tuple[str, ...]:
@@ -317,13 +383,14 @@ def _is_begun(config: FitConfig, root: Path) -> bool:
 
 
 def _go_on(
-    config: FitConfig, cache: Cache, root: Path
+    config: FitConfig, cache: Cache, root: Path, crew: Crew
 ) -> tuple[RunRecord, tuple[str, ...], tuple[str, ...]]:
     """The record of the run that is there, checked against what is asked now.
 
     Returns:
         It with the options of now, what has changed since it was last written, and warnings.
     """
+    config = _of_the_run(config)
     record = read_run(root)
     check_same_cache(record, cache)
     options = changed_options(record, config)
@@ -347,7 +414,18 @@ def _go_on(
         for name, then in record.versions.items()
         if now.get(name) != then
     )
-    return asked, (*options.values(), *libraries), warnings
+    parts = crew.processes if crew.shares_batches else 1
+    shares = []
+    if parts != record.batch_parts:
+        shares = [f"processes that share each batch: {record.batch_parts} then, {parts} now"]
+        warnings += (f"{shares[0]}: the batches are the same, but sums are rounded otherwise",)
+    asked = dataclasses.replace(asked, batch_parts=parts)
+    return asked, (*options.values(), *libraries, *shares), warnings
+
+
+def _of_the_run(config: FitConfig) -> FitConfig:
+    """Without what is of this start, not of the run."""
+    return dataclasses.replace(config, parallel=None)
 
 
 def _kinds_of(record: RunRecord, entries: Sequence[SaeEntry]) -> list[SaeConfig]:
@@ -380,6 +458,7 @@ def _write_changes(
     if first_step < record.steps:
         if changed_options(old, record.options):
             new = dataclasses.replace(record, cache=new.cache)
+        new = dataclasses.replace(new, batch_parts=record.batch_parts)
         new = with_change(new, first_step, changes, _versions())
     if new != old:
         write_run(root, new)
@@ -398,7 +477,7 @@ class _Restored:
 
 
 def _restore(
-    root: Path, record: RunRecord, trainees: list[Trainee], follower: Follower | None
+    root: Path, record: RunRecord, trainees: list[Trainee], follower: Follower | None, crew: Crew
 ) -> _Restored:
     """Put back the newest checkpoint that is whole, if there is one, and all that lies beside it.
 
@@ -413,34 +492,68 @@ def _restore(
             "that came after it is done again"
         )
 
-    checkpoint = load_checkpoint(root, lambda state: _require_bests(root, record, state), fell_back)
-    if checkpoint is None:
+    wanted = {trainee.number for trainee in trainees}
+    if crew.leads:
+        check = functools.partial(_require_bests, root, record)
+        checkpoint = load_checkpoint(root, wanted, check, fell_back)
+        crew.tell(_Chosen(None if checkpoint is None else checkpoint[0].step))
+    else:
+        step = crew.hear(_Chosen).step
+        checkpoint = None if step is None else load_parts(root, step, wanted)
+    if checkpoint is not None:
+        _put_back(root, record, trainees, follower, *checkpoint)
+    crew.wait()  # nobody removes what another one still reads
+    if crew.leads and checkpoint is not None:
+        keep = Keep(record.options.keep_last, record.options.keep_every)
+        remove_others(root, checkpoint[0].step, keep)
+    crew.wait()
+    if crew.saves:
         forget_other_bests(root, trainees)
+    if checkpoint is None:
         return _Restored()
-    state, tensors = checkpoint
+    state, _ = checkpoint
+    for trainee in trainees if crew.saves else ():
+        exported = root / trainee.entry.name / WEIGHTS
+        written = state.saes[trainee.number].export
+        if not exported.is_file() or digest_file(exported) != written:  # of a later step
+            export(root, trainee)
+    return _Restored(state.step, state.stream, tuple(warnings))
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The checkpoint that a run goes on from."""
+
+    step: int | None
+    """Steps done; None: there is none."""
+
+
+def _put_back(
+    root: Path,
+    record: RunRecord,
+    trainees: list[Trainee],
+    follower: Follower | None,
+    state: State,
+    tensors: list[dict[str, Tensor]],
+) -> None:
+    """Load a checkpoint into what is trained; raises `FormatError` if it is not of this run."""
     if follower is None:
         epoch, step = divmod(state.step, record.plan.steps_per_epoch)
         place: dict[str, int] | None = {"epoch": epoch, "step": step}
     else:
         place = follower.place_after(state.step, _epochs(record))
-    fits = len(tensors) == len(trainees) and 0 <= state.step <= record.steps
+    fits = len(tensors) == len(record.saes) and 0 <= state.step <= record.steps
     if not fits or state.stream != place:
-        expected = f"{len(trainees)} SAEs, step 0 to {record.steps}, the stream at {place}"
+        expected = f"{len(record.saes)} SAEs, step 0 to {record.steps}, the stream at {place}"
         got = f"{len(tensors)} SAEs, step {state.step}, the stream at {state.stream}"
         raise _foreign_checkpoint(root, expected, got)
-    for trainee, part, sae in zip(trainees, tensors, state.saes, strict=True):
+    for trainee in trainees:
+        part, sae = tensors[trainee.number], state.saes[trainee.number]
         try:
             trainee.load_state(part, sae.numbers)
         except (KeyError, RuntimeError) as error:
             raise _foreign_checkpoint(root, f"the state of {trainee.entry}", error) from error
         trainee.best = sae.best
-    remove_others(root, state.step, Keep(record.options.keep_last, record.options.keep_every))
-    forget_other_bests(root, trainees)
-    for trainee, sae in zip(trainees, state.saes, strict=True):
-        exported = root / trainee.entry.name / WEIGHTS
-        if not exported.is_file() or digest_file(exported) != sae.export:  # of a later step
-            export(root, trainee)
-    return _Restored(state.step, state.stream, tuple(warnings))
 
 
 def _require_bests(root: Path, record: RunRecord, state: State) -> None:
@@ -466,12 +579,12 @@ def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatErro
     )
 
 
-def _held_out_rows(record: RunRecord, cache: Cache) -> Validation | None:
+def _held_out_rows(record: RunRecord, cache: Cache, trainees: list[Trainee]) -> Validation | None:
     """What a run validates on, if it does."""
     options = record.options
     if options.val_every is None:
         return None
-    hookpoints = hookpoints_of(record.saes)
+    hookpoints = hookpoints_of([trainee.entry for trainee in trainees])
     held_out = record.held_out
     return Validation(
         cache, hookpoints, record.training_shards, held_out, options.val_rows, options.verify
@@ -485,7 +598,7 @@ def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
     return spend(config.buffer_bytes, cache.manifest, hookpoints, config.batch_size)
 
 
-def _decide(config: FitConfig, cache: Cache, device: torch.device) -> RunRecord:
+def _decide(config: FitConfig, cache: Cache, device: torch.device, crew: Crew) -> RunRecord:
     origins = None if config.finetune is None else Origins(config.finetune)
     entries = entries_of(config, cache, None if origins is None else origins.kinds)
     pool_rows = budget_of(config, cache, hookpoints_of(entries)).pool_rows
@@ -511,13 +624,14 @@ def _decide(config: FitConfig, cache: Cache, device: torch.device) -> RunRecord:
         dead_after=config.dead_after
         or min(_DEAD_AFTER, min(steps, epoch_steps) * order.plan.batch_size),
         saes=entries,
-        options=config,
+        options=_of_the_run(config),
         versions=_versions(),
         segment_shards=order.segment_shards,
         extensions=len(cache.manifest.extensions) if config.follow else None,
         pool_rows=pool_rows,
         wandb_id=new_id(config),
         origins=() if origins is None else origins.sources(entries),
+        batch_parts=crew.processes if crew.shares_batches else 1,
     )
 
 
@@ -671,14 +785,21 @@ def _entry(
     )
 
 
-def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Trainee]:
-    """Every SAE with its optimiser, b_dec at the mean of the training rows."""
+def _build(
+    record: RunRecord,
+    cache: Cache,
+    device: torch.device,
+    numbers: Sequence[int],
+    shares_batches: bool = False,
+) -> list[Trainee]:
+    """The SAEs of these numbers with their optimisers, b_dec at the mean of the training rows."""
     if record.options.autocast:
         require_bfloat16_products(device)
     # Once for each hookpoint: they are merged from as many files as there are shards.
     statistics_of = functools.cache(lambda name: cache.statistics(name, record.training_shards))
     trainees = []
-    for entry in record.saes:
+    for number in numbers:
+        entry = record.saes[number]
         sizes, options = entry.config, record.options.of(entry.options)
         targets = targets_of(entry, statistics_of)
         sae = initial_sae(entry, targets, options, device)
@@ -703,6 +824,8 @@ def _build(record: RunRecord, cache: Cache, device: torch.device) -> list[Traine
                 targets.variance,
                 objective,
                 make_recipe(options, sizes),
+                number=number,
+                shared=SharedBatches(sae) if shares_batches else None,
             )
         )
     return trainees

@@ -117,14 +117,15 @@ class Follower:
         root: folder of the run.
         record: what the run is.
         cache: the cache that it follows.
+        writes: whether this process writes it down.
 
     Raises:
         CacheMismatchError: a segment that was used has changed.
         FormatError: the run's record of segments is damaged.
     """
 
-    def __init__(self, root: Path, record: RunRecord, cache: Cache) -> None:
-        self._root, self._cache = root, cache
+    def __init__(self, root: Path, record: RunRecord, cache: Cache, writes: bool = True) -> None:
+        self._root, self._cache, self._writes = root, cache, writes
         self._used = read_used(root, record, cache)
         self.plans = Following(cache, segmentation_of(record), self._used.last_shard)
 
@@ -146,7 +147,8 @@ class Follower:
         last = segments[-1].last_shard
         ended = ended or (last + 1) % self.plans.segmentation.shards_each > 0
         self._used = UsedSegments(tuple(segments), last if ended else None)
-        publish(self._root / SEGMENTS, [to_json(self._used)])
+        if self._writes:
+            publish(self._root / SEGMENTS, [to_json(self._used)])
 
     def place_after(self, step: int, epochs: int | None) -> dict[str, int] | None:
         """State of the stream after so many steps; None if the segments used do not reach there.

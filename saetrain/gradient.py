@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from saetrain.objective import Objective
 from saetrain.recipe import Recipe
 from saetrain.sae import Sae, SaeOutput
 
+if TYPE_CHECKING:
+    from saetrain.shared_batches import SharedBatches
+
 
 def add_gradient(
     sae: Sae,
@@ -28,6 +33,7 @@ def add_gradient(
     step: int,
     auxk_alpha: float,
     recipe: Recipe,
+    shared: SharedBatches | None = None,
 ) -> Losses:
     """Add a batch's gradient to the weights', and return its losses.
 
@@ -44,20 +50,26 @@ def add_gradient(
         step: its number, from 0.
         auxk_alpha: weight of AuxK.
         recipe: says the parts, the precision and the batches of an update.
+        shared: with --parallel ddp, what makes the gradient that of all processes' rows; the losses
+            stay those of these.
 
     Returns:
         The losses, without their graph. Of dense activations [N, M], `output` keeps only whether
         they are above 0: all of them would take the memory that parts of a batch spare.
     """
     losses_of = folded_losses if recipe.decoder_norm == "fold" else compute_losses
+    if shared is not None:
+        losses_of = partial(shared.losses, losses_of)
     parts = torch.split(x, recipe.micro_batch_size or len(x))
     losses = []
-    for part in parts:
-        with _precision(recipe, x.device):
-            of_part = losses_of(sae, part, variance, dead, objective, step)
-        share = len(part) / len(x)
-        loss = of_part.total(auxk_alpha)
-        torch.autograd.backward(loss * (share / recipe.grad_acc_steps))
+    for number, part in enumerate(parts, 1):
+        # Processes exchange gradients once a batch, with its last part.
+        with nullcontext() if shared is None or number == len(parts) else shared.apart():
+            with _precision(recipe, x.device):
+                of_part = losses_of(sae, part, variance, dead, objective, step)
+            share = len(part) / len(x)
+            loss = of_part.total(auxk_alpha)
+            torch.autograd.backward(loss * (share / recipe.grad_acc_steps))
         losses.append(_without_graph(of_part))
     if len(losses) == 1:
         return losses[0]

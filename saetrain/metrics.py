@@ -23,13 +23,21 @@ class Meter:
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.steps = 0
 
-    @torch.no_grad()
     def add(self, losses: Losses) -> None:
         """Count one step."""
+        self.count(self.values(losses))
+
+    @torch.no_grad()
+    def values(self, losses: Losses) -> Tensor:
+        """What is measured of one step; means over its rows. [NAMES]"""
         active = (losses.output.top_acts > 0).sum(dim=1).double()  # [N]
         l0 = total(active) / len(active)
         terms = [term.value.double() for term in losses.terms]
-        self.sums += torch.stack([losses.fvu.double(), losses.auxk.double(), l0, *terms])
+        return torch.stack([losses.fvu.double(), losses.auxk.double(), l0, *terms])
+
+    def count(self, values: Tensor) -> None:
+        """Count one step, of which this was measured."""
+        self.sums += values
         self.steps += 1
 
     def read(self) -> dict[str, float]:
@@ -51,8 +59,12 @@ class Firing:
     def add(self, encoded: tuple[Tensor, Tensor | None]) -> None:
         """Count one batch: (top_acts [N, K], top_indices [N, K]), or (acts [N, M], None)."""
         top_acts, top_indices = encoded
-        self.rows_since += len(top_acts)
-        self.rows_since[fired(top_acts, top_indices, len(self.rows_since))] = 0
+        self.count(fired(top_acts, top_indices, len(self.rows_since)), len(top_acts))
+
+    def count(self, fired: Tensor, rows: int) -> None:
+        """Count so many rows, in which these latents fired: bool [M]."""
+        self.rows_since += rows
+        self.rows_since[fired] = 0
 
     def dead(self) -> Tensor:
         """Which latents have not fired for `dead_after` rows. bool [M]"""

@@ -42,6 +42,7 @@ _FREE = {
     "wandb_notes",
     "wandb_per_sae",
     "wandb_log_final_artifact",
+    "parallel",
 }
 """Options that may change between a run and its resumption: they do not touch its results."""
 
@@ -155,6 +156,9 @@ class RunRecord:
     """With --finetune, what each SAE began with."""
     history: tuple[Change, ...] = ()
     """What changed when it went on. `options`, `saes`, `steps`, `dead_after` are those of now."""
+    batch_parts: int = 1
+    """Processes that share each batch (--parallel ddp): sums are rounded otherwise by another
+    number of them."""
 
     def __post_init__(self) -> None:
         """Refuse a record of another version."""

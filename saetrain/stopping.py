@@ -10,9 +10,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
+
+ECHO = 5.0
+"""Seconds in which processes of a launcher may hear of a signal again: a scheduler sends it to all
+of them, and torchrun passes on what it was sent itself."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,6 +38,20 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"{signal_.name}: step {step:,} is saved; --resume goes on from there")
 
 
+class StopAsked(BaseException):
+    """The run stops here, before its next step; what is done is to be saved.
+
+    No error either, so that nobody who waits for rows takes it for one.
+
+    Args:
+        signal_: which asked for it.
+    """
+
+    def __init__(self, signal_: signal.Signals) -> None:
+        self.signal = signal_
+        super().__init__(signal_.name)
+
+
 class Stopping:
     """Hears signals from `listen` on, until the context is left.
 
@@ -43,11 +62,18 @@ class Stopping:
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
         """The signal that asked to stop, if one has."""
+        self.echo = 0.0
+        """Seconds in which further signals are the first one again."""
+        self.tells = True
+        """Whether a signal is answered with a line on stderr."""
         self._before: dict[signal.Signals, Any] = {}
+        self._until = 0.0
 
     def listen(self) -> None:
         """From now on there is something to save. May be called again."""
-        if self._before or threading.current_thread() is not threading.main_thread():
+        if self._before or self.asked is not None:
+            return
+        if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             before = signal.getsignal(number)
@@ -55,10 +81,9 @@ class Stopping:
                 self._before[number] = before
                 signal.signal(number, self._hear)
 
-    def require_none(self, step: int) -> None:
-        """Raise `Stopped` if a signal has come; so many steps must be saved."""
-        if self.asked is not None:
-            raise Stopped(self.asked, step)
+    def ignore(self) -> None:
+        """All is saved: who leaves last must not mind that the launcher ends who is still there."""
+        self._until = float("inf")
 
     def __enter__(self) -> Stopping:
         return self
@@ -72,12 +97,18 @@ class Stopping:
         self._hand_back()
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
-        self._hand_back()  # a second one, of either kind, ends the run as if we were not there
-        # Not print: the signal may have come in the middle of one.
-        text = f"\nfit: {self.asked.name}: saving at the next step; once more ends at once\n"
-        with suppress(OSError):  # nobody may be left to read it
-            os.write(2, text.encode())
+        now = time.monotonic()
+        if self.asked is not None:
+            if now >= self._until:  # a second one, of either kind, ends the run as without us
+                self._hand_back()
+                signal.raise_signal(number)
+            return
+        self.asked, self._until = signal.Signals(number), now + self.echo
+        if self.tells:
+            # Not print: the signal may have come in the middle of one.
+            text = f"\nfit: {self.asked.name}: saving at the next step; once more ends at once\n"
+            with suppress(OSError):  # nobody may be left to read it
+                os.write(2, text.encode())
 
     def _hand_back(self) -> None:
         for number, before in self._before.items():

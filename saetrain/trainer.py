@@ -13,7 +13,8 @@ from actcache.errors import ActcacheError
 from actcache.order import OrderPlan
 from actcache.stream import ActivationStream, Batch
 from saetrain.best import Best, keep_only, save_best
-from saetrain.checkpoint import NEWEST, Keep, best_steps, newest_step, save_checkpoint
+from saetrain.checkpoint import NEWEST, Keep, best_steps, newest_step, save_part
+from saetrain.crew import Crew
 from saetrain.decoder_norm import fold
 from saetrain.follow import Follower
 from saetrain.formats.sparsify import save_sae
@@ -23,11 +24,13 @@ from saetrain.metrics import Firing, Meter, decoder_norms
 from saetrain.non_finite import Guard, NonFiniteError, require_finite, with_rows
 from saetrain.objective import PLAIN, Objective
 from saetrain.optim import Optimizer, step_if
+from saetrain.peers import PeerGoneError
 from saetrain.recipe import Recipe
 from saetrain.run import RunRecord, SaeEntry
 from saetrain.sae import Sae
 from saetrain.scaling import Scaling, scaling_of
-from saetrain.stopping import Stopping
+from saetrain.shared_batches import SharedBatches
+from saetrain.stopping import StopAsked, Stopped
 from saetrain.tracking import Tracker
 from saetrain.validation import Validation
 from saetrain.vitals import Vitals, decoder_norm_range
@@ -61,6 +64,10 @@ class Trainee:
     """With --save-best, the best that it has been."""
     saved_bests: frozenset[int] = frozenset()
     """Steps of the best ones that checkpoints name: they must stay as long as those do."""
+    number: int = 0
+    """Its place among the SAEs of the run."""
+    shared: SharedBatches | None = None
+    """With --parallel ddp, the other processes' part of each step."""
 
     def __post_init__(self) -> None:
         """Watch the losses where they are computed."""
@@ -115,7 +122,7 @@ def train(
     first_step: int,
     follower: Follower | None = None,
     validation: Validation | None = None,
-    stopping: Stopping | None = None,
+    crew: Crew | None = None,
 ) -> int:
     """Train until the run's last step, or the last of its data, from `first_step` on.
 
@@ -128,7 +135,7 @@ def train(
         first_step: steps done.
         follower: pins what is used of a cache that is still being harvested.
         validation: held-out rows, if the run validates.
-        stopping: hears signals once there is something to save; None: nobody does.
+        crew: the processes of the run; None: this one alone, whom nobody asks to stop.
 
     Returns:
         Steps done in the whole run.
@@ -150,7 +157,7 @@ def train(
             first_step,
             follower,
             validation,
-            stopping or Stopping(),
+            crew or Crew(),
         )
     except NonFiniteError as error:
         read = {entry.name: entry.hookpoints for entry in record.saes}[error.hookpoint]
@@ -168,7 +175,7 @@ def _train(
     first_step: int,
     follower: Follower | None,
     validation: Validation | None,
-    stopping: Stopping,
+    crew: Crew,
 ) -> int:
     options, done, saved = record.options, first_step, first_step
     keep = Keep(options.keep_last, options.keep_every)
@@ -179,44 +186,56 @@ def _train(
         def wait(shard: int) -> None:
             nonlocal saved
             waiting(shard)
-            if done > saved:  # time enough, and nothing is lost to whoever stops it now
+            crew.keep_pace(done)
+            if done > saved and crew.can_keep:  # time enough, and who stops it now loses nothing
                 tracker.sync()
-                save(root, done, trainees, stream, keep)
+                save(root, done, trainees, place, crew, keep)
                 saved = done
-            stopping.require_none(done)
+            crew.look(done, waits=True)
 
         stream.on_wait = wait
-    for step in range(first_step, record.steps):
-        try:
-            batch = next(stream, None)
-        except Exception:
-            _keep(root, done, saved, trainees, stream, tracker, keep)
-            raise
-        if batch is None:
-            break
-        stopping.listen()  # not while the first rows are read: there is nothing to save yet
-        if follower is not None:
-            follower.use(batch)
-        train_batch(groups, batch, step)
-        done = step + 1
-        last = done == record.steps or batch.last
-        if done % options.log_every == 0 or last:
-            rows = done * record.plan.batch_size
-            metrics = _read_metrics(root, trainees, done, rows)
-            if options.has_histogram(done, last=last):
-                for trainee in trainees:
-                    metrics[trainee.entry.name] |= trainee.vitals.read_density()
-            tracker.log(done, metrics, stream.seconds_waited)
-        if validation is not None and (done % (options.val_every or 1) == 0 or last):
-            figures = validate(root, groups, validation, done, options.save_best)
-            tracker.log_held_out(done, figures, validation.rows)
-        due = done % options.save_every == 0 or keep.is_due(done) or last
-        if due or stopping.asked is not None:
+    place = stream.state_dict()
+    try:
+        for step in range(first_step, record.steps):
+            crew.keep_pace(step)
+            crew.look(done)
+            try:
+                batch = crew.next_batch(stream)
+            except PeerGoneError:
+                raise
+            except Exception:
+                _keep(root, done, saved, trainees, place, tracker, crew, keep)
+                raise
+            if batch is None:
+                break
+            # Not while the first rows are read: there is nothing to save yet.
+            crew.stopping.listen()
+            if follower is not None:
+                follower.use(batch)
+            train_batch(groups, batch, step)
+            done, place = step + 1, stream.state_dict()
+            last = done == record.steps or batch.last
+            if done % options.log_every == 0 or last:
+                rows = done * record.plan.batch_size
+                metrics = _read_metrics(root, trainees, done, rows)
+                if options.has_histogram(done, last=last):
+                    for trainee in trainees:
+                        metrics[trainee.entry.name] |= trainee.vitals.read_density()
+                tracker.log(done, metrics, stream.seconds_waited)
+            if validation is not None and (done % (options.val_every or 1) == 0 or last):
+                figures = validate(root, groups, validation, done, options.save_best)
+                tracker.log_held_out(done, figures, validation.rows)
+            if done % options.save_every == 0 or keep.is_due(done) or last:
+                tracker.sync()
+                save(root, done, trainees, place, crew, keep)
+                saved = done
+            if last:
+                break
+    except StopAsked as stop:
+        if done > saved:
             tracker.sync()
-            save(root, done, trainees, stream, keep)
-            saved = done
-        if not last:
-            stopping.require_none(done)
+            save(root, done, trainees, place, crew, keep)
+        raise Stopped(stop.signal, done) from None
     return done
 
 
@@ -244,15 +263,16 @@ def _keep(
     done: int,
     saved: int,
     trainees: list[Trainee],
-    stream: ActivationStream,
+    place: dict[str, int],
     tracker: Tracker,
+    crew: Crew,
     keep: Keep,
 ) -> None:
     """Save what was learnt before rows could not be read, and say what is saved."""
-    if done > saved:
+    if done > saved and crew.can_keep:
         tracker.sync()
         try:
-            save(root, done, trainees, stream, keep)
+            save(root, done, trainees, place, crew, keep)
         except ActcacheError as error:  # what happened to the rows is the news, not this
             tracker.bar.say(f"warning: step {done:,} could not be saved: {error}")
         else:
@@ -261,6 +281,8 @@ def _keep(
         tracker.bar.say(
             f"rows could not be read; step {saved:,} is saved, and --resume goes on from there"
         )
+    if crew.can_keep:
+        crew.wait()  # whoever ends first takes the others with it
 
 
 def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> None:
@@ -269,7 +291,7 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> 
     Nothing here makes the host wait for the device, but AuxK, which counts the dead latents, and
     BatchTopK, which asks whether it has looked far enough.
     """
-    sae, recipe = trainee.sae, trainee.recipe
+    sae, recipe, shared = trainee.sae, trainee.recipe, trainee.shared
     if (k := recipe.k(step)) is not None:
         sae.k = k
     if recipe.begins_update(step):
@@ -283,11 +305,15 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> 
         x = x * trainee.scaling.rows
     dead = trainee.firing.dead() if auxk_alpha > 0 else None
     losses = add_gradient(
-        sae, x, trainee.variance, dead, trainee.objective, step, auxk_alpha, recipe
+        sae, x, trainee.variance, dead, trainee.objective, step, auxk_alpha, recipe, shared
     )
-    finite = trainee.guard.check(losses.total(auxk_alpha), step)
+    loss = losses.total(auxk_alpha)
+    finite = trainee.guard.check(loss if shared is None else shared.mean(loss), step)
     if recipe.ends_update(step):
         _update(trainee, step, finite)
+    if shared is not None:
+        shared.count(losses, trainee.firing, trainee.vitals, trainee.meter)
+        return
     sae.activation.observe(losses.output.top_acts, anew=recipe.changes_k(step))
     trainee.firing.add((losses.output.top_acts, losses.output.top_indices))
     trainee.vitals.add_latents(losses.output.top_acts, losses.output.top_indices)
@@ -341,7 +367,8 @@ def save(
     root: Path,
     done: int,
     trainees: list[Trainee],
-    stream: ActivationStream,
+    place: dict[str, int],
+    crew: Crew,
     keep: Keep = NEWEST,
 ) -> None:
     """Write every SAE as others load it, and a checkpoint.
@@ -349,12 +376,16 @@ def save(
     The checkpoint comes last: killed before it, the run does these steps again and writes the same
     SAEs; killed after it, nothing is missing.
     """
+    if not crew.saves:
+        return
     for trainee in trainees:
         _require_finite_state(root, trainee, done)
     exports = [export(root, trainee) for trainee in trainees]
-    states = [trainee.state() for trainee in trainees]
-    bests = [trainee.best for trainee in trainees]
-    save_checkpoint(root, done, stream.state_dict(), states, exports, bests, keep)
+    parts = {
+        trainee.number: save_part(root, done, trainee.number, trainee.state(), file, trainee.best)
+        for trainee, file in zip(trainees, exports, strict=True)
+    }
+    crew.commit(root, done, place, parts, keep)
     forget_other_bests(root, trainees)
 
 
@@ -367,8 +398,8 @@ def export(root: Path, trainee: Trainee) -> FileReceipt:
 
 def forget_other_bests(root: Path, trainees: list[Trainee]) -> None:
     """Remove best ones that no checkpoint names: of before, or newer than what is gone on from."""
-    for number, trainee in enumerate(trainees):
-        saved = set() if trainee.best is None else best_steps(root, number)
+    for trainee in trainees:
+        saved = set() if trainee.best is None else best_steps(root, trainee.number)
         trainee.saved_bests = frozenset(saved)
         keep_only(root / trainee.entry.name, saved)
 

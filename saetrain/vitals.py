@@ -37,12 +37,12 @@ class Vitals:
     @torch.no_grad()
     def add_latents(self, top_acts: Tensor, top_indices: Tensor | None) -> None:
         """Count one batch: activations [N, K] and their latents [N, K]; or of all, [N, M]."""
-        active = top_acts > 0
-        if top_indices is None:
-            self._active += active.sum(dim=0)
-        else:  # whole numbers: the order of adding does not matter
-            self._active.scatter_add_(0, top_indices.flatten(), active.long().flatten())
-        self._rows += len(top_acts)
+        self.count(active_rows(top_acts, top_indices, len(self._active)), len(top_acts))
+
+    def count(self, active: Tensor, rows: int) -> None:
+        """Count so many rows, on so many of which each latent is active: int64 [M]."""
+        self._active += active
+        self._rows += rows
 
     @torch.no_grad()
     def add_gradient(self, norm: Tensor) -> None:
@@ -80,6 +80,17 @@ class Vitals:
         self._active.copy_(tensors["active"])
         self._norms.copy_(tensors["norms"])
         self._rows, self._updates = int(numbers["rows"]), int(numbers["updates"])
+
+
+@torch.no_grad()
+def active_rows(top_acts: Tensor, top_indices: Tensor | None, num_latents: int) -> Tensor:
+    """On how many rows each latent is active, int64 [M], as `Vitals.add_latents` is given them."""
+    active = top_acts > 0
+    if top_indices is None:
+        return active.sum(dim=0)
+    counts = torch.zeros(num_latents, dtype=torch.int64, device=top_acts.device)
+    # Whole numbers: the order of adding does not matter.
+    return counts.scatter_add_(0, top_indices.flatten(), active.long().flatten())
 
 
 @torch.no_grad()

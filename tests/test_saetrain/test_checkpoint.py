@@ -227,7 +227,7 @@ def test_what_lies_beside_a_checkpoint_counts_as_part_of_it(tmp_path: Path) -> N
         if state.step == 6:
             raise FormatError("its best one is gone")
 
-    loaded = load_checkpoint(tmp_path, check)
+    loaded = load_checkpoint(tmp_path, check=check)
     assert loaded is not None
     assert loaded[0].step == 3
 

@@ -82,7 +82,7 @@ def test_every_option_of_the_command_line_may_stand_in_a_file(
         if field.name not in ("saes", "hookpoints"):
             default = field.default
             values[field.name] = {int: 3, float: 0.5, bool: True}.get(type(default), "x")
-    values |= {"wandb": "offline", "wandb_tags": ["c"]}
+    values |= {"wandb": "offline", "wandb_tags": ["c"], "parallel": "ddp"}
     values |= {"b_dec_init": "zeros", "input_scale": "unit", "encoder_scale": "0.5"}
     values |= {"hookpoint": ["a", "b"], "optimizer": "adamw", "verify": "always", "lr": 0.25}
     values |= {"lr_schedule": "stable-then-decay", "decoder_norm": "free"}

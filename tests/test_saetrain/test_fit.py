@@ -779,15 +779,6 @@ def test_a_folder_that_holds_nothing_but_a_lock_is_a_place_for_a_run(options: Op
     assert fit(options()).steps == 12
 
 
-def test_several_processes_are_refused(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"one process(.|\n)*without torchrun"):
-        fit(options())
-    assert not Path(options().out).exists()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert fit(options()).steps == 12
-
-
 # --- what is told --------------------------------------------------------------------------------
 
 

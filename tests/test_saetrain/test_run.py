@@ -127,6 +127,7 @@ def test_a_missing_shard_is_named(record: RunRecord, own_cache: Path, shard: int
 
 
 FREE = {
+    "parallel": "modules",
     "cache": "x",
     "out": "y",
     "resume": True,

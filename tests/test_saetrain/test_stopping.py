@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,24 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping.asked is signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_what_a_launcher_passes_on_is_the_same_signal_and_a_later_one_a_second() -> None:
+    with Stopping() as stopping:
+        stopping.echo = 0.2
+        stopping.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.listen()
+        assert stopping.asked is signal.SIGINT
+        time.sleep(0.2)
+        with pytest.raises(AtOnce):
+            os.kill(os.getpid(), signal.SIGTERM)
+    with Stopping() as stopping:
+        stopping.listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.ignore()  # all is saved
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_fit_in_another_thread_leaves_signals_alone(options: Options) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 from actcache.errors import RunError
+from saetrain.crew import Crew
 from saetrain.trainer import Trainee, save, train_step
 
 N, D, M, K = 64, 16, 64, 4
@@ -231,11 +232,6 @@ def test_state_put_back_into_another_trainee_goes_on_bit_for_bit(
         assert torch.equal(expected[name], got[name]), name
 
 
-class NoStream:
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": 0, "step": 1}
-
-
 @BOTH_OPTIMIZERS
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
 def test_nothing_is_saved_after_a_loss_that_was_not_finite(
@@ -248,7 +244,7 @@ def test_nothing_is_saved_after_a_loss_that_was_not_finite(
     rows[3, 5] = value
     train_step(trainee, rows, 1, 0.0)
     with pytest.raises(RunError, match=r"loss of layers\.0 is not finite by step 2"):
-        save(tmp_path, 2, [trainee], NoStream())  # type: ignore[arg-type]
+        save(tmp_path, 2, [trainee], {"epoch": 0, "step": 1}, Crew())
     assert not list(tmp_path.iterdir())
 
 
@@ -261,5 +257,5 @@ def test_nothing_is_saved_of_weights_that_are_not_finite(
     with torch.no_grad():
         trainee.sae.get_parameter(name).view(-1)[-1] = math.inf
     with pytest.raises(RunError, match="not finite"):
-        save(tmp_path, 1, [trainee], NoStream())  # type: ignore[arg-type]
+        save(tmp_path, 1, [trainee], {"epoch": 0, "step": 1}, Crew())
     assert not list(tmp_path.iterdir())

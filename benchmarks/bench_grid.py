@@ -31,12 +31,13 @@ from actcache.order import OrderPlan, make_plan
 from actcache.reader import Cache
 from actcache.stream import ActivationStream
 from saetrain.config import FitConfig
-from saetrain.fit import entries_of
+from saetrain.deciding import entries_of
 from saetrain.grid import vary
 from saetrain.metrics import Firing, Meter
 from saetrain.optim import make_optimizer
 from saetrain.sae import Sae
-from saetrain.trainer import Trainee, by_hookpoint, train_batch, train_step
+from saetrain.step import train_batch, train_step
+from saetrain.trainee import Trainee, by_hookpoint
 
 SAES = {"k": (16, 32), "lr": (1e-3, 3e-4), "seed": (0, 1)}
 PREFETCH = 4

@@ -21,7 +21,8 @@ from saetrain.metrics import Firing, Meter
 from saetrain.optim import default_lr, make_optimizer
 from saetrain.run import SaeEntry
 from saetrain.sae import Sae
-from saetrain.trainer import Trainee, train_step
+from saetrain.step import train_step
+from saetrain.trainee import Trainee
 
 Step = Callable[[Tensor, int], None]
 Reconstruct = Callable[[Tensor], Tensor]

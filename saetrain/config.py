@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
 from actcache.errors import ConfigError
-from actcache.place import refuse_url
+from saetrain import checks
 
 _NO_OPTION = {"option": False}
 """Metadata of a field that the command line does not have as an option."""
@@ -21,12 +20,6 @@ InputScale = Literal["none", "rms", "unit"]
 BDecInit = Literal["mean", "geometric-median", "zeros"]
 WandbMode = Literal["disabled", "offline", "online"]
 ActivationName = Literal["topk", "batchtopk", "groupmax", "jumprelu", "relu", "gated"]
-
-ANNEALED = ("topk", "batchtopk")
-"""Activations whose k may fall in a run."""
-
-PENALISED = {"jumprelu": 1e-3, "relu": 3e-2, "gated": 3e-2}
-"""Activations that a penalty makes sparse instead of k, and the penalty's weight by default."""
 
 
 @dataclass(frozen=True)
@@ -68,56 +61,7 @@ class SaeConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes and combinations that cannot be built."""
-        if min(self.d_in, self.num_latents, self.k, self.width_out, *self.widths, 1) < 1:
-            raise ConfigError("an SAE's sizes must be positive", got=self)
-        if self.k > self.num_latents and self.activation not in PENALISED:
-            raise ConfigError(
-                "--k is larger than the number of latents",
-                expected=f"<= {self.num_latents}",
-                got=self.k,
-                remedy="a smaller --k, or more --num-latents",
-            )
-        if self.activation == "groupmax" and self.num_latents % self.k:
-            raise ConfigError(
-                "--activation groupmax takes one latent of each of k equal groups",
-                expected=f"a number of latents that --k {self.k} divides",
-                got=self.num_latents,
-                remedy="another --k or --num-latents",
-            )
-        if self.multi_topk and self.activation != "topk":
-            raise ConfigError(
-                "--multi-topk goes with --activation topk",
-                got=self.activation,
-                remedy="leave one of them out",
-            )
-        rising = (0, *self.matryoshka, self.num_latents)
-        if any(low >= high for low, high in pairwise(rising)):
-            raise ConfigError(
-                "--matryoshka takes rising numbers of latents",
-                expected=f"1 to {self.num_latents - 1}, each larger than the one before",
-                got=list(self.matryoshka),
-                remedy="another order, or more --num-latents",
-            )
-        if self.multi_topk and self.matryoshka:
-            raise ConfigError(
-                "--multi-topk and --matryoshka are two ways to train one dictionary at many sizes",
-                expected="one of them",
-                remedy="leave one of them out",
-            )
-        if self.widths and (sum(self.widths) != self.d_in or self.transcode):
-            raise ConfigError(
-                "a crosscoder reads and predicts all of its hookpoints",
-                expected=f"d_in {sum(self.widths)}, no --transcode",
-                got=self,
-            )
-        if self.d_out not in (None, self.d_in) and not self.transcode:
-            raise ConfigError("an autoencoder's output is as wide as its input", got=self)
-        for name in ("sparsity", "threshold"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"--{name} is out of range", expected=">= 0", got=value)
-        if not 0 < self.bandwidth < float("inf"):
-            raise ConfigError("--bandwidth is out of range", expected="> 0", got=self.bandwidth)
+        checks.require_sae(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,93 +175,9 @@ class SaeOptions:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no SAE can have."""
-        _require_positive(self, "expansion_factor", "num_latents", "k", "lr_decay_steps", "k_start")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise ConfigError("--lr is out of range", expected="> 0", got=self.lr)
-        if not 0 <= self.auxk_alpha < float("inf"):
-            raise ConfigError("--auxk-alpha is out of range", expected=">= 0", got=self.auxk_alpha)
-        _require_seed("--seed", self.seed)
         # One spelling of each number: 1 and 1.0 would be two SAEs. The class is frozen.
-        object.__setattr__(self, "encoder_scale", _scale(self.encoder_scale))
-        if self.lr_warmup_steps < 0:
-            raise ConfigError("--lr-warmup-steps is negative", got=self.lr_warmup_steps)
-        self._check_activation()
-        self._check_recipe()
-
-    def _check_activation(self) -> None:
-        """Refuse options that an activation lacks; what depends on widths, `SaeConfig` refuses."""
-        if self.sparsity is not None and self.activation not in PENALISED:
-            raise ConfigError(
-                f"--activation {self.activation} is sparse by --k, and has no penalty",
-                expected="no --sparsity",
-                got=self.sparsity,
-                remedy=f"leave it out, or --activation {' | '.join(PENALISED)}",
-            )
-        for name in ("threshold", "bandwidth"):
-            if getattr(self, name) is not None and self.activation != "jumprelu":
-                raise ConfigError(
-                    f"--{name} is for --activation jumprelu",
-                    got=self.activation,
-                    remedy="leave one of them out",
-                )
-        for name in ("sparsity", "threshold", "bandwidth"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"--{name} is out of range", expected=">= 0", got=value)
-        if self.sparsity_warmup_steps is not None and self.sparsity_warmup_steps < 0:
-            raise ConfigError("--sparsity-warmup-steps is negative", got=self.sparsity_warmup_steps)
-        if self.k_anneal_steps and self.activation not in ANNEALED:
-            why = "has groups that --k makes" if self.activation == "groupmax" else "has no k"
-            raise ConfigError(
-                f"--k-anneal-steps lets k fall, and --activation {self.activation} {why}",
-                expected=f"--activation {' | '.join(ANNEALED)}",
-                got=self.k_anneal_steps,
-                remedy="leave --k-anneal-steps out",
-            )
-
-    def _check_recipe(self) -> None:
-        """Refuse optimisers, schedules and recipes that contradict themselves."""
-        if self.lr_decay_steps is not None and self.lr_schedule != "stable-then-decay":
-            raise ConfigError(
-                "--lr-decay-steps is for --lr-schedule stable-then-decay",
-                got=self.lr_schedule,
-                remedy="linear and cosine fall from the warm-up on",
-            )
-        if not 0 <= self.lr_end <= 1:
-            raise ConfigError("--lr-end is out of range", expected="0 to 1", got=self.lr_end)
-        falls = self.optimizer != "signum" if self.lr_schedule is None else True
-        if self.lr_end and (not falls or self.lr_schedule == "constant"):
-            raise ConfigError(
-                "--lr-end is for a learning rate that falls",
-                got=f"--optimizer {self.optimizer}, --lr-schedule {self.lr_schedule}",
-                remedy="--lr-schedule linear, cosine or stable-then-decay",
-            )
-        if self.weight_decay is not None:
-            if not 0 <= self.weight_decay < float("inf"):
-                raise ConfigError(
-                    "--weight-decay is out of range", expected=">= 0", got=self.weight_decay
-                )
-            if self.optimizer not in ("adamw", "muon"):
-                raise ConfigError(
-                    "--weight-decay is for adamw and muon", got=f"--optimizer {self.optimizer}"
-                )
-        if self.grad_clip is not None:
-            if not 0 < self.grad_clip < float("inf"):
-                raise ConfigError("--grad-clip is out of range", expected="> 0", got=self.grad_clip)
-            if self.optimizer == "signum":
-                raise ConfigError(
-                    "--grad-clip does nothing for signum, which takes signs of gradients",
-                    remedy="leave it out, or another --optimizer",
-                )
-        if self.k_anneal_steps < 0:
-            raise ConfigError("--k-anneal-steps is negative", got=self.k_anneal_steps)
-        if self.k_start is not None:
-            if not self.k_anneal_steps:
-                raise ConfigError("--k-start is for a run with --k-anneal-steps", got=self.k_start)
-            if self.k_start < self.k:
-                raise ConfigError(
-                    "--k-start is smaller than --k", expected=f">= {self.k}", got=self.k_start
-                )
+        object.__setattr__(self, "encoder_scale", checks.scale(self.encoder_scale))
+        checks.require_options(self)
 
 
 @dataclass(frozen=True)
@@ -335,12 +195,7 @@ class Override:
 
     def __post_init__(self) -> None:
         """Refuse widths that are said twice; what else cannot be, `SaeOptions` refuses."""
-        if self.expansion_factor is not None and self.num_latents is not None:
-            raise ConfigError(
-                "expansion-factor and num-latents say the same of a hookpoint",
-                expected="one of them",
-                got=f"{self.expansion_factor} and {self.num_latents}",
-            )
+        checks.require_override(self)
 
 
 @dataclass(frozen=True)
@@ -538,104 +393,9 @@ class FitConfig(SaeOptions):
 
     def __post_init__(self) -> None:
         """Refuse numbers and combinations that no run can carry out."""
-        refuse_url(self.out, "--out", "files are published by renaming them")
-        if self.follow:
-            refuse_url(self.cache, "CACHE with --follow", "a harvest at work is in a folder")
         self._take_first()
         super().__post_init__()
-        _require_positive(
-            self,
-            "batch_size",
-            "epochs",
-            "max_tokens",
-            "dead_after",
-            "val_every",
-            "val_rows",
-            "segment_shards",
-            "buffer_bytes",
-            "pool_rows",
-            "grad_acc_steps",
-            "micro_batch_size",
-            "save_every",
-            "keep_last",
-            "keep_every",
-            "log_every",
-        )
-        self._check_kinds()
-        if self.data_seed is not None:
-            _require_seed("--data-seed", self.data_seed)
-        if self.histogram_every < 0:
-            raise ConfigError("--histogram-every is negative", got=self.histogram_every)
-        for name in ("fresh_b_dec", "fresh_decoder"):
-            if getattr(self, name) and self.finetune is None:
-                option = "--" + name.replace("_", "-")
-                raise ConfigError(f"{option} is for --finetune", remedy="add it, or leave this out")
-        if self.force_config and not self.resume:
-            raise ConfigError("--force-config is for a run to go on with", remedy="add --resume")
-        if self.save_best and self.val_every is None:
-            raise ConfigError("--save-best needs validations", remedy="add --val-every N")
-        if self.val_every is not None and self.val_fraction == 0:
-            raise ConfigError(
-                "--val-every needs rows that are held out",
-                expected="--val-fraction above 0",
-                got=self.val_fraction,
-            )
-        if self.buffer_bytes is not None and self.pool_rows is not None:
-            raise ConfigError(
-                "--buffer-bytes and --pool-rows say the same",
-                expected="one of them",
-                got=f"{self.buffer_bytes} and {self.pool_rows}",
-            )
-        if self.segment_shards is not None and not self.follow:
-            raise ConfigError(
-                "--segment-shards is for a run with --follow",
-                got=self.segment_shards,
-                remedy="add --follow, or leave it out",
-            )
-        if self.segment_shards == 1 and self.val_fraction:
-            raise ConfigError(
-                "--segment-shards leaves nothing to train on in a segment that is held out",
-                expected=">= 2, or --val-fraction 0",
-                got=1,
-            )
-
-    def _check_kinds(self) -> None:
-        """Refuse inputs and outputs, and batches, that SAEs of the run cannot have."""
-        if self.skip_connection and not self.transcode:
-            raise ConfigError(
-                "--skip-connection would let an autoencoder copy its input",
-                expected="--transcode",
-                remedy="add --transcode, or leave it out",
-            )
-        if self.crosscode and self.transcode:
-            raise ConfigError(
-                "--crosscode and --transcode are two kinds of SAE",
-                expected="one of them",
-                remedy="leave one of them out",
-            )
-
-        for sae in self.saes or (self,):
-            rows = self.micro_batch_size or self.batch_size
-            if sae.activation == "batchtopk" and rows < self.batch_size:
-                raise ConfigError(
-                    "--micro-batch-size cuts the batch that --activation batchtopk chooses among",
-                    expected=f">= --batch-size {self.batch_size}",
-                    got=self.micro_batch_size,
-                    remedy="a smaller --batch-size with --grad-acc-steps, or --activation topk",
-                )
-            if sae.encoder_scale == "auto" and self.transcode:
-                raise ConfigError(
-                    "--encoder-scale auto has nothing to try: a transcoder's decoder begins at 0",
-                    expected="a number with --transcode",
-                    remedy="leave it out",
-                )
-            if sae.decoder_norm == "fold" and self.transcode:
-                raise ConfigError(
-                    "--decoder-norm fold scales latents by norms, and a transcoder's begin at zero",
-                    expected="--decoder-norm unit or free with --transcode",
-                    got="fold",
-                    remedy="leave it out: a transcoder's decoder rows are free",
-                )
+        checks.require_run(self)
 
     def has_histogram(self, step: int, *, last: bool) -> bool:
         """Whether the line of metrics.jsonl after a step has histograms."""
@@ -670,31 +430,3 @@ class FitConfig(SaeOptions):
             )
         for f in dataclasses.fields(SaeOptions):
             object.__setattr__(self, f.name, getattr(first, f.name))  # the class is frozen
-
-
-def _scale(text: str) -> str:
-    """A number above 0 in the shortest spelling, or auto; raises `ConfigError`."""
-    if text == "auto":
-        return text
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = -1.0
-    if not 0 < scale < float("inf"):
-        raise ConfigError(
-            "--encoder-scale is neither a scale nor auto", expected="auto, or > 0", got=text
-        )
-    return repr(scale).removesuffix(".0")
-
-
-def _require_positive(options: object, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} is too small", expected=">= 1", got=value)
-
-
-def _require_seed(option: str, seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"{option} is out of range", expected="0 to 2**32 - 1", got=seed)

@@ -18,7 +18,7 @@ from actcache.progress import Progress
 from actcache.reader import Cache
 from saetrain.best import best_folder
 from saetrain.checkpoint import SaeState, newest_state
-from saetrain.config import PENALISED
+from saetrain.checks import PENALISED
 from saetrain.follow import has_ended, held_out_shards, read_used
 from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
 from saetrain.inputs import rows_of

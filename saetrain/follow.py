@@ -187,3 +187,12 @@ class Follower:
 
 def _place(epoch: int, segment: int, step: int) -> dict[str, int]:
     return {"epoch": epoch, "segment": segment, "step": step}
+
+
+def plan_of_step(
+    record: RunRecord, follower: Follower | None, step: int
+) -> tuple[OrderPlan, int, int]:
+    """Plan of step `step` (from 0) of a run, its epoch, and the step within both."""
+    if follower is None:
+        return record.plan, *divmod(step, record.plan.steps_per_epoch)
+    return follower.plan_of(step)

@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 from typing import Any, get_origin, get_type_hints
 
 from actcache.errors import ConfigError, HookpointError
-from saetrain.config import PENALISED, FitConfig, Override, SaeOptions
+from saetrain.checks import PENALISED
+from saetrain.config import FitConfig, Override, SaeOptions
 
 _HINTS = get_type_hints(SaeOptions)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +18,10 @@ from actcache.errors import ActcacheError, RunError
 from actcache.order import OrderPlan, Rows, batch_rows
 from actcache.parse import to_json
 from actcache.reader import Cache
+from saetrain.checkpoint import newest_step
+
+if TYPE_CHECKING:
+    from saetrain.trainee import Trainee
 
 ROWS = "non-finite.json"
 _NAMED = 8  # rows of a shard that a message names
@@ -121,6 +127,33 @@ def require_finite(
         got=math.nan if math.isfinite(value) else value,
         saved=kept,
     )
+
+
+def require_finite_loss(root: Path, trainee: Trainee, value: float, done: int) -> None:
+    """`require_finite` of an SAE in training, for the run in `root`."""
+    saved = newest_step(root)
+    require_finite(value, trainee.entry.name, done, trainee.guard.first_bad(), saved)
+
+
+@contextmanager
+def rows_told(
+    root: Path,
+    cache: Cache,
+    read: Mapping[str, Sequence[str]],
+    place: Callable[[int], tuple[OrderPlan, int, int]],
+) -> Iterator[None]:
+    """Let a `NonFiniteError` from within name the rows of its batch, see `with_rows`.
+
+    Args:
+        root: folder of the run.
+        cache: its cache.
+        read: hookpoints that each SAE reads, by its name.
+        place: plan of a step (from 0) of the run, its epoch, and the step within both.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        raise with_rows(error, root, cache, read[error.hookpoint], place) from error
 
 
 def with_rows(

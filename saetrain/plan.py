@@ -15,8 +15,9 @@ import torch
 from actcache.budget import Budget
 from actcache.reader import Cache
 from saetrain.build import build_sae
-from saetrain.config import PENALISED, FitConfig, OptimizerName, SaeConfig
-from saetrain.fit import budget_of, entries_of
+from saetrain.checks import PENALISED
+from saetrain.config import FitConfig, OptimizerName, SaeConfig
+from saetrain.deciding import budget_of, entries_of
 from saetrain.inputs import hookpoints_of
 from saetrain.run import SaeEntry
 

@@ -20,6 +20,8 @@ from saetrain.config import FitConfig, SaeConfig, SaeOptions
 from saetrain.grid import option, values_of
 
 RUN = "run.json"
+LOCK = Path("fit.lock")
+"""Held by the processes that are at work in a run, within its folder."""
 FORMAT_VERSION = 1
 
 _FREE = {
@@ -177,6 +179,11 @@ class RunRecord:
         With --follow, those of the first segment: what comes later must not change the loss.
         """
         return [shard for shard, _ in self.plan.shards]
+
+    @property
+    def epochs(self) -> int | None:
+        """Epochs after which it ends; None where its steps alone say it."""
+        return self.options.epochs if self.options.max_tokens is None else None
 
 
 def write_run(root: Path, record: RunRecord) -> None:

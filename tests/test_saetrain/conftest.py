@@ -65,7 +65,7 @@ def make_trainee() -> Callable[..., Any]:
     from saetrain.optim import make_optimizer
     from saetrain.run import SaeEntry
     from saetrain.sae import Sae
-    from saetrain.trainer import Trainee
+    from saetrain.trainee import Trainee
 
     def make(
         d_in: int = 16,

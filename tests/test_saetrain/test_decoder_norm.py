@@ -19,7 +19,8 @@ from saetrain.formats.sparsify import load_sae
 from saetrain.losses import compute_losses
 from saetrain.recipe import Recipe
 from saetrain.sae import Sae
-from saetrain.trainer import Trainee, train_step
+from saetrain.step import train_step
+from saetrain.trainee import Trainee
 
 N, D, M, K = 32, 12, 40, 5
 VARIANCE = 2.5

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-import saetrain.trainer
+import saetrain.saving
+import saetrain.step
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.order import split_shards
 from actcache.reader import Cache
@@ -129,7 +130,7 @@ def test_a_run_that_is_not_there_or_not_trained_says_so(
 
 def stop(monkeypatch: pytest.MonkeyPatch, config: Any, at: int) -> None:
     """Run until step `at` (from 0), and die there."""
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == at:
@@ -137,7 +138,7 @@ def stop(monkeypatch: pytest.MonkeyPatch, config: Any, at: int) -> None:
         real(trainee, rows, number, alpha)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saetrain.trainer, "train_step", step)
+        patch.setattr(saetrain.step, "train_step", step)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
 
@@ -185,7 +186,7 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_nothing_is_saved(
 def test_a_run_killed_while_it_saved_is_not_evaluated_as_a_mixture_of_steps(
     options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, real = options(save_every=3), saetrain.trainer.save_sae
+    config, real = options(save_every=3), saetrain.saving.save_sae
 
     def save(folder: Path, *arguments: Any) -> Any:
         if saved and folder.name == "layers.1":
@@ -196,7 +197,7 @@ def test_a_run_killed_while_it_saved_is_not_evaluated_as_a_mixture_of_steps(
 
     saved: list[Path] = []
     with monkeypatch.context() as patch:
-        patch.setattr(saetrain.trainer, "save_sae", save)
+        patch.setattr(saetrain.saving, "save_sae", save)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
     with pytest.raises(RunError, match=r"layers\.0 is not that of the last(.|\n)*--resume"):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import saetrain.trainer
+import saetrain.step
 from actcache.atomic import digest_file
 from actcache.errors import FormatError
 from saetrain.checkpoint import newest_step, read_state, state_path, tensors_path
@@ -173,7 +173,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(saetrain.trainer, "train_step", look)
+        patch.setattr(saetrain.step, "train_step", look)
         with pytest.raises(Killed):
             fit(go_on)
     # All that came after step 9 is gone, and what lies there is that of step 9.

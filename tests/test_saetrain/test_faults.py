@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-import saetrain.trainer
+import saetrain.saving
+import saetrain.step
 from actcache.checked_reads import CheckedReads
 from actcache.errors import ActcacheError, CorruptShardError
 from actcache.reader import Cache
@@ -39,14 +40,14 @@ def own_cache(cache_path: Path, tmp_path: Path) -> Path:
 
 def act_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
     """Do something to the cache in the middle of a run, before step `step` (from 0)."""
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def train_step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == step and trainee.entry.hookpoint == "layers.0":
             act()
         real(trainee, rows, number, alpha)
 
-    monkeypatch.setattr(saetrain.trainer, "train_step", train_step)
+    monkeypatch.setattr(saetrain.step, "train_step", train_step)
 
 
 def damage(path: Path) -> None:
@@ -168,7 +169,7 @@ def test_a_checkpoint_that_cannot_be_saved_does_not_hide_what_happened_to_the_ro
     def fail(*_: Any) -> None:
         raise ActcacheError("no room to write it")
 
-    monkeypatch.setattr(saetrain.trainer, "save", fail)
+    monkeypatch.setattr(saetrain.saving, "save", fail)
     act_at(monkeypatch, 10, lambda: [remove(path) for path in shard_files(own_cache)] and None)
     with pytest.raises(CorruptShardError, match="is gone"):
         fit(options(**LONG, cache=str(own_cache)))

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import saetrain.trainer
+import saetrain.step
 from actcache.atomic import digest_file
 from actcache.errors import ActcacheError, ConfigError, FormatError, RunError
 from actcache.reader import Cache
@@ -242,7 +242,7 @@ def test_a_finetuned_run_that_was_stopped_equals_one_that_was_not(
     whole = unsaid(options, finetune=str(source), out=options().out + "-whole")
     stopped = unsaid(options, finetune=str(source), resume=True)
     fit(whole)
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == stop_at:
@@ -250,7 +250,7 @@ def test_a_finetuned_run_that_was_stopped_equals_one_that_was_not(
         real(trainee, rows, number, alpha)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saetrain.trainer, "train_step", step)
+        patch.setattr(saetrain.step, "train_step", step)
         with pytest.raises(Killed):
             fit(stopped)
     path = source / "layers.0" / "sae.safetensors"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import saetrain.trainer
+import saetrain.step
 from actcache.errors import ConfigError
 from saetrain.config import FitConfig
 from saetrain.fit import fit
 from saetrain.tracking import METRICS
-from saetrain.trainer import Trainee
+from saetrain.trainee import Trainee
 
 Options = Callable[..., FitConfig]
 
@@ -62,7 +62,7 @@ def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(
     """Every second step ends an update; lines cover four steps, so two updates."""
     norms: list[float] = []
     name = "gradient_norm" if clip is None else "clip_gradient"
-    real = getattr(saetrain.trainer, name)
+    real = getattr(saetrain.step, name)
 
     def look(gradients: Any, *largest: float) -> Any:
         items = list(gradients)
@@ -70,7 +70,7 @@ def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(
         norms.append(float(torch.cat([g.flatten().double() for g in found]).norm()))
         return real(items, *largest)
 
-    monkeypatch.setattr(saetrain.trainer, name, look)
+    monkeypatch.setattr(saetrain.step, name, look)
     config = options(
         hookpoint=("layers.0",), optimizer="adam", grad_clip=clip, grad_acc_steps=2, log_every=4
     )

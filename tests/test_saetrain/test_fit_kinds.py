@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import saetrain.trainer
+import saetrain.step
 from actcache.errors import ConfigError, HookpointError, RunError
 from actcache.reader import Cache
 from actcache_cli.main import saetrain_app as app
@@ -175,7 +175,7 @@ def stop_and_resume(
     stopped = kind_options(kind, **changes)
     fit(whole)
     with monkeypatch.context() as patch:
-        real, steps = saetrain.trainer.train_step, []
+        real, steps = saetrain.step.train_step, []
 
         def step(*arguments: Any) -> None:
             steps.append(arguments)
@@ -183,7 +183,7 @@ def stop_and_resume(
                 raise Killed
             real(*arguments)
 
-        patch.setattr(saetrain.trainer, "train_step", step)
+        patch.setattr(saetrain.step, "train_step", step)
         with pytest.raises(Killed):
             fit(stopped)
     fit(kind_options(kind, **changes, resume=True))

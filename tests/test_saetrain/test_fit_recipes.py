@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import saetrain.trainer
+import saetrain.step
 from actcache.errors import ConfigError
 from actcache.parse import read_json
 from saetrain.config import FitConfig
@@ -71,7 +71,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     common = {"max_tokens": 21 * 32, "save_every": 13, **RUNS[name]}
     whole, stopped = options(**common, out=options().out + "-whole"), options(**common)
     fit(whole)
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def step(trainee: Any, rows: Tensor, number: int, alpha: float) -> None:
         if number == 16 and trainee.entry.hookpoint == "layers.1":
@@ -79,7 +79,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
         real(trainee, rows, number, alpha)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saetrain.trainer, "train_step", step)
+        patch.setattr(saetrain.step, "train_step", step)
         with pytest.raises(Killed):
             fit(stopped)
     summary = fit(dataclasses.replace(stopped, resume=True))
@@ -129,13 +129,13 @@ def test_default_learning_rates_are_those_of_the_peers(options: Options) -> None
 def test_annealing_trains_at_the_k_of_each_step_and_saves_the_last(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = saetrain.trainer.train_step, []
+    real, seen = saetrain.step.train_step, []
 
     def step(trainee: Any, rows: Tensor, number: int, alpha: float) -> None:
         real(trainee, rows, number, alpha)
         seen.append(trainee.sae.k)
 
-    monkeypatch.setattr(saetrain.trainer, "train_step", step)
+    monkeypatch.setattr(saetrain.step, "train_step", step)
     config = options(hookpoint=("layers.0",), k_anneal_steps=9, log_every=1)
     fit(config)
     expected = [round(48 * (1 - s / 9) + 3 * s / 9) for s in range(9)] + [3, 3, 3]

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 import actcache.follow
 import actcache.stream
-import saetrain.trainer
+import saetrain.saving
+import saetrain.step
 import saetrain.waiting
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.lock import FolderLock
@@ -121,14 +122,14 @@ class Killed(BaseException):
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == stop_at and trainee.entry.hookpoint == "layers.1":
             raise Killed
         real(trainee, rows, number, alpha)
 
-    monkeypatch.setattr(saetrain.trainer, "train_step", step)
+    monkeypatch.setattr(saetrain.step, "train_step", step)
 
 
 # --- a function of cache and options -------------------------------------------------------------
@@ -427,13 +428,13 @@ def test_what_is_done_is_saved_while_it_waits_and_a_stop_loses_nothing(
     for there, done in (((0, 1), 3), ((2, 3), 11)):  # the last batch is held until more is known
         growing.publish(*there)
         with monkeypatch.context() as patch:
-            real = saetrain.trainer.save
+            real = saetrain.saving.save
 
             def save(*arguments: Any, real: Any = real) -> None:
                 real(*arguments)
                 raise KeyboardInterrupt
 
-            patch.setattr(saetrain.trainer, "save", save)
+            patch.setattr(saetrain.saving, "save", save)
             with pytest.raises(KeyboardInterrupt):
                 fit(dataclasses.replace(config, resume=True))
         assert newest_step(Path(config.out)) == done

@@ -13,7 +13,8 @@ from actcache.errors import ConfigError
 from saetrain.gradient import clip_gradient, require_bfloat16_products
 from saetrain.recipe import Recipe
 from saetrain.sae import Sae
-from saetrain.trainer import Trainee, train_step
+from saetrain.step import train_step
+from saetrain.trainee import Trainee
 
 N, D, M, K = 60, 12, 40, 5
 STEPS = 6

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import saetrain.step
 import saetrain.trainer
 from actcache.errors import ConfigError, HookpointError, RunError
 from actcache.reader import Cache
@@ -211,7 +212,7 @@ def test_a_grid_that_was_stopped_and_resumed_equals_one_that_was_not(
     whole = vary(options(out=options().out + "-whole", save_every=5), **AXES_OF_TEN)
     stopped = dataclasses.replace(whole, out=options().out)
     fit(whole)
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == stop_at and trainee.entry.name == "layers.1/k3-adam-lr2e-3":
@@ -219,7 +220,7 @@ def test_a_grid_that_was_stopped_and_resumed_equals_one_that_was_not(
         real(trainee, rows, number, alpha)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saetrain.trainer, "train_step", step)
+        patch.setattr(saetrain.step, "train_step", step)
         with pytest.raises(Killed):
             fit(stopped)
     assert fit(dataclasses.replace(stopped, resume=True)).new_steps == 12 - stop_at // 5 * 5

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import saetrain.initial
-import saetrain.trainer
+import saetrain.step
 from actcache.errors import ConfigError
 from actcache.order import batch_rows
 from actcache.reader import Cache
@@ -117,7 +117,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_at_the_same_place(
     recipe = {"b_dec_init": "geometric-median", "encoder_scale": "auto", "input_scale": "unit"}
     whole, killed = options(**recipe, out=options().out + "-whole"), options(**recipe)
     fit(whole)
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == 2:
@@ -125,7 +125,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_at_the_same_place(
         real(trainee, rows, number, alpha)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saetrain.trainer, "train_step", step)
+        patch.setattr(saetrain.step, "train_step", step)
         with pytest.raises(Killed):
             fit(killed)
     with monkeypatch.context() as patch:  # what was found is in run.json: nobody looks again

@@ -24,7 +24,8 @@ from saetrain.optim import make_optimizer
 from saetrain.recipe import Recipe
 from saetrain.run import SaeEntry
 from saetrain.sae import Sae
-from saetrain.trainer import Trainee, train_step
+from saetrain.step import train_step
+from saetrain.trainee import Trainee
 
 N, D, E, M, K = 24, 10, 6, 36, 3
 STEPS = 6

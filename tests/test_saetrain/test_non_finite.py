@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import saetrain.trainer
+import saetrain.step
 from actcache.errors import RunError
 from actcache.order import batch_rows
 from actcache.reader import Cache
 from saetrain.build import build_sae
 from saetrain.checkpoint import load_checkpoint
-from saetrain.config import PENALISED, FitConfig, SaeConfig
+from saetrain.checks import PENALISED
+from saetrain.config import FitConfig, SaeConfig
 from saetrain.fit import fit
 from saetrain.metrics import Firing, Meter
 from saetrain.non_finite import ROWS, Guard, NonFiniteError
@@ -33,7 +34,8 @@ from saetrain.optim import make_optimizer
 from saetrain.recipe import Recipe
 from saetrain.run import SaeEntry, read_run
 from saetrain.sae import Sae
-from saetrain.trainer import Trainee, train_step
+from saetrain.step import train_step
+from saetrain.trainee import Trainee
 
 Options = Callable[..., FitConfig]
 
@@ -65,7 +67,7 @@ def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
     """With the flag looked at, as on a CPU, and with the update under it, as on a GPU."""
     if device_flag:
         monkeypatch.setattr(
-            saetrain.trainer, "step_if", lambda ok, optimizer, step: optimizer.masked_step(step, ok)
+            saetrain.step, "step_if", lambda ok, optimizer, step: optimizer.masked_step(step, ok)
         )
     trainee, rows = make_trainee(D, M, K, optimizer=optimizer), batches(6)
     # It would be normalised before the loss is known, which is not what is asked here.
@@ -247,7 +249,7 @@ def test_a_batch_of_a_later_epoch_and_segment_is_found(
     make_cache: Callable[..., Path], options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With --follow, and with a batch that is spoiled after it was read."""
-    real, seen = saetrain.trainer.train_step, []
+    real, seen = saetrain.step.train_step, []
 
     class Spoil:
         step = 0
@@ -255,7 +257,7 @@ def test_a_batch_of_a_later_epoch_and_segment_is_found(
     def train_step(trainee: Any, rows: Tensor, number: int, alpha: float) -> None:
         real(trainee, rows * math.nan if number == Spoil.step else rows, number, alpha)
 
-    monkeypatch.setattr(saetrain.trainer, "train_step", train_step)
+    monkeypatch.setattr(saetrain.step, "train_step", train_step)
     cache = Cache.open(options().cache)
     for follow in (False, True):
         shards = {"segment_shards": 2, "follow": True, "val_fraction": 0.25} if follow else {}

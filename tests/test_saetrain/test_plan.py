@@ -23,7 +23,8 @@ from saetrain.optim import make_optimizer
 from saetrain.plan import FLOAT, parameter_shapes, plan_fit, plan_sae, step_bytes
 from saetrain.recipe import Recipe
 from saetrain.run import SaeEntry, read_run
-from saetrain.trainer import Trainee, train_step
+from saetrain.step import train_step
+from saetrain.trainee import Trainee
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import saetrain.trainer
+import saetrain.step
 from actcache.errors import CacheBusyError, RunError
 from saetrain.checkpoint import newest_step
 from saetrain.config import FitConfig
@@ -54,7 +54,7 @@ def ending(root: Path | str) -> tuple[int, str, int]:
 
 def send_in_step(monkeypatch: pytest.MonkeyPatch, at: int, *numbers: signal.Signals) -> None:
     """Send signals in step `at` (from 0), between the first hookpoint's update and the second's."""
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == at and trainee.entry.hookpoint == "layers.1":
@@ -62,7 +62,7 @@ def send_in_step(monkeypatch: pytest.MonkeyPatch, at: int, *numbers: signal.Sign
                 os.kill(os.getpid(), sent)
         real(trainee, rows, number, alpha)
 
-    monkeypatch.setattr(saetrain.trainer, "train_step", step)
+    monkeypatch.setattr(saetrain.step, "train_step", step)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -209,7 +209,7 @@ def test_a_mistake_of_ours_is_told_with_code_1(
         raise ValueError
 
     with monkeypatch.context() as patch:
-        patch.setattr(saetrain.trainer, "train_step", step)
+        patch.setattr(saetrain.step, "train_step", step)
         with pytest.raises(ValueError, match=r"^$"):
             fit(options())
     assert ending(options().out) == (1, "ValueError", 0)
@@ -223,13 +223,13 @@ def test_a_call_that_is_killed_does_not_leave_the_word_of_the_one_before(
         send_in_step(patch, 6, signal.SIGTERM)
         with pytest.raises(Stopped):
             fit(config)
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def look(*arguments: Any) -> None:
         seen.append((Path(config.out) / EXIT).exists())
         real(*arguments)
 
-    monkeypatch.setattr(saetrain.trainer, "train_step", look)
+    monkeypatch.setattr(saetrain.step, "train_step", look)
     fit(dataclasses.replace(config, resume=True))
     assert not any(seen)
 
@@ -237,7 +237,7 @@ def test_a_call_that_is_killed_does_not_leave_the_word_of_the_one_before(
 def test_a_call_that_is_refused_the_folder_says_nothing_in_it(
     options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config, real = options(), saetrain.trainer.train_step
+    config, real = options(), saetrain.step.train_step
 
     def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == 4:
@@ -246,7 +246,7 @@ def test_a_call_that_is_refused_the_folder_says_nothing_in_it(
             assert not (Path(config.out) / EXIT).exists()
         real(trainee, rows, number, alpha)
 
-    monkeypatch.setattr(saetrain.trainer, "train_step", step)
+    monkeypatch.setattr(saetrain.step, "train_step", step)
     fit(config)
     before = (Path(config.out) / EXIT).read_bytes()
     with pytest.raises(RunError, match="holds a run already"):

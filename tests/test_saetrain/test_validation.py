@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import saetrain.trainer
+import saetrain.step
 from actcache.errors import ConfigError, RunError
 from actcache.order import split_shards
 from actcache.reader import Cache
@@ -227,7 +227,7 @@ def test_a_run_that_was_stopped_keeps_the_same_best_ones(
     whole = kept(options, optimizer=optimizer, save_every=save_every, out=options().out + "-whole")
     stopped = dataclasses.replace(whole, out=options().out)
     fit(whole)
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == stop_at and trainee.entry.name == "layers.1/lr0.1":
@@ -235,7 +235,7 @@ def test_a_run_that_was_stopped_keeps_the_same_best_ones(
         real(trainee, rows, number, alpha)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saetrain.trainer, "train_step", step)
+        patch.setattr(saetrain.step, "train_step", step)
         with pytest.raises(Killed):
             fit(stopped)
     root = Path(stopped.out)

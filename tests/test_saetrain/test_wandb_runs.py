@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import saetrain.trainer
+import saetrain.step
 from saetrain.config import FitConfig
 from saetrain.fit import fit
 from saetrain.run import read_run
@@ -115,14 +115,14 @@ def expected(root: Path, names: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
-    real = saetrain.trainer.train_step
+    real = saetrain.step.train_step
 
     def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
         if number == stop_at:
             raise Killed
         real(trainee, rows, number, alpha)
 
-    monkeypatch.setattr(saetrain.trainer, "train_step", step)
+    monkeypatch.setattr(saetrain.step, "train_step", step)
 
 
 BOTH = {"layers.0": "layers.0/", "layers.1": "layers.1/"}

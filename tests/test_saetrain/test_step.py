@@ -1,10 +1,8 @@
-"""`saetrain.trainer`: the step against sparsify's own. N tokens, D d_in, M num_latents, K k."""
+"""`saetrain.step`: the step against sparsify's own. N tokens, D d_in, M num_latents, K k."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,14 +12,12 @@ from schedulefree import ScheduleFreeWrapper
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
-from actcache.errors import RunError
-from saetrain.crew import Crew
-from saetrain.trainer import Trainee, save, train_step
+from saetrain.step import train_step
+from saetrain.trainee import Trainee
 
 N, D, M, K = 64, 16, 64, 4
 STEPS, WARMUP = 50, 10
 LR = {"signum": 0.01, "adam": 0.003}
-
 BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 
 
@@ -210,52 +206,3 @@ def test_with_auxk_off_dead_latents_cost_nothing_and_feel_nothing(
         assert our_step(trainee, x, step, alpha=0.0)["auxk"] == 0
     assert trainee.firing.dead()[7]
     assert torch.equal(trainee.sae.W_enc[7], before)
-
-
-@BOTH_OPTIMIZERS
-def test_state_put_back_into_another_trainee_goes_on_bit_for_bit(
-    make_trainee: Callable[..., Trainee], optimizer: str
-) -> None:
-    ours, resumed = (make_trainee(D, M, K, optimizer=optimizer, dead_after=3 * N) for _ in range(2))
-    rows = batches(torch.float32)
-    for step in range(7):
-        train_step(ours, rows[step], step, 1.0)
-    tensors, numbers = ours.state()
-    resumed.load_state({name: t.detach().clone() for name, t in tensors.items()}, dict(numbers))
-    for step in range(7, 14):
-        train_step(ours, rows[step], step, 1.0)
-        train_step(resumed, rows[step], step, 1.0)
-    (expected, numbers), (got, numbers_again) = ours.state(), resumed.state()
-    assert numbers == numbers_again
-    assert expected.keys() == got.keys()
-    for name in expected:
-        assert torch.equal(expected[name], got[name]), name
-
-
-@BOTH_OPTIMIZERS
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
-def test_nothing_is_saved_after_a_loss_that_was_not_finite(
-    make_trainee: Callable[..., Trainee], tmp_path: Path, optimizer: str, value: float
-) -> None:
-    """signum alone would keep the weights finite: the sign of NaN is 0."""
-    trainee = make_trainee(D, M, K, optimizer=optimizer)
-    rows = batches(torch.float32)[0].clone()
-    train_step(trainee, rows, 0, 0.0)
-    rows[3, 5] = value
-    train_step(trainee, rows, 1, 0.0)
-    with pytest.raises(RunError, match=r"loss of layers\.0 is not finite by step 2"):
-        save(tmp_path, 2, [trainee], {"epoch": 0, "step": 1}, Crew())
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
-def test_nothing_is_saved_of_weights_that_are_not_finite(
-    make_trainee: Callable[..., Trainee], tmp_path: Path, name: str
-) -> None:
-    trainee = make_trainee(D, M, K)
-    train_step(trainee, batches(torch.float32)[0], 0, 0.0)
-    with torch.no_grad():
-        trainee.sae.get_parameter(name).view(-1)[-1] = math.inf
-    with pytest.raises(RunError, match="not finite"):
-        save(tmp_path, 1, [trainee], {"epoch": 0, "step": 1}, Crew())
-    assert not list(tmp_path.iterdir())

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_quality import HOOKPOINT, K, held_out_error, shards
+from bench_quality import HOOKPOINT, K, judge, shards
 from common import machine, print_table, real_cache, synthetic_manifest
 from numpy.typing import NDArray
 from rivals import Setting, ours
@@ -271,8 +271,7 @@ def train(memory: Memory, batches: list[Longs], seed: int, held_out: list[int]) 
     step, finish = ours(setting, torch.from_numpy(known.mean), known.variance)
     for number, batch in enumerate(batches):
         step(memory.rows[torch.from_numpy(batch)].float(), number)
-    denominator = cache.statistics(HOOKPOINT, held_out).squared_error_of(known.mean)
-    return held_out_error(cache, held_out, finish(), device) / denominator
+    return judge(cache, HOOKPOINT, memory.training, held_out, finish(), setting.rate).fvu
 
 
 if __name__ == "__main__":

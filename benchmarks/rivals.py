@@ -1,13 +1,14 @@
-"""One training step of ours and of sparsify's, from the same start, ready to be compared.
+"""One training step of ours and of others', from the same start, ready to be compared.
 
 A contender is a pair: `step(x, number)` trains on rows x [N, D] in float32, and `finish()` gives
-the function from rows to reconstructions that the library would publish.
+what the library would publish, as a function from rows to reconstructions [N, D] and activations of
+all latents [N, M]. Each is trained as its own library trains it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,25 @@ from torch import Tensor
 
 from saetrain.config import OptimizerName, SaeConfig
 from saetrain.metrics import Firing, Meter
-from saetrain.optim import default_lr, make_optimizer
+from saetrain.optim import make_optimizer
 from saetrain.run import SaeEntry
 from saetrain.sae import Sae
 from saetrain.step import train_step
 from saetrain.trainee import Trainee
 
 Step = Callable[[Tensor, int], None]
-Reconstruct = Callable[[Tensor], Tensor]
-Contender = tuple[Step, Callable[[], Reconstruct]]
+Published = Callable[[Tensor], tuple[Tensor, Tensor]]
+Contender = tuple[Step, Callable[[], Published]]
+
+_SPARSIFY_LR = {"signum": 5e-3, "adam": 2e-4}
+_SPARSIFY_MUON_LR = 2e-3
+
+
+def sparsify_lr(optimizer: OptimizerName, num_latents: int) -> float:
+    """Sparsify's default: base / sqrt(M / 2^14), but for muon."""
+    if optimizer == "muon":
+        return _SPARSIFY_MUON_LR
+    return float(_SPARSIFY_LR[optimizer] / (num_latents / 2**14) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -40,14 +51,33 @@ class Setting:
     steps: int
     """Of the whole run."""
     warmup: int
-    """Steps; adam only."""
+    """Steps; not for signum."""
     seed: int
     device: torch.device
+    lr: float | None = None
+    """Learning rate, the peak where there is a schedule; None: sparsify's default."""
+    autocast: bool = False
+    """Others' products in bfloat16, in their forward pass; ours asks its own recipe."""
 
     @property
-    def lr(self) -> float:
-        """Learning rate by sparsify's law, which is ours."""
-        return default_lr(self.optimizer, self.num_latents)
+    def rate(self) -> float:
+        """The learning rate."""
+        return sparsify_lr(self.optimizer, self.num_latents) if self.lr is None else self.lr
+
+
+def published(sae: Sae) -> Published:
+    """An SAE of ours as others would use it."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        output = sae(x)
+        return output.reconstruction, _dense(output.top_acts, output.top_indices, sae.num_latents)
+
+    return run
+
+
+def _dense(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> Tensor:
+    empty = top_acts.new_zeros(len(top_acts), num_latents)
+    return empty.scatter_(1, top_indices, top_acts)
 
 
 def ours(setting: Setting, mean: Tensor, variance: float) -> Contender:
@@ -57,58 +87,132 @@ def ours(setting: Setting, mean: Tensor, variance: float) -> Contender:
     with torch.no_grad():
         sae.b_dec.copy_(mean)
     trainee = Trainee(
-        SaeEntry("rows", SaeConfig(s.d_in, s.num_latents, s.k), s.lr, s.seed),
+        SaeEntry("rows", SaeConfig(s.d_in, s.num_latents, s.k), s.rate, s.seed),
         sae,
-        make_optimizer(s.optimizer, sae, s.lr, s.warmup, s.steps),
+        make_optimizer(s.optimizer, sae, s.rate, s.warmup, s.steps),
         Firing(s.num_latents, 10_000_000, s.device),
         Meter(s.device),
         variance,
     )
 
-    def finish() -> Reconstruct:
+    def finish() -> Published:
         sae.load_state_dict(trainee.optimizer.weights_to_export())
-        return lambda x: sae(x).reconstruction
+        return published(sae)
 
     return lambda x, step: train_step(trainee, x, step, 0.0), finish
 
 
 def sparsify(setting: Setting) -> Contender:
     """Sparsify's module in the order of its own trainer; b_dec begins at the first batch's mean."""
-    from schedulefree import ScheduleFreeWrapper
     from sparsify import SparseCoder, SparseCoderConfig
-    from sparsify.sign_sgd import SignSGD
-    from transformers import get_linear_schedule_with_warmup
 
     s = setting
     torch.manual_seed(s.seed)
     config = SparseCoderConfig(num_latents=s.num_latents, k=s.k)
     sae = SparseCoder(s.d_in, config, s.device, dtype=torch.float32)
-    schedule: Any = None
-    if s.optimizer == "signum":
-        update: Any = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=s.lr), momentum=0.95)
-        update.train()
-    else:
-        update = torch.optim.Adam(sae.parameters(), lr=s.lr)
-        schedule = get_linear_schedule_with_warmup(update, s.warmup, s.steps)
+    updates, schedules = _sparsify_optimizers(s, sae)
     since_fired = torch.zeros(s.num_latents, dtype=torch.long, device=s.device)
 
     def step(x: Tensor, number: int) -> None:
         if number == 0:
             sae.b_dec.data = x.mean(0)
         sae.set_decoder_norm_to_unit_norm()
-        output = sae(x)
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=s.autocast):
+            output = sae(x)
         output.fvu.backward()
         sae.remove_gradient_parallel_to_decoder_directions()
-        update.step()
-        update.zero_grad()
-        if schedule is not None:
+        for update in updates:
+            update.step()
+            update.zero_grad()
+        for schedule in schedules:
             schedule.step()
         since_fired.add_(len(x))
         since_fired[output.latent_indices.flatten()] = 0
 
-    def finish() -> Reconstruct:
+    def finish() -> Published:
         if s.optimizer == "signum":
-            update.eval()
-        return lambda x: sae(x).sae_out
+            updates[0].eval()
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            output = sae(x)
+            latents = _dense(output.latent_acts, output.latent_indices, s.num_latents)
+            return output.sae_out, latents
+
+        return run
+
+    return step, finish
+
+
+def _sparsify_optimizers(setting: Setting, sae: torch.nn.Module) -> tuple[list[Any], list[Any]]:
+    """Optimisers and schedules as sparsify's trainer makes them."""
+    from schedulefree import ScheduleFreeWrapper
+    from sparsify.muon import Muon
+    from sparsify.sign_sgd import SignSGD
+    from transformers import get_linear_schedule_with_warmup
+
+    s, parameters = setting, list(sae.parameters())
+    if s.optimizer == "signum":
+        update: Any = ScheduleFreeWrapper(SignSGD(parameters, lr=s.rate), momentum=0.95)
+        update.train()
+        return [update], []
+    if s.optimizer == "adam":
+        adam = torch.optim.Adam(parameters, lr=s.rate)
+        return [adam], [get_linear_schedule_with_warmup(adam, s.warmup, s.steps)]
+    matrices = {p for p in parameters if p.ndim >= 2}
+    muon = Muon(matrices, lr=s.rate, ddp=False)
+    adam = torch.optim.Adam([p for p in parameters if p not in matrices], lr=s.rate)
+    return [muon, adam], [
+        get_linear_schedule_with_warmup(muon, 0, s.steps),
+        get_linear_schedule_with_warmup(adam, s.warmup, s.steps),
+    ]
+
+
+def sae_lens(setting: Setting, first: Sequence[Tensor]) -> Contender:
+    """SAELens's TopK in its own trainer, scaled as it scales by what `first` batches [N, D] say.
+
+    The schedule is its tutorial's: constant, and a linear decay to 0 over the last fifth.
+    """
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    s = setting
+    torch.manual_seed(s.seed)
+    normalise = "expected_average_only_in"
+    config = TopKTrainingSAEConfig(
+        d_in=s.d_in,
+        d_sae=s.num_latents,
+        k=s.k,
+        normalize_activations=normalise,
+        device=str(s.device),
+    )
+    sae = TopKTrainingSAE(config)
+    batch = len(first[0])
+    options = SAETrainerConfig(
+        s.steps * batch,
+        train_batch_size_samples=batch,
+        lr=s.rate,
+        lr_end=s.rate / 10,
+        lr_warm_up_steps=s.warmup,
+        lr_decay_steps=s.steps // 5,
+        device=str(s.device),
+        autocast=s.autocast,
+    )
+    trainer = SAETrainer(options, sae, iter(()))
+    trainer.activation_scaler.estimate_scaling_factor(s.d_in, iter(first), len(first))
+
+    def step(x: Tensor, number: int) -> None:
+        assert number == trainer.n_training_steps
+        trainer.step(x)
+        trainer.n_training_steps += 1
+
+    def finish() -> Published:
+        sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            latents = sae.encode(x)
+            return sae.decode(latents), latents
+
+        return run
 
     return step, finish

@@ -43,7 +43,7 @@ def _table(plan: Any) -> str:
             str(sae.num_latents),
             "-" if sae.k is None else str(sae.k),
             sae.optimizer,
-            short_number(float(f"{sae.lr:.3g}")),
+            "by steps" if sae.lr is None else short_number(float(f"{sae.lr:.3g}")),
             str(sae.seed),
             *sizes(sae),
         ]

@@ -18,7 +18,7 @@ from saetrain.initial import FirstRows, initial_sae, start_at_median
 from saetrain.inputs import hookpoints_of, targets_of
 from saetrain.metrics import Firing, Meter
 from saetrain.objective import objective_of
-from saetrain.optim import make_optimizer, make_schedule
+from saetrain.optim import make_optimizer, make_schedule, warmup_steps
 from saetrain.recipe import make_recipe
 from saetrain.restoring import Restored, restore
 from saetrain.run import RunRecord
@@ -88,7 +88,7 @@ def build(
             options.optimizer,
             sae,
             entry.lr,
-            options.lr_warmup_steps,
+            warmup_steps(options.lr_warmup_steps, record.steps),
             record.steps,
             schedule=make_schedule(options, record.steps),
             weight_decay=options.weight_decay,

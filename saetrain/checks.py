@@ -83,7 +83,7 @@ def require_options(options: SaeOptions) -> None:
     if not 0 <= options.auxk_alpha < float("inf"):
         raise ConfigError("--auxk-alpha is out of range", expected=">= 0", got=options.auxk_alpha)
     _require_seed("--seed", options.seed)
-    if options.lr_warmup_steps < 0:
+    if options.lr_warmup_steps is not None and options.lr_warmup_steps < 0:
         raise ConfigError("--lr-warmup-steps is negative", got=options.lr_warmup_steps)
     _require_activation(options)
     _require_recipe(options)

@@ -110,20 +110,23 @@ class SaeOptions:
     matryoshka: tuple[int, ...] = ()
     """Number of first latents that must reconstruct by themselves; repeatable, rising."""
 
-    optimizer: OptimizerName = "signum"
-    """signum: schedule-free SignSGD, momentum 0.95. adam, adamw. adam8bit: moments in 8 bits, needs
-    bitsandbytes ([quantized]). muon: Muon for matrices, Adam for the rest."""
+    optimizer: OptimizerName = "adam"
+    """adam, adamw. adam8bit: moments in 8 bits, needs bitsandbytes ([quantized]). muon: Muon for
+    matrices, Adam for the rest. signum: schedule-free SignSGD, momentum 0.95; half of Adam's
+    state."""
 
     lr: float | None = None
-    """Learning rate, the peak where it changes. Default: 5e-3 (signum) or 2e-4 (adam, adamw,
-    adam8bit), divided by sqrt(latents / 2^14); 2e-3 (muon)."""
+    """Learning rate, the peak where it changes. Default for adam, adamw and adam8bit: 2e-4 /
+    sqrt(latents / 2^14), times sqrt(2^17 / steps) in a run of fewer steps than 2^17, at most 1e-2;
+    for signum 5e-3 / sqrt(latents / 2^14); for muon 2e-3."""
 
     lr_schedule: LrSchedule | None = None
     """What follows the warm-up. stable-then-decay: constant, then linear over --lr-decay-steps.
     Default: linear; for signum none, not even a warm-up: being schedule-free, it needs neither."""
 
-    lr_warmup_steps: int = 1000
-    """Steps of linear warm-up; for signum only with --lr-schedule."""
+    lr_warmup_steps: int | None = None
+    """Steps of linear warm-up; for signum only with --lr-schedule. Default: a twentieth of the run,
+    at most 1000."""
 
     lr_decay_steps: int | None = None
     """Steps of the decay that ends the run, with --lr-schedule stable-then-decay. Default: a fifth

@@ -45,7 +45,7 @@ def decide(config: FitConfig, cache: Cache, device: torch.device, crew: Crew) ->
     statistics_of = functools.cache(lambda name: cache.statistics(name, training))
     entries = tuple(
         with_scales(entry, config.of(entry.options), statistics_of, first, device)
-        for entry in entries
+        for entry in with_rates(entries, steps)
     )
     return RunRecord(
         format_version=FORMAT_VERSION,
@@ -176,7 +176,7 @@ def of_the_run(config: FitConfig) -> FitConfig:
 
 
 def entries_of(config: FitConfig, cache: Cache, kinds: Kinds | None = None) -> tuple[SaeEntry, ...]:
-    """The SAEs that a run trains, hookpoint after hookpoint.
+    """The SAEs that a run trains, hookpoint after hookpoint; `with_rates` knows its length.
 
     Args:
         config: the options.
@@ -194,6 +194,25 @@ def entries_of(config: FitConfig, cache: Cache, kinds: Kinds | None = None) -> t
         return entries
     kinds = kinds or Origins(config.finetune).kinds
     return tuple(map(_with_kind, entries, kinds(entries)))
+
+
+def with_rates(entries: Sequence[SaeEntry], steps: int) -> tuple[SaeEntry, ...]:
+    """The same SAEs with the learning rates of a run of so many steps, where none are asked for."""
+    return tuple(
+        dataclasses.replace(
+            entry, lr=default_lr(entry.options.optimizer, entry.config.num_latents, steps)
+        )
+        if entry.options.lr is None
+        else entry
+        for entry in entries
+    )
+
+
+def steps_ahead(config: FitConfig, cache: Cache, pool_rows: int) -> int | None:
+    """Steps that a run would have; None with --follow, where the harvest's goal says it later."""
+    if config.max_tokens is not None:
+        return steps_of(config, None)
+    return None if config.follow else steps_of(config, _order(config, cache, pool_rows).epoch_steps)
 
 
 def _with_kind(entry: SaeEntry, kind: SaeConfig) -> SaeEntry:

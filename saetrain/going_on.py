@@ -13,7 +13,14 @@ from actcache.reader import Cache
 from saetrain.checkpoint import newest_step
 from saetrain.config import FitConfig, SaeConfig
 from saetrain.crew import Crew
-from saetrain.deciding import entries_of, of_the_run, steps_of, versions_now, whole_updates
+from saetrain.deciding import (
+    entries_of,
+    of_the_run,
+    steps_of,
+    versions_now,
+    whole_updates,
+    with_rates,
+)
 from saetrain.forcing import force, with_change
 from saetrain.run import (
     LOCK,
@@ -65,9 +72,9 @@ def go_on(
     record = dataclasses.replace(record, wandb_id=record.wandb_id or new_id(config))
     asked = dataclasses.replace(record, options=config)
     if options and config.force_config:
-        saes = entries_of(config, cache, functools.partial(_kinds_of, record))
-        done = newest_step(root) or 0
-        asked = force(record, config, options, saes, _forced_steps(record, config), done)
+        steps, done = _forced_steps(record, config), newest_step(root) or 0
+        saes = with_rates(entries_of(config, cache, functools.partial(_kinds_of, record)), steps)
+        asked = force(record, config, options, saes, steps, done)
     else:
         check_same_run(record, asked)
     now = versions_now()

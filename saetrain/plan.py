@@ -6,6 +6,7 @@ SAE.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from actcache.reader import Cache
 from saetrain.build import build_sae
 from saetrain.checks import PENALISED
 from saetrain.config import FitConfig, OptimizerName, SaeConfig
-from saetrain.deciding import budget_of, entries_of
+from saetrain.deciding import budget_of, entries_of, steps_ahead, with_rates
 from saetrain.inputs import hookpoints_of
 from saetrain.run import SaeEntry
 
@@ -35,8 +36,8 @@ class SaePlan:
     k: int | None
     """None where a penalty makes latents sparse."""
     optimizer: str
-    lr: float
-    """Peak."""
+    lr: float | None
+    """Peak; None: it follows from steps that are not known yet."""
     seed: int
     parameters: int
     """P."""
@@ -81,8 +82,16 @@ def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
     )
     entries = entries_of(config, cache)
     hookpoints = hookpoints_of(entries)
-    saes = tuple(plan_sae(entry, config) for entry in entries)
     budget: Budget = budget_of(config, cache, hookpoints)
+    steps = steps_ahead(config, cache, budget.pool_rows)
+    if steps is not None:
+        entries = with_rates(entries, steps)
+    saes = tuple(plan_sae(entry, config) for entry in entries)
+    if steps is None:
+        saes = tuple(
+            dataclasses.replace(sae, lr=entry.options.lr)
+            for sae, entry in zip(saes, entries, strict=True)
+        )
     row = sum(cache.codec.row_bytes(cache.manifest.width(name)) for name in hookpoints)
     weights, state = sum(s.weights for s in saes), sum(s.optimizer_state for s in saes)
     # Of the one that takes most: gradients are dropped before the next SAE's turn.

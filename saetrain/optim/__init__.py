@@ -11,10 +11,18 @@ from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
 from saetrain.optim.mask import step_if
 from saetrain.optim.muon import Muon
-from saetrain.optim.schedule import Schedule, default_lr, make_schedule
+from saetrain.optim.schedule import Schedule, default_lr, make_schedule, warmup_steps
 from saetrain.optim.signum import Signum
 
-__all__ = ["Optimizer", "Schedule", "default_lr", "make_optimizer", "make_schedule", "step_if"]
+__all__ = [
+    "Optimizer",
+    "Schedule",
+    "default_lr",
+    "make_optimizer",
+    "make_schedule",
+    "step_if",
+    "warmup_steps",
+]
 
 _WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.1}
 """Where there is any: torch's default, and sparsify's."""

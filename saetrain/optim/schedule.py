@@ -1,4 +1,4 @@
-"""Learning rates: how large by default, and how they change over a run. After sparsify."""
+"""Learning rates: how large by default, and how they change over a run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,37 @@ from dataclasses import dataclass
 
 from saetrain.config import FitConfig, LrSchedule, OptimizerName
 
-_BASE = {"signum": 5e-3, "adam": 2e-4, "adamw": 2e-4, "adam8bit": 2e-4}
-_MUON = 2e-3
+_SIGNUM, _ADAM, _MUON = 5e-3, 2e-4, 2e-3
+_LONG = 2**17
+_ADAM_MOST = 1e-2
+_WARMUP_MOST = 1000
 
 
-def default_lr(optimizer: OptimizerName, num_latents: int) -> float:
-    """Learning rate that falls with the root of the width: base / sqrt(M / 2^14).
+def default_lr(optimizer: OptimizerName, num_latents: int, steps: int = _LONG) -> float:
+    """Learning rate, the peak of a schedule; after sparsify in a long run.
 
-    Muon's does not: its updates are scaled by the shape of the matrix already.
+    signum: 5e-3 / sqrt(M / 2^14), whatever the run's length: being schedule-free, it averages.
+    Adam's kinds: 2e-4 / sqrt(M / 2^14) from 2^17 steps on, and with the root of what is missing to
+    these more: the root leads from what short runs were found to want (benchmarks/README.md) to
+    sparsify's rate for long ones. At most 1e-2. muon: 2e-3; its updates are scaled by the shape of
+    the matrix already.
+
+    Args:
+        optimizer: whose.
+        num_latents: width of the SAE, M.
+        steps: steps of the whole run; by default, a long one.
     """
     if optimizer == "muon":
         return _MUON
-    return _BASE[optimizer] / math.sqrt(num_latents / 2**14)
+    narrow = math.sqrt(num_latents / 2**14)
+    if optimizer == "signum":
+        return _SIGNUM / narrow
+    return min(_ADAM_MOST, _ADAM / narrow * math.sqrt(max(1.0, _LONG / steps)))
+
+
+def warmup_steps(asked: int | None, steps: int) -> int:
+    """Steps of warm-up: as asked, else a twentieth of the run's `steps`, at most 1000."""
+    return min(_WARMUP_MOST, steps // 20) if asked is None else asked
 
 
 def warmup_then_decay(step: int, warmup: int, steps: int) -> float:
@@ -78,4 +97,5 @@ def make_schedule(options: FitConfig, steps: int) -> Schedule | None:
         if options.optimizer == "signum":
             return None
         shape = "linear"
-    return Schedule(shape, options.lr_warmup_steps, steps, options.lr_decay_steps, options.lr_end)
+    warmup = warmup_steps(options.lr_warmup_steps, steps)
+    return Schedule(shape, warmup, steps, options.lr_decay_steps, options.lr_end)

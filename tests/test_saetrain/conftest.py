@@ -28,6 +28,7 @@ def options(cache_path: Path, tmp_path: Path) -> Callable[..., Any]:
             "out": str(tmp_path / "run"),
             "num_latents": 48,
             "k": 3,
+            "optimizer": "signum",
             "batch_size": 32,
             "lr": 0.01,
             "lr_warmup_steps": 4,

@@ -7,7 +7,7 @@ from saetrain.config import FitConfig
 
 def test_the_defaults_are_those_of_the_field() -> None:
     config = FitConfig("cache", "run")
-    assert (config.optimizer, config.expansion_factor, config.k) == ("signum", 32, 32)
+    assert (config.optimizer, config.expansion_factor, config.k) == ("adam", 32, 32)
     assert config.auxk_alpha == 1 / 32
     assert config.lr is None
     assert config.dead_after is None

@@ -44,7 +44,7 @@ def test_dead_after_is_an_epochs_rows_or_the_runs_or_ten_million(
     assert fit(options(dead_after=7, out=options().out + "-given")).dead_after == 7
 
 
-def test_default_learning_rates_follow_each_saes_own_width(
+def test_default_learning_rates_follow_each_saes_own_width_and_the_runs_length(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
     path = make_cache(hookpoints={"layers.0": 16, "layers.1": 8})
@@ -61,7 +61,7 @@ def test_default_learning_rates_follow_each_saes_own_width(
         fit(config)
         for entry, latents in zip(read_run(Path(config.out)).saes, (64, 32), strict=True):
             assert entry.config.num_latents == latents
-            assert entry.lr == default_lr(optimizer, latents)  # type: ignore[arg-type]
+            assert entry.lr == default_lr(optimizer, latents, 2)  # type: ignore[arg-type]
 
 
 def test_max_tokens_counts_instead_of_epochs_and_epochs_may_be_many(options: Options) -> None:

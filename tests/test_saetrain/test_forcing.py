@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from saetrain.config import FitConfig, Override, SaeOptions
 from saetrain.fit import fit
 from saetrain.forcing import FORCEABLE
 from saetrain.grid import vary
+from saetrain.optim import default_lr
 from saetrain.run import RUN, read_run
 from saetrain.tracking import METRICS
 
@@ -247,3 +249,14 @@ def test_other_libraries_are_written_down_with_the_step(begun: FitConfig) -> Non
     fit(dataclasses.replace(begun, epochs=3, force_config=True))
     first, second = read_run(Path(begun.out)).history
     assert (first, second.changes) == (change, ("--epochs: 2 then, 3 now",))
+
+
+def test_a_default_learning_rate_follows_the_steps_that_are_forced(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrain.optim.schedule._ADAM_MOST", math.inf)
+    config = options(lr=None, optimizer="adam")
+    fit(config)
+    more = dataclasses.replace(config, epochs=3, resume=True, force_config=True)
+    fit(more)
+    assert {sae.lr for sae in read_run(Path(config.out)).saes} == {default_lr("adam", 48, 36)}

@@ -19,7 +19,7 @@ from saetrain.fit import fit
 from saetrain.grid import vary
 from saetrain.metrics import Firing, Meter
 from saetrain.objective import objective_of
-from saetrain.optim import make_optimizer
+from saetrain.optim import default_lr, make_optimizer
 from saetrain.plan import FLOAT, parameter_shapes, plan_fit, plan_sae, step_bytes
 from saetrain.recipe import Recipe
 from saetrain.run import SaeEntry, read_run
@@ -148,3 +148,19 @@ def test_a_plan_refuses_what_fit_would_refuse(options: Callable[..., FitConfig])
     for changes in ({"k": 49}, {"hookpoint": ("layers.7",)}, {"cache": "/nowhere"}):
         with pytest.raises(ActcacheError):
             plan_fit(options(**changes), CPU)
+
+
+def test_a_plan_tells_the_learning_rate_of_its_steps_or_that_they_are_not_known_yet(
+    options: Callable[..., FitConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrain.optim.schedule._ADAM_MOST", math.inf)
+    config = options(lr=None, optimizer="adam", epochs=2)
+    fit(config)
+    rates = [entry.lr for entry in read_run(Path(config.out)).saes]
+    assert rates == [default_lr("adam", 48, 24)] * 2
+    assert [sae.lr for sae in plan_fit(config, CPU).saes] == rates
+    some = dataclasses.replace(config, epochs=1, max_tokens=24 * 32, follow=True)
+    assert [sae.lr for sae in plan_fit(some, CPU).saes] == rates
+    goal = dataclasses.replace(config, follow=True)
+    assert [sae.lr for sae in plan_fit(goal, CPU).saes] == [None, None]
+    assert [sae.lr for sae in plan_fit(dataclasses.replace(goal, lr=0.5), CPU).saes] == [0.5, 0.5]

@@ -1,4 +1,4 @@
-"""`saetrain.optim.schedule`: sparsify's laws."""
+"""`saetrain.optim.schedule`: sparsify's laws, and ours for runs that are short."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from saetrain.config import FitConfig, LrSchedule, OptimizerName
 from saetrain.optim import default_lr
-from saetrain.optim.schedule import Schedule, make_schedule, warmup_then_decay
+from saetrain.optim.schedule import Schedule, make_schedule, warmup_steps, warmup_then_decay
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,26 @@ def test_the_default_learning_rate_falls_with_the_root_of_the_width(
     optimizer: str, num_latents: int, lr: float
 ) -> None:
     assert default_lr(optimizer, num_latents) == pytest.approx(lr, rel=1e-15)  # type: ignore[arg-type]
+    assert default_lr(optimizer, num_latents, 2**20) == default_lr(optimizer, num_latents)  # type: ignore[arg-type]
+
+
+def test_adams_learning_rate_rises_with_the_root_of_the_steps_that_a_short_run_lacks() -> None:
+    long = default_lr("adam", 2**14)
+    assert default_lr("adam", 2**14, 2**17) == long
+    assert default_lr("adam", 2**14, 2**13) == pytest.approx(4 * long, rel=1e-15)
+    assert default_lr("adam", 2**16, 2**9) == pytest.approx(8 * long, rel=1e-15)
+    assert default_lr("adam", 2**10, 1) == 1e-2
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "muon"])
+def test_that_of_the_others_does_not_follow_the_steps(optimizer: OptimizerName) -> None:
+    assert default_lr(optimizer, 4608, 1) == default_lr(optimizer, 4608)
+
+
+def test_a_warm_up_takes_what_is_asked_or_a_twentieth_of_the_run_up_to_a_thousand_steps() -> None:
+    assert [warmup_steps(None, steps) for steps in (9, 137, 20_000, 10**6)] == [0, 6, 1000, 1000]
+    assert warmup_steps(0, 10**6) == 0
+    assert warmup_steps(1500, 9) == 1500
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 7), (3, 10), (10, 10), (20, 10), (1, 1), (0, 1)])
@@ -41,7 +61,8 @@ def test_warm_up_and_decay_are_those_of_transformers(warmup: int, steps: int) ->
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
 def test_all_kinds_of_adam_have_adams_learning_rate(optimizer: OptimizerName) -> None:
-    assert default_lr(optimizer, 4608) == default_lr("adam", 4608)
+    for steps in (100, 10**6):
+        assert default_lr(optimizer, 4608, steps) == default_lr("adam", 4608, steps)
 
 
 def test_the_learning_rate_of_muon_does_not_follow_the_width() -> None:
@@ -79,8 +100,8 @@ def test_a_linear_schedule_is_warm_up_then_decay_to_the_last_bit() -> None:
 
 
 def test_by_default_signum_has_no_schedule_and_the_others_a_linear_one() -> None:
-    assert make_schedule(FitConfig("cache", "run"), 9) is None
-    adam = make_schedule(FitConfig("cache", "run", optimizer="adam"), 9)
-    assert adam == Schedule("linear", 1000, 9, None, 0.0)
+    assert make_schedule(FitConfig("cache", "run", optimizer="signum"), 9) is None
+    adam = make_schedule(FitConfig("cache", "run"), 100)
+    assert adam == Schedule("linear", 5, 100, None, 0.0)
     cosine = FitConfig("cache", "run", lr_schedule="cosine", lr_warmup_steps=2, lr_end=0.1)
     assert make_schedule(cosine, 9) == Schedule("cosine", 2, 9, None, 0.1)

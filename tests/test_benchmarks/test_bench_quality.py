@@ -1,0 +1,47 @@
+"""`benchmarks/bench_quality.py` trains every side, judges all alike, and goes on where it was."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SIDES = ["ours, tuned", "ours, defaults", "sparsify, Adam", "SAELens TopK"]
+
+
+def run(work: Path) -> subprocess.CompletedProcess[str]:
+    script = BENCHMARKS / "bench_quality.py"
+    command = [sys.executable, str(script), "--smoke", "--seeds", "2", "--work", str(work)]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+
+
+def test_the_benchmark_of_quality_tells_all_sides_and_trains_nothing_twice(tmp_path: Path) -> None:
+    pytest.importorskip("sparsify", reason="the extra `peers` is not installed")
+    pytest.importorskip("sae_lens", reason="the extra `peers` is not installed")
+    first = run(tmp_path)
+    results = {path.name: path.read_text() for path in (tmp_path / "results").iterdir()}
+    # Two rates and a second seed of three sides, two seeds of our defaults.
+    assert len(results) == 3 * 3 + 2
+    for text in results.values():
+        figures = json.loads(text)
+        assert figures["fvu"] > 0
+        assert figures["l0"] == 8
+        assert 0 <= figures["dead"] < 100
+    table = first.stdout.rpartition("over the seeds")[2]
+    ratios = dict(re.findall(r"^\| (\w[^|\n]*?) +\|[^*\n]*\*\*([0-9.]+)\*\*", table, re.M))
+    assert list(ratios) == SIDES
+    assert min(float(ratios[peer]) for peer in SIDES[2:]) == 1
+    assert not list((tmp_path / "runs").iterdir())
+
+    lost = next(iter(sorted(results)))
+    (tmp_path / "results" / lost).unlink()
+    second = run(tmp_path)
+    # Before it stands what sparsify says when it is imported.
+    assert second.stdout.partition("synthetic")[2] == first.stdout.partition("synthetic")[2]
+    assert re.findall(r"^(\S+): Figures", second.stderr, re.M) == [lost.removesuffix(".json")]
+    assert (tmp_path / "results" / lost).read_text() == results[lost]

@@ -114,7 +114,10 @@ def test_each_optimiser_learns_rows_that_are_sparse(
     assert held_out.fvu < 0.15  # of 0.5 untrained
 
 
-def test_default_learning_rates_are_those_of_the_peers(options: Options) -> None:
+def test_default_learning_rates_are_those_of_the_peers_in_a_long_run(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrain.optim.schedule._LONG", 1)  # as the run of one step here
     rates = {"signum": 5e-3, "adam": 2e-4, "adamw": 2e-4, "adam8bit": 2e-4}
     for optimizer, base in rates.items():
         config = options(lr=None, optimizer=optimizer, max_tokens=32, out=options().out + optimizer)

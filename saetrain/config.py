@@ -117,8 +117,8 @@ class SaeOptions:
 
     lr: float | None = None
     """Learning rate, the peak where it changes. Default for adam, adamw and adam8bit: 2e-4 /
-    sqrt(latents / 2^14), times sqrt(2^17 / steps) in a run of fewer steps than 2^17, at most 1e-2;
-    for signum 5e-3 / sqrt(latents / 2^14); for muon 2e-3."""
+    sqrt(latents / 2^14), times sqrt(2^17 / steps) in a run of fewer steps than 2^17, at most
+    0.24 / sqrt(width of the rows); for signum 5e-3 / sqrt(latents / 2^14); for muon 2e-3."""
 
     lr_schedule: LrSchedule | None = None
     """What follows the warm-up. stable-then-decay: constant, then linear over --lr-decay-steps.

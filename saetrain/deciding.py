@@ -199,9 +199,7 @@ def entries_of(config: FitConfig, cache: Cache, kinds: Kinds | None = None) -> t
 def with_rates(entries: Sequence[SaeEntry], steps: int) -> tuple[SaeEntry, ...]:
     """The same SAEs with the learning rates of a run of so many steps, where none are asked for."""
     return tuple(
-        dataclasses.replace(
-            entry, lr=default_lr(entry.options.optimizer, entry.config.num_latents, steps)
-        )
+        dataclasses.replace(entry, lr=_default_lr(entry.config, entry.options, steps))
         if entry.options.lr is None
         else entry
         for entry in entries
@@ -215,10 +213,14 @@ def steps_ahead(config: FitConfig, cache: Cache, pool_rows: int) -> int | None:
     return None if config.follow else steps_of(config, _order(config, cache, pool_rows).epoch_steps)
 
 
+def _default_lr(sizes: SaeConfig, options: SaeOptions, steps: int | None = None) -> float:
+    return default_lr(options.optimizer, sizes.num_latents, sizes.d_in, steps)
+
+
 def _with_kind(entry: SaeEntry, kind: SaeConfig) -> SaeEntry:
     lr = entry.options.lr
     if lr is None:
-        lr = default_lr(entry.options.optimizer, kind.num_latents)
+        lr = _default_lr(kind, entry.options)
     return dataclasses.replace(entry, config=kind, lr=lr)
 
 
@@ -249,7 +251,7 @@ def _entry(
         threshold=SaeConfig.threshold if options.threshold is None else options.threshold,
         bandwidth=SaeConfig.bandwidth if options.bandwidth is None else options.bandwidth,
     )
-    lr = options.lr if options.lr is not None else default_lr(options.optimizer, num_latents)
+    lr = options.lr if options.lr is not None else _default_lr(sizes, options)
     return SaeEntry(
         wiring.name, sizes, lr, options.seed, setting, options, wiring.reads, wiring.predicts
     )

@@ -9,30 +9,35 @@ from saetrain.config import FitConfig, LrSchedule, OptimizerName
 
 _SIGNUM, _ADAM, _MUON = 5e-3, 2e-4, 2e-3
 _LONG = 2**17
-_ADAM_MOST = 1e-2
+_ADAM_MOST = 0.24  # over sqrt(D): a step moves a row of norm 1 by a quarter of itself at most
 _WARMUP_MOST = 1000
 
 
-def default_lr(optimizer: OptimizerName, num_latents: int, steps: int = _LONG) -> float:
+def default_lr(
+    optimizer: OptimizerName, num_latents: int, d_in: int, steps: int | None = None
+) -> float:
     """Learning rate, the peak of a schedule; after sparsify in a long run.
 
     signum: 5e-3 / sqrt(M / 2^14), whatever the run's length: being schedule-free, it averages.
     Adam's kinds: 2e-4 / sqrt(M / 2^14) from 2^17 steps on, and with the root of what is missing to
     these more: the root leads from what short runs were found to want (benchmarks/README.md) to
-    sparsify's rate for long ones. At most 1e-2. muon: 2e-3; its updates are scaled by the shape of
-    the matrix already.
+    sparsify's rate for long ones. At most 0.24 / sqrt(D), which is 1e-2 at the width where that was
+    tried: no step is to be as long as rows are. muon: 2e-3; its updates are scaled by the shape
+    of the matrix already.
 
     Args:
         optimizer: whose.
         num_latents: width of the SAE, M.
-        steps: steps of the whole run; by default, a long one.
+        d_in: width of the rows, D.
+        steps: steps of the whole run; None: a long one.
     """
     if optimizer == "muon":
         return _MUON
     narrow = math.sqrt(num_latents / 2**14)
     if optimizer == "signum":
         return _SIGNUM / narrow
-    return min(_ADAM_MOST, _ADAM / narrow * math.sqrt(max(1.0, _LONG / steps)))
+    missing = 1.0 if steps is None else max(1.0, _LONG / steps)
+    return min(_ADAM_MOST / math.sqrt(d_in), _ADAM / narrow * math.sqrt(missing))
 
 
 def warmup_steps(asked: int | None, steps: int) -> int:

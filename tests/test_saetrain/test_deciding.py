@@ -59,9 +59,9 @@ def test_default_learning_rates_follow_each_saes_own_width_and_the_runs_length(
             out=options().out + optimizer,
         )
         fit(config)
-        for entry, latents in zip(read_run(Path(config.out)).saes, (64, 32), strict=True):
-            assert entry.config.num_latents == latents
-            assert entry.lr == default_lr(optimizer, latents, 2)  # type: ignore[arg-type]
+        for entry, width in zip(read_run(Path(config.out)).saes, (16, 8), strict=True):
+            assert entry.config.num_latents == 4 * width
+            assert entry.lr == default_lr(optimizer, 4 * width, width, 2)  # type: ignore[arg-type]
 
 
 def test_max_tokens_counts_instead_of_epochs_and_epochs_may_be_many(options: Options) -> None:

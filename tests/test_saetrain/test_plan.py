@@ -156,8 +156,9 @@ def test_a_plan_tells_the_learning_rate_of_its_steps_or_that_they_are_not_known_
     monkeypatch.setattr("saetrain.optim.schedule._ADAM_MOST", math.inf)
     config = options(lr=None, optimizer="adam", epochs=2)
     fit(config)
-    rates = [entry.lr for entry in read_run(Path(config.out)).saes]
-    assert rates == [default_lr("adam", 48, 24)] * 2
+    entries = read_run(Path(config.out)).saes
+    rates = [entry.lr for entry in entries]
+    assert rates == [default_lr("adam", 48, entry.config.d_in, 24) for entry in entries]
     assert [sae.lr for sae in plan_fit(config, CPU).saes] == rates
     some = dataclasses.replace(config, epochs=1, max_tokens=24 * 32, follow=True)
     assert [sae.lr for sae in plan_fit(some, CPU).saes] == rates

@@ -24,21 +24,25 @@ from saetrain.optim.schedule import Schedule, make_schedule, warmup_steps, warmu
 def test_the_default_learning_rate_falls_with_the_root_of_the_width(
     optimizer: str, num_latents: int, lr: float
 ) -> None:
-    assert default_lr(optimizer, num_latents) == pytest.approx(lr, rel=1e-15)  # type: ignore[arg-type]
-    assert default_lr(optimizer, num_latents, 2**20) == default_lr(optimizer, num_latents)  # type: ignore[arg-type]
+    assert default_lr(optimizer, num_latents, 64) == pytest.approx(lr, rel=1e-15)  # type: ignore[arg-type]
+    assert default_lr(optimizer, num_latents, 64, 2**20) == pytest.approx(lr, rel=1e-15)  # type: ignore[arg-type]
 
 
 def test_adams_learning_rate_rises_with_the_root_of_the_steps_that_a_short_run_lacks() -> None:
-    long = default_lr("adam", 2**14)
-    assert default_lr("adam", 2**14, 2**17) == long
-    assert default_lr("adam", 2**14, 2**13) == pytest.approx(4 * long, rel=1e-15)
-    assert default_lr("adam", 2**16, 2**9) == pytest.approx(8 * long, rel=1e-15)
-    assert default_lr("adam", 2**10, 1) == 1e-2
+    long = default_lr("adam", 2**14, 64)
+    assert default_lr("adam", 2**14, 64, 2**17) == long
+    assert default_lr("adam", 2**14, 64, 2**13) == pytest.approx(4 * long, rel=1e-15)
+    assert default_lr("adam", 2**16, 64, 2**9) == pytest.approx(8 * long, rel=1e-15)
+
+
+def test_adams_learning_rate_never_makes_a_step_as_long_as_a_row_of_norm_1() -> None:
+    for width in (64, 576, 4096):
+        assert default_lr("adam", 2**10, width, 1) * width**0.5 == pytest.approx(0.24)
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "muon"])
 def test_that_of_the_others_does_not_follow_the_steps(optimizer: OptimizerName) -> None:
-    assert default_lr(optimizer, 4608, 1) == default_lr(optimizer, 4608)
+    assert default_lr(optimizer, 4608, 64, 1) == default_lr(optimizer, 4608, 64)
 
 
 def test_a_warm_up_takes_what_is_asked_or_a_twentieth_of_the_run_up_to_a_thousand_steps() -> None:
@@ -62,11 +66,11 @@ def test_warm_up_and_decay_are_those_of_transformers(warmup: int, steps: int) ->
 @pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
 def test_all_kinds_of_adam_have_adams_learning_rate(optimizer: OptimizerName) -> None:
     for steps in (100, 10**6):
-        assert default_lr(optimizer, 4608, steps) == default_lr("adam", 4608, steps)
+        assert default_lr(optimizer, 4608, 64, steps) == default_lr("adam", 4608, 64, steps)
 
 
 def test_the_learning_rate_of_muon_does_not_follow_the_width() -> None:
-    assert default_lr("muon", 2**10) == default_lr("muon", 2**17) == 2e-3
+    assert default_lr("muon", 2**10, 64) == default_lr("muon", 2**17, 64) == 2e-3
 
 
 HALF = 0.5

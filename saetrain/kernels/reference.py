@@ -4,6 +4,7 @@ Letters: N tokens, D d_in, M num_latents, K k. Every function is differentiable 
 Sums of bfloat16 and float16 are formed in float32 and rounded once.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -82,3 +83,177 @@ def sparse_encode(
     values, top_indices = select(pre_acts.detach())  # [N, K]
     top_acts = torch.relu(pre_acts.gather(1, top_indices)) * (values > 0)  # [N, K]
     return top_acts.to(W_enc.dtype), top_indices
+
+
+# Selections. A row with a NaN anywhere gives NaN for all its values, so that its loss is not finite
+# and the step is not made; its indices lie in [0, M) all the same.
+
+
+def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, in any order: values [N, k], indices [N, k] int64.
+
+    Which of equal values are taken is not said.
+    """
+    values, indices = torch.topk(pre_acts, k, dim=-1, sorted=False)
+    return _spoiled(pre_acts, values), indices
+
+
+def batch_topk_threshold(pre_acts: Tensor, count: int) -> Tensor:
+    """The count-th largest of all N*M values, no dimensions; NaN if there is one among them."""
+    smallest = torch.topk(pre_acts.flatten(), count, sorted=True).values[-1]
+    return torch.where(pre_acts.isnan().any(), torch.nan, smallest)
+
+
+def group_max(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The largest of each of k groups of M/k neighbours, the first of equals, in their order.
+
+    Values [N, k], indices [N, k] int64. A group with a NaN gives NaN.
+    """
+    size = pre_acts.shape[1] // k
+    values, within = pre_acts.view(len(pre_acts), k, size).max(dim=-1)  # [N, k]
+    return values, within + size * torch.arange(k, device=within.device)
+
+
+def _spoiled(pre_acts: Tensor, values: Tensor) -> Tensor:
+    return torch.where(pre_acts.isnan().any(dim=1, keepdim=True), torch.nan, values)
+
+
+# Updates of a weight matrix, and what keeps its rows at norm 1.
+#
+# With `unit`, the rows of `w` have norm 1 before and after: the gradient's part along its row,
+# which would only change the norm, is taken out, w is updated, and its rows are divided by their
+# norm plus the dtype's eps. `norms` [M] is then written with these divisors, so that norms * w is
+# the weight before the division. Without `unit` any shape will do, and `norms` is not written.
+# `squares`, float32 [rows] of a matrix, is written with the squared norm of each row of the
+# gradient, after that projection; `ok` does not touch it. `shadow`, bfloat16 of the shape of `w`,
+# is written with the new w. Where the flag `ok` (bool, no dimensions, on the device) is false,
+# nothing else changes by a bit; None is true. `grad` may be overwritten.
+
+
+def signum_update_(
+    y: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    mix: float,
+    momentum: float,
+    unit: bool,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+    shadow: Tensor | None = None,
+    ok: Tensor | None = None,
+) -> None:
+    """One step of schedule-free SignSGD, in place.
+
+    x = lerp(y, z, 1 - 1/momentum); z -= lr * sign(grad); x = lerp(x, z, mix);
+    y = lerp(x, z, 1 - momentum), with lerp(a, b, t) = a + t (b - a). The sign of 0 and of
+    NaN is 0.
+
+    Args:
+        y: where gradients are taken, [M, D] or another shape.
+        z: where sign steps go, as y.
+        grad: of y, as y.
+        lr: learning rate.
+        mix: share of the new z in the average x.
+        momentum: of the schedule-free scheme.
+        unit: see above; so with `norms`, `squares`, `shadow` and `ok`.
+        norms: [M].
+        squares: [M] float32.
+        shadow: as y, bfloat16.
+        ok: bool, no dimensions.
+    """
+    g = _projected(y, grad, squares, unit)
+    wide_y, wide_z = y.to(g.dtype), z.to(g.dtype)
+    x = torch.lerp(wide_y, wide_z, 1 - 1 / momentum)
+    new_z = wide_z - lr * g.sign()
+    x = torch.lerp(x, new_z, mix)
+    new_y = torch.lerp(x, new_z, 1 - momentum)
+    _write(ok, (z, new_z))
+    _write_weight(y, new_y, unit, norms, shadow, ok)
+
+
+def adam_update_(
+    w: Tensor,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    unit: bool,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+    shadow: Tensor | None = None,
+    ok: Tensor | None = None,
+) -> None:
+    """One step of Adam, with decoupled weight decay (0: none), in place.
+
+    w -= lr * weight_decay * w; m = lerp(m, grad, 1 - beta1); v = beta2 v + (1 - beta2) grad²;
+    w -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps).
+
+    Args:
+        w: weights, [M, D] or another shape.
+        m: mean of the gradient, as w.
+        v: mean of its square, as w.
+        grad: of w, as w.
+        lr: learning rate.
+        beta1: how much of m stays.
+        beta2: how much of v stays.
+        eps: added to the root.
+        weight_decay: share of w per step and learning rate.
+        step: its number, from 1.
+        unit: see above; so with `norms`, `squares`, `shadow` and `ok`.
+        norms: [M].
+        squares: [M] float32.
+        shadow: as w, bfloat16.
+        ok: bool, no dimensions.
+    """
+    g = _projected(w, grad, squares, unit)
+    wide_w = w.to(g.dtype) * (1 - lr * weight_decay)
+    new_m = torch.lerp(m.to(g.dtype), g, 1 - beta1)
+    new_v = beta2 * v.to(g.dtype) + (1 - beta2) * g * g
+    root = new_v.sqrt() / math.sqrt(1 - beta2**step) + eps
+    new_w = wide_w - lr / (1 - beta1**step) * new_m / root
+    _write(ok, (m, new_m), (v, new_v))
+    _write_weight(w, new_w, unit, norms, shadow, ok)
+
+
+def _projected(w: Tensor, grad: Tensor, squares: Tensor | None, unit: bool) -> Tensor:
+    """The gradient without its part along w's rows, if these are of norm 1; its rows' squares."""
+    g = grad.to(_wide(w.dtype))
+    if unit:
+        wide = w.to(g.dtype)
+        g = g - (g * wide).sum(dim=1, keepdim=True) * wide
+    if squares is not None:
+        squares.copy_(g.square().sum(dim=1))
+    return g
+
+
+def _write_weight(
+    w: Tensor,
+    new: Tensor,
+    unit: bool,
+    norms: Tensor | None,
+    shadow: Tensor | None,
+    ok: Tensor | None,
+) -> None:
+    if unit:
+        divisor = new.norm(dim=1, keepdim=True) + torch.finfo(w.dtype).eps  # [M, 1]
+        new = new / divisor
+        if norms is not None:
+            _write(ok, (norms, divisor.squeeze(1)))
+    _write(ok, (w, new))
+    if shadow is not None:
+        _write(ok, (shadow, w))
+
+
+def _write(ok: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> None:
+    """Overwrite each first tensor by the second, where `ok`."""
+    for old, new in pairs:
+        new = new.to(old.dtype)
+        old.copy_(new if ok is None else torch.where(ok, new, old))

@@ -12,11 +12,11 @@ from saetrain.kernels.pairs import SortedPairs
 
 VARIABLE = "SAETRAIN_KERNELS"
 PATHS = ("reference", "torch", "triton")
-_MODULES = {"reference": "reference", "torch": "torch_ops", "triton": "triton_ops"}
+_MODULES = {"reference": "reference", "torch": "torch_ops", "triton": "on_triton"}
 
 
 class Primitives(Protocol):
-    """What `reference`, `torch_ops` and `triton_ops` all define, with the same results.
+    """What `reference`, `torch_ops` and `on_triton` all define, with the same results.
 
     The floating arguments of one call share a dtype, which is also the result's.
     """

@@ -1,0 +1,29 @@
+"""The kernels' path on CUDA. Triton is imported below here, and nowhere else.
+
+Every function has its twin of the same name and signature in `saetrain.kernels.reference`; one idea
+a file, its device code and what launches it side by side. Floating arguments of one call share a
+dtype. Nothing waits for the device, nothing is tuned or compiled anew when the number of tokens
+changes, and no floating sum depends on the order in which programs run. Indices are not checked:
+one outside [0, M) reads foreign memory.
+"""
+
+from saetrain.kernels.on_triton.batch_topk import batch_topk_threshold
+from saetrain.kernels.on_triton.decode import gather_sum
+from saetrain.kernels.on_triton.decode_backward import gather_dot
+from saetrain.kernels.on_triton.group_max import group_max
+from saetrain.kernels.on_triton.segments import scatter_outer, scatter_sum, weight_gradients
+from saetrain.kernels.on_triton.topk import topk
+from saetrain.kernels.on_triton.update import adam_update_, signum_update_
+
+__all__ = [
+    "adam_update_",
+    "batch_topk_threshold",
+    "gather_dot",
+    "gather_sum",
+    "group_max",
+    "scatter_outer",
+    "scatter_sum",
+    "signum_update_",
+    "topk",
+    "weight_gradients",
+]

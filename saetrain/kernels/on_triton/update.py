@@ -1,0 +1,259 @@
+"""One optimiser step of a weight matrix in one pass over memory, rows kept at unit norm.
+
+For each row: take from the gradient its part along the row, update, divide the row by its norm, and
+write it again in bfloat16. Done apart, these read and write the matrix five times. Where the flag
+`ok` on the device is false nothing is stored, so that the host need not look at it.
+
+One program has one row. Up to BLOCK columns it stays in the program's registers from the one load
+to the one store; a wider one is gone through three times, for the product with the gradient, for
+the new norm, and to be stored: nothing is stored before all of it is known. Without unit rows
+(`unit` false, biases) elements have nothing to do with each other, and rows are of BLOCK elements.
+
+What is computed stands in `saetrain.kernels.reference`, which float64 is left to.
+
+Letters: M rows, D columns.
+"""
+
+# Triton's decorator and pointer arguments have no types that mypy could check.
+# mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saetrain.kernels import reference
+from saetrain.kernels.on_triton.launch import device_of, power_of_two
+
+BLOCK = 4096  # columns in the registers of 8 warps, 16 of each matrix to a thread
+FLAT = 1024  # elements of a program where rows do not count
+
+
+@triton.jit
+def _lerp(a, b, t):
+    """Linear interpolation a + t (b - a), from the nearer end."""
+    return tl.where(t < 0.5, a + t * (b - a), b - (1.0 - t) * (b - a))
+
+
+@triton.jit
+def _sign_step(y, z, grad, lr, to_x, mix, to_y):
+    """New y and z of schedule-free SignSGD."""
+    x = _lerp(y, z, to_x)
+    z -= lr * ((grad > 0).to(tl.float32) - (grad < 0).to(tl.float32))
+    x = _lerp(x, z, mix)
+    return _lerp(x, z, to_y), z
+
+
+@triton.jit
+def _adam_step(w, m, v, grad, keep, rate, to_m, beta2, to_v, root_v, eps):
+    """New w, m and v of Adam; all but eps as `adam_update_` derives them."""
+    m = _lerp(m, grad, to_m)
+    v = beta2 * v + to_v * grad * grad
+    w = w * keep - rate * m / (tl.sqrt_rn(v) / root_v + eps)
+    return w, m, v
+
+
+@triton.jit
+def update_kernel(
+    w,  # [M, D]: y of signum
+    first,  # [M, D]: z of signum, m of Adam
+    second,  # [M, D]: v of Adam; None: signum
+    grad,  # [M, D]
+    norms,  # [M], or None
+    squares,  # [M] float32, or None
+    shadow,  # [M, D] bfloat16, or None
+    ok,  # bool, or None
+    count,  # M*D
+    D,
+    a,  # of the optimiser: see its launcher
+    b,
+    c,
+    d,
+    e,
+    f,
+    g,
+    tiny,  # added to a norm
+    UNIT: tl.constexpr,
+    PASSES: tl.constexpr,  # 1: the row fits the block; 3
+    BLOCK: tl.constexpr,
+):
+    """One program per row."""
+    row = tl.program_id(0).to(tl.int64)
+    written = count  # elements that may be
+    if ok is not None:
+        written = tl.where(tl.load(ok) != 0, count, 0)
+    along = tl.zeros([BLOCK], dtype=tl.float32)
+    if UNIT and PASSES == 3:
+        for start in range(0, D, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            mask = (i < D) & (row * D + i < count)
+            weight = tl.load(w + row * D + i, mask=mask, other=0.0).to(tl.float32)
+            along += weight * tl.load(grad + row * D + i, mask=mask, other=0.0).to(tl.float32)
+    parallel = tl.sum(along, axis=0)
+
+    length = tl.zeros([BLOCK], dtype=tl.float32)
+    gradient = tl.zeros([BLOCK], dtype=tl.float32)
+    divisor = tl.full([], 1.0, dtype=tl.float32)
+    for turn in tl.static_range(2 if PASSES == 3 else 1):
+        for start in range(0, D, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            place = row * D + i
+            mask = (i < D) & (place < count)
+            old = tl.load(w + place, mask=mask, other=0.0).to(tl.float32)
+            one = tl.load(first + place, mask=mask, other=0.0).to(tl.float32)
+            slope = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+            if UNIT:
+                if PASSES == 1:
+                    parallel = tl.sum(old * slope, axis=0)
+                slope -= parallel * old
+            if second is None:
+                new, one = _sign_step(old, one, slope, a, b, c, d)
+            else:
+                two = tl.load(second + place, mask=mask, other=0.0).to(tl.float32)
+                new, one, two = _adam_step(old, one, two, slope, a, b, c, d, e, f, g)
+            if UNIT and PASSES == 1:
+                divisor = tl.sqrt_rn(tl.sum(tl.where(mask, new * new, 0.0), axis=0)) + tiny
+            if turn == 0:
+                length += tl.where(mask, new * new, 0.0)
+                gradient += tl.where(mask, slope * slope, 0.0)
+            if turn == 1 or PASSES == 1:
+                keep = (i < D) & (place < written)
+                if UNIT:
+                    new = new / divisor
+                tl.store(w + place, new.to(w.dtype.element_ty), mask=keep)
+                tl.store(first + place, one.to(first.dtype.element_ty), mask=keep)
+                if second is not None:
+                    tl.store(second + place, two.to(second.dtype.element_ty), mask=keep)
+                if shadow is not None:
+                    rounded = new.to(w.dtype.element_ty).to(shadow.dtype.element_ty)
+                    tl.store(shadow + place, rounded, mask=keep)
+        if UNIT and turn == 0 and PASSES == 3:
+            divisor = tl.sqrt_rn(tl.sum(length, axis=0)) + tiny
+    if squares is not None:
+        tl.store(squares + row, tl.sum(gradient, axis=0))
+    if UNIT and norms is not None:
+        tl.store(norms + row, divisor.to(norms.dtype.element_ty), mask=written > 0)
+
+
+def signum_update_(
+    y: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    mix: float,
+    momentum: float,
+    unit: bool,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+    shadow: Tensor | None = None,
+    ok: Tensor | None = None,
+) -> None:
+    """One step of schedule-free SignSGD, in place; see `saetrain.kernels.reference`."""
+    if y.dtype == torch.float64:
+        reference.signum_update_(
+            y,
+            z,
+            grad,
+            lr=lr,
+            mix=mix,
+            momentum=momentum,
+            unit=unit,
+            norms=norms,
+            squares=squares,
+            shadow=shadow,
+            ok=ok,
+        )
+        return
+    numbers = (lr, 1 - 1 / momentum, mix, 1 - momentum, 0.0, 0.0, 0.0)
+    _launch((y, z, None, grad), numbers, unit, (norms, squares, shadow, ok))
+
+
+def adam_update_(
+    w: Tensor,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    unit: bool,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+    shadow: Tensor | None = None,
+    ok: Tensor | None = None,
+) -> None:
+    """One step of Adam, in place; see `saetrain.kernels.reference`."""
+    if w.dtype == torch.float64:
+        reference.adam_update_(
+            w,
+            m,
+            v,
+            grad,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            step=step,
+            unit=unit,
+            norms=norms,
+            squares=squares,
+            shadow=shadow,
+            ok=ok,
+        )
+        return
+    # In float64 here: 1 - beta2 loses digits in float32.
+    rate = lr / (1 - beta1**step)
+    root_v = math.sqrt(1 - beta2**step)
+    numbers = (1 - lr * weight_decay, rate, 1 - beta1, beta2, 1 - beta2, root_v, eps)
+    _launch((w, m, v, grad), numbers, unit, (norms, squares, shadow, ok))
+
+
+def _launch(
+    matrices: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    numbers: tuple[float, ...],
+    unit: bool,
+    options: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """`matrices`: weight, state, second state, gradient; `options`: norms, squares, shadow, ok.
+
+    All but the gradient must be contiguous: they are written.
+    """
+    w, first, second, grad = matrices
+    norms, squares, shadow, ok = options
+    count = w.numel()
+    if count == 0:
+        return
+    for written in (w, first, second, norms, squares, shadow):
+        assert written is None or written.is_contiguous()
+    by_rows = unit or squares is not None
+    rows = w.shape[0] if by_rows else triton.cdiv(count, FLAT)
+    width = count // rows if by_rows else FLAT
+    block = min(BLOCK, max(32, power_of_two(width)))
+    passes = 3 if unit and width > block else 1
+    with device_of(w):
+        update_kernel[(rows,)](
+            w,
+            first,
+            second,
+            grad.contiguous(),
+            norms if unit else None,
+            squares,
+            shadow,
+            ok,
+            count,
+            width,
+            *numbers,
+            torch.finfo(w.dtype).eps,
+            UNIT=unit,
+            PASSES=passes,
+            BLOCK=block,
+            num_warps=16 if passes == 3 else max(1, block // 512),
+        )

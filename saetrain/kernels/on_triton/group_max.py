@@ -42,7 +42,8 @@ def group_max_kernel(
         column = group[:, None] * S + s[None, :]
         there = (group[:, None] < K) & (s[None, :] < S)
         x = tl.load(pre_acts + n * M + column, mask=there, other=0.0)
-        x = tl.where(x == 0.0, 0.0, x.to(tl.float32))  # -0 is as large as 0
+        x = x.to(tl.float32)
+        x = tl.where(x == 0.0, 0.0, x)  # -0 is as large as 0
         rank = ordered(x).to(tl.int64) * FAR + (FAR - 1 - column)
         best = tl.maximum(best, tl.max(tl.where(there, rank, -1), axis=1))
     column = FAR - 1 - best % FAR

@@ -207,7 +207,7 @@ def weight_gradients(
         pairs: `indices`, if sorted already.
     """
     dW_dec = torch.empty(num_latents, dY.shape[1], dtype=dY.dtype, device=dY.device)
-    dW_enc = torch.empty_like(dW_dec)
+    dW_enc = torch.empty(num_latents, dY.shape[1], dtype=dY.dtype, device=dY.device)
     db_enc = torch.empty(num_latents, dtype=dY.dtype, device=dY.device)
     if indices.numel() == 0 or dW_dec.numel() == 0:
         return dW_dec.zero_(), dW_enc.zero_(), db_enc.zero_()
@@ -274,7 +274,7 @@ def _launch(
     chunks = triton.cdiv(count, CHUNK)
     sums = torch.float64 if dY.dtype == torch.float64 else torch.float32
     part_dec = torch.empty(chunks, 2, D, dtype=sums, device=dY.device)
-    part_enc = None if g is None else torch.empty_like(part_dec)
+    part_enc = None if g is None else torch.empty(chunks, 2, D, dtype=sums, device=dY.device)
     part_b = None if g is None else torch.empty(chunks, 2, dtype=sums, device=dY.device)
     parts = (part_dec, part_enc, part_b)
     block_d, warps = columns(D, dY.dtype, ROW_BYTES)

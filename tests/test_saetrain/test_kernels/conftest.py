@@ -4,11 +4,7 @@ Letters: N tokens, D d_in, M num_latents, K k.
 """
 
 import os
-import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -193,33 +189,6 @@ def assert_same_results():
             assert error <= tolerance * expected.norm().item(), f"{name} is off by {error:.3g}"
 
     return check
-
-
-@pytest.fixture
-def run_triton_cases():
-    def run(**environment):
-        """Run triton_cases.py in a process of its own and return how many cases passed.
-
-        Whether kernels are interpreted is settled when Triton decorates them.
-        """
-        here = Path(__file__).parent
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        done = subprocess.run(
-            [*command, str(here / "triton_cases.py")],
-            cwd=here.parents[2],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        output = done.stdout + done.stderr
-        assert done.returncode == 0, output
-        passed = re.search(r"(\d+) passed", output)
-        assert passed, output
-        assert "skipped" not in output, output
-        return int(passed[1])
-
-    return run
 
 
 @pytest.fixture

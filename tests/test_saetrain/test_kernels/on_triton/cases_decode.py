@@ -1,45 +1,38 @@
-"""The Triton path against the reference.
+"""The Triton path of the primitives against the reference.
 
-Not collected by itself: test_triton_ops runs it through Triton's interpreter and
-test_triton_on_gpu natively, each in a process of its own.
+Cases are not collected by themselves: test_interpreted runs them through Triton's interpreter and
+test_on_gpu natively, each in a process of its own.
 """
-
-import os
 
 import pytest
 import torch
 
-from saetrain.kernels import triton_ops
+from saetrain.kernels import on_triton
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 SUM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
-@pytest.fixture
-def device():
-    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-
-
 def test_each_primitive_matches_the_reference(inputs, primitive, assert_primitive_matches):
-    assert_primitive_matches(triton_ops, primitive, inputs)
+    assert_primitive_matches(on_triton, primitive, inputs)
 
 
 def test_each_primitive_gives_the_same_bits_twice(case, device, primitive):
     inputs = case.inputs(torch.float32, device)
-    first = inputs.call(triton_ops, primitive)
-    assert torch.equal(first, inputs.call(triton_ops, primitive))
+    first = inputs.call(on_triton, primitive)
+    assert torch.equal(first, inputs.call(on_triton, primitive))
 
 
 def test_each_primitive_takes_tensors_that_are_not_contiguous(
     primitive, device, assert_primitive_matches, make_odd
 ):
     inputs = make_odd(torch.float32, device).map(lambda tensor: tensor.t().contiguous().t())
-    assert_primitive_matches(triton_ops, primitive, inputs)
+    assert_primitive_matches(on_triton, primitive, inputs)
 
 
 def test_each_primitive_takes_no_tokens_at_all(dtype, primitive, device, make_empty):
     inputs = make_empty(dtype, device)
-    got = inputs.call(triton_ops, primitive)
+    got = inputs.call(on_triton, primitive)
     assert (
         got.shape
         == {

@@ -1,0 +1,131 @@
+"""The compiler itself, which needs no GPU: what the interpreter lets pass it may refuse, and
+registers that do not suffice are nowhere else to be seen.
+
+Letters: N tokens, D d_in, M num_latents, K k.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+SIZES = [(8192, 768, 24576, 32), (8192, 2048, 65536, 128), (32768, 4096, 131072, 64)]
+ODD = [(37, 100, 999, 5), (3, 20000, 1500, 1), (64, 64, 300000, 512)]
+UNKNOWN = "ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"
+
+
+def ops():
+    from saetrain.kernels import on_triton
+
+    return on_triton
+
+
+def compiled(launch, capability):
+    """The kernel, compiled for a chip of NVIDIA's that need not be here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(place,): [["tt.divisibility", 16]] for place in launch.divisible},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def bytes_off_registers(cubin, folder):
+    """Bytes of a thread's stack; the disassembler comes with triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this triton brings no cuobjdump")
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [tool, "--dump-resource-usage", file]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(number) for number in re.findall(r"(?:STACK|LOCAL):(\d+)", told))
+
+
+@pytest.mark.filterwarnings(UNKNOWN)
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_every_kernel_compiles_for_hopper_and_keeps_to_its_registers(
+    launches, make_step, tmp_path, monkeypatch, precision
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    make_step(*SIZES[1], precision).run(ops())
+    assert len({launch.kernel for launch in launches}) == 12
+    for launch in launches:
+        kernel = compiled(launch, 90)
+        assert bytes_off_registers(kernel.asm["cubin"], tmp_path) == 0, launch
+
+
+@pytest.mark.filterwarnings(UNKNOWN)
+def test_rows_are_read_sixteen_bytes_at_a_time(launches, make_step, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    step = make_step(*SIZES[1], torch.bfloat16)
+    ops().gather_sum(step.acts, step.indices, step.W)
+    ops().weight_gradients(step.acts, step.dY, step.g, step.x, step.indices, len(step.W))
+    ops().topk(step.pre_acts, 32)
+    loads = {}
+    for launch in launches:
+        ptx = compiled(launch, 90).asm["ptx"]
+        name = launch.kernel.__name__
+        loads[name] = loads.get(name, 0) + ptx.count("ld.global.v4.b32")
+    # As many as rows under way, of one matrix and of two, at least.
+    assert loads["gather_sum_kernel"] >= 8
+    assert loads["segments_kernel"] >= 16
+    assert loads["tile_maxima_kernel"] >= 4
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_another_number_of_tokens_compiles_nothing_anew(launches, make_step, precision):
+    make_step(8192, 2048, 65536, 32, precision).run(ops())
+    known = set(launches)
+    for N in (1, 2, 17, 1000, 4096, 100_000):
+        make_step(N, 2048, 65536, 32, precision).run(ops())
+    assert launches == known
+
+
+@pytest.mark.parametrize("sizes", SIZES + ODD)
+def test_every_size_is_within_the_limits_of_a_launch(launches, make_step, sizes):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        make_step(*sizes, dtype).run(ops())
+    assert launches
+
+
+def test_nothing_waits_for_the_device_and_no_product_of_pairs_and_columns_is_made(
+    launches, make_step, allocations
+):
+    """A tensor on "meta" has no numbers to wait for."""
+    N, D, M, K = 32768, 4096, 131072, 64
+    step = make_step(N, D, M, K, torch.bfloat16)
+    weights, sums = M * D * 2, N * K * D * 4 // 128
+    with allocations() as made:
+        ops().weight_gradients(step.acts, step.dY, step.g, step.x, step.indices, M)
+    pairs = N * K * 8
+    assert made.largest == weights
+    assert made.total < 2 * weights + 2 * sums + 10 * pairs
+    with allocations() as made:
+        ops().gather_sum(step.acts, step.indices, step.W)
+    assert made.total == N * D * 2
+    with allocations() as made:
+        ops().gather_dot(step.dY, step.indices, step.W)
+    assert made.total <= N * K * (2 + 4 * D // 128)
+    with allocations() as made:
+        ops().topk(step.pre_acts, K)
+    assert made.total < N * M * 2 // 16
+    with allocations() as made:
+        ops().batch_topk_threshold(step.pre_acts, N * K)
+    assert made.total < N * M * 2 // 16
+    with allocations() as made:
+        ops().signum_update_(step.W, step.W, step.W, lr=1.0, mix=1.0, momentum=0.9, unit=True)
+    assert made.total == 0
+    assert launches

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saetrain.kernels.on_triton.decode import ROWS, cached_bytes
 from saetrain.kernels.on_triton.launch import columns, device_of, power_of_two, wide
+from saetrain.kernels.pairs import SortedPairs
 
 SUMS = 512  # that a program of the second launch makes
 
@@ -68,8 +69,12 @@ def add_blocks_kernel(
     tl.store(out + i, total.to(out.dtype.element_ty), mask=in_out)
 
 
-def gather_dot(dY: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    """out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W."""
+def gather_dot(dY: Tensor, indices: Tensor, W: Tensor, *pairs: SortedPairs) -> Tensor:
+    """out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
+
+    `pairs` are taken for the sake of one signature; nothing is gained by them here.
+    """
+    del pairs
     N, K = indices.shape
     M, D = W.shape
     out = torch.empty(N, K, dtype=W.dtype, device=W.device)

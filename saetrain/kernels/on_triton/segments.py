@@ -194,6 +194,7 @@ def weight_gradients(
     indices: Tensor,
     num_latents: int,
     pairs: SortedPairs | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both weights' gradients in one pass over the pairs: dW_dec [M, D], dW_enc [M, D], db_enc [M].
 
@@ -205,10 +206,13 @@ def weight_gradients(
         indices: latents, [N, K] int64.
         num_latents: M.
         pairs: `indices`, if sorted already.
+        dtype: of the results; None: that of dY. What weights in float32 want of factors in
+            bfloat16 is float32: sums are formed in it.
     """
-    dW_dec = torch.empty(num_latents, dY.shape[1], dtype=dY.dtype, device=dY.device)
-    dW_enc = torch.empty(num_latents, dY.shape[1], dtype=dY.dtype, device=dY.device)
-    db_enc = torch.empty(num_latents, dtype=dY.dtype, device=dY.device)
+    dtype, D = dtype or dY.dtype, dY.shape[1]
+    dW_dec = torch.empty(num_latents, D, dtype=dtype, device=dY.device)
+    dW_enc = torch.empty(num_latents, D, dtype=dtype, device=dY.device)
+    db_enc = torch.empty(num_latents, dtype=dtype, device=dY.device)
     if indices.numel() == 0 or dW_dec.numel() == 0:
         return dW_dec.zero_(), dW_enc.zero_(), db_enc.zero_()
     pairs = sort_pairs(indices, num_latents) if pairs is None else pairs

@@ -17,7 +17,8 @@ def test_each_primitive_matches_the_reference(inputs, primitive, assert_primitiv
     assert_primitive_matches(on_triton, primitive, inputs)
 
 
-def test_each_primitive_gives_the_same_bits_twice(case, device, primitive):
+def test_each_primitive_gives_the_same_bits_twice(device, primitive, make_case):
+    case = make_case(name="skewed", N=40, D=300, M=11, K=3, hits="skewed")
     inputs = case.inputs(torch.float32, device)
     first = inputs.call(on_triton, primitive)
     assert torch.equal(first, inputs.call(on_triton, primitive))

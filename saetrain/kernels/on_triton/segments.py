@@ -30,7 +30,7 @@ from saetrain.kernels.pairs import SortedPairs, sort_pairs
 
 PIECE = 64  # pairs whose sum is formed apart before it joins a total
 CHUNK = 256  # positions that one program sums of a latent that owns more
-ROWS = 8  # that a program has under way at once
+ROWS = 4  # of each matrix that a program has under way at once; most latents own few
 ROW_BYTES = 512  # of each row in one program: of 32,768 rows, 16 MB
 
 

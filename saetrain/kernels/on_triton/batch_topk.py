@@ -162,7 +162,7 @@ def _count_down(numbers: Tensor, count: int, maxima: Tensor | None, floor: Tenso
                 shift,
                 T=WIDTH,
                 BLOCK=BLOCK,
-                num_warps=4,
+                num_warps=8,
             )
             narrow_kernel[(1,)](counts, state, programs, BLOCK=64, num_warps=4)
     return state

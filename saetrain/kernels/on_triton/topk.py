@@ -27,7 +27,7 @@ from torch import Tensor
 from saetrain.kernels.on_triton.keys import DTYPES, bits_of, is_nan, ordered
 from saetrain.kernels.on_triton.launch import device_of, power_of_two
 
-MOST_K = 512  # beyond it, torch.topk
+MOST_K = 1024  # beyond it, torch.topk
 DIRECT = 2048  # numbers among which one program selects without tiles
 WIDEST = 2**13  # at most: 16 to each of its 512 threads, whose registers hold no more
 WIDTHS = (8, 64)  # least and most of T: 16 bytes or more in one piece
@@ -89,11 +89,11 @@ def select_kernel(
 
     larger = (key > least).to(tl.int32)
     equal = (key == least).to(tl.int32)
-    # Both counts in one scan: fewer than 2^10 are larger, at most 2^13 are equal.
-    running = tl.cumsum(larger + equal * 1024, axis=0)
+    # Both counts in one scan: fewer than 2^11 are larger, at most 2^13 are equal.
+    running = tl.cumsum(larger + equal * 2048, axis=0)
     larger_count = tl.sum(larger, axis=0)
-    nth_larger = running % 1024
-    nth_equal = running // 1024
+    nth_larger = running % 2048
+    nth_equal = running // 2048
     chosen = (larger > 0) | ((equal > 0) & (nth_equal <= K - larger_count))
     place = tl.where(larger > 0, nth_larger, larger_count + nth_equal) - 1
     tl.store(selected + n * K + place, column.to(selected.dtype.element_ty), mask=chosen)
@@ -107,7 +107,7 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, in any order: values [N, k], indices [N, k] int64.
 
     Which of equal values are taken is not said, but is the same every time. A row with a NaN gives
-    NaN for all its values. Beyond k = 512, and for float64, `torch.topk` selects.
+    NaN for all its values. Beyond k = 1024, and for float64, `torch.topk` selects.
     """
     N, M = pre_acts.shape
     if k > MOST_K or pre_acts.dtype not in DTYPES:
@@ -148,7 +148,7 @@ def _select(numbers: Tensor, values: Tensor | None, selected: Tensor) -> None:
     width = tile_width(M, k)
     tiles = None
     block = max(16, power_of_two(M))
-    tiled = max(DIRECT, 2 * k * width) < M  # then there are more than 2k tiles
+    tiled = max(DIRECT, min(2 * k * width, WIDEST)) < M  # then there are more than k tiles
     if tiled:
         tiles = torch.empty(N, k, dtype=torch.int32, device=numbers.device)
         _select(tile_maxima(numbers, width), None, tiles)

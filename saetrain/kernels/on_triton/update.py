@@ -129,7 +129,7 @@ def update_kernel(
                 if shadow is not None:
                     rounded = new.to(w.dtype.element_ty).to(shadow.dtype.element_ty)
                     tl.store(shadow + place, rounded, mask=keep)
-        if UNIT and turn == 0 and PASSES == 3:
+        if UNIT and (turn == 0 and PASSES == 3):
             divisor = tl.sqrt_rn(tl.sum(length, axis=0)) + tiny
     if squares is not None:
         tl.store(squares + row, tl.sum(gradient, axis=0))

@@ -47,10 +47,12 @@ def test_each_primitive_takes_no_tokens_at_all(dtype, primitive, device, make_em
 
 
 def test_decoding_matches_the_reference_in_output_and_each_gradient(
-    inputs, dtype, decode_results, assert_same_results
+    case, device, decode_results, assert_same_results
 ):
-    want = decode_results("reference", inputs.map(torch.Tensor.double))
-    assert_same_results(decode_results("triton", inputs), want, SUM_TOLERANCE[dtype])
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = case.inputs(dtype, device)
+        want = decode_results("reference", inputs.map(torch.Tensor.double))
+        assert_same_results(decode_results("triton", inputs), want, SUM_TOLERANCE[dtype])
 
 
 def test_encoding_matches_the_reference_in_output_and_each_gradient(

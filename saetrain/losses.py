@@ -31,6 +31,7 @@ from saetrain.sae import Sae, SaeOutput
 
 _CHUNK = 4096
 _MULTI = 4  # times k latents
+_ROOM = 8  # times k_aux dead latents
 _MULTI_WEIGHT = 1 / 8
 
 
@@ -99,10 +100,8 @@ def compute_losses(
     if objective.parts:
         terms = [*(Term(value, 0.0) for value in by_part), *terms]
     aux = fvu.new_zeros(())
-    if dead is not None:
-        indices = dead.nonzero().squeeze(1)  # [A]
-        if len(indices):
-            aux = auxk_loss(sae, x, residual.detach(), indices, parts)
+    if dead is not None and (listed := list_dead(dead, _k_aux(sae), step)) is not None:
+        aux = auxk_loss(sae, x, residual.detach(), listed, parts)
     if objective.sparsity:
         penalty = _penalty(sae, output, math.sqrt(variance), parts)
         terms.append(Term(penalty, objective.sparsity_at(step)))
@@ -111,9 +110,44 @@ def compute_losses(
     return Losses(fvu, aux, output, tuple(terms))
 
 
-def auxk_loss(
-    sae: Sae, x: Tensor, residual: Tensor, dead: Tensor, parts: tuple[Part, ...]
-) -> Tensor:
+class Dead(NamedTuple):
+    """Dead latents in a list, which may be longer than they are many."""
+
+    indices: Tensor
+    """int64 [A]"""
+    number: Tensor | int
+    """All dead latents, in the list or not."""
+    listed: Tensor | None = None
+    """Which of the list are dead; None: all. bool [A]"""
+
+
+def list_dead(dead: Tensor, k_aux: int, step: int) -> Dead | None:
+    """The dead latents, for AuxK to choose among; None: there is none.
+
+    On the CPU they are all listed. On a device that would make the host wait until they are
+    counted; there the list has room for 8 k_aux, and where more are dead, each step lists those
+    that follow on the last step's, so that every one gets its turn.
+
+    Args:
+        dead: bool. [M]
+        k_aux: latents that reconstruct a residual.
+        step: its number, from 0.
+    """
+    if dead.device.type == "cpu":
+        indices = dead.nonzero().squeeze(1)
+        return Dead(indices, len(indices)) if len(indices) else None
+    return list_dead_in(dead, min(len(dead), _ROOM * k_aux), step)
+
+
+def list_dead_in(dead: Tensor, room: int, step: int) -> Dead:
+    """A list of fixed length: dead latents first. Nothing here waits for the device."""
+    M = len(dead)
+    turn = (torch.arange(M, device=dead.device) - step * room) % M
+    indices = torch.where(dead, turn, M).topk(room, largest=False).indices  # [A]
+    return Dead(indices, dead.sum(), dead[indices])
+
+
+def auxk_loss(sae: Sae, x: Tensor, residual: Tensor, dead: Dead, parts: tuple[Part, ...]) -> Tensor:
     """Fraction of the variance in the residual after the strongest dead latents predicted it.
 
     Gao et al. (2024), appendix A.2: k_aux = E/2 dead latents reconstruct e = y - x̂ without bias.
@@ -125,17 +159,26 @@ def auxk_loss(
         sae: the autoencoder.
         x: activations. [N, D]
         residual: y - x̂, detached. [N, E]
-        dead: numbers of the dead latents, at least one. [A]
+        dead: the dead latents, A of them listed.
         parts: of what is predicted.
     """
-    k_aux = max(1, sae.d_out // 2)
-    scale = min(1.0, len(dead) / k_aux)
-    W_enc, b_enc = sae.W_enc[dead], sae.b_enc[dead]  # [A, D], [A]
+    k_aux, indices = _k_aux(sae), dead.indices
+    W_enc, b_enc = sae.W_enc[indices], sae.b_enc[indices]  # [A, D], [A]
     centred = x if sae.subtracted is None else x - sae.subtracted  # [N, D]
     pre_acts = torch.relu(torch.nn.functional.linear(centred, W_enc, b_enc))  # [N, A]
-    top_acts, top = pre_acts.topk(min(k_aux, len(dead)), dim=1, sorted=False)
-    predicted = sparse_decode(top_acts, top, sae.W_dec[dead])  # [N, E]
-    return _mean(_fvus(predicted - residual, parts, scale))
+    if dead.listed is not None:
+        pre_acts = torch.where(dead.listed, pre_acts, 0)
+    top_acts, top = pre_acts.topk(min(k_aux, len(indices)), dim=1, sorted=False)
+    predicted = sparse_decode(top_acts, top, sae.W_dec[indices])  # [N, E]
+    error = _fvus(predicted - residual, parts)
+    if isinstance(dead.number, int):
+        return _mean([min(1.0, dead.number / k_aux) * of_part for of_part in error])
+    scale = (dead.number / k_aux).clamp(max=1.0)
+    return _mean([scale * of_part for of_part in error])
+
+
+def _k_aux(sae: Sae) -> int:
+    return max(1, sae.d_out // 2)
 
 
 def _forward(
@@ -205,11 +248,11 @@ def _gate_fvu(sae: Sae, x: Tensor, y: Tensor, output: SaeOutput, parts: tuple[Pa
     return _mean(_fvus(y - predicted, parts))
 
 
-def _fvus(error: Tensor, parts: tuple[Part, ...], factor: float = 1.0) -> list[Tensor]:
+def _fvus(error: Tensor, parts: tuple[Part, ...]) -> list[Tensor]:
     """Squared error [N, E] of each part over the variance of as many rows."""
     pieces = torch.split(error, [part.width for part in parts], dim=1) if parts[1:] else (error,)
     return [
-        factor * total(piece.pow(2).sum(dim=1)) / (len(error) * part.variance)
+        total(piece.pow(2).sum(dim=1)) / (len(error) * part.variance)
         for piece, part in zip(pieces, parts, strict=True)
     ]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from saetrain.activations import Activation, Latents, TopK
-from saetrain.kernels import sparse_decode
+from saetrain.kernels import normalise_rows_, project_, sparse_decode
 
 
 class SaeOutput(NamedTuple):
@@ -150,8 +150,7 @@ class Sae(nn.Module):
         """Give every decoder row unit Euclidean norm; not a transcoder's."""
         if self.transcode:
             return
-        eps = torch.finfo(self.W_dec.dtype).eps
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True) + eps)
+        normalise_rows_(self.W_dec)
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
@@ -163,5 +162,4 @@ class Sae(nn.Module):
         if self.transcode:
             return
         assert self.W_dec.grad is not None
-        parallel = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)  # [M, 1]
-        self.W_dec.grad -= parallel * self.W_dec
+        project_(self.W_dec, self.W_dec.grad)

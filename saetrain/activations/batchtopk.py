@@ -7,11 +7,13 @@ activation that was chosen. Here that is a running mean which forgets: θ ← 0.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from saetrain.activations.base import Activation, Encoder, Latents, pre_activations
-from saetrain.kernels import sparse_encode_by
+from saetrain.kernels import batch_topk, sparse_encode_by
 
 FORGET = 0.05
 """Weight of the newest batch in the threshold."""
@@ -30,13 +32,13 @@ class BatchTopK(Activation):
         self.register_buffer("threshold", empty)
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
-        """Training: [N, S], S what the fullest row needs, other slots 0. Else dense, [N, M]."""
+        """Training: [N, S], S slots as `batch_topk` has them. Else dense, [N, M]."""
         if not self.training:
             pre_acts = pre_activations(x, encoder)  # [N, M]
             chosen = pre_acts > self.threshold
             return Latents(torch.relu(pre_acts) * chosen, None)
-        b_dec = encoder.subtracted
-        return Latents(*sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, self._largest))
+        b_dec, select = encoder.subtracted, partial(batch_topk, k=self.k)
+        return Latents(*sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, select))
 
     @torch.no_grad()
     def observe(self, top_acts: Tensor, anew: bool = False) -> None:
@@ -45,21 +47,3 @@ class BatchTopK(Activation):
         mixed = (1 - FORGET) * self.threshold + FORGET * smallest
         moved = smallest if anew else torch.where(self.threshold < 0, smallest, mixed)
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
-
-    def _largest(self, pre_acts: Tensor) -> tuple[Tensor, Tensor]:
-        """The k·N largest; what ties with the smallest of them is chosen too.
-
-        Looking through all N·M is slow. The largest S of each row hold all that are wanted once
-        each row's smallest of these falls short, which 4k nearly always do.
-        """
-        rows, num_latents = pre_acts.shape
-        slots = min(4 * self.k, num_latents)
-        while True:
-            values, indices = torch.topk(pre_acts, slots, dim=-1, sorted=True)  # [N, S]
-            cut = torch.topk(values.flatten(), self.k * rows, sorted=False).values.min()
-            full = (values[:, -1] >= cut) & (values[:, -1] > 0)  # [N]: there may be more below
-            if slots == num_latents or not bool(full.any()):
-                chosen = (values >= cut) & (values > 0)  # [N, S], from the left
-                fullest = max(1, int(chosen.sum(dim=1).max()))
-                return torch.where(chosen, values, 0)[:, :fullest], indices[:, :fullest]
-            slots = min(2 * slots, num_latents)

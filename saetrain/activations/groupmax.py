@@ -6,11 +6,12 @@ activation it is sparsify's. No selection across a row is needed, so it is cheap
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
 from saetrain.activations.base import Activation, Encoder, Latents
-from saetrain.kernels import sparse_encode_by
+from saetrain.kernels import group_max, sparse_encode_by
 
 
 class GroupMax(Activation):
@@ -23,9 +24,7 @@ class GroupMax(Activation):
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
         """[N, K], in the groups' order."""
         b_dec = encoder.subtracted
-        return Latents(*sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, self._winners))
-
-    def _winners(self, pre_acts: Tensor) -> tuple[Tensor, Tensor]:
-        values, within = pre_acts.view(len(pre_acts), self.k, -1).max(dim=-1)  # [N, K]
-        size = pre_acts.shape[-1] // self.k
-        return values, within + size * torch.arange(self.k, device=within.device)
+        select = partial(group_max, k=self.k)
+        return Latents(
+            *sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, select, by_token=True)
+        )

@@ -6,29 +6,33 @@ autoencoders" (2024), section 2.3: z = TopK(ReLU(W_enc (x - b_dec) + b_enc)).
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 from torch import Tensor
 
 from saetrain.activations.base import Activation, Encoder, Latents
-from saetrain.kernels import sparse_encode, sparse_encode_by
+from saetrain.kernels import Encoded, sparse_encode
 
 
 class TopK(Activation):
-    """The k largest latents of each row, of which fewer may be positive."""
+    """The k largest latents of each row, of which fewer may be positive.
+
+    `chunk_latents` says of how many latents pre-activations are formed at once; None: of all.
+    """
 
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
+        self.chunk_latents: int | None = None
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
         """[N, K], in no order."""
-        b_dec = encoder.subtracted
-        return Latents(*sparse_encode(x, encoder.W_enc, encoder.b_enc, b_dec, self.k))
+        return Latents(*self._largest(x, encoder, self.k))
 
     def encode_more(self, x: Tensor, encoder: Encoder, slots: int) -> Latents:
         """The largest `slots` latents of each row, the k largest of them first: [N, S]."""
-        largest = partial(torch.topk, k=slots, dim=-1, sorted=True)
-        b_dec = encoder.subtracted
-        return Latents(*sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, largest))
+        encoded = self._largest(x, encoder, slots)
+        acts, order = encoded.top_acts.sort(dim=1, descending=True, stable=True)
+        return Latents(acts, encoded.top_indices.gather(1, order))
+
+    def _largest(self, x: Tensor, encoder: Encoder, k: int) -> Encoded:
+        b_dec, chunk = encoder.subtracted, self.chunk_latents
+        return sparse_encode(x, encoder.W_enc, encoder.b_enc, b_dec, k, chunk)

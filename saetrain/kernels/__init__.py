@@ -3,7 +3,27 @@
 See README.md beside this file for what is computed, and how accurately.
 """
 
-from saetrain.kernels.autograd import Encoded, sparse_decode, sparse_encode, sparse_encode_by
+from saetrain.kernels.batch_topk import batch_topk
+from saetrain.kernels.decode import sparse_decode
+from saetrain.kernels.encode import Encoded, sparse_encode, sparse_encode_by
+from saetrain.kernels.group_max import group_max
 from saetrain.kernels.paths import chosen_path
+from saetrain.kernels.spare import drop_gradient
+from saetrain.kernels.topk import topk
+from saetrain.kernels.update import adam_update_, normalise_rows_, project_, signum_update_
 
-__all__ = ["Encoded", "chosen_path", "sparse_decode", "sparse_encode", "sparse_encode_by"]
+__all__ = [
+    "Encoded",
+    "adam_update_",
+    "batch_topk",
+    "chosen_path",
+    "drop_gradient",
+    "group_max",
+    "normalise_rows_",
+    "project_",
+    "signum_update_",
+    "sparse_decode",
+    "sparse_encode",
+    "sparse_encode_by",
+    "topk",
+]

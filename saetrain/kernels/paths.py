@@ -4,7 +4,7 @@ import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -12,11 +12,11 @@ from saetrain.kernels.pairs import SortedPairs
 
 VARIABLE = "SAETRAIN_KERNELS"
 PATHS = ("reference", "torch", "triton")
-_MODULES = {"reference": "reference", "torch": "torch_ops", "triton": "on_triton"}
+_MODULES = {"reference": "reference", "torch": "on_torch", "triton": "on_triton"}
 
 
 class Primitives(Protocol):
-    """What `reference`, `torch_ops` and `on_triton` all define, with the same results.
+    """What `reference`, `on_torch` and `on_triton` all define, with the same results.
 
     The floating arguments of one call share a dtype, which is also the result's.
     """
@@ -24,8 +24,8 @@ class Primitives(Protocol):
     def gather_sum(self, acts: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         """[N, K], [N, K], [M, D] -> [N, D]."""
 
-    def gather_dot(self, dY: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-        """[N, D], [N, K], [M, D] -> [N, K]."""
+    def gather_dot(self, dY: Tensor, indices: Tensor, W: Tensor, *pairs: SortedPairs) -> Tensor:
+        """[N, D], [N, K], [M, D] -> [N, K]. Only `on_torch` takes pairs, and gains by them."""
 
     def scatter_outer(
         self,
@@ -46,17 +46,32 @@ class Primitives(Protocol):
     ) -> Tensor:
         """[N, K], [N, K] -> [M]."""
 
+    def topk(self, pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """[N, M] -> [N, K], [N, K] int64."""
 
-def chosen_path(tensor: Tensor) -> str:
+    def batch_topk_threshold(self, pre_acts: Tensor, count: int) -> Tensor:
+        """[N, M] -> no dimensions."""
+
+    def group_max(self, pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """[N, M] -> [N, K], [N, K] int64."""
+
+    def signum_update_(self, y: Tensor, z: Tensor, grad: Tensor, **options: Any) -> None:
+        """In place; see `saetrain.kernels.reference`, so for the options."""
+
+    def adam_update_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, **options: Any) -> None:
+        """In place; see `saetrain.kernels.reference`, so for the options."""
+
+
+def chosen_path(tensor: Tensor, path: str | None = None) -> str:
     """Return "reference", "torch" or "triton": the path that would serve `tensor` now.
 
-    The environment variable SAETRAIN_KERNELS forces one of them. Without it a CUDA tensor takes
-    "triton" if that is installed, and everything else takes "torch".
+    The environment variable SAETRAIN_KERNELS forces one of them, and `path` comes before it.
+    Without both a CUDA tensor takes "triton" if that is installed, and everything else "torch".
 
     Raises:
-        ValueError: SAETRAIN_KERNELS names no path, or one that cannot serve this tensor here.
+        ValueError: what is forced names no path, or one that cannot serve this tensor here.
     """
-    forced = os.environ.get(VARIABLE, "")
+    forced = os.environ.get(VARIABLE, "") if path is None else path
     if not forced:
         return "triton" if tensor.is_cuda and _has_triton() else "torch"
     if forced not in PATHS:

@@ -75,13 +75,24 @@ def sparse_encode(
     W_enc: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
-    select: Callable[[Tensor], tuple[Tensor, Tensor]],
+    way: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """`saetrain.kernels.sparse_encode_by`, differentiated by autograd."""
+    """`saetrain.kernels.encode`, differentiated by autograd.
+
+    Args:
+        x: [N, D].
+        W_enc: [M, D].
+        b_enc: [M].
+        b_dec: [D], or None.
+        way: from x - b_dec, W_enc and b_enc to the values chosen and their latents, both [N, S].
+    """
     centred = x if b_dec is None else x - b_dec  # [N, D]
+    with torch.no_grad():
+        values, top_indices = way(centred, W_enc, b_enc)  # [N, S]
     pre_acts = torch.nn.functional.linear(centred, W_enc, b_enc)  # [N, M]
-    values, top_indices = select(pre_acts.detach())  # [N, K]
-    top_acts = torch.relu(pre_acts.gather(1, top_indices)) * (values > 0)  # [N, K]
+    top_acts = torch.relu(pre_acts.gather(1, top_indices)) * (values > 0)  # [N, S]
+    # A NaN is not greater than 0, and must not be lost.
+    top_acts = top_acts.masked_fill(values.isnan(), torch.nan)
     return top_acts.to(W_enc.dtype), top_indices
 
 

@@ -14,8 +14,8 @@ from saetrain.optim.scheduled import Parameters, Scheduled
 class Adam(Scheduled):
     """torch's Adam over named parameters; with `weight_decay`, its AdamW.
 
-    On CUDA it is torch's fused kernel: one pass over the weights, which also does nothing at all
-    where a flag on the device says so.
+    It is torch's fused kernel: one pass over the weights, which also does nothing at all where a
+    flag on the device says so.
 
     Args:
         parameters: by name.
@@ -24,7 +24,7 @@ class Adam(Scheduled):
         steps: steps of the whole run, likewise; then the rate falls linearly to 0.
         schedule: share of the peak in each step.
         weight_decay: decoupled, a share of the weights per step and learning rate; None: Adam.
-        fused: None: on CUDA.
+        fused: None: on CUDA and on the CPU.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Adam(Scheduled):
         weight_decay: float | None = None,
         fused: bool | None = None,
     ) -> None:
-        self._fused = all_on_cuda(parameters) if fused is None else fused
+        self._fused = fused_serves(parameters) if fused is None else fused
         self._counts_on_device = self._fused
         assert schedule is not None or steps > 0
         schedule = schedule or Schedule("linear", warmup, steps)
@@ -58,13 +58,13 @@ class Adam(Scheduled):
         adam.found_inf = (~ok).float()
         adam.grad_scale = None
         adam.step()
-        adam.zero_grad()
+        self.drop_gradients()
         del adam.found_inf, adam.grad_scale
 
 
-def all_on_cuda(parameters: Parameters) -> bool:
-    """Whether torch's fused kernels serve them on a GPU."""
-    return all(parameter.is_cuda for parameter in parameters.values())
+def fused_serves(parameters: Parameters) -> bool:
+    """Whether torch's fused kernels serve them."""
+    return {p.device.type for p in parameters.values()} in ({"cpu"}, {"cuda"})
 
 
 def torch_adam(

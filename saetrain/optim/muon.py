@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from actcache.errors import ConfigError
-from saetrain.optim.adam import all_on_cuda, torch_adam
+from saetrain.optim.adam import fused_serves, torch_adam
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.scheduled import Parameters, Scheduled
 
@@ -50,6 +50,6 @@ class Muon(Scheduled):
             momentum=MOMENTUM,
             adjust_lr_fn="match_rms_adamw",
         )
-        self._counts_on_device = all_on_cuda(others)
+        self._counts_on_device = fused_serves(others)
         adam = torch_adam(others, lr, None, self._counts_on_device)
         super().__init__(parameters, lr, schedule, [muon, adam])

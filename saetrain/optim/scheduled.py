@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from saetrain.kernels import drop_gradient
 from saetrain.optim.mask import zero_gradients_unless
 from saetrain.optim.schedule import Schedule
 
@@ -38,7 +39,7 @@ class Scheduled:
         self._set_lr(step)
         for optimizer in self._inner:
             optimizer.step()
-            optimizer.zero_grad()
+        self.drop_gradients()
 
     @torch.no_grad()
     def masked_step(self, step: int, ok: Tensor) -> None:
@@ -55,8 +56,8 @@ class Scheduled:
 
     def drop_gradients(self) -> None:
         """Forget them without an update."""
-        for optimizer in self._inner:
-            optimizer.zero_grad()
+        for parameter in self._parameters.values():
+            drop_gradient(parameter)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from saetrain.losses import Losses, compute_losses, total
+from saetrain.losses import (
+    Losses,
+    auxk_loss,
+    compute_losses,
+    list_dead,
+    list_dead_in,
+    total,
+)
+from saetrain.objective import Part
 from saetrain.sae import Sae
 
 N, D, M, K = 12, 10, 30, 3
@@ -157,3 +165,33 @@ def test_every_term_of_total_has_gradient_one() -> None:
     values = torch.zeros(5000, requires_grad=True)
     total(values).backward()
     assert torch.equal(values.grad, torch.ones(5000))
+
+
+def test_a_list_of_fixed_length_holds_the_dead_first_and_gives_all_their_turn() -> None:
+    dead, seen = dead_mask(*range(0, M, 2)), set()
+    for step in range(M // 3 + 1):
+        listed = list_dead_in(dead, 3, step)
+        assert listed.listed is not None
+        assert listed.listed.all()
+        assert int(listed.number) == M // 2
+        seen |= set(listed.indices.tolist())
+    assert seen == set(range(0, M, 2))
+
+
+@pytest.mark.parametrize("dead", [dead_mask(2, 11, 29), dead_mask(*range(8, 28)), dead_mask()])
+def test_auxk_of_a_list_with_room_to_spare_is_that_of_the_dead(
+    sae: Sae, x: torch.Tensor, dead: torch.Tensor
+) -> None:
+    """So it is done on a GPU."""
+    parts = (Part("", D, VARIANCE),)
+    residual = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
+    padded = auxk_loss(sae, x, residual, list_dead_in(dead, M, 4), parts)
+    exact = list_dead(dead, D // 2, 4)
+    if exact is None:
+        assert padded == 0
+        assert all(g.abs().sum() == 0 for g in gradients(padded, sae).values())
+        return
+    torch.testing.assert_close(padded, auxk_loss(sae, x, residual, exact, parts))
+    want = gradients(auxk_loss(sae, x, residual, exact, parts), sae)
+    for name, gradient in gradients(padded, sae).items():
+        torch.testing.assert_close(gradient, want[name])

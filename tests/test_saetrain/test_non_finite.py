@@ -113,7 +113,10 @@ def test_a_guard_remembers_the_first_bad_step_only() -> None:
 def test_a_whole_step_asks_the_device_nothing(
     monkeypatch: pytest.MonkeyPatch, optimizer: Any, norm: Any
 ) -> None:
-    """Meta tensors hold no numbers: whoever would wait for one from the device raises on them."""
+    """Meta tensors hold no numbers: whoever would wait for one from the device raises on them.
+
+    AuxK among them: the dead latents are not counted by the host.
+    """
     # It has no meta device; the kernels switch it off around one product.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     device = torch.device("meta")
@@ -132,16 +135,15 @@ def test_a_whole_step_asks_the_device_nothing(
     firing, meter = Firing(M, 10**9, device), Meter(device)
     trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe=recipe)
     for step in range(6):
-        train_step(trainee, torch.zeros(N, D, device=device), step, 0.0)
+        train_step(trainee, torch.zeros(N, D, device=device), step, 0.1)
     with pytest.raises((RuntimeError, NotImplementedError)):
         trainee.guard.first_bad()  # a log does ask
 
 
-@pytest.mark.parametrize("activation", ["groupmax", "jumprelu", "relu", "gated"])
+@pytest.mark.parametrize("activation", ["batchtopk", "groupmax", "jumprelu", "relu", "gated"])
 def test_nor_does_a_step_of_another_activation(
     monkeypatch: pytest.MonkeyPatch, activation: Any
 ) -> None:
-    """But of batchtopk's, which looks whether it has looked far enough."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     sparsity = 0.1 * (activation in PENALISED)
     config = SaeConfig(D, M, K, activation=activation, sparsity=sparsity)

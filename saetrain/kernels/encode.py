@@ -1,6 +1,6 @@
-"""The sparse encoder and decoder, and their gradients.
+"""The sparse encoder, and its gradients.
 
-Letters: N tokens, D d_in, M num_latents, K k. Gradients are derived in README.md. A second
+Letters: N tokens, D d_in, M num_latents, K k, S slots. Gradients are derived in README.md. A second
 derivative is not defined, and asking for one raises.
 """
 
@@ -12,15 +12,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from saetrain.kernels import reference
-from saetrain.kernels.pairs import sort_pairs
+from saetrain.kernels.checks import check_vector
+from saetrain.kernels.pairs import PairsOnce
 from saetrain.kernels.paths import chosen_path, primitives
+from saetrain.kernels.product import Product, product_dtype
+from saetrain.kernels.topk import topk
 
 Select = Callable[[Tensor], tuple[Tensor, Tensor]]
 """pre_acts [N, M] to values and int64 latents, both [N, S]. A value is the pre-activation of its
 latent, or not positive for a slot that stays empty. A latent may come twice in a row."""
+
+_BYTES = 20 << 20
+"""Of pre-activations at once on the CPU: what its last cache holds beside the weights."""
+_LEAST = 64
+"""Rows at once: fewer would read the weights too often."""
 
 
 class Encoded(NamedTuple):
@@ -35,40 +42,19 @@ class Encoded(NamedTuple):
     top_indices: Tensor
 
 
-def sparse_decode(
-    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
-) -> Tensor:
-    """Decode: out[n] = b_dec + sum over k of top_acts[n, k] * W_dec[top_indices[n, k]].
-
-    Args:
-        top_acts: [N, K], cast to the dtype of W_dec.
-        top_indices: [N, K] int64 in [0, M); on CUDA this is not checked.
-        W_dec: [M, D].
-        b_dec: [D], or None to add nothing.
-
-    Returns:
-        [N, D] in the dtype of W_dec, under autocast too. Differentiable once with respect to
-        top_acts, W_dec and b_dec.
-
-    Raises:
-        ValueError: the shapes or the dtype of the indices do not fit.
-    """
-    _check_decode(top_acts, top_indices, W_dec, b_dec)
-    path = chosen_path(W_dec)
-    top_acts = top_acts.to(W_dec.dtype)
-    b_dec = None if b_dec is None else b_dec.to(W_dec.dtype)
-    if path == "reference":
-        return reference.sparse_decode(top_acts, top_indices, W_dec, b_dec)
-    inputs = (top_acts, top_indices, W_dec, b_dec, path)
-    out: Tensor = _SparseDecode.apply(*inputs)  # type: ignore[no-untyped-call]
-    return out
-
-
-def sparse_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, k: int) -> Encoded:
+def sparse_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    k: int,
+    chunk_latents: int | None = None,
+) -> Encoded:
     """Encode: the k largest of relu((x - b_dec) W_enc^T + b_enc) for each token.
 
     Under autocast the product, and so the selection, has autocast's dtype; all else, the result
-    and the gradients included, keeps the dtype of W_enc.
+    and the gradients included, keeps the dtype of W_enc. A row with a NaN gives NaN for all its
+    top_acts.
 
     Args:
         x: [N, D], cast to the dtype of W_enc.
@@ -76,22 +62,37 @@ def sparse_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None,
         b_enc: [M].
         b_dec: [D], or None to subtract nothing (a transcoder's input has another mean).
         k: how many latents to keep, 1 to M. Where fewer are positive, the rest have act 0.
+        chunk_latents: form pre-activations of so many latents at once, [N, C]; None: of all, and
+            on the CPU of as many tokens as its cache holds.
 
     Returns:
         top_acts in the dtype of W_enc and top_indices. Differentiable once, through the positive
         top_acts only, with respect to x, W_enc, b_enc and b_dec.
 
     Raises:
-        ValueError: the shapes do not fit, or k is not in 1 to M.
+        ValueError: the shapes do not fit, k is not in 1 to M, or chunk_latents is below 1.
     """
     _check_encode(x, W_enc, b_enc, b_dec)
     _check_k(k, W_enc)
-    # relu keeps the order, so it may follow the selection.
-    return sparse_encode_by(x, W_enc, b_enc, b_dec, partial(torch.topk, k=k, dim=-1, sorted=False))
+    if chunk_latents is not None and chunk_latents < 1:
+        raise ValueError(f"chunk_latents must be 1 or more, got {chunk_latents}: leave it out")
+    path = chosen_path(W_enc)
+    if chunk_latents is not None and chunk_latents < len(W_enc) and path != "reference":
+        select = partial(_by_latents, k=k, chunk=chunk_latents, path=path)
+    else:
+        # relu keeps the order, so it may follow the selection.
+        select = partial(_by_tokens, select=partial(topk, k=k, path=path))
+    return _encode(x, W_enc, b_enc, b_dec, select, path)
 
 
 def sparse_encode_by(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, select: Select
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    select: Select,
+    *,
+    by_token: bool = False,
 ) -> Encoded:
     """Encode by a selection of one's own: `sparse_encode`, S slots a token instead of k.
 
@@ -101,6 +102,8 @@ def sparse_encode_by(
         b_enc: [M].
         b_dec: [D], or None to subtract nothing.
         select: chooses among (x - b_dec) W_enc^T + b_enc; no gradient passes through it.
+        by_token: whether what is selected for one token does not depend on the others, so that
+            some may be encoded at a time.
 
     Returns:
         top_acts, relu of the values, in the dtype of W_enc, and top_indices; both [N, S].
@@ -110,44 +113,69 @@ def sparse_encode_by(
         ValueError: the shapes do not fit.
     """
     _check_encode(x, W_enc, b_enc, b_dec)
-    path = chosen_path(W_enc)
+    way = partial(_by_tokens if by_token else _at_once, select=select)
+    return _encode(x, W_enc, b_enc, b_dec, way, chosen_path(W_enc))
+
+
+def tokens_at_once(tokens: int, W: Tensor, device: str | None = None) -> int:
+    """How many of N tokens are encoded together by W: on the CPU, what the cache holds."""
+    if (device or W.device.type) != "cpu":
+        return max(1, tokens)
+    of_one = len(W) * product_dtype(W).itemsize
+    return min(max(1, tokens), max(_LEAST, _BYTES // of_one // _LEAST * _LEAST))
+
+
+Way = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Rows [N, D], b_dec taken from them, W_enc and b_enc, to values and latents [N, S]."""
+
+
+def _by_tokens(x: Tensor, W: Tensor, b: Tensor, *, select: Select) -> tuple[Tensor, Tensor]:
+    rows = tokens_at_once(len(x), W)
+    product = Product(W, b, rows)
+    found = [select(product(part)) for part in torch.split(x, rows)]
+    if len(found) == 1:
+        return found[0]
+    values, indices = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(indices)
+
+
+def _at_once(x: Tensor, W: Tensor, b: Tensor, *, select: Select) -> tuple[Tensor, Tensor]:
+    return select(Product(W, b, len(x))(x))
+
+
+def _by_latents(
+    x: Tensor, W: Tensor, b: Tensor, *, k: int, chunk: int, path: str
+) -> tuple[Tensor, Tensor]:
+    """The k largest of all latents are among the k largest of each chunk of them."""
+    kept: tuple[Tensor, Tensor] | None = None
+    for first in range(0, len(W), chunk):
+        part = slice(first, first + chunk)
+        pre_acts = Product(W[part], b[part], len(x))(x)  # [N, C]
+        values, indices = topk(pre_acts, min(k, pre_acts.shape[1]), path=path)
+        indices += first
+        if kept is not None:
+            values = torch.cat([kept[0], values], dim=1)  # [N, up to 2 K]
+            indices = torch.cat([kept[1], indices], dim=1)
+            values, chosen = topk(values, min(k, values.shape[1]), path=path)
+            indices = indices.gather(1, chosen)
+        kept = values, indices
+    assert kept is not None
+    return kept
+
+
+def _encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, way: Way, path: str
+) -> Encoded:
     x = x.to(W_enc.dtype)
     b_enc = b_enc.to(W_enc.dtype)
     b_dec = None if b_dec is None else b_dec.to(W_enc.dtype)
     if path == "reference":
-        return Encoded(*reference.sparse_encode(x, W_enc, b_enc, b_dec, select))
-    inputs = (x, W_enc, b_enc, b_dec, select, path)
-    return Encoded(*_SparseEncode.apply(*inputs))  # type: ignore[no-untyped-call]
-
-
-class _SparseDecode(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        top_acts: Tensor,
-        top_indices: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor | None,
-        path: str,
-    ) -> Tensor:
-        ctx.save_for_backward(top_acts, top_indices, W_dec)
-        ctx.path = path
-        out = primitives(path).gather_sum(top_acts, top_indices, W_dec)  # [N, D]
-        return out if b_dec is None else out.add_(b_dec)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        top_acts, top_indices, W_dec = ctx.saved_tensors
-        ops = primitives(ctx.path)
-        d_acts = dW = db = None
-        if ctx.needs_input_grad[0]:
-            d_acts = ops.gather_dot(dY, top_indices, W_dec)  # [N, K]
-        if ctx.needs_input_grad[2]:
-            dW = ops.scatter_outer(top_acts, top_indices, dY, W_dec.shape[0])  # [M, D]
-        if ctx.needs_input_grad[3]:
-            db = dY.sum(dim=0)  # [D]
-        return d_acts, None, dW, db, None
+        return Encoded(*reference.sparse_encode(x, W_enc, b_enc, b_dec, way))
+    shared: list[PairsOnce] = []
+    inputs = (x, W_enc, b_enc, b_dec, way, shared, path)
+    encoded = Encoded(*_SparseEncode.apply(*inputs))  # type: ignore[no-untyped-call]
+    shared[0].share(encoded.top_indices)
+    return encoded
 
 
 class _SparseEncode(Function):
@@ -158,25 +186,26 @@ class _SparseEncode(Function):
         W_enc: Tensor,
         b_enc: Tensor,
         b_dec: Tensor | None,
-        select: Select,
+        way: Way,
+        shared: list[PairsOnce],
         path: str,
     ) -> tuple[Tensor, Tensor]:
         # Subtract first: folded into b_enc, a mean much longer than the rest of x costs digits.
         centred = x if b_dec is None else x - b_dec  # [N, D]
-        pre_acts = linear(centred, W_enc, b_enc)  # [N, M], gone when this returns
-        values, top_indices = select(pre_acts)  # [N, K]
+        values, top_indices = way(centred, W_enc, b_enc)  # [N, K]; no pre_acts outlive this
         top_acts = torch.relu(values).to(W_enc.dtype)
         ctx.mark_non_differentiable(top_indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_dec, top_acts, top_indices)
-        ctx.path = path
+        ctx.pairs, ctx.path = PairsOnce(top_indices, len(W_enc)), path
+        shared.append(ctx.pairs)
         return top_acts, top_indices
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_acts: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if d_acts is None:
-            return (None,) * 6
+            return (None,) * 7
         x, W_enc, b_dec, top_acts, top_indices = ctx.saved_tensors
         ops = primitives(ctx.path)
         M = W_enc.shape[0]
@@ -186,7 +215,7 @@ class _SparseEncode(Function):
         if need_x:
             dx = ops.gather_sum(g, top_indices, W_enc)  # [N, D]
         if need_W or need_b_enc or need_b_dec:
-            pairs = sort_pairs(top_indices, M)
+            pairs = ctx.pairs.get()
         if need_W:
             centred = x if b_dec is None else x - b_dec
             dW = ops.scatter_outer(g, top_indices, centred, M, pairs)  # [M, D]
@@ -196,22 +225,7 @@ class _SparseEncode(Function):
             # Someone may call backward inside autocast: this product keeps the weights' dtype.
             with torch.autocast(W_enc.device.type, enabled=False):
                 db_dec = -(db_enc @ W_enc)  # [D]
-        return dx, dW, db_enc if need_b_enc else None, db_dec, None, None
-
-
-def _check_decode(
-    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None
-) -> None:
-    if W_dec.dim() != 2:
-        raise ValueError(f"W_dec must be [num_latents, d_in], got shape {tuple(W_dec.shape)}")
-    if top_indices.dtype != torch.int64:
-        raise ValueError(f"top_indices must be int64, got {top_indices.dtype}: cast with .long()")
-    if top_acts.dim() != 2 or top_acts.shape != top_indices.shape:
-        raise ValueError(
-            "top_acts and top_indices must both be [tokens, k], got shapes "
-            f"{tuple(top_acts.shape)} and {tuple(top_indices.shape)}: flatten batches first"
-        )
-    _check_vector("b_dec", b_dec, W_dec.shape[1])
+        return dx, dW, db_enc if need_b_enc else None, db_dec, None, None, None
 
 
 def _check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
@@ -223,8 +237,8 @@ def _check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None)
             f"x must be [tokens, {d_in}] as W_enc is {tuple(W_enc.shape)}, got shape "
             f"{tuple(x.shape)}: flatten batches first"
         )
-    _check_vector("b_enc", b_enc, num_latents)
-    _check_vector("b_dec", b_dec, d_in)
+    check_vector("b_enc", b_enc, num_latents)
+    check_vector("b_dec", b_dec, d_in)
 
 
 def _check_k(k: int, W_enc: Tensor) -> None:
@@ -234,8 +248,3 @@ def _check_k(k: int, W_enc: Tensor) -> None:
             f"k must be 1 to num_latents = {num_latents}, got {k}: "
             "lower k or give the autoencoder more latents"
         )
-
-
-def _check_vector(name: str, vector: Tensor | None, length: int) -> None:
-    if vector is not None and vector.shape != (length,):
-        raise ValueError(f"{name} must be [{length}], got shape {tuple(vector.shape)}")

@@ -2,31 +2,31 @@
 
 import torch
 
-from saetrain.kernels import torch_ops
+from saetrain.kernels import on_torch
 from saetrain.kernels.pairs import sort_pairs
 
 SUM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
 def test_each_primitive_matches_the_reference(inputs, primitive, assert_primitive_matches):
-    assert_primitive_matches(torch_ops, primitive, inputs)
+    assert_primitive_matches(on_torch, primitive, inputs)
 
 
 def test_each_primitive_gives_the_same_bits_twice(inputs, primitive):
-    first = inputs.call(torch_ops, primitive)
-    assert torch.equal(first, inputs.call(torch_ops, primitive))
+    first = inputs.call(on_torch, primitive)
+    assert torch.equal(first, inputs.call(on_torch, primitive))
 
 
 def test_each_primitive_takes_tensors_that_are_not_contiguous(
     case, primitive, assert_primitive_matches
 ):
     inputs = case.inputs(torch.float32, "cpu").map(lambda tensor: tensor.t().contiguous().t())
-    assert_primitive_matches(torch_ops, primitive, inputs)
+    assert_primitive_matches(on_torch, primitive, inputs)
 
 
 def test_each_primitive_takes_no_tokens_at_all(dtype, primitive, make_empty):
     inputs = make_empty(dtype)
-    got = inputs.call(torch_ops, primitive)
+    got = inputs.call(on_torch, primitive)
     assert (
         got.shape
         == {
@@ -43,9 +43,9 @@ def test_sorting_beforehand_changes_no_bit(inputs):
     num_latents = len(inputs.W)
     pairs = sort_pairs(inputs.indices, num_latents)
     outer = (inputs.acts, inputs.indices, inputs.dY, num_latents)
-    assert torch.equal(torch_ops.scatter_outer(*outer), torch_ops.scatter_outer(*outer, pairs))
+    assert torch.equal(on_torch.scatter_outer(*outer), on_torch.scatter_outer(*outer, pairs))
     flat = (inputs.acts, inputs.indices, num_latents)
-    assert torch.equal(torch_ops.scatter_sum(*flat), torch_ops.scatter_sum(*flat, pairs))
+    assert torch.equal(on_torch.scatter_sum(*flat), on_torch.scatter_sum(*flat, pairs))
 
 
 def test_decoding_matches_the_reference_in_output_and_each_gradient(

@@ -1,0 +1,122 @@
+"""The sparse decoder and its gradients, as embedding bags and their gradients.
+
+A bag reads the rows it needs where they lie and gives each row of the result to one thread, so
+nothing of size [N*K, D] is formed and the bits are the same from run to run. Letters: N tokens,
+D d_in, M num_latents, K k.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from saetrain.kernels.pairs import SortedPairs, sort_pairs
+from saetrain.kernels.spare import spare
+
+PIECE = 64
+"""Pairs whose sum is formed apart before it joins a latent's total."""
+_ROWS = 2048
+"""Latents whose gradient is formed at once on the CPU."""
+_SUM = 0
+
+
+def gather_sum(acts: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    """out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W."""
+    table = W.detach().contiguous()  # one that wants a gradient is served more slowly
+    return embedding_bag(
+        indices.contiguous(), table, mode="sum", per_sample_weights=acts.detach().contiguous()
+    )
+
+
+def gather_dot(dY: Tensor, indices: Tensor, W: Tensor, pairs: SortedPairs | None = None) -> Tensor:
+    """out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
+
+    This is the gradient of an embedding bag's weights per sample. The operator has no public
+    name; asking autograd for it would run the bag forward as well. With `pairs`, the bags are the
+    latents and their table is dY: W is then read once, in order, and the smaller dY out of order.
+    Indices are not checked: one outside [0, M) reads foreign memory.
+    """
+    N, K = indices.shape
+    if W.is_cuda and W.dtype == torch.bfloat16:  # the operator lacks that type on CUDA
+        return gather_dot(dY.float(), indices, W.float(), pairs).to(W.dtype)
+    if pairs is not None:
+        latents = indices.reshape(-1)[pairs.order]  # [N*K]
+        dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            W.contiguous(), dY.contiguous(), pairs.token, pairs.offsets[:-1], latents, _SUM
+        )
+        return torch.empty_like(dots).index_copy_(0, pairs.order, dots).view(N, K)
+    starts = torch.arange(N, device=indices.device) * K  # [N]
+    tokens = torch.arange(N * K, device=indices.device) // K  # [N*K]
+    out: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        dY.contiguous(), W.contiguous(), indices.reshape(-1), starts, tokens, _SUM
+    )
+    return out.view(N, K)
+
+
+def scatter_outer(
+    acts: Tensor,
+    indices: Tensor,
+    dY: Tensor,
+    num_latents: int,
+    pairs: SortedPairs | None = None,
+) -> Tensor:
+    """out[m] = sum over (n, k) with indices[n, k] = m of acts[n, k] * dY[n]: [M, D].
+
+    Pass `pairs` if `indices` has been sorted already.
+    """
+    pairs = sort_pairs(indices, num_latents) if pairs is None else pairs
+    acts, dY = acts.reshape(-1)[pairs.order], dY.contiguous()  # [N*K]
+    if dY.device.type != "cpu":
+        return _bags(dY, pairs.token, pairs.offsets, acts)
+    # Seen from a latent this is a bag too: of the tokens that it fired on. Some latents at a time,
+    # which the processor's cache holds, and then into memory that is used again.
+    out = spare((num_latents, dY.shape[1]), dY)
+    bounds = pairs.offsets[::_ROWS].tolist()
+    for row, first in zip(range(0, num_latents, _ROWS), bounds, strict=False):
+        offsets = pairs.offsets[row : row + _ROWS + 1]
+        end = int(offsets[-1])
+        part = slice(first, end)
+        out[row : row + _ROWS] = _bags(dY, pairs.token[part], offsets - first, acts[part])
+    _sum_in_pieces(out, pairs, acts, dY)
+    return out
+
+
+def scatter_sum(
+    values: Tensor, indices: Tensor, num_latents: int, pairs: SortedPairs | None = None
+) -> Tensor:
+    """out[m] = sum of values[n, k] over (n, k) with indices[n, k] = m: [M].
+
+    Pass `pairs` if `indices` has been sorted already.
+    """
+    pairs = sort_pairs(indices, num_latents) if pairs is None else pairs
+    column = values.reshape(-1, 1).double()  # [N*K, 1]: so little that all its digits are free
+    out = embedding_bag(
+        pairs.order, column, pairs.offsets, mode="sum", include_last_offset=True
+    )  # [M, 1]
+    return out.squeeze(1).to(values.dtype)
+
+
+def _bags(table: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    return embedding_bag(
+        rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def _sum_in_pieces(out: Tensor, pairs: SortedPairs, acts: Tensor, dY: Tensor) -> None:
+    """Write the rows of latents with more than PIECE pairs anew: a long sum loses digits."""
+    counts = pairs.offsets.diff()  # [M]
+    hot = (counts > PIECE).nonzero().squeeze(1)  # [H]
+    if not len(hot):
+        return
+    pieces = (counts[hot] + PIECE - 1) // PIECE  # [H]
+    ends = pieces.cumsum(0)
+    number = torch.arange(int(ends[-1])) - (ends - pieces).repeat_interleave(pieces)
+    first = pairs.offsets[hot].repeat_interleave(pieces) + PIECE * number  # [P]
+    sizes = (pairs.offsets[hot + 1].repeat_interleave(pieces) - first).clamp(max=PIECE)
+    # The pairs of hot latents, without those between them.
+    stops = sizes.cumsum(0)
+    place = (first - (stops - sizes)).repeat_interleave(sizes) + torch.arange(int(stops[-1]))
+    offsets = torch.cat([stops.new_zeros(1), stops])
+    sums = _bags(dY, pairs.token[place], offsets, acts[place])  # [P, D], in the dtype of dY
+    bounds = torch.cat([ends.new_zeros(1), ends])
+    everyone = torch.arange(len(sums))
+    out[hot] = embedding_bag(everyone, sums, bounds, mode="sum", include_last_offset=True)

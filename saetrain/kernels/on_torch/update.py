@@ -1,0 +1,156 @@
+"""Updates of weights in place, some rows at a time, so that what is in between stays in cache.
+
+Letters: M num_latents, D d_in.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BYTES = 1 << 22
+"""Of each tensor at once, on a CPU: more, and it leaves the cache; less, and threads wait more."""
+
+
+@torch.no_grad()
+def signum_update_(
+    y: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    mix: float,
+    momentum: float,
+    unit: bool,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+    shadow: Tensor | None = None,
+    ok: Tensor | None = None,
+) -> None:
+    """One step of schedule-free SignSGD; see `saetrain.kernels.reference`."""
+    go = _goes(ok)
+    for part in _parts(y):
+        g = _project(y, grad, part, unit, squares)
+        if not go:
+            continue
+        kept = _kept(ok, (y, z, norms, shadow), part)
+        of_y, of_z = y[part], z[part]
+        of_y.lerp_(of_z, 1 - 1 / momentum)  # the average
+        of_z.add_(g.sign_(), alpha=-lr)
+        of_y.lerp_(of_z, mix)
+        of_y.lerp_(of_z, 1 - momentum)
+        _finish(y, part, unit, norms, shadow)
+        _put_back(ok, kept)
+
+
+@torch.no_grad()
+def adam_update_(
+    w: Tensor,
+    m: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    unit: bool,
+    norms: Tensor | None = None,
+    squares: Tensor | None = None,
+    shadow: Tensor | None = None,
+    ok: Tensor | None = None,
+) -> None:
+    """One step of Adam, decoupled weight decay; see `saetrain.kernels.reference`."""
+    go = _goes(ok)
+    for part in _parts(w):
+        g = _project(w, grad, part, unit, squares)
+        if not go:
+            continue
+        kept = _kept(ok, (w, m, v, norms, shadow), part)
+        count = torch.tensor(float(step), device=w.device)
+        torch._fused_adamw_(
+            [w[part]],
+            [g],
+            [m[part]],
+            [v[part]],
+            [],
+            [count],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        _finish(w, part, unit, norms, shadow)
+        _put_back(ok, kept)
+
+
+def normalise_rows_(w: Tensor, norms: Tensor | None = None) -> None:
+    """Divide each row by its norm plus the type's eps, in place, and write these divisors. [M]"""
+    for part in _parts(w):
+        rows = w[part]
+        divisor = rows.norm(dim=1, keepdim=True) + torch.finfo(w.dtype).eps
+        rows.div_(divisor)
+        if norms is not None:
+            norms[part] = divisor.squeeze(1)
+
+
+def project_(w: Tensor, grad: Tensor) -> None:
+    """Take from each row g of the gradient what is parallel to the row w, of norm 1: (g·w) w."""
+    for part in _parts(w):
+        rows, g = w[part], grad[part]
+        parallel = (g * rows).sum(dim=1, keepdim=True)
+        g.sub_(parallel * rows)
+
+
+def _parts(tensor: Tensor) -> Iterator[slice]:
+    """Rows that are worked on together: on CUDA, all of them."""
+    rows = len(tensor)
+    each = rows
+    if tensor.device.type == "cpu" and rows:
+        each = max(1, _BYTES * rows // max(1, tensor.numel() * tensor.element_size()))
+    for first in range(0, rows, max(1, each)):
+        yield slice(first, first + each)
+
+
+def _project(w: Tensor, grad: Tensor, part: slice, unit: bool, squares: Tensor | None) -> Tensor:
+    g = grad[part]
+    if unit:
+        project_(w[part], g)
+    if squares is not None:
+        wide = torch.promote_types(g.dtype, torch.float32)
+        squares[part] = torch.linalg.vector_norm(g, dim=1, dtype=wide).square_()
+    return g
+
+
+def _finish(
+    w: Tensor, part: slice, unit: bool, norms: Tensor | None, shadow: Tensor | None
+) -> None:
+    if unit:
+        normalise_rows_(w[part], None if norms is None else norms[part])
+    if shadow is not None:
+        shadow[part] = w[part]
+
+
+def _goes(ok: Tensor | None) -> bool:
+    """False where the host knows, without waiting, that nothing is to change."""
+    return ok is None or ok.device.type != "cpu" or bool(ok)
+
+
+def _kept(
+    ok: Tensor | None, tensors: tuple[Tensor | None, ...], part: slice
+) -> list[tuple[Tensor, Tensor]]:
+    """What a flag on a device may ask back: each part and a copy of it."""
+    if ok is None or ok.device.type == "cpu":
+        return []
+    return [(t[part], t[part].clone()) for t in tensors if t is not None]
+
+
+def _put_back(ok: Tensor | None, kept: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, before in kept:
+        assert ok is not None
+        torch.where(ok, tensor, before, out=tensor)

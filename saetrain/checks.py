@@ -194,6 +194,7 @@ def require_run(run: FitConfig) -> None:
         "pool_rows",
         "grad_acc_steps",
         "micro_batch_size",
+        "chunk_latents",
         "save_every",
         "keep_last",
         "keep_every",
@@ -261,6 +262,12 @@ def _require_kinds(run: FitConfig) -> None:
                 expected=f">= --batch-size {run.batch_size}",
                 got=run.micro_batch_size,
                 remedy="a smaller --batch-size with --grad-acc-steps, or --activation topk",
+            )
+        if sae.activation != "topk" and run.chunk_latents is not None:
+            raise ConfigError(
+                "--chunk-latents is for --activation topk",
+                got=sae.activation,
+                remedy="leave it out; --micro-batch-size saves memory too",
             )
         if sae.encoder_scale == "auto" and run.transcode:
             raise ConfigError(

@@ -250,6 +250,10 @@ class FitConfig(SaeOptions):
     """Rows that are in the forward and backward pass at once: less memory, the same gradient but
     for rounding. Default: the whole batch. Not for batchtopk, which chooses among all of it."""
 
+    chunk_latents: int | None = None
+    """Latents whose pre-activations are formed at once, of all rows: less memory, the same choice
+    but for rounding. Default: all; on a CPU, of as many rows as its cache holds. For topk."""
+
     autocast: bool = False
     """Products of matrices in bfloat16, weights as they are. On a CPU it needs AVX512-BF16 or AMX,
     and a step then takes about two thirds of the time. Off unless asked for, on any device: it

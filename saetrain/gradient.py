@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError
+from saetrain.activations import TopK
 from saetrain.decoder_norm import folded_losses
 from saetrain.losses import Losses, Term, compute_losses, total
 from saetrain.objective import Objective
@@ -57,6 +58,8 @@ def add_gradient(
         The losses, without their graph. Of dense activations [N, M], `output` keeps only whether
         they are above 0: all of them would take the memory that parts of a batch spare.
     """
+    if isinstance(sae.activation, TopK):
+        sae.activation.chunk_latents = recipe.chunk_latents
     losses_of = folded_losses if recipe.decoder_norm == "fold" else compute_losses
     if shared is not None:
         losses_of = partial(shared.losses, losses_of)

@@ -178,12 +178,13 @@ _DENSE = {"relu": 4, "jumprelu": 7, "gated": 9}
 def step_bytes(sizes: SaeConfig, optimizer: OptimizerName, rows: int, folded: bool = False) -> int:
     """The most that a step holds besides weights, optimiser state and gradients; AuxK apart.
 
-    A bound from what the step does: the forward pass holds all pre-activations [N, M], two matrices
-    as large as what is read [N, D] and two as what is predicted [N, E], and top activations with
-    their indices, sorted and unsorted (of BatchTopK and Multi-TopK 4K, and copies; BatchTopK may
-    look farther); dense activations hold more matrices [N, M]. A prefix holds its own sum. Folded
-    weights and their gradients are four matrices as large as W_dec. Normalising and the update hold
-    two (adam8bit, where it unpacks its moments, five) and muon's [D, D].
+    A bound from what the step does: the forward pass holds all pre-activations [N, M] (on a CPU,
+    TopK forms as many at once as its cache holds) and the quarter that TopK looks through again,
+    two matrices as large as what is read [N, D] and two as what is predicted [N, E], and top
+    activations with their indices, sorted and unsorted (of BatchTopK and Multi-TopK 4K, and copies;
+    BatchTopK may look farther); dense activations hold more matrices [N, M]. A prefix holds its own
+    sum. Folded weights and their gradients are four matrices as large as W_dec. Normalising and the
+    update hold two (adam8bit, where it unpacks its moments, five) and muon's [D, D].
 
     Args:
         sizes: of the SAE.
@@ -200,7 +201,7 @@ def step_bytes(sizes: SaeConfig, optimizer: OptimizerName, rows: int, folded: bo
     elif sizes.multi_topk or sizes.activation == "batchtopk":
         forward += N * M + (10 + 2 * prefixes) * N * min(4 * K, M)
     else:
-        forward += N * M + (6 + 2 * prefixes) * N * K
+        forward += N * M + N * M // 4 + (14 + 2 * prefixes) * N * K
     forward += 4 * M * wide * folded
     update = (5 if optimizer == "adam8bit" else 2) * M * wide + wide**2 + 16 * M
     return FLOAT * max(forward, update)

@@ -28,6 +28,8 @@ class Recipe:
     """Rows in a forward pass at once; None: the batch."""
     autocast: bool = False
     """Products in bfloat16."""
+    chunk_latents: int | None = None
+    """Latents whose pre-activations are formed at once; None: all."""
 
     def begins_update(self, step: int) -> bool:
         """Whether this step's batch is the first of its update."""
@@ -75,4 +77,5 @@ def make_recipe(options: FitConfig, sizes: SaeConfig) -> Recipe:
         grad_acc_steps=options.grad_acc_steps,
         micro_batch_size=options.micro_batch_size,
         autocast=options.autocast,
+        chunk_latents=options.chunk_latents,
     )

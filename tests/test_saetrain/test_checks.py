@@ -51,6 +51,7 @@ def test_k_may_be_all_latents_and_no_more() -> None:
         ("lr_end", float("nan")),
         ("grad_acc_steps", 0),
         ("micro_batch_size", 0),
+        ("chunk_latents", 0),
         ("k_anneal_steps", -1),
         ("k_start", 0),
     ],
@@ -108,6 +109,7 @@ IMPOSSIBLE = [
         {"activation": "batchtopk", "batch_size": 64, "micro_batch_size": 63},
         r"cuts the batch(.|\n)*>= --batch-size 64(.|\n)*--grad-acc-steps",
     ),
+    ({"activation": "groupmax", "chunk_latents": 64}, r"--chunk-latents is for(.|\n)*groupmax"),
     ({"transcode": True, "decoder_norm": "fold"}, r"begin at zero(.|\n)*rows are free"),
     (
         {

@@ -166,6 +166,7 @@ BINDING = {
     "grad_clip": 1.0,
     "grad_acc_steps": 2,
     "micro_batch_size": 16,
+    "chunk_latents": 40,
     "autocast": True,
     "weights_dtype": "bfloat16",
     "decoder_norm": "fold",

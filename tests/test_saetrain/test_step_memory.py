@@ -1,0 +1,86 @@
+"""What a whole training step allocates, counted: the formulas of the kernels' README.
+
+Letters: N tokens, D d_in, M num_latents, K k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from saetrain.kernels import encode
+from saetrain.kernels.encode import tokens_at_once
+from saetrain.kernels.on_torch import update
+from saetrain.recipe import Recipe
+from saetrain.trainer import Trainee, train_step
+
+N, D, M, K = 1024, 48, 8192, 32
+BYTES = 4
+WEIGHTS = M * D * BYTES
+ALL_PRE_ACTS = N * M * BYTES
+ALL_ROWS = N * K * D * BYTES
+PER_TOKEN = N * (24 * D + 80 * K) * BYTES
+"""Rows, reconstructions and errors; activations, indices and pairs, 8 bytes each."""
+PER_LATENT = 64 * M * BYTES
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_BYTES", 1 << 21)
+    monkeypatch.setattr(update, "_BYTES", 1 << 18)
+
+
+def allocations(trainee: Trainee) -> list[int]:
+    """Bytes that one step takes (+) and gives back (-), in order; after two steps."""
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    for step in range(2):
+        train_step(trainee, x, step, 0.0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        train_step(trainee, x, 2, 0.0)
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def peak(taken: list[int]) -> int:
+    """Most bytes beyond those at the start."""
+    now = most = 0
+    for size in taken:
+        now += size
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+def test_a_step_forms_no_row_for_each_pair_and_no_pre_act_for_all_tokens(
+    make_trainee: Callable[..., Any], optimizer: str
+) -> None:
+    trainee = make_trainee(D, M, K, optimizer=optimizer)
+    at_once = tokens_at_once(N, trainee.sae.W_enc) * M * BYTES
+    assert at_once == ALL_PRE_ACTS // 16
+    taken = allocations(trainee)
+    assert max(taken) <= max(at_once, WEIGHTS)
+    assert max(taken) < min(ALL_PRE_ACTS, ALL_ROWS) / 2
+    # Pre-activations of some tokens and then, when they are gone, both weights' gradients.
+    assert peak(taken) <= max(1.25 * at_once, 2 * WEIGHTS) + WEIGHTS // 2 + PER_TOKEN + PER_LATENT
+
+
+def test_gradients_are_written_where_the_last_steps_were(
+    make_trainee: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrain.kernels.spare._LEAST", 1)
+    taken = allocations(make_trainee(D, M, K))
+    assert taken.count(WEIGHTS) <= 1  # in the order of a product's own
+    at_once = ALL_PRE_ACTS // 16
+    assert peak(taken) <= 1.25 * at_once + WEIGHTS // 2 + PER_TOKEN + PER_LATENT
+
+
+def test_with_chunks_of_latents_no_pre_acts_are_wider(make_trainee: Callable[..., Any]) -> None:
+    trainee, chunk = make_trainee(D, M, K), 256
+    trainee.recipe = Recipe(chunk_latents=chunk)
+    taken = allocations(trainee)
+    assert max(taken) <= max(N * chunk * BYTES, WEIGHTS)
+    assert peak(taken) <= 2 * WEIGHTS + WEIGHTS // 2 + PER_TOKEN + PER_LATENT

@@ -8,7 +8,7 @@ import typer
 
 from actcache.config import ConvertConfig, HarvestConfig, PlanConfig
 
-from . import bench, convert, fit, harvest, hookpoints, inspect_cache, plan, verify
+from . import bench, convert, fit, harvest, hookpoints, inspect_cache, kernels, plan, verify
 from . import eval as eval_
 from .fit_options import fit_command
 from .guard import guarded
@@ -63,6 +63,7 @@ def saetrain_app() -> typer.Typer:
     app = _app("Train sparse autoencoders from a cache of activations.")
     app.command("fit")(guarded(fit_command(fit.run)))
     app.command("eval")(eval_.run)
+    app.command("kernels")(kernels.run)
     return app
 
 

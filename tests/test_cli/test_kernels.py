@@ -1,0 +1,63 @@
+"""`saetrain kernels`, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from actcache_cli.main import saetrain_app
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(saetrain_app(), ["kernels", "--device", "cpu", *arguments])
+
+
+@pytest.fixture(autouse=True)
+def no_forced_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SAETRAIN_KERNELS", raising=False)
+
+
+def paths(*arguments: str) -> dict[str, tuple[str, str]]:
+    done = run("--json", *arguments)
+    assert done.exit_code == 0, done.output
+    return {c["function"]: (c["path"], c["how"]) for c in json.loads(done.stdout)}
+
+
+def test_the_table_has_a_line_for_every_function() -> None:
+    done = run("--explain")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["function", "path", "how"]
+    assert [line.split()[0] for line in lines[1:]] == list(paths())
+
+
+def test_the_path_depends_on_the_shape_and_the_device() -> None:
+    assert paths("--num-latents", "18432")["topk"] == ("torch", "tiles of 64")
+    assert paths("--num-latents", "500")["topk"] == ("torch", "torch.topk")
+    assert "256 tokens at once" in paths("--num-latents", "18432")["product"][1]
+    assert "in pieces of 64" in paths()["scatter_outer"][1]
+
+
+def test_a_gpu_that_is_not_here_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saetrain.kernels.paths._has_triton", lambda: True)
+    found = paths("--device", "cuda")
+    assert found["topk"][0] == found["scatter_outer"][0] == found["adam_update_"][0] == "triton"
+    assert found["product"] == ("torch", "torch's linear, 8,192 tokens at once")
+
+
+def test_what_the_variable_forces_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAETRAIN_KERNELS", "reference")
+    assert paths()["topk"][0] == "reference"
+    monkeypatch.setenv("SAETRAIN_KERNELS", "cuda")
+    done = run()
+    assert done.exit_code != 0
+    assert "SAETRAIN_KERNELS='cuda'" in done.output
+
+
+def test_more_latents_of_a_row_than_there_are_are_refused() -> None:
+    done = run("--k", "9", "--num-latents", "8")
+    assert done.exit_code != 0
+    assert "--k is above --num-latents" in done.output

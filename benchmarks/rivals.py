@@ -20,8 +20,9 @@ from torch import Tensor
 from saetrain.config import OptimizerName, SaeConfig
 from saetrain.metrics import Firing, Meter
 from saetrain.optim import make_optimizer
+from saetrain.recipe import Recipe
 from saetrain.run import SaeEntry
-from saetrain.sae import Sae
+from saetrain.sae import Sae, SaeOutput
 from saetrain.step import train_step
 from saetrain.trainee import Trainee
 
@@ -80,10 +81,17 @@ def _dense(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> Tensor:
     return empty.scatter_(1, top_indices, top_acts)
 
 
-def ours(setting: Setting, mean: Tensor, variance: float) -> Contender:
+def ours(
+    setting: Setting,
+    mean: Tensor,
+    variance: float,
+    *,
+    autocast: bool = False,
+    sae_type: type[Sae] = Sae,
+) -> Contender:
     """Our step. b_dec begins at `mean` [D]; the loss divides by `variance`."""
     s = setting
-    sae = Sae(s.d_in, s.num_latents, s.k, seed=s.seed, device=s.device)
+    sae = sae_type(s.d_in, s.num_latents, s.k, seed=s.seed, device=s.device)
     with torch.no_grad():
         sae.b_dec.copy_(mean)
     trainee = Trainee(
@@ -93,6 +101,7 @@ def ours(setting: Setting, mean: Tensor, variance: float) -> Contender:
         Firing(s.num_latents, 10_000_000, s.device),
         Meter(s.device),
         variance,
+        recipe=Recipe(autocast=autocast),
     )
 
     def finish() -> Published:
@@ -216,3 +225,20 @@ def sae_lens(setting: Setting, first: Sequence[Tensor]) -> Contender:
         return run
 
     return step, finish
+
+
+def dense(setting: Setting, mean: Tensor, variance: float) -> Contender:
+    """A step as SAELens makes it: top-k acts in a dense [N, M], differentiated by autograd.
+
+    All else, the start and the optimiser included, is ours, so that this is about the step alone.
+    """
+    step, finish = ours(setting, mean, variance, sae_type=_DenseSae)
+    return step, finish
+
+
+class _DenseSae(Sae):
+    def forward(self, x: Tensor) -> SaeOutput:
+        pre_acts = torch.relu((x - self.b_dec) @ self.W_enc.T + self.b_enc)  # [N, M]
+        values, indices = pre_acts.topk(self.k, dim=-1, sorted=False)
+        acts = torch.zeros_like(pre_acts).scatter(-1, indices, values)
+        return SaeOutput(acts @ self.W_dec + self.b_dec, values.detach(), indices)

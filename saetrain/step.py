@@ -25,8 +25,7 @@ def train_batch(groups: dict[str, list[Trainee]], batch: Batch, step: int) -> No
 def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> None:
     """One batch for one SAE, its rows in any type, on any device; and an update, if it is due.
 
-    Nothing here makes the host wait for the device, but AuxK, which counts the dead latents, and
-    BatchTopK, which asks whether it has looked far enough.
+    Nothing here makes the host wait for the device.
     """
     sae, recipe, shared = trainee.sae, trainee.recipe, trainee.shared
     if (k := recipe.k(step)) is not None:

@@ -16,7 +16,8 @@ from saetrain.kernels import encode
 from saetrain.kernels.encode import tokens_at_once
 from saetrain.kernels.on_torch import update
 from saetrain.recipe import Recipe
-from saetrain.trainer import Trainee, train_step
+from saetrain.step import train_step
+from saetrain.trainee import Trainee
 
 N, D, M, K = 1024, 48, 8192, 32
 BYTES = 4

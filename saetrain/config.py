@@ -279,7 +279,7 @@ class FitConfig(SaeOptions):
 
     save_best: bool = False
     """Keep each SAE as it was at the validation with the lowest FVU, in SAE/best-STEP, beside the
-    last one."""
+    last one. Validations while k falls or the penalty rises count only until one comes after."""
 
     finetune: str | None = None
     """Begin with the weights of other SAEs: the folder of a run (of ours or sparsify's) with SAEs

@@ -71,11 +71,22 @@ def validate(
             found = validation.measure(trainee.sae, weights, entry, rows)
             require_finite_loss(root, trainee, found["fvu"], done)
             figures[entry.name] = found
-            if keep_best and (trainee.best is None or found["fvu"] < trainee.best.fvu):
+            if keep_best and is_better(trainee, found["fvu"], done):
                 folder, unit = root / entry.name, trainee.unit_norm()
                 trainee.best = save_best(folder, entry, weights, unit, done, found["fvu"])
                 keep_only(folder, {done, *trainee.saved_bests})
     return figures
+
+
+def is_better(trainee: Trainee, fvu: float, done: int) -> bool:
+    """Whether an SAE is better than its best so far.
+
+    While k still falls or a penalty still rises, more latents are active than in the end (a dense
+    activation's, or BatchTopK's by its threshold): a low FVU of then is bought with L0. So whatever
+    comes after is better than that.
+    """
+    best = trainee.best
+    return best is None or best.step < trainee.settled_at <= done or fvu < best.fvu
 
 
 def _norms(trainee: Trainee) -> dict[str, float]:

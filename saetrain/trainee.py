@@ -59,6 +59,12 @@ class Trainee:
         self.vitals = Vitals(self.sae.num_latents, self.sae.W_enc.device)
         self.scaling = scaling_of(self.entry, self.sae.W_enc.device, self.sae.W_enc.dtype)
 
+    @property
+    def settled_at(self) -> int:
+        """Steps after which neither k nor the penalty's weight changes any more."""
+        rise = self.objective.warmup if self.objective.sparsity else 0
+        return max(self.recipe.k_anneal_steps, rise)
+
     def exported(self) -> dict[str, Tensor]:
         """The weights as they are saved and judged, and thresholds that are no weights."""
         weights = dict(self.sae.named_buffers()) | self.optimizer.weights_to_export()

@@ -181,6 +181,25 @@ def test_the_best_of_each_sae_is_kept_beside_the_last(options: Options, optimize
             assert best_file.read_bytes() == (Path(ends.out) / name / file).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "rising",
+    [
+        {"activation": "batchtopk", "k_anneal_steps": 8, "k_start": 40},
+        {"activation": "relu", "sparsity": 3.0, "sparsity_warmup_steps": 8},
+    ],
+)
+def test_an_sae_is_not_at_its_best_while_more_latents_are_active_than_in_the_end(
+    options: Options, rising: dict[str, Any]
+) -> None:
+    config = options(val_every=2, save_best=True, optimizer="adam", lr=0.05, **rising)
+    summary = fit(config)
+    for name, best in summary.best.items():
+        by_step = {v["step"]: v["val"][name]["fvu"] for v in lines(Path(config.out), "val")}
+        assert min(by_step, key=lambda step: by_step[step]) < 8  # or nothing is tested here
+        assert best.step >= 8
+        assert best.fvu == min(fvu for step, fvu in by_step.items() if step >= 8)
+
+
 def test_best_saes_are_evaluated_on_all_held_out_rows(options: Options) -> None:
     config = kept(options)
     summary = fit(config)

@@ -91,13 +91,15 @@ def require_options(options: SaeOptions) -> None:
 
 def _require_activation(options: SaeOptions) -> None:
     """Refuse options that an activation lacks; what depends on widths, `SaeConfig` refuses."""
-    if options.sparsity is not None and options.activation not in PENALISED:
-        raise ConfigError(
-            f"--activation {options.activation} is sparse by --k, and has no penalty",
-            expected="no --sparsity",
-            got=options.sparsity,
-            remedy=f"leave it out, or --activation {' | '.join(PENALISED)}",
-        )
+    for name in ("sparsity", "sparsity_warmup_steps"):
+        value = getattr(options, name)
+        if value is not None and options.activation not in PENALISED:
+            raise ConfigError(
+                f"--activation {options.activation} is sparse by --k, and has no penalty",
+                expected="no --" + name.replace("_", "-"),
+                got=value,
+                remedy=f"leave it out, or --activation {' | '.join(PENALISED)}",
+            )
     for name in ("threshold", "bandwidth"):
         if getattr(options, name) is not None and options.activation != "jumprelu":
             raise ConfigError(

@@ -97,10 +97,14 @@ def test_segments_are_for_runs_that_follow_and_one_shard_is_none() -> None:
 
 IMPOSSIBLE = [
     ({"activation": "topk", "sparsity": 0.1}, r"no penalty(.|\n)*jumprelu \| relu \| gated"),
+    (
+        {"activation": "batchtopk", "sparsity_warmup_steps": 9},
+        r"no penalty(.|\n)*no --sparsity-warmup-steps(.|\n)*9",
+    ),
     ({"activation": "relu", "sparsity": -0.1}, "--sparsity is out of range"),
     ({"activation": "relu", "threshold": 0.1}, "--threshold is for --activation jumprelu"),
     ({"bandwidth": 0.1}, "--bandwidth is for --activation jumprelu"),
-    ({"sparsity_warmup_steps": -1}, "--sparsity-warmup-steps"),
+    ({"activation": "relu", "sparsity_warmup_steps": -1}, "--sparsity-warmup-steps is negative"),
     ({"skip_connection": True}, r"copy its input(.|\n)*add --transcode"),
     ({"crosscode": True, "transcode": True}, "two kinds"),
     ({"activation": "relu", "k_anneal_steps": 5}, r"has no k(.|\n)*topk \| batchtopk"),

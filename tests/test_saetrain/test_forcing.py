@@ -37,7 +37,6 @@ LET_THROUGH: dict[str, dict[str, Any]] = {
     "k_anneal_steps": {"k_anneal_steps": 20},
     "k_start": {"k_anneal_steps": 20, "k_start": 9},
     "auxk_alpha": {"auxk_alpha": 2.0},
-    "sparsity_warmup_steps": {"sparsity_warmup_steps": 20},
     "dead_after": {"dead_after": 33},
     "epochs": {"epochs": 4},
     "max_tokens": {"max_tokens": 32 * 31},
@@ -70,7 +69,8 @@ def begun(options: Options, template: Path) -> FitConfig:
 
 
 def test_every_option_that_is_let_through_is_tested_and_in_the_help() -> None:
-    assert LET_THROUGH.keys() | {"sparsity"} == FORCEABLE  # it has a test of its own
+    of_penalties = {"sparsity", "sparsity_warmup_steps"}  # they have a test of their own
+    assert LET_THROUGH.keys() | of_penalties == FORCEABLE
     import inspect
 
     text = inspect.getsource(FitConfig)
@@ -114,16 +114,20 @@ def test_what_changes_no_shape_is_let_through_and_holds_from_the_checkpoint_on(
     assert snapshot(root) == done
 
 
-def test_the_weight_of_a_penalty_is_let_through(options: Options) -> None:
+def test_the_weight_of_a_penalty_and_its_rise_are_let_through(options: Options) -> None:
     config = options(activation="relu", sparsity=0.1, keep_every=6, resume=True)
     fit(config)
     root = Path(config.out)
     for path in root.glob("checkpoint-000000012*"):
         path.unlink()
-    assert fit(dataclasses.replace(config, sparsity=0.5, force_config=True)).new_steps == 6
+    other = {"sparsity": 0.5, "sparsity_warmup_steps": 9}
+    assert fit(dataclasses.replace(config, **other, force_config=True)).new_steps == 6
     record = read_run(root)
     assert {sae.config.sparsity for sae in record.saes} == {0.5}
-    assert record.history[0].changes == ("--sparsity: 0.1 then, 0.5 now",)
+    assert record.history[0].changes == (
+        "--sparsity: 0.1 then, 0.5 now",
+        "--sparsity-warmup-steps: None then, 9 now",
+    )
     assert json.loads((root / "layers.0" / "cfg.json").read_text())["sparsity"] == 0.5
 
 

@@ -216,6 +216,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "grad_clip": {"optimizer": "adam"},
     "k_start": {"k_anneal_steps": 5},
     "sparsity": {"activation": "relu"},
+    "sparsity_warmup_steps": {"activation": "relu"},
     "threshold": {"activation": "jumprelu"},
     "bandwidth": {"activation": "jumprelu"},
     "skip_connection": {"transcode": True},

@@ -329,10 +329,11 @@ class FitConfig(SaeOptions):
     parallel: Literal["ddp", "modules"] | None = None
     """What the processes share that torchrun starts. modules: the SAEs; each process has some of
     them, and reads whole batches for them. Nothing is exchanged but for checkpoints, and the run is
-    the same bytes as with one process, for any number of them; they keep within 1 GiB of rows (or 8
-    steps) of each other. ddp: each batch; every process has all SAEs, and reads its part of the
-    rows. For SAEs that are few or large; the number of processes must divide that of the lanes. The
-    same batches, and sums that are rounded otherwise. All processes must see the same --out."""
+    the same bytes as with one process, for any number of them, as long as each has an SAE; they
+    keep within 1 GiB of rows (or 8 steps) of each other. ddp: each batch; every process has all
+    SAEs, and reads its part of the rows. For SAEs that are few or large, but for batchtopk, which
+    chooses among all of a batch; the number of processes must divide that of the lanes. The same
+    batches, and sums that are rounded otherwise. All processes must see the same --out."""
 
     save_every: int = 1000
     """Steps between checkpoints; the last step always has one."""

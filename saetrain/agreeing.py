@@ -95,6 +95,7 @@ def lay_down(agreed: Agreed, first_step: int, root: Path, lock: FolderLock, crew
         lock.take()
         if (root / RUN).exists():
             raise RunError(f"another fit has begun a run in {root}", remedy="--resume, or wait")
+        forget(root)
         remove_partials(root)
         write_run(root, agreed.record)
     crew.wait()

@@ -52,12 +52,29 @@ def told(root: Path, is_ours: Callable[[BaseException | None], bool]) -> Iterato
         tell(root, None)
 
 
+def is_early(root: Path, error: BaseException | None) -> bool:
+    """Whether a signal has ended a run before it had begun: while its first rows were waited for.
+
+    Nothing else is to be in its folder then: it might be another's.
+    """
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    try:
+        return all(path.name == EXIT for path in root.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError:  # --out is a file
+        return False
+
+
 def tell(root: Path, error: BaseException | None) -> None:
-    """Write `exit.json`, if there is a run."""
-    if (root / RUN).exists():
+    """Write `exit.json`, if there is a run, or would be but for a signal."""
+    begun = (root / RUN).exists()
+    if begun or is_early(root, error):
         code, reason = (0, "finished") if error is None else (_code(error), _reason(error))
         with suppress(ActcacheError, OSError):  # how it ended is the news, not this
-            publish(root / EXIT, [to_json(Ending(code, reason, newest_step(root) or 0))])
+            step = newest_step(root) if begun else None
+            publish(root / EXIT, [to_json(Ending(code, reason, step or 0))])
 
 
 def forget(root: Path) -> None:

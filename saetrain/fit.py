@@ -16,7 +16,7 @@ from saetrain.building import Built, build_run
 from saetrain.config import FitConfig
 from saetrain.crew import Crew, assemble, tells
 from saetrain.deciding import budget_of
-from saetrain.ending import tell, told
+from saetrain.ending import is_early, tell, told
 from saetrain.inputs import hookpoints_of
 from saetrain.run import LOCK, RunRecord
 from saetrain.stopping import Stopping
@@ -39,7 +39,7 @@ def fit(config: FitConfig) -> FitSummary:
     lock = FolderLock(root, LOCK, "fit")
 
     def is_ours(error: BaseException | None) -> bool:
-        return lock.held and tells(error)
+        return (lock.held or is_early(root, error)) and tells(error)
 
     def last_words(error: BaseException) -> None:
         if is_ours(error):

@@ -21,6 +21,7 @@ from saetrain.deciding import (
     whole_updates,
     with_rates,
 )
+from saetrain.ending import EXIT
 from saetrain.forcing import force, with_change
 from saetrain.run import (
     LOCK,
@@ -49,8 +50,8 @@ def is_begun(config: FitConfig, root: Path) -> bool:
     if root.exists():
         if not root.is_dir():
             raise RunError(f"--out {root} is a file", expected="a new or empty folder")
-        # A run killed before or while it wrote its first file has not begun.
-        names = {path.name for path in root.iterdir()} - {str(LOCK)}
+        # A run stopped or killed before or while it wrote its first file has not begun.
+        names = {path.name for path in root.iterdir()} - {str(LOCK), EXIT}
         if any(not name.startswith(f".{RUN}.") for name in names):
             what = "a cache" if (root / MANIFEST).exists() else "other things"
             raise RunError(f"--out {root} holds {what}", expected="a new or empty folder")

@@ -151,6 +151,56 @@ def test_a_run_that_waits_for_the_harvest_stops_without_another_step(
     assert snapshot(Path(whole.out)) == snapshot(Path(config.out))
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_before_it_has_begun_says_so_and_begins_later(
+    make_cache: Callable[..., Path],
+    options: Options,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """A launcher swallows the code, and the first segment may be hours away."""
+
+    class NotYet(KeyboardInterrupt):
+        exit_code = code
+
+    def stop(*_: Any) -> None:
+        raise NotYet
+
+    signal.signal(number, stop)
+    path = make_cache()
+    config = options(cache=str(path), follow=True, segment_shards=4, max_tokens=64, resume=True)
+    late = path / "shards" / "00003.json"
+    late.rename(tmp_path / late.name)
+    (path / "shards" / "END.json").rename(tmp_path / "END.json")
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+    timer.start()
+    with pytest.raises(NotYet):
+        fit(config)
+    timer.join()
+    assert ending(config.out) == (code, number.name, 0)
+    assert [found.name for found in Path(config.out).iterdir()] == [EXIT]
+    (tmp_path / late.name).rename(late)
+    (tmp_path / "END.json").rename(path / "shards" / "END.json")
+    assert fit(config).steps == 2
+    assert ending(config.out) == (0, "finished", 2)
+
+
+def test_a_signal_before_a_folder_was_looked_at_leaves_nothing_among_others_files(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise AtOnce
+
+    monkeypatch.setattr("saetrain.agreeing.is_begun", stop)
+    root = Path(options().out)
+    root.mkdir()
+    (root / "notes").write_text("")
+    with pytest.raises(AtOnce):
+        fit(options())
+    assert [found.name for found in root.iterdir()] == ["notes"]
+
+
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Stopping() as stopping:

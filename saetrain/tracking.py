@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from actcache.atomic import publish
+from actcache.atomic import publish, tell_full_disk
 from actcache.errors import FormatError
 from actcache.parse import decode_json, short
 from actcache.progress import Progress
@@ -48,11 +48,12 @@ class Tracker:
     def __init__(
         self, root: Path, step: int, steps: int, batch_size: int, row_bytes: int = 0
     ) -> None:
-        self._batch_size, self._row_bytes = batch_size, row_bytes
+        self._root, self._batch_size, self._row_bytes = root, batch_size, row_bytes
         self._files = {}
         for name in (METRICS, TIMINGS):
             cut_back(root / name, step)
-            self._files[name] = (root / name).open("a")
+            # Unbuffered: what a full disk did not take must not be tried again when it is closed.
+            self._files[name] = (root / name).open("ab", buffering=0)
         self.bar = Progress("fit", steps * batch_size, "rows", initial=step * batch_size)
         self._began = self._last = time.monotonic()
         self._first_step = self._last_step = step
@@ -137,8 +138,13 @@ class Tracker:
         return rows / seconds, self._waited / seconds
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
-        self._files[name].write(json.dumps(line, allow_nan=False) + "\n")
-        self._files[name].flush()
+        text = json.dumps(line, allow_nan=False).encode() + b"\n"
+        written = 0
+        try:
+            while written < len(text):
+                written += self._files[name].write(text[written:])
+        except OSError as error:
+            raise tell_full_disk(error, self._root / name, len(text)) from error
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -188,6 +188,20 @@ def test_a_full_disk_names_resume_as_the_remedy(
         fit(options())
 
 
+@pytest.mark.parametrize("name", [METRICS, TIMINGS])
+def test_a_disk_that_is_full_when_a_line_is_written_is_told_as_such_with_the_file(
+    options: Options, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(path: Path, _: int) -> None:
+        if path.name == name:
+            path.symlink_to("/dev/full")
+
+    monkeypatch.setattr("saetrain.tracking.cut_back", full)
+    with pytest.raises(DiskFullError, match=rf"no room to write .*{name}(.|\n)*with --resume"):
+        fit(options(save_every=100))
+    assert json.loads((Path(options().out) / "exit.json").read_text())["code"] == 10
+
+
 def test_how_rows_are_read_is_told_in_one_line_where_there_is_something_to_read(
     options: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:

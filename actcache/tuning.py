@@ -42,13 +42,16 @@ def tune(cache: Cache, hookpoints: Sequence[str], plan: OrderPlan, epoch: int = 
     """Read the first blocks of an epoch in several ways, each block once.
 
     With two threads and with four, then in whole blocks, then announced ahead. Takes 64 MiB, which
-    training reads soon after; nothing where that is more than 1/8 of the rows.
+    training reads soon after; nothing where that is more than 1/8 of the rows, or where there is
+    nothing to read.
 
     Raises:
         CorruptShardError: a file is gone, or is not what its receipt promises.
     """
     if not isinstance(cache.root, Path):
         return Tuning(REMOTE, None, "from a store")
+    if not hookpoints:
+        return Tuning(Reading(), None)
     row_bytes = sum(cache.codec.row_bytes(cache.manifest.width(name)) for name in hookpoints)
     blocks = max(4, _ROUND // (row_bytes * plan.block_rows))
     if 8 * (1 + len(CHANGES)) * blocks * plan.block_rows > plan.rows:

@@ -329,7 +329,7 @@ class FitConfig(SaeOptions):
     parallel: Literal["ddp", "modules"] | None = None
     """What the processes share that torchrun starts. modules: the SAEs; each process has some of
     them, and reads whole batches for them. Nothing is exchanged but for checkpoints, and the run is
-    the same bytes as with one process, for any number of them, as long as each has an SAE; they
+    the same bytes as with one process, for any number of them (those beyond the SAEs' idle); they
     keep within 1 GiB of rows (or 8 steps) of each other. ddp: each batch; every process has all
     SAEs, and reads its part of the rows. For SAEs that are few or large, but for batchtopk, which
     chooses among all of a batch; the number of processes must divide that of the lanes. The same

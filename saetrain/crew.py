@@ -256,12 +256,8 @@ class SaeCrew(_Several):
         self._end: tuple[int, signal.Signals] | None = None
         peers.while_waiting = self._answer_if_asked
 
-    def require(self, record: RunRecord) -> None:
-        """Refuse a run of fewer SAEs than processes."""
-        self.saes(record.saes)
-
     def saes(self, entries: Sequence[SaeEntry]) -> list[int]:
-        """Its share of them, by what they cost."""
+        """Its share of them, by what they cost; none, if there are more processes than SAEs."""
         works = [Work(e.hookpoint, _width(e.config), e.config.num_latents) for e in entries]
         return shares(works, self.processes)[self.rank]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actcache.errors import ConfigError
-
 READING = 4096
 """Latents that cost as much as reading one more hookpoint. On a CPU reading costs less, on a GPU
 more; it decides only where SAEs of a hookpoint could as well be kept together."""
@@ -39,24 +37,18 @@ def shares(works: Sequence[Work], processes: int) -> list[list[int]]:
         processes: how many.
 
     Returns:
-        For each process the numbers of its SAEs, ascending, at least one.
-
-    Raises:
-        ConfigError: there are fewer SAEs than processes.
+        For each process the numbers of its SAEs, ascending: at least one, or, where there are
+        fewer SAEs than processes, none for the last of these.
     """
-    if processes > len(works):
-        raise ConfigError(
-            f"--parallel modules cannot divide {len(works)} SAEs among {processes} processes",
-            expected=f"at most {len(works)} processes",
-            remedy="fewer processes, more SAEs, or --parallel ddp, which divides batches",
-        )
+    idle: list[list[int]] = [[]] * max(0, processes - len(works))
+    processes -= len(idle)
     ways = [_cut(works, processes), _deal(works, processes)]
 
     def burden(way: list[list[int]]) -> tuple[int, int]:
         loads = [load(works, numbers) for numbers in way]
         return max(loads), sum(loads)
 
-    return [sorted(numbers) for numbers in min(ways, key=burden)]
+    return [sorted(numbers) for numbers in min(ways, key=burden)] + idle
 
 
 def load(works: Sequence[Work], numbers: Sequence[int]) -> int:

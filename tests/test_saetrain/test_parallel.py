@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
-from actcache.errors import ConfigError
 from saetrain.parallel import APART_BYTES, Work, load, shares, steps_apart
 
 
@@ -45,9 +42,8 @@ def test_saes_of_a_hookpoint_stay_together_where_it_costs_nothing() -> None:
         assert len({grid[n].hookpoint for n in numbers}) == 1
 
 
-def test_more_processes_than_saes_are_refused_with_the_numbers_that_work() -> None:
-    with pytest.raises(ConfigError, match=r"2 SAEs among 3 processes\n.*at most 2 processes"):
-        shares([Work("layers.0", 16, 64)] * 2, 3)
+def test_more_processes_than_saes_leave_the_last_ones_without() -> None:
+    assert shares([Work("layers.0", 16, 64)] * 2, 4) == [[0], [1], [], []]
 
 
 def test_processes_are_apart_by_a_page_cache_of_rows_but_never_in_step() -> None:

@@ -98,6 +98,11 @@ def modules(base: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
     return grid | {"saes": MIXED, "out": str(out), "val_every": 5, "save_best": True} | more
 
 
+def few(base: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
+    """A run of two SAEs: fewer than three processes, of which one has nothing to train."""
+    return modules(base, out, **more) | {"saes": MIXED[:1]}
+
+
 def grid_of(saes: list[dict[str, Any]]) -> tuple[SaeOptions, ...]:
     return tuple(SaeOptions(**sae) for sae in saes)
 
@@ -161,6 +166,8 @@ def test_runs_of_several_processes_are_those_of_one_and_go_on_exactly(
     jobs: list[dict[str, Any]] = [
         {"options": modules(base, tmp_path / "modules", **share), "copy": [9, str(at_9)]},
         {"options": modules(base, taken_over, **share, resume=True)},
+        {"options": few(base, tmp_path / "few", **share)},
+        {"options": few(base, tmp_path / "few", **share, resume=True, epochs=4, force_config=True)},
     ]
     for name, more in BATCHES.items():
         share = base | more | {"parallel": "ddp"}
@@ -186,6 +193,10 @@ def test_runs_of_several_processes_are_those_of_one_and_go_on_exactly(
     record = (tmp_path / "modules" / "run.json").read_text()
     there, here = str(tmp_path / "modules"), str(alone / "modules")
     assert record.replace(there, here) == (alone / "modules" / "run.json").read_text()
+
+    for more in ({}, {"resume": True, "epochs": 4, "force_config": True}):
+        fit(FitConfig(**few(base, tmp_path / "few-alone", **more) | {"saes": grid_of(MIXED[:1])}))
+    assert snapshot(tmp_path / "few") == snapshot(tmp_path / "few-alone")
 
     for name in BATCHES:
         assert lines(alone / f"double-{name}")[-1]["step"] == 56

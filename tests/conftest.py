@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
+        "SPARSIFY_DISABLE_TRITON": "1",  # it asks for it on a CPU, when it is imported
     }
 
 

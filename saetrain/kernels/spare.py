@@ -8,6 +8,7 @@ does, nothing is kept. Letters: D d_in, M num_latents.
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _KEPT = 2  # as many as weights of an autoencoder
 _LEAST = 1 << 22  # bytes; below, malloc keeps memory itself
@@ -16,8 +17,9 @@ _LEAST = 1 << 22  # bytes; below, malloc keeps memory itself
 class _Spares:
     def __init__(self) -> None:
         self._free: list[torch.UntypedStorage] = []
-        self._lent: dict[int, int] = {}
-        """Address to bytes."""
+        self._lent: dict[int, StorageWeakRef] = {}
+        """By the storage's own number, which no other has while there is a weak reference. Not by
+        the address: once a gradient is gone, malloc gives it to others."""
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Memory with anything in it, of a type and on a device."""
@@ -31,7 +33,8 @@ class _Spares:
                 break
         else:
             storage = torch.empty(shape, dtype=like.dtype).untyped_storage()
-        self._lent[storage.data_ptr()] = storage.nbytes()
+        self._lent = {number: ref for number, ref in self._lent.items() if not ref.expired()}  # type: ignore[no-untyped-call]
+        self._lent[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         return out.set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
 
     def give(self, tensor: Tensor) -> None:
@@ -39,7 +42,7 @@ class _Spares:
         if tensor.device.type != "cpu":
             return
         storage = tensor.untyped_storage()
-        if self._lent.pop(storage.data_ptr(), None) != storage.nbytes():
+        if self._lent.pop(storage._cdata, None) is None:
             return
         self._free = sorted([*self._free, storage], key=lambda s: s.nbytes())[-_KEPT:]
 

@@ -93,6 +93,7 @@ def test_every_option_of_the_command_line_may_stand_in_a_file(
             values[field.name] = 3
     values["matryoshka"] = [3, 4]
     penalised = {"sparsity": 0.25, "threshold": 0.25, "bandwidth": 0.25}
+    penalised |= {"sparsity_warmup_steps": 3}
     no_k = {"k_anneal_steps", "k_start", "chunk_latents"}
     lacking = {"topk": set(penalised), "jumprelu": no_k}[activation]
     values |= penalised

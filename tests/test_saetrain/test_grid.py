@@ -76,6 +76,7 @@ def test_every_option_of_an_sae_can_be_an_axis_and_is_in_the_name(axis: str) -> 
         "grad_clip": {"optimizer": "adam"},
         "k_start": {"k_anneal_steps": 5},
         "sparsity": {"activation": "relu"},
+        "sparsity_warmup_steps": {"activation": "relu"},
         "threshold": {"activation": "jumprelu"},
         "bandwidth": {"activation": "jumprelu"},
     }

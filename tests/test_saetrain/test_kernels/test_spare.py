@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from saetrain.kernels import drop_gradient, sparse_decode
-from saetrain.kernels.spare import _LEAST, spare
+from saetrain.kernels.spare import _LEAST, forget_spares, spare
 
 SHAPE = (_LEAST // 64, 16)  # float32: exactly the least that is kept
 
@@ -37,11 +37,25 @@ def test_a_gradient_that_is_not_dropped_is_never_written_to():
 def test_a_gradient_of_others_is_dropped_and_not_kept():
     W = torch.nn.Parameter(torch.ones(SHAPE))
     W.grad = torch.ones(SHAPE)
-    place = W.grad.data_ptr()
     held = W.grad
     drop_gradient(W)
-    assert spare(SHAPE, W).data_ptr() != place
+    assert spare(SHAPE, W).data_ptr() != held.data_ptr()
     assert held.sum() == held.numel()
+
+
+def test_the_place_of_a_gradient_that_is_gone_may_be_that_of_others():
+    forget_spares()
+    for _ in range(8):
+        lent = parameter_with_gradient()
+        place = lent.grad.data_ptr()
+        lent.grad = None
+        W = torch.nn.Parameter(torch.ones(SHAPE))
+        tried = [torch.ones(SHAPE) for _ in range(8)]
+        W.grad = next((grad for grad in tried if grad.data_ptr() == place), tried[0])
+        held = W.grad
+        drop_gradient(W)
+        assert spare(SHAPE, W).data_ptr() != held.data_ptr()
+        assert held.sum() == held.numel()
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4)])

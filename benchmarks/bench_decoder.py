@@ -13,7 +13,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from timing import milliseconds
 from torch import Tensor
 
 if find_spec("saetrain") is None:  # a plain checkout, nothing installed
@@ -221,21 +221,6 @@ def check(inputs: Inputs, contenders: list[Contender]) -> list[str]:
             raise SystemExit(f"{question} by {path} in {W.dtype} is wrong: error {worst:.2g}")
         errors.append(f"{worst:.1e}")
     return errors
-
-
-def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time one run to its end on the device."""
-    if device.type == "cuda":
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-    began = time.perf_counter()
-    run()
-    return (time.perf_counter() - began) * 1e3
 
 
 def print_table(device: str, lines: list[list[str]]) -> None:

@@ -17,7 +17,6 @@ import argparse
 import gc
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +35,7 @@ from kernel_sides import (
     quartiles_text,
     work_of,
 )
+from timing import milliseconds
 from torch.nn.functional import linear
 
 SIZES = [
@@ -137,8 +137,8 @@ def measure_ceilings(device: torch.device, *, small: bool) -> Ceilings:
     count = 2**29 if on_cuda else (2**20 if small else 2**26)
     source = torch.randn(count, device=device)
     target = torch.empty_like(source)
-    product = statistics.median(timed(lambda: a @ b, device) for _ in range(10))
-    copy = statistics.median(timed(lambda: target.copy_(source), device) for _ in range(10))
+    product = statistics.median(milliseconds(lambda: a @ b, device) for _ in range(10))
+    copy = statistics.median(milliseconds(lambda: target.copy_(source), device) for _ in range(10))
     return Ceilings(2 * side**3 / product * 1e3, 8 * count / copy * 1e3)
 
 
@@ -220,7 +220,7 @@ def in_turns(
             if name in failed:
                 continue
             try:
-                taken = timed(run, device)
+                taken = milliseconds(run, device)
             except torch.cuda.OutOfMemoryError:
                 failed.add(name)
                 torch.cuda.empty_cache()
@@ -228,21 +228,6 @@ def in_turns(
             if number >= WARM_UP:
                 times[name].append(taken)
     return times
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one run, to its end on the device."""
-    if device.type == "cuda":
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-    began = time.perf_counter()
-    run()
-    return (time.perf_counter() - began) * 1e3
 
 
 def allocated(device: torch.device) -> int:

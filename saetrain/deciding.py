@@ -167,7 +167,7 @@ def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
 
 def versions_now() -> dict[str, str]:
     """Libraries that decide a run's bits."""
-    return {name: version(name) for name in ("actcache", "torch", "schedulefree")}
+    return {name: version(name) for name in ("actcache", "torch")}
 
 
 def of_the_run(config: FitConfig) -> FitConfig:

@@ -49,6 +49,37 @@ def scatter_outer(
     return out.index_add(0, indices.reshape(-1), products.flatten(0, 1)).to(dY.dtype)
 
 
+def weight_gradients(
+    acts: Tensor,
+    dY: Tensor,
+    g: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    num_latents: int,
+    pairs: SortedPairs | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dW_dec [M, D], dW_enc [M, D] and db_enc [M], of `dtype`; None: that of dY.
+
+    Args:
+        acts: activations, [N, K].
+        dY: gradient of the output, [N, D].
+        g: gradient of the activations through the ReLU, [N, K].
+        x: what the encoder multiplied, [N, D].
+        indices: latents, [N, K] int64.
+        num_latents: M.
+        pairs: accepted for the sake of one signature.
+        dtype: of the results.
+    """
+    dtype = dtype or dY.dtype
+    acts, dY, g, x = (tensor.to(_wide(tensor.dtype)) for tensor in (acts, dY, g, x))
+    return (
+        scatter_outer(acts, indices, dY, num_latents, pairs).to(dtype),
+        scatter_outer(g, indices, x, num_latents, pairs).to(dtype),
+        scatter_sum(g, indices, num_latents, pairs).to(dtype),
+    )
+
+
 def scatter_sum(
     values: Tensor, indices: Tensor, num_latents: int, pairs: SortedPairs | None = None
 ) -> Tensor:

@@ -56,6 +56,25 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
 
 
 @pytest.fixture(scope="session")
+def batches() -> Callable[..., Any]:
+    """A factory of 50 batches of 64 rows of width 16, in a dtype: [50, 64, 16].
+
+    They are sparse combinations of 64 directions, with a mean.
+    """
+    import torch
+
+    def make(dtype: torch.dtype) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(11)
+        directions = torch.randn(64, 16, generator=generator, dtype=torch.float64)
+        codes = torch.rand(50, 64, 64, generator=generator, dtype=torch.float64)
+        codes *= torch.rand(50, 64, 64, generator=generator) < 4 / 64
+        noise = torch.randn(50, 64, 16, generator=generator, dtype=torch.float64)
+        return (codes @ directions + 0.1 * noise + 0.5).to(dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def make_trainee() -> Callable[..., Any]:
     """A factory of SAEs with all that `train_step` needs."""
     import torch

@@ -64,7 +64,7 @@ def test_a_run_leaves_what_it_promises(options: Options, cache_path: Path) -> No
     record = read_run(root)
     assert record.cache_id == cache.manifest.cache_id
     assert record.receipts_digest == cache.digest([*record.training_shards, *record.held_out])
-    assert record.versions.keys() >= {"actcache", "torch", "schedulefree"}
+    assert record.versions.keys() >= {"actcache", "torch"}
     assert record.options == config
     assert sorted([*record.training_shards, *record.held_out]) == cache.shards
     assert len(record.held_out) == 1

@@ -1,4 +1,4 @@
-"""`saetrain.saving`: what must not be saved. N tokens, D d_in, M num_latents, K k."""
+"""`saetrain.saving`: what must not be saved. D d_in, M num_latents, K k."""
 
 from __future__ import annotations
 
@@ -16,25 +16,18 @@ from saetrain.saving import save
 from saetrain.step import train_step
 from saetrain.trainee import Trainee
 
-N, D, M, K = 64, 16, 64, 4
-STEPS, WARMUP = 50, 10
+D, M, K = 16, 64, 4
 BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
-
-
-def batches(dtype: torch.dtype) -> Tensor:
-    """Rows that are sparse combinations of M directions, with a mean. [STEPS, N, D]"""
-    generator = torch.Generator().manual_seed(11)
-    directions = torch.randn(M, D, generator=generator, dtype=torch.float64)
-    codes = torch.rand(STEPS, N, M, generator=generator, dtype=torch.float64)
-    codes *= torch.rand(STEPS, N, M, generator=generator) < 4 / M
-    noise = torch.randn(STEPS, N, D, generator=generator, dtype=torch.float64)
-    return (codes @ directions + 0.1 * noise + 0.5).to(dtype)
 
 
 @BOTH_OPTIMIZERS
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
 def test_nothing_is_saved_after_a_loss_that_was_not_finite(
-    make_trainee: Callable[..., Trainee], tmp_path: Path, optimizer: str, value: float
+    batches: Callable[[torch.dtype], Tensor],
+    make_trainee: Callable[..., Trainee],
+    tmp_path: Path,
+    optimizer: str,
+    value: float,
 ) -> None:
     """signum alone would keep the weights finite: the sign of NaN is 0."""
     trainee = make_trainee(D, M, K, optimizer=optimizer)
@@ -49,7 +42,10 @@ def test_nothing_is_saved_after_a_loss_that_was_not_finite(
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
 def test_nothing_is_saved_of_weights_that_are_not_finite(
-    make_trainee: Callable[..., Trainee], tmp_path: Path, name: str
+    batches: Callable[[torch.dtype], Tensor],
+    make_trainee: Callable[..., Trainee],
+    tmp_path: Path,
+    name: str,
 ) -> None:
     trainee = make_trainee(D, M, K)
     train_step(trainee, batches(torch.float32)[0], 0, 0.0)

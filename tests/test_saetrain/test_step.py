@@ -21,16 +21,6 @@ LR = {"signum": 0.01, "adam": 0.003}
 BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 
 
-def batches(dtype: torch.dtype) -> Tensor:
-    """Rows that are sparse combinations of M directions, with a mean. [STEPS, N, D]"""
-    generator = torch.Generator().manual_seed(11)
-    directions = torch.randn(M, D, generator=generator, dtype=torch.float64)
-    codes = torch.rand(STEPS, N, M, generator=generator, dtype=torch.float64)
-    codes *= torch.rand(STEPS, N, M, generator=generator) < 4 / M
-    noise = torch.randn(STEPS, N, D, generator=generator, dtype=torch.float64)
-    return (codes @ directions + 0.1 * noise + 0.5).to(dtype)
-
-
 class Peer:
     """sparsify's module and optimiser, run as its trainer runs them on a given denominator."""
 
@@ -76,7 +66,10 @@ def our_step(trainee: Trainee, x: Tensor, step: int, alpha: float = 0.0) -> dict
 
 @pytest.fixture
 def make_pair(
-    make_trainee: Callable[..., Trainee], make_peer: Callable[..., Any], sparsify: ModuleType
+    batches: Callable[[torch.dtype], Tensor],
+    make_trainee: Callable[..., Trainee],
+    make_peer: Callable[..., Any],
+    sparsify: ModuleType,
 ) -> Callable[[str, torch.dtype], tuple[Trainee, Peer]]:
     """Ours and the peer's, with equal weights, b_dec at the first batch's mean."""
 
@@ -101,7 +94,9 @@ def make_pair(
 
 @BOTH_OPTIMIZERS
 def test_fifty_steps_in_float64_have_the_peers_losses_and_leave_its_weights(
-    make_pair: Callable[..., tuple[Trainee, Peer]], optimizer: str
+    batches: Callable[[torch.dtype], Tensor],
+    make_pair: Callable[..., tuple[Trainee, Peer]],
+    optimizer: str,
 ) -> None:
     trainee, peer = make_pair(optimizer, torch.float64)
     ours, theirs = [], []
@@ -119,7 +114,9 @@ def test_fifty_steps_in_float64_have_the_peers_losses_and_leave_its_weights(
 
 @BOTH_OPTIMIZERS
 def test_the_first_step_in_float32_has_the_peers_loss_and_update(
-    make_pair: Callable[..., tuple[Trainee, Peer]], optimizer: str
+    batches: Callable[[torch.dtype], Tensor],
+    make_pair: Callable[..., tuple[Trainee, Peer]],
+    optimizer: str,
 ) -> None:
     trainee, peer = make_pair(optimizer, torch.float32)
     x = batches(torch.float32)[0]
@@ -135,7 +132,10 @@ def test_the_first_step_in_float32_has_the_peers_loss_and_update(
 
 @BOTH_OPTIMIZERS
 def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
-    make_trainee: Callable[..., Trainee], optimizer: str, monkeypatch: pytest.MonkeyPatch
+    batches: Callable[[torch.dtype], Tensor],
+    make_trainee: Callable[..., Trainee],
+    optimizer: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainee = make_trainee(D, M, K, optimizer=optimizer, lr=0.1)
     deviations, forward = [], trainee.sae.forward
@@ -152,7 +152,9 @@ def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
 
 
 def test_the_optimiser_never_sees_a_gradient_along_a_decoder_row(
-    make_trainee: Callable[..., Trainee], monkeypatch: pytest.MonkeyPatch
+    batches: Callable[[torch.dtype], Tensor],
+    make_trainee: Callable[..., Trainee],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainee = make_trainee(D, M, K, dtype=torch.float64)
     along = []
@@ -169,7 +171,9 @@ def test_the_optimiser_never_sees_a_gradient_along_a_decoder_row(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rows_of_any_type_train_as_the_same_numbers_in_the_weights_type(
-    make_trainee: Callable[..., Trainee], dtype: torch.dtype
+    batches: Callable[[torch.dtype], Tensor],
+    make_trainee: Callable[..., Trainee],
+    dtype: torch.dtype,
 ) -> None:
     rows = batches(torch.float32)[0].to(dtype)
     ours, same = make_trainee(D, M, K), make_trainee(D, M, K)
@@ -180,6 +184,7 @@ def test_rows_of_any_type_train_as_the_same_numbers_in_the_weights_type(
 
 
 def test_auxk_begins_when_latents_are_dead_and_revives_them(
+    batches: Callable[[torch.dtype], Tensor],
     make_trainee: Callable[..., Trainee],
 ) -> None:
     trainee = make_trainee(D, M, K, dead_after=2 * N, lr=0.02)
@@ -196,6 +201,7 @@ def test_auxk_begins_when_latents_are_dead_and_revives_them(
 
 
 def test_with_auxk_off_dead_latents_cost_nothing_and_feel_nothing(
+    batches: Callable[[torch.dtype], Tensor],
     make_trainee: Callable[..., Trainee],
 ) -> None:
     trainee = make_trainee(D, M, K, dead_after=1)

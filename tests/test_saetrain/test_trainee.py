@@ -12,23 +12,12 @@ from saetrain.step import train_step
 from saetrain.trainee import Trainee
 
 N, D, M, K = 64, 16, 64, 4
-STEPS, WARMUP = 50, 10
 BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
-
-
-def batches(dtype: torch.dtype) -> Tensor:
-    """Rows that are sparse combinations of M directions, with a mean. [STEPS, N, D]"""
-    generator = torch.Generator().manual_seed(11)
-    directions = torch.randn(M, D, generator=generator, dtype=torch.float64)
-    codes = torch.rand(STEPS, N, M, generator=generator, dtype=torch.float64)
-    codes *= torch.rand(STEPS, N, M, generator=generator) < 4 / M
-    noise = torch.randn(STEPS, N, D, generator=generator, dtype=torch.float64)
-    return (codes @ directions + 0.1 * noise + 0.5).to(dtype)
 
 
 @BOTH_OPTIMIZERS
 def test_state_put_back_into_another_trainee_goes_on_bit_for_bit(
-    make_trainee: Callable[..., Trainee], optimizer: str
+    batches: Callable[[torch.dtype], Tensor], make_trainee: Callable[..., Trainee], optimizer: str
 ) -> None:
     ours, resumed = (make_trainee(D, M, K, optimizer=optimizer, dead_after=3 * N) for _ in range(2))
     rows = batches(torch.float32)

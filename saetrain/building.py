@@ -13,7 +13,7 @@ from actcache.reader import Cache
 from saetrain.crew import Crew
 from saetrain.finetune import begin_with
 from saetrain.follow import Follower
-from saetrain.gradient import require_bfloat16_products
+from saetrain.gradient import require_bfloat16_products, require_compiler
 from saetrain.initial import FirstRows, initial_sae, start_at_median
 from saetrain.inputs import hookpoints_of, targets_of
 from saetrain.metrics import Firing, Meter
@@ -76,6 +76,8 @@ def build(
     """The SAEs of these numbers with their optimisers, b_dec at the mean of the training rows."""
     if record.options.autocast:
         require_bfloat16_products(device)
+    if record.options.compile:
+        require_compiler(device)
     # Once for each hookpoint: they are merged from as many files as there are shards.
     statistics_of = functools.cache(lambda name: cache.statistics(name, record.training_shards))
     trainees = []

@@ -271,6 +271,12 @@ def _require_kinds(run: FitConfig) -> None:
                 got=sae.activation,
                 remedy="leave it out; --micro-batch-size saves memory too",
             )
+        if sae.activation not in ("jumprelu", "gated") and run.compile:
+            raise ConfigError(
+                "--compile is for --activation jumprelu and gated: others gain nothing",
+                got=sae.activation,
+                remedy="leave it out",
+            )
         if sae.encoder_scale == "auto" and run.transcode:
             raise ConfigError(
                 "--encoder-scale auto has nothing to try: a transcoder's decoder begins at 0",

@@ -89,7 +89,9 @@ def make_config(options: Options) -> FitConfig:
                 f"{shown} is missing", expected="on the command line, or in the file of --config"
             )
     several = {k: v for k, v in options.items() if k in AXES and isinstance(v, list)}
-    return vary(FitConfig(**{k: v for k, v in options.items() if k not in several}), **several)
+    first = {name: values[0] for name, values in several.items() if values}
+    rest = {name: value for name, value in options.items() if name not in several}
+    return vary(FitConfig(**rest, **first), **several)
 
 
 def _of_run(path: Path) -> Options:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from actcache.errors import ConfigError
 from saetrain.activations import TopK
+from saetrain.activations.compiled import missing_compiler
 from saetrain.decoder_norm import folded_losses
 from saetrain.losses import Losses, Term, compute_losses, total
 from saetrain.objective import Objective
@@ -60,6 +61,7 @@ def add_gradient(
     """
     if isinstance(sae.activation, TopK):
         sae.activation.chunk_latents = recipe.chunk_latents
+    sae.activation.compiles = recipe.compile
     losses_of = folded_losses if recipe.decoder_norm == "fold" else compute_losses
     if shared is not None:
         losses_of = partial(shared.losses, losses_of)
@@ -108,6 +110,17 @@ def require_bfloat16_products(device: torch.device) -> None:
             expected="a GPU, or a CPU with AVX512-BF16 or AMX",
             got="a CPU without them",
             remedy="leave --autocast out",
+        )
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise `ConfigError` if torch.compile lacks what it needs on a device."""
+    if (missing := missing_compiler(device)) is not None:
+        raise ConfigError(
+            "--compile needs what torch.compile makes programs with",
+            expected=missing,
+            got="none",
+            remedy="install it, or leave --compile out",
         )
 
 

@@ -30,6 +30,8 @@ class Recipe:
     """Products in bfloat16."""
     chunk_latents: int | None = None
     """Latents whose pre-activations are formed at once; None: all."""
+    compile: bool = False
+    """Dense activations through torch.compile."""
 
     def begins_update(self, step: int) -> bool:
         """Whether this step's batch is the first of its update."""
@@ -78,4 +80,5 @@ def make_recipe(options: FitConfig, sizes: SaeConfig) -> Recipe:
         micro_batch_size=options.micro_batch_size,
         autocast=options.autocast,
         chunk_latents=options.chunk_latents,
+        compile=options.compile,
     )

@@ -41,6 +41,9 @@ class Activation(nn.Module):
     k = 0
     """Latents that may be active at once; 0 where a penalty decides."""
 
+    compiles = False
+    """Whether what it does to [N, M] numbers is compiled; for those that say so."""
+
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
         """Latents of rows x [N, D]."""
         raise NotImplementedError

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saetrain.activations.base import Activation, Encoder, Latents, pre_activations
+from saetrain.activations.compiled import compiled
 
 
 class Gated(Activation):
@@ -40,8 +41,10 @@ class Gated(Activation):
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
         """Dense: [N, M]; one product serves both paths."""
         pre_acts = pre_activations(x, encoder)  # [N, M]
-        magnitudes = (pre_acts - encoder.b_enc) * self.r_mag.exp() + self.b_mag
-        return Latents(torch.relu(magnitudes) * (pre_acts > 0), None, pre_acts)
+        acts = (compiled(_pass) if self.compiles else _pass)(
+            pre_acts, encoder.b_enc, self.r_mag, self.b_mag
+        )
+        return Latents(acts, None, pre_acts)
 
     def penalty(self, latents: Latents, norms: Tensor) -> Tensor:
         """Σ_m ReLU(π_m) ‖W_dec,m‖ of each row. [N]"""
@@ -52,3 +55,9 @@ class Gated(Activation):
         """ReLU(π). [N, M]"""
         assert latents.pre_acts is not None
         return torch.relu(latents.pre_acts)
+
+
+def _pass(pre_acts: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
+    """Magnitudes where the gate is open. [N, M]"""
+    magnitudes = (pre_acts - b_enc) * r_mag.exp() + b_mag
+    return torch.relu(magnitudes) * (pre_acts > 0)

@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.activations.base import Activation, Encoder, Latents, pre_activations
+from saetrain.activations.compiled import compiled
 
 
 class JumpRelu(Activation):
@@ -52,8 +53,9 @@ class JumpRelu(Activation):
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
         """Dense: [N, M]."""
         pre_acts = pre_activations(x, encoder)
-        inputs = (pre_acts, self.threshold, self.bandwidth)
-        acts: Tensor = _Jump.apply(*inputs)  # type: ignore[no-untyped-call]
+        acts = (compiled(_jump) if self.compiles else _jump)(
+            pre_acts, self.threshold, self.bandwidth
+        )
         return Latents(acts, None, pre_acts)
 
     @torch.no_grad()
@@ -65,9 +67,19 @@ class JumpRelu(Activation):
         """L0 of each row, with the gradient to the thresholds alone. [N]"""
         del norms
         assert latents.pre_acts is not None
-        inputs = (latents.pre_acts.detach(), self.threshold, self.bandwidth)
-        count: Tensor = _Count.apply(*inputs)  # type: ignore[no-untyped-call]
-        return count
+        return (compiled(_count) if self.compiles else _count)(
+            latents.pre_acts.detach(), self.threshold, self.bandwidth
+        )
+
+
+def _jump(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """Activations. [N, M]"""
+    return _Jump.apply(pre_acts, threshold, bandwidth)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _count(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """How many are active, in each row. [N]"""
+    return _Count.apply(pre_acts, threshold, bandwidth)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _window(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -114,6 +114,7 @@ IMPOSSIBLE = [
         r"cuts the batch(.|\n)*>= --batch-size 64(.|\n)*--grad-acc-steps",
     ),
     ({"activation": "groupmax", "chunk_latents": 64}, r"--chunk-latents is for(.|\n)*groupmax"),
+    ({"compile": True}, r"--compile is for --activation jumprelu and gated(.|\n)*topk"),
     ({"transcode": True, "decoder_norm": "fold"}, r"begin at zero(.|\n)*rows are free"),
     (
         {

@@ -95,7 +95,7 @@ def test_every_option_of_the_command_line_may_stand_in_a_file(
     penalised = {"sparsity": 0.25, "threshold": 0.25, "bandwidth": 0.25}
     penalised |= {"sparsity_warmup_steps": 3}
     no_k = {"k_anneal_steps", "k_start", "chunk_latents"}
-    lacking = {"topk": set(penalised), "jumprelu": no_k}[activation]
+    lacking = {"topk": {*penalised, "compile"}, "jumprelu": no_k}[activation]
     values |= penalised
     # pool_rows says the same as --buffer-bytes
     values = {name: v for name, v in values.items() if name not in {"pool_rows", *lacking}}

@@ -167,6 +167,7 @@ BINDING = {
     "grad_acc_steps": 2,
     "micro_batch_size": 16,
     "chunk_latents": 40,
+    "compile": True,
     "autocast": True,
     "weights_dtype": "bfloat16",
     "decoder_norm": "fold",
@@ -220,6 +221,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "threshold": {"activation": "jumprelu"},
     "bandwidth": {"activation": "jumprelu"},
     "skip_connection": {"transcode": True},
+    "compile": {"activation": "gated"},
 }
 """Options that are refused without others."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from actcache.errors import HookpointError, RunError
 from actcache.hooks import INPUT
-from actcache.reader import Cache
-from actcache.statistics import Statistics
-from saetrain.config import FitConfig
 from saetrain.objective import Part
-from saetrain.run import SaeEntry
+
+if TYPE_CHECKING:
+    from actcache.reader import Cache
+    from actcache.statistics import Statistics
+    from saetrain.config import FitConfig
+    from saetrain.run import SaeEntry
 
 CROSSCODER = "crosscoder"
 """Name of an SAE that belongs to no hookpoint alone, and its folder."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from actcache.statistics import Statistics
-from saetrain.config import InputScale
-from saetrain.run import SaeEntry
+if TYPE_CHECKING:
+    from actcache.statistics import Statistics
+    from saetrain.config import InputScale
+    from saetrain.run import SaeEntry
 
 _OF_LATENTS = ("b_enc", "activation.threshold", "activation.b_mag")
 """In the unit of pre-activations; `activation.r_mag` has none."""

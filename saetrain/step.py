@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from actcache.stream import Batch
 from saetrain.gradient import add_gradient, clip_gradient, gradient_norm
 from saetrain.inputs import rows_of
 from saetrain.optim import step_if
 from saetrain.trainee import Trainee
+
+if TYPE_CHECKING:
+    from actcache.stream import Batch
 
 
 def train_batch(groups: dict[str, list[Trainee]], batch: Batch, step: int) -> None:

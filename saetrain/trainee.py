@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from saetrain.best import Best
 from saetrain.decoder_norm import fold
+from saetrain.guard import Guard
 from saetrain.metrics import Firing, Meter
-from saetrain.non_finite import Guard
 from saetrain.objective import PLAIN, Objective
 from saetrain.optim import Optimizer
 from saetrain.recipe import Recipe
-from saetrain.run import SaeEntry
 from saetrain.sae import Sae
 from saetrain.scaling import Scaling, scaling_of
 from saetrain.shared_batches import SharedBatches
 from saetrain.vitals import Vitals
+
+if TYPE_CHECKING:
+    from saetrain.best import Best
+    from saetrain.run import SaeEntry
 
 V = TypeVar("V")
 

@@ -61,6 +61,17 @@ def test_kernels_and_sae_run_where_nothing_but_torch_is_installed(place, allowed
             assert known or any(name == a or name.startswith(f"{a}.") for a in allowed), path
 
 
+def test_a_training_step_runs_where_nothing_but_torch_and_numpy_is_installed():
+    """As on a machine that is lent for a benchmark, from a plain checkout."""
+    others = {"xxhash", "zarr", "safetensors", "transformers", "huggingface_hub", "typer", "tqdm"}
+    program = f"""
+import sys
+sys.modules |= dict.fromkeys({others | {"datasets", "wandb", "yaml", "fsspec"}!r})
+import saetrain.optim, saetrain.step
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("module", ["config", "manifest", "errors", "parse"])
 def test_what_help_needs_imports_the_standard_library_only(module):
     for name in imports_of(ROOT / "actcache" / f"{module}.py"):

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, print_table, real_cache
+from common import real_cache
 from numpy.typing import NDArray
+from report import machine, print_table
 
 from actcache.reader import Cache
 from actcache.storage import CODECS, Codec, StoredRows

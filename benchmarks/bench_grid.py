@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import machine, print_table
+from report import machine, print_table
 from synthetic import write_cache
 
 from actcache.order import OrderPlan, make_plan

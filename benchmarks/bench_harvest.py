@@ -40,8 +40,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
-from common import GGUF_FILE, machine, print_table, prose
+from common import GGUF_FILE, prose
 from instant import build_instant_model
+from report import machine, print_table
 from torch import Tensor
 
 from actcache.config import HarvestConfig

@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import get_args
 
 import torch
+from ceilings import STAGES, Ceilings, OptimizerName, measure_ceilings, work_of
 from kernel_sides import (
-    STAGES,
     Firing,
-    OptimizerName,
     Ours,
     Problem,
     Side,
     make_problem,
     make_sides,
     quartiles_text,
-    work_of,
 )
+from report import machine, print_table
 from timing import milliseconds
 from torch.nn.functional import linear
 
@@ -63,16 +60,6 @@ HEADER = [
     "ours, GB",
     "sparsify, GB",
 ]
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine can do at most, as measured."""
-
-    operations: float
-    """A second, of a large product."""
-    bytes: float
-    """A second, read and written, of a large copy."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +101,9 @@ def main() -> None:
             for optimizer in get_args(OptimizerName):
                 found.append(measure(size, firing, optimizer, ceilings, options.rounds, device))
                 print(f"measured {size}, {firing}, {optimizer}", flush=True)
-    print(f"\n{machine(device)}")
-    print(
-        f"ceilings, measured in this run: product {ceilings.operations / 1e12:.3g} TFLOP/s, "
-        f"copy {ceilings.bytes / 1e9:.4g} GB/s, read and written\n"
-    )
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    print(f"\n{machine('triton', 'eai-sparsify', device=device)}{threads}")
+    print(f"{ceilings}\n")
     if device.type == "cuda":
         for line in goals(found):
             print(line)
@@ -126,20 +111,6 @@ def main() -> None:
         print("the goals are a GPU's, and are not judged here")
     print()
     print_table(HEADER, [line for figures in found for line in lines_of(figures)])
-
-
-def measure_ceilings(device: torch.device, *, small: bool) -> Ceilings:
-    """A square product in the dtype of products, and a copy much larger than any cache."""
-    on_cuda = device.type == "cuda"
-    side = 8192 if on_cuda else (256 if small else 2048)
-    dtype = torch.bfloat16 if on_cuda else torch.float32
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    count = 2**29 if on_cuda else (2**20 if small else 2**26)
-    source = torch.randn(count, device=device)
-    target = torch.empty_like(source)
-    product = statistics.median(milliseconds(lambda: a @ b, device) for _ in range(10))
-    copy = statistics.median(milliseconds(lambda: target.copy_(source), device) for _ in range(10))
-    return Ceilings(2 * side**3 / product * 1e3, 8 * count / copy * 1e3)
 
 
 def measure(
@@ -168,7 +139,7 @@ def measure(
     ours = sides[0]
     assert isinstance(ours, Ours)
     hit = int(ours.indices.unique().numel())
-    work = work_of(problem, optimizer, hit)
+    work = work_of(problem.sizes, problem.low, optimizer, hit)
     floors = {stage: w.floor(ceilings.operations, ceilings.bytes) for stage, w in work.items()}
     floors[STEP] = sum(floors.values())
 
@@ -314,34 +285,6 @@ def lines_of(figures: Figures) -> list[list[str]]:
             ]
         )
     return lines
-
-
-def machine(device: torch.device) -> str:
-    """One line: where, and versions."""
-    on_cuda = device.type == "cuda"
-    where = torch.cuda.get_device_name() if on_cuda else platform.processor() or "CPU"
-    threads = [] if on_cuda else [f"{torch.get_num_threads()} threads"]
-    names = ("torch", "triton", "eai-sparsify")
-    return ", ".join(
-        [where, *threads, f"Python {platform.python_version()}", *map(versioned, names)]
-    )
-
-
-def versioned(package: str) -> str:
-    """A package and its version."""
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"{package} (absent)"
-
-
-def print_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Print a Markdown table with aligned columns."""
-    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    for number, line in enumerate((header, *lines)):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |")
-        if number == 0:
-            print("| " + " | ".join("-" * w for w in widths) + " |")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import machine, print_table, synthetic_manifest
+from common import synthetic_manifest
+from report import machine, print_table
 
 from actcache.atomic import FileReceipt
 from actcache.filters import FILTERS

@@ -37,7 +37,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import machine, print_table, real_cache
+from common import real_cache
+from report import machine, print_table
 from rivals import Contender, Published, Setting, published, sae_lens, sparsify
 from synthetic import write_cache
 

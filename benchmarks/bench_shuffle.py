@@ -33,8 +33,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_quality import HOOKPOINT, K, judge, shards
-from common import machine, print_table, real_cache, synthetic_manifest
+from common import real_cache, synthetic_manifest
 from numpy.typing import NDArray
+from report import machine, print_table
 from rivals import Setting, ours
 
 from actcache.budget import spend

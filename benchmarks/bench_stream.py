@@ -34,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from common import machine, print_table
+from report import machine, print_table
 from synthetic import CTX, HOOKPOINT, write_cache
 
 from actcache.order import make_plan

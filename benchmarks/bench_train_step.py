@@ -1,37 +1,65 @@
 """How long does a whole training step take, and in how much memory? Ours against others'.
 
-    python benchmarks/bench_train_step.py [--pairs 20] [--threads 2]
+    python benchmarks/bench_train_step.py [--pairs 20] [--threads 2] [--sizes 0 1] [--smoke]
 
 All train from the same start on the same rows with the same optimiser: forward, backward, update,
-unit norm, dead-latent counts. Weights are float32; on CUDA our product is TF32, while sparsify's
-forward pass is bfloat16 by its own autocast. "ours, bfloat16" has --autocast; "dense" is SAELens's
-way, top-k acts in a dense matrix and autograd, in our trainer. Contenders take turns, so that a
-slow minute of the machine meets all of them. Milliseconds are the clock's; with --threads 1, on a
-CPU, the thread's own, which other programs on the machine do not change. Memory is what torch
-allocates in a step beyond weights and optimiser state, at its peak, gradients that are kept for the
-next step included. Letters: N tokens, D d_in, M num_latents, K k.
+unit norm, dead-latent counts; ours is what `saetrain fit` does. Weights are float32; on CUDA our
+product is TF32, while sparsify's forward pass is bfloat16 by its own autocast. "ours, bfloat16" has
+--autocast; "dense" is SAELens's way, top-k acts in a dense matrix and autograd, in our trainer.
+Contenders take turns, so that a slow minute of the machine meets all of them. Milliseconds are the
+clock's; with --threads 1, on a CPU, the thread's own, which other programs on the machine do not
+change. "floor" is the sum over stages of the larger of operations over the rate of a large product
+and bytes over that of a large copy, both measured in the same run, in bfloat16 on CUDA and float32
+on a CPU. Memory is what torch allocates in a step beyond weights and optimiser state, at its peak,
+gradients that are kept for the next step included. Needs torch, triton on CUDA, and for its side
+sparsify; runs from a plain checkout. Letters: N tokens, D d_in, M num_latents, K k.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
+from typing import get_args
 
 import torch
-from common import machine, print_table
+from ceilings import OptimizerName, measure_ceilings, work_of
+from report import machine, print_table
 from rivals import Contender, Setting, dense, ours, sparsify
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from saetrain.kernels.spare import forget_spares
+from saetrain.sae import Sae
 
-SIZES = {
+Sizes = tuple[int, int, int, int]
+"""(N, D, M, K)."""
+SIZES: dict[str, list[Sizes]] = {
     "cpu": [(2048, 576, 4608, 32), (2048, 576, 18432, 32)],
-    "cuda": [(8192, 768, 24576, 32), (8192, 2048, 65536, 32)],
+    "cuda": [
+        (8192, 768, 24576, 32),
+        (8192, 2048, 65536, 32),
+        (8192, 2048, 65536, 128),
+        (8192, 4096, 131072, 64),
+        (32768, 4096, 131072, 64),
+    ],
 }
+SMOKE: list[Sizes] = [(96, 32, 320, 4), (64, 24, 300, 8)]
 WARM_UP = 2
+HEADER = [
+    "(N, D, M, K)",
+    "optimiser",
+    "step",
+    "ms",
+    "faster than sparsify",
+    "quartiles",
+    "floor, ms",
+    "floor / step",
+    "peak, MB",
+]
 
 
 def main() -> None:
@@ -39,6 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=20, help="interleaved timings of each side")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--sizes", type=int, nargs="*", help="which of them, from 0")
+    parser.add_argument("--smoke", action="store_true", help="sizes that take a second each")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -46,41 +76,80 @@ def main() -> None:
     if device.type == "cuda":  # as both trainers do
         torch.set_float32_matmul_precision("high")
     clock = time.thread_time if device.type == "cpu" and options.threads == 1 else time.perf_counter
+    sizes = SMOKE if options.smoke else SIZES[device.type]
+    if options.sizes is not None:
+        sizes = [sizes[number] for number in options.sizes]
+    ceilings = measure_ceilings(device, small=options.smoke)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lines = []
-    for N, D, M, K in SIZES[device.type]:
-        x = rows(N, D, device)
-        for optimizer in ("signum", "adam"):
-            setting = Setting(D, M, K, optimizer, 1000, 100, 0, device)
-            made = contenders(setting, x)
-            times = interleave(list(made.values()), x, options.pairs, device, clock)
-            for (name, contender), taken in zip(made.items(), times, strict=True):
-                ratios = [theirs / our for our, theirs in zip(taken, times[-1], strict=True)]
-                low, middle, high = statistics.quantiles(ratios, n=4)
-                lines.append(
-                    [
-                        f"({N}, {D}, {M}, {K})",
-                        optimizer,
-                        name,
-                        f"{statistics.median(taken):.0f}",
-                        f"**{middle:.2f}x**",
-                        f"{low:.2f} to {high:.2f}",
-                        f"{peak_bytes(contender, x) / 2**20:.0f}",
-                    ]
-                )
-    print(f"{machine('triton', 'eai-sparsify')}, {torch.get_num_threads()} threads\n")
-    header = ["(N, D, M, K)", "optimiser", "step", "ms", "faster", "quartiles", "peak, MB"]
-    print_table(header, lines)
+    for size in sizes:
+        x = rows(*size[:2], device)
+        for optimizer in get_args(OptimizerName):
+            work = work_of(size, dtype, optimizer, hit=latents_hit(x, size))
+            floor = sum(w.floor(ceilings.operations, ceilings.bytes) for w in work.values())
+            lines += compare(size, optimizer, x, floor, options.pairs, clock)
+            print(f"measured {size}, {optimizer}", flush=True)
+    print(f"\n{machine('triton', 'eai-sparsify')}, {torch.get_num_threads()} threads")
+    print(f"{ceilings}\n")
+    print_table(HEADER, lines)
+
+
+def compare(
+    size: Sizes,
+    optimizer: OptimizerName,
+    x: Tensor,
+    floor: float,
+    pairs: int,
+    clock: Callable[[], float],
+) -> list[list[str]]:
+    """The table's lines of one size and optimiser; who finds too little memory has none."""
+    _, D, M, K = size
+    made = contenders(Setting(D, M, K, optimizer, 1000, 100, 0, x.device), x)
+    times = interleave(made, x, pairs, clock)
+    lines = []
+    for name, taken in times.items():
+        ms = statistics.median(taken)
+        faster = spread = ""
+        if "sparsify" in times:
+            ratios = [other / own for own, other in zip(taken, times["sparsify"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            faster, spread = f"**{middle:.2f}x**", f"{low:.2f} to {high:.2f}"
+        lines.append(
+            [
+                str(size),
+                optimizer,
+                name,
+                f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}",
+                faster,
+                spread,
+                f"{floor:.3g}",
+                f"{floor / ms:.2f}",
+                f"{peak_bytes(made[name], x) / 2**20:.0f}",
+            ]
+        )
+    return lines
 
 
 def contenders(setting: Setting, x: Tensor) -> dict[str, Contender]:
-    """By name; the last is what the others are compared with."""
+    """By name; without sparsify where it is not installed."""
     mean, variance = x.mean(0), float((x - x.mean(0)).pow(2).sum() / len(x))
-    return {
+    made = {
         "ours": ours(setting, mean, variance),
         "ours, bfloat16": ours(setting, mean, variance, autocast=True),
         "dense": dense(setting, mean, variance),
-        "sparsify": sparsify(setting),
     }
+    if find_spec("sparsify") is not None:
+        made["sparsify"] = sparsify(setting)
+    return made
+
+
+@torch.no_grad()
+def latents_hit(x: Tensor, size: Sizes) -> int:
+    """How many latents some row of x activates, before the first step."""
+    _, D, M, K = size
+    indices = Sae(D, M, K, device=x.device)(x).top_indices
+    assert indices is not None
+    return int(indices.unique().numel())
 
 
 def peak_bytes(contender: Contender, x: Tensor) -> int:
@@ -115,22 +184,28 @@ def rows(N: int, D: int, device: torch.device) -> Tensor:
 
 
 def interleave(
-    sides: list[Contender],
+    sides: dict[str, Contender],
     x: Tensor,
     pairs: int,
-    device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[list[float]]:
-    """Milliseconds of each side's steps, taken in turns."""
-    times: list[list[float]] = [[] for _ in sides]
+) -> dict[str, list[float]]:
+    """Milliseconds of each side's steps, taken in turns; of those that find enough memory."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(WARM_UP + pairs):
-        for (step, _), taken in zip(sides, times, strict=True):
-            _synchronise(device)
-            began = clock()
-            step(x, number)
-            _synchronise(device)
-            taken.append((clock() - began) * 1e3)
-    return [taken[WARM_UP:] for taken in times]
+        for name in list(times):
+            step, _ = sides[name]
+            try:
+                _synchronise(x.device)
+                began = clock()
+                step(x, number)
+                _synchronise(x.device)
+            except torch.cuda.OutOfMemoryError:
+                del times[name]
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            times[name].append((clock() - began) * 1e3)
+    return {name: taken[WARM_UP:] for name, taken in times.items()}
 
 
 def _synchronise(device: torch.device) -> None:

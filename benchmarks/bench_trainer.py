@@ -26,7 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import machine, print_table
+from report import machine, print_table
 from rivals import Setting, ours
 from synthetic import write_cache
 from torch import Tensor

@@ -1,60 +1,22 @@
-"""What the benchmarks share: the machine's name, tables, and real rows of a real model."""
+"""What the benchmarks share: real rows of a real model."""
 
 from __future__ import annotations
 
 import ast
 import json
-import os
-import platform
 import pydoc_data.topics
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from actcache.config import RowOrder
 from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
 from actcache.planning import choose_block_rows
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def machine(*packages: str) -> str:
-    """One line: processor or GPU, cores, versions of Python, torch and the packages named."""
-    if torch.cuda.is_available():
-        where = torch.cuda.get_device_name()
-    else:
-        where = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
-    names = ("torch", *packages)
-    return ", ".join([where, f"Python {platform.python_version()}", *map(_versioned, names)])
-
-
-def _versioned(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"{package} (absent)"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a Markdown table with aligned columns, ready for benchmarks/README.md."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for n, row in enumerate((header, *rows)):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |")
-        if n == 0:
-            print("| " + " | ".join("-" * w for w in widths) + " |")
 
 
 def prose() -> Iterator[str]:

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-if find_spec("saetrain") is None:  # a plain checkout, nothing installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import checkout  # noqa: F401  saetrain, from a plain checkout too
 import torch
+from ceilings import STAGES, OptimizerName
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -28,8 +25,6 @@ from saetrain.kernels.pairs import sort_pairs
 from saetrain.kernels.paths import primitives
 
 Firing = Literal["uniform", "zipf"]
-OptimizerName = Literal["signum", "adam"]
-STAGES = ("encoder + selection", "decode", "backward", "update")
 LR = 1e-4
 MOMENTUM = 0.95
 BETAS = (0.9, 0.999)
@@ -321,39 +316,6 @@ def make_sides(problem: Problem, optimizer: OptimizerName) -> list[Callable[[], 
 
 def _autocast(x: Tensor) -> torch.autocast:
     return torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating operations, and bytes that must move if each number is read and written once."""
-
-    operations: float
-    bytes: float
-
-    def floor(self, operations_a_second: float, bytes_a_second: float) -> float:
-        """Milliseconds under which no program can do it."""
-        return 1e3 * max(self.operations / operations_a_second, self.bytes / bytes_a_second)
-
-
-def work_of(problem: Problem, optimizer: OptimizerName, hit: int) -> dict[str, Work]:
-    """The least work of each stage. `hit`: latents that are used by some token of the batch.
-
-    Selection needs no [N, M] buffer, so none is counted. Gradients of the weights are float32 and
-    written whole, for whoever adds them up over ranks or measures their norm.
-    """
-    N, D, M, K = problem.sizes
-    e = problem.low.itemsize
-    weights, rows, pairs = M * D, N * D, N * K
-    chosen = pairs * (e + 8)  # acts and indices
-    copies = e if e < 4 else 0
-    state = {"signum": 12 + 8, "adam": 16 + 12}[optimizer]
-    stages = (
-        Work(2 * rows * M, (rows + weights) * e + chosen),
-        Work(2 * pairs * D, (hit * D + rows) * e + chosen),
-        Work(6 * pairs * D, (hit * D + 3 * rows) * e + 2 * chosen + 8 * weights),
-        Work(0, 2 * weights * (state + copies)),
-    )
-    return dict(zip(STAGES, stages, strict=True))
 
 
 def quartiles_text(low: float, high: float) -> str:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify asks for it on a CPU
-
+import checkout  # noqa: F401  saetrain, from a plain checkout too
 import torch
 from torch import Tensor
 
-from saetrain.config import OptimizerName, SaeConfig
+if not torch.cuda.is_available():
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify asks for it on a CPU
+
+from saetrain.config import OptimizerName, SaeConfig, SaeOptions
 from saetrain.metrics import Firing, Meter
 from saetrain.optim import make_optimizer
 from saetrain.recipe import Recipe
-from saetrain.run import SaeEntry
 from saetrain.sae import Sae, SaeOutput
 from saetrain.step import train_step
 from saetrain.trainee import Trainee
@@ -95,7 +97,7 @@ def ours(
     with torch.no_grad():
         sae.b_dec.copy_(mean)
     trainee = Trainee(
-        SaeEntry("rows", SaeConfig(s.d_in, s.num_latents, s.k), s.rate, s.seed),
+        _entry(s),
         sae,
         make_optimizer(s.optimizer, sae, s.rate, s.warmup, s.steps),
         Firing(s.num_latents, 10_000_000, s.device),
@@ -109,6 +111,19 @@ def ours(
         return published(sae)
 
     return lambda x, step: train_step(trainee, x, step, 0.0), finish
+
+
+def _entry(setting: Setting) -> Any:
+    """What a run says of its SAE, as far as a step asks; without all that a run needs."""
+    sizes = SaeConfig(setting.d_in, setting.num_latents, setting.k)
+    return SimpleNamespace(
+        name="rows",
+        hookpoint="rows",
+        config=sizes,
+        lr=setting.rate,
+        options=SaeOptions(),
+        scales=(),
+    )
 
 
 def sparsify(setting: Setting) -> Contender:

@@ -69,12 +69,11 @@ def test_the_goals_are_told_as_met_or_missed(bench):
 
 
 def test_a_floor_is_the_larger_of_arithmetic_and_bytes(bench):
-    from kernel_sides import Work, work_of
+    from ceilings import Work, work_of
 
     assert Work(2e9, 1e6).floor(1e12, 1e12) == pytest.approx(2.0)
     assert Work(2e6, 4e9).floor(1e12, 1e12) == pytest.approx(4.0)
-    problem = bench.Problem((8, 4, 32, 2), torch.zeros(8, 4), *(torch.zeros(1) for _ in range(2)))
-    work = work_of(problem, "signum", hit=10)
+    work = work_of((8, 4, 32, 2), torch.float32, "signum", hit=10)
     assert work["encoder + selection"].operations == 2 * 8 * 4 * 32
     # y, z and the gradient read, y and z written, of both weights.
     assert work["update"].bytes == 2 * 32 * 4 * 20

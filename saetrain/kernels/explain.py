@@ -31,21 +31,37 @@ def explain(
     Raises:
         ValueError: SAETRAIN_KERNELS names no path, or one that cannot serve there.
     """
-    N, D, M, K = sizes
+    N, D, M, _ = sizes
     kind = torch.device(device).type
     path = chosen_path(_Somewhere(kind))  # type: ignore[arg-type]
-    how = {
-        "reference": "plain PyTorch, differentiated by autograd",
-        "triton": "Triton kernel",
-    }.get(path)
     W = torch.empty(M, D, dtype=dtype, device="meta")
-    pre_acts = torch.empty(N, M, dtype=dtype, device="meta")
-    on_cpu = kind == "cpu"
+    product = "oneDNN" if kind == "cpu" and by_onednn(W, kind) else "torch's linear"
     rows = tokens_at_once(N, W, kind)
-    tile = tile_of(pre_acts, K, kind)
-    product = "oneDNN" if on_cpu and by_onednn(W, kind) else "torch's linear"
+    if path == "reference":
+        found = _plainly()
+    else:
+        found = _by_triton(dtype, sizes) if path == "triton" else _by_torch(kind, dtype, sizes)
+    return [
+        Choice("product", "torch", f"{product}, {rows:,} tokens at once"),
+        *(Choice(name, path if by is None else by, text) for name, (text, by) in found.items()),
+    ]
+
+
+Ways = dict[str, tuple[str, str | None]]
+"""By function, how, and by which path if that is another than the one chosen."""
+
+
+def _plainly() -> Ways:
+    text = "plain PyTorch, differentiated by autograd"
+    return dict.fromkeys(_FUNCTIONS, (text, None)) | {"sort_pairs": ("torch.sort", "torch")}
+
+
+def _by_torch(kind: str, dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> Ways:
+    N, _, M, K = sizes
+    on_cpu = kind == "cpu"
+    tile = tile_of(torch.empty(N, M, dtype=dtype, device="meta"), K, kind)
     tiles = f"tiles of {tile}" if tile else "torch.topk"
-    functions = {
+    said = {
         "topk": tiles,
         "batch_topk": f"{tiles} of each row, then torch.topk",
         "group_max": "torch.max",
@@ -57,13 +73,57 @@ def explain(
         "signum_update_": "in place" + (", some rows at a time" if on_cpu else ""),
         "adam_update_": "torch's fused Adam" + (", some rows at a time" if on_cpu else ""),
     }
-    found = [Choice("product", "torch", f"{product}, {rows:,} tokens at once")]
-    for function, by_torch in functions.items():
-        if function == "sort_pairs":
-            found.append(Choice(function, "torch", by_torch))
-        else:
-            found.append(Choice(function, path, how or by_torch))
-    return found
+    return {name: (said[name], None) for name in _FUNCTIONS}
+
+
+def _by_triton(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> Ways:
+    from saetrain.kernels.on_triton.decode import cached_bytes
+    from saetrain.kernels.on_triton.keys import DTYPES
+    from saetrain.kernels.on_triton.launch import columns
+    from saetrain.kernels.on_triton.segments import CHUNK, PIECE, ROW_BYTES
+    from saetrain.kernels.on_triton.topk import MOST_K, tile_width
+    from saetrain.kernels.on_triton.update import BLOCK
+
+    _, D, M, K = sizes
+    keys = dtype in DTYPES  # of a type that is compared as whole numbers
+    gathered, _ = columns(D, dtype, cached_bytes(M))
+    summed, _ = columns(D, dtype, ROW_BYTES)
+    pieces = f"a program for a latent and {summed} columns, in pieces of {PIECE}"
+    update = f"a row at once, of up to {BLOCK:,}" if D <= BLOCK else "a row in three passes"
+    of_update: tuple[str, str | None] = (update, None)
+    if dtype == torch.float64:
+        of_update = ("plain PyTorch", "reference")
+    ways: Ways = {
+        "topk": (f"tiles of {tile_width(M, K)}, keys bit by bit", None),
+        "batch_topk": ("threshold by digits of keys, among the largest tiles", None),
+        "group_max": ("a program for some groups of a row", None),
+        "gather_sum": (f"a program for a token and {gathered} columns", None),
+        "gather_dot": (f"a program for a token and {gathered} columns, sums added after", None),
+        "scatter_outer": (f"{pieces}; latents of over {CHUNK} pairs by chunks", None),
+        "scatter_sum": (f"a program for a latent, in pieces of {PIECE}", None),
+        "sort_pairs": ("torch.sort", "torch"),
+        "signum_update_": of_update,
+        "adam_update_": of_update,
+    }
+    if not keys or K > MOST_K:
+        ways["topk"] = ("torch.topk", "torch")
+    if not keys:
+        ways |= {"batch_topk": ("torch.topk", "torch"), "group_max": ("torch.max", "torch")}
+    return ways
+
+
+_FUNCTIONS = (
+    "topk",
+    "batch_topk",
+    "group_max",
+    "gather_sum",
+    "gather_dot",
+    "scatter_outer",
+    "scatter_sum",
+    "sort_pairs",
+    "signum_update_",
+    "adam_update_",
+)
 
 
 class _Somewhere:

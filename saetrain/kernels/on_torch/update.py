@@ -8,8 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BYTES = 1 << 22
-"""Of each tensor at once, on a CPU: more, and it leaves the cache; less, and threads wait more."""
+_BYTES = 1 << 20
+"""Of each tensor at once, for each thread of a CPU: more, and it leaves the thread's cache; less,
+and threads wait more for each other."""
+_LANES = 16
+"""Rows at once are a multiple of this: torch rounds numbers otherwise that are left over when a
+processor has taken as many as it can at once, and where these are must not hang on the parts."""
 
 
 @torch.no_grad()
@@ -69,7 +73,7 @@ def adam_update_(
         if not go:
             continue
         kept = _kept(ok, (w, m, v, norms, shadow), part)
-        count = torch.tensor(float(step), device=w.device)
+        count = torch.full((), float(step), device=w.device)  # no copy from the host
         torch._fused_adamw_(
             [w[part]],
             [g],
@@ -104,7 +108,7 @@ def project_(w: Tensor, grad: Tensor) -> None:
     for part in _parts(w):
         rows, g = w[part], grad[part]
         parallel = (g * rows).sum(dim=1, keepdim=True)
-        g.sub_(parallel * rows)
+        g.addcmul_(parallel, rows, value=-1)
 
 
 def _parts(tensor: Tensor) -> Iterator[slice]:
@@ -112,7 +116,9 @@ def _parts(tensor: Tensor) -> Iterator[slice]:
     rows = len(tensor)
     each = rows
     if tensor.device.type == "cpu" and rows:
-        each = max(1, _BYTES * rows // max(1, tensor.numel() * tensor.element_size()))
+        size = _BYTES * torch.get_num_threads()
+        each = size * rows // max(1, tensor.numel() * tensor.element_size())
+        each = max(_LANES, each // _LANES * _LANES)
     for first in range(0, rows, max(1, each)):
         yield slice(first, first + each)
 

@@ -94,6 +94,7 @@ def build(
             record.steps,
             schedule=make_schedule(options, record.steps),
             weight_decay=options.weight_decay,
+            decoder_norm=options.decoder_norm,
         )
         rise = options.sparsity_warmup_steps
         objective = objective_of(sizes, record.steps // 20 if rise is None else rise, targets.parts)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from saetrain.config import DecoderNorm
 from saetrain.losses import Losses, compute_losses
+from saetrain.sae import Sae
 
 
 def fold(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,6 +38,11 @@ def fold(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in weights and weights[name].ndim
     }
     return {**weights, **folded, "W_enc": weights["W_enc"] * norm, "W_dec": W_dec / norm}
+
+
+def unit_rows(sae: Sae, decoder_norm: DecoderNorm) -> str | None:
+    """The parameter whose rows have norm 1 in training, if there is one; never a transcoder's."""
+    return "W_dec" if decoder_norm == "unit" and not sae.transcode else None
 
 
 def folded_losses(sae: nn.Module, *arguments: Any) -> Losses:

@@ -17,6 +17,7 @@ from actcache.errors import ConfigError
 from saetrain.activations import TopK
 from saetrain.activations.compiled import missing_compiler
 from saetrain.decoder_norm import folded_losses
+from saetrain.kernels import keep_shadow
 from saetrain.losses import Losses, Term, compute_losses, total
 from saetrain.objective import Objective
 from saetrain.recipe import Recipe
@@ -62,6 +63,9 @@ def add_gradient(
     if isinstance(sae.activation, TopK):
         sae.activation.chunk_latents = recipe.chunk_latents
     sae.activation.compiles = recipe.compile
+    # Dense activations leave the cast to autocast, and folded weights are made anew.
+    if recipe.autocast and recipe.decoder_norm != "fold" and sae.activation.k:
+        keep_shadow(sae.W_enc)
     losses_of = folded_losses if recipe.decoder_norm == "fold" else compute_losses
     if shared is not None:
         losses_of = partial(shared.losses, losses_of)

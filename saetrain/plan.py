@@ -42,6 +42,7 @@ class SaePlan:
     parameters: int
     """P."""
     weights: int
+    """With the encoder's copy in bfloat16, where one is kept."""
     optimizer_state: int
     gradients: int
     """While it makes its step."""
@@ -133,8 +134,9 @@ def plan_sae(entry: SaeEntry, options: FitConfig) -> SaePlan:
         lr=entry.lr,
         seed=entry.seed,
         parameters=P,
-        weights=P * item,
-        optimizer_state=sum(state_bytes(entry.options.optimizer, s, item) for s in shapes),
+        weights=P * item + shadow_bytes(entry, options),
+        optimizer_state=sum(state_bytes(entry.options.optimizer, s, item) for s in shapes)
+        + norm_bytes(entry, item),
         gradients=P * item,
         activations=step_bytes(
             sizes,
@@ -169,6 +171,20 @@ def state_bytes(optimizer: OptimizerName, shape: tuple[int, ...], item: int) -> 
         scales = -(-numbers // 256) * FLOAT
         return 2 * (numbers * FLOAT if numbers < 4096 else numbers + scales)
     return 2 * numbers * item  # two moments
+
+
+def norm_bytes(entry: SaeEntry, item: int) -> int:
+    """What signum keeps of rows of norm 1: what they were divided by."""
+    unit = entry.options.decoder_norm == "unit" and not entry.config.transcode
+    kept = unit and entry.options.optimizer == "signum"
+    return entry.config.num_latents * max(item, FLOAT) * kept
+
+
+def shadow_bytes(entry: SaeEntry, options: FitConfig) -> int:
+    """The encoder in bfloat16, as `saetrain.gradient.add_gradient` keeps it for `--autocast`."""
+    dense, folded = entry.config.activation in _DENSE, entry.options.decoder_norm == "fold"
+    kept = options.autocast and options.weights_dtype == "float32" and not dense and not folded
+    return 2 * entry.config.num_latents * entry.config.d_in * kept
 
 
 _DENSE = {"relu": 4, "jumprelu": 7, "gated": 9}

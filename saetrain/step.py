@@ -35,9 +35,8 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> 
     if (k := recipe.k(step)) is not None:
         sae.k = k
     if recipe.begins_update(step):
-        # Before the step, not after: what signum exports is an average drawn from the weights that
-        # the step leaves, and normalising those last costs it 1% of FVU.
-        if recipe.decoder_norm == "unit":
+        # Later on, an optimiser of one pass leaves its rows so.
+        if recipe.decoder_norm == "unit" and (step == 0 or not trainee.optimizer.one_pass):
             sae.normalise_decoder()
         sae.activation.project()
     x = rows.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype, non_blocking=True)
@@ -62,13 +61,24 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> 
 
 def _update(trainee: Trainee, step: int, finite: Tensor) -> None:
     """Change the weights by their gradient, unless `finite` says that it must not reach them."""
+    recipe, optimizer = trainee.recipe, trainee.optimizer
+    begun = recipe.first_step_of_update(step)
+    if optimizer.one_pass and recipe.grad_clip is None:
+        norm = step_if(finite, optimizer, begun)
+    else:
+        norm = _measure(trainee)
+        if recipe.grad_clip is not None:
+            finite = trainee.guard.check(norm, step)
+        step_if(finite, optimizer, begun)
+    if norm is not None:
+        trainee.vitals.add_gradient(norm)
+
+
+def _measure(trainee: Trainee) -> Tensor:
+    """Project the gradient, and bound it if that is asked for; its norm before."""
     sae, recipe = trainee.sae, trainee.recipe
     if recipe.decoder_norm == "unit":
         sae.remove_parallel_gradient()
     if recipe.grad_clip is not None:
-        norm = clip_gradient(sae.parameters(), recipe.grad_clip)
-        finite = trainee.guard.check(norm, step)
-    else:
-        norm = gradient_norm(p.grad for p in sae.parameters() if p.grad is not None)
-    trainee.vitals.add_gradient(norm)
-    step_if(finite, trainee.optimizer, recipe.first_step_of_update(step))
+        return clip_gradient(sae.parameters(), recipe.grad_clip)
+    return gradient_norm(p.grad for p in sae.parameters() if p.grad is not None)

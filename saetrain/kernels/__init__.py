@@ -8,6 +8,7 @@ from saetrain.kernels.decode import sparse_decode
 from saetrain.kernels.encode import Encoded, sparse_encode, sparse_encode_by
 from saetrain.kernels.group_max import group_max
 from saetrain.kernels.paths import chosen_path
+from saetrain.kernels.shadow import keep_shadow
 from saetrain.kernels.spare import drop_gradient
 from saetrain.kernels.topk import topk
 from saetrain.kernels.update import adam_update_, normalise_rows_, project_, signum_update_
@@ -19,6 +20,7 @@ __all__ = [
     "chosen_path",
     "drop_gradient",
     "group_max",
+    "keep_shadow",
     "normalise_rows_",
     "project_",
     "signum_update_",

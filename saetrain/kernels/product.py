@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from saetrain.kernels.shadow import shadow_of
+
 _MANY = 256
 """Rows with which a product in float32 gains nothing by an order of W made before."""
 
@@ -17,7 +19,8 @@ _MANY = 256
 class Product:
     """x to x W^T + b, as long as it takes to encode a batch.
 
-    Under autocast x, W and b are cast to its type, and so is the result; float64 is not.
+    Under autocast x, W and b are cast to its type, and so is the result; float64 is not. Where a
+    copy of W in bfloat16 is kept (`shadow.py`), that serves.
 
     Args:
         W: [M, D].
@@ -27,7 +30,8 @@ class Product:
 
     def __init__(self, W: Tensor, b: Tensor, rows: int) -> None:
         self.dtype = product_dtype(W)
-        self._W, self._b = W.to(self.dtype), b.to(self.dtype)
+        shadow = shadow_of(W) if self.dtype == torch.bfloat16 != W.dtype else None
+        self._W, self._b = W.to(self.dtype) if shadow is None else shadow, b.to(self.dtype)
         self._onednn = by_onednn(self._W)
         if self._onednn:
             self._W = self._W.detach().contiguous()

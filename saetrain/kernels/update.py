@@ -1,14 +1,17 @@
 """Updates of weights in place: projection, update and rows of norm 1 in one pass.
 
+Where a copy of the weight in bfloat16 is kept (`shadow.py`), the pass writes that too.
 Letters: M num_latents, D d_in.
 """
 
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from saetrain.kernels.on_torch.update import normalise_rows_, project_
 from saetrain.kernels.paths import chosen_path, primitives
+from saetrain.kernels.shadow import note_shadow, shadow_of
 
 __all__ = ["adam_update_", "normalise_rows_", "project_", "signum_update_"]
 
@@ -17,11 +20,29 @@ def signum_update_(
     y: Tensor, z: Tensor, grad: Tensor, *, path: str | None = None, **options: Any
 ) -> None:
     """One step of schedule-free SignSGD; `saetrain.kernels.reference.signum_update_` says it."""
-    primitives(chosen_path(y, path)).signum_update_(y, z, grad, **options)
+    _update("signum_update_", (y, z), grad, path, options)
 
 
 def adam_update_(
     w: Tensor, m: Tensor, v: Tensor, grad: Tensor, *, path: str | None = None, **options: Any
 ) -> None:
     """One step of Adam or AdamW; `saetrain.kernels.reference.adam_update_` says it."""
-    primitives(chosen_path(w, path)).adam_update_(w, m, v, grad, **options)
+    _update("adam_update_", (w, m, v), grad, path, options)
+
+
+def _update(
+    name: str, written: tuple[Tensor, ...], grad: Tensor, path: str | None, options: dict[str, Any]
+) -> None:
+    """Update the first of `written`, the weight, and its state."""
+    weight = written[0]
+    # One that is not right already is none here: a flag that forbids the update would leave it so.
+    shadow = shadow_of(weight) if options.get("shadow") is None else None
+    if shadow is not None:
+        options["shadow"] = shadow
+    getattr(primitives(chosen_path(weight, path)), name)(*written, grad, **options)
+    # torch counts neither what Triton writes nor what its own fused Adam does.
+    for tensor in (*written, options.get("norms")):
+        if tensor is not None:
+            increment_version(tensor)
+    if shadow is not None:
+        note_shadow(weight)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from saetrain.config import OptimizerName
+from saetrain.config import DecoderNorm, OptimizerName
+from saetrain.decoder_norm import unit_rows
 from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
 from saetrain.optim.mask import step_if
 from saetrain.optim.muon import Muon
 from saetrain.optim.schedule import Schedule, default_lr, make_schedule, warmup_steps
 from saetrain.optim.signum import Signum
+from saetrain.sae import Sae
 
 __all__ = [
     "Optimizer",
@@ -31,10 +33,17 @@ _WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.1}
 class Optimizer(Protocol):
     """What the trainer asks of an optimiser. Parameters go by name throughout."""
 
-    def step(self, step: int) -> None:
+    @property
+    def one_pass(self) -> bool:
+        """Whether a step itself projects gradients, keeps rows at norm 1 and measures gradients.
+
+        It then returns their norm. Else whoever calls it does all that.
+        """
+
+    def step(self, step: int) -> Tensor | None:
         """Update the parameters from their gradients, and drop these."""
 
-    def masked_step(self, step: int, ok: Tensor) -> None:
+    def masked_step(self, step: int, ok: Tensor) -> Tensor | None:
         """The same where the flag `ok` (bool, on the parameters' device) is true; else nothing."""
 
     def drop_gradients(self) -> None:
@@ -58,31 +67,34 @@ class Optimizer(Protocol):
 
 def make_optimizer(
     name: OptimizerName,
-    module: nn.Module,
+    sae: Sae,
     lr: float,
     warmup: int,
     steps: int,
     *,
     schedule: Schedule | None = None,
     weight_decay: float | None = None,
+    decoder_norm: DecoderNorm = "unit",
 ) -> Optimizer:
-    """An optimiser over all parameters of a module.
+    """An optimiser over all parameters of an SAE.
 
     Args:
         name: which.
-        module: whose parameters.
+        sae: whose parameters.
         lr: peak learning rate.
         warmup: steps of warm-up, unless `schedule` says it; signum has none.
         steps: steps of the whole run, likewise.
         schedule: None: none for signum, else linear decay to 0.
         weight_decay: of adamw, and of muon's matrices; None: 0.01 and 0.1.
+        decoder_norm: that of the SAE's `Recipe`.
 
     Raises:
-        ConfigError: a library that it needs is missing, or cannot run on the module's device.
+        ConfigError: a library that it needs is missing, or cannot run on the SAE's device.
     """
-    parameters = dict(module.named_parameters())
+    parameters = dict(sae.named_parameters())
+    unit = unit_rows(sae, decoder_norm)
     if name == "signum":
-        return Signum(parameters, lr, schedule)
+        return Signum(parameters, lr, schedule, unit=unit)
     schedule = schedule or Schedule("linear", warmup, steps)
     if name == "adam8bit":
         return Adam8bit(parameters, lr, schedule)
@@ -91,4 +103,4 @@ def make_optimizer(
     if name == "muon":
         assert weight_decay is not None
         return Muon(parameters, lr, schedule, weight_decay)
-    return Adam(parameters, lr, schedule=schedule, weight_decay=weight_decay)
+    return Adam(parameters, lr, schedule=schedule, weight_decay=weight_decay, unit=unit)

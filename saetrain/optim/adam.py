@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saetrain.kernels import adam_update_, normalise_rows_
+from saetrain.optim.one_pass import OnePass, Parameters
 from saetrain.optim.schedule import Schedule
-from saetrain.optim.scheduled import Parameters, Scheduled
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+_UNIT = "unit_rows"
 
 
-class Adam(Scheduled):
-    """torch's Adam over named parameters; with `weight_decay`, its AdamW.
-
-    It is torch's fused kernel: one pass over the weights, which also does nothing at all where a
-    flag on the device says so.
+class Adam(OnePass):
+    """Adam over named parameters; with `weight_decay`, AdamW. On a CPU, the bits of torch's.
 
     Args:
         parameters: by name.
@@ -24,7 +26,7 @@ class Adam(Scheduled):
         steps: steps of the whole run, likewise; then the rate falls linearly to 0.
         schedule: share of the peak in each step.
         weight_decay: decoupled, a share of the weights per step and learning rate; None: Adam.
-        fused: None: on CUDA and on the CPU.
+        unit: the matrix whose rows have norm 1, and keep it; None: none.
     """
 
     def __init__(
@@ -36,43 +38,67 @@ class Adam(Scheduled):
         *,
         schedule: Schedule | None = None,
         weight_decay: float | None = None,
-        fused: bool | None = None,
+        unit: str | None = None,
     ) -> None:
-        self._fused = fused_serves(parameters) if fused is None else fused
-        self._counts_on_device = self._fused
+        super().__init__(parameters, unit)
         assert schedule is not None or steps > 0
-        schedule = schedule or Schedule("linear", warmup, steps)
-        super().__init__(
-            parameters, lr, schedule, [torch_adam(parameters, lr, weight_decay, self._fused)]
-        )
+        self._lr, self._weight_decay = lr, weight_decay or 0.0
+        self._schedule = schedule or Schedule("linear", warmup, steps)
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self._steps: dict[str, int] = {}
+        self._refused: Tensor | None = None
+        """Steps of these that a flag on the device has forbidden."""
 
-    @torch.no_grad()
-    def masked_step(self, step: int, ok: Tensor) -> None:
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step `step` (from 0)."""
+        return self._lr * self._schedule.factor(step)
+
+    def masked_step(self, step: int, ok: Tensor) -> Tensor:
         """Update where `ok` is true, else leave weights and state as they are, bit for bit."""
-        if not self._fused:
-            super().masked_step(step, ok)
-            return
-        adam: Any = self._inner[0]
-        self._set_lr(step)
-        # The interface that torch's fused optimisers have for gradient scalers.
-        adam.found_inf = (~ok).float()
-        adam.grad_scale = None
-        adam.step()
-        self.drop_gradients()
-        del adam.found_inf, adam.grad_scale
+        self._refused = (~ok).float() + (0.0 if self._refused is None else self._refused)
+        return super().masked_step(step, ok)
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Both moments and the number of steps, by parameter; named as torch's."""
+        tensors: dict[str, Tensor] = {}
+        for name, (mean, square) in self._moments.items():
+            steps = torch.tensor(float(self._steps[name]))
+            steps = steps if self._refused is None else steps - self._refused
+            of_one = {"step": steps, "exp_avg": mean, "exp_avg_sq": square}
+            tensors |= {f"{name}.{key}": tensor for key, tensor in of_one.items()}
+        return tensors
 
-def fused_serves(parameters: Parameters) -> bool:
-    """Whether torch's fused kernels serve them."""
-    return {p.device.type for p in parameters.values()} in ({"cpu"}, {"cuda"})
+    def state_numbers(self) -> dict[str, float]:
+        """Whether the rows that keep norm 1 have it: in older checkpoints, only after them."""
+        return {} if self._unit is None else {_UNIT: 1.0}
 
+    def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Put the state back, after the weights."""
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+            device = self._parameters[name].device
+            mean, square = (tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq"))
+            self._moments[name] = mean.to(device), square.to(device)
+            self._steps[name] = int(tensors[f"{name}.step"])
+        self._refused = None
+        if self._unit is not None and tensors and _UNIT not in numbers:
+            with torch.no_grad():
+                normalise_rows_(self._parameters[self._unit])
 
-def torch_adam(
-    parameters: Parameters, lr: float, weight_decay: float | None, fused: bool
-) -> torch.optim.Optimizer:
-    """Make torch's Adam, or its AdamW where there is weight decay."""
-    if weight_decay is None:
-        return torch.optim.Adam(parameters.values(), lr=lr, fused=fused or None)
-    return torch.optim.AdamW(
-        parameters.values(), lr=lr, weight_decay=weight_decay, fused=fused or None
-    )
+    def weights_to_export(self) -> dict[str, Tensor]:
+        """The parameters themselves."""
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+    def _numbers_of(self, step: int) -> dict[str, Any]:
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._steps[name] = self._steps.get(name, 0) + 1
+        constants = {"beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS}
+        return {"lr": self.learning_rate(step), "weight_decay": self._weight_decay, **constants}
+
+    def _update(
+        self, name: str, parameter: torch.nn.Parameter, gradient: Tensor, options: dict[str, Any]
+    ) -> None:
+        if name not in self._moments:
+            self._moments[name] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        moments = self._moments[name]
+        adam_update_(parameter, *moments, gradient, step=self._steps[name], **options)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError
+from saetrain.optim.one_pass import Parameters
 from saetrain.optim.schedule import Schedule
-from saetrain.optim.scheduled import Parameters, Scheduled
+from saetrain.optim.scheduled import Scheduled
 
 _TABLES = ("qmap1", "qmap2")
 """bitsandbytes' own constants, not state."""

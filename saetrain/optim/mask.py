@@ -16,24 +16,28 @@ from torch import Tensor
 class Maskable(Protocol):
     """What is asked of an optimiser here."""
 
-    def step(self, step: int) -> None:
+    def step(self, step: int) -> Tensor | None:
         """Update, and drop the gradients."""
 
-    def masked_step(self, step: int, ok: Tensor) -> None:
+    def masked_step(self, step: int, ok: Tensor) -> Tensor | None:
         """Update where `ok` is true, and drop the gradients."""
 
     def drop_gradients(self) -> None:
         """Drop them without an update."""
 
 
-def step_if(ok: Tensor, optimizer: Maskable, step: int) -> None:
-    """Make step `step` (from 0) if the flag `ok` (bool, no dimensions) is true."""
+def step_if(ok: Tensor, optimizer: Maskable, step: int) -> Tensor | None:
+    """Make step `step` (from 0) if the flag `ok` (bool, no dimensions) is true.
+
+    Returns:
+        What the step gives, see `saetrain.optim.Optimizer`; None if the host knows of none.
+    """
     if ok.device.type != "cpu":
-        optimizer.masked_step(step, ok)
-    elif bool(ok):
-        optimizer.step(step)
-    else:
-        optimizer.drop_gradients()
+        return optimizer.masked_step(step, ok)
+    if bool(ok):
+        return optimizer.step(step)
+    optimizer.drop_gradients()
+    return None
 
 
 def zero_gradients_unless(ok: Tensor, parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 
 from actcache.errors import ConfigError
-from saetrain.optim.adam import fused_serves, torch_adam
+from saetrain.optim.one_pass import Parameters
 from saetrain.optim.schedule import Schedule
-from saetrain.optim.scheduled import Parameters, Scheduled
+from saetrain.optim.scheduled import Scheduled
 
 MOMENTUM = 0.95
 
@@ -50,6 +50,7 @@ class Muon(Scheduled):
             momentum=MOMENTUM,
             adjust_lr_fn="match_rms_adamw",
         )
-        self._counts_on_device = fused_serves(others)
-        adam = torch_adam(others, lr, None, self._counts_on_device)
+        kinds = {p.device.type for p in others.values()}
+        self._counts_on_device = kinds in ({"cpu"}, {"cuda"})  # those of torch's fused kernels
+        adam = torch.optim.Adam(others.values(), lr=lr, fused=self._counts_on_device or None)
         super().__init__(parameters, lr, schedule, [muon, adam])

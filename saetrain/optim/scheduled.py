@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from saetrain.kernels import drop_gradient
 from saetrain.optim.mask import zero_gradients_unless
+from saetrain.optim.one_pass import Parameters
 from saetrain.optim.schedule import Schedule
-
-Parameters = dict[str, torch.nn.Parameter]
 
 
 class Scheduled:
@@ -23,6 +23,8 @@ class Scheduled:
         schedule: its share in each step.
         inner: which together update every parameter once.
     """
+
+    one_pass = False
 
     def __init__(
         self,
@@ -39,6 +41,8 @@ class Scheduled:
         self._set_lr(step)
         for optimizer in self._inner:
             optimizer.step()
+        for parameter in self._parameters.values():  # fused and foreign kernels are not counted
+            increment_version(parameter)
         self.drop_gradients()
 
     @torch.no_grad()

@@ -82,6 +82,7 @@ def make_trainee() -> Callable[..., Any]:
     from saetrain.config import SaeConfig
     from saetrain.metrics import Firing, Meter
     from saetrain.optim import make_optimizer
+    from saetrain.recipe import Recipe
     from saetrain.run import SaeEntry
     from saetrain.sae import Sae
     from saetrain.trainee import Trainee
@@ -98,16 +99,19 @@ def make_trainee() -> Callable[..., Any]:
         dtype: torch.dtype = torch.float32,
         dead_after: int = 10**9,
         variance: float = 1.0,
+        **recipe: Any,
     ) -> Trainee:
         device = torch.device("cpu")
-        sae = Sae(d_in, num_latents, k, dtype=dtype)
+        sae, steps_as = Sae(d_in, num_latents, k, dtype=dtype), Recipe(**recipe)
+        norm = steps_as.decoder_norm
         return Trainee(
             SaeEntry("layers.0", SaeConfig(d_in, num_latents, k), lr, seed=0),
             sae,
-            make_optimizer(optimizer, sae, lr, warmup, steps),  # type: ignore[arg-type]
+            make_optimizer(optimizer, sae, lr, warmup, steps, decoder_norm=norm),  # type: ignore[arg-type]
             Firing(num_latents, dead_after, device),
             Meter(device),
             variance,
+            recipe=steps_as,
         )
 
     return make

@@ -67,16 +67,21 @@ def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(
 ) -> None:
     """Every second step ends an update; lines cover four steps, so two updates."""
     norms: list[float] = []
-    name = "gradient_norm" if clip is None else "clip_gradient"
-    real = getattr(saetrain.step, name)
+    real = saetrain.step._update
 
-    def look(gradients: Any, *largest: float) -> Any:
-        items = list(gradients)
-        found = [item if clip is None else item.grad for item in items]
-        norms.append(float(torch.cat([g.flatten().double() for g in found]).norm()))
-        return real(items, *largest)
+    def look(trainee: Trainee, *arguments: Any) -> Any:
+        found = {
+            name: p.grad.double()
+            for name, p in trainee.sae.named_parameters()
+            if p.grad is not None
+        }
+        W_dec = trainee.sae.W_dec.detach().double()
+        along = (found["W_dec"] * W_dec).sum(dim=1, keepdim=True)
+        found["W_dec"] = found["W_dec"] - along * W_dec
+        norms.append(float(torch.cat([g.flatten() for g in found.values()]).norm()))
+        return real(trainee, *arguments)
 
-    monkeypatch.setattr(saetrain.step, name, look)
+    monkeypatch.setattr(saetrain.step, "_update", look)
     config = options(
         hookpoint=("layers.0",), optimizer="adam", grad_clip=clip, grad_acc_steps=2, log_every=4
     )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from actcache.errors import ConfigError
 from saetrain.gradient import clip_gradient, require_bfloat16_products
-from saetrain.recipe import Recipe
 from saetrain.sae import Sae
 from saetrain.step import train_step
 from saetrain.trainee import Trainee
@@ -32,11 +31,10 @@ def make(make_trainee: Callable[..., Trainee]) -> Callable[..., Trainee]:
 
     def build(dtype: torch.dtype = torch.float64, **recipe: Any) -> Trainee:
         trainee = make_trainee(
-            D, M, K, dtype=dtype, optimizer="adam", dead_after=2 * N, variance=2.0
+            D, M, K, dtype=dtype, optimizer="adam", dead_after=2 * N, variance=2.0, **recipe
         )
         with torch.no_grad():
             trainee.sae.b_enc[M // 2 :] = -5.0
-        trainee.recipe = Recipe(**recipe)
         return trainee
 
     return build

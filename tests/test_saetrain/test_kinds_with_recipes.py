@@ -74,7 +74,7 @@ def make(
     **recipe: Any,
 ) -> Trainee:
     """With dead latents, so that AuxK is at work, and decoder rows of many norms."""
-    sae = build_sae(config, dtype=dtype)
+    sae, steps_as = build_sae(config, dtype=dtype), Recipe(**recipe)
     with torch.no_grad():
         sae.b_enc[M // 2 : M // 2 + 5] = -5.0
         noise = torch.randn(M, config.width_out, generator=torch.Generator().manual_seed(8))
@@ -84,12 +84,12 @@ def make(
     return Trainee(
         SaeEntry("x", config, 0.01, 0),
         sae,
-        make_optimizer(optimizer, sae, 0.01, 0, 50),
+        make_optimizer(optimizer, sae, 0.01, 0, 50, decoder_norm=steps_as.decoder_norm),
         Firing(M, 2 * N, device),
         Meter(device, objective.names),
         VARIANCE,
         objective,
-        Recipe(**recipe),
+        steps_as,
     )
 
 

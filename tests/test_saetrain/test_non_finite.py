@@ -27,6 +27,7 @@ from saetrain.checkpoint import load_checkpoint
 from saetrain.checks import PENALISED
 from saetrain.config import FitConfig, SaeConfig
 from saetrain.fit import fit
+from saetrain.kernels.shadow import shadow_of
 from saetrain.metrics import Firing, Meter
 from saetrain.non_finite import ROWS, NonFiniteError
 from saetrain.objective import objective_of
@@ -49,19 +50,24 @@ def batches(count: int) -> Tensor:
 
 
 def bits(trainee: Trainee) -> dict[str, bytes]:
-    """Weights and the optimiser's state."""
+    """Weights, the optimiser's state, and the encoder's copy in bfloat16, if one is kept."""
     tensors = {**trainee.sae.state_dict(), **trainee.optimizer.state_tensors()}
+    shadow = shadow_of(trainee.sae.W_enc)
+    if trainee.optimizer.one_pass and shadow is not None:
+        tensors["shadow"] = shadow.view(torch.int16)
     return {name: t.detach().contiguous().numpy().tobytes() for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
 @pytest.mark.parametrize("device_flag", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
 def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
     make_trainee: Callable[..., Trainee],
     optimizer: str,
     value: float,
     device_flag: bool,
+    autocast: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the flag looked at, as on a CPU, and with the update under it, as on a GPU."""
@@ -69,14 +75,16 @@ def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
         monkeypatch.setattr(
             saetrain.step, "step_if", lambda ok, optimizer, step: optimizer.masked_step(step, ok)
         )
-    trainee, rows = make_trainee(D, M, K, optimizer=optimizer), batches(6)
-    # It would be normalised before the loss is known, which is not what is asked here.
-    trainee.recipe = Recipe(decoder_norm="free")
+    # The others normalise before the loss is known, which is not what is asked here.
+    norm = "unit" if optimizer in ("signum", "adam", "adamw") else "free"
+    trainee = make_trainee(D, M, K, optimizer=optimizer, decoder_norm=norm, autocast=autocast)
+    rows = batches(6)
     rows[3, 7, 2] = value
     for step in range(3):
         train_step(trainee, rows[step], step, 0.0)
     assert trainee.guard.first_bad() is None
     before = bits(trainee)
+    assert ("shadow" in before) is (autocast and norm == "unit")
     for step in range(3, 6):
         train_step(trainee, rows[step], step, 0.0)
         assert bits(trainee) == before
@@ -87,8 +95,7 @@ def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
 def test_one_bad_part_of_an_update_is_enough(
     make_trainee: Callable[..., Trainee], recipe: dict[str, Any]
 ) -> None:
-    trainee, rows = make_trainee(D, M, K), batches(6)
-    trainee.recipe = Recipe(decoder_norm="free", **recipe)
+    trainee, rows = make_trainee(D, M, K, **recipe), batches(6)
     for step in range(3):
         train_step(trainee, rows[step], step, 0.0)
     before, rows[4, 20, 0] = bits(trainee), math.nan
@@ -102,8 +109,9 @@ def test_one_bad_part_of_an_update_is_enough(
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
 @pytest.mark.parametrize("norm", ["unit", "fold", "free"])
+@pytest.mark.parametrize("clip", [1.0, None])
 def test_a_whole_step_asks_the_device_nothing(
-    monkeypatch: pytest.MonkeyPatch, optimizer: Any, norm: Any
+    monkeypatch: pytest.MonkeyPatch, optimizer: Any, norm: Any, clip: Any
 ) -> None:
     """Meta tensors hold no numbers: whoever would wait for one from the device raises on them.
 
@@ -117,13 +125,13 @@ def test_a_whole_step_asks_the_device_nothing(
         k_start=9,
         k_end=K,
         k_anneal_steps=3,
-        grad_clip=1.0,
+        grad_clip=clip,
         grad_acc_steps=2,
         micro_batch_size=9,
     )
     sae = Sae(D, M, K, device=device)
     entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
-    update = make_optimizer(optimizer, sae, 0.01, 2, 6)
+    update = make_optimizer(optimizer, sae, 0.01, 2, 6, decoder_norm=norm)
     firing, meter = Firing(M, 10**9, device), Meter(device)
     trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe=recipe)
     for step in range(6):
@@ -151,13 +159,17 @@ def test_nor_does_a_step_of_another_activation(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
-def test_on_a_gpu_a_step_waits_for_nothing_and_a_bad_batch_changes_no_bit(optimizer: Any) -> None:
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_on_a_gpu_a_step_waits_for_nothing_and_a_bad_batch_changes_no_bit(
+    optimizer: Any, clip: float | None
+) -> None:
     device = torch.device("cuda")
     sae = Sae(D, M, K, device=device)
-    update = make_optimizer(optimizer, sae, 0.01, 0, 8)
+    norm = "free" if optimizer == "muon" else "unit"
+    update = make_optimizer(optimizer, sae, 0.01, 0, 8, decoder_norm=norm)
     firing, meter = Firing(M, 10**9, device), Meter(device)
     entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
-    recipe = Recipe(decoder_norm="free", grad_clip=1.0)
+    recipe = Recipe(decoder_norm=norm, grad_clip=clip, autocast=True)
     trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe=recipe)
     rows = batches(6).to(device)
     rows[4, 7, 2] = math.nan

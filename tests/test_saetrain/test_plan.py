@@ -16,9 +16,11 @@ from actcache.errors import ActcacheError
 from saetrain.build import build_sae
 from saetrain.config import FitConfig, OptimizerName, SaeConfig, SaeOptions
 from saetrain.fit import fit
+from saetrain.gradient import add_gradient
 from saetrain.grid import vary
+from saetrain.kernels.shadow import shadow_of
 from saetrain.metrics import Firing, Meter
-from saetrain.objective import objective_of
+from saetrain.objective import PLAIN, objective_of
 from saetrain.optim import default_lr, make_optimizer
 from saetrain.plan import FLOAT, parameter_shapes, plan_fit, plan_sae, step_bytes
 from saetrain.recipe import Recipe
@@ -91,7 +93,7 @@ def test_nor_does_a_step_of_another_kind_or_with_folded_weights(
     trainee = Trainee(
         SaeEntry("layers.0", sizes, 0.1, 0),
         sae,
-        make_optimizer("signum", sae, 0.1, 0, 9),
+        make_optimizer("signum", sae, 0.1, 0, 9, decoder_norm="fold" if folded else "unit"),
         Firing(M, 10**9, CPU),
         Meter(CPU, objective.names),
         1.0,
@@ -141,7 +143,42 @@ def test_a_plan_lists_the_saes_that_the_run_then_has(options: Callable[..., FitC
 
 def test_weights_in_bfloat16_take_half(options: Callable[..., FitConfig]) -> None:
     whole, half = plan_fit(options(), CPU), plan_fit(options(weights_dtype="bfloat16"), CPU)
-    assert (half.weights, half.optimizer_state) == (whole.weights / 2, whole.optimizer_state / 2)
+    norms = FLOAT * sum(sae.num_latents for sae in whole.saes)  # of signum, in float32 all the same
+    assert half.weights == whole.weights / 2
+    assert half.optimizer_state == (whole.optimizer_state + norms) / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, 1),
+        ({"activation": "batchtopk"}, 1),
+        ({"optimizer": "muon"}, 1),
+        ({"activation": "relu"}, 0),  # autocast makes the cast itself
+        ({"decoder_norm": "fold"}, 0),
+        ({"weights_dtype": "bfloat16"}, 0),
+    ],
+    ids=str,
+)
+def test_under_autocast_the_encoder_is_kept_in_bfloat16_too(
+    changes: dict[str, Any], kept: int
+) -> None:
+    D, M = 16, 400
+    own = {n: changes[n] for n in ("optimizer", "decoder_norm") if n in changes}
+    kind = {"activation": changes.get("activation", "topk")}
+    sizes = SaeConfig(D, M, 4, **kind)
+    entry = SaeEntry("layers.0", sizes, 0.1, 0, options=SaeOptions(**own))
+    dtype = changes.get("weights_dtype", "float32")
+    plain, under = (
+        plan_sae(entry, FitConfig("c", "r", autocast=autocast, weights_dtype=dtype))
+        for autocast in (False, True)
+    )
+    assert under.weights - plain.weights == kept * 2 * M * D
+    assert under.optimizer_state == plain.optimizer_state
+    recipe = {"autocast": True, "decoder_norm": own.get("decoder_norm", "unit")}
+    sae = build_sae(sizes, dtype=getattr(torch, dtype))
+    add_gradient(sae, torch.randn(8, D).to(sae.W_enc), 1.0, None, PLAIN, 0, 0.0, Recipe(**recipe))
+    assert (shadow_of(sae.W_enc) is not None) is bool(kept)
 
 
 def test_a_plan_refuses_what_fit_would_refuse(options: Callable[..., FitConfig]) -> None:

@@ -107,6 +107,8 @@ def test_fifty_steps_in_float64_have_the_peers_losses_and_leave_its_weights(
     assert ours[-1] < 0.8 * ours[0]  # the steps did something
     if optimizer == "signum":
         peer.optimizer.eval()  # as the peer does before it saves
+    else:
+        peer.module.set_decoder_norm_to_unit_norm()  # which it does before its next step
     exported = trainee.optimizer.weights_to_export().values()
     for weights, expected in zip(exported, peer.weights(), strict=True):
         torch.testing.assert_close(weights, expected.detach(), rtol=1e-6, atol=1e-8)
@@ -124,6 +126,7 @@ def test_the_first_step_in_float32_has_the_peers_loss_and_update(
     if peer.schedule is not None:
         peer.optimizer.param_groups[0]["lr"] = LR[optimizer]
     assert our_step(trainee, x, step)["fvu"] == pytest.approx(peer.step(x), rel=1e-6)
+    peer.module.set_decoder_norm_to_unit_norm()  # which it does before its next step
     for ours, theirs in zip(trainee.sae.parameters(), peer.weights(), strict=True):
         # The sign of a gradient that is zero but for rounding may differ; nothing else may.
         differing = ((ours - theirs).abs() > 1e-6).double().mean()
@@ -151,12 +154,18 @@ def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
     assert max(deviations) < 1e-6
 
 
-def test_the_optimiser_never_sees_a_gradient_along_a_decoder_row(
+@pytest.mark.parametrize(
+    ("optimizer", "clip"), [("muon", None), ("muon", 1.0), ("signum", 1.0), ("adam", 1.0)]
+)
+def test_an_optimiser_sees_no_gradient_along_a_decoder_row_but_where_it_projects_itself(
     batches: Callable[[torch.dtype], Tensor],
     make_trainee: Callable[..., Trainee],
     monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    clip: float | None,
 ) -> None:
-    trainee = make_trainee(D, M, K, dtype=torch.float64)
+    """A gradient that is to be clipped has to be measured before the one pass."""
+    trainee = make_trainee(D, M, K, optimizer=optimizer, dtype=torch.float64, grad_clip=clip)
     along = []
 
     def spy(_: int) -> None:

@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from saetrain.kernels import encode
 from saetrain.kernels.encode import tokens_at_once
 from saetrain.kernels.on_torch import update
-from saetrain.recipe import Recipe
 from saetrain.step import train_step
 from saetrain.trainee import Trainee
 
@@ -79,9 +78,22 @@ def test_gradients_are_written_where_the_last_steps_were(
     assert peak(taken) <= 1.25 * at_once + WEIGHTS // 2 + PER_TOKEN + PER_LATENT
 
 
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+def test_under_autocast_no_step_makes_a_copy_of_the_encoder(
+    make_trainee: Callable[..., Any], optimizer: str
+) -> None:
+    """One is kept. oneDNN makes its own of that, in its order and in memory of its own."""
+    trainee = make_trainee(D, M, K, optimizer=optimizer, autocast=True)
+    taken, in_bfloat16 = allocations(trainee), WEIGHTS // 2
+    assert in_bfloat16 not in taken
+    at_once = tokens_at_once(N, trainee.sae.W_enc) * M * BYTES
+    room = WEIGHTS // 2 + PER_TOKEN + PER_LATENT
+    assert peak(taken) <= max(1.25 * at_once + in_bfloat16, 2 * WEIGHTS) + room
+
+
 def test_with_chunks_of_latents_no_pre_acts_are_wider(make_trainee: Callable[..., Any]) -> None:
-    trainee, chunk = make_trainee(D, M, K), 256
-    trainee.recipe = Recipe(chunk_latents=chunk)
+    chunk = 256
+    trainee = make_trainee(D, M, K, chunk_latents=chunk)
     taken = allocations(trainee)
     assert max(taken) <= max(N * chunk * BYTES, WEIGHTS)
     assert peak(taken) <= 2 * WEIGHTS + WEIGHTS // 2 + PER_TOKEN + PER_LATENT

@@ -23,10 +23,11 @@ Parameters = dict[str, nn.Parameter]
 ALL: dict[str, Callable[[Parameters], Optimizer]] = {
     "signum": lambda p: Signum(p, LR),
     "signum, cosine": lambda p: Signum(p, LR, Schedule("cosine", 3, STEPS)),
-    "adam": lambda p: Adam(p, LR, schedule=SCHEDULE, fused=False),
-    "adam, fused": lambda p: Adam(p, LR, schedule=SCHEDULE, fused=True),
-    "adamw": lambda p: Adam(p, LR, schedule=SCHEDULE, weight_decay=0.1, fused=False),
-    "adamw, fused": lambda p: Adam(p, LR, schedule=SCHEDULE, weight_decay=0.1, fused=True),
+    "signum, unit": lambda p: Signum(p, LR, unit="W"),
+    "adam": lambda p: Adam(p, LR, schedule=SCHEDULE),
+    "adam, unit": lambda p: Adam(p, LR, schedule=SCHEDULE, unit="W"),
+    "adamw": lambda p: Adam(p, LR, schedule=SCHEDULE, weight_decay=0.1),
+    "adamw, unit": lambda p: Adam(p, LR, schedule=SCHEDULE, weight_decay=0.1, unit="W"),
     "adam8bit": lambda p: Adam8bit(p, LR, SCHEDULE),
     "muon": lambda p: Muon(p, LR, SCHEDULE, 0.1),
 }

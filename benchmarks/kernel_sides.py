@@ -138,14 +138,8 @@ class Ours:
         g = self.ops.gather_dot(dY, self.indices, self.shadow[1])
         g = g.masked_fill_(self.acts <= 0, 0)
         pairs = sort_pairs(self.indices, M)
-        both = getattr(self.ops, "weight_gradients", None)
-        if both is None:
-            dW_dec = self.ops.scatter_outer(self.acts, self.indices, dY, M, pairs)
-            dW_enc = self.ops.scatter_outer(g, self.indices, self.centred, M, pairs)
-            db_enc = self.ops.scatter_sum(g, self.indices, M, pairs)
-        else:
-            given = (self.acts, dY, g, self.centred, self.indices, M, pairs)
-            dW_dec, dW_enc, db_enc = both(*given, dtype=torch.float32)
+        given = (self.acts, dY, g, self.centred, self.indices, M, pairs)
+        dW_dec, dW_enc, db_enc = self.ops.weight_gradients(*given, dtype=torch.float32)
         along = (db_enc.to(self.x.dtype) @ self.shadow[0]).float()  # [D]
         db_dec = dY.sum(dim=0, dtype=torch.float32) - along
         self.gradients = [dW_enc, dW_dec, db_enc, db_dec]

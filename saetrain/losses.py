@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from saetrain.activations import Latents, TopK
-from saetrain.kernels import sparse_decode
+from saetrain.kernels import Pieces, WeightRows, sparse_decode
 from saetrain.objective import PLAIN, Objective, Part
 from saetrain.sae import Sae, SaeOutput
 
@@ -93,15 +93,17 @@ def compute_losses(
     """
     x, y = sae.split(rows)
     parts = objective.parts or (Part("", sae.d_out, variance),)
-    output, terms = _forward(sae, x, y, parts, objective)
+    listed = None if dead is None else list_dead(dead, _k_aux(sae), step)
+    indices = None if listed is None else listed.indices
+    output, terms, weights = _forward(sae, x, y, parts, objective, indices)
     residual = y - output.reconstruction  # [N, E]
     by_part = _fvus(residual, parts)
     fvu = _mean(by_part)
     if objective.parts:
         terms = [*(Term(value, 0.0) for value in by_part), *terms]
     aux = fvu.new_zeros(())
-    if dead is not None and (listed := list_dead(dead, _k_aux(sae), step)) is not None:
-        aux = auxk_loss(sae, x, residual.detach(), listed, parts)
+    if listed is not None:
+        aux = auxk_loss(sae, x, residual.detach(), listed, parts, weights)
     if objective.sparsity:
         penalty = _penalty(sae, output, math.sqrt(variance), parts)
         terms.append(Term(penalty, objective.sparsity_at(step)))
@@ -147,7 +149,14 @@ def list_dead_in(dead: Tensor, room: int, step: int) -> Dead:
     return Dead(indices, dead.sum(), dead[indices])
 
 
-def auxk_loss(sae: Sae, x: Tensor, residual: Tensor, dead: Dead, parts: tuple[Part, ...]) -> Tensor:
+def auxk_loss(
+    sae: Sae,
+    x: Tensor,
+    residual: Tensor,
+    dead: Dead,
+    parts: tuple[Part, ...],
+    weights: WeightRows | None = None,
+) -> Tensor:
     """Fraction of the variance in the residual after the strongest dead latents predicted it.
 
     Gao et al. (2024), appendix A.2: k_aux = E/2 dead latents reconstruct e = y - x̂ without bias.
@@ -161,15 +170,18 @@ def auxk_loss(sae: Sae, x: Tensor, residual: Tensor, dead: Dead, parts: tuple[Pa
         residual: y - x̂, detached. [N, E]
         dead: the dead latents, A of them listed.
         parts: of what is predicted.
+        weights: of the latents in that list, where the forward pass gave them.
     """
     k_aux, indices = _k_aux(sae), dead.indices
-    W_enc, b_enc = sae.W_enc[indices], sae.b_enc[indices]  # [A, D], [A]
+    if weights is None:
+        weights = WeightRows(sae.W_enc[indices], sae.b_enc[indices], sae.W_dec[indices])
+    W_enc, b_enc, W_dec = weights  # [A, D], [A], [A, E]
     centred = x if sae.subtracted is None else x - sae.subtracted  # [N, D]
     pre_acts = torch.relu(torch.nn.functional.linear(centred, W_enc, b_enc))  # [N, A]
     if dead.listed is not None:
         pre_acts = torch.where(dead.listed, pre_acts, 0)
     top_acts, top = pre_acts.topk(min(k_aux, len(indices)), dim=1, sorted=False)
-    predicted = sparse_decode(top_acts, top, sae.W_dec[indices])  # [N, E]
+    predicted = sparse_decode(top_acts, top, W_dec)  # [N, E]
     error = _fvus(predicted - residual, parts)
     if isinstance(dead.number, int):
         return _mean([min(1.0, dead.number / k_aux) * of_part for of_part in error])
@@ -182,46 +194,51 @@ def _k_aux(sae: Sae) -> int:
 
 
 def _forward(
-    sae: Sae, x: Tensor, y: Tensor, parts: tuple[Part, ...], objective: Objective
-) -> tuple[SaeOutput, list[Term]]:
-    """The forward pass, and the losses that need more of it than its result."""
+    sae: Sae,
+    x: Tensor,
+    y: Tensor,
+    parts: tuple[Part, ...],
+    objective: Objective,
+    rows: Tensor | None,
+) -> tuple[SaeOutput, list[Term], WeightRows | None]:
+    """The forward pass, the losses that need more of it than its result, and weights of `rows`.
+
+    Sparse latents are encoded and decoded once, whatever is trained on: there is one backward pass,
+    which forms one gradient of each weight. Dense ones leave the rows to others.
+    """
+    way = sae.activation.way()
+    if way is None:
+        output, terms = _dense_matryoshka(sae, x, y, parts, objective.prefixes)
+        return output, terms, None
+    pieces = None
     if objective.multi_topk:
-        return _multi_topk(sae, x, y, parts)
-    if objective.prefixes:
-        return _matryoshka(sae, x, y, parts, objective.prefixes)
-    return sae(x), []
+        assert isinstance(sae.activation, TopK)
+        way = sae.activation.largest(min(_MULTI * sae.k, sae.num_latents))
+        pieces = Pieces("rank", (sae.k,))
+    elif objective.prefixes:
+        pieces = Pieces("latent", objective.prefixes)
+    outs, acts, indices, weights = sae.autoencode(x, way, pieces, rows)
+    if objective.multi_topk:
+        output = SaeOutput(outs[0], acts[:, : sae.k], indices[:, : sae.k])
+        return output, [Term(_mean(_fvus(y - outs[1], parts)), _MULTI_WEIGHT)], weights
+    terms = [Term(_mean(_fvus(y - out, parts)), 1.0) for out in outs[:-1]]
+    return SaeOutput(outs[-1], acts, indices), terms, weights
 
 
-def _multi_topk(
-    sae: Sae, x: Tensor, y: Tensor, parts: tuple[Part, ...]
-) -> tuple[SaeOutput, list[Term]]:
-    assert isinstance(sae.activation, TopK)
-    slots = min(_MULTI * sae.k, sae.num_latents)
-    latents = sae.activation.encode_more(x, sae, slots)
-    assert latents.top_indices is not None
-    acts, indices = latents.top_acts[:, : sae.k], latents.top_indices[:, : sae.k]  # [N, K]
-    output = SaeOutput(sae.decode(acts, indices, x), acts, indices)
-    more = sae.decode(latents.top_acts, latents.top_indices, x)  # [N, E]
-    return output, [Term(_mean(_fvus(y - more, parts)), _MULTI_WEIGHT)]
-
-
-def _matryoshka(
+def _dense_matryoshka(
     sae: Sae, x: Tensor, y: Tensor, parts: tuple[Part, ...], prefixes: tuple[int, ...]
 ) -> tuple[SaeOutput, list[Term]]:
     """Every latent is encoded once, and decoded once: prefixes are running sums of their pieces."""
-    top_acts, top_indices, pre_acts = sae.encode(x)
-    bounds = (0, *prefixes, sae.num_latents)
+    if not prefixes:
+        return sae(x), []
+    top_acts, _, pre_acts = sae.encode(x)
     so_far: Tensor = sae.b_dec if sae.W_skip is None else sae.b_dec + x @ sae.W_skip.T
     terms = []
-    for low, high in pairwise(bounds):
-        if top_indices is None:
-            so_far = so_far + top_acts[:, low:high] @ sae.W_dec[low:high]
-        else:
-            inside = (top_indices >= low) & (top_indices < high)  # [N, K]
-            so_far = so_far + sparse_decode(top_acts * inside, top_indices, sae.W_dec)
+    for low, high in pairwise((0, *prefixes, sae.num_latents)):
+        so_far = so_far + top_acts[:, low:high] @ sae.W_dec[low:high]
         if high < sae.num_latents:
             terms.append(Term(_mean(_fvus(y - so_far, parts)), 1.0))
-    return SaeOutput(so_far, top_acts, top_indices, pre_acts), terms
+    return SaeOutput(so_far, top_acts, None, pre_acts), terms
 
 
 def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[Part, ...]) -> Tensor:

@@ -26,7 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from saetrain.activations import Activation, Latents, TopK
-from saetrain.kernels import normalise_rows_, project_, sparse_decode
+from saetrain.kernels import (
+    Autoencoded,
+    Pieces,
+    Way,
+    autoencode,
+    normalise_rows_,
+    project_,
+    sparse_decode,
+)
 
 
 class SaeOutput(NamedTuple):
@@ -141,9 +149,31 @@ class Sae(nn.Module):
 
     def forward(self, x: Tensor) -> SaeOutput:
         """Encode and decode x [N, D], in the weights' type."""
+        if (way := self.activation.way()) is not None:
+            coded = self.autoencode(x, way)
+            return SaeOutput(coded.reconstructions[0], coded.top_acts, coded.top_indices)
         top_acts, top_indices, pre_acts = self.encode(x)
         out = self.decode(top_acts, top_indices, x)
         return SaeOutput(out, top_acts, top_indices, pre_acts)
+
+    def autoencode(
+        self, x: Tensor, way: Way, pieces: Pieces | None = None, rows: Tensor | None = None
+    ) -> Autoencoded:
+        """Encode and decode x [N, D] with one backward pass; see `saetrain.kernels.autoencode`.
+
+        Args:
+            x: rows, [N, D].
+            way: how latents are selected: the activation's, mostly.
+            pieces: whose running sums are reconstructions, too.
+            rows: latents whose weights are wanted besides, [A] int64.
+        """
+        weights = (self.W_enc, self.b_enc, self.subtracted, self.W_dec, self.b_dec)
+        coded = autoencode(x, *weights, way, pieces=pieces, rows=rows)
+        if self.W_skip is None:
+            return coded
+        skipped = x @ self.W_skip.T  # [N, E]
+        with_skip = tuple(out + skipped for out in coded.reconstructions)
+        return coded._replace(reconstructions=with_skip)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from saetrain.kernels import Way
+
 
 class Latents(NamedTuple):
     """The latents of a batch."""
@@ -36,7 +38,7 @@ class Encoder(Protocol):
 
 
 class Activation(nn.Module):
-    """Base of all activations; those without parameters or penalty override `encode` alone."""
+    """Base of all activations; those without parameters or penalty override `encode` and `way`."""
 
     k = 0
     """Latents that may be active at once; 0 where a penalty decides."""
@@ -47,6 +49,10 @@ class Activation(nn.Module):
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
         """Latents of rows x [N, D]."""
         raise NotImplementedError
+
+    def way(self) -> Way | None:
+        """How latents are selected where they come sparse, for `kernels.autoencode`; else None."""
+        return None
 
     def project(self) -> None:
         """Bring parameters back to where they mean something. Before each step."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saetrain.activations.base import Activation, Encoder, Latents, pre_activations
-from saetrain.kernels import batch_topk, sparse_encode_by
+from saetrain.kernels import Way, batch_topk, chosen_by, sparse_encode_by
 
 FORGET = 0.05
 """Weight of the newest batch in the threshold."""
@@ -39,6 +39,10 @@ class BatchTopK(Activation):
             return Latents(torch.relu(pre_acts) * chosen, None)
         b_dec, select = encoder.subtracted, partial(batch_topk, k=self.k)
         return Latents(*sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, select))
+
+    def way(self) -> Way | None:
+        """The batch's largest, while training."""
+        return chosen_by(partial(batch_topk, k=self.k)) if self.training else None
 
     @torch.no_grad()
     def observe(self, top_acts: Tensor, anew: bool = False) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from saetrain.activations.base import Activation, Encoder, Latents
-from saetrain.kernels import group_max, sparse_encode_by
+from saetrain.kernels import Way, chosen_by, group_max, sparse_encode_by
 
 
 class GroupMax(Activation):
@@ -28,3 +28,7 @@ class GroupMax(Activation):
         return Latents(
             *sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, select, by_token=True)
         )
+
+    def way(self) -> Way:
+        """Each group's largest."""
+        return chosen_by(partial(group_max, k=self.k), by_token=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from saetrain.activations.base import Activation, Encoder, Latents
-from saetrain.kernels import Encoded, sparse_encode
+from saetrain.kernels import Way, largest, sparse_encode
 
 
 class TopK(Activation):
@@ -25,14 +25,13 @@ class TopK(Activation):
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
         """[N, K], in no order."""
-        return Latents(*self._largest(x, encoder, self.k))
-
-    def encode_more(self, x: Tensor, encoder: Encoder, slots: int) -> Latents:
-        """The largest `slots` latents of each row, the k largest of them first: [N, S]."""
-        encoded = self._largest(x, encoder, slots)
-        acts, order = encoded.top_acts.sort(dim=1, descending=True, stable=True)
-        return Latents(acts, encoded.top_indices.gather(1, order))
-
-    def _largest(self, x: Tensor, encoder: Encoder, k: int) -> Encoded:
         b_dec, chunk = encoder.subtracted, self.chunk_latents
-        return sparse_encode(x, encoder.W_enc, encoder.b_enc, b_dec, k, chunk)
+        return Latents(*sparse_encode(x, encoder.W_enc, encoder.b_enc, b_dec, self.k, chunk))
+
+    def way(self) -> Way:
+        """The k largest."""
+        return self.largest(self.k)
+
+    def largest(self, slots: int) -> Way:
+        """As many of each row, in no order."""
+        return largest(slots, self.chunk_latents)

@@ -3,24 +3,39 @@
 See README.md beside this file for what is computed, and how accurately.
 """
 
+from saetrain.kernels.autoencode import Autoencoded, WeightRows, autoencode
 from saetrain.kernels.batch_topk import batch_topk
 from saetrain.kernels.decode import sparse_decode
-from saetrain.kernels.encode import Encoded, sparse_encode, sparse_encode_by
+from saetrain.kernels.encode import (
+    Encoded,
+    chosen_by,
+    largest,
+    sparse_encode,
+    sparse_encode_by,
+)
 from saetrain.kernels.group_max import group_max
 from saetrain.kernels.paths import chosen_path
+from saetrain.kernels.pieces import Pieces, Way
 from saetrain.kernels.shadow import keep_shadow
 from saetrain.kernels.spare import drop_gradient
 from saetrain.kernels.topk import topk
 from saetrain.kernels.update import adam_update_, normalise_rows_, project_, signum_update_
 
 __all__ = [
+    "Autoencoded",
     "Encoded",
+    "Pieces",
+    "Way",
+    "WeightRows",
     "adam_update_",
+    "autoencode",
     "batch_topk",
+    "chosen_by",
     "chosen_path",
     "drop_gradient",
     "group_max",
     "keep_shadow",
+    "largest",
     "normalise_rows_",
     "project_",
     "signum_update_",

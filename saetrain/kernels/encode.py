@@ -17,6 +17,7 @@ from saetrain.kernels import reference
 from saetrain.kernels.checks import check_vector
 from saetrain.kernels.pairs import PairsOnce
 from saetrain.kernels.paths import chosen_path, primitives
+from saetrain.kernels.pieces import Way
 from saetrain.kernels.product import Product, product_dtype
 from saetrain.kernels.topk import topk
 
@@ -72,17 +73,7 @@ def sparse_encode(
     Raises:
         ValueError: the shapes do not fit, k is not in 1 to M, or chunk_latents is below 1.
     """
-    _check_encode(x, W_enc, b_enc, b_dec)
-    _check_k(k, W_enc)
-    if chunk_latents is not None and chunk_latents < 1:
-        raise ValueError(f"chunk_latents must be 1 or more, got {chunk_latents}: leave it out")
-    path = chosen_path(W_enc)
-    if chunk_latents is not None and chunk_latents < len(W_enc) and path != "reference":
-        select = partial(_by_latents, k=k, chunk=chunk_latents, path=path)
-    else:
-        # relu keeps the order, so it may follow the selection.
-        select = partial(_by_tokens, select=partial(topk, k=k, path=path))
-    return _encode(x, W_enc, b_enc, b_dec, select, path)
+    return _encode(x, W_enc, b_enc, b_dec, largest(k, chunk_latents))
 
 
 def sparse_encode_by(
@@ -112,9 +103,19 @@ def sparse_encode_by(
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check_encode(x, W_enc, b_enc, b_dec)
-    way = partial(_by_tokens if by_token else _at_once, select=select)
-    return _encode(x, W_enc, b_enc, b_dec, way, chosen_path(W_enc))
+    return _encode(x, W_enc, b_enc, b_dec, chosen_by(select, by_token=by_token))
+
+
+def largest(k: int, chunk_latents: int | None = None) -> Way:
+    """The selection of `sparse_encode`, for `autoencode`."""
+    if chunk_latents is not None and chunk_latents < 1:
+        raise ValueError(f"chunk_latents must be 1 or more, got {chunk_latents}: leave it out")
+    return partial(_largest, k=k, chunk=chunk_latents)
+
+
+def chosen_by(select: Select, *, by_token: bool = False) -> Way:
+    """The selection of `sparse_encode_by`, for `autoencode`."""
+    return partial(_by_tokens if by_token else _at_once, select=select)
 
 
 def tokens_at_once(tokens: int, W: Tensor, device: str | None = None) -> int:
@@ -125,8 +126,15 @@ def tokens_at_once(tokens: int, W: Tensor, device: str | None = None) -> int:
     return min(max(1, tokens), max(_LEAST, _BYTES // of_one // _LEAST * _LEAST))
 
 
-Way = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Rows [N, D], b_dec taken from them, W_enc and b_enc, to values and latents [N, S]."""
+def _largest(
+    x: Tensor, W: Tensor, b: Tensor, *, k: int, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    _check_k(k, W)
+    path = chosen_path(W)
+    if chunk is not None and chunk < len(W) and path != "reference":
+        return _by_latents(x, W, b, k=k, chunk=chunk, path=path)
+    # relu keeps the order, so it may follow the selection.
+    return _by_tokens(x, W, b, select=partial(topk, k=k, path=path))
 
 
 def _by_tokens(x: Tensor, W: Tensor, b: Tensor, *, select: Select) -> tuple[Tensor, Tensor]:
@@ -163,9 +171,9 @@ def _by_latents(
     return kept
 
 
-def _encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, way: Way, path: str
-) -> Encoded:
+def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, way: Way) -> Encoded:
+    check_encode(x, W_enc, b_enc, b_dec)
+    path = chosen_path(W_enc)
     x = x.to(W_enc.dtype)
     b_enc = b_enc.to(W_enc.dtype)
     b_dec = None if b_dec is None else b_dec.to(W_enc.dtype)
@@ -176,6 +184,38 @@ def _encode(
     encoded = Encoded(*_SparseEncode.apply(*inputs))  # type: ignore[no-untyped-call]
     shared[0].share(encoded.top_indices)
     return encoded
+
+
+# What the encoder shares with `autoencode`.
+
+
+def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    """What the encoder multiplies, [N, D].
+
+    Subtract first: folded into b_enc, a mean much longer than the rest of x costs digits.
+    """
+    return x if b_dec is None else x - b_dec
+
+
+def select_acts(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, way: Way
+) -> tuple[Tensor, Tensor]:
+    """Top_acts and top_indices, [N, K]; no pre-activations outlive this."""
+    read = centred(x, b_dec)  # [N, D]
+    values, top_indices = way(read, W_enc, b_enc)
+    return torch.relu(values).to(W_enc.dtype), top_indices
+
+
+def through_relu(d_acts: Tensor, top_acts: Tensor) -> Tensor:
+    """Gradient of the pre-activations that were chosen, [N, K]."""
+    return d_acts.masked_fill(top_acts <= 0, 0)
+
+
+def gradient_of_subtracted(db_enc: Tensor, W_enc: Tensor) -> Tensor:
+    """Of what is subtracted from all rows, [D], from that of b_enc."""
+    # Someone may call backward inside autocast: this product keeps the weights' dtype.
+    with torch.autocast(W_enc.device.type, enabled=False):
+        return -(db_enc @ W_enc)
 
 
 class _SparseEncode(Function):
@@ -190,10 +230,7 @@ class _SparseEncode(Function):
         shared: list[PairsOnce],
         path: str,
     ) -> tuple[Tensor, Tensor]:
-        # Subtract first: folded into b_enc, a mean much longer than the rest of x costs digits.
-        centred = x if b_dec is None else x - b_dec  # [N, D]
-        values, top_indices = way(centred, W_enc, b_enc)  # [N, K]; no pre_acts outlive this
-        top_acts = torch.relu(values).to(W_enc.dtype)
+        top_acts, top_indices = select_acts(x, W_enc, b_enc, b_dec, way)  # [N, K]
         ctx.mark_non_differentiable(top_indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_dec, top_acts, top_indices)
@@ -209,7 +246,7 @@ class _SparseEncode(Function):
         x, W_enc, b_dec, top_acts, top_indices = ctx.saved_tensors
         ops = primitives(ctx.path)
         M = W_enc.shape[0]
-        g = d_acts.masked_fill(top_acts <= 0, 0)  # [N, K]: through the ReLU
+        g = through_relu(d_acts, top_acts)  # [N, K]
         need_x, need_W, need_b_enc, need_b_dec, *_ = ctx.needs_input_grad
         dx = dW = db_enc = db_dec = None
         if need_x:
@@ -217,18 +254,18 @@ class _SparseEncode(Function):
         if need_W or need_b_enc or need_b_dec:
             pairs = ctx.pairs.get()
         if need_W:
-            centred = x if b_dec is None else x - b_dec
-            dW = ops.scatter_outer(g, top_indices, centred, M, pairs)  # [M, D]
+            dW = ops.scatter_outer(g, top_indices, centred(x, b_dec), M, pairs)  # [M, D]
         if need_b_enc or need_b_dec:
             db_enc = ops.scatter_sum(g, top_indices, M, pairs)  # [M]
-        if need_b_dec:
-            # Someone may call backward inside autocast: this product keeps the weights' dtype.
-            with torch.autocast(W_enc.device.type, enabled=False):
-                db_dec = -(db_enc @ W_enc)  # [D]
+        if need_b_dec and db_enc is not None:
+            db_dec = gradient_of_subtracted(db_enc, W_enc)  # [D]
         return dx, dW, db_enc if need_b_enc else None, db_dec, None, None, None
 
 
-def _check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
+def check_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, subtracted: str = "b_dec"
+) -> None:
+    """Raise `ValueError` unless the shapes fit; `subtracted` is what b_dec is called."""
     if W_enc.dim() != 2:
         raise ValueError(f"W_enc must be [num_latents, d_in], got shape {tuple(W_enc.shape)}")
     num_latents, d_in = W_enc.shape
@@ -238,7 +275,7 @@ def _check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None)
             f"{tuple(x.shape)}: flatten batches first"
         )
     check_vector("b_enc", b_enc, num_latents)
-    check_vector("b_dec", b_dec, d_in)
+    check_vector(subtracted, b_dec, d_in)
 
 
 def _check_k(k: int, W_enc: Tensor) -> None:

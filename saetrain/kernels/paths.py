@@ -6,9 +6,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from saetrain.kernels.pairs import SortedPairs
+from saetrain.kernels.pieces import Bags
 
 VARIABLE = "SAETRAIN_KERNELS"
 PATHS = ("reference", "torch", "triton")
@@ -18,13 +20,23 @@ _MODULES = {"reference": "reference", "torch": "on_torch", "triton": "on_triton"
 class Primitives(Protocol):
     """What `reference`, `on_torch` and `on_triton` all define, with the same results.
 
-    The floating arguments of one call share a dtype, which is also the result's.
+    The floating arguments of one call share a dtype, which is also the result's. With `bags`, their
+    number B stands for N in the decoder's rows: those of out, and of dY.
     """
 
-    def gather_sum(self, acts: Tensor, indices: Tensor, W: Tensor) -> Tensor:
+    def gather_sum(
+        self, acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None
+    ) -> Tensor:
         """[N, K], [N, K], [M, D] -> [N, D]."""
 
-    def gather_dot(self, dY: Tensor, indices: Tensor, W: Tensor, *pairs: SortedPairs) -> Tensor:
+    def gather_dot(
+        self,
+        dY: Tensor,
+        indices: Tensor,
+        W: Tensor,
+        *pairs: SortedPairs,
+        bags: Bags | None = None,
+    ) -> Tensor:
         """[N, D], [N, K], [M, D] -> [N, K]. Only `on_torch` takes pairs, and gains by them."""
 
     def scatter_outer(
@@ -34,6 +46,7 @@ class Primitives(Protocol):
         dY: Tensor,
         num_latents: int,
         pairs: SortedPairs | None = None,
+        bags: Bags | None = None,
     ) -> Tensor:
         """[N, K], [N, K], [N, D] -> [M, D]."""
 
@@ -45,6 +58,20 @@ class Primitives(Protocol):
         pairs: SortedPairs | None = None,
     ) -> Tensor:
         """[N, K], [N, K] -> [M]."""
+
+    def weight_gradients(
+        self,
+        acts: Tensor,
+        dY: Tensor,
+        g: Tensor,
+        x: Tensor,
+        indices: Tensor,
+        num_latents: int,
+        pairs: SortedPairs | None = None,
+        dtype: torch.dtype | None = None,
+        bags: Bags | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, K], [N, E], [N, K], [N, D], [N, K] -> dW_dec [M, E], dW_enc [M, D], db_enc [M]."""
 
     def topk(self, pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """[N, M] -> [N, K], [N, K] int64."""

@@ -11,24 +11,43 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels.pairs import SortedPairs
+from saetrain.kernels.pieces import Bags, Pieces
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gather_sum(acts: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    """out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W."""
+def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None) -> Tensor:
+    """out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W.
+
+    With `bags`, out has a row for each of them, the sum over its pairs: [N*P, D].
+    """
     wide = _wide(W.dtype)
-    rows = W[indices].to(wide)  # [N, K, D]
-    return (acts.to(wide).unsqueeze(-1) * rows).sum(dim=1).to(W.dtype)
+    products = acts.to(wide).unsqueeze(-1) * W[indices].to(wide)  # [N, K, D]
+    if bags is None:
+        return products.sum(dim=1).to(W.dtype)
+    out = torch.zeros(len(bags.offsets) - 1, W.shape[1], dtype=wide, device=W.device)
+    return out.index_add(0, bags.bag.reshape(-1), products.flatten(0, 1)).to(W.dtype)
 
 
-def gather_dot(dY: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    """out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W."""
+def gather_dot(
+    dY: Tensor, indices: Tensor, W: Tensor, *pairs: SortedPairs, bags: Bags | None = None
+) -> Tensor:
+    """out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
+
+    With `bags`, dY has a row for each of them, [N*P, D]. `pairs` are accepted for the sake of one
+    signature.
+    """
+    del pairs
     wide = _wide(W.dtype)
     rows = W[indices].to(wide)  # [N, K, D]
-    return (dY.to(wide).unsqueeze(1) * rows).sum(dim=2).to(W.dtype)
+    return (_of_pairs(dY, bags).to(wide) * rows).sum(dim=2).to(W.dtype)
+
+
+def _of_pairs(dY: Tensor, bags: Bags | None) -> Tensor:
+    """The row of dY that belongs to each pair: [N, K, D], or [N, 1, D] if all of a token's do."""
+    return dY.unsqueeze(1) if bags is None else dY[bags.bag]
 
 
 def scatter_outer(
@@ -37,14 +56,16 @@ def scatter_outer(
     dY: Tensor,
     num_latents: int,
     pairs: SortedPairs | None = None,
+    bags: Bags | None = None,
 ) -> Tensor:
     """out[m] = sum over (n, k) with indices[n, k] = m of acts[n, k] * dY[n]: [M, D].
 
-    `pairs` is accepted for the sake of one signature; nothing is sorted here.
+    With `bags`, dY has a row for each of them, [N*P, D]. `pairs` is accepted for the sake of one
+    signature; nothing is sorted here.
     """
     del pairs
     wide = _wide(dY.dtype)
-    products = acts.to(wide).unsqueeze(-1) * dY.to(wide).unsqueeze(1)  # [N, K, D]
+    products = acts.to(wide).unsqueeze(-1) * _of_pairs(dY, bags).to(wide)  # [N, K, D]
     out = torch.zeros(num_latents, dY.shape[1], dtype=wide, device=dY.device)
     return out.index_add(0, indices.reshape(-1), products.flatten(0, 1)).to(dY.dtype)
 
@@ -58,23 +79,25 @@ def weight_gradients(
     num_latents: int,
     pairs: SortedPairs | None = None,
     dtype: torch.dtype | None = None,
+    bags: Bags | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dW_dec [M, D], dW_enc [M, D] and db_enc [M], of `dtype`; None: that of dY.
+    """dW_dec [M, E], dW_enc [M, D] and db_enc [M], of `dtype`; None: that of dY.
 
     Args:
         acts: activations, [N, K].
-        dY: gradient of the output, [N, D].
+        dY: gradient of the output, [N, E]; with `bags`, of the sum over each, [N*P, E].
         g: gradient of the activations through the ReLU, [N, K].
         x: what the encoder multiplied, [N, D].
         indices: latents, [N, K] int64.
         num_latents: M.
         pairs: accepted for the sake of one signature.
         dtype: of the results.
+        bags: to which dY has a row each.
     """
     dtype = dtype or dY.dtype
     acts, dY, g, x = (tensor.to(_wide(tensor.dtype)) for tensor in (acts, dY, g, x))
     return (
-        scatter_outer(acts, indices, dY, num_latents, pairs).to(dtype),
+        scatter_outer(acts, indices, dY, num_latents, pairs, bags).to(dtype),
         scatter_outer(g, indices, x, num_latents, pairs).to(dtype),
         scatter_sum(g, indices, num_latents, pairs).to(dtype),
     )
@@ -125,6 +148,42 @@ def sparse_encode(
     # A NaN is not greater than 0, and must not be lost.
     top_acts = top_acts.masked_fill(values.isnan(), torch.nan)
     return top_acts.to(W_enc.dtype), top_indices
+
+
+def autoencode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    subtracted: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    way: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    pieces: Pieces | None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """`saetrain.kernels.autoencode`, differentiated by autograd.
+
+    Args:
+        x: [N, D].
+        W_enc: [M, D].
+        b_enc: [M].
+        subtracted: [D], or None.
+        W_dec: [M, E].
+        b_dec: [E].
+        way: as `sparse_encode` has it, arranged if there are pieces.
+        pieces: whose running sums are the reconstructions; None: all in one.
+    """
+    top_acts, top_indices = sparse_encode(x, W_enc, b_enc, subtracted, way)
+    if pieces is None:
+        return top_acts, top_indices, (sparse_decode(top_acts, top_indices, W_dec, b_dec),)
+    piece = pieces.bags(top_indices).bag % pieces.number  # [N, K]
+    return (
+        top_acts,
+        top_indices,
+        tuple(
+            sparse_decode(torch.where(piece <= last, top_acts, 0), top_indices, W_dec, b_dec)
+            for last in range(pieces.number)
+        ),
+    )
 
 
 # Selections. A row with a NaN anywhere gives NaN for all its values, so that its loss is not finite

@@ -69,18 +69,18 @@ def test_no_more_rows_than_a_micro_batch_are_in_a_forward_pass(
     make: Callable[..., Trainee], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainee, sizes, alive = make(micro_batch_size=7), [], []
-    forward, backward = trainee.sae.forward, torch.autograd.backward
+    autoencode, backward = trainee.sae.autoencode, torch.autograd.backward
 
-    def spy(x: Tensor) -> Any:
+    def spy(x: Tensor, *others: Any) -> Any:
         sizes.append(len(x))
         alive.append("forward")
-        return forward(x)
+        return autoencode(x, *others)
 
     def note(*arguments: Any) -> None:
         alive.append("backward")
         backward(*arguments)
 
-    monkeypatch.setattr(trainee.sae, "forward", spy)
+    monkeypatch.setattr(trainee.sae, "autoencode", spy)
     monkeypatch.setattr(torch.autograd, "backward", note)
     train_step(trainee, batches()[0], 0, 0.0)
     assert sizes == [7] * 8 + [4]

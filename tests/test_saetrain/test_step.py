@@ -141,13 +141,13 @@ def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainee = make_trainee(D, M, K, optimizer=optimizer, lr=0.1)
-    deviations, forward = [], trainee.sae.forward
+    deviations, autoencode = [], trainee.sae.autoencode
 
-    def spy(x: Tensor) -> Any:
+    def spy(*arguments: Any) -> Any:
         deviations.append(float((trainee.sae.W_dec.detach().norm(dim=1) - 1).abs().max()))
-        return forward(x)
+        return autoencode(*arguments)
 
-    monkeypatch.setattr(trainee.sae, "forward", spy)
+    monkeypatch.setattr(trainee.sae, "autoencode", spy)
     for step, x in enumerate(batches(torch.float32)[:10]):
         train_step(trainee, x, step, 0.0)
     assert len(deviations) == 10

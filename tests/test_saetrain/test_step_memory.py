@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from saetrain.kernels import encode
+from saetrain.activations import Activation, BatchTopK, GroupMax, TopK
+from saetrain.kernels import encode, product
 from saetrain.kernels.encode import tokens_at_once
 from saetrain.kernels.on_torch import update
+from saetrain.metrics import Meter
+from saetrain.objective import Objective
 from saetrain.step import train_step
 from saetrain.trainee import Trainee
 
@@ -34,13 +37,13 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update, "_BYTES", 1 << 18)
 
 
-def allocations(trainee: Trainee) -> list[int]:
+def allocations(trainee: Trainee, auxk_alpha: float = 0.0) -> list[int]:
     """Bytes that one step takes (+) and gives back (-), in order; after two steps."""
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     for step in range(2):
-        train_step(trainee, x, step, 0.0)
+        train_step(trainee, x, step, auxk_alpha)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        train_step(trainee, x, 2, 0.0)
+        train_step(trainee, x, 2, auxk_alpha)
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
@@ -66,6 +69,35 @@ def test_a_step_forms_no_row_for_each_pair_and_no_pre_act_for_all_tokens(
     assert max(taken) < min(ALL_PRE_ACTS, ALL_ROWS) / 2
     # Pre-activations of some tokens and then, when they are gone, both weights' gradients.
     assert peak(taken) <= max(1.25 * at_once, 2 * WEIGHTS) + WEIGHTS // 2 + PER_TOKEN + PER_LATENT
+
+
+MATRYOSHKA, MULTI_TOPK = Objective(prefixes=(64, 512, 4096)), Objective(multi_topk=True)
+TRAINED_ON = {"auxk": Objective(), "matryoshka and auxk": MATRYOSHKA, "matryoshka": MATRYOSHKA}
+OF_TOPK = {"multi_topk and auxk": MULTI_TOPK, "multi_topk": MULTI_TOPK}
+
+
+@pytest.mark.parametrize(
+    ("activation", "name", "objective"),
+    [(kind, *item) for kind in (TopK, BatchTopK, GroupMax) for item in TRAINED_ON.items()]
+    + [(TopK, *item) for item in OF_TOPK.items()],
+)
+def test_whatever_is_trained_on_each_weight_has_one_gradient(
+    make_trainee: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    activation: type[Activation],
+    name: str,
+    objective: Objective,
+) -> None:
+    monkeypatch.setattr(product, "_MANY", 0)  # nor an order of W for the product, as large
+    trainee = make_trainee(D, M, K, dead_after=N)
+    trainee.sae.activation = activation(K)
+    trainee.objective, trainee.meter = objective, Meter(torch.device("cpu"), objective.names)
+    with torch.no_grad():
+        trainee.sae.b_enc[:200] = -100.0
+    trainee.firing.rows_since[:200] = 10 * N
+    taken = allocations(trainee, 1 / 32 if "auxk" in name else 0.0)
+    assert int(trainee.firing.dead().sum()) >= 200
+    assert taken.count(WEIGHTS) == 2
 
 
 def test_gradients_are_written_where_the_last_steps_were(

@@ -4,7 +4,13 @@ Every function has its twin of the same name and signature in `saetrain.kernels.
 """
 
 from saetrain.kernels.on_torch.batch_topk import batch_topk_threshold
-from saetrain.kernels.on_torch.decode import gather_dot, gather_sum, scatter_outer, scatter_sum
+from saetrain.kernels.on_torch.decode import (
+    gather_dot,
+    gather_sum,
+    scatter_outer,
+    scatter_sum,
+    weight_gradients,
+)
 from saetrain.kernels.on_torch.group_max import group_max
 from saetrain.kernels.on_torch.topk import topk
 from saetrain.kernels.on_torch.update import adam_update_, signum_update_
@@ -19,4 +25,5 @@ __all__ = [
     "scatter_sum",
     "signum_update_",
     "topk",
+    "weight_gradients",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from saetrain.kernels.pairs import SortedPairs, sort_pairs
+from saetrain.kernels.pieces import Bags
 from saetrain.kernels.spare import spare
 
 PIECE = 64
@@ -19,33 +20,48 @@ _ROWS = 2048
 _SUM = 0
 
 
-def gather_sum(acts: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    """out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W."""
+def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None) -> Tensor:
+    """out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W.
+
+    With `bags`, out has a row for each of them, the sum over its pairs.
+    """
     table = W.detach().contiguous()  # one that wants a gradient is served more slowly
+    if bags is not None:
+        return _bags(table, indices.reshape(-1), bags.offsets, acts.detach().reshape(-1))
     return embedding_bag(
         indices.contiguous(), table, mode="sum", per_sample_weights=acts.detach().contiguous()
     )
 
 
-def gather_dot(dY: Tensor, indices: Tensor, W: Tensor, pairs: SortedPairs | None = None) -> Tensor:
+def gather_dot(
+    dY: Tensor,
+    indices: Tensor,
+    W: Tensor,
+    pairs: SortedPairs | None = None,
+    *,
+    bags: Bags | None = None,
+) -> Tensor:
     """out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
 
     This is the gradient of an embedding bag's weights per sample. The operator has no public
     name; asking autograd for it would run the bag forward as well. With `pairs`, the bags are the
     latents and their table is dY: W is then read once, in order, and the smaller dY out of order.
-    Indices are not checked: one outside [0, M) reads foreign memory.
+    With `bags`, dY has a row for each of them. Indices are not checked: one outside [0, M) reads
+    foreign memory.
     """
     N, K = indices.shape
     if W.is_cuda and W.dtype == torch.bfloat16:  # the operator lacks that type on CUDA
-        return gather_dot(dY.float(), indices, W.float(), pairs).to(W.dtype)
+        return gather_dot(dY.float(), indices, W.float(), pairs, bags=bags).to(W.dtype)
     if pairs is not None:
         latents = indices.reshape(-1)[pairs.order]  # [N*K]
         dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            W.contiguous(), dY.contiguous(), pairs.token, pairs.offsets[:-1], latents, _SUM
+            W.contiguous(), dY.contiguous(), _rows(pairs, bags), pairs.offsets[:-1], latents, _SUM
         )
         return torch.empty_like(dots).index_copy_(0, pairs.order, dots).view(N, K)
     starts = torch.arange(N, device=indices.device) * K  # [N]
     tokens = torch.arange(N * K, device=indices.device) // K  # [N*K]
+    if bags is not None:
+        starts, tokens = bags.offsets[:-1], bags.bag.reshape(-1)
     out: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         dY.contiguous(), W.contiguous(), indices.reshape(-1), starts, tokens, _SUM
     )
@@ -58,12 +74,14 @@ def scatter_outer(
     dY: Tensor,
     num_latents: int,
     pairs: SortedPairs | None = None,
+    bags: Bags | None = None,
 ) -> Tensor:
     """out[m] = sum over (n, k) with indices[n, k] = m of acts[n, k] * dY[n]: [M, D].
 
-    Pass `pairs` if `indices` has been sorted already.
+    Pass `pairs` if `indices` has been sorted already. With `bags`, dY has a row for each of them.
     """
     pairs = sort_pairs(indices, num_latents) if pairs is None else pairs
+    pairs = pairs._replace(token=_rows(pairs, bags))
     acts, dY = acts.reshape(-1)[pairs.order], dY.contiguous()  # [N*K]
     if dY.device.type != "cpu":
         return _bags(dY, pairs.token, pairs.offsets, acts)
@@ -93,6 +111,33 @@ def scatter_sum(
         pairs.order, column, pairs.offsets, mode="sum", include_last_offset=True
     )  # [M, 1]
     return out.squeeze(1).to(values.dtype)
+
+
+def weight_gradients(
+    acts: Tensor,
+    dY: Tensor,
+    g: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    num_latents: int,
+    pairs: SortedPairs | None = None,
+    dtype: torch.dtype | None = None,
+    bags: Bags | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dW_dec [M, E], dW_enc [M, D] and db_enc [M]; see `saetrain.kernels.reference`."""
+    pairs = sort_pairs(indices, num_latents) if pairs is None else pairs
+    if dtype is not None:  # what is summed has the type of its factors
+        acts, dY, g, x = (tensor.to(dtype) for tensor in (acts, dY, g, x))
+    return (
+        scatter_outer(acts, indices, dY, num_latents, pairs, bags),
+        scatter_outer(g, indices, x, num_latents, pairs),
+        scatter_sum(g, indices, num_latents, pairs),
+    )
+
+
+def _rows(pairs: SortedPairs, bags: Bags | None) -> Tensor:
+    """The row of dY that belongs to each pair: its token's, or its bag's. [N*K]"""
+    return pairs.token if bags is None else bags.bag.reshape(-1)[pairs.order]
 
 
 def _bags(table: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

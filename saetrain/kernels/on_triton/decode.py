@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saetrain.kernels.on_triton.launch import columns, device_of, power_of_two, wide
+from saetrain.kernels.pieces import Bags
 
 ROWS = 8  # of W that a program has under way at once
 CACHE = 2**25  # bytes of a Hopper chip's cache that a block of columns may fill, of 50 MB or more
@@ -24,6 +25,7 @@ CACHE = 2**25  # bytes of a Hopper chip's cache that a block of columns may fill
 def gather_sum_kernel(
     acts,  # [N, K]
     indices,  # [N, K] int64
+    offsets,  # [N+1] int64 of bags, in N's place their number; None: K pairs each
     W,  # [M, D]
     out,  # [N, D]
     K,
@@ -36,12 +38,18 @@ def gather_sum_kernel(
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = d < D
+    if offsets is None:
+        first = n * K
+        count = K
+    else:
+        first = tl.load(offsets + n)
+        count = (tl.load(offsets + n + 1) - first).to(tl.int32)
     total = tl.zeros([BLOCK_K, BLOCK_D], dtype=WIDE)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, count, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        in_top = k < K
-        m = tl.load(indices + n * K + k, mask=in_top, other=0).to(tl.int64)
-        act = tl.load(acts + n * K + k, mask=in_top, other=0.0).to(WIDE)
+        in_top = k < count
+        m = tl.load(indices + first + k, mask=in_top, other=0).to(tl.int64)
+        act = tl.load(acts + first + k, mask=in_top, other=0.0).to(WIDE)
         mask = in_top[:, None] & in_row[None, :]
         rows = tl.load(W + m[:, None] * D + d[None, :], mask=mask, other=0.0).to(WIDE)
         total += act[:, None] * rows
@@ -49,9 +57,14 @@ def gather_sum_kernel(
     tl.store(out + n * D + d, result.to(out.dtype.element_ty), mask=in_row)
 
 
-def gather_sum(acts: Tensor, indices: Tensor, W: Tensor) -> Tensor:
-    """out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W."""
+def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None) -> Tensor:
+    """out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W.
+
+    With `bags`, out has a row for each of them, the sum over its pairs.
+    """
     N, K = indices.shape
+    if bags is not None:
+        N = len(bags.offsets) - 1
     M, D = W.shape
     out = torch.empty(N, D, dtype=W.dtype, device=W.device)
     if out.numel() == 0:
@@ -61,6 +74,7 @@ def gather_sum(acts: Tensor, indices: Tensor, W: Tensor) -> Tensor:
         gather_sum_kernel[(N, triton.cdiv(D, block_d))](
             acts.contiguous(),
             indices.contiguous(),
+            None if bags is None else bags.offsets,
             W.contiguous(),
             out,
             K,

@@ -17,16 +17,19 @@ from torch import Tensor
 from saetrain.kernels.on_triton.decode import ROWS, cached_bytes
 from saetrain.kernels.on_triton.launch import columns, device_of, power_of_two, wide
 from saetrain.kernels.pairs import SortedPairs
+from saetrain.kernels.pieces import Bags
 
 SUMS = 512  # that a program of the second launch makes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def gather_dot_kernel(
     dY,  # [N, D]
     indices,  # [N, K] int64
+    offsets,  # [N+1] int64 of bags, in N's place their number; None: K pairs each
     W,  # [M, D]
     out,  # [B, N, K]
+    pairs,  # N*K
     K,
     D,
     WIDE: tl.constexpr,
@@ -39,11 +42,17 @@ def gather_dot_kernel(
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = d < D
     gradient = tl.load(dY + n * D + d, mask=in_row, other=0.0).to(WIDE)
-    out += (block * tl.num_programs(0) + n) * K
-    for start in range(0, K, BLOCK_K):
+    if offsets is None:
+        first = n * K
+        count = K
+    else:
+        first = tl.load(offsets + n)
+        count = (tl.load(offsets + n + 1) - first).to(tl.int32)
+    out += block * pairs + first
+    for start in range(0, count, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        in_top = k < K
-        m = tl.load(indices + n * K + k, mask=in_top, other=0).to(tl.int64)
+        in_top = k < count
+        m = tl.load(indices + first + k, mask=in_top, other=0).to(tl.int64)
         mask = in_top[:, None] & in_row[None, :]
         rows = tl.load(W + m[:, None] * D + d[None, :], mask=mask, other=0.0).to(WIDE)
         products = tl.sum(gradient[None, :] * rows, axis=1)
@@ -69,10 +78,13 @@ def add_blocks_kernel(
     tl.store(out + i, total.to(out.dtype.element_ty), mask=in_out)
 
 
-def gather_dot(dY: Tensor, indices: Tensor, W: Tensor, *pairs: SortedPairs) -> Tensor:
+def gather_dot(
+    dY: Tensor, indices: Tensor, W: Tensor, *pairs: SortedPairs, bags: Bags | None = None
+) -> Tensor:
     """out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
 
-    `pairs` are taken for the sake of one signature; nothing is gained by them here.
+    With `bags`, dY has a row for each of them. `pairs` are taken for the sake of one signature;
+    nothing is gained by them here.
     """
     del pairs
     N, K = indices.shape
@@ -85,11 +97,13 @@ def gather_dot(dY: Tensor, indices: Tensor, W: Tensor, *pairs: SortedPairs) -> T
     sums = torch.float64 if W.dtype == torch.float64 else torch.float32
     parts = out if blocks == 1 else torch.empty(blocks, N, K, dtype=sums, device=W.device)
     with device_of(W):
-        gather_dot_kernel[(N, blocks)](
+        gather_dot_kernel[(len(dY), blocks)](
             dY.contiguous(),
             indices.contiguous(),
+            None if bags is None else bags.offsets,
             W.contiguous(),
             parts,
+            N * K,
             K,
             D,
             WIDE=wide(W.dtype),

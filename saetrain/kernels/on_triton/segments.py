@@ -14,7 +14,7 @@ most (a third, between them, would own fewer than a chunk): that of its first po
 its last, hence two sums a chunk, 2·N·K/CHUNK rows in all, and nothing to be counted on the host.
 PIECE pairs are summed apart before they join a total.
 
-Letters: N tokens, D d_in, M num_latents, K k, C chunks, cdiv(N·K, CHUNK).
+Letters: N tokens, D d_in, E width of the output, M num_latents, K k, C chunks, cdiv(N·K, CHUNK).
 """
 
 # Triton's decorator and pointer arguments have no types that mypy could check.
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from saetrain.kernels.on_triton.launch import columns, device_of, wide
 from saetrain.kernels.pairs import SortedPairs, sort_pairs
+from saetrain.kernels.pieces import Bags
 
 PIECE = 64  # pairs whose sum is formed apart before it joins a total
 CHUNK = 256  # positions that one program sums of a latent that owns more
@@ -37,21 +38,23 @@ ROW_BYTES = 512  # of each row in one program: of 32,768 rows, 16 MB
 @triton.jit(do_not_specialize=["count", "chunks"])
 def segments_kernel(
     acts,  # [N, K]
-    dY,  # [N, D]
+    dY,  # [N, E]
     g,  # [N, K], or None with all that is of it: dW_dec alone
     x,  # [N, D]
     indices,  # [N, K] int64
+    bag,  # [N, K] int64: rows of dY, if not tokens
     order,  # [N*K] int64
     token,  # [N*K] int64
     offsets,  # [M+1] int64
-    dW_dec,  # [M, D]
+    dW_dec,  # [M, E]
     dW_enc,  # [M, D]
     db_enc,  # [M]
-    part_dec,  # [C, 2, D], of sums
+    part_dec,  # [C, 2, E], of sums
     part_enc,  # [C, 2, D]
     part_b,  # [C, 2]
     count,  # N*K
     chunks,  # C
+    E,
     D,
     WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -59,10 +62,9 @@ def segments_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (edge of a chunk or latent, block of D); chunks first: they take longest."""
+    """One program per (edge of a chunk or latent, block of E and D); chunks first: the longest."""
     number = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = d < D
     in_chunk = number < 2 * chunks
     begin = (number // 2) * CHUNK
     stop = tl.minimum(begin + CHUNK, count)
@@ -92,32 +94,34 @@ def segments_kernel(
             owned = p < end
             position = tl.load(order + p, mask=owned, other=0)
             n = tl.load(token + p, mask=owned, other=0)
-            mask = owned[:, None] & in_row[None, :]
-            place = n[:, None] * D + d[None, :]
+            b = n if bag is None else tl.load(bag + position, mask=owned, other=0)
+            mask = owned[:, None] & (d < E)[None, :]
             act = tl.load(acts + position, mask=owned, other=0.0).to(WIDE)
-            row = tl.load(dY + place, mask=mask, other=0.0).to(WIDE)
+            row = tl.load(dY + b[:, None] * E + d[None, :], mask=mask, other=0.0).to(WIDE)
             sum_dec += tl.sum(act[:, None] * row, axis=0)
             if g is not None:
+                mask = owned[:, None] & (d < D)[None, :]
                 slope = tl.load(g + position, mask=owned, other=0.0).to(WIDE)
-                row = tl.load(x + place, mask=mask, other=0.0).to(WIDE)
+                row = tl.load(x + n[:, None] * D + d[None, :], mask=mask, other=0.0).to(WIDE)
                 sum_enc += tl.sum(slope[:, None] * row, axis=0)
                 total_b += slope
         total_dec += sum_dec
         total_enc += sum_enc
 
-    mask = d < tl.where(mine, D, 0)
+    mask_dec = d < tl.where(mine, E, 0)
+    mask_enc = d < tl.where(mine, D, 0)
     first_block = mine & (tl.program_id(1) == 0)
     if in_chunk:
-        tl.store(part_dec + number * D + d, total_dec, mask=mask)
+        tl.store(part_dec + number * E + d, total_dec, mask=mask_dec)
         if g is not None:
-            tl.store(part_enc + number * D + d, total_enc, mask=mask)
+            tl.store(part_enc + number * D + d, total_enc, mask=mask_enc)
             tl.store(part_b + number, tl.sum(total_b, axis=0), mask=first_block)
     else:
-        tl.store(dW_dec + m * D + d, total_dec.to(dW_dec.dtype.element_ty), mask=mask)
+        tl.store(dW_dec + m * E + d, total_dec.to(dW_dec.dtype.element_ty), mask=mask_dec)
         if g is not None:
-            tl.store(dW_enc + m * D + d, total_enc.to(dW_enc.dtype.element_ty), mask=mask)
-            b = tl.sum(total_b, axis=0).to(db_enc.dtype.element_ty)
-            tl.store(db_enc + m, b, mask=first_block)
+            tl.store(dW_enc + m * D + d, total_enc.to(dW_enc.dtype.element_ty), mask=mask_enc)
+            sum_b = tl.sum(total_b, axis=0).to(db_enc.dtype.element_ty)
+            tl.store(db_enc + m, sum_b, mask=first_block)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -125,21 +129,21 @@ def add_chunks_kernel(
     indices,  # [N, K] int64
     order,  # [N*K] int64
     offsets,  # [M+1] int64
-    dW_dec,  # [M, D]
+    dW_dec,  # [M, E]
     dW_enc,  # [M, D], or None
     db_enc,  # [M], or None
-    part_dec,  # [C, 2, D]
+    part_dec,  # [C, 2, E]
     part_enc,  # [C, 2, D], or None
     part_b,  # [C, 2], or None
     count,  # N*K
+    E,
     D,
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (chunk, block of D): the row of the latent whose last pair lies in it."""
+    """One program per (chunk, block of E and D): the latent whose last pair lies in it."""
     closing = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = d < D
     begin = closing * CHUNK
     # A latent that owns more than a chunk and ends in this one owns its first position.
     m = tl.load(indices + tl.load(order + begin))
@@ -149,11 +153,13 @@ def add_chunks_kernel(
         opening = first // CHUNK
         # In its first chunk it stands at the last edge, unless it owns the first position too.
         slot = opening * 2 + tl.where(first > opening * CHUNK, 1, 0)
-        dec = tl.load(part_dec + slot * D + d, mask=in_row, other=0.0)
+        in_row = d < E
+        dec = tl.load(part_dec + slot * E + d, mask=in_row, other=0.0)
         for chunk in range(opening + 1, closing + 1):
-            dec += tl.load(part_dec + chunk * 2 * D + d, mask=in_row, other=0.0)
-        tl.store(dW_dec + m * D + d, dec.to(dW_dec.dtype.element_ty), mask=in_row)
+            dec += tl.load(part_dec + chunk * 2 * E + d, mask=in_row, other=0.0)
+        tl.store(dW_dec + m * E + d, dec.to(dW_dec.dtype.element_ty), mask=in_row)
         if dW_enc is not None:
+            in_row = d < D
             enc = tl.load(part_enc + slot * D + d, mask=in_row, other=0.0)
             b = tl.load(part_b + slot)
             for chunk in range(opening + 1, closing + 1):
@@ -195,12 +201,13 @@ def weight_gradients(
     num_latents: int,
     pairs: SortedPairs | None = None,
     dtype: torch.dtype | None = None,
+    bags: Bags | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both weights' gradients in one pass over the pairs: dW_dec [M, D], dW_enc [M, D], db_enc [M].
+    """Both weights' gradients in one pass over the pairs: dW_dec [M, E], dW_enc [M, D], db_enc [M].
 
     Args:
         acts: activations, [N, K].
-        dY: gradient of the output, [N, D].
+        dY: gradient of the output, [N, E]; with `bags`, of the sum over each, [N*P, E].
         g: gradient of the activations through the ReLU, [N, K].
         x: what the encoder multiplied, [N, D].
         indices: latents, [N, K] int64.
@@ -208,15 +215,16 @@ def weight_gradients(
         pairs: `indices`, if sorted already.
         dtype: of the results; None: that of dY. What weights in float32 want of factors in
             bfloat16 is float32: sums are formed in it.
+        bags: to which dY has a row each.
     """
-    dtype, D = dtype or dY.dtype, dY.shape[1]
-    dW_dec = torch.empty(num_latents, D, dtype=dtype, device=dY.device)
-    dW_enc = torch.empty(num_latents, D, dtype=dtype, device=dY.device)
+    dtype = dtype or dY.dtype
+    dW_dec = torch.empty(num_latents, dY.shape[1], dtype=dtype, device=dY.device)
+    dW_enc = torch.empty(num_latents, x.shape[1], dtype=dtype, device=dY.device)
     db_enc = torch.empty(num_latents, dtype=dtype, device=dY.device)
-    if indices.numel() == 0 or dW_dec.numel() == 0:
+    if indices.numel() == 0 or db_enc.numel() == 0 or dY.shape[1] + x.shape[1] == 0:
         return dW_dec.zero_(), dW_enc.zero_(), db_enc.zero_()
     pairs = sort_pairs(indices, num_latents) if pairs is None else pairs
-    _launch(acts, dY, g, x, indices, pairs, (dW_dec, dW_enc, db_enc))
+    _launch(acts, dY, g, x, indices, pairs, bags, (dW_dec, dW_enc, db_enc))
     return dW_dec, dW_enc, db_enc
 
 
@@ -226,16 +234,17 @@ def scatter_outer(
     dY: Tensor,
     num_latents: int,
     pairs: SortedPairs | None = None,
+    bags: Bags | None = None,
 ) -> Tensor:
     """out[m] = sum over (n, k) with indices[n, k] = m of acts[n, k] * dY[n]: [M, D].
 
-    Pass `pairs` if `indices` has been sorted already.
+    Pass `pairs` if `indices` has been sorted already. With `bags`, dY has a row for each of them.
     """
     out = torch.empty(num_latents, dY.shape[1], dtype=dY.dtype, device=dY.device)
     if indices.numel() == 0 or out.numel() == 0:
         return out.zero_()
     pairs = sort_pairs(indices, num_latents) if pairs is None else pairs
-    _launch(acts, dY, None, None, indices, pairs, (out, None, None))
+    _launch(acts, dY, None, None, indices, pairs, bags, (out, None, None))
     return out
 
 
@@ -270,19 +279,21 @@ def _launch(
     x: Tensor | None,
     indices: Tensor,
     pairs: SortedPairs,
+    bags: Bags | None,
     out: tuple[Tensor, Tensor | None, Tensor | None],
 ) -> None:
     """Write all of `out`: dW_dec and, with g and x, dW_enc and db_enc."""
-    M, D = out[0].shape
+    M, E = out[0].shape
+    D = E if x is None else x.shape[1]
     count = indices.numel()
     chunks = triton.cdiv(count, CHUNK)
     sums = torch.float64 if dY.dtype == torch.float64 else torch.float32
-    part_dec = torch.empty(chunks, 2, D, dtype=sums, device=dY.device)
+    part_dec = torch.empty(chunks, 2, E, dtype=sums, device=dY.device)
     part_enc = None if g is None else torch.empty(chunks, 2, D, dtype=sums, device=dY.device)
     part_b = None if g is None else torch.empty(chunks, 2, dtype=sums, device=dY.device)
     parts = (part_dec, part_enc, part_b)
-    block_d, warps = columns(D, dY.dtype, ROW_BYTES)
-    blocks = triton.cdiv(D, block_d)
+    block_d, warps = columns(max(E, D), dY.dtype, ROW_BYTES)
+    blocks = triton.cdiv(max(E, D), block_d)
     indices = indices.contiguous()
     with device_of(dY):
         segments_kernel[(2 * chunks + M, blocks)](
@@ -291,11 +302,13 @@ def _launch(
             None if g is None else g.contiguous(),
             None if x is None else x.contiguous(),
             indices,
+            None if bags is None else bags.bag,
             *pairs,
             *out,
             *parts,
             count,
             chunks,
+            E,
             D,
             WIDE=wide(dY.dtype),
             CHUNK=CHUNK,
@@ -311,6 +324,7 @@ def _launch(
             *out,
             *parts,
             count,
+            E,
             D,
             CHUNK=CHUNK,
             BLOCK_D=block_d,

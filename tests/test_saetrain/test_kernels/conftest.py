@@ -1,6 +1,6 @@
 """The cases that every path of the kernels is held to, and how they are measured.
 
-Letters: N tokens, D d_in, M num_latents, K k.
+Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 """
 
 import os
@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from saetrain.kernels import reference, sparse_decode, sparse_encode
+from saetrain.kernels import (
+    Pieces,
+    autoencode,
+    batch_topk,
+    chosen_by,
+    group_max,
+    largest,
+    reference,
+    sparse_decode,
+    sparse_encode,
+)
 
 PRIMITIVES = ("gather_sum", "gather_dot", "scatter_outer", "scatter_sum")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -91,8 +101,117 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class Coding:
+    """What `autoencode` is asked for."""
+
+    name: str
+    N: int
+    D: int
+    E: int
+    M: int
+    K: int
+    select: str = "largest"
+    pieces: Pieces | None = None
+    rows: tuple[int, ...] = ()
+    reach: tuple[str, ...] = ("outs", "acts", "rows")  # by the backward pass
+
+    def way(self):
+        def repeated(pre_acts):
+            """Its two best latents, in turn."""
+            indices = pre_acts.topk(2).indices.repeat(1, self.K)[:, : self.K]
+            return pre_acts.gather(1, indices), indices
+
+        def hot(pre_acts):
+            indices = torch.arange(self.K, device=pre_acts.device).repeat(len(pre_acts), 1)
+            return pre_acts.gather(1, indices), indices
+
+        return {
+            "largest": largest(self.K),
+            "chunks": largest(self.K, 4),
+            "batch": chosen_by(lambda pre_acts: batch_topk(pre_acts, self.K)),
+            "groups": chosen_by(lambda pre_acts: group_max(pre_acts, self.K), by_token=True),
+            "repeated": chosen_by(repeated),
+            "hot": chosen_by(hot),
+            "silent": largest(self.K),
+        }[self.select]
+
+    def inputs(self, dtype, device):
+        """By name; None is subtracted where the widths differ."""
+        generator = torch.Generator().manual_seed(3)
+        sizes = {
+            "x": (self.N, self.D),
+            "W_enc": (self.M, self.D),
+            "b_enc": (self.M,),
+            "subtracted": (self.D,),
+            "W_dec": (self.M, self.E),
+            "b_dec": (self.E,),
+        }
+        made = {n: torch.randn(*size, generator=generator) for n, size in sizes.items()}
+        if self.select == "silent":
+            made["b_enc"] -= 1000
+        made = {n: tensor.to(device, dtype).requires_grad_() for n, tensor in made.items()}
+        return made if self.D == self.E else made | {"subtracted": None}
+
+    def results(self, inputs):
+        """All outputs, what the backward pass is given, and every gradient, by name."""
+        like = inputs["x"]
+        rows = torch.tensor(self.rows, device=like.device) if self.rows else None
+        coded = autoencode(**inputs, way=self.way(), pieces=self.pieces, rows=rows)
+        acts, indices = coded.top_acts, coded.top_indices
+        # Slots are in no order, so the dense activations decide what gradient a slot receives.
+        dense = torch.zeros(self.N, self.M, dtype=like.dtype, device=like.device)
+        given = {"dense acts": dense.scatter_add(1, indices, acts)}
+        given |= {f"out {n}": out for n, out in enumerate(coded.reconstructions)}
+        given |= coded.rows._asdict() if rows is not None else {}
+        loss = torch.zeros((), dtype=like.dtype, device=like.device)
+        generator = torch.Generator().manual_seed(4)
+        for name, output in given.items():
+            kind = {"out": "outs", "dense": "acts"}.get(name.split(" ")[0], "rows")
+            weight = torch.randn(output.shape, generator=generator).to(output)
+            if kind in self.reach or name in self.reach:
+                loss = loss + (output * weight).sum()
+        leaves = {name: leaf for name, leaf in inputs.items() if leaf is not None}
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        for name, gradient in zip(wanted, found, strict=True):
+            zeros = torch.zeros_like(wanted[name])
+            given[f"gradient of {name}"] = zeros if gradient is None else gradient
+        return {name: tensor.detach() for name, tensor in given.items()}
+
+
+ODD = {"N": 7, "D": 37, "E": 37, "M": 19, "K": 5}
+BY_LATENT = Pieces("latent", (4, 4, 11))
+CODINGS = (
+    Coding("one_of_everything", N=1, D=1, E=1, M=1, K=1, rows=(0,)),
+    Coding("odd_widths", **ODD),
+    Coding("rows_that_fire_or_not", **ODD, rows=(18, 2, 7, 0)),
+    Coding("k_is_one", N=9, D=20, E=20, M=30, K=1, rows=(3,)),
+    Coding("wider_output", N=6, D=13, E=41, M=19, K=5, rows=(1, 4), pieces=BY_LATENT),
+    Coding("narrower_output", N=6, D=41, E=13, M=19, K=5, rows=(1, 4)),
+    Coding("repeated_in_a_row", **ODD, select="repeated"),
+    Coding("slots_of_a_batch", **ODD, select="batch", pieces=BY_LATENT),
+    Coding("groups", N=7, D=37, E=37, M=20, K=5, select="groups", pieces=BY_LATENT),
+    Coding("chunks_of_latents", **ODD, select="chunks"),
+    Coding("all_acts_zero", **ODD, select="silent", rows=(0, 5), pieces=BY_LATENT),
+    Coding("an_empty_piece", **ODD, pieces=BY_LATENT, rows=(18, 2)),
+    Coding("first_and_last_piece_empty", **ODD, pieces=Pieces("latent", (0, 9, 19))),
+    Coding("one_piece", **ODD, pieces=Pieces("latent", ())),
+    Coding("the_strongest_first", **ODD, pieces=Pieces("rank", (2,)), rows=(18, 2)),
+    Coding("no_more_than_the_strongest", **ODD, pieces=Pieces("rank", (5,))),
+    Coding("hot_latents", N=300, D=6, E=6, M=9, K=3, select="hot", pieces=BY_LATENT),
+    Coding("several_blocks", N=3, D=1030, E=1030, M=11, K=9, pieces=BY_LATENT, rows=(10,)),
+    Coding("only_rows_reached", **ODD, rows=(18, 2), reach=("rows",)),
+    Coding("only_acts_reached", **ODD, rows=(18, 2), pieces=BY_LATENT, reach=("acts",)),
+    Coding("only_outs_reached", **ODD, rows=(18, 2), pieces=BY_LATENT, reach=("outs",)),
+    Coding("one_out_reached", **ODD, pieces=BY_LATENT, reach=("out 2",)),
+)
+
+
 def pytest_generate_tests(metafunc):
     names = metafunc.fixturenames
+    if "coding" in names:
+        metafunc.parametrize("coding", CODINGS, ids=[coding.name for coding in CODINGS])
     if "case" in names:
         metafunc.parametrize("case", CASES, ids=[case.name for case in CASES])
     if "dtype" in names:
@@ -173,6 +292,24 @@ def encode_results(monkeypatch):
         }
 
     return run
+
+
+@pytest.fixture
+def autoencode_results(monkeypatch):
+    def run(path, coding, dtype, device, *frozen):
+        """Outputs and gradients by name, through `path`; `frozen` inputs want no gradient."""
+        monkeypatch.setenv("SAETRAIN_KERNELS", path)
+        inputs = coding.inputs(dtype, device)
+        for name in frozen:
+            inputs[name] = inputs[name].detach()
+        return coding.results(inputs)
+
+    return run
+
+
+@pytest.fixture
+def make_coding():
+    return Coding
 
 
 def leaves(*tensors):

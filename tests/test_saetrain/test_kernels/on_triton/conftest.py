@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from saetrain.kernels.pieces import Bags
+
 
 @pytest.fixture
 def device():
@@ -161,7 +163,17 @@ class Step(NamedTuple):
         ops.scatter_outer(self.acts, self.indices, self.dY, M)
         ops.scatter_sum(self.acts, self.indices, M)
         ops.weight_gradients(self.acts, self.dY, self.g, self.x, self.indices, M)
+        self.by_bags(ops)
         self.update(ops)
+
+    def by_bags(self, ops):
+        """Two pieces a token."""
+        acts, indices, dY, M = self.acts, self.indices, self.dY.repeat(2, 1), len(self.W)
+        offsets = torch.empty(len(dY) + 1, dtype=torch.int64, device=dY.device)
+        bags = Bags(indices, offsets)
+        ops.gather_sum(acts, indices, self.W, bags)
+        ops.gather_dot(dY, indices, self.W, bags=bags)
+        ops.weight_gradients(acts, dY, self.g, self.x, indices, M, bags=bags)
 
     def update(self, ops):
         """Both optimisers, of both matrices and a bias."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from saetrain.activations import Latents, TopK
-from saetrain.kernels import Pieces, WeightRows, sparse_decode
+from saetrain.kernels import Pieces, WeightRows, dense_decode, dense_encode, sparse_decode
 from saetrain.objective import PLAIN, Objective, Part
 from saetrain.sae import Sae, SaeOutput
 
@@ -176,8 +176,7 @@ def auxk_loss(
     if weights is None:
         weights = WeightRows(sae.W_enc[indices], sae.b_enc[indices], sae.W_dec[indices])
     W_enc, b_enc, W_dec = weights  # [A, D], [A], [A, E]
-    centred = x if sae.subtracted is None else x - sae.subtracted  # [N, D]
-    pre_acts = torch.relu(torch.nn.functional.linear(centred, W_enc, b_enc))  # [N, A]
+    pre_acts = torch.relu(dense_encode(x, W_enc, b_enc, sae.subtracted))  # [N, A]
     if dead.listed is not None:
         pre_acts = torch.where(dead.listed, pre_acts, 0)
     top_acts, top = pre_acts.topk(min(k_aux, len(indices)), dim=1, sorted=False)
@@ -235,7 +234,7 @@ def _dense_matryoshka(
     so_far: Tensor = sae.b_dec if sae.W_skip is None else sae.b_dec + x @ sae.W_skip.T
     terms = []
     for low, high in pairwise((0, *prefixes, sae.num_latents)):
-        so_far = so_far + top_acts[:, low:high] @ sae.W_dec[low:high]
+        so_far = dense_decode(top_acts[:, low:high], sae.W_dec[low:high], so_far)
         if high < sae.num_latents:
             terms.append(Term(_mean(_fvus(y - so_far, parts)), 1.0))
     return SaeOutput(so_far, top_acts, None, pre_acts), terms
@@ -259,7 +258,7 @@ def _gate_fvu(sae: Sae, x: Tensor, y: Tensor, output: SaeOutput, parts: tuple[Pa
     """What the gate alone leaves unexplained, through a decoder that does not feel it."""
     acts = sae.activation.gate(Latents(output.top_acts, output.top_indices, output.pre_acts))
     assert acts is not None
-    predicted = acts @ sae.W_dec.detach() + sae.b_dec.detach()  # [N, E]
+    predicted = dense_decode(acts, sae.W_dec.detach(), sae.b_dec.detach())  # [N, E]
     if sae.W_skip is not None:
         predicted = predicted + x @ sae.W_skip.detach().T
     return _mean(_fvus(y - predicted, parts))

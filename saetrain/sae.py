@@ -31,6 +31,7 @@ from saetrain.kernels import (
     Pieces,
     Way,
     autoencode,
+    dense_decode,
     normalise_rows_,
     project_,
     sparse_decode,
@@ -141,7 +142,7 @@ class Sae(nn.Module):
         if top_indices is not None:
             out = sparse_decode(top_acts, top_indices, self.W_dec, self.b_dec)
         else:
-            out = top_acts @ self.W_dec + self.b_dec  # under autocast, the product alone is rounded
+            out = dense_decode(top_acts, self.W_dec, self.b_dec)
         if self.W_skip is None:
             return out
         assert x is not None

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from saetrain.kernels import Way
+from saetrain.kernels import Way, dense_encode
 
 
 class Latents(NamedTuple):
@@ -87,5 +86,4 @@ class Activation(nn.Module):
 
 def pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
     """(x - b_dec) W_encᵀ + b_enc: [N, M]."""
-    b_dec = encoder.subtracted
-    return linear(x if b_dec is None else x - b_dec, encoder.W_enc, encoder.b_enc)
+    return dense_encode(x, encoder.W_enc, encoder.b_enc, encoder.subtracted)

@@ -6,6 +6,7 @@ See README.md beside this file for what is computed, and how accurately.
 from saetrain.kernels.autoencode import Autoencoded, WeightRows, autoencode
 from saetrain.kernels.batch_topk import batch_topk
 from saetrain.kernels.decode import sparse_decode
+from saetrain.kernels.dense import dense_decode, dense_encode
 from saetrain.kernels.encode import (
     Encoded,
     chosen_by,
@@ -32,6 +33,8 @@ __all__ = [
     "batch_topk",
     "chosen_by",
     "chosen_path",
+    "dense_decode",
+    "dense_encode",
     "drop_gradient",
     "group_max",
     "keep_shadow",

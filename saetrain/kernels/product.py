@@ -49,6 +49,19 @@ class Product:
         return linear(x, self._W, self._b)  # autocast has nothing left to cast
 
 
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply a [R, C] by b^T, b [S, C] of the same type, either in any order in memory: [R, S].
+
+    Not differentiable.
+    """
+    if a.numel() and by_onednn(b):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return out
+    # Someone may call this inside autocast: the types are decided.
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.T
+
+
 def product_dtype(W: Tensor) -> torch.dtype:
     """The type in which W is multiplied here: its own, or autocast's."""
     kind = W.device.type

@@ -186,6 +186,16 @@ def autoencode(
     )
 
 
+def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
+    """`saetrain.kernels.dense_encode`, differentiated by autograd."""
+    return torch.nn.functional.linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
+
+
+def dense_decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """`saetrain.kernels.dense_decode`, differentiated by autograd."""
+    return acts @ W_dec + b_dec
+
+
 # Selections. A row with a NaN anywhere gives NaN for all its values, so that its loss is not finite
 # and the step is not made; its indices lie in [0, M) all the same.
 

@@ -1,0 +1,88 @@
+"""The dense encoder and decoder against the reference. Letters: N tokens, D d_in, M num_latents."""
+
+import pytest
+import torch
+
+from saetrain.kernels import dense_decode, dense_encode, reference
+
+SIZES = [(1, 1, 1), (7, 37, 19), (150, 17, 523), (0, 5, 4)]
+BOUND = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}
+
+
+def leaves(N, D, M, dtype):
+    """Inputs of either: rows, weight, what is added to a product, and what is taken from rows."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"rows": (N, D), "W": (M, D), "b": (M,), "b_dec": (D,), "acts": (N, M)}
+    made = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    return {name: tensor.requires_grad_() for name, tensor in made.items()}
+
+
+def results(ops, given, *, subtracts=True):
+    """Output and gradient of everything, by name, of both functions."""
+    found = {}
+    b_dec = given["b_dec"] if subtracts else None
+    out = ops.dense_encode(given["rows"], given["W"], given["b"], b_dec)
+    back = ops.dense_decode(given["acts"], given["W"], given["b_dec"])
+    for name, output in (("encode", out), ("decode", back)):
+        slope = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        of = torch.autograd.grad(output, list(given.values()), slope.to(output), allow_unused=True)
+        found |= {f"{name} d {n}": g for n, g in zip(given, of, strict=True)}
+        found[name] = output.detach()
+    return found
+
+
+class Ours:
+    dense_encode, dense_decode = staticmethod(dense_encode), staticmethod(dense_decode)
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+@pytest.mark.parametrize("of", BOUND, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_outputs_and_every_gradient_match_the_reference(sizes, of, subtracts):
+    given = leaves(*sizes, of)
+    got = results(Ours, given, subtracts=subtracts)
+    wide = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    want = results(reference, wide, subtracts=subtracts)
+    for name, value in want.items():
+        if value is None:
+            assert got[name] is None, name
+            continue
+        assert got[name].dtype == of, name
+        assert (got[name].double() - value).norm() <= BOUND[of] * value.norm(), name
+
+
+def test_rows_without_a_gradient_cost_no_product(monkeypatch):
+    given = leaves(7, 37, 19, torch.float32)
+    products = []
+    true = torch.Tensor.__matmul__
+    monkeypatch.setattr("saetrain.kernels.product.by_onednn", lambda *_: False)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a) or true(a, b))
+    out = dense_encode(given["rows"].detach(), given["W"], given["b"], given["b_dec"])
+    out.sum().backward()
+    assert sorted(a.dim() for a in products) == [1, 2]  # d b_enc by W_enc, and dW_enc
+    assert given["b_dec"].grad is not None
+
+
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_under_autocast_products_alone_are_rounded(name):
+    given = leaves(40, 37, 19, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = results(Ours, given)
+        want = results(reference, given)
+    assert got[name].dtype == want[name].dtype
+    for key, value in want.items():
+        if key.startswith(name) and value is not None:
+            assert got[key].dtype == value.dtype, key
+            assert (got[key] - value).float().norm() <= 2**-6 * value.float().norm(), key
+
+
+def test_two_runs_give_the_same_bits():
+    given = leaves(150, 17, 523, torch.float32)
+    first, second = results(Ours, given), results(Ours, given)
+    assert all(first[n] is None or torch.equal(first[n], second[n]) for n in first)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    given = leaves(7, 37, 19, torch.float32)
+    with pytest.raises(ValueError, match="x must be"):
+        dense_encode(given["acts"], given["W"], given["b"], None)

@@ -64,7 +64,7 @@ class Firing:
     def count(self, fired: Tensor, rows: int) -> None:
         """Count so many rows, in which these latents fired: bool [M]."""
         self.rows_since += rows
-        self.rows_since[fired] = 0
+        self.rows_since.masked_fill_(fired, 0)
 
     def dead(self) -> Tensor:
         """Which latents have not fired for `dead_after` rows. bool [M]"""

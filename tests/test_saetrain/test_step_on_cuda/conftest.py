@@ -122,10 +122,12 @@ class Device(TorchDispatchMode):
 
     Args:
         pinned: memory of the host from which the device copies by itself.
+        refuses: False: it counts only.
     """
 
-    def __init__(self, pinned: tuple[Tensor, ...] = ()) -> None:
+    def __init__(self, pinned: tuple[Tensor, ...] = (), *, refuses: bool = True) -> None:
         super().__init__()
+        self._refuses = refuses
         self._pinned = [tensor.untyped_storage() for tensor in pinned]
         self._live: dict[int, tuple[Any, Taken]] = {}
         self.taken: list[Taken] = []
@@ -139,7 +141,8 @@ class Device(TorchDispatchMode):
 
     def _watch(self, operator, args, kwargs):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._check(operator, args, kwargs, given)
+        if self._refuses:
+            self._check(operator, args, kwargs, given)
         result = None if _in_place(operator) else operator(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -225,9 +228,15 @@ class Cuda:
             yield
 
     @contextlib.contextmanager
-    def watched(self, *pinned: Tensor, kept: tuple[Tensor, ...] = ()) -> Iterator[Device]:
-        """Within it, whoever waits raises. Of `kept` tensors memory counts from the start."""
+    def watched(self, *pinned: Tensor) -> Iterator[Device]:
+        """Within it, whoever waits raises."""
         with Named(watches=True), Device(pinned) as device:
+            yield device
+
+    @contextlib.contextmanager
+    def counted(self, *kept: Tensor) -> Iterator[Device]:
+        """Within it, memory is counted, that of `kept` from the start."""
+        with Named(watches=False), Device(refuses=False) as device:
             for tensor in kept:
                 device.keep(tensor)
             yield device

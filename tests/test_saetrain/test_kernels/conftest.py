@@ -3,6 +3,7 @@
 Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 """
 
+import math
 import os
 from dataclasses import dataclass, replace
 
@@ -17,10 +18,12 @@ from saetrain.kernels import (
     group_max,
     largest,
     reference,
+    spare,
     sparse_decode,
     sparse_encode,
 )
 
+VAST = 1 << 24  # numbers
 PRIMITIVES = ("gather_sum", "gather_dot", "scatter_outer", "scatter_sum")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # A bfloat16 result is rounded once, by at most 2^-8. Triton's interpreter cuts digits off instead.
@@ -328,16 +331,33 @@ def assert_same_results():
     return check
 
 
-@pytest.fixture
-def nan_in_fresh_memory(monkeypatch):
-    """An element that a kernel forgets to write is then NaN, and no test passes with one."""
-    empty = torch.empty
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fresh memory holds NaN, and -1 for a whole number: what nobody writes cannot pass.
 
-    def poisoned(*sizes, **options):
-        tensor = empty(*sizes, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    It is the memory of results, of whatever a kernel needs besides, and what gradients are given
+    back to. Vast tensors of the host, of which a test touches little, stay untouched.
+    """
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (spare._Spares, "take"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+
+def poisoned(make):
+    def call(*args, **options):
+        tensor = make(*args, **options)
+        if tensor.device.type == "cpu" and tensor.numel() > VAST:
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(math.nan)
+        return tensor if tensor.dtype in (torch.bool, torch.uint8) else tensor.fill_(-1)
+
+    return call
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import torch
 
 from saetrain.kernels import on_triton, reference
 
-pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 TYPES = pytest.mark.parametrize(
     "of", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
 )

@@ -4,12 +4,10 @@ Cases are not collected by themselves: test_interpreted runs them through Triton
 test_on_gpu natively, each in a process of its own.
 """
 
-import pytest
 import torch
 
 from saetrain.kernels import on_triton
 
-pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 SUM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 

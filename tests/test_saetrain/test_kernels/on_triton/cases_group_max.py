@@ -7,7 +7,6 @@ import torch
 
 from saetrain.kernels import on_triton, reference
 
-pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 SIZES = [(1, 1), (6, 6), (6, 1), (90, 10), (96, 32), (5000, 2), (3000, 1000)]
 
 

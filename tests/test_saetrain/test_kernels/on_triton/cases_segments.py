@@ -10,7 +10,6 @@ from saetrain.kernels import on_triton, reference
 from saetrain.kernels.on_triton.segments import CHUNK
 from saetrain.kernels.pairs import sort_pairs
 
-pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 

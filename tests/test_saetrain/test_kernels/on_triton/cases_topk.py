@@ -8,8 +8,6 @@ import torch
 from saetrain.kernels import on_triton, reference
 from saetrain.kernels.on_triton.topk import DIRECT, MOST_K, WIDEST, tile_maxima, tile_width
 
-pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
-
 HALVES_AND_SINGLE = pytest.mark.parametrize(
     "of", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
 )

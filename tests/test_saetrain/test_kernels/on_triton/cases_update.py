@@ -8,7 +8,6 @@ import torch
 from saetrain.kernels import on_triton, reference
 from saetrain.kernels.on_triton.update import BLOCK
 
-pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 SHAPES = [(1, 1), (5, 7), (3, 96), (2, 1025), (2, BLOCK + 3)]
 # Of float32, the dtype that is trained in; bfloat16 is rounded once.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7}

@@ -14,7 +14,6 @@ from saetrain.kernels.paths import primitives
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.usefixtures("nan_in_fresh_memory"),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
 ]
 SKEWED = {"name": "large", "N": 8192, "D": 2048, "M": 16384, "K": 32, "hits": "skewed"}

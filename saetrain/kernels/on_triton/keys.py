@@ -33,7 +33,7 @@ def ordered(x):
     """Keys of x as uint32; those of 16-bit numbers are below 2^16."""
     if x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
-        key = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+        key = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
         largest = 0xFFFFFFFF
     else:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32)

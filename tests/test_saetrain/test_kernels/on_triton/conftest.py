@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from saetrain.kernels.pieces import Bags
 
+OLD_NUMPY = ("-W", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+"""What triton 3.2's interpreter asks of NumPy, which does it until 2.3."""
+
 
 @pytest.fixture
 def device():
@@ -31,7 +34,7 @@ def run_cases():
         Whether kernels are interpreted is settled when Triton decorates them.
         """
         here = Path(__file__).parent
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OLD_NUMPY]
         done = subprocess.run(
             [*command, *map(str, sorted(here.glob("cases_*.py")))],
             cwd=here.parents[3],

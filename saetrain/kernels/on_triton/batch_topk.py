@@ -58,7 +58,8 @@ def count_digits_kernel(
     end = rows.to(tl.int64) * tiles
     begin = tl.program_id(0).to(tl.int64) * (BLOCK // T)
     for start in range(begin, end, tl.num_programs(0) * (BLOCK // T)):
-        tile = start + tl.arange(0, BLOCK // T)
+        # `start` has 64 bits, but in the interpreter it is a Python number, and has none.
+        tile = start + tl.arange(0, BLOCK // T).to(tl.int64)
         live = tile < end
         if maxima is not None:
             largest = ordered(tl.load(maxima + tile, mask=live, other=0.0)).to(tl.int64)

@@ -90,7 +90,7 @@ def segments_kernel(
         sum_dec = tl.zeros([BLOCK_D], dtype=WIDE)
         sum_enc = tl.zeros([BLOCK_D], dtype=WIDE)
         for start in range(piece, tl.minimum(piece + PIECE, end), ROWS):
-            p = start + tl.arange(0, ROWS)
+            p = start + tl.arange(0, ROWS).to(tl.int64)  # in the interpreter `start` has no type
             owned = p < end
             position = tl.load(order + p, mask=owned, other=0)
             n = tl.load(token + p, mask=owned, other=0)
@@ -185,7 +185,7 @@ def scatter_sum_kernel(
     end = tl.load(offsets + m + 1)
     total = tl.zeros([BLOCK], dtype=WIDE)
     for start in range(first, end, BLOCK):
-        p = start + tl.arange(0, BLOCK)
+        p = start + tl.arange(0, BLOCK).to(tl.int64)
         owned = p < end
         position = tl.load(order + p, mask=owned, other=0)
         total += tl.load(values + position, mask=owned, other=0.0).to(WIDE)

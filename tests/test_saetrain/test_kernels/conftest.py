@@ -4,7 +4,9 @@ Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 """
 
 import math
+import mmap
 import os
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -24,6 +26,7 @@ from saetrain.kernels import (
 )
 
 VAST = 1 << 24  # numbers
+UNRESERVED = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, from Python 3.13 on
 PRIMITIVES = ("gather_sum", "gather_dot", "scatter_outer", "scatter_sum")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # A bfloat16 result is rounded once, by at most 2^-8. Triton's interpreter cuts digits off instead.
@@ -358,6 +361,18 @@ def poisoned(make):
         return tensor if tensor.dtype in (torch.bool, torch.uint8) else tensor.fill_(-1)
 
     return call
+
+
+@pytest.fixture
+def lazily():
+    """A factory of tensors of zeros that take memory where they are written, and only there."""
+
+    def make(*shape, dtype):
+        size = math.prod(shape) * dtype.itemsize
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | UNRESERVED
+        return torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype).view(*shape)
+
+    return make
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import torch
 from saetrain.kernels import Pieces, on_torch, on_triton, reference
 from saetrain.kernels.pairs import sort_pairs
 
-pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 N, D, E, M, K, P = 300, 20, 33, 50, 4, 3
 PIECES = Pieces("latent", (0, 20))
 

@@ -28,15 +28,15 @@ def device():
 
 @pytest.fixture
 def run_cases():
-    def run(**environment):
-        """Run all cases_*.py in a process of its own and return how many cases passed.
+    def run(files="cases_*.py", **environment):
+        """Run these in a process of its own and return how many cases passed.
 
         Whether kernels are interpreted is settled when Triton decorates them.
         """
         here = Path(__file__).parent
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OLD_NUMPY]
         done = subprocess.run(
-            [*command, *map(str, sorted(here.glob("cases_*.py")))],
+            [*command, *map(str, sorted(here.glob(files)))],
             cwd=here.parents[3],
             env={**os.environ, **environment},
             capture_output=True,

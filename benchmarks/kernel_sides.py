@@ -102,6 +102,7 @@ class Ours:
         self.shadow = [w.to(low) for w in self.W] if low != torch.float32 else self.W
         self.scale = 2 / problem.variance
         self.number = 0
+        self.gradients: list[Tensor] = []
 
     def stages(self) -> dict[str, Callable[[], object]]:
         """See `Side`."""
@@ -115,6 +116,7 @@ class Ours:
         self.decode()
         self.backward()
         self.update()
+        self.gradients.clear()
         return self.loss
 
     def encode(self) -> None:
@@ -142,7 +144,7 @@ class Ours:
         dW_dec, dW_enc, db_enc = self.ops.weight_gradients(*given, dtype=torch.float32)
         along = (db_enc.to(self.x.dtype) @ self.shadow[0]).float()  # [D]
         db_dec = dY.sum(dim=0, dtype=torch.float32) - along
-        self.gradients = [dW_enc, dW_dec, db_enc, db_dec]
+        self.gradients[:] = [dW_enc, dW_dec, db_enc, db_dec]
 
     def update(self) -> None:
         """Projection, optimiser, unit norm and bfloat16 copies; nothing if the loss is not finite.

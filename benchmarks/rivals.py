@@ -21,10 +21,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify asks for it on a CPU
 
 from saetrain.config import OptimizerName, SaeConfig, SaeOptions
+from saetrain.kernels import Autoencoded, Pieces, Way
 from saetrain.metrics import Firing, Meter
 from saetrain.optim import make_optimizer
 from saetrain.recipe import Recipe
-from saetrain.sae import Sae, SaeOutput
+from saetrain.sae import Sae
 from saetrain.step import train_step
 from saetrain.trainee import Trainee
 
@@ -252,8 +253,14 @@ def dense(setting: Setting, mean: Tensor, variance: float) -> Contender:
 
 
 class _DenseSae(Sae):
-    def forward(self, x: Tensor) -> SaeOutput:
+    def autoencode(
+        self, x: Tensor, way: Way, pieces: Pieces | None = None, rows: Tensor | None = None
+    ) -> Autoencoded:
+        del way
+        assert pieces is None
+        assert rows is None
         pre_acts = torch.relu((x - self.b_dec) @ self.W_enc.T + self.b_enc)  # [N, M]
         values, indices = pre_acts.topk(self.k, dim=-1, sorted=False)
         acts = torch.zeros_like(pre_acts).scatter(-1, indices, values)
-        return SaeOutput(acts @ self.W_dec + self.b_dec, values.detach(), indices)
+        out = acts @ self.W_dec + self.b_dec
+        return Autoencoded((out,), values.detach(), indices, None)

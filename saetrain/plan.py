@@ -20,6 +20,7 @@ from saetrain.checks import PENALISED
 from saetrain.config import FitConfig, OptimizerName, SaeConfig
 from saetrain.deciding import budget_of, entries_of, steps_ahead, with_rates
 from saetrain.inputs import hookpoints_of
+from saetrain.kernels.encode import tokens_at_once
 from saetrain.run import SaeEntry
 
 FLOAT = 4  # bytes
@@ -87,7 +88,7 @@ def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
     steps = steps_ahead(config, cache, budget.pool_rows)
     if steps is not None:
         entries = with_rates(entries, steps)
-    saes = tuple(plan_sae(entry, config) for entry in entries)
+    saes = tuple(plan_sae(entry, config, device.type) for entry in entries)
     if steps is None:
         saes = tuple(
             dataclasses.replace(sae, lr=entry.options.lr)
@@ -114,12 +115,13 @@ def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
     )
 
 
-def plan_sae(entry: SaeEntry, options: FitConfig) -> SaePlan:
+def plan_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> SaePlan:
     """Parameters and memory of one SAE.
 
     Args:
         entry: which.
         options: of the run.
+        device: the kind of it.
     """
     sizes, shapes = entry.config, parameter_shapes(entry.config)
     P = sum(map(math.prod, shapes))
@@ -143,6 +145,8 @@ def plan_sae(entry: SaeEntry, options: FitConfig) -> SaePlan:
             entry.options.optimizer,
             options.micro_batch_size or options.batch_size,
             entry.options.decoder_norm == "fold",
+            device,
+            options.chunk_latents,
         ),
     )
 
@@ -191,12 +195,19 @@ _DENSE = {"relu": 4, "jumprelu": 7, "gated": 9}
 """Matrices [N, M] that an activation without indices needs, with what its gradient is made of."""
 
 
-def step_bytes(sizes: SaeConfig, optimizer: OptimizerName, rows: int, folded: bool = False) -> int:
+def step_bytes(
+    sizes: SaeConfig,
+    optimizer: OptimizerName,
+    rows: int,
+    folded: bool = False,
+    device: str = "cpu",
+    chunk_latents: int | None = None,
+) -> int:
     """The most that a step holds besides weights, optimiser state and gradients; AuxK apart.
 
-    A bound from what the step does: the forward pass holds all pre-activations [N, M] (on a CPU,
-    TopK forms as many at once as its cache holds) and the quarter that TopK looks through again,
-    two matrices as large as what is read [N, D] and two as what is predicted [N, E], and top
+    A bound from what the step does: the forward pass holds pre-activations, of all rows [N, M], or
+    of as many as are encoded at once, and the quarter of them that TopK looks through again; two
+    matrices as large as what is read [N, D] and two as what is predicted [N, E]; and top
     activations with their indices, sorted and unsorted (of BatchTopK and Multi-TopK 4K, and copies;
     BatchTopK may look farther); dense activations hold more matrices [N, M]. A prefix holds its own
     sum. Folded weights and their gradients are four matrices as large as W_dec. Normalising and the
@@ -207,6 +218,8 @@ def step_bytes(sizes: SaeConfig, optimizer: OptimizerName, rows: int, folded: bo
         optimizer: of the SAE.
         rows: in a forward pass at once, N.
         folded: whether training sees folded weights.
+        device: the kind of it.
+        chunk_latents: whose pre-activations are formed at once, of all rows.
     """
     N, D, E, M, K = rows, sizes.d_in, sizes.width_out, sizes.num_latents, sizes.k
     wide, dense, prefixes = max(D, E), sizes.activation in _DENSE, len(sizes.matryoshka)
@@ -214,10 +227,15 @@ def step_bytes(sizes: SaeConfig, optimizer: OptimizerName, rows: int, folded: bo
     forward = 4 * N * batch + prefixes * N * E
     if dense:
         forward += _DENSE[sizes.activation] * N * M + bool(prefixes) * (N * M + 2 * M * wide)
-    elif sizes.multi_topk or sizes.activation == "batchtopk":
+    elif sizes.activation == "batchtopk":
         forward += N * M + (10 + 2 * prefixes) * N * min(4 * K, M)
     else:
-        forward += N * M + N * M // 4 + (14 + 2 * prefixes) * N * K
+        at_once = tokens_at_once(N, torch.empty(M, 0, device="meta"), device) * M
+        if chunk_latents is not None:
+            at_once = N * min(chunk_latents, M)
+        forward += at_once + at_once // 4
+        slots = min(4 * K, M) if sizes.multi_topk else K
+        forward += (14 + 2 * prefixes) * N * slots
     forward += 4 * M * wide * folded
     update = (5 if optimizer == "adam8bit" else 2) * M * wide + wide**2 + 16 * M
     return FLOAT * max(forward, update)

@@ -29,6 +29,11 @@ _BYTES = 20 << 20
 """Of pre-activations at once on the CPU: what its last cache holds beside the weights."""
 _LEAST = 64
 """Rows at once: fewer would read the weights too often."""
+_DEVICE_BYTES = 1 << 30
+"""Of pre-activations at once on a device: a product of a millisecond or so, beside which it costs
+nothing to start another."""
+_DEVICE_LEAST = 1024
+"""Rows at once there: fewer would leave parts of the device without work."""
 
 
 class Encoded(NamedTuple):
@@ -119,11 +124,14 @@ def chosen_by(select: Select, *, by_token: bool = False) -> Way:
 
 
 def tokens_at_once(tokens: int, W: Tensor, device: str | None = None) -> int:
-    """How many of N tokens are encoded together by W: on the CPU, what the cache holds."""
-    if (device or W.device.type) != "cpu":
-        return max(1, tokens)
-    of_one = len(W) * product_dtype(W).itemsize
-    return min(max(1, tokens), max(_LEAST, _BYTES // of_one // _LEAST * _LEAST))
+    """How many of N tokens are encoded together by W: on the CPU, what the cache holds.
+
+    On a device so many that their pre-activations are no more than a gibibyte.
+    """
+    on_cpu = (device or W.device.type) == "cpu"
+    most, least = (_BYTES, _LEAST) if on_cpu else (_DEVICE_BYTES, _DEVICE_LEAST)
+    of_one = max(1, len(W)) * product_dtype(W).itemsize
+    return min(max(1, tokens), max(least, most // of_one // least * least))
 
 
 def _largest(

@@ -56,7 +56,7 @@ def test_the_goals_are_told_as_met_or_missed(bench):
         bench.STEP: {"ours": [10.0], "sparsify": [30.0]},
         "encoder + selection": {"ours": [6.0]},
     }
-    memory = {"ours": 10, "sparsify": 20}
+    memory = {"ours": bench.Memory(30, 10), "sparsify": bench.Memory(30, 20)}
     figures = bench.Figures(problem, "zipf", "adam", times, {bench.STEP: 7.0}, 4.0, memory)
     told = bench.goals([figures])
     assert [line.split(":")[0] for line in told] == [

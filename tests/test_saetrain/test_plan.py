@@ -67,6 +67,16 @@ def test_a_step_holds_no_more_than_is_planned_nor_much_less(
     assert 0.5 * planned <= peak <= planned
 
 
+def test_the_plan_knows_how_many_pre_activations_are_formed_at_once() -> None:
+    sizes, plain = SaeConfig(768, 2**17, 32), 2**15 * 2**17 * FLOAT
+    by_cache, by_device = (step_bytes(sizes, "signum", 2**15, device=d) for d in ("cpu", "cuda"))
+    assert by_cache <= by_device < plain / 4
+    batch = SaeConfig(768, 2**17, 32, activation="batchtopk")
+    assert step_bytes(batch, "signum", 2**15) > plain
+    chunked = step_bytes(sizes, "signum", 2**15, device="cuda", chunk_latents=2**16)
+    assert plain / 2 < chunked < plain
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {},
     "batchtopk": {"activation": "batchtopk"},

@@ -123,3 +123,14 @@ def test_a_latent_that_fires_8192_times_loses_no_digits(number):
     limit = 1e-6 if number == torch.float32 else 1e-2
     assert bool((error <= limit * want.norm(dim=1)).all()), error / want.norm(dim=1)
     assert not W.grad[50:].any()
+
+
+def test_on_a_device_pre_activations_of_at_most_a_gibibyte_are_formed_at_once():
+    def at_once(tokens, latents, of):
+        return tokens_at_once(tokens, torch.empty(latents, 1, dtype=of, device="meta"), "cuda")
+
+    assert at_once(8192, 65536, torch.bfloat16) == 8192
+    assert at_once(32768, 131072, torch.bfloat16) == 4096
+    assert at_once(8192, 65536, torch.float32) == 4096
+    assert at_once(8192, 2**22, torch.float32) == 1024  # no fewer
+    assert at_once(7, 2**22, torch.float32) == 7

@@ -8,11 +8,13 @@ product is TF32, while sparsify's forward pass is bfloat16 by its own autocast. 
 --autocast; "dense" is SAELens's way, top-k acts in a dense matrix and autograd, in our trainer.
 Contenders take turns, so that a slow minute of the machine meets all of them. Milliseconds are the
 clock's; with --threads 1, on a CPU, the thread's own, which other programs on the machine do not
-change. "floor" is the sum over stages of the larger of operations over the rate of a large product
-and bytes over that of a large copy, both measured in the same run, in bfloat16 on CUDA and float32
-on a CPU. Memory is what torch allocates in a step beyond weights and optimiser state, at its peak,
-gradients that are kept for the next step included. Needs torch, triton on CUDA, and for its side
-sparsify; runs from a plain checkout. Letters: N tokens, D d_in, M num_latents, K k.
+change. On CUDA, "one graph" is --cuda-graphs: the whole step recorded once and replayed, and so are
+eight small SAEs on the same rows; what a graph keeps is not in its peak. "floor" is the sum over
+stages of the larger of operations over the rate of a large product and bytes over that of a large
+copy, both measured in the same run, in bfloat16 on CUDA and float32 on a CPU. Memory is what torch
+allocates in a step beyond weights and optimiser state, at its peak, gradients that are kept for the
+next step included. Needs torch, triton on CUDA, and for its side sparsify; runs from a plain
+checkout. Letters: N tokens, D d_in, M num_latents, K k.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import get_args
 import torch
 from ceilings import OptimizerName, measure_ceilings, work_of
 from report import machine, print_table
-from rivals import Contender, Setting, dense, ours, sparsify
+from rivals import Contender, Setting, dense, ours, ours_together, sparsify
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -48,7 +50,9 @@ SIZES: dict[str, list[Sizes]] = {
     ],
 }
 SMOKE: list[Sizes] = [(96, 32, 320, 4), (64, 24, 300, 8)]
-WARM_UP = 2
+MANY, SMALL = 8, (1024, 512, 4096, 32)
+"""SAEs together, and their size."""
+WARM_UP = 3  # the last of them records a graph
 HEADER = [
     "(N, D, M, K)",
     "optimiser",
@@ -87,24 +91,33 @@ def main() -> None:
         for optimizer in get_args(OptimizerName):
             work = work_of(size, dtype, optimizer, hit=latents_hit(x, size))
             floor = sum(w.floor(ceilings.operations, ceilings.bytes) for w in work.values())
-            lines += compare(size, optimizer, x, floor, options.pairs, clock)
+            made = contenders(setting_of(size, optimizer, device), x)
+            lines += compare(str(size), optimizer, x, made, floor, options.pairs, clock)
             print(f"measured {size}, {optimizer}", flush=True)
+    if device.type == "cuda":
+        x = rows(*SMALL[:2], device)
+        for optimizer in get_args(OptimizerName):
+            work = work_of(SMALL, dtype, optimizer, hit=latents_hit(x, SMALL))
+            floor = MANY * sum(w.floor(ceilings.operations, ceilings.bytes) for w in work.values())
+            made = many(setting_of(SMALL, optimizer, device), x)
+            name = f"{MANY} of {SMALL}"
+            lines += compare(name, optimizer, x, made, floor, options.pairs, clock)
+            print(f"measured {name}, {optimizer}", flush=True)
     print(f"\n{machine('triton', 'eai-sparsify')}, {torch.get_num_threads()} threads")
     print(f"{ceilings}\n")
     print_table(HEADER, lines)
 
 
 def compare(
-    size: Sizes,
+    size: str,
     optimizer: OptimizerName,
     x: Tensor,
+    made: dict[str, Contender],
     floor: float,
     pairs: int,
     clock: Callable[[], float],
 ) -> list[list[str]]:
     """The table's lines of one size and optimiser; who finds too little memory has none."""
-    _, D, M, K = size
-    made = contenders(Setting(D, M, K, optimizer, 1000, 100, 0, x.device), x)
     times = interleave(made, x, pairs, clock)
     lines = []
     for name, taken in times.items():
@@ -116,7 +129,7 @@ def compare(
             faster, spread = f"**{middle:.2f}x**", f"{low:.2f} to {high:.2f}"
         lines.append(
             [
-                str(size),
+                size,
                 optimizer,
                 name,
                 f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}",
@@ -130,17 +143,39 @@ def compare(
     return lines
 
 
+def setting_of(size: Sizes, optimizer: OptimizerName, device: torch.device) -> Setting:
+    """A run of 1,000 steps."""
+    _, D, M, K = size
+    return Setting(D, M, K, optimizer, 1000, 100, 0, device)
+
+
 def contenders(setting: Setting, x: Tensor) -> dict[str, Contender]:
-    """By name; without sparsify where it is not installed."""
-    mean, variance = x.mean(0), float((x - x.mean(0)).pow(2).sum() / len(x))
+    """By name; without sparsify where it is not installed, and graphs where there is no CUDA."""
+    mean, variance = moments(x)
     made = {
         "ours": ours(setting, mean, variance),
         "ours, bfloat16": ours(setting, mean, variance, autocast=True),
         "dense": dense(setting, mean, variance),
     }
+    if x.is_cuda:
+        graph = ours_together(setting, mean, variance, autocast=True)
+        made["ours, bfloat16, one graph"] = graph
     if find_spec("sparsify") is not None:
         made["sparsify"] = sparsify(setting)
     return made
+
+
+def many(setting: Setting, x: Tensor) -> dict[str, Contender]:
+    """Several small SAEs of ours, launch by launch and as one graph."""
+    return {
+        name: ours_together(setting, *moments(x), autocast=True, saes=MANY, graph=graph)
+        for name, graph in (("ours, bfloat16", False), ("ours, bfloat16, one graph", True))
+    }
+
+
+def moments(x: Tensor) -> tuple[Tensor, float]:
+    """Mean of rows, and mean of their squared distance from it."""
+    return x.mean(0), float((x - x.mean(0)).pow(2).sum() / len(x))
 
 
 @torch.no_grad()

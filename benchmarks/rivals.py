@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +21,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify asks for it on a CPU
 
 from saetrain.config import OptimizerName, SaeConfig, SaeOptions
+from saetrain.graphs import RecordedSteps, Recorder
 from saetrain.kernels import Autoencoded, Pieces, Way
 from saetrain.metrics import Firing, Meter
 from saetrain.optim import make_optimizer
 from saetrain.recipe import Recipe
 from saetrain.sae import Sae
-from saetrain.step import train_step
+from saetrain.step import train_batch, train_step
 from saetrain.trainee import Trainee
 
 Step = Callable[[Tensor, int], None]
@@ -93,11 +94,49 @@ def ours(
     sae_type: type[Sae] = Sae,
 ) -> Contender:
     """Our step. b_dec begins at `mean` [D]; the loss divides by `variance`."""
+    trainee = _trainee(setting, mean, variance, autocast, sae_type)
+    return lambda x, step: train_step(trainee, x, step, 0.0), lambda: _exported(trainee)
+
+
+def ours_together(
+    setting: Setting,
+    mean: Tensor,
+    variance: float,
+    *,
+    autocast: bool = False,
+    saes: int = 1,
+    graph: bool = True,
+    recorder: Recorder | None = None,
+) -> Contender:
+    """Steps of several SAEs on the same rows; with `graph` one CUDA graph, see `fit --cuda-graphs`.
+
+    The third step, from 0 without a gap, records it. `finish` gives the first SAE.
+    """
+    group = [
+        _trainee(replace(setting, seed=setting.seed + number), mean, variance, autocast, Sae)
+        for number in range(saes)
+    ]
+    groups = {"rows": group}
+    recorded = RecordedSteps(groups, recorder, warm_up=1) if graph else None
+
+    def step(x: Tensor, number: int) -> None:
+        batch: Any = SimpleNamespace(activations={"rows": x})
+        if recorded is None:
+            train_batch(groups, batch, number)
+        else:
+            recorded.make(batch, number)
+
+    return step, lambda: _exported(group[0])
+
+
+def _trainee(
+    setting: Setting, mean: Tensor, variance: float, autocast: bool, sae_type: type[Sae]
+) -> Trainee:
     s = setting
     sae = sae_type(s.d_in, s.num_latents, s.k, seed=s.seed, device=s.device)
     with torch.no_grad():
         sae.b_dec.copy_(mean)
-    trainee = Trainee(
+    return Trainee(
         _entry(s),
         sae,
         make_optimizer(s.optimizer, sae, s.rate, s.warmup, s.steps),
@@ -107,11 +146,10 @@ def ours(
         recipe=Recipe(autocast=autocast),
     )
 
-    def finish() -> Published:
-        sae.load_state_dict(trainee.optimizer.weights_to_export())
-        return published(sae)
 
-    return lambda x, step: train_step(trainee, x, step, 0.0), finish
+def _exported(trainee: Trainee) -> Published:
+    trainee.sae.load_state_dict(trainee.optimizer.weights_to_export())
+    return published(trainee.sae)
 
 
 def _entry(setting: Setting) -> Any:
@@ -120,9 +158,10 @@ def _entry(setting: Setting) -> Any:
     return SimpleNamespace(
         name="rows",
         hookpoint="rows",
+        hookpoints=("rows",),
         config=sizes,
         lr=setting.rate,
-        options=SaeOptions(),
+        options=SaeOptions(auxk_alpha=0.0),
         scales=(),
     )
 

@@ -14,6 +14,7 @@ from saetrain.crew import Crew
 from saetrain.finetune import begin_with
 from saetrain.follow import Follower
 from saetrain.gradient import require_bfloat16_products, require_compiler
+from saetrain.graphs import require_cuda_graphs
 from saetrain.initial import FirstRows, initial_sae, start_at_median
 from saetrain.inputs import hookpoints_of, targets_of
 from saetrain.metrics import Firing, Meter
@@ -76,6 +77,8 @@ def build(
     """The SAEs of these numbers with their optimisers, b_dec at the mean of the training rows."""
     if record.options.autocast:
         require_bfloat16_products(device)
+    if record.options.cuda_graphs:
+        require_cuda_graphs(device)
     if record.options.compile:
         require_compiler(device)
     # Once for each hookpoint: they are merged from as many files as there are shards.

@@ -21,6 +21,10 @@ PENALISED = {"jumprelu": 1e-3, "relu": 3e-2, "gated": 3e-2}
 """Activations that a penalty makes sparse instead of k, and the penalty's weight by default."""
 
 
+ONE_PASS = ("signum", "adam", "adamw")
+"""Optimisers whose steps are `saetrain.optim.one_pass`."""
+
+
 def require_sae(sae: SaeConfig) -> None:
     """Refuse sizes and combinations that cannot be built."""
     if min(sae.d_in, sae.num_latents, sae.k, sae.width_out, *sae.widths, 1) < 1:
@@ -203,6 +207,7 @@ def require_run(run: FitConfig) -> None:
         "log_every",
     )
     _require_kinds(run)
+    _require_graphs(run)
     if run.data_seed is not None:
         _require_seed("--data-seed", run.data_seed)
     if run.histogram_every < 0:
@@ -238,6 +243,41 @@ def require_run(run: FitConfig) -> None:
             "--segment-shards leaves nothing to train on in a segment that is held out",
             expected=">= 2, or --val-fraction 0",
             got=1,
+        )
+
+
+def _require_graphs(run: FitConfig) -> None:
+    """Refuse what cannot be recorded as a CUDA graph."""
+    if not run.cuda_graphs:
+        return
+    if run.device.partition(":")[0] not in ("auto", "cuda"):
+        raise ConfigError(
+            "--cuda-graphs needs a CUDA device",
+            expected="--device auto or cuda",
+            got=run.device,
+            remedy="leave it out",
+        )
+    for sae in run.saes or (run,):
+        if sae.optimizer not in ONE_PASS:
+            raise ConfigError(
+                "--cuda-graphs records updates of one pass alone",
+                expected=f"--optimizer {' | '.join(ONE_PASS)}",
+                got=sae.optimizer,
+                remedy="leave one of them out",
+            )
+    if run.grad_acc_steps > 1:
+        raise ConfigError(
+            "--cuda-graphs records steps that are all alike, with an update in each",
+            expected="--grad-acc-steps 1",
+            got=run.grad_acc_steps,
+            remedy="a larger --batch-size with --micro-batch-size",
+        )
+    if run.parallel == "ddp":
+        raise ConfigError(
+            "--cuda-graphs does not record what processes exchange within a step",
+            expected="--parallel modules, or one process",
+            got="ddp",
+            remedy="leave one of them out",
         )
 
 

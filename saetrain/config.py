@@ -258,6 +258,12 @@ class FitConfig(SaeOptions):
     """Let torch.compile fuse what jumprelu and gated do between their products: a tenth of a step's
     time on a CPU, whose C++ compiler it needs. Rounding differs. The first step waits for it."""
 
+    cuda_graphs: bool = False
+    """Record a whole step of all SAEs once, as a CUDA graph, and replay it, so that the host spends
+    no time on launching its kernels: for SAEs that are small, or many. The graph keeps the memory
+    of a step to itself. It begins once k and penalties no longer change. For signum, adam and adamw
+    on CUDA, without --grad-acc-steps and --parallel ddp."""
+
     autocast: bool = False
     """Products of matrices in bfloat16, weights as they are. On a CPU it needs AVX512-BF16 or AMX,
     and a step then takes about two thirds of the time. Off unless asked for, on any device: it
@@ -389,9 +395,9 @@ class FitConfig(SaeOptions):
     """With --resume, go on under other options than the run has had: lr, lr-schedule,
     lr-warmup-steps, lr-decay-steps, lr-end, weight-decay, grad-clip, decoder-norm, k-anneal-steps,
     k-start, auxk-alpha, sparsity, sparsity-warmup-steps, dead-after, epochs and max-tokens (not
-    with --follow), micro-batch-size, autocast, val-every, val-rows, save-best, log-every. They hold
-    from the last checkpoint on, and run.json tells it. What changes the SAEs' names, shapes or
-    optimisers, or the order of rows, is refused, and so is another cache."""
+    with --follow), micro-batch-size, cuda-graphs, autocast, val-every, val-rows, save-best,
+    log-every. They hold from the last checkpoint on, and run.json tells it. What changes the SAEs'
+    names, shapes or optimisers, or the order of rows, is refused, and so is another cache."""
 
     block_cache: str | None = None
     """With a URL: folder for blocks that were fetched. Default: $ACTCACHE_BLOCK_CACHE, or

@@ -33,6 +33,7 @@ FORCEABLE = frozenset(
         "epochs",
         "max_tokens",
         "micro_batch_size",
+        "cuda_graphs",
         "autocast",
         "val_every",
         "val_rows",

@@ -37,6 +37,7 @@ def add_gradient(
     auxk_alpha: float,
     recipe: Recipe,
     shared: SharedBatches | None = None,
+    turn: Tensor | None = None,
 ) -> Losses:
     """Add a batch's gradient to the weights', and return its losses.
 
@@ -55,6 +56,7 @@ def add_gradient(
         recipe: says the parts, the precision and the batches of an update.
         shared: with --parallel ddp, what makes the gradient that of all processes' rows; the losses
             stay those of these.
+        turn: the step's number where the device reads it; None: the device is told `step`.
 
     Returns:
         The losses, without their graph. Of dense activations [N, M], `output` keeps only whether
@@ -63,9 +65,7 @@ def add_gradient(
     if isinstance(sae.activation, TopK):
         sae.activation.chunk_latents = recipe.chunk_latents
     sae.activation.compiles = recipe.compile
-    # Dense activations leave the cast to autocast, and folded weights are made anew.
-    if recipe.autocast and recipe.decoder_norm != "fold" and sae.activation.k:
-        keep_shadow(sae.W_enc)
+    keep_copies(sae, recipe)
     losses_of = folded_losses if recipe.decoder_norm == "fold" else compute_losses
     if shared is not None:
         losses_of = partial(shared.losses, losses_of)
@@ -75,7 +75,7 @@ def add_gradient(
         # Processes exchange gradients once a batch, with its last part.
         with nullcontext() if shared is None or number == len(parts) else shared.apart():
             with _precision(recipe, x.device):
-                of_part = losses_of(sae, part, variance, dead, objective, step)
+                of_part = losses_of(sae, part, variance, dead, objective, step, turn)
             share = len(part) / len(x)
             loss = of_part.total(auxk_alpha)
             torch.autograd.backward(loss * (share / recipe.grad_acc_steps))
@@ -83,6 +83,13 @@ def add_gradient(
     if len(losses) == 1:
         return losses[0]
     return _mean(losses, [len(part) / len(x) for part in parts])
+
+
+def keep_copies(sae: Sae, recipe: Recipe) -> None:
+    """Where products in bfloat16 take a copy of a weight, make it right; it nearly always is."""
+    # Dense activations leave the cast to autocast, and folded weights are made anew.
+    if recipe.autocast and recipe.decoder_norm != "fold" and sae.activation.k:
+        keep_shadow(sae.W_enc)
 
 
 def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:

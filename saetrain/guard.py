@@ -16,12 +16,12 @@ class Guard:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def check(self, value: Tensor, step: int) -> Tensor:
+    def check(self, value: Tensor, step: int | Tensor) -> Tensor:
         """Whether `value`, of step `step` (from 0), and all before it are finite.
 
         Args:
             value: on the device, no dimensions.
-            step: its step.
+            step: its step; or int64 on the device, no dimensions.
 
         Returns:
             bool, on the device, no dimensions.

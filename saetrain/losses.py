@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from saetrain.activations import Latents, TopK
-from saetrain.kernels import Pieces, WeightRows, dense_decode, dense_encode, sparse_decode
+from saetrain.kernels import Pieces, WeightRows, dense_decode, dense_encode, paths, sparse_decode
 from saetrain.objective import PLAIN, Objective, Part
 from saetrain.sae import Sae, SaeOutput
 
@@ -80,6 +80,7 @@ def compute_losses(
     dead: Tensor | None,
     objective: Objective = PLAIN,
     step: int = 0,
+    turn: Tensor | None = None,
 ) -> Losses:
     """Forward pass and losses of a batch.
 
@@ -90,10 +91,12 @@ def compute_losses(
         dead: which latents are dead, bool [M]; None leaves AuxK out.
         objective: what is trained on besides.
         step: its number, from 0, for the warm-up of a penalty.
+        turn: the same where the device reads it; see `list_dead`.
     """
     x, y = sae.split(rows)
     parts = objective.parts or (Part("", sae.d_out, variance),)
-    listed = None if dead is None else list_dead(dead, _k_aux(sae), step)
+    now = step if turn is None else turn
+    listed = None if dead is None else list_dead(dead, _k_aux(sae), now)
     indices = None if listed is None else listed.indices
     output, terms, weights = _forward(sae, x, y, parts, objective, indices)
     residual = y - output.reconstruction  # [N, E]
@@ -123,7 +126,7 @@ class Dead(NamedTuple):
     """Which of the list are dead; None: all. bool [A]"""
 
 
-def list_dead(dead: Tensor, k_aux: int, step: int) -> Dead | None:
+def list_dead(dead: Tensor, k_aux: int, step: int | Tensor) -> Dead | None:
     """The dead latents, for AuxK to choose among; None: there is none.
 
     On the CPU they are all listed. On a device that would make the host wait until they are
@@ -133,15 +136,15 @@ def list_dead(dead: Tensor, k_aux: int, step: int) -> Dead | None:
     Args:
         dead: bool. [M]
         k_aux: latents that reconstruct a residual.
-        step: its number, from 0.
+        step: its number, from 0; or int64 on the device, no dimensions.
     """
-    if dead.device.type == "cpu":
+    if paths.host_may_look(dead):
         indices = dead.nonzero().squeeze(1)
         return Dead(indices, len(indices)) if len(indices) else None
     return list_dead_in(dead, min(len(dead), _ROOM * k_aux), step)
 
 
-def list_dead_in(dead: Tensor, room: int, step: int) -> Dead:
+def list_dead_in(dead: Tensor, room: int, step: int | Tensor) -> Dead:
     """A list of fixed length: dead latents first. Nothing here waits for the device."""
     M = len(dead)
     turn = (torch.arange(M, device=dead.device) - step * room) % M

@@ -40,6 +40,10 @@ class Meter:
         self.sums += values
         self.steps += 1
 
+    def repeat(self) -> None:
+        """Count, on the host alone, a step that the device counted by itself."""
+        self.steps += 1
+
     def read(self) -> dict[str, float]:
         """The means, and start over."""
         means = (self.sums / max(self.steps, 1)).tolist()

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 def train_batch(groups: dict[str, list[Trainee]], batch: Batch, step: int) -> None:
     """One update of every SAE. Rows go to the device once for each hookpoint."""
     for group in groups.values():
-        rows = rows_of(group[0].entry, batch.activations)
-        weights = group[0].sae.W_enc
-        # In their own type, which is smaller; there into that of the weights.
-        x = rows.to(weights.device, non_blocking=True).to(weights.dtype)
-        for trainee in group:
-            train_step(trainee, x, step, trainee.entry.options.auxk_alpha)
+        train_group(group, rows_of(group[0].entry, batch.activations), step)
+
+
+def train_group(group: list[Trainee], rows: Tensor, step: int) -> None:
+    """One update of every SAE that is fed with these rows, in any type, on any device."""
+    weights = group[0].sae.W_enc
+    # In their own type, which is smaller; there into that of the weights.
+    x = rows.to(weights.device, non_blocking=True).to(weights.dtype)
+    for trainee in group:
+        train_step(trainee, x, step, trainee.entry.options.auxk_alpha)
 
 
 def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> None:
@@ -31,7 +35,7 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> 
 
     Nothing here makes the host wait for the device.
     """
-    sae, recipe, shared = trainee.sae, trainee.recipe, trainee.shared
+    sae, recipe, shared, clock = trainee.sae, trainee.recipe, trainee.shared, trainee.clock
     if (k := recipe.k(step)) is not None:
         sae.k = k
     if recipe.begins_update(step):
@@ -44,10 +48,11 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> 
         x = x * trainee.scaling.rows
     dead = trainee.firing.dead() if auxk_alpha > 0 else None
     losses = add_gradient(
-        sae, x, trainee.variance, dead, trainee.objective, step, auxk_alpha, recipe, shared
+        sae, x, trainee.variance, dead, trainee.objective, step, auxk_alpha, recipe, shared, clock
     )
     loss = losses.total(auxk_alpha)
-    finite = trainee.guard.check(loss if shared is None else shared.mean(loss), step)
+    now = step if clock is None else clock
+    finite = trainee.guard.check(loss if shared is None else shared.mean(loss), now)
     if recipe.ends_update(step):
         _update(trainee, step, finite)
     if shared is not None:
@@ -68,7 +73,7 @@ def _update(trainee: Trainee, step: int, finite: Tensor) -> None:
     else:
         norm = _measure(trainee)
         if recipe.grad_clip is not None:
-            finite = trainee.guard.check(norm, step)
+            finite = trainee.guard.check(norm, step if trainee.clock is None else trainee.clock)
         step_if(finite, optimizer, begun)
     if norm is not None:
         trainee.vitals.add_gradient(norm)

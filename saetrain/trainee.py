@@ -55,6 +55,9 @@ class Trainee:
     shared: SharedBatches | None = None
     """With --parallel ddp, the other processes' part of each step."""
 
+    clock: Tensor | None = None
+    """With --cuda-graphs, the number of the step where the device reads it. int64 []"""
+
     def __post_init__(self) -> None:
         """Watch the losses where they are computed."""
         self.guard = Guard(self.sae.W_enc.device)
@@ -66,6 +69,11 @@ class Trainee:
         """Steps after which neither k nor the penalty's weight changes any more."""
         rise = self.objective.warmup if self.objective.sparsity else 0
         return max(self.recipe.k_anneal_steps, rise)
+
+    def repeat(self, rows: int) -> None:
+        """Count, on the host alone, a step of so many rows that the device made by itself."""
+        self.vitals.repeat(rows)
+        self.meter.repeat()
 
     def exported(self) -> dict[str, Tensor]:
         """The weights as they are saved and judged, and thresholds that are no weights."""

@@ -9,6 +9,7 @@ from actcache.stream import ActivationStream, Batch
 from saetrain.crew import Crew
 from saetrain.figures import read_figures, validate
 from saetrain.follow import Follower, plan_of_step
+from saetrain.graphs import steps_as_recorded
 from saetrain.non_finite import rows_told
 from saetrain.peers import PeerGoneError
 from saetrain.run import RunRecord
@@ -59,6 +60,7 @@ def train(
     saving = Saving(root, trainees, tracker, crew, record.options, first_step)
     groups, options = by_hookpoint(trainees), record.options
     done, place = first_step, stream.state_dict()
+    make_step = steps_as_recorded(groups) if options.cuda_graphs else train_batch
 
     def wait(shard: int) -> None:
         waiting(shard)
@@ -82,7 +84,7 @@ def train(
                 crew.stopping.listen()  # not before: while first rows are read, nothing is to save
                 if follower is not None:
                     follower.use(batch)
-                train_batch(groups, batch, step)
+                make_step(groups, batch, step)
                 done, place = step + 1, stream.state_dict()
                 last = done == record.steps or batch.last
                 if done % options.log_every == 0 or last:

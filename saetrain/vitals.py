@@ -50,6 +50,11 @@ class Vitals:
         self._norms += norm
         self._updates += 1
 
+    def repeat(self, rows: int) -> None:
+        """Count, on the host alone, a batch and an update that the device counted by itself."""
+        self._rows += rows
+        self._updates += 1
+
     def read(self) -> dict[str, Any]:
         """The mean norm of the gradient, and start over with it; None if there was no update."""
         mean = float(self._norms) / max(self._updates, 1)

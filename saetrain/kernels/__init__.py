@@ -17,6 +17,7 @@ from saetrain.kernels.encode import (
 from saetrain.kernels.group_max import group_max
 from saetrain.kernels.paths import chosen_path
 from saetrain.kernels.pieces import Pieces, Way
+from saetrain.kernels.reference import adam_numbers
 from saetrain.kernels.shadow import keep_shadow
 from saetrain.kernels.spare import drop_gradient
 from saetrain.kernels.topk import topk
@@ -28,6 +29,7 @@ __all__ = [
     "Pieces",
     "Way",
     "WeightRows",
+    "adam_numbers",
     "adam_update_",
     "autoencode",
     "batch_topk",

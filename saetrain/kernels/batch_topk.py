@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from saetrain.kernels import paths
 from saetrain.kernels.paths import chosen_path, primitives
 from saetrain.kernels.topk import topk
 
@@ -31,7 +32,7 @@ def batch_topk(pre_acts: Tensor, k: int, *, path: str | None = None) -> tuple[Te
     N, M = pre_acts.shape
     if N == 0:
         return topk(pre_acts, k, path=path)
-    if pre_acts.device.type != "cpu":
+    if not paths.host_may_look(pre_acts):
         values, indices = topk(pre_acts, min(_ROOM_ON_DEVICE * k, M), path=path)
         # The cut among what every row holds; it is that of the batch unless a row has no room.
         cut = primitives(path).batch_topk_threshold(values, k * N)

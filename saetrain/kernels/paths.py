@@ -124,6 +124,14 @@ def primitives(path: str) -> Primitives:
     return cast("Primitives", import_module(f"saetrain.kernels.{_MODULES[path]}"))
 
 
+def host_may_look(tensor: Tensor) -> bool:
+    """Whether the host can look at a tensor's numbers without waiting for a device.
+
+    Called by this module's name, so that tests can go a device's ways on a CPU.
+    """
+    return tensor.device.type == "cpu"
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None

@@ -238,7 +238,9 @@ def _spoiled(pre_acts: Tensor, values: Tensor) -> Tensor:
 # `squares`, float32 [rows] of a matrix, is written with the squared norm of each row of the
 # gradient, after that projection; `ok` does not touch it. `shadow`, bfloat16 of the shape of `w`,
 # is written with the new w. Where the flag `ok` (bool, no dimensions, on the device) is false,
-# nothing else changes by a bit; None is true. `grad` may be overwritten.
+# nothing else changes by a bit; None is true. `grad` may be overwritten. `numbers`, float32 on the
+# device, holds what changes from step to step, so that a recorded step (a CUDA graph) reads it
+# anew; where it is given, the arguments that it stands for are not looked at.
 
 
 def signum_update_(
@@ -254,6 +256,7 @@ def signum_update_(
     squares: Tensor | None = None,
     shadow: Tensor | None = None,
     ok: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """One step of schedule-free SignSGD, in place.
 
@@ -268,17 +271,19 @@ def signum_update_(
         lr: learning rate.
         mix: share of the new z in the average x.
         momentum: of the schedule-free scheme.
-        unit: see above; so with `norms`, `squares`, `shadow` and `ok`.
+        unit: see above; so with `norms`, `squares`, `shadow`, `ok` and `numbers`.
         norms: [M].
         squares: [M] float32.
         shadow: as y, bfloat16.
         ok: bool, no dimensions.
+        numbers: lr and mix. [2]
     """
     g = _projected(y, grad, squares, unit)
     wide_y, wide_z = y.to(g.dtype), z.to(g.dtype)
     x = torch.lerp(wide_y, wide_z, 1 - 1 / momentum)
-    new_z = wide_z - lr * g.sign()
-    x = torch.lerp(x, new_z, mix)
+    rate, share = (lr, mix) if numbers is None else numbers.to(g.dtype).unbind()
+    new_z = wide_z - rate * g.sign()
+    x = torch.lerp(x, new_z, share)
     new_y = torch.lerp(x, new_z, 1 - momentum)
     _write(ok, (z, new_z))
     _write_weight(y, new_y, unit, norms, shadow, ok)
@@ -301,6 +306,7 @@ def adam_update_(
     squares: Tensor | None = None,
     shadow: Tensor | None = None,
     ok: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """One step of Adam, with decoupled weight decay (0: none), in place.
 
@@ -318,20 +324,39 @@ def adam_update_(
         eps: added to the root.
         weight_decay: share of w per step and learning rate.
         step: its number, from 1.
-        unit: see above; so with `norms`, `squares`, `shadow` and `ok`.
+        unit: see above; so with `norms`, `squares`, `shadow`, `ok` and `numbers`.
         norms: [M].
         squares: [M] float32.
         shadow: as w, bfloat16.
         ok: bool, no dimensions.
+        numbers: what `adam_numbers` makes of lr, weight_decay, the betas and step. [5]
     """
     g = _projected(w, grad, squares, unit)
-    wide_w = w.to(g.dtype) * (1 - lr * weight_decay)
+    keep, rate, root_v, _, _ = (
+        adam_numbers(lr, weight_decay, beta1, beta2, step)
+        if numbers is None
+        else numbers.to(g.dtype).unbind()
+    )
+    wide_w = w.to(g.dtype) * keep
     new_m = torch.lerp(m.to(g.dtype), g, 1 - beta1)
     new_v = beta2 * v.to(g.dtype) + (1 - beta2) * g * g
-    root = new_v.sqrt() / math.sqrt(1 - beta2**step) + eps
-    new_w = wide_w - lr / (1 - beta1**step) * new_m / root
+    root = new_v.sqrt() / root_v + eps
+    new_w = wide_w - rate * new_m / root
     _write(ok, (m, new_m), (v, new_v))
     _write_weight(w, new_w, unit, norms, shadow, ok)
+
+
+def adam_numbers(
+    lr: float, weight_decay: float, beta1: float, beta2: float, step: int
+) -> tuple[float, float, float, float, float]:
+    """What of a step of Adam changes from step to step, in float64: 1 - beta2 is small.
+
+    Returns:
+        Share of w that stays, lr / (1 - beta1^step), sqrt(1 - beta2^step); and lr and step
+        themselves, which is what torch's own kernel takes.
+    """
+    root_v = math.sqrt(1 - beta2**step)
+    return 1 - lr * weight_decay, lr / (1 - beta1**step), root_v, lr, float(step)
 
 
 def _projected(w: Tensor, grad: Tensor, squares: Tensor | None, unit: bool) -> Tensor:

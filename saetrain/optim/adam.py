@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saetrain.kernels import adam_update_, normalise_rows_
+from saetrain.kernels import adam_numbers, adam_update_, normalise_rows_
 from saetrain.optim.one_pass import OnePass, Parameters
 from saetrain.optim.schedule import Schedule
 
@@ -28,6 +28,8 @@ class Adam(OnePass):
         weight_decay: decoupled, a share of the weights per step and learning rate; None: Adam.
         unit: the matrix whose rows have norm 1, and keep it; None: none.
     """
+
+    NUMBERS = 5
 
     def __init__(
         self,
@@ -55,8 +57,24 @@ class Adam(OnePass):
 
     def masked_step(self, step: int, ok: Tensor) -> Tensor:
         """Update where `ok` is true, else leave weights and state as they are, bit for bit."""
-        self._refused = (~ok).float() + (0.0 if self._refused is None else self._refused)
+        if self._refused is None:
+            self._refused = torch.zeros((), device=ok.device)
+        self._refused += ~ok  # in place: a recorded step must find it again
         return super().masked_step(step, ok)
+
+    def count(self, step: int) -> tuple[float, ...]:
+        """Count a step of all parameters with a gradient; see `saetrain.kernels.adam_numbers`.
+
+        Of all parameters, where the device reads numbers: these are the same for all of them.
+        """
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None or self._on_device is not None:
+                self._steps[name] = self._steps.get(name, 0) + 1
+        steps = set(self._steps.values())
+        assert self._on_device is None or len(steps) == 1
+        lr, decay, (beta1, beta2) = self.learning_rate(step), self._weight_decay, BETAS
+        self._now = {"lr": lr, "weight_decay": decay, "beta1": beta1, "beta2": beta2, "eps": EPS}
+        return adam_numbers(lr, decay, beta1, beta2, max({1, *steps}))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Both moments and the number of steps, by parameter; named as torch's."""
@@ -87,13 +105,6 @@ class Adam(OnePass):
     def weights_to_export(self) -> dict[str, Tensor]:
         """The parameters themselves."""
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
-
-    def _numbers_of(self, step: int) -> dict[str, Any]:
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                self._steps[name] = self._steps.get(name, 0) + 1
-        constants = {"beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS}
-        return {"lr": self.learning_rate(step), "weight_decay": self._weight_decay, **constants}
 
     def _update(
         self, name: str, parameter: torch.nn.Parameter, gradient: Tensor, options: dict[str, Any]

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from saetrain.kernels import paths
+
 
 class Maskable(Protocol):
     """What is asked of an optimiser here."""
@@ -32,7 +34,7 @@ def step_if(ok: Tensor, optimizer: Maskable, step: int) -> Tensor | None:
     Returns:
         What the step gives, see `saetrain.optim.Optimizer`; None if the host knows of none.
     """
-    if ok.device.type != "cpu":
+    if not paths.host_may_look(ok):
         return optimizer.masked_step(step, ok)
     if bool(ok):
         return optimizer.step(step)

@@ -28,9 +28,29 @@ class OnePass:
     """
 
     one_pass = True
+    NUMBERS: int
+    """As many as `count` gives."""
 
     def __init__(self, parameters: Parameters, unit: str | None) -> None:
         self._parameters, self._unit = parameters, unit
+        self._on_device: Tensor | None = None
+        self._now: dict[str, Any] = {}
+        """Options of the updates of the step that was counted last."""
+
+    def read_numbers_from(self, numbers: Tensor) -> None:
+        """Let all steps from now on read there, on the device, what changes from step to step.
+
+        Whoever calls `step` or `masked_step` then calls `count` before, and writes there what it
+        gives. A step that is recorded as a CUDA graph holds no number of its own.
+
+        Args:
+            numbers: float32; what kernels call so, and room behind it. [NUMBERS or more]
+        """
+        self._on_device = numbers[: self.NUMBERS]
+
+    def count(self, step: int) -> tuple[float, ...]:
+        """Count step `step` (from 0) on the host; its numbers that change. [NUMBERS]"""
+        raise NotImplementedError
 
     def step(self, step: int) -> Tensor:
         """Update, and return the norm of the gradient, projected as it is used."""
@@ -50,7 +70,12 @@ class OnePass:
 
     @torch.no_grad()
     def _step(self, step: int, ok: Tensor | None) -> Tensor:
-        now = self._numbers_of(step)
+        numbers = self._on_device
+        if numbers is None:
+            self.count(step)
+        else:  # counted already, of all of them
+            assert all(p.grad is not None for p in self._parameters.values())
+        now = self._now | {"numbers": numbers}
         squares = []
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
@@ -66,10 +91,6 @@ class OnePass:
             squares.append(rows.double())
         self.drop_gradients()
         return total(torch.cat(squares)).sqrt()
-
-    def _numbers_of(self, step: int) -> dict[str, Any]:
-        """All that changes from step to step, and the optimiser's constants beside it."""
-        raise NotImplementedError
 
     def _update(
         self, name: str, parameter: torch.nn.Parameter, gradient: Tensor, options: dict[str, Any]

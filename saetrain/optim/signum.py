@@ -37,6 +37,8 @@ class Signum(OnePass):
         unit: the matrix whose rows have norm 1, and keep it; None: none.
     """
 
+    NUMBERS = 2
+
     def __init__(
         self,
         parameters: Parameters,
@@ -60,6 +62,13 @@ class Signum(OnePass):
         # must not all be 0.
         warming = step < self._schedule.warmup
         return self._lr * self._schedule.factor(step + 1 if warming else step)
+
+    def count(self, step: int) -> tuple[float, ...]:
+        """Count a step; its learning rate, and its share of the average."""
+        lr = self.learning_rate(step)
+        mix = self._count(lr)
+        self._now = {"lr": lr, "mix": mix, "momentum": MOMENTUM}
+        return lr, mix
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The points z, by parameter, and the norms."""
@@ -102,10 +111,6 @@ class Signum(OnePass):
                 y = (y * self._norms.unsqueeze(1)).to(y.dtype)
             exported[name] = torch.lerp(y, z.detach(), 1 - 1 / MOMENTUM)
         return exported
-
-    def _numbers_of(self, step: int) -> dict[str, Any]:
-        lr = self.learning_rate(step)
-        return {"lr": lr, "mix": self._count(lr), "momentum": MOMENTUM}
 
     def _update(
         self, name: str, parameter: torch.nn.Parameter, gradient: Tensor, options: dict[str, Any]

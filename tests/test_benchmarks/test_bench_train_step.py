@@ -1,9 +1,14 @@
 """`benchmarks/bench_train_step.py` runs small, and where nothing is installed but torch."""
 
+import importlib.util
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -22,3 +27,41 @@ def test_the_benchmark_of_the_step_compares_all_sides_and_prints_its_table_last(
         assert float(row[3]) > 0
         assert re.fullmatch(r"\*\*[0-9.]+x\*\*", row[4])
         assert float(row[8]) >= 0
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    file = FOLDER / "bench_train_step.py"
+    spec = importlib.util.spec_from_file_location("bench_train_step", file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_train_step", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_one_graph_is_recorded_before_it_is_timed(bench, monkeypatch):
+    """A CPU has none, so that this is about who is asked for what, and when."""
+    import saetrain.graphs
+
+    log, steps = [], 4
+
+    class Recorder:
+        def __init__(self, device):
+            pass
+
+        def run(self, work):
+            log.append("run")
+            work()
+
+        def record(self, work):
+            log.append("record")
+            return lambda: log.append("replay")
+
+    monkeypatch.setattr(saetrain.graphs, "CudaGraphs", Recorder)
+    device, size = torch.device("cpu"), bench.SMOKE[1]
+    x = bench.rows(*size[:2], device)
+    made = bench.many(bench.setting_of(size, "adam", device), x)
+    lines = bench.compare("8 of them", "adam", x, made, 1.0, steps, time.perf_counter)
+    assert [line[:3] for line in lines] == [["8 of them", "adam", name] for name in made]
+    assert log == ["run"] * (bench.WARM_UP - 1) + ["record"] + ["replay"] * (1 + steps + 1)

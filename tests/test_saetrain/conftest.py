@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -134,3 +135,14 @@ def make_peer(sparsify: ModuleType) -> Callable[..., Any]:
         return sparsify.SparseCoder(d_in, config, **arguments)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tape() -> Any:
+    """`tape.py` beside this file: what stands in for CUDA graphs on a CPU."""
+    spec = importlib.util.spec_from_file_location("tape", Path(__file__).with_name("tape.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

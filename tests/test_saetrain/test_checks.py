@@ -115,6 +115,16 @@ IMPOSSIBLE = [
     ),
     ({"activation": "groupmax", "chunk_latents": 64}, r"--chunk-latents is for(.|\n)*groupmax"),
     ({"compile": True}, r"--compile is for --activation jumprelu and gated(.|\n)*topk"),
+    ({"cuda_graphs": True, "device": "cpu"}, r"--cuda-graphs needs a CUDA device(.|\n)*leave it"),
+    ({"cuda_graphs": True, "device": "mps:0"}, r"--cuda-graphs needs a CUDA device(.|\n)*mps:0"),
+    ({"cuda_graphs": True, "optimizer": "muon"}, r"--cuda-graphs(.|\n)*signum \| adam \| adamw"),
+    ({"cuda_graphs": True, "optimizer": "adam8bit"}, r"--cuda-graphs records updates of one pass"),
+    (
+        {"cuda_graphs": True, "saes": (SaeOptions(), SaeOptions(optimizer="muon"))},
+        r"--cuda-graphs records updates of one pass(.|\n)*muon",
+    ),
+    ({"cuda_graphs": True, "grad_acc_steps": 2}, r"--cuda-graphs(.|\n)*--grad-acc-steps 1"),
+    ({"cuda_graphs": True, "parallel": "ddp"}, r"--cuda-graphs(.|\n)*--parallel modules"),
     ({"transcode": True, "decoder_norm": "fold"}, r"begin at zero(.|\n)*rows are free"),
     (
         {

@@ -95,7 +95,8 @@ def test_every_option_of_the_command_line_may_stand_in_a_file(
     penalised = {"sparsity": 0.25, "threshold": 0.25, "bandwidth": 0.25}
     penalised |= {"sparsity_warmup_steps": 3}
     no_k = {"k_anneal_steps", "k_start", "chunk_latents"}
-    lacking = {"topk": {*penalised, "compile"}, "jumprelu": no_k}[activation]
+    # Graphs have no part in an update of 3 batches, nor in --parallel ddp.
+    lacking = {"topk": {*penalised, "compile"}, "jumprelu": no_k}[activation] | {"cuda_graphs"}
     values |= penalised
     # pool_rows says the same as --buffer-bytes
     values = {name: v for name, v in values.items() if name not in {"pool_rows", *lacking}}
@@ -112,6 +113,11 @@ def test_every_option_of_the_command_line_may_stand_in_a_file(
     expected = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     assert config == FitConfig(**expected)
     assert all(getattr(config, name) == value for name, value in expected.items())
+
+
+def test_so_may_graphs_which_do_not_go_with_all_of_them(tmp_path: Path) -> None:
+    text = "cache = 'a'\nout = 'b'\ncuda-graphs = true\n"
+    assert make_config(read_options(written(tmp_path, text, ".toml"))).cuda_graphs
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,8 @@ def test_a_list_of_fixed_length_holds_the_dead_first_and_gives_all_their_turn() 
     dead, seen = dead_mask(*range(0, M, 2)), set()
     for step in range(M // 3 + 1):
         listed = list_dead_in(dead, 3, step)
+        same = list_dead_in(dead, 3, torch.tensor(step))  # as a recorded step reads it
+        assert torch.equal(listed.indices, same.indices)
         assert listed.listed is not None
         assert listed.listed.all()
         assert int(listed.number) == M // 2

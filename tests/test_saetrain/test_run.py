@@ -168,6 +168,7 @@ BINDING = {
     "micro_batch_size": 16,
     "chunk_latents": 40,
     "compile": True,
+    "cuda_graphs": True,
     "autocast": True,
     "weights_dtype": "bfloat16",
     "decoder_norm": "fold",
@@ -222,6 +223,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "bandwidth": {"activation": "jumprelu"},
     "skip_connection": {"transcode": True},
     "compile": {"activation": "gated"},
+    "cuda_graphs": {"device": "auto"},
 }
 """Options that are refused without others."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from saetrain.kernels import paths
 from saetrain.kernels.pairs import SortedPairs, sort_pairs
 from saetrain.kernels.pieces import Bags
 from saetrain.kernels.spare import spare
@@ -83,7 +84,7 @@ def scatter_outer(
     pairs = sort_pairs(indices, num_latents) if pairs is None else pairs
     pairs = pairs._replace(token=_rows(pairs, bags))
     acts, dY = acts.reshape(-1)[pairs.order], dY.contiguous()  # [N*K]
-    if dY.device.type != "cpu":
+    if not paths.host_may_look(dY):
         return _bags(dY, pairs.token, pairs.offsets, acts)
     # Seen from a latent this is a bag too: of the tokens that it fired on. Some latents at a time,
     # which the processor's cache holds, and then into memory that is used again.

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saetrain.kernels import paths
+
 _BYTES = 1 << 20
 """Of each tensor at once, for each thread of a CPU: more, and it leaves the thread's cache; less,
 and threads wait more for each other."""
@@ -30,6 +32,7 @@ def signum_update_(
     squares: Tensor | None = None,
     shadow: Tensor | None = None,
     ok: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """One step of schedule-free SignSGD; see `saetrain.kernels.reference`."""
     go = _goes(ok)
@@ -39,10 +42,13 @@ def signum_update_(
             continue
         kept = _kept(ok, (y, z, norms, shadow), part)
         of_y, of_z = y[part], z[part]
-        of_y.lerp_(of_z, 1 - 1 / momentum)  # the average
-        of_z.add_(g.sign_(), alpha=-lr)
-        of_y.lerp_(of_z, mix)
-        of_y.lerp_(of_z, 1 - momentum)
+        if numbers is None:
+            of_y.lerp_(of_z, 1 - 1 / momentum)  # the average
+            of_z.add_(g.sign_(), alpha=-lr)
+            of_y.lerp_(of_z, mix)
+            of_y.lerp_(of_z, 1 - momentum)
+        else:
+            _sign_step(of_y, of_z, g, momentum, numbers)
         _finish(y, part, unit, norms, shadow)
         _put_back(ok, kept)
 
@@ -65,6 +71,7 @@ def adam_update_(
     squares: Tensor | None = None,
     shadow: Tensor | None = None,
     ok: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """One step of Adam, decoupled weight decay; see `saetrain.kernels.reference`."""
     go = _goes(ok)
@@ -73,7 +80,11 @@ def adam_update_(
         if not go:
             continue
         kept = _kept(ok, (w, m, v, norms, shadow), part)
-        count = torch.full((), float(step), device=w.device)  # no copy from the host
+        if numbers is None:
+            rate: float | Tensor = lr
+            count = torch.full((), float(step), device=w.device)  # no copy from the host
+        else:
+            rate, count = numbers[3], numbers[4]
         torch._fused_adamw_(
             [w[part]],
             [g],
@@ -81,7 +92,7 @@ def adam_update_(
             [v[part]],
             [],
             [count],
-            lr=lr,
+            lr=rate,
             beta1=beta1,
             beta2=beta2,
             weight_decay=weight_decay,
@@ -91,6 +102,21 @@ def adam_update_(
         )
         _finish(w, part, unit, norms, shadow)
         _put_back(ok, kept)
+
+
+def _sign_step(y: Tensor, z: Tensor, g: Tensor, momentum: float, numbers: Tensor) -> None:
+    """A step of signum at the rate and with the share that lie on the device; `g` is overwritten.
+
+    A tensor beside one in bfloat16 would be rounded to that, so all is done in float32 here.
+    """
+    wide_y, wide_z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y, z))
+    lr, mix = numbers.to(wide_y.dtype).unbind()
+    wide_y.lerp_(wide_z, 1 - 1 / momentum)
+    wide_z.sub_(g.sign_().to(wide_z.dtype) * lr)
+    wide_y.lerp_(wide_z, mix)
+    wide_y.lerp_(wide_z, 1 - momentum)
+    y.copy_(wide_y)  # nothing, where they are the same
+    z.copy_(wide_z)
 
 
 def normalise_rows_(w: Tensor, norms: Tensor | None = None) -> None:
@@ -144,14 +170,14 @@ def _finish(
 
 def _goes(ok: Tensor | None) -> bool:
     """False where the host knows, without waiting, that nothing is to change."""
-    return ok is None or ok.device.type != "cpu" or bool(ok)
+    return ok is None or not paths.host_may_look(ok) or bool(ok)
 
 
 def _kept(
     ok: Tensor | None, tensors: tuple[Tensor | None, ...], part: slice
 ) -> list[tuple[Tensor, Tensor]]:
     """What a flag on a device may ask back: each part and a copy of it."""
-    if ok is None or ok.device.type == "cpu":
+    if ok is None or paths.host_may_look(ok):
         return []
     return [(t[part], t[part].clone()) for t in tensors if t is not None]
 

@@ -17,8 +17,6 @@ Letters: M rows, D columns.
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -65,6 +63,7 @@ def update_kernel(
     squares,  # [M] float32, or None
     shadow,  # [M, D] bfloat16, or None
     ok,  # bool, or None
+    numbers,  # float32 [2] of signum, [5] of Adam; None: they are among a to g
     count,  # M*D
     D,
     a,  # of the optimiser: see its launcher
@@ -81,6 +80,13 @@ def update_kernel(
 ):
     """One program per row."""
     row = tl.program_id(0).to(tl.int64)
+    if numbers is not None:
+        a = tl.load(numbers)
+        if second is None:
+            c = tl.load(numbers + 1)
+        else:
+            b = tl.load(numbers + 1)
+            f = tl.load(numbers + 2)
     written = count  # elements that may be
     if ok is not None:
         written = tl.where(tl.load(ok) != 0, count, 0)
@@ -152,6 +158,7 @@ def signum_update_(
     squares: Tensor | None = None,
     shadow: Tensor | None = None,
     ok: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """One step of schedule-free SignSGD, in place; see `saetrain.kernels.reference`."""
     if y.dtype == torch.float64:
@@ -167,10 +174,11 @@ def signum_update_(
             squares=squares,
             shadow=shadow,
             ok=ok,
+            numbers=numbers,
         )
         return
-    numbers = (lr, 1 - 1 / momentum, mix, 1 - momentum, 0.0, 0.0, 0.0)
-    _launch((y, z, None, grad), numbers, unit, (norms, squares, shadow, ok))
+    scalars = (lr, 1 - 1 / momentum, mix, 1 - momentum, 0.0, 0.0, 0.0)
+    _launch((y, z, None, grad), scalars, unit, (norms, squares, shadow, ok, numbers))
 
 
 def adam_update_(
@@ -190,6 +198,7 @@ def adam_update_(
     squares: Tensor | None = None,
     shadow: Tensor | None = None,
     ok: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """One step of Adam, in place; see `saetrain.kernels.reference`."""
     if w.dtype == torch.float64:
@@ -209,32 +218,31 @@ def adam_update_(
             squares=squares,
             shadow=shadow,
             ok=ok,
+            numbers=numbers,
         )
         return
-    # In float64 here: 1 - beta2 loses digits in float32.
-    rate = lr / (1 - beta1**step)
-    root_v = math.sqrt(1 - beta2**step)
-    numbers = (1 - lr * weight_decay, rate, 1 - beta1, beta2, 1 - beta2, root_v, eps)
-    _launch((w, m, v, grad), numbers, unit, (norms, squares, shadow, ok))
+    keep, rate, root_v, _, _ = reference.adam_numbers(lr, weight_decay, beta1, beta2, step)
+    scalars = (keep, rate, 1 - beta1, beta2, 1 - beta2, root_v, eps)
+    _launch((w, m, v, grad), scalars, unit, (norms, squares, shadow, ok, numbers))
 
 
 def _launch(
     matrices: tuple[Tensor, Tensor, Tensor | None, Tensor],
-    numbers: tuple[float, ...],
+    scalars: tuple[float, ...],
     unit: bool,
-    options: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    options: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
-    """`matrices`: weight, state, second state, gradient; `options`: norms, squares, shadow, ok.
+    """`matrices`: weight, states, gradient; `options`: norms, squares, shadow, ok, numbers.
 
-    All but the gradient must be contiguous: they are written.
+    All but the gradient must be contiguous: they are written, and `numbers` is walked along.
     """
     w, first, second, grad = matrices
-    norms, squares, shadow, ok = options
+    norms, squares, shadow, ok, numbers = options
     count = w.numel()
     if count == 0:
         return
-    for written in (w, first, second, norms, squares, shadow):
-        assert written is None or written.is_contiguous()
+    for tensor in (w, first, second, norms, squares, shadow, numbers):
+        assert tensor is None or tensor.is_contiguous()
     by_rows = unit or squares is not None
     rows = w.shape[0] if by_rows else triton.cdiv(count, FLAT)
     width = count // rows if by_rows else FLAT
@@ -250,9 +258,10 @@ def _launch(
             squares,
             shadow,
             ok,
+            numbers,
             count,
             width,
-            *numbers,
+            *scalars,
             torch.finfo(w.dtype).eps,
             UNIT=unit,
             PASSES=passes,

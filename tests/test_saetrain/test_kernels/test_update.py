@@ -87,6 +87,33 @@ def test_where_the_flag_is_false_only_the_gradients_norms_are_written(ops, kind,
     assert found["squares"].isnan().sum() == 1
 
 
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize(("kind", "states"), KINDS)
+@pytest.mark.parametrize("ops", [reference, update], ids=["reference", "torch"])
+@pytest.mark.parametrize("ok", [None, True])
+@pytest.mark.usefixtures("parts")
+def test_numbers_on_the_device_stand_for_those_that_are_told(ops, kind, states, unit, number, ok):
+    """What is told besides is not looked at."""
+    ok = None if ok is None else torch.tensor(ok)
+    told = [SIGNUM["lr"], SIGNUM["mix"]]
+    if kind == "adam":
+        given = (ADAM[name] for name in ("lr", "weight_decay", "beta1", "beta2", "step"))
+        told = reference.adam_numbers(*given)
+    wrong = {"lr": 9.0, "mix": 0.9} if kind == "signum" else {"lr": 9.0, "step": 100}
+    options = SIGNUM if kind == "signum" else ADAM
+    ours, truth = problem(states, dtype=number), problem(states, dtype=number)
+    got, want = outputs((37, 19), torch.float32), outputs((37, 19), torch.float32)
+    function = getattr(ops, f"{kind}_update_")
+    numbers = torch.tensor(told, dtype=torch.float32)
+    function(*ours, **options | wrong, unit=unit, ok=ok, numbers=numbers, **got)
+    call(kind, reference, truth, unit=unit, ok=ok, **want)
+    near = 2**-5 if number == torch.bfloat16 else 1e-6  # torch's path projects in bfloat16
+    for mine, theirs in zip(ours[:-1], truth[:-1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=near, atol=near)
+    torch.testing.assert_close(got["squares"], want["squares"], rtol=max(near, 1e-5), atol=0)
+
+
 @pytest.mark.parametrize(("kind", "states"), KINDS)
 def test_a_vector_is_updated_too(kind, states):
     ours, truth = problem(states, (23,)), problem(states, (23,), torch.float64)

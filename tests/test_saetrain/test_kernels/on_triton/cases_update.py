@@ -89,6 +89,47 @@ def test_rows_stay_at_unit_norm_and_a_gradient_along_them_does_nothing(optimizer
     assert bool((squares < 1e-10).all())
 
 
+def on_device(optimizer, device):
+    """What changes from step to step, as a recorded step reads it; and the same said wrong."""
+    if optimizer == "signum":
+        told, wrong = [SIGNUM["lr"], SIGNUM["mix"]], {"lr": 9.0, "mix": 0.9}
+    else:
+        given = (ADAM[name] for name in ("lr", "weight_decay", "beta1", "beta2", "step"))
+        told, wrong = reference.adam_numbers(*given), {"lr": 9.0, "step": 100}
+    return torch.tensor(told, dtype=torch.float32, device=device), wrong
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("unit", [True, False])
+def test_numbers_on_the_device_give_the_bits_of_numbers_that_are_told(
+    optimizer, of, shape, unit, device, monkeypatch
+):
+    """Rounded to float32 in both cases; what is told besides is not looked at."""
+    numbers, wrong = on_device(optimizer, device)
+    results = []
+    for given in (None, numbers):
+        if given is not None:
+            for name, number in wrong.items():
+                monkeypatch.setitem(SIGNUM if optimizer == "signum" else ADAM, name, number)
+        options = beside(shape, device)
+        tensors = make(shape, of, device)
+        tensors = step(on_triton, optimizer, tensors, unit=unit, numbers=given, **options)
+        results.append([*tensors, *options.values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+def test_float64_takes_the_reference_with_numbers_too(optimizer, device):
+    numbers, _ = on_device(optimizer, device)
+    same = {"unit": True, "numbers": numbers}
+    got = step(on_triton, optimizer, make((3, 8), torch.float64, device), **same)
+    want = step(reference, optimizer, make((3, 8), torch.float64, device), **same)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
 @pytest.mark.parametrize("shape", [(1,), (2500,), (3, 4, 5)], ids=str)
 def test_a_bias_of_any_shape_is_updated_by_elements(optimizer, shape, device):

@@ -190,6 +190,10 @@ class Step(NamedTuple):
             more = {"unit": unit, "squares": squares, "shadow": shadow}
             ops.signum_update_(*state[:3], **signum, **more, norms=squares.clone())
             ops.adam_update_(*state, **adam, **more, step=2, ok=self.ok)
+            # As a step is recorded.
+            numbers = torch.empty(5, device=self.W.device)
+            ops.signum_update_(*state[:3], **signum, **more, norms=squares, numbers=numbers)
+            ops.adam_update_(*state, **adam, **more, step=2, ok=self.ok, numbers=numbers)
         ops.signum_update_(*bias[:3], **signum, unit=False)
         ops.adam_update_(*bias, **adam, step=2, unit=False)
 

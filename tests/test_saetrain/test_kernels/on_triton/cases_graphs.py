@@ -1,0 +1,99 @@
+"""Steps by Triton's kernels, recorded and replayed. N tokens, D d_in, M num_latents, K k.
+
+On a GPU by CUDA's graphs. In the interpreter by a tape, on which launches are noted with their
+arguments, as a graph has them: a number that the host gave stays what it was.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from saetrain.build import build_sae
+from saetrain.config import SaeConfig, SaeOptions
+from saetrain.graphs import CudaGraphs, RecordedSteps
+from saetrain.kernels import paths, product
+from saetrain.kernels.shadow import shadow_of
+from saetrain.metrics import Firing, Meter
+from saetrain.objective import objective_of
+from saetrain.optim import Schedule, make_optimizer
+from saetrain.recipe import Recipe
+from saetrain.run import SaeEntry
+from saetrain.step import train_batch
+from saetrain.trainee import Trainee
+
+N, D, M, K, STEPS = 6, 8, 12, 2, 7
+KINDS = [  # each is slow to interpret
+    ("signum", True, {}),
+    ("adam", True, {"activation": "batchtopk"}),
+    ("adam", False, {"matryoshka": (5,)}),
+]
+
+
+def make(optimizer, device, autocast, **kind):
+    config, where = SaeConfig(D, M, K, **kind), torch.device(device)
+    sae = build_sae(config, device=device)
+    schedule, objective = Schedule("linear", 2, STEPS + 3), objective_of(config, 0)
+    return Trainee(
+        SaeEntry("x", config, 0.01, 0, options=SaeOptions(auxk_alpha=0.1)),
+        sae,
+        make_optimizer(optimizer, sae, 0.01, 0, STEPS, schedule=schedule),
+        Firing(M, 2 * N, where),
+        Meter(where, objective.names),
+        1.0,
+        objective,
+        Recipe(autocast=autocast),
+    )
+
+
+@pytest.fixture
+def recorder(device, tape, monkeypatch):
+    if device == "cuda":
+        return CudaGraphs(torch.device(device))
+    from triton.runtime.interpreter import InterpretedFunction
+
+    made, real = tape.TapeRecorder(), InterpretedFunction.run
+
+    def noted(function, *args, **kwargs):
+        # A kernel is given float32; the interpreter lets it have what Python has.
+        args = [float(np.float32(a)) if isinstance(a, float) else a for a in args]
+        if made.tape is None:
+            return real(function, *args, **kwargs)
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        return made.tape.note(lambda: real(function, *args, **kwargs), tensors)
+
+    monkeypatch.setattr(InterpretedFunction, "run", noted)
+    monkeypatch.setattr(paths, "host_may_look", lambda _: False)
+    monkeypatch.setattr(product, "by_onednn", lambda *_: False)
+    return made
+
+
+def bits(trainee):
+    tensors, numbers = trainee.state()
+    tensors = {**tensors, "bad": trainee.guard._first_bad}
+    if (copy := shadow_of(trainee.sae.W_enc)) is not None:
+        tensors["copy"] = copy
+    return {name: t.detach().clone() for name, t in tensors.items()}, numbers
+
+
+@pytest.mark.parametrize(("optimizer", "autocast", "kind"), KINDS, ids=str)
+def test_recorded_steps_have_the_bits_of_steps_that_nobody_records(
+    optimizer, autocast, kind, device, recorder
+):
+    """Numbers that lie on the device are the float32 that Triton makes of those it is told."""
+    plain, recorded = (make(optimizer, device, autocast, **kind) for _ in range(2))
+    steps = RecordedSteps({"x": [recorded]}, recorder, warm_up=1)
+    rows = torch.randn(STEPS, N, D, generator=torch.Generator().manual_seed(0))
+    rows[-2, 3, 4] = torch.nan
+    for step, x in enumerate(rows.to(device)):
+        batch = SimpleNamespace(activations={"x": x})
+        train_batch({"x": [plain]}, batch, step)
+        steps.make(batch, step)
+        (want, numbers), (got, same) = bits(plain), bits(recorded)
+        assert numbers == same
+        differing = [n for n in want if not torch.equal(want[n].cpu(), got[n].cpu())]
+        # Not a number is not equal to itself.
+        assert set(differing) <= ({"meter", "vitals.norms"} if step >= STEPS - 2 else set()), step
+    assert recorded.guard.first_bad() == STEPS - 2
+    assert steps._replay is not None  # since step 2

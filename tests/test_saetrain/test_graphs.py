@@ -116,6 +116,19 @@ def bits(trainee: Trainee) -> dict[str, bytes]:
     return as_bytes | {"numbers": repr(sorted(numbers.items())).encode()}
 
 
+def in_step(eager: list[Trainee], recorded: list[Trainee], rows: Tensor, tape: Any) -> Any:
+    """Make all steps of both, which agree after each; the recorder, and when it first had one."""
+    recorder, since = tape.TapeRecorder(), None
+    both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
+    for step, batch in enumerate(rows[:STEPS]):
+        for steps in both:
+            steps.make(batch_of(batch), step)
+        assert differing(eager, recorded) == [], step
+        if since is None and recorder.recorded:
+            since = step
+    return recorder, since
+
+
 def differing(some: list[Trainee], others: list[Trainee]) -> list[str]:
     pairs = [(bits(a), bits(b)) for a, b in zip(some, others, strict=True)]
     assert all(a.keys() == b.keys() for a, b in pairs)
@@ -153,13 +166,7 @@ def test_replays_of_one_recorded_step_leave_the_bits_of_steps_that_are_made(
     if optimizer == "signum" and "clipped" in kind:
         pytest.skip("signs have no length")
     eager, recorded = ([make(optimizer, **KINDS[kind])] for _ in range(2))
-    recorder = tape.TapeRecorder()
-    as_they_are = steps_of(eager, tape.TapeRecorder(), NEVER)
-    replayed = steps_of(recorded, recorder)
-    for step, rows in enumerate(batches(torch.bfloat16)[:STEPS]):
-        as_they_are.make(batch_of(rows), step)
-        replayed.make(batch_of(rows), step)
-        assert differing(eager, recorded) == [], step
+    recorder, _ = in_step(eager, recorded, batches(torch.bfloat16), tape)
     assert (recorder.recorded, recorder.replayed) == (1, STEPS - 1 - WARM_UP)
     assert recorded[0].guard.first_bad() is None
     if kind == "auxk":
@@ -276,13 +283,8 @@ def test_nothing_is_recorded_before_k_has_settled(
 ) -> None:
     anneals = {"k_start": 9, "k_end": K, "k_anneal_steps": 5}
     eager, recorded = ([make(activation=activation, recipe=anneals)] for _ in range(2))
-    recorder = tape.TapeRecorder()
-    both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
-    for step, rows in enumerate(batches(torch.float32)[:STEPS]):
-        for steps in both:
-            steps.make(batch_of(rows), step)
-        assert differing(eager, recorded) == [], step
-        assert recorder.recorded == (step > 5 + WARM_UP)
+    _, since = in_step(eager, recorded, batches(torch.float32), tape)
+    assert since == 5 + 1 + WARM_UP
     assert recorded[0].sae.k == K
 
 
@@ -291,13 +293,8 @@ def test_nothing_is_recorded_while_a_penalty_rises(
     batches: Callable[[torch.dtype], Tensor], tape: Any
 ) -> None:
     eager, recorded = ([make("adam", warmup=4, **KINDS["jumprelu"])] for _ in range(2))
-    recorder = tape.TapeRecorder()
-    both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
-    for step, rows in enumerate(batches(torch.float32)[:STEPS]):
-        for steps in both:
-            steps.make(batch_of(rows), step)
-        assert differing(eager, recorded) == [], step
-        assert recorder.recorded == (step > 4 + WARM_UP)
+    _, since = in_step(eager, recorded, batches(torch.float32), tape)
+    assert since == 4 + 1 + WARM_UP
 
 
 GRID: list[dict[str, Any]] = [
@@ -315,12 +312,7 @@ def test_all_saes_of_a_process_are_one_recording_which_the_slowest_to_settle_beg
     for trainees in (eager, recorded):
         recipe = Recipe(k_start=8, k_end=K, k_anneal_steps=3)
         trainees[1].recipe = recipe
-    recorder = tape.TapeRecorder()
-    both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
-    for step, rows in enumerate(batches(torch.bfloat16)[:STEPS]):
-        for steps in both:
-            steps.make(batch_of(rows), step)
-        assert differing(eager, recorded) == [], step
+    recorder, _ = in_step(eager, recorded, batches(torch.bfloat16), tape)
     assert (recorder.recorded, recorder.replayed) == (1, STEPS - 4 - WARM_UP)
 
 

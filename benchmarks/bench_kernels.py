@@ -8,6 +8,7 @@ rows; contenders take turns. "floor" is the larger of operations over the rate o
 and bytes over the rate of a large copy, both measured in the same run; of the step, the sum of its
 stages'. GB are what a step takes beyond what it holds between steps.
 Latents fire uniformly, or (zipf) in proportion to 1 / rank: a few at nearly every token.
+On CUDA rows and both weights' copies are bfloat16; what `saetrain fit` does is bench_train_step's.
 Needs torch, triton on CUDA, and sparsify for its columns; runs from a plain checkout.
 Letters: N tokens, D d_in, M num_latents, K k.
 """

@@ -5,7 +5,8 @@
 All train from the same start on the same rows with the same optimiser: forward, backward, update,
 unit norm, dead-latent counts; ours is what `saetrain fit` does. Weights are float32; on CUDA our
 product is TF32, while sparsify's forward pass is bfloat16 by its own autocast. "ours, bfloat16" has
---autocast; "dense" is SAELens's way, top-k acts in a dense matrix and autograd, in our trainer.
+--autocast; "dense" is SAELens's way, top-k acts in a dense matrix and autograd, in our trainer, on
+CUDA in bfloat16. AuxK is on, and no latent dead yet.
 Contenders take turns, so that a slow minute of the machine meets all of them. Milliseconds are the
 clock's; with --threads 1, on a CPU, the thread's own, which other programs on the machine do not
 change. On CUDA, "one graph" is --cuda-graphs: the whole step recorded once and replayed, and so are

@@ -95,7 +95,8 @@ def ours(
 ) -> Contender:
     """Our step. b_dec begins at `mean` [D]; the loss divides by `variance`."""
     trainee = _trainee(setting, mean, variance, autocast, sae_type)
-    return lambda x, step: train_step(trainee, x, step, 0.0), lambda: _exported(trainee)
+    # AuxK as by default; no latent is dead before 10 million rows.
+    return lambda x, step: train_step(trainee, x, step, 1 / 32), lambda: _exported(trainee)
 
 
 def ours_together(
@@ -287,8 +288,8 @@ def dense(setting: Setting, mean: Tensor, variance: float) -> Contender:
 
     All else, the start and the optimiser included, is ours, so that this is about the step alone.
     """
-    step, finish = ours(setting, mean, variance, sae_type=_DenseSae)
-    return step, finish
+    on_cuda = setting.device.type == "cuda"
+    return ours(setting, mean, variance, autocast=on_cuda, sae_type=_DenseSae)
 
 
 class _DenseSae(Sae):

@@ -395,9 +395,10 @@ class FitConfig(SaeOptions):
     """With --resume, go on under other options than the run has had: lr, lr-schedule,
     lr-warmup-steps, lr-decay-steps, lr-end, weight-decay, grad-clip, decoder-norm, k-anneal-steps,
     k-start, auxk-alpha, sparsity, sparsity-warmup-steps, dead-after, epochs and max-tokens (not
-    with --follow), micro-batch-size, cuda-graphs, autocast, val-every, val-rows, save-best,
-    log-every. They hold from the last checkpoint on, and run.json tells it. What changes the SAEs'
-    names, shapes or optimisers, or the order of rows, is refused, and so is another cache."""
+    with --follow), micro-batch-size, chunk-latents, compile, cuda-graphs, autocast, val-every,
+    val-rows, save-best, log-every. They hold from the last checkpoint on, and run.json tells it.
+    What changes the SAEs' names, shapes or optimisers, or the order of rows, is refused, and so is
+    another cache."""
 
     block_cache: str | None = None
     """With a URL: folder for blocks that were fetched. Default: $ACTCACHE_BLOCK_CACHE, or

@@ -22,10 +22,10 @@ from saetrain.checks import PENALISED
 from saetrain.follow import has_ended, held_out_shards, read_used
 from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
 from saetrain.inputs import rows_of
-from saetrain.losses import total
 from saetrain.metrics import fired
 from saetrain.run import RunRecord, SaeEntry, check_same_cache, read_run
 from saetrain.sae import Sae
+from saetrain.sums import total
 from saetrain.tracking import METRICS, TIMINGS, last_line, number_of, saes_of
 
 EVALUATION = "eval.json"

@@ -33,6 +33,8 @@ FORCEABLE = frozenset(
         "epochs",
         "max_tokens",
         "micro_batch_size",
+        "chunk_latents",
+        "compile",
         "cuda_graphs",
         "autocast",
         "val_every",

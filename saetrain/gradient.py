@@ -18,10 +18,11 @@ from saetrain.activations import TopK
 from saetrain.activations.compiled import missing_compiler
 from saetrain.decoder_norm import folded_losses
 from saetrain.kernels import keep_shadow
-from saetrain.losses import Losses, Term, compute_losses, total
+from saetrain.losses import Losses, Term, compute_losses
 from saetrain.objective import Objective
 from saetrain.recipe import Recipe
 from saetrain.sae import Sae, SaeOutput
+from saetrain.sums import total
 
 if TYPE_CHECKING:
     from saetrain.shared_batches import SharedBatches

@@ -8,8 +8,9 @@ What is replayed are the same kernels with the same arguments on the same memory
 changes from step to step must lie in memory that stays: rows, weights, state, sums, and the numbers
 that the host computes for each step, which are few (`_Numbers`). They are written there before each
 replay, as arguments of launches: nothing waits, and there is no memory of the host that it could
-overwrite too soon. What else the host decides, such as k, must have settled before. What it counts,
-it counts for each replay.
+overwrite too soon. What else the host decides, such as k, must have settled before; from when on
+latents may be dead, and AuxK begins, another step is recorded. What the host counts, it counts for
+each replay.
 
 All steps of such a run, recorded or not, read their numbers there, so that when a step was recorded
 touches no result: neither where a run was interrupted nor how long it warmed up.
@@ -112,6 +113,8 @@ class RecordedSteps:
         self._settled_at = max(trainee.settled_at for trainee in self._trainees)
         self._rows: dict[str, Tensor] = {}
         """Of the batch, where recorded work reads them, by group. Each [N, D]"""
+        self._learning: tuple[bool, ...] = ()
+        """Which SAEs had dead latents to learn from in the last step, as far as the host knows."""
         self._warmed = 0
         self._replay: Work | None = None
 
@@ -124,7 +127,11 @@ class RecordedSteps:
         self._numbers.write(step)
         if not self._take(batch):
             train_batch(self._groups, batch, step)
-        elif self._replay is not None:
+            return
+        learning = tuple(self._learns(trainee, step) for trainee in self._trainees)
+        if learning != self._learning:  # another step from now on
+            self._learning, self._warmed, self._replay = learning, 0, None
+        if self._replay is not None:
             self._make_again()
         elif self._warmed < self._warm_up:
             self._recorder.run(lambda: self._make_all(step))
@@ -145,6 +152,10 @@ class RecordedSteps:
                 return False
             kept.copy_(rows, non_blocking=True)
         return True
+
+    def _learns(self, trainee: Trainee, step: int) -> bool:
+        rows = len(self._rows[trainee.entry.hookpoint])
+        return trainee.learns_from_dead(step, rows, trainee.entry.options.auxk_alpha)
 
     def _make_all(self, step: int) -> None:
         for name, group in self._groups.items():

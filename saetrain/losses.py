@@ -25,11 +25,19 @@ import torch
 from torch import Tensor
 
 from saetrain.activations import Latents, TopK
-from saetrain.kernels import Pieces, WeightRows, dense_decode, dense_encode, paths, sparse_decode
+from saetrain.kernels import (
+    Pieces,
+    WeightRows,
+    dense_decode,
+    dense_encode,
+    paths,
+    sparse_decode,
+    topk,
+)
 from saetrain.objective import PLAIN, Objective, Part
 from saetrain.sae import Sae, SaeOutput
+from saetrain.sums import total
 
-_CHUNK = 4096
 _MULTI = 4  # times k latents
 _ROOM = 8  # times k_aux dead latents
 _MULTI_WEIGHT = 1 / 8
@@ -62,15 +70,6 @@ class Losses(NamedTuple):
             if term.weight:
                 loss = loss + term.weight * term.value
         return loss
-
-
-def total(values: Tensor) -> Tensor:
-    """Sum of a vector [N] whose bits do not depend on the number of threads.
-
-    A sum over everything is split among threads once it is long enough; sums of at most 4,096
-    numbers are not.
-    """
-    return torch.stack([chunk.sum() for chunk in torch.split(values, _CHUNK)]).sum()
 
 
 def compute_losses(
@@ -182,8 +181,13 @@ def auxk_loss(
     pre_acts = torch.relu(dense_encode(x, W_enc, b_enc, sae.subtracted))  # [N, A]
     if dead.listed is not None:
         pre_acts = torch.where(dead.listed, pre_acts, 0)
-    top_acts, top = pre_acts.topk(min(k_aux, len(indices)), dim=1, sorted=False)
-    predicted = sparse_decode(top_acts, top, W_dec)  # [N, E]
+    top = topk(pre_acts.detach(), min(k_aux, len(indices)))[1]  # [N, k_aux]
+    top_acts = pre_acts.gather(1, top)
+    if len(indices) <= _ROOM * k_aux:  # so many of them that products take less time
+        acts = torch.zeros_like(pre_acts).scatter(1, top, top_acts)  # [N, A]
+        predicted = dense_decode(acts, W_dec, torch.zeros_like(residual[0]))  # [N, E]
+    else:
+        predicted = sparse_decode(top_acts, top, W_dec)
     error = _fvus(predicted - residual, parts)
     if isinstance(dead.number, int):
         return _mean([min(1.0, dead.number / k_aux) * of_part for of_part in error])
@@ -236,10 +240,13 @@ def _dense_matryoshka(
     top_acts, _, pre_acts = sae.encode(x)
     so_far: Tensor = sae.b_dec if sae.W_skip is None else sae.b_dec + x @ sae.W_skip.T
     terms = []
-    for low, high in pairwise((0, *prefixes, sae.num_latents)):
-        so_far = dense_decode(top_acts[:, low:high], sae.W_dec[low:high], so_far)
-        if high < sae.num_latents:
-            terms.append(Term(_mean(_fvus(y - so_far, parts)), 1.0))
+    widths = [high - low for low, high in pairwise((0, *prefixes, sae.num_latents))]
+    # Split once: each slice would have a gradient as large as the whole.
+    pieces = zip(torch.split(top_acts, widths, dim=1), torch.split(sae.W_dec, widths), strict=True)
+    for acts, W_dec in pieces:
+        so_far = dense_decode(acts, W_dec, so_far)
+        terms.append(Term(_mean(_fvus(y - so_far, parts)), 1.0))
+    terms.pop()  # of all latents, which is the FVU
     return SaeOutput(so_far, top_acts, None, pre_acts), terms
 
 

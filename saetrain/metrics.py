@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saetrain.losses import Losses, total
+from saetrain.losses import Losses
 from saetrain.objective import Part
+from saetrain.sums import total
 
 
 class Meter:
@@ -73,6 +74,10 @@ class Firing:
     def dead(self) -> Tensor:
         """Which latents have not fired for `dead_after` rows. bool [M]"""
         return self.rows_since >= self.dead_after
+
+    def may_be_dead(self, rows: int) -> bool:
+        """Whether a latent can be dead by now, after `rows` rows. No device is asked."""
+        return rows >= self.dead_after
 
     def dead_percent(self, rows: int) -> float | None:
         """Share of dead latents, percent; None if `rows` trained on are too few to know."""

@@ -209,9 +209,10 @@ def step_bytes(
     of as many as are encoded at once, and the quarter of them that TopK looks through again; two
     matrices as large as what is read [N, D] and two as what is predicted [N, E]; and top
     activations with their indices, sorted and unsorted (of BatchTopK and Multi-TopK 4K, and copies;
-    BatchTopK may look farther); dense activations hold more matrices [N, M]. A prefix holds its own
-    sum. Folded weights and their gradients are four matrices as large as W_dec. Normalising and the
-    update hold two (adam8bit, where it unpacks its moments, five) and muon's [D, D].
+    BatchTopK may look farther); dense activations hold more matrices [N, M]. Several
+    reconstructions hold sums of their own. Folded weights and their gradients are four matrices as
+    large as W_dec. Normalising and the update hold two (adam8bit, where it unpacks its moments,
+    five) and muon's [D, D].
 
     Args:
         sizes: of the SAE.
@@ -224,7 +225,9 @@ def step_bytes(
     N, D, E, M, K = rows, sizes.d_in, sizes.width_out, sizes.num_latents, sizes.k
     wide, dense, prefixes = max(D, E), sizes.activation in _DENSE, len(sizes.matryoshka)
     batch = D + E if sizes.transcode else D
-    forward = 4 * N * batch + prefixes * N * E
+    # Of several reconstructions: sums over pieces, running sums, and the gradients of either.
+    sums = prefixes + 1 if prefixes else 2 * sizes.multi_topk
+    forward = 4 * N * batch + 2 * sums * N * E
     if dense:
         forward += _DENSE[sizes.activation] * N * M + bool(prefixes) * (N * M + 2 * M * wide)
     elif sizes.activation == "batchtopk":

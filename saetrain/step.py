@@ -46,7 +46,7 @@ def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> 
     x = rows.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype, non_blocking=True)
     if trainee.scaling is not None:
         x = x * trainee.scaling.rows
-    dead = trainee.firing.dead() if auxk_alpha > 0 else None
+    dead = trainee.firing.dead() if trainee.learns_from_dead(step, len(rows), auxk_alpha) else None
     losses = add_gradient(
         sae, x, trainee.variance, dead, trainee.objective, step, auxk_alpha, recipe, shared, clock
     )

@@ -15,7 +15,7 @@ from saetrain.optim import Optimizer
 from saetrain.recipe import Recipe
 from saetrain.sae import Sae
 from saetrain.scaling import Scaling, scaling_of
-from saetrain.shared_batches import SharedBatches
+from saetrain.shared_batches import SharedBatches, world_size
 from saetrain.vitals import Vitals
 
 if TYPE_CHECKING:
@@ -74,6 +74,11 @@ class Trainee:
         """Count, on the host alone, a step of so many rows that the device made by itself."""
         self.vitals.repeat(rows)
         self.meter.repeat()
+
+    def learns_from_dead(self, step: int, rows: int, auxk_alpha: float) -> bool:
+        """Whether there may be dead latents in a step (from 0), each of so many rows, for AuxK."""
+        rows *= 1 if self.shared is None else world_size()
+        return auxk_alpha > 0 and self.firing.may_be_dead(step * rows)
 
     def exported(self) -> dict[str, Tensor]:
         """The weights as they are saved and judged, and thresholds that are no weights."""

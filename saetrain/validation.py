@@ -18,9 +18,9 @@ from actcache.errors import ConfigError, RunError
 from actcache.order import Span
 from actcache.reader import Cache
 from saetrain.inputs import rows_of
-from saetrain.losses import total
 from saetrain.run import SaeEntry
 from saetrain.sae import Sae
+from saetrain.sums import total
 
 _ROWS_AT_ONCE = 2048
 

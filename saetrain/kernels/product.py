@@ -55,6 +55,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     Not differentiable.
     """
     if a.numel() and by_onednn(b):
+        # One number for all, as a sum's gradient is: oneDNN has no fast way to read that.
+        a, b = (m.contiguous() if 0 in m.stride() else m for m in (a, b))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return out
     # Someone may call this inside autocast: the types are decided.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import drop_gradient
-from saetrain.losses import total
+from saetrain.sums import total
 
 Parameters = dict[str, torch.nn.Parameter]
 

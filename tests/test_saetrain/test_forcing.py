@@ -69,7 +69,8 @@ def begun(options: Options, template: Path) -> FitConfig:
 
 
 def test_every_option_that_is_let_through_is_tested_and_in_the_help() -> None:
-    elsewhere = {"sparsity", "sparsity_warmup_steps", "cuda_graphs"}  # have tests of their own
+    elsewhere = {"sparsity", "sparsity_warmup_steps", "cuda_graphs", "chunk_latents", "compile"}
+    # which have tests of their own
     assert LET_THROUGH.keys() | elsewhere == FORCEABLE
     import inspect
 
@@ -129,6 +130,23 @@ def test_the_weight_of_a_penalty_and_its_rise_are_let_through(options: Options) 
         "--sparsity-warmup-steps: None then, 9 now",
     )
     assert json.loads((root / "layers.0" / "cfg.json").read_text())["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("activation", "changes"), [("topk", {"chunk_latents": 7}), ("gated", {"compile": True})]
+)
+def test_what_rounds_otherwise_is_let_through(
+    options: Options, monkeypatch: pytest.MonkeyPatch, activation: Any, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("saetrain.activations.gated.compiled", lambda function: function)
+    monkeypatch.setattr("saetrain.building.require_compiler", lambda _: None)
+    config = options(activation=activation, keep_every=6, resume=True)
+    fit(config)
+    for path in Path(config.out).glob("checkpoint-000000012*"):
+        path.unlink()
+    assert fit(dataclasses.replace(config, **changes, force_config=True)).new_steps == 6
+    (change,) = read_run(Path(config.out)).history[0].changes
+    assert change.startswith(f"--{next(iter(changes)).replace('_', '-')}: ")
 
 
 def test_forcing_does_what_it_says(begun: FitConfig, options: Options) -> None:

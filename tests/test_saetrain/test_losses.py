@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,7 +11,6 @@ from saetrain.losses import (
     compute_losses,
     list_dead,
     list_dead_in,
-    total,
 )
 from saetrain.objective import Part
 from saetrain.sae import Sae
@@ -139,32 +136,6 @@ def test_without_dead_latents_auxk_is_zero(
     assert losses.auxk == 0
     assert losses.auxk.dtype == torch.float64
     (losses.fvu + losses.auxk / 32).backward()
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("count", [1, 4096, 4097, 300_001])
-@pytest.mark.usefixtures("threads")
-def test_total_has_the_same_bits_for_any_number_of_threads(count: int, dtype: torch.dtype) -> None:
-    values = torch.randn(count, generator=torch.Generator().manual_seed(2), dtype=dtype)
-    sums = []
-    for number in (1, 2, 3):
-        torch.set_num_threads(number)
-        sums.append(total(values))
-    assert len({float(s) for s in sums}) == 1
-    torch.testing.assert_close(sums[0], values.double().sum().to(dtype), rtol=1e-4, atol=1e-2)
-
-
-def test_every_term_of_total_has_gradient_one() -> None:
-    values = torch.zeros(5000, requires_grad=True)
-    total(values).backward()
-    assert torch.equal(values.grad, torch.ones(5000))
 
 
 def test_a_list_of_fixed_length_holds_the_dead_first_and_gives_all_their_turn() -> None:

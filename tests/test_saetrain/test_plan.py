@@ -91,7 +91,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("N", "D", "M", "K"), [(512, 64, 2048, 16), (64, 128, 4096, 8)])
+@pytest.mark.parametrize(
+    ("N", "D", "M", "K"), [(512, 64, 2048, 16), (64, 128, 4096, 8), (2048, 128, 256, 4)]
+)
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nor_does_a_step_of_another_kind_or_with_folded_weights(

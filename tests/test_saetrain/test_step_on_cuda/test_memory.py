@@ -100,6 +100,9 @@ def test_dead_latents_take_room_for_their_list_alone(count: Callable[..., Counte
     assert widest(counted) == listed
     pairs = N * (D // 2) * 8
     assert max(taken.size for taken in counted.taken) <= max(WEIGHT, pairs)
+    matrices = 5 * N * listed * BYTES  # [N, A]: pre-activations, what is left of them, gradients
+    of_rows = 4 * listed * D * BYTES  # weights of the listed, and their gradients
+    assert counted.beyond <= max(2 * WEIGHT, matrices) + of_rows + PER_TOKEN + PER_LATENT
 
 
 @OPTIMIZERS

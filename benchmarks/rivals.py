@@ -21,11 +21,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify asks for it on a CPU
 
 from saetrain.config import OptimizerName, SaeConfig, SaeOptions
-from saetrain.graphs import RecordedSteps, Recorder
+from saetrain.graphs import RecordedSteps
 from saetrain.kernels import Autoencoded, Pieces, Way
 from saetrain.metrics import Firing, Meter
 from saetrain.optim import make_optimizer
 from saetrain.recipe import Recipe
+from saetrain.recorder import Recorder
 from saetrain.sae import Sae
 from saetrain.step import train_batch, train_step
 from saetrain.trainee import Trainee

@@ -14,13 +14,13 @@ from saetrain.crew import Crew
 from saetrain.finetune import begin_with
 from saetrain.follow import Follower
 from saetrain.gradient import require_bfloat16_products, require_compiler
-from saetrain.graphs import require_cuda_graphs
 from saetrain.initial import FirstRows, initial_sae, start_at_median
 from saetrain.inputs import hookpoints_of, targets_of
 from saetrain.metrics import Firing, Meter
 from saetrain.objective import objective_of
 from saetrain.optim import make_optimizer, make_schedule, warmup_steps
 from saetrain.recipe import make_recipe
+from saetrain.recorder import require_cuda_graphs
 from saetrain.restoring import Restored, restore
 from saetrain.run import RunRecord
 from saetrain.shared_batches import SharedBatches

@@ -19,15 +19,16 @@ touches no result: neither where a run was interrupted nor how long it warmed up
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from actcache.errors import ConfigError, RunError
+from actcache.errors import RunError
 from saetrain.gradient import keep_copies
 from saetrain.inputs import rows_of
 from saetrain.optim.one_pass import OnePass
+from saetrain.recorder import CudaGraphs, Recorder, Work
 from saetrain.step import train_batch, train_group
 from saetrain.trainee import Trainee
 
@@ -35,62 +36,12 @@ if TYPE_CHECKING:
     from actcache.stream import Batch
 
 Groups = dict[str, list[Trainee]]
-Work = Callable[[], None]
 
 WARM_UP = 3
 """Steps like the recorded one before it: what is compiled, loaded or allocated once, is so then."""
 _WIDTH = 8
 """Numbers that an optimiser has room for. A multiple of 16 bytes, so that what Triton compiles for
 one SAE, which hangs on how a pointer is aligned, serves all."""
-
-
-class Recorder(Protocol):
-    """What records; `CudaGraphs`, or a test's."""
-
-    def run(self, work: Work) -> None:
-        """Do some work now, as it is done before it can be recorded."""
-
-    def record(self, work: Work) -> Work:
-        """Record some work, which the device does not do yet; what is returned does it."""
-
-
-class CudaGraphs:
-    """Records work on a CUDA device, on a stream of its own, where it is also warmed up.
-
-    After "whole network capture" in torch's notes on CUDA semantics.
-
-    Args:
-        device: whose work it is.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def run(self, work: Work) -> None:
-        """Do some work now, after what is under way, and before what follows."""
-        here = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            work()
-        here.wait_stream(self._stream)
-
-    def record(self, work: Work) -> Work:
-        """Record some work. Waits for the device, this once."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads read rows and allocate pinned memory meanwhile, which is no part of it.
-        mode = "thread_local"
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode),
-        ):
-            work()
-
-        def replay() -> None:
-            with torch.cuda.device(self._device):  # which need not be the current one
-                graph.replay()
-
-        return replay
 
 
 class RecordedSteps:
@@ -228,14 +179,3 @@ def steps_as_recorded(groups: Groups) -> Callable[[Groups, Batch, int], None]:
         steps.make(batch, step)
 
     return make_step
-
-
-def require_cuda_graphs(device: torch.device) -> None:
-    """Raise `ConfigError` where there is no CUDA to record its graphs."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        raise ConfigError(
-            "--cuda-graphs needs a CUDA device",
-            expected="cuda",
-            got=str(device),
-            remedy="leave it out",
-        )

@@ -10,7 +10,6 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +27,7 @@ from saetrain.config import FitConfig, SaeConfig, SaeOptions
 from saetrain.fit import fit
 from saetrain.graphs import (
     WARM_UP,
-    CudaGraphs,
     RecordedSteps,
-    require_cuda_graphs,
     steps_as_recorded,
 )
 from saetrain.kernels import paths, product
@@ -423,61 +420,8 @@ def test_a_batch_of_another_size_is_no_replay_and_counts_as_much(
     assert recorder.replayed == STEPS - 1 - WARM_UP - 2
 
 
-def test_work_is_warmed_up_and_recorded_on_one_stream_beside_that_which_trains(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """What torch.cuda is asked for, in order; it is not there."""
-    asked: list[str] = []
-
-    class Stream:
-        def __init__(self, name: Any) -> None:
-            self.name = "side" if isinstance(name, torch.device) else name
-
-        def wait_stream(self, other: Stream) -> None:
-            asked.append(f"{self.name} waits for {other.name}")
-
-    @contextmanager
-    def within(what: str) -> Iterator[None]:
-        asked.append(what)
-        yield
-        asked.append(f"end of {what}")
-
-    class Graph:
-        def replay(self) -> None:
-            asked.append("replay")
-
-    cuda = torch.cuda
-    monkeypatch.setattr(cuda, "Stream", Stream)
-    monkeypatch.setattr(cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(cuda, "current_stream", lambda device: Stream(f"that of {device}"))
-    monkeypatch.setattr(cuda, "stream", lambda stream: within(stream.name))
-    monkeypatch.setattr(cuda, "device", lambda device: within(str(device)))
-    monkeypatch.setattr(
-        cuda,
-        "graph",
-        lambda graph, stream, capture_error_mode: within(f"{stream.name}, {capture_error_mode}"),
-    )
-    recorder = CudaGraphs(torch.device("cuda", 1))
-    recorder.run(lambda: asked.append("work"))
-    there = "that of cuda:1"
-    before, after = f"side waits for {there}", f"{there} waits for side"
-    assert asked == [before, "side", "work", "end of side", after]
-    asked.clear()
-    replay = recorder.record(lambda: asked.append("work"))
-    mode = "side, thread_local"
-    assert asked == ["cuda:1", mode, "work", f"end of {mode}", "end of cuda:1"]
-    asked.clear()
-    replay()
-    assert asked == ["cuda:1", "replay", "end of cuda:1"]
-
-
 def test_a_process_without_saes_records_nothing() -> None:
     assert steps_as_recorded({}) is train_batch
-
-
-def test_only_a_cuda_device_records() -> None:
-    with pytest.raises(ConfigError, match=r"--cuda-graphs needs a CUDA device(.|\n)*cpu"):
-        require_cuda_graphs(torch.device("cpu"))
 
 
 def test_a_run_without_a_cuda_device_is_refused_before_it_is_there(

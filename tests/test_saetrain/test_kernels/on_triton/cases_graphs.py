@@ -12,13 +12,14 @@ import torch
 
 from saetrain.build import build_sae
 from saetrain.config import SaeConfig, SaeOptions
-from saetrain.graphs import CudaGraphs, RecordedSteps
+from saetrain.graphs import RecordedSteps
 from saetrain.kernels import paths, product
 from saetrain.kernels.shadow import shadow_of
 from saetrain.metrics import Firing, Meter
 from saetrain.objective import objective_of
 from saetrain.optim import Schedule, make_optimizer
 from saetrain.recipe import Recipe
+from saetrain.recorder import CudaGraphs
 from saetrain.run import SaeEntry
 from saetrain.step import train_batch
 from saetrain.trainee import Trainee

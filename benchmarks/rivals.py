@@ -139,7 +139,7 @@ def _trainee(
     with torch.no_grad():
         sae.b_dec.copy_(mean)
     return Trainee(
-        _entry(s),
+        entry_of(SaeConfig(s.d_in, s.num_latents, s.k), s.rate),
         sae,
         make_optimizer(s.optimizer, sae, s.rate, s.warmup, s.steps),
         Firing(s.num_latents, 10_000_000, s.device),
@@ -154,16 +154,15 @@ def _exported(trainee: Trainee) -> Published:
     return published(trainee.sae)
 
 
-def _entry(setting: Setting) -> Any:
+def entry_of(sizes: SaeConfig, lr: float) -> Any:
     """What a run says of its SAE, as far as a step asks; without all that a run needs."""
-    sizes = SaeConfig(setting.d_in, setting.num_latents, setting.k)
     return SimpleNamespace(
         name="rows",
         hookpoint="rows",
         hookpoints=("rows",),
         config=sizes,
-        lr=setting.rate,
-        options=SaeOptions(auxk_alpha=0.0),
+        lr=lr,
+        options=SaeOptions(),
         scales=(),
     )
 

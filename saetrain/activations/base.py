@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from saetrain.kernels import Way, dense_encode
+from saetrain.kernels import Way, dense_encode, sparse_encode_by
 
 
 class Latents(NamedTuple):
@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
 
 class Activation(nn.Module):
-    """Base of all activations; those without parameters or penalty override `encode` and `way`."""
+    """Base of all activations; those without parameters or penalty override `way`, or `encode`."""
 
     k = 0
     """Latents that may be active at once; 0 where a penalty decides."""
@@ -46,11 +46,14 @@ class Activation(nn.Module):
     """Whether what it does to [N, M] numbers is compiled; for those that say so."""
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
-        """Latents of rows x [N, D]."""
-        raise NotImplementedError
+        """Latents of rows x [N, D]; sparse unless an activation does it itself."""
+        way = self.way()
+        assert way is not None
+        W_enc, b_enc, b_dec = encoder.W_enc, encoder.b_enc, encoder.subtracted
+        return Latents(*sparse_encode_by(x, W_enc, b_enc, b_dec, way))
 
     def way(self) -> Way | None:
-        """How latents are selected where they come sparse, for `kernels.autoencode`; else None."""
+        """How latents are selected where they come sparse; else None."""
         return None
 
     def project(self) -> None:

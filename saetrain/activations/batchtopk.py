@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saetrain.activations.base import Activation, Encoder, Latents, pre_activations
-from saetrain.kernels import Way, batch_topk, chosen_by, sparse_encode_by
+from saetrain.kernels import Way, batch_topk, chosen_by
 
 FORGET = 0.05
 """Weight of the newest batch in the threshold."""
@@ -37,8 +37,7 @@ class BatchTopK(Activation):
             pre_acts = pre_activations(x, encoder)  # [N, M]
             chosen = pre_acts > self.threshold
             return Latents(torch.relu(pre_acts) * chosen, None)
-        b_dec, select = encoder.subtracted, partial(batch_topk, k=self.k)
-        return Latents(*sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, select))
+        return super().encode(x, encoder)
 
     def way(self) -> Way | None:
         """The batch's largest, while training."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import Tensor
-
-from saetrain.activations.base import Activation, Encoder, Latents
-from saetrain.kernels import Way, chosen_by, group_max, sparse_encode_by
+from saetrain.activations.base import Activation
+from saetrain.kernels import Way, chosen_by, group_max
 
 
 class GroupMax(Activation):
@@ -21,14 +19,6 @@ class GroupMax(Activation):
         super().__init__()
         self.k = k
 
-    def encode(self, x: Tensor, encoder: Encoder) -> Latents:
-        """[N, K], in the groups' order."""
-        b_dec = encoder.subtracted
-        select = partial(group_max, k=self.k)
-        return Latents(
-            *sparse_encode_by(x, encoder.W_enc, encoder.b_enc, b_dec, select, by_token=True)
-        )
-
     def way(self) -> Way:
-        """Each group's largest."""
+        """Each group's largest, in the groups' order."""
         return chosen_by(partial(group_max, k=self.k), by_token=True)

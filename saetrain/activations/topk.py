@@ -6,10 +6,8 @@ autoencoders" (2024), section 2.3: z = TopK(ReLU(W_enc (x - b_dec) + b_enc)).
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from saetrain.activations.base import Activation, Encoder, Latents
-from saetrain.kernels import Way, largest, sparse_encode
+from saetrain.activations.base import Activation
+from saetrain.kernels import Way, largest
 
 
 class TopK(Activation):
@@ -23,13 +21,8 @@ class TopK(Activation):
         self.k = k
         self.chunk_latents: int | None = None
 
-    def encode(self, x: Tensor, encoder: Encoder) -> Latents:
-        """[N, K], in no order."""
-        b_dec, chunk = encoder.subtracted, self.chunk_latents
-        return Latents(*sparse_encode(x, encoder.W_enc, encoder.b_enc, b_dec, self.k, chunk))
-
     def way(self) -> Way:
-        """The k largest."""
+        """The k largest, in no order."""
         return self.largest(self.k)
 
     def largest(self, slots: int) -> Way:

@@ -78,7 +78,7 @@ def sparse_encode(
     Raises:
         ValueError: the shapes do not fit, k is not in 1 to M, or chunk_latents is below 1.
     """
-    return _encode(x, W_enc, b_enc, b_dec, largest(k, chunk_latents))
+    return sparse_encode_by(x, W_enc, b_enc, b_dec, largest(k, chunk_latents))
 
 
 def sparse_encode_by(
@@ -86,40 +86,53 @@ def sparse_encode_by(
     W_enc: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
-    select: Select,
-    *,
-    by_token: bool = False,
+    way: Way,
 ) -> Encoded:
-    """Encode by a selection of one's own: `sparse_encode`, S slots a token instead of k.
+    """Encode by another selection: `sparse_encode`, S slots a token instead of k.
 
     Args:
         x: [N, D], cast to the dtype of W_enc.
         W_enc: [M, D].
         b_enc: [M].
         b_dec: [D], or None to subtract nothing.
-        select: chooses among (x - b_dec) W_enc^T + b_enc; no gradient passes through it.
-        by_token: whether what is selected for one token does not depend on the others, so that
-            some may be encoded at a time.
+        way: selects; `largest` or `chosen_by`.
 
     Returns:
         top_acts, relu of the values, in the dtype of W_enc, and top_indices; both [N, S].
         Differentiable as `sparse_encode` is.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or what `way` says.
     """
-    return _encode(x, W_enc, b_enc, b_dec, chosen_by(select, by_token=by_token))
+    check_encode(x, W_enc, b_enc, b_dec)
+    path = chosen_path(W_enc)
+    x = x.to(W_enc.dtype)
+    b_enc = b_enc.to(W_enc.dtype)
+    b_dec = None if b_dec is None else b_dec.to(W_enc.dtype)
+    if path == "reference":
+        return Encoded(*reference.sparse_encode(x, W_enc, b_enc, b_dec, way))
+    shared: list[PairsOnce] = []
+    inputs = (x, W_enc, b_enc, b_dec, way, shared, path)
+    encoded = Encoded(*_SparseEncode.apply(*inputs))  # type: ignore[no-untyped-call]
+    shared[0].share(encoded.top_indices)
+    return encoded
 
 
 def largest(k: int, chunk_latents: int | None = None) -> Way:
-    """The selection of `sparse_encode`, for `autoencode`."""
+    """The selection of `sparse_encode`, for `sparse_encode_by` and `autoencode`."""
     if chunk_latents is not None and chunk_latents < 1:
         raise ValueError(f"chunk_latents must be 1 or more, got {chunk_latents}: leave it out")
     return partial(_largest, k=k, chunk=chunk_latents)
 
 
 def chosen_by(select: Select, *, by_token: bool = False) -> Way:
-    """The selection of `sparse_encode_by`, for `autoencode`."""
+    """A selection of one's own, for `sparse_encode_by` and `autoencode`.
+
+    Args:
+        select: chooses among (x - b_dec) W_enc^T + b_enc; no gradient passes through it.
+        by_token: whether what is selected for one token does not depend on the others, so that
+            some may be encoded at a time.
+    """
     return partial(_by_tokens if by_token else _at_once, select=select)
 
 
@@ -177,21 +190,6 @@ def _by_latents(
         kept = values, indices
     assert kept is not None
     return kept
-
-
-def _encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, way: Way) -> Encoded:
-    check_encode(x, W_enc, b_enc, b_dec)
-    path = chosen_path(W_enc)
-    x = x.to(W_enc.dtype)
-    b_enc = b_enc.to(W_enc.dtype)
-    b_dec = None if b_dec is None else b_dec.to(W_enc.dtype)
-    if path == "reference":
-        return Encoded(*reference.sparse_encode(x, W_enc, b_enc, b_dec, way))
-    shared: list[PairsOnce] = []
-    inputs = (x, W_enc, b_enc, b_dec, way, shared, path)
-    encoded = Encoded(*_SparseEncode.apply(*inputs))  # type: ignore[no-untyped-call]
-    shared[0].share(encoded.top_indices)
-    return encoded
 
 
 # What the encoder shares with `autoencode`.

@@ -1,6 +1,6 @@
 """Harvest a language model's activations once; read them as often as you like.
 
-Harvesting itself is `actcache.harvest.harvest`: a function cannot share its module's name here.
+Harvesting itself is `actcache.harvester.run.harvest`.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from actcache.cache.reader import Cache
     from actcache.config import HarvestConfig
-    from actcache.reader import Cache
-    from actcache.stream import ActivationStream, Batch
+    from actcache.stream.activation_stream import ActivationStream, Batch
+
 
 __all__ = ["ActivationStream", "Batch", "Cache", "HarvestConfig"]
 
 _HOMES = {
-    "ActivationStream": "stream",
-    "Batch": "stream",
-    "Cache": "reader",
+    "ActivationStream": "stream.activation_stream",
+    "Batch": "stream.activation_stream",
+    "Cache": "cache.reader",
     "HarvestConfig": "config",
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actcache.errors import ConfigError
-from actcache.place import refuse_url
+from actcache.filesystem.paths import refuse_url
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 StoredDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8_e4m3"]

@@ -27,8 +27,8 @@ if find_spec("saetrain") is None:  # a plain checkout, nothing installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from saetrain.kernels import reference, sparse_decode
-from saetrain.kernels.pairs import sort_pairs
-from saetrain.kernels.paths import primitives
+from saetrain.kernels.backends import primitives
+from saetrain.kernels.sorted_pairs import sort_pairs
 
 SIZES = {
     "cpu": [(2048, 576, 4608, 32)],

@@ -25,7 +25,7 @@ from common import real_cache
 from numpy.typing import NDArray
 from report import machine, print_table
 
-from actcache.reader import Cache
+from actcache.cache.reader import Cache
 from actcache.storage import CODECS, Codec, StoredRows
 
 HOOKPOINTS = ["layers.1", "layers.14", "layers.28", "layers.14.mlp"]

@@ -27,17 +27,17 @@ import torch
 from report import machine, print_table
 from synthetic import write_cache
 
-from actcache.order import OrderPlan, make_plan
-from actcache.reader import Cache
-from actcache.stream import ActivationStream
-from saetrain.config import FitConfig
-from saetrain.deciding import entries_of
-from saetrain.grid import vary
-from saetrain.metrics import Firing, Meter
+from actcache.cache.reader import Cache
+from actcache.stream.activation_stream import ActivationStream
+from actcache.stream.order import OrderPlan, make_plan
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.grid import vary
+from saetrain.launch.resolve import entries_of
+from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
-from saetrain.sae import Sae
-from saetrain.step import train_batch, train_step
-from saetrain.trainee import Trainee, by_hookpoint
+from saetrain.training.metrics import Firing, Meter
+from saetrain.training.sae_trainer import Trainee, by_hookpoint
+from saetrain.training.step import train_batch, train_step
 
 SAES = {"k": (16, 32), "lr": (1e-3, 3e-4), "seed": (0, 1)}
 PREFETCH = 4

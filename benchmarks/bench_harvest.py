@@ -46,11 +46,11 @@ from report import machine, print_table
 from torch import Tensor
 
 from actcache.config import HarvestConfig
-from actcache.device import peak_memory
-from actcache.harvest import HarvestSummary, carry_out
-from actcache.preparation import Job, prepare
-from actcache.progress import format_bytes
-from actcache.ranks import Ranks
+from actcache.core.device import peak_memory
+from actcache.core.distributed import Ranks
+from actcache.core.progress import format_bytes
+from actcache.harvester.job import Job, prepare
+from actcache.harvester.run import HarvestSummary, carry_out
 
 HOOKPOINTS = ("layers.9", "layers.9.mlp")
 SHALLOW = ("layers.0", "layers.0.mlp")

@@ -24,15 +24,15 @@ from bench_train_step import rows
 from report import machine, print_table
 from rivals import entry_of
 
-from saetrain.activations.compiled import missing_compiler
-from saetrain.build import build_sae
-from saetrain.config import SaeConfig
-from saetrain.metrics import Firing, Meter
-from saetrain.objective import objective_of
+from saetrain.config.sae import SaeConfig
+from saetrain.model.activations.compiled import missing_compiler
+from saetrain.model.factory import build_sae
+from saetrain.model.losses import objective_of
 from saetrain.optim import make_optimizer
-from saetrain.recipe import Recipe
-from saetrain.step import train_step
-from saetrain.trainee import Trainee
+from saetrain.training.metrics import Firing, Meter
+from saetrain.training.sae_trainer import Trainee
+from saetrain.training.step import train_step
+from saetrain.training.step_settings import Recipe
 
 SIZE, SMOKE = (2048, 576, 4608, 32), (64, 24, 320, 4)
 DEAD = {SIZE: 2000, SMOKE: 100}

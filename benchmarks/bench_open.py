@@ -17,12 +17,12 @@ from pathlib import Path
 from common import synthetic_manifest
 from report import machine, print_table
 
-from actcache.atomic import FileReceipt
-from actcache.filters import FILTERS
-from actcache.manifest import Hookpoint
-from actcache.parse import to_json
-from actcache.reader import Cache
-from actcache.receipt import FOLDER, ShardReceipt, receipt_path
+from actcache.cache.reader import Cache
+from actcache.core.json_codec import to_json
+from actcache.filesystem.atomic import FileReceipt
+from actcache.format.manifest import Hookpoint
+from actcache.format.receipts import FOLDER, ShardReceipt, receipt_path
+from actcache.format.row_filters import FILTERS
 
 
 def main() -> None:

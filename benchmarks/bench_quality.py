@@ -42,13 +42,13 @@ from report import machine, print_table
 from rivals import Contender, Published, Setting, published, sae_lens, sparsify
 from synthetic import write_cache
 
-from actcache.order import OrderPlan, make_plan, split_shards
-from actcache.reader import Cache
-from actcache.stream import ActivationStream
-from saetrain.config import FitConfig
-from saetrain.fit import fit
+from actcache.cache.reader import Cache
+from actcache.stream.activation_stream import ActivationStream
+from actcache.stream.order import OrderPlan, make_plan, split_shards
+from saetrain.config.fit_config import FitConfig
 from saetrain.formats.sparsify import load_sae
-from saetrain.run import read_run
+from saetrain.launch.run import fit
+from saetrain.runs.record import read_run
 
 HOOKPOINT = "layers.9"
 K = 32

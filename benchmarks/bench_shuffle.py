@@ -38,15 +38,15 @@ from numpy.typing import NDArray
 from report import machine, print_table
 from rivals import Setting, ours
 
-from actcache.budget import spend
+from actcache.cache.layout import sequences_per_shard
+from actcache.cache.reader import Cache
+from actcache.cache.writer import RowLayout
 from actcache.config import HarvestConfig, RowOrder
-from actcache.manifest import Hookpoint, Manifest
-from actcache.order import POOL_ROWS, OrderPlan, make_plan
-from actcache.planning import sequences_per_shard
-from actcache.reader import Cache
-from actcache.stream import ActivationStream
-from actcache.writer import RowLayout
-from saetrain.config import FitConfig
+from actcache.format.manifest import Hookpoint, Manifest
+from actcache.stream.activation_stream import ActivationStream
+from actcache.stream.memory_budget import spend
+from actcache.stream.order import POOL_ROWS, OrderPlan, make_plan
+from saetrain.config.fit_config import FitConfig
 
 Longs = NDArray[np.int64]
 Reader = Callable[[int], Iterator[Longs]]

@@ -37,10 +37,10 @@ import torch
 from report import machine, print_table
 from synthetic import CTX, HOOKPOINT, write_cache
 
-from actcache.order import make_plan
-from actcache.reader import Cache
-from actcache.reading import Reading
-from actcache.stream import ActivationStream
+from actcache.cache.reader import Cache
+from actcache.stream.activation_stream import ActivationStream
+from actcache.stream.order import make_plan
+from actcache.stream.verified_reads import Reading
 
 BATCH = 4096
 _PIECE = 4 << 20

@@ -35,8 +35,8 @@ from rivals import Contender, Setting, dense, ours, ours_together, sparsify
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from saetrain.kernels.spare import forget_spares
-from saetrain.sae import Sae
+from saetrain.kernels.grad_memory import forget_spares
+from saetrain.model.sae import Sae
 
 Sizes = tuple[int, int, int, int]
 """(N, D, M, K)."""

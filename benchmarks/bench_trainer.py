@@ -31,10 +31,11 @@ from rivals import Setting, ours
 from synthetic import write_cache
 from torch import Tensor
 
-from actcache.reader import Cache
-from actcache.stream import ActivationStream, Batch
-from saetrain.config import FitConfig, OptimizerName
-from saetrain.fit import fit
+from actcache.cache.reader import Cache
+from actcache.stream.activation_stream import ActivationStream, Batch
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.sae_options import OptimizerName
+from saetrain.launch.run import fit
 
 GOAL = 1.03
 WIDTH, K = 576, 32
@@ -183,7 +184,7 @@ def measure(
     numbers = iter(range(10**9))
     TurnTaking.bare = staticmethod(lambda x: step(x, next(numbers)))
     TurnTaking.block = sizes.block
-    with patch("saetrain.fit.ActivationStream", TurnTaking):
+    with patch("saetrain.launch.run.ActivationStream", TurnTaking):
         fit(config)
     taken = made.pop().pairs[1 : pairs + 1]  # the first warms up
     print(f"{sizes.num_latents} {optimizer}: {len(taken)} pairs", file=sys.stderr)

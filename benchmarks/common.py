@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from actcache.cache.layout import choose_block_rows
 from actcache.config import RowOrder
-from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
-from actcache.planning import choose_block_rows
+from actcache.format.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from saetrain.kernels import chosen_path, reference
-from saetrain.kernels.pairs import sort_pairs
-from saetrain.kernels.paths import primitives
+from saetrain.kernels.backends import primitives
+from saetrain.kernels.sorted_pairs import sort_pairs
 
 Firing = Literal["uniform", "zipf"]
 LR = 1e-4

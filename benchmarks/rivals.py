@@ -20,16 +20,16 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify asks for it on a CPU
 
-from saetrain.config import OptimizerName, SaeConfig, SaeOptions
-from saetrain.graphs import RecordedSteps
+from saetrain.config.sae import SaeConfig
+from saetrain.config.sae_options import OptimizerName, SaeOptions
 from saetrain.kernels import Autoencoded, Pieces, Way
-from saetrain.metrics import Firing, Meter
+from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
-from saetrain.recipe import Recipe
-from saetrain.recorder import Recorder
-from saetrain.sae import Sae
-from saetrain.step import train_batch, train_step
-from saetrain.trainee import Trainee
+from saetrain.training.cuda_graphs import RecordedSteps, Recorder
+from saetrain.training.metrics import Firing, Meter
+from saetrain.training.sae_trainer import Trainee
+from saetrain.training.step import train_batch, train_step
+from saetrain.training.step_settings import Recipe
 
 Step = Callable[[Tensor, int], None]
 Published = Callable[[Tensor], tuple[Tensor, Tensor]]

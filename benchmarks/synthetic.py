@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from common import synthetic_manifest
 
-from actcache.atomic import publish
-from actcache.filters import kept_positions
-from actcache.manifest import Hookpoint
-from actcache.parse import to_json
-from actcache.receipt import EndReceipt, publish_end
+from actcache.cache.writer import FilledShard, ShardText, publish_shard
+from actcache.core.json_codec import to_json
+from actcache.filesystem.atomic import publish
+from actcache.format.manifest import Hookpoint
+from actcache.format.receipts import EndReceipt, publish_end
+from actcache.format.row_filters import kept_positions
 from actcache.storage import BACKENDS, StoredRows
-from actcache.writer import FilledShard, ShardText, publish_shard
 
 HOOKPOINT = "layers.0"
 CTX = 512

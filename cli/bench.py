@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .block_cache import BlockCache, BlockCacheBytes
-from .guard import emit, guarded
+from .error_handling import emit, guarded
+from .options import BlockCache, BlockCacheBytes
 from .tables import table
 
 
@@ -29,9 +29,9 @@ def run(
     """Measure how fast CACHE is read and streamed on this machine, from disk and from memory."""
     import dataclasses
 
-    from actcache.progress import format_bytes
-    from actcache.reader import Cache
-    from actcache.speed import measure
+    from actcache.cache.reader import Cache
+    from actcache.core.progress import format_bytes
+    from actcache.stream.benchmark import measure
 
     found = measure(
         Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actcache.config import ConvertConfig
 
-from .guard import emit
+from .error_handling import emit
 
 
 def run(config: ConvertConfig, as_json: bool) -> None:
@@ -15,9 +15,9 @@ def run(config: ConvertConfig, as_json: bool) -> None:
     """
     import dataclasses
 
-    from actcache.conversion import convert
-    from actcache.progress import format_bytes
-    from actcache.reader import Cache
+    from actcache.cache.convert import convert
+    from actcache.cache.reader import Cache
+    from actcache.core.progress import format_bytes
 
     summary = convert(config)
     if as_json:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .block_cache import BlockCache, BlockCacheBytes
+from .error_handling import emit, guarded
 from .fit import figure, heading
-from .guard import emit, guarded
+from .options import BlockCache, BlockCacheBytes
 from .tables import table
 
 
@@ -35,7 +35,7 @@ def run(
     import dataclasses
     from pathlib import Path
 
-    from saetrain.evaluate import BEST_EVALUATION, EVALUATION, evaluate
+    from saetrain.evaluation import BEST_EVALUATION, EVALUATION, evaluate
 
     evaluation = evaluate(Path(run), cache, device, block_cache, block_cache_bytes, best=best)
     if json:

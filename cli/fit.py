@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import typer
 
-from saetrain.config import FitConfig
+from saetrain.config.fit_config import FitConfig
 
+from .error_handling import emit, say
 from .fit_plan import show
-from .guard import emit, say
 from .tables import table
 
 
@@ -28,11 +28,11 @@ def run(config: FitConfig, plan: bool, as_json: bool) -> None:
         return
     import dataclasses
 
-    from actcache.progress import format_bytes
-    from saetrain.crew import tells
-    from saetrain.fit import fit
-    from saetrain.peers import PeerFailedError
-    from saetrain.stopping import Stopped
+    from actcache.core.progress import format_bytes
+    from saetrain.distributed.coordinator import tells
+    from saetrain.distributed.process_group import PeerFailedError
+    from saetrain.distributed.signals import Stopped
+    from saetrain.launch.run import fit
 
     try:
         summary = fit(config)

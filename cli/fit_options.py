@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from saetrain.config import FitConfig
-from saetrain.grid import AXES
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.grid import AXES
 
 from .options import field_docs, frozen, option_fields, parameter
 
@@ -48,7 +48,7 @@ def fit_command(run: Callable[[FitConfig, bool, bool], None]) -> Callable[..., N
     def invoke(ctx: typer.Context, **values: Any) -> None:
         from pathlib import Path
 
-        from saetrain.config_file import make_config, merge, read_options
+        from saetrain.runs.config_file import make_config, merge, read_options
 
         line: dict[str, Any] = {
             name: _plain(value) if is_repeatable(name) else frozen(value, hints.get(name))

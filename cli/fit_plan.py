@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from saetrain.config import FitConfig
+from saetrain.config.fit_config import FitConfig
 
-from .guard import emit
+from .error_handling import emit
 from .tables import table
 
 
@@ -14,8 +14,8 @@ def show(config: FitConfig, as_json: bool) -> None:
     """Print the SAEs that the options mean, their parameters and their memory."""
     import dataclasses
 
-    from actcache.device import choose_device
-    from saetrain.plan import plan_fit
+    from actcache.core.device import choose_device
+    from saetrain.launch.estimate import plan_fit
 
     plan = plan_fit(config, choose_device(config.device))
     if as_json:
@@ -26,8 +26,8 @@ def show(config: FitConfig, as_json: bool) -> None:
 
 
 def _table(plan: Any) -> str:
-    from actcache.progress import format_bytes
-    from saetrain.grid import short_number
+    from actcache.core.progress import format_bytes
+    from saetrain.config.grid import short_number
 
     header = ["SAE", "d_in", "latents", "k", "optimizer", "lr", "seed", "parameters"]
     header += ["weights", "optimizer state", "gradients", "activations"]
@@ -54,7 +54,7 @@ def _table(plan: Any) -> str:
 
 
 def _notes(plan: Any) -> list[str]:
-    from actcache.progress import format_bytes
+    from actcache.core.progress import format_bytes
 
     fits = "fits" if plan.total <= plan.free else "does not fit"
     return [

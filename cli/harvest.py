@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actcache.config import HarvestConfig
 
-from .guard import emit, say
+from .error_handling import emit, say
 
 
 def run(config: HarvestConfig, as_json: bool) -> None:
@@ -14,9 +14,9 @@ def run(config: HarvestConfig, as_json: bool) -> None:
     """
     import dataclasses
 
-    from actcache.harvest import harvest
-    from actcache.progress import format_bytes
-    from actcache.reader import Cache
+    from actcache.cache.reader import Cache
+    from actcache.core.progress import format_bytes
+    from actcache.harvester.run import harvest
 
     summary = harvest(config)
     for warning in summary.warnings:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .guard import emit, guarded
+from .error_handling import emit, guarded
 
 
 @guarded
@@ -24,9 +24,9 @@ def run(
 ) -> None:
     """List the hookpoints of MODEL with their widths, without loading weights where possible."""
     from actcache.config import HarvestConfig
-    from actcache.hooks import select
-    from actcache.model import load_config
-    from actcache.planning import survey_model
+    from actcache.harvester.resolve import survey_model
+    from actcache.model.hooks import select
+    from actcache.model.loading import load_config
 
     config = HarvestConfig(
         model,

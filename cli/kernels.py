@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .guard import emit, guarded
+from .error_handling import emit, guarded
 from .tables import table
 
 

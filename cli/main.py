@@ -8,10 +8,11 @@ import typer
 
 from actcache.config import ConvertConfig, HarvestConfig, PlanConfig
 
-from . import bench, convert, fit, harvest, hookpoints, inspect_cache, kernels, plan, verify
+from . import bench, convert, fit, harvest, hookpoints, kernels, plan, verify
 from . import eval as eval_
+from .error_handling import guarded
 from .fit_options import fit_command
-from .guard import guarded
+from .inspect import command as inspect_cache
 from .options import command
 
 

@@ -99,3 +99,20 @@ def frozen(value: Any, hint: Any) -> Any:
     if isinstance(hint, types.UnionType) and value is None:
         return None
     return value
+
+
+BlockCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="With a URL: folder for blocks that were fetched. Default: $ACTCACHE_BLOCK_CACHE, or "
+        "actcache/blocks in the user's folder for caches.",
+    ),
+]
+BlockCacheBytes = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Bytes that it may hold. Default: $ACTCACHE_BLOCK_CACHE_BYTES, or 16 GiB.",
+    ),
+]

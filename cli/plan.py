@@ -6,7 +6,7 @@ from typing import Any
 
 from actcache.config import PlanConfig
 
-from .guard import emit, say
+from .error_handling import emit, say
 from .tables import table
 
 
@@ -17,7 +17,7 @@ def run(config: PlanConfig, as_json: bool) -> None:
     """
     import dataclasses
 
-    from actcache.plan import plan_harvest
+    from actcache.harvester.estimate import plan_harvest
 
     found = plan_harvest(config)
     for warning in found.warnings:
@@ -31,7 +31,7 @@ def run(config: PlanConfig, as_json: bool) -> None:
 
 
 def _facts(found: Any, out: str) -> dict[str, str]:
-    from actcache.progress import format_bytes
+    from actcache.core.progress import format_bytes
 
     size = format_bytes
     left_out = ", ".join(f"{n:,} {name}" for name, n in found.dropped.items() if n)
@@ -62,7 +62,7 @@ def _facts(found: Any, out: str) -> dict[str, str]:
 
 
 def _table(found: Any) -> str:
-    from actcache.progress import format_bytes
+    from actcache.core.progress import format_bytes
 
     rows = [[name, format_bytes(size)] for name, size in found.hookpoints.items()]
     rest = found.bytes - sum(found.hookpoints.values())

@@ -8,13 +8,13 @@ import typer
 
 from actcache.config import HarvestConfig
 from actcache.errors import ConfigError, CorruptShardError
-from actcache.place import refuse_url
+from actcache.filesystem.paths import refuse_url
 
-from .guard import emit, guarded, say
+from .error_handling import emit, guarded, say
 from .options import command
 
 if TYPE_CHECKING:
-    from actcache.verification import Verification
+    from actcache.cache.verify import Verification
 
 
 @guarded
@@ -44,8 +44,8 @@ def run(
     """Check every file of CACHE against its receipts and name what is damaged or missing."""
     import dataclasses
 
-    from actcache.repair import retract_damaged
-    from actcache.verification import verify
+    from actcache.cache.repair import retract_damaged
+    from actcache.cache.verify import verify
 
     if harvest and not repair:
         raise ConfigError("a harvest command is for --repair", got=" ".join(harvest))
@@ -88,8 +88,8 @@ def _require_same(config: HarvestConfig) -> None:
     """A shard that is taken back is gone: first see that this command makes it again."""
     from pathlib import Path
 
-    from actcache.manifest import MANIFEST
-    from actcache.preparation import require_same_harvest
+    from actcache.format.manifest import MANIFEST
+    from actcache.harvester.job import require_same_harvest
 
     if (Path(config.out) / MANIFEST).exists():
         require_same_harvest(config, Path(config.out))
@@ -97,7 +97,7 @@ def _require_same(config: HarvestConfig) -> None:
 
 def _make_again(config: HarvestConfig, retracted: list[int]) -> bool:
     """Run the harvest over what is missing; whether all is there again."""
-    from actcache.harvest import harvest
+    from actcache.harvester.run import harvest
 
     summary = harvest(config)
     for warning in summary.warnings:
@@ -108,7 +108,7 @@ def _make_again(config: HarvestConfig, retracted: list[int]) -> bool:
 
 
 def _print(found: Verification) -> None:
-    from actcache.progress import format_bytes
+    from actcache.core.progress import format_bytes
 
     for damage in found.damages:
         print(f"{damage.file}\n  expected: {damage.expected}\n  got:      {damage.got}")

@@ -103,14 +103,14 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             extended_by: sequences by which the harvest is extended, in shards of their own.
             most_rows: rows that filters leave of a shard, by its number; of others, all.
         """
-        from actcache.atomic import publish
-        from actcache.extension import extended, publish_extension
-        from actcache.filters import kept_positions
-        from actcache.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
-        from actcache.parse import to_json
-        from actcache.receipt import EndReceipt, publish_end
+        from actcache.cache.create import publish_extension
+        from actcache.cache.writer import FilledShard, publish_shard
+        from actcache.core.json_codec import to_json
+        from actcache.filesystem.atomic import publish
+        from actcache.format.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest, extended
+        from actcache.format.receipts import EndReceipt, publish_end
+        from actcache.format.row_filters import kept_positions
         from actcache.storage import BACKENDS
-        from actcache.writer import FilledShard, publish_shard
 
         root = path or tmp_path_factory.mktemp("cache")
         widths = dict(hookpoints or {"layers.0": 16, "layers.1": 16})
@@ -190,7 +190,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def whole_text(tokens: np.ndarray) -> Any:
     """Sequences without padding, each from a document of its own. tokens [S, C] int32"""
-    from actcache.writer import ShardText
+    from actcache.cache.writer import ShardText
 
     count, ctx_len = tokens.shape
     numbers = np.arange(count, dtype=np.int64)
@@ -316,7 +316,7 @@ def tiny_model(make_model: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, str]]:
     """Digest of every file below a folder by its relative path, all but what is in logs/."""
-    from actcache.atomic import digest_file
+    from actcache.filesystem.atomic import digest_file
 
     def digests(root: str | Path) -> dict[str, str]:
         root = Path(root)

@@ -46,10 +46,10 @@ def test_imports_follow_the_arrows_of_the_design(folder):
     ("place", "allowed"),
     [
         ("saetrain/kernels", {"torch", "triton", "saetrain.kernels"}),
-        ("saetrain/activations", {"torch", "saetrain.kernels", "saetrain.activations"}),
+        ("saetrain/model/activations", {"torch", "saetrain.kernels", "saetrain.model.activations"}),
         (
-            "saetrain/sae.py",
-            {"torch", "safetensors", "saetrain.kernels", "saetrain.activations"},
+            "saetrain/model/sae.py",
+            {"torch", "safetensors", "saetrain.kernels", "saetrain.model.activations"},
         ),
     ],
 )
@@ -67,12 +67,12 @@ def test_a_training_step_runs_where_nothing_but_torch_and_numpy_is_installed():
     program = f"""
 import sys
 sys.modules |= dict.fromkeys({others | {"datasets", "wandb", "yaml", "fsspec"}!r})
-import saetrain.optim, saetrain.step
+import saetrain.optim, saetrain.training.step
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("module", ["config", "manifest", "errors", "parse"])
+@pytest.mark.parametrize("module", ["config", "format/manifest", "errors", "core/json_codec"])
 def test_what_help_needs_imports_the_standard_library_only(module):
     for name in imports_of(ROOT / "actcache" / f"{module}.py"):
         top = name.partition(".")[0]
@@ -101,7 +101,7 @@ def test_the_wheel_holds_exactly_the_three_packages_and_their_data(tmp_path):
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(HOUSE.values())
     pages = ("actcache/FORMAT.md", "actcache/SCALE.md", "saetrain/kernels/README.md")
-    for needed in (*pages, "actcache/inspection/page.css", "actcache/py.typed"):
+    for needed in (*pages, "actcache/inspection/html/page.css", "actcache/py.typed"):
         assert needed in names
     for folder, package in HOUSE.items():
         for path in sources(folder):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actcache.atomic import digest_file
-from actcache.reader import Cache
+from actcache.cache.reader import Cache
+from actcache.filesystem.atomic import digest_file
 
 pytestmark = pytest.mark.soak
 

@@ -10,7 +10,7 @@ from actcache.adapters.iterators import (
     NumpyBatches,
     SaeLensBatches,
 )
-from actcache.adapters.loader import LoaderDataset, WholeBatches
+from actcache.adapters.torch_dataset import LoaderDataset, WholeBatches
 
 __all__ = [
     "DictionaryLearningBuffer",

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actcache.checked_reads import Verify
+from actcache.cache.reader import Cache
 from actcache.errors import ConfigError
-from actcache.order import POOL_ROWS, OrderPlan, make_plan, split_shards
-from actcache.reader import Cache
-from actcache.stream import ActivationStream
+from actcache.stream.activation_stream import ActivationStream
+from actcache.stream.order import POOL_ROWS, OrderPlan, make_plan, split_shards
+from actcache.stream.verified_reads import Verify
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from actcache.adapters.feed import Feed
 from actcache.errors import ConfigError
-from actcache.hooks import INPUT
-from actcache.stream import Batch
+from actcache.format.manifest import INPUT
+from actcache.stream.activation_stream import Batch
 
 if TYPE_CHECKING:
     import torch
+
 
 T = TypeVar("T")
 

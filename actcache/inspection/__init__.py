@@ -6,10 +6,10 @@ come from receipts, statistics and logs; activations are read for `texts` alone,
 
 from __future__ import annotations
 
-from actcache.inspection.page import render_page
+from actcache.inspection.html.page import render_page
+from actcache.inspection.samples import Reading, Sample, read_sequences, sample_rows
 from actcache.inspection.shards import ShardFacts, shard_facts
 from actcache.inspection.summary import CacheSummary, HookpointSummary, summarise
-from actcache.inspection.texts import Reading, Sample, read_sequences, sample_rows
 
 __all__ = [
     "CacheSummary",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.statistics import Statistics
+from actcache.format.statistics import Statistics
 
 OUTLIER = 6.0
 """A dimension is an outlier from this many times the median dimension's RMS or largest |x|."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.statistics import BINS_PER_OCTAVE, NORM_BINS
+from actcache.format.statistics import BINS_PER_OCTAVE, NORM_BINS
 
 MIN_EXPONENT = -32
 """The first bin ends a quarter of an octave above 2^-32; it holds zero, too."""

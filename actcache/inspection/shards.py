@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from actcache.cache.layout import data_paths
+from actcache.cache.reader import Cache
+from actcache.filesystem.paths import Place
+from actcache.format.receipts import ShardReceipt
 from actcache.inspection.printable import printable
-from actcache.place import Place
-from actcache.reader import Cache
-from actcache.receipt import ShardReceipt
-from actcache.writer import data_paths
 
 CLASSES = 20
 """Classes of left-out rows that are told apart; the rest stands together as 'others'."""

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from actcache.cache.reader import Cache
+from actcache.core.progress import Progress
 from actcache.errors import ConfigError, CorruptShardError
+from actcache.format.manifest import Identity, Manifest
+from actcache.format.statistics import Statistics, merge
 from actcache.inspection.dimensions import Dimensions, describe, mean_cosines
+from actcache.inspection.harvest_speed import RankSpeed, speed_by_rank
 from actcache.inspection.norms import NormHistogram, norm_histogram
 from actcache.inspection.printable import printable
 from actcache.inspection.shards import Afflictions, Excluded, afflictions, excluded
-from actcache.inspection.speed import RankSpeed, speed_by_rank
-from actcache.manifest import Identity, Manifest
-from actcache.progress import Progress
-from actcache.reader import Cache
-from actcache.statistics import Statistics, merge
 
 
 @dataclass(frozen=True)

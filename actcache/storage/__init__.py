@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from actcache.atomic import FileReceipt
-from actcache.manifest import Manifest
-from actcache.place import Place, PlaceT
-from actcache.storage.blosc_chunk import CompressedExtent
-from actcache.storage.codec import (
+from actcache.filesystem.atomic import FileReceipt
+from actcache.filesystem.paths import Place, PlaceT
+from actcache.format.dtypes import (
     CODECS,
     Array,
     Codec,
@@ -17,9 +15,11 @@ from actcache.storage.codec import (
     refuse_infinite,
     refuse_overflow,
 )
+from actcache.format.manifest import Manifest
+from actcache.storage.blosc import CompressedExtent
 from actcache.storage.memmap import MemmapBackend
-from actcache.storage.safetensors_file import Extent
-from actcache.storage.zarr_array import ZarrBackend
+from actcache.storage.safetensors_io import Extent
+from actcache.storage.zarr import ZarrBackend
 
 __all__ = [
     "BACKENDS",

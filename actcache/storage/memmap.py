@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actcache.atomic import FileReceipt
-from actcache.manifest import Manifest
-from actcache.place import Place, PlaceT
-from actcache.storage import safetensors_file
-from actcache.storage.codec import CODECS, VALUES, StoredRows
-from actcache.storage.safetensors_file import Extent, Spec
+from actcache.filesystem.atomic import FileReceipt
+from actcache.filesystem.paths import Place, PlaceT
+from actcache.format.dtypes import CODECS, VALUES, StoredRows
+from actcache.format.manifest import Manifest
+from actcache.format.schema import Spec
+from actcache.storage import safetensors_io as safetensors_file
+from actcache.storage.safetensors_io import Extent
 
 
 class MemmapBackend:

@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from actcache.atomic import FileReceipt, publish
+from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import ConfigError, FormatError
-from actcache.parse import parse_dataclass, read_json, to_json
-from saetrain.build import build_sae
-from saetrain.config import ActivationName, SaeConfig
-from saetrain.sae import Sae
+from actcache.filesystem.atomic import FileReceipt, publish
+from saetrain.config.sae import ActivationName, SaeConfig
+from saetrain.model.factory import build_sae
+from saetrain.model.sae import Sae
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"

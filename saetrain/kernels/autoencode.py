@@ -16,17 +16,17 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
-from saetrain.kernels.checks import check_vector
+from saetrain.kernels.backends import chosen_path, primitives
 from saetrain.kernels.encode import (
     centred,
     check_encode,
+    check_vector,
     gradient_of_subtracted,
     select_acts,
     through_relu,
 )
-from saetrain.kernels.pairs import PairsOnce
-from saetrain.kernels.paths import chosen_path, primitives
-from saetrain.kernels.pieces import Pieces, Way
+from saetrain.kernels.prefix_groups import Pieces, Way
+from saetrain.kernels.sorted_pairs import PairsOnce
 
 
 class WeightRows(NamedTuple):

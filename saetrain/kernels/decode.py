@@ -12,9 +12,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
-from saetrain.kernels.checks import check_vector
-from saetrain.kernels.pairs import PairsOnce
-from saetrain.kernels.paths import chosen_path, primitives
+from saetrain.kernels.backends import chosen_path, primitives
+from saetrain.kernels.encode import check_vector
+from saetrain.kernels.sorted_pairs import PairsOnce
 
 
 def sparse_decode(

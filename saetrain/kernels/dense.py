@@ -13,9 +13,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
+from saetrain.kernels.backends import chosen_path
 from saetrain.kernels.encode import centred, check_encode, gradient_of_subtracted
-from saetrain.kernels.paths import chosen_path
-from saetrain.kernels.product import Product, multiply, product_dtype
+from saetrain.kernels.matmul import Product, multiply, product_dtype
 
 
 def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:

@@ -14,12 +14,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
-from saetrain.kernels.checks import check_vector
-from saetrain.kernels.pairs import PairsOnce
-from saetrain.kernels.paths import chosen_path, primitives
-from saetrain.kernels.pieces import Way
-from saetrain.kernels.product import Product, product_dtype
-from saetrain.kernels.topk import topk
+from saetrain.kernels.backends import chosen_path, primitives
+from saetrain.kernels.matmul import Product, product_dtype
+from saetrain.kernels.prefix_groups import Way
+from saetrain.kernels.selection import topk
+from saetrain.kernels.sorted_pairs import PairsOnce
 
 Select = Callable[[Tensor], tuple[Tensor, Tensor]]
 """pre_acts [N, M] to values and int64 latents, both [N, S]. A value is the pre-activation of its
@@ -291,3 +290,9 @@ def _check_k(k: int, W_enc: Tensor) -> None:
             f"k must be 1 to num_latents = {num_latents}, got {k}: "
             "lower k or give the autoencoder more latents"
         )
+
+
+def check_vector(name: str, vector: Tensor | None, length: int) -> None:
+    """Raise `ValueError` unless a vector has a length, or is None."""
+    if vector is not None and vector.shape != (length,):
+        raise ValueError(f"{name} must be [{length}], got shape {tuple(vector.shape)}")

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from saetrain.kernels.backends import chosen_path
 from saetrain.kernels.encode import tokens_at_once
-from saetrain.kernels.on_torch.topk import tile_of
-from saetrain.kernels.paths import chosen_path
-from saetrain.kernels.product import by_onednn
+from saetrain.kernels.matmul import by_onednn
+from saetrain.kernels.on_torch.selection import tile_of
 
 
 class Choice(NamedTuple):

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saetrain.kernels.pairs import SortedPairs
-from saetrain.kernels.pieces import Bags, Pieces
+from saetrain.kernels.prefix_groups import Bags, Pieces
+from saetrain.kernels.sorted_pairs import SortedPairs
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from saetrain.kernels.backends import chosen_path, primitives
+from saetrain.kernels.bf16_copy import note_shadow, shadow_of
 from saetrain.kernels.on_torch.update import normalise_rows_, project_
-from saetrain.kernels.paths import chosen_path, primitives
-from saetrain.kernels.shadow import note_shadow, shadow_of
 
 __all__ = ["adam_update_", "normalise_rows_", "project_", "signum_update_"]
 

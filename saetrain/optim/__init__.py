@@ -6,15 +6,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from saetrain.config import DecoderNorm, OptimizerName
-from saetrain.decoder_norm import unit_rows
+from saetrain.config.sae_options import DecoderNorm, OptimizerName
+from saetrain.model.decoder_norm import unit_rows
+from saetrain.model.sae import Sae
 from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
-from saetrain.optim.mask import step_if
+from saetrain.optim.conditional import step_if
 from saetrain.optim.muon import Muon
 from saetrain.optim.schedule import Schedule, default_lr, make_schedule, warmup_steps
 from saetrain.optim.signum import Signum
-from saetrain.sae import Sae
 
 __all__ = [
     "Optimizer",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import adam_numbers, adam_update_, normalise_rows_
-from saetrain.optim.one_pass import OnePass, Parameters
+from saetrain.optim.fused import OnePass, Parameters
 from saetrain.optim.schedule import Schedule
 
 BETAS = (0.9, 0.999)

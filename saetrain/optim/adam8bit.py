@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError
-from saetrain.optim.one_pass import Parameters
+from saetrain.optim.fused import Parameters
 from saetrain.optim.schedule import Schedule
-from saetrain.optim.scheduled import Scheduled
+from saetrain.optim.torch_optimizers import Scheduled
 
 _TABLES = ("qmap1", "qmap2")
 """bitsandbytes' own constants, not state."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 
 from actcache.errors import ConfigError
-from saetrain.optim.one_pass import Parameters
+from saetrain.optim.fused import Parameters
 from saetrain.optim.schedule import Schedule
-from saetrain.optim.scheduled import Scheduled
+from saetrain.optim.torch_optimizers import Scheduled
 
 MOMENTUM = 0.95
 

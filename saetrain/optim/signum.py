@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import normalise_rows_, signum_update_
-from saetrain.optim.one_pass import OnePass, Parameters
+from saetrain.optim.fused import OnePass, Parameters
 from saetrain.optim.schedule import Schedule
 
 MOMENTUM = 0.95

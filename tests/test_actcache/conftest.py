@@ -36,7 +36,8 @@ def options(tiny_model: Path, prose_file: Path, tmp_path: Path) -> Callable[...,
 @pytest.fixture
 def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load every model and tokenizer once a test: for tests that harvest a hundred times."""
-    from actcache import decision, preparation
+    from actcache.harvester import job as preparation
+    from actcache.harvester import resolve as decision
 
     def by_model(load: Callable[..., Any]) -> Callable[..., Any]:
         known: dict[Any, Any] = {}

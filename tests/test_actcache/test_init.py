@@ -9,9 +9,9 @@ import actcache
 
 
 def test_every_public_name_is_there_whatever_was_imported_before() -> None:
-    import actcache.harvest
-    import actcache.order
-    import actcache.stream
+    import actcache.harvester.run
+    import actcache.stream.activation_stream
+    import actcache.stream.order
 
     for name in actcache.__all__:
         found = getattr(actcache, name)

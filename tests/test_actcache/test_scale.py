@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from actcache.atomic import FileReceipt
+from actcache.cache.layout import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
-from actcache.filters import FILTERS
-from actcache.manifest import Hookpoint
-from actcache.order import POOL_ROWS, Epoch, make_plan
-from actcache.parse import to_json
-from actcache.planning import choose_block_rows, sequences_per_shard
-from actcache.receipt import ShardReceipt
+from actcache.core.json_codec import to_json
+from actcache.filesystem.atomic import FileReceipt
+from actcache.format.manifest import Hookpoint
+from actcache.format.receipts import ShardReceipt
+from actcache.format.row_filters import FILTERS
 from actcache.storage import CODECS
-from actcache.storage.safetensors_file import ALIGNMENT
+from actcache.storage.safetensors_io import ALIGNMENT
+from actcache.stream.order import POOL_ROWS, Epoch, make_plan
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "actcache" / "SCALE.md").read_text()

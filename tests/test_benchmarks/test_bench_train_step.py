@@ -42,7 +42,7 @@ def bench(monkeypatch):
 
 def test_what_is_one_graph_is_recorded_before_it_is_timed(bench, monkeypatch):
     """A CPU has none, so that this is about who is asked for what, and when."""
-    import saetrain.graphs
+    import saetrain.training.cuda_graphs
 
     log, steps = [], 4
 
@@ -58,7 +58,7 @@ def test_what_is_one_graph_is_recorded_before_it_is_timed(bench, monkeypatch):
             log.append("record")
             return lambda: log.append("replay")
 
-    monkeypatch.setattr(saetrain.graphs, "CudaGraphs", Recorder)
+    monkeypatch.setattr(saetrain.training.cuda_graphs, "CudaGraphs", Recorder)
     device, size = torch.device("cpu"), bench.SMOKE[1]
     x = bench.rows(*size[:2], device)
     made = bench.many(bench.setting_of(size, "adam", device), x)

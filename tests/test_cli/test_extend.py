@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from actcache.reader import Cache
+from actcache.cache.reader import Cache
 from actcache_cli.main import actcache_app, saetrain_app
 
 

@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from actcache_cli.fit_options import fit_command, is_repeatable
 from actcache_cli.main import saetrain_app
-from saetrain.config import FitConfig, Override
-from saetrain.grid import AXES, grid
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.grid import AXES, grid
+from saetrain.config.sae_options import Override
 
 
 def parse(*arguments):

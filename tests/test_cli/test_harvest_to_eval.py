@@ -7,8 +7,8 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-import saetrain.step
-from actcache.reader import Cache
+import saetrain.training.step
+from actcache.cache.reader import Cache
 from actcache_cli.main import actcache_app, saetrain_app
 
 
@@ -185,14 +185,14 @@ def test_eval_of_an_unfinished_run_says_so_and_shows_dashes_for_what_is_not_know
 ):
     _, _, fit, _ = folders
     fit = [a if a != folders[0] / "run" else tmp_path / "run" for a in fit] + ["--save-every", 1]
-    real = saetrain.step.train_step
+    real = saetrain.training.step.train_step
 
     def step(trainee, rows, number, alpha):
         if number == 2:
             raise KeyboardInterrupt
         real(trainee, rows, number, alpha)
 
-    monkeypatch.setattr(saetrain.step, "train_step", step)
+    monkeypatch.setattr(saetrain.training.step, "train_step", step)
     result = CliRunner().invoke(saetrain_app(), [str(a) for a in fit])
     assert result.exit_code == 130
     assert "--resume" in result.stderr

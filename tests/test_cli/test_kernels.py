@@ -42,7 +42,7 @@ def test_the_path_depends_on_the_shape_and_the_device() -> None:
 
 
 def test_a_gpu_that_is_not_here_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saetrain.kernels.paths._has_triton", lambda: True)
+    monkeypatch.setattr("saetrain.kernels.backends._has_triton", lambda: True)
     found = paths("--device", "cuda")
     assert found["topk"][0] == found["scatter_outer"][0] == found["adam_update_"][0] == "triton"
     assert found["product"] == ("torch", "torch's linear, 8,192 tokens at once")
@@ -50,7 +50,7 @@ def test_a_gpu_that_is_not_here_is_explained_too(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_triton_leaves_to_others_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saetrain.kernels.paths._has_triton", lambda: True)
+    monkeypatch.setattr("saetrain.kernels.backends._has_triton", lambda: True)
     assert paths("--device", "cuda", "--k", "1025")["topk"] == ("torch", "torch.topk")
     wide = paths("--device", "cuda", "--dtype", "float64")
     assert {wide[f][0] for f in ("topk", "batch_topk", "group_max", "sort_pairs")} == {"torch"}

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from actcache.config import HarvestConfig
 from actcache_cli.options import command, field_docs
-from saetrain.config import FitConfig
+from saetrain.config.fit_config import FitConfig
 
 
 @pytest.mark.parametrize("config_class", [HarvestConfig, FitConfig])

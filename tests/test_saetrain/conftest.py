@@ -20,7 +20,7 @@ def cache_path(make_cache: Callable[..., Path]) -> Path:
 @pytest.fixture
 def options(cache_path: Path, tmp_path: Path) -> Callable[..., Any]:
     """Options of a run of two SAEs over 12 steps an epoch, with AuxK at work from step 2 on."""
-    from saetrain.config import FitConfig
+    from saetrain.config.fit_config import FitConfig
 
     def make(**changes: Any) -> FitConfig:
         small = {
@@ -80,13 +80,13 @@ def make_trainee() -> Callable[..., Any]:
     """A factory of SAEs with all that `train_step` needs."""
     import torch
 
-    from saetrain.config import SaeConfig
-    from saetrain.metrics import Firing, Meter
+    from saetrain.config.sae import SaeConfig
+    from saetrain.model.sae import Sae
     from saetrain.optim import make_optimizer
-    from saetrain.recipe import Recipe
-    from saetrain.run import SaeEntry
-    from saetrain.sae import Sae
-    from saetrain.trainee import Trainee
+    from saetrain.runs.record import SaeEntry
+    from saetrain.training.metrics import Firing, Meter
+    from saetrain.training.sae_trainer import Trainee
+    from saetrain.training.step_settings import Recipe
 
     def make(
         d_in: int = 16,

@@ -3,7 +3,6 @@
 Every function has its twin of the same name and signature in `saetrain.kernels.reference`.
 """
 
-from saetrain.kernels.on_torch.batch_topk import batch_topk_threshold
 from saetrain.kernels.on_torch.decode import (
     gather_dot,
     gather_sum,
@@ -11,8 +10,7 @@ from saetrain.kernels.on_torch.decode import (
     scatter_sum,
     weight_gradients,
 )
-from saetrain.kernels.on_torch.group_max import group_max
-from saetrain.kernels.on_torch.topk import topk
+from saetrain.kernels.on_torch.selection import batch_topk_threshold, group_max, topk
 from saetrain.kernels.on_torch.update import adam_update_, signum_update_
 
 __all__ = [

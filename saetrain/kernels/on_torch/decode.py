@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from saetrain.kernels import paths
-from saetrain.kernels.pairs import SortedPairs, sort_pairs
-from saetrain.kernels.pieces import Bags
-from saetrain.kernels.spare import spare
+from saetrain.kernels import backends as paths
+from saetrain.kernels.grad_memory import spare
+from saetrain.kernels.prefix_groups import Bags
+from saetrain.kernels.sorted_pairs import SortedPairs, sort_pairs
 
 PIECE = 64
 """Pairs whose sum is formed apart before it joins a latent's total."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saetrain.kernels import paths
+from saetrain.kernels import backends as paths
 
 _BYTES = 1 << 20
 """Of each tensor at once, for each thread of a CPU: more, and it leaves the thread's cache; less,

@@ -12,7 +12,6 @@ it, and the digits are then counted in those tiles only whose maximum reaches it
 
 Letters: N tokens, M num_latents, T width of a tile, P programs.
 """
-
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
 

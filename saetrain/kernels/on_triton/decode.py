@@ -5,7 +5,6 @@ row. Programs run through all tokens for the first block of columns before they 
 (the grid's first axis is the fastest), and the block is so narrow that these columns of all of W
 lie in the second-level cache: N·K rows are read from there, and W comes from memory once.
 """
-
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
 
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saetrain.kernels.on_triton.launch import columns, device_of, power_of_two, wide
-from saetrain.kernels.pieces import Bags
+from saetrain.kernels.prefix_groups import Bags
 
 ROWS = 8  # of W that a program has under way at once
 CACHE = 2**25  # bytes of a Hopper chip's cache that a block of columns may fill, of 50 MB or more

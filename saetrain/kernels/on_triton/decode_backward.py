@@ -5,7 +5,6 @@ one block of columns of W after the other, so that it comes from memory once. Pr
 are written apart, [B, N, K], and added in order of blocks by a second launch: D·e/256 to D·e/1024
 numbers per pair instead of D read from memory, e bytes each.
 """
-
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
 
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from saetrain.kernels.on_triton.decode import ROWS, cached_bytes
 from saetrain.kernels.on_triton.launch import columns, device_of, power_of_two, wide
-from saetrain.kernels.pairs import SortedPairs
-from saetrain.kernels.pieces import Bags
+from saetrain.kernels.prefix_groups import Bags
+from saetrain.kernels.sorted_pairs import SortedPairs
 
 SUMS = 512  # that a program of the second launch makes
 

@@ -6,7 +6,6 @@ first NaN. A row is read once.
 
 Letters: N tokens, M num_latents, K k, S = M/K latents of a group.
 """
-
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
 

@@ -4,7 +4,6 @@ A positive number's bits, read as an integer, grow with it; a negative one's fal
 number is its bits with the sign bit set, or, of a negative one, with all bits turned round. Every
 NaN has the largest key. No number has key 0, which is what padding gets: it is below -inf.
 """
-
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
 

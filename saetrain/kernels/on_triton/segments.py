@@ -16,7 +16,6 @@ PIECE pairs are summed apart before they join a total.
 
 Letters: N tokens, D d_in, E width of the output, M num_latents, K k, C chunks, cdiv(N·K, CHUNK).
 """
-
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
 
@@ -26,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from saetrain.kernels.on_triton.launch import columns, device_of, wide
-from saetrain.kernels.pairs import SortedPairs, sort_pairs
-from saetrain.kernels.pieces import Bags
+from saetrain.kernels.prefix_groups import Bags
+from saetrain.kernels.sorted_pairs import SortedPairs, sort_pairs
 
 PIECE = 64  # pairs whose sum is formed apart before it joins a total
 CHUNK = 256  # positions that one program sums of a latent that owns more

@@ -13,7 +13,6 @@ all values of its row are NaN. Padding has a key below all numbers', and there a
 
 Letters: N tokens, M num_latents, K k, T width of a tile.
 """
-
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
 

@@ -13,7 +13,6 @@ What is computed stands in `saetrain.kernels.reference`, which float64 is left t
 
 Letters: M rows, D columns.
 """
-
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
 

@@ -9,9 +9,9 @@ import pytest
 
 import actcache.adapters
 from actcache.adapters import NumpyBatches, open_feed
+from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, EmptyCacheError, HookpointError
-from actcache.order import POOL_ROWS, make_plan, split_shards
-from actcache.reader import Cache
+from actcache.stream.order import POOL_ROWS, make_plan, split_shards
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,9 @@ def root(make_cache: Callable[..., Path]) -> Path:
 
 
 def test_plan_and_split_are_those_of_a_run_with_the_same_options(root: Path) -> None:
-    from saetrain.config import FitConfig
-    from saetrain.fit import fit
-    from saetrain.run import read_run
+    from saetrain.config.fit_config import FitConfig
+    from saetrain.launch.run import fit
+    from saetrain.runs.record import read_run
 
     options = {"batch_size": 48, "seed": 7, "val_fraction": 0.3, "pool_rows": 200}
     feed = open_feed(root, "layers.0", **options)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from actcache.statistics import Statistics, compute
-from actcache.storage.codec import CODECS, VALUES, StoredRows
+from actcache.format.dtypes import CODECS, VALUES, StoredRows
+from actcache.format.statistics import Statistics, compute
 
 
 @pytest.fixture(scope="session")

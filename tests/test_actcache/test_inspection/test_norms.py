@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from actcache.format.statistics import NORM_BINS
 from actcache.inspection.norms import norm_histogram
-from actcache.statistics import NORM_BINS
 
 
 @pytest.fixture

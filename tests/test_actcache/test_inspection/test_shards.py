@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from actcache.cache.reader import Cache
 from actcache.inspection.shards import CLASSES, LISTED, afflictions, excluded, shard_facts
-from actcache.reader import Cache
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actcache.cache.reader import Cache
+from actcache.core.json_codec import to_json
 from actcache.errors import ConfigError, CorruptShardError, EmptyCacheError
+from actcache.format.manifest import read_manifest
+from actcache.format.receipts import receipt_path
 from actcache.inspection import summarise
-from actcache.manifest import read_manifest
-from actcache.parse import to_json
-from actcache.reader import Cache
-from actcache.receipt import receipt_path
 
 
 def some_not_finite(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:

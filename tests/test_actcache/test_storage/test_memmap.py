@@ -8,10 +8,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from actcache.atomic import digest_file
 from actcache.errors import CorruptShardError
-from actcache.manifest import Manifest, read_manifest
-from actcache.storage import BACKENDS, CODECS, Extent, safetensors_file
+from actcache.filesystem.atomic import digest_file
+from actcache.format.manifest import Manifest, read_manifest
+from actcache.storage import BACKENDS, CODECS, Extent
+from actcache.storage import safetensors_io as safetensors_file
 
 BACKEND = BACKENDS["memmap"]
 

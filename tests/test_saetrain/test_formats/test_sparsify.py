@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actcache.errors import FormatError
-from saetrain.build import build_sae
-from saetrain.config import SaeConfig
+from saetrain.config.sae import SaeConfig
 from saetrain.formats.sparsify import (
     CONFIG,
     WEIGHTS,
@@ -22,7 +21,8 @@ from saetrain.formats.sparsify import (
     read_sae_config,
     save_sae,
 )
-from saetrain.sae import Sae
+from saetrain.model.factory import build_sae
+from saetrain.model.sae import Sae
 
 D, M, K = 8, 20, 3
 

@@ -20,10 +20,10 @@ from saetrain.kernels import (
     group_max,
     largest,
     reference,
-    spare,
     sparse_decode,
     sparse_encode,
 )
+from saetrain.kernels import grad_memory as spare
 
 VAST = 1 << 24  # numbers
 UNRESERVED = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, from Python 3.13 on

@@ -6,15 +6,8 @@ Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 import pytest
 import torch
 
-from saetrain.kernels import (
-    Pieces,
-    autoencode,
-    largest,
-    on_torch,
-    pairs,
-    sparse_decode,
-    sparse_encode,
-)
+from saetrain.kernels import Pieces, autoencode, largest, on_torch, sparse_decode, sparse_encode
+from saetrain.kernels import sorted_pairs as pairs
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
 N, D, M, K = 7, 37, 19, 5

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saetrain.kernels import batch_topk
-from saetrain.kernels.paths import primitives
+from saetrain.kernels.backends import primitives
 
 
 @pytest.fixture(params=["reference", "torch"])

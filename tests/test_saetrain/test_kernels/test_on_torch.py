@@ -3,7 +3,7 @@
 import torch
 
 from saetrain.kernels import on_torch
-from saetrain.kernels.pairs import sort_pairs
+from saetrain.kernels.sorted_pairs import sort_pairs
 
 SUM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 

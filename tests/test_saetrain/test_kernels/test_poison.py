@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saetrain.kernels import drop_gradient
-from saetrain.kernels.spare import spare
+from saetrain.kernels.grad_memory import spare
 
 LARGE = (1 << 10, 1 << 10)  # bytes that are used again
 

@@ -10,7 +10,7 @@ import torch
 
 from saetrain.kernels import batch_topk, on_torch
 from saetrain.kernels.on_torch import update
-from saetrain.kernels.pairs import sort_pairs
+from saetrain.kernels.sorted_pairs import sort_pairs
 
 LIMIT = 2**31
 D, M = 2048, 2**20 + 4096

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from actcache.errors import ConfigError
-from saetrain.config import FitConfig
+from saetrain.config.fit_config import FitConfig
 from saetrain.optim.adam8bit import Adam8bit
 from saetrain.optim.schedule import Schedule
 

@@ -1,4 +1,4 @@
-"""`saetrain.optim.schedule`: sparsify's laws, and ours for runs that are short."""
+"""Sparsify's laws, and ours for runs that are short."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from saetrain.config import FitConfig, LrSchedule, OptimizerName
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.sae_options import LrSchedule, OptimizerName
 from saetrain.optim import default_lr
 from saetrain.optim.schedule import Schedule, make_schedule, warmup_steps, warmup_then_decay
 

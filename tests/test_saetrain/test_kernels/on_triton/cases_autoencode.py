@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saetrain.kernels import Pieces, on_torch, on_triton, reference
-from saetrain.kernels.pairs import sort_pairs
+from saetrain.kernels.sorted_pairs import sort_pairs
 
 N, D, E, M, K, P = 300, 20, 33, 50, 4, 3
 PIECES = Pieces("latent", (0, 20))

@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.build import build_sae
-from saetrain.config import SaeConfig, SaeOptions
-from saetrain.graphs import RecordedSteps
-from saetrain.kernels import paths, product
-from saetrain.kernels.shadow import shadow_of
-from saetrain.metrics import Firing, Meter
-from saetrain.objective import objective_of
+from saetrain.config.sae import SaeConfig
+from saetrain.config.sae_options import SaeOptions
+from saetrain.kernels import backends as paths
+from saetrain.kernels import matmul as product
+from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.model.factory import build_sae
+from saetrain.model.losses import objective_of
 from saetrain.optim import Schedule, make_optimizer
-from saetrain.recipe import Recipe
-from saetrain.recorder import CudaGraphs
-from saetrain.run import SaeEntry
-from saetrain.step import train_batch
-from saetrain.trainee import Trainee
+from saetrain.runs.record import SaeEntry
+from saetrain.training.cuda_graphs import CudaGraphs, RecordedSteps
+from saetrain.training.metrics import Firing, Meter
+from saetrain.training.sae_trainer import Trainee
+from saetrain.training.step import train_batch
+from saetrain.training.step_settings import Recipe
 
 N, D, M, K, STEPS = 6, 8, 12, 2, 7
 KINDS = [  # each is slow to interpret

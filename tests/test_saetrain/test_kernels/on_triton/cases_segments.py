@@ -8,7 +8,7 @@ import torch
 
 from saetrain.kernels import on_triton, reference
 from saetrain.kernels.on_triton.segments import CHUNK
-from saetrain.kernels.pairs import sort_pairs
+from saetrain.kernels.sorted_pairs import sort_pairs
 
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 

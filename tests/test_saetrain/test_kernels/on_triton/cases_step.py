@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from saetrain.config import SaeConfig
-from saetrain.kernels.shadow import shadow_of
-from saetrain.metrics import Firing, Meter
+from saetrain.config.sae import SaeConfig
+from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
-from saetrain.recipe import Recipe
-from saetrain.run import SaeEntry
-from saetrain.sae import Sae
-from saetrain.step import train_step
-from saetrain.trainee import Trainee
+from saetrain.runs.record import SaeEntry
+from saetrain.training.metrics import Firing, Meter
+from saetrain.training.sae_trainer import Trainee
+from saetrain.training.step import train_step
+from saetrain.training.step_settings import Recipe
 
 N, D, M, K = 12, 12, 20, 3
 
@@ -96,7 +96,7 @@ def test_an_update_is_a_write_that_torch_counts(optimizer, device):
 def test_a_bad_batch_changes_no_bit_of_weights_state_norms_or_copy(optimizer, device, monkeypatch):
     """Under the flag where it lies, as on a GPU."""
     by_flag = lambda ok, optimizer, step: optimizer.masked_step(step, ok)  # noqa: E731
-    monkeypatch.setattr("saetrain.step.step_if", by_flag)
+    monkeypatch.setattr("saetrain.training.step.step_if", by_flag)
     trainee = run(trainee_on(device, optimizer, autocast=True), rows(2, device))
 
     def bits():

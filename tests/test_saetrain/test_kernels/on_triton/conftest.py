@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saetrain.kernels.pieces import Bags
+from saetrain.kernels.prefix_groups import Bags
 
 OLD_NUMPY = ("-W", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 """What triton 3.2's interpreter asks of NumPy, which does it until 2.3."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saetrain.kernels import chosen_path, reference, sparse_decode, sparse_encode
-from saetrain.kernels.paths import primitives
+from saetrain.kernels.backends import primitives
 
 pytestmark = [
     pytest.mark.gpu,

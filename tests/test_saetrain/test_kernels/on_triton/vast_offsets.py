@@ -15,7 +15,7 @@ import torch
 
 from saetrain.kernels import on_triton, reference
 from saetrain.kernels.on_triton import batch_topk
-from saetrain.kernels.pairs import SortedPairs, sort_pairs
+from saetrain.kernels.sorted_pairs import SortedPairs, sort_pairs
 
 LIMIT = 2**31
 BF16 = torch.bfloat16

@@ -1,0 +1,67 @@
+"""Take damaged shards back, so that the next harvest makes them again, and only them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from actcache.cache.layout import data_paths
+from actcache.cache.retraction import forget_restored, retract
+from actcache.cache.verify import SEAL, Damage, Verification
+from actcache.core.file_lock import FolderLock
+from actcache.errors import CorruptShardError, FormatError
+from actcache.format.manifest import read_manifest
+from actcache.format.receipts import FOLDER, receipt_files, receipt_path
+from actcache.storage import BACKENDS
+
+
+def retract_damaged(found: Verification) -> list[int]:
+    """Take back every damaged shard of a verified cache, so that a harvest makes it again.
+
+    Returns:
+        The shards that were taken back now.
+
+    Raises:
+        CorruptShardError: something is damaged that no harvest can make again; nothing was done.
+        CacheBusyError: a harvest is at work in the cache; nothing was done.
+    """
+    root = Path(found.cache)
+    strays = {f"{FOLDER}/{p.name}" for n, p in receipt_files(root) if p != receipt_path(root, n)}
+    made_anew = {SEAL, *strays, *_document_names(root)}
+    for damage in found.damages:
+        made_by_harvests = damage.shard is not None or damage.file in made_anew
+        if not made_by_harvests or (root / damage.file).is_dir():
+            raise CorruptShardError(
+                f"{root / damage.file} cannot be repaired",
+                expected=damage.expected,
+                got=damage.got,
+                remedy="restore it from a copy, or harvest into another folder",
+            )
+    lock = FolderLock(root)
+    lock.take()
+    try:
+        return _retract(root, found.damages)
+    finally:
+        lock.release()
+
+
+def _retract(root: Path, damages: Sequence[Damage]) -> list[int]:
+    manifest = read_manifest(root)
+    standing = {number for number, _ in receipt_files(root)}
+    damaged = sorted({d.shard for d in damages if d.shard is not None} & standing)
+    for damage in damages:
+        if damage.shard is None:  # a harvest makes them anew; a stray name is no shard's receipt
+            (root / damage.file).unlink(missing_ok=True)
+    for shard in damaged:
+        retract(root, manifest, shard, data_paths(root, manifest, shard))
+    forget_restored(root, standing - set(damaged))
+    return damaged
+
+
+def _document_names(root: Path) -> set[str]:
+    try:
+        manifest = read_manifest(root)
+    except FormatError:
+        return set()
+    documents = BACKENDS[manifest.backend].documents(root, manifest)
+    return {str(path.relative_to(root)) for path in documents}

@@ -1,0 +1,326 @@
+"""Every byte of a cache against its receipts: what is damaged, what is missing, what is left over.
+
+Nothing here writes; `repair` acts on what is found.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from actcache.cache.layout import data_paths
+from actcache.cache.reader import Cache, linked_folders
+from actcache.cache.retraction import retracted_shards, retraction_path
+from actcache.core.progress import Progress
+from actcache.errors import ActcacheError, CorruptShardError, FormatError
+from actcache.filesystem.atomic import digest_file
+from actcache.filesystem.paths import Place, as_folder, as_place
+from actcache.format.manifest import (
+    EXTENSIONS,
+    MANIFEST,
+    Manifest,
+    extension_files,
+    read_extension,
+    read_first_manifest,
+)
+from actcache.format.receipts import (
+    END,
+    FOLDER,
+    EndReceipt,
+    ShardReceipt,
+    read_end,
+    read_receipt,
+    receipt_files,
+    receipt_path,
+)
+from actcache.storage import BACKENDS
+from actcache.storage import safetensors_io as safetensors_file
+
+SEAL = f"{FOLDER}/{END}"
+"""The seal, as findings name it."""
+_KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not what it must be."""
+
+    file: str
+    """Path within the cache; for missing receipts 'from to to'."""
+    shard: int | None
+    """Shard to which it belongs; None: to the whole cache."""
+    expected: str
+    got: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found."""
+
+    cache: str
+    quick: bool
+    """Sizes and headers only."""
+    complete: bool
+    """Whether the cache is sealed and all its shards have receipts."""
+    shards: int
+    """Shards that have a receipt."""
+    files: int
+    """Data files that were looked at."""
+    bytes: int
+    """That their receipts promise."""
+    damages: tuple[Damage, ...]
+    """In the order of the cache: manifest, seal, shards."""
+    retracted: tuple[int, ...]
+    """Shards that were taken back and wait to be made again."""
+    leftovers: tuple[str, ...]
+    """Files that belong to no receipt. Harmless; a harvest at work has some."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether everything that is published is as it was published."""
+        return not self.damages
+
+
+def verify(root: str | Place, *, quick: bool = False, threads: int | None = None) -> Verification:
+    """Check a cache, with a progress bar.
+
+    Args:
+        root: folder of the cache, or its URL; then nothing is kept on this machine, what is here
+            already is not trusted, and leftovers are not looked for.
+        quick: look at sizes and headers only.
+        threads: files read at once; by default as many as there are cores.
+
+    Raises:
+        EmptyCacheError: there is no manifest.
+    """
+    root = as_place(root, block_cache_bytes=0)
+    file = MANIFEST
+    try:
+        manifest = read_first_manifest(root)
+        file = EXTENSIONS
+        for path in extension_files(root):
+            file = f"{EXTENSIONS}/{path.name}"
+            manifest = read_extension(path, manifest)
+    except FormatError as error:  # without it nothing else can be judged
+        return _found(root, quick, [_damage(file, None, error)])
+    if linked := linked_folders(root, manifest):
+        return _found(root, quick, [_linked(root, folder) for folder in linked])
+    if about_backend := _documents(root, manifest):  # every shard leans on them
+        return _found(root, quick, about_backend)
+    receipts, damages = _receipts(root, manifest)
+    end, about_end = _end(root, manifest, receipts, {d.shard for d in damages})
+    cache = Cache(root, manifest, receipts, end)
+    return _found(
+        root,
+        quick,
+        [*about_end, *sorted([*damages, *_data(cache, quick, threads)], key=_place)],
+        cache,
+    )
+
+
+def _found(
+    root: Place, quick: bool, damages: list[Damage], cache: Cache | None = None
+) -> Verification:
+    files = [f for r in cache.receipts.values() for f in r.files.values()] if cache else []
+    return Verification(
+        cache=str(root),
+        quick=quick,
+        complete=cache is not None and cache.complete,
+        shards=len(cache.receipts) if cache else 0,
+        files=len(files),
+        bytes=sum(file.bytes for file in files),
+        damages=tuple(damages),
+        retracted=tuple(retracted_shards(root)) if cache else (),
+        leftovers=tuple(_leftovers(cache)) if cache else (),
+    )
+
+
+def _place(damage: Damage) -> tuple[int, str]:
+    return (-1 if damage.shard is None else damage.shard, damage.file)
+
+
+def _damage(file: str, shard: int | None, error: ActcacheError) -> Damage:
+    if error.expected is None and error.got is None:
+        return Damage(file, shard, "what FORMAT.md says", error.what)
+    got = error.what if error.got is None else f"{error.got} ({error.what})"
+    return Damage(file, shard, error.expected or "what FORMAT.md says", got)
+
+
+def _linked(root: Place, folder: Path) -> Damage:
+    return Damage(str(folder.relative_to(as_folder(root))), None, "a folder", "a symbolic link")
+
+
+def _documents(root: Place, manifest: Manifest) -> list[Damage]:
+    """What the backend keeps beside the shards, against what follows from the manifest."""
+    damages = []
+    for path, accepted in BACKENDS[manifest.backend].documents(root, manifest).items():
+        wanted = f"the {len(accepted[-1])} bytes that follow from the manifest"
+        file = str(path.relative_to(root))
+        if path.is_symlink() or not path.is_file():
+            damages.append(Damage(file, None, wanted, "no plain file"))
+        elif path.stat().st_size not in map(len, accepted) or path.read_bytes() not in accepted:
+            damages.append(Damage(file, None, wanted, "others"))
+    return damages
+
+
+def _receipts(root: Place, manifest: Manifest) -> tuple[dict[int, ShardReceipt], list[Damage]]:
+    receipts, damages = {}, []
+    for number, path in receipt_files(root):
+        shard = number if path == receipt_path(root, number) else None
+        try:
+            receipts[number] = read_receipt(path, manifest)
+        except FormatError as error:
+            damages.append(_damage(f"{FOLDER}/{path.name}", shard, error))
+        except OSError as error:
+            damages.append(_unreadable(f"{FOLDER}/{path.name}", shard, error))
+    return receipts, damages
+
+
+def _unreadable(file: str, shard: int | None, error: OSError) -> Damage:
+    return Damage(file, shard, "a file that can be read", error.strerror or str(error))
+
+
+def _end(
+    root: Place, manifest: Manifest, receipts: dict[int, ShardReceipt], damaged: set[int | None]
+) -> tuple[EndReceipt | None, list[Damage]]:
+    """The seal, against itself and the receipts, and the receipts that it misses."""
+    try:
+        end = read_end(root, manifest)
+    except FormatError as error:
+        return None, [_damage(SEAL, None, error)]
+    except OSError as error:
+        return None, [_unreadable(SEAL, None, error)]
+    if end is None:
+        return None, []
+    numbers = sorted(receipts.keys() | {shard for shard in damaged if shard is not None})
+    last = manifest.plan.shards_of(end.sequences) - 1
+    if end.last_shard != last or (numbers and numbers[-1] > last):
+        wanted = max([last, *numbers])
+        return end, [Damage(SEAL, None, f"last_shard {wanted}", f"{end.last_shard}")]
+    missing = [
+        _missing(begin, stop - 1)
+        for begin, stop in zip([0, *(n + 1 for n in numbers)], [*numbers, last + 1], strict=True)
+        if begin < stop
+    ]
+    sequences = sum(receipt.sequences for receipt in receipts.values())
+    if len(receipts) == last + 1 and sequences != end.sequences:
+        return end, [Damage(SEAL, None, f"{sequences} sequences", f"{end.sequences}")]
+    return end, missing
+
+
+def _missing(first: int, last: int) -> Damage:
+    """A run of shards without receipts: one finding, however long a hostile seal makes it."""
+    file = f"{FOLDER}/{first:05d}.json"
+    if last > first:
+        file += f" to {FOLDER}/{last:05d}.json"
+    return Damage(file, first, f"{last - first + 1} receipts: the cache is sealed", "nothing")
+
+
+def _data(cache: Cache, quick: bool, threads: int | None) -> list[Damage]:
+    """Check the files of all shards, several at once."""
+    tasks = [
+        (shard, name, path)
+        for shard in cache.receipts
+        for name, path in data_paths(cache.root, cache.manifest, shard).items()
+    ]
+    promised = sum(f.bytes for r in cache.receipts.values() for f in r.files.values())
+    bar = Progress("verify", len(tasks) if quick else promised, "files" if quick else "B")
+    lock = Lock()
+
+    def advance(units: int) -> None:
+        with lock:
+            bar.advance(units)
+
+    def check(task: tuple[int, str, Place]) -> Damage | None:
+        damage = _file(cache, *task, None if quick else advance)
+        if quick:
+            advance(1)
+        return damage
+
+    found: Iterable[Damage | None]
+    workers = min(threads or os.cpu_count() or 1, len(tasks))
+    try:
+        if workers <= 1:
+            found = [check(task) for task in tasks]
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                found = list(pool.map(check, tasks))
+    finally:
+        bar.close()
+    return [damage for damage in found if damage is not None]
+
+
+def _file(
+    cache: Cache, shard: int, name: str, path: Place, advance: Callable[[int], None] | None
+) -> Damage | None:
+    """One data file: kind, size, bytes (unless quick: no `advance`), header, what it says."""
+    file = str(path.relative_to(cache.root))
+    promised = cache.receipts[shard].files[name]
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a pipe or device")
+            return Damage(file, shard, "a plain file", kind)
+        if found.st_size != promised.bytes:
+            return Damage(file, shard, f"{promised.bytes} bytes", f"{found.st_size} bytes")
+        if advance is not None:
+            got = digest_file(path, advance)
+            if got != promised:
+                return Damage(
+                    file, shard, f"XXH3-128 {promised.xxh3_128}", f"XXH3-128 {got.xxh3_128}"
+                )
+        _content(cache, shard, name, quick=advance is None)
+    except (FileNotFoundError, NotADirectoryError):
+        return Damage(file, shard, f"{promised.bytes} bytes", "nothing")
+    except CorruptShardError as error:
+        return _damage(file, shard, error)
+    except OSError as error:  # a disk that fails
+        return _unreadable(file, shard, error)
+    return None
+
+
+def _content(cache: Cache, shard: int, name: str, *, quick: bool) -> None:
+    """What a file with the right bytes must still fulfil: a receipt may promise nonsense."""
+    if name == "tokens":
+        cache.locate_tokens(shard) if quick else cache.tokens(shard)
+        return
+    if name != "stats":
+        part, _, hookpoint = name.partition("/")
+        cache.locate(hookpoint, shard, part)
+        return
+    extents = cache.locate_statistics(shard)
+    receipt = cache.receipts[shard]
+    for hookpoint in () if quick else cache.hookpoints:
+        finite = receipt.rows - receipt.non_finite[hookpoint]
+        counted = int(safetensors_file.read(extents[f"{hookpoint}/norm_histogram"]).sum())
+        if counted != finite:
+            raise CorruptShardError(
+                f"statistics of {hookpoint} against the receipt",
+                expected=f"{finite} finite rows",
+                got=counted,
+            )
+
+
+def _leftovers(cache: Cache) -> list[str]:
+    """Files below the cache that nothing accounts for. Links are named, not followed."""
+    root, manifest = cache.root, cache.manifest
+    if not isinstance(root, Path):
+        return []
+    known = {root / MANIFEST, root / FOLDER / END}
+    known |= {*BACKENDS[manifest.backend].documents(root, manifest), *extension_files(root)}
+    for shard, path in receipt_files(root):
+        known |= {path, *data_paths(root, manifest, shard).values()}
+    known |= {retraction_path(root, shard) for shard in retracted_shards(root)}
+    left = []
+    for name, folders, files in os.walk(root):
+        folder = Path(name)
+        if folder == root and "logs" in folders:
+            folders.remove("logs")
+        entries = [*files, *(f for f in folders if (folder / f).is_symlink())]
+        left += [folder / entry for entry in entries if folder / entry not in known]
+    return sorted(str(path.relative_to(root)) for path in left)

@@ -1,0 +1,282 @@
+"""Receipts: the files under `shards/` that make a shard exist. See FORMAT.md."""
+
+from __future__ import annotations
+
+import gc
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.errors import FormatError
+from actcache.filesystem.atomic import FileReceipt, publish
+from actcache.filesystem.paths import Place, PlaceT, fetched_ahead
+from actcache.format.manifest import Manifest, read_manifest
+from actcache.format.row_filters import FILTERS
+
+FOLDER = "shards"
+END = "END.json"
+_MAX_BYTES = 4 << 20
+_RECEIPT_NAME = re.compile(r"([0-9]{5,9})\.json")
+
+
+@dataclass(frozen=True)
+class ShardReceipt:
+    """What one published shard holds; without its receipt a shard does not exist."""
+
+    cache_id: str
+    """Cache that the shard belongs to."""
+    shard: int
+    """Number of the shard."""
+    first_sequence: int
+    """Number, in the whole harvest, of the shard's first sequence."""
+    sequences: int
+    """Sequences in the shard."""
+    rows: int
+    """Rows at every hookpoint."""
+    dropped: dict[str, int]
+    """Rows left out, by filter."""
+    non_finite: dict[str, int]
+    """Rows that hold an infinity or NaN, by hookpoint. They are kept."""
+    near_overflow: dict[str, int]
+    """Finite rows with an absolute value of 32,752 or more, by hookpoint: beyond half of float16's
+    range."""
+    files: dict[str, FileReceipt]
+    """Size and digest by logical name: 'tokens', 'stats', 'activations/HOOKPOINT', and with zarr
+    'scales/HOOKPOINT' of 8-bit rows."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        counts = [self.shard, self.first_sequence, self.sequences - 1, self.rows]
+        counts += [*self.dropped.values(), *self.non_finite.values(), *self.near_overflow.values()]
+        counts += [file.bytes for file in self.files.values()]
+        if min(counts) < 0:
+            raise FormatError(f"receipt of shard {self.shard} holds a negative count")
+
+
+@dataclass(frozen=True)
+class EndReceipt:
+    """The seal `END.json`: the harvest is complete."""
+
+    cache_id: str
+    """Cache that is complete."""
+    last_shard: int
+    """Number of the last shard."""
+    sequences: int
+    """Sequences in all."""
+    reason: Literal["goal", "text"]
+    """goal: as many as planned; text: the text ended first."""
+    extensions: int
+    """Extensions that it seals. Once there are more, it is out of date and seals nothing."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if min(self.last_shard, self.extensions) < 0 or self.sequences <= self.last_shard:
+            raise FormatError(
+                "a seal over shards that cannot be",
+                expected="at least one shard, and a sequence in each",
+                got=f"last shard {self.last_shard}, {self.sequences} sequences, "
+                f"{self.extensions} extensions",
+            )
+
+
+def receipt_path(root: PlaceT, shard: int) -> PlaceT:
+    """Where the receipt of a shard lies."""
+    return root / FOLDER / f"{shard:05d}.json"
+
+
+def publish_receipt(root: Path, receipt: ShardReceipt) -> None:
+    """Publish a shard: the last act, after all its files are in place."""
+    publish(receipt_path(root, receipt.shard), [to_json(receipt)])
+
+
+def publish_end(root: Path, end: EndReceipt) -> None:
+    """Seal the harvest."""
+    publish(root / FOLDER / END, [to_json(end)])
+
+
+def read_end(root: Place, manifest: Manifest) -> EndReceipt | None:
+    """The seal, or None while the harvest, with all its extensions, is not complete.
+
+    Raises:
+        FormatError: it is damaged, belongs to another cache, or seals what was never planned.
+    """
+    path = root / FOLDER / END
+    try:
+        obj = read_json(path, _MAX_BYTES, links=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    end = parse_dataclass(EndReceipt, obj, str(path))
+    _check_owner(path, end.cache_id, manifest.cache_id)
+    if end.extensions > len(manifest.extensions):
+        raise FormatError(
+            f"{path} seals extensions that are not there",
+            expected=f"<= {len(manifest.extensions)}",
+            got=end.extensions,
+            remedy="restore what extensions/ held from a copy",
+        )
+    if end.extensions == len(manifest.extensions):
+        _check_goal(path, end, manifest.plan.goal)
+        return end
+    _check_outdated(path, end, manifest.before(end.extensions))
+    return None
+
+
+def read_end_of(root: Place, manifest: Manifest) -> EndReceipt | None:
+    """The seal of a harvest as far as this manifest goes, whatever it was extended by since.
+
+    Raises:
+        FormatError: the seal or an extension is damaged.
+    """
+    try:
+        end = read_end(root, manifest)
+    except FormatError:
+        if not _is_extended(root, manifest):
+            raise
+        end = None
+    goal, shards = manifest.plan.goal, manifest.plan.shards
+    if end is None and goal is not None and shards is not None and _is_extended(root, manifest):
+        # Only what has reached its goal is extended.
+        return EndReceipt(manifest.cache_id, shards - 1, goal, "goal", len(manifest.extensions))
+    return end
+
+
+def _is_extended(root: Place, manifest: Manifest) -> bool:
+    return len(read_manifest(root).extensions) > len(manifest.extensions)
+
+
+def _check_goal(path: Place, end: EndReceipt, goal: int | None) -> None:
+    """Whether a seal can be that of a harvest with this goal."""
+    if goal is None:
+        return
+    if end.sequences > goal or (end.reason == "goal" and end.sequences != goal):
+        raise FormatError(
+            f"{path} does not agree with the goal of the harvest",
+            expected=f"{goal} sequences",
+            got=f"{end.sequences} sequences, reason {end.reason}",
+            remedy="the manifest or the seal was edited or damaged; restore it from a copy",
+        )
+
+
+def _check_outdated(path: Place, end: EndReceipt, manifest: Manifest) -> None:
+    """Whether a seal, of the time before the next extension, is what it was then."""
+    goal, shards = manifest.plan.goal, manifest.plan.shards
+    assert shards is not None  # otherwise there could be no next extension
+    expected, got = (goal, shards - 1, "goal"), (end.sequences, end.last_shard, end.reason)
+    if got != expected:
+        raise FormatError(
+            f"{path} is no seal of extension {end.extensions}", expected=expected, got=got
+        )
+
+
+def read_published(root: Place) -> tuple[Manifest, dict[int, ShardReceipt], EndReceipt | None]:
+    """Manifest, receipts and seal that agree, even if a harvest extends the cache in this moment.
+
+    Raises:
+        EmptyCacheError: there is no manifest.
+        FormatError: manifest, receipts or seal are damaged.
+    """
+    manifest = read_manifest(root)
+    while True:
+        try:
+            return manifest, read_receipts(root, manifest), read_end(root, manifest)
+        except FormatError:
+            later = read_manifest(root)
+            if later == manifest:
+                raise
+            manifest = later
+
+
+def read_receipts(root: Place, manifest: Manifest) -> dict[int, ShardReceipt]:
+    """All published shards, by number, in order.
+
+    Raises:
+        FormatError: a receipt is damaged, belongs to another cache, or does not agree with the
+            manifest.
+    """
+    # Ten thousand receipts are a million objects and none of them garbage: looking for some again
+    # and again takes a third of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        files = fetched_ahead(path for _, path in receipt_files(root))
+        receipts = (read_receipt(path, manifest) for path in files)
+        return {receipt.shard: receipt for receipt in receipts}
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def receipt_files(root: PlaceT) -> list[tuple[int, PlaceT]]:
+    """The files that stand where receipts do, with the number in their name, ascending."""
+    folder = root / FOLDER
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = sorted((int(name[:-5]), name) for name in names if _RECEIPT_NAME.fullmatch(name))
+    return [(number, folder / name) for number, name in found]
+
+
+def read_receipt(path: Place, manifest: Manifest) -> ShardReceipt:
+    """One receipt, checked against its name and the manifest.
+
+    Raises:
+        FormatError: it is damaged, belongs elsewhere, or does not agree with the manifest.
+    """
+    obj = read_json(path, _MAX_BYTES, links=False)
+    receipt = parse_dataclass(ShardReceipt, obj, str(path))
+    _check_owner(path, receipt.cache_id, manifest.cache_id)
+    if path.name != f"{receipt.shard:05d}.json":
+        raise FormatError(
+            f"{path} is the receipt of another shard", expected=path.name, got=receipt.shard
+        )
+    _check_against(manifest, receipt, path)
+    return receipt
+
+
+def digest(receipts: list[ShardReceipt]) -> str:
+    """One digest over the receipts of some shards: what training pins its data with."""
+    hasher = xxhash.xxh3_128()
+    for receipt in receipts:
+        hasher.update(to_json(receipt))
+    return hasher.hexdigest()
+
+
+def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Place) -> None:
+    """Whether the receipt is of a shard that this manifest can have."""
+    names = {hookpoint.name for hookpoint in manifest.identity.hookpoints}
+    tokens = receipt.sequences * manifest.identity.ctx_len
+    plan = manifest.plan
+    most, short = plan.most_sequences(receipt.shard), plan.may_be_short(receipt.shard)
+    facts = {
+        "hookpoints of non_finite": (names, set(receipt.non_finite)),
+        "hookpoints of near_overflow": (names, set(receipt.near_overflow)),
+        "files": (manifest.file_names, receipt.files.keys()),
+        "first_sequence": (plan.first_sequence(receipt.shard), receipt.first_sequence),
+        "sequences": (min(receipt.sequences, most) if short else most, receipt.sequences),
+        "filters of dropped": (set(FILTERS), set(receipt.dropped)),
+        "rows and dropped rows": (tokens, receipt.rows + sum(receipt.dropped.values())),
+    }
+    for fact, (expected, got) in facts.items():
+        if got != expected:
+            raise FormatError(
+                f"{path} does not agree with the manifest: {fact}", expected=expected, got=got
+            )
+    for name, broken in receipt.non_finite.items():
+        if broken + receipt.near_overflow[name] > receipt.rows:
+            raise FormatError(
+                f"{path} counts more rows of {name} by their values than there are",
+                expected=f"non_finite and near_overflow together <= {receipt.rows}",
+                got=f"{broken} and {receipt.near_overflow[name]}",
+            )
+
+
+def _check_owner(path: Place, got: str, expected: str) -> None:
+    if got != expected:
+        raise FormatError(
+            f"{path} belongs to another cache",
+            expected=expected,
+            got=got,
+            remedy="remove what was copied in from elsewhere",
+        )

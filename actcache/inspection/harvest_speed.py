@@ -1,0 +1,158 @@
+"""How fast a cache was harvested, from `logs/`: no part of the cache, and trusted with nothing.
+
+A log may be missing, cut in the middle of a line, or hold anything at all. What can be read is
+counted, what cannot is counted as that, and nothing is raised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.filesystem.paths import Place
+from actcache.format.receipts import ShardReceipt
+from actcache.inspection.printable import printable
+from actcache.storage.preadv import read_exactly
+
+FOLDER = "logs"
+RANKS = 4096
+"""Logs read, those of the lowest ranks."""
+TAIL = 1 << 20
+"""Bytes read of each, from its end: some 8,000 shards."""
+_NAME = re.compile(r"harvest-rank([0-9]{1,6})\.jsonl")
+_LINE = 4096  # bytes that a line may have
+_SECONDS = 1e9  # a shard that took longer than 30 years was not harvested
+
+
+@dataclass(frozen=True)
+class RankSpeed:
+    """What one process wrote, in all its runs, as far as its log tells."""
+
+    rank: int
+    hosts: tuple[str, ...]
+    """Machines it ran on, the first three."""
+    shards: int
+    """Shards it published, of those that the cache has; made twice counts twice."""
+    seconds: float
+    """Time between them, loading left out."""
+    tokens_per_second: float
+    bytes_per_second: float
+    median_seconds: float
+    """Per shard."""
+    slowest_seconds: float
+    """Of one shard."""
+    slowest_shard: int
+    unread: int
+    """Lines of its log that are not an entry."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    shard: int
+    seconds: float
+    host: str
+
+
+def speed_by_rank(
+    root: Place, receipts: Mapping[int, ShardReceipt], ctx_len: int
+) -> tuple[RankSpeed, ...]:
+    """Speed of every process that left a log with an entry for one of these shards.
+
+    Args:
+        root: the cache.
+        receipts: of the shards asked for.
+        ctx_len: tokens of a sequence.
+    """
+    found = (_of_rank(rank, path, receipts, ctx_len) for rank, path in _logs(root))
+    return tuple(speed for speed in found if speed is not None)
+
+
+def _of_rank(
+    rank: int, path: Place, receipts: Mapping[int, ShardReceipt], ctx_len: int
+) -> RankSpeed | None:
+    read = [_entry(line) for line in _lines(path)]
+    entries = [e for e in read if e is not None and e.shard in receipts]
+    seconds = sum(e.seconds for e in entries)
+    if not entries or not seconds:
+        return None
+    # How much was written is the receipts' word, not the log's.
+    made = [receipts[e.shard] for e in entries]
+    slowest = max(entries, key=lambda e: e.seconds)
+    return RankSpeed(
+        rank=rank,
+        hosts=tuple(dict.fromkeys(e.host for e in entries))[:3],
+        shards=len(entries),
+        seconds=seconds,
+        tokens_per_second=sum(r.sequences for r in made) * ctx_len / seconds,
+        bytes_per_second=sum(f.bytes for r in made for f in r.files.values()) / seconds,
+        median_seconds=statistics.median(e.seconds for e in entries),
+        slowest_seconds=slowest.seconds,
+        slowest_shard=slowest.shard,
+        unread=read.count(None),
+    )
+
+
+def _logs(root: Place) -> list[tuple[int, Place]]:
+    folder = root / FOLDER
+    if folder.is_symlink():  # nothing outside the cache is read
+        return []
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
+    ranks = sorted((int(m[1]), name) for name in names if (m := _NAME.fullmatch(name)))
+    return [(rank, folder / name) for rank, name in ranks[:RANKS]]
+
+
+def _lines(path: Place) -> Iterator[bytes]:
+    """The last lines of a log, whole ones; none of what is not a plain file."""
+    if not isinstance(path, Path):
+        size = path.stat().st_size if path.is_file() else 0
+        end = bytearray(min(TAIL, max(0, size)))
+        read_exactly(path, memoryview(end), size - len(end))
+        yield from _whole_lines(bytes(end), cut=size > TAIL)
+        return
+    try:
+        # A pipe must not be waited for, and a link not be followed.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            return
+        begin = max(0, found.st_size - TAIL)
+        tail = os.pread(fd, TAIL, begin)
+    finally:
+        os.close(fd)
+    yield from _whole_lines(tail, cut=begin > 0)
+
+
+def _whole_lines(tail: bytes, *, cut: bool) -> Iterator[bytes]:
+    yield from (line for line in tail.split(b"\n")[1 if cut else 0 :] if line.strip())
+
+
+def _entry(line: bytes) -> _Entry | None:
+    """One line of a log; None if it is not one."""
+    if len(line) > _LINE:
+        return None
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    shard, seconds, host = found.get("shard"), found.get("seconds"), found.get("host")
+    if type(shard) is not int or not isinstance(host, str):
+        return None
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        return None
+    if not 0 <= seconds < _SECONDS:  # NaN is not
+        return None
+    return _Entry(shard, float(seconds), printable(host, 64))

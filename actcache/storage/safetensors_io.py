@@ -1,0 +1,163 @@
+"""Safetensors files as this project writes and trusts them.
+
+Written by hand, because the data must be reserved, synced and renamed (see `atomic`), and because
+it begins on a 4096-byte boundary here, so that whole blocks can be read without a copy. The header
+is padded with spaces, which the format allows; any safetensors library opens the files.
+Read by hand, because every number in the header is checked against what the manifest promises
+before a byte of data is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from actcache.core.json_codec import decode_json, short
+from actcache.errors import CorruptShardError
+from actcache.filesystem.atomic import FileReceipt, publish
+from actcache.filesystem.paths import Place, as_remote
+from actcache.format.dtypes import Array
+from actcache.format.schema import Spec
+
+ALIGNMENT = 4096
+
+
+_MAX_HEADER = 1 << 20
+_TAGS = {"<u2": "U16", "<i4": "I32", "<i8": "I64", "<f2": "F16", "<f4": "F32", "<f8": "F64"}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where the bytes of one tensor lie."""
+
+    path: Place
+    offset: int
+    """Bytes from the beginning of the file."""
+    shape: tuple[int, ...]
+    storage: str
+    """NumPy type of the bytes."""
+
+    @property
+    def bytes(self) -> int:
+        """Length, bytes."""
+        # Not np.prod: a shape from a hostile file may pass 2^63.
+        return math.prod(self.shape) * np.dtype(self.storage).itemsize
+
+
+def write(path: Path, tensors: Mapping[str, tuple[Array, str | None]]) -> FileReceipt:
+    """Publish tensors as one safetensors file.
+
+    Args:
+        path: final name.
+        tensors: name to (C-contiguous little-endian array, safetensors tag or None for the
+            array's own type).
+    """
+    specs: dict[str, Spec] = {}
+    for name, (array, tag) in tensors.items():
+        assert array.flags.c_contiguous
+        storage = _little(array.dtype)
+        specs[name] = (array.shape, storage, tag or _TAGS[storage])
+    parts = [array.reshape(-1).view(np.uint8).data for array, _ in tensors.values()]
+    return publish(path, [_header(specs), *parts])
+
+
+def size(tensors: Mapping[str, Spec]) -> int:
+    """Bytes of the file that `write` would make of such tensors."""
+    return len(_header(tensors)) + sum(_bytes(spec) for spec in tensors.values())
+
+
+def _header(tensors: Mapping[str, Spec]) -> bytes:
+    """Length and JSON header, with spaces up to where the data begins."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, spec in tensors.items():
+        begin, end = end, end + _bytes(spec)
+        shape, _, tag = spec
+        header[name] = {"dtype": tag, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes(spec: Spec) -> int:
+    shape, storage, _ = spec
+    return math.prod(shape) * np.dtype(storage).itemsize
+
+
+def locate(path: Place, expected: Mapping[str, Spec]) -> list[Extent]:
+    """Find tensors whose shapes and types are known beforehand.
+
+    Args:
+        path: the file.
+        expected: all that the file may hold, in the order of the bytes.
+
+    Raises:
+        CorruptShardError: the file is missing, or anything in its header or its size differs.
+    """
+    try:
+        if path.is_symlink():
+            raise _corrupt(path, "a plain file", "a symbolic link")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise _corrupt(path, "a plain file", "a folder or a device")
+        with _opened(path) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise _corrupt(path, "a header length", length)
+            header = decode_json(file.read(length))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _corrupt(path, "a file", "nothing") from error
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, "a JSON header", short(str(error), 300)) from error
+    want: dict[str, object] = {}
+    extents = []
+    offset = 8 + length
+    for name, (shape, storage, tag) in expected.items():
+        extent = Extent(path, offset, shape, storage)
+        begin = offset - 8 - length
+        offsets = [begin, begin + extent.bytes]
+        want[name] = {"dtype": tag, "shape": list(shape), "data_offsets": offsets}
+        extents.append(extent)
+        offset += extent.bytes
+    if header != want:
+        raise _corrupt(path, want, header)
+    if size != offset:
+        raise _corrupt(path, f"{offset} bytes", f"{size} bytes")
+    return extents
+
+
+def read(extent: Extent) -> Array:
+    """The whole tensor, in memory of its own."""
+    with _opened(extent.path) as file:
+        file.seek(extent.offset)
+        data = file.read(extent.bytes)
+    if len(data) != extent.bytes:
+        raise _corrupt(extent.path, f"{extent.bytes} bytes of data", f"{len(data)}")
+    array: Array = np.frombuffer(data, dtype=extent.storage).reshape(extent.shape).copy()
+    return array
+
+
+def _opened(path: Place) -> BinaryIO:
+    return path.open("rb") if isinstance(path, Path) else as_remote(path).open()
+
+
+def _little(dtype: np.dtype[np.generic]) -> str:
+    return dtype.newbyteorder("<").str
+
+
+def _corrupt(path: Place, expected: object, got: object) -> CorruptShardError:
+    return CorruptShardError(
+        f"{path} is not the file that its receipt promises",
+        expected=expected,
+        got=got if isinstance(got, str) else short(got, 300),
+        remedy="actcache verify CACHE --repair, or restore a copy",
+    )

@@ -1,0 +1,199 @@
+"""The zarr backend: one Zarr v3 array per hookpoint, one chunk per shard.
+
+`zarr.open` opens the arrays. Chunk files are written here and not by zarr-python, which leaves out
+chunks of zeros, syncs nothing, and reads a chunk that is missing as zeros. An uncompressed chunk
+file is its numbers and nothing else, so rows are read from it as from any other file. Scales of
+8-bit rows are an array of one dimension, under `scales/` instead of `activations/`, and are never
+compressed.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from actcache.core.json_codec import to_json
+from actcache.errors import CorruptShardError
+from actcache.filesystem.atomic import FileReceipt, publish
+from actcache.filesystem.paths import Place, PlaceT
+from actcache.format.dtypes import CODECS, VALUES, Part, StoredRows
+from actcache.format.manifest import Manifest
+from actcache.storage import blosc as blosc_chunk
+from actcache.storage.blosc import CompressedExtent
+from actcache.storage.safetensors_io import Extent
+
+DOCUMENT = "zarr.json"
+
+
+class ZarrBackend:
+    """Rows of a shard as one chunk of the array [planned shards * shard rows, width]."""
+
+    def path(self, root: PlaceT, hookpoint: str, shard: int) -> PlaceT:
+        """Where the numbers of a shard's rows of one hookpoint lie."""
+        return _chunk(_folder(root, hookpoint, VALUES), shard, 2)
+
+    def files(self, root: PlaceT, manifest: Manifest, shard: int) -> dict[str, PlaceT]:
+        """The files of a shard's rows, by the name that its receipt has for them."""
+        return {
+            f"{part}/{h.name}": _chunk(_folder(root, h.name, part), shard, 1 + len(each.shape))
+            for h in manifest.identity.hookpoints
+            for part, each in _parts(manifest, h.name).items()
+        }
+
+    def lay(self, root: Path, manifest: Manifest) -> None:
+        """Write the arrays' `zarr.json`, or check those there, and renew them after an extension.
+
+        Raises:
+            CorruptShardError: one is there and is not this cache's.
+            DiskFullError: no room.
+        """
+        for path, accepted in self.documents(root, manifest).items():
+            there = path.exists() or path.is_symlink()
+            if not there or _check_document(path, accepted) != accepted[-1]:
+                publish(path, [accepted[-1]])
+
+    def documents(self, root: PlaceT, manifest: Manifest) -> dict[PlaceT, tuple[bytes, ...]]:
+        """The `zarr.json` of every array, before and after each extension."""
+        return {
+            _folder(root, h.name, part) / DOCUMENT: _documents(manifest, h.name, part)
+            for h in manifest.identity.hookpoints
+            for part in _parts(manifest, h.name)
+        }
+
+    def sizes(self, manifest: Manifest, rows: int) -> dict[str, int]:  # noqa: ARG002
+        """Bytes of a shard's chunks, by the names of `files`: whole, and before compression."""
+        return {
+            f"{part}/{h.name}": manifest.shard_rows * each.bytes
+            for h in manifest.identity.hookpoints
+            for part, each in _parts(manifest, h.name).items()
+        }
+
+    def write(
+        self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
+    ) -> dict[str, FileReceipt]:
+        """Publish one shard's rows of one hookpoint, with zeros up to whole chunks."""
+        receipts = {}
+        for part, array in rows.parts.items():
+            path = _chunk(_folder(root, hookpoint, part), shard, array.ndim)
+            missing = manifest.shard_rows - len(array)
+            padding = np.zeros((missing, *array.shape[1:]), dtype=array.dtype)
+            pieces: list[memoryview | bytes]
+            if _compressed(manifest, part):
+                chunk = np.concatenate([array, padding]) if missing else array
+                pieces = [blosc_chunk.encode(chunk)]
+            else:
+                pieces = [piece.reshape(-1).view(np.uint8).data for piece in (array, padding)]
+            receipts[f"{part}/{hookpoint}"] = publish(path, pieces)
+        return receipts
+
+    def locate(
+        self, root: Place, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
+    ) -> Extent | CompressedExtent:
+        """Where the bytes of one part of the rows lie, checked against what is expected.
+
+        Raises:
+            CorruptShardError: `zarr.json` is not the manifest's, or the chunk is missing or has
+                another size.
+        """
+        folder, each = _folder(root, hookpoint, part), _parts(manifest, hookpoint)[part]
+        _check_document(folder / DOCUMENT, _documents(manifest, hookpoint, part))
+        path = _chunk(folder, shard, 1 + len(each.shape))
+        size = _plain_size(path, (path, *(p for p in path.parents if folder in p.parents)))
+        if rows > manifest.shard_rows:
+            raise _corrupt(path, f"at most {manifest.shard_rows} rows", f"{rows} in the receipt")
+        shape = (rows, *each.shape)
+        whole = Extent(path, 0, (manifest.shard_rows, *each.shape), each.storage)
+        if _compressed(manifest, part):
+            return blosc_chunk.locate(path, size, whole.bytes, shape, each.storage)
+        if size != whole.bytes:
+            raise _corrupt(path, f"{whole.bytes} bytes", f"{size} bytes")
+        return Extent(path, 0, shape, each.storage)
+
+
+def document(manifest: Manifest, hookpoint: str, part: str = VALUES) -> dict[str, object]:
+    """The `zarr.json` of one array: all of it follows from the manifest."""
+    shards = manifest.plan.shards
+    assert shards is not None  # the manifest's own rule for this backend
+    each = _parts(manifest, hookpoint)[part]
+    number = np.dtype(each.storage)
+    order = {"configuration": {"endian": "little"}} if number.itemsize > 1 else {}
+    codecs: list[object] = [{"name": "bytes"} | order]
+    if _compressed(manifest, part):
+        settings = blosc_chunk.ZARR_CODEC | {"typesize": number.itemsize}
+        codecs.append({"name": "blosc", "configuration": settings})
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [shards * manifest.shard_rows, *each.shape],
+        "data_type": number.name,  # bfloat16 and float8_e4m3 as integers: Zarr has no such types
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [manifest.shard_rows, *each.shape]},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0.0 if number.kind == "f" else 0,
+        "codecs": codecs,
+        "attributes": {"actcache_dtype": manifest.identity.dtype if part == VALUES else "float32"},
+    }
+
+
+def _parts(manifest: Manifest, hookpoint: str) -> dict[str, Part]:
+    return CODECS[manifest.identity.dtype].parts(manifest.width(hookpoint))
+
+
+def _compressed(manifest: Manifest, part: str) -> bool:
+    return manifest.compression == "zstd" and part == VALUES
+
+
+def _folder(root: PlaceT, hookpoint: str, part: str) -> PlaceT:
+    return root / part / hookpoint
+
+
+def _chunk(folder: PlaceT, shard: int, dimensions: int) -> PlaceT:
+    """The chunk of a shard, which is all of the array's width."""
+    return folder.joinpath("c", str(shard), *["0"] * (dimensions - 1))
+
+
+def _documents(manifest: Manifest, hookpoint: str, part: str) -> tuple[bytes, ...]:
+    """What one array's `zarr.json` may be: that of each extension, and of none."""
+    known = (manifest.before(number) for number in range(len(manifest.extensions) + 1))
+    return tuple(to_json(document(before, hookpoint, part)) for before in known)
+
+
+def _check_document(path: Place, accepted: tuple[bytes, ...]) -> bytes:
+    """The document there, if it is one of those accepted."""
+    # Byte for byte: nothing is parsed that might say another thing to another parser.
+    size = _plain_size(path, (path,))
+    found = path.read_bytes() if size in map(len, accepted) else b""
+    if found not in accepted:
+        expected = f"the {len(accepted[-1])} bytes that follow from the manifest"
+        raise _corrupt(path, expected, "others")
+    return found
+
+
+def _plain_size(path: Place, links: tuple[Place, ...]) -> int:
+    """Size of a plain file; none of `links` may be a symbolic link."""
+    for link in links:
+        if link.is_symlink():
+            raise _corrupt(path, "plain files and folders", f"{link} is a symbolic link")
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _corrupt(path, "a file", "nothing") from error
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        raise _corrupt(path, "a plain file", "a folder or a device")
+    return found.st_size
+
+
+def _corrupt(path: Place, expected: object, got: object) -> CorruptShardError:
+    remedy = "actcache verify CACHE --repair, or restore a copy"
+    if path.name == DOCUMENT:
+        remedy = "delete it and run the same actcache harvest command again: it is written anew"
+    return CorruptShardError(
+        f"{path} is not the file that the manifest and receipt promise",
+        expected=expected,
+        got=got,
+        remedy=remedy,
+    )

@@ -1,0 +1,260 @@
+"""The order of training rows: a pure function of (plan, epoch, step).
+
+Nothing here reads a file or keeps state. An epoch works like this:
+
+1. The plan's blocks (runs of `block_rows` rows of one shard) are permuted and laid end to end.
+2. That line of R rows is cut into L equal lanes; fewer than L rows are left over.
+3. In each lane, consecutive windows of rows are permuted within themselves. Lane l's first window
+   is (l + 1)/L of a window long, so that windows do not all turn over at the same step.
+4. Global batch t takes rows [t·b, (t + 1)·b) of every lane, b = B/L, lane after lane.
+5. Rank r of W serves the lanes with l mod W = r: the global batch is the same for every W.
+
+A row's place on the line is called its virtual row. `batch_rows` spells the whole rule out, slowly;
+`stream` must agree with it row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actcache.core import rng
+from actcache.errors import ConfigError, EmptyCacheError, FormatError
+
+POOL_ROWS = 2**19
+"""Rows held in memory over all lanes, unless said otherwise."""
+
+MAX_LANES = 64
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one shard."""
+
+    shard: int
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class OrderPlan:
+    """All that the order depends on besides epoch and step; a run records it."""
+
+    shards: tuple[tuple[int, ...], ...]
+    """(shard, rows) for every training shard."""
+    block_rows: int
+    """Rows of a block."""
+    batch_size: int
+    """Rows of a global batch, B."""
+    lanes: int
+    """Lanes, L: a divisor of B."""
+    window: int
+    """Rows of a lane's window."""
+    seed: int
+    """Seed of all permutations."""
+
+    def __post_init__(self) -> None:
+        """Check ranges: a plan may come from a file."""
+        low = min(self.block_rows, self.batch_size, self.lanes, self.window)
+        if low < 1 or not 0 <= self.seed < 2**32 or self.batch_size % self.lanes:
+            raise FormatError("a plan with numbers that cannot be", got=self)
+        pairs = all(len(pair) == 2 and min(pair) >= 0 for pair in self.shards)
+        if not pairs or not self.batch_size <= self.rows:
+            raise FormatError("a plan without the rows of one batch", got=self)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of the training shards, R."""
+        return sum(rows for _, rows in self.shards)
+
+    @property
+    def lane_rows(self) -> int:
+        """Rows of a lane."""
+        return self.rows // self.lanes
+
+    @property
+    def rows_per_lane_and_batch(self) -> int:
+        """Rows that a batch takes from each lane, b."""
+        return self.batch_size // self.lanes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch."""
+        return self.lane_rows // self.rows_per_lane_and_batch
+
+
+def make_plan(
+    shards: Sequence[tuple[int, int]],
+    block_rows: int,
+    batch_size: int,
+    seed: int,
+    pool_rows: int = POOL_ROWS,
+) -> OrderPlan:
+    """Choose lanes and window by formula.
+
+    Args:
+        shards: (shard, rows) for every training shard.
+        block_rows: rows of a block, from the manifest.
+        batch_size: rows of a global batch.
+        seed: seed of all permutations.
+        pool_rows: rows to hold in memory.
+
+    Raises:
+        ConfigError: the batch is larger than the rows.
+    """
+    rows = sum(n for _, n in shards)
+    if batch_size > rows:
+        raise ConfigError(
+            "the batch is larger than the rows to train on",
+            expected=f"--batch-size <= {rows:,}",
+            got=f"{batch_size:,}",
+            remedy="take a smaller batch or harvest more tokens",
+        )
+    if batch_size < 1:
+        raise ConfigError("--batch-size is too small", expected=">= 1", got=batch_size)
+    lanes = default_lanes(batch_size)
+    window = max(1, min(pool_rows // lanes, rows // lanes))
+    return OrderPlan(tuple((s, n) for s, n in shards), block_rows, batch_size, lanes, window, seed)
+
+
+def default_lanes(batch_size: int) -> int:
+    """Lanes of a plan, L: the largest divisor of B up to 64."""
+    return max(n for n in range(1, MAX_LANES + 1) if batch_size % n == 0)
+
+
+def held_out_rule(val_fraction: float, seed: int) -> tuple[int, int] | None:
+    """(modulus, residue) of the shards that are held out: s ≡ h mod round(1/f), h 0 or 1 by seed.
+
+    None where nothing is held out.
+
+    Raises:
+        ConfigError: the fraction is not in [0, 0.5].
+    """
+    if val_fraction and not 1e-6 <= val_fraction <= 0.5:
+        raise ConfigError(
+            "--val-fraction is out of range", expected="0 (none), or 1e-6 to 0.5", got=val_fraction
+        )
+    if val_fraction == 0:
+        return None
+    return max(2, round(1 / val_fraction)), int(rng.stream("held-out", seed).randint(2))
+
+
+def split_shards(
+    shards: Sequence[int], val_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Shards to train on and shards held out.
+
+    Held out are those of `held_out_rule`: at least one shard of any two is held out, and which ones
+    does not move when the cache grows.
+
+    Raises:
+        ConfigError: the fraction is not in [0, 0.5].
+        EmptyCacheError: a part was asked of a single shard.
+    """
+    rule = held_out_rule(val_fraction, seed)
+    if rule is None:
+        return list(shards), []
+    if len(shards) < 2:
+        raise EmptyCacheError(
+            "a cache of one shard has no held-out part: whole shards are held out",
+            expected="2 shards or more",
+            got=len(shards),
+            remedy="harvest more, or with a smaller --shard-size; or fit with --val-fraction 0",
+        )
+    modulus, residue = rule
+    held_out = [s for s in shards if s % modulus == residue] or [shards[residue]]
+    training = [s for s in shards if s not in set(held_out)]
+    if not training:  # a harvest that is not finished may have just these
+        raise EmptyCacheError(
+            "all the shards there are would be held out",
+            expected="a shard to train on",
+            got=f"shards {', '.join(map(str, shards))}",
+            remedy="finish the harvest, or fit with a smaller --val-fraction",
+        )
+    return training, held_out
+
+
+class Epoch:
+    """One epoch's line of blocks: step 1 of the rule, from which spans are looked up."""
+
+    def __init__(self, plan: OrderPlan, epoch: int) -> None:
+        self.plan, self.epoch = plan, epoch
+        # Blocks are numbered shard after shard. What is kept of a block is its number and where it
+        # ends on the line, 16 bytes: a large cache has tens of millions.
+        shards = np.array([pair for pair in plan.shards if pair[1]], dtype=np.int64)  # [S, 2]
+        self._shards, rows = shards[:, 0], shards[:, 1]
+        whole, rest = np.divmod(rows - 1, plan.block_rows)  # blocks before a shard's last one
+        last = (whole + 1).cumsum() - 1
+        sizes = np.full(last[-1] + 1, plan.block_rows, dtype=np.int64)  # [blocks]
+        sizes[last] = rest + 1
+        self._first = last - whole  # each shard's first block [S]
+        self._blocks: Rows = rng.stream("blocks", plan.seed, epoch).permutation(len(sizes))
+        self._ends: Rows = sizes[self._blocks]
+        np.cumsum(self._ends, out=self._ends)
+
+    def spans(self, start: int, stop: int) -> Iterator[Span]:
+        """Where virtual rows [start, stop) lie, in order."""
+        index = int(self._ends.searchsorted(start, side="right"))
+        begin = int(self._ends[index - 1]) if index else 0
+        while start < stop:
+            block, end = int(self._blocks[index]), int(self._ends[index])
+            place = int(self._first.searchsorted(block, side="right")) - 1
+            row = (block - int(self._first[place])) * self.plan.block_rows + start - begin
+            take = min(end, stop) - start
+            yield Span(int(self._shards[place]), row, take)
+            start, begin, index = start + take, end, index + 1
+
+    def window(self, lane: int, number: int) -> tuple[int, int]:
+        """Rows [start, stop) of a lane that form one of its windows."""
+        plan = self.plan
+        first = max(1, plan.window * (lane + 1) // plan.lanes)
+        start = 0 if number == 0 else first + (number - 1) * plan.window
+        return min(start, plan.lane_rows), min(first + number * plan.window, plan.lane_rows)
+
+    def window_at(self, lane: int, row: int) -> int:
+        """Number of the window that holds a lane's row."""
+        first = max(1, self.plan.window * (lane + 1) // self.plan.lanes)
+        return 0 if row < first else 1 + (row - first) // self.plan.window
+
+    def permutation(self, lane: int, number: int) -> Rows:
+        """Order in which a window's rows are taken."""
+        start, stop = self.window(lane, number)
+        return rng.permutation(stop - start, "window", self.plan.seed, self.epoch, lane, number)
+
+
+def lanes_of_rank(lanes: int, rank: int, world_size: int) -> list[int]:
+    """Lanes that one rank serves.
+
+    Raises:
+        ConfigError: the lanes cannot be divided evenly.
+    """
+    if lanes % world_size:
+        divisors = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        raise ConfigError(
+            f"{lanes} lanes cannot be divided among {world_size} processes",
+            expected=f"{', '.join(map(str, divisors))} processes",
+            remedy="use another number of processes or another --batch-size",
+        )
+    return list(range(rank, lanes, world_size))
+
+
+def batch_rows(plan: OrderPlan, epoch: int, step: int) -> Rows:
+    """Addresses of a global batch: the rule spelled out. [B, 2] of (shard, row in shard)."""
+    line = Epoch(plan, epoch)
+    addresses = []
+    b = plan.rows_per_lane_and_batch
+    for lane in range(plan.lanes):
+        for row in range(step * b, (step + 1) * b):
+            number = line.window_at(lane, row)
+            start, _ = line.window(lane, number)
+            row_in_window = int(line.permutation(lane, number)[row - start])
+            virtual = lane * plan.lane_rows + start + row_in_window
+            (span,) = line.spans(virtual, virtual + 1)
+            addresses.append((span.shard, span.start))
+    return np.array(addresses, dtype=np.int64)

@@ -1,0 +1,1 @@
+"""`actcache inspect`: a cache's facts as text, JSON or an HTML page."""

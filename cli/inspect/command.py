@@ -1,0 +1,193 @@
+"""`actcache inspect`: what a cache holds."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..error_handling import emit, guarded, say
+from ..options import BlockCache, BlockCacheBytes
+
+if TYPE_CHECKING:
+    from actcache.cache.reader import Cache
+    from actcache.inspection import CacheSummary, Reading, Sample
+
+
+FEW_SEQUENCES = 8
+"""Sequences that --text shows where nobody can stop it."""
+PAGE_SEQUENCES = 3
+"""Sequences on the page of --html."""
+MODEL_NAME = re.compile(r"(?!\.)[\w.-]{1,96}(/(?!\.)[\w.-]{1,96})?", re.ASCII)
+"""A name that a cache may give to load a tokenizer by: on a hub, or of a folder that is here."""
+SAMPLE_NORMS = 8
+"""Hookpoints whose norms stand beside a --sample."""
+
+
+@guarded
+def run(
+    cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
+    shard: Annotated[
+        int | None, typer.Option(min=0, help="This shard alone: its files, and all else of it.")
+    ] = None,
+    hookpoint: Annotated[
+        str | None,
+        typer.Option(help="All about this hookpoint; --text shows its norms. Default: the first."),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Page through sequences with the norm of every token.")
+    ] = False,
+    sequences: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many sequences --text shows. Default: all on a terminal, else "
+            f"{FEW_SEQUENCES}; --html: {PAGE_SEQUENCES}.",
+        ),
+    ] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Show this many rows in their text.")] = 0,
+    html: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write all of it, with plots, as one page."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Model id or folder whose tokenizer decodes text; default: the one the cache "
+            "names."
+        ),
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file of that tokenizer.")] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Details of every hookpoint, shard and rank.")
+    ] = False,
+    block_cache: BlockCache = None,
+    block_cache_bytes: BlockCacheBytes = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what CACHE is of, whether it is complete, and what its activations are like."""
+    import dataclasses
+
+    from actcache.cache.reader import Cache
+    from actcache.inspection import read_sequences, render_page, sample_rows, shard_facts, summarise
+
+    from .summary import show
+
+    opened = Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes)
+    if hookpoint is not None:
+        opened.require_hookpoint(hookpoint)
+    shards = None if shard is None else [shard]
+    summary = summarise(opened, shards)
+    one = None if shard is None else shard_facts(opened, shard)
+    words = _tokenizer(opened, tokenizer, gguf_file) if sample or text or html else None
+    samples = sample_rows(opened, sample, words, shards=shards)
+
+    def readings(count: int | None) -> Iterator[Reading]:
+        named = hookpoint or opened.hookpoints[0]
+        return itertools.islice(read_sequences(opened, named, words, shards), count)
+
+    if html is not None:
+        shown = list(readings(sequences or PAGE_SEQUENCES))
+        _write_page(html, render_page(summary, shown, shard=one))
+    if json:
+        shown = list(readings(sequences or FEW_SEQUENCES)) if text else []
+        emit(
+            dataclasses.asdict(summary)
+            | {"samples": [dataclasses.asdict(s) for s in samples]}
+            | {"shard": None if one is None else dataclasses.asdict(one)}
+            | {"readings": [dataclasses.asdict(reading) for reading in shown]}
+        )
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):  # text is of any script, the terminal may be not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if text:
+        _page_through(summary, hookpoint, readings, sequences)
+    elif html is None:
+        show(summary, shard=one, hookpoint=hookpoint, verbose=verbose)
+    for s in samples:
+        _print_sample(s)
+
+
+def _print_sample(s: Sample) -> None:
+    norms = [f"{name} {norm:.4g}" for name, norm in list(s.norms.items())[:SAMPLE_NORMS]]
+    more = [f"{len(s.norms) - len(norms)} more"] if len(s.norms) > len(norms) else []
+    place = f"shard {s.shard} row {s.row}: sequence {s.sequence}, position {s.position}"
+    print(f"\n{place}; {', '.join(norms + more)}")
+    print(f"  {s.before!r} [{s.token!r}] {s.after!r}")
+
+
+def _page_through(
+    summary: CacheSummary,
+    hookpoint: str | None,
+    readings: Callable[[int | None], Iterator[Reading]],
+    count: int | None,
+) -> None:
+    """Sequences through a pager, as far as somebody reads; to a file or pipe, a few."""
+    import click
+
+    from .sequences import LEGEND, draw
+
+    chosen = next(h for h in summary.hookpoints if hookpoint in (None, h.hookpoint))
+    median = chosen.norms.quantile(0.5)
+    pager = sys.stdin.isatty() and sys.stdout.isatty()
+    colour = pager and not os.environ.get("NO_COLOR")
+    width = shutil.get_terminal_size((100, 24)).columns
+    pages = (
+        draw(reading, median, width, colour=colour)
+        for reading in readings(count if count or pager else FEW_SEQUENCES)
+    )
+    head = f"{chosen.hookpoint}: median norm of the cache {median:.4g}; {LEGEND}\n\n"
+    if pager:
+        click.echo_via_pager(itertools.chain([head], pages))
+        return
+    print(head, end="")
+    for page in pages:
+        print(page, end="")
+    left = summary.sequences - (count or FEW_SEQUENCES)
+    if left > 0:
+        print(f"and {left:,} more sequences: --sequences N")
+
+
+def _write_page(file: str, page: str) -> None:
+    """Write the page whole or not at all."""
+    from actcache.core.progress import format_bytes
+    from actcache.filesystem.atomic import publish
+
+    written = publish(Path(file), [page.encode()])
+    say(f"{file}: one page, {format_bytes(written.bytes)}")
+
+
+def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
+    """The tokenizer that made the cache, checked by fingerprint; None (and a word) without it."""
+    from actcache.config import HarvestConfig
+    from actcache.errors import ModelError
+    from actcache.inspection.printable import printable
+    from actcache.model.loading import fingerprint_tokenizer, load_tokenizer
+
+    source = HarvestConfig(name or cache.manifest.model, "", "", gguf_file=gguf_file)
+    try:
+        # A cache may say anything: what looks like no name is not looked for.
+        named = name is not None or MODEL_NAME.fullmatch(source.model)
+        loaded = load_tokenizer(source) if named else None
+    except ModelError:
+        if name is not None:
+            raise
+        loaded = None
+    if loaded is None:
+        said = printable(source.model, 80)
+        say(f"no tokenizer {said} here: showing token ids; see --tokenizer")
+        return None
+    identity = cache.manifest.identity
+    made_by = identity.tokenizer_fingerprint  # empty: the text came as token ids
+    found = fingerprint_tokenizer(loaded, chat=identity.documents == "chat")
+    if made_by and found != made_by:
+        say("warning: this is not the tokenizer that made the cache")
+    return loaded

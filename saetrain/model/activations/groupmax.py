@@ -1,0 +1,24 @@
+"""GroupMax: the latents are K groups of M/K neighbours, and each group's largest is active.
+
+A maxout (Goodfellow et al., "Maxout networks", 2013) that keeps the winner's number; as an SAE's
+activation it is sparsify's. No selection across a row is needed, so it is cheaper than TopK.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from saetrain.kernels import Way, chosen_by, group_max
+from saetrain.model.activations.base import Activation
+
+
+class GroupMax(Activation):
+    """The largest latent of each of k groups; M must be a multiple of k."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def way(self) -> Way:
+        """Each group's largest, in the groups' order."""
+        return chosen_by(partial(group_max, k=self.k), by_token=True)

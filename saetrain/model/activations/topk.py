@@ -1,0 +1,30 @@
+"""TopK: the K largest latents of each row.
+
+Makhzani and Frey, "k-Sparse autoencoders" (2013); Gao et al., "Scaling and evaluating sparse
+autoencoders" (2024), section 2.3: z = TopK(ReLU(W_enc (x - b_dec) + b_enc)).
+"""
+
+from __future__ import annotations
+
+from saetrain.kernels import Way, largest
+from saetrain.model.activations.base import Activation
+
+
+class TopK(Activation):
+    """The k largest latents of each row, of which fewer may be positive.
+
+    `chunk_latents` says of how many latents pre-activations are formed at once; None: of all.
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+        self.chunk_latents: int | None = None
+
+    def way(self) -> Way:
+        """The k largest, in no order."""
+        return self.largest(self.k)
+
+    def largest(self, slots: int) -> Way:
+        """As many of each row, in no order."""
+        return largest(slots, self.chunk_latents)

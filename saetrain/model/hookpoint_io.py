@@ -1,0 +1,147 @@
+"""Which hookpoints an SAE reads and predicts, and how their rows lie side by side.
+
+Letters: N tokens, D d_in, E width of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actcache.errors import HookpointError, RunError
+from actcache.format.manifest import INPUT
+from saetrain.model.losses import Part
+
+if TYPE_CHECKING:
+    from actcache.cache.reader import Cache
+    from actcache.format.statistics import Statistics
+    from saetrain.config.fit_config import FitConfig
+    from saetrain.runs.record import SaeEntry
+
+
+CROSSCODER = "crosscoder"
+"""Name of an SAE that belongs to no hookpoint alone, and its folder."""
+
+
+class Wiring(NamedTuple):
+    """One SAE's hookpoints."""
+
+    name: str
+    """What it is called in its run."""
+    reads: tuple[str, ...]
+    """Hookpoints it reads; none: the one it is called after."""
+    predicts: tuple[str, ...]
+    """Hookpoints it predicts; none: those it reads."""
+
+
+def wire(config: FitConfig, cache: Cache) -> list[Wiring]:
+    """The SAEs of a run, in the cache's order of hookpoints; raises `HookpointError`."""
+    if config.transcode:
+        return [Wiring(name, (name + INPUT,), (name,)) for name in _with_input(config, cache)]
+    names = _choose(config, cache, cache.hookpoints)
+    if not config.crosscode:
+        return [Wiring(name, (), ()) for name in names]
+    if len(names) < 2:
+        raise HookpointError(
+            "--crosscode takes several hookpoints",
+            expected=f"at least two of {' | '.join(cache.hookpoints)}",
+            got=names[0],
+        )
+    return [Wiring(CROSSCODER, tuple(names), ())]
+
+
+def _with_input(config: FitConfig, cache: Cache) -> list[str]:
+    """Hookpoints that were chosen and whose module's input is there too."""
+    outputs = [name for name in cache.hookpoints if not name.endswith(INPUT)]
+    pairs = [name for name in outputs if name + INPUT in cache.hookpoints]
+    for name in config.hookpoint:
+        if name in outputs and name not in pairs:
+            raise _no_input(cache, name)
+    if not pairs:
+        raise _no_input(cache, outputs[0] if outputs else "NAME")
+    return _choose(config, cache, pairs)
+
+
+def _no_input(cache: Cache, name: str) -> HookpointError:
+    return HookpointError(
+        f"{cache.root} holds no input of {name} to transcode from",
+        expected=name + INPUT,
+        got=" | ".join(cache.hookpoints),
+        remedy=f"harvest with --hookpoint {name} --hookpoint {name}{INPUT}",
+    )
+
+
+def _choose(config: FitConfig, cache: Cache, names: Sequence[str]) -> list[str]:
+    """Hookpoints that the patterns mean, in the cache's order."""
+    patterns = config.hookpoint or ("*",)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise HookpointError(
+                f"{cache.root} holds no hookpoint that matches {pattern!r}",
+                expected=" | ".join(names),
+                got=pattern,
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def hookpoints_of(entries: Iterable[SaeEntry]) -> list[str]:
+    """Every hookpoint that SAEs need, once, in order."""
+    return list(dict.fromkeys(name for entry in entries for name in entry.hookpoints))
+
+
+def rows_of(entry: SaeEntry, activations: Mapping[str, Tensor]) -> Tensor:
+    """An SAE's rows of a batch: [N, D], or a transcoder's [N, D + E]."""
+    names = entry.hookpoints
+    if len(names) == 1:
+        return activations[names[0]]
+    return torch.cat([activations[name] for name in names], dim=1)
+
+
+class Targets(NamedTuple):
+    """What is known beforehand of the rows an SAE is trained on, scaled as it is given them."""
+
+    mean: NDArray[np.float64]
+    """Mean row of what it predicts. [E]"""
+    variance: float
+    """Mean of ‖y - mean‖² of what it predicts."""
+    unit: float
+    """Root of that of what it reads: the unit of its pre-activations."""
+    parts: tuple[Part, ...]
+    """Hookpoints of a crosscoder; of others, none."""
+
+
+def targets_of(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) -> Targets:
+    """What an SAE's training rows are like.
+
+    Args:
+        entry: the SAE.
+        statistics_of: of a hookpoint's training rows.
+
+    Raises:
+        RunError: the rows of a hookpoint do not vary.
+    """
+    known = {name: statistics_of(name) for name in entry.hookpoints}
+    scales = dict(zip(entry.hookpoints, entry.scales or (1.0,) * len(known), strict=True))
+    for name, statistics in known.items():
+        if not statistics.variance > 0:
+            raise RunError(
+                f"the training rows of {name} do not vary",
+                expected="a variance above 0",
+                got=statistics.variance,
+                remedy="leave this hookpoint out",
+            )
+    targets = entry.targets
+    variances = {name: known[name].variance * scales[name] ** 2 for name in known}
+    parts = tuple(Part(name, len(known[name].mean), variances[name]) for name in targets)
+    return Targets(
+        mean=np.concatenate([known[name].mean * scales[name] for name in targets]),
+        variance=sum(part.variance for part in parts),
+        unit=float(np.sqrt(sum(variances[name] for name in entry.sources))),
+        parts=parts if len(parts) > 1 else (),
+    )

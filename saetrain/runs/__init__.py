@@ -1,0 +1,14 @@
+"""The files of a run folder: run.json, checkpoints, segments.json and configuration files.
+
+`record` describes the run, `checkpoint` saves and loads its state, `segments` pins the shards of a
+run that follows a harvest, `config_file` reads options from TOML, YAML or run.json, and
+`overrides` changes options of a run that has begun.
+"""
+
+__all__ = [
+    "checkpoint",
+    "config_file",
+    "overrides",
+    "record",
+    "segments",
+]

@@ -1,0 +1,209 @@
+"""Options of `saetrain fit` from a file: TOML, YAML, or the run.json of a run.
+
+Keys are the options' names, with hyphens or underscores. What belongs to one SAE may be a list, of
+which every combination is trained; tables below `hookpoints` say other k, lr or width for the
+hookpoints that a name or pattern means:
+
+    cache = "demo/cache"
+    k = [16, 32]
+    [hookpoints."layers.1*"]
+    k = 64
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from actcache.core.json_codec import parse_value, read_json
+from actcache.errors import ConfigError, FormatError
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.grid import AXES, values_of, vary
+from saetrain.config.sae_options import Override
+
+Options = dict[str, Any]
+"""By name of the field; a list where one SAE's option has several values."""
+
+_HINTS = {k: v for k, v in get_type_hints(FitConfig).items() if k not in ("saes", "hookpoints")}
+
+_INSTEAD = {
+    "expansion_factor": ("num_latents",),
+    "num_latents": ("expansion_factor",),
+    "epochs": ("max_tokens",),
+    "buffer_bytes": ("pool_rows",),
+    "pool_rows": ("buffer_bytes",),
+}
+"""Options that say the same as another: who gives one takes the other back."""
+
+
+def read_options(path: Path, also: Mapping[str, Any] | None = None) -> Options:
+    """The options that a file gives.
+
+    Args:
+        path: .toml, .yaml, .yml, or .json: a run's run.json, or an object of options.
+        also: other keys that it may have, with the types of their values.
+
+    Raises:
+        ConfigError: it cannot be read, has an unknown key, or a value of another type.
+        FormatError: it is a run.json, but not a sound one.
+    """
+    obj = _load(path)
+    if path.suffix == ".json" and "cache_id" in obj:
+        return _of_run(path)
+    hints = _HINTS | dict(also or {})
+    keys = _fields(obj, [*hints, "hookpoints"], str(path))
+    options: Options = {}
+    for key, name in keys.items():
+        where = f"{path}: {key}"
+        if name == "hookpoints":
+            options[name] = _overrides(obj[key], where)
+        elif obj[key] is not None:  # YAML's null: the default
+            options[name] = _value(hints[name], obj[key], where, several=name in AXES)
+    return options
+
+
+def merge(file: Options, line: Options) -> Options:
+    """Options of a file and of the command line, which wins: over hookpoints' own options too."""
+    hidden = {name for given in line for name in (given, *_INSTEAD.get(given, ()))}
+    kept = {name: value for name, value in file.items() if name not in hidden}
+    overrides = {
+        pattern: dataclasses.replace(override, **dict.fromkeys(hidden & vars(override).keys()))
+        for pattern, override in file.get("hookpoints", {}).items()
+    }
+    said = {pattern: override for pattern, override in overrides.items() if override != Override()}
+    return kept | line | ({"hookpoints": said} if said else {"hookpoints": {}})
+
+
+def make_config(options: Options) -> FitConfig:
+    """The configuration that options mean.
+
+    Raises:
+        ConfigError: --out or CACHE is missing, or a value is refused.
+    """
+    for name, shown in (("cache", "CACHE"), ("out", "--out")):
+        if options.get(name) is None:
+            raise ConfigError(
+                f"{shown} is missing", expected="on the command line, or in the file of --config"
+            )
+    several = {k: v for k, v in options.items() if k in AXES and isinstance(v, list)}
+    first = {name: values[0] for name, values in several.items() if values}
+    rest = {name: value for name, value in options.items() if name not in several}
+    return vary(FitConfig(**rest, **first), **several)
+
+
+def _of_run(path: Path) -> Options:
+    """The options of a run: they go on with it, given --resume, or begin another one."""
+    from saetrain.runs.record import read_run  # NumPy
+
+    record = read_run(path.parent)
+    options = values_of(record.options) | {"cache": record.cache, "out": str(path.parent)}
+    del options["resume"], options["force_config"]
+    found = {name: value for name, value in options.items() if value is not None}
+    if record.options.saes and make_config(found).saes != record.options.saes:
+        raise ConfigError(
+            f"the SAEs of {path} are not every combination of some options",
+            expected="a run that was begun with options given several times",
+            remedy="begin it from Python, as it was begun",
+        )
+    return found
+
+
+def _load(path: Path) -> dict[str, Any]:
+    kinds = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": read_json}
+    if path.suffix not in kinds:
+        raise ConfigError(f"--config {path} is of no kind that is read", expected=" | ".join(kinds))
+    try:
+        obj = kinds[path.suffix](path)
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read", got=error.strerror) from error
+    except (ValueError, FormatError) as error:
+        raise ConfigError(f"--config {path} is damaged", got=error) from error
+    if obj is None:  # an empty YAML file
+        return {}
+    if not isinstance(obj, dict) or not all(isinstance(key, str) for key in obj):
+        raise ConfigError(f"--config {path} holds no options by name", got=type(obj).__name__)
+    return obj
+
+
+def _toml(path: Path) -> object:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _yaml(path: Path) -> object:
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """Safe, and without keys that stand twice, of which the last would win."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if twice := {str(key) for key in keys if keys.count(key) > 1}:
+                raise ValueError(f"{', '.join(sorted(twice))}: stands twice")
+            made: dict[Hashable, Any] = super().construct_mapping(node, deep)
+            return made
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 # it is safe
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _fields(obj: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, str]:
+    """Each key's field; refuses unknown keys, and two that mean one field."""
+    fields = {key: key.replace("-", "_") for key in obj}
+    options = [name.replace("_", "-") for name in known]
+    for key, name in fields.items():
+        if name.replace("_", "-") not in options:
+            (nearest,) = difflib.get_close_matches(name.replace("_", "-"), options, 1, 0.0)
+            raise ConfigError(
+                f"{where} has an unknown key",
+                expected="the options of saetrain fit",
+                got=key,
+                remedy=f"perhaps {nearest}",
+            )
+        if list(fields.values()).count(name) > 1:
+            raise ConfigError(f"{where} says {key} twice, with a hyphen and an underscore")
+    return fields
+
+
+def _overrides(obj: object, where: str) -> dict[str, Override]:
+    if not isinstance(obj, dict):
+        raise ConfigError(f"{where} is no table", expected='[hookpoints."PATTERN"]', got=obj)
+    hints = get_type_hints(Override)
+    found = {}
+    for pattern, table in obj.items():
+        place = f"{where}.{pattern!r}"
+        if not isinstance(table, dict):
+            raise ConfigError(f"{place} is no table", expected="k, lr or a width", got=table)
+        keys = _fields(table, hints, place)
+        values = {n: _value(hints[n], table[key], f"{place}: {key}") for key, n in keys.items()}
+        found[str(pattern)] = Override(**values)
+    return found
+
+
+def _value(hint: Any, obj: Any, where: str, several: bool = False) -> Any:
+    """A value of an option's type; of a list of values, each."""
+    if several and isinstance(obj, list):
+        return [_value(hint, item, where) for item in obj]
+    if get_origin(hint) is tuple and not isinstance(obj, list):
+        obj = [obj]
+    if isinstance(obj, str) and (hint is float or float in get_args(hint)):
+        obj = _number(obj)
+    if hint is str and type(obj) in (int, float):  # --encoder-scale is a number or a word
+        obj = repr(obj)
+    try:
+        return parse_value(hint, obj, where)
+    except FormatError as error:
+        raise ConfigError(error.what, expected=error.expected, got=error.got) from error
+
+
+def _number(text: str) -> float | str:
+    """YAML takes 1e-3 for text, for want of a point in it."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,273 @@
+"""A run beside a harvest: what it has used of the cache so far.
+
+`segments.json` lies in the run from its first step on: the receipts of each segment are pinned when
+it is first used, and stay pinned. Like metrics.jsonl it is a function of the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.cache.reader import Cache
+from actcache.core.file_lock import is_free
+from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.progress import Progress
+from actcache.errors import CacheMismatchError, ConfigError, FormatError
+from actcache.filesystem.atomic import publish
+from actcache.filesystem.paths import as_folder
+from actcache.format.receipts import read_end_of, receipt_path
+from actcache.stream.activation_stream import Batch
+from actcache.stream.order import OrderPlan
+from actcache.stream.segments import POLL_SECONDS, Following, Segmentation
+from saetrain.runs.checkpoint import State
+from saetrain.runs.record import RunRecord
+
+SEGMENTS = "segments.json"
+
+
+@dataclass(frozen=True)
+class UsedSegment:
+    """A segment that a run has trained on, or passed over."""
+
+    first_shard: int
+    last_shard: int
+    receipts_digest: str
+    """Digest over the receipts of all its shards."""
+
+
+@dataclass(frozen=True)
+class UsedSegments:
+    """Contents of `segments.json`."""
+
+    segments: tuple[UsedSegment, ...]
+    """From the first on, in order."""
+    last_shard: int | None
+    """The cache's last shard, once the run has come to it; null before."""
+
+
+def segmentation_of(record: RunRecord) -> Segmentation:
+    """How a run with --follow cuts its cache up."""
+    pool_rows = record.pool_rows or record.options.pool_rows
+    assert record.segment_shards is not None
+    assert pool_rows is not None
+    return Segmentation(
+        shards_each=record.segment_shards,
+        block_rows=record.plan.block_rows,
+        batch_size=record.plan.batch_size,
+        seed=record.options.order_seed,
+        pool_rows=pool_rows,
+        val_fraction=record.options.val_fraction,
+    )
+
+
+def held_out_shards(record: RunRecord, cache: Cache) -> list[int]:
+    """Shards to evaluate on; with --follow, all that the cache holds out by now."""
+    if record.segment_shards is None:
+        return list(record.held_out)
+    segmentation = segmentation_of(record)
+    return [shard for shard in cache.shards if segmentation.is_held_out(shard)]
+
+
+def has_ended(record: RunRecord, state: State) -> bool:
+    """Whether a run came to the end of the cache, in its last epoch, before its planned steps."""
+    by_epochs = record.segment_shards is not None and record.options.max_tokens is None
+    return by_epochs and state.stream.get("epoch") == record.options.epochs
+
+
+def read_used(root: Path, record: RunRecord, cache: Cache) -> UsedSegments:
+    """What a run has used, checked against the cache as it is.
+
+    Raises:
+        CacheMismatchError: a segment has changed or is not there any more.
+        FormatError: the file is damaged.
+    """
+    path, segmentation = root / SEGMENTS, segmentation_of(record)
+    if not path.exists():
+        return UsedSegments((), None)
+    used = parse_dataclass(UsedSegments, read_json(path), str(path))
+    for number, segment in enumerate(used.segments):
+        shards = range(segment.first_shard, segment.last_shard + 1)
+        if not shards or shards != segmentation.shards(number, segment.last_shard):
+            raise FormatError(
+                f"{path} holds a segment that cannot be",
+                expected=f"{segmentation.shards(number)} or the start of it",
+                got=segment,
+                remedy="restore it from a copy",
+            )
+        name = f"segment {number} (shards {shards[0]} to {shards[-1]}) of {cache.root}"
+        if missing := [shard for shard in shards if shard not in cache.receipts]:
+            raise CacheMismatchError(
+                f"{name} is no longer whole; this run has used it",
+                expected=f"{len(shards)} shards",
+                got=f"without {missing[:8]}",
+                remedy="harvest them again: the same command restores them",
+            )
+        if (digest := cache.digest(shards)) != segment.receipts_digest:
+            raise CacheMismatchError(
+                f"{name} has changed since this run first used it",
+                expected=f"receipts digest {segment.receipts_digest}",
+                got=digest,
+                remedy="restore the cache, or begin another run",
+            )
+    return used
+
+
+class Follower:
+    """A run's side of following a harvest.
+
+    Args:
+        root: folder of the run.
+        record: what the run is.
+        cache: the cache that it follows.
+        writes: whether this process writes it down.
+
+    Raises:
+        CacheMismatchError: a segment that was used has changed.
+        FormatError: the run's record of segments is damaged.
+    """
+
+    def __init__(self, root: Path, record: RunRecord, cache: Cache, writes: bool = True) -> None:
+        self._root, self._cache, self._writes = root, cache, writes
+        self._used = read_used(root, record, cache)
+        self.plans = Following(cache, segmentation_of(record), self._used.last_shard)
+
+    def use(self, batch: Batch) -> None:
+        """Pin what a batch is the first of. Before it is trained on.
+
+        Raises:
+            DiskFullError: no room to write it down.
+        """
+        known = len(self._used.segments)
+        # All segments have been passed once it is the last batch, or of an epoch after the first.
+        ended = batch.last or batch.epoch > 0
+        if batch.segment < known and (not ended or self._used.last_shard is not None):
+            return
+        segments, number = list(self._used.segments), known
+        while (number <= batch.segment or ended) and (shards := self.plans.shards(number)):
+            segments.append(UsedSegment(shards[0], shards[-1], self._cache.digest(shards)))
+            number += 1
+        last = segments[-1].last_shard
+        ended = ended or (last + 1) % self.plans.segmentation.shards_each > 0
+        self._used = UsedSegments(tuple(segments), last if ended else None)
+        if self._writes:
+            publish(self._root / SEGMENTS, [to_json(self._used)])
+
+    def place_after(self, step: int, epochs: int | None) -> dict[str, int] | None:
+        """State of the stream after so many steps; None if the segments used do not reach there.
+
+        Args:
+            step: steps done.
+            epochs: epochs of the run; None: as many as its steps need.
+        """
+        plans = [self.plans.plan(number) for number in range(len(self._used.segments))]
+        steps = [0 if plan is None else plan.steps_per_epoch for plan in plans]
+        epoch = 0
+        if self._used.last_shard is not None and step > 0:
+            if step == sum(steps) * (epochs or 0):
+                return _place(epochs or 0, 0, 0)
+            epoch, step = divmod(step - 1, sum(steps))
+            step += 1
+        if step == 0:
+            return _place(0, 0, 0)
+        for number, count in enumerate(steps):
+            if step <= count:
+                return _place(epoch, *((number, step) if step < count else (number + 1, 0)))
+            step -= count
+        return None
+
+    def plan_of(self, step: int) -> tuple[OrderPlan, int, int]:
+        """The segment of a step (from 0) that was made, its epoch, and the step within both."""
+        plans = [self.plans.plan(number) for number in range(len(self._used.segments))]
+        made = [plan for plan in plans if plan is not None]
+        epoch, step = divmod(step, sum(plan.steps_per_epoch for plan in made))
+        for plan in made:
+            if step < plan.steps_per_epoch:
+                return plan, epoch, step
+            step -= plan.steps_per_epoch
+        raise AssertionError("no segment that was used has this step")
+
+
+def _place(epoch: int, segment: int, step: int) -> dict[str, int]:
+    return {"epoch": epoch, "segment": segment, "step": step}
+
+
+def plan_of_step(
+    record: RunRecord, follower: Follower | None, step: int
+) -> tuple[OrderPlan, int, int]:
+    """Plan of step `step` (from 0) of a run, its epoch, and the step within both."""
+    if follower is None:
+        return record.plan, *divmod(step, record.plan.steps_per_epoch)
+    return follower.plan_of(step)
+
+
+class Waiting:
+    """Says what is waited for: in the bar; where there is none, once a segment.
+
+    Args:
+        cache: whose shards are waited for.
+        shards_each: shards of a segment.
+        bar: where to say it.
+    """
+
+    def __init__(self, cache: Cache, shards_each: int, bar: Progress) -> None:
+        self._root, self._manifest = as_folder(cache.root), cache.manifest
+        self._shards_each, self._bar = shards_each, bar
+        self._segment: int | None = None
+        self._warned = False
+
+    def __call__(self, shard: int) -> None:
+        """A shard is waited for. Warns, once a segment, if no harvest is at work."""
+        segment = shard // self._shards_each
+        begins = segment != self._segment
+        if begins:
+            self._segment, self._warned = segment, False
+        self._bar.wait(f"waiting for shard {shard} of the harvest", begins=begins)
+        # Free first, then still missing: the last act of a harvest is to leave.
+        if not self._warned and is_free(self._root) and self._is_missing(shard):
+            self._warned = True
+            self._bar.say(
+                f"warning: no harvest is at work in {self._root}; run its harvest command again. "
+                "Still waiting; Ctrl-C leaves, and --resume goes on"
+            )
+
+    def _is_missing(self, shard: int) -> bool:
+        if receipt_path(self._root, shard).exists():
+            return False
+        end = read_end_of(self._root, self._manifest)
+        return end is None or shard <= end.last_shard
+
+
+def first_segment(cache: Cache, segmentation: Segmentation) -> OrderPlan:
+    """The order of the first segment, once its shards are there: a run begins with it.
+
+    Raises:
+        ConfigError: it has fewer training rows than a batch.
+    """
+    following = Following(cache, segmentation)
+    bar = Progress("fit", None, "rows")
+    waiting = Waiting(cache, segmentation.shards_each, bar)
+    try:
+        while (missing := following.look(0)) is not None:
+            waiting(missing)
+            time.sleep(POLL_SECONDS)
+    finally:
+        bar.close()
+    rows = {shard: cache.receipts[shard].rows for shard in following.shards(0)}
+    return require_batch(segmentation, rows)
+
+
+def require_batch(segmentation: Segmentation, rows: Mapping[int, int]) -> OrderPlan:
+    """The order of the first segment, given the rows of its shards; raises `ConfigError`."""
+    plan = segmentation.plan(0, rows)
+    if plan is None:
+        training = [n for shard, n in rows.items() if not segmentation.is_held_out(shard)]
+        raise ConfigError(
+            "the first segment has fewer rows to train on than a batch",
+            expected=f">= {segmentation.batch_size:,}",
+            got=f"{sum(training):,} in {len(training)} shards",
+            remedy="more --segment-shards, a smaller --batch-size, or more text",
+        )
+    return plan

@@ -1,0 +1,176 @@
+"""How an SAE begins: where b_dec is, and how large the encoder.
+
+Letters: N tokens, D d_in, E width of the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from actcache.cache.reader import Cache
+from actcache.format.statistics import Statistics
+from actcache.stream.order import OrderPlan, Span, batch_rows
+from actcache.stream.verified_reads import CheckedReads
+from saetrain.config.fit_config import FitConfig
+from saetrain.model.factory import build_sae
+from saetrain.model.hookpoint_io import Targets, rows_of, targets_of
+from saetrain.model.input_scaling import scale_of, scaling_of
+from saetrain.model.losses import PLAIN, Objective, compute_losses
+from saetrain.model.sae import Sae
+from saetrain.runs.record import SaeEntry
+
+ROWS = 2048
+"""Rows that are looked at, of the run's first batches."""
+
+_OCTAVES = 6
+_STEPS = (1.0, 1 / 4, 1 / 16, 1 / 64)
+_ITERATIONS = 100
+_CLOSE = 1e-7
+
+
+class FirstRows:
+    """The first rows that a run trains on, read when they are asked for.
+
+    Args:
+        cache: where they are.
+        plan: order of the run; with --follow, of its first segment.
+    """
+
+    def __init__(self, cache: Cache, plan: OrderPlan) -> None:
+        self._cache, self._plan = cache, plan
+
+    def of(self, entry: SaeEntry, device: torch.device) -> Tensor:
+        """Those of an SAE, as it is trained on them. float32 [N, D], a transcoder's [N, D + E]"""
+        rows = rows_of(entry, {name: self._read(name) for name in entry.hookpoints}).to(device)
+        scaling = scaling_of(entry, device)
+        return rows if scaling is None else rows * scaling.rows
+
+    @functools.cached_property
+    def _spans(self) -> list[Span]:
+        steps = min(-(-ROWS // self._plan.batch_size), self._plan.steps_per_epoch)
+        batches = [batch_rows(self._plan, 0, step) for step in range(steps)]
+        addresses = np.concatenate(batches)[:ROWS].tolist()
+        return [Span(shard, row, 1) for shard, row in addresses]
+
+    @functools.cache  # noqa: B019 # as long as a run's beginning
+    def _read(self, hookpoint: str) -> Tensor:
+        codec = self._cache.codec
+        stored = codec.empty(len(self._spans), self._cache.manifest.width(hookpoint))
+        # Files are compared when the stream reads them, before the first step.
+        CheckedReads(self._cache, "never").load(self._spans, {hookpoint: stored})
+        return codec.to_torch(stored).float()
+
+
+def initial_sae(entry: SaeEntry, targets: Targets, options: FitConfig, device: torch.device) -> Sae:
+    """An SAE as it begins, but for a b_dec at the median, which `start_at_median` moves there."""
+    dtype = getattr(torch, options.weights_dtype)
+    sae = build_sae(entry.config, unit=targets.unit, seed=entry.seed, device=device, dtype=dtype)
+    with torch.no_grad():
+        if options.b_dec_init != "zeros":
+            sae.b_dec.copy_(torch.from_numpy(targets.mean))
+        if entry.encoder_scale != 1:
+            sae.W_enc.mul_(entry.encoder_scale)
+    return sae
+
+
+@torch.no_grad()
+def start_at_median(sae: Sae, entry: SaeEntry, first: FirstRows) -> None:
+    """Move b_dec to the geometric median of what is predicted, if it is to begin there."""
+    if entry.options.b_dec_init == "geometric-median":
+        _, predicted = sae.split(first.of(entry, torch.device("cpu")))
+        sae.b_dec.copy_(torch.from_numpy(geometric_median(predicted)))
+
+
+def with_scales(
+    entry: SaeEntry,
+    options: FitConfig,
+    statistics_of: Callable[[str], Statistics],
+    first: FirstRows,
+    device: torch.device,
+) -> SaeEntry:
+    """An SAE with what a run records of its beginning: the scales of its rows and of its encoder.
+
+    Args:
+        entry: without them.
+        options: of the run, with those of this SAE.
+        statistics_of: of a hookpoint's training rows.
+        first: what an encoder is tried on.
+        device: where.
+
+    Raises:
+        RunError: the rows of a hookpoint do not vary.
+    """
+    targets = targets_of(entry, statistics_of)
+    if options.input_scale != "none":
+        scales = [scale_of(options.input_scale, statistics_of(name)) for name in entry.hookpoints]
+        entry = dataclasses.replace(entry, scales=tuple(scales))
+        targets = targets_of(entry, statistics_of)
+    if options.encoder_scale != "auto":
+        return dataclasses.replace(entry, encoder_scale=float(options.encoder_scale))
+    sae = initial_sae(entry, targets, options, device)
+    start_at_median(sae, entry, first)
+    rows = first.of(entry, device).to(sae.W_enc.dtype)
+    objective = Objective(parts=targets.parts) if targets.parts else PLAIN
+    scale = best_encoder_scale(sae, rows, targets.variance, objective)
+    return dataclasses.replace(entry, encoder_scale=scale)
+
+
+def geometric_median(rows: Tensor) -> NDArray[np.float64]:
+    """The point with the least sum of distances to rows [N, D]: [D].
+
+    Weiszfeld's iteration, "Sur le point pour lequel la somme des distances de n points donnés est
+    minimum" (1937). In NumPy, for the bits must not depend on the number of threads.
+    """
+    points = rows.cpu().double().numpy()
+    found: NDArray[np.float64] = points.mean(axis=0)
+    spread = math.sqrt(np.square(points - found).sum(axis=1).mean())
+    for _ in range(_ITERATIONS):
+        distances = np.sqrt(np.square(points - found).sum(axis=1))  # [N]
+        weights = 1 / np.maximum(distances, 1e-12 * spread + 1e-300)
+        after = (points * weights[:, None]).sum(axis=0) / weights.sum()
+        moved = math.sqrt(np.square(after - found).sum())
+        found = after
+        if moved <= _CLOSE * spread:
+            break
+    return found
+
+
+@torch.no_grad()
+def best_encoder_scale(sae: Sae, rows: Tensor, variance: float, objective: Objective) -> float:
+    """What to multiply W_enc by, so that an SAE that has learnt nothing reconstructs rows best.
+
+    The powers of 2 from 1/64 to 64, then finer ones around the best, to 1/64 of an octave.
+
+    Args:
+        sae: as it begins; left as it was.
+        rows: [N, D], in its type.
+        variance: of all training rows.
+        objective: what it is trained on.
+    """
+    kept = sae.W_enc.detach().clone()
+
+    @functools.cache
+    def error(octaves: float) -> float:
+        sae.W_enc.copy_(kept * 2.0**octaves)
+        fvu = float(compute_losses(sae, rows, variance, None, objective).fvu)
+        return fvu if math.isfinite(fvu) else math.inf
+
+    best = _least(error, 0.0, _STEPS[0], _OCTAVES)
+    for step in _STEPS[1:]:
+        best = _least(error, best, step, 3)
+    sae.W_enc.copy_(kept)
+    return float(2.0**best)
+
+
+def _least(error: Callable[[float], float], around: float, step: float, n: int) -> float:
+    """The number of least error among `around` and n steps to each side."""
+    tried = [around + i * step for i in range(-n, n + 1)]
+    return min(tried, key=error)

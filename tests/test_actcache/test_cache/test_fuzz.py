@@ -1,0 +1,315 @@
+"""Twenty thousand hostile caches: each is refused, found damaged, or the same cache.
+
+One tiny cache is opened, read in full and verified after every change to one of its files. What
+comes out must be one of our errors, a finding of `verify`, or the original rows, tokens and
+statistics. Meanwhile no path outside the cache is opened and no large buffer is made.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import io
+import json
+import os
+import random
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actcache.cache.reader import Cache
+from actcache.cache.verify import verify
+from actcache.errors import ActcacheError
+from actcache.format.manifest import Hookpoint, Identity
+
+MUTATIONS = 20_000
+BATCHES = 20
+LARGEST = 1 << 20  # bytes that any one buffer may have: the whole cache has some 60 kB
+
+HOSTILE: list[Any] = [
+    None, True, False, 0, -1, 1, 0.5, -0.0, 1e308, 2**31, 2**53, 2**53 + 1, 2**63, -(2**63),
+    10**400, "", "x", "..", "../..", "/etc/passwd", "layers/../../x", "layers.0\0", "\ud800",
+    "A" * 100_000, [], {}, [[]], [None], {"": 0}, {"__class__": "os.system"}, "NaN", "float64",
+    "pickle", float("nan"), float("inf"), float("-inf"), [0] * 5000,
+]  # fmt: skip
+
+
+KINDS = [
+    {"dtype": "float32"},
+    {"dtype": "int8"},
+    {"dtype": "float8_e4m3", "backend": "zarr"},
+    {"dtype": "bfloat16", "backend": "zarr", "compression": "zstd"},
+    {"dtype": "bfloat16", "backend": "zarr", "shards": 1, "last_sequences": 2, "extended_by": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def small(make_cache: Callable[..., Path]) -> Callable[[int], Path]:
+    """Caches by number, of every kind: two shards, two hookpoints of width 2, sealed."""
+    hookpoints = {"layers.0": 2, "layers.1:in": 2}
+    shape = {"shards": 2, "sequences": 2, "ctx_len": 4, "last_sequences": 1}
+    caches = [make_cache(hookpoints=hookpoints, **(shape | kind)) for kind in KINDS]
+    return lambda number: caches[number % len(caches)]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """All that a cache gives its readers, as bytes."""
+    cache = Cache.open(root)
+    found = {"hookpoints": repr(cache.manifest.identity.hookpoints).encode()}
+    found["complete"] = repr((cache.shards, cache.complete)).encode()
+    for shard in cache.shards:
+        words = cache.tokens(shard)
+        for field in dataclasses.fields(words):
+            found[f"{field.name} {shard}"] = getattr(words, field.name).tobytes()
+        for hookpoint in cache.hookpoints:
+            for part, array in cache.read(hookpoint, shard).parts.items():
+                found[f"{hookpoint} {shard} {part}"] = array.tobytes()
+            statistics = cache.statistics(hookpoint, [shard])
+            found[f"{hookpoint} {shard} sums"] = statistics.total.tobytes()
+            found[f"{hookpoint} {shard} squares"] = statistics.total_squares.tobytes()
+            found[f"{hookpoint} {shard} norms"] = statistics.norm_histogram.tobytes()
+            found[f"{hookpoint} {shard} largest"] = statistics.abs_max.tobytes()
+    return found
+
+
+# Mutations of bytes.
+
+
+def flipped(data: bytes, state: random.Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(state.choice([1, 1, 1, 2, 8])):
+        out[state.randrange(len(out))] ^= state.choice([1, 0x80, 0xFF, state.randrange(1, 256)])
+    return bytes(out)
+
+
+def truncated(data: bytes, state: random.Random) -> bytes:
+    return data[: state.choice([0, 1, 7, 8, state.randrange(len(data)), len(data) - 1])]
+
+
+def inserted(data: bytes, state: random.Random) -> bytes:
+    place = state.choice([0, 8, len(data), state.randrange(len(data))])
+    return data[:place] + state.randbytes(state.choice([1, 2, 100])) + data[place:]
+
+
+def repeated(data: bytes, state: random.Random) -> bytes:
+    """A piece of the file again somewhere else: doubles keys, brackets, tensors."""
+    begin = state.randrange(len(data))
+    place = state.randrange(len(data))
+    return data[:place] + data[begin : begin + state.randrange(1, 80)] + data[place:]
+
+
+BYTES = [flipped, truncated, inserted, repeated]
+
+
+# Mutations of JSON.
+
+
+def places(obj: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) within a decoded value."""
+    items = obj.items() if isinstance(obj, dict) else enumerate(obj)
+    for key, value in list(items):
+        yield obj, key
+        if isinstance(value, dict | list):
+            yield from places(value)
+
+
+def hostile(state: random.Random, value: Any) -> Any:
+    """Something else in the place of a value."""
+    number = type(value) is int
+    choice = state.randrange(4)
+    if choice == 0 and number:
+        return state.choice([value + 1, value - 1, -value, value * 2, float(value), str(value)])
+    if choice == 1 and isinstance(value, str):
+        return state.choice([value + "0", value[:-1], value.upper(), "../" + value, "/" + value])
+    if choice == 2:
+        return state.choice([[value], {"x": value}, str(value)])
+    return state.choice(HOSTILE)
+
+
+def changed_json(text: bytes, state: random.Random) -> bytes:
+    obj = json.loads(text)
+    container, key = state.choice(list(places(obj)))
+    action = state.randrange(8)
+    if action < 4:
+        container[key] = hostile(state, container[key])
+    elif action == 4:
+        del container[key]
+    elif action == 5 and isinstance(container, dict):
+        container[state.choice(["", "..", "/x", "extra", "layers.9", "\0"])] = container[key]
+    elif action == 6:
+        text = json.dumps(obj).encode()  # a key that stands twice
+        inner = json.dumps({str(key): state.choice(HOSTILE)})[1:-1].encode()
+        return text[:1] + inner + b", " + text[1:]
+    else:
+        depth = state.choice([50, 900, 940, 960, 980, 990, 100_000])
+        container[key] = "DEEP"
+        deep = state.choice([b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth])
+        return json.dumps(obj).encode().replace(b'"DEEP"', deep)
+    return json.dumps(obj).encode()
+
+
+def changed_header(data: bytes, state: random.Random) -> bytes:
+    """A safetensors file whose header says something else, with or without the right length."""
+    (length,) = struct.unpack("<Q", data[:8])
+    action = state.randrange(5)
+    if action == 0:
+        sizes = [0, 1, length - 1, length + 1, len(data), 1 << 20, 1 << 40, 2**63, 2**64 - 1]
+        return struct.pack("<Q", state.choice(sizes)) + data[8:]
+    header = changed_json(data[8 : 8 + length], state)
+    if action < 3:  # padded to the old length where it fits, so that the size stays
+        header = header.ljust(length)
+    return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+def mutate(path: Path, data: bytes, state: random.Random) -> None:
+    """Write something else in the place of a file, or a link to something elsewhere."""
+    if state.random() < 0.01:
+        path.unlink()
+        path.symlink_to(state.choice(["/etc/passwd", "/dev/zero", "../../secret", "."]))
+    elif path.suffix not in (".json", ".safetensors") or state.random() < 0.4:
+        path.write_bytes(state.choice(BYTES)(data, state))
+    else:
+        path.write_bytes((changed_json if path.suffix == ".json" else changed_header)(data, state))
+
+
+def restore(path: Path, data: bytes) -> None:
+    if path.is_symlink():
+        path.unlink()
+    path.write_bytes(data)
+
+
+def consistent(root: Path) -> None:
+    """After a change to a manifest: make what a liar would make of the rest, ids and all."""
+    try:
+        manifest = json.loads((root / "manifest.json").read_bytes())
+        identity = dict(manifest["identity"])
+        identity["hookpoints"] = tuple(Hookpoint(**h) for h in identity["hookpoints"])
+        cache_id = Identity(**identity).digest()
+        (root / "manifest.json").write_text(json.dumps(manifest | {"cache_id": cache_id}))
+        for path in [*(root / "shards").iterdir(), *root.glob("extensions/*")]:
+            obj = json.loads(path.read_bytes())
+            path.write_text(json.dumps(obj | {"cache_id": cache_id}))
+    except (ActcacheError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass  # then it stays inconsistent, which is hostile too
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: the disk need not see 20,000 damaged caches."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="actcache-tests-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """After `watched(root)`, opening anything outside it or making a large array is an error."""
+
+    class Escape(BaseException):
+        pass
+
+    def watch(root: Path) -> None:
+        inside = str(root.resolve())
+
+        def checked(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(path: Any, *rest: Any, **named: Any) -> Any:
+                if not isinstance(path, int):
+                    found = os.path.abspath(path)  # noqa: PTH100 (without following links)
+                    if not (found + os.sep).startswith(inside + os.sep) or os.path.islink(found):  # noqa: PTH114
+                        raise Escape(f"{path} was opened")
+                return real(path, *rest, **named)
+
+            return call
+
+        def bounded(shape: Any, *rest: Any, real: Any = np.empty, **named: Any) -> Any:
+            if np.prod([float(n) for n in np.atleast_1d(shape)]) * 8 > LARGEST:
+                raise Escape(f"an array of {shape} was made")
+            return real(shape, *rest, **named)
+
+        for module, name in ((os, "open"), (builtins, "open"), (io, "open"), (os, "scandir")):
+            monkeypatch.setattr(module, name, checked(getattr(module, name)))
+        monkeypatch.setattr(os, "listdir", checked(os.listdir))
+        monkeypatch.setattr(np, "empty", bounded)
+
+    return watch
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_every_mutation_is_refused_found_or_harmless(
+    batch: int, small: Callable[[int], Path], workplace: Path, watched: Callable[[Path], None]
+) -> None:
+    root = workplace / "cache"
+    shutil.copytree(small(batch), root)
+    original = {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    truth = contents(root)
+    paths = list(original)
+    watched(root)
+    state = random.Random(batch)
+    outcomes = dict.fromkeys(("refused", "found", "harmless"), 0)
+    for number in range(MUTATIONS // BATCHES):
+        path = paths[number % len(paths)]
+        mutate(path, original[path], state)
+        touched = [path]
+        if path.name == "manifest.json" and not path.is_symlink() and state.random() < 0.7:
+            consistent(root)
+            touched = [p for p in paths if p.suffix == ".json"]
+        what = f"batch {batch}, mutation {number} of {path}"
+        outcomes[outcome(root, truth, what, verify_refused=number % 4 == 0)] += 1
+        for each in touched:
+            restore(each, original[each])
+    assert contents(root) == truth
+    assert min(outcomes.values()) > 0
+    assert outcomes["harmless"] < MUTATIONS // BATCHES / 4
+
+
+def outcome(root: Path, truth: dict[str, bytes], what: str, *, verify_refused: bool = True) -> str:
+    """refused, found or harmless; anything else is a failure."""
+    got, message = None, ""
+    try:
+        got = contents(root)
+    except ActcacheError as error:
+        message = str(error)
+    assert len(message) < 20_000, what
+    if got is None and not verify_refused:
+        return "refused"
+    try:
+        sound = verify(root, threads=1).sound
+    except ActcacheError:
+        sound = False
+    if not sound:
+        return "refused" if got is None else "found"
+    assert got == truth, what
+    return "harmless"
+
+
+@pytest.mark.parametrize("number", range(len(KINDS)))
+def test_no_mutation_takes_more_memory_than_the_files_are_large(
+    number: int, small: Callable[[int], Path], tmp_path: Path
+) -> None:
+    import tracemalloc
+
+    root = tmp_path / "cache"
+    shutil.copytree(small(number), root)
+    paths = sorted(p for p in root.rglob("*") if p.is_file())
+    original = {p: p.read_bytes() for p in paths}
+    truth = contents(root)
+    verify(root, threads=1)
+    state = random.Random(99 + number)
+    for each in range(80):
+        path = paths[each % len(paths)]
+        mutate(path, original[path], state)
+        tracemalloc.start()
+        outcome(root, truth, f"mutation {each} of {path}")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < LARGEST + (32 << 20), path  # 16 MiB at a time are read and hashed
+        restore(path, original[path])

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actcache.cache.layout import tokens_path
+from actcache.cache.reader import Cache
+from actcache.core.json_codec import to_json
+from actcache.errors import (
+    ActcacheError,
+    CorruptShardError,
+    EmptyCacheError,
+    FormatError,
+    HookpointError,
+)
+from actcache.filesystem.atomic import digest_file, publish
+from actcache.format.manifest import read_manifest
+from actcache.format.receipts import publish_receipt, receipt_path
+from actcache.format.row_filters import FILTERS
+from actcache.format.statistics import compute
+from actcache.storage import CODECS, StoredRows
+from actcache.storage import safetensors_io as safetensors_file
+
+NOTHING_DROPPED = dict.fromkeys(FILTERS, 0)
+FILES = ["activations/layers.1/00001", "tokens/00001", "stats/00001"]
+
+
+def numbered(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
+    """Rows that say where they belong: hookpoint, shard, row in natural order."""
+    rows = np.zeros((count, width), dtype=np.float32)
+    rows[:, 0], rows[:, 1], rows[:, 2] = int(hookpoint[-1]), shard, np.arange(count)
+    return rows
+
+
+@pytest.fixture
+def root(make_cache: Callable[..., Path]) -> Path:
+    return make_cache(shards=3, sequences=4, last_sequences=2, rows=numbered)
+
+
+def read_all(root: Path) -> None:
+    """Everything that reads a file of shard 1."""
+    cache = Cache.open(root)
+    cache.statistics("layers.1")
+    cache.tokens(1)
+    cache.read("layers.1", 1)
+
+
+def test_a_cache_says_what_it_holds(root: Path) -> None:
+    cache = Cache.open(str(root))
+    assert cache.hookpoints == ["layers.0", "layers.1"]
+    assert cache.shards == [0, 1, 2]
+    assert cache.rows == 64 + 64 + 32
+    assert cache.complete
+
+
+def test_row_j_is_the_same_token_at_every_hookpoint(root: Path) -> None:
+    cache = Cache.open(root)
+    for shard in cache.shards:
+        words = cache.tokens(shard)
+        natural = words.row_sequence * 16 + words.row_position - 1
+        for number, hookpoint in enumerate(cache.hookpoints):
+            rows = cache.read(hookpoint, shard).values
+            assert (rows[:, 0] == number).all()
+            assert (rows[:, 1] == shard).all()
+            np.testing.assert_array_equal(rows[:, 2], natural)
+
+
+def test_a_part_of_a_shard_is_that_part(root: Path) -> None:
+    cache = Cache.open(root)
+    whole = cache.read("layers.1", 1).values
+    np.testing.assert_array_equal(cache.read("layers.1", 1, 10, 7).values, whole[10:17])
+    np.testing.assert_array_equal(cache.read("layers.1", 1, 60).values, whole[60:])
+    assert cache.read("layers.1", 1, 64).values.shape == (0, 16)
+    out = cache.codec.empty(5, 16)
+    cache.read_into("layers.1", 1, 59, out)
+    np.testing.assert_array_equal(out.values, whole[59:])
+
+
+def test_rows_come_in_the_type_on_disk(make_cache: Callable[..., Path]) -> None:
+    exact = Cache.open(make_cache(shards=1, dtype="float32"))
+    for dtype in CODECS:
+        cache = Cache.open(make_cache(shards=1, dtype=dtype))
+        rows = cache.codec.to_torch(cache.read("layers.0", 0))
+        scaled = dtype in ("int8", "float8_e4m3")
+        assert rows.dtype == (torch.float32 if scaled else getattr(torch, dtype))
+        np.testing.assert_allclose(
+            rows.float().numpy(), exact.read("layers.0", 0).values, atol=0.02, rtol=0.07
+        )
+
+
+def test_statistics_are_those_of_the_shards_that_were_asked(root: Path) -> None:
+    cache = Cache.open(root)
+    for shards in ([0], [2, 0], None):
+        rows = np.concatenate([cache.read("layers.1", s).values for s in shards or cache.shards])
+        expected = compute(StoredRows({"activations": rows}), cache.codec)
+        found = cache.statistics("layers.1", shards)
+        np.testing.assert_allclose(found.total, expected.total, rtol=1e-12)
+        np.testing.assert_array_equal(found.norm_histogram, expected.norm_histogram)
+        assert found.count == expected.count == len(rows)
+        assert found.norm_max == expected.norm_max
+
+
+def test_statistics_of_no_shard_are_never_those_of_all(root: Path) -> None:
+    with pytest.raises(ValueError, match="not enough values"):
+        Cache.open(root).statistics("layers.1", [])
+
+
+def test_statistics_know_the_rows_that_are_not_finite(make_cache: Callable[..., Path]) -> None:
+    def rows(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
+        x = numbered(hookpoint, shard, count, width)
+        x[: shard + 1, 1] = np.inf if hookpoint == "layers.1" else 0
+        return x
+
+    cache = Cache.open(make_cache(shards=2, rows=rows))
+    assert cache.statistics("layers.0").non_finite == 0
+    assert cache.statistics("layers.1").non_finite == 3
+    assert cache.statistics("layers.1").count == cache.rows - 3
+
+
+def test_a_hookpoint_that_is_not_held_is_refused_with_those_that_are(root: Path) -> None:
+    cache = Cache.open(root)
+    for read in (cache.statistics, lambda name: cache.read(name, 0)):
+        with pytest.raises(HookpointError, match=r"(?s)layers\.7.*layers\.0 \| layers\.1"):
+            read("layers.7")
+
+
+def test_a_cache_without_a_complete_shard_says_how_to_go_on(
+    make_cache: Callable[..., Path],
+) -> None:
+    cache = Cache.open(make_cache(shards=0, end=False))
+    assert (cache.shards, cache.rows, cache.complete) == ([], 0, False)
+    with pytest.raises(EmptyCacheError, match=r"remedy: .*harvest command again"):
+        cache.require_shards()
+    with pytest.raises(EmptyCacheError):
+        cache.statistics("layers.0")
+
+
+def test_a_shard_without_its_receipt_does_not_exist(root: Path) -> None:
+    receipt_path(root, 1).unlink()
+    cache = Cache.open(root)
+    assert cache.shards == [0, 2]
+    assert cache.rows == 96
+    assert cache.statistics("layers.0").count == 96
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "damage", ["missing", "cut", "extended", "empty", "link", "folder", "pipe"]
+)
+def test_a_data_file_that_is_not_what_was_published_is_refused_by_path(
+    file: str, damage: str, root: Path, tmp_path: Path
+) -> None:
+    path = root / f"{file}.safetensors"
+    size = path.stat().st_size
+    if damage in ("cut", "extended", "empty"):
+        os.truncate(path, {"cut": size - 1, "extended": size + 1, "empty": 0}[damage])
+    else:
+        path.rename(tmp_path / "elsewhere")
+    if damage == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    if damage == "folder":
+        path.mkdir()
+    if damage == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(CorruptShardError, match=rf"(?s){file}.*expected.*got.*remedy"):
+        read_all(root)
+
+
+@pytest.mark.parametrize("file", FILES[1:])
+def test_a_flipped_bit_in_tokens_or_statistics_is_noticed(file: str, root: Path) -> None:
+    path = root / f"{file}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptShardError, match=r"(?s)promises.*xxh3_128"):
+        read_all(root)
+
+
+def test_a_file_cut_while_it_is_being_read_is_noticed(root: Path) -> None:
+    cache = Cache.open(root)
+    cache.read("layers.1", 1, 0, 1)
+    os.truncate(root / "activations/layers.1/00001.safetensors", 4096 + 100)
+    with pytest.raises(CorruptShardError, match="ends early"):
+        cache.read("layers.1", 1)
+
+
+def rewrite_receipt(root: Path, shard: int, **changes: object) -> None:
+    path = receipt_path(root, shard)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_receipt_that_promises_other_rows_than_the_file_has_is_refused(root: Path) -> None:
+    rewrite_receipt(root, 1, sequences=3, rows=48, dropped=NOTHING_DROPPED | {"skip_positions": 3})
+    cache = Cache.open(root)
+    with pytest.raises(CorruptShardError, match=r"activations/layers\.1/00001"):
+        cache.read("layers.1", 1)
+
+
+def test_no_memory_is_taken_for_rows_that_are_only_promised(root: Path) -> None:
+    manifest = read_manifest(root)
+    identity = dataclasses.replace(manifest.identity, ctx_len=2**31 - 1)
+    huge = dataclasses.replace(
+        manifest,
+        identity=identity,
+        cache_id=identity.digest(),
+        sequences_per_shard=2**21,
+        planned_sequences=None,
+    )
+    publish(root / "manifest.json", [to_json(huge)])
+    for shard in (1, 2):
+        receipt_path(root, shard).unlink()
+    (root / "shards" / "END.json").unlink()
+    sequences = 2**21
+    rewrite_receipt(
+        root,
+        0,
+        cache_id=huge.cache_id,
+        sequences=sequences,
+        rows=sequences * (2**31 - 2),
+        dropped=NOTHING_DROPPED | {"skip_positions": sequences},
+    )
+    cache = Cache.open(root)
+    assert cache.rows > 2**51
+    with pytest.raises(CorruptShardError):
+        cache.read("layers.0", 0)
+    with pytest.raises(CorruptShardError):
+        cache.tokens(0)
+
+
+@pytest.mark.parametrize("tensor", ["row_sequence", "row_position"])
+@pytest.mark.parametrize("value", [-1, 17, 2**31 - 1])
+def test_row_addresses_outside_the_shard_are_refused(tensor: str, value: int, root: Path) -> None:
+    cache = Cache.open(root)
+    words = dataclasses.asdict(cache.tokens(1))
+    words[tensor][3] = value
+    file = safetensors_file.write(
+        tokens_path(root, 1), {name: (array, None) for name, array in words.items()}
+    )
+    receipt = cache.receipts[1]
+    publish_receipt(root, dataclasses.replace(receipt, files=receipt.files | {"tokens": file}))
+    with pytest.raises(CorruptShardError, match=f"holds a {tensor} that cannot be"):
+        Cache.open(root).tokens(1)
+
+
+def test_whatever_byte_of_a_cache_is_damaged_only_our_errors_are_raised(root: Path) -> None:
+    """Every file in turn, at a dozen places: 0xff, cut there, or one byte more."""
+    state = np.random.RandomState(0)
+    codes = set()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        places = {0, 7, 8, len(data) - 1, *state.randint(len(data), size=8)}
+        for place in places:
+            flipped = data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+            for damaged in (flipped, data[:place], data[:place] + b"1" + data[place:]):
+                path.write_bytes(damaged)
+                try:
+                    read_all(root)
+                except ActcacheError as error:
+                    codes.add(error.exit_code)
+        path.write_bytes(data)
+    read_all(root)
+    assert {FormatError.exit_code, CorruptShardError.exit_code} <= codes
+
+
+def test_reading_changes_nothing(root: Path) -> None:
+    before = {p: digest_file(p) for p in root.rglob("*") if p.is_file()}
+    read_all(root)
+    assert {p: digest_file(p) for p in root.rglob("*") if p.is_file()} == before

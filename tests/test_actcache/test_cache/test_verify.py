@@ -1,0 +1,455 @@
+"""Every kind of damage is named, and nothing else is; repair ends in the original bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actcache.cache.reader import Cache
+from actcache.cache.repair import retract_damaged
+from actcache.cache.retraction import retraction_path
+from actcache.cache.verify import verify
+from actcache.config import HarvestConfig
+from actcache.core.file_lock import FolderLock
+from actcache.errors import (
+    CacheBusyError,
+    CacheMismatchError,
+    CorruptShardError,
+    EmptyCacheError,
+    FormatError,
+)
+from actcache.filesystem.atomic import digest_file
+from actcache.format.receipts import publish_receipt, receipt_path
+from actcache.harvester import run as harvest_module
+from actcache.harvester.run import harvest
+
+Options = Callable[..., HarvestConfig]
+Tree = Callable[[Path | str], dict[str, str]]
+
+DATA = [
+    "activations/layers.0/00001.safetensors",
+    "activations/layers.1/00002.safetensors",
+    "tokens/00001.safetensors",
+    "stats/00000.safetensors",
+]
+
+
+@pytest.fixture
+def root(make_cache: Callable[..., Path]) -> Path:
+    return make_cache(shards=3, sequences=4, last_sequences=2)
+
+
+def named(root: Path, **given: Any) -> list[str]:
+    return [damage.file for damage in verify(root, **given).damages]
+
+
+def flip(path: Path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_sound_cache_is_sound(quick: bool, root: Path) -> None:
+    found = verify(root, quick=quick)
+    assert found.sound
+    assert found.complete
+    assert (found.shards, found.files) == (3, 12)
+    assert found.bytes == sum(p.stat().st_size for p in root.rglob("*.safetensors"))
+    assert found.leftovers == found.retracted == ()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, None])
+def test_the_findings_do_not_depend_on_the_number_of_threads(threads: int, root: Path) -> None:
+    for file in DATA:
+        flip(root / file)
+    assert named(root, threads=threads) == [
+        "stats/00000.safetensors",
+        "activations/layers.0/00001.safetensors",
+        "tokens/00001.safetensors",
+        "activations/layers.1/00002.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("file", DATA)
+def test_one_flipped_byte_is_found_wherever_it_is(file: str, root: Path) -> None:
+    size = (root / file).stat().st_size
+    for place in (0, 7, 8, 50, 4095, 4096, size // 2, size - 1):
+        flip(root / file, place)
+        (damage,) = verify(root).damages
+        assert damage.file == file
+        assert damage.expected != damage.got
+        assert damage.expected.startswith("XXH3-128 ")
+        flip(root / file, place)
+    assert verify(root).sound
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("file", DATA)
+@pytest.mark.parametrize("damage", ["cut", "extended", "missing", "link", "folder", "pipe"])
+def test_a_file_of_another_size_or_kind_is_found_even_quickly(
+    damage: str, file: str, quick: bool, root: Path, tmp_path: Path
+) -> None:
+    path = root / file
+    size = path.stat().st_size
+    if damage in ("cut", "extended"):
+        os.truncate(path, size + (1 if damage == "extended" else -1))
+    else:
+        path.rename(tmp_path / "elsewhere")
+    if damage == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    if damage == "folder":
+        path.mkdir()
+    if damage == "pipe":
+        os.mkfifo(path)
+    assert named(root, quick=quick) == [file]
+
+
+def test_quick_looks_at_headers_but_not_at_rows(root: Path) -> None:
+    flip(root / DATA[0], 9)
+    flip(root / DATA[1], -1)
+    assert named(root, quick=True) == [DATA[0]]
+    assert named(root) == [DATA[0], DATA[1]]
+
+
+def test_two_files_that_changed_places_are_both_named(root: Path, tmp_path: Path) -> None:
+    first, second = (root / f"activations/layers.0/0000{s}.safetensors" for s in (0, 1))
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    assert named(root) == [str(p.relative_to(root)) for p in (first, second)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        ({"cache_id": "0"}, "shards/00001.json"),
+        ({"shard": 2}, "shards/00001.json"),
+        ({"first_sequence": 0}, "shards/00001.json"),
+        ({"rows": 63}, "shards/00001.json"),
+        ({"non_finite": {"layers.0": 1, "layers.1": 0}}, "stats/00001.safetensors"),
+        ({"note": 1}, "shards/00001.json"),
+    ],
+)
+def test_an_edited_receipt_is_found(changes: dict, file: str, root: Path) -> None:
+    edit(receipt_path(root, 1), **changes)
+    assert named(root) == [file]
+
+
+def test_a_damaged_receipt_is_named_and_its_files_are_no_leftovers(root: Path) -> None:
+    receipt_path(root, 1).write_text("{")
+    found = verify(root)
+    assert [(d.file, d.shard) for d in found.damages] == [("shards/00001.json", 1)]
+    assert found.leftovers == ()
+    assert found.shards == 2
+
+
+def test_receipts_that_are_missing_below_the_seal_are_one_finding_a_run(root: Path) -> None:
+    receipt_path(root, 1).unlink()
+    assert named(root) == ["shards/00001.json"]
+    receipt_path(root, 0).unlink()
+    assert named(root) == ["shards/00000.json to shards/00001.json"]
+    (root / "shards/END.json").unlink()
+    assert verify(root).sound  # a shorter cache, whose other files are left over
+    assert len(verify(root).leftovers) == 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"last_shard": 1}, {"last_shard": 3}, {"sequences": 9}, {"sequences": 2**53}, {"reason": "?"}],
+)
+def test_a_seal_that_does_not_fit_the_receipts_is_found(changes: dict, root: Path) -> None:
+    edit(root / "shards/END.json", **changes)
+    assert named(root) == ["shards/END.json"]
+
+
+def test_a_seal_over_shards_without_number_is_told_in_one_line(root: Path) -> None:
+    edit(root / "manifest.json", planned_sequences=None)
+    edit(root / "shards/END.json", last_shard=2**51 - 1, sequences=2**53)
+    (damage,) = verify(root).damages
+    assert damage.file == f"shards/00003.json to shards/{2**51 - 1}.json"
+
+
+def test_a_damaged_manifest_is_the_one_finding(root: Path) -> None:
+    flip(root / "manifest.json", 30)
+    assert named(root) == ["manifest.json"]
+    with pytest.raises(CorruptShardError, match=r"(?s)manifest\.json cannot be repaired.*copy"):
+        retract_damaged(verify(root))
+    (root / "manifest.json").unlink()
+    with pytest.raises(EmptyCacheError):
+        verify(root)
+
+
+@pytest.mark.parametrize("folder", ["activations", "activations/layers.1", "tokens", "shards"])
+def test_nothing_is_read_through_a_folder_that_is_a_link(
+    folder: str, root: Path, tmp_path: Path
+) -> None:
+    (root / folder).rename(tmp_path / "elsewhere")
+    (root / folder).symlink_to(tmp_path / "elsewhere")
+    assert named(root) == [folder]
+    with pytest.raises(FormatError, match="is a symbolic link"):
+        Cache.open(root)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "shards/00001.json", "shards/END.json"])
+def test_no_json_of_a_cache_is_read_through_a_link(file: str, root: Path, tmp_path: Path) -> None:
+    (root / file).rename(tmp_path / "elsewhere")
+    (root / file).symlink_to(tmp_path / "elsewhere")
+    assert named(root) == [file]
+    with pytest.raises(FormatError, match="not a plain file"):
+        Cache.open(root)
+
+
+def test_a_cache_is_found_through_a_link_to_it(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(root)
+    assert verify(tmp_path / "link").sound
+
+
+def test_leftovers_are_named_and_left(root: Path, tree: Tree) -> None:
+    (root / "logs").mkdir()
+    (root / "logs" / "harvest-rank0.jsonl").write_text("{}")
+    for name in ("notes.txt", "tokens/00007.safetensors", "stats/.00001.safetensors.partial-1"):
+        (root / name).write_text("x")
+    (root / "link").symlink_to("/")
+    before = tree(root)
+    found = verify(root)
+    assert found.sound
+    assert found.leftovers == (
+        "link",
+        "notes.txt",
+        "stats/.00001.safetensors.partial-1",
+        "tokens/00007.safetensors",
+    )
+    assert tree(root) == before
+
+
+def test_a_disk_that_fails_is_a_finding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, *rest: Any) -> Any:
+        if path.name == "00001.safetensors" and path.parent.name == "tokens":
+            raise OSError(5, "Input/output error")
+        return digest_file(path, *rest)
+
+    monkeypatch.setattr("actcache.cache.verify.digest_file", fail)
+    (damage,) = verify(root).damages
+    assert (damage.file, damage.got) == ("tokens/00001.safetensors", "Input/output error")
+
+
+# Repair.
+
+pytestmark = pytest.mark.usefixtures("warm_model")
+
+
+def repair(config: HarvestConfig) -> None:
+    """What `actcache verify CACHE --repair -- MODEL DATASET ...` does."""
+    found = verify(config.out)
+    retract_damaged(found)
+    if not (found.sound and found.complete):
+        harvest(config)
+
+
+def damage_in_every_way(root: Path) -> None:
+    """Three shards: one file flipped, one cut; a receipt edited; a receipt and the seal gone bad.
+
+    Shards 0, 1, 2, 3 of four; the last is left alone.
+    """
+    flip(root / "activations/layers.0/00000.safetensors")
+    os.truncate(root / "stats/00000.safetensors", 10)
+    receipt = Cache.open(root).receipts[1]
+    lie = dataclasses.replace(receipt.files["tokens"], xxh3_128="0" * 32)
+    publish_receipt(root, dataclasses.replace(receipt, files=receipt.files | {"tokens": lie}))
+    receipt_path(root, 2).write_text("[]")
+    (root / "shards/END.json").write_text("?")
+
+
+def test_repair_ends_in_the_original_digests_and_touches_no_sound_shard(
+    options: Options, tree: Tree
+) -> None:
+    config = options(max_tokens=16 * 16)
+    root = Path(harvest(config).cache)
+    whole = tree(root)
+    sound = receipt_path(root, 3).stat().st_mtime_ns
+    damage_in_every_way(root)
+    found = verify(root)
+    assert {damage.shard for damage in found.damages} == {None, 0, 1, 2}
+    assert retract_damaged(found) == [0, 1, 2]
+    cache = Cache.open(root)
+    assert (cache.shards, cache.complete) == ([3], False)
+    between = verify(root)
+    assert between.sound
+    assert (between.retracted, between.leftovers) == ((0, 1, 2), ())
+    assert harvest(config).new_shards == 3
+    assert tree(root) == whole
+    assert receipt_path(root, 3).stat().st_mtime_ns == sound
+
+
+def test_a_damaged_seal_alone_is_made_again(options: Options, tree: Tree) -> None:
+    root = Path(harvest(options()).cache)
+    whole = tree(root)
+    edit(root / "shards/END.json", sequences=9)
+    repair(options())
+    assert tree(root) == whole
+
+
+def test_where_the_bytes_cannot_be_restored_nothing_is_published_and_it_is_said(
+    options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(harvest(options()).cache)
+    whole = tree(root)
+    flip(root / "activations/layers.0/00001.safetensors")
+    run = harvest_module.Capture.run
+
+    def other(*batch: Any) -> Any:
+        return {name: x + 1e-3 for name, x in run(*batch).items()}
+
+    edit(root / "manifest.json", versions={"torch": "1.0"})
+    manifest = tree(root)["manifest.json"]
+    with monkeypatch.context() as patched:
+        patched.setattr(harvest_module.Capture, "run", other)
+        for _ in range(2):  # the first try takes nothing from the second
+            with pytest.raises(
+                CacheMismatchError,
+                match=r"(?s)shard 1 of .* cannot be restored.*torch is .*, was 1\.0.*remedy",
+            ):
+                repair(options())
+            assert not receipt_path(root, 1).exists()
+            assert not list(root.rglob("00001.safetensors"))
+            assert (verify(root).retracted, Cache.open(root).shards) == ((1,), [0, 2])
+    repair(options())
+    assert tree(root) == whole | {"manifest.json": manifest}
+
+
+@pytest.mark.parametrize("file", ["tokens/00001.safetensors", "shards/00001.json"])
+def test_a_folder_in_the_place_of_a_file_is_left_to_the_user(file: str, root: Path) -> None:
+    (root / file).unlink()
+    (root / file).mkdir()
+    with pytest.raises(CorruptShardError, match=f"(?s){file} cannot be repaired.*remedy"):
+        retract_damaged(verify(root))
+    assert receipt_path(root, 1).exists()
+
+
+def test_a_stray_name_among_the_receipts_is_no_shard_and_goes(root: Path, tree: Tree) -> None:
+    before = tree(root)
+    shutil.copy(receipt_path(root, 1), root / "shards/0000001.json")
+    assert named(root) == ["shards/0000001.json"]
+    assert retract_damaged(verify(root)) == []
+    assert tree(root) == before
+
+
+def test_a_record_of_another_shard_or_a_damaged_one_is_refused(options: Options) -> None:
+    root = Path(harvest(options()).cache)
+    flip(root / "tokens/00001.safetensors")
+    retract_damaged(verify(root))
+    path = retraction_path(root, 1)
+    record = path.read_text()
+    for damaged in ("{", record.replace('"shard": 1', '"shard": 2')):
+        path.write_text(damaged)
+        with pytest.raises(FormatError, match=r"00001\.retracted\.json"):
+            harvest(options())
+    path.write_text(record)
+    assert harvest(options()).complete
+
+
+def test_a_repair_that_crashes_at_any_call_is_finished_by_the_same_command(
+    options: Options, faults: Any, tree: Tree, tmp_path: Path
+) -> None:
+    def small(root: Path) -> HarvestConfig:
+        return options(out=str(root), max_tokens=16 * 3, shard_size=2, batch_size=2)
+
+    harvest(small(tmp_path / "whole"))
+    whole = tree(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    flip(tmp_path / "damaged/activations/layers.0/00000.safetensors")
+    (tmp_path / "damaged/shards/END.json").write_text("?")
+    for number in itertools.count():
+        root = tmp_path / str(number)
+        shutil.copytree(tmp_path / "damaged", root)
+        try:
+            with faults.at(number):
+                repair(small(root))
+        except faults.Crash:
+            assert {d.file for d in verify(root).damages} <= {
+                "shards/END.json",
+                "activations/layers.0/00000.safetensors",
+                "shards/00000.json",
+            }
+        else:
+            break
+        repair(small(root))
+        assert tree(root) == whole  # so no record of the repair is left either
+        shutil.rmtree(root)
+    assert tree(root) == whole
+    assert number > 40
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_zarr_cache_is_verified_and_repaired_alike(
+    compression: str, options: Options, tree: Tree
+) -> None:
+    config = options(backend="zarr", compress=compression)
+    root = Path(harvest(config).cache)
+    before = tree(root)
+    assert verify(root).sound
+    assert verify(root).leftovers == ()
+    chunk = next(root.glob("activations/*/c/1/0"))
+    flip(chunk)
+    (damage,) = verify(root).damages
+    assert (damage.file, damage.shard) == (str(chunk.relative_to(root)), 1)
+    assert retract_damaged(verify(root)) == [1]
+    assert harvest(config).complete
+    assert tree(root) == before
+
+
+def test_a_damaged_zarr_document_is_named_and_made_anew(options: Options, tree: Tree) -> None:
+    config = options(backend="zarr")
+    root = Path(harvest(config).cache)
+    before = tree(root)
+    document = next(root.glob("activations/*/zarr.json"))
+    flip(document)
+    assert named(root) == [str(document.relative_to(root))]
+    assert retract_damaged(verify(root)) == []
+    assert harvest(config).complete
+    assert tree(root) == before
+
+
+def test_no_repair_begins_while_a_harvest_is_at_work(root: Path) -> None:
+    flip(root / DATA[0])
+    lock = FolderLock(root)
+    lock.take()
+    with pytest.raises(CacheBusyError):
+        retract_damaged(verify(root))
+    assert receipt_path(root, 1).exists()
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_damaged_scales_are_named_and_taken_back(
+    compression: str, make_cache: Callable[..., Path]
+) -> None:
+    root = make_cache(shards=3, dtype="int8", backend="zarr", compression=compression)
+    assert verify(root).sound
+    flip(root / "scales/layers.0/c/1")
+    (root / "scales/layers.1/c/2").unlink()
+    assert named(root, quick=True) == ["scales/layers.1/c/2"]
+    found = verify(root)
+    assert [d.file for d in found.damages] == ["scales/layers.0/c/1", "scales/layers.1/c/2"]
+    assert found.leftovers == ()
+    assert retract_damaged(found) == [1, 2]
+    left = sorted(str(p.relative_to(root)) for p in root.rglob("c/*") if p.is_file())
+    assert left == ["scales/layers.0/c/0", "scales/layers.1/c/0"]
+
+
+def test_an_array_of_scales_that_is_another_is_named(make_cache: Callable[..., Path]) -> None:
+    root = make_cache(dtype="float8_e4m3", backend="zarr")
+    (root / "scales/layers.1/zarr.json").write_text("{}")
+    assert named(root) == ["scales/layers.1/zarr.json"]

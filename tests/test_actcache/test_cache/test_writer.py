@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from actcache.cache.reader import Cache
+from actcache.cache.writer import FilledShard, RowLayout, ShardText, publish_shard
+from actcache.errors import DiskFullError
+from actcache.format.manifest import Manifest, read_manifest
+from actcache.format.receipts import receipt_path
+from actcache.format.row_filters import FILTERS, kept_positions
+from actcache.format.statistics import compute
+
+Tree = Callable[[Path], dict[str, str]]
+
+
+@pytest.fixture
+def manifest(make_cache: Callable[..., Path]) -> Manifest:
+    return read_manifest(make_cache(shards=1, sequences=32, ctx_len=17))
+
+
+def with_identity(manifest: Manifest, **changes: Any) -> Manifest:
+    identity = dataclasses.replace(manifest.identity, **changes)
+    return dataclasses.replace(manifest, identity=identity, cache_id=identity.digest())
+
+
+def layout_of(manifest: Manifest, shard: int, sequences: int, skip: int = 1) -> RowLayout:
+    kept = np.ones((sequences, 17), dtype=bool)
+    kept[:, :skip] = False
+    return RowLayout.of(manifest.identity, shard, kept, np.zeros(kept.sum(), dtype=bool))
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequence"])
+def test_every_kept_position_has_one_row_but_for_outliers(order: str, manifest: Manifest) -> None:
+    state = np.random.RandomState(0)
+    kept = state.random_sample((6, 17)) < 0.7
+    outliers = state.random_sample(kept.sum()) < 0.2
+    layout = RowLayout.of(with_identity(manifest, row_order=order).identity, 3, kept, outliers)
+    natural = list(zip(*(place.tolist() for place in np.nonzero(kept)), strict=True))
+    places = list(zip(layout.sequence.tolist(), layout.position.tolist(), strict=True))
+    assert [natural[row] for row in layout.source] == places
+    remaining = [place for place, out in zip(natural, outliers, strict=True) if not out]
+    assert sorted(places) == remaining
+    assert (places == remaining) == (order == "sequence")
+
+
+def test_a_contiguous_block_mixes_the_sequences_of_its_shard(manifest: Manifest) -> None:
+    layout = layout_of(manifest, 0, 32)
+    same = (layout.sequence[1:] == layout.sequence[:-1]).mean()
+    assert same < 3 / 32  # 1/32 by chance, 15/16 unshuffled
+    for block in layout.sequence.reshape(-1, 64):
+        assert len(np.unique(block)) > 20
+
+
+def test_the_shuffle_depends_on_seed_and_shard_alone(manifest: Manifest) -> None:
+    def order(shard: int, **changes: Any) -> bytes:
+        return layout_of(with_identity(manifest, **changes), shard, 8).source.tobytes()
+
+    assert order(0) == order(0, dtype="bfloat16", model_fingerprint="other")
+    assert len({order(0), order(1), order(0, seed=1), order(1, seed=1)}) == 4
+
+
+def test_the_shuffle_of_a_shard_is_the_same_for_ever(manifest: Manifest) -> None:
+    kept = np.ones((3, 4), dtype=bool)
+    kept[:, 0] = False
+    layout = RowLayout.of(manifest.identity, 2, kept, np.zeros(9, dtype=bool))
+    assert layout.sequence.tolist() == [1, 1, 0, 2, 0, 0, 1, 2, 2]
+    assert layout.position.tolist() == [2, 3, 2, 2, 1, 3, 1, 1, 3]
+
+
+@pytest.fixture
+def filled(make_cache: Callable[..., Path]) -> tuple[Path, FilledShard]:
+    """A cache of two shards, of which the second is not published yet, and that shard."""
+    root = make_cache(shards=2, sequences=4, row_order="sequence", end=False)
+    cache = Cache.open(root)
+    words = cache.tokens(1)
+    text = ShardText(words.tokens, words.lengths, words.documents, words.starts)
+    kept, dropped = kept_positions(cache.manifest.identity, text.tokens, text.lengths)
+    rows = {name: cache.read(name, 1) for name in cache.hookpoints}
+    return root, FilledShard(1, text, kept, dropped, rows, {})
+
+
+def unpublish(root: Path, shard: int) -> None:
+    for path in root.rglob(f"{shard:05d}.*"):
+        path.unlink()
+
+
+def test_the_receipt_comes_after_every_file(
+    filled: tuple[Path, FilledShard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, shard = filled
+    unpublish(root, 1)
+    published: list[str] = []
+    replace = os.replace
+
+    def record(source: Path, target: Path) -> None:
+        published.append(str(target.relative_to(root)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    receipt = publish_shard(root, read_manifest(root), shard)
+    *files, last = published
+    assert last == "shards/00001.json"
+    assert sorted(files) == [
+        "activations/layers.0/00001.safetensors",
+        "activations/layers.1/00001.safetensors",
+        "stats/00001.safetensors",
+        "tokens/00001.safetensors",
+    ]
+    assert Cache.open(root).receipts[1] == receipt
+
+
+def test_the_receipt_counts_what_the_shard_holds(filled: tuple[Path, FilledShard]) -> None:
+    root, shard = filled
+    shard.rows["layers.1"].values[5, 3] = np.nan
+    shard.rows["layers.0"].values[6:8, 3] = 40_000
+    receipt = publish_shard(root, read_manifest(root), shard)
+    assert (receipt.shard, receipt.first_sequence, receipt.sequences) == (1, 4, 4)
+    assert receipt.rows == 64
+    assert receipt.dropped == dict.fromkeys(FILTERS, 0) | {"skip_positions": 4}
+    assert receipt.non_finite == {"layers.0": 0, "layers.1": 1}
+    assert receipt.near_overflow == {"layers.0": 2, "layers.1": 0}
+    for name, file in receipt.files.items():
+        folder, _, hookpoint = name.partition("/")
+        path = root / folder / hookpoint / "00001.safetensors"
+        assert path.stat().st_size == file.bytes
+
+
+def test_statistics_and_tokens_lie_in_files_that_any_library_opens(
+    filled: tuple[Path, FilledShard],
+) -> None:
+    root, shard = filled
+    stats = safetensors.numpy.load_file(root / "stats" / "00001.safetensors")
+    expected = compute(shard.rows["layers.0"], Cache.open(root).codec)
+    np.testing.assert_array_equal(stats["layers.0/sum"], expected.total)
+    np.testing.assert_array_equal(stats["layers.0/sum_squares"], expected.total_squares)
+    np.testing.assert_array_equal(stats["layers.0/abs_max"], expected.abs_max)
+    norms = [expected.norm_total, expected.norm_max]
+    np.testing.assert_array_equal(stats["layers.0/norm_sum_max"], norms)
+    np.testing.assert_array_equal(stats["layers.0/norm_histogram"], expected.norm_histogram)
+    words = safetensors.numpy.load_file(root / "tokens" / "00001.safetensors")
+    np.testing.assert_array_equal(words["tokens"], shard.text.tokens)
+    np.testing.assert_array_equal(words["lengths"], [17] * 4)
+    np.testing.assert_array_equal(words["row_position"], np.tile(np.arange(1, 17), 4))
+
+
+def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_shard_completes(
+    filled: tuple[Path, FilledShard], faults: Any, tree: Tree
+) -> None:
+    root, shard = filled
+    manifest, whole = read_manifest(root), tree(root)
+    for number in itertools.count():
+        unpublish(root, 1)
+        before = tree(root)
+        try:
+            with faults.at(number):
+                publish_shard(root, manifest, shard)
+        except faults.Crash:
+            cache = Cache.open(root)
+            assert 0 in cache.shards
+            assert {name: tree(root)[name] for name in before} == before
+            for s in cache.shards:  # 1 only if it crashed while the receipt's name was synced
+                assert cache.read("layers.1", s).values.shape == (64, 16)
+                assert cache.tokens(s).tokens.shape == (4, 17)
+                assert cache.statistics("layers.0", [s]).count == 64
+            for partial in root.rglob(".*.partial-*"):
+                partial.unlink()
+        else:
+            break
+        publish_shard(root, manifest, shard)
+        assert tree(root) == whole
+    assert number > 30
+
+
+def test_a_full_disk_at_any_call_leaves_no_shard_and_no_partial_file(
+    filled: tuple[Path, FilledShard], faults: Any
+) -> None:
+    root, shard = filled
+    manifest = read_manifest(root)
+    for number in itertools.count():
+        unpublish(root, 1)
+        try:
+            with faults.at(number, OSError(errno.ENOSPC, "No space left on device")):
+                publish_shard(root, manifest, shard)
+        except DiskFullError:
+            assert not list(root.rglob("*.partial-*"))
+            is_published = receipt_path(root, 1).exists()
+            assert Cache.open(root).shards == ([0, 1] if is_published else [0])
+        else:
+            break
+    assert number > 30

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from actcache.core.device import choose_device, input_device, require_whole_machine
+from actcache.errors import ConfigError
+
+
+def test_devices_are_checked_by_use() -> None:
+    assert choose_device("cpu").type == "cpu"
+    for name in ("nonsense", "cuda:99", "meta"):
+        with pytest.raises(ConfigError, match=rf"(?s)--device cannot be used.*got: +{name}"):
+            choose_device(name)
+
+
+def test_auto_is_the_rank_of_the_machine_where_there_are_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("cuda", 3)
+
+
+def test_a_model_takes_its_tokens_where_its_first_weights_compute() -> None:
+    model = torch.nn.Linear(2, 2, device="meta")
+    assert input_device(model).type == "meta"
+    model._hf_hook = SimpleNamespace(execution_device=None)  # of one device alone
+    assert input_device(model).type == "meta"
+    model._hf_hook = SimpleNamespace(execution_device="cuda:1")
+    assert input_device(model) == torch.device("cuda", 1)
+    assert input_device(torch.nn.Linear(2, 2)).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("environment", "allowed"),
+    [
+        ({}, True),
+        ({"WORLD_SIZE": "1"}, True),
+        ({"WORLD_SIZE": "2"}, False),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, False),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}, True),  # one on each of two machines
+    ],
+)
+def test_processes_that_share_a_machine_do_not_each_take_all_of_it(
+    environment: dict[str, str], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if allowed:
+        require_whole_machine()
+        return
+    with pytest.raises(ConfigError, match=r"(?s)--device-map auto.*got: +[24] processes.*torchrun"):
+        require_whole_machine()

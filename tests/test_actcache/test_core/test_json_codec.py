@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Inner:
+    width: int
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    ratio: float
+    flag: bool
+    kind: Literal["a", "b"]
+    maybe: int | None
+    pairs: tuple[tuple[int, ...], ...]
+    inner: tuple[Inner, ...]
+    table: dict[str, int]
+    extra: int = 3
+
+    def __post_init__(self) -> None:
+        if self.extra < 0:
+            raise FormatError("extra is negative", got=self.extra)
+
+
+GOOD = {
+    "name": "x",
+    "ratio": 0.5,
+    "flag": True,
+    "kind": "a",
+    "maybe": None,
+    "pairs": [[1, 2], [3]],
+    "inner": [{"width": 4}],
+    "table": {"k": 1},
+}
+
+
+def test_what_is_written_is_parsed_back_equal() -> None:
+    outer = Outer("é\ud800", 1.0, False, "b", 7, ((1, 2), ()), (Inner(4),), {"k": 1}, 9)
+    assert parse_dataclass(Outer, json.loads(to_json(outer)), "here") == outer
+
+
+def test_a_field_with_a_default_may_be_missing() -> None:
+    assert parse_dataclass(Outer, GOOD, "here").extra == 3
+
+
+def test_an_integer_serves_as_a_float() -> None:
+    assert parse_dataclass(Outer, GOOD | {"ratio": 2}, "here").ratio == 2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"name": 1}, "name"),
+        ({"name": None}, "name"),
+        ({"ratio": "1"}, "ratio"),
+        ({"ratio": True}, "ratio"),
+        ({"ratio": float("inf")}, "ratio"),
+        ({"ratio": float("nan")}, "ratio"),
+        ({"ratio": 10**400}, "ratio"),
+        ({"flag": 1}, "flag"),
+        ({"kind": "c"}, "kind"),
+        ({"kind": ["a"]}, "kind"),
+        ({"maybe": "1"}, "maybe"),
+        ({"maybe": 2**53 + 1}, "maybe"),
+        ({"maybe": -(10**30)}, "maybe"),
+        ({"maybe": 1.0}, "maybe"),
+        ({"pairs": {"0": [1]}}, "pairs"),
+        ({"pairs": [1]}, r"pairs\[0\]"),
+        ({"pairs": [[1], [2, True]]}, r"pairs\[1\]\[1\]"),
+        ({"inner": [{"width": "4"}]}, r"inner\[0\]: width"),
+        ({"inner": [[]]}, r"inner\[0\]"),
+        ({"inner": [{"width": 4, "other": 1}]}, r"inner\[0\]"),
+        ({"table": []}, "table"),
+        ({"table": {"k": None}}, r"table\['k'\]"),
+        ({"unknown": 1}, "unknown"),
+        ({"extra": -1}, "extra"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_file_and_place(change: dict, place: str) -> None:
+    with pytest.raises(FormatError, match=rf"(?s)run\.json.*{place}"):
+        parse_dataclass(Outer, GOOD | change, "run.json")
+
+
+@pytest.mark.parametrize("obj", [None, [], 1, "text", [GOOD]])
+def test_what_is_no_object_is_refused(obj: object) -> None:
+    with pytest.raises(FormatError, match="is not an object"):
+        parse_dataclass(Outer, obj, "here")
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(FormatError, match=r"missing \['flag'\]"):
+        parse_dataclass(Outer, {k: v for k, v in GOOD.items() if k != "flag"}, "here")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(sorted(GOOD)), JSON_VALUES)
+def test_any_json_value_gives_an_outer_or_a_format_error(key: str, value: object) -> None:
+    try:
+        parsed = parse_dataclass(Outer, GOOD | {key: value}, "here")
+    except FormatError:
+        return
+    assert to_json(parsed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b"\xff\xfe\xfd",
+        b'"\xe9"',
+        b"[" * 200_000,
+        b"1" * 5_000,
+        b"{} {}",
+    ],
+)
+def test_what_is_not_json_is_refused_by_path(text: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(text)
+    with pytest.raises(FormatError, match=r"x\.json is not JSON"):
+        read_json(path)
+
+
+def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(b"[" + b" " * 100 + b"]")
+    assert read_json(path, limit=102) == []
+    with pytest.raises(FormatError, match=r"expected: <= 101 bytes\n  got:      102 bytes"):
+        read_json(path, limit=101)
+
+
+def test_a_folder_or_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(FormatError, match="not a plain file"):
+            read_json(path)
+
+
+def test_json_has_one_spelling() -> None:
+    assert (
+        to_json({"b": 1, "a": [1.5, None]})
+        == b'{\n  "a": [\n    1.5,\n    null\n  ],\n  "b": 1\n}\n'
+    )
+    with pytest.raises(ValueError, match="JSON"):
+        to_json({"a": float("nan")})
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '{"b": [{"": 0, "c": 2, "": 1}]}'])
+def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(FormatError, match="a key stands twice"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_link_is_read_unless_links_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[1]")
+    (tmp_path / "link").symlink_to("x.json")
+    assert read_json(tmp_path / "link") == [1]
+    with pytest.raises(FormatError, match="not a plain file"):
+        read_json(tmp_path / "link", links=False)
+
+
+def test_a_value_too_deep_to_show_is_refused_all_the_same() -> None:
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(FormatError, match="nested too deeply to show"):
+        parse_dataclass(Inner, {"width": deep}, "here")

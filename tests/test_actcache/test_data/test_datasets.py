@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actcache.config import HarvestConfig
+from actcache.data.datasets import open_documents
+from actcache.data.documents import Documents, DocumentStream, Mixture, TokenFile, kind_of
+from actcache.errors import DatasetError
+
+TEXTS = ["one", "", "two words", "naïve — café", "last\nlines\n"]
+
+
+def opened(path: Path | str, **options: Any) -> Any:
+    return open_documents(HarvestConfig("model", str(path), "out", **options))
+
+
+def texts_of(path: Path | str, **options: Any) -> list[str]:
+    documents = opened(path, **options)
+    assert isinstance(documents, Documents)
+    return documents.batch(range(documents.count))
+
+
+def table(column: str = "text") -> Any:
+    import datasets
+
+    return datasets.Dataset.from_dict({column: TEXTS, "number": list(range(len(TEXTS)))})
+
+
+def write(path: Path, column: str = "text") -> Path:
+    rows = [{column: text, "number": i} for i, text in enumerate(TEXTS)]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        table(column).to_csv(path)
+    else:
+        table(column).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "A.JSONL", "a[1]*.csv"]
+)
+def test_every_kind_of_table_gives_its_documents(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "A.JSONL":
+        write(tmp_path / "a.jsonl").rename(path)
+    else:
+        write(path)
+    assert texts_of(path) == TEXTS
+
+
+def test_another_column_can_be_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", column="body")
+    assert texts_of(path, text_column="body") == TEXTS
+    assert opened(path, text_column="body").column.name == "body"
+
+
+def test_a_text_file_is_one_document_without_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("naïve\nlines\n", encoding="utf-8")
+    documents = opened(path)
+    assert (documents.count, documents.column.name) == (1, "")
+    assert documents.batch([0]) == ["naïve\nlines\n"]
+
+
+def test_a_saved_dataset_and_a_split_of_a_saved_dictionary_are_read(tmp_path: Path) -> None:
+    import datasets
+
+    table().save_to_disk(tmp_path / "one")
+    assert texts_of(tmp_path / "one") == TEXTS
+    other = datasets.Dataset.from_dict({"text": ["other"]})
+    datasets.DatasetDict(train=table(), test=other).save_to_disk(tmp_path / "many")
+    assert texts_of(tmp_path / "many") == TEXTS
+    assert texts_of(tmp_path / "many", split="test") == ["other"]
+    with pytest.raises(DatasetError, match=r"(?s)no split 'dev'.*train \| test.*--split"):
+        opened(tmp_path / "many", split="dev")
+
+
+def test_documents_come_by_their_numbers(tmp_path: Path) -> None:
+    documents = opened(write(tmp_path / "a.jsonl"))
+    assert documents.batch([3, 0]) == [TEXTS[3], TEXTS[0]]
+
+
+def test_a_missing_text_is_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null}\n')
+    assert texts_of(path) == ["a", ""]
+
+
+def test_a_file_of_token_ids_is_read_in_the_type_that_is_named(tmp_path: Path) -> None:
+    for dtype in ("uint8", "uint16", "uint32", "int32", "int64"):
+        path = tmp_path / f"{dtype}.bin"
+        ids = np.array([0, 1, 255, 7], dtype=np.dtype(dtype).newbyteorder("<"))
+        ids.tofile(path)
+        source = opened(path, bin_dtype=dtype)
+        assert isinstance(source, TokenFile)
+        np.testing.assert_array_equal(source.ids, ids)
+
+
+def test_a_file_of_token_ids_must_be_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"12345")
+    with pytest.raises(DatasetError, match=r"(?s)multiple of 2 bytes.*5 bytes.*--bin-dtype"):
+        opened(path)
+
+
+def test_the_fingerprint_is_of_the_bytes_and_for_ids_of_their_type(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(first.read_bytes())
+    assert opened(first).fingerprint == opened(tmp_path / "b.jsonl").fingerprint
+    (tmp_path / "c.jsonl").write_bytes(first.read_bytes() + b'{"text": "", "number": 9}\n')
+    assert opened(first).fingerprint != opened(tmp_path / "c.jsonl").fingerprint
+    (tmp_path / "a.bin").write_bytes(bytes(8))
+    types = {opened(tmp_path / "a.bin", bin_dtype=d).fingerprint for d in ("uint16", "uint32")}
+    assert len(types) == 2
+
+
+def test_the_fingerprint_of_a_folder_is_of_its_text_and_not_of_its_place(tmp_path: Path) -> None:
+    import datasets
+
+    def fingerprint(name: str, texts: list[str]) -> str:
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / name)
+        return opened(tmp_path / name).fingerprint
+
+    first = fingerprint("a", TEXTS)
+    assert first.endswith("-sampled")
+    assert first == fingerprint("b", TEXTS)
+    others = [TEXTS[1:], [*TEXTS, ""], TEXTS[::-1], ["o", "ne", *TEXTS[2:]]]
+    assert len({first, *(fingerprint(f"c{i}", t) for i, t in enumerate(others))}) == 5
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "/gone/x", "~/gone", "gone.bin"])
+def test_what_looks_like_a_path_and_is_not_there_is_said_so(name: str) -> None:
+    with pytest.raises(DatasetError, match=r"(?s)no such file or folder: .*gone.*save_to_disk"):
+        opened(name)
+
+
+def test_a_dataset_that_cannot_be_had_is_told_with_what_to_check() -> None:
+    with pytest.raises(DatasetError, match=r"(?s)cannot load dataset .*nobody.*remedy.*--split"):
+        opened("nobody/nothing-of-that-name")
+
+
+def test_a_missing_column_is_told_with_those_there_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", column="body")
+    with pytest.raises(DatasetError, match=r"(?s)no column 'text'.*body \| number.*--text-column"):
+        opened(path)
+
+
+def test_a_column_that_holds_no_text_is_told_with_the_document(tmp_path: Path) -> None:
+    documents = opened(write(tmp_path / "a.jsonl"), text_column="number")
+    with pytest.raises(DatasetError, match=r"(?s)'number' .*int in document 3.*--text-column"):
+        documents.batch([3])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin", "a.parquet"])
+def test_an_empty_file_is_refused_by_path(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DatasetError, match=rf"{name} is empty"):
+        opened(tmp_path / name)
+
+
+def test_a_dataset_without_documents_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.csv").write_text("text\n")
+    with pytest.raises(DatasetError, match=r"none\.csv"):
+        opened(tmp_path / "none.csv")
+    table().select([]).save_to_disk(tmp_path / "none")  # which datasets itself cannot load
+    with pytest.raises(DatasetError, match="none"):
+        opened(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", b"no json at all\n"),
+        ("a.json", b"{"),
+        ("a.parquet", b"PAR1 is how it begins"),
+        ("a.csv", b'"never closed\n\n"""'),
+        ("a.txt", b"\xff\xfe\xfa latin"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_path(name: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DatasetError, match=name):
+        opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.xml", "noending"])
+def test_a_file_of_an_unknown_kind_is_refused_with_those_that_are_known(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DatasetError, match=r"do not know how to read .*\n  expected: a \.jsonl"):
+        opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_rewritten_file_is_read_anew_even_if_its_time_is_the_same(
+    suffix: str, tmp_path: Path
+) -> None:
+    import datasets
+
+    path = tmp_path / f"a.{suffix}"
+    for text in ("before", "after!"):
+        rows = datasets.Dataset.from_dict({"text": [text]})
+        getattr(rows, {"jsonl": "to_json"}.get(suffix, f"to_{suffix}"))(path)
+        os.utime(path, (1e9, 1e9))  # as archives and checkouts set it
+        assert texts_of(path) == [text]
+
+
+def test_nothing_is_drawn_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened(write(tmp_path / "a.jsonl"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_slice_of_a_file_is_taken_and_is_another_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl")
+    assert texts_of(path, split="train[:2]") == TEXTS[:2]
+    assert opened(path, split="train[:2]").fingerprint != opened(path).fingerprint
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin", "saved"])
+def test_a_split_that_is_not_there_is_refused_and_never_ignored(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "saved":
+        table().save_to_disk(path)
+    elif name == "a.jsonl":
+        write(path)
+    else:
+        path.write_bytes(b"some text ")
+    with pytest.raises(DatasetError, match="validation"):
+        opened(path, split="validation")
+
+
+def test_a_broken_file_says_what_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "whole"}\n{"text": "cut')
+    with pytest.raises(DatasetError, match="JSON"):
+        opened(path)
+
+
+MESSAGES = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}, {"role": "x"}]]
+COLUMNS = {"chat": ("chat_column", MESSAGES), "ids": ("token_column", [[1, 2, 3], [], [4]])}
+
+
+def rows_file(path: Path, rows: list[Any], column: str = "it") -> Path:
+    path.write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_conversations_and_token_ids_come_from_columns_of_their_own(
+    kind: str, streaming: bool, tmp_path: Path
+) -> None:
+    option, rows = COLUMNS[kind]
+    path = rows_file(tmp_path / "a.jsonl", rows)
+    how = {"streaming": True, "max_tokens": 4096} if streaming else {}
+    source = opened(path, **{option: "it"}, **how)
+    assert kind_of(source) == kind
+    found = list(source.walk()) if streaming else source.batch(range(source.count))
+    plain = [
+        [{k: v for k, v in m.items() if v} for m in row] if kind == "chat" else row for row in found
+    ]
+    assert plain == rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("option", "rows", "message"),
+    [
+        ("chat_column", ["text"], r"messages.*str in document 0.*--chat-column"),
+        ("chat_column", [[{"content": "a"}]], r"messages.*list of dict.*--chat-column"),
+        ("token_column", [["a", "b"]], r"token ids.*list of str in document 0.*--token-column"),
+        ("token_column", [[1.5]], r"token ids.*list of float.*--token-column"),
+        ("text_column", [[1]], r"text.*list of int.*--text-column"),
+    ],
+)
+def test_a_column_of_another_kind_is_told_with_the_option_to_change(
+    option: str, rows: list[Any], message: str, streaming: bool, tmp_path: Path
+) -> None:
+    path = rows_file(tmp_path / "a.jsonl", rows)
+    how = {"streaming": True, "max_tokens": 4096} if streaming else {}
+    with pytest.raises(DatasetError, match=rf"(?s)does not hold.*{message}"):
+        opened(path, **{option: "it"}, **how).batch([0])  # a stream is looked into at once
+
+
+def streamed(path: Path | str, **options: Any) -> DocumentStream:
+    source = opened(path, streaming=True, max_tokens=4096, **options)
+    assert isinstance(source, DocumentStream)
+    return source
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_stream_gives_the_same_documents_as_often_as_asked(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name)
+    source = streamed(path)
+    assert list(source.walk()) == list(source.walk()) == TEXTS
+    assert source.fingerprint == opened(path).fingerprint
+
+
+def test_a_stream_from_a_folder_is_known_by_its_name_and_first_documents(tmp_path: Path) -> None:
+    import datasets
+
+    def fingerprint(place: str, texts: list[str]) -> str:
+        path = tmp_path / place / "texts"
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(path)
+        assert list(streamed(path).walk()) == texts
+        return streamed(path).fingerprint
+
+    first = fingerprint("a", TEXTS)
+    assert first.endswith("-streamed")
+    assert first == fingerprint("b", TEXTS) != fingerprint("c", TEXTS[1:])
+
+
+def test_a_stream_that_breaks_off_says_so_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    source = streamed(write(tmp_path / "a.jsonl"))
+
+    def broken(_: Any) -> Any:
+        yield {"text": "one"}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
+    walk = source.walk()
+    assert next(walk) == "one"
+    with pytest.raises(DatasetError, match=r"(?s)stream of .*a\.jsonl broke off.*reset.*same"):
+        next(walk)
+
+
+def test_a_stream_without_the_column_or_without_documents_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"(?s)no column 'text'.*body"):
+        streamed(write(tmp_path / "a.jsonl", column="body"))
+    (tmp_path / "none.csv").write_text("text\n")
+    with pytest.raises(DatasetError, match="none"):
+        streamed(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.bin"])
+@pytest.mark.parametrize("option", ["streaming", "token_column", "chat_column"])
+def test_options_of_tables_are_refused_for_files_without_columns(
+    name: str, option: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(bytes(8))
+    value: Any = True if option == "streaming" else "x"
+    with pytest.raises(DatasetError, match=option.replace("_", "-")):
+        opened(tmp_path / name, max_tokens=4096, **{option: value})
+
+
+def test_datasets_are_mixed_and_the_mixture_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a.jsonl"), rows_file(tmp_path / "b.jsonl", ["b"], "text")
+    mixed = opened(first, mix=(str(second),))
+    assert isinstance(mixed, Mixture)
+    assert mixed.weights == (1.0, 1.0)
+    assert [part.fingerprint for part in mixed.parts] == [
+        opened(path).fingerprint for path in (first, second)
+    ]
+    assert mixed.fingerprint != opened(second, mix=(str(first),)).fingerprint
+    assert opened(first, mix=(str(second),), weight=(3, 1)).weights == (3, 1)
+
+
+def test_a_file_of_token_ids_cannot_be_mixed(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(8))
+    with pytest.raises(DatasetError, match=r"(?s)a\.bin cannot be mixed.*--token-column"):
+        opened(write(tmp_path / "a.jsonl"), mix=(str(tmp_path / "a.bin"),))

@@ -1,0 +1,174 @@
+"""Caches in a store: in memory, and behind a real server that speaks S3 on this machine."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import actcache.filesystem.object_store as connection
+
+
+def upload(root: Path, url: str, **options: Any) -> str:
+    """Copy a cache to a URL, and return that."""
+    import fsspec
+
+    fs, base = fsspec.core.url_to_fs(url, **options)
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            fs.pipe_file(f"{base}/{path.relative_to(root)}", path.read_bytes())
+    return url
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """A new place in memory."""
+    import fsspec
+
+    url = f"memory://{uuid.uuid4().hex}/cache"
+    yield url
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture(autouse=True)
+def own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A block cache of the test's own, and no waiting between attempts."""
+    folder = tmp_path / "blocks"
+    monkeypatch.setenv("ACTCACHE_BLOCK_CACHE", str(folder))
+    monkeypatch.setattr(connection, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(connection, "MOST_DELAY", 0.02)
+    return folder
+
+
+@pytest.fixture
+def in_memory(make_cache: Callable[..., Path], memory: str) -> Callable[..., tuple[Path, str]]:
+    """Make a cache, and a copy of it in memory."""
+
+    def make(**options: Any) -> tuple[Path, str]:
+        root = make_cache(**options)
+        return root, upload(root, memory)
+
+    return make
+
+
+SERVER = """
+import logging, time
+from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").disabled = True
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of a server that speaks S3."""
+    pytest.importorskip("moto")
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+
+
+class Proxy:
+    """A way to a server that is as bad as it is told to be.
+
+    `cut` bytes of answers are let through on each connection, those of the next connection from
+    the list's next entry, round and round; None: all.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._to, self.cuts, self.connections, self.cut = port, [None], 0, 0
+        self.silent = False
+        self._open: list[socket.socket] = []
+        self._listen(0)
+
+    def _listen(self, port: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
+
+    def down(self) -> None:
+        """From here on, nobody is there."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for each in self._open:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._open = []
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            cut = self.cuts[self.connections % len(self.cuts)]
+            self.connections += 1
+            server = socket.create_connection(("127.0.0.1", self._to))
+            self._open += [client, server]
+            for a, b, most in ((client, server, None), (server, client, cut)):
+                threading.Thread(target=self._relay, args=[a, b, most], daemon=True).start()
+
+    def _relay(self, source: socket.socket, to: socket.socket, most: int | None) -> None:
+        with suppress(OSError):
+            while data := source.recv(4096):
+                if self.silent:
+                    continue
+                if most is not None and len(data) >= most:
+                    self.cut += 1
+                    to.sendall(data[:most])
+                    break
+                most = None if most is None else most - len(data)
+                to.sendall(data)
+        for each in (source, to):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def proxy(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A way to the server, which s3:// takes from here on; with a bucket called `bucket`."""
+    found = Proxy(s3_port)
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{found.port}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "very-secret-indeed",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/nonexistent",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield found
+    found.down()
+
+
+@pytest.fixture
+def in_s3(make_cache: Callable[..., Path], s3_port: int, proxy: Proxy) -> Callable[..., Any]:
+    """Make a cache, and a copy of it behind the server."""
+
+    def make(**options: Any) -> tuple[Path, str]:
+        import fsspec
+
+        direct = {"endpoint_url": f"http://127.0.0.1:{s3_port}"}
+        fs = fsspec.filesystem("s3", **direct)
+        bucket = f"bucket-{uuid.uuid4().hex}"
+        fs.mkdir(bucket)
+        root = make_cache(**options)
+        return root, upload(root, f"s3://{bucket}/some/cache", **direct)
+
+    return make

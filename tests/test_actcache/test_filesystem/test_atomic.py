@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from actcache.errors import DiskFullError
+from actcache.filesystem import atomic
+from actcache.filesystem.atomic import digest_file, publish, remove_partials
+
+CALLS = ("posix_fallocate", "pwrite", "fsync", "replace")
+
+
+class Crash(BaseException):
+    """A process that is gone: nothing handles it."""
+
+
+def test_the_file_holds_the_parts_and_the_receipt_its_digest(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    numbers = np.arange(6, dtype="<i4").reshape(2, 3)
+    receipt = publish(path, [b"head", b"", numbers.data])
+    data = b"head" + numbers.tobytes()
+    assert path.read_bytes() == data
+    assert receipt.bytes == len(data)
+    assert receipt.xxh3_128 == xxhash.xxh3_128(data).hexdigest()
+    assert digest_file(path) == receipt
+
+
+def test_parts_beyond_one_chunk_arrive_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "_CHUNK", 7)
+    data = bytes(range(50))
+    receipt = publish(tmp_path / "x", [data, data[:3]])
+    assert (tmp_path / "x").read_bytes() == data + data[:3]
+    assert digest_file(tmp_path / "x") == receipt
+
+
+def test_a_write_that_takes_less_than_given_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:3], offset))
+    publish(tmp_path / "x", [b"0123456789", b"abcd"])
+    assert (tmp_path / "x").read_bytes() == b"0123456789abcd"
+
+
+def test_an_empty_file_can_be_published(tmp_path: Path) -> None:
+    assert publish(tmp_path / "x", []).bytes == 0
+    assert (tmp_path / "x").read_bytes() == b""
+
+
+def test_data_is_synced_before_the_name_and_the_name_before_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in CALLS:
+        real = getattr(os, name)
+
+        def record(*args: Any, name: str = name, real: Any = real) -> Any:
+            is_folder = name == "fsync" and os.path.isdir(f"/proc/self/fd/{args[0]}")  # noqa: PTH112
+            calls.append(f"{name} folder" if is_folder else name)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, record)
+    publish(tmp_path / "x", [b"data"])
+    assert calls == ["posix_fallocate", "pwrite", "fsync", "replace", "fsync folder"]
+
+
+def test_a_new_folder_is_made_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(atomic, "sync_folder", synced.append)
+    publish(tmp_path / "a" / "b" / "x", [b"1"])
+    assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_and_leaves_nothing_new(
+    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(DiskFullError, match=r"(?s)no room to write .*x\n.*4 bytes free.*remedy"):
+        publish(path, [b"data"])
+    assert os.listdir(tmp_path) == ["x"]  # noqa: PTH208
+    assert path.read_bytes() == b"old"
+
+
+def test_another_error_of_the_disk_passes_through_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(OSError, match="broken"):
+        publish(tmp_path / "x", [b"data"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", CALLS[:3])
+def test_a_writer_that_dies_leaves_the_old_file_and_a_partial_one(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sub" / "x"
+    publish(path, [b"old"])
+
+    def crash(*_: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, crash)
+        with pytest.raises(Crash):
+            publish(path, [b"new"])
+    assert path.read_bytes() == b"old"
+    assert remove_partials(tmp_path) == 1
+    assert list(tmp_path.rglob("*")) == [tmp_path / "sub", path]
+
+
+def test_removing_partials_spares_everything_else(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("")
+    root = tmp_path / "cache"
+    root.mkdir()
+    for name in ("x.partial-1", ".x", ".x.safetensors", "x"):
+        (root / name).write_text("")
+    (root / ".x.partial-2").symlink_to(outside)
+    (root / ".x.partial-3").mkdir()
+    assert remove_partials(root) == 0
+    (root / ".x.partial-1").write_text("")
+    assert remove_partials(root) == 1
+    assert outside.exists()

@@ -1,0 +1,149 @@
+"""The bounded cache of blocks: never over its bound, whoever writes and whoever dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from actcache.errors import ConfigError
+from actcache.filesystem.block_cache import BlockCache, open_blocks
+
+OVERHEAD = 16  # bytes of a block's digest
+
+WRITER = """
+import sys
+from pathlib import Path
+from actcache.filesystem.block_cache import BlockCache
+cache = BlockCache(Path(sys.argv[1]), int(sys.argv[2]))
+print("begun", flush=True)
+for i in range(int(sys.argv[4])):
+    cache.put(f"{(i * 7) % 50:02x}{sys.argv[3]}-{i}", bytes([i % 256]) * 1000)
+"""
+
+
+def kept(folder: Path) -> int:
+    """Bytes of all blocks, and of what becomes blocks, at one instant."""
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(path.stat().st_size for path in folder.glob("??/*"))
+
+
+def writer(folder: Path, most: int, name: str, count: int) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", WRITER, str(folder), str(most), name, str(count)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()  # it has begun
+    process.stdout.close()
+    return process
+
+
+def test_what_was_put_is_got_and_nothing_else(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path / "a" / "b", 10_000)
+    cache.put("aa-0", b"some bytes")
+    assert cache.get("aa-0", 10) == b"some bytes"
+    assert cache.get("aa-0", 9) is None  # of another size: no block of this file
+    assert cache.get("aa-1", 10) is None
+    cache.put("ab-0", b"x" * 10_001)
+    assert not cache.holds("ab-0")
+
+
+def test_the_blocks_that_were_not_used_for_longest_go_first(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 10 * (100 + OVERHEAD))
+    for i in range(10):
+        cache.put(f"aa-{i}", bytes(100))
+    for i in range(10):
+        os.utime(tmp_path / "aa" / f"aa-{i}", ns=(i, i))
+    assert cache.get("aa-0", 100) is not None
+    cache.put("aa-10", bytes(100))
+    assert [i for i in range(11) if cache.holds(f"aa-{i}")] == [0, *range(2, 11)]
+    assert kept(tmp_path) <= cache.most_bytes
+
+
+def test_a_smaller_bound_takes_effect_on_what_is_there(tmp_path: Path) -> None:
+    large = BlockCache(tmp_path, 100_000)
+    for i in range(50):
+        large.put(f"aa-{i}", bytes(1000))
+    small = BlockCache(tmp_path, 5_000)
+    small.put("aa-50", bytes(1000))
+    assert small.holds("aa-50")
+    assert kept(tmp_path) <= 5_000
+
+
+def test_two_processes_together_never_pass_the_bound(tmp_path: Path) -> None:
+    most = 20 * (1000 + OVERHEAD)
+    processes = [writer(tmp_path, most, name, 600) for name in ("a", "b")]
+    seen = []
+    while any(process.poll() is None for process in processes):
+        seen.append(kept(tmp_path))
+    assert max(seen) <= most
+    assert max(seen) > most // 2
+    assert [process.wait() for process in processes] == [0, 0]
+
+
+def test_killed_at_any_time_blocks_are_whole_and_the_bound_holds(tmp_path: Path) -> None:
+    most = 20 * (1000 + OVERHEAD)
+    for number in range(4):
+        process = writer(tmp_path, most, f"k{number}", 100_000)
+        time.sleep(0.02 + 0.02 * number)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert kept(tmp_path) <= most
+    cache = BlockCache(tmp_path, most)
+    blocks = [path for path in tmp_path.glob("??/*") if not path.name.startswith(".partial-")]
+    assert blocks
+    for path in blocks:
+        assert cache.get(path.name, 1000) is not None
+    for i in range(40):  # what the dead were at does not keep others out
+        cache.put(f"zz-{i}", bytes(1000))
+    assert cache.holds("zz-39")
+    assert kept(tmp_path) <= most
+
+
+def test_what_a_killed_process_was_writing_goes_after_a_while(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 5_000)
+    cache.put("aa-0", bytes(1000))
+    dead = tmp_path / "aa" / ".partial-aa-1-elsewhere-1-1"
+    dead.write_bytes(bytes(3_900))
+    cache = BlockCache(tmp_path, 5_000)
+    cache.put("aa-2", bytes(4_000))  # no room beside it
+    assert not cache.holds("aa-2")
+    os.utime(dead, (1, 1))
+    cache.put("aa-2", bytes(4_000))
+    assert cache.holds("aa-2")
+    assert not dead.exists()
+
+
+def test_a_count_that_is_damaged_is_taken_anew(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 5_000)
+    cache.put("aa-0", bytes(1000))
+    (tmp_path / "lock").write_bytes(b"-7 rubbish")
+    for i in range(10):
+        cache.put(f"aa-{i}", bytes(1000))
+    assert kept(tmp_path) <= 5_000
+
+
+def test_a_folder_that_cannot_be_written_in_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be kept"):
+        BlockCache(tmp_path / "file" / "blocks", 10)
+    BlockCache(tmp_path / "file" / "blocks", 0)  # nothing to keep, no folder
+
+
+def test_the_environment_says_where_and_how_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACTCACHE_BLOCK_CACHE_BYTES", "1234")
+    chosen = open_blocks(None, None)
+    assert chosen.most_bytes == 1234
+    assert chosen.folder == tmp_path / "blocks"  # of this folder's fixture
+    assert open_blocks(str(tmp_path / "other"), 99).most_bytes == 99
+    monkeypatch.setenv("ACTCACHE_BLOCK_CACHE_BYTES", "many")
+    with pytest.raises(ConfigError, match="ACTCACHE_BLOCK_CACHE_BYTES"):
+        open_blocks(None, None)

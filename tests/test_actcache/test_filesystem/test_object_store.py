@@ -1,0 +1,198 @@
+"""A real object store, over a way that drops connections, goes silent and goes down."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+import actcache.filesystem.object_store as connection
+from actcache.adapters import LoaderDataset, open_feed
+from actcache.cache.reader import Cache
+from actcache.cache.verify import verify
+from actcache.errors import ActcacheError, ConfigError, EmptyCacheError, RemoteError
+from actcache.stream.activation_stream import ActivationStream
+from actcache.stream.order import make_plan
+from actcache.stream.verified_reads import Reading
+from actcache_cli.main import actcache_app, saetrain_app
+
+PROGRAMS = {"actcache": actcache_app, "saetrain": saetrain_app}
+Make = Callable[..., tuple[Path, str]]
+
+
+def batches(cache: Cache) -> list[bytes]:
+    """An epoch, as bytes."""
+    shards = [(shard, receipt.rows) for shard, receipt in cache.receipts.items()]
+    plan = make_plan(shards, cache.manifest.block_rows, 64, 0, 128)
+    with ActivationStream(cache, cache.hookpoints, plan, reading=Reading(4)) as stream:
+        taken = itertools.islice(stream, plan.steps_per_epoch)
+        return [b"".join(x.numpy().tobytes() for x in b.activations.values()) for b in taken]
+
+
+def test_a_stream_from_s3_gives_the_bits_of_the_folder_over_connections_that_drop(
+    in_s3: Make, proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, url = in_s3()
+    monkeypatch.setattr(connection, "ATTEMPTS", 30)  # the way here is worse than any
+    proxy.cuts = [150_000, 0, 60_000, 100, 90_000, 5_000]
+    assert batches(Cache.open(url)) == batches(Cache.open(root))
+    assert proxy.cut >= 5
+    proxy.cuts = [None]
+    assert verify(url).sound
+
+
+def test_a_store_that_stays_down_is_told_clearly_and_kept_blocks_are_not_lost(
+    in_s3: Make, proxy: Any
+) -> None:
+    _, url = in_s3()
+    cache = Cache.open(url)
+    rows = cache.read("layers.0", 0)
+    shards = [(shard, receipt.rows) for shard, receipt in cache.receipts.items()]
+    plan = make_plan(shards, cache.manifest.block_rows, 64, 0, 128)
+    proxy.down()
+    np.testing.assert_array_equal(cache.read("layers.0", 0).values, rows.values)
+    with (
+        ActivationStream(cache, ["layers.1"], plan) as stream,
+        pytest.raises(RemoteError, match="cannot be read") as caught,
+    ):
+        next(stream)
+    assert caught.value.exit_code == 13
+    for said in (url, "answer within 8 attempts", "got:", "run the same command again"):
+        assert said in str(caught.value)
+
+
+def test_a_store_that_says_nothing_does_not_hang(
+    in_s3: Make, proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = in_s3()
+    proxy.silent = True
+    monkeypatch.setattr(connection, "TIME_LIMIT", 0.1)
+    with pytest.raises(RemoteError, match="cannot be read") as caught:
+        Cache.open(url)
+    assert "FSTimeoutError" in str(caught.value)  # our limit, not the store's library's
+
+
+def test_other_processes_read_the_same_cache_forked_or_sent_to(in_s3: Make) -> None:
+    _, url = in_s3()
+    feed = open_feed(url, "layers.0", batch_size=32, seed=0, val_fraction=0.25)
+    loader = DataLoader(LoaderDataset(feed), batch_size=None, num_workers=2)
+    rows = next(iter(loader))
+    assert torch.isfinite(rows).all()
+    cache = Cache.open(url, block_cache_bytes=0)
+    expected = cache.read("layers.0", 1).values
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(cache)).read("layers.0", 1).values, expected
+    )
+
+
+def test_a_bucket_that_is_not_there_and_missing_credentials_are_told(
+    proxy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(EmptyCacheError, match="s3://no-such-bucket/cache is not a cache"):
+        Cache.open("s3://no-such-bucket/cache")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(RemoteError, match="no credentials"):
+        Cache.open("s3://no-such-bucket/cache")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("quux://bucket/cache", "no protocol that fsspec knows"),
+        ("s3://", "not the URL of a cache"),
+        ("memory://a/../b", "not the URL of a cache"),
+        ("file:///some/cache", "named by its path"),
+        ("simplecache::s3://bucket/cache", "chained"),
+        ("https://host/cache?X-Signature=very-secret-indeed", "may be a secret"),
+        ("ftp://me:very-secret-indeed@host/cache", "may be a secret"),
+    ],
+)
+def test_urls_that_are_not_taken_are_refused_without_what_may_be_secret(
+    url: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        Cache.open(url)
+    assert "very-secret-indeed" not in str(caught.value)
+
+
+def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec  # whose attribute `registry` hides the module of that name
+
+    assert fsspec.registry is not sys.modules["fsspec.registry"]
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"pip install 'actcache\[s3\]'"):
+        Cache.open("s3://bucket/cache")
+
+
+def test_what_a_library_says_is_shown_without_secrets(
+    proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection._secrets.cache_clear()
+    store = connection.Connection("memory://a/b")
+
+    def call(*_: object, **__: object) -> None:
+        raise OSError("signed with very-secret-indeed")
+
+    monkeypatch.setattr(store, "_call", call)
+    with pytest.raises(ActcacheError) as caught:
+        store.listing("")
+    assert "very-secret-indeed" not in str(caught.value)
+    assert "signed with ***" in str(caught.value)
+
+
+def test_the_programs_take_a_url_where_they_only_read(in_s3: Make, tmp_path: Path) -> None:
+    root, url = in_s3(shards=6)
+
+    def run(program: str, *arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(PROGRAMS[program](), arguments)
+        assert done.exit_code == code, done.output
+        return done.output
+
+    page = tmp_path / "page.html"
+    run("actcache", "inspect", url, "--html", str(page))
+    assert "layers.1" in page.read_text()
+    assert "layers.0 norms" in run("actcache", "inspect", url, "--text", "--sequences", "1")
+    assert "from the store" in run("actcache", "bench", url)
+    assert "cannot be a URL" in run("actcache", "verify", url, "--repair", code=2)
+    fitted = []
+    options = ["--batch-size", "64", "--num-latents", "32", "--k", "4", "--val-fraction", "0.2"]
+    for number, cache in enumerate((str(root), url)):
+        out = str(tmp_path / str(number))
+        said = run("saetrain", "fit", cache, "--out", out, *options)
+        run("saetrain", "eval", out)
+        results = ("layers.0/sae.safetensors", "metrics.jsonl")
+        fitted.append([Path(out, name).read_bytes() for name in results])
+    assert "from a store" in said
+    assert fitted[0] == fitted[1]
+    assert f'"cache": "{url}"' in Path(out, "run.json").read_text()
+    assert "nothing left to do" in run(
+        "saetrain", "fit", url, "--out", out, *options, "--resume", "--block-cache-bytes", "0"
+    )
+    assert "cannot be a URL" in run("saetrain", "fit", url, "--out", out, "--follow", code=2)
+    assert "cannot be a URL" in run("actcache", "convert", str(root), "--out", url, code=2)
+    assert "cannot be a URL" in run("actcache", "harvest", "m", "d", "--out", url, code=2)
+
+
+def test_the_installed_program_shows_a_cache_in_s3_and_says_what_is_wrong_without_a_traceback(
+    in_s3: Make,
+) -> None:
+    _, url = in_s3()
+    program = str(Path(sys.executable).with_name("actcache"))
+    for where, code, said in ((url, 0, f"cache    {url}"), (url + "/nowhere", 9, "not a cache")):
+        done = subprocess.run([program, "inspect", where], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert said in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        assert "unclosed" not in done.stderr.lower()

@@ -1,0 +1,169 @@
+"""The committed caches under `tests/golden/`: FORMAT.md made of bytes.
+
+Should the format change on purpose: `python tests/test_actcache/test_golden.py` writes them anew.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from actcache.cache.create import publish_extension
+from actcache.cache.reader import Cache
+from actcache.cache.writer import FilledShard, ShardText, publish_shard
+from actcache.core.json_codec import to_json
+from actcache.filesystem.atomic import digest_file, publish
+from actcache.format.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Hookpoint,
+    Identity,
+    Manifest,
+    extended,
+)
+from actcache.format.receipts import EndReceipt, publish_end
+from actcache.format.row_filters import kept_positions
+from actcache.storage import BACKENDS, CODECS
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+CACHES = {
+    "v1": ("memmap", "none", "bfloat16", 0),
+    "v1-zarr": ("zarr", "none", "bfloat16", 0),
+    "v1-zarr-zstd": ("zarr", "zstd", "bfloat16", 0),
+    "v1-int8": ("memmap", "none", "int8", 0),
+    "v1-zarr-fp8": ("zarr", "none", "float8_e4m3", 0),
+    "v1-zarr-extended": ("zarr", "none", "bfloat16", 5),
+}
+"""Backend, compression, type, and sequences by which the harvest was extended, by folder. The
+compressed bytes are those of constraints.txt's blosc."""
+HOOKPOINTS = {"layers.0": 6, "layers.1.mlp:in": 10}
+
+
+def value(hookpoint, sequence, position, dtype):
+    """What a row holds: small integers, exact in every type. [D]
+
+    The first number of an 8-bit row is the largest of its type: the scale is 2 ** position.
+    """
+    index = list(HOOKPOINTS).index(hookpoint)
+    dims = np.arange(HOOKPOINTS[hookpoint])
+    row = (7 * sequence + 3 * position + dims + 5 * index) % 31 - 15.0
+    largest = {"int8": 127.0, "float8_e4m3": 448.0}.get(dtype)
+    if largest is None:
+        return row
+    row[0] = largest
+    return row * 2.0**position
+
+
+def write_golden(root, backend, compression, dtype, more):
+    identity = Identity(
+        model_fingerprint="0" * 32,
+        model_dtype="bfloat16",
+        tokenizer_fingerprint="1" * 32,
+        dataset_fingerprint="2" * 32,
+        weights=(),
+        documents="text",
+        column="text",
+        shuffle_buffer=None,
+        pipeline="pack",
+        ctx_len=4,
+        bos_id=None,
+        eos_id=2,
+        pad_id=None,
+        keep_order=False,
+        skip_positions=1,
+        exclude_special=(),
+        exclude_tokens=(),
+        max_norm_ratio=None,
+        hookpoints=tuple(Hookpoint(name, width) for name, width in HOOKPOINTS.items()),
+        dtype=dtype,
+        via=(),
+        batch_size=2,
+        row_order="shuffled",
+        seed=7,
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        cache_id=identity.digest(),
+        identity=identity,
+        model="golden-model",
+        revision="main",
+        architecture="GoldenForCausalLM",
+        dataset="golden.jsonl",
+        split="train",
+        backend=backend,
+        compression=compression,
+        sequences_per_shard=4,
+        planned_sequences=10,
+        block_rows=4,
+        versions={"actcache": "0.1.0"},
+    )
+    publish(root / MANIFEST, [to_json(manifest)])
+    BACKENDS[backend].lay(root, manifest)
+    if more:
+        manifest = extended(manifest, 10 + more)
+        publish_extension(root, manifest)
+    codec = CODECS[dtype]
+    shards = [4, 4, 2, 4, 1] if more else [4, 4, 2]
+    for shard, sequences in enumerate(shards):
+        first = manifest.plan.first_sequence(shard)
+        tokens = np.arange(sequences * 4, dtype=np.int32).reshape(sequences, 4) + 100 * shard
+        numbers = np.arange(sequences, dtype=np.int64) + first
+        text = ShardText(tokens, np.full(sequences, 4, dtype=np.int32), numbers // 2, 5 * numbers)
+        kept, dropped = kept_positions(identity, text.tokens, text.lengths)
+        rows = {}
+        for name in HOOKPOINTS:
+            exact = [
+                value(name, first + s, p, dtype) for s, p in zip(*np.nonzero(kept), strict=True)
+            ]
+            rows[name] = codec.from_torch(torch.tensor(np.array(exact), dtype=torch.float32))
+        publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, rows, {}))
+    extensions = len(manifest.extensions)
+    publish_end(root, EndReceipt(manifest.cache_id, len(shards) - 1, 10 + more, "goal", extensions))
+
+
+def files_below(root):
+    return {str(p.relative_to(root)): digest_file(p) for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_todays_writer_makes_the_golden_cache_byte_for_byte(name, tmp_path):
+    write_golden(tmp_path, *CACHES[name])
+    assert files_below(tmp_path) == files_below(GOLDEN / name)
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("hookpoint", HOOKPOINTS)
+def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint, name):
+    cache = Cache.open(GOLDEN / name)
+    assert cache.complete
+    assert cache.rows == 3 * (10 + CACHES[name][3])
+    for shard in cache.shards:
+        words = cache.tokens(shard)
+        rows = cache.codec.to_float32(cache.read(hookpoint, shard))
+        for row, sequence, position in zip(
+            rows, words.row_sequence, words.row_position, strict=True
+        ):
+            first = cache.receipts[shard].first_sequence
+            expected = value(hookpoint, first + int(sequence), int(position), CACHES[name][2])
+            np.testing.assert_array_equal(row, expected)
+            assert position >= 1
+
+
+@pytest.mark.parametrize("golden", CACHES)
+def test_the_golden_receipts_are_true(golden):
+    cache = Cache.open(GOLDEN / golden)
+    backend = BACKENDS[CACHES[golden][0]]
+    for shard, receipt in cache.receipts.items():
+        paths = {
+            "tokens": cache.root / "tokens" / f"{shard:05d}.safetensors",
+            "stats": cache.root / "stats" / f"{shard:05d}.safetensors",
+        } | backend.files(cache.root, cache.manifest, shard)
+        assert {name: digest_file(path) for name, path in paths.items()} == receipt.files
+
+
+if __name__ == "__main__":
+    shutil.rmtree(GOLDEN, ignore_errors=True)
+    for folder, how in CACHES.items():
+        write_golden(GOLDEN / folder, *how)

@@ -1,0 +1,327 @@
+"""Pipelines and filters through a whole harvest: which rows there are, and that each is right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actcache.cache.reader import Cache
+from actcache.config import HarvestConfig
+from actcache.errors import CacheMismatchError, ConfigError
+from actcache.format.receipts import ShardReceipt
+from actcache.format.row_filters import FILTERS
+from actcache.harvester.run import harvest
+from actcache.model.loading import load_model, load_tokenizer
+
+Options = Callable[..., HarvestConfig]
+Tree = Callable[[Path | str], dict[str, str]]
+
+pytestmark = pytest.mark.usefixtures("warm_model")
+
+POINTS = ("layers.0", "layers.1:in", "layers.2.mlp:in", "layers.2")
+
+
+def states_of(model: Any, cache: Cache, shard: int) -> dict[str, torch.Tensor]:
+    """What the model says of every sequence alone, cut to its true length: NaN elsewhere."""
+    words = cache.tokens(shard)
+    found = torch.full((2, *words.tokens.shape, 32), float("nan"))
+    for number, (tokens, length) in enumerate(zip(words.tokens, words.lengths, strict=True)):
+        ids = torch.from_numpy(tokens[:length].astype(np.int64))[None]
+        with torch.inference_mode():
+            states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        found[0, number, :length] = states[1][0]
+        found[1, number, :length] = states[2][0]
+    return {"layers.0": found[0], "layers.1": found[1]}
+
+
+def places(cache: Cache, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
+    words = cache.tokens(shard)
+    return torch.from_numpy(words.row_sequence).long(), torch.from_numpy(words.row_position).long()
+
+
+def counts(cache: Cache) -> dict[str, int]:
+    receipts: list[ShardReceipt] = list(cache.receipts.values())
+    for receipt in receipts:
+        assert receipt.rows + sum(receipt.dropped.values()) == receipt.sequences * 16
+    return {name: sum(r.dropped[name] for r in receipts) for name in FILTERS}
+
+
+@pytest.mark.parametrize("pipeline", ["crop", "truncate"])
+def test_a_row_of_a_padded_sequence_is_the_models_state_without_any_padding(
+    pipeline: str, options: Options, prose: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "short.jsonl"
+    texts = [text[: 5 * number] for number, text in enumerate(prose)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    points = ("layers.0", "layers.1")
+    given = {"pipeline": pipeline, "ctx_len": 48, "max_tokens": None, "hookpoint": points}
+    config = options(dataset=str(path), **given)
+    cache = Cache.open(harvest(config).cache)
+    model = load_model(config)
+    lengths = [len(load_tokenizer(config)(text)["input_ids"]) for text in texts if text]
+    assert sum(r.sequences for r in cache.receipts.values()) == len(lengths)
+    assert cache.rows == sum(min(length, 48) - 1 for length in lengths)
+    assert any(length < 48 for length in lengths)
+    assert any(length > 48 for length in lengths)
+    for shard in cache.shards:
+        states = states_of(model, cache, shard)
+        for name in points:
+            rows = cache.codec.to_torch(cache.read(name, shard))
+            expected = states[name][places(cache, shard)]
+            torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_hidden_from_attention_and_not_only_left_out(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actcache.harvester import run as module
+
+    masks = []
+    run = module.Capture.run
+
+    def record(capture: Any, tokens: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
+        masks.append((tokens, mask))
+        return run(capture, tokens, mask, *rest)
+
+    monkeypatch.setattr(module.Capture, "run", record)
+    cache = Cache.open(harvest(options(pipeline="truncate", ctx_len=48, max_tokens=480)).cache)
+    lengths = [length for shard in cache.shards for length in cache.tokens(shard).lengths]
+    seen = [int(n) for _, mask in masks for n in mask.sum(dim=1)]
+    filler = [48] * (len(seen) - len(lengths))  # of the last batch: attention to nothing is NaN
+    assert sorted(seen) == sorted([*lengths, *filler])
+
+
+def test_tokenizers_that_pad_on_the_left_and_on_the_right_give_the_same_cache(
+    options: Options, tiny_model: Path, tmp_path: Path, tree: Tree
+) -> None:
+    trees = []
+    for side in ("left", "right"):
+        folder = tmp_path / side / "model"
+        shutil.copytree(tiny_model, folder)
+        path = folder / "tokenizer_config.json"
+        told = json.loads(path.read_text()) | {"padding_side": side, "truncation_side": side}
+        path.write_text(json.dumps(told | {"pad_token": "</s>"}))
+        config = options(model=str(folder), out=str(tmp_path / side / "cache"), ctx_len=48)
+        assert load_tokenizer(config).padding_side == side
+        for pipeline in ("pack", "truncate"):
+            out = f"{config.out}-{pipeline}"
+            made = options(
+                model=config.model, out=out, pipeline=pipeline, ctx_len=48, max_tokens=480
+            )
+            trees.append(tree(harvest(made).cache))
+    assert trees[0] == trees[2]
+    assert trees[1] == trees[3]
+
+
+def rows_by_address(cache: Cache, name: str) -> dict[tuple[int, int, int], bytes]:
+    """Every row by (shard, sequence, position)."""
+    found = {}
+    for shard in cache.shards:
+        words = cache.tokens(shard)
+        rows = cache.read(name, shard).values
+        for row, s, p in zip(rows, words.row_sequence, words.row_position, strict=True):
+            found[shard, int(s), int(p)] = row.tobytes()
+    return found
+
+
+def test_excluded_tokens_have_no_rows_and_the_other_rows_are_as_without_the_filter(
+    options: Options,
+) -> None:
+    whole = Cache.open(harvest(options(out=options().out + "-whole", hookpoint=POINTS)).cache)
+    tokens = np.concatenate([whole.tokens(s).tokens.reshape(-1) for s in whole.shards])
+    common = int(np.bincount(tokens).argmax())
+    config = options(exclude_special=True, exclude_tokens=(str(common),), hookpoint=POINTS)
+    cache = Cache.open(harvest(config).cache)
+    identity = cache.manifest.identity
+    assert (identity.exclude_special, identity.exclude_tokens) == ((0, 1), (common,))
+    assert cache.manifest.cache_id != whole.manifest.cache_id
+    for name in POINTS:
+        expected = {
+            (shard, s, p): row
+            for (shard, s, p), row in rows_by_address(whole, name).items()
+            if whole.tokens(shard).tokens[s, p] not in (0, 1, common)
+        }
+        assert rows_by_address(cache, name) == expected
+    dropped = counts(cache)
+    assert dropped["exclude_tokens"] == (tokens == common).sum()
+    assert dropped["exclude_special"] == (tokens == 1).sum()  # BOS, 0, stands in skipped places
+    assert dropped["skip_positions"] == 10
+
+
+def test_rows_of_great_norm_are_left_out_at_every_hookpoint(options: Options) -> None:
+    whole = Cache.open(harvest(options(out=options().out + "-whole", hookpoint=POINTS)).cache)
+    config = options(max_norm_ratio=1.2, hookpoint=POINTS)
+    cache = Cache.open(harvest(config).cache)
+    found = {name: rows_by_address(cache, name) for name in POINTS}
+    everything = {name: rows_by_address(whole, name) for name in POINTS}
+    for shard in whole.shards:
+        norms = {
+            name: {
+                place: float(np.linalg.norm(np.frombuffer(row, "<f4").astype(np.float64)))
+                for place, row in rows.items()
+                if place[0] == shard
+            }
+            for name, rows in everything.items()
+        }
+        medians = {name: float(np.median(list(of.values()))) for name, of in norms.items()}
+        remaining = {
+            place
+            for place in norms[POINTS[0]]
+            if all(norms[name][place] <= 1.2 * medians[name] for name in POINTS)
+        }
+        for name in POINTS:
+            assert {place for place in found[name] if place[0] == shard} == remaining
+            for place in remaining:
+                assert found[name][place] == everything[name][place]
+    assert 0 < counts(cache)["max_norm_ratio"] == whole.rows - cache.rows
+
+
+@pytest.mark.parametrize("given", [{"exclude_special": True, "max_norm_ratio": 1.3}, {}])
+@pytest.mark.parametrize("pipeline", ["pack", "crop", "truncate"])
+@pytest.mark.parametrize("storage", [{}, {"backend": "zarr"}], ids=["memmap", "zarr"])
+def test_an_interrupted_harvest_with_filters_ends_in_the_same_bytes(
+    given: dict[str, Any], pipeline: str, storage: dict[str, str], options: Options, tree: Tree
+) -> None:
+    from actcache.format.receipts import receipt_path
+
+    config = options(pipeline=pipeline, **given, **storage)
+    root = Path(harvest(config).cache)
+    whole = tree(root)
+    receipt_path(root, 1).unlink()
+    (root / "shards" / "END.json").unlink()
+    assert harvest(config).new_shards == 1
+    assert tree(root) == whole
+
+
+def test_a_shard_whose_rows_are_all_left_out_is_a_shard_without_rows(
+    options: Options, tmp_path: Path
+) -> None:
+    path = tmp_path / "ids.bin"
+    np.array([7] * 64 + [8] * 128, dtype="<u2").tofile(path)
+    config = options(dataset=str(path), exclude_tokens=("7",), max_tokens=None, max_norm_ratio=9.0)
+    cache = Cache.open(harvest(config).cache)
+    assert [receipt.rows for receipt in cache.receipts.values()] == [0, 60, 60]
+    assert cache.read("layers.0", 0).values.shape == (0, 32)
+    assert cache.statistics("layers.0", [0]).count == 0
+    assert cache.complete
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"pipeline": "truncate"},
+        {"pipeline": "crop"},
+        {"exclude_special": True},
+        {"exclude_tokens": ("7",)},
+        {"max_norm_ratio": 5.0},
+        {"streaming": True},
+    ],
+)
+def test_a_cache_is_not_gone_on_with_under_another_pipeline_or_filter(
+    given: dict[str, Any], options: Options
+) -> None:
+    harvest(options())
+    with pytest.raises(CacheMismatchError, match=next(iter(given)).replace("streaming", "shuffle")):
+        harvest(options(**given))
+
+
+def test_a_stream_gives_the_cache_that_the_file_gives_if_the_order_is_kept(
+    options: Options,
+) -> None:
+    kept = {"keep_order": True}
+    whole = Cache.open(harvest(options(out=options().out + "-file", **kept)).cache)
+    cache = Cache.open(harvest(options(streaming=True, **kept)).cache)
+    assert cache.manifest.cache_id == whole.manifest.cache_id
+    assert cache.digest(cache.shards) == whole.digest(whole.shards)
+
+
+def test_a_stream_that_ends_before_the_goal_seals_the_cache_and_says_so(options: Options) -> None:
+    counted = harvest(options(out=options().out + "-all", max_tokens=None))
+    sequences = Cache.open(counted.cache).end.sequences  # type: ignore[union-attr]
+    summary = harvest(options(streaming=True, max_tokens=16 * 100_000, shuffle_buffer=7))
+    assert (summary.complete, summary.reason) == (True, "text")
+    cache = Cache.open(summary.cache)
+    assert cache.end is not None
+    assert cache.end.sequences == sequences
+    assert cache.manifest.identity.shuffle_buffer == 7
+
+
+def test_a_mixture_is_harvested_and_its_weights_are_recorded(
+    options: Options, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": "row " * 30}) + "\n" for _ in range(50)))
+    config = options(mix=(str(other),), weight=(1.0, 2.0), max_tokens=None)
+    summary = harvest(config)
+    cache = Cache.open(summary.cache)
+    assert cache.manifest.identity.weights == (1.0, 2.0)
+    assert cache.manifest.dataset == "prose.jsonl + other.jsonl"
+    assert summary.reason == "text"
+    tokenizer = load_tokenizer(config)
+    texts = [tokenizer.decode(t) for s in cache.shards for t in cache.tokens(s).tokens]
+    rows = sum("row row row" in text for text in texts)
+    assert 0.2 < rows / len(texts) < 0.8  # two thirds of the documents, which are short
+
+
+def test_conversations_are_harvested_as_the_template_writes_them(
+    options: Options, tiny_model: Path, tmp_path: Path
+) -> None:
+    written = "<s>{{ m['role'] }} {{ m['content'] }}</s>"
+    for folder, each in (("chat", written), ("other", f"{written} ")):
+        shutil.copytree(tiny_model, tmp_path / folder)
+        template = "{% for m in messages %}" + each + "{% endfor %}"
+        (tmp_path / folder / "chat_template.jinja").write_text(template)
+    talk = [{"role": "user", "content": "the row"}, {"role": "model", "content": "the cache"}]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("".join(json.dumps({"talk": talk}) + "\n" for _ in range(20)))
+    given = {"dataset": str(path), "chat_column": "talk", "max_tokens": None}
+    config = options(model=str(tmp_path / "chat"), **given)
+    cache = Cache.open(harvest(config).cache)
+    found = load_tokenizer(config).decode(cache.tokens(0).tokens.reshape(-1))
+    once = "<s>user the row</s><s>model the cache</s>"
+    assert found.startswith(once * 3)  # it ends with EOS, so none is added
+    assert cache.manifest.identity.documents == "chat"
+    with pytest.raises(CacheMismatchError, match="tokenizer_fingerprint"):
+        harvest(options(model=str(tmp_path / "other"), **given))
+
+
+def test_a_column_of_token_ids_is_joined_and_needs_no_text(
+    options: Options, tmp_path: Path
+) -> None:
+    path = tmp_path / "ids.jsonl"
+    rows = [list(range(5, 5 + n)) for n in (20, 3, 40, 0, 11)]
+    path.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in rows))
+    config = options(dataset=str(path), token_column="ids", keep_order=True, max_tokens=None)
+    cache = Cache.open(harvest(config).cache)
+    line = [token for ids in rows if ids for token in [*ids, 1]]
+    found = np.concatenate([cache.tokens(s).tokens.reshape(-1) for s in cache.shards])
+    assert found.tolist() == line[: len(line) // 16 * 16]
+
+
+@pytest.mark.parametrize(("ratio", "fits"), [(5.0, True), (1e9, False)])
+def test_float16_is_asked_of_the_rows_that_the_norm_filter_keeps(
+    ratio: float, fits: bool, make_model: Callable[..., Path], options: Options
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = make_model()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] *= 1e6  # EOS: far beyond float16
+    model.save_pretrained(path)
+    given = {"model": str(path), "hookpoint": ("layers.0:in",), "max_tokens": None}
+    config = options(dtype="float16", max_norm_ratio=ratio, **given)
+    if fits:
+        cache = Cache.open(harvest(config).cache)
+        assert counts(cache)["max_norm_ratio"] > 0
+        assert not any(receipt.non_finite["layers.0:in"] for receipt in cache.receipts.values())
+    else:
+        with pytest.raises(ConfigError, match=r"(?s)do not fit float16.*--max-norm-ratio"):
+            harvest(config)

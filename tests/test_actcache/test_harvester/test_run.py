@@ -1,0 +1,771 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from actcache.cache.reader import Cache
+from actcache.cache.verify import verify
+from actcache.config import HarvestConfig
+from actcache.core import rng
+from actcache.core.distributed import Ranks
+from actcache.errors import (
+    ActcacheError,
+    CacheMismatchError,
+    ConfigError,
+    DatasetError,
+    DiskFullError,
+    EmptyCacheError,
+    HookpointError,
+)
+from actcache.format.receipts import receipt_path
+from actcache.harvester import resolve as planning
+from actcache.harvester import run as harvest_module
+from actcache.harvester.run import HarvestSummary, harvest
+from actcache.model.loading import load_model, load_tokenizer
+
+Options = Callable[..., HarvestConfig]
+Tree = Callable[[Path | str], dict[str, str]]
+
+pytestmark = pytest.mark.usefixtures("warm_model")
+
+ZARR = {"backend": "zarr"}
+ZSTD = {"backend": "zarr", "compress": "zstd"}
+STORAGES = pytest.mark.parametrize("storage", [{}, ZARR, ZSTD], ids=["memmap", "zarr", "zstd"])
+
+
+def hidden_states(model: Any, tokens: np.ndarray, batch_size: int) -> tuple[torch.Tensor, ...]:
+    """States of a shard's sequences by the model's own account, in batches of one shape."""
+    parts = []
+    for start in range(0, len(tokens), batch_size):
+        padded = np.zeros((batch_size, tokens.shape[1]), dtype=np.int64)
+        part = tokens[start : start + batch_size]
+        padded[: len(part)] = part
+        with torch.inference_mode():
+            out = model(torch.from_numpy(padded), output_hidden_states=True, use_cache=False)
+        parts.append([state[: len(part)] for state in out.hidden_states])
+    return tuple(torch.cat(states) for states in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequence"])
+@pytest.mark.parametrize("skip", [0, 1, 5])
+def test_row_j_is_the_models_hidden_state_of_the_token_that_the_cache_names(
+    order: str, skip: int, options: Options
+) -> None:
+    points = ("layers.0", "layers.1:in", "layers.2:in", "layers.2", "norm")
+    config = options(order=order, skip_positions=skip, hookpoint=points, shard_size=6)
+    cache = Cache.open(harvest(config).cache)
+    model = load_model(config)
+    for shard in cache.shards:
+        words = cache.tokens(shard)
+        assert len(words.row_sequence) == cache.receipts[shard].rows
+        states = hidden_states(model, words.tokens, config.batch_size)
+        at = (torch.from_numpy(words.row_sequence).long(), torch.from_numpy(words.row_position))
+
+        def row(name: str, shard: int = shard) -> torch.Tensor:
+            return cache.codec.to_torch(cache.read(name, shard))
+
+        at = (at[0], at[1].long())
+        assert torch.equal(row("layers.0"), states[1][at])
+        assert torch.equal(row("layers.1:in"), states[1][at])
+        assert torch.equal(row("layers.2:in"), states[2][at])
+        assert torch.equal(row("norm"), states[3][at])
+        # The last layer's own output is not among hidden_states: the final norm stands between.
+        final = model.model.norm(row("layers.2"))
+        torch.testing.assert_close(final, states[3][at])
+        natural = list(itertools.product(range(len(words.tokens)), range(skip, 16)))
+        places = list(zip(at[0].tolist(), at[1].tolist(), strict=True))
+        assert sorted(places) == natural
+        assert (places == natural) == (order == "sequence")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_are_rounded_to_the_type_on_disk(dtype: str, options: Options) -> None:
+    exact = Cache.open(harvest(options(out=options().out + "-exact")).cache)
+    cache = Cache.open(harvest(options(dtype=dtype)).cache)
+    assert cache.manifest.identity.dtype == dtype
+    for shard, name in itertools.product(exact.shards, exact.hookpoints):
+        full = exact.codec.to_torch(exact.read(name, shard))
+        rounded = cache.codec.to_torch(cache.read(name, shard))
+        assert torch.equal(rounded, full.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("backend", ["memmap", "zarr"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
+def test_rows_of_8_bits_are_those_of_the_exact_rows(
+    dtype: str, backend: str, options: Options, tmp_path: Path
+) -> None:
+    exact = Cache.open(harvest(options(out=str(tmp_path / "exact"))).cache)
+    cache = Cache.open(harvest(options(dtype=dtype, backend=backend)).cache)
+    assert verify(cache.root).sound
+    for shard, name in itertools.product(exact.shards, exact.hookpoints):
+        expected = cache.codec.from_torch(exact.codec.to_torch(exact.read(name, shard)))
+        for part, array in cache.read(name, shard).parts.items():
+            np.testing.assert_array_equal(array, expected.parts[part])
+        statistics = cache.statistics(name, [shard])
+        decoded = cache.codec.to_float32(expected)
+        total = decoded.sum(axis=0, dtype=np.float64)
+        np.testing.assert_allclose(statistics.total, total, rtol=1e-5, atol=1e-4)
+        names = {"tokens", "stats", *(f"activations/{n}" for n in exact.hookpoints)}
+        names |= {f"scales/{n}" for n in exact.hookpoints} if backend == "zarr" else set()
+        assert cache.receipts[shard].files.keys() == names
+
+
+def test_rows_of_8_bits_that_are_not_finite_stay_so(
+    make_model: Callable[..., Path], options: Options
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = make_model()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1, 0] = torch.inf  # EOS
+    model.save_pretrained(path)
+    config = options(model=str(path), hookpoint=("layers.0:in",), max_tokens=None, dtype="int8")
+    cache = Cache.open(harvest(config).cache)
+    counted = 0
+    for shard in cache.shards:
+        words = cache.tokens(shard)
+        is_eos = words.tokens[words.row_sequence, words.row_position] == 1
+        stored = cache.read("layers.0:in", shard)
+        np.testing.assert_array_equal(np.isnan(stored.scales), is_eos)
+        np.testing.assert_array_equal(np.isnan(cache.codec.to_float32(stored)).all(axis=1), is_eos)
+        assert cache.receipts[shard].non_finite == {"layers.0:in": is_eos.sum()}
+        counted += is_eos.sum()
+    assert counted > 10
+
+
+def test_the_type_on_disk_is_the_models_by_default(options: Options) -> None:
+    cache = Cache.open(harvest(options(model_dtype="bfloat16")).cache)
+    assert cache.manifest.identity.model_dtype == cache.manifest.identity.dtype == "bfloat16"
+
+
+def packed_by_hand(config: HarvestConfig, prose: list[str]) -> np.ndarray:
+    """Every sequence of the prose as the command line describes it. [S, C]"""
+    tokenizer = load_tokenizer(config)
+    order = rng.stream("documents", config.seed).permutation(len(prose))
+    texts = [prose[i] for i in (range(len(prose)) if config.keep_order else order)]
+    line = []
+    for text in filter(None, texts):
+        line += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    bos = [] if config.bos == "never" else [tokenizer.bos_token_id]
+    size = config.ctx_len - len(bos)
+    starts = range(0, len(line) - size + 1, size)
+    return np.array([bos + line[start : start + size] for start in starts], dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"seed": 3}, {"keep_order": True}, {"bos": "never"}, {"ctx_len": 33, "batch_size": 2}],
+)
+def test_the_tokens_of_the_cache_are_the_documents_packed(
+    given: dict, options: Options, prose: list[str]
+) -> None:
+    config = options(max_tokens=None, shard_size=40, **given)
+    cache = Cache.open(harvest(config).cache)
+    tokens = np.concatenate([cache.tokens(shard).tokens for shard in cache.shards])
+    np.testing.assert_array_equal(tokens, packed_by_hand(config, prose))
+    assert cache.end is not None
+    assert (cache.end.reason, cache.end.sequences) == ("text", len(tokens))
+
+
+def test_token_ids_from_a_file_are_harvested_as_they_are(options: Options, tmp_path: Path) -> None:
+    ids = np.random.RandomState(0).randint(300, size=16 * 9 + 5)
+    caches = []
+    for dtype in ("uint16", "uint32"):
+        path = tmp_path / f"{dtype}.bin"
+        ids.astype(dtype).tofile(path)
+        out = str(tmp_path / dtype)
+        config = options(dataset=str(path), bin_dtype=dtype, out=out, max_tokens=None)
+        caches.append(Cache.open(harvest(config).cache))
+    first, second = caches
+    tokens = np.concatenate([first.tokens(shard).tokens for shard in first.shards])
+    np.testing.assert_array_equal(tokens.reshape(-1), ids[: 16 * 9])
+    identity = first.manifest.identity
+    assert (identity.bos_id, identity.eos_id, identity.tokenizer_fingerprint) == (None, None, "")
+    for shard in first.shards:
+        a, b = first.read("layers.0", shard), second.read("layers.0", shard)
+        np.testing.assert_array_equal(a.values, b.values)
+
+
+def test_ids_beyond_the_vocabulary_end_the_harvest_with_a_message(
+    options: Options, tmp_path: Path
+) -> None:
+    ids = np.zeros(16 * 8, dtype="<u2")
+    ids[16 * 6] = 300
+    ids.tofile(tmp_path / "ids.bin")
+    config = options(dataset=str(tmp_path / "ids.bin"), max_tokens=None)
+    with pytest.raises(DatasetError, match=r"(?s)not in the model's vocabulary.*0 to 299"):
+        harvest(config)
+    assert not Cache.open(config.out).complete
+
+
+def test_a_saved_dataset_gives_the_sequences_of_the_file_it_came_from(
+    options: Options, prose: list[str], tmp_path: Path
+) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": prose}).save_to_disk(tmp_path / "saved")
+    config = options(dataset=str(tmp_path / "saved"), out=str(tmp_path / "other"))
+    first, second = Cache.open(harvest(options()).cache), Cache.open(harvest(config).cache)
+    for shard in first.shards:
+        np.testing.assert_array_equal(first.tokens(shard).tokens, second.tokens(shard).tokens)
+
+
+# I1: the manifest.
+
+
+def test_the_manifest_is_written_first_and_the_seal_last(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[str] = []
+    replace = os.replace
+
+    def record(source: Path, target: Path) -> None:
+        published.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    harvest(options())
+    assert published[0] == "manifest.json"
+    assert published[-1] == "END.json"
+    assert published.count("manifest.json") == published.count("END.json") == 1
+
+
+def test_the_manifest_says_what_the_cache_is_of(options: Options) -> None:
+    config = options(revision=None)
+    cache = Cache.open(harvest(config).cache)
+    manifest, identity = cache.manifest, cache.manifest.identity
+    assert manifest.model == Path(config.model).name
+    assert manifest.dataset == "prose.jsonl"
+    assert manifest.architecture == "LlamaForCausalLM"
+    assert (identity.ctx_len, identity.batch_size, identity.skip_positions) == (16, 4, 1)
+    assert (identity.bos_id, identity.eos_id, identity.column) == (0, 1, "text")
+    assert cache.hookpoints == ["layers.0", "layers.1.mlp:in"]
+    assert (manifest.planned_sequences, manifest.sequences_per_shard) == (10, 4)
+    assert {"torch", "transformers", "tokenizers", "actcache", "python"} <= set(manifest.versions)
+
+
+def test_run_again_a_harvest_finds_its_work_done_and_changes_nothing(
+    options: Options, tree: Tree
+) -> None:
+    first = harvest(options())
+    before, mtime = tree(first.cache), Path(first.cache, "manifest.json").stat().st_mtime_ns
+    second = harvest(options())
+    assert (first.new_shards, first.new_rows, first.complete) == (3, 150, True)
+    assert (second.new_shards, second.new_rows, second.complete) == (0, 0, True)
+    assert first.reason == second.reason == "goal"
+    assert tree(first.cache) == before
+    assert Path(first.cache, "manifest.json").stat().st_mtime_ns == mtime
+
+
+def test_the_same_harvest_of_copies_elsewhere_leaves_the_same_bytes(
+    options: Options, tree: Tree, tmp_path: Path
+) -> None:
+    config = options()
+    copies = {}
+    for name, path in (("model", config.model), ("dataset", config.dataset)):
+        copies[name] = str(tmp_path / "copies" / Path(path).name)
+        copy = shutil.copytree if Path(path).is_dir() else shutil.copy
+        (tmp_path / "copies").mkdir(exist_ok=True)
+        copy(path, copies[name])
+    harvest(config)
+    harvest(options(out=str(tmp_path / "other"), **copies))
+    assert tree(config.out) == tree(tmp_path / "other")
+
+
+OTHERS = {
+    "hookpoint": (("layers.0",), "hookpoints"),
+    "ctx_len": (17, "ctx_len"),
+    "max_tokens": (16 * 11, "planned_sequences"),
+    "batch_size": (5, "batch_size"),
+    "shard_size": (5, "sequences_per_shard"),
+    "dtype": ("bfloat16", "dtype"),
+    "backend": ("zarr", "backend"),
+    "model_dtype": ("bfloat16", "model_fingerprint"),
+    "seed": (1, "seed"),
+    "skip_positions": (2, "skip_positions"),
+    "bos": ("never", "bos_id"),
+    "keep_order": (True, "keep_order"),
+    "order": ("sequence", "row_order"),
+}
+
+
+def test_a_folder_that_holds_another_cache_is_refused_with_the_fields_that_differ(
+    options: Options, tree: Tree, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    harvest(options())
+    before = tree(options().out)
+    others = {name: ({name: value}, field) for name, (value, field) in OTHERS.items()}
+    others["model"] = ({"model": str(make_model(seed=1))}, "model_fingerprint")
+    text = tmp_path / "other.jsonl"
+    text.write_text(Path(options().dataset).read_text() + '{"text": "more"}\n')
+    others["dataset"] = ({"dataset": str(text)}, "dataset_fingerprint")
+    for given, field in others.values():
+        with pytest.raises(CacheMismatchError, match=rf"(?s)holds another cache.*\b{field}: .*rem"):
+            harvest(options(**given))
+    assert tree(options().out) == before
+
+
+def test_harvesting_on_under_other_library_versions_warns(options: Options) -> None:
+    harvest(options())
+    path = Path(options().out, "manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["versions"] |= {"torch": "1.0", "gone": "3"}
+    path.write_text(json.dumps(manifest))
+    receipt_path(Path(options().out), 1).unlink()
+    summary = harvest(options())
+    assert summary.complete
+    first, second = sorted(summary.warnings)
+    assert first == "gone is None now; this cache was begun with 3"
+    assert first != second
+    assert f"torch is {torch.__version__} now; this cache was begun with 1.0" == second
+    assert json.loads(path.read_text()) == manifest
+
+
+def test_a_folder_that_is_no_cache_is_left_alone(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(CacheMismatchError, match=r"(?s)holds other things.*another folder"):
+        harvest(options(out=str(tmp_path)))
+    with pytest.raises(CacheMismatchError, match="is a file"):
+        harvest(options(out=str(tmp_path / "notes")))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize("storage", [ZARR, ZSTD], ids=["zarr", "zstd"])
+def test_backend_and_compression_change_neither_the_id_nor_the_rows(
+    storage: dict[str, str], options: Options, tmp_path: Path
+) -> None:
+    cache = Cache.open(harvest(options()).cache)
+    other = Cache.open(harvest(options(out=str(tmp_path / "other"), **storage)).cache)
+    assert other.manifest.cache_id == cache.manifest.cache_id
+    assert (other.manifest.backend, other.manifest.compression) == (
+        "zarr",
+        storage.get("compress", "none"),
+    )
+    assert ("numcodecs" in other.manifest.versions) == (storage == ZSTD)
+    for shard, name in itertools.product(cache.shards, cache.hookpoints):
+        theirs, ours = other.read(name, shard), cache.read(name, shard)
+        np.testing.assert_array_equal(theirs.values, ours.values)
+        assert other.receipts[shard].non_finite == cache.receipts[shard].non_finite
+        assert other.receipts[shard].files["stats"] == cache.receipts[shard].files["stats"]
+        assert other.receipts[shard].files["tokens"] == cache.receipts[shard].files["tokens"]
+    with pytest.raises(CacheMismatchError, match=r"backend: 'memmap', not 'zarr'"):
+        harvest(options(**storage))
+
+
+def test_an_array_is_described_before_its_first_chunk(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[str] = []
+    replace = os.replace
+
+    def record(source: Path, target: Path) -> None:
+        published.append(str(Path(target).relative_to(options().out)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", record)
+    harvest(options(**ZARR))
+    assert published[:3] == [
+        "manifest.json",
+        "activations/layers.0/zarr.json",
+        "activations/layers.1.mlp:in/zarr.json",
+    ]
+    assert sum(name.endswith("zarr.json") for name in published) == 2
+
+
+def test_a_shard_that_blosc_cannot_take_is_refused_before_anything_is_made(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning.blosc_chunk, "MAX_BYTES", 15 * 32 * 4 * 3)
+    with pytest.raises(ConfigError, match=r"(?s)too large for --compress zstd.*--shard-size 3 or"):
+        harvest(options(hookpoint=("layers.0",), **ZSTD))
+    assert not Path(options().out).exists()
+    # Shards of its own choice are small enough, here one batch.
+    own = options(hookpoint=("layers.0",), shard_size=None, batch_size=3, **ZSTD)
+    assert harvest(own).complete
+
+
+# I2: killed anywhere, valid; the same command finishes it.
+
+
+def small(options: Options, out: Path, storage: dict[str, str]) -> HarvestConfig:
+    return options(out=str(out), max_tokens=16 * 3, shard_size=2, batch_size=2, **storage)
+
+
+def check_valid(root: Path) -> None:
+    """Either there is no cache yet, or it opens and every shard it shows is whole."""
+    try:
+        cache = Cache.open(root)
+    except EmptyCacheError:
+        assert not (root / "shards").exists()
+        return
+    for shard in cache.shards:
+        for name in cache.hookpoints:
+            assert len(cache.read(name, shard)) == cache.receipts[shard].rows
+            assert cache.statistics(name, [shard]).count == cache.receipts[shard].rows
+        assert len(cache.tokens(shard).tokens) == cache.receipts[shard].sequences
+    assert cache.end is None or cache.complete
+
+
+@STORAGES
+def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_command_finishes(
+    storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
+) -> None:
+    harvest(small(options, tmp_path / "whole", storage))
+    whole = tree(tmp_path / "whole")
+    for number in itertools.count():
+        root = tmp_path / str(number)
+        try:
+            with faults.at(number):
+                harvest(small(options, root, storage))
+        except faults.Crash:
+            check_valid(root)
+        else:
+            break
+        assert harvest(small(options, root, storage)).complete
+        assert tree(root) == whole  # so nothing partial is left either
+        shutil.rmtree(root)
+    assert number > 80
+
+
+@STORAGES
+def test_a_harvest_that_crashes_at_every_step_still_comes_to_its_end(
+    storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
+) -> None:
+    """Each run gets six calls further than the last and dies."""
+    harvest(small(options, tmp_path / "whole", storage))
+    root = tmp_path / "cache"
+    crashes = 0
+    for number in itertools.count(6, 6):
+        try:
+            with faults.at(number):
+                harvest(small(options, root, storage))
+        except faults.Crash:
+            crashes += 1
+            check_valid(root)
+        else:
+            break
+    assert crashes > 3
+    assert tree(root) == tree(tmp_path / "whole")
+
+
+@STORAGES
+def test_a_full_disk_is_told_leaves_a_valid_cache_and_the_harvest_finishes_later(
+    storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
+) -> None:
+    harvest(small(options, tmp_path / "whole", storage))
+    whole = tree(tmp_path / "whole")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    # A file is five calls: three, not five, comes to every kind of call in turn.
+    for number in itertools.count(0, 3 if storage else 1):
+        root = tmp_path / str(number)
+        try:
+            with faults.at(number, full):
+                harvest(small(options, root, storage))
+        except DiskFullError:
+            assert not list(root.rglob("*.partial-*"))
+            check_valid(root)
+        else:
+            break
+        harvest(small(options, root, storage))
+        assert tree(root) == whole
+        shutil.rmtree(root)
+    assert number > 80
+
+
+def test_a_disk_that_is_full_for_the_log_is_told_alike(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refuse(path: Path, *rest: Any, **named: Any) -> Any:
+        if path.suffix == ".jsonl" and path.parent.name == "logs":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, *rest, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(DiskFullError, match=r"(?s)harvest-rank0\.jsonl.*same command again"):
+            harvest(options())
+    assert harvest(options()).complete
+
+
+def test_a_missing_room_is_told_before_anything_is_made(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(DiskFullError, match=r"(?s)does not fit.*free.*10 kB free.*--max-tokens"):
+        harvest(options())
+    assert not Path(options().out).exists()
+
+
+def test_a_shard_whose_receipt_was_deleted_is_made_again(options: Options, tree: Tree) -> None:
+    root = Path(harvest(options()).cache)
+    whole = tree(root)
+    receipt_path(root, 1).unlink()
+    (root / "activations" / "layers.0" / "00001.safetensors").write_bytes(b"damaged")
+    summary = harvest(options())
+    assert (summary.new_shards, summary.complete) == (1, True)
+    assert tree(root) == whole
+
+
+def test_what_varies_from_run_to_run_lies_under_logs(options: Options, tree: Tree) -> None:
+    root = Path(harvest(options()).cache)
+    assert {path.name for path in root.iterdir()} == {
+        "manifest.json",
+        "activations",
+        "tokens",
+        "stats",
+        "shards",
+        "logs",
+    }
+    lines = (root / "logs" / "harvest-rank0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["shard"] for line in lines] == [0, 1, 2]
+
+
+# I3: any number of processes.
+
+
+def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list[HarvestSummary]:
+    """The work of some ranks, one after another in this process; rank 0 must be among the first."""
+
+    class Alone(Ranks):
+        def agree(self, what: bytes, act: Callable[[], None]) -> None:
+            act()
+
+    summaries = []
+    for rank in ranks:
+        with pytest.MonkeyPatch.context() as patched:
+            alone = SimpleNamespace(from_environment=lambda r=rank: Alone(r, world_size))
+            patched.setattr(harvest_module, "Ranks", alone)
+            summaries.append(harvest(config))
+    return summaries
+
+
+@STORAGES
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_each_rank_makes_its_share_and_the_last_one_seals(
+    world_size: int, storage: dict[str, str], options: Options, tree: Tree, tmp_path: Path
+) -> None:
+    config = options(max_tokens=16 * 25, **storage)
+    harvest(config)
+    ranks = list(range(world_size))[::-1]
+    many = options(max_tokens=16 * 25, out=str(tmp_path / "many"), **storage)
+    summaries = harvest_by(ranks, world_size, many)
+    assert tree(config.out) == tree(tmp_path / "many")
+    for rank, summary in zip(ranks, summaries, strict=True):
+        assert summary.new_shards == len(range(rank, 7, world_size))
+    assert [s.complete for s in summaries].index(True) >= min(world_size, 7) - 1
+    assert summaries[-1].complete
+
+
+def test_a_harvest_begun_by_two_is_finished_by_three_and_by_one(
+    options: Options, tree: Tree, tmp_path: Path
+) -> None:
+    whole = options(max_tokens=16 * 25, out=str(tmp_path / "whole"))
+    harvest(whole)
+    config = options(max_tokens=16 * 25)
+    harvest_by([1], 2, config)
+    assert Cache.open(config.out).shards == [1, 3, 5]
+    harvest_by([0], 3, config)
+    assert Cache.open(config.out).shards == [0, 1, 3, 5, 6]
+    assert not Cache.open(config.out).complete
+    summary = harvest(config)
+    assert (summary.new_shards, summary.complete) == (2, True)
+    assert tree(config.out) == tree(whole.out)
+
+
+# The end of the harvest.
+
+
+def test_shards_hold_whole_sequences_and_the_last_what_is_left(options: Options) -> None:
+    cache = Cache.open(harvest(options(shard_size=3)).cache)
+    receipts = cache.receipts.values()
+    assert [r.sequences for r in receipts] == [3, 3, 3, 1]
+    assert [r.first_sequence for r in receipts] == [0, 3, 6, 9]
+    assert [r.rows for r in receipts] == [45, 45, 45, 15]
+    assert cache.end is not None
+    assert (cache.end.last_shard, cache.end.sequences, cache.end.reason) == (3, 10, "goal")
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_text_that_ends_before_the_goal_seals_the_cache_and_says_so(
+    counted: bool, options: Options, prose: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not counted:
+        monkeypatch.setattr(planning, "COUNTED_TOKENS", 0)
+    config = options(max_tokens=16 * 500, shard_size=50)
+    summary = harvest(config)
+    count = len(packed_by_hand(config, prose))
+    assert (summary.complete, summary.reason) == (True, "text")
+    cache = Cache.open(summary.cache)
+    assert cache.end is not None
+    assert cache.end.sequences == count
+    assert cache.manifest.planned_sequences == (count if counted else 500)
+    again = harvest(config)
+    assert (again.new_shards, again.complete, again.reason) == (0, True, "text")
+
+
+def test_batches_are_padded_to_one_shape(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = set()
+    run = harvest_module.Capture.run
+
+    def record(capture: Any, tokens: torch.Tensor, *rest: Any) -> Any:
+        shapes.add(tuple(tokens.shape))
+        return run(capture, tokens, *rest)
+
+    monkeypatch.setattr(harvest_module.Capture, "run", record)
+    harvest(options(shard_size=3))
+    assert shapes == {(4, 16)}
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads(
+    options: Options, tree: Tree, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            harvest(options(out=str(tmp_path / str(threads))))
+    finally:
+        torch.set_num_threads(before)
+    assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "3")
+
+
+def test_rows_that_are_not_finite_are_kept_and_counted(
+    options: Options, make_model: Callable[..., Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = make_model(seed=2)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1, 0] = torch.inf  # EOS
+    model.save_pretrained(path)
+    config = options(model=str(path), hookpoint=("layers.0:in",), max_tokens=None, shard_size=500)
+    summary = harvest(config)
+    cache = Cache.open(summary.cache)
+    words = cache.tokens(0)
+    is_eos = words.tokens[words.row_sequence, words.row_position] == 1
+    assert 10 < is_eos.sum() < len(is_eos)
+    assert cache.receipts[0].non_finite == {"layers.0:in": is_eos.sum()}
+    (warning,) = summary.warnings
+    assert f"{is_eos.sum()} rows of layers.0:in hold an infinity or NaN" in warning
+    rows = cache.read("layers.0:in", 0).values
+    np.testing.assert_array_equal(~np.isfinite(rows).all(axis=1), is_eos)
+    statistics = cache.statistics("layers.0:in")
+    mean = rows[~is_eos].mean(axis=0, dtype=np.float64)
+    np.testing.assert_allclose(statistics.mean, mean, atol=1e-8)
+
+
+# What cannot be harvested says so, and makes nothing.
+
+
+def nothing_made(config: HarvestConfig, kind: type[ActcacheError], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        harvest(config)
+    assert not Path(config.out).exists()
+
+
+def test_bad_input_is_told_before_anything_is_made(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("the row")
+    nothing_made(options(hookpoint=("layer.1",)), HookpointError, r"such as .*layers\.1")
+    nothing_made(options(hookpoint=("lm_head",)), HookpointError, "no module of the model matches")
+    nothing_made(options(hookpoint=(), layers=(3,)), HookpointError, r"(?s)--layers.*0 to 2")
+    nothing_made(options(text_column="body"), DatasetError, r"(?s)no column 'body'.*text.*--text-c")
+    nothing_made(options(dataset="./gone.jsonl"), DatasetError, r"no such file.*gone\.jsonl")
+    nothing_made(options(dataset=str(tmp_path / "short.txt")), DatasetError, "shorter than one")
+    nothing_made(options(model="./gone"), ActcacheError, r"no such model folder: \./gone")
+    nothing_made(options(device="cuda:77"), ConfigError, "--device cannot be used")
+    longer = options(ctx_len=65, max_tokens=None)
+    nothing_made(longer, ConfigError, r"(?s)longer than the model's context.*<= 64.*65")
+
+
+def test_a_model_of_a_type_that_cannot_be_stored_needs_a_dtype(
+    options: Options, make_model: Callable[..., Path]
+) -> None:
+    model = str(make_model(seed=3, dtype="float64"))
+    nothing_made(options(model=model), ConfigError, r"(?s)cannot be stored.*float64.*--dtype")
+    assert harvest(options(model=model, dtype="float32")).complete
+
+
+def test_activations_beyond_float16_are_refused_with_a_remedy(
+    options: Options, make_model: Callable[..., Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = make_model(seed=4)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 1e6
+    model.save_pretrained(path)
+    with pytest.raises(ConfigError, match=r"(?s)layers\.0 do not fit float16.*65,520.*bfloat16"):
+        harvest(options(model=str(path), dtype="float16"))
+    check_valid(Path(options().out))
+
+
+def test_a_damaged_receipt_stops_the_harvest_by_path(options: Options) -> None:
+    root = Path(harvest(options()).cache)
+    receipt_path(root, 1).write_text("{")
+    with pytest.raises(ActcacheError, match=r"00001\.json"):
+        harvest(options())
+
+
+def test_the_summary_is_json(options: Options) -> None:
+    summary = harvest(options())
+    assert json.loads(json.dumps(dataclasses.asdict(summary)))["new_rows"] == 150
+    size = sum(p.stat().st_size for p in Path(summary.cache).rglob("*.safetensors"))
+    assert summary.new_bytes == size
+    assert summary.tokens_per_second > 0
+
+
+def test_a_harvest_that_published_nothing_does_not_hold_its_folder(
+    options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = options(batch_size=2, out=str(tmp_path / "whole"))
+    harvest(whole)
+    for backend in ("memmap", "zarr"):
+        out = str(tmp_path / backend)
+        with monkeypatch.context() as patched:
+            patched.setattr(harvest_module, "fill_shard", out_of_memory)
+            with pytest.raises(MemoryError):
+                harvest(options(batch_size=8, backend=backend, out=out))
+        assert harvest(dataclasses.replace(whole, out=out)).complete
+        assert tree(out) == tree(whole.out)
+
+
+def out_of_memory(*_: Any) -> None:
+    raise MemoryError
+
+
+def test_a_finished_harvest_warns_of_files_that_are_gone(options: Options) -> None:
+    config = options()
+    root = Path(harvest(config).cache)
+    assert harvest(config).warnings == ()
+    next(root.glob("activations/*/00001.safetensors")).unlink()
+    (warning,) = harvest(config).warnings
+    assert "1 files of published shards are missing or cut" in warning
+    assert "verify" in warning
+    first, second = harvest_by([0, 1], 2, config)
+    assert (first.warnings, second.warnings) == ((warning,), ())  # one process looks for all
+
+
+def test_a_text_without_splits_records_none(options: Options, prose: list[str]) -> None:
+    config = options()
+    path = Path(config.out).with_name("prose.txt")
+    path.write_text("\n".join(prose))
+    assert Cache.open(harvest(config).cache).manifest.split == "train"
+    text = dataclasses.replace(config, dataset=str(path), out=config.out + "-text")
+    assert Cache.open(harvest(text).cache).manifest.split == ""

@@ -1,0 +1,338 @@
+"""Several processes, real ones: gloo, torchrun, SIGKILL. What one process can show is elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actcache.cache.reader import Cache
+from actcache.core.distributed import Ranks
+from actcache.errors import ConfigError
+from actcache.harvester.run import harvest
+
+BIN = Path(sys.executable).parent
+SECONDS = 240  # until a process that hangs is given up
+
+Tree = Callable[[Path | str], dict[str, str]]
+
+
+def test_a_process_started_alone_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Ranks.from_environment() == Ranks(0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert Ranks.from_environment() == Ranks(3, 8)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("0", "2"), ("2", "2"), ("x", "1"), ("", "2")])
+def test_half_an_environment_is_told(
+    rank: str, world_size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ConfigError, match=r"(?s)which process this is.*torchrun"):
+        Ranks.from_environment()
+
+
+def test_alone_there_is_nobody_to_agree_with() -> None:
+    acted: list[str] = []
+    Ranks(0, 1).agree(b"x", lambda: acted.append("yes"))
+    assert acted == ["yes"]
+
+
+AGREE = """
+import os, sys
+from actcache.core.distributed import Ranks
+
+ranks = Ranks.from_environment()
+
+def attempt(port, what, act):
+    os.environ["MASTER_PORT"] = port
+    try:
+        ranks.agree(what, act)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "agreed"
+
+def write():
+    open("made", "a").write(f"by {ranks.rank}")
+
+def refuse():
+    raise PermissionError("no such right")
+
+print(attempt(sys.argv[1], b"same", write))
+print(attempt(sys.argv[2], f"rank {ranks.rank}".encode(), write))
+print(attempt(sys.argv[3], b"same", refuse))
+"""
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [str(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def test_ranks_act_once_when_they_agree_and_leave_together_when_they_do_not(
+    tmp_path: Path,
+) -> None:
+    ports = free_ports(3)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGREE, *ports],
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=SECONDS)[0].splitlines() for process in processes]
+    differ = "CacheMismatchError: the processes of this harvest would make different caches"
+    assert outputs[0] == ["agreed", differ, "PermissionError: no such right"]
+    left = "CacheMismatchError: rank 0 refused this harvest, so rank 1 leaves too"
+    assert outputs[1] == ["agreed", differ, left]
+    assert (tmp_path / "made").read_text() == "by 0"
+
+
+@pytest.fixture
+def whole(options: Callable[..., Any], tmp_path: Path) -> Any:
+    """A harvest of 150 shards, made without interruption by this process."""
+    config = options(
+        out=str(tmp_path / "whole"), max_tokens=16 * 300, shard_size=2, batch_size=2, seed=5
+    )
+    harvest(config)
+    return config
+
+
+def command(config: Any, out: Path, processes: int | None = None) -> list[str]:
+    """The same harvest as a command line."""
+    given = [str(BIN / "actcache"), "harvest", config.model, config.dataset, "--out", str(out)]
+    for hookpoint in config.hookpoint:
+        given += ["--hookpoint", hookpoint]
+    for name in ("ctx_len", "max_tokens", "batch_size", "shard_size", "seed"):
+        given += ["--" + name.replace("_", "-"), str(getattr(config, name))]
+    if processes is None:
+        return given
+    launcher = [str(BIN / "torchrun"), "--no-python", "--standalone", "--nproc_per_node"]
+    return [*launcher, str(processes), *given]
+
+
+def run(arguments: list[str]) -> None:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def kill_half_way(arguments: list[str], out: Path, shards: int = 5, delay: float = 0) -> None:
+    """Start a command and SIGKILL it, with its children, once so many shards are published.
+
+    Args:
+        arguments: the command.
+        out: folder of its cache.
+        shards: how many, counting those that were there before.
+        delay: seconds that it is left to live then.
+    """
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + SECONDS
+    while len(list(out.glob("shards/0*.json"))) < shards:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(delay)
+    # torchrun's workers lead sessions of their own: they would outlive it.
+    workers = descendants_of(process.pid)
+    for pid in [process.pid, *workers]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while any(is_alive(pid) for pid in workers):
+        time.sleep(0.01)
+
+
+def descendants_of(parent: int) -> list[int]:
+    """Process ids of a process's children, theirs, and so on."""
+    lists = Path(f"/proc/{parent}/task").glob("*/children")
+    children = [int(pid) for text in lists for pid in text.read_text().split()]
+    return [*children, *(pid for child in children for pid in descendants_of(child))]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and more than a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_two_processes_leave_the_same_bytes_as_one(whole: Any, tree: Tree, tmp_path: Path) -> None:
+    run(command(whole, tmp_path / "two", processes=2))
+    assert tree(tmp_path / "two") == tree(whole.out)
+
+
+def test_two_processes_write_one_zarr_array_between_them(
+    whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    one = dataclasses.replace(whole, out=str(tmp_path / "one"), backend="zarr", compress="zstd")
+    harvest(one)
+    arguments = command(whole, tmp_path / "two", processes=2)
+    run([*arguments, "--backend", "zarr", "--compress", "zstd"])
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
+def test_a_command_killed_five_times_ends_in_the_same_bytes_when_run_once_more(
+    whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    state = random.Random(2)
+    for shards in (1, 20, 40, 60, 80):
+        kill_half_way(command(whole, out), out, shards, state.uniform(0, 0.05))
+        cache = Cache.open(out)
+        assert shards <= len(cache.shards) < 150
+        assert not cache.complete
+        assert all(len(cache.read("layers.0", shard)) == 30 for shard in cache.shards)
+    run(command(whole, out))
+    assert tree(out) == tree(whole.out)
+
+
+def test_a_harvest_of_one_killed_half_way_is_finished_by_three(
+    whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    kill_half_way(command(whole, out), out)
+    assert 5 <= len(Cache.open(out).shards) < 150
+    run(command(whole, out, processes=3))
+    assert tree(out) == tree(whole.out)
+
+
+def test_a_harvest_of_two_killed_half_way_is_finished_by_one(
+    whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    kill_half_way(command(whole, out, processes=2), out)
+    assert len(Cache.open(out).shards) < 150
+    summary = harvest(dataclasses.replace(whole, out=str(out)))
+    assert summary.complete
+    assert tree(out) == tree(whole.out)
+
+
+def test_an_extension_by_two_processes_killed_half_way_is_finished_by_one(
+    options: Callable[..., Any], tree: Tree, tmp_path: Path
+) -> None:
+    begun = options(max_tokens=16 * 101, shard_size=2, batch_size=2, out=str(tmp_path / "one"))
+    more = dataclasses.replace(begun, max_tokens=16 * 300)
+    harvest(begun)
+    out = tmp_path / "two"
+    shutil.copytree(begun.out, out)
+    harvest(dataclasses.replace(more, extend=True))
+    kill_half_way([*command(more, out, processes=2), "--extend"], out, shards=56)
+    assert 56 <= len(Cache.open(out).shards) < 151
+    assert not Cache.open(out).complete
+    run([*command(more, out), "--extend"])
+    assert tree(out) == tree(begun.out)
+
+
+def test_one_rank_that_is_refused_ends_the_command_with_its_message(whole: Any, tree: Tree) -> None:
+    before = tree(whole.out)
+    arguments = [*command(whole, Path(whole.out), processes=2), "--bos", "never"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode != 0
+    assert "bos_id: 0, not None" in done.stderr
+    assert "RuntimeError" not in done.stderr
+    assert tree(whole.out) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_a_harvest_asked_to_stop_leaves_cleanly_and_says_how_to_go_on(
+    number: signal.Signals, code: int, word: str, whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(whole, out),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs with SIGINT ignored, and they would pass it on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while len(list(out.glob("shards/0*.json"))) < 5:
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=SECONDS)
+    assert process.returncode == code
+    assert f"{word}: what was published stays" in told
+    assert "Traceback" not in told
+    assert 5 <= len(Cache.open(out).shards) < 150
+    assert not list(out.rglob("*.partial-*"))
+    assert harvest(dataclasses.replace(whole, out=str(out))).complete
+    assert tree(out) == tree(whole.out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_asked_to_stop_leave_cleanly_and_say_how_to_go_on(
+    number: signal.Signals, whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(whole, out, processes=2),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while len(list(out.glob("shards/0*.json"))) < 5:
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.002)
+    workers = descendants_of(process.pid)
+    process.send_signal(number)  # torchrun hands it on to its workers
+    _, told = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    assert told.count("what was published stays; the same command goes on") == 2
+    assert "actcache_cli" not in told  # no traceback of ours; torchrun prints one of its own
+    assert not any(is_alive(pid) for pid in workers)
+    assert 5 <= len(Cache.open(out).shards) < 150
+    assert not list(out.rglob("*.partial-*"))
+    assert harvest(dataclasses.replace(whole, out=str(out))).complete
+    assert tree(out) == tree(whole.out)
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_of_two_commands_at_once_one_works_and_the_other_says_so(
+    processes: int | None, whole: Any, tree: Tree, tmp_path: Path
+) -> None:
+    out = tmp_path / "shared"
+    both = [
+        subprocess.Popen(command(whole, out, processes), stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = [process.communicate(timeout=SECONDS)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes
+    # The slower one may come when the faster is done: then it finds nothing left to do.
+    for code, text in zip(codes, told, strict=True):
+        refused = 1 if processes else 12  # torchrun swallows exit codes
+        assert code == 0 or (code == refused and "another harvest is at work" in text)
+    assert tree(out) == tree(whole.out)

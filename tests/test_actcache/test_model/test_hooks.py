@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actcache.errors import HookpointError, ModelError
+from actcache.format.manifest import Hookpoint
+from actcache.model.hooks import Capture, Site, match, residual_hookpoints, survey
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
+
+LLAMA = SMALL | {"intermediate_size": 32, "num_key_value_heads": 1}
+HEADS = LLAMA | {"head_dim": 8}
+SLIDING = HEADS | {"sliding_window": 3}
+"""Some layers see three tokens only: fewer than the seven of a test's sequence."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": 50, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32},
+        "h",
+        "ln_f",
+    ),
+    "gpt_neox": ("GPTNeoXConfig", SMALL | {"intermediate_size": 32}, "layers", "final_layer_norm"),
+    "llama": ("LlamaConfig", LLAMA, "layers", "norm"),
+    "mistral": ("MistralConfig", SLIDING, "layers", "norm"),
+    "gemma": ("GemmaConfig", HEADS, "layers", "norm"),
+    "gemma2": ("Gemma2Config", SLIDING, "layers", "norm"),
+    "gemma3": ("Gemma3TextConfig", SLIDING, "layers", "norm"),
+    "gemma3_vision": (
+        "Gemma3Config",
+        {
+            "text_config": SLIDING | TOKENS,
+            "vision_config": SMALL | {"intermediate_size": 16, "image_size": 28, "patch_size": 14},
+        },
+        "language_model.layers",
+        "language_model.norm",
+    ),
+    "qwen2": ("Qwen2Config", LLAMA, "layers", "norm"),
+    "qwen3": ("Qwen3Config", HEADS, "layers", "norm"),
+    "qwen3_moe": ("Qwen3MoeConfig", HEADS | EXPERTS, "layers", "norm"),
+    "mixtral": ("MixtralConfig", LLAMA | {"num_local_experts": 4}, "layers", "norm"),
+    "gpt_oss": (
+        "GptOssConfig",
+        SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "layers",
+        "norm",
+    ),
+    "falcon": ("FalconConfig", SMALL, "h", "ln_f"),
+    "falcon_sequential": (
+        "FalconConfig",
+        SMALL | {"parallel_attn": False, "multi_query": False, "alibi": True},
+        "h",
+        "ln_f",
+    ),
+    "falcon_new": (
+        "FalconConfig",
+        SMALL | {"new_decoder_architecture": True, "num_kv_heads": 1},
+        "h",
+        "ln_f",
+    ),
+    "phi": ("PhiConfig", SMALL | {"intermediate_size": 32}, "layers", "final_layernorm"),
+    "phi3": ("Phi3Config", LLAMA | {"pad_token_id": 0}, "layers", "norm"),
+    "opt": (
+        "OPTConfig",
+        SMALL | {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 32},
+        "decoder.layers",
+        "decoder.final_layer_norm",
+    ),
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": 50, "hidden_size": 16, "n_layer": 3, "n_head": 2},
+        "h",
+        "ln_f",
+    ),
+    "mamba": (
+        "MambaConfig",
+        {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4},
+        "layers",
+        "norm_f",
+    ),
+}
+"""Configuration class, its sizes, the list of layers, the final norm. OPT and BLOOM refuse a mask
+in four dimensions, Mamba takes none."""
+
+
+def build(family: str, device: str = "cpu") -> Any:
+    import transformers
+
+    name, sizes, *_ = FAMILIES[family]
+    config = getattr(transformers, name)(**(TOKENS | sizes))
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        # Mixtral's experts compute their shapes on the meta device in bfloat16 only.
+        dtype = torch.bfloat16 if device == "meta" else torch.float32
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def residual_stream(family: str, model: Any) -> tuple[Tensor, ...]:
+    """By the model's own account: the embeddings, the stream after every layer but the last, and
+    after the final norm."""
+    states = model(IDS, output_hidden_states=True, use_cache=False).hidden_states
+    if family == "mamba":  # leaves out the embeddings, and says the last layer's twice
+        return (model.backbone.embeddings(IDS), *states[:2], states[3])
+    return tuple(states)
+
+
+IDS = torch.arange(21).reshape(3, 7) * 2
+
+
+def run(model: Any, names: list[str], ids: Tensor = IDS) -> dict[str, Tensor]:
+    sites = survey(model)
+    with Capture(model, match(names, sites, model.base_model_prefix)) as capture:
+        return dict(capture.run(ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_captured_are_the_models_own_hidden_states(family: str) -> None:
+    model = build(family)
+    _, _, layers, norm = FAMILIES[family]
+    states = residual_stream(family, model)
+    found = run(model, [f"{layers}.?", f"{layers}.?:in", norm, f"{norm}:in"])
+    assert len(found) == 8
+    for layer in range(3):
+        assert torch.equal(found[f"{layers}.{layer}:in"], states[layer])
+        if layer < 2:
+            assert torch.equal(found[f"{layers}.{layer}"], states[layer + 1])
+    # The last of hidden_states is after the final norm.
+    assert torch.equal(found[norm], states[3])
+    final = model.base_model.get_submodule(norm)
+    assert torch.equal(final(found[f"{layers}.2"]), states[3])
+    assert torch.equal(found[f"{layers}.2"], found[f"{norm}:in"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_residual_stream_is_that_after_every_layer_or_those_chosen(family: str) -> None:
+    model = build(family)
+    _, _, layers, _ = FAMILIES[family]
+    assert residual_hookpoints(model, (), 1) == [f"{layers}.{n}" for n in range(3)]
+    assert residual_hookpoints(model, (), 2) == [f"{layers}.0", f"{layers}.2"]
+    assert residual_hookpoints(model, (2, 0), 1) == [f"{layers}.2", f"{layers}.0"]
+    with pytest.raises(HookpointError, match=r"(?s)--layers.*0 to 2.*got: +3, 7"):
+        residual_hookpoints(model, (1, 3, 7), 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "mlp", "parallel"),
+    [
+        ("gpt2", "h.1.attn", "h.1.mlp", False),
+        ("llama", "layers.1.self_attn", "layers.1.mlp", False),
+        ("gpt_neox", "layers.1.attention", "layers.1.mlp", True),
+    ],
+)
+def test_a_layer_adds_its_attention_and_mlp_to_its_input(
+    family: str, attention: str, mlp: str, parallel: bool
+) -> None:
+    layer = mlp.rpartition(".")[0]
+    found = run(build(family), [layer, f"{layer}:in", attention, mlp, f"{mlp}:in"])
+    total = found[f"{layer}:in"] + found[attention] + found[mlp]
+    torch.testing.assert_close(total, found[layer])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_survey_without_weights_finds_what_one_with_weights_finds(family: str) -> None:
+    sites, empty = survey(build(family)), survey(build(family, "meta"))
+    assert sum(site.width == 16 for site in sites.values()) >= 10
+    assert empty == sites
+    assert list(empty) == list(sites)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_a_survey_offers_is_captured_at_any_batch_and_length(family: str) -> None:
+    model = build(family)
+    hookpoints = match(["*", "*:in"], survey(model), model.base_model_prefix)
+    for ids in (IDS, IDS[:1], IDS[:2, :5]):
+        with Capture(model, hookpoints) as capture:
+            found = capture.run(ids)
+        assert set(found) == {h.name for h in hookpoints}
+        assert all(found[h.name].shape == (*ids.shape, h.width) for h in hookpoints)
+
+
+def test_chosen_tokens_alone_are_kept_and_are_what_they_are_among_all() -> None:
+    hookpoints = [Hookpoint("layers.0", 16), Hookpoint("layers.1.mlp:in", 16)]
+    chosen = torch.tensor([0, 3, 8, 20])  # of 3 sequences of 7
+    with Capture(build("llama"), hookpoints) as capture:
+        whole = dict(capture.run(IDS))
+        found = capture.run(IDS, None, chosen)
+    for name, rows in found.items():
+        torch.testing.assert_close(rows, whole[name].flatten(0, 1)[chosen], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_the_right_that_is_masked_leaves_the_tokens_before_it_as_they_are(
+    family: str,
+) -> None:
+    model = build(family)
+    layers = FAMILIES[family][2]
+    hookpoints = match([f"{layers}.?"], survey(model), model.base_model_prefix)
+    mask = (torch.arange(7) < torch.tensor([[7], [4], [2]])).long()
+    with Capture(model, hookpoints) as capture:
+        padded = dict(capture.run(IDS * mask, mask))
+        for sequence, length in enumerate((7, 4, 2)):
+            alone = capture.run(IDS[sequence : sequence + 1, :length])
+            for name, activations in alone.items():
+                torch.testing.assert_close(activations[0], padded[name][sequence, :length])
+
+
+def test_a_model_of_text_and_images_runs_on_text_past_its_vision_tower() -> None:
+    sites = survey(build("gemma3_vision"))
+    assert sites["vision_tower.encoder.layers.0"].reason == "is not called in a forward pass"
+    assert sites["language_model.layers.0"].width == 16
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_of_a_layer_that_gives_several_things_the_first_is_taken(as_list: bool) -> None:
+    model = build("llama")
+    before = run(model, ["layers.1", "layers.2:in"])
+
+    def several(_module: nn.Module, _args: Any, output: Tensor) -> Any:
+        return [output, None] if as_list else (output, (output, output))
+
+    def first(_module: nn.Module, args: Any) -> Any:
+        return (args[0][0], *args[1:])
+
+    model.model.layers[1].register_forward_hook(several)
+    model.model.layers[2].register_forward_pre_hook(first)
+    assert survey(model)["layers.1"] == Site("layers.1", 16, "")
+    after = run(model, ["layers.1", "layers.2:in"])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_survey_says_why_a_module_cannot_be_hooked() -> None:
+    sites = survey(build("mixtral"))
+    assert "has shape [16, 4], not [batch, ctx, width]" in sites["layers.0.mlp.gate"].reason
+    assert "not [batch, ctx, width]" in sites["layers.0.mlp.experts"].reason
+    assert "not [batch, ctx, width]" in sites["rotary_emb"].reason
+    assert sites["layers"].reason == "is not called in a forward pass"
+    assert sites["layers.0.mlp"].width == 16
+    assert sites["layers.0.self_attn:in"].width == 16  # given as a keyword
+    assert survey(build("gpt2"))["wpe"].width is None  # positions do not grow with the batch
+
+
+class Toy(nn.Module):
+    """A base model of four modules, one called twice and one changing its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 4)
+        self.first = nn.Linear(4, 4)
+        self.twice = nn.Linear(4, 4)
+        self.spoil = nn.ReLU(inplace=True)
+        self.base_model, self.base_model_prefix = self, ""
+
+    def forward(self, ids: Tensor, use_cache: bool) -> Tensor:
+        x = self.twice(self.first(self.embed(ids)))
+        return self.spoil(self.twice(x)).sum()
+
+    def named_modules(self, *_: Any, **__: Any) -> Any:
+        return [(name, module) for name, module in self._modules.items() if name != "base_model"]
+
+
+def test_a_module_that_is_called_twice_is_refused() -> None:
+    sites = survey(Toy())
+    assert sites["twice"].reason == "is called 2 times in a forward pass"
+    with pytest.raises(HookpointError, match="'twice' cannot be hooked: it is called 2 times"):
+        match(["twice"], sites, "")
+
+
+def test_what_is_captured_is_not_changed_by_modules_that_work_in_place() -> None:
+    torch.manual_seed(0)
+    model = Toy()
+    model.first.register_forward_hook(lambda *_: None)
+    hookpoints = [Hookpoint("first", 4), Hookpoint("spoil:in", 4), Hookpoint("spoil", 4)]
+    with Capture(model, hookpoints) as capture:
+        found = capture.run(IDS)
+    assert (found["spoil:in"] < 0).any()
+    assert torch.equal(found["spoil"], found["spoil:in"].relu())
+
+
+def test_the_pass_stops_after_the_last_hookpoint() -> None:
+    model = build("llama")
+    called: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    with Capture(model, [Hookpoint("layers.0", 16), Hookpoint("layers.1.mlp:in", 16)]) as capture:
+        capture.run(IDS)
+    assert "model.layers.1.post_attention_layernorm" in called
+    later = ("model.layers.1.mlp.", "model.layers.2", "model.norm", "lm_head")
+    assert not [name for name in called if name.startswith(later)]
+
+
+def test_a_pass_never_reaches_the_lm_head() -> None:
+    model = build("llama")
+    called: list[str] = []
+    model.lm_head.register_forward_pre_hook(lambda *_: called.append("lm_head"))
+    with Capture(model, [Hookpoint("norm", 16)]) as capture:
+        capture.run(IDS)
+    run(model, ["*"])
+    assert called == []
+
+
+def test_no_hook_is_left_behind_whatever_happens() -> None:
+    model = build("llama")
+
+    def count() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    before = count()
+    run(model, ["layers.*", "layers.*:in"])
+    with (
+        pytest.raises(ModelError, match=r"(?s)failed at 1 sequences of 3.*IndexError.*--device"),
+        Capture(model, [Hookpoint("layers.0", 16), Hookpoint("layers.1:in", 16)]) as capture,
+    ):
+        capture.run(torch.full((1, 3), 999))
+    with pytest.raises(IndexError):
+        model(torch.full((1, 3), 999))
+    assert count() == before
+
+
+def test_a_hookpoint_of_another_width_than_surveyed_is_refused() -> None:
+    with (
+        Capture(build("llama"), [Hookpoint("layers.0", 17)]) as capture,
+        pytest.raises(HookpointError, match=r"(?s)layers\.0 did not.*\[3, 7, 17\].*\(3, 7, 16\)"),
+    ):
+        capture.run(IDS)
+
+
+def test_a_hookpoint_that_is_not_reached_is_refused() -> None:
+    with (
+        Capture(build("llama"), [Hookpoint("layers", 16)]) as capture,
+        pytest.raises(HookpointError, match=r"(?s)layers did not give.*got: +nothing"),
+    ):
+        capture.run(IDS)
+
+
+SITES = {
+    site.name: site
+    for n in range(12)
+    for site in (
+        Site(f"layers.{n}", 8, ""),
+        Site(f"layers.{n}:in", 8, ""),
+        Site(f"layers.{n}.mlp", 8, ""),
+        Site(f"layers.{n}.mlp:in", 8, ""),
+        Site(f"layers.{n}.mlp.gate", None, "has shape [16, 4], not [batch, ctx, width]"),
+    )
+}
+
+
+def names(*patterns: str) -> list[str]:
+    return [hookpoint.name for hookpoint in match(patterns, SITES, "model")]
+
+
+def test_patterns_mean_outputs_unless_they_end_in_in() -> None:
+    assert names("layers.1") == ["layers.1"]
+    assert names("layers.1:in") == ["layers.1:in"]
+    assert names("layers.[0-2]") == ["layers.0", "layers.1", "layers.2"]
+    assert names("layers.?.mlp:in") == [f"layers.{n}.mlp:in" for n in range(10)]
+    assert not [name for name in names("*") if name.endswith(":in")]
+
+
+def test_hookpoints_come_once_each_in_natural_order() -> None:
+    assert names("layers.10", "layers.9", "layers.1*", "layers.9")[:5] == [
+        "layers.1",
+        "layers.1.mlp",
+        "layers.9",
+        "layers.10",
+        "layers.10.mlp",
+    ]
+
+
+def test_the_base_prefix_may_be_given_or_left_out() -> None:
+    assert names("model.layers.3") == names("layers.3") == ["layers.3"]
+    assert names("model.layers.*.mlp:in") == names("layers.*.mlp:in")
+
+
+def test_a_pattern_skips_what_cannot_be_hooked_but_a_name_does_not() -> None:
+    assert names("layers.0.*") == ["layers.0.mlp"]
+    for pattern in ("layers.0.mlp.gate", "layers.*.gate"):
+        with pytest.raises(HookpointError, match=r"(?s)cannot be hooked: it has shape \[16, 4\]"):
+            names(pattern)
+
+
+def test_a_pattern_that_matches_nothing_names_the_closest() -> None:
+    with pytest.raises(HookpointError, match=r"(?s)'layer\.3\.mpl'.*such as .*layers\.3\.mlp.*rem"):
+        names("layers.1", "layer.3.mpl")
+    with pytest.raises(HookpointError, match=r"(?s)'zzzz'\n.*actcache hookpoints MODEL"):
+        names("zzzz")
+
+
+def test_layers_that_cannot_be_told_are_refused_with_a_remedy() -> None:
+    model = nn.Module()
+    model.a, model.b = nn.ModuleList([nn.Identity()] * 2), nn.ModuleList([nn.Identity()] * 2)
+    text = SimpleNamespace(num_hidden_layers=2)
+    fake = SimpleNamespace(base_model=model, config=SimpleNamespace(get_text_config=lambda: text))
+    with pytest.raises(ModelError, match=r"(?s)one list of 2 modules.*a, b.*--hookpoint"):
+        residual_hookpoints(fake, (), 1)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actcache.config import HarvestConfig
+from actcache.errors import ModelError
+from actcache.model.loading import (
+    dtype_name,
+    empty_model,
+    fingerprint_model,
+    fingerprint_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 1e-3}, {"hidden_act": "relu"}, {"num_key_value_heads": 1}]
+)
+def test_the_same_weights_with_another_configuration_are_another_model(
+    change: dict[str, Any], tiny_model: Path
+) -> None:
+    model = load_model(config(tiny_model))
+    other = copy.deepcopy(model)
+    other.config.update(change)
+    assert fingerprint_model(other) != fingerprint_model(model)
+
+
+def test_names_and_versions_are_no_part_of_a_model(tiny_model: Path) -> None:
+    model = load_model(config(tiny_model))
+    other = copy.deepcopy(model)
+    other.config._name_or_path = "elsewhere"
+    other.config.transformers_version = "9.9.9"
+    assert fingerprint_model(other) == fingerprint_model(model)
+
+
+def config(model: Path | str, **options: Any) -> HarvestConfig:
+    return HarvestConfig(str(model), "data", "out", **options)
+
+
+def test_a_folder_is_loaded_frozen_and_in_evaluation_mode(tiny_model: Path) -> None:
+    model = load_model(config(tiny_model))
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert load_config(config(tiny_model)).num_hidden_layers == 3
+    assert load_tokenizer(config(tiny_model)).eos_token == "</s>"
+
+
+def test_the_type_of_the_arithmetic_is_the_checkpoints_or_the_one_asked(
+    tiny_model: Path, make_model: Callable[..., Path]
+) -> None:
+    assert dtype_name(load_model(config(tiny_model))) == "float32"
+    assert dtype_name(load_model(config(tiny_model, model_dtype="bfloat16"))) == "bfloat16"
+    assert dtype_name(load_model(config(make_model(dtype="float16")))) == "float16"
+
+
+def test_the_empty_model_has_no_weights(tiny_model: Path) -> None:
+    options = config(tiny_model)
+    model = empty_model(load_config(options), options)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_the_fingerprint_of_weights_is_of_names_types_shapes_and_bytes(tiny_model: Path) -> None:
+    model = load_model(config(tiny_model))
+    first = fingerprint_model(model)
+    assert fingerprint_model(load_model(config(tiny_model))) == first
+    others = [load_model(config(tiny_model)) for _ in range(3)]
+    others[0].model.layers[2].mlp.down_proj.weight[0, 0] += 1e-3
+    others[1].bfloat16()
+    weight = others[2].model.layers[0].mlp.up_proj.weight
+    others[2].model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.reshape(32, 48))
+    assert len({first, *map(fingerprint_model, others)}) == 4
+
+
+def test_the_fingerprint_of_a_tokenizer_is_of_how_it_cuts(
+    make_tokenizer: Callable[..., Any], tiny_model: Path
+) -> None:
+    first = fingerprint_tokenizer(make_tokenizer())
+    assert fingerprint_tokenizer(load_tokenizer(config(tiny_model))) == first
+    other = copy.deepcopy(make_tokenizer())
+    other.add_tokens(["quick"])
+    variants = [make_tokenizer(adds_bos=False), make_tokenizer(eos=False), other]
+    assert len({first, *map(fingerprint_tokenizer, variants)}) == 4
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model])
+def test_a_model_that_is_not_there_is_told_by_name(load: Callable[..., Any]) -> None:
+    with pytest.raises(ModelError, match=r"(?s)nobody/no-such-model.*remedy:.*--revision"):
+        load(config("nobody/no-such-model"))
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "~/nowhere"])
+def test_a_missing_folder_is_told_plainly(model: str) -> None:
+    with pytest.raises(ModelError, match=f"no such model folder: {model}"):
+        load_config(config(model))
+
+
+def test_a_folder_without_a_model_or_with_a_damaged_one_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load the configuration"):
+        load_config(config(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load the configuration"):
+        load_config(config(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="cannot load the weights"):
+        load_model(config(tmp_path))
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(config(tmp_path))
+
+
+def test_a_missing_gguf_file_is_told_with_those_there_are(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match=r"(?s)no file other\.gguf.*model\.gguf.*--gguf-file"):
+        load_config(config(tmp_path, gguf_file="other.gguf"))
+    with pytest.raises(ModelError, match=r"expected: a \.gguf file"):
+        load_config(config(tiny_model, gguf_file="other.gguf"))
+
+
+def test_code_in_the_models_folder_is_not_run_unless_trusted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}'
+    )
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PretrainedConfig\n"
+        "class OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
+    )
+    with pytest.raises(ModelError):
+        load_config(config(tmp_path))
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,99 @@
+"""Rows that are mixed on a device: here the CPU, where nothing is put off; on a GPU at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from actcache.cache.reader import Cache
+from actcache.errors import ConfigError, CorruptShardError
+from actcache.storage import CODECS
+from actcache.stream.activation_stream import ActivationStream
+from actcache.stream.order import OrderPlan, make_plan
+from actcache.stream.verified_reads import Reading
+
+HOOKPOINTS = {"layers.0": 6, "layers.1:in": 10}
+
+
+@pytest.fixture
+def open_cache(make_cache: Callable[..., Path]) -> Callable[..., Cache]:
+    def make(dtype: str = "bfloat16") -> Cache:
+        return Cache.open(make_cache(hookpoints=HOOKPOINTS, sequences=4, dtype=dtype))
+
+    return make
+
+
+def a_plan(pool_rows: int = 128) -> OrderPlan:
+    return make_plan([(shard, 64) for shard in range(4)], 16, 32, seed=1, pool_rows=pool_rows)
+
+
+def require_same(cache: Cache, plan: OrderPlan, device: str, hold: bool) -> None:
+    """Whether batches on a device are those in main memory, bit for bit, for over two epochs."""
+    reading = Reading(3, piece=100, ahead=True)
+    with (
+        ActivationStream(cache, cache.hookpoints, plan) as host,
+        ActivationStream(cache, cache.hookpoints, plan, device=device, reading=reading) as there,
+    ):
+        held = []
+        for _ in range(2 * plan.steps_per_epoch + 3):
+            expected, found = next(host), next(there)
+            if hold:
+                held.append((expected, found))
+            assert (found.step, found.epoch) == (expected.step, expected.epoch)
+            assert (found.addresses == expected.addresses).all()
+            for name in HOOKPOINTS:
+                rows = found.activations[name]
+                assert rows.device.type == device
+                assert rows.dtype == expected.activations[name].dtype
+                assert torch.equal(rows.cpu(), expected.activations[name])
+        for expected, found in held:  # nothing was used again that somebody holds
+            for name in HOOKPOINTS:
+                assert torch.equal(found.activations[name].cpu(), expected.activations[name])
+
+
+@pytest.mark.parametrize("pool_rows", [1, 20, 128])
+@pytest.mark.parametrize("dtype", CODECS)
+def test_batches_on_a_device_are_those_in_main_memory(
+    dtype: str, pool_rows: int, open_cache: Callable[..., Cache]
+) -> None:
+    require_same(open_cache(dtype), a_plan(pool_rows), "cpu", hold=True)
+
+
+def test_a_reading_error_ends_the_stream_and_leaves_nobody_waiting_for_memory(
+    open_cache: Callable[..., Cache],
+) -> None:
+    cache, plan = open_cache(), a_plan()
+    with ActivationStream(cache, ["layers.0"], plan, device="cpu", reading=Reading(1)) as stream:
+        next(stream)
+        for path in (cache.root / "activations" / "layers.0").iterdir():
+            path.unlink()
+        with pytest.raises(CorruptShardError, match="is gone"):
+            list(stream)  # endless, but for that
+
+
+def test_a_device_without_room_is_told_with_the_option_that_helps(
+    open_cache: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> object:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+
+    cache = open_cache()
+    monkeypatch.setattr(torch, "empty", full)
+    with (
+        ActivationStream(cache, ["layers.0"], a_plan(), device="cpu") as stream,
+        pytest.raises(ConfigError, match=r"(?s)no room.*--buffer-bytes"),
+    ):
+        next(stream)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pool_rows", [1, 20, 128])
+@pytest.mark.parametrize("dtype", CODECS)
+def test_batches_on_a_gpu_are_those_in_main_memory(
+    dtype: str, pool_rows: int, open_cache: Callable[..., Cache]
+) -> None:
+    for hold in (True, False):
+        require_same(open_cache(dtype), a_plan(pool_rows), "cuda", hold)

@@ -1,0 +1,120 @@
+"""What each process of a test does: runs, one after another, as torchrun's children.
+
+`torchrun --no-python … python processes.py JOBS.json`: a list of jobs, each the options of a run
+and what is special about it:
+
+- float64: weights of that type;
+- copy: [step, folder], where the run is copied to as it is when that checkpoint counts;
+- unreadable: [rank, step], whose batch that process cannot read;
+- damaged: a file, of which rank 0 flips a bit before it begins;
+- signal: [rank, step], in which that process is asked to stop by SIGTERM;
+- fails: the error that is expected, whose text every process writes to OUT.error.RANK; true for
+  being stopped, too.
+
+Every process that comes to its end writes to OUT.told.RANK how many steps it has done, what it
+warns of, and whether it opened Weights & Biases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import saetrain.distributed.coordinator
+import saetrain.distributed.process_group
+import saetrain.launch.run
+import saetrain.runs.checkpoint
+import saetrain.training.init
+import saetrain.training.loop
+from actcache.errors import ActcacheError, CorruptShardError
+from actcache.stream.activation_stream import Batch
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.sae_options import SaeOptions
+from saetrain.distributed.signals import Stopped
+from saetrain.model.factory import build_sae
+from saetrain.model.sae import Sae
+
+RANK = os.environ.get("RANK", "0")
+
+
+def work(job: dict[str, Any]) -> None:
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in job["options"].items()}
+    options["saes"] = tuple(SaeOptions(**sae) for sae in options.get("saes", ()))
+    saetrain.training.init.build_sae = double if job.get("float64") else build_sae
+    saetrain.distributed.coordinator.commit = (
+        partial(commit, job["copy"]) if "copy" in job else REAL_COMMIT
+    )
+    saetrain.distributed.coordinator.next = partial(next_batch, *job.get("unreadable", (-1, -1)))
+    saetrain.training.loop.train_batch = partial(train_batch, *job.get("signal", (-1, -1)))
+    opened: list[str] = []
+    saetrain.launch.run.open_wandb = lambda *_: opened.append("opened")
+    if "damaged" in job and RANK == "0":
+        flip(Path(job["damaged"]))
+    config = FitConfig(**options)
+    if "fails" not in job:
+        summary = saetrain.launch.run.fit(config)
+        told = {"new_steps": summary.new_steps, "warnings": summary.warnings, "wandb": opened}
+        Path(f"{config.out}.told.{RANK}").write_text(json.dumps(told))
+        return
+    try:
+        saetrain.launch.run.fit(config)
+    except (ActcacheError, Stopped) as error:
+        text = f"{type(error).__name__} {error.exit_code}: {error}"
+        Path(f"{config.out}.error.{RANK}").write_text(text)
+    else:
+        raise AssertionError(f"it did not fail: {job}")
+
+
+def double(*arguments: Any, **options: Any) -> Sae:
+    return build_sae(*arguments, **options | {"dtype": torch.float64})
+
+
+REAL_COMMIT = saetrain.runs.checkpoint.commit
+
+
+def commit(copy: tuple[int, str], root: Path, step: int, *rest: Any) -> None:
+    REAL_COMMIT(root, step, *rest)
+    if step == copy[0]:
+        shutil.copytree(root, copy[1])
+
+
+REAL_TRAIN_BATCH = saetrain.training.loop.train_batch
+
+
+def train_batch(rank: int, at: int, groups: Any, batch: Any, step: int) -> None:
+    REAL_TRAIN_BATCH(groups, batch, step)
+    if step == at and str(rank) == RANK:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def next_batch(rank: int, step: int, stream: Any, end: None) -> Any:
+    batch = next(stream, end)
+    if isinstance(batch, Batch) and batch.step == step and str(rank) == RANK:
+        raise CorruptShardError("shard 1 has changed")
+    return batch
+
+
+def work_all(jobs: Path) -> None:
+    saetrain.distributed.process_group.BEAT = (
+        0.05  # whoever fails here stays: nobody need wait long for its end
+    )
+    for job in json.loads(jobs.read_text()):
+        work(job)
+
+
+if __name__ == "__main__":
+    work_all(Path(sys.argv[1]))

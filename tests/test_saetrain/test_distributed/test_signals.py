@@ -1,0 +1,310 @@
+"""Runs that are asked to stop, and how they ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saetrain.training.step
+from actcache.errors import CacheBusyError, RunError
+from saetrain.config.fit_config import FitConfig
+from saetrain.distributed.signals import Stopped, Stopping
+from saetrain.launch.exit_status import EXIT
+from saetrain.launch.run import fit
+from saetrain.runs.checkpoint import newest_step
+from saetrain.runs.record import RUN
+
+Options = Callable[..., FitConfig]
+Snapshot = Callable[[Path], dict[str, bytes]]
+
+
+class AtOnce(KeyboardInterrupt):
+    """What a signal raises where nobody listens."""
+
+    exit_code = 143
+
+
+@pytest.fixture(autouse=True)
+def _raising() -> Iterator[None]:
+    """Signals raise, as they do under the command line; never do they end the tests."""
+
+    def stop(*_: Any) -> None:
+        raise AtOnce
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ending(root: Path | str) -> tuple[int, str, int]:
+    told = json.loads((Path(root) / EXIT).read_text())
+    assert told.keys() == {"code", "reason", "step"}
+    return told["code"], told["reason"], told["step"]
+
+
+def send_in_step(monkeypatch: pytest.MonkeyPatch, at: int, *numbers: signal.Signals) -> None:
+    """Send signals in step `at` (from 0), between the first hookpoint's update and the second's."""
+    real = saetrain.training.step.train_step
+
+    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == at and trainee.entry.hookpoint == "layers.1":
+            for sent in numbers:
+                os.kill(os.getpid(), sent)
+        real(trainee, rows, number, alpha)
+
+    monkeypatch.setattr(saetrain.training.step, "train_step", step)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there(
+    options: Options,
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    whole, stopped = options(out=options().out + "-whole"), options(save_every=100)
+    fit(whole)
+    with monkeypatch.context() as patch:
+        send_in_step(patch, 6, number)
+        with pytest.raises(Stopped, match=f"{number.name}: step 7 is saved; --resume") as caught:
+            fit(stopped)
+    root = Path(stopped.out)
+    assert (caught.value.exit_code, caught.value.step) == (code, 7)
+    assert f"fit: {number.name}: saving at the next step" in capfd.readouterr().err
+    assert newest_step(root) == 7
+    assert ending(root) == (code, number.name, 7)
+    with pytest.raises(AtOnce):  # what was there before listens again
+        os.kill(os.getpid(), number)
+    assert fit(dataclasses.replace(stopped, resume=True)).new_steps == 5
+    assert ending(root) == (0, "finished", 12)
+    assert snapshot(Path(whole.out)) == snapshot(root)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_run_at_once(
+    options: Options, monkeypatch: pytest.MonkeyPatch, second: signal.Signals
+) -> None:
+    config = options(save_every=3)
+    send_in_step(monkeypatch, 6, signal.SIGTERM, second)
+    with pytest.raises(AtOnce):
+        fit(config)
+    assert newest_step(Path(config.out)) == 6
+    assert ending(config.out) == (143, "SIGTERM", 6)
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_in_step(monkeypatch, 11, signal.SIGTERM)
+    assert fit(options()).steps == 12
+    assert ending(options().out) == (0, "finished", 12)
+
+
+def test_before_the_first_step_a_signal_ends_the_run_at_once(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to save, and comparing all shards with their receipts may take minutes."""
+    from actcache.stream.activation_stream import ActivationStream
+
+    def take(stream: ActivationStream) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ActivationStream, "__next__", take)
+    with pytest.raises(AtOnce):
+        fit(options())
+    assert ending(options().out) == (143, "SIGTERM", 0)
+
+
+def test_a_run_that_waits_for_the_harvest_stops_without_another_step(
+    make_cache: Callable[..., Path], options: Options, snapshot: Snapshot, tmp_path: Path
+) -> None:
+    path = make_cache()
+    common = {"cache": str(path), "follow": True, "segment_shards": 2, "max_tokens": 320}
+    common["val_fraction"] = 0.0
+    whole, config = options(**common, out=options().out + "-whole"), options(**common)
+    fit(whole)
+    late = [path / "shards" / name for name in ("00002.json", "00003.json", "END.json")]
+    for receipt in late:
+        receipt.rename(tmp_path / receipt.name)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(Stopped) as caught:
+        fit(config)
+    timer.join()
+    assert ending(config.out) == (143, "SIGTERM", caught.value.step)
+    assert 0 < caught.value.step < 10
+    for receipt in late:
+        (tmp_path / receipt.name).rename(receipt)
+    fit(dataclasses.replace(config, resume=True))
+    assert snapshot(Path(whole.out)) == snapshot(Path(config.out))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_before_it_has_begun_says_so_and_begins_later(
+    make_cache: Callable[..., Path],
+    options: Options,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """A launcher swallows the code, and the first segment may be hours away."""
+
+    class NotYet(KeyboardInterrupt):
+        exit_code = code
+
+    def stop(*_: Any) -> None:
+        raise NotYet
+
+    signal.signal(number, stop)
+    path = make_cache()
+    config = options(cache=str(path), follow=True, segment_shards=4, max_tokens=64, resume=True)
+    late = path / "shards" / "00003.json"
+    late.rename(tmp_path / late.name)
+    (path / "shards" / "END.json").rename(tmp_path / "END.json")
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+    timer.start()
+    with pytest.raises(NotYet):
+        fit(config)
+    timer.join()
+    assert ending(config.out) == (code, number.name, 0)
+    assert [found.name for found in Path(config.out).iterdir()] == [EXIT]
+    (tmp_path / late.name).rename(late)
+    (tmp_path / "END.json").rename(path / "shards" / "END.json")
+    assert fit(config).steps == 2
+    assert ending(config.out) == (0, "finished", 2)
+
+
+def test_a_signal_before_a_folder_was_looked_at_leaves_nothing_among_others_files(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise AtOnce
+
+    monkeypatch.setattr("saetrain.launch.start.is_begun", stop)
+    root = Path(options().out)
+    root.mkdir()
+    (root / "notes").write_text("")
+    with pytest.raises(AtOnce):
+        fit(options())
+    assert [found.name for found in root.iterdir()] == ["notes"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Stopping() as stopping:
+        stopping.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.asked is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.asked is signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_what_a_launcher_passes_on_is_the_same_signal_and_a_later_one_a_second() -> None:
+    with Stopping() as stopping:
+        stopping.echo = 0.2
+        stopping.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.listen()
+        assert stopping.asked is signal.SIGINT
+        time.sleep(0.2)
+        with pytest.raises(AtOnce):
+            os.kill(os.getpid(), signal.SIGTERM)
+    with Stopping() as stopping:
+        stopping.listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.ignore()  # all is saved
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_fit_in_another_thread_leaves_signals_alone(options: Options) -> None:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(fit(options())))
+    thread.start()
+    thread.join()
+    assert [summary.steps for summary in found] == [12]
+
+
+# --- exit.json -----------------------------------------------------------------------------------
+
+
+def test_an_error_is_told_with_its_code_and_the_step_that_is_saved(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = options(lr=1e25)
+    with pytest.raises(RunError):
+        fit(config)
+    code, reason, step = ending(config.out)
+    assert (code, step) == (RunError.exit_code, 0)
+    assert reason.startswith("NonFiniteError: the loss of layers.0 is not finite")
+
+
+def test_a_mistake_of_ours_is_told_with_code_1(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+        raise ValueError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saetrain.training.step, "train_step", step)
+        with pytest.raises(ValueError, match=r"^$"):
+            fit(options())
+    assert ending(options().out) == (1, "ValueError", 0)
+
+
+def test_a_call_that_is_killed_does_not_leave_the_word_of_the_one_before(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, seen = options(save_every=3), []
+    with monkeypatch.context() as patch:
+        send_in_step(patch, 6, signal.SIGTERM)
+        with pytest.raises(Stopped):
+            fit(config)
+    real = saetrain.training.step.train_step
+
+    def look(*arguments: Any) -> None:
+        seen.append((Path(config.out) / EXIT).exists())
+        real(*arguments)
+
+    monkeypatch.setattr(saetrain.training.step, "train_step", look)
+    fit(dataclasses.replace(config, resume=True))
+    assert not any(seen)
+
+
+def test_a_call_that_is_refused_the_folder_says_nothing_in_it(
+    options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, real = options(), saetrain.training.step.train_step
+
+    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == 4:
+            with pytest.raises(CacheBusyError):
+                fit(dataclasses.replace(config, resume=True))
+            assert not (Path(config.out) / EXIT).exists()
+        real(trainee, rows, number, alpha)
+
+    monkeypatch.setattr(saetrain.training.step, "train_step", step)
+    fit(config)
+    before = (Path(config.out) / EXIT).read_bytes()
+    with pytest.raises(RunError, match="holds a run already"):
+        fit(config)
+    assert (Path(config.out) / EXIT).read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").write_text("")
+    with pytest.raises(RunError):
+        fit(options(out=str(tmp_path / "other")))
+    assert not (tmp_path / "other" / EXIT).exists()
+    assert (Path(config.out) / RUN).exists()

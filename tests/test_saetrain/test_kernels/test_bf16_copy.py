@@ -1,0 +1,212 @@
+"""Copies of weights in bfloat16. Letters: N tokens, M num_latents, D d_in, K k."""
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saetrain.kernels import adam_update_, keep_shadow, signum_update_
+from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.kernels.matmul import Product
+from saetrain.model.sae import Sae
+from saetrain.optim import make_optimizer
+from saetrain.training import step as gradient
+from saetrain.training.step import train_step
+from saetrain.training.step_settings import Recipe
+
+N, D, M, K = 64, 16, 96, 4
+SIGNUM = {"lr": 0.01, "mix": 0.3, "momentum": 0.95}
+ADAM = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+
+
+def weight(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return torch.nn.Parameter(torch.randn(M, D, generator=generator).to(dtype))
+
+
+def kept():
+    W = weight()
+    keep_shadow(W)
+    return W
+
+
+def step_of(name):
+    def write(W):
+        sae = Sae(D, M, K)
+        sae.W_enc = W
+        optimizer = make_optimizer(name, sae, 0.01, 0, 9)
+        for parameter in sae.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1)
+
+    return write
+
+
+def load(W):
+    sae = Sae(D, M, K, seed=3)
+    other = sae.state_dict()
+    sae.W_enc = W
+    sae.load_state_dict(other)
+
+
+WRITES = {
+    "load_state_dict": load,
+    "in place": lambda W: W.mul_(2),
+    "rows": lambda W: W[3:5].zero_(),
+    "copied": lambda W: W.copy_(torch.ones(M, D)),
+    "through an alias": lambda W: W.detach().add_(1),
+    "muon": step_of("muon"),
+    "adam8bit": step_of("adam8bit"),
+}
+
+
+def test_a_copy_has_the_bits_of_a_cast_and_goes_with_its_weight():
+    W = kept()
+    copy = shadow_of(W)
+    assert torch.equal(copy, W.detach().bfloat16())
+    keep_shadow(W)
+    assert shadow_of(W) is copy
+    assert torch.equal(shadow_of(W[3:9]), W[3:9].detach().bfloat16())
+    gone = weakref.ref(copy)
+    del W, copy
+    gc.collect()
+    assert gone() is None
+
+
+def test_nothing_is_kept_unasked_or_where_nothing_would_be_cast():
+    assert shadow_of(weight()) is None
+    for dtype in (torch.bfloat16, torch.float64):
+        W = weight(dtype)
+        keep_shadow(W)
+        assert shadow_of(W) is None
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_after_any_other_write_it_is_not_used_until_it_is_made_right(name):
+    W = kept()
+    memory, before = shadow_of(W).data_ptr(), W.detach().clone()
+    with torch.no_grad():
+        WRITES[name](W)
+    assert not torch.equal(W, before)
+    assert shadow_of(W) is None
+    assert shadow_of(W[2:4]) is None
+    keep_shadow(W)
+    assert torch.equal(shadow_of(W), W.detach().bfloat16())
+    assert shadow_of(W).data_ptr() == memory
+
+
+def update(kind, W, **options):
+    generator = torch.Generator().manual_seed(1)
+    first, grad = (torch.randn(M, D, generator=generator) for _ in range(2))
+    if kind == "signum":
+        signum_update_(W, first, grad, **SIGNUM, **options)
+        return first
+    adam_update_(W, first, first.square(), grad, **ADAM, **options)
+    return first
+
+
+@pytest.mark.parametrize("kind", ["signum", "adam"])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("path", ["torch", "reference"])
+def test_an_update_writes_it_and_is_a_write_by_every_path(kind, unit, path):
+    """torch's own fused Adam is none: nothing of it is counted."""
+    W, norms = kept(), torch.ones(M)
+    before, version, counted = W.detach().clone(), W._version, norms._version
+    with torch.no_grad():
+        state = update(kind, W, unit=unit, path=path, norms=norms)
+    assert not torch.equal(W, before)
+    assert torch.equal(shadow_of(W), W.detach().bfloat16())
+    assert W._version > version
+    assert norms._version > counted
+    assert state._version > 0
+
+
+@pytest.mark.parametrize("kind", ["signum", "adam"])
+def test_an_update_that_is_refused_leaves_it_as_it_is_right_or_not(kind):
+    W = kept()
+    with torch.no_grad():
+        update(kind, W, unit=True, ok=torch.tensor(False))
+        assert torch.equal(shadow_of(W), W.detach().bfloat16())
+        W.mul_(2)
+        update(kind, W, unit=True, ok=torch.tensor(False))
+    assert shadow_of(W) is None
+
+
+def product_of(W, x):
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        return Product(W, torch.zeros(len(W)), len(x))(x)
+
+
+def test_a_product_takes_it_while_it_is_right():
+    W, x = kept(), torch.randn(N, D, generator=torch.Generator().manual_seed(2))
+    expected = product_of(weight(), x)
+    assert torch.equal(product_of(W, x), expected)
+    shadow_of(W).zero_()  # nobody else would
+    assert not product_of(W, x).any()
+    assert not product_of(W[4:8], x).any()
+    assert product_of(W.detach().clone(), x).any()
+    with torch.no_grad():
+        W.mul_(2)
+    assert torch.equal(product_of(W, x), 2 * expected)
+
+
+def test_without_autocast_no_product_takes_it():
+    W, x = kept(), torch.randn(N, D)
+    shadow_of(W).zero_()
+    with torch.no_grad():
+        assert Product(W, torch.zeros(M), N)(x).any()
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of whole weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten._to_copy.default and result.shape == (M, D):
+            self.count += 1
+        return result
+
+
+@pytest.mark.parametrize(
+    ("recipe", "each"),
+    [
+        ({}, 0),
+        ({"micro_batch_size": 20, "grad_acc_steps": 2}, 0),
+        ({"chunk_latents": 24}, 0),
+        ({"grad_clip": 1.0}, 0),
+        ({"decoder_norm": "free"}, 0),
+        ({"decoder_norm": "fold"}, 1),  # these are not the parameters
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+def test_steps_under_autocast_cast_no_weight_and_are_the_same_bits(
+    make_trainee, batches, monkeypatch, optimizer, recipe, each
+):
+    found = []
+    for keeps in (True, False):
+        with monkeypatch.context() as patch:
+            if not keeps:
+                patch.setattr(gradient, "keep_shadow", lambda _: None)
+            trainee = make_trainee(D, M, K, optimizer=optimizer, autocast=True, **recipe)
+            for step, x in enumerate(batches(torch.float32)[:6]):
+                with Casts() if keeps and step else contextlib.nullcontext() as casts:
+                    train_step(trainee, x, step, 0.0)
+                assert casts is None or casts.count == each
+            found.append(trainee.state()[0])
+            assert (shadow_of(trainee.sae.W_enc) is not None) is (keeps and not each)
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+def test_without_autocast_a_step_keeps_none(make_trainee, batches):
+    trainee = make_trainee(D, M, K)
+    train_step(trainee, batches(torch.float32)[0], 0, 0.0)
+    assert shadow_of(trainee.sae.W_enc) is None
+    trainee.recipe = Recipe(autocast=True)
+    train_step(trainee, batches(torch.float32)[1], 1, 0.0)
+    assert shadow_of(trainee.sae.W_enc) is not None

@@ -1,0 +1,46 @@
+import torch
+
+from saetrain.kernels.sorted_pairs import PairsOnce, sort_pairs
+
+
+def test_pairs_are_in_order_of_latent_and_then_of_token():
+    pairs = sort_pairs(torch.tensor([[4, 0], [0, 4], [1, 0]]), num_latents=6)
+    assert pairs.order.tolist() == [1, 2, 5, 4, 0, 3]
+    assert pairs.token.tolist() == [0, 1, 2, 2, 0, 1]
+    assert pairs.offsets.tolist() == [0, 3, 4, 4, 4, 6, 6]
+
+
+def test_no_pairs_leave_every_latent_empty():
+    pairs = sort_pairs(torch.empty(0, 3, dtype=torch.int64), num_latents=2)
+    assert pairs.order.tolist() == []
+    assert pairs.offsets.tolist() == [0, 0, 0]
+
+
+def test_each_segment_holds_the_pairs_of_its_latent():
+    indices = torch.randint(11, (50, 4), generator=torch.Generator().manual_seed(0))
+    pairs = sort_pairs(indices, num_latents=11)
+    for m in range(11):
+        segment = pairs.order[pairs.offsets[m] : pairs.offsets[m + 1]]
+        assert segment.tolist() == (indices.reshape(-1) == m).nonzero().squeeze(1).tolist()
+
+
+def make_indices():
+    return torch.randint(11, (50, 4), generator=torch.Generator().manual_seed(0))
+
+
+def test_pairs_that_are_shared_are_found_on_the_same_indices_only():
+    indices = make_indices()
+    once = PairsOnce(indices, 11)
+    once.share(indices)
+    assert PairsOnce.of(indices, 11) is once
+    assert PairsOnce.of(indices, 12) is not once
+    assert PairsOnce.of(indices.clone(), 11) is not once
+    assert PairsOnce.of(indices[:, :2], 11) is not once
+
+
+def test_pairs_are_sorted_once_and_anew_when_the_indices_are_written_to():
+    indices = make_indices()
+    once = PairsOnce(indices, 11)
+    assert once.get() is once.get()
+    indices.zero_()
+    assert once.get().offsets.tolist() == [0] + [200] * 11

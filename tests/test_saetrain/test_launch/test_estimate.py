@@ -1,0 +1,217 @@
+"""Parameters and memory, against SAEs that are made and steps that are run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from actcache.errors import ActcacheError
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.grid import vary
+from saetrain.config.sae import SaeConfig
+from saetrain.config.sae_options import OptimizerName, SaeOptions
+from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.launch.estimate import FLOAT, parameter_shapes, plan_fit, plan_sae, step_bytes
+from saetrain.launch.run import fit
+from saetrain.model.factory import build_sae
+from saetrain.model.losses import PLAIN, objective_of
+from saetrain.optim import default_lr, make_optimizer
+from saetrain.runs.record import SaeEntry, read_run
+from saetrain.training.metrics import Firing, Meter
+from saetrain.training.sae_trainer import Trainee
+from saetrain.training.step import add_gradient, train_step
+from saetrain.training.step_settings import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+def test_weights_and_optimiser_state_are_those_of_an_sae_in_training(
+    make_trainee: Callable[..., Any], optimizer: OptimizerName
+) -> None:
+    trainee = make_trainee(16, 400, 4, optimizer=optimizer)
+    train_step(trainee, torch.randn(32, 16), 0, 0.0)
+    entry = SaeEntry(
+        "layers.0", SaeConfig(16, 400, 4), 0.1, 0, options=SaeOptions(optimizer=optimizer)
+    )
+    plan = plan_sae(entry, FitConfig("c", "r"))
+    weights = sum(p.numel() * p.element_size() for p in trainee.sae.parameters())
+    state = trainee.optimizer.state_tensors().values()
+    assert plan.weights == plan.gradients == weights
+    large = sum(t.numel() * t.element_size() for t in state if t.dim())  # no counters
+    assert plan.optimizer_state == large
+    assert plan.parameters == 2 * 16 * 400 + 16 + 400
+
+
+def test_counting_parameters_makes_none() -> None:
+    shapes = parameter_shapes(SaeConfig(2**16, 2**24, 32))
+    assert sum(map(math.prod, shapes)) == 2**41 + 2**16 + 2**24
+
+
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+@pytest.mark.parametrize(
+    ("N", "D", "M", "K"), [(512, 64, 2048, 16), (64, 128, 4096, 8), (2048, 64, 256, 64)]
+)
+def test_a_step_holds_no_more_than_is_planned_nor_much_less(
+    make_trainee: Callable[..., Any], N: int, D: int, M: int, K: int, optimizer: OptimizerName
+) -> None:
+    peak = peak_of_a_step(make_trainee(D, M, K, optimizer=optimizer), torch.randn(N, D))
+    gradients = sum(map(math.prod, parameter_shapes(SaeConfig(D, M, K)))) * FLOAT
+    planned = gradients + step_bytes(SaeConfig(D, M, K), optimizer, N)
+    assert 0.5 * planned <= peak <= planned
+
+
+def test_the_plan_knows_how_many_pre_activations_are_formed_at_once() -> None:
+    sizes, plain = SaeConfig(768, 2**17, 32), 2**15 * 2**17 * FLOAT
+    by_cache, by_device = (step_bytes(sizes, "signum", 2**15, device=d) for d in ("cpu", "cuda"))
+    assert by_cache <= by_device < plain / 4
+    batch = SaeConfig(768, 2**17, 32, activation="batchtopk")
+    assert step_bytes(batch, "signum", 2**15) > plain
+    chunked = step_bytes(sizes, "signum", 2**15, device="cuda", chunk_latents=2**16)
+    assert plain / 2 < chunked < plain
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "batchtopk": {"activation": "batchtopk"},
+    "jumprelu": {"activation": "jumprelu", "sparsity": 0.1},
+    "relu": {"activation": "relu", "sparsity": 0.1},
+    "gated": {"activation": "gated", "sparsity": 0.1},
+    "multi-topk": {"multi_topk": True},
+    "matryoshka": {"matryoshka": (16, 40, 100)},
+    "matryoshka of gated": {"matryoshka": (16, 40), "activation": "gated", "sparsity": 0.1},
+    "matryoshka of batchtopk": {"matryoshka": (16, 40), "activation": "batchtopk"},
+    "skip transcoder": {"transcode": True, "skip_connection": True, "d_out": 96},
+}
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "M", "K"), [(512, 64, 2048, 16), (64, 128, 4096, 8), (2048, 128, 256, 4)]
+)
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_does_a_step_of_another_kind_or_with_folded_weights(
+    kind: str, folded: bool, N: int, D: int, M: int, K: int
+) -> None:
+    sizes = SaeConfig(D, M, K, **KINDS[kind])
+    folded = folded and not sizes.transcode
+    sae, objective = build_sae(sizes), objective_of(sizes, 0)
+    trainee = Trainee(
+        SaeEntry("layers.0", sizes, 0.1, 0),
+        sae,
+        make_optimizer("signum", sae, 0.1, 0, 9, decoder_norm="fold" if folded else "unit"),
+        Firing(M, 10**9, CPU),
+        Meter(CPU, objective.names),
+        1.0,
+        objective,
+        Recipe(decoder_norm="fold" if folded else "unit"),
+    )
+    peak = peak_of_a_step(trainee, torch.randn(N, D + sizes.width_out * sizes.transcode))
+    gradients = sum(map(math.prod, parameter_shapes(sizes))) * FLOAT
+    planned = gradients + step_bytes(sizes, "signum", N, folded)
+    assert 0.5 * planned <= peak <= planned
+
+
+def peak_of_a_step(trainee: Any, x: torch.Tensor) -> int:
+    """Bytes that a step holds at most, besides what it begins with."""
+    for step in range(2):
+        train_step(trainee, x, step, 0.0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        train_step(trainee, x.bfloat16(), 2, 0.0)
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return int(peak)
+
+
+def test_a_plan_lists_the_saes_that_the_run_then_has(options: Callable[..., FitConfig]) -> None:
+    config = vary(options(), num_latents=(32, 48), seed=(0, 1), optimizer=("adam", "signum"))
+    plan = plan_fit(config, CPU)
+    assert not Path(config.out).exists()
+    fit(config)
+    entries = read_run(Path(config.out)).saes
+    assert [(s.name, s.k, s.lr, s.seed, s.num_latents) for s in plan.saes] == [
+        (e.name, e.config.k, e.lr, e.seed, e.config.num_latents) for e in entries
+    ]
+    assert plan.weights == sum(sae.weights for sae in plan.saes)
+    assert plan.gradients == max(sae.gradients for sae in plan.saes)
+    assert plan.total == plan.weights + plan.optimizer_state + plan.gradients + plan.activations
+    assert plan.rows == 512 * 2 * 16 * 4
+    assert plan.free > 0
+    alone = plan_fit(dataclasses.replace(config, saes=config.saes[:1]), CPU)
+    assert alone.total < plan.total
+    assert alone.rows == plan.rows
+
+
+def test_weights_in_bfloat16_take_half(options: Callable[..., FitConfig]) -> None:
+    whole, half = plan_fit(options(), CPU), plan_fit(options(weights_dtype="bfloat16"), CPU)
+    norms = FLOAT * sum(sae.num_latents for sae in whole.saes)  # of signum, in float32 all the same
+    assert half.weights == whole.weights / 2
+    assert half.optimizer_state == (whole.optimizer_state + norms) / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, 1),
+        ({"activation": "batchtopk"}, 1),
+        ({"optimizer": "muon"}, 1),
+        ({"activation": "relu"}, 0),  # autocast makes the cast itself
+        ({"decoder_norm": "fold"}, 0),
+        ({"weights_dtype": "bfloat16"}, 0),
+    ],
+    ids=str,
+)
+def test_under_autocast_the_encoder_is_kept_in_bfloat16_too(
+    changes: dict[str, Any], kept: int
+) -> None:
+    D, M = 16, 400
+    own = {n: changes[n] for n in ("optimizer", "decoder_norm") if n in changes}
+    kind = {"activation": changes.get("activation", "topk")}
+    sizes = SaeConfig(D, M, 4, **kind)
+    entry = SaeEntry("layers.0", sizes, 0.1, 0, options=SaeOptions(**own))
+    dtype = changes.get("weights_dtype", "float32")
+    plain, under = (
+        plan_sae(entry, FitConfig("c", "r", autocast=autocast, weights_dtype=dtype))
+        for autocast in (False, True)
+    )
+    assert under.weights - plain.weights == kept * 2 * M * D
+    assert under.optimizer_state == plain.optimizer_state
+    recipe = {"autocast": True, "decoder_norm": own.get("decoder_norm", "unit")}
+    sae = build_sae(sizes, dtype=getattr(torch, dtype))
+    add_gradient(sae, torch.randn(8, D).to(sae.W_enc), 1.0, None, PLAIN, 0, 0.0, Recipe(**recipe))
+    assert (shadow_of(sae.W_enc) is not None) is bool(kept)
+
+
+def test_a_plan_refuses_what_fit_would_refuse(options: Callable[..., FitConfig]) -> None:
+    for changes in ({"k": 49}, {"hookpoint": ("layers.7",)}, {"cache": "/nowhere"}):
+        with pytest.raises(ActcacheError):
+            plan_fit(options(**changes), CPU)
+
+
+def test_a_plan_tells_the_learning_rate_of_its_steps_or_that_they_are_not_known_yet(
+    options: Callable[..., FitConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrain.optim.schedule._ADAM_MOST", math.inf)
+    config = options(lr=None, optimizer="adam", epochs=2)
+    fit(config)
+    entries = read_run(Path(config.out)).saes
+    rates = [entry.lr for entry in entries]
+    assert rates == [default_lr("adam", 48, entry.config.d_in, 24) for entry in entries]
+    assert [sae.lr for sae in plan_fit(config, CPU).saes] == rates
+    some = dataclasses.replace(config, epochs=1, max_tokens=24 * 32, follow=True)
+    assert [sae.lr for sae in plan_fit(some, CPU).saes] == rates
+    goal = dataclasses.replace(config, follow=True)
+    assert [sae.lr for sae in plan_fit(goal, CPU).saes] == [None, None]
+    assert [sae.lr for sae in plan_fit(dataclasses.replace(goal, lr=0.5), CPU).saes] == [0.5, 0.5]

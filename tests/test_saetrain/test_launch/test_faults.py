@@ -1,0 +1,176 @@
+"""Runs whose cache fails under them: they stop with what they learnt, or only slow down."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saetrain.training.checkpointing
+import saetrain.training.step
+from actcache.cache.reader import Cache
+from actcache.errors import ActcacheError, CorruptShardError
+from actcache.storage import BACKENDS
+from actcache.stream.verified_reads import CheckedReads
+from saetrain.config.fit_config import FitConfig
+from saetrain.launch.run import fit
+from saetrain.runs.checkpoint import newest_step
+
+Options = Callable[..., FitConfig]
+Snapshot = Callable[[Path], dict[str, bytes]]
+
+LONG = {"epochs": 30, "save_every": 10_000, "log_every": 7, "pool_rows": 64}
+"""A run in whose middle most of its rows are still to be read; nothing is saved by itself."""
+
+
+@pytest.fixture
+def own_cache(cache_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cache_path, tmp_path / "cache"))
+
+
+def act_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
+    """Do something to the cache in the middle of a run, before step `step` (from 0)."""
+    real = saetrain.training.step.train_step
+
+    def train_step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == step and trainee.entry.hookpoint == "layers.0":
+            act()
+        real(trainee, rows, number, alpha)
+
+    monkeypatch.setattr(saetrain.training.step, "train_step", train_step)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def shard_files(cache: Path) -> list[Path]:
+    """The rows of layers.1: whichever shards are held out, the others will be read."""
+    backend = BACKENDS["memmap"]
+    return [backend.path(cache, "layers.1", shard) for shard in Cache.open(cache).shards]
+
+
+@pytest.mark.parametrize("fault", [damage, remove])
+def test_a_shard_that_changes_or_vanishes_stops_the_run_saved_and_once_mended_it_goes_on(
+    fault: Callable[[Path], None],
+    own_cache: Path,
+    cache_path: Path,
+    options: Options,
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = options(**LONG, out=options().out + "-whole")
+    config = options(**LONG, cache=str(own_cache))
+    fit(whole)
+    with monkeypatch.context() as patch:
+        act_at(patch, 10, lambda: [fault(path) for path in shard_files(own_cache)] and None)
+        with pytest.raises(CorruptShardError, match=r"layers\.1/0000\d\.safetensors"):
+            fit(config)
+    saved = newest_step(Path(config.out))
+    assert saved is not None
+    assert saved >= 11
+    assert f"step {saved:,} is saved" in capsys.readouterr().err
+    for path in shard_files(own_cache):
+        shutil.copy(cache_path / path.relative_to(own_cache), path)
+    assert fit(dataclasses.replace(config, resume=True)).new_steps == 360 - saved
+    assert snapshot(Path(whole.out)) == snapshot(Path(config.out))
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_the_command_names_a_shard_that_is_damaged_and_ends_with_code_8(
+    own_cache: Path, tmp_path: Path, follow: bool
+) -> None:
+    damage(shard_files(own_cache)[1])
+    program = str(Path(sys.executable).with_name("saetrain"))
+    command = [program, "fit", str(own_cache), "--out", str(tmp_path / "run"), "--k", "3"]
+    command += ["--batch-size", "32", "--device", "cpu", *(["--follow"] if follow else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 8, done.stderr
+    assert "layers.1/00001.safetensors is not what the receipt of shard 1 promises" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert newest_step(tmp_path / "run") is None  # not one step was made of such rows
+    again = [*command, "--resume", "--verify", "never"]
+    assert subprocess.run(again, capture_output=True).returncode == 0
+
+
+def test_verify_touches_no_byte_of_a_run(options: Options, snapshot: Snapshot) -> None:
+    runs = []
+    for verify in ("first-read", "always", "never"):
+        config = options(verify=verify, out=f"{options().out}-{verify}")
+        fit(config)
+        runs.append(snapshot(Path(config.out)))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_a_slow_disk_only_slows(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"pool_rows": 64}
+    whole, slow = options(**small, out=options().out + "-whole"), options(**small)
+    fit(whole)
+    real = os.preadv
+
+    def preadv(*args: Any) -> int:
+        time.sleep(0.003)
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert fit(slow).data_wait > 0
+    assert snapshot(Path(whole.out)) == snapshot(Path(slow.out))
+
+
+def test_a_readers_exception_of_any_kind_is_raised_by_fit_with_its_own_traceback(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, reads = CheckedReads.load, 0
+
+    def load(self: CheckedReads, *args: Any) -> None:
+        nonlocal reads
+        reads += 1
+        if reads == 80:
+            raise OSError(5, "Input/output error") from ValueError("what the driver said")
+        real(self, *args)
+
+    monkeypatch.setattr(CheckedReads, "load", load)
+    config = options(**LONG)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        fit(config)
+    text = "".join(traceback.format_exception(caught.value))
+    assert "what the driver said" in text
+    assert re.search(r"in load\n", text)  # where it was raised, in the thread
+    assert re.search(r"in train\n", text)  # and where it surfaced
+    saved = newest_step(Path(config.out))
+    assert saved
+
+
+def test_a_checkpoint_that_cannot_be_saved_does_not_hide_what_happened_to_the_rows(
+    own_cache: Path,
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ActcacheError("no room to write it")
+
+    monkeypatch.setattr(saetrain.training.checkpointing, "save", fail)
+    act_at(monkeypatch, 10, lambda: [remove(path) for path in shard_files(own_cache)] and None)
+    with pytest.raises(CorruptShardError, match="is gone"):
+        fit(options(**LONG, cache=str(own_cache)))
+    assert "could not be saved: no room to write it" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""What a run is, by its options and its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from actcache.stream.order import POOL_ROWS
+from saetrain.config.fit_config import FitConfig
+from saetrain.launch.run import fit
+from saetrain.optim import default_lr
+from saetrain.runs.record import read_run
+
+Options = Callable[..., FitConfig]
+Snapshot = Callable[[Path], dict[str, bytes]]
+
+
+def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def test_patterns_choose_hookpoints_once_and_in_the_caches_order(options: Options) -> None:
+    config = options(hookpoint=("layers.1", "*", "layers.*"))
+    fit(config)
+    assert [entry.hookpoint for entry in read_run(Path(config.out)).saes] == [
+        "layers.0",
+        "layers.1",
+    ]
+
+
+def test_dead_after_is_an_epochs_rows_or_the_runs_or_ten_million(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that an epoch trains on: a latent that never fires in one epoch is dead after it."""
+    config = options(dead_after=None, batch_size=100, out=options().out + "-small")
+    summary = fit(config)
+    assert summary.steps * 100 == summary.dead_after == 300
+    short = options(dead_after=None, max_tokens=64, out=options().out + "-short")
+    assert fit(short).dead_after == 64
+    monkeypatch.setattr("saetrain.launch.resolve._DEAD_AFTER", 200)
+    assert fit(options(dead_after=None)).dead_after == 200
+    assert fit(options(dead_after=7, out=options().out + "-given")).dead_after == 7
+
+
+def test_default_learning_rates_follow_each_saes_own_width_and_the_runs_length(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    path = make_cache(hookpoints={"layers.0": 16, "layers.1": 8})
+    for optimizer in ("signum", "adam"):
+        config = options(
+            cache=str(path),
+            lr=None,
+            num_latents=None,
+            expansion_factor=4,
+            optimizer=optimizer,
+            max_tokens=64,
+            out=options().out + optimizer,
+        )
+        fit(config)
+        for entry, width in zip(read_run(Path(config.out)).saes, (16, 8), strict=True):
+            assert entry.config.num_latents == 4 * width
+            assert entry.lr == default_lr(optimizer, 4 * width, width, 2)  # type: ignore[arg-type]
+
+
+def test_max_tokens_counts_instead_of_epochs_and_epochs_may_be_many(options: Options) -> None:
+    assert fit(options(max_tokens=32 * 15 + 31, epochs=9)).steps == 15
+    assert fit(options(epochs=2, out=options().out + "-two")).steps == 24
+
+
+def test_the_pool_of_rows_is_part_of_the_order(options: Options, snapshot: Snapshot) -> None:
+    one, two = options(out=options().out + "1"), options(pool_rows=64)
+    fit(one)
+    fit(two)
+    assert read_run(Path(one.out)).pool_rows == POOL_ROWS
+    assert read_run(Path(two.out)).plan.window == 2
+    assert "metrics.jsonl" in only_changed(snapshot(Path(one.out)), snapshot(Path(two.out)))

@@ -1,0 +1,292 @@
+"""Runs that were stopped, killed or damaged, and go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saetrain.training.step
+from actcache.errors import DiskFullError, FormatError
+from saetrain.config.fit_config import FitConfig
+from saetrain.launch.run import fit
+from saetrain.runs.checkpoint import load_checkpoint
+from saetrain.tracking.jsonl import METRICS, TIMINGS
+
+Options = Callable[..., FitConfig]
+Snapshot = Callable[[Path], dict[str, bytes]]
+BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the project may catch it."""
+
+
+def metrics(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / METRICS).read_text().splitlines()]
+
+
+def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
+    """Die in step `stop_at` (from 0), between the first hookpoint's update and the second's."""
+    real = saetrain.training.step.train_step
+
+    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == stop_at and trainee.entry.hookpoint == "layers.1":
+            raise Killed
+        real(trainee, rows, number, alpha)
+
+    monkeypatch.setattr(saetrain.training.step, "train_step", step)
+
+
+@BOTH_OPTIMIZERS
+@pytest.mark.parametrize(
+    ("stop_at", "save_every"), [(1, 3), (7, 3), (9, 3), (13, 7), (16, 5), (19, 1)]
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
+    options: Options,
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    stop_at: int,
+    save_every: int,
+    device: str,
+) -> None:
+    """Over an epoch's end (step 12), between lines of metrics (every 4 steps), with AuxK on."""
+    common = {"optimizer": optimizer, "max_tokens": 20 * 32, "save_every": save_every}
+    common["device"] = device
+    whole, stopped = options(**common, out=options().out + "-whole"), options(**common)
+    fit(whole)
+    assert metrics(Path(whole.out))[1]["saes"]["layers.0"]["auxk"] > 0
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, stop_at)
+        with pytest.raises(Killed):
+            fit(stopped)
+    assert only_changed(snapshot(Path(whole.out)), snapshot(Path(stopped.out)))
+    summary = fit(dataclasses.replace(stopped, resume=True))
+    assert summary.new_steps == 20 - stop_at // save_every * save_every
+    assert only_changed(snapshot(Path(whole.out)), snapshot(Path(stopped.out))) == []
+    timings = (Path(stopped.out) / TIMINGS).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in timings] == [4, 8, 12, 16, 20]
+
+
+def test_lines_written_after_the_last_checkpoint_are_written_again(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = options(out=options().out + "-whole", save_every=6), options(save_every=6)
+    fit(whole)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 11)
+        with pytest.raises(Killed):
+            fit(stopped)
+    root = Path(stopped.out)
+    assert [line["step"] for line in metrics(root)] == [4, 8]  # the checkpoint is of step 6
+    for name in (METRICS, TIMINGS):
+        with (root / name).open("a") as file:
+            file.write('{"step": 1')  # as a kill in the middle of a write leaves it
+    fit(dataclasses.replace(stopped, resume=True))
+    assert only_changed(snapshot(Path(whole.out)), snapshot(root)) == []
+
+
+def test_a_kill_before_or_after_any_rename_leaves_a_run_that_resumes_to_the_same(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file of a run appears by a rename; before it there is a partial file."""
+    small = {"max_tokens": 4 * 32, "save_every": 2, "log_every": 3}
+    whole = options(**small, out=options().out + "-whole")
+    real, seen = os.replace, 0
+
+    def count(source: Any, target: Any) -> None:
+        nonlocal seen
+        seen += 1
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", count)
+        fit(whole)
+    # run.json, exit.json; per save two SAEs' files, and a checkpoint
+    assert seen == 2 + 2 * (2 * 2 + 2 + 1)
+    expected = snapshot(Path(whole.out))
+    for number in range(seen):
+        for after in (False, True):
+            config = options(**small, out=f"{options().out}-{number}-{after}", resume=True)
+            left = number
+
+            def die(source: Any, target: Any, after: bool = after) -> None:
+                nonlocal left
+                if left == 0 and not after:
+                    raise Killed
+                real(source, target)
+                if left == 0:
+                    raise Killed
+                left -= 1
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", die)
+                with pytest.raises(Killed):
+                    fit(config)
+            fit(config)
+            assert only_changed(expected, snapshot(Path(config.out))) == [], (number, after)
+
+
+def test_a_kill_while_older_checkpoints_are_removed_leaves_a_run_that_resumes_to_the_same(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, config = options(out=options().out + "-whole"), options()
+    fit(whole)
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        real(path, missing_ok)
+        if path.name == "checkpoint-000000003.00000.safetensors":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(Killed):
+            fit(config)
+    left = {path.name for path in Path(config.out).glob("checkpoint-000000003.*")}
+    assert left == {"checkpoint-000000003.00001.safetensors"}
+    fit(dataclasses.replace(config, resume=True))
+    assert only_changed(snapshot(Path(whole.out)), snapshot(Path(config.out))) == []
+
+
+def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, config = options(out=options().out + "-whole"), options()
+    fit(whole)
+    real, left = os.posix_fallocate, 10
+
+    def full(fd: int, offset: int, size: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd, offset, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(DiskFullError):
+            fit(config)
+    fit(dataclasses.replace(config, resume=True))
+    assert only_changed(snapshot(Path(whole.out)), snapshot(Path(config.out))) == []
+
+
+def test_a_command_killed_by_the_system_resumes_to_the_bytes_of_one_that_was_not(
+    options: Options, snapshot: Snapshot
+) -> None:
+    long = {"max_tokens": 400 * 32, "save_every": 1000}
+    whole = options(**long, out=options().out + "-whole")
+    killed = options(**long | {"save_every": 1})  # slow, so that the signal finds it at work
+    fit(whole)
+    root = Path(killed.out)
+    process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(root.glob("checkpoint-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    checkpoint = load_checkpoint(root)
+    assert checkpoint is not None
+    assert checkpoint[0].step < 400
+    go_on = [*command(dataclasses.replace(killed, save_every=1000)), "--resume"]
+    again = subprocess.run(go_on, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "finished, 400 steps" in again.stdout
+    assert only_changed(snapshot(Path(whole.out)), snapshot(root)) == []
+
+
+def command(config: FitConfig) -> list[str]:
+    """The command line of a configuration."""
+    program = str(Path(sys.executable).with_name("saetrain"))
+    words = [program, "fit", config.cache]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        option = "--" + field.name.replace("_", "-")
+        if value is True and field.name != "resume":
+            words.append(option)
+        elif field.name not in ("cache", "saes") and isinstance(value, tuple):
+            words += [word for item in value for word in (option, str(item))]
+        elif field.name != "cache" and type(value) in (int, float, str):
+            words += [option, str(value)]
+    return words
+
+
+def test_a_damaged_checkpoint_is_refused_on_resume(options: Options) -> None:
+    config = options(resume=True)
+    fit(config)
+    (path,) = Path(config.out).glob("checkpoint-*.00001.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=r"00001\.safetensors"):
+        fit(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 13},
+        {"step": 11},
+        {"step": -1},
+        {"stream": {"epoch": 0, "step": 11}},
+        {"stream": {"epoch": 1, "step": 0, "rank": 1}},
+        {"stream": {}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_whose_place_is_not_of_this_run_is_refused(
+    options: Options, change: dict[str, Any]
+) -> None:
+    config = options(resume=True)
+    fit(config)
+    (path,) = Path(config.out).glob("checkpoint-*.json")
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | change))
+    with pytest.raises(FormatError, match=r"json is damaged"):
+        fit(config)
+    path.write_text(json.dumps(json.loads(text) | change | {"seal": None}))
+    with pytest.raises(FormatError, match=r"not of (this run|its step)"):
+        fit(config)
+
+
+@pytest.mark.parametrize(
+    ("mine", "other"),
+    [
+        ({}, {"hookpoint": ("layers.0",)}),
+        ({}, {"num_latents": 40}),
+        ({}, {"optimizer": "adam"}),
+        ({"optimizer": "adam"}, {}),
+        ({}, {"max_tokens": 640}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    options: Options, mine: dict[str, Any], other: dict[str, Any]
+) -> None:
+    config, foreign = options(**mine, resume=True), options(**other, out=options().out + "-other")
+    fit(config)
+    fit(foreign)
+    for path in Path(config.out).glob("checkpoint-*"):
+        path.unlink()
+    for path in Path(foreign.out).glob("checkpoint-*"):
+        shutil.copy(path, config.out)
+    with pytest.raises(FormatError, match="not of this run"):
+        fit(config)

@@ -1,0 +1,163 @@
+"""What is refused before a run begins, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import saetrain.launch.setup
+import saetrain.training.step
+from actcache.errors import CacheBusyError, ConfigError, EmptyCacheError, HookpointError, RunError
+from saetrain.config.fit_config import FitConfig
+from saetrain.launch.run import fit
+
+Options = Callable[..., FitConfig]
+Snapshot = Callable[[Path], dict[str, bytes]]
+Rows = NDArray[np.float32]
+
+
+def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"k": 49}, ConfigError, r"--k is larger(.|\n)*<= 48"),
+        ({"batch_size": 385}, ConfigError, r"batch is larger(.|\n)*--batch-size <= 384"),
+        ({"max_tokens": 31}, ConfigError, r"--max-tokens is less than one batch"),
+        ({"val_fraction": 0.6}, ConfigError, r"--val-fraction"),
+        ({"val_fraction": -0.1}, ConfigError, r"--val-fraction"),
+        ({"val_fraction": float("nan")}, ConfigError, r"--val-fraction"),
+        ({"device": "nonsense"}, ConfigError, r"--device"),
+        (
+            {"hookpoint": ("layers.0", "layers.7")},
+            HookpointError,
+            r"layers\.7(.|\n)*layers\.0 \| layers\.1",
+        ),
+        ({"cache": "/nonexistent/cache"}, EmptyCacheError, r"is not a cache"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_and_leaves_nothing_behind(
+    options: Options, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    config = options(**changes)
+    with pytest.raises(error, match=message):
+        fit(config)
+    assert not Path(config.out).exists()
+
+
+def test_a_cache_without_a_complete_shard_is_refused(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    path = make_cache(shards=0, end=False)
+    for fraction in (0.0, 0.05):
+        with pytest.raises(EmptyCacheError, match="no complete shard"):
+            fit(options(cache=str(path), val_fraction=fraction))
+
+
+def test_a_cache_of_one_shard_is_refused_only_where_a_part_is_to_be_held_out(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    path = make_cache(shards=1)
+    with pytest.raises(EmptyCacheError, match=r"one shard(.|\n)*--val-fraction 0"):
+        fit(options(cache=str(path)))
+    assert fit(options(cache=str(path), val_fraction=0.0)).steps == 4
+
+
+def test_rows_that_do_not_vary_are_refused_and_leave_nothing_behind(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    def rows(hookpoint: str, shard: int, count: int, width: int) -> Rows:
+        varying = np.random.RandomState(shard).standard_normal((count, width))
+        return (varying * (hookpoint == "layers.1") + 1).astype(np.float32)
+
+    path = make_cache(rows=rows)
+    config = options(cache=str(path))
+    with pytest.raises(RunError, match=r"layers\.0 do not vary(.|\n)*leave this hookpoint out"):
+        fit(config)
+    assert not Path(config.out).exists()
+    fit(dataclasses.replace(config, hookpoint=("layers.1",)))  # the remedy, with the same --out
+
+
+def test_an_out_that_cannot_be_used_is_refused(
+    options: Options, make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="is a file"):
+        fit(options(out=str(tmp_path / "file")))
+    for resume in (False, True):
+        with pytest.raises(RunError, match="holds other things"):
+            fit(options(out=str(tmp_path / "folder"), resume=resume))
+        with pytest.raises(RunError, match="holds a cache"):
+            fit(options(out=str(make_cache()), resume=resume))
+    with pytest.raises(OSError, match="Not a directory"):
+        fit(options(out=str(tmp_path / "file" / "run")))
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_out_without_permission_is_refused(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(PermissionError):
+        fit(options(out=str(tmp_path / "locked" / "run")))
+
+
+def test_an_empty_folder_is_a_place_for_a_run(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert fit(options(out=str(tmp_path / "empty"))).steps == 12
+
+
+def test_a_second_fit_in_the_folder_is_refused_by_the_name_of_the_first(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real, refused = options(), saetrain.training.step.train_step, []
+
+    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == 4 and not refused:
+            before = snapshot(Path(config.out))
+            with pytest.raises(
+                CacheBusyError, match=rf"another fit(.|\n)*process {os.getpid()} on"
+            ):
+                fit(dataclasses.replace(config, resume=True))
+            assert only_changed(before, snapshot(Path(config.out))) == []
+            refused.append(number)
+        real(trainee, rows, number, alpha)
+
+    monkeypatch.setattr(saetrain.training.step, "train_step", step)
+    fit(config)
+    assert refused == [4]
+    assert fit(dataclasses.replace(config, resume=True)).new_steps == 0  # the lock is free again
+
+
+def test_two_that_begin_a_run_at_once_do_not_both_begin_it(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slower one finds that a run has been begun since it looked."""
+    config, real = options(), saetrain.launch.setup.build
+
+    def build(*arguments: Any) -> Any:
+        monkeypatch.setattr(saetrain.launch.setup, "build", real)
+        fit(config)
+        return real(*arguments)
+
+    monkeypatch.setattr(saetrain.launch.setup, "build", build)
+    with pytest.raises(RunError, match="another fit has begun a run"):
+        fit(config)
+
+
+def test_a_folder_that_holds_nothing_but_a_lock_is_a_place_for_a_run(options: Options) -> None:
+    Path(options().out).mkdir()
+    (Path(options().out) / "fit.lock").write_text("process 1 on a machine\n")
+    assert fit(options()).steps == 12

@@ -1,0 +1,62 @@
+"""What a call of fit says it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from actcache.errors import FormatError
+from saetrain.config.fit_config import FitConfig
+from saetrain.launch.run import fit
+from saetrain.runs.record import read_run
+from saetrain.tracking.jsonl import METRICS, TIMINGS
+
+Options = Callable[..., FitConfig]
+
+
+def test_a_finished_run_that_lost_its_metrics_says_so(options: Options) -> None:
+    config = options(resume=True)
+    fit(config)
+    (Path(config.out) / METRICS).unlink()
+    with pytest.raises(FormatError, match=r"metrics\.jsonl is missing"):
+        fit(config)
+
+
+def test_a_cache_that_is_not_complete_is_told_with_the_numbers(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    path = make_cache(shards=4)
+    (path / "shards" / "END.json").unlink()
+    (path / "shards" / "00003.json").unlink()
+    config = options(cache=str(path))
+    (warning,) = fit(config).warnings
+    assert "is not complete: shards there 3, planned 4" in warning
+    assert "--follow waits for more" in warning
+    record = read_run(Path(config.out))
+    assert sorted([*record.training_shards, *record.held_out]) == [0, 1, 2]
+    assert record.steps == 2 * 128 // 32
+
+
+def test_a_run_says_what_its_limit_was_and_every_line_how_fast_it_was(options: Options) -> None:
+    config = options(resume=True)
+    summary = fit(config)
+    assert summary.limit is not None
+    assert "of the time went into waiting for rows" in summary.limit
+    assert summary.bytes_per_second == pytest.approx(summary.rows_per_second * 2 * 16 * 4)
+    for text in (Path(config.out) / TIMINGS).read_text().splitlines():
+        line = json.loads(text)
+        assert 0 <= line["data_wait"] <= 1
+        assert line["bytes_per_second"] == pytest.approx(line["rows_per_second"] * 2 * 16 * 4)
+    assert fit(config).limit is None
+
+
+def test_a_finished_run_whose_metrics_lack_a_hookpoint_is_refused(options: Options) -> None:
+    config = options(resume=True)
+    fit(config)
+    path = Path(config.out) / METRICS
+    path.write_text(path.read_text().replace("layers.1", "layers.2"))
+    with pytest.raises(FormatError, match=r"metrics\.jsonl lacks figures of layers\.1 at step 12"):
+        fit(config)

@@ -1,0 +1,62 @@
+"""Dense activations through torch.compile. Letters: N tokens, D d_in, M num_latents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from actcache.errors import ConfigError
+from saetrain.config.sae import SaeConfig
+from saetrain.model.activations import compiled
+from saetrain.model.factory import build_sae
+from saetrain.model.losses import objective_of
+from saetrain.training.step import add_gradient, require_compiler
+from saetrain.training.step_settings import Recipe
+
+D, M = 11, 30
+pytestmark = pytest.mark.skipif(
+    compiled.missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler"
+)
+CONFIGS = {
+    "jumprelu": SaeConfig(D, M, 1, activation="jumprelu", sparsity=0.3, threshold=0.4),
+    "gated": SaeConfig(D, M, 1, activation="gated", sparsity=0.3),
+}
+
+
+def gradients(config: SaeConfig, rows: int, recipe: Recipe) -> dict[str, Tensor]:
+    """Of every parameter, and the losses, of a batch that is the same at every call."""
+    generator = torch.Generator().manual_seed(rows)
+    sae = build_sae(config, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.4 * noise.abs())
+    x = torch.randn(rows, D, generator=generator, dtype=torch.float64)
+    losses = add_gradient(sae, x, 7.5, None, objective_of(config, 0), 0, 0.0, recipe)
+    found = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
+    return found | {"loss": losses.total(0.0)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_compiled_losses_and_every_gradient_are_the_same_but_for_rounding(kind: str) -> None:
+    config = CONFIGS[kind]
+    known = None
+    for rows in (13, 64, 5):
+        found = gradients(config, rows, Recipe(compile=True))
+        expected = gradients(config, rows, Recipe())
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
+        known = known or dict(counters["stats"])
+        assert dict(counters["stats"]) == known  # other rows compile nothing anew
+    assert known is not None
+    assert known["unique_graphs"] > 0
+
+
+def test_without_a_compiler_the_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"--compile(.|\n)*C\+\+ compiler \(no-such-compiler\)"):
+        require_compiler(torch.device("cpu"))

@@ -1,0 +1,136 @@
+"""What is saved is the function that was trained. N, D, M, K as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from actcache.core.json_codec import read_json
+from saetrain.config.fit_config import FitConfig
+from saetrain.formats.sparsify import load_sae
+from saetrain.launch.run import fit
+from saetrain.model.decoder_norm import fold, folded_losses
+from saetrain.model.losses import compute_losses
+from saetrain.model.sae import Sae
+from saetrain.training.sae_trainer import Trainee
+from saetrain.training.step import train_step
+
+N, D, M, K = 32, 12, 40, 5
+VARIANCE = 2.5
+
+
+def free_sae() -> Sae:
+    """Decoder rows of norm 0.2 to 3, so that the fold changes which latents are chosen."""
+    sae = Sae(D, M, K, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.2, 3, M, dtype=torch.float64)[:, None])
+        sae.b_enc.copy_(0.1 * torch.randn(M, generator=generator, dtype=torch.float64))
+        sae.b_dec.copy_(0.1 * torch.randn(D, generator=generator, dtype=torch.float64))
+    return sae
+
+
+def rows() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(N, D, generator=generator, dtype=torch.float64)
+
+
+def plain_error(sae: Sae, x: Tensor) -> Tensor:
+    """Squared error when latents are chosen by activation times norm; no fold anywhere. [N]"""
+    acts = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)  # [N, M]
+    chosen = (acts * sae.W_dec.norm(dim=1)).topk(K, dim=1).indices
+    kept = torch.zeros_like(acts).scatter(1, chosen, acts.gather(1, chosen))
+    return (x - kept @ sae.W_dec - sae.b_dec).pow(2).sum(dim=1)
+
+
+def test_the_folded_loss_and_its_gradients_are_those_of_a_choice_by_activation_times_norm() -> None:
+    ours, plain, x = free_sae(), free_sae(), rows()
+    losses = folded_losses(ours, x, VARIANCE, None)
+    losses.fvu.backward()
+    expected = plain_error(plain, x).sum() / (N * VARIANCE)
+    expected.backward()
+    fvu = float(expected.detach())
+    assert float(losses.fvu.detach()) == pytest.approx(fvu, rel=1e-12)
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, plain.get_parameter(name).grad, rtol=1e-9, atol=1e-12
+        )
+    with torch.no_grad():
+        assert float(compute_losses(ours, x, VARIANCE, None).fvu) != pytest.approx(fvu)
+
+
+def test_the_fold_has_rows_of_norm_1_and_the_function_that_was_trained() -> None:
+    free, unit, x = free_sae(), Sae(D, M, K, dtype=torch.float64), rows()
+    unit.load_state_dict(fold(dict(free.state_dict())))
+    torch.testing.assert_close(unit.W_dec.norm(dim=1), torch.ones(M, dtype=torch.float64))
+    error = (x - unit(x).reconstruction).pow(2).sum(dim=1)
+    torch.testing.assert_close(error, plain_error(free, x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the peer's own imports
+def test_it_is_saelens_topk_with_rescaled_activations() -> None:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    config = TopKTrainingSAEConfig(
+        d_in=D, d_sae=M, k=K, dtype="float64", rescale_acts_by_decoder_norm=True
+    )
+    peer, ours, x = TopKTrainingSAE(config), free_sae(), rows()
+    with torch.no_grad():
+        peer.W_enc.copy_(ours.W_enc.T)
+        peer.W_dec.copy_(ours.W_dec)
+        peer.b_enc.copy_(ours.b_enc)
+        peer.b_dec.copy_(ours.b_dec)
+    reconstruction = folded_losses(ours, x, VARIANCE, None).output.reconstruction
+    torch.testing.assert_close(reconstruction, peer(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["fold", "free"])
+def test_rows_are_free_in_training_and_their_gradient_is_whole(
+    make_trainee: Callable[..., Trainee], norm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainee = make_trainee(D, M, K, dtype=torch.float64, decoder_norm=norm)
+    along = []
+
+    def spy(_: int) -> None:
+        gradient = trainee.sae.W_dec.grad
+        assert gradient is not None
+        along.append(float((gradient * trainee.sae.W_dec.detach()).sum(dim=1).abs().max()))
+
+    before = trainee.sae.W_dec.detach().clone()
+    with torch.no_grad():
+        trainee.sae.W_dec.mul_(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainee.optimizer, "step", spy)
+        train_step(trainee, rows(), 0, 0.0)
+    assert torch.equal(trainee.sae.W_dec, 2 * before)
+    assert along[0] > 1e-4
+    trainee.optimizer.drop_gradients()
+    for step in range(5):
+        train_step(trainee, rows(), step, 0.0)
+    assert float((trainee.sae.W_dec.detach().norm(dim=1) - 2).abs().max()) > 1e-3
+
+
+def test_a_run_saves_unit_rows_when_it_folds_and_says_when_they_are_free(
+    options: Callable[..., FitConfig], sparsify: Any
+) -> None:
+    for norm in ("unit", "fold", "free"):
+        config = options(decoder_norm=norm, out=options().out + norm, optimizer="adam", lr=0.03)
+        fit(config)
+        folder = Path(config.out) / "layers.0"
+        norms = load_file(folder / "sae.safetensors")["W_dec"].norm(dim=1)
+        deviation = float((norms - 1).abs().max())
+        cfg = read_json(folder / "cfg.json")
+        assert isinstance(cfg, dict)
+        assert cfg["normalize_decoder"] is (norm != "free")
+        assert (deviation > 1e-3) if norm == "free" else (deviation < 1e-6)
+        theirs = sparsify.SparseCoder.load_from_disk(folder)
+        x = torch.randn(7, 16)
+        torch.testing.assert_close(
+            theirs(x).sae_out, load_sae(folder)(x).reconstruction, rtol=1e-4, atol=1e-5
+        )

@@ -1,0 +1,163 @@
+"""FVU and AuxK against their formulas. N tokens, D d_in, M num_latents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saetrain.model.losses import Losses, Part, auxk_loss, compute_losses, list_dead, list_dead_in
+from saetrain.model.sae import Sae
+
+N, D, M, K = 12, 10, 30, 3
+VARIANCE = 7.5
+
+
+@pytest.fixture
+def sae() -> Sae:
+    sae = Sae(D, M, K, seed=5, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for bias in (sae.b_enc, sae.b_dec):
+            bias.copy_(0.1 * torch.randn(bias.shape, generator=generator, dtype=torch.float64))
+    return sae
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+
+def dead_mask(*latents: int) -> torch.Tensor:
+    return torch.isin(torch.arange(M), torch.tensor(latents, dtype=torch.int64))  # [M]
+
+
+def plain_auxk(sae: Sae, x: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    """The formula of Gao et al. written densely, over all latents at once."""
+    pre_acts = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()  # [N, M]
+    z = torch.zeros_like(pre_acts).scatter(1, *reversed(pre_acts.topk(K, dim=1)))
+    residual = (x - (z @ sae.W_dec + sae.b_dec)).detach()  # [N, D]
+    number, k_aux = int(dead.sum()), D // 2
+    among_dead = pre_acts.masked_fill(~dead, -1)  # below every dead one
+    values, indices = among_dead.topk(min(k_aux, number), dim=1)
+    z_dead = torch.zeros_like(pre_acts).scatter(1, indices, values)
+    error = (residual - z_dead @ sae.W_dec).pow(2).sum()
+    return min(1.0, number / k_aux) * error / (N * VARIANCE)
+
+
+def gradients(loss: torch.Tensor, sae: Sae) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*sae.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+    }
+
+
+def test_fvu_is_the_squared_error_over_the_variance_of_as_many_rows(
+    sae: Sae, x: torch.Tensor
+) -> None:
+    losses = compute_losses(sae, x, VARIANCE, None)
+    expected = (x - sae(x).reconstruction).pow(2).sum() / (N * VARIANCE)
+    torch.testing.assert_close(losses.fvu, expected)
+    assert losses.auxk == 0
+
+
+def test_the_loss_divides_by_the_variance_it_is_given_and_not_by_the_batchs(
+    sae: Sae, x: torch.Tensor
+) -> None:
+    dead = dead_mask(1, 2, 3, 4, 5, 6)
+    once, twice = (compute_losses(sae, x, variance, dead) for variance in (1.0, 2.0))
+    torch.testing.assert_close(once.fvu, 2 * twice.fvu)
+    torch.testing.assert_close(once.auxk, 2 * twice.auxk)
+    # A batch whose own variance is 0 has the loss of any one of its rows.
+    same = x[:1].expand(N, D)
+    torch.testing.assert_close(
+        compute_losses(sae, same, VARIANCE, None).fvu,
+        compute_losses(sae, x[:1], VARIANCE, None).fvu,
+    )
+
+
+@pytest.mark.parametrize(
+    "dead",
+    [dead_mask(*range(8, 28)), dead_mask(2, 11, 29), dead_mask(17), dead_mask(*range(M))],
+    ids=["more than k_aux", "fewer than k_aux", "one", "all"],
+)
+def test_auxk_and_every_gradient_of_it_equal_the_plain_formula(
+    sae: Sae, x: torch.Tensor, dead: torch.Tensor
+) -> None:
+    ours, plain = compute_losses(sae, x, VARIANCE, dead).auxk, plain_auxk(sae, x, dead)
+    torch.testing.assert_close(ours, plain)
+    expected = gradients(plain, sae)
+    for name, gradient in gradients(ours, sae).items():
+        torch.testing.assert_close(gradient, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_auxk_reaches_the_encoder_and_decoder_rows_of_dead_latents_and_no_others(
+    sae: Sae, x: torch.Tensor
+) -> None:
+    dead = dead_mask(3, 9, 12, 20, 21)
+    found = gradients(compute_losses(sae, x, VARIANCE, dead).auxk, sae)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        reached = found[name].reshape(M, -1).abs().sum(dim=1) > 0  # [M]
+        assert torch.equal(reached, dead), name
+
+
+def test_auxk_does_not_pull_at_what_left_the_residual(sae: Sae, x: torch.Tensor) -> None:
+    """The residual is a target: were it not detached, living latents would feel AuxK too."""
+    dead = dead_mask(0, 1, 2)
+    with torch.no_grad():
+        sae.b_enc[dead] = -100.0  # dead latents predict nothing, so AuxK is the residual itself
+    losses = compute_losses(sae, x, VARIANCE, dead)
+    assert losses.auxk > 0
+    assert all(gradient.abs().sum() == 0 for gradient in gradients(losses.auxk, sae).values())
+
+
+def test_auxk_is_scaled_down_while_few_latents_are_dead(sae: Sae, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)  # nothing fires: x̂ = b_dec, and AuxK predicts 0
+    residual = (x - sae.b_dec).pow(2).sum() / (N * VARIANCE)
+    for number, scale in ((1, 0.2), (3, 0.6), (5, 1.0), (9, 1.0)):
+        auxk = compute_losses(sae, x, VARIANCE, dead_mask(*range(number))).auxk
+        torch.testing.assert_close(auxk, scale * residual)
+
+
+@pytest.mark.parametrize("dead", [None, dead_mask()], ids=["off", "none dead"])
+def test_without_dead_latents_auxk_is_zero(
+    sae: Sae, x: torch.Tensor, dead: torch.Tensor | None
+) -> None:
+    losses: Losses = compute_losses(sae, x, VARIANCE, dead)
+    assert losses.auxk == 0
+    assert losses.auxk.dtype == torch.float64
+    (losses.fvu + losses.auxk / 32).backward()
+
+
+def test_a_list_of_fixed_length_holds_the_dead_first_and_gives_all_their_turn() -> None:
+    dead, seen = dead_mask(*range(0, M, 2)), set()
+    for step in range(M // 3 + 1):
+        listed = list_dead_in(dead, 3, step)
+        same = list_dead_in(dead, 3, torch.tensor(step))  # as a recorded step reads it
+        assert torch.equal(listed.indices, same.indices)
+        assert listed.listed is not None
+        assert listed.listed.all()
+        assert int(listed.number) == M // 2
+        seen |= set(listed.indices.tolist())
+    assert seen == set(range(0, M, 2))
+
+
+@pytest.mark.parametrize("dead", [dead_mask(2, 11, 29), dead_mask(*range(8, 28)), dead_mask()])
+def test_auxk_of_a_list_with_room_to_spare_is_that_of_the_dead(
+    sae: Sae, x: torch.Tensor, dead: torch.Tensor
+) -> None:
+    """So it is done on a GPU."""
+    parts = (Part("", D, VARIANCE),)
+    residual = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
+    padded = auxk_loss(sae, x, residual, list_dead_in(dead, M, 4), parts)
+    exact = list_dead(dead, D // 2, 4)
+    if exact is None:
+        assert padded == 0
+        assert all(g.abs().sum() == 0 for g in gradients(padded, sae).values())
+        return
+    torch.testing.assert_close(padded, auxk_loss(sae, x, residual, exact, parts))
+    want = gradients(auxk_loss(sae, x, residual, exact, parts), sae)
+    for name, gradient in gradients(padded, sae).items():
+        torch.testing.assert_close(gradient, want[name])

@@ -1,0 +1,129 @@
+"""Sparse latents are encoded, decoded and differentiated once, whatever is trained on.
+
+Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saetrain.kernels import encode, on_torch
+from saetrain.kernels import sorted_pairs as pairs
+from saetrain.model import losses
+from saetrain.model.activations import Activation, BatchTopK, GroupMax, TopK
+from saetrain.model.losses import PLAIN, Objective
+from saetrain.model.sae import Sae
+from saetrain.training.step import add_gradient
+from saetrain.training.step_settings import Recipe
+
+N, D, E, M, K = 24, 10, 14, 40, 4
+MATRYOSHKA = Objective(prefixes=(3, 20))
+MULTI_TOPK = Objective(multi_topk=True)
+DEAD = torch.isin(torch.arange(M), torch.tensor([0, 7, 8, 21, 39]))  # [M]
+RECIPES = {
+    "plain": Recipe(),
+    "micro-batches": Recipe(micro_batch_size=10),
+    "accumulated": Recipe(grad_acc_steps=2, micro_batch_size=10),
+    "folded": Recipe(decoder_norm="fold"),
+    "autocast": Recipe(autocast=True),
+}
+
+
+def make(activation: Activation | None = None, **kind: Any) -> Sae:
+    sae = Sae(D, M, K, activation=activation, seed=5, dtype=torch.float64, **kind)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+    return sae
+
+
+def rows(width: int = D) -> Tensor:
+    generator = torch.Generator().manual_seed(8)
+    return torch.randn(N, width, generator=generator, dtype=torch.float64)
+
+
+def gradients(sae: Sae, x: Tensor, objective: Objective, recipe: Recipe) -> dict[str, Tensor]:
+    """Of two batches, added up."""
+    sae.zero_grad()
+    for step in range(2):
+        add_gradient(sae, x, 2.5, DEAD, objective, step, 0.5, recipe)
+    return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("objective", [PLAIN, MATRYOSHKA, MULTI_TOPK])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_rows_of_dead_latents_have_the_gradient_that_indexing_gives(
+    monkeypatch: pytest.MonkeyPatch, objective: Objective, recipe: Recipe
+) -> None:
+    sae = make()
+    found = gradients(sae, rows(), objective, recipe)
+    forward: Callable[..., Any] = losses._forward
+
+    def without_rows(*arguments: Any) -> Any:
+        return *forward(*arguments[:-1], None)[:-1], None
+
+    monkeypatch.setattr(losses, "_forward", without_rows)
+    want = gradients(sae, rows(), objective, recipe)
+    assert found.keys() == want.keys() == dict(sae.named_parameters()).keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, want[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+KINDS: dict[str, tuple[Callable[[], Sae], Objective, int]] = {
+    "topk": (make, PLAIN, D),
+    "topk, matryoshka": (make, MATRYOSHKA, D),
+    "topk, multi_topk": (make, MULTI_TOPK, D),
+    "batchtopk": (lambda: make(BatchTopK(K)), PLAIN, D),
+    "batchtopk, matryoshka": (lambda: make(BatchTopK(K)), MATRYOSHKA, D),
+    "groupmax": (lambda: make(GroupMax(K)), PLAIN, D),
+    "groupmax, matryoshka": (lambda: make(GroupMax(K)), MATRYOSHKA, D),
+    "transcoder": (lambda: make(transcode=True, d_out=E), MULTI_TOPK, D + E),
+    "skip": (
+        lambda: make(transcode=True, d_out=E, skip_connection=True),
+        MATRYOSHKA,
+        D + E,
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "objective", "width"), KINDS.values(), ids=KINDS.keys())
+def test_a_step_multiplies_by_the_encoder_once_and_sorts_once(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[[], Sae], objective: Objective, width: int
+) -> None:
+    sorts, products, sort, product = [], [], pairs.sort_pairs, encode.Product
+    for module in (pairs, on_torch.decode):
+        monkeypatch.setattr(module, "sort_pairs", lambda *a: sorts.append(1) or sort(*a))
+    monkeypatch.setattr(encode, "Product", lambda *a: products.append(1) or product(*a))
+    add_gradient(build(), rows(width), 2.5, None, objective, 0, 0.0, Recipe())
+    assert sum(sorts) == 1
+    assert sum(products) == 1
+
+
+@pytest.mark.parametrize(("build", "objective", "width"), KINDS.values(), ids=KINDS.keys())
+def test_losses_and_gradients_are_those_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[[], Sae], objective: Objective, width: int
+) -> None:
+    results = []
+    for path in ("torch", "reference"):
+        monkeypatch.setenv("SAETRAIN_KERNELS", path)
+        sae = build()
+        found = add_gradient(sae, rows(width), 2.5, DEAD, objective, 0, 0.5, Recipe())
+        named = {"fvu": found.fvu, "auxk": found.auxk}
+        named |= {str(n): term.value for n, term in enumerate(found.terms)}
+        results.append(named | {n: p.grad for n, p in sae.named_parameters() if p.grad is not None})
+    ours, truth = results
+    assert ours.keys() == truth.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, truth[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_sparse_activation_says_how_it_selects_and_batchtopk_only_in_training() -> None:
+    for activation in (TopK(K), BatchTopK(K), GroupMax(K)):
+        assert activation.way() is not None
+        assert (activation.eval().way() is None) == isinstance(activation, BatchTopK)

@@ -1,0 +1,119 @@
+"""The module against sparsify's. Letters: N tokens, D d_in, M num_latents, K k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from saetrain.model.sae import Sae
+
+N, D, M, K = 20, 12, 40, 5
+
+
+def randomised(sae: Any, seed: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+
+def batch(seed: int = 4) -> torch.Tensor:
+    return torch.randn(
+        N, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )  # [N, D]
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+@pytest.mark.parametrize("d_in", [1, 5, 16, 100, 576])
+def test_initial_weights_are_the_peers_bit_for_bit(
+    make_peer: Callable[..., Any], d_in: int, seed: int
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peer = make_peer(d_in, 96, 4)
+    sae = Sae(d_in, 96, 4, seed=seed)
+    assert torch.equal(sae.W_enc, peer.encoder.weight)
+    assert torch.equal(sae.W_dec, peer.W_dec)
+    assert torch.equal(sae.b_enc, peer.encoder.bias)
+    assert torch.equal(sae.b_dec, peer.b_dec)
+
+
+def test_initial_decoder_rows_have_unit_norm_and_the_encoder_s_directions() -> None:
+    sae = Sae(D, M, K)
+    assert sae.W_dec.norm(dim=1).sub(1).abs().max() < 1e-6
+    cosine = torch.nn.functional.cosine_similarity(sae.W_enc, sae.W_dec)
+    assert cosine.min() > 1 - 1e-6
+    assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
+
+
+def test_building_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    Sae(D, M, K, seed=9)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_forward_pass_is_the_peers(make_peer: Callable[..., Any]) -> None:
+    sae, peer = Sae(D, M, K, dtype=torch.float64), make_peer(D, M, K, dtype=torch.float64)
+    randomised(sae)
+    with torch.no_grad():
+        peer.encoder.weight.copy_(sae.W_enc)
+        peer.encoder.bias.copy_(sae.b_enc)
+        peer.W_dec.copy_(sae.W_dec)
+        peer.b_dec.copy_(sae.b_dec)
+    ours, theirs = sae(batch()), peer(batch())
+    torch.testing.assert_close(ours.reconstruction, theirs.sae_out, rtol=1e-12, atol=1e-12)
+    # Neither orders the K latents of a row.
+    ours_order, theirs_order = ours.top_indices.sort(), theirs.latent_indices.sort()
+    assert torch.equal(ours_order.values, theirs_order.values)
+    torch.testing.assert_close(
+        ours.top_acts.gather(1, ours_order.indices),
+        theirs.latent_acts.gather(1, theirs_order.indices),
+    )
+
+
+def test_the_forward_pass_is_its_formula_with_few_latents_active() -> None:
+    sae = Sae(D, M, K, dtype=torch.float64)
+    randomised(sae)
+    with torch.no_grad():
+        sae.b_enc.sub_(8)  # most rows have fewer than K positive latents
+    x = batch()
+    pre_acts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [N, M]
+    kth = pre_acts.sort(dim=1, descending=True).values[:, K - 1 : K]  # [N, 1]
+    z = torch.where(pre_acts >= kth, pre_acts.relu(), 0)  # [N, M]
+    assert (z > 0).sum(dim=1).min() < K
+    torch.testing.assert_close(sae(x).reconstruction, z @ sae.W_dec + sae.b_dec)
+    assert (sae(x).top_acts >= 0).all()
+
+
+def test_normalising_gives_unit_rows_and_keeps_a_zero_row_finite() -> None:
+    sae = Sae(D, M, K)
+    randomised(sae)
+    with torch.no_grad():
+        sae.W_dec[3] = 0
+    sae.normalise_decoder()
+    norms = sae.W_dec.norm(dim=1)
+    assert norms[3] == 0
+    assert norms[torch.arange(M) != 3].sub(1).abs().max() < 1e-6
+
+
+def test_the_parallel_part_of_the_gradient_is_taken_out_as_the_peer_does(
+    make_peer: Callable[..., Any],
+) -> None:
+    sae, peer = Sae(D, M, K, dtype=torch.float64), make_peer(D, M, K, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.randn(M, D, generator=generator, dtype=torch.float64)
+    sae.W_dec.grad = gradient.clone()
+    with torch.no_grad():
+        peer.W_dec.copy_(sae.W_dec)
+    peer.W_dec.grad = gradient.clone()
+    sae.remove_parallel_gradient()
+    peer.remove_gradient_parallel_to_decoder_directions()
+    torch.testing.assert_close(sae.W_dec.grad, peer.W_dec.grad)
+    assert (sae.W_dec.grad * sae.W_dec).sum(dim=1).abs().max() < 1e-12
+    # What is taken out is parallel: along each row's own direction and nothing else.
+    taken = gradient - sae.W_dec.grad
+    along = (taken * sae.W_dec).sum(dim=1, keepdim=True) * sae.W_dec
+    torch.testing.assert_close(taken, along.detach())

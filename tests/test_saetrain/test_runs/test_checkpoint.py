@@ -1,0 +1,250 @@
+"""Whole or not there, and never damaged unnoticed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actcache.errors import DiskFullError, FormatError
+from actcache.filesystem.atomic import FileReceipt
+from saetrain.runs.checkpoint import (
+    Best,
+    Keep,
+    best_steps,
+    load_checkpoint,
+    newest_state,
+    save_checkpoint,
+    state_path,
+    tensors_path,
+)
+
+STREAM = {"epoch": 1, "step": 2}
+EXPORTS = [FileReceipt(1, "a" * 32), FileReceipt(2, "b" * 32)]
+
+
+def contents(step: int) -> list[tuple[dict[str, torch.Tensor], dict[str, float]]]:
+    generator = torch.Generator().manual_seed(step)
+    return [
+        (
+            {
+                "sae.W": torch.randn(4, 3, generator=generator).T,  # not contiguous
+                "firing": torch.tensor([step, 2**40]),
+                "meter": torch.tensor([0.1, float(step)], dtype=torch.float64),
+            },
+            {"optimizer.weight_sum": 0.1 * step, "meter.steps": 3},
+        ),
+        ({"sae.W": torch.zeros(2, dtype=torch.bfloat16)}, {}),
+    ]
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(root.iterdir())}
+
+
+def names(step: int) -> set[str]:
+    return {f"checkpoint-{step:09d}.{end}" for end in ("json", *ENDS)}
+
+
+ENDS = ("00000.safetensors", "00001.safetensors")
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 7, STREAM, contents(7), EXPORTS)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    state, tensors = loaded
+    assert (state.step, state.stream) == (7, STREAM)
+    assert [sae.export for sae in state.saes] == EXPORTS
+    for (expected, numbers), got, sae in zip(contents(7), tensors, state.saes, strict=True):
+        assert sae.numbers == numbers
+        assert got.keys() == expected.keys()
+        for name in expected:
+            assert got[name].dtype == expected[name].dtype
+            assert torch.equal(got[name], expected[name])
+
+
+def test_a_run_without_a_checkpoint_has_none(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-000000007.00000.safetensors").write_text("")
+    assert load_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_is_plain_files_and_nothing_is_pickled(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 7, STREAM, contents(7), EXPORTS)
+    assert files(tmp_path).keys() == names(7)
+
+
+def test_the_older_checkpoints_go_once_a_newer_one_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-mine.json").write_text("{}")
+    for step in (9, 10, 100):
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS)
+        assert files(tmp_path).keys() == names(step) | {"checkpoint-mine.json"}
+
+
+def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+    older = files(tmp_path)
+    save_checkpoint(tmp_path, 10, STREAM, contents(10), EXPORTS)
+    for name, data in older.items():  # as after a kill before the older one was removed
+        (tmp_path / name).write_bytes(data)
+    tensors_path(tmp_path, 11, 0).write_bytes(b"")  # and before the newer one was whole
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded[0].step == 10
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "remove"])
+def test_a_damaged_file_of_a_checkpoint_is_refused_by_its_name(tmp_path: Path, damage: str) -> None:
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+    path = tensors_path(tmp_path, 9, 0)
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[-1] ^= 1
+    path.write_bytes(data[:-1] if damage == "cut" else data + b"\0" * (damage == "lengthen"))
+    if damage == "remove":
+        path.unlink()
+    with pytest.raises(FormatError, match=r"00000\.safetensors is not what its checkpoint wrote"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step": 1, "stream": {}, "saes": [0]}'])
+def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+    state_path(tmp_path, 9).write_text(text)
+    with pytest.raises(FormatError, match=r"checkpoint-000000009\.json"):
+        load_checkpoint(tmp_path)
+
+
+def test_on_a_full_disk_the_checkpoint_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+
+    def no_room(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", no_room)
+        with pytest.raises(DiskFullError):
+            save_checkpoint(tmp_path, 10, STREAM, contents(10), EXPORTS)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded[0].step == 9
+
+
+def test_a_state_names_every_file_with_its_digest(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+    state = json.loads(state_path(tmp_path, 9).read_text())
+    sizes = [tensors_path(tmp_path, 9, i).stat().st_size for i in range(2)]
+    assert [sae["file"]["bytes"] for sae in state["saes"]] == sizes
+    assert all(len(sae["file"]["xxh3_128"]) == 32 for sae in state["saes"])
+
+
+# --- which stay ----------------------------------------------------------------------------------
+
+
+def kept_steps(root: Path) -> list[int]:
+    steps = sorted(int(path.name[11:20]) for path in root.glob("checkpoint-*.json"))
+    assert files(root).keys() == set().union(*map(names, steps))
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (Keep(), [12]),
+        (Keep(3), [8, 10, 12]),
+        (Keep(99), [2, 4, 6, 8, 10, 12]),
+        (Keep(1, 6), [6, 12]),
+        (Keep(2, 4), [4, 8, 10, 12]),
+    ],
+    ids=str,
+)
+def test_the_newest_ones_stay_and_those_of_every_so_many_steps(
+    tmp_path: Path, keep: Keep, expected: list[int]
+) -> None:
+    for step in range(2, 13, 2):
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=keep)
+    assert kept_steps(tmp_path) == expected
+
+
+def test_best_ones_that_any_sound_checkpoint_names_are_known(tmp_path: Path) -> None:
+    for step, best in ((3, 2), (6, 2), (9, 8), (12, 11)):
+        bests = [Best(best, 0.5, EXPORTS[0]), None]
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, bests, Keep(3))
+    assert kept_steps(tmp_path) == [6, 9, 12]
+    assert best_steps(tmp_path, 0) == {2, 8, 11}
+    assert best_steps(tmp_path, 1) == best_steps(tmp_path, 2) == set()
+    state_path(tmp_path, 9).write_text("{")
+    assert best_steps(tmp_path, 0) == {2, 11}
+
+
+# --- damage, and the one before ------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_one_gives_way_to_the_newest_that_is_whole(tmp_path: Path) -> None:
+    for step in (3, 6, 9, 12):
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=Keep(4))
+    told: list[tuple[str, int]] = []
+
+    def load() -> int:
+        told.clear()
+        loaded = load_checkpoint(tmp_path, fell_back=lambda e, step: told.append((e.what, step)))
+        assert loaded is not None
+        assert torch.equal(loaded[1][0]["firing"], contents(loaded[0].step)[0][0]["firing"])
+        return loaded[0].step
+
+    assert (load(), told) == (12, [])
+    flip(tensors_path(tmp_path, 12, 1))
+    assert load() == 9
+    state_path(tmp_path, 9).write_text("")
+    assert load() == 6
+    tensors_path(tmp_path, 6, 0).unlink()
+    assert load() == 3
+    assert told == [(f"{tensors_path(tmp_path, 12, 1)} is not what its checkpoint wrote", 3)]
+    flip(state_path(tmp_path, 3))
+    with pytest.raises(FormatError, match=r"000012\.00001(.|\n)*no other checkpoint is whole"):
+        load()
+
+
+def test_what_lies_beside_a_checkpoint_counts_as_part_of_it(tmp_path: Path) -> None:
+    for step in (3, 6):
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=Keep(2))
+
+    def check(state: Any) -> None:
+        if state.step == 6:
+            raise FormatError("its best one is gone")
+
+    loaded = load_checkpoint(tmp_path, check=check)
+    assert loaded is not None
+    assert loaded[0].step == 3
+
+
+def test_every_bit_of_a_state_is_sealed(tmp_path: Path) -> None:
+    """A number that is another number is JSON all the same."""
+    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+    path = state_path(tmp_path, 9)
+    whole = json.loads(path.read_text())
+    for change in (
+        {"stream": STREAM | {"step": 3}},
+        {"saes": [whole["saes"][0] | {"numbers": {"meter.steps": 4}}, whole["saes"][1]]},
+        {"saes": whole["saes"][::-1]},
+        {"seal": "0" * 32},
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(FormatError, match="is damaged"):
+            newest_state(tmp_path)
+    path.write_text(json.dumps(whole | {"seal": None}))  # as one from before there were seals
+    assert newest_state(tmp_path) is not None

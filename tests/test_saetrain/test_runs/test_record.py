@@ -1,0 +1,255 @@
+"""The record of a run, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actcache.cache.reader import Cache
+from actcache.errors import CacheMismatchError, FormatError, RunError
+from actcache.stream.order import OrderPlan
+from saetrain.config.sae import SaeConfig
+from saetrain.config.sae_options import Override, SaeOptions
+from saetrain.runs.record import (
+    RUN,
+    RunRecord,
+    SaeEntry,
+    check_same_cache,
+    check_same_run,
+    read_run,
+    receipts_digest,
+    write_run,
+)
+
+TRAINING, HELD_OUT = [1, 2], [0]
+
+
+@pytest.fixture
+def own_cache(cache_path: Path, tmp_path: Path) -> Path:
+    """A copy of the cache, to be changed."""
+    return shutil.copytree(cache_path, tmp_path / "cache")
+
+
+@pytest.fixture
+def record(own_cache: Path, options: Callable[..., Any]) -> RunRecord:
+    """A run that uses three of the cache's four shards."""
+    cache = Cache.open(own_cache)
+    return RunRecord(
+        format_version=1,
+        cache=str(own_cache),
+        cache_id=cache.manifest.cache_id,
+        receipts_digest=receipts_digest(cache, TRAINING, HELD_OUT),
+        held_out=tuple(HELD_OUT),
+        plan=OrderPlan(((1, 128), (2, 128)), 16, 32, 32, 8, 0),
+        steps=8,
+        dead_after=256,
+        saes=(SaeEntry("layers.0", SaeConfig(16, 48, 3), 0.01, 0),),
+        options=options(hookpoint=("layers.0",), num_latents=None),
+        versions={"torch": "2"},
+    )
+
+
+def test_a_record_comes_back_equal(record: RunRecord, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", record)
+    assert read_run(tmp_path / "run") == record
+
+
+@pytest.mark.parametrize("path", ["missing", "file", "empty"])
+def test_a_folder_that_is_no_run_is_refused_by_its_name(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=rf"{path} is not a run"):
+        read_run(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: "",
+        lambda run: json.dumps(run)[:-40],
+        lambda run: json.dumps([run]),
+        lambda run: json.dumps({k: v for k, v in run.items() if k != "plan"}),
+        lambda run: json.dumps(run | {"more": 1}),
+        lambda run: json.dumps(run | {"steps": "8"}),
+        lambda run: json.dumps(run | {"saes": [{"hookpoint": "layers.0"}]}),
+        lambda run: json.dumps(run | {"format_version": 2}),
+        lambda run: json.dumps(run | {"options": run["options"] | {"follow": True}}),
+    ],
+    ids=["empty", "cut", "list", "missing", "unknown", "type", "nested", "version", "segments"],
+)
+def test_a_damaged_record_is_refused(
+    record: RunRecord, tmp_path: Path, damage: Callable[[dict[str, Any]], str]
+) -> None:
+    write_run(tmp_path, record)
+    (tmp_path / RUN).write_text(damage(json.loads((tmp_path / RUN).read_text())))
+    with pytest.raises(FormatError):
+        read_run(tmp_path)
+
+
+def test_the_same_cache_is_accepted_elsewhere_and_with_more_shards(
+    record: RunRecord, own_cache: Path
+) -> None:
+    check_same_cache(record, Cache.open(own_cache.rename(own_cache.with_name("moved"))))
+
+
+def test_another_cache_is_refused(record: RunRecord, make_cache: Callable[..., Path]) -> None:
+    with pytest.raises(CacheMismatchError, match="not the cache of this run"):
+        check_same_cache(record, Cache.open(make_cache(seed=1)))
+
+
+@pytest.mark.parametrize("shard", TRAINING + HELD_OUT)
+def test_a_changed_receipt_of_a_shard_in_use_is_refused(
+    record: RunRecord, own_cache: Path, shard: int
+) -> None:
+    path = own_cache / "shards" / f"{shard:05d}.json"
+    path.write_text(path.read_text().replace('"xxh3_128": "', '"xxh3_128": "0', 1))
+    with pytest.raises(CacheMismatchError, match="have changed since this run began"):
+        check_same_cache(record, Cache.open(own_cache))
+
+
+def test_a_changed_receipt_of_a_shard_not_in_use_does_not_matter(
+    record: RunRecord, own_cache: Path
+) -> None:
+    (own_cache / "shards" / "00003.json").unlink()
+    check_same_cache(record, Cache.open(own_cache))
+
+
+@pytest.mark.parametrize("shard", TRAINING + HELD_OUT)
+def test_a_missing_shard_is_named(record: RunRecord, own_cache: Path, shard: int) -> None:
+    (own_cache / "shards" / f"{shard:05d}.json").unlink()
+    with pytest.raises(CacheMismatchError, match=rf"no longer holds(.|\n)*\[{shard}\]"):
+        check_same_cache(record, Cache.open(own_cache))
+
+
+FREE = {
+    "parallel": "modules",
+    "cache": "x",
+    "out": "y",
+    "resume": True,
+    "device": "cuda",
+    "save_every": 77,
+    "keep_last": 3,
+    "keep_every": 50,
+    "force_config": True,
+    "verify": "always",
+    "block_cache": "z",
+    "block_cache_bytes": 0,
+    "wandb": "offline",
+    "wandb_project": "a",
+    "wandb_entity": "b",
+    "wandb_group": "c",
+    "wandb_tags": ("d",),
+    "wandb_notes": "e",
+    "wandb_per_sae": True,
+    "wandb_log_final_artifact": True,
+}
+BINDING = {
+    "hookpoint": ("layers.1",),
+    "expansion_factor": 8,
+    "num_latents": 96,
+    "k": 4,
+    "batch_size": 64,
+    "epochs": 2,
+    "max_tokens": 640,
+    "optimizer": "adam",
+    "lr": 0.02,
+    "lr_schedule": "cosine",
+    "lr_warmup_steps": 9,
+    "lr_decay_steps": 3,
+    "lr_end": 0.1,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "grad_acc_steps": 2,
+    "micro_batch_size": 16,
+    "chunk_latents": 40,
+    "compile": True,
+    "cuda_graphs": True,
+    "autocast": True,
+    "weights_dtype": "bfloat16",
+    "decoder_norm": "fold",
+    "b_dec_init": "zeros",
+    "input_scale": "rms",
+    "encoder_scale": "auto",
+    "k_anneal_steps": 6,
+    "k_start": 9,
+    "auxk_alpha": 0.5,
+    "dead_after": 65,
+    "val_fraction": 0.2,
+    "val_every": 5,
+    "val_rows": 77,
+    "save_best": True,
+    "buffer_bytes": 2**30,
+    "pool_rows": 64,
+    "seed": 5,
+    "data_seed": 5,
+    "saes": (SaeOptions(num_latents=48, k=3, lr=0.01), SaeOptions(seed=1)),
+    "hookpoints": {"layers.0": Override(k=2)},
+    "log_every": 5,
+    "histogram_every": 3,
+    "finetune": "u/r",
+    "fresh_b_dec": True,
+    "fresh_decoder": True,
+    "follow": True,
+    "segment_shards": 4,
+    "activation": "relu",
+    "sparsity": 0.5,
+    "sparsity_warmup_steps": 7,
+    "threshold": 0.2,
+    "bandwidth": 0.3,
+    "multi_topk": True,
+    "matryoshka": (4, 8),
+    "transcode": True,
+    "skip_connection": True,
+    "crosscode": True,
+}
+NEEDS: dict[str, dict[str, Any]] = {
+    "save_best": {"val_every": 5},
+    "fresh_b_dec": {"finetune": "x"},
+    "fresh_decoder": {"finetune": "x"},
+    "segment_shards": {"follow": True},
+    "lr_decay_steps": {"lr_schedule": "stable-then-decay"},
+    "lr_end": {"lr_schedule": "linear"},
+    "weight_decay": {"optimizer": "adamw"},
+    "grad_clip": {"optimizer": "adam"},
+    "k_start": {"k_anneal_steps": 5},
+    "sparsity": {"activation": "relu"},
+    "sparsity_warmup_steps": {"activation": "relu"},
+    "threshold": {"activation": "jumprelu"},
+    "bandwidth": {"activation": "jumprelu"},
+    "skip_connection": {"transcode": True},
+    "compile": {"activation": "gated"},
+    "cuda_graphs": {"device": "auto"},
+}
+"""Options that are refused without others."""
+
+
+def changed(record: RunRecord, **options: Any) -> RunRecord:
+    return dataclasses.replace(record, options=dataclasses.replace(record.options, **options))
+
+
+def test_every_option_is_either_free_or_binding(record: RunRecord) -> None:
+    names = {field.name for field in dataclasses.fields(record.options)}
+    assert names == FREE.keys() | BINDING.keys()
+
+
+def test_options_that_do_not_touch_the_results_may_change(record: RunRecord) -> None:
+    check_same_run(record, changed(record, **FREE))
+
+
+@pytest.mark.parametrize("option", BINDING)
+def test_every_other_option_is_refused_with_its_name_and_both_values(
+    record: RunRecord, option: str
+) -> None:
+    if option == "saes":  # told by each option that they differ in: tests of grids
+        return
+    record = changed(record, **NEEDS.get(option, {}))
+    old, new = getattr(record.options, option), BINDING[option]
+    with pytest.raises(RunError) as caught:
+        check_same_run(record, changed(record, **{option: new}))
+    assert f"--{option.replace('_', '-')}: {old!r} then, {new!r} now" in str(caught.value)

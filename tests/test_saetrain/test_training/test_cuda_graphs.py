@@ -1,0 +1,589 @@
+"""Recorded steps are those that were not. N tokens, D d_in, M num_latents, K k.
+
+There is no CUDA here: a tape (`tape.py`) stands in for its graphs, on the branches that a device
+takes. What it shows is that nothing in a step is the host's but what is written before each replay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import saetrain.launch.setup
+import saetrain.model.losses
+import saetrain.training.cuda_graphs
+from actcache.errors import ConfigError, RunError
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.sae import SaeConfig
+from saetrain.config.sae_options import SaeOptions
+from saetrain.kernels import backends as paths
+from saetrain.kernels import matmul as product
+from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.launch.run import fit
+from saetrain.model.factory import build_sae
+from saetrain.model.losses import objective_of
+from saetrain.optim import Schedule, make_optimizer
+from saetrain.runs.record import SaeEntry, read_run
+from saetrain.training.cuda_graphs import WARM_UP, RecordedSteps, steps_as_recorded
+from saetrain.training.metrics import Firing, Meter
+from saetrain.training.sae_trainer import Trainee, by_hookpoint
+from saetrain.training.step import train_batch
+from saetrain.training.step_settings import Recipe
+
+N, D, M, K = 64, 16, 64, 4
+STEPS = 14
+NEVER = 10**9
+
+
+@pytest.fixture(params=["torch", "reference"])
+def as_on_a_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU looks at numbers or has ways of its own, go the way of a device."""
+    monkeypatch.setenv("SAETRAIN_KERNELS", request.param)
+    monkeypatch.setattr(paths, "host_may_look", lambda _: False)
+    monkeypatch.setattr(product, "by_onednn", lambda *_: False)
+    monkeypatch.setattr(saetrain.model.losses, "_ROOM", 2)  # of 8 latents: more than that are dead
+
+
+device_ways = pytest.mark.usefixtures("as_on_a_device")
+
+
+def make(
+    optimizer: str = "signum",
+    *,
+    alpha: float = 0.0,
+    dead_after: int = NEVER,
+    schedule: Schedule | None = None,
+    warmup: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    recipe: dict[str, Any] | None = None,
+    hookpoint: str = "layers.0",
+    lr: float = 0.01,
+    **kind: Any,
+) -> Trainee:
+    config = SaeConfig(D, M, K, **kind)
+    how = Recipe(**recipe or {})
+    sae = build_sae(config, device=device, dtype=dtype)
+    objective = objective_of(config, warmup)
+    options = SaeOptions(auxk_alpha=alpha)
+    schedule = schedule or Schedule("linear", 3, STEPS + 2)
+    where = torch.device(device)
+    return Trainee(
+        SaeEntry(hookpoint, config, lr, 0, options=options),
+        sae,
+        make_optimizer(
+            optimizer,  # type: ignore[arg-type]
+            sae,
+            lr,
+            0,
+            STEPS,
+            schedule=schedule,
+            decoder_norm=how.decoder_norm,
+        ),
+        Firing(M, dead_after, where),
+        Meter(where, objective.names),
+        1.5,
+        objective,
+        how,
+    )
+
+
+def batch_of(rows: Tensor) -> Any:
+    return SimpleNamespace(activations={"layers.0": rows, "layers.1": rows.flip(0)})
+
+
+def bits(trainee: Trainee) -> dict[str, bytes]:
+    """All that a step may leave anywhere."""
+    tensors, numbers = trainee.state()
+    tensors = dict(tensors) | {"first bad": trainee.guard._first_bad}
+    if (shadow := shadow_of(trainee.sae.W_enc)) is not None:
+        tensors["shadow"] = shadow.view(torch.int16)
+    found = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    as_bytes = {n: t.reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in found.items()}
+    return as_bytes | {"numbers": repr(sorted(numbers.items())).encode()}
+
+
+def in_step(eager: list[Trainee], recorded: list[Trainee], rows: Tensor, tape: Any) -> Any:
+    """Make all steps of both, which agree after each; the recorder, and when it first had one."""
+    recorder, since = tape.TapeRecorder(), None
+    both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
+    for step, batch in enumerate(rows[:STEPS]):
+        for steps in both:
+            steps.make(batch_of(batch), step)
+        assert differing(eager, recorded) == [], step
+        if since is None and recorder.recorded:
+            since = step
+    return recorder, since
+
+
+def differing(some: list[Trainee], others: list[Trainee]) -> list[str]:
+    pairs = [(bits(a), bits(b)) for a, b in zip(some, others, strict=True)]
+    assert all(a.keys() == b.keys() for a, b in pairs)
+    return [n for a, b in pairs for n in a if a[n] != b[n]]
+
+
+def steps_of(trainees: list[Trainee], recorder: Any, warm_up: int = WARM_UP) -> RecordedSteps:
+    return RecordedSteps(by_hookpoint(trainees), recorder, warm_up)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "batchtopk": {"activation": "batchtopk"},
+    "groupmax": {"activation": "groupmax"},
+    "jumprelu": {"activation": "jumprelu", "sparsity": 0.1, "threshold": 0.3, "bandwidth": 0.5},
+    "gated": {"activation": "gated", "sparsity": 0.1},
+    "auxk": {"alpha": 0.1, "dead_after": 2 * N},
+    "multi-topk": {"multi_topk": True},
+    "matryoshka": {"matryoshka": (8, 24)},
+    "folded": {"recipe": {"decoder_norm": "fold"}},
+    "in parts, clipped": {"recipe": {"micro_batch_size": 24, "grad_clip": 0.1}},
+    "chunks": {"recipe": {"chunk_latents": 24}},
+    "bfloat16 products": {"recipe": {"autocast": True}},
+    "bfloat16 weights": {"dtype": torch.bfloat16},
+}
+
+
+@device_ways
+@pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_replays_of_one_recorded_step_leave_the_bits_of_steps_that_are_made(
+    batches: Callable[[torch.dtype], Tensor], tape: Any, kind: str, optimizer: str
+) -> None:
+    """With a rate that rises and falls: one that was recorded would stay."""
+    if optimizer == "signum" and "clipped" in kind:
+        pytest.skip("signs have no length")
+    eager, recorded = ([make(optimizer, **KINDS[kind])] for _ in range(2))
+    recorder, _ = in_step(eager, recorded, batches(torch.bfloat16), tape)
+    first = 2 if kind == "auxk" else 1  # when latents may be dead, steps become others
+    assert (recorder.recorded, recorder.replayed) == (1, STEPS - first - WARM_UP)
+    assert recorded[0].guard.first_bad() is None
+    if kind == "auxk":
+        assert int(recorded[0].firing.dead().sum()) > 0
+        assert recorded[0].meter.read()["auxk"] > 0
+    assert eager[0].vitals.read() == recorded[0].vitals.read()
+    assert eager[0].vitals.read_density() == recorded[0].vitals.read_density()
+
+
+@device_ways
+def test_a_step_of_signum_has_the_bits_that_it_has_without_graphs(
+    batches: Callable[[torch.dtype], Tensor], tape: Any
+) -> None:
+    """In float32, on torch's path; Adam's learning rate is rounded to float32 once more."""
+    plain, recorded = make(alpha=0.1, dead_after=2 * N), make(alpha=0.1, dead_after=2 * N)
+    steps = steps_of([recorded], tape.TapeRecorder())
+    for step, rows in enumerate(batches(torch.float32)[:STEPS]):
+        train_batch({"layers.0": [plain]}, batch_of(rows), step)
+        steps.make(batch_of(rows), step)
+    ours, theirs = recorded.sae.state_dict(), plain.sae.state_dict()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    assert differing([plain], [recorded]) == []
+
+
+@device_ways
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_step_of_adam_is_that_without_graphs_but_for_rounding(
+    batches: Callable[[torch.dtype], Tensor], tape: Any, optimizer: str
+) -> None:
+    plain, recorded = make(optimizer, dtype=torch.float64), make(optimizer, dtype=torch.float64)
+    steps = steps_of([recorded], tape.TapeRecorder())
+    for step, rows in enumerate(batches(torch.float64)[:STEPS]):
+        train_batch({"layers.0": [plain]}, batch_of(rows), step)
+        steps.make(batch_of(rows), step)
+    ours, theirs = recorded.state()[0], plain.state()[0]
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
+    assert recorded.state()[1] == plain.state()[1]
+
+
+SABOTAGE = {
+    "signum": ("numbers", "signum", {}),
+    "adam": ("numbers", "adam", {}),
+    "whose turn it is among dead latents": (
+        "clock",
+        "signum",
+        {"alpha": 1.0, "dead_after": 1, "lr": 1e-4},
+    ),
+}
+
+
+@device_ways
+@pytest.mark.parametrize("what", SABOTAGE)
+def test_the_tape_finds_a_number_that_is_the_hosts(
+    batches: Callable[[torch.dtype], Tensor],
+    tape: Any,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it was when it was recorded: this is what all tests here are about."""
+    number, optimizer, kind = SABOTAGE[what]
+    pairs = [[make(optimizer, **kind)] for _ in range(2)]
+    both = [steps_of(pairs[0], tape.TapeRecorder(), NEVER), steps_of(pairs[1], tape.TapeRecorder())]
+    if number == "numbers":
+        module = getattr(saetrain.optim, optimizer)
+        real = getattr(module, f"{optimizer}_update_")
+        deaf = lambda *tensors, numbers, **options: real(*tensors, **options)  # noqa: E731
+        monkeypatch.setattr(module, f"{optimizer}_update_", deaf)
+    else:
+        for (trainee,) in pairs:
+            trainee.clock = None
+    found = {}
+    for step, rows in enumerate(batches(torch.float32)[:STEPS]):
+        for steps in both:
+            steps.make(batch_of(rows), step)
+        found[step] = differing(*pairs)
+    first = WARM_UP + 1  # recorded in it, so that it is right
+    assert [step for step in found if not found[step]] == list(range(first + 1))
+
+
+@device_ways
+def test_what_makes_the_host_wait_cannot_be_recorded(
+    batches: Callable[[torch.dtype], Tensor], tape: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saetrain.model.losses, "_ROOM", 8)
+    trainee = make(alpha=0.1, dead_after=1)
+    steps = steps_of([trainee], tape.TapeRecorder())
+    monkeypatch.setattr(paths, "host_may_look", lambda _: True)  # so dead latents are counted
+    rows = batches(torch.float32)
+    for step in range(1 + WARM_UP):
+        steps.make(batch_of(rows[step]), step)
+    with pytest.raises(AssertionError, match="wait for the device"):
+        steps.make(batch_of(rows[step + 1]), step + 1)
+
+
+def test_a_step_that_cannot_be_recorded_is_told_with_a_remedy(
+    batches: Callable[[torch.dtype], Tensor], tape: Any
+) -> None:
+    class Broken(tape.TapeRecorder):  # type: ignore[misc, name-defined]
+        def record(self, work: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing\nat line 1")
+
+    steps, rows = steps_of([make()], Broken(), warm_up=1), batches(torch.float32)
+    for step in range(2):
+        steps.make(batch_of(rows[step]), step)
+    with pytest.raises(RunError, match=r"step 2 (.|\n)*is capturing\n(.|\n)*without --cuda-graphs"):
+        steps.make(batch_of(rows[2]), 2)
+
+
+@device_ways
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_nothing_is_recorded_before_k_has_settled(
+    batches: Callable[[torch.dtype], Tensor], tape: Any, activation: str
+) -> None:
+    anneals = {"k_start": 9, "k_end": K, "k_anneal_steps": 5}
+    eager, recorded = ([make(activation=activation, recipe=anneals)] for _ in range(2))
+    _, since = in_step(eager, recorded, batches(torch.float32), tape)
+    assert since == 5 + 1 + WARM_UP
+    assert recorded[0].sae.k == K
+
+
+@device_ways
+def test_another_step_is_recorded_when_latents_may_be_dead(
+    batches: Callable[[torch.dtype], Tensor], tape: Any
+) -> None:
+    eager, recorded = ([make("adam", alpha=0.1, dead_after=7 * N)] for _ in range(2))
+    recorder, since = in_step(eager, recorded, batches(torch.float32), tape)
+    assert (recorder.recorded, since) == (2, 1 + WARM_UP)
+    assert recorded[0].firing.dead().any()
+
+
+@device_ways
+def test_nothing_is_recorded_while_a_penalty_rises(
+    batches: Callable[[torch.dtype], Tensor], tape: Any
+) -> None:
+    eager, recorded = ([make("adam", warmup=4, **KINDS["jumprelu"])] for _ in range(2))
+    _, since = in_step(eager, recorded, batches(torch.float32), tape)
+    assert since == 4 + 1 + WARM_UP
+
+
+GRID: list[dict[str, Any]] = [
+    {"optimizer": "signum", "alpha": 0.1, "dead_after": 2 * N},
+    {"optimizer": "adam", "lr": 0.003, "activation": "batchtopk", "warmup": 3},
+    {"optimizer": "adamw", "hookpoint": "layers.1", "recipe": {"micro_batch_size": 16}},
+]
+
+
+@device_ways
+def test_all_saes_of_a_process_are_one_recording_which_the_slowest_to_settle_begins(
+    batches: Callable[[torch.dtype], Tensor], tape: Any
+) -> None:
+    eager, recorded = ([make(**one) for one in GRID] for _ in range(2))
+    for trainees in (eager, recorded):
+        recipe = Recipe(k_start=8, k_end=K, k_anneal_steps=3)
+        trainees[1].recipe = recipe
+    recorder, _ = in_step(eager, recorded, batches(torch.bfloat16), tape)
+    assert (recorder.recorded, recorder.replayed) == (1, STEPS - 4 - WARM_UP)
+
+
+@device_ways
+@pytest.mark.parametrize("stop", [2, 9])
+def test_a_run_that_was_stopped_before_or_after_its_recording_goes_on_bit_for_bit(
+    batches: Callable[[torch.dtype], Tensor], tape: Any, stop: int
+) -> None:
+    whole, begun, resumed = ([make(**one) for one in GRID] for _ in range(3))
+    rows, recorder = batches(torch.float32), tape.TapeRecorder()
+    steps = steps_of(whole, tape.TapeRecorder())
+    for step in range(STEPS):
+        steps.make(batch_of(rows[step]), step)
+    steps = steps_of(begun, tape.TapeRecorder())
+    for step in range(stop):
+        steps.make(batch_of(rows[step]), step)
+    for old, new in zip(begun, resumed, strict=True):
+        tensors, numbers = old.state()
+        new.load_state({n: t.detach().clone() for n, t in tensors.items()}, dict(numbers))
+    steps = steps_of(resumed, recorder)
+    for step in range(stop, STEPS):
+        steps.make(batch_of(rows[step]), step)
+    assert recorder.replayed > 0
+    assert differing(whole, resumed) == []
+
+
+@device_ways
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "value"),
+    [
+        ("topk", "signum", math.nan),
+        ("topk", "adam", math.inf),
+        ("bfloat16 products", "signum", math.nan),
+        ("bfloat16 products", "adam", math.nan),
+        ("in parts, clipped", "adam", math.nan),
+        ("in parts, clipped", "adam", 1e17),  # its loss is finite, the gradient's norm is not
+    ],
+)
+def test_from_a_bad_batch_on_no_replay_changes_a_bit_and_its_step_is_known(
+    batches: Callable[[torch.dtype], Tensor], tape: Any, kind: str, optimizer: str, value: float
+) -> None:
+    trainee, recorder = make(optimizer, **KINDS[kind]), tape.TapeRecorder()
+    steps, rows = steps_of([trainee], recorder), batches(torch.float32).clone()
+    rows[9, 7, 2] = value
+    for step in range(9):
+        steps.make(batch_of(rows[step]), step)
+    assert recorder.replayed > 2
+    kept = {n: b for n, b in bits(trainee).items() if n.startswith(("sae.", "optim", "shadow"))}
+    for step in range(9, STEPS):
+        steps.make(batch_of(rows[step]), step)
+        now = bits(trainee)
+        assert [n for n in kept if kept[n] != now[n]] == []
+    assert trainee.guard.first_bad() == 9
+
+
+@device_ways
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+def test_what_is_judged_between_replays_is_what_they_left_and_whoever_writes_is_heard(
+    batches: Callable[[torch.dtype], Tensor], tape: Any, optimizer: str
+) -> None:
+    """The encoder's copy in bfloat16 is known by its weight's version, which replays do not count.
+
+    It is written by them all the same; and after another write to the weight, before the next one.
+    """
+    eager, recorded = ([make(optimizer, recipe={"autocast": True})] for _ in range(2))
+    both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, tape.TapeRecorder())]
+    judged: list[list[Tensor]] = [[], []]
+    for step, rows in enumerate(batches(torch.float32)[:STEPS]):
+        for steps, (trainee,), found in zip(both, (eager, recorded), judged, strict=True):
+            steps.make(batch_of(rows), step)
+            W_enc = trainee.sae.W_enc
+            shadow = shadow_of(W_enc)
+            assert shadow is not None
+            assert torch.equal(shadow, W_enc.bfloat16())
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                found.append(trainee.sae(rows).reconstruction)
+            if step in (7, 10):
+                with torch.no_grad():
+                    W_enc.mul_(1.5)
+        assert differing(eager, recorded) == [], step
+    assert all(torch.equal(a, b) for a, b in zip(*judged, strict=True))
+    assert len({tuple(found.flatten().tolist()) for found in judged[1]}) == STEPS
+
+
+@device_ways
+def test_a_batch_of_another_size_is_no_replay_and_counts_as_much(
+    batches: Callable[[torch.dtype], Tensor], tape: Any
+) -> None:
+    eager, recorded = ([make("adam")] for _ in range(2))
+    recorder = tape.TapeRecorder()
+    both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
+    for step, rows in enumerate(batches(torch.float32)[:STEPS]):
+        some = rows[:40] if step in (8, 11) else rows
+        for steps in both:
+            steps.make(batch_of(some), step)
+        assert differing(eager, recorded) == [], step
+    assert recorder.replayed == STEPS - 1 - WARM_UP - 2
+
+
+def test_a_process_without_saes_records_nothing() -> None:
+    assert steps_as_recorded({}) is train_batch
+
+
+def test_a_run_without_a_cuda_device_is_refused_before_it_is_there(
+    options: Callable[..., FitConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = options(device="auto", cuda_graphs=True)
+    with pytest.raises(ConfigError, match=r"--cuda-graphs needs a CUDA device(.|\n)*cpu"):
+        fit(config)
+    assert not Path(config.out).exists()
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch, as_on_a_device: None, tape: Any) -> list[Any]:
+    """Let --cuda-graphs be served by tapes; those that were asked for."""
+    del as_on_a_device
+    made: list[Any] = []
+
+    def recorder(_: torch.device) -> Any:
+        made.append(tape.TapeRecorder())
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(saetrain.training.cuda_graphs, "CudaGraphs", recorder)
+    monkeypatch.setattr(saetrain.launch.setup, "require_cuda_graphs", lambda _: None)
+    return made
+
+
+def test_a_run_of_many_saes_is_the_same_files_recorded_or_not_stopped_or_not(
+    options: Callable[..., FitConfig],
+    snapshot: Callable[[Path], dict[str, bytes]],
+    taped: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two SAEs at each of two hookpoints, validated and logged between replays."""
+    several = tuple(
+        SaeOptions(num_latents=48, k=k, optimizer="signum", lr=0.01, auxk_alpha=0.1) for k in (2, 3)
+    )
+    common = {f.name: getattr(SaeOptions(), f.name) for f in dataclasses.fields(SaeOptions)}
+    how: dict[str, Any] = {
+        "val_every": 4,
+        "save_best": True,
+        "val_fraction": 0.25,
+        "epochs": 2,
+        "keep_every": 12,
+    }
+    how |= common | {"saes": several, "device": "auto", "log_every": 2}
+    plain = options(**how, out=str(tmp_path / "plain"))
+    fit(plain)
+    assert taped == []
+    recorded = options(**how, cuda_graphs=True, out=str(tmp_path / "recorded"))
+    fit(recorded)
+    (recorder,) = taped
+    assert recorder.recorded == 1
+    assert recorder.replayed > 8
+    expected = snapshot(tmp_path / "plain")
+    assert snapshot(tmp_path / "recorded") == expected
+
+    class Killed(BaseException):
+        pass
+
+    real = RecordedSteps.make
+    for at in (5, 11):  # in its warm-up, and among its replays; checkpoints are every three steps
+
+        def make_step(self: RecordedSteps, batch: Any, step: int, at: int = at) -> None:
+            if step == at:
+                raise Killed
+            real(self, batch, step)
+
+        stopped = options(**how, cuda_graphs=True, out=str(tmp_path / f"stopped-{at}"))
+        with monkeypatch.context() as patch:
+            patch.setattr(RecordedSteps, "make", make_step)
+            with pytest.raises(Killed):
+                fit(stopped)
+        fit(dataclasses.replace(stopped, resume=True))
+        assert taped[-1].replayed > 0
+        assert snapshot(tmp_path / f"stopped-{at}") == expected
+    # Of those that were replayed, a checkpoint that goes on without.
+    for path in Path(stopped.out).glob("checkpoint-*24*"):
+        path.unlink()
+    shutil.copytree(stopped.out, tmp_path / "without")
+    without = dataclasses.replace(
+        stopped, cuda_graphs=False, resume=True, out=str(tmp_path / "without")
+    )
+    with pytest.raises(RunError, match=r"--cuda-graphs: True then, False now(.|\n)*--force-config"):
+        fit(without)
+    assert fit(dataclasses.replace(without, force_config=True)).new_steps > 0
+    assert "--cuda-graphs" in read_run(Path(without.out)).history[0].changes[0]
+    assert snapshot(tmp_path / "without") == expected
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[Callable[[], None]]:
+    """From the call on, whatever makes the host wait for the device raises."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw"])
+@pytest.mark.parametrize("kind", [*KINDS, "compiled"])
+@pytest.mark.parametrize("path", ["triton", "torch"])
+def test_on_a_gpu_recorded_steps_have_the_bits_of_eager_ones_and_nothing_waits(
+    batches: Callable[[torch.dtype], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    no_waiting: Callable[[], None],
+    kind: str,
+    optimizer: str,
+    path: str,
+) -> None:
+    if optimizer == "signum" and "clipped" in kind:
+        pytest.skip("signs have no length")
+    monkeypatch.setenv("SAETRAIN_KERNELS", path)
+    compiled = {"recipe": {"compile": True}, **KINDS["jumprelu"]}
+    how = {**KINDS, "compiled": compiled}[kind]
+    eager, recorded = ([make(optimizer, device="cuda", **how)] for _ in range(2))
+    both = [steps_of(eager, None, NEVER), steps_of(recorded, None)]
+    rows = batches(torch.bfloat16).pin_memory()
+    for step in range(STEPS):
+        for steps in both:
+            steps.make(batch_of(rows[step]), step)
+        if step == WARM_UP + 1:  # recorded, which waits this once
+            torch.cuda.synchronize()
+            no_waiting()
+    torch.cuda.set_sync_debug_mode("default")
+    assert both[1]._replay is not None
+    assert differing(eager, recorded) == []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_grid_is_one_graph_and_a_bad_batch_stops_it(
+    batches: Callable[[torch.dtype], Tensor], no_waiting: Callable[[], None]
+) -> None:
+    trainees = [make(**one, device="cuda") for one in GRID]
+    steps, rows = steps_of(trainees, None), batches(torch.float32).clone()
+    rows[9, 7, 2] = math.nan
+    rows = rows.cuda()
+    for step in range(9):
+        steps.make(batch_of(rows[step]), step)
+    assert steps._replay is not None
+    kept = [{n: b for n, b in bits(t).items() if n.startswith(("sae.", "opt"))} for t in trainees]
+    no_waiting()
+    for step in range(9, STEPS):
+        steps.make(batch_of(rows[step]), step)
+    torch.cuda.set_sync_debug_mode("default")
+    for trainee, before in zip(trainees, kept, strict=True):
+        now = bits(trainee)
+        assert [n for n in before if before[n] != now[n]] == []
+        assert trainee.guard.first_bad() == 9
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_run_with_graphs_ends_in_the_files_of_one_without(
+    options: Callable[..., FitConfig], snapshot: Callable[[Path], dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Through the stream that mixes rows on the device, while its threads are at work there."""
+    found = []
+    for graphs in (False, True):
+        out = str(tmp_path / str(graphs))
+        fit(options(cuda_graphs=graphs, device="cuda", epochs=3, val_every=5, out=out))
+        found.append(snapshot(Path(out)))
+    assert found[0] == found[1]

@@ -1,0 +1,68 @@
+"""What is counted, and over what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saetrain.model.losses import Losses
+from saetrain.model.sae import SaeOutput
+from saetrain.training.metrics import Firing, Meter, fired
+
+CPU = torch.device("cpu")
+
+
+def losses(fvu: float, auxk: float, top_acts: list[list[float]]) -> Losses:
+    acts = torch.tensor(top_acts)  # [N, K]
+    output = SaeOutput(torch.zeros(len(acts), 2), acts, torch.zeros_like(acts, dtype=torch.int64))
+    return Losses(torch.tensor(fvu), torch.tensor(auxk), output)
+
+
+def test_a_meter_gives_means_over_the_steps_since_it_was_read() -> None:
+    meter = Meter(CPU)
+    meter.add(losses(0.5, 0.25, [[1.0, 0.0], [2.0, 3.0]]))
+    meter.add(losses(1.5, 0.75, [[0.0, 0.0], [0.0, 1.0]]))
+    assert meter.read() == {"fvu": 1.0, "auxk": 0.5, "l0": 1.0}
+    meter.add(losses(3.0, 0.0, [[1.0, 1.0]]))
+    assert meter.read() == {"fvu": 3.0, "auxk": 0.0, "l0": 2.0}
+
+
+def test_l0_counts_active_latents_and_not_chosen_ones() -> None:
+    meter = Meter(CPU)
+    meter.add(losses(0.0, 0.0, [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1e-30, 2.0, 0.0]]))
+    assert meter.read()["l0"] == pytest.approx(1.0)
+
+
+def test_a_meter_holds_no_graph() -> None:
+    meter = Meter(CPU)
+    step = losses(1.0, 0.0, [[1.0]])
+    meter.add(step._replace(fvu=step.fvu.requires_grad_()))
+    assert not meter.sums.requires_grad
+
+
+def test_a_latent_has_fired_where_one_of_its_activations_is_positive() -> None:
+    top_acts = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
+    top_indices = torch.tensor([[0, 1], [0, 2], [3, 1]])
+    # Latent 0 and 1 come twice, once active and once not, in either order; 2 and 3 never active.
+    assert fired(top_acts, top_indices, 5).tolist() == [True, True, False, False, False]
+
+
+def test_rows_since_a_latent_fired_are_counted_by_the_batch() -> None:
+    firing = Firing(4, dead_after=5, device=CPU)
+    firing.add((torch.tensor([[1.0], [0.0]]), torch.tensor([[0], [1]])))
+    assert firing.rows_since.tolist() == [0, 2, 2, 2]
+    firing.add((torch.tensor([[1.0], [1.0], [0.0]]), torch.tensor([[1], [1], [1]])))
+    assert firing.rows_since.tolist() == [3, 0, 5, 5]
+
+
+def test_a_latent_is_dead_from_exactly_dead_after_rows_on_and_revives_when_it_fires() -> None:
+    firing = Firing(2, dead_after=4, device=CPU)
+    nothing = (torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int64))
+    firing.add(nothing)
+    assert firing.dead().tolist() == [False, False]
+    firing.add((torch.tensor([[1.0]]), torch.tensor([[1]])))
+    assert firing.dead().tolist() == [True, False]
+    assert firing.dead_percent(3) is None  # too few rows to know
+    assert firing.dead_percent(4) == 50.0
+    firing.add((torch.tensor([[1.0]]), torch.tensor([[0]])))
+    assert firing.dead_percent(4) == 0.0

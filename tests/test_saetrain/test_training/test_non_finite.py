@@ -1,0 +1,319 @@
+"""A loss that is not finite reaches no weight, and is told by its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import saetrain.training.step
+from actcache.cache.reader import Cache
+from actcache.errors import RunError
+from actcache.stream.order import batch_rows
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.sae import PENALISED, SaeConfig
+from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.launch.run import fit
+from saetrain.model.factory import build_sae
+from saetrain.model.losses import objective_of
+from saetrain.model.sae import Sae
+from saetrain.optim import make_optimizer
+from saetrain.runs.checkpoint import load_checkpoint
+from saetrain.runs.record import SaeEntry, read_run
+from saetrain.training.metrics import Firing, Meter
+from saetrain.training.non_finite import ROWS, NonFiniteError
+from saetrain.training.sae_trainer import Trainee
+from saetrain.training.step import train_step
+from saetrain.training.step_settings import Recipe
+
+Options = Callable[..., FitConfig]
+
+N, D, M, K = 40, 12, 64, 4
+OPTIMIZERS = ["signum", "adam", "adamw", "adam8bit", "muon"]
+
+
+def batches(count: int) -> Tensor:
+    """[count, N, D]"""
+    return torch.randn(count, N, D, generator=torch.Generator().manual_seed(0))
+
+
+def bits(trainee: Trainee) -> dict[str, bytes]:
+    """Weights, the optimiser's state, and the encoder's copy in bfloat16, if one is kept."""
+    tensors = {**trainee.sae.state_dict(), **trainee.optimizer.state_tensors()}
+    shadow = shadow_of(trainee.sae.W_enc)
+    if trainee.optimizer.one_pass and shadow is not None:
+        tensors["shadow"] = shadow.view(torch.int16)
+    return {name: t.detach().contiguous().numpy().tobytes() for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("device_flag", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
+    make_trainee: Callable[..., Trainee],
+    optimizer: str,
+    value: float,
+    device_flag: bool,
+    autocast: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the flag looked at, as on a CPU, and with the update under it, as on a GPU."""
+    if device_flag:
+        monkeypatch.setattr(
+            saetrain.training.step,
+            "step_if",
+            lambda ok, optimizer, step: optimizer.masked_step(step, ok),
+        )
+    # The others normalise before the loss is known, which is not what is asked here.
+    norm = "unit" if optimizer in ("signum", "adam", "adamw") else "free"
+    trainee = make_trainee(D, M, K, optimizer=optimizer, decoder_norm=norm, autocast=autocast)
+    rows = batches(6)
+    rows[3, 7, 2] = value
+    for step in range(3):
+        train_step(trainee, rows[step], step, 0.0)
+    assert trainee.guard.first_bad() is None
+    before = bits(trainee)
+    assert ("shadow" in before) is (autocast and norm == "unit")
+    for step in range(3, 6):
+        train_step(trainee, rows[step], step, 0.0)
+        assert bits(trainee) == before
+    assert trainee.guard.first_bad() == 3
+
+
+@pytest.mark.parametrize("recipe", [{"grad_acc_steps": 3}, {"micro_batch_size": 9}])
+def test_one_bad_part_of_an_update_is_enough(
+    make_trainee: Callable[..., Trainee], recipe: dict[str, Any]
+) -> None:
+    trainee, rows = make_trainee(D, M, K, **recipe), batches(6)
+    for step in range(3):
+        train_step(trainee, rows[step], step, 0.0)
+    before, rows[4, 20, 0] = bits(trainee), math.nan
+    if "micro_batch_size" in recipe:
+        rows[3] = rows[4]
+    for step in range(3, 6):
+        train_step(trainee, rows[step], step, 0.0)
+    assert bits(trainee) == before
+    assert trainee.guard.first_bad() == (3 if "micro_batch_size" in recipe else 4)
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
+@pytest.mark.parametrize("norm", ["unit", "fold", "free"])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_whole_step_asks_the_device_nothing(
+    monkeypatch: pytest.MonkeyPatch, optimizer: Any, norm: Any, clip: Any
+) -> None:
+    """Meta tensors hold no numbers: whoever would wait for one from the device raises on them.
+
+    AuxK among them: the dead latents are not counted by the host.
+    """
+    # It has no meta device; the kernels switch it off around one product.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    device = torch.device("meta")
+    recipe = Recipe(
+        decoder_norm=norm,
+        k_start=9,
+        k_end=K,
+        k_anneal_steps=3,
+        grad_clip=clip,
+        grad_acc_steps=2,
+        micro_batch_size=9,
+    )
+    sae = Sae(D, M, K, device=device)
+    entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
+    update = make_optimizer(optimizer, sae, 0.01, 2, 6, decoder_norm=norm)
+    firing, meter = Firing(M, 10**9, device), Meter(device)
+    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe=recipe)
+    for step in range(6):
+        train_step(trainee, torch.zeros(N, D, device=device), step, 0.1)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        trainee.guard.first_bad()  # a log does ask
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "groupmax", "jumprelu", "relu", "gated"])
+def test_nor_does_a_step_of_another_activation(
+    monkeypatch: pytest.MonkeyPatch, activation: Any
+) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    sparsity = 0.1 * (activation in PENALISED)
+    config = SaeConfig(D, M, K, activation=activation, sparsity=sparsity)
+    device = torch.device("meta")
+    sae, objective = build_sae(config, device=device), objective_of(config, 2)
+    entry, update = SaeEntry("layers.0", config, 0.01, 0), make_optimizer("adam", sae, 0.01, 2, 6)
+    firing, meter = Firing(M, 10**9, device), Meter(device, objective.names)
+    recipe = Recipe(micro_batch_size=9, grad_clip=1.0)
+    trainee = Trainee(entry, sae, update, firing, meter, 1.0, objective, recipe)
+    for step in range(2):
+        train_step(trainee, torch.zeros(N, D, device=device), step, 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_on_a_gpu_a_step_waits_for_nothing_and_a_bad_batch_changes_no_bit(
+    optimizer: Any, clip: float | None
+) -> None:
+    device = torch.device("cuda")
+    sae = Sae(D, M, K, device=device)
+    norm = "free" if optimizer == "muon" else "unit"
+    update = make_optimizer(optimizer, sae, 0.01, 0, 8, decoder_norm=norm)
+    firing, meter = Firing(M, 10**9, device), Meter(device)
+    entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
+    recipe = Recipe(decoder_norm=norm, grad_clip=clip, autocast=True)
+    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe=recipe)
+    rows = batches(6).to(device)
+    rows[4, 7, 2] = math.nan
+    for step in range(2):  # whatever is compiled or set up, is so now
+        train_step(trainee, rows[step], step, 0.0)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for step in range(2, 4):
+            train_step(trainee, rows[step], step, 0.0)
+        torch.cuda.set_sync_debug_mode("default")
+        before = {n: t.detach().cpu().numpy().tobytes() for n, t in trainee.state()[0].items()}
+        torch.cuda.set_sync_debug_mode("error")
+        for step in range(4, 6):
+            train_step(trainee, rows[step], step, 0.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    after = {n: t.detach().cpu().numpy().tobytes() for n, t in trainee.state()[0].items()}
+    kept = [n for n in before if n.startswith(("sae.", "optimizer."))]
+    assert [n for n in kept if before[n] != after[n]] == []
+    assert trainee.guard.first_bad() == 4
+
+
+def poisoned(
+    make_cache: Callable[..., Path], value: float = math.nan, **changes: Any
+) -> tuple[Path, tuple[int, int]]:
+    """A cache with one number of one row of layers.1 that is `value`; and that row's address."""
+
+    def rows(hookpoint: str, shard: int, count: int, width: int) -> NDArray[np.float32]:
+        made = np.random.RandomState(shard).standard_normal((count, width)).astype(np.float32)
+        if shard == 2 and hookpoint == "layers.1":
+            made[77, 3] = value
+        return made
+
+    return make_cache(rows=rows, row_order="sequence", **changes), (2, 77)
+
+
+def told(root: Path) -> dict[str, Any]:
+    return json.loads((root / ROWS).read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "muon"])
+def test_the_command_names_sae_step_rows_and_remedy_and_ends_with_code_11(
+    make_cache: Callable[..., Path], tmp_path: Path, optimizer: str
+) -> None:
+    cache, bad = poisoned(make_cache)
+    root = tmp_path / "run"
+    program = str(Path(sys.executable).with_name("saetrain"))
+    command = [program, "fit", str(cache), "--out", str(root), "--k", "3", "--num-latents", "48"]
+    command += ["--batch-size", "32", "--device", "cpu", "--optimizer", optimizer, "--seed", "3"]
+    command += ["--log-every", "100"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    plan = read_run(root).plan
+    step = next(s for s in range(12) if list(bad) in batch_rows(plan, 0, s).tolist())
+    assert done.returncode == 11, done.stderr
+    assert "Traceback" not in done.stderr
+    words = " ".join(done.stderr.split())
+    assert f"the loss of layers.1 is not finite by step {step + 1}" in words
+    assert f"of the batch of epoch 0: shard {plan.shards[0][0]} rows" in words
+    assert "shard 2 row 77: not finite on disk, so no --lr helps" in words
+    assert "Nothing is saved yet" in words
+    found = told(root)
+    assert found["rows"] == batch_rows(plan, 0, step).tolist()
+    assert found["rows_not_finite"] == [list(bad)]
+    assert (found["hookpoint"], found["step"], found["epoch"], found["step_in_plan"]) == (
+        "layers.1",
+        step + 1,
+        0,
+        step,
+    )
+
+
+def test_a_learning_rate_that_explodes_is_told_from_rows_that_are_not_finite(
+    options: Options,
+) -> None:
+    config = options(lr=1e25, optimizer="signum", log_every=3)
+    with pytest.raises(NonFiniteError, match=r"its rows are finite(.|\n)*a smaller --lr") as caught:
+        fit(config)
+    assert caught.value.step is not None
+    assert told(Path(config.out))["rows_not_finite"] == []
+
+
+def test_a_batch_of_a_later_epoch_and_segment_is_found(
+    make_cache: Callable[..., Path], options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --follow, and with a batch that is spoiled after it was read."""
+    real, seen = saetrain.training.step.train_step, []
+
+    class Spoil:
+        step = 0
+
+    def train_step(trainee: Any, rows: Tensor, number: int, alpha: float) -> None:
+        real(trainee, rows * math.nan if number == Spoil.step else rows, number, alpha)
+
+    monkeypatch.setattr(saetrain.training.step, "train_step", train_step)
+    cache = Cache.open(options().cache)
+    for follow in (False, True):
+        shards = {"segment_shards": 2, "follow": True, "val_fraction": 0.25} if follow else {}
+        common: dict[str, Any] = {"epochs": 3, "log_every": 1, "hookpoint": ("layers.0",)} | shards
+        Spoil.step = 10**9
+        whole = options(**common, out=f"{options().out}-{follow}-whole")
+        batches: list[NDArray[np.int64]] = []
+        with monkeypatch.context() as patch:
+            keep_addresses(patch, batches)
+            steps = fit(whole).steps
+        for Spoil.step in (0, steps // 2, steps - 1):
+            config = options(**common, out=f"{options().out}-{follow}-{Spoil.step}")
+            with pytest.raises(NonFiniteError, match=f"by step {Spoil.step + 1}\n"):
+                fit(config)
+            found = told(Path(config.out))
+            assert found["rows"] == batches[Spoil.step].tolist()
+            seen.append(found["epoch"])
+            rows = found["rows_not_finite"]  # on disk all is well
+            assert rows == []
+    assert seen[:3] == [0, 1, 2]
+    assert cache.shards
+
+
+def keep_addresses(patch: pytest.MonkeyPatch, batches: list[NDArray[np.int64]]) -> None:
+    """Note the rows of every batch that a run is given."""
+    from actcache.stream.activation_stream import ActivationStream
+
+    real = ActivationStream.__next__
+
+    def following(self: ActivationStream) -> Any:
+        batch = real(self)
+        batches.append(batch.addresses.copy())
+        return batch
+
+    patch.setattr(ActivationStream, "__next__", following)
+
+
+def test_the_checkpoint_before_it_is_what_a_run_resumes_from_and_fails_on_again(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    cache, _ = poisoned(make_cache)
+    config = options(cache=str(cache), seed=3, save_every=1, log_every=1)
+    messages = []
+    for resume in (False, True):
+        with pytest.raises(RunError) as caught:
+            fit(dataclasses.replace(config, resume=resume))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    checkpoint = load_checkpoint(Path(config.out))
+    assert checkpoint is not None
+    assert checkpoint[0].step == told(Path(config.out))["step"] - 1

@@ -1,0 +1,363 @@
+"""Held-out figures along the way, best and last."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import saetrain.training.step
+from actcache.cache.reader import Cache
+from actcache.errors import ConfigError, RunError
+from actcache.stream.order import split_shards
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.grid import vary
+from saetrain.evaluation import BEST_EVALUATION, evaluate
+from saetrain.launch.run import fit
+from saetrain.runs.checkpoint import newest_state
+from saetrain.runs.record import read_run
+from saetrain.tracking.jsonl import METRICS
+from saetrain.training.validation import spread
+
+Options = Callable[..., FitConfig]
+Snapshot = Callable[[Path], dict[str, bytes]]
+
+BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the project may catch it."""
+
+
+def lines(root: Path, key: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (root / METRICS).read_text().splitlines()]
+    return [line for line in found if key in line]
+
+
+def bests(root: Path) -> dict[str, str]:
+    """Each SAE's best folder."""
+    return {str(p.parent.relative_to(root)): p.name for p in sorted(root.rglob("best-*"))}
+
+
+def kept(options: Options, **changes: Any) -> FitConfig:
+    """A run that validates every 2 steps, and whose first SAE is at its best before its end."""
+    return vary(options(val_every=2, save_best=True, **changes), lr=(0.1, 0.01))
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+@BOTH_OPTIMIZERS
+def test_the_last_validation_is_what_eval_finds_of_the_exported_saes(
+    options: Options, optimizer: str
+) -> None:
+    """So it is the averages of schedule-free weights that are judged."""
+    config = vary(options(optimizer=optimizer, val_every=5), k=(3, 4))
+    summary = fit(config)
+    root = Path(config.out)
+    assert [line["step"] for line in lines(root, "val")] == [5, 10, 12]
+    last = lines(root, "val")[-1]
+    assert (last["rows"], last["val_rows"], last["val"]) == (384, 128, summary.held_out)
+    for sae in evaluate(root).saes:
+        assert last["val"][sae.name]["fvu"] == pytest.approx(sae.fvu, rel=1e-6)
+        assert last["val"][sae.name]["l0"] == pytest.approx(sae.l0, rel=1e-12)
+
+
+@pytest.mark.parametrize("decoder_norm", ["fold", "free"])
+def test_recipes_are_validated_as_they_are_exported(options: Options, decoder_norm: str) -> None:
+    """With the k that is saved, while that of the steps still falls, and with folded norms."""
+    recipe = {"decoder_norm": decoder_norm, "k_anneal_steps": 12, "k_start": 40, "lr": 0.05}
+    config = options(optimizer="adam", val_every=2, save_best=True, **recipe)
+    summary = fit(config)
+    for line in lines(Path(config.out), "val"):
+        assert all(figure["l0"] <= 3 for figure in line["val"].values())
+    for sae in evaluate(Path(config.out), best=True).saes:
+        assert sae.fvu == pytest.approx(summary.best[sae.name].fvu, rel=1e-6)
+    for sae in evaluate(Path(config.out)).saes:
+        assert sae.fvu == pytest.approx(summary.held_out[sae.name]["fvu"], rel=1e-6)
+
+
+def test_a_validation_equals_a_run_that_ends_there(options: Options) -> None:
+    fit(options(val_every=4, save_every=100))
+    shorter = options(val_every=4, max_tokens=8 * 32, out=options().out + "-shorter")
+    fit(shorter)
+    then, ended = (lines(Path(out), "val")[1] for out in (options().out, shorter.out))
+    assert then == ended
+    assert then["step"] == 8
+
+
+@BOTH_OPTIMIZERS
+def test_validations_do_not_touch_what_is_trained(
+    options: Options, snapshot: Snapshot, optimizer: str
+) -> None:
+    plain, validated = options(optimizer=optimizer), kept(options, optimizer=optimizer)
+    validated = dataclasses.replace(plain, out=plain.out + "-v", val_every=1, save_best=True)
+    fit(plain)
+    fit(validated)
+    assert lines(Path(plain.out), "saes") == lines(Path(validated.out), "saes")
+    expected, found = snapshot(Path(plain.out)), snapshot(Path(validated.out))
+    for name in expected:
+        if name.endswith(".safetensors"):
+            assert found[name] == expected[name]
+
+
+@pytest.mark.parametrize("verify", ["first-read", "never"])
+def test_no_more_rows_than_asked_for_are_validated_on_and_from_every_shard(
+    make_cache: Callable[..., Path],
+    options: Options,
+    monkeypatch: pytest.MonkeyPatch,
+    verify: str,
+) -> None:
+    path = make_cache(shards=8)
+    config = options(
+        cache=str(path), val_every=6, val_rows=100, val_fraction=0.5, verify=verify, batch_size=16
+    )
+    read, real = [], Cache.read_views
+
+    def seen(self: Cache, hookpoint: str, shard: int, start: int, views: Any, *how: Any) -> None:
+        read.append((hookpoint, shard, start, sum(map(len, views["activations"])) // 64))
+        real(self, hookpoint, shard, start, views, *how)
+
+    monkeypatch.setattr(Cache, "read_views", seen)
+    fit(config)
+    held_out = read_run(Path(config.out)).held_out
+    assert len(held_out) == 4
+    expected = {(name, s, 0, 25) for s in held_out for name in ("layers.0", "layers.1")}
+    assert sorted(item for item in read if item[1] in held_out) == sorted(expected)
+    assert all(line["val_rows"] == 100 for line in lines(Path(config.out), "val"))
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(1, 300))
+@settings(deadline=None)
+def test_rows_are_spread_evenly_over_shards(rows: list[int], most: int) -> None:
+    spans = spread(dict(enumerate(rows)), most)
+    taken = {span.shard: span.rows for span in spans}
+    assert [span.shard for span in spans] == sorted(taken)
+    assert all(span.start == 0 and 0 < span.rows <= rows[span.shard] for span in spans)
+    total = sum(taken.values())
+    assert total == min(most, sum(rows))
+    whole = [taken.get(s, 0) == n for s, n in enumerate(rows)]
+    cut = [taken.get(s, 0) for s, all_of_it in enumerate(whole) if not all_of_it]
+    assert not cut or max(cut) - min(cut) <= 1
+    full = [n for n, all_of_it in zip(rows, whole, strict=True) if all_of_it]
+    assert not cut or not full or max(full) <= max(cut) + 1
+
+
+# --- best and last -------------------------------------------------------------------------------
+
+
+@BOTH_OPTIMIZERS
+def test_the_best_of_each_sae_is_kept_beside_the_last(options: Options, optimizer: str) -> None:
+    config = kept(options, optimizer=optimizer)
+    summary = fit(config)
+    root = Path(config.out)
+    figures = lines(root, "val")
+    steps = {}
+    for entry in read_run(root).saes:
+        by_step = {line["step"]: line["val"][entry.name]["fvu"] for line in figures}
+        steps[entry.name] = min(by_step, key=lambda step: by_step[step])
+        best = summary.best[entry.name]
+        assert (best.step, best.fvu) == (steps[entry.name], min(by_step.values()))
+    assert bests(root) == {name: f"best-{step:09d}" for name, step in steps.items()}
+    assert steps["layers.0/lr0.1"] < 12  # or nothing is tested here
+    if optimizer == "adam":
+        return  # its learning rate hangs on the run's length
+    for name, step in steps.items():
+        ends = dataclasses.replace(config, max_tokens=step * 32, out=f"{root}-{step}", resume=True)
+        fit(ends)
+        for file in ("cfg.json", "sae.safetensors"):
+            best_file = root / name / f"best-{step:09d}" / file
+            assert best_file.read_bytes() == (Path(ends.out) / name / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "rising",
+    [
+        {"activation": "batchtopk", "k_anneal_steps": 8, "k_start": 40},
+        {"activation": "relu", "sparsity": 3.0, "sparsity_warmup_steps": 8},
+    ],
+)
+def test_an_sae_is_not_at_its_best_while_more_latents_are_active_than_in_the_end(
+    options: Options, rising: dict[str, Any]
+) -> None:
+    config = options(val_every=2, save_best=True, optimizer="adam", lr=0.05, **rising)
+    summary = fit(config)
+    for name, best in summary.best.items():
+        by_step = {v["step"]: v["val"][name]["fvu"] for v in lines(Path(config.out), "val")}
+        assert min(by_step, key=lambda step: by_step[step]) < 8  # or nothing is tested here
+        assert best.step >= 8
+        assert best.fvu == min(fvu for step, fvu in by_step.items() if step >= 8)
+
+
+def test_best_saes_are_evaluated_on_all_held_out_rows(options: Options) -> None:
+    config = kept(options)
+    summary = fit(config)
+    root = Path(config.out)
+    evaluation = evaluate(root, best=True)
+    for sae in evaluation.saes:
+        assert sae.fvu == pytest.approx(summary.best[sae.name].fvu, rel=1e-6)
+        assert sae.step == summary.best[sae.name].step
+        assert (sae.dead_percent is None) == (sae.step < 12)
+    assert json.loads((root / BEST_EVALUATION).read_text())["saes"][0]["step"] < 12
+    assert evaluate(root).saes[0].fvu > evaluation.saes[0].fvu
+    name, folder = next(iter(bests(root).items()))
+    shutil.copy(root / name / "sae.safetensors", root / name / folder / "sae.safetensors")
+    with pytest.raises(RunError, match=f"{folder} is not that of the last checkpoint"):
+        evaluate(root, best=True)
+
+
+def test_a_run_that_keeps_no_best_one_says_so(options: Options) -> None:
+    fit(options(val_every=2))
+    with pytest.raises(RunError, match=r"keeps no best SAE of layers\.0(.|\n)*--save-best"):
+        evaluate(Path(options().out), best=True)
+    assert bests(Path(options().out)) == {}
+
+
+def test_sparsify_loads_a_run_that_keeps_best_ones(options: Options, sparsify: ModuleType) -> None:
+    config = options(val_every=2, save_best=True)
+    fit(config)
+    assert sparsify.SparseCoder.load_many(config.out, local=True).keys() == {"layers.0", "layers.1"}
+    for name, folder in bests(Path(config.out)).items():
+        best = sparsify.SparseCoder.load_from_disk(Path(config.out) / name / folder)
+        assert best.cfg.k == 3
+
+
+@BOTH_OPTIMIZERS
+@pytest.mark.parametrize(("stop_at", "save_every"), [(5, 3), (11, 100)])
+def test_a_run_that_was_stopped_keeps_the_same_best_ones(
+    options: Options,
+    snapshot: Snapshot,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    stop_at: int,
+    save_every: int,
+) -> None:
+    whole = kept(options, optimizer=optimizer, save_every=save_every, out=options().out + "-whole")
+    stopped = dataclasses.replace(whole, out=options().out)
+    fit(whole)
+    real = saetrain.training.step.train_step
+
+    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == stop_at and trainee.entry.name == "layers.1/lr0.1":
+            raise Killed
+        real(trainee, rows, number, alpha)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saetrain.training.step, "train_step", step)
+        with pytest.raises(Killed):
+            fit(stopped)
+    root = Path(stopped.out)
+    state = newest_state(root)
+    for number, entry in enumerate(read_run(root).saes):
+        if state is not None and (best := state.saes[number].best) is not None:
+            # What the checkpoint names is there, whatever came after it.
+            assert (root / entry.name / f"best-{best.step:09d}" / "sae.safetensors").exists()
+    fit(dataclasses.replace(stopped, resume=True))
+    assert snapshot(Path(whole.out)) == snapshot(root)
+
+
+@pytest.mark.parametrize("call", ["replace", "unlink", "rmdir"])
+def test_a_kill_before_or_after_any_write_or_removal_loses_no_best_one(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    small = {"max_tokens": 4 * 32, "save_every": 2, "log_every": 3, "hookpoint": ("layers.0",)}
+    whole = options(**small, val_every=1, save_best=True, out=options().out + "-whole")
+    module = {"replace": os, "unlink": Path, "rmdir": Path}[call]
+    real, seen = getattr(module, call), []
+
+    def counts(arguments: Any) -> bool:
+        """Other files' kills are tested elsewhere; here the best one's, and the checkpoint's."""
+        return any(word in str(arguments[-1]) for word in ("best-", ".json"))
+
+    def count(*arguments: Any, **named: Any) -> None:
+        seen.extend([arguments] if counts(arguments) else [])
+        real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, call, count)
+        fit(whole)
+    assert any("best-" in str(arguments[0]) for arguments in seen)
+    expected = snapshot(Path(whole.out))
+    for number in range(len(seen)):
+        for after in (False, True):
+            out = f"{options().out}-{call}-{number}-{after}"
+            config = dataclasses.replace(whole, out=out, resume=True)
+            left = number
+
+            def die(*arguments: Any, after: bool = after, **named: Any) -> None:
+                nonlocal left
+                last = left == 0 and counts(arguments)
+                if last and not after:
+                    raise Killed
+                real(*arguments, **named)
+                if last:
+                    raise Killed
+                left -= counts(arguments)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(module, call, die)
+                with pytest.raises(Killed):
+                    fit(config)
+            fit(config)
+            assert snapshot(Path(out)) == expected, (number, after)
+            assert not list(Path(out).rglob("*partial*"))
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_validations_without_rows_and_best_ones_without_validations_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--save-best needs validations(.|\n)*--val-every"):
+        FitConfig("c", "r", save_best=True)
+    with pytest.raises(ConfigError, match=r"held out(.|\n)*--val-fraction above 0"):
+        FitConfig("c", "r", val_every=5, val_fraction=0.0)
+    with pytest.raises(ConfigError, match="--val-rows is too small"):
+        FitConfig("c", "r", val_every=5, val_rows=0)
+
+
+def test_held_out_shards_without_rows_are_refused(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    _, held_out = split_shards(range(4), options().val_fraction, options().seed)
+    path = make_cache(most_rows=dict.fromkeys(held_out, 0))
+    config = options(cache=str(path), val_every=5)
+    with pytest.raises(ConfigError, match=r"--val-every needs rows(.|\n)*--val-fraction"):
+        fit(config)
+    assert not Path(config.out).exists()
+
+
+def test_held_out_rows_that_are_not_finite_are_refused_before_anything_is_trained(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    _, held_out = split_shards(range(4), options().val_fraction, options().seed)
+
+    def rows(hookpoint: str, shard: int, count: int, width: int) -> NDArray[np.float32]:
+        made = np.random.RandomState(shard).standard_normal((count, width)).astype(np.float32)
+        made[5, 3] = np.inf if shard in held_out else 0
+        return made
+
+    config = options(cache=str(make_cache(rows=rows)), val_every=5)
+    with pytest.raises(RunError, match=r"layers\.0 cannot be validated on"):
+        fit(config)
+    assert not Path(config.out).exists()
+
+
+def test_a_run_that_follows_a_harvest_validates_on_its_first_segments_held_out_rows(
+    options: Options, snapshot: Snapshot
+) -> None:
+    config = options(val_every=5, save_best=True, follow=True)
+    summary = fit(config)
+    assert summary.held_out.keys() == {"layers.0", "layers.1"}
+    plain = options(val_every=5, save_best=True, out=options().out + "-plain")
+    assert fit(plain).held_out == summary.held_out

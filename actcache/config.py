@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actcache.errors import ConfigError
-from actcache.filesystem.paths import refuse_url
+from actcache.filesystem.paths import reject_url
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 StoredDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8_e4m3"]
@@ -184,7 +184,7 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers and combinations that no harvest can carry out."""
-        refuse_url(self.out, "--out", "files are published by renaming them")
+        reject_url(self.out, "--out", "files are published by renaming them")
         for name, low in {
             "layer_stride": 1,
             "ctx_len": 2,
@@ -358,7 +358,7 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         """Refuse an --out that cannot be written to."""
-        refuse_url(self.out, "--out", "files are published by renaming them")
+        reject_url(self.out, "--out", "files are published by renaming them")
 
 
 def _option(name: str) -> str:

@@ -27,7 +27,7 @@ if find_spec("saetrain") is None:  # a plain checkout, nothing installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from saetrain.kernels import reference, sparse_decode
-from saetrain.kernels.backends import primitives
+from saetrain.kernels.backends import backend_module
 from saetrain.kernels.sorted_pairs import sort_pairs
 
 SIZES = {
@@ -131,7 +131,7 @@ def primitive_contenders(inputs: Inputs) -> list[Contender]:
     pairs = sort_pairs(indices, M)
     found = [Contender("sort_pairs", "any", partial(sort_pairs, indices, M))]
     for path in our_paths(W.device):
-        ops = primitives(path)
+        ops = backend_module(path)
         found += [
             Contender("gather_sum", path, partial(ops.gather_sum, acts, indices, W)),
             Contender("gather_dot", path, partial(ops.gather_dot, dY, indices, W)),

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from report import machine, print_table
 
 from actcache.cache.reader import Cache
-from actcache.storage import CODECS, Codec, StoredRows
+from actcache.storage import ROW_DTYPES, RowDtype, StoredRows
 
 HOOKPOINTS = ["layers.1", "layers.14", "layers.28", "layers.14.mlp"]
 TIMED = "layers.14"
@@ -58,10 +58,10 @@ def main() -> None:
 def print_errors(rows: dict[str, NDArray[np.float32]], kept: NDArray[np.bool_]) -> None:
     """A line for each type."""
     table = []
-    for codec in CODECS.values():
-        line = [codec.name, f"{codec.row_bytes(next(iter(rows.values())).shape[1]):,}"]
+    for row_dtype in ROW_DTYPES.values():
+        line = [row_dtype.name, f"{row_dtype.row_bytes(next(iter(rows.values())).shape[1]):,}"]
         for x in rows.values():
-            decoded = codec.to_float32(codec.from_torch(torch.from_numpy(x)))
+            decoded = row_dtype.to_float32(row_dtype.from_torch(torch.from_numpy(x)))
             line.append(f"{fvu(x, decoded):.1e} / {fvu(x[kept], decoded[kept]):.1e}")
         table.append(line)
     print_table(["type", "bytes a row", *rows], table)
@@ -78,10 +78,10 @@ def print_times(x: torch.Tensor, repeats: int) -> None:
     """A line for each type, and one for the copy."""
     copy = torch.empty_like(x)
     acts: dict[str, Callable[[], object]] = {"copy": lambda: copy.copy_(x)}
-    for name, codec in CODECS.items():
+    for name, row_dtype in ROW_DTYPES.items():
         if name != "float32":  # nothing is done
-            acts[f"encode {name}"] = partial(codec.from_torch, x)
-            acts[f"decode {name}"] = partial(decode, codec, codec.from_torch(x))
+            acts[f"encode {name}"] = partial(row_dtype.from_torch, x)
+            acts[f"decode {name}"] = partial(decode, row_dtype, row_dtype.from_torch(x))
     seconds: dict[str, list[float]] = {what: [] for what in acts}
     for _ in range(repeats + 1):
         for what, act in acts.items():
@@ -93,7 +93,7 @@ def print_times(x: torch.Tensor, repeats: int) -> None:
     table = []
     for what, times in seconds.items():
         first, median, third = statistics.quantiles(times[1:], n=4)
-        row = x.itemsize * width if what == "copy" else CODECS[what.split()[1]].row_bytes(width)
+        row = x.itemsize * width if what == "copy" else ROW_DTYPES[what.split()[1]].row_bytes(width)
         table.append(
             [
                 what,
@@ -108,9 +108,9 @@ def print_times(x: torch.Tensor, repeats: int) -> None:
     print_table(header, table)
 
 
-def decode(codec: Codec, stored: StoredRows) -> torch.Tensor:
+def decode(row_dtype: RowDtype, stored: StoredRows) -> torch.Tensor:
     """What `fit` does with a batch: the rows, then float32."""
-    return codec.to_torch(stored).float()
+    return row_dtype.to_torch(stored).float()
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import OrderPlan, make_plan
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
-from saetrain.launch.resolve import entries_of
+from saetrain.launch.resolve import sae_entries
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee, by_hookpoint
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint
 from saetrain.training.step import train_batch, train_step
 
 SAES = {"k": (16, 32), "lr": (1e-3, 3e-4), "seed": (0, 1)}
@@ -108,10 +108,12 @@ def main() -> int:
     return 0 if met or options.smoke else 1
 
 
-def trainees_of(cache: Cache, config: FitConfig, steps: int, device: torch.device) -> list[Trainee]:
+def trainees_of(
+    cache: Cache, config: FitConfig, steps: int, device: torch.device
+) -> list[SaeTrainer]:
     """The SAEs of a configuration, as `fit` makes them."""
     made = []
-    for entry in entries_of(config, cache):
+    for entry in sae_entries(config, cache):
         found = cache.statistics(entry.hookpoint)
         sae = Sae(
             entry.config.d_in,
@@ -123,8 +125,10 @@ def trainees_of(cache: Cache, config: FitConfig, steps: int, device: torch.devic
         with torch.no_grad():
             sae.b_dec.copy_(torch.from_numpy(found.mean))
         optimizer = make_optimizer(entry.options.optimizer, sae, entry.lr, 0, steps)
-        firing = Firing(entry.config.num_latents, 10_000_000, device)
-        made.append(Trainee(entry, sae, optimizer, firing, Meter(device), found.variance))
+        dead_tracker = DeadLatentTracker(entry.config.num_latents, 10_000_000, device)
+        made.append(
+            SaeTrainer(entry, sae, optimizer, dead_tracker, MeanMeter(device), found.variance)
+        )
     return made
 
 
@@ -173,8 +177,8 @@ def measure(
     cache: Cache, config: FitConfig, sizes: Sizes, device: torch.device, pairs: int
 ) -> list[list[tuple[float, float]]]:
     """Milliseconds a step of the pass and of its SAEs alone, pair by pair: clock, processor."""
-    trainees = trainees_of(cache, config, 10**6, device)
-    groups = by_hookpoint(trainees)
+    trainers = trainees_of(cache, config, 10**6, device)
+    groups = by_hookpoint(trainers)
     (hookpoint,) = cache.hookpoints
     clock, processor = [], []
     with open_stream(cache, sizes, device) as stream:
@@ -186,8 +190,8 @@ def measure(
 
         def alone() -> None:
             for step in range(sizes.block):
-                for trainee in trainees:
-                    train_step(trainee, ready, step, trainee.entry.options.auxk_alpha)
+                for trainer in trainers:
+                    train_step(trainer, ready, step, trainer.entry.options.auxk_alpha)
 
         for pair in range(-1, pairs):  # the first one warms up
             took = {}

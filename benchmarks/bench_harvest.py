@@ -47,10 +47,10 @@ from torch import Tensor
 
 from actcache.config import HarvestConfig
 from actcache.core.device import peak_memory
-from actcache.core.distributed import Ranks
+from actcache.core.distributed import World
 from actcache.core.progress import format_bytes
-from actcache.harvester.job import Job, prepare
-from actcache.harvester.run import HarvestSummary, carry_out
+from actcache.harvester.job import HarvestJob, prepare_job
+from actcache.harvester.run import HarvestSummary, run_job
 
 HOOKPOINTS = ("layers.9", "layers.9.mlp")
 SHALLOW = ("layers.0", "layers.0.mlp")
@@ -172,11 +172,11 @@ def synthetic_job(
 
 
 @contextlib.contextmanager
-def prepared(work: Path, job: HarvestConfig) -> Iterator[Job]:
+def prepared(work: Path, job: HarvestConfig) -> Iterator[HarvestJob]:
     """A harvest into a new folder, up to where the model would run; the folder does not last."""
     out = Path(tempfile.mkdtemp(dir=work, prefix="cache-"))
     with _quiet():
-        ready = prepare(replace(job, out=str(out)), Ranks(0, 1))
+        ready = prepare_job(replace(job, out=str(out)), World(0, 1))
     try:
         yield ready
     finally:
@@ -184,9 +184,9 @@ def prepared(work: Path, job: HarvestConfig) -> Iterator[Job]:
         shutil.rmtree(out)
 
 
-def run(ready: Job) -> HarvestSummary:
+def run(ready: HarvestJob) -> HarvestSummary:
     """The harvest itself, which takes its own time."""
-    summary = carry_out(ready)
+    summary = run_job(ready)
     assert summary.complete
     return summary
 

@@ -79,7 +79,7 @@ class Figures:
     """Of one size, firing and optimiser."""
 
     problem: Problem
-    firing: Firing
+    dead_tracker: Firing
     optimizer: OptimizerName
     times: dict[str, dict[str, list[float]]]
     """Milliseconds by stage and side."""
@@ -109,10 +109,12 @@ def main() -> None:
     ceilings = measure_ceilings(device, small=options.smoke)
     found = []
     for size in sizes:
-        for firing in get_args(Firing):
+        for dead_tracker in get_args(Firing):
             for optimizer in get_args(OptimizerName):
-                found.append(measure(size, firing, optimizer, ceilings, options.rounds, device))
-                print(f"measured {size}, {firing}, {optimizer}", flush=True)
+                found.append(
+                    measure(size, dead_tracker, optimizer, ceilings, options.rounds, device)
+                )
+                print(f"measured {size}, {dead_tracker}, {optimizer}", flush=True)
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"\n{machine('triton', 'eai-sparsify', device=device)}{threads}")
     print(f"{ceilings}\n")
@@ -127,14 +129,14 @@ def main() -> None:
 
 def measure(
     size: tuple[int, int, int, int],
-    firing: Firing,
+    dead_tracker: Firing,
     optimizer: OptimizerName,
     ceilings: Ceilings,
     rounds: int,
     device: torch.device,
 ) -> Figures:
     """Build every side, compare the losses of first steps, and time all stages in turns."""
-    problem = make_problem(size, firing, device)
+    problem = make_problem(size, dead_tracker, device)
     sides: list[Side] = []
     memory: dict[str, Memory] = {}
     losses = {}
@@ -165,7 +167,9 @@ def measure(
         times[stage] = in_turns(runs, rounds, device)
     x, W = problem.x.to(problem.low), problem.W.to(problem.low)
     product = in_turns({"product": lambda: linear(x, W)}, rounds, device)["product"]
-    return Figures(problem, firing, optimizer, times, floors, statistics.median(product), memory)
+    return Figures(
+        problem, dead_tracker, optimizer, times, floors, statistics.median(product), memory
+    )
 
 
 def built(make: Callable[[], Side], device: torch.device) -> tuple[Side, float, Memory]:
@@ -236,7 +240,7 @@ def goals(found: list[Figures]) -> list[str]:
     lines = []
     for figures in found:
         D, M, K = figures.problem.sizes[1:]
-        what = f"{figures.problem.sizes}, {figures.firing}, {figures.optimizer}"
+        what = f"{figures.problem.sizes}, {figures.dead_tracker}, {figures.optimizer}"
         step = medians(figures.times[STEP])
         if "sparsify" in step:
             faster = step["sparsify"] / step["ours"]
@@ -282,7 +286,7 @@ def lines_of(figures: Figures) -> list[list[str]]:
         lines.append(
             [
                 str(figures.problem.sizes),
-                figures.firing,
+                figures.dead_tracker,
                 f"{stage}, {figures.optimizer}" if of_optimizer else stage,
                 f"{middle['ours']:.3f}",
                 quartiles_text(low, high),

@@ -27,12 +27,12 @@ from rivals import entry_of
 from saetrain.config.sae import SaeConfig
 from saetrain.model.activations.compiled import missing_compiler
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import objective_of
+from saetrain.model.losses import make_loss_config
 from saetrain.optim import make_optimizer
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 SIZE, SMOKE = (2048, 576, 4608, 32), (64, 24, 320, 4)
 DEAD = {SIZE: 2000, SMOKE: 100}
@@ -104,25 +104,25 @@ def maker(
         kind["matryoshka"] = (M // 8, M // 4, M // 2)
     config = SaeConfig(D, M, K, **kind)
     sae = build_sae(config, device=x.device)
-    objective = objective_of(config, 0)
+    loss_config = make_loss_config(config, 0)
     dead = DEAD[size] if name.endswith("dead") else 0
-    firing = Firing(M, 1 if dead else 10**9, x.device)
-    trainee = Trainee(
+    dead_tracker = DeadLatentTracker(M, 1 if dead else 10**9, x.device)
+    trainer = SaeTrainer(
         entry_of(config, 1e-4),
         sae,
         make_optimizer("adam", sae, 1e-4, 0, 1000),
-        firing,
-        Meter(x.device, objective.names),
+        dead_tracker,
+        MeanMeter(x.device, loss_config.names),
         float((x - x.mean(0)).pow(2).sum() / len(x)),
-        objective,
-        Recipe(compile=compiled),
+        loss_config,
+        StepSettings(compile=compiled),
     )
 
     def step(number: int) -> None:
         if dead:
-            firing.rows_since.zero_()
-            firing.rows_since[:dead] = 1
-        train_step(trainee, x, number, 1 / 32)
+            dead_tracker.rows_since.zero_()
+            dead_tracker.rows_since[:dead] = 1
+        train_step(trainer, x, number, 1 / 32)
 
     return step
 

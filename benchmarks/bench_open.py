@@ -19,7 +19,7 @@ from report import machine, print_table
 
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
-from actcache.filesystem.atomic import FileReceipt
+from actcache.filesystem.atomic import FileDigest
 from actcache.format.manifest import Hookpoint
 from actcache.format.receipts import FOLDER, ShardReceipt, receipt_path
 from actcache.format.row_filters import FILTERS
@@ -72,7 +72,7 @@ def _write(root: Path, shards: int, hookpoints: int) -> int:
     manifest = synthetic_manifest(points, sequences_per_shard=64, shards=shards)
     (root / FOLDER).mkdir(parents=True)
     (root / "manifest.json").write_bytes(to_json(manifest))
-    file = FileReceipt(64 * 1023 * 8192 + 4096, "ab" * 16)
+    file = FileDigest(64 * 1023 * 8192 + 4096, "ab" * 16)
     receipt = ShardReceipt(
         cache_id=manifest.cache_id,
         shard=0,

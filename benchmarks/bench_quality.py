@@ -273,7 +273,7 @@ def judge(
     errors, active, rows, fired = [], 0, 0, torch.zeros((), dtype=torch.bool)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for shard in held_out:
-        stored = cache.codec.to_torch(cache.read(hookpoint, shard))
+        stored = cache.row_dtype.to_torch(cache.read(hookpoint, shard))
         for x in torch.split(stored.to(device).float(), ROWS_AT_ONCE):
             reconstruction, latents = run(x)
             errors.append(float((x - reconstruction).double().pow(2).sum()))

@@ -44,7 +44,7 @@ from actcache.cache.writer import RowLayout
 from actcache.config import HarvestConfig, RowOrder
 from actcache.format.manifest import Hookpoint, Manifest
 from actcache.stream.activation_stream import ActivationStream
-from actcache.stream.memory_budget import spend
+from actcache.stream.memory_budget import plan_memory
 from actcache.stream.order import POOL_ROWS, OrderPlan, make_plan
 from saetrain.config.fit_config import FitConfig
 
@@ -146,7 +146,7 @@ def synthetic(count: int, width: int, row_order: RowOrder) -> Manifest:
 
 def default_pool(manifest: Manifest, batch: int) -> int:
     """Rows that fit holds unless it is told otherwise, of one hookpoint."""
-    return spend(None, manifest, [manifest.identity.hookpoints[0].name], batch).pool_rows
+    return plan_memory(None, manifest, [manifest.identity.hookpoints[0].name], batch).pool_rows
 
 
 def streamed(manifest: Manifest, batch: int, pool: int, seed: int) -> Iterator[Longs]:
@@ -226,7 +226,7 @@ class Memory:
 
     def __init__(self, cache: Cache, training: list[int]) -> None:
         self.cache, self.training = cache, training
-        parts = [cache.codec.to_torch(cache.read(HOOKPOINT, shard)) for shard in training]
+        parts = [cache.row_dtype.to_torch(cache.read(HOOKPOINT, shard)) for shard in training]
         words = [cache.tokens(shard) for shard in training]
         self.rows = torch.cat(parts)  # [N, D]
         self.first = dict(zip(training, np.cumsum([0, *map(len, parts[:-1])]), strict=True))

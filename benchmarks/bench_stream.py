@@ -40,7 +40,7 @@ from synthetic import CTX, HOOKPOINT, write_cache
 from actcache.cache.reader import Cache
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import make_plan
-from actcache.stream.verified_reads import Reading
+from actcache.stream.verified_reads import ReadSettings
 
 BATCH = 4096
 _PIECE = 4 << 20
@@ -147,7 +147,7 @@ def stream(
     plan = make_plan(shards, cache.manifest.block_rows, BATCH, 0, pool_rows)
     began = time.perf_counter()
     with ActivationStream(
-        cache, [HOOKPOINT], plan, verify="never", reading=Reading(threads), device=device
+        cache, [HOOKPOINT], plan, verify="never", reading=ReadSettings(threads), device=device
     ) as batches:
         for _ in range(plan.steps_per_epoch):
             next(batches)

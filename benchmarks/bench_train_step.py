@@ -35,7 +35,7 @@ from rivals import Contender, Setting, dense, ours, ours_together, sparsify
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from saetrain.kernels.grad_memory import forget_spares
+from saetrain.kernels.grad_memory import free_memory
 from saetrain.model.sae import Sae
 
 Sizes = tuple[int, int, int, int]
@@ -198,7 +198,7 @@ def peak_bytes(contender: Contender, x: Tensor) -> int:
         step(x, WARM_UP)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    forget_spares()  # so that what is taken anew is counted
+    free_memory()  # so that what is taken anew is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step(x, WARM_UP)
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]

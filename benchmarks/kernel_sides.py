@@ -20,8 +20,8 @@ from ceilings import STAGES, OptimizerName
 from torch import Tensor
 from torch.nn.functional import linear
 
-from saetrain.kernels import chosen_path, reference
-from saetrain.kernels.backends import primitives
+from saetrain.kernels import reference, select_backend
+from saetrain.kernels.backends import backend_module
 from saetrain.kernels.sorted_pairs import sort_pairs
 
 Firing = Literal["uniform", "zipf"]
@@ -55,7 +55,9 @@ class Problem:
         return (self.x - self.x.mean(0)).square().sum()
 
 
-def make_problem(sizes: tuple[int, int, int, int], firing: Firing, device: torch.device) -> Problem:
+def make_problem(
+    sizes: tuple[int, int, int, int], dead_tracker: Firing, device: torch.device
+) -> Problem:
     """Pre-activations are about normal, of deviation 1, around the latents' biases."""
     N, D, M, K = sizes
     generator = torch.Generator(device).manual_seed(0)
@@ -63,7 +65,7 @@ def make_problem(sizes: tuple[int, int, int, int], firing: Firing, device: torch
     W = torch.randn(M, D, device=device, generator=generator)
     W /= W.norm(dim=1, keepdim=True)
     share = torch.full((M,), K / M, device=device)
-    if firing == "zipf":
+    if dead_tracker == "zipf":
         rank = torch.arange(1, M + 1, device=device, dtype=torch.float32)
         share = (K / (1 / rank).sum() / rank).clamp(max=0.95)
     # A normal number of mean b is above 0 as often as one of mean 0 is above -b.
@@ -90,7 +92,7 @@ class Ours:
 
     def __init__(self, problem: Problem, optimizer: OptimizerName) -> None:
         self.problem, self.optimizer = problem, optimizer
-        self.ops = primitives(chosen_path(problem.x))
+        self.ops = backend_module(select_backend(problem.x))
         low = problem.low
         self.x = problem.x.to(low)
         self.W = [problem.W.clone(), problem.W.clone()]  # encoder, decoder
@@ -99,7 +101,7 @@ class Ours:
         adam = optimizer == "adam"
         self.first = [torch.zeros_like(w) if adam else w.clone() for w in all_four]
         self.second = [torch.zeros_like(w) for w in all_four] if adam else []
-        self.shadow = [w.to(low) for w in self.W] if low != torch.float32 else self.W
+        self.bf16_copy = [w.to(low) for w in self.W] if low != torch.float32 else self.W
         self.scale = 2 / problem.variance
         self.number = 0
         self.gradients: list[Tensor] = []
@@ -122,13 +124,13 @@ class Ours:
     def encode(self) -> None:
         """Activations and latents, [N, K]."""
         self.centred = self.x - self.b[1].to(self.x.dtype)
-        pre_acts = linear(self.centred, self.shadow[0], self.b[0].to(self.x.dtype))  # [N, M]
+        pre_acts = linear(self.centred, self.bf16_copy[0], self.b[0].to(self.x.dtype))  # [N, M]
         values, self.indices = self._op("topk")(pre_acts, self.problem.sizes[3])
         self.acts = values.relu_()
 
     def decode(self) -> None:
         """The reconstruction, [N, D]."""
-        out = self.ops.gather_sum(self.acts, self.indices, self.shadow[1])
+        out = self.ops.gather_sum(self.acts, self.indices, self.bf16_copy[1])
         self.out = out.add_(self.b[1].to(out.dtype))
 
     def backward(self) -> None:
@@ -137,12 +139,12 @@ class Ours:
         self.loss = error.float().square().sum() * (self.scale / 2)
         dY = error.mul_(self.scale.to(error.dtype))
         M = self.problem.sizes[2]
-        g = self.ops.gather_dot(dY, self.indices, self.shadow[1])
+        g = self.ops.gather_dot(dY, self.indices, self.bf16_copy[1])
         g = g.masked_fill_(self.acts <= 0, 0)
         pairs = sort_pairs(self.indices, M)
         given = (self.acts, dY, g, self.centred, self.indices, M, pairs)
         dW_dec, dW_enc, db_enc = self.ops.weight_gradients(*given, dtype=torch.float32)
-        along = (db_enc.to(self.x.dtype) @ self.shadow[0]).float()  # [D]
+        along = (db_enc.to(self.x.dtype) @ self.bf16_copy[0]).float()  # [D]
         db_dec = dY.sum(dim=0, dtype=torch.float32) - along
         self.gradients[:] = [dW_enc, dW_dec, db_enc, db_dec]
 
@@ -153,9 +155,9 @@ class Ours:
         """
         self.number += 1
         ok = self.loss.isfinite()
-        shadows = [*self.shadow, None, None] if self.shadow is not self.W else [None] * 4
+        bf16_copies = [*self.bf16_copy, None, None] if self.bf16_copy is not self.W else [None] * 4
         for place, w in enumerate([*self.W, *self.b]):
-            options = {"unit": place == 1, "shadow": shadows[place], "ok": ok, "lr": LR}
+            options = {"unit": place == 1, "bf16_copy": bf16_copies[place], "ok": ok, "lr": LR}
             grad, first = self.gradients[place], self.first[place]
             if self.optimizer == "signum":
                 mix = 1 / self.number

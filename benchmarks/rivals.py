@@ -22,14 +22,14 @@ if not torch.cuda.is_available():
 
 from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import OptimizerName, SaeOptions
-from saetrain.kernels import Autoencoded, Pieces, Way
+from saetrain.kernels import Autoencoded, PrefixGroups, Selector
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
-from saetrain.training.cuda_graphs import RecordedSteps, Recorder
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.cuda_graphs import GraphedSteps, GraphRecorder
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_batch, train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 Step = Callable[[Tensor, int], None]
 Published = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -95,9 +95,9 @@ def ours(
     sae_type: type[Sae] = Sae,
 ) -> Contender:
     """Our step. b_dec begins at `mean` [D]; the loss divides by `variance`."""
-    trainee = _trainee(setting, mean, variance, autocast, sae_type)
+    trainer = _trainee(setting, mean, variance, autocast, sae_type)
     # AuxK as by default; no latent is dead before 10 million rows.
-    return lambda x, step: train_step(trainee, x, step, 1 / 32), lambda: _exported(trainee)
+    return lambda x, step: train_step(trainer, x, step, 1 / 32), lambda: _exported(trainer)
 
 
 def ours_together(
@@ -108,7 +108,7 @@ def ours_together(
     autocast: bool = False,
     saes: int = 1,
     graph: bool = True,
-    recorder: Recorder | None = None,
+    recorder: GraphRecorder | None = None,
 ) -> Contender:
     """Steps of several SAEs on the same rows; with `graph` one CUDA graph, see `fit --cuda-graphs`.
 
@@ -119,7 +119,7 @@ def ours_together(
         for number in range(saes)
     ]
     groups = {"rows": group}
-    recorded = RecordedSteps(groups, recorder, warm_up=1) if graph else None
+    recorded = GraphedSteps(groups, recorder, warm_up=1) if graph else None
 
     def step(x: Tensor, number: int) -> None:
         batch: Any = SimpleNamespace(activations={"rows": x})
@@ -133,25 +133,25 @@ def ours_together(
 
 def _trainee(
     setting: Setting, mean: Tensor, variance: float, autocast: bool, sae_type: type[Sae]
-) -> Trainee:
+) -> SaeTrainer:
     s = setting
     sae = sae_type(s.d_in, s.num_latents, s.k, seed=s.seed, device=s.device)
     with torch.no_grad():
         sae.b_dec.copy_(mean)
-    return Trainee(
+    return SaeTrainer(
         entry_of(SaeConfig(s.d_in, s.num_latents, s.k), s.rate),
         sae,
         make_optimizer(s.optimizer, sae, s.rate, s.warmup, s.steps),
-        Firing(s.num_latents, 10_000_000, s.device),
-        Meter(s.device),
+        DeadLatentTracker(s.num_latents, 10_000_000, s.device),
+        MeanMeter(s.device),
         variance,
-        recipe=Recipe(autocast=autocast),
+        settings=StepSettings(autocast=autocast),
     )
 
 
-def _exported(trainee: Trainee) -> Published:
-    trainee.sae.load_state_dict(trainee.optimizer.weights_to_export())
-    return published(trainee.sae)
+def _exported(trainer: SaeTrainer) -> Published:
+    trainer.sae.load_state_dict(trainer.optimizer.weights_to_export())
+    return published(trainer.sae)
 
 
 def entry_of(sizes: SaeConfig, lr: float) -> Any:
@@ -294,10 +294,14 @@ def dense(setting: Setting, mean: Tensor, variance: float) -> Contender:
 
 class _DenseSae(Sae):
     def autoencode(
-        self, x: Tensor, way: Way, pieces: Pieces | None = None, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        selector: Selector,
+        prefix_groups: PrefixGroups | None = None,
+        rows: Tensor | None = None,
     ) -> Autoencoded:
-        del way
-        assert pieces is None
+        del selector
+        assert prefix_groups is None
         assert rows is None
         pre_acts = torch.relu((x - self.b_dec) @ self.W_enc.T + self.b_enc)  # [N, M]
         values, indices = pre_acts.topk(self.k, dim=-1, sorted=False)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from common import synthetic_manifest
 
-from actcache.cache.writer import FilledShard, ShardText, publish_shard
+from actcache.cache.writer import ShardData, ShardText, publish_shard
 from actcache.core.json_codec import to_json
-from actcache.filesystem.atomic import publish
+from actcache.filesystem.atomic import write_atomic
 from actcache.format.manifest import Hookpoint
-from actcache.format.receipts import EndReceipt, publish_end
+from actcache.format.receipts import CompletionMarker, write_completion_marker
 from actcache.format.row_filters import kept_positions
 from actcache.storage import BACKENDS, StoredRows
 
@@ -41,8 +41,8 @@ def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 1
         ),
         backend=backend,  # type: ignore[arg-type]
     )
-    publish(root / "manifest.json", [to_json(manifest)])
-    BACKENDS[backend].lay(root, manifest)
+    write_atomic(root / "manifest.json", [to_json(manifest)])
+    BACKENDS[backend].initialize(root, manifest)
     count = sequences * CTX
     for shard in range(shards):
         numbers = np.arange(sequences, dtype=np.int64)
@@ -52,5 +52,7 @@ def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 1
         random = np.random.default_rng(shard).integers(0, 2**15, (count, width), dtype=np.uint16)
         values = (random & 0x80FF) | 0x3F00  # bfloat16 numbers between 0.5 and 2
         stored = {HOOKPOINT: StoredRows({"activations": values.astype("<u2")})}
-        publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, stored, {}))
-    publish_end(root, EndReceipt(manifest.cache_id, shards - 1, sequences * shards, "goal", 0))
+        publish_shard(root, manifest, ShardData(shard, text, kept, dropped, stored, {}))
+    write_completion_marker(
+        root, CompletionMarker(manifest.cache_id, shards - 1, sequences * shards, "goal", 0)
+    )

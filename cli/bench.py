@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from .error_handling import emit, guarded
+from .error_handling import print_json, report_errors
 from .options import BlockCache, BlockCacheBytes
 from .tables import table
 
 
-@guarded
+@report_errors
 def run(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
     hookpoint: Annotated[
@@ -31,9 +31,9 @@ def run(
 
     from actcache.cache.reader import Cache
     from actcache.core.progress import format_bytes
-    from actcache.stream.benchmark import measure
+    from actcache.stream.benchmark import benchmark_reads
 
-    found = measure(
+    found = benchmark_reads(
         Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes),
         hookpoint or (),
         max_bytes=max_bytes,
@@ -41,7 +41,7 @@ def run(
         threads=threads,
     )
     if json:
-        emit(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found))
         return
     rows = [
         [speed.what, f"{format_bytes(speed.bytes_per_second)}/s", f"{speed.rows_per_second:,.0f}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actcache.config import ConvertConfig
 
-from .error_handling import emit
+from .error_handling import print_json
 
 
 def run(config: ConvertConfig, as_json: bool) -> None:
@@ -21,7 +21,7 @@ def run(config: ConvertConfig, as_json: bool) -> None:
 
     summary = convert(config)
     if as_json:
-        emit(dataclasses.asdict(summary))
+        print_json(dataclasses.asdict(summary))
         return
     cache = Cache.open(summary.cache)
     state = "complete" if summary.complete else "incomplete, as the source is: convert again later"

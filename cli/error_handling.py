@@ -25,7 +25,7 @@ class Terminated(KeyboardInterrupt):
     exit_code = TERMINATED
 
 
-def guarded(run: Callable[P, None]) -> Callable[P, None]:
+def report_errors(run: Callable[P, None]) -> Callable[P, None]:
     """Print errors that a user can mend as text, without a traceback, and exit with their code."""
 
     @functools.wraps(run)
@@ -34,23 +34,25 @@ def guarded(run: Callable[P, None]) -> Callable[P, None]:
         try:
             run(*args, **kwargs)
         except ActcacheError as error:
-            say(f"error: {error}")
+            print_stderr(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
-            code = getattr(stop, "exit_code", INTERRUPTED)  # of fit's `Stopped`, too
+            code = getattr(stop, "exit_code", INTERRUPTED)  # of fit's `RunStopped`, too
             what = "terminated" if code == TERMINATED else "interrupted"
             how = str(stop) or "what was published stays; the same command goes on (fit: --resume)"
-            say(f"{what}: {how}")
+            print_stderr(f"{what}: {how}")
             raise typer.Exit(code) from None
         except BrokenPipeError:  # `| head` has seen enough: click ends quietly, with code 1
             raise
         except OSError as error:  # a folder without permission, a disk that fails
-            say(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+            print_stderr(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
             raise typer.Exit(1) from None
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            say(f"error: out of memory\n  got:      {error}\n  remedy:   a smaller --batch-size")
+            print_stderr(
+                f"error: out of memory\n  got:      {error}\n  remedy:   a smaller --batch-size"
+            )
             raise typer.Exit(1) from None
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -71,12 +73,12 @@ def _terminate(_number: int, _frame: object) -> None:
     raise Terminated
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Tell the user something beside the command's own output: on stderr."""
     print(text, file=sys.stderr)
 
 
-def emit(value: Any) -> None:
+def print_json(value: Any) -> None:
     """Print a command's machine-readable result: one strict JSON document on stdout."""
     import json
 

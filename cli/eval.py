@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from .error_handling import emit, guarded
-from .fit import figure, heading
+from .error_handling import print_json, report_errors
+from .fit import format_number, heading
 from .options import BlockCache, BlockCacheBytes
 from .tables import table
 
 
-@guarded
+@report_errors
 def run(
     run: Annotated[str, typer.Argument(help="Folder of the run.")],
     cache: Annotated[
@@ -39,7 +39,7 @@ def run(
 
     evaluation = evaluate(Path(run), cache, device, block_cache, block_cache_bytes, best=best)
     if json:
-        emit(dataclasses.asdict(evaluation))
+        print_json(dataclasses.asdict(evaluation))
         return
     header = [
         heading(sae.name for sae in evaluation.saes),
@@ -56,12 +56,12 @@ def run(
         [
             sae.name,
             str(sae.num_latents),
-            figure(sae.k, "d"),
+            format_number(sae.k, "d"),
             f"{sae.fvu:.4f}",
             f"{sae.l0:.1f}",
-            figure(sae.dead_percent, ".1f"),
+            format_number(sae.dead_percent, ".1f"),
             f"{sae.fired_percent:.1f}",
-            figure(evaluation.rows_per_second, ",.0f"),
+            format_number(evaluation.rows_per_second, ",.0f"),
             *[f"{sae.step:,}"] * best,
         ]
         for sae in evaluation.saes

@@ -8,8 +8,8 @@ import typer
 
 from saetrain.config.fit_config import FitConfig
 
-from .error_handling import emit, say
-from .fit_plan import show
+from .error_handling import print_json, print_stderr
+from .fit_plan import print_estimate
 from .tables import table
 
 
@@ -24,32 +24,32 @@ def run(config: FitConfig, plan: bool, as_json: bool) -> None:
     leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     if plan:
         if leads:
-            show(config, as_json)
+            print_estimate(config, as_json)
         return
     import dataclasses
 
     from actcache.core.progress import format_bytes
-    from saetrain.distributed.coordinator import tells
-    from saetrain.distributed.process_group import PeerFailedError
-    from saetrain.distributed.signals import Stopped
+    from saetrain.distributed.coordinator import reports_outcome
+    from saetrain.distributed.process_group import RemoteRankError
+    from saetrain.distributed.signals import RunStopped
     from saetrain.launch.run import fit
 
     try:
         summary = fit(config)
-    except (PeerFailedError, Stopped) as error:
-        if tells(error):
+    except (RemoteRankError, RunStopped) as error:
+        if reports_outcome(error):
             raise
         raise typer.Exit(error.exit_code) from None
     if not leads:
         return
     for warning in summary.warnings:
-        say(f"warning: {warning}")
+        print_stderr(f"warning: {warning}")
     if as_json:
-        emit(dataclasses.asdict(summary))
+        print_json(dataclasses.asdict(summary))
         return
     header = [heading(summary.saes), "FVU", "L0", f"dead % ({summary.dead_after:,} rows)"]
     rows = [
-        [name, f"{m['fvu']:.4f}", f"{m['l0']:.1f}", figure(m["dead_percent"], ".1f")]
+        [name, f"{m['fvu']:.4f}", f"{m['l0']:.1f}", format_number(m["dead_percent"], ".1f")]
         for name, m in summary.saes.items()
     ]
     if summary.held_out:
@@ -79,6 +79,6 @@ def heading(names: Iterable[str]) -> str:
     return "SAE" if any("/" in name for name in names) else "hookpoint"
 
 
-def figure(value: float | None, form: str) -> str:
+def format_number(value: float | None, form: str) -> str:
     """A number of a table, or a dash where it is not known."""
     return "-" if value is None else format(value, form)

@@ -6,20 +6,20 @@ from typing import Any
 
 from saetrain.config.fit_config import FitConfig
 
-from .error_handling import emit
+from .error_handling import print_json
 from .tables import table
 
 
-def show(config: FitConfig, as_json: bool) -> None:
+def print_estimate(config: FitConfig, as_json: bool) -> None:
     """Print the SAEs that the options mean, their parameters and their memory."""
     import dataclasses
 
     from actcache.core.device import choose_device
-    from saetrain.launch.estimate import plan_fit
+    from saetrain.launch.estimate import estimate_fit
 
-    plan = plan_fit(config, choose_device(config.device))
+    plan = estimate_fit(config, choose_device(config.device))
     if as_json:
-        emit(dataclasses.asdict(plan))
+        print_json(dataclasses.asdict(plan))
         return
     print(_table(plan))
     print("\n".join(_notes(plan)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actcache.config import HarvestConfig
 
-from .error_handling import emit, say
+from .error_handling import print_json, print_stderr
 
 
 def run(config: HarvestConfig, as_json: bool) -> None:
@@ -20,11 +20,11 @@ def run(config: HarvestConfig, as_json: bool) -> None:
 
     summary = harvest(config)
     for warning in summary.warnings:
-        say(f"warning: {warning}")
+        print_stderr(f"warning: {warning}")
     if summary.rank > 0:  # one process speaks for all
         return
     if as_json:
-        emit(dataclasses.asdict(summary))
+        print_json(dataclasses.asdict(summary))
         return
     cache = Cache.open(summary.cache)
     state = "complete" if summary.complete else "other processes are still at work"

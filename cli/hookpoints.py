@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from .error_handling import emit, guarded
+from .error_handling import print_json, report_errors
 
 
-@guarded
+@report_errors
 def run(
     model: Annotated[str, typer.Argument(help="Model id or folder.")],
     pattern: Annotated[
@@ -24,7 +24,7 @@ def run(
 ) -> None:
     """List the hookpoints of MODEL with their widths, without loading weights where possible."""
     from actcache.config import HarvestConfig
-    from actcache.harvester.resolve import survey_model
+    from actcache.harvester.resolve import probe_model
     from actcache.model.hooks import select
     from actcache.model.loading import load_config
 
@@ -36,12 +36,12 @@ def run(
         gguf_file=gguf_file,
         trust_remote_code=trust_remote_code,
     )
-    surveyed, sites = survey_model(config, load_config(config))
+    surveyed, sites = probe_model(config, load_config(config))
     chosen = list(sites.values())
     if pattern is not None:
         chosen = select(pattern, sites, surveyed.base_model_prefix)
     if json:
-        emit([{"name": s.name, "width": s.width, "reason": s.reason} for s in chosen])
+        print_json([{"name": s.name, "width": s.width, "reason": s.reason} for s in chosen])
         return
     longest = max((len(site.name) for site in chosen), default=0)
     for site in chosen:

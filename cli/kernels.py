@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from .error_handling import emit, guarded
+from .error_handling import print_json, report_errors
 from .tables import table
 
 
-@guarded
+@report_errors
 def run(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the path of each function; the default.")
@@ -42,6 +42,6 @@ def run(
     except (RuntimeError, ValueError) as error:
         raise ConfigError("no path can be chosen", got=str(error).splitlines()[0]) from error
     if json:
-        emit([choice._asdict() for choice in choices])
+        print_json([choice._asdict() for choice in choices])
         return
     print(table(["function", "path", "how"], [list(choice) for choice in choices]))

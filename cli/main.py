@@ -10,7 +10,7 @@ from actcache.config import ConvertConfig, HarvestConfig, PlanConfig
 
 from . import bench, convert, fit, harvest, hookpoints, kernels, plan, verify
 from . import eval as eval_
-from .error_handling import guarded
+from .error_handling import report_errors
 from .fit_options import fit_command
 from .inspect import command as inspect_cache
 from .options import command
@@ -49,9 +49,9 @@ def _version(wanted: bool) -> None:
 def actcache_app() -> typer.Typer:
     """The program `actcache`."""
     app = _app("Harvest a model's activations once, and look at them.")
-    app.command("harvest")(guarded(command(HarvestConfig, harvest.run, ["model", "dataset"])))
-    app.command("plan")(guarded(command(PlanConfig, plan.run, ["model", "dataset"])))
-    app.command("convert")(guarded(command(ConvertConfig, convert.run, ["source"])))
+    app.command("harvest")(report_errors(command(HarvestConfig, harvest.run, ["model", "dataset"])))
+    app.command("plan")(report_errors(command(PlanConfig, plan.run, ["model", "dataset"])))
+    app.command("convert")(report_errors(command(ConvertConfig, convert.run, ["source"])))
     app.command("hookpoints")(hookpoints.run)
     app.command("inspect")(inspect_cache.run)
     app.command("verify")(verify.run)
@@ -62,7 +62,7 @@ def actcache_app() -> typer.Typer:
 def saetrain_app() -> typer.Typer:
     """The program `saetrain`."""
     app = _app("Train sparse autoencoders from a cache of activations.")
-    app.command("fit")(guarded(fit_command(fit.run)))
+    app.command("fit")(report_errors(fit_command(fit.run)))
     app.command("eval")(eval_.run)
     app.command("kernels")(kernels.run)
     return app

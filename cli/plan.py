@@ -6,7 +6,7 @@ from typing import Any
 
 from actcache.config import PlanConfig
 
-from .error_handling import emit, say
+from .error_handling import print_json, print_stderr
 from .tables import table
 
 
@@ -17,13 +17,15 @@ def run(config: PlanConfig, as_json: bool) -> None:
     """
     import dataclasses
 
-    from actcache.harvester.estimate import plan_harvest
+    from actcache.harvester.estimate import estimate_harvest
 
-    found = plan_harvest(config)
+    found = estimate_harvest(config)
     for warning in found.warnings:
-        say(f"note: {warning}")
+        print_stderr(f"note: {warning}")
     if as_json:
-        emit(dataclasses.asdict(found) | {"fits": found.fits, "memory_total": found.memory.total})
+        print_json(
+            dataclasses.asdict(found) | {"fits": found.fits, "memory_total": found.memory.total}
+        )
         return
     for name, fact in _facts(found, config.out).items():
         print(f"{name:<8} {fact}")

@@ -8,16 +8,16 @@ import typer
 
 from actcache.config import HarvestConfig
 from actcache.errors import ConfigError, CorruptShardError
-from actcache.filesystem.paths import refuse_url
+from actcache.filesystem.paths import reject_url
 
-from .error_handling import emit, guarded, say
+from .error_handling import print_json, print_stderr, report_errors
 from .options import command
 
 if TYPE_CHECKING:
     from actcache.cache.verify import Verification
 
 
-@guarded
+@report_errors
 def run(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
     harvest: Annotated[
@@ -50,7 +50,7 @@ def run(
     if harvest and not repair:
         raise ConfigError("a harvest command is for --repair", got=" ".join(harvest))
     if repair:
-        refuse_url(cache, "CACHE with --repair", "files are published by renaming them")
+        reject_url(cache, "CACHE with --repair", "files are published by renaming them")
     config = _harvest_config([*harvest, "--out", cache]) if harvest else None
     found = verify(cache, quick=quick, threads=threads)
     if not json:
@@ -58,13 +58,13 @@ def run(
     if config is not None and any(damage.shard is not None for damage in found.damages):
         _require_same(config)
     retracted = retract_damaged(found) if repair else []
-    whole = found.sound
-    if repair and config is not None and not (found.sound and found.complete):
+    whole = found.is_sound
+    if repair and config is not None and not (found.is_sound and found.complete):
         whole = _make_again(config, retracted)
     elif repair and (found.damages or found.retracted):
-        say("run the harvest command again: it makes what is missing, and only that")
+        print_stderr("run the harvest command again: it makes what is missing, and only that")
     if json:
-        emit(dataclasses.asdict(found) | {"sound": whole})
+        print_json(dataclasses.asdict(found) | {"sound": whole})
     if not whole:
         raise typer.Exit(CorruptShardError.exit_code)
 
@@ -101,9 +101,11 @@ def _make_again(config: HarvestConfig, retracted: list[int]) -> bool:
 
     summary = harvest(config)
     for warning in summary.warnings:
-        say(f"warning: {warning}")
+        print_stderr(f"warning: {warning}")
     numbers = ", ".join(map(str, retracted)) or "none"
-    say(f"{summary.cache}: took back shards {numbers}; made {summary.new_shards} shards again")
+    print_stderr(
+        f"{summary.cache}: took back shards {numbers}; made {summary.new_shards} shards again"
+    )
     return summary.complete
 
 
@@ -118,7 +120,7 @@ def _print(found: Verification) -> None:
     if found.retracted:
         print(f"shards that wait to be made again: {', '.join(map(str, found.retracted))}")
     how = "sizes and headers" if found.quick else "every byte"
-    state = "sound" if found.sound else f"{len(found.damages)} findings"
+    state = "sound" if found.is_sound else f"{len(found.damages)} findings"
     state += "" if found.complete else ", incomplete"
     print(
         f"{found.cache}: {state}; {how} of {found.files} files in {found.shards} shards, "

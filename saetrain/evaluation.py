@@ -13,7 +13,7 @@ from actcache.core.device import choose_device
 from actcache.core.json_codec import to_json
 from actcache.core.progress import Progress
 from actcache.errors import EmptyCacheError, FormatError, RunError
-from actcache.filesystem.atomic import FileReceipt, digest_file, publish
+from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MANIFEST
 from saetrain.config.sae import PENALISED
@@ -24,7 +24,7 @@ from saetrain.model.sae import Sae
 from saetrain.runs.checkpoint import SaeState, newest_state
 from saetrain.runs.record import RunRecord, SaeEntry, check_same_cache, read_run
 from saetrain.runs.segments import has_ended, held_out_shards, read_used
-from saetrain.tracking.jsonl import METRICS, TIMINGS, last_line, number_of, saes_of
+from saetrain.tracking.jsonl import METRICS, TIMINGS, last_line, number_of, sae_metrics
 from saetrain.training.best import best_folder
 from saetrain.training.metrics import fired
 
@@ -153,7 +153,7 @@ def evaluate(
     names = [entry.name for entry in record.saes]
     dead: dict[str, float | None] = dict.fromkeys(names)
     if metrics is not None:
-        figures = saes_of(root / METRICS, metrics, names)
+        figures = sae_metrics(root / METRICS, metrics, names)
         dead = {name: figures[name]["dead_percent"] for name in names}
     rate = None
     if timings is not None:
@@ -178,7 +178,7 @@ def evaluate(
             )
         ),
     )
-    publish(root / (BEST_EVALUATION if best else EVALUATION), [to_json(evaluation)])
+    write_atomic(root / (BEST_EVALUATION if best else EVALUATION), [to_json(evaluation)])
     return evaluation
 
 
@@ -238,8 +238,8 @@ def _parts(
     """Of a crosscoder, what it is at each hookpoint."""
     if len(targets) == 1:
         return {}
-    pieces = torch.split(sae.W_dec.detach(), widths, dim=1)
-    norms = [float(piece.norm(dim=1).double().mean()) for piece in pieces]
+    prefix_groups = torch.split(sae.W_dec.detach(), widths, dim=1)
+    norms = [float(piece.norm(dim=1).double().mean()) for piece in prefix_groups]
     return dict(zip(targets, map(PartEvaluation, fvus, norms), strict=True))
 
 
@@ -249,7 +249,7 @@ class _Place:
 
     folder: Path
     step: int
-    file: FileReceipt
+    file: FileDigest
 
 
 def _place(root: Path, entry: SaeEntry, saved: SaeState, step: int, best: bool) -> _Place:
@@ -310,7 +310,7 @@ def squared_errors(
             count = min(_ROWS_AT_ONCE, cache.receipts[shard].rows - start)
             names = dict.fromkeys(entry.hookpoints)
             stored = {name: cache.read(name, shard, start, count) for name in names}
-            loaded = {name: cache.codec.to_torch(rows) for name, rows in stored.items()}
+            loaded = {name: cache.row_dtype.to_torch(rows) for name, rows in stored.items()}
             rows = rows_of(entry, loaded).to(saes[0].W_enc.device)  # [n, D]
             for i, sae in enumerate(saes):
                 x, y = sae.split(rows.to(sae.W_enc.dtype))

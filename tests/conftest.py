@@ -104,11 +104,17 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             most_rows: rows that filters leave of a shard, by its number; of others, all.
         """
         from actcache.cache.create import publish_extension
-        from actcache.cache.writer import FilledShard, publish_shard
+        from actcache.cache.writer import ShardData, publish_shard
         from actcache.core.json_codec import to_json
-        from actcache.filesystem.atomic import publish
-        from actcache.format.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest, extended
-        from actcache.format.receipts import EndReceipt, publish_end
+        from actcache.filesystem.atomic import write_atomic
+        from actcache.format.manifest import (
+            FORMAT_VERSION,
+            Hookpoint,
+            Identity,
+            Manifest,
+            with_extension,
+        )
+        from actcache.format.receipts import CompletionMarker, write_completion_marker
         from actcache.format.row_filters import kept_positions
         from actcache.storage import BACKENDS
 
@@ -158,14 +164,14 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             block_rows=block_rows,
             versions={"actcache": "0"},
         )
-        publish(root / "manifest.json", [to_json(manifest)])
-        BACKENDS[backend].lay(root, manifest)
+        write_atomic(root / "manifest.json", [to_json(manifest)])
+        BACKENDS[backend].initialize(root, manifest)
         if extended_by:
-            manifest = extended(manifest, total + extended_by)
+            manifest = with_extension(manifest, total + extended_by)
             publish_extension(root, manifest)
             total, shards = total + extended_by, manifest.plan.shards or 0
         for shard in range(shards):
-            count = manifest.plan.most_sequences(shard)
+            count = manifest.plan.max_sequences(shard)
             tokens = np.random.RandomState([3, shard]).randint(0, 200, (count, ctx_len))
             text = whole_text(tokens.astype(np.int32))
             kept, dropped = kept_positions(identity, text.tokens, text.lengths)
@@ -177,12 +183,12 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 name: encode(rows(name, shard, int(kept.sum()), width), dtype)
                 for name, width in widths.items()
             }
-            publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, stored, {}))
+            publish_shard(root, manifest, ShardData(shard, text, kept, dropped, stored, {}))
         if end:
-            end_receipt = EndReceipt(
+            end_receipt = CompletionMarker(
                 manifest.cache_id, shards - 1, total, "goal", len(manifest.extensions)
             )
-            publish_end(root, end_receipt)
+            write_completion_marker(root, end_receipt)
         return root
 
     return make
@@ -199,7 +205,7 @@ def whole_text(tokens: np.ndarray) -> Any:
 
 def encode(rows: np.ndarray, dtype: str) -> Any:
     """float32 rows as they lie on disk (bfloat16 by truncation, as uint16)."""
-    from actcache.storage import CODECS, StoredRows
+    from actcache.storage import ROW_DTYPES, StoredRows
 
     if dtype == "bfloat16":
         values = (rows.astype("<f4").view("<u4") >> 16).astype("<u2")
@@ -208,7 +214,7 @@ def encode(rows: np.ndarray, dtype: str) -> Any:
     else:
         import torch
 
-        return CODECS[dtype].from_torch(torch.from_numpy(rows))
+        return ROW_DTYPES[dtype].from_torch(torch.from_numpy(rows))
     return StoredRows({"activations": values})
 
 

@@ -76,5 +76,5 @@ def test_every_row_is_the_hidden_state_of_its_token(cache, model):
                 torch.from_numpy(words.tokens).long(), output_hidden_states=True, use_cache=False
             ).hidden_states
         expected = states[2].float().numpy()  # after layer 1
-        rows = opened.codec.to_float32(opened.read("layers.1", shard))
+        rows = opened.row_dtype.to_float32(opened.read("layers.1", shard))
         np.testing.assert_array_equal(rows, expected[words.row_sequence, words.row_position])

@@ -10,15 +10,15 @@ from actcache.adapters.iterators import (
     NumpyBatches,
     SaeLensBatches,
 )
-from actcache.adapters.torch_dataset import LoaderDataset, WholeBatches
+from actcache.adapters.torch_dataset import CacheDataLoader, CacheDataset
 
 __all__ = [
+    "CacheDataLoader",
+    "CacheDataset",
     "DictionaryLearningBuffer",
     "Feed",
     "HookpointBatches",
-    "LoaderDataset",
     "NumpyBatches",
     "SaeLensBatches",
-    "WholeBatches",
     "open_feed",
 ]

@@ -20,12 +20,12 @@ Rows = torch.Tensor | dict[str, torch.Tensor]
 """Rows of a hookpoint; of several, by name. Each float32 [n, D]"""
 
 
-class LoaderDataset(IterableDataset[Rows]):
+class CacheDataset(IterableDataset[Rows]):
     """Batches for `DataLoader(dataset, batch_size=None, num_workers=W)`: they come ready-made.
 
     Without workers each is a whole batch of this rank, B/R rows. With W workers each is a part of
     one, B/(R·W) rows, and W of them in a row have the rows of one batch, whatever W is; joined by
-    `join_parts` they have them in the same order too. `WholeBatches` does all of that.
+    `join_parts` they have them in the same order too. `CacheDataLoader` does all of that.
 
     Iterating again begins again where `load_state_dict` said. What a `DataLoader` has handed out is
     not known here, because workers read ahead: count it, and ask `state_after`.
@@ -84,7 +84,7 @@ class LoaderDataset(IterableDataset[Rows]):
         self._epoch, self._step = state["epoch"], state["step"]
 
 
-class WholeBatches:
+class CacheDataLoader:
     """This rank's batches, B/R rows each, read by worker processes: the same for any number.
 
     The workers run from the first batch until `close`, the end of the feed, or until this is
@@ -100,7 +100,7 @@ class WholeBatches:
     """
 
     def __init__(
-        self, dataset: LoaderDataset, num_workers: int = 0, *, pin_memory: bool = False
+        self, dataset: CacheDataset, num_workers: int = 0, *, pin_memory: bool = False
     ) -> None:
         dataset.require_workers(num_workers)
         self.dataset = dataset
@@ -112,7 +112,7 @@ class WholeBatches:
         self._taken = 0
         self._closed = False
 
-    def __iter__(self) -> WholeBatches:
+    def __iter__(self) -> CacheDataLoader:
         return self
 
     def __next__(self) -> Rows:

@@ -15,23 +15,23 @@ from functools import partial
 from pathlib import Path
 
 from actcache.cache.create import (
-    lay_manifest,
+    create_or_resume,
     publish_extension,
-    refuse_foreign_folder,
+    require_cache_folder,
     require_chunks,
     require_free,
 )
 from actcache.cache.layout import choose_block_rows, data_paths, shard_bytes, tokens_path
 from actcache.cache.reader import Cache
 from actcache.cache.retraction import discard
-from actcache.cache.writer import publish_sealed, write_statistics
+from actcache.cache.writer import publish_checked_receipt, write_statistics
 from actcache.config import ConvertConfig
-from actcache.core.file_lock import FolderLock
+from actcache.core.file_lock import DirectoryLock
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, ConfigError
-from actcache.filesystem.atomic import FileReceipt, publish
+from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.format import receipts as receipts_module
-from actcache.format.dtypes import ScaledCodec
+from actcache.format.dtypes import ScaledRowDtype
 from actcache.format.manifest import (
     MANIFEST,
     DiskDtype,
@@ -40,9 +40,9 @@ from actcache.format.manifest import (
     library_versions,
     read_manifest,
 )
-from actcache.format.receipts import ShardReceipt, publish_end
+from actcache.format.receipts import ShardReceipt, write_completion_marker
 from actcache.format.statistics import Statistics, compute
-from actcache.storage import BACKENDS, CODECS, Codec, StoredRows, refuse_overflow
+from actcache.storage import BACKENDS, ROW_DTYPES, RowDtype, StoredRows, check_overflow
 
 _EXACT = {
     ("bfloat16", "float32"),
@@ -89,12 +89,12 @@ def convert(config: ConvertConfig) -> ConversionSummary:
     source.require_shards()
     if isinstance(source.root, Path):
         _refuse_same_folder(source.root, root)
-    refuse_foreign_folder(root)
+    require_cache_folder(root)
     manifest = converted_manifest(source.manifest, config)
     require_chunks(manifest)
-    lock = FolderLock(root, work="harvest or conversion")
+    lock = DirectoryLock(root, work="harvest or conversion")
     try:
-        lay_manifest(root, _begun(root, manifest), lock, partial(_require_room, source))
+        create_or_resume(root, _begun(root, manifest), lock, partial(_require_room, source))
         _extend(root, manifest)
         return _finish(source, root, manifest)
     finally:
@@ -107,15 +107,15 @@ def _begun(root: Path, manifest: Manifest) -> Manifest:
     Where others are there, with all of them: then the folder holds another cache, and is refused.
     """
     there = read_manifest(root).extensions if (root / MANIFEST).exists() else ()
-    begun = manifest.before(len(there))
+    begun = manifest.truncated_to(len(there))
     return begun if begun.extensions == there else manifest
 
 
 def _extend(root: Path, manifest: Manifest) -> None:
     """Publish the extensions that the source has and the new cache lacks; its seal then waits."""
-    laid = read_manifest(root)
-    for number in range(len(laid.extensions) + 1, len(manifest.extensions) + 1):
-        publish_extension(root, manifest.before(number))
+    existing = read_manifest(root)
+    for number in range(len(existing.extensions) + 1, len(manifest.extensions) + 1):
+        publish_extension(root, manifest.truncated_to(number))
 
 
 def converted_manifest(manifest: Manifest, config: ConvertConfig) -> Manifest:
@@ -173,18 +173,18 @@ def roundings_before(identity: Identity, dtype: DiskDtype) -> tuple[DiskDtype, .
     if identity.dtype != before and (before, identity.dtype) not in _EXACT:
         roundings.append(identity.dtype)
     # Rounding to one type twice is rounding once; but a new scale may differ in its last bit.
-    if roundings and roundings[-1] == dtype and not isinstance(CODECS[dtype], ScaledCodec):
+    if roundings and roundings[-1] == dtype and not isinstance(ROW_DTYPES[dtype], ScaledRowDtype):
         roundings.pop()
     return tuple(roundings)
 
 
-def recode(rows: StoredRows, source: Codec, target: Codec, hookpoint: str) -> StoredRows:
+def recode(rows: StoredRows, source: RowDtype, target: RowDtype, hookpoint: str) -> StoredRows:
     """Rows as one type stores them to rows as another does; raises `ConfigError` on overflow."""
     if source == target:
         return rows
     tensor = source.to_torch(rows)
     stored = target.from_torch(tensor)
-    refuse_overflow(tensor, stored, target, hookpoint)
+    check_overflow(tensor, stored, target, hookpoint)
     return stored
 
 
@@ -223,21 +223,21 @@ def _finish(source: Cache, root: Path, manifest: Manifest) -> ConversionSummary:
 def _convert_shard(
     source: Cache, receipt: ShardReceipt, root: Path, manifest: Manifest, bar: Progress
 ) -> ShardReceipt:
-    shard, codec = receipt.shard, CODECS[manifest.identity.dtype]
+    shard, row_dtype = receipt.shard, ROW_DTYPES[manifest.identity.dtype]
     statistics: dict[str, Statistics] = {}
-    files: dict[str, FileReceipt] = {}
+    files: dict[str, FileDigest] = {}
     for hookpoint in source.hookpoints:
         # A file is compared with its receipt, then read: the second time from the page cache.
         for name in _files_of(source, hookpoint):
             source.check_file(shard, name)
-        rows = recode(source.read(hookpoint, shard), source.codec, codec, hookpoint)
-        statistics[hookpoint] = compute(rows, codec)
+        rows = recode(source.read(hookpoint, shard), source.row_dtype, row_dtype, hookpoint)
+        statistics[hookpoint] = compute(rows, row_dtype)
         written = BACKENDS[manifest.backend].write(root, manifest, hookpoint, shard, rows)
         files |= written
         read = sum(receipt.files[name].bytes for name in _files_of(source, hookpoint))
         bar.advance(read, sum(file.bytes for file in written.values()))
     text = source.check_file(shard, "tokens").read_bytes()
-    files["tokens"] = publish(tokens_path(root, shard), [text])
+    files["tokens"] = write_atomic(tokens_path(root, shard), [text])
     files["stats"] = write_statistics(root, shard, statistics)
     made = dataclasses.replace(
         receipt,
@@ -246,7 +246,7 @@ def _convert_shard(
         near_overflow={name: found.near_overflow for name, found in statistics.items()},
         files=files,
     )
-    publish_sealed(root, manifest, made)
+    publish_checked_receipt(root, manifest, made)
     bar.advance(receipt.files["tokens"].bytes + receipt.files["stats"].bytes)
     return made
 
@@ -266,7 +266,7 @@ def _seal(source: Cache, root: Path, manifest: Manifest) -> bool:
         return False
     end = dataclasses.replace(source.end, cache_id=manifest.cache_id)
     if receipts_module.read_end(root, manifest) != end:
-        publish_end(root, end)
+        write_completion_marker(root, end)
     return True
 
 

@@ -8,30 +8,30 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from actcache.cache.layout import bytes_to_come
-from actcache.cache.retraction import forget_restored, retracted_shards
-from actcache.core.file_lock import LOCK, FolderLock
+from actcache.cache.retraction import drop_restored_records, retracted_shards
+from actcache.core.file_lock import LOCK, DirectoryLock
 from actcache.core.json_codec import to_json
 from actcache.core.progress import format_bytes
 from actcache.errors import CacheMismatchError, ConfigError, DiskFullError
-from actcache.filesystem.atomic import publish, remove_partials
+from actcache.filesystem.atomic import remove_partials, write_atomic
 from actcache.format import receipts as receipts_module
 from actcache.format.manifest import (
     MANIFEST,
     Manifest,
     differences,
-    extended,
     extension_path,
     read_manifest,
+    with_extension,
 )
 from actcache.format.receipts import END, ShardReceipt
-from actcache.storage import BACKENDS, CODECS
+from actcache.storage import BACKENDS, ROW_DTYPES
 from actcache.storage import blosc as blosc_chunk
 
 
-def lay_manifest(
+def create_or_resume(
     root: Path,
     manifest: Manifest,
-    lock: FolderLock,
+    lock: DirectoryLock,
     ask: Callable[[Path, Manifest, Collection[int]], None],
     *,
     extend: bool = False,
@@ -52,18 +52,18 @@ def lay_manifest(
     receipts = _published(root, manifest, extend)
     coming = read_manifest(root) if receipts else manifest
     if extend and _goes_beyond(manifest, coming):
-        coming = extended(coming, manifest.plan.goal)
+        coming = with_extension(coming, manifest.plan.goal)
     ask(root, coming, receipts)
-    lock.take()
+    lock.acquire()
     # Again: before the lock was ours, anyone could lay another manifest or publish.
-    forget_restored(root, _published(root, manifest, extend))
+    drop_restored_records(root, _published(root, manifest, extend))
     remove_partials(root)
     if (root / MANIFEST).exists() and _different(manifest, read_manifest(root), extend):
-        _withdraw(root)
+        _delete_manifest(root)
     if not (root / MANIFEST).exists():
-        publish(root / MANIFEST, [to_json(manifest)])
-    laid = read_manifest(root)
-    BACKENDS[laid.backend].lay(root, laid)
+        write_atomic(root / MANIFEST, [to_json(manifest)])
+    existing = read_manifest(root)
+    BACKENDS[existing.backend].initialize(root, existing)
 
 
 def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardReceipt]:
@@ -74,40 +74,43 @@ def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardR
     """
     if not (root / MANIFEST).exists():
         return {}
-    laid, receipts, _ = receipts_module.read_published(root)
+    existing, receipts, _ = receipts_module.read_cache_state(root)
     sealed = (root / receipts_module.FOLDER / END).exists()  # however many extensions it counts
-    kept = receipts or retracted_shards(root) or sealed or laid.extensions
-    if kept and (different := _different(manifest, laid, extend)):
+    kept = receipts or retracted_shards(root) or sealed or existing.extensions
+    if kept and (different := _different(manifest, existing, extend)):
         remedy = "choose another --out, or repeat the options that it was made with"
-        if manifest.cache_id == laid.cache_id and _goes_beyond(manifest, laid):
+        if manifest.cache_id == existing.cache_id and _goes_beyond(manifest, existing):
             remedy += "; or add --extend, to go on with more tokens"
         raise CacheMismatchError(
-            f"{root} holds another cache ({laid.model} on {laid.dataset})",
+            f"{root} holds another cache ({existing.model} on {existing.dataset})",
             expected=f"id {manifest.cache_id}",
-            got="\n            ".join([f"id {laid.cache_id}", *different]),
+            got="\n            ".join([f"id {existing.cache_id}", *different]),
             remedy=remedy,
         )
     return receipts
 
 
-def _withdraw(root: Path) -> None:
+def _delete_manifest(root: Path) -> None:
     """Remove the manifest of a harvest that published nothing: there is nothing to protect.
 
     Such is left when memory runs out at the first batch; its options are the ones to change.
     """
-    laid = read_manifest(root)
-    for path in (*BACKENDS[laid.backend].documents(root, laid), root / MANIFEST):
+    existing = read_manifest(root)
+    for path in (
+        *BACKENDS[existing.backend].metadata_files(root, existing),
+        root / MANIFEST,
+    ):
         path.unlink(missing_ok=True)
 
 
-def _different(manifest: Manifest, laid: Manifest, extend: bool) -> list[str]:
+def _different(manifest: Manifest, existing: Manifest, extend: bool) -> list[str]:
     """What keeps a harvest from going on in the folder; with --extend, another goal does not."""
-    if extend and laid.plan.goal is not None:
-        manifest = dataclasses.replace(manifest, planned_sequences=laid.plan.goal)
-    return differences(manifest, laid)
+    if extend and existing.plan.goal is not None:
+        manifest = dataclasses.replace(manifest, planned_sequences=existing.plan.goal)
+    return differences(manifest, existing)
 
 
-def refuse_foreign_folder(root: Path) -> None:
+def require_cache_folder(root: Path) -> None:
     """Raise `CacheMismatchError` if a folder holds anything but a cache, whole or begun."""
     if root.is_file():
         raise CacheMismatchError(f"--out {root} is a file", expected="a folder, or nothing yet")
@@ -123,9 +126,9 @@ def refuse_foreign_folder(root: Path) -> None:
         )
 
 
-def _goes_beyond(manifest: Manifest, laid: Manifest) -> bool:
+def _goes_beyond(manifest: Manifest, existing: Manifest) -> bool:
     """Whether a manifest has a larger goal than the one in the folder."""
-    ours, theirs = manifest.plan.goal, laid.plan.goal
+    ours, theirs = manifest.plan.goal, existing.plan.goal
     return theirs is not None and (ours is None or ours > theirs)
 
 
@@ -165,7 +168,7 @@ def require_chunks(manifest: Manifest) -> None:
     if manifest.compression == "none":
         return
     identity = manifest.identity
-    row = max(h.width for h in identity.hookpoints) * CODECS[identity.dtype].itemsize
+    row = max(h.width for h in identity.hookpoints) * ROW_DTYPES[identity.dtype].itemsize
     size = manifest.shard_rows * row
     if size > blosc_chunk.MAX_BYTES:
         most = blosc_chunk.MAX_BYTES // (identity.rows_per_sequence * row)
@@ -184,5 +187,5 @@ def publish_extension(root: Path, manifest: Manifest) -> None:
     backend's documents are renewed, the next harvest renews them.
     """
     last = manifest.extensions[-1]
-    publish(extension_path(root, last.number), [to_json(last)])
-    BACKENDS[manifest.backend].lay(root, manifest)
+    write_atomic(extension_path(root, last.number), [to_json(last)])
+    BACKENDS[manifest.backend].initialize(root, manifest)

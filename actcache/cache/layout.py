@@ -7,13 +7,13 @@ from pathlib import Path
 
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
-from actcache.filesystem.atomic import FileReceipt
-from actcache.filesystem.paths import PlaceT
+from actcache.filesystem.atomic import FileDigest
+from actcache.filesystem.paths import CachePathT
 from actcache.format.manifest import MANIFEST, Hookpoint, Manifest
-from actcache.format.receipts import END, EndReceipt, ShardReceipt
+from actcache.format.receipts import END, CompletionMarker, ShardReceipt
 from actcache.format.row_filters import FILTERS
 from actcache.format.schema import statistics_tensors, token_tensors
-from actcache.storage import BACKENDS, CODECS
+from actcache.storage import BACKENDS, ROW_DTYPES
 from actcache.storage import blosc as blosc_chunk
 from actcache.storage import safetensors_io as safetensors_file
 
@@ -46,7 +46,7 @@ def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> di
         dropped=dict.fromkeys(FILTERS, 0),
         non_finite=zeros,
         near_overflow=zeros,
-        files={name: FileReceipt(size, "0" * 32) for name, size in sizes.items()},
+        files={name: FileDigest(size, "0" * 32) for name, size in sizes.items()},
     )
     return sizes | {"receipt": len(to_json(receipt))}
 
@@ -60,7 +60,7 @@ def bytes_to_come(manifest: Manifest, published: Collection[int]) -> int:
     total = 0
     for shard in range(manifest.plan.shards or 0):
         if shard not in published:
-            count = manifest.plan.most_sequences(shard)
+            count = manifest.plan.max_sequences(shard)
             if count not in known:
                 rows = count * manifest.identity.rows_per_sequence
                 known[count] = _on_disk(shard_bytes(manifest, shard, count, rows))
@@ -76,32 +76,32 @@ def _on_disk(sizes: Mapping[str, int]) -> int:
 def other_files(manifest: Manifest) -> dict[str, int]:
     """Bytes of the files that belong to no shard, by name; the seal within a few digits."""
     root = Path()
-    documents = BACKENDS[manifest.backend].documents(root, manifest)
-    end = EndReceipt(manifest.cache_id, 0, manifest.planned_sequences or 1, "goal", 0)
+    documents = BACKENDS[manifest.backend].metadata_files(root, manifest)
+    end = CompletionMarker(manifest.cache_id, 0, manifest.planned_sequences or 1, "goal", 0)
     return {MANIFEST: len(to_json(manifest)), END: len(to_json(end))} | {
         str(path): len(accepted[-1]) for path, accepted in documents.items()
     }
 
 
-def data_paths(root: PlaceT, manifest: Manifest, shard: int) -> dict[str, PlaceT]:
+def data_paths(root: CachePathT, manifest: Manifest, shard: int) -> dict[str, CachePathT]:
     """Where every file of a shard lies, by the name that its receipt has for it."""
     paths = BACKENDS[manifest.backend].files(root, manifest, shard)
     return paths | {"tokens": tokens_path(root, shard), "stats": statistics_path(root, shard)}
 
 
-def tokens_path(root: PlaceT, shard: int) -> PlaceT:
+def tokens_path(root: CachePathT, shard: int) -> CachePathT:
     """Where a shard's token ids and row addresses lie."""
     return root / "tokens" / f"{shard:05d}.safetensors"
 
 
-def statistics_path(root: PlaceT, shard: int) -> PlaceT:
+def statistics_path(root: CachePathT, shard: int) -> CachePathT:
     """Where a shard's statistics lie."""
     return root / "stats" / f"{shard:05d}.safetensors"
 
 
 def choose_block_rows(hookpoints: tuple[Hookpoint, ...], dtype: str) -> int:
     """The power of two of rows nearest to 1 MiB of the widest hookpoint."""
-    row = max(h.width for h in hookpoints) * CODECS[dtype].itemsize
+    row = max(h.width for h in hookpoints) * ROW_DTYPES[dtype].itemsize
     below = 1 << max(0, (_BLOCK_BYTES // row).bit_length() - 1)
     return below if _BLOCK_BYTES - below * row <= 2 * below * row - _BLOCK_BYTES else 2 * below
 
@@ -115,7 +115,7 @@ def sequences_per_shard(
     """Size of a shard by formula: a 128th of the harvest, in whole batches, of bounded bytes."""
     if config.shard_size is not None:
         return config.shard_size
-    number = CODECS[dtype].itemsize * (config.ctx_len - config.skip_positions)
+    number = ROW_DTYPES[dtype].itemsize * (config.ctx_len - config.skip_positions)
     most = _MAX_SHARD_BYTES // (sum(h.width for h in hookpoints) * number)
     if config.compress != "none":
         most = min(most, blosc_chunk.MAX_BYTES // (max(h.width for h in hookpoints) * number))

@@ -12,16 +12,24 @@ from numpy.typing import NDArray
 from actcache.cache.layout import data_paths, statistics_path, tokens_path
 from actcache.errors import CorruptShardError, EmptyCacheError, FormatError, HookpointError
 from actcache.filesystem.atomic import digest_file
-from actcache.filesystem.paths import Place, as_place, as_remote, fetched_ahead
+from actcache.filesystem.paths import CachePath, open_path, prefetch_files, require_remote
 from actcache.format import receipts as receipts_module
 from actcache.format.dtypes import VALUES
 from actcache.format.manifest import Manifest, read_manifest
-from actcache.format.receipts import EndReceipt, ShardReceipt
+from actcache.format.receipts import CompletionMarker, ShardReceipt
 from actcache.format.schema import statistics_tensors, token_tensors
 from actcache.format.statistics import Statistics, merge
-from actcache.storage import BACKENDS, CODECS, Array, Codec, CompressedExtent, Extent, StoredRows
+from actcache.storage import (
+    BACKENDS,
+    ROW_DTYPES,
+    Array,
+    CompressedExtent,
+    RowDtype,
+    StoredRows,
+    TensorExtent,
+)
 from actcache.storage import safetensors_io as safetensors_file
-from actcache.storage.preadv import WHOLE, announce, read_scattered
+from actcache.storage.preadv import WHOLE, preadv_into, readahead
 
 Views = Mapping[str, Sequence[memoryview]]
 """By part, places for the bytes of consecutive rows, one after another."""
@@ -53,21 +61,21 @@ class Cache:
 
     def __init__(
         self,
-        root: Place,
+        root: CachePath,
         manifest: Manifest,
         receipts: dict[int, ShardReceipt],
-        end: EndReceipt | None,
+        end: CompletionMarker | None,
     ) -> None:
         self.root, self.manifest, self.receipts, self.end = root, manifest, receipts, end
-        self.codec: Codec = CODECS[manifest.identity.dtype]
-        self._checked: set[Place] = set()
-        self._extents: dict[tuple[str, int, str], Extent | CompressedExtent] = {}
-        self._files: dict[tuple[str, int], dict[str, Place]] = {}
+        self.row_dtype: RowDtype = ROW_DTYPES[manifest.identity.dtype]
+        self._checked: set[CachePath] = set()
+        self._extents: dict[tuple[str, int, str], TensorExtent | CompressedExtent] = {}
+        self._files: dict[tuple[str, int], dict[str, CachePath]] = {}
 
     @classmethod
     def open(
         cls,
-        root: str | Place,
+        root: str | CachePath,
         *,
         block_cache: str | None = None,
         block_cache_bytes: int | None = None,
@@ -85,14 +93,14 @@ class Cache:
             ConfigError: a URL that cannot be read.
             RemoteError: the store behind the URL does not answer, or does not let us in.
         """
-        root = as_place(root, block_cache, block_cache_bytes)
-        if linked := linked_folders(root, read_manifest(root)):
+        root = open_path(root, block_cache, block_cache_bytes)
+        if linked := symlinked_dirs(root, read_manifest(root)):
             raise FormatError(
                 f"{linked[0]} is a symbolic link",
                 expected="a folder: nothing outside the cache's own is read",
                 remedy="put the folder itself there, or a bind mount",
             )
-        return cls(root, *receipts_module.read_published(root))
+        return cls(root, *receipts_module.read_cache_state(root))
 
     @property
     def hookpoints(self) -> list[str]:
@@ -116,7 +124,7 @@ class Cache:
             return False
         return self.shards == list(range(self.end.last_shard + 1))
 
-    def take_in(self, shards: Iterable[int]) -> int | None:
+    def refresh(self, shards: Iterable[int]) -> int | None:
         """Take in what a harvest has published since: the seal, and the receipts of some shards.
 
         Returns:
@@ -126,7 +134,7 @@ class Cache:
             FormatError: a receipt or the seal is damaged.
         """
         if self.end is None:
-            self.end = receipts_module.read_end_of(self.root, self.manifest)
+            self.end = receipts_module.read_completion_marker(self.root, self.manifest)
         found, missing = {}, None
         planned = self.manifest.plan.shards  # what lies beyond is of a later extension
         for shard in shards:
@@ -141,16 +149,16 @@ class Cache:
             self.receipts = dict(sorted((self.receipts | found).items()))
         return missing
 
-    def before(self, extensions: int) -> Cache:
+    def truncated_to(self, extensions: int) -> Cache:
         """The cache as it is without its later extensions."""
         if extensions >= len(self.manifest.extensions):
             return self
-        manifest = self.manifest.before(extensions)
-        inside = {s: r for s, r in self.receipts.items() if manifest.plan.most_sequences(s)}
-        end = receipts_module.read_end_of(self.root, manifest)
+        manifest = self.manifest.truncated_to(extensions)
+        inside = {s: r for s, r in self.receipts.items() if manifest.plan.max_sequences(s)}
+        end = receipts_module.read_completion_marker(self.root, manifest)
         return Cache(self.root, manifest, inside, end)
 
-    def missing_files(self) -> list[Place]:
+    def missing_files(self) -> list[CachePath]:
         """Published files that are gone or have another size; their bytes are not read."""
         return [
             path
@@ -182,7 +190,7 @@ class Cache:
 
     def read_into(self, hookpoint: str, shard: int, start: int, out: StoredRows) -> None:
         """Read consecutive rows, as stored, into `out`, which is as many rows; see `read_views`."""
-        self.read_views(hookpoint, shard, start, {k: [v] for k, v in flat(out).items()})
+        self.read_views(hookpoint, shard, start, {k: [v] for k, v in byte_views(out).items()})
 
     def read_views(
         self, hookpoint: str, shard: int, start: int, views: Views, piece: int = WHOLE
@@ -205,7 +213,7 @@ class Cache:
             length = sum(map(len, places))
             assert offset + length <= extent.bytes
             if not isinstance(extent, CompressedExtent):
-                read_scattered(extent.path, places, extent.offset + offset, piece)
+                preadv_into(extent.path, places, extent.offset + offset, piece)
             elif len(places) == 1:
                 extent.read_into(places[0], offset)
             else:  # as one: a block would be decoded for every place
@@ -214,13 +222,13 @@ class Cache:
                 for place in places:
                     place[:], whole = whole[: len(place)], whole[len(place) :]
 
-    def announce(self, hookpoint: str, shard: int, start: int, rows: int) -> None:
+    def readahead(self, hookpoint: str, shard: int, start: int, rows: int) -> None:
         """Tell the system that these rows will be read soon."""
-        for part in self.codec.parts(self.manifest.width(hookpoint)):
+        for part in self.row_dtype.parts(self.manifest.width(hookpoint)):
             extent = self.locate(hookpoint, shard, part)
             size = extent.bytes // max(1, extent.shape[0])
             if not isinstance(extent, CompressedExtent):
-                announce(extent.path, extent.offset + start * size, rows * size)
+                readahead(extent.path, extent.offset + start * size, rows * size)
 
     def read(
         self, hookpoint: str, shard: int, start: int = 0, rows: int | None = None
@@ -228,7 +236,7 @@ class Cache:
         """Rows [start, start + rows) of a shard, as stored."""
         self.locate(hookpoint, shard)  # before memory is taken for what the receipt promises
         rows = self.receipts[shard].rows - start if rows is None else rows
-        out = self.codec.empty(rows, self.manifest.width(hookpoint))
+        out = self.row_dtype.empty(rows, self.manifest.width(hookpoint))
         self.read_into(hookpoint, shard, start, out)
         return out
 
@@ -265,7 +273,7 @@ class Cache:
     def fetch_statistics(self, shards: Sequence[int]) -> None:
         """Have the statistics of shards of a store on this machine; nothing with a folder."""
         if not isinstance(self.root, Path):
-            for _ in fetched_ahead(statistics_path(self.root, shard) for shard in shards):
+            for _ in prefetch_files(statistics_path(self.root, shard) for shard in shards):
                 pass
 
     def _statistics(self, shard: int, hookpoints: Sequence[str]) -> dict[str, Statistics]:
@@ -274,7 +282,7 @@ class Cache:
         extents = self.locate_statistics(shard)
         return {name: _parse_statistics(name, extents, receipt) for name in hookpoints}
 
-    def check_file(self, shard: int, name: str) -> Place:
+    def check_file(self, shard: int, name: str) -> CachePath:
         """Compare every byte of a shard's file, named as in receipts, with what was promised.
 
         Returns:
@@ -287,28 +295,30 @@ class Cache:
         self._check(path, self.receipts[shard], name)
         return path
 
-    def files_of(self, hookpoint: str, shard: int) -> dict[str, Place]:
+    def files_of(self, hookpoint: str, shard: int) -> dict[str, CachePath]:
         """The files of a shard's rows of one hookpoint, by their names in the receipt."""
         key = (hookpoint, shard)
         if key not in self._files:
             paths = data_paths(self.root, self.manifest, shard)
-            parts = self.codec.parts(self.manifest.width(hookpoint))
+            parts = self.row_dtype.parts(self.manifest.width(hookpoint))
             names = [f"{part}/{hookpoint}" for part in parts]
             self._files[key] = {name: paths[name] for name in names if name in paths}
         return self._files[key]
 
-    def compare_file(self, shard: int, name: str) -> Place:
+    def compare_file(self, shard: int, name: str) -> CachePath:
         """As `check_file`, however often that was done before."""
         path = data_paths(self.root, self.manifest, shard)[name]
         _compare(path, self.receipts[shard], name)
         return path
 
-    def _check(self, path: Place, receipt: ShardReceipt, name: str) -> None:
+    def _check(self, path: CachePath, receipt: ShardReceipt, name: str) -> None:
         if path not in self._checked:
             _compare(path, receipt, name)
             self._checked.add(path)
 
-    def locate(self, hookpoint: str, shard: int, part: str = VALUES) -> Extent | CompressedExtent:
+    def locate(
+        self, hookpoint: str, shard: int, part: str = VALUES
+    ) -> TensorExtent | CompressedExtent:
         """Where one part of a shard's rows lies; header and size are checked once.
 
         Raises:
@@ -324,26 +334,26 @@ class Cache:
             )
         return self._extents[key]
 
-    def locate_tokens(self, shard: int) -> dict[str, Extent]:
+    def locate_tokens(self, shard: int) -> dict[str, TensorExtent]:
         """Where the tensors of a shard's text lie, by name; raises `CorruptShardError`."""
         receipt, ctx_len = self.receipts[shard], self.manifest.identity.ctx_len
         expected = token_tensors(receipt.sequences, ctx_len, receipt.rows)
         extents = safetensors_file.locate(tokens_path(self.root, shard), expected)
         return dict(zip(expected, extents, strict=True))
 
-    def locate_statistics(self, shard: int) -> dict[str, Extent]:
+    def locate_statistics(self, shard: int) -> dict[str, TensorExtent]:
         """Where the tensors of a shard's statistics lie, by name; raises `CorruptShardError`."""
         expected = statistics_tensors(self.manifest.identity.hookpoints)
         extents = safetensors_file.locate(statistics_path(self.root, shard), expected)
         return dict(zip(expected, extents, strict=True))
 
 
-def flat(rows: StoredRows) -> dict[str, memoryview]:
+def byte_views(rows: StoredRows) -> dict[str, memoryview]:
     """The memory of some rows, by part, as bytes."""
     return {name: part.reshape(-1).view(np.uint8).data for name, part in rows.parts.items()}
 
 
-def linked_folders(root: Place, manifest: Manifest) -> list[Path]:
+def symlinked_dirs(root: CachePath, manifest: Manifest) -> list[Path]:
     """Folders below a cache's own that are symbolic links. The cache's own may be one."""
     if not isinstance(root, Path):
         return []  # stores have none
@@ -354,7 +364,7 @@ def linked_folders(root: Place, manifest: Manifest) -> list[Path]:
 
 
 def _parse_statistics(
-    hookpoint: str, extents: dict[str, Extent], receipt: ShardReceipt
+    hookpoint: str, extents: dict[str, TensorExtent], receipt: ShardReceipt
 ) -> Statistics:
     def tensor(key: str) -> Array:
         return safetensors_file.read(extents[f"{hookpoint}/{key}"])
@@ -374,12 +384,12 @@ def _parse_statistics(
     )
 
 
-def _compare(path: Place, receipt: ShardReceipt, name: str) -> None:
+def _compare(path: CachePath, receipt: ShardReceipt, name: str) -> None:
     """Raise `CorruptShardError` unless a file is, byte for byte, what a receipt calls `name`."""
     promised = receipt.files[name]
     got = _found(path, promised.bytes)
     if got != promised and not isinstance(path, Path):
-        as_remote(path).forget()  # it may be what is kept on this machine that is wrong
+        require_remote(path).forget()  # it may be what is kept on this machine that is wrong
         got = _found(path, promised.bytes)
     if got != promised:
         raise CorruptShardError(
@@ -390,7 +400,7 @@ def _compare(path: Place, receipt: ShardReceipt, name: str) -> None:
         )
 
 
-def _found(path: Place, size: int) -> object:
+def _found(path: CachePath, size: int) -> object:
     """Size and digest of a plain file of so many bytes; else, what it is."""
     if not path.is_file() or path.is_symlink():
         return "no plain file"
@@ -398,7 +408,7 @@ def _found(path: Place, size: int) -> object:
     return digest_file(path) if found == size else f"{found} bytes"
 
 
-def _check_range(path: Place, name: str, numbers: NDArray[np.int32], end: int) -> None:
+def _check_range(path: CachePath, name: str, numbers: NDArray[np.int32], end: int) -> None:
     if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < end:
         raise CorruptShardError(
             f"{path} holds a {name} that cannot be",

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actcache.cache.layout import data_paths
-from actcache.cache.retraction import forget_restored, retract
-from actcache.cache.verify import SEAL, Damage, Verification
-from actcache.core.file_lock import FolderLock
+from actcache.cache.retraction import drop_restored_records, retract
+from actcache.cache.verify import SEAL, Finding, Verification
+from actcache.core.file_lock import DirectoryLock
 from actcache.errors import CorruptShardError, FormatError
 from actcache.format.manifest import read_manifest
 from actcache.format.receipts import FOLDER, receipt_files, receipt_path
@@ -37,15 +37,15 @@ def retract_damaged(found: Verification) -> list[int]:
                 got=damage.got,
                 remedy="restore it from a copy, or harvest into another folder",
             )
-    lock = FolderLock(root)
-    lock.take()
+    lock = DirectoryLock(root)
+    lock.acquire()
     try:
         return _retract(root, found.damages)
     finally:
         lock.release()
 
 
-def _retract(root: Path, damages: Sequence[Damage]) -> list[int]:
+def _retract(root: Path, damages: Sequence[Finding]) -> list[int]:
     manifest = read_manifest(root)
     standing = {number for number, _ in receipt_files(root)}
     damaged = sorted({d.shard for d in damages if d.shard is not None} & standing)
@@ -54,7 +54,7 @@ def _retract(root: Path, damages: Sequence[Damage]) -> list[int]:
             (root / damage.file).unlink(missing_ok=True)
     for shard in damaged:
         retract(root, manifest, shard, data_paths(root, manifest, shard))
-    forget_restored(root, standing - set(damaged))
+    drop_restored_records(root, standing - set(damaged))
     return damaged
 
 
@@ -63,5 +63,5 @@ def _document_names(root: Path) -> set[str]:
         manifest = read_manifest(root)
     except FormatError:
         return set()
-    documents = BACKENDS[manifest.backend].documents(root, manifest)
+    documents = BACKENDS[manifest.backend].metadata_files(root, manifest)
     return {str(path.relative_to(root)) for path in documents}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import CacheMismatchError, FormatError
-from actcache.filesystem.atomic import FileReceipt, digest_file, publish, sync_folder
-from actcache.filesystem.paths import Place, PlaceT
+from actcache.filesystem.atomic import FileDigest, digest_file, fsync_dir, write_atomic
+from actcache.filesystem.paths import CachePath, CachePathT
 from actcache.format.manifest import Manifest
 from actcache.format.receipts import FOLDER, ShardReceipt, read_receipt, receipt_path
 
@@ -31,23 +31,23 @@ class Retraction:
     """Cache that the shard belongs to."""
     shard: int
     """Number of the shard."""
-    promised: dict[str, FileReceipt]
+    promised: dict[str, FileDigest]
     """Its files by its receipt; empty if that could not be read."""
-    found: dict[str, FileReceipt]
+    found: dict[str, FileDigest]
     """Its files as they lay there. Where the receipt was what was damaged, these were right."""
 
 
-def retraction_path(root: PlaceT, shard: int) -> PlaceT:
+def retraction_path(root: CachePathT, shard: int) -> CachePathT:
     """Where the record of a retracted shard lies."""
     return root / FOLDER / f"{shard:05d}.retracted.json"
 
 
-def retracted_shards(root: Place) -> list[int]:
+def retracted_shards(root: CachePath) -> list[int]:
     """Numbers of the shards that wait to be made again, ascending."""
     return [s for s in _recorded(root) if not receipt_path(root, s).exists()]
 
 
-def _recorded(root: Place) -> list[int]:
+def _recorded(root: CachePath) -> list[int]:
     folder = root / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name[1]) for name in map(_NAME.fullmatch, names) if name)
@@ -72,9 +72,9 @@ def retract(root: Path, manifest: Manifest, shard: int, files: Mapping[str, Path
     plain = {n: file for n, file in files.items() if file.is_file() and not file.is_symlink()}
     found = {name: digest_file(file) for name, file in plain.items()}
     record = Retraction(manifest.cache_id, shard, promised, found)
-    publish(retraction_path(root, shard), [to_json(record)])
+    write_atomic(retraction_path(root, shard), [to_json(record)])
     path.unlink()
-    sync_folder(path.parent)  # the receipt is gone for good before a file of its shard is
+    fsync_dir(path.parent)  # the receipt is gone for good before a file of its shard is
     discard(files)
 
 
@@ -84,7 +84,7 @@ def discard(files: Mapping[str, Path]) -> None:
         file.unlink(missing_ok=True)
 
 
-def require_restored(
+def check_restored(
     root: Path, manifest: Manifest, made: ShardReceipt, files: Mapping[str, Path]
 ) -> bool:
     """Before a shard is published: if it was retracted, it must be what it was.
@@ -136,7 +136,7 @@ def forget(root: Path, shard: int) -> None:
     retraction_path(root, shard).unlink(missing_ok=True)
 
 
-def forget_restored(root: Path, published: Iterable[int]) -> None:
+def drop_restored_records(root: Path, published: Iterable[int]) -> None:
     """Drop the records that a killed repair left beside the receipts of published shards."""
     for shard in set(published) & set(_recorded(root)):
         forget(root, shard)

@@ -14,12 +14,12 @@ from pathlib import Path
 from threading import Lock
 
 from actcache.cache.layout import data_paths
-from actcache.cache.reader import Cache, linked_folders
+from actcache.cache.reader import Cache, symlinked_dirs
 from actcache.cache.retraction import retracted_shards, retraction_path
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
 from actcache.filesystem.atomic import digest_file
-from actcache.filesystem.paths import Place, as_folder, as_place
+from actcache.filesystem.paths import CachePath, open_path, require_local
 from actcache.format.manifest import (
     EXTENSIONS,
     MANIFEST,
@@ -31,7 +31,7 @@ from actcache.format.manifest import (
 from actcache.format.receipts import (
     END,
     FOLDER,
-    EndReceipt,
+    CompletionMarker,
     ShardReceipt,
     read_end,
     read_receipt,
@@ -47,7 +47,7 @@ _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}
 
 
 @dataclass(frozen=True)
-class Damage:
+class Finding:
     """One file that is not what it must be."""
 
     file: str
@@ -73,7 +73,7 @@ class Verification:
     """Data files that were looked at."""
     bytes: int
     """That their receipts promise."""
-    damages: tuple[Damage, ...]
+    damages: tuple[Finding, ...]
     """In the order of the cache: manifest, seal, shards."""
     retracted: tuple[int, ...]
     """Shards that were taken back and wait to be made again."""
@@ -81,12 +81,14 @@ class Verification:
     """Files that belong to no receipt. Harmless; a harvest at work has some."""
 
     @property
-    def sound(self) -> bool:
+    def is_sound(self) -> bool:
         """Whether everything that is published is as it was published."""
         return not self.damages
 
 
-def verify(root: str | Place, *, quick: bool = False, threads: int | None = None) -> Verification:
+def verify(
+    root: str | CachePath, *, quick: bool = False, threads: int | None = None
+) -> Verification:
     """Check a cache, with a progress bar.
 
     Args:
@@ -98,7 +100,7 @@ def verify(root: str | Place, *, quick: bool = False, threads: int | None = None
     Raises:
         EmptyCacheError: there is no manifest.
     """
-    root = as_place(root, block_cache_bytes=0)
+    root = open_path(root, block_cache_bytes=0)
     file = MANIFEST
     try:
         manifest = read_first_manifest(root)
@@ -108,7 +110,7 @@ def verify(root: str | Place, *, quick: bool = False, threads: int | None = None
             manifest = read_extension(path, manifest)
     except FormatError as error:  # without it nothing else can be judged
         return _found(root, quick, [_damage(file, None, error)])
-    if linked := linked_folders(root, manifest):
+    if linked := symlinked_dirs(root, manifest):
         return _found(root, quick, [_linked(root, folder) for folder in linked])
     if about_backend := _documents(root, manifest):  # every shard leans on them
         return _found(root, quick, about_backend)
@@ -124,7 +126,7 @@ def verify(root: str | Place, *, quick: bool = False, threads: int | None = None
 
 
 def _found(
-    root: Place, quick: bool, damages: list[Damage], cache: Cache | None = None
+    root: CachePath, quick: bool, damages: list[Finding], cache: Cache | None = None
 ) -> Verification:
     files = [f for r in cache.receipts.values() for f in r.files.values()] if cache else []
     return Verification(
@@ -140,35 +142,37 @@ def _found(
     )
 
 
-def _place(damage: Damage) -> tuple[int, str]:
+def _place(damage: Finding) -> tuple[int, str]:
     return (-1 if damage.shard is None else damage.shard, damage.file)
 
 
-def _damage(file: str, shard: int | None, error: ActcacheError) -> Damage:
+def _damage(file: str, shard: int | None, error: ActcacheError) -> Finding:
     if error.expected is None and error.got is None:
-        return Damage(file, shard, "what FORMAT.md says", error.what)
+        return Finding(file, shard, "what FORMAT.md says", error.what)
     got = error.what if error.got is None else f"{error.got} ({error.what})"
-    return Damage(file, shard, error.expected or "what FORMAT.md says", got)
+    return Finding(file, shard, error.expected or "what FORMAT.md says", got)
 
 
-def _linked(root: Place, folder: Path) -> Damage:
-    return Damage(str(folder.relative_to(as_folder(root))), None, "a folder", "a symbolic link")
+def _linked(root: CachePath, folder: Path) -> Finding:
+    return Finding(
+        str(folder.relative_to(require_local(root))), None, "a folder", "a symbolic link"
+    )
 
 
-def _documents(root: Place, manifest: Manifest) -> list[Damage]:
+def _documents(root: CachePath, manifest: Manifest) -> list[Finding]:
     """What the backend keeps beside the shards, against what follows from the manifest."""
     damages = []
-    for path, accepted in BACKENDS[manifest.backend].documents(root, manifest).items():
+    for path, accepted in BACKENDS[manifest.backend].metadata_files(root, manifest).items():
         wanted = f"the {len(accepted[-1])} bytes that follow from the manifest"
         file = str(path.relative_to(root))
         if path.is_symlink() or not path.is_file():
-            damages.append(Damage(file, None, wanted, "no plain file"))
+            damages.append(Finding(file, None, wanted, "no plain file"))
         elif path.stat().st_size not in map(len, accepted) or path.read_bytes() not in accepted:
-            damages.append(Damage(file, None, wanted, "others"))
+            damages.append(Finding(file, None, wanted, "others"))
     return damages
 
 
-def _receipts(root: Place, manifest: Manifest) -> tuple[dict[int, ShardReceipt], list[Damage]]:
+def _receipts(root: CachePath, manifest: Manifest) -> tuple[dict[int, ShardReceipt], list[Finding]]:
     receipts, damages = {}, []
     for number, path in receipt_files(root):
         shard = number if path == receipt_path(root, number) else None
@@ -181,13 +185,13 @@ def _receipts(root: Place, manifest: Manifest) -> tuple[dict[int, ShardReceipt],
     return receipts, damages
 
 
-def _unreadable(file: str, shard: int | None, error: OSError) -> Damage:
-    return Damage(file, shard, "a file that can be read", error.strerror or str(error))
+def _unreadable(file: str, shard: int | None, error: OSError) -> Finding:
+    return Finding(file, shard, "a file that can be read", error.strerror or str(error))
 
 
 def _end(
-    root: Place, manifest: Manifest, receipts: dict[int, ShardReceipt], damaged: set[int | None]
-) -> tuple[EndReceipt | None, list[Damage]]:
+    root: CachePath, manifest: Manifest, receipts: dict[int, ShardReceipt], damaged: set[int | None]
+) -> tuple[CompletionMarker | None, list[Finding]]:
     """The seal, against itself and the receipts, and the receipts that it misses."""
     try:
         end = read_end(root, manifest)
@@ -201,7 +205,7 @@ def _end(
     last = manifest.plan.shards_of(end.sequences) - 1
     if end.last_shard != last or (numbers and numbers[-1] > last):
         wanted = max([last, *numbers])
-        return end, [Damage(SEAL, None, f"last_shard {wanted}", f"{end.last_shard}")]
+        return end, [Finding(SEAL, None, f"last_shard {wanted}", f"{end.last_shard}")]
     missing = [
         _missing(begin, stop - 1)
         for begin, stop in zip([0, *(n + 1 for n in numbers)], [*numbers, last + 1], strict=True)
@@ -209,19 +213,19 @@ def _end(
     ]
     sequences = sum(receipt.sequences for receipt in receipts.values())
     if len(receipts) == last + 1 and sequences != end.sequences:
-        return end, [Damage(SEAL, None, f"{sequences} sequences", f"{end.sequences}")]
+        return end, [Finding(SEAL, None, f"{sequences} sequences", f"{end.sequences}")]
     return end, missing
 
 
-def _missing(first: int, last: int) -> Damage:
+def _missing(first: int, last: int) -> Finding:
     """A run of shards without receipts: one finding, however long a hostile seal makes it."""
     file = f"{FOLDER}/{first:05d}.json"
     if last > first:
         file += f" to {FOLDER}/{last:05d}.json"
-    return Damage(file, first, f"{last - first + 1} receipts: the cache is sealed", "nothing")
+    return Finding(file, first, f"{last - first + 1} receipts: the cache is sealed", "nothing")
 
 
-def _data(cache: Cache, quick: bool, threads: int | None) -> list[Damage]:
+def _data(cache: Cache, quick: bool, threads: int | None) -> list[Finding]:
     """Check the files of all shards, several at once."""
     tasks = [
         (shard, name, path)
@@ -236,13 +240,13 @@ def _data(cache: Cache, quick: bool, threads: int | None) -> list[Damage]:
         with lock:
             bar.advance(units)
 
-    def check(task: tuple[int, str, Place]) -> Damage | None:
+    def check(task: tuple[int, str, CachePath]) -> Finding | None:
         damage = _file(cache, *task, None if quick else advance)
         if quick:
             advance(1)
         return damage
 
-    found: Iterable[Damage | None]
+    found: Iterable[Finding | None]
     workers = min(threads or os.cpu_count() or 1, len(tasks))
     try:
         if workers <= 1:
@@ -256,8 +260,8 @@ def _data(cache: Cache, quick: bool, threads: int | None) -> list[Damage]:
 
 
 def _file(
-    cache: Cache, shard: int, name: str, path: Place, advance: Callable[[int], None] | None
-) -> Damage | None:
+    cache: Cache, shard: int, name: str, path: CachePath, advance: Callable[[int], None] | None
+) -> Finding | None:
     """One data file: kind, size, bytes (unless quick: no `advance`), header, what it says."""
     file = str(path.relative_to(cache.root))
     promised = cache.receipts[shard].files[name]
@@ -265,18 +269,18 @@ def _file(
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode):
             kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a pipe or device")
-            return Damage(file, shard, "a plain file", kind)
+            return Finding(file, shard, "a plain file", kind)
         if found.st_size != promised.bytes:
-            return Damage(file, shard, f"{promised.bytes} bytes", f"{found.st_size} bytes")
+            return Finding(file, shard, f"{promised.bytes} bytes", f"{found.st_size} bytes")
         if advance is not None:
             got = digest_file(path, advance)
             if got != promised:
-                return Damage(
+                return Finding(
                     file, shard, f"XXH3-128 {promised.xxh3_128}", f"XXH3-128 {got.xxh3_128}"
                 )
         _content(cache, shard, name, quick=advance is None)
     except (FileNotFoundError, NotADirectoryError):
-        return Damage(file, shard, f"{promised.bytes} bytes", "nothing")
+        return Finding(file, shard, f"{promised.bytes} bytes", "nothing")
     except CorruptShardError as error:
         return _damage(file, shard, error)
     except OSError as error:  # a disk that fails
@@ -312,7 +316,7 @@ def _leftovers(cache: Cache) -> list[str]:
     if not isinstance(root, Path):
         return []
     known = {root / MANIFEST, root / FOLDER / END}
-    known |= {*BACKENDS[manifest.backend].documents(root, manifest), *extension_files(root)}
+    known |= {*BACKENDS[manifest.backend].metadata_files(root, manifest), *extension_files(root)}
     for shard, path in receipt_files(root):
         known |= {path, *data_paths(root, manifest, shard).values()}
     known |= {retraction_path(root, shard) for shard in retracted_shards(root)}

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from actcache.cache import retraction
 from actcache.cache.layout import data_paths, statistics_path, tokens_path
 from actcache.core import rng
-from actcache.filesystem.atomic import FileReceipt
+from actcache.filesystem.atomic import FileDigest
 from actcache.format.manifest import Identity, Manifest
 from actcache.format.receipts import ShardReceipt, publish_receipt
 from actcache.format.row_filters import Mask, Norms, norm_outliers
 from actcache.format.statistics import Statistics, merge, parts
-from actcache.storage import BACKENDS, CODECS, Array, Codec, StoredRows, refuse_infinite
+from actcache.storage import BACKENDS, ROW_DTYPES, Array, RowDtype, StoredRows, check_infinite
 from actcache.storage import safetensors_io as safetensors_file
 
 Ints = NDArray[np.int32]
@@ -45,7 +45,7 @@ class ShardText:
 
 
 @dataclass(frozen=True)
-class FilledShard:
+class ShardData:
     """A shard in memory, ready to be published. n rows, before filters that look at norms."""
 
     shard: int
@@ -91,7 +91,7 @@ class RowLayout:
 
 
 def publish_shard(
-    root: Path, manifest: Manifest, filled: FilledShard, workers: Workers | None = None
+    root: Path, manifest: Manifest, filled: ShardData, workers: WriterPool | None = None
 ) -> ShardReceipt:
     """Write a shard's files, then its receipt. Killed anywhere before, there is no shard.
 
@@ -108,27 +108,27 @@ def publish_shard(
             left behind.
     """
     identity, shard = manifest.identity, filled.shard
-    codec, backend = CODECS[identity.dtype], BACKENDS[manifest.backend]
+    row_dtype, backend = ROW_DTYPES[identity.dtype], BACKENDS[manifest.backend]
     outliers = np.zeros(int(filled.kept.sum()), dtype=bool)
     if identity.max_norm_ratio is not None:
         outliers = norm_outliers(filled.norms, identity.max_norm_ratio)
     layout = RowLayout.of(identity, shard, filled.kept, outliers)
-    hands = workers or Workers()
-    files: dict[str, FileReceipt] = {}
+    pool = workers or WriterPool()
+    files: dict[str, FileDigest] = {}
     statistics: dict[str, Statistics] = {}
 
     def write_text() -> None:
         files["tokens"] = _write_text(tokens_path(root, shard), filled.text, layout)
 
     def write_rows(name: str) -> None:
-        rows = hands.gather(filled.rows[name], layout.source, codec)
+        rows = pool.gather(filled.rows[name], layout.source, row_dtype)
         if identity.max_norm_ratio is not None:  # which leaves out what is not finite
-            refuse_infinite(rows, codec, name)
-        found = parts(rows, codec, hands.blocks)  # while the file is written
+            check_infinite(rows, row_dtype, name)
+        found = parts(rows, row_dtype, pool.blocks)  # while the file is written
         files.update(backend.write(root, manifest, name, shard, rows))
         statistics[name] = merge(found)
 
-    hands.do([*(partial(write_rows, name) for name in filled.rows), write_text])
+    pool.do([*(partial(write_rows, name) for name in filled.rows), write_text])
     in_order = {name: statistics[name] for name in filled.rows}
     files["stats"] = write_statistics(root, shard, in_order)
     receipt = ShardReceipt(
@@ -142,20 +142,20 @@ def publish_shard(
         near_overflow={name: statistic.near_overflow for name, statistic in statistics.items()},
         files=files,
     )
-    publish_sealed(root, manifest, receipt)
+    publish_checked_receipt(root, manifest, receipt)
     return receipt
 
 
-def publish_sealed(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
+def publish_checked_receipt(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
     """Publish the receipt of a shard whose files are written; see `publish_shard`."""
     paths = data_paths(root, manifest, receipt.shard)
-    restored = retraction.require_restored(root, manifest, receipt, paths)
+    restored = retraction.check_restored(root, manifest, receipt, paths)
     publish_receipt(root, receipt)
     if restored:
         retraction.forget(root, receipt.shard)
 
 
-def write_statistics(root: Path, shard: int, statistics: Mapping[str, Statistics]) -> FileReceipt:
+def write_statistics(root: Path, shard: int, statistics: Mapping[str, Statistics]) -> FileDigest:
     """Write the statistics of a shard, by hookpoint in the manifest's order."""
     return safetensors_file.write(
         statistics_path(root, shard),
@@ -167,7 +167,7 @@ def write_statistics(root: Path, shard: int, statistics: Mapping[str, Statistics
     )
 
 
-def _write_text(path: Path, text: ShardText, layout: RowLayout) -> FileReceipt:
+def _write_text(path: Path, text: ShardText, layout: RowLayout) -> FileDigest:
     return safetensors_file.write(
         path,
         {
@@ -196,7 +196,7 @@ Mapper = Callable[..., Iterable[Any]]
 """`map`, or something like it."""
 
 
-class Workers:
+class WriterPool:
     """How the parts of a shard are done: by default one after the other, in the caller's thread."""
 
     def __init__(self, files: Executor | None = None, blocks: Mapper = map) -> None:
@@ -207,7 +207,7 @@ class Workers:
 
     @classmethod
     @contextmanager
-    def threads(cls, hookpoints: int) -> Iterator[Workers]:
+    def threads(cls, hookpoints: int) -> Iterator[WriterPool]:
         """As many as are of use to this many hookpoints on this machine."""
         with (
             ThreadPoolExecutor(files_at_once(hookpoints), "files") as files,
@@ -228,13 +228,15 @@ class Workers:
         for future in begun:
             future.result()
 
-    def gather(self, rows: StoredRows, source: NDArray[np.int64], codec: Codec) -> StoredRows:
+    def gather(
+        self, rows: StoredRows, source: NDArray[np.int64], row_dtype: RowDtype
+    ) -> StoredRows:
         """`rows[source]`, which is valid until this thread gathers again."""
         if not hasattr(self._scratch, "memory"):
-            self._scratch.memory = Memory()
-        memory: Memory = self._scratch.memory
+            self._scratch.memory = RowBuffers()
+        memory: RowBuffers = self._scratch.memory
         width = rows.values.shape[1]
-        out = memory.rows(width, len(source), width, codec)
+        out = memory.rows(width, len(source), width, row_dtype)
         rows.take(source, out)
         return out
 
@@ -248,22 +250,22 @@ def _most() -> int:
     return max(2, min(4, len(os.sched_getaffinity(0)) // 2))
 
 
-class Memory:
+class RowBuffers:
     """Memory for rows, used again and again: fresh pages cost as much as filling them."""
 
     def __init__(self) -> None:
         self._rows: dict[Hashable, StoredRows] = {}
 
-    def rows(self, owner: Hashable, count: int, width: int, codec: Codec) -> StoredRows:
+    def rows(self, owner: Hashable, count: int, width: int, row_dtype: RowDtype) -> StoredRows:
         """Room for `count` rows; what the owner had there before is lost.
 
         Args:
             owner: whose they are; always of this width and type.
             count: how many rows.
             width: numbers of a row.
-            codec: their type.
+            row_dtype: their type.
         """
         found = self._rows.get(owner)
         if found is None or len(found) < count:
-            found = self._rows[owner] = codec.empty(count, width)
+            found = self._rows[owner] = row_dtype.empty(count, width)
         return found[:count]

@@ -13,14 +13,14 @@ from actcache.errors import CacheMismatchError, ConfigError
 
 
 @dataclass(frozen=True)
-class Ranks:
+class World:
     """This process among its siblings."""
 
     rank: int
     world_size: int
 
     @classmethod
-    def from_environment(cls) -> Ranks:
+    def from_environment(cls) -> World:
         """What torchrun says; alone otherwise.
 
         Raises:
@@ -40,7 +40,7 @@ class Ranks:
             )
         return cls(rank, world_size)
 
-    def agree(self, what: bytes, act: Callable[[], None]) -> None:
+    def check_equal_then_run_on_rank_zero(self, what: bytes, act: Callable[[], None]) -> None:
         """Check that every process holds the same bytes, then let rank 0 act before all go on.
 
         Args:

@@ -15,14 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from actcache.errors import CacheBusyError
-from actcache.filesystem.atomic import tell_full_disk
+from actcache.filesystem.atomic import as_disk_full_error
 
 LOCK = Path("logs") / "harvest.lock"
 _TRIES = 5
 _PAUSE = 0.02  # seconds between tries: whoever looks whether it is free holds it for a moment
 
 
-class FolderLock:
+class DirectoryLock:
     """Held from `take` or `join` until `release`, or until the process ends.
 
     Args:
@@ -40,7 +40,7 @@ class FolderLock:
         """Whether it is."""
         return self._fd is not None
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Become the one at work in this folder.
 
         Raises:
@@ -65,12 +65,12 @@ class FolderLock:
             ) from error
         except OSError as error:
             self.release()
-            raise tell_full_disk(error, self._path, len(who)) from error
+            raise as_disk_full_error(error, self._path, len(who)) from error
         except BaseException:
             self.release()
             raise
 
-    def join(self) -> None:
+    def acquire_shared(self) -> None:
         """Hold the lock that rank 0 of this harvest has taken."""
         if self._fd is None:
             self._open()
@@ -87,7 +87,7 @@ class FolderLock:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | create, 0o644)
 
 
-def is_free(root: Path, path: Path = LOCK) -> bool:
+def is_unlocked(root: Path, path: Path = LOCK) -> bool:
     """Whether nobody holds the lock of a folder. Where that cannot be told: no."""
     try:
         fd = os.open(root / path, os.O_RDONLY | os.O_CLOEXEC)

@@ -18,14 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from actcache.errors import FormatError
-from actcache.filesystem.paths import Place
+from actcache.filesystem.paths import CachePath
 
 T = TypeVar("T")
 
 MAX_JSON_BYTES = 64 << 20
 """A larger JSON file is refused before it is read: none of ours comes near it."""
 
-BESIDE = {"beside": True}
+NOT_SERIALIZED = {"beside": True}
 """Metadata of a dataclass's field that is not in its file, but follows from others."""
 
 _MAX_INT = 2**53
@@ -102,7 +102,7 @@ def _literal(choices: tuple[str, ...]) -> _Parser:
             raise FormatError(
                 f"{_text(where)} has an unknown value",
                 expected=" | ".join(choices),
-                got=short(obj),
+                got=truncated_repr(obj),
             )
         return obj
 
@@ -112,7 +112,9 @@ def _literal(choices: tuple[str, ...]) -> _Parser:
 def _tuple(inner: _Parser) -> _Parser:
     def parse(obj: Any, where: _Where) -> Any:
         if not isinstance(obj, list):
-            raise FormatError(f"{_text(where)} is not a list", expected="[...]", got=short(obj))
+            raise FormatError(
+                f"{_text(where)} is not a list", expected="[...]", got=truncated_repr(obj)
+            )
         return tuple([inner(item, (where, "[{}]", i)) for i, item in enumerate(obj)])
 
     return parse
@@ -121,7 +123,9 @@ def _tuple(inner: _Parser) -> _Parser:
 def _dict(inner: _Parser, many: _Many | None) -> _Parser:
     def parse(obj: Any, where: _Where) -> Any:
         if not isinstance(obj, dict):
-            raise FormatError(f"{_text(where)} is not an object", expected="{...}", got=short(obj))
+            raise FormatError(
+                f"{_text(where)} is not an object", expected="{...}", got=truncated_repr(obj)
+            )
         if many is not None and (found := many(list(obj.values()))) is not None:
             return dict(zip(obj, found, strict=True))
         return {key: inner(item, (where, "[{!r}]", key)) for key, item in obj.items()}
@@ -175,7 +179,7 @@ def _all_text(values: Sequence[Any]) -> bool:
 
 def _dataclass(cls: Any) -> _Parser:
     hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata != BESIDE}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata != NOT_SERIALIZED}
     parsers = {name: _parser(hints[name]) for name in fields}
     nothing = dataclasses.MISSING
     required = {
@@ -184,7 +188,9 @@ def _dataclass(cls: Any) -> _Parser:
 
     def parse(obj: Any, where: _Where) -> Any:
         if not isinstance(obj, dict):
-            raise FormatError(f"{_text(where)} is not an object", expected="{...}", got=short(obj))
+            raise FormatError(
+                f"{_text(where)} is not an object", expected="{...}", got=truncated_repr(obj)
+            )
         if not required <= obj.keys() <= parsers.keys():
             missing = [name for name in fields if name in required and name not in obj]
             raise FormatError(
@@ -213,13 +219,13 @@ def _scalar(hint: Any) -> _Parser:
         if hint is float and type(obj) is int and abs(obj) <= _MAX_INT:
             return float(obj)
         raise FormatError(
-            f"{_text(where)} has another type", expected=hint.__name__, got=short(obj)
+            f"{_text(where)} has another type", expected=hint.__name__, got=truncated_repr(obj)
         )
 
     return parse
 
 
-def read_json(path: Place, limit: int = MAX_JSON_BYTES, *, links: bool = True) -> object:
+def read_json(path: CachePath, limit: int = MAX_JSON_BYTES, *, links: bool = True) -> object:
     """Decode a JSON file.
 
     Args:
@@ -260,7 +266,7 @@ def to_json(obj: Any) -> bytes:
     """Encode a dataclass (or plain object) as JSON: sorted keys, two spaces, final newline."""
     plain = obj
     if dataclasses.is_dataclass(obj):
-        beside = {f.name for f in dataclasses.fields(obj) if f.metadata == BESIDE}
+        beside = {f.name for f in dataclasses.fields(obj) if f.metadata == NOT_SERIALIZED}
         inside = dataclasses.asdict(obj)  # type: ignore[arg-type]
         plain = {name: value for name, value in inside.items() if name not in beside}
     return (json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
@@ -277,7 +283,7 @@ def _refuse_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return obj
 
 
-def short(obj: object, limit: int = 80) -> str:
+def truncated_repr(obj: object, limit: int = 80) -> str:
     """What an error shows of a value from outside: of bounded length, whatever it is."""
     try:
         text = repr(obj)

@@ -17,8 +17,8 @@ import xxhash
 from actcache.config import HarvestConfig
 from actcache.data.documents import (
     Column,
-    Documents,
     DocumentStream,
+    IndexedDocuments,
     Mixture,
     Record,
     Source,
@@ -32,7 +32,7 @@ _SAMPLED = 1024  # documents that the fingerprint of a dataset without a single 
 _STREAMED = 64  # the same of a stream: its first
 
 
-def open_documents(config: HarvestConfig) -> Source:
+def open_dataset(config: HarvestConfig) -> Source:
     """Find the text that DATASET names, and what --mix adds to it.
 
     Raises:
@@ -40,7 +40,7 @@ def open_documents(config: HarvestConfig) -> Source:
     """
     if not config.mix:
         return _open_one(config)
-    parts: list[Documents | DocumentStream] = []
+    parts: list[IndexedDocuments | DocumentStream] = []
     for dataset in (config.dataset, *config.mix):
         part = _open_one(dataclasses.replace(config, dataset=dataset, mix=(), weight=()))
         assert not isinstance(part, Mixture)
@@ -84,7 +84,9 @@ def _open_file(path: Path, config: HarvestConfig) -> Source:
         except UnicodeDecodeError as error:
             raise DatasetError(f"{path} is not UTF-8 text", got=str(error)) from error
         size, column = path.stat().st_size, Column("", "text")
-        return Documents(lambda numbers: [text for _ in numbers], 1, column, fingerprint, size)
+        return IndexedDocuments(
+            lambda numbers: [text for _ in numbers], 1, column, fingerprint, size
+        )
     if suffix not in _TABLES:
         raise DatasetError(
             f"do not know how to read {path}",
@@ -182,7 +184,7 @@ def _column(config: HarvestConfig) -> Column:
 
 def _from_table(
     table: Any, config: HarvestConfig, fingerprint: str | None, size: int | None = None
-) -> Documents | DocumentStream:
+) -> IndexedDocuments | DocumentStream:
     if hasattr(table, "keys"):  # a DatasetDict from save_to_disk
         if config.split not in table:
             raise DatasetError(
@@ -206,7 +208,7 @@ def _from_table(
     def fetch(numbers: list[int]) -> Any:
         return table[numbers][column.name]
 
-    documents = Documents(fetch, len(table), column, fingerprint or "", size)
+    documents = IndexedDocuments(fetch, len(table), column, fingerprint or "", size)
     if fingerprint is None:
         return dataclasses.replace(documents, fingerprint=_sampled_fingerprint(documents))
     return documents
@@ -257,7 +259,7 @@ def _no_column(config: HarvestConfig, column: Column, names: Any) -> DatasetErro
     )
 
 
-def _sampled_fingerprint(documents: Documents) -> str:
+def _sampled_fingerprint(documents: IndexedDocuments) -> str:
     """Digest of the number of documents and of 1,024 of them, evenly spread.
 
     Reading all of a hub dataset to name it could cost more than the harvest.

@@ -1,8 +1,8 @@
 """Documents, whatever they come from, behind a few small classes.
 
-`Documents` are known by number; a `DocumentStream` can only be walked; a `Mixture` draws from
-several; a `TokenFile` is one long run of token ids. Each carries a fingerprint, so that a cache
-knows what it was made of.
+`IndexedDocuments` are known by number; a `DocumentStream` can only be iterated; a `Mixture` draws
+from several; a `TokenFile` is one long run of token ids. Each carries a fingerprint, so that a
+cache records what it was made of.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _describe(record: object) -> str:
 
 
 @dataclass(frozen=True)
-class Documents:
+class IndexedDocuments:
     """Documents by number."""
 
     fetch: Callable[[list[int]], Sequence[object]]
@@ -107,7 +107,7 @@ class DocumentStream:
 class Mixture:
     """Several datasets, of which documents are drawn by weight."""
 
-    parts: tuple[Documents | DocumentStream, ...]
+    parts: tuple[IndexedDocuments | DocumentStream, ...]
     weights: tuple[float, ...]
     """Share of each part in the documents drawn; any scale."""
 
@@ -134,9 +134,9 @@ class TokenFile:
     """Digest of the file and of the type its ids are read as."""
 
 
-Source = Documents | DocumentStream | Mixture | TokenFile
+Source = IndexedDocuments | DocumentStream | Mixture | TokenFile
 
 
-def kind_of(source: Source) -> Kind:
+def document_kind(source: Source) -> Kind:
     """What the documents are."""
     return "ids" if isinstance(source, TokenFile) else source.column.kind

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from actcache.core import rng
 from actcache.core.progress import Progress
 from actcache.data.documents import (
-    Documents,
     DocumentStream,
+    IndexedDocuments,
     Kind,
     Mixture,
     Record,
@@ -37,7 +37,7 @@ Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class SequencePipeline:
     """How documents become sequences."""
 
     kind: Literal["pack", "crop", "truncate"]
@@ -82,7 +82,9 @@ class _Piece:
     start: int
 
 
-def sequences(source: Source, tokenizer: Any, pipeline: Pipeline) -> Iterator[Sequence]:
+def iter_sequences(
+    source: Source, tokenizer: Any, pipeline: SequencePipeline
+) -> Iterator[Sequence]:
     """All sequences of the text.
 
     Raises:
@@ -105,21 +107,23 @@ def sequences(source: Source, tokenizer: Any, pipeline: Pipeline) -> Iterator[Se
         yield Sequence(tokens, length, piece.document, piece.start)
 
 
-def count_sequences(source: Source, tokenizer: Any, pipeline: Pipeline, limit: int | None) -> int:
+def count_sequences(
+    source: Source, tokenizer: Any, pipeline: SequencePipeline, limit: int | None
+) -> int:
     """How many sequences there are, counting no further than `limit`."""
     if isinstance(source, TokenFile):
         count = len(source.ids) // pipeline.text_tokens
         return count if limit is None else min(count, limit)
     count = 0
     bar = Progress("count", None if limit is None else limit * pipeline.ctx_len, "tok")
-    for _ in itertools.islice(sequences(source, tokenizer, pipeline), limit):
+    for _ in itertools.islice(iter_sequences(source, tokenizer, pipeline), limit):
         count += 1
         bar.advance(pipeline.ctx_len)
     bar.close()
     return count
 
 
-def _check_vocabulary(ids: Ids, pipeline: Pipeline) -> None:
+def _check_vocabulary(ids: Ids, pipeline: SequencePipeline) -> None:
     if int(ids.max()) >= pipeline.vocab_size or int(ids.min()) < 0:
         raise DatasetError(
             "a token id is not in the model's vocabulary",
@@ -129,13 +133,13 @@ def _check_vocabulary(ids: Ids, pipeline: Pipeline) -> None:
         )
 
 
-def _cut_file(source: TokenFile, pipeline: Pipeline) -> Iterator[_Piece]:
+def _cut_file(source: TokenFile, pipeline: SequencePipeline) -> Iterator[_Piece]:
     size = pipeline.text_tokens
     for start in range(0, len(source.ids) - size + 1, size):
         yield _Piece(source.ids[start : start + size].astype(np.int64), 0, start)
 
 
-def _pack(documents: Iterator[tuple[int, Ids]], pipeline: Pipeline) -> Iterator[_Piece]:
+def _pack(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
     size = pipeline.text_tokens
     line: list[Ids] = [np.empty((3, 0), dtype=np.int64)]  # token, its document, its place there
     waiting = 0
@@ -154,7 +158,7 @@ def _pack(documents: Iterator[tuple[int, Ids]], pipeline: Pipeline) -> Iterator[
         line, waiting = [joined[:, whole:]], waiting - whole
 
 
-def _crop(documents: Iterator[tuple[int, Ids]], pipeline: Pipeline) -> Iterator[_Piece]:
+def _crop(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
     size = pipeline.text_tokens
     for number, ids in documents:
         start = 0
@@ -164,13 +168,13 @@ def _crop(documents: Iterator[tuple[int, Ids]], pipeline: Pipeline) -> Iterator[
         yield _Piece(ids[start : start + size], number, start)
 
 
-def _truncate(documents: Iterator[tuple[int, Ids]], pipeline: Pipeline) -> Iterator[_Piece]:
+def _truncate(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
     for number, ids in documents:
         yield _Piece(ids[: pipeline.text_tokens], number, 0)
 
 
 def _tokenised(
-    source: Documents | DocumentStream | Mixture, tokenizer: Any, pipeline: Pipeline
+    source: IndexedDocuments | DocumentStream | Mixture, tokenizer: Any, pipeline: SequencePipeline
 ) -> Iterator[tuple[int, Ids]]:
     """(number in the order taken, token ids) of every document that has tokens."""
     first = 0

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actcache.core import rng
-from actcache.data.documents import Documents, DocumentStream, Mixture, Record
+from actcache.data.documents import DocumentStream, IndexedDocuments, Mixture, Record
 
 DOCUMENTS_AT_ONCE = 256
 
@@ -31,7 +31,7 @@ class DocumentOrder:
 
 
 def documents_in_order(
-    source: Documents | DocumentStream | Mixture, order: DocumentOrder
+    source: IndexedDocuments | DocumentStream | Mixture, order: DocumentOrder
 ) -> Iterator[list[Record]]:
     """All documents, in batches; raises `DatasetError` for one that is not what it should be."""
     if isinstance(source, Mixture):
@@ -59,9 +59,11 @@ def _drawn(mixture: Mixture, order: DocumentOrder) -> Iterator[list[Record]]:
         yield batch
 
 
-def _walk(source: Documents | DocumentStream, order: DocumentOrder, *part: int) -> Iterator[Record]:
+def _walk(
+    source: IndexedDocuments | DocumentStream, order: DocumentOrder, *part: int
+) -> Iterator[Record]:
     state = rng.stream("documents", order.seed, *part)
-    if isinstance(source, Documents):
+    if isinstance(source, IndexedDocuments):
         numbers = np.arange(source.count) if order.keep_order else state.permutation(source.count)
         for start in range(0, source.count, DOCUMENTS_AT_ONCE):
             yield from source.batch([int(n) for n in numbers[start : start + DOCUMENTS_AT_ONCE]])

@@ -16,7 +16,7 @@ from pathlib import Path
 import xxhash
 
 from actcache.errors import DiskFullError
-from actcache.filesystem.paths import Place, as_remote
+from actcache.filesystem.paths import CachePath, require_remote
 
 _PARTIAL = ".partial-"
 _PIECE = 1 << 20  # bytes read and hashed at a time
@@ -24,7 +24,7 @@ _CHUNK = 16 << 20  # bytes written and hashed at a time: small enough to stay in
 
 
 @dataclass(frozen=True, slots=True)
-class FileReceipt:
+class FileDigest:
     """What a published file must be."""
 
     bytes: int
@@ -33,7 +33,7 @@ class FileReceipt:
     """XXH3 128-bit digest of the whole file, hexadecimal."""
 
 
-def publish(path: Path, parts: Iterable[memoryview | bytes]) -> FileReceipt:
+def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
     """Write `parts` one after another as the file `path`, which appears only when it is whole.
 
     Args:
@@ -66,15 +66,15 @@ def publish(path: Path, parts: Iterable[memoryview | bytes]) -> FileReceipt:
         finally:
             os.close(fd)
         os.replace(partial, path)  # noqa: PTH105 (tests stand in for os.replace)
-        sync_folder(path.parent)
+        fsync_dir(path.parent)
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        raise tell_full_disk(error, path, size) from error
-    return FileReceipt(size, digest.hexdigest())
+        raise as_disk_full_error(error, path, size) from error
+    return FileDigest(size, digest.hexdigest())
 
 
-def tell_full_disk(error: OSError, path: Path, size: int) -> Exception:
+def as_disk_full_error(error: OSError, path: Path, size: int) -> Exception:
     """A `DiskFullError` if that is what `error` means, else `error` itself.
 
     Args:
@@ -97,7 +97,7 @@ def _make_folder(folder: Path) -> None:
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
-        sync_folder(made.parent)
+        fsync_dir(made.parent)
 
 
 def _pwrite_all(fd: int, chunk: memoryview, offset: int) -> None:
@@ -106,7 +106,7 @@ def _pwrite_all(fd: int, chunk: memoryview, offset: int) -> None:
         chunk, offset = chunk[written:], offset + written
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Make the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -126,10 +126,10 @@ def remove_partials(root: Path) -> int:
     return len(partials)
 
 
-def digest_file(path: Place, advance: Callable[[int], None] = lambda _: None) -> FileReceipt:
+def digest_file(path: CachePath, advance: Callable[[int], None] = lambda _: None) -> FileDigest:
     """Size and digest of a file as it is now; `advance` hears of every piece, in bytes."""
     if not isinstance(path, Path):
-        return FileReceipt(*as_remote(path).digest(advance))
+        return FileDigest(*require_remote(path).digest(advance))
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         # Memory that is used again: a fresh piece for each read costs as much as the read.
@@ -138,4 +138,4 @@ def digest_file(path: Place, advance: Callable[[int], None] = lambda _: None) ->
             digest.update(piece[:n])
             size += n
             advance(n)
-    return FileReceipt(size, digest.hexdigest())
+    return FileDigest(size, digest.hexdigest())

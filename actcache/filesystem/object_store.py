@@ -24,7 +24,7 @@ ATTEMPTS = 8
 FIRST_DELAY = 0.25
 """Seconds before the second attempt; each further one waits twice as long, up to MOST_DELAY."""
 MOST_DELAY = 8.0
-PATIENCE = 60.0
+RETRY_DEADLINE = 60.0
 """Seconds after which nothing is tried again."""
 TIME_LIMIT = 30.0
 """Seconds that one attempt may take."""
@@ -50,7 +50,7 @@ class Info:
     """Another one for other bytes; None where the store has no such thing."""
 
 
-class Connection:
+class ObjectStore:
     """The folder behind a URL. Safe from several threads, and after a fork.
 
     Args:
@@ -66,9 +66,9 @@ class Connection:
         self._opened: tuple[int, Any, str] | None = None
         _require_library(self.url)
 
-    def __reduce__(self) -> tuple[type[Connection], tuple[str]]:
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str]]:
         """To another process: it opens its own."""
-        return Connection, (self.url,)
+        return ObjectStore, (self.url,)
 
     def listing(self, folder: str) -> dict[str, Info]:
         """What lies in a folder, by name; nothing if there is no such folder."""
@@ -81,7 +81,7 @@ class Connection:
             return found
 
         try:
-            entries = self._patiently(ask, folder)
+            entries = self._with_retries(ask, folder)
         except FileNotFoundError:
             return {}
         found = {}
@@ -109,7 +109,7 @@ class Connection:
                 raise OSError(f"{len(found):,} bytes instead of {stop - start:,}")
             return found
 
-        return self._patiently(ask, file)
+        return self._with_retries(ask, file)
 
     def _call(self, fs: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         if not fs.async_impl:
@@ -118,7 +118,7 @@ class Connection:
 
         return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=TIME_LIMIT, **kwargs)
 
-    def _patiently(self, ask: Callable[[], T], what: str) -> T:
+    def _with_retries(self, ask: Callable[[], T], what: str) -> T:
         """Ask until there is an answer, or no hope of one."""
         began = time.monotonic()
         attempt = 0
@@ -131,7 +131,7 @@ class Connection:
             except Exception as error:
                 if final := self._final(error, what):
                     raise final from error
-                if attempt == ATTEMPTS or time.monotonic() - began > PATIENCE:
+                if attempt == ATTEMPTS or time.monotonic() - began > RETRY_DEADLINE:
                     raise RemoteError(
                         f"{self._name(what)} cannot be read",
                         expected=f"an answer within {attempt} attempts",

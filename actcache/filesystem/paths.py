@@ -1,9 +1,9 @@
 """Where a cache is read from: a folder on this machine, or a place in a store behind a URL.
 
-`Place` is the part of `pathlib.Path` that reading a cache needs. A folder is a `Path` itself, whose
-files are read as fast as the disk gives them; a URL is a `RemotePath`. Whatever builds the name of
-a file from its folder takes and returns either. The few functions that touch bytes tell them apart:
-`pread.read_scattered`, `atomic.digest_file`, `safetensors_file.locate`, `CheckedReads`.
+`CachePath` is the part of `pathlib.Path` that reading a cache needs. A folder is a `Path` itself,
+whose files are read at the speed of the disk; a URL is a `RemotePath`. Functions that build the
+name of a file from its folder take and return either. The few functions that touch bytes
+distinguish them: `preadv_into`, `digest_file`, `safetensors_io.locate`, `VerifiedReader`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Stat(Protocol):
         """Bytes."""
 
 
-class Place(Protocol):
+class CachePath(Protocol):
     """A file or folder; each method as `pathlib.Path` has it."""
 
     @property
@@ -60,7 +60,7 @@ class Place(Protocol):
     def read_bytes(self) -> bytes: ...  # noqa: D102
 
 
-PlaceT = TypeVar("PlaceT", bound=Place)
+CachePathT = TypeVar("CachePathT", bound=CachePath)
 
 
 def is_url(where: object) -> bool:
@@ -68,8 +68,8 @@ def is_url(where: object) -> bool:
     return isinstance(where, str) and "://" in where
 
 
-def as_place(
-    where: str | Place, block_cache: str | None = None, block_cache_bytes: int | None = None
+def open_path(
+    where: str | CachePath, block_cache: str | None = None, block_cache_bytes: int | None = None
 ) -> Path | RemotePath:
     """The place that a folder or URL names; see `remote.open_url`."""
     if isinstance(where, str) and is_url(where):
@@ -81,7 +81,7 @@ def as_place(
     return where if isinstance(where, RemotePath) else Path(str(where))
 
 
-def as_remote(place: Place) -> RemotePath:
+def require_remote(place: CachePath) -> RemotePath:
     """A place that is no folder of this machine."""
     from actcache.filesystem.remote_path import RemotePath
 
@@ -89,7 +89,7 @@ def as_remote(place: Place) -> RemotePath:
     return place
 
 
-def as_folder(place: Place) -> Path:
+def require_local(place: CachePath) -> Path:
     """The place as a folder of this machine; raises `ConfigError` where it is none."""
     if not isinstance(place, Path):
         raise ConfigError(
@@ -100,17 +100,17 @@ def as_folder(place: Place) -> Path:
     return place
 
 
-def refuse_url(value: str, option: str, why: str) -> None:
+def reject_url(value: str, option: str, why: str) -> None:
     """Raise `ConfigError` if an option that needs a folder was given a URL."""
     if is_url(value):
-        from actcache.filesystem.urls import masked
+        from actcache.filesystem.urls import redact_url
 
         raise ConfigError(
-            f"{option} cannot be a URL: {why}", expected="a folder", got=masked(value)
+            f"{option} cannot be a URL: {why}", expected="a folder", got=redact_url(value)
         )
 
 
-def fetched_ahead(paths: Iterable[PlaceT]) -> Iterator[PlaceT]:
+def prefetch_files(paths: Iterable[CachePathT]) -> Iterator[CachePathT]:
     """The paths as they are; those of a store with their bytes fetched by several threads before.
 
     One after another, ten thousand small files would take as many times the way to the store.

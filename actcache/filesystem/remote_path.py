@@ -18,7 +18,7 @@ import xxhash
 
 from actcache.errors import CorruptShardError
 from actcache.filesystem.block_cache import BlockCache
-from actcache.filesystem.object_store import Connection, Info
+from actcache.filesystem.object_store import Info, ObjectStore
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -54,14 +54,14 @@ class RemoteFiles:
         blocks: what is kept of them on this machine.
     """
 
-    def __init__(self, connection: Connection, blocks: BlockCache) -> None:
+    def __init__(self, connection: ObjectStore, blocks: BlockCache) -> None:
         self.connection, self.blocks = connection, blocks
         self._lock = Lock()
         self._folders: dict[str, dict[str, Info]] = {}
         self._digests: dict[str, tuple[str, list[bytes]]] = {}  # version, and of every block
         self._nonce = os.urandom(16).hex()
 
-    def __reduce__(self) -> tuple[type[RemoteFiles], tuple[Connection, BlockCache]]:
+    def __reduce__(self) -> tuple[type[RemoteFiles], tuple[ObjectStore, BlockCache]]:
         """To another process, which has to look and compare by itself."""
         return RemoteFiles, (self.connection, self.blocks)
 

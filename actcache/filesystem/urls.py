@@ -6,7 +6,7 @@ import re
 
 from actcache.errors import ConfigError
 from actcache.filesystem.block_cache import open_blocks
-from actcache.filesystem.object_store import Connection
+from actcache.filesystem.object_store import ObjectStore
 from actcache.filesystem.remote_path import RemoteFiles, RemotePath
 
 _USER = re.compile(r"(?<=://)[^/?#]*@")
@@ -14,19 +14,19 @@ _QUERY = re.compile(r"[?#].*", re.DOTALL)
 _LOCAL = ("file", "local")
 
 
-def masked(url: str) -> str:
+def redact_url(url: str) -> str:
     """The URL as errors show it: user, password, query and fragment as stars."""
     return _QUERY.sub("?***", _USER.sub("***@", url))
 
 
-def require_plain(url: str) -> None:
+def validate_url(url: str) -> None:
     """Refuse URLs that are chained, or that hold what belongs into nobody's run.json.
 
     Raises:
         ConfigError: it is no plain URL.
     """
     protocol, _, rest = url.partition("://")
-    shown = masked(url)
+    shown = redact_url(url)
     if "::" in url:
         raise ConfigError(
             "chained URLs are not taken",
@@ -68,6 +68,6 @@ def open_url(
         ConfigError: the URL cannot be taken, a library for it is missing, or the folder for blocks
             cannot be used.
     """
-    require_plain(url)
-    connection = Connection(url)
+    validate_url(url)
+    connection = ObjectStore(url)
     return RemotePath(RemoteFiles(connection, open_blocks(block_cache, block_cache_bytes)), "")

@@ -1,7 +1,7 @@
 """Types on disk and in memory. Little-endian throughout; bfloat16 travels as uint16 in NumPy.
 
 A row as stored has one part, its numbers, or two: an 8-bit row has a scale besides. `StoredRows`
-holds the parts of some rows, `Codec.parts` says what they are, and everything that moves rows
+holds the parts of some rows, `RowDtype.parts` says what they are, and everything that moves rows
 (backends, reader, stream) moves parts without asking which there are.
 
 Letters: N rows, D width.
@@ -39,7 +39,7 @@ _WHOLE = 1.5 * 2**23  # float32 numbers about this size are whole
 
 
 @dataclass(frozen=True)
-class Part:
+class RowComponent:
     """What one part of a row is."""
 
     shape: tuple[int, ...]
@@ -95,7 +95,7 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
-class Codec:
+class RowDtype:
     """One type of activations: how NumPy, safetensors and torch call it."""
 
     name: str
@@ -106,7 +106,7 @@ class Codec:
     """Type in a safetensors header."""
     torch_name: str
     """Torch's type of the numbers."""
-    carrier: str
+    bridge_dtype: str
     """Type through which they pass from NumPy to torch, which both have under this name."""
 
     @property
@@ -119,9 +119,9 @@ class Codec:
         """Bytes of one number."""
         return np.dtype(self.storage).itemsize
 
-    def parts(self, width: int) -> dict[str, Part]:
+    def parts(self, width: int) -> dict[str, RowComponent]:
         """What a row of `width` numbers consists of, in the order of the bytes."""
-        return {VALUES: Part((width,), self.storage, self.tag)}
+        return {VALUES: RowComponent((width,), self.storage, self.tag)}
 
     def row_bytes(self, width: int) -> int:
         """Bytes of one row, all parts together."""
@@ -147,7 +147,7 @@ class Codec:
         import torch
 
         return {
-            name: torch.from_numpy(part.view(self.carrier) if name == VALUES else part)
+            name: torch.from_numpy(part.view(self.bridge_dtype) if name == VALUES else part)
             for name, part in rows.parts.items()
         }
 
@@ -175,12 +175,12 @@ class Codec:
         """A tensor of this type as NumPy holds it."""
         import torch
 
-        array: Array = values.view(getattr(torch, self.carrier)).numpy().view(self.storage)
+        array: Array = values.view(getattr(torch, self.bridge_dtype)).numpy().view(self.storage)
         return array
 
 
 @dataclass(frozen=True)
-class ScaledCodec(Codec):
+class ScaledRowDtype(RowDtype):
     """A type of 8 bits: a row x is its scale s = max|x| / largest, and round(x / s).
 
     Everything is computed in float32 and number by number, so that no bit depends on threads, and
@@ -196,9 +196,9 @@ class ScaledCodec(Codec):
         """They are scaled."""
         return True
 
-    def parts(self, width: int) -> dict[str, Part]:
+    def parts(self, width: int) -> dict[str, RowComponent]:
         """The numbers, then the scale."""
-        return super().parts(width) | {SCALES: Part((), "<f4", "F32")}
+        return super().parts(width) | {SCALES: RowComponent((), "<f4", "F32")}
 
     def to_float32(self, rows: StoredRows) -> NDArray[np.float32]:
         """The numbers that stored rows stand for, as `to_torch` has them. [N, D]"""
@@ -257,27 +257,27 @@ class ScaledCodec(Codec):
         return stored
 
 
-def refuse_overflow(
-    activations: torch.Tensor, stored: StoredRows, codec: Codec, hookpoint: str
+def check_overflow(
+    activations: torch.Tensor, stored: StoredRows, row_dtype: RowDtype, hookpoint: str
 ) -> None:
     """Raise `ConfigError` if finite rows became infinite in float16, with their count.
 
     Args:
         activations: before rounding, of any type. [N, D]
         stored: after it.
-        codec: of `stored`.
+        row_dtype: of `stored`.
         hookpoint: for the error.
     """
-    if codec.name != "float16" or str(activations.dtype) == "torch.float16":
+    if row_dtype.name != "float16" or str(activations.dtype) == "torch.float16":
         return
     overflowed = int((np.isinf(stored.values).any(axis=1)).sum())
     overflowed -= int(activations.isinf().any(dim=1).sum())
     _refuse_rows(overflowed, len(stored), hookpoint)
 
 
-def refuse_infinite(stored: StoredRows, codec: Codec, hookpoint: str) -> None:
+def check_infinite(stored: StoredRows, row_dtype: RowDtype, hookpoint: str) -> None:
     """The same for rows of which those that were captured infinite have been left out already."""
-    if codec.name == "float16":
+    if row_dtype.name == "float16":
         _refuse_rows(int(np.isinf(stored.values).any(axis=1).sum()), len(stored), hookpoint)
 
 
@@ -302,14 +302,14 @@ def _e4m3() -> NDArray[np.float32]:
     return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
 
 
-CODECS: dict[str, Codec] = {
-    codec.name: codec
-    for codec in (
-        Codec("bfloat16", "<u2", "BF16", "bfloat16", "int16"),
-        Codec("float16", "<f2", "F16", "float16", "float16"),
-        Codec("float32", "<f4", "F32", "float32", "float32"),
-        ScaledCodec("int8", "|i1", "I8", "int8", "int8", 127.0),
-        ScaledCodec("float8_e4m3", "|u1", "F8_E4M3", "float8_e4m3fn", "uint8", 448.0),
+ROW_DTYPES: dict[str, RowDtype] = {
+    row_dtype.name: row_dtype
+    for row_dtype in (
+        RowDtype("bfloat16", "<u2", "BF16", "bfloat16", "int16"),
+        RowDtype("float16", "<f2", "F16", "float16", "float16"),
+        RowDtype("float32", "<f4", "F32", "float32", "float32"),
+        ScaledRowDtype("int8", "|i1", "I8", "int8", "int8", 127.0),
+        ScaledRowDtype("float8_e4m3", "|u1", "F8_E4M3", "float8_e4m3fn", "uint8", 448.0),
     )
 }
 """Every type that a cache may hold, by its name in the manifest."""

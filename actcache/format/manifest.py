@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from actcache.core.json_codec import BESIDE, parse_dataclass, read_json, to_json
+from actcache.core.json_codec import NOT_SERIALIZED, parse_dataclass, read_json, to_json
 from actcache.errors import (
     EmptyCacheError,
     FormatError,
 )
-from actcache.filesystem.paths import Place, PlaceT
-from actcache.format.shard_plan import Part, ShardPlan
+from actcache.filesystem.paths import CachePath, CachePathT
+from actcache.format.shard_plan import ShardPlan, ShardRange
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -192,7 +192,7 @@ class Manifest:
     """Rows that a reader fetches at once: about 1 MiB of the widest hookpoint."""
     versions: dict[str, str]
     """Libraries that made the cache."""
-    extensions: tuple[Extension, ...] = field(default=(), metadata=BESIDE)
+    extensions: tuple[Extension, ...] = field(default=(), metadata=NOT_SERIALIZED)
     """What the files under `extensions/` say."""
 
     def __post_init__(self) -> None:
@@ -247,11 +247,14 @@ class Manifest:
     def plan(self) -> ShardPlan:
         """Which sequences each shard holds."""
         later = (
-            Part(e.first_shard, e.first_sequence, e.planned_sequences) for e in self.extensions
+            ShardRange(e.first_shard, e.first_sequence, e.planned_sequences)
+            for e in self.extensions
         )
-        return ShardPlan(self.sequences_per_shard, (Part(0, 0, self.planned_sequences), *later))
+        return ShardPlan(
+            self.sequences_per_shard, (ShardRange(0, 0, self.planned_sequences), *later)
+        )
 
-    def before(self, extensions: int) -> Manifest:
+    def truncated_to(self, extensions: int) -> Manifest:
         """This manifest with the first so many of its extensions."""
         return dataclasses.replace(self, extensions=self.extensions[:extensions])
 
@@ -270,7 +273,7 @@ def parse_manifest(obj: object, where: str = MANIFEST) -> Manifest:
     return parse_dataclass(Manifest, obj, where)
 
 
-def read_manifest(root: Place) -> Manifest:
+def read_manifest(root: CachePath) -> Manifest:
     """The manifest of the cache in folder `root`, with its extensions.
 
     Raises:
@@ -283,7 +286,7 @@ def read_manifest(root: Place) -> Manifest:
     return manifest
 
 
-def read_first_manifest(root: Place) -> Manifest:
+def read_first_manifest(root: CachePath) -> Manifest:
     """The manifest without extensions; raises as `read_manifest`."""
     path = root / MANIFEST
     try:
@@ -295,12 +298,12 @@ def read_first_manifest(root: Place) -> Manifest:
         ) from error
 
 
-def extension_path(root: PlaceT, number: int) -> PlaceT:
+def extension_path(root: CachePathT, number: int) -> CachePathT:
     """Where the record of an extension lies."""
     return root / EXTENSIONS / f"{number:05d}.json"
 
 
-def extension_files(root: PlaceT) -> list[PlaceT]:
+def extension_files(root: CachePathT) -> list[CachePathT]:
     """The files that stand where records of extensions do, in their order.
 
     Raises:
@@ -317,7 +320,7 @@ def _number(name: str) -> tuple[int, str]:
     return int(name.removesuffix(".json")), name
 
 
-def read_extension(path: Place, manifest: Manifest) -> Manifest:
+def read_extension(path: CachePath, manifest: Manifest) -> Manifest:
     """The manifest with one more extension: the one that follows those it has.
 
     Raises:
@@ -357,7 +360,7 @@ def _at_least(name: str, value: int, low: int, high: int) -> None:
         raise FormatError(f"{name} is out of range", expected=f"{low} to {high}", got=value)
 
 
-def extended(manifest: Manifest, goal: int | None) -> Manifest:
+def with_extension(manifest: Manifest, goal: int | None) -> Manifest:
     """The manifest with one more extension, to `goal` sequences in all (None: all of the text)."""
     part = manifest.plan.extended(goal).parts[-1]
     extension = Extension(

@@ -12,8 +12,8 @@ import xxhash
 
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import FileReceipt, publish
-from actcache.filesystem.paths import Place, PlaceT, fetched_ahead
+from actcache.filesystem.atomic import FileDigest, write_atomic
+from actcache.filesystem.paths import CachePath, CachePathT, prefetch_files
 from actcache.format.manifest import Manifest, read_manifest
 from actcache.format.row_filters import FILTERS
 
@@ -44,7 +44,7 @@ class ShardReceipt:
     near_overflow: dict[str, int]
     """Finite rows with an absolute value of 32,752 or more, by hookpoint: beyond half of float16's
     range."""
-    files: dict[str, FileReceipt]
+    files: dict[str, FileDigest]
     """Size and digest by logical name: 'tokens', 'stats', 'activations/HOOKPOINT', and with zarr
     'scales/HOOKPOINT' of 8-bit rows."""
 
@@ -58,7 +58,7 @@ class ShardReceipt:
 
 
 @dataclass(frozen=True)
-class EndReceipt:
+class CompletionMarker:
     """The seal `END.json`: the harvest is complete."""
 
     cache_id: str
@@ -83,22 +83,22 @@ class EndReceipt:
             )
 
 
-def receipt_path(root: PlaceT, shard: int) -> PlaceT:
+def receipt_path(root: CachePathT, shard: int) -> CachePathT:
     """Where the receipt of a shard lies."""
     return root / FOLDER / f"{shard:05d}.json"
 
 
 def publish_receipt(root: Path, receipt: ShardReceipt) -> None:
     """Publish a shard: the last act, after all its files are in place."""
-    publish(receipt_path(root, receipt.shard), [to_json(receipt)])
+    write_atomic(receipt_path(root, receipt.shard), [to_json(receipt)])
 
 
-def publish_end(root: Path, end: EndReceipt) -> None:
+def write_completion_marker(root: Path, end: CompletionMarker) -> None:
     """Seal the harvest."""
-    publish(root / FOLDER / END, [to_json(end)])
+    write_atomic(root / FOLDER / END, [to_json(end)])
 
 
-def read_end(root: Place, manifest: Manifest) -> EndReceipt | None:
+def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
     """The seal, or None while the harvest, with all its extensions, is not complete.
 
     Raises:
@@ -109,7 +109,7 @@ def read_end(root: Place, manifest: Manifest) -> EndReceipt | None:
         obj = read_json(path, _MAX_BYTES, links=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    end = parse_dataclass(EndReceipt, obj, str(path))
+    end = parse_dataclass(CompletionMarker, obj, str(path))
     _check_owner(path, end.cache_id, manifest.cache_id)
     if end.extensions > len(manifest.extensions):
         raise FormatError(
@@ -121,11 +121,11 @@ def read_end(root: Place, manifest: Manifest) -> EndReceipt | None:
     if end.extensions == len(manifest.extensions):
         _check_goal(path, end, manifest.plan.goal)
         return end
-    _check_outdated(path, end, manifest.before(end.extensions))
+    _check_outdated(path, end, manifest.truncated_to(end.extensions))
     return None
 
 
-def read_end_of(root: Place, manifest: Manifest) -> EndReceipt | None:
+def read_completion_marker(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
     """The seal of a harvest as far as this manifest goes, whatever it was extended by since.
 
     Raises:
@@ -140,15 +140,17 @@ def read_end_of(root: Place, manifest: Manifest) -> EndReceipt | None:
     goal, shards = manifest.plan.goal, manifest.plan.shards
     if end is None and goal is not None and shards is not None and _is_extended(root, manifest):
         # Only what has reached its goal is extended.
-        return EndReceipt(manifest.cache_id, shards - 1, goal, "goal", len(manifest.extensions))
+        return CompletionMarker(
+            manifest.cache_id, shards - 1, goal, "goal", len(manifest.extensions)
+        )
     return end
 
 
-def _is_extended(root: Place, manifest: Manifest) -> bool:
+def _is_extended(root: CachePath, manifest: Manifest) -> bool:
     return len(read_manifest(root).extensions) > len(manifest.extensions)
 
 
-def _check_goal(path: Place, end: EndReceipt, goal: int | None) -> None:
+def _check_goal(path: CachePath, end: CompletionMarker, goal: int | None) -> None:
     """Whether a seal can be that of a harvest with this goal."""
     if goal is None:
         return
@@ -161,7 +163,7 @@ def _check_goal(path: Place, end: EndReceipt, goal: int | None) -> None:
         )
 
 
-def _check_outdated(path: Place, end: EndReceipt, manifest: Manifest) -> None:
+def _check_outdated(path: CachePath, end: CompletionMarker, manifest: Manifest) -> None:
     """Whether a seal, of the time before the next extension, is what it was then."""
     goal, shards = manifest.plan.goal, manifest.plan.shards
     assert shards is not None  # otherwise there could be no next extension
@@ -172,7 +174,9 @@ def _check_outdated(path: Place, end: EndReceipt, manifest: Manifest) -> None:
         )
 
 
-def read_published(root: Place) -> tuple[Manifest, dict[int, ShardReceipt], EndReceipt | None]:
+def read_cache_state(
+    root: CachePath,
+) -> tuple[Manifest, dict[int, ShardReceipt], CompletionMarker | None]:
     """Manifest, receipts and seal that agree, even if a harvest extends the cache in this moment.
 
     Raises:
@@ -190,7 +194,7 @@ def read_published(root: Place) -> tuple[Manifest, dict[int, ShardReceipt], EndR
             manifest = later
 
 
-def read_receipts(root: Place, manifest: Manifest) -> dict[int, ShardReceipt]:
+def read_receipts(root: CachePath, manifest: Manifest) -> dict[int, ShardReceipt]:
     """All published shards, by number, in order.
 
     Raises:
@@ -202,7 +206,7 @@ def read_receipts(root: Place, manifest: Manifest) -> dict[int, ShardReceipt]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        files = fetched_ahead(path for _, path in receipt_files(root))
+        files = prefetch_files(path for _, path in receipt_files(root))
         receipts = (read_receipt(path, manifest) for path in files)
         return {receipt.shard: receipt for receipt in receipts}
     finally:
@@ -210,7 +214,7 @@ def read_receipts(root: Place, manifest: Manifest) -> dict[int, ShardReceipt]:
             gc.enable()
 
 
-def receipt_files(root: PlaceT) -> list[tuple[int, PlaceT]]:
+def receipt_files(root: CachePathT) -> list[tuple[int, CachePathT]]:
     """The files that stand where receipts do, with the number in their name, ascending."""
     folder = root / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -218,7 +222,7 @@ def receipt_files(root: PlaceT) -> list[tuple[int, PlaceT]]:
     return [(number, folder / name) for number, name in found]
 
 
-def read_receipt(path: Place, manifest: Manifest) -> ShardReceipt:
+def read_receipt(path: CachePath, manifest: Manifest) -> ShardReceipt:
     """One receipt, checked against its name and the manifest.
 
     Raises:
@@ -243,12 +247,12 @@ def digest(receipts: list[ShardReceipt]) -> str:
     return hasher.hexdigest()
 
 
-def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Place) -> None:
+def _check_against(manifest: Manifest, receipt: ShardReceipt, path: CachePath) -> None:
     """Whether the receipt is of a shard that this manifest can have."""
     names = {hookpoint.name for hookpoint in manifest.identity.hookpoints}
     tokens = receipt.sequences * manifest.identity.ctx_len
     plan = manifest.plan
-    most, short = plan.most_sequences(receipt.shard), plan.may_be_short(receipt.shard)
+    most, short = plan.max_sequences(receipt.shard), plan.is_in_last_range(receipt.shard)
     facts = {
         "hookpoints of non_finite": (names, set(receipt.non_finite)),
         "hookpoints of near_overflow": (names, set(receipt.near_overflow)),
@@ -272,7 +276,7 @@ def _check_against(manifest: Manifest, receipt: ShardReceipt, path: Place) -> No
             )
 
 
-def _check_owner(path: Place, got: str, expected: str) -> None:
+def _check_owner(path: CachePath, got: str, expected: str) -> None:
     if got != expected:
         raise FormatError(
             f"{path} belongs to another cache",

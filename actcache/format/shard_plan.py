@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardRange:
     """Consecutive shards that were planned at once."""
 
     first_shard: int
@@ -36,7 +36,7 @@ class ShardPlan:
 
     size: int
     """Sequences in a full shard."""
-    parts: tuple[Part, ...]
+    parts: tuple[ShardRange, ...]
 
     def __post_init__(self) -> None:
         """Check that the parts join; they come from files."""
@@ -71,7 +71,7 @@ class ShardPlan:
         return None if self.goal is None else self.shards_of(self.goal)
 
     def shards_of(self, sequences: int) -> int:
-        """How many shards hold the first `sequences` sequences."""
+        """How many shards hold the first `iter_sequences` sequences."""
         part = self.parts[bisect_right(self.parts, sequences, key=lambda p: p.first_sequence) - 1]
         return part.first_shard + self._full(part, sequences)
 
@@ -80,14 +80,14 @@ class ShardPlan:
         part = self.parts[self.part_of(shard)]
         return part.first_sequence + (shard - part.first_shard) * self.size
 
-    def most_sequences(self, shard: int) -> int:
+    def max_sequences(self, shard: int) -> int:
         """Sequences that a shard holds if the text does not end before; 0 beyond the plan."""
         goal = self.parts[self.part_of(shard)].goal
         if goal is None:
             return self.size
         return max(0, min(self.size, goal - self.first_sequence(shard)))
 
-    def may_be_short(self, shard: int) -> bool:
+    def is_in_last_range(self, shard: int) -> bool:
         """Whether the text may have ended in a shard: only in the last part."""
         return self.part_of(shard) == len(self.parts) - 1
 
@@ -99,9 +99,9 @@ class ShardPlan:
         """This plan with one more part, up to a larger goal."""
         assert self.shards is not None
         assert self.goal is not None
-        return ShardPlan(self.size, (*self.parts, Part(self.shards, self.goal, goal)))
+        return ShardPlan(self.size, (*self.parts, ShardRange(self.shards, self.goal, goal)))
 
-    def groups(self, sequences: Iterator[T], part: int = 0) -> Iterator[tuple[int, list[T]]]:
+    def iter_shards(self, sequences: Iterator[T], part: int = 0) -> Iterator[tuple[int, list[T]]]:
         """(shard, its sequences), up to the goal or the end of the text.
 
         Args:
@@ -109,13 +109,13 @@ class ShardPlan:
             part: where to begin.
         """
         for shard in count(self.parts[part].first_shard):
-            most = self.most_sequences(shard)
+            most = self.max_sequences(shard)
             group = list(islice(sequences, most))
             if group:
                 yield shard, group
             if not most or len(group) < most:
                 return
 
-    def _full(self, part: Part, sequences: int) -> int:
-        """How many shards of a part hold the harvest's first `sequences` sequences."""
+    def _full(self, part: ShardRange, sequences: int) -> int:
+        """How many shards of a part hold the harvest's first `iter_sequences` sequences."""
         return -(-(sequences - part.first_sequence) // self.size)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.format.dtypes import Codec, StoredRows
+from actcache.format.dtypes import RowDtype, StoredRows
 
 BLOCK_ROWS = 4096
 """Rows of a block, which is summed by itself; blocks are added in order."""
@@ -94,36 +94,36 @@ class Statistics:
         return self.norm_total / max(self.count, 1)
 
 
-def compute(rows: StoredRows, codec: Codec) -> Statistics:
+def compute(rows: StoredRows, row_dtype: RowDtype) -> Statistics:
     """Statistics of rows as stored: of the numbers [N, D] that they stand for."""
-    return merge(parts(rows, codec))
+    return merge(parts(rows, row_dtype))
 
 
 def parts(
-    rows: StoredRows, codec: Codec, mapper: Callable[..., Iterable[Statistics]] = map
+    rows: StoredRows, row_dtype: RowDtype, mapper: Callable[..., Iterable[Statistics]] = map
 ) -> Iterable[Statistics]:
     """Statistics of every block of rows, in order, which `merge` adds up.
 
     Args:
         rows: the rows.
-        codec: their type.
+        row_dtype: their type.
         mapper: `map`; or that of an executor, which begins at once and gives the same.
     """
     starts = range(0, max(len(rows), 1), BLOCK_ROWS)
     blocks = [rows[start : start + BLOCK_ROWS] for start in starts]
-    return mapper(partial(_of_block, codec=codec), blocks)
+    return mapper(partial(_of_block, row_dtype=row_dtype), blocks)
 
 
-def _of_block(rows: StoredRows, codec: Codec) -> Statistics:
-    floats, name = rows.values, codec.name
+def _of_block(rows: StoredRows, row_dtype: RowDtype) -> Statistics:
+    floats, name = rows.values, row_dtype.name
     if name not in _BITS:
-        floats, name = codec.to_float32(rows), "float32"
+        floats, name = row_dtype.to_float32(rows), "float32"
     kind, infinity = _BITS[name]
     bits = floats.view(kind)
     found = _sums(bits, name, np.float32)
     if (broken := found.peaks >= infinity).any():
         finite = (_without_sign(bits[:, broken]) < infinity).all(axis=1)
-        clean = _of_block(rows[np.flatnonzero(finite)], codec)
+        clean = _of_block(rows[np.flatnonzero(finite)], row_dtype)
         return replace(clean, non_finite=len(rows) - clean.count)
     abs_max = _floats(found.peaks, name, np.empty(len(found.peaks), np.float32))
     if not _squares_fit(abs_max):

@@ -6,26 +6,30 @@ from pathlib import Path
 
 from actcache.cache.layout import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
-from actcache.data.documents import Mixture, Source, TokenFile, kind_of
-from actcache.data.sequences import Pipeline
+from actcache.data.documents import Mixture, Source, TokenFile, document_kind
+from actcache.data.sequences import SequencePipeline
 from actcache.format.manifest import FORMAT_VERSION, Identity, Manifest, library_versions
-from actcache.harvester.resolve import Decision, is_stream
+from actcache.harvester.resolve import ResolvedHarvest, is_stream
 from actcache.model.loading import fingerprint_tokenizer
 
 
-def draft_manifest(
-    config: HarvestConfig, decided: Decision, identity: Identity, planned: int, architecture: str
+def build_manifest(
+    config: HarvestConfig,
+    resolved: ResolvedHarvest,
+    identity: Identity,
+    planned: int,
+    architecture: str,
 ) -> Manifest:
     """Identity, shard plan and names.
 
     Args:
         config: the options.
-        decided: what they come to.
+        resolved: what they come to.
         identity: what the numbers will be.
         planned: sequences that the model will run on.
         architecture: class of the model.
     """
-    hookpoints = decided.hookpoints
+    hookpoints = resolved.hookpoints
     return Manifest(
         format_version=FORMAT_VERSION,
         cache_id=identity.digest(),
@@ -44,12 +48,16 @@ def draft_manifest(
     )
 
 
-def draft_identity(
-    config: HarvestConfig, decided: Decision, model_fingerprint: str, model_dtype: str, dtype: str
+def build_identity(
+    config: HarvestConfig,
+    resolved: ResolvedHarvest,
+    model_fingerprint: str,
+    model_dtype: str,
+    dtype: str,
 ) -> Identity:
     """Everything that decides the numbers, as the manifest has it."""
-    source, pipeline, tokenizer = decided.source, decided.pipeline, decided.tokenizer
-    kind = kind_of(source)
+    source, pipeline, tokenizer = resolved.source, resolved.pipeline, resolved.tokenizer
+    kind = document_kind(source)
     fingerprint = ""
     if tokenizer is not None:
         fingerprint = fingerprint_tokenizer(tokenizer, chat=kind == "chat")
@@ -69,10 +77,10 @@ def draft_identity(
         pad_id=pipeline.pad_id,
         keep_order=pipeline.order.keep_order,
         skip_positions=config.skip_positions,
-        exclude_special=decided.exclude_special,
-        exclude_tokens=decided.exclude_tokens,
+        exclude_special=resolved.exclude_special,
+        exclude_tokens=resolved.exclude_tokens,
         max_norm_ratio=config.max_norm_ratio,
-        hookpoints=decided.hookpoints,
+        hookpoints=resolved.hookpoints,
         dtype=dtype,  # type: ignore[arg-type] # the caller has looked it up
         via=(),
         batch_size=config.batch_size,
@@ -81,7 +89,7 @@ def draft_identity(
     )
 
 
-def _shuffle_buffer(source: Source, pipeline: Pipeline) -> int | None:
+def _shuffle_buffer(source: Source, pipeline: SequencePipeline) -> int | None:
     if pipeline.order.keep_order or not is_stream(source):
         return None
     return pipeline.order.buffer

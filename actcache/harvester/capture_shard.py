@@ -5,25 +5,30 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from actcache.cache.writer import FilledShard, Memory, ShardText
+from actcache.cache.writer import RowBuffers, ShardData, ShardText
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence
 from actcache.format.row_filters import kept_positions, row_norms
-from actcache.harvester.job import Job
-from actcache.model.hooks import Capture
-from actcache.storage import CODECS, refuse_overflow
+from actcache.harvester.job import HarvestJob
+from actcache.model.hooks import ActivationCapture
+from actcache.storage import ROW_DTYPES, check_overflow
 
 
-def fill_shard(
-    job: Job, shard: int, group: list[Sequence], capture: Capture, bar: Progress, memory: Memory
-) -> FilledShard:
+def capture_shard(
+    job: HarvestJob,
+    shard: int,
+    group: list[Sequence],
+    capture: ActivationCapture,
+    bar: Progress,
+    memory: RowBuffers,
+) -> ShardData:
     """Run the model over a shard's sequences and keep the rows that the filters leave."""
     identity = job.manifest.identity
-    codec, size = CODECS[identity.dtype], identity.batch_size
+    row_dtype, size = ROW_DTYPES[identity.dtype], identity.batch_size
     text = _text(group)
     kept, dropped = kept_positions(identity, text.tokens, text.lengths)
     count = int(kept.sum())
-    rows = {h.name: memory.rows(h.name, count, h.width, codec) for h in identity.hookpoints}
+    rows = {h.name: memory.rows(h.name, count, h.width, row_dtype) for h in identity.hookpoints}
     asks_norms = identity.max_norm_ratio is not None
     norms = {h.name: np.empty(count) for h in identity.hookpoints if asks_norms}
     filled = 0
@@ -32,16 +37,16 @@ def fill_shard(
         captured = capture.run(*_batch(job, text, start), chosen)
         place = slice(filled, filled + len(chosen))
         for name, found in captured.items():
-            stored = codec.from_torch(found)
+            stored = row_dtype.from_torch(found)
             rows[name][place] = stored
             if not asks_norms:
-                refuse_overflow(found, stored, codec, name)
+                check_overflow(found, stored, row_dtype, name)
             else:  # whether a row is left out is told by all the shard's norms
                 norms[name][place] = row_norms(found.float().cpu().numpy())
         filled += len(chosen)
-        written = len(chosen) * sum(codec.row_bytes(h.width) for h in identity.hookpoints)
+        written = len(chosen) * sum(row_dtype.row_bytes(h.width) for h in identity.hookpoints)
         bar.advance(min(size, len(group) - start) * identity.ctx_len, written)
-    return FilledShard(shard, text, kept, dropped, rows, norms)
+    return ShardData(shard, text, kept, dropped, rows, norms)
 
 
 def _text(group: list[Sequence]) -> ShardText:
@@ -53,7 +58,9 @@ def _text(group: list[Sequence]) -> ShardText:
     )
 
 
-def _batch(job: Job, text: ShardText, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _batch(
+    job: HarvestJob, text: ShardText, start: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Token ids of one forward pass, and the mask that hides padding where there can be any.
 
     Always of the same shape, whatever is left: kernels may round differently at another.

@@ -17,21 +17,21 @@ from actcache.cache.layout import other_files, shard_bytes
 from actcache.cache.writer import files_at_once
 from actcache.config import PlanConfig
 from actcache.core.progress import Progress
-from actcache.data.sequences import Sequence, sequences
+from actcache.data.sequences import Sequence, iter_sequences
 from actcache.format.manifest import Identity, Manifest
 from actcache.format.row_filters import FILTERS, kept_positions
-from actcache.harvester.build_manifest import draft_identity, draft_manifest
+from actcache.harvester.build_manifest import build_identity, build_manifest
 from actcache.harvester.resolve import (
     COUNTED_TOKENS,
-    Decision,
-    count_planned,
-    decide,
-    is_believed,
+    ResolvedHarvest,
+    assume_enough_text,
+    planned_sequences,
+    resolve,
     stored_dtype,
 )
 from actcache.harvester.trial import Trial, run_trial
 from actcache.model.loading import dtype_name, load_model
-from actcache.storage import CODECS
+from actcache.storage import ROW_DTYPES
 
 _LIVE = 6  # tensors of the widest output that a forward pass holds at once, about
 
@@ -55,7 +55,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class HarvestPlan:
+class HarvestEstimate:
     """What `actcache plan` shows."""
 
     model: str
@@ -68,7 +68,7 @@ class HarvestPlan:
     """That the model runs on, padding included."""
     rows: int
     """At each hookpoint; an upper bound if `rows_known` says so."""
-    rows_known: Known
+    rows_known: Certainty
     """exact; estimated, from the first sequences or a trial; at most, before the norm filter."""
     dropped: dict[str, int]
     """Positions without a row, by filter."""
@@ -94,23 +94,23 @@ class HarvestPlan:
         return self.bytes <= self.free
 
 
-def plan_harvest(config: PlanConfig) -> HarvestPlan:
+def estimate_harvest(config: PlanConfig) -> HarvestEstimate:
     """Everything that can be told of a harvest before it begins.
 
     Raises:
         ActcacheError: what the harvest itself would refuse.
     """
-    decided = decide(config)
-    planned = count_planned(config, decided.source, decided.tokenizer, decided.pipeline)
-    model_dtype = _model_dtype(config, decided)
+    resolved = resolve(config)
+    planned = planned_sequences(config, resolved.source, resolved.tokenizer, resolved.pipeline)
+    model_dtype = _model_dtype(config, resolved)
     dtype = stored_dtype(config, model_dtype)
-    identity = draft_identity(config, decided, "not loaded", model_dtype, dtype)
-    manifest = draft_manifest(config, decided, identity, planned, "")
+    identity = build_identity(config, resolved, "not loaded", model_dtype, dtype)
+    manifest = build_manifest(config, resolved, identity, planned, "")
     require_chunks(manifest)
-    counted = count_rows(decided, identity, planned)
+    counted = count_rows(resolved, identity, planned)
     trial = run_trial(config, config.measure_seconds) if config.measure else None
     if trial is not None:
-        counted = counted.thinned(identity, trial.norm_share)
+        counted = counted.after_norm_filter(identity, trial.norm_share)
     sizes = _sizes(manifest, planned, counted)
     names = [h.name for h in identity.hookpoints]
     ratio = trial.compression if trial is not None else 1.0
@@ -121,7 +121,7 @@ def plan_harvest(config: PlanConfig) -> HarvestPlan:
     others = other_files(manifest)
     rest = sum(n for key, n in sizes.items() if "/" not in key)
     total = sum(points.values()) + rest + sum(others.values())
-    return HarvestPlan(
+    return HarvestEstimate(
         model=manifest.model,
         dataset=manifest.dataset,
         dtype=dtype,
@@ -137,7 +137,7 @@ def plan_harvest(config: PlanConfig) -> HarvestPlan:
         bytes=total,
         files=_shards(manifest, planned) * len(sizes) + len(others),
         free=shutil.disk_usage(_existing(Path(config.out))).free,
-        memory=_memory(config, decided, manifest, model_dtype),
+        memory=_memory(config, resolved, manifest, model_dtype),
         trial=trial,
         seconds=None if trial is None else planned * config.ctx_len / trial.tokens_per_second,
         warnings=_warnings(config, trial),
@@ -163,28 +163,30 @@ def _sizes(manifest: Manifest, planned: int, counted: RowCount) -> dict[str, int
     return totals
 
 
-def _model_dtype(config: PlanConfig, decided: Decision) -> str:
+def _model_dtype(config: PlanConfig, resolved: ResolvedHarvest) -> str:
     """Type of the model's arithmetic, from its weights only if nothing else tells."""
-    if next(decided.surveyed.parameters()).device.type != "meta":
-        return dtype_name(decided.surveyed)
+    if next(resolved.surveyed.parameters()).device.type != "meta":
+        return dtype_name(resolved.surveyed)
     if config.model_dtype != "auto":
         return config.model_dtype
-    told = getattr(decided.model_config, "dtype", None)
+    told = getattr(resolved.model_config, "dtype", None)
     if told is not None:
         return str(told).removeprefix("torch.")
     return dtype_name(load_model(config))
 
 
-def _memory(config: PlanConfig, decided: Decision, manifest: Manifest, model_dtype: str) -> Memory:
-    codec, identity = CODECS[manifest.identity.dtype], manifest.identity
-    number = CODECS[model_dtype].itemsize if model_dtype in CODECS else 4
+def _memory(
+    config: PlanConfig, resolved: ResolvedHarvest, manifest: Manifest, model_dtype: str
+) -> Memory:
+    row_dtype, identity = ROW_DTYPES[manifest.identity.dtype], manifest.identity
+    number = ROW_DTYPES[model_dtype].itemsize if model_dtype in ROW_DTYPES else 4
     bits = {"8bit": 1.0, "4bit": 0.5}.get(config.load_in, float(number))
-    weights = sum(parameter.numel() for parameter in decided.surveyed.parameters())
-    row = sum(codec.row_bytes(h.width) for h in identity.hookpoints)
-    widest = max(codec.row_bytes(h.width) for h in identity.hookpoints)
+    weights = sum(parameter.numel() for parameter in resolved.surveyed.parameters())
+    row = sum(row_dtype.row_bytes(h.width) for h in identity.hookpoints)
+    widest = max(row_dtype.row_bytes(h.width) for h in identity.hookpoints)
     tokens = identity.batch_size * identity.ctx_len
     captured = [h.width for h in identity.hookpoints]
-    inner = max([*captured, *_widths(decided.model_config)])
+    inner = max([*captured, *_widths(resolved.model_config)])
     return Memory(
         weights=int(weights * bits),
         shards=manifest.shard_rows * (2 * row + files_at_once(len(captured)) * widest),
@@ -214,7 +216,7 @@ def _warnings(config: PlanConfig, trial: Trial | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-Known = Literal["exact", "estimated", "at most"]
+Certainty = Literal["exact", "estimated", "at most"]
 _AT_ONCE = 256  # sequences that the filters look at together
 
 
@@ -226,7 +228,7 @@ class RowCount:
     """Of the sequences that were looked at; their mean stands for the others. [n]"""
     planned: int
     """Sequences of the harvest."""
-    known: Known
+    known: Certainty
     """exact; estimated, from the first sequences or a trial; at most, before the norm filter."""
     shares: dict[str, float]
     """Positions dropped of each sequence, by filter, on average."""
@@ -247,7 +249,7 @@ class RowCount:
             return round(float(self.rows[first : first + count].sum()))
         return round(float(self.rows.mean()) * count)
 
-    def thinned(self, identity: Identity, share: float) -> RowCount:
+    def after_norm_filter(self, identity: Identity, share: float) -> RowCount:
         """The same less the share of rows that a trial saw the norm filter leave out."""
         if identity.max_norm_ratio is None:
             return self
@@ -255,16 +257,18 @@ class RowCount:
         return RowCount(self.rows * (1 - share), self.planned, "estimated", left_out)
 
 
-def count_rows(decided: Decision, identity: Identity, planned: int) -> RowCount:
+def count_rows(resolved: ResolvedHarvest, identity: Identity, planned: int) -> RowCount:
     """Rows of `planned` sequences; text beyond 16M tokens is taken to be as that before it."""
-    believed = is_believed(planned, decided.source, decided.pipeline)  # the text may end before
-    known: Known = "at most" if believed or identity.max_norm_ratio is not None else "exact"
+    believed = assume_enough_text(
+        planned, resolved.source, resolved.pipeline
+    )  # the text may end before
+    known: Certainty = "at most" if believed or identity.max_norm_ratio is not None else "exact"
     looks = identity.exclude_special or identity.exclude_tokens or identity.pipeline != "pack"
     if not looks:
         shares = dict.fromkeys(FILTERS, 0.0) | {"skip_positions": float(identity.skip_positions)}
         return RowCount(np.array([identity.rows_per_sequence * 1.0]), planned, known, shares)
     wanted = min(planned, max(1, COUNTED_TOKENS // identity.ctx_len))
-    found = sequences(decided.source, decided.tokenizer, decided.pipeline)
+    found = iter_sequences(resolved.source, resolved.tokenizer, resolved.pipeline)
     bar = Progress("count rows", wanted, "seq")
     rows, dropped = [], dict.fromkeys(FILTERS, 0)
     for group in _groups(islice(found, wanted)):

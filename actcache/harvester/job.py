@@ -12,17 +12,17 @@ import torch
 
 from actcache.cache.create import (
     _goes_beyond,
-    lay_manifest,
-    refuse_foreign_folder,
+    create_or_resume,
+    require_cache_folder,
     require_chunks,
     require_room,
 )
 from actcache.config import HarvestConfig
 from actcache.core.device import input_device, require_whole_machine
-from actcache.core.distributed import Ranks
-from actcache.core.file_lock import FolderLock
+from actcache.core.distributed import World
+from actcache.core.file_lock import DirectoryLock
 from actcache.core.json_codec import to_json
-from actcache.data.sequences import Sequence, sequences
+from actcache.data.sequences import Sequence, iter_sequences
 from actcache.errors import CacheMismatchError
 from actcache.format.manifest import (
     MANIFEST,
@@ -30,20 +30,20 @@ from actcache.format.manifest import (
     Manifest,
     read_manifest,
 )
-from actcache.harvester.build_manifest import draft_identity, draft_manifest
-from actcache.harvester.resolve import Decision, count_planned, decide, stored_dtype
+from actcache.harvester.build_manifest import build_identity, build_manifest
+from actcache.harvester.resolve import ResolvedHarvest, planned_sequences, resolve, stored_dtype
 from actcache.model.loading import dtype_name, fingerprint_model, load_model
 
 
 @dataclass(frozen=True)
-class Job:
+class HarvestJob:
     """A harvest that has been decided, agreed on, and can begin."""
 
     root: Path
     manifest: Manifest
     model: Any
     device: torch.device
-    ranks: Ranks
+    ranks: World
     sequences: Iterator[Sequence]
     """All sequences of the text, from the first."""
     asked: int | None
@@ -52,54 +52,54 @@ class Job:
     """Sequences in all that --extend is to go on to, where the plan ends before; None: nowhere."""
     warnings: tuple[str, ...]
     """What the user should know."""
-    lock: FolderLock
+    lock: DirectoryLock
     """Held until the harvest ends."""
 
 
-def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
+def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
     """Load, plan, and agree on the manifest. What can fail cheaply fails first.
 
     Raises:
         ActcacheError: one of its kinds, for anything a user can mend.
     """
     root = Path(config.out)
-    refuse_foreign_folder(root)
+    require_cache_folder(root)
     if config.device_map == "auto":
         require_whole_machine()
-    decided = decide(config)
-    planned = count_planned(config, decided.source, decided.tokenizer, decided.pipeline)
-    model, identity = _identify(config, decided)
-    manifest = draft_manifest(config, decided, identity, planned, type(model).__name__)
+    resolved = resolve(config)
+    planned = planned_sequences(config, resolved.source, resolved.tokenizer, resolved.pipeline)
+    model, identity = _identify(config, resolved)
+    manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
     if config.shard_size is None:
         manifest = _with_laid_shards(root, manifest, extend=config.extend)
     require_chunks(manifest)
-    lock = FolderLock(root)
+    lock = DirectoryLock(root)
     try:
-        ranks.agree(
+        ranks.check_equal_then_run_on_rank_zero(
             to_json(manifest),
-            lambda: lay_manifest(root, manifest, lock, require_room, extend=config.extend),
+            lambda: create_or_resume(root, manifest, lock, require_room, extend=config.extend),
         )
         if ranks.rank > 0:
-            lock.join()
-        laid = read_manifest(root)
+            lock.acquire_shared()
+        existing = read_manifest(root)
     except BaseException:
         lock.release()
         raise
     warnings = tuple(
         f"{name} is {manifest.versions.get(name)} now; this cache was begun with {version}"
-        for name, version in laid.versions.items()
+        for name, version in existing.versions.items()
         if manifest.versions.get(name) != version
     )
-    extend_to = planned if config.extend and _goes_beyond(manifest, laid) else None
-    if config.extend and planned == laid.plan.goal and planned != config.goal:
+    extend_to = planned if config.extend and _goes_beyond(manifest, existing) else None
+    if config.extend and planned == existing.plan.goal and planned != config.goal:
         warnings += (f"--extend: the text has {planned:,} sequences, all of them planned already",)
-    return Job(
+    return HarvestJob(
         root=root,
-        manifest=laid,
+        manifest=existing,
         model=model,
         device=input_device(model),
         ranks=ranks,
-        sequences=sequences(decided.source, decided.tokenizer, decided.pipeline),
+        sequences=iter_sequences(resolved.source, resolved.tokenizer, resolved.pipeline),
         asked=config.goal,
         extend_to=extend_to,
         warnings=warnings,
@@ -107,16 +107,16 @@ def prepare(config: HarvestConfig, ranks: Ranks) -> Job:
     )
 
 
-def _identify(config: HarvestConfig, decided: Decision) -> tuple[Any, Identity]:
+def _identify(config: HarvestConfig, resolved: ResolvedHarvest) -> tuple[Any, Identity]:
     """The model with its weights, and what the cache's numbers will be."""
     # Quantised weights may be rounded again by a forward pass: they are loaded afresh.
-    loaded = input_device(decided.surveyed).type != "meta"
-    usable = loaded and not getattr(decided.surveyed, "is_quantized", False)
-    model = decided.surveyed if usable else load_model(config)
+    loaded = input_device(resolved.surveyed).type != "meta"
+    usable = loaded and not getattr(resolved.surveyed, "is_quantized", False)
+    model = resolved.surveyed if usable else load_model(config)
     model_dtype = dtype_name(model)
     dtype = stored_dtype(config, model_dtype)
     fingerprint = fingerprint_model(model)
-    return model, draft_identity(config, decided, fingerprint, model_dtype, dtype)
+    return model, build_identity(config, resolved, fingerprint, model_dtype, dtype)
 
 
 def require_same_harvest(config: HarvestConfig, root: Path) -> None:
@@ -126,12 +126,12 @@ def require_same_harvest(config: HarvestConfig, root: Path) -> None:
         CacheMismatchError: it would make another.
         ActcacheError: whatever else would stop it before its first shard.
     """
-    laid = read_manifest(root)
-    _, identity = _identify(config, decide(config))
-    if identity.digest() != laid.cache_id:
+    existing = read_manifest(root)
+    _, identity = _identify(config, resolve(config))
+    if identity.digest() != existing.cache_id:
         raise CacheMismatchError(
             f"these arguments are not those of the harvest that made {root}; nothing was done",
-            expected=f"id {laid.cache_id} ({laid.model} on {laid.dataset})",
+            expected=f"id {existing.cache_id} ({existing.model} on {existing.dataset})",
             got=f"id {identity.digest()}",
             remedy="repeat model, text and options of that harvest",
         )
@@ -144,7 +144,7 @@ def _with_laid_shards(root: Path, manifest: Manifest, *, extend: bool) -> Manife
     """
     if not (root / MANIFEST).exists():
         return manifest
-    laid = read_manifest(root)
-    if laid.cache_id != manifest.cache_id or not (extend or laid.extensions):
+    existing = read_manifest(root)
+    if existing.cache_id != manifest.cache_id or not (extend or existing.extensions):
         return manifest
-    return dataclasses.replace(manifest, sequences_per_shard=laid.sequences_per_shard)
+    return dataclasses.replace(manifest, sequences_per_shard=existing.sequences_per_shard)

@@ -6,37 +6,44 @@ from dataclasses import dataclass
 from typing import Any
 
 from actcache.config import HarvestConfig
-from actcache.data.datasets import open_documents
-from actcache.data.documents import Documents, DocumentStream, Mixture, Source, TokenFile, kind_of
-from actcache.data.sequences import Pipeline, count_sequences
+from actcache.data.datasets import open_dataset
+from actcache.data.documents import (
+    DocumentStream,
+    IndexedDocuments,
+    Mixture,
+    Source,
+    TokenFile,
+    document_kind,
+)
+from actcache.data.sequences import SequencePipeline, count_sequences
 from actcache.data.shuffling import DocumentOrder
 from actcache.errors import ConfigError, DatasetError, ModelError
 from actcache.format.manifest import Hookpoint
-from actcache.model.hooks import Site, match, residual_hookpoints, survey
-from actcache.model.loading import empty_model, load_config, load_model, load_tokenizer
-from actcache.storage import CODECS
+from actcache.model.hooks import HookSite, discover_sites, match, residual_hookpoints
+from actcache.model.loading import load_config, load_meta_model, load_model, load_tokenizer
+from actcache.storage import ROW_DTYPES
 
 COUNTED_TOKENS = 1 << 24
 """A goal up to this many tokens is checked against the text beforehand; a larger one is believed,
 for counting it would take minutes, and the harvest ends with the text anyway."""
 
 
-def survey_model(config: HarvestConfig, model_config: Any) -> tuple[Any, dict[str, Site]]:
+def probe_model(config: HarvestConfig, model_config: Any) -> tuple[Any, dict[str, HookSite]]:
     """The model without weights where possible, else with; and what can be hooked in it.
 
     Raises:
         ModelError: it cannot be loaded either way.
     """
     try:
-        model = empty_model(model_config, config)
-        return model, survey(model)
+        model = load_meta_model(model_config, config)
+        return model, discover_sites(model)
     except Exception:  # any model may refuse the meta device in its own way; its weights decide
         model = load_model(config)
-        return model, survey(model)
+        return model, discover_sites(model)
 
 
 def choose_hookpoints(
-    config: HarvestConfig, model: Any, sites: dict[str, Site]
+    config: HarvestConfig, model: Any, sites: dict[str, HookSite]
 ) -> tuple[Hookpoint, ...]:
     """The hookpoints that the options ask for; raises `HookpointError`."""
     patterns = config.hookpoint or residual_hookpoints(model, config.layers, config.layer_stride)
@@ -46,7 +53,7 @@ def choose_hookpoints(
 def needs_tokenizer(config: HarvestConfig, source: Source) -> bool:
     """Whether anything asked for takes a tokenizer: token ids mostly do without."""
     return (
-        kind_of(source) != "ids"
+        document_kind(source) != "ids"
         or config.bos == "always"
         or config.exclude_special
         or any(not token.isdecimal() for token in config.exclude_tokens)
@@ -56,14 +63,14 @@ def needs_tokenizer(config: HarvestConfig, source: Source) -> bool:
 
 def choose_pipeline(
     config: HarvestConfig, model_config: Any, tokenizer: Any, source: Source
-) -> Pipeline:
+) -> SequencePipeline:
     """How documents become sequences for this tokenizer.
 
     Raises:
         ConfigError: token ids in one line are to be cropped or truncated.
         ModelError: the tokenizer lacks EOS, a BOS that was asked for, or a chat template.
     """
-    kind, is_file = kind_of(source), isinstance(source, TokenFile)
+    kind, is_file = document_kind(source), isinstance(source, TokenFile)
     if is_file and config.pipeline != "pack":
         raise ConfigError(
             f"{config.dataset} holds no documents to {config.pipeline}",
@@ -89,7 +96,7 @@ def choose_pipeline(
             remedy="--pipeline truncate or crop, or tokenise the text yourself into a .bin file",
         )
     pads = config.pipeline != "pack"
-    return Pipeline(
+    return SequencePipeline(
         kind=config.pipeline,
         ctx_len=config.ctx_len,
         bos_id=bos_id,
@@ -144,14 +151,16 @@ def excluded_tokens(tokens: tuple[str, ...], tokenizer: Any, vocab_size: int) ->
     return tuple(sorted(ids))
 
 
-def count_planned(config: HarvestConfig, source: Source, tokenizer: Any, pipeline: Pipeline) -> int:
+def planned_sequences(
+    config: HarvestConfig, source: Source, tokenizer: Any, pipeline: SequencePipeline
+) -> int:
     """Sequences that this harvest is going to run the model on.
 
     Raises:
         DatasetError: the text is shorter than one sequence.
     """
     goal = config.goal
-    believed = goal is not None and is_believed(goal, source, pipeline)
+    believed = goal is not None and assume_enough_text(goal, source, pipeline)
     count = count_sequences(source, tokenizer, pipeline, 1 if believed else goal)
     if count == 0:
         whole = f"at least {pipeline.text_tokens} tokens"
@@ -163,7 +172,7 @@ def count_planned(config: HarvestConfig, source: Source, tokenizer: Any, pipelin
     return goal if believed and goal is not None else count
 
 
-def is_believed(goal: int, source: Source, pipeline: Pipeline) -> bool:
+def assume_enough_text(goal: int, source: Source, pipeline: SequencePipeline) -> bool:
     """Whether the text is taken to reach the goal, because counting would cost too much."""
     if isinstance(source, TokenFile):  # counted by its size
         return False
@@ -171,7 +180,7 @@ def is_believed(goal: int, source: Source, pipeline: Pipeline) -> bool:
         return True
     if goal * pipeline.ctx_len <= COUNTED_TOKENS:
         return False
-    if isinstance(source, Documents) and source.bytes is not None:
+    if isinstance(source, IndexedDocuments) and source.bytes is not None:
         return goal * pipeline.text_tokens <= source.bytes + source.count
     return True
 
@@ -185,10 +194,10 @@ def is_stream(source: Source) -> bool:
 def stored_dtype(config: HarvestConfig, model_dtype: str) -> str:
     """Type of the activations on disk; raises `ConfigError` if there is no such."""
     dtype = model_dtype if config.dtype == "auto" else config.dtype
-    if dtype not in CODECS:
+    if dtype not in ROW_DTYPES:
         raise ConfigError(
             "the model's type cannot be stored",
-            expected=" | ".join(CODECS),
+            expected=" | ".join(ROW_DTYPES),
             got=dtype,
             remedy="name one with --dtype",
         )
@@ -196,7 +205,7 @@ def stored_dtype(config: HarvestConfig, model_dtype: str) -> str:
 
 
 @dataclass(frozen=True)
-class Decision:
+class ResolvedHarvest:
     """Text, pipeline, filters and hookpoints."""
 
     source: Source
@@ -207,20 +216,20 @@ class Decision:
     hookpoints: tuple[Hookpoint, ...]
     tokenizer: Any
     """None if nothing asks for one."""
-    pipeline: Pipeline
+    pipeline: SequencePipeline
     exclude_special: tuple[int, ...]
     exclude_tokens: tuple[int, ...]
 
 
-def decide(config: HarvestConfig) -> Decision:
+def resolve(config: HarvestConfig) -> ResolvedHarvest:
     """Find, and check against each other, everything but weights.
 
     Raises:
         ActcacheError: one of its kinds, for anything a user can mend.
     """
-    source = open_documents(config)
+    source = open_dataset(config)
     model_config = load_config(config)
-    surveyed, sites = survey_model(config, model_config)
+    surveyed, sites = probe_model(config, model_config)
     hookpoints = choose_hookpoints(config, surveyed, sites)
     tokenizer = load_tokenizer(config) if needs_tokenizer(config, source) else None
     pipeline = choose_pipeline(config, model_config, tokenizer, source)
@@ -231,7 +240,7 @@ def decide(config: HarvestConfig) -> Decision:
             expected=f"<= {longest}",
             got=config.ctx_len,
         )
-    return Decision(
+    return ResolvedHarvest(
         source=source,
         model_config=model_config,
         surveyed=surveyed,

@@ -20,17 +20,17 @@ from typing import Literal
 
 from actcache.cache.create import publish_extension
 from actcache.cache.reader import Cache
-from actcache.cache.writer import Memory, Workers, publish_shard
+from actcache.cache.writer import RowBuffers, WriterPool, publish_shard
 from actcache.config import HarvestConfig
-from actcache.core.distributed import Ranks
+from actcache.core.distributed import World
 from actcache.core.progress import Progress
-from actcache.filesystem.atomic import tell_full_disk
+from actcache.filesystem.atomic import as_disk_full_error
 from actcache.format import receipts as receipts_module
-from actcache.format.manifest import extended
-from actcache.format.receipts import EndReceipt, ShardReceipt, publish_end
-from actcache.harvester.capture_shard import fill_shard
-from actcache.harvester.job import Job, prepare
-from actcache.model.hooks import Capture
+from actcache.format.manifest import with_extension
+from actcache.format.receipts import CompletionMarker, ShardReceipt, write_completion_marker
+from actcache.harvester.capture_shard import capture_shard
+from actcache.harvester.job import HarvestJob, prepare_job
+from actcache.model.hooks import ActivationCapture
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,23 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
         ActcacheError: one of its kinds, for anything a user can mend; what was published by then
             stays valid.
     """
-    job = prepare(config, Ranks.from_environment())
+    job = prepare_job(config, World.from_environment())
     try:
-        return carry_out(job)
+        return run_job(job)
     finally:
         job.lock.release()
 
 
-def carry_out(job: Job) -> HarvestSummary:
+def run_job(job: HarvestJob) -> HarvestSummary:
     """Make what is missing of a prepared harvest."""
     job, done, end = _as_published(job)
     began = time.monotonic()
     log = HarvestLog(job.root, job.ranks.rank)
-    fresh: list[ShardReceipt] = []
+    new_receipts: list[ShardReceipt] = []
     if end is None or len(done) <= end.last_shard or job.extend_to is not None:
-        job, done, end = _go_through(job, done, fresh, log)
+        job, done, end = _harvest_ranges(job, done, new_receipts, log)
     seconds = time.monotonic() - began
-    tokens = sum(receipt.sequences for receipt in fresh) * job.manifest.identity.ctx_len
+    tokens = sum(receipt.sequences for receipt in new_receipts) * job.manifest.identity.ctx_len
     return HarvestSummary(
         cache=str(job.root),
         cache_id=job.manifest.cache_id,
@@ -92,21 +92,21 @@ def carry_out(job: Job) -> HarvestSummary:
         world_size=job.ranks.world_size,
         complete=end is not None,
         reason=end.reason if end is not None else "",
-        new_shards=len(fresh),
-        new_rows=sum(receipt.rows for receipt in fresh),
-        new_bytes=sum(file.bytes for receipt in fresh for file in receipt.files.values()),
+        new_shards=len(new_receipts),
+        new_rows=sum(receipt.rows for receipt in new_receipts),
+        new_bytes=sum(file.bytes for receipt in new_receipts for file in receipt.files.values()),
         seconds=seconds,
-        tokens_per_second=tokens / seconds if fresh else 0.0,
+        tokens_per_second=tokens / seconds if new_receipts else 0.0,
         warnings=(
             *job.warnings,
             *_about_text(job),
-            *_about_rows(fresh),
+            *_about_rows(new_receipts),
             *_about_files(job, done),
         ),
     )
 
 
-def _about_text(job: Job) -> tuple[str, ...]:
+def _about_text(job: HarvestJob) -> tuple[str, ...]:
     """A warning if there was no text for --extend: with a large goal only the end shows it."""
     goal = job.manifest.plan.goal
     if job.extend_to is None or goal is None or job.extend_to <= goal:
@@ -114,10 +114,10 @@ def _about_text(job: Job) -> tuple[str, ...]:
     return ("--extend: the text has ended; there was nothing to go on with",)
 
 
-def _about_rows(fresh: list[ShardReceipt]) -> tuple[str, ...]:
+def _about_rows(new_receipts: list[ShardReceipt]) -> tuple[str, ...]:
     """A warning for each hookpoint with rows that no SAE can be trained on."""
     counts: Counter[str] = Counter()
-    for receipt in fresh:
+    for receipt in new_receipts:
         counts.update(receipt.non_finite)
     return tuple(
         f"{count:,} rows of {hookpoint} hold an infinity or NaN; they are kept, and training on "
@@ -127,7 +127,7 @@ def _about_rows(fresh: list[ShardReceipt]) -> tuple[str, ...]:
     )
 
 
-def _about_files(job: Job, receipts: dict[int, ShardReceipt]) -> tuple[str, ...]:
+def _about_files(job: HarvestJob, receipts: dict[int, ShardReceipt]) -> tuple[str, ...]:
     """A warning if files of shards that count as done are not there: rank 0 looks for all."""
     if job.ranks.rank > 0:
         return ()
@@ -140,36 +140,39 @@ def _about_files(job: Job, receipts: dict[int, ShardReceipt]) -> tuple[str, ...]
     )
 
 
-_State = tuple[Job, dict[int, ShardReceipt], EndReceipt | None]
+_State = tuple[HarvestJob, dict[int, ShardReceipt], CompletionMarker | None]
 """A job, the shards that are there, and the seal."""
 
 
-def _as_published(job: Job) -> _State:
+def _as_published(job: HarvestJob) -> _State:
     """How things stand: other processes make shards, and may have extended the harvest."""
-    manifest, done, end = receipts_module.read_published(job.root)
+    manifest, done, end = receipts_module.read_cache_state(job.root)
     return dataclasses.replace(job, manifest=manifest), done, end
 
 
-def _go_through(
-    job: Job, done: dict[int, ShardReceipt], fresh: list[ShardReceipt], log: HarvestLog
+def _harvest_ranges(
+    job: HarvestJob,
+    done: dict[int, ShardReceipt],
+    new_receipts: list[ShardReceipt],
+    log: HarvestLog,
 ) -> _State:
     """Make what is missing up to the goal; then, with --extend, go on to the next."""
     part = count = 0
     while True:
-        count += _make_shards(job, part, set(done), fresh, log)
+        count += _make_shards(job, part, set(done), new_receipts, log)
         part = len(job.manifest.extensions) + 1
         job, done, end = _as_published(job)
         if part <= len(job.manifest.extensions):
             continue  # another process was here first and has extended the harvest
-        further = _further(job, count)
-        end = _seal(job, count, done, end, goes_on=further is not None)
+        further = _next_extension(job, count)
+        end = _mark_complete(job, count, done, end, goes_on=further is not None)
         if further is None:
             return job, done, end
         publish_extension(further.root, further.manifest)
         job = further
 
 
-def _further(job: Job, count: int) -> Job | None:
+def _next_extension(job: HarvestJob, count: int) -> HarvestJob | None:
     """The job extended as it is asked, or None: nothing is asked, or the text ends here."""
     goal = job.manifest.plan.goal
     if job.extend_to is None or count != goal or job.extend_to <= goal:
@@ -179,13 +182,13 @@ def _further(job: Job, count: int) -> Job | None:
         return None
     return dataclasses.replace(
         job,
-        manifest=extended(job.manifest, job.extend_to),
+        manifest=with_extension(job.manifest, job.extend_to),
         sequences=itertools.chain([following], job.sequences),
     )
 
 
 def _make_shards(
-    job: Job, part: int, done: set[int], fresh: list[ShardReceipt], log: HarvestLog
+    job: HarvestJob, part: int, done: set[int], new_receipts: list[ShardReceipt], log: HarvestLog
 ) -> int:
     """Make this process's missing shards from one part of the plan on.
 
@@ -197,40 +200,42 @@ def _make_shards(
     if plan.shards is not None:
         numbers = range(plan.parts[part].first_shard, plan.shards)
         mine = (s for s in numbers if s % ranks.world_size == ranks.rank and s not in done)
-        total = sum(map(plan.most_sequences, mine)) * manifest.identity.ctx_len
+        total = sum(map(plan.max_sequences, mine)) * manifest.identity.ctx_len
     bar = Progress("harvest", total, "tok", show=None if ranks.rank == 0 else False)
     count = 0
     # One shard is written, hashed and synced while the model fills the next.
     hookpoints = manifest.identity.hookpoints
-    memory = itertools.cycle([Memory(), Memory()])  # of the shard being filled, of the one before
+    memory = itertools.cycle(
+        [RowBuffers(), RowBuffers()]
+    )  # of the shard being filled, of the one before
     with (
-        Capture(job.model, hookpoints) as capture,
-        Workers.threads(len(hookpoints)) as workers,
+        ActivationCapture(job.model, hookpoints) as capture,
+        WriterPool.threads(len(hookpoints)) as workers,
         ThreadPoolExecutor(max_workers=1) as publisher,
     ):
         writing: Future[ShardReceipt] | None = None
-        for shard, group in plan.groups(job.sequences, part):
+        for shard, group in plan.iter_shards(job.sequences, part):
             count += len(group)
             if shard % ranks.world_size != ranks.rank or shard in done:
                 continue
-            filled = fill_shard(job, shard, group, capture, bar, next(memory))
+            filled = capture_shard(job, shard, group, capture, bar, next(memory))
             if writing is not None:
-                fresh.append(log.shard(writing.result()))
+                new_receipts.append(log.shard(writing.result()))
             writing = publisher.submit(publish_shard, job.root, manifest, filled, workers)
         if writing is not None:
-            fresh.append(log.shard(writing.result()))
+            new_receipts.append(log.shard(writing.result()))
     bar.close()
     return count
 
 
-def _seal(
-    job: Job,
+def _mark_complete(
+    job: HarvestJob,
     count: int,
     receipts: dict[int, ShardReceipt],
-    before: EndReceipt | None,
+    before: CompletionMarker | None,
     *,
     goes_on: bool,
-) -> EndReceipt | None:
+) -> CompletionMarker | None:
     """Write END.json if every shard is there; whichever process comes last does it."""
     manifest = job.manifest
     last = manifest.plan.shards_of(count) - 1
@@ -240,8 +245,8 @@ def _seal(
         return before  # why it ended then is not for a command with another --max-tokens to say
     reached = goes_on or (job.asked is not None and count >= job.asked)
     reason: Literal["goal", "text"] = "goal" if reached else "text"
-    end = EndReceipt(manifest.cache_id, last, count, reason, len(manifest.extensions))
-    publish_end(job.root, end)
+    end = CompletionMarker(manifest.cache_id, last, count, reason, len(manifest.extensions))
+    write_completion_marker(job.root, end)
     return end
 
 
@@ -270,5 +275,5 @@ class HarvestLog:
             with self._path.open("a") as file:
                 file.write(line)
         except OSError as error:
-            raise tell_full_disk(error, self._path, len(line)) from error
+            raise as_disk_full_error(error, self._path, len(line)) from error
         return receipt

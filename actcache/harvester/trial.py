@@ -16,10 +16,10 @@ from actcache.cache.layout import shard_bytes
 from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig
 from actcache.core.device import peak_memory
-from actcache.core.distributed import Ranks
+from actcache.core.distributed import World
 from actcache.data.sequences import Sequence
-from actcache.harvester.job import prepare
-from actcache.harvester.run import carry_out
+from actcache.harvester.job import prepare_job
+from actcache.harvester.run import run_job
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def run_trial(config: HarvestConfig, seconds: float) -> Trial:
 
 
 def _measure(config: HarvestConfig, seconds: float) -> Trial:
-    job = prepare(config, Ranks(0, 1))
+    job = prepare_job(config, World(0, 1))
     try:
         if job.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(job.device)
-        found = carry_out(dataclasses.replace(job, sequences=_until(job.sequences, seconds)))
+        found = run_job(dataclasses.replace(job, sequences=_until(job.sequences, seconds)))
     finally:
         job.lock.release()
     cache = Cache.open(job.root)

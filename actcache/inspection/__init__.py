@@ -7,19 +7,19 @@ come from receipts, statistics and logs; activations are read for `texts` alone,
 from __future__ import annotations
 
 from actcache.inspection.html.page import render_page
-from actcache.inspection.samples import Reading, Sample, read_sequences, sample_rows
+from actcache.inspection.samples import Sample, SequenceView, read_sequences, sample_rows
 from actcache.inspection.shards import ShardFacts, shard_facts
-from actcache.inspection.summary import CacheSummary, HookpointSummary, summarise
+from actcache.inspection.summary import CacheSummary, HookpointSummary, summarize
 
 __all__ = [
     "CacheSummary",
     "HookpointSummary",
-    "Reading",
     "Sample",
+    "SequenceView",
     "ShardFacts",
     "read_sequences",
     "render_page",
     "sample_rows",
     "shard_facts",
-    "summarise",
+    "summarize",
 ]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from actcache.filesystem.paths import Place
+from actcache.filesystem.paths import CachePath
 from actcache.format.receipts import ShardReceipt
 from actcache.inspection.printable import printable
 from actcache.storage.preadv import read_exactly
@@ -60,7 +60,7 @@ class _Entry:
 
 
 def speed_by_rank(
-    root: Place, receipts: Mapping[int, ShardReceipt], ctx_len: int
+    root: CachePath, receipts: Mapping[int, ShardReceipt], ctx_len: int
 ) -> tuple[RankSpeed, ...]:
     """Speed of every process that left a log with an entry for one of these shards.
 
@@ -74,7 +74,7 @@ def speed_by_rank(
 
 
 def _of_rank(
-    rank: int, path: Place, receipts: Mapping[int, ShardReceipt], ctx_len: int
+    rank: int, path: CachePath, receipts: Mapping[int, ShardReceipt], ctx_len: int
 ) -> RankSpeed | None:
     read = [_entry(line) for line in _lines(path)]
     entries = [e for e in read if e is not None and e.shard in receipts]
@@ -98,7 +98,7 @@ def _of_rank(
     )
 
 
-def _logs(root: Place) -> list[tuple[int, Place]]:
+def _logs(root: CachePath) -> list[tuple[int, CachePath]]:
     folder = root / FOLDER
     if folder.is_symlink():  # nothing outside the cache is read
         return []
@@ -110,7 +110,7 @@ def _logs(root: Place) -> list[tuple[int, Place]]:
     return [(rank, folder / name) for rank, name in ranks[:RANKS]]
 
 
-def _lines(path: Place) -> Iterator[bytes]:
+def _lines(path: CachePath) -> Iterator[bytes]:
     """The last lines of a log, whole ones; none of what is not a plain file."""
     if not isinstance(path, Path):
         size = path.stat().st_size if path.is_file() else 0

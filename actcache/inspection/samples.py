@@ -53,7 +53,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SequenceView:
     """One sequence with the norms of one hookpoint."""
 
     shard: int
@@ -109,7 +109,7 @@ def sample_rows(
 
 def read_sequences(
     cache: Cache, hookpoint: str, tokenizer: Any, shards: Sequence[int] | None = None
-) -> Iterator[Reading]:
+) -> Iterator[SequenceView]:
     """Sequences with the norms of a hookpoint, one after another, each read when it is asked for.
 
     Args:
@@ -124,7 +124,7 @@ def read_sequences(
         order = np.argsort(words.row_sequence, kind="stable")  # rows by sequence [N]
         ends = np.cumsum(np.bincount(words.row_sequence, minlength=len(words.tokens)))
         for sequence, rows in enumerate(np.split(order, ends[:-1])):
-            yield Reading(
+            yield SequenceView(
                 shard=shard,
                 sequence=sequence,
                 number=cache.receipts[shard].first_sequence + sequence,
@@ -196,5 +196,5 @@ def _decode(tokenizer: Any, ids: NDArray[np.int32]) -> str:
 
 
 def _norm(cache: Cache, hookpoint: str, shard: int, row: int) -> float:
-    stored = cache.codec.to_float32(cache.read(hookpoint, shard, row, 1))
+    stored = cache.row_dtype.to_float32(cache.read(hookpoint, shard, row, 1))
     return float(np.linalg.norm(stored.astype(np.float64)))

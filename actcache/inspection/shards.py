@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from actcache.cache.layout import data_paths
 from actcache.cache.reader import Cache
-from actcache.filesystem.paths import Place
+from actcache.filesystem.paths import CachePath
 from actcache.format.receipts import ShardReceipt
 from actcache.inspection.printable import printable
 
@@ -43,7 +43,7 @@ class Afflicted:
 
 
 @dataclass(frozen=True)
-class Afflictions:
+class BadRows:
     """Rows that need care, over all shards."""
 
     non_finite: int
@@ -96,7 +96,7 @@ def excluded(receipts: Iterable[ShardReceipt], tokens: int) -> tuple[Excluded, .
     return tuple(Excluded(printable(name, 40), n, n / max(tokens, 1)) for name, n in common)
 
 
-def afflictions(receipts: Iterable[ShardReceipt]) -> Afflictions:
+def afflictions(receipts: Iterable[ShardReceipt]) -> BadRows:
     """Non-finite and near-overflow rows by shard."""
     found = []
     for receipt in receipts:
@@ -105,7 +105,7 @@ def afflictions(receipts: Iterable[ShardReceipt]) -> Afflictions:
         if non_finite or near:
             found.append(Afflicted(receipt.shard, receipt.rows, non_finite, near))
     worst = sorted(found, key=lambda a: (-_total(a.non_finite), -_total(a.near_overflow), a.shard))
-    return Afflictions(
+    return BadRows(
         non_finite=sum(_total(a.non_finite) for a in found),
         near_overflow=sum(_total(a.near_overflow) for a in found),
         shards=len(found),
@@ -124,7 +124,7 @@ def shard_facts(cache: Cache, shard: int) -> ShardFacts:
     return ShardFacts(shard, receipt.first_sequence, receipt.sequences, receipt.rows, tuple(files))
 
 
-def _state(path: Place, size: int) -> str:
+def _state(path: CachePath, size: int) -> str:
     try:
         found = path.lstat()
     except OSError:

@@ -17,7 +17,7 @@ from actcache.inspection.dimensions import Dimensions, describe, mean_cosines
 from actcache.inspection.harvest_speed import RankSpeed, speed_by_rank
 from actcache.inspection.norms import NormHistogram, norm_histogram
 from actcache.inspection.printable import printable
-from actcache.inspection.shards import Afflictions, Excluded, afflictions, excluded
+from actcache.inspection.shards import BadRows, Excluded, afflictions, excluded
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ class CacheSummary:
     """Cosine between the mean rows of every two of the first COMPARED hookpoints."""
     excluded: tuple[Excluded, ...]
     """Token positions without a row, by filter."""
-    afflictions: Afflictions
+    afflictions: BadRows
     """Non-finite and near-overflow rows by shard."""
     speed: tuple[RankSpeed, ...]
     """Of the harvest, by rank, as far as logs/ tells."""
 
 
 @np.errstate(all="ignore")  # a cache from elsewhere may say anything of its rows
-def summarise(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary:
+def summarize(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary:
     """All that `actcache inspect` shows.
 
     Args:

@@ -28,7 +28,7 @@ rotary angles) is not taken for activations."""
 
 
 @dataclass(frozen=True)
-class Site:
+class HookSite:
     """A module's input or output, as a probing forward pass saw it."""
 
     name: str
@@ -38,7 +38,7 @@ class Site:
     """Why it cannot be hooked; empty when it can."""
 
 
-def survey(model: Any) -> dict[str, Site]:
+def discover_sites(model: Any) -> dict[str, HookSite]:
     """Run the base model once on a few tokens and note every module's input and output.
 
     Args:
@@ -69,18 +69,18 @@ def _note(name: str, seen: dict[str, list[Any]]) -> Any:
     return hook
 
 
-def _site(name: str, shapes: list[tuple[int, ...] | None]) -> Site:
+def _site(name: str, shapes: list[tuple[int, ...] | None]) -> HookSite:
     if not shapes:
-        return Site(name, None, "is not called in a forward pass")
+        return HookSite(name, None, "is not called in a forward pass")
     if len(shapes) > 1:
-        return Site(name, None, f"is called {len(shapes)} times in a forward pass")
+        return HookSite(name, None, f"is called {len(shapes)} times in a forward pass")
     (shape,) = shapes
     if shape is None:
-        return Site(name, None, "is not a tensor")
+        return HookSite(name, None, "is not a tensor")
     if len(shape) != 3 or shape[:2] != _PROBE:
         text = ", ".join(map(str, shape))
-        return Site(name, None, f"has shape [{text}], not [batch, ctx, width]")
-    return Site(name, shape[2], "")
+        return HookSite(name, None, f"has shape [{text}], not [batch, ctx, width]")
+    return HookSite(name, shape[2], "")
 
 
 def _forward_probe(model: Any, seen: dict[str, list[Any]]) -> None:
@@ -133,12 +133,12 @@ def residual_hookpoints(model: Any, layers: Sequence[int], stride: int) -> list[
     return [f"{lists[0]}.{layer}" for layer in (layers or range(0, count, stride))]
 
 
-def select(pattern: str, sites: Mapping[str, Site], prefix: str) -> list[Site]:
+def select(pattern: str, sites: Mapping[str, HookSite], prefix: str) -> list[HookSite]:
     """The places that a name or fnmatch pattern means, usable or not.
 
     Args:
         pattern: what the user gave; ':in' at the end asks for inputs.
-        sites: what `survey` found.
+        sites: what `discover_sites` found.
         prefix: the model's base prefix, which the pattern may begin with.
 
     Raises:
@@ -163,12 +163,12 @@ def select(pattern: str, sites: Mapping[str, Site], prefix: str) -> list[Site]:
     return found
 
 
-def match(patterns: Sequence[str], sites: Mapping[str, Site], prefix: str) -> list[Hookpoint]:
+def match(patterns: Sequence[str], sites: Mapping[str, HookSite], prefix: str) -> list[Hookpoint]:
     """The hookpoints that patterns mean, each once, in natural order.
 
     Args:
         patterns: names or fnmatch patterns.
-        sites: what `survey` found.
+        sites: what `discover_sites` found.
         prefix: the model's base prefix, which patterns may begin with.
 
     Raises:
@@ -191,7 +191,7 @@ class _StopForward(Exception):  # noqa: N818 (no error: everything asked for has
     pass
 
 
-class Capture:
+class ActivationCapture:
     """Hooks on a model that keep what passes the hookpoints and stop the pass after the last.
 
     Use as a context manager; `run` may be called many times inside.
@@ -205,7 +205,7 @@ class Capture:
         self._chosen: Tensor | None = None
         self._handles: list[Any] = []
 
-    def __enter__(self) -> Capture:
+    def __enter__(self) -> ActivationCapture:
         for hookpoint in self._hookpoints:
             module = self._base.get_submodule(hookpoint.name.removesuffix(INPUT))
             if hookpoint.name.endswith(INPUT):

@@ -17,7 +17,7 @@ import xxhash
 from actcache.config import HarvestConfig
 from actcache.core.device import choose_device
 from actcache.errors import ModelError
-from actcache.model.quantization import placement
+from actcache.model.quantization import from_pretrained_kwargs
 
 
 def load_config(config: HarvestConfig) -> Any:
@@ -31,7 +31,7 @@ def load_config(config: HarvestConfig) -> Any:
     _check_local(config)
     with _explained(config, "configuration"):
         loaded = AutoConfig.from_pretrained(config.model, **_source(config))
-    require_decoder(config.model, loaded)
+    require_causal_lm(config.model, loaded)
     return loaded
 
 
@@ -52,7 +52,7 @@ def load_model(config: HarvestConfig) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    placed = placement(config, load_config(config))
+    placed = from_pretrained_kwargs(config, load_config(config))
     device = None if placed else choose_device(config.device)
     dtype = "auto" if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
     with _explained(config, "weights"):
@@ -64,7 +64,7 @@ def load_model(config: HarvestConfig) -> Any:
         return model.eval().requires_grad_(False)
 
 
-def empty_model(model_config: Any, config: HarvestConfig) -> Any:
+def load_meta_model(model_config: Any, config: HarvestConfig) -> Any:
     """The model on the meta device, in bfloat16: shapes without weights.
 
     Raises:
@@ -194,7 +194,7 @@ _BIDIRECTIONAL = {"bert-generation", "xlnet"}
 """Encoders that have no head for masked words."""
 
 
-def require_decoder(name: str, model_config: Any) -> None:
+def require_causal_lm(name: str, model_config: Any) -> None:
     """Refuse models that are not decoder-only language models.
 
     Models of text and images are taken where transformers loads them, or their text part, as a

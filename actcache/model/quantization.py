@@ -11,7 +11,7 @@ from actcache.core.device import choose_device
 from actcache.errors import ModelError
 
 
-def placement(config: HarvestConfig, model_config: Any) -> dict[str, Any]:
+def from_pretrained_kwargs(config: HarvestConfig, model_config: Any) -> dict[str, Any]:
     """What `from_pretrained` is told beyond name and type; empty for a plain load.
 
     Args:

@@ -5,49 +5,51 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from actcache.filesystem.atomic import FileReceipt
-from actcache.filesystem.paths import Place, PlaceT
+from actcache.filesystem.atomic import FileDigest
+from actcache.filesystem.paths import CachePath, CachePathT
 from actcache.format.dtypes import (
-    CODECS,
+    ROW_DTYPES,
     Array,
-    Codec,
+    RowDtype,
     StoredRows,
-    refuse_infinite,
-    refuse_overflow,
+    check_infinite,
+    check_overflow,
 )
 from actcache.format.manifest import Manifest
 from actcache.storage.blosc import CompressedExtent
 from actcache.storage.memmap import MemmapBackend
-from actcache.storage.safetensors_io import Extent
+from actcache.storage.safetensors_io import TensorExtent
 from actcache.storage.zarr import ZarrBackend
 
 __all__ = [
     "BACKENDS",
-    "CODECS",
+    "ROW_DTYPES",
     "Array",
     "Backend",
-    "Codec",
     "CompressedExtent",
-    "Extent",
+    "RowDtype",
     "StoredRows",
-    "refuse_infinite",
-    "refuse_overflow",
+    "TensorExtent",
+    "check_infinite",
+    "check_overflow",
 ]
 
 
 class Backend(Protocol):
     """Writes rows, and says where their bytes lie; reading them is the reader's one job."""
 
-    def path(self, root: PlaceT, hookpoint: str, shard: int) -> PlaceT:
+    def path(self, root: CachePathT, hookpoint: str, shard: int) -> CachePathT:
         """Where the numbers of a shard's rows of one hookpoint lie."""
 
-    def files(self, root: PlaceT, manifest: Manifest, shard: int) -> dict[str, PlaceT]:
+    def files(self, root: CachePathT, manifest: Manifest, shard: int) -> dict[str, CachePathT]:
         """The files of a shard's rows, by the name that its receipt has for them."""
 
-    def lay(self, root: Path, manifest: Manifest) -> None:
+    def initialize(self, root: Path, manifest: Manifest) -> None:
         """Make, or check, what must stand before the first shard. One process does it."""
 
-    def documents(self, root: PlaceT, manifest: Manifest) -> dict[PlaceT, tuple[bytes, ...]]:
+    def metadata_files(
+        self, root: CachePathT, manifest: Manifest
+    ) -> dict[CachePathT, tuple[bytes, ...]]:
         """Files that stand beside the shards, with the bytes that follow from the manifest.
 
         One for each extension and one before them all: a crash may leave a document of earlier.
@@ -59,12 +61,12 @@ class Backend(Protocol):
 
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
-    ) -> dict[str, FileReceipt]:
+    ) -> dict[str, FileDigest]:
         """Publish one shard's rows of one hookpoint; receipts by the names of `files`."""
 
     def locate(
-        self, root: Place, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
-    ) -> Extent | CompressedExtent:
+        self, root: CachePath, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
+    ) -> TensorExtent | CompressedExtent:
         """Where one part of `rows` rows lies, checked; raises `CorruptShardError`."""
 
 

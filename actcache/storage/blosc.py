@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.errors import CorruptShardError
-from actcache.filesystem.paths import Place
+from actcache.filesystem.paths import CachePath
 from actcache.format.dtypes import Array
 from actcache.storage.preadv import read_exactly
-from actcache.storage.safetensors_io import Extent
+from actcache.storage.safetensors_io import TensorExtent
 
 BLOCK = 1 << 19
 """Decoded bytes of a block, unless the whole chunk has fewer. Smaller ones compress less and more
@@ -45,7 +45,7 @@ _STORED = 0x02  # incompressible: the bytes follow the header as they are
 class CompressedExtent:
     """Where the blocks of a compressed chunk lie, and how much of it is rows."""
 
-    path: Place
+    path: CachePath
     shape: tuple[int, ...]
     """Of the rows; the chunk may go on after them."""
     storage: str
@@ -101,8 +101,8 @@ def encode(chunk: Array) -> bytes:
 
 
 def locate(
-    path: Place, size: int, decoded: int, shape: tuple[int, ...], storage: str
-) -> Extent | CompressedExtent:
+    path: CachePath, size: int, decoded: int, shape: tuple[int, ...], storage: str
+) -> TensorExtent | CompressedExtent:
     """Where a compressed chunk's blocks lie, or its rows if blosc found nothing to compress.
 
     Args:
@@ -123,7 +123,7 @@ def locate(
     found = _HEADER.unpack(head)
     stored = (*_VERSIONS, _FLAGS | _STORED, itemsize, decoded, min(BLOCK, decoded), size)
     if found == stored and size == _HEADER.size + decoded:
-        return Extent(path, _HEADER.size, shape, storage)
+        return TensorExtent(path, _HEADER.size, shape, storage)
     want = (*_VERSIONS, _FLAGS, itemsize, decoded, min(BLOCK, decoded), size)
     if found != want:
         raise _corrupt(path, f"a blosc header {want}", found)
@@ -149,7 +149,7 @@ def _blosc() -> Any:
     return blosc
 
 
-def _corrupt(path: Place, expected: object, got: object) -> CorruptShardError:
+def _corrupt(path: CachePath, expected: object, got: object) -> CorruptShardError:
     return CorruptShardError(
         f"{path} is not the compressed chunk that its receipt promises",
         expected=expected,

@@ -7,30 +7,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actcache.filesystem.atomic import FileReceipt
-from actcache.filesystem.paths import Place, PlaceT
-from actcache.format.dtypes import CODECS, VALUES, StoredRows
+from actcache.filesystem.atomic import FileDigest
+from actcache.filesystem.paths import CachePath, CachePathT
+from actcache.format.dtypes import ROW_DTYPES, VALUES, StoredRows
 from actcache.format.manifest import Manifest
 from actcache.format.schema import Spec
 from actcache.storage import safetensors_io as safetensors_file
-from actcache.storage.safetensors_io import Extent
+from actcache.storage.safetensors_io import TensorExtent
 
 
 class MemmapBackend:
     """Rows of a shard as a self-describing file that any safetensors library can map."""
 
-    def path(self, root: PlaceT, hookpoint: str, shard: int) -> PlaceT:
+    def path(self, root: CachePathT, hookpoint: str, shard: int) -> CachePathT:
         """Where a shard's rows of one hookpoint lie."""
         return root / "activations" / hookpoint / f"{shard:05d}.safetensors"
 
-    def lay(self, root: Path, manifest: Manifest) -> None:
+    def initialize(self, root: Path, manifest: Manifest) -> None:
         """Nothing: every file describes itself."""
 
-    def documents(self, root: PlaceT, manifest: Manifest) -> dict[PlaceT, tuple[bytes, ...]]:  # noqa: ARG002
+    def metadata_files(
+        self,
+        root: CachePathT,  # noqa: ARG002
+        manifest: Manifest,  # noqa: ARG002
+    ) -> dict[CachePathT, tuple[bytes, ...]]:
         """None."""
         return {}
 
-    def files(self, root: PlaceT, manifest: Manifest, shard: int) -> dict[str, PlaceT]:
+    def files(self, root: CachePathT, manifest: Manifest, shard: int) -> dict[str, CachePathT]:
         """The files of a shard's rows, by the name that its receipt has for them."""
         names = (hookpoint.name for hookpoint in manifest.identity.hookpoints)
         return {f"{VALUES}/{name}": self.path(root, name, shard) for name in names}
@@ -44,16 +48,16 @@ class MemmapBackend:
 
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
-    ) -> dict[str, FileReceipt]:
+    ) -> dict[str, FileDigest]:
         """Publish one shard's rows of one hookpoint."""
-        parts = CODECS[manifest.identity.dtype].parts(manifest.width(hookpoint))
+        parts = ROW_DTYPES[manifest.identity.dtype].parts(manifest.width(hookpoint))
         tensors = {name: (rows.parts[name], part.tag) for name, part in parts.items()}
         path = self.path(root, hookpoint, shard)
         return {f"{VALUES}/{hookpoint}": safetensors_file.write(path, tensors)}
 
     def locate(
-        self, root: Place, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
-    ) -> Extent:
+        self, root: CachePath, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
+    ) -> TensorExtent:
         """Where the bytes of one part of the rows lie, checked against what is expected.
 
         Raises:
@@ -65,5 +69,5 @@ class MemmapBackend:
 
 
 def _tensors(manifest: Manifest, hookpoint: str, rows: int) -> dict[str, Spec]:
-    parts = CODECS[manifest.identity.dtype].parts(manifest.width(hookpoint))
+    parts = ROW_DTYPES[manifest.identity.dtype].parts(manifest.width(hookpoint))
     return {name: ((rows, *part.shape), part.storage, part.tag) for name, part in parts.items()}

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from actcache.errors import CorruptShardError
-from actcache.filesystem.paths import Place, as_remote
+from actcache.filesystem.paths import CachePath, require_remote
 
 WHOLE = 1 << 62
 """Bytes of a read that is not cut."""
@@ -23,13 +23,13 @@ _MOST_VIEWS = 1024
 """That one call of the kernel takes (IOV_MAX)."""
 
 
-def read_exactly(path: Place, view: memoryview, offset: int) -> None:
-    """Fill `view` with a file's bytes from `offset` on; see `read_scattered`."""
-    read_scattered(path, [view], offset)
+def read_exactly(path: CachePath, view: memoryview, offset: int) -> None:
+    """Fill `view` with a file's bytes from `offset` on; see `preadv_into`."""
+    preadv_into(path, [view], offset)
 
 
-def read_scattered(
-    path: Place, views: Sequence[memoryview], offset: int, piece: int = WHOLE
+def preadv_into(
+    path: CachePath, views: Sequence[memoryview], offset: int, piece: int = WHOLE
 ) -> None:
     """Fill views, one after another, with a file's consecutive bytes from `offset` on.
 
@@ -43,7 +43,7 @@ def read_scattered(
         CorruptShardError: the file is gone, or ends early.
     """
     if not isinstance(path, Path):
-        as_remote(path).read_into(views, offset)
+        require_remote(path).read_into(views, offset)
         return
     left = deque(views)
     end = offset + sum(map(len, views))
@@ -74,7 +74,7 @@ def read_scattered(
         os.close(fd)
 
 
-def announce(path: Place, offset: int, length: int) -> None:
+def readahead(path: CachePath, offset: int, length: int) -> None:
     """Tell the system that bytes will be wanted soon; whether they are there is asked later."""
     if not isinstance(path, Path):
         return

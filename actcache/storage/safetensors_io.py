@@ -19,10 +19,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from actcache.core.json_codec import decode_json, short
+from actcache.core.json_codec import decode_json, truncated_repr
 from actcache.errors import CorruptShardError
-from actcache.filesystem.atomic import FileReceipt, publish
-from actcache.filesystem.paths import Place, as_remote
+from actcache.filesystem.atomic import FileDigest, write_atomic
+from actcache.filesystem.paths import CachePath, require_remote
 from actcache.format.dtypes import Array
 from actcache.format.schema import Spec
 
@@ -34,10 +34,10 @@ _TAGS = {"<u2": "U16", "<i4": "I32", "<i8": "I64", "<f2": "F16", "<f4": "F32", "
 
 
 @dataclass(frozen=True)
-class Extent:
+class TensorExtent:
     """Where the bytes of one tensor lie."""
 
-    path: Place
+    path: CachePath
     offset: int
     """Bytes from the beginning of the file."""
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Extent:
         return math.prod(self.shape) * np.dtype(self.storage).itemsize
 
 
-def write(path: Path, tensors: Mapping[str, tuple[Array, str | None]]) -> FileReceipt:
+def write(path: Path, tensors: Mapping[str, tuple[Array, str | None]]) -> FileDigest:
     """Publish tensors as one safetensors file.
 
     Args:
@@ -65,7 +65,7 @@ def write(path: Path, tensors: Mapping[str, tuple[Array, str | None]]) -> FileRe
         storage = _little(array.dtype)
         specs[name] = (array.shape, storage, tag or _TAGS[storage])
     parts = [array.reshape(-1).view(np.uint8).data for array, _ in tensors.values()]
-    return publish(path, [_header(specs), *parts])
+    return write_atomic(path, [_header(specs), *parts])
 
 
 def size(tensors: Mapping[str, Spec]) -> int:
@@ -91,7 +91,7 @@ def _bytes(spec: Spec) -> int:
     return math.prod(shape) * np.dtype(storage).itemsize
 
 
-def locate(path: Place, expected: Mapping[str, Spec]) -> list[Extent]:
+def locate(path: CachePath, expected: Mapping[str, Spec]) -> list[TensorExtent]:
     """Find tensors whose shapes and types are known beforehand.
 
     Args:
@@ -117,12 +117,12 @@ def locate(path: Place, expected: Mapping[str, Spec]) -> list[Extent]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _corrupt(path, "a file", "nothing") from error
     except (ValueError, RecursionError) as error:
-        raise _corrupt(path, "a JSON header", short(str(error), 300)) from error
+        raise _corrupt(path, "a JSON header", truncated_repr(str(error), 300)) from error
     want: dict[str, object] = {}
     extents = []
     offset = 8 + length
     for name, (shape, storage, tag) in expected.items():
-        extent = Extent(path, offset, shape, storage)
+        extent = TensorExtent(path, offset, shape, storage)
         begin = offset - 8 - length
         offsets = [begin, begin + extent.bytes]
         want[name] = {"dtype": tag, "shape": list(shape), "data_offsets": offsets}
@@ -135,7 +135,7 @@ def locate(path: Place, expected: Mapping[str, Spec]) -> list[Extent]:
     return extents
 
 
-def read(extent: Extent) -> Array:
+def read(extent: TensorExtent) -> Array:
     """The whole tensor, in memory of its own."""
     with _opened(extent.path) as file:
         file.seek(extent.offset)
@@ -146,18 +146,18 @@ def read(extent: Extent) -> Array:
     return array
 
 
-def _opened(path: Place) -> BinaryIO:
-    return path.open("rb") if isinstance(path, Path) else as_remote(path).open()
+def _opened(path: CachePath) -> BinaryIO:
+    return path.open("rb") if isinstance(path, Path) else require_remote(path).open()
 
 
 def _little(dtype: np.dtype[np.generic]) -> str:
     return dtype.newbyteorder("<").str
 
 
-def _corrupt(path: Place, expected: object, got: object) -> CorruptShardError:
+def _corrupt(path: CachePath, expected: object, got: object) -> CorruptShardError:
     return CorruptShardError(
         f"{path} is not the file that its receipt promises",
         expected=expected,
-        got=got if isinstance(got, str) else short(got, 300),
+        got=got if isinstance(got, str) else truncated_repr(got, 300),
         remedy="actcache verify CACHE --repair, or restore a copy",
     )

@@ -16,13 +16,13 @@ import numpy as np
 
 from actcache.core.json_codec import to_json
 from actcache.errors import CorruptShardError
-from actcache.filesystem.atomic import FileReceipt, publish
-from actcache.filesystem.paths import Place, PlaceT
-from actcache.format.dtypes import CODECS, VALUES, Part, StoredRows
+from actcache.filesystem.atomic import FileDigest, write_atomic
+from actcache.filesystem.paths import CachePath, CachePathT
+from actcache.format.dtypes import ROW_DTYPES, VALUES, RowComponent, StoredRows
 from actcache.format.manifest import Manifest
 from actcache.storage import blosc as blosc_chunk
 from actcache.storage.blosc import CompressedExtent
-from actcache.storage.safetensors_io import Extent
+from actcache.storage.safetensors_io import TensorExtent
 
 DOCUMENT = "zarr.json"
 
@@ -30,11 +30,11 @@ DOCUMENT = "zarr.json"
 class ZarrBackend:
     """Rows of a shard as one chunk of the array [planned shards * shard rows, width]."""
 
-    def path(self, root: PlaceT, hookpoint: str, shard: int) -> PlaceT:
+    def path(self, root: CachePathT, hookpoint: str, shard: int) -> CachePathT:
         """Where the numbers of a shard's rows of one hookpoint lie."""
         return _chunk(_folder(root, hookpoint, VALUES), shard, 2)
 
-    def files(self, root: PlaceT, manifest: Manifest, shard: int) -> dict[str, PlaceT]:
+    def files(self, root: CachePathT, manifest: Manifest, shard: int) -> dict[str, CachePathT]:
         """The files of a shard's rows, by the name that its receipt has for them."""
         return {
             f"{part}/{h.name}": _chunk(_folder(root, h.name, part), shard, 1 + len(each.shape))
@@ -42,19 +42,21 @@ class ZarrBackend:
             for part, each in _parts(manifest, h.name).items()
         }
 
-    def lay(self, root: Path, manifest: Manifest) -> None:
+    def initialize(self, root: Path, manifest: Manifest) -> None:
         """Write the arrays' `zarr.json`, or check those there, and renew them after an extension.
 
         Raises:
             CorruptShardError: one is there and is not this cache's.
             DiskFullError: no room.
         """
-        for path, accepted in self.documents(root, manifest).items():
+        for path, accepted in self.metadata_files(root, manifest).items():
             there = path.exists() or path.is_symlink()
             if not there or _check_document(path, accepted) != accepted[-1]:
-                publish(path, [accepted[-1]])
+                write_atomic(path, [accepted[-1]])
 
-    def documents(self, root: PlaceT, manifest: Manifest) -> dict[PlaceT, tuple[bytes, ...]]:
+    def metadata_files(
+        self, root: CachePathT, manifest: Manifest
+    ) -> dict[CachePathT, tuple[bytes, ...]]:
         """The `zarr.json` of every array, before and after each extension."""
         return {
             _folder(root, h.name, part) / DOCUMENT: _documents(manifest, h.name, part)
@@ -72,7 +74,7 @@ class ZarrBackend:
 
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
-    ) -> dict[str, FileReceipt]:
+    ) -> dict[str, FileDigest]:
         """Publish one shard's rows of one hookpoint, with zeros up to whole chunks."""
         receipts = {}
         for part, array in rows.parts.items():
@@ -85,12 +87,12 @@ class ZarrBackend:
                 pieces = [blosc_chunk.encode(chunk)]
             else:
                 pieces = [piece.reshape(-1).view(np.uint8).data for piece in (array, padding)]
-            receipts[f"{part}/{hookpoint}"] = publish(path, pieces)
+            receipts[f"{part}/{hookpoint}"] = write_atomic(path, pieces)
         return receipts
 
     def locate(
-        self, root: Place, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
-    ) -> Extent | CompressedExtent:
+        self, root: CachePath, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
+    ) -> TensorExtent | CompressedExtent:
         """Where the bytes of one part of the rows lie, checked against what is expected.
 
         Raises:
@@ -104,12 +106,12 @@ class ZarrBackend:
         if rows > manifest.shard_rows:
             raise _corrupt(path, f"at most {manifest.shard_rows} rows", f"{rows} in the receipt")
         shape = (rows, *each.shape)
-        whole = Extent(path, 0, (manifest.shard_rows, *each.shape), each.storage)
+        whole = TensorExtent(path, 0, (manifest.shard_rows, *each.shape), each.storage)
         if _compressed(manifest, part):
             return blosc_chunk.locate(path, size, whole.bytes, shape, each.storage)
         if size != whole.bytes:
             raise _corrupt(path, f"{whole.bytes} bytes", f"{size} bytes")
-        return Extent(path, 0, shape, each.storage)
+        return TensorExtent(path, 0, shape, each.storage)
 
 
 def document(manifest: Manifest, hookpoint: str, part: str = VALUES) -> dict[str, object]:
@@ -139,30 +141,30 @@ def document(manifest: Manifest, hookpoint: str, part: str = VALUES) -> dict[str
     }
 
 
-def _parts(manifest: Manifest, hookpoint: str) -> dict[str, Part]:
-    return CODECS[manifest.identity.dtype].parts(manifest.width(hookpoint))
+def _parts(manifest: Manifest, hookpoint: str) -> dict[str, RowComponent]:
+    return ROW_DTYPES[manifest.identity.dtype].parts(manifest.width(hookpoint))
 
 
 def _compressed(manifest: Manifest, part: str) -> bool:
     return manifest.compression == "zstd" and part == VALUES
 
 
-def _folder(root: PlaceT, hookpoint: str, part: str) -> PlaceT:
+def _folder(root: CachePathT, hookpoint: str, part: str) -> CachePathT:
     return root / part / hookpoint
 
 
-def _chunk(folder: PlaceT, shard: int, dimensions: int) -> PlaceT:
+def _chunk(folder: CachePathT, shard: int, dimensions: int) -> CachePathT:
     """The chunk of a shard, which is all of the array's width."""
     return folder.joinpath("c", str(shard), *["0"] * (dimensions - 1))
 
 
 def _documents(manifest: Manifest, hookpoint: str, part: str) -> tuple[bytes, ...]:
     """What one array's `zarr.json` may be: that of each extension, and of none."""
-    known = (manifest.before(number) for number in range(len(manifest.extensions) + 1))
+    known = (manifest.truncated_to(number) for number in range(len(manifest.extensions) + 1))
     return tuple(to_json(document(before, hookpoint, part)) for before in known)
 
 
-def _check_document(path: Place, accepted: tuple[bytes, ...]) -> bytes:
+def _check_document(path: CachePath, accepted: tuple[bytes, ...]) -> bytes:
     """The document there, if it is one of those accepted."""
     # Byte for byte: nothing is parsed that might say another thing to another parser.
     size = _plain_size(path, (path,))
@@ -173,7 +175,7 @@ def _check_document(path: Place, accepted: tuple[bytes, ...]) -> bytes:
     return found
 
 
-def _plain_size(path: Place, links: tuple[Place, ...]) -> int:
+def _plain_size(path: CachePath, links: tuple[CachePath, ...]) -> int:
     """Size of a plain file; none of `links` may be a symbolic link."""
     for link in links:
         if link.is_symlink():
@@ -187,7 +189,7 @@ def _plain_size(path: Place, links: tuple[Place, ...]) -> int:
     return found.st_size
 
 
-def _corrupt(path: Place, expected: object, got: object) -> CorruptShardError:
+def _corrupt(path: CachePath, expected: object, got: object) -> CorruptShardError:
     remedy = "actcache verify CACHE --repair, or restore a copy"
     if path.name == DOCUMENT:
         remedy = "delete it and run the same actcache harvest command again: it is written anew"

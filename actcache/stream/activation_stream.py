@@ -13,15 +13,15 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.errors import RunError
-from actcache.stream.batches import Batch, BatchMaker, OnePlan, Place, Plans
+from actcache.stream.batches import Batch, BatchBuilder, PlanSource, SinglePlan, StreamPosition
 from actcache.stream.memory_budget import PREFETCH_BATCHES
 from actcache.stream.order import OrderPlan, lanes_of_rank
-from actcache.stream.prefetcher import Producer
-from actcache.stream.verified_reads import DEFAULT, Reading, Verify
+from actcache.stream.prefetcher import BackgroundIterator
+from actcache.stream.verified_reads import DEFAULT, ReadSettings, Verify
 
 __all__ = ["ActivationStream", "Batch"]
 
-_PATIENCE = 1.0  # seconds without a batch before a consumer hears what is waited for
+_TIMEOUT = 1.0  # seconds without a batch before a consumer hears what is waited for
 
 
 class ActivationStream:
@@ -44,7 +44,7 @@ class ActivationStream:
             it is known whether more follow.
         rank: this process's number.
         world_size: processes that share each global batch.
-        verify: when the bytes that are read are compared with the receipts, see `CheckedReads`.
+        verify: when the bytes that are read are compared with the receipts, see `VerifiedReader`.
         prefetch: batches that may wait to be taken.
         reading: how rows are read ahead of the batches; cannot touch the order. See `tuning.tune`.
         text: whether batches carry token ids, sequences and positions; else no text is read.
@@ -60,7 +60,7 @@ class ActivationStream:
         self,
         cache: Cache,
         hookpoints: Sequence[str],
-        plan: OrderPlan | Plans,
+        plan: OrderPlan | PlanSource,
         *,
         epoch: int = 0,
         segment: int = 0,
@@ -70,7 +70,7 @@ class ActivationStream:
         world_size: int = 1,
         verify: Verify = "first-read",
         prefetch: int = PREFETCH_BATCHES,
-        reading: Reading = DEFAULT,
+        reading: ReadSettings = DEFAULT,
         text: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
@@ -80,8 +80,8 @@ class ActivationStream:
             lanes_of_rank(plan.lanes, rank, world_size)  # refused here, not by the thread
         self.cache, self.hookpoints = cache, tuple(hookpoints)
         self._segmented = not isinstance(plan, OrderPlan)
-        self._plans: Plans = OnePlan(plan) if isinstance(plan, OrderPlan) else plan
-        self._maker = BatchMaker(
+        self._plans: PlanSource = SinglePlan(plan) if isinstance(plan, OrderPlan) else plan
+        self._maker = BatchBuilder(
             cache,
             hookpoints,
             self._plans,
@@ -97,7 +97,7 @@ class ActivationStream:
         self.row_bytes = self._maker.row_bytes
         """Bytes of a row on disk, of all hookpoints that are read."""
         self._ahead, self._threads = prefetch, reading.threads
-        self._place: Place = (epoch, segment, step)
+        self._place: StreamPosition = (epoch, segment, step)
         self._epochs = epochs
         self.seconds_waited = 0.0
         """Waiting for batches."""
@@ -107,7 +107,7 @@ class ActivationStream:
         """Of that, for shards that were not there yet; in steps of a second."""
         self.on_wait: Callable[[int], None] = lambda _: None
         """Called by `next` about once a second while a shard is waited for, with its number."""
-        self._producer: Producer[tuple[Batch, Place]] | None = None
+        self._producer: BackgroundIterator[tuple[Batch, StreamPosition]] | None = None
         self._closed = False
 
     def state_dict(self) -> dict[str, int]:
@@ -149,31 +149,33 @@ class ActivationStream:
             batch.ready.join(batch.activations)
         return batch
 
-    def _begin(self) -> Producer[tuple[Batch, Place]]:
+    def _begin(self) -> BackgroundIterator[tuple[Batch, StreamPosition]]:
         maker, place, epochs = self._maker, self._place, self._epochs
 
-        def make(threads: Executor, stop: threading.Event) -> Iterator[tuple[Batch, Place]]:
+        def make(
+            threads: Executor, stop: threading.Event
+        ) -> Iterator[tuple[Batch, StreamPosition]]:
             return maker.batches(place, epochs, threads, stop)  # not `self`: it may be forgotten
 
-        producer = Producer(make, self._ahead, self._threads)
+        producer = BackgroundIterator(make, self._ahead, self._threads)
         weakref.finalize(self, producer.stop).atexit = False  # at exit a producer ends itself
         return producer
 
     def _take(
-        self, producer: Producer[tuple[Batch, Place]]
-    ) -> tuple[Batch, Place] | BaseException | None:
+        self, producer: BackgroundIterator[tuple[Batch, StreamPosition]]
+    ) -> tuple[Batch, StreamPosition] | BaseException | None:
         while True:
             try:
-                return producer.take(_PATIENCE)
+                return producer.get(_TIMEOUT)
             except queue.Empty:
                 missing = self._plans.missing
-            if not producer.is_at_work():
+            if not producer.is_alive():
                 raise RunError(
                     "the stream's thread is gone",
                     remedy="make the stream in the process that takes its batches",
                 )
             if missing is not None:
-                self.seconds_for_shards += _PATIENCE
+                self.seconds_for_shards += _TIMEOUT
                 self.on_wait(missing)
 
     def __enter__(self) -> ActivationStream:

@@ -16,44 +16,50 @@ import numpy as np
 
 from actcache.cache.reader import Cache
 from actcache.storage import StoredRows
-from actcache.stream.memory_budget import HELD_BATCHES, spare_windows
+from actcache.stream.memory_budget import HELD_BATCHES, extra_windows
 from actcache.stream.order import Epoch, OrderPlan, Rows, lanes_of_rank
-from actcache.stream.row_tokens import RowText, TextReader
-from actcache.stream.shuffle_buffer import BatchMemory, Filled, HostPool, Places, Pool
-from actcache.stream.unshuffled import GROUPS, in_order, steps_at_once
-from actcache.stream.verified_reads import CheckedReads, Reading, Verify
-from actcache.stream.window_loader import ReadAhead, Window
+from actcache.stream.row_tokens import RowTokenReader, RowTokens
+from actcache.stream.shuffle_buffer import (
+    BatchRecycler,
+    BufferSlots,
+    HostShuffleBuffer,
+    RawBatch,
+    ShuffleBuffer,
+)
+from actcache.stream.unshuffled import GROUPS, sequential_batches, steps_at_once
+from actcache.stream.verified_reads import ReadSettings, VerifiedReader, Verify
+from actcache.stream.window_loader import Window, WindowLoader
 
 if TYPE_CHECKING:
     import torch
 
-    from actcache.stream.device_buffer import Mark, SideStream
+    from actcache.stream.device_buffer import CopyEvent, CopyStream
 
     Made = tuple[int, dict[str, torch.Tensor], Rows]
 
 
-Place = tuple[int, int, int]
+StreamPosition = tuple[int, int, int]
 """Epoch, number of the plan, step within it: where a batch lies."""
 
 
-class Plans(Protocol):
+class PlanSource(Protocol):
     """Plans that a stream walks one after another, in every epoch the same."""
 
     missing: int | None
     """The shard that `walk` waits for now, if it waits."""
 
-    def walk(self, first: int, stop: threading.Event) -> Iterator[tuple[int, OrderPlan]]:
+    def iter_plans(self, first: int, stop: threading.Event) -> Iterator[tuple[int, OrderPlan]]:
         """Number and plan, from number `first` on; ends early when `stop` is set."""
 
 
-class OnePlan:
+class SinglePlan:
     """One plan, as plans."""
 
     def __init__(self, plan: OrderPlan) -> None:
         self._plan = plan
         self.missing: int | None = None
 
-    def walk(self, first: int, stop: threading.Event) -> Iterator[tuple[int, OrderPlan]]:
+    def iter_plans(self, first: int, stop: threading.Event) -> Iterator[tuple[int, OrderPlan]]:
         """The plan."""
         del first, stop
         yield 0, self._plan
@@ -74,13 +80,13 @@ class Batch:
     """Number of the plan that it is of, where there are several."""
     last: bool = False
     """Whether it ends a stream of a given number of epochs."""
-    text: RowText | None = None
+    text: RowTokens | None = None
     """Which tokens the rows are, if the stream was asked for it."""
-    ready: Mark | None = None
+    ready: CopyEvent | None = None
     """When the rows are on their device, if that is not the CPU."""
 
 
-class BatchMaker:
+class BatchBuilder:
     """Reads the batches of one rank.
 
     Args:
@@ -101,7 +107,7 @@ class BatchMaker:
         self,
         cache: Cache,
         hookpoints: Sequence[str],
-        plans: Plans,
+        plans: PlanSource,
         *,
         segmented: bool,
         rank: int,
@@ -110,23 +116,23 @@ class BatchMaker:
         waiting: int,
         text: bool,
         device: torch.device | None,
-        reading: Reading,
+        reading: ReadSettings,
     ) -> None:
         self.cache, self.hookpoints, self.plans = cache, tuple(hookpoints), plans
         self._segmented, self._rank, self._world_size = segmented, rank, world_size
-        self._reads = CheckedReads(cache, verify, reading)
+        self._reads = VerifiedReader(cache, verify, reading)
         self._waiting = waiting
         self._widths = {name: cache.manifest.width(name) for name in hookpoints}
-        self.row_bytes = sum(map(cache.codec.row_bytes, self._widths.values()))
+        self.row_bytes = sum(map(cache.row_dtype.row_bytes, self._widths.values()))
         """Bytes of a row on disk, of all hookpoints that are read."""
-        self._pool: Pool[Any] | None = None
+        self._pool: ShuffleBuffer[Any] | None = None
         self._reading, self._device = reading, device
-        self._side: SideStream | None = None
-        self._text = TextReader(cache) if text else None
+        self._side: CopyStream | None = None
+        self._text = RowTokenReader(cache) if text else None
 
     def batches(
-        self, place: Place, epochs: int | None, threads: Executor, stop: threading.Event
-    ) -> Iterator[tuple[Batch, Place]]:
+        self, place: StreamPosition, epochs: int | None, threads: Executor, stop: threading.Event
+    ) -> Iterator[tuple[Batch, StreamPosition]]:
         """Every batch from a place on, and the place after it.
 
         Args:
@@ -139,11 +145,11 @@ class BatchMaker:
         return walk if epochs is None else _mark_last(walk)
 
     def _walk(
-        self, place: Place, epochs: int | None, threads: Executor, stop: threading.Event
-    ) -> Iterator[tuple[Batch, Place]]:
+        self, place: StreamPosition, epochs: int | None, threads: Executor, stop: threading.Event
+    ) -> Iterator[tuple[Batch, StreamPosition]]:
         epoch, segment, step = place
         while not stop.is_set() and epoch != epochs:
-            for number, plan in self.plans.walk(segment, stop):
+            for number, plan in self.plans.iter_plans(segment, stop):
                 # The next segment's number, whether there is one or not: the place is a function of
                 # the batches before it, not of what is known of those after it.
                 end = (epoch, number + 1, 0) if self._segmented else (epoch + 1, 0, 0)
@@ -171,7 +177,7 @@ class BatchMaker:
         batch = len(lanes) * line.plan.rows_per_lane_and_batch
         each = steps_at_once(line.plan, batch * self.row_bytes)
         memory = self._memory(GROUPS * each)
-        filled = in_order(self._reads, memory, threads, line, lanes, first_step, each)
+        filled = sequential_batches(self._reads, memory, threads, line, lanes, first_step, each)
         tensors = self._tensors()
         for item in filled:
             yield item.step, tensors(item.rows), item.addresses
@@ -180,54 +186,58 @@ class BatchMaker:
         self, line: Epoch, lanes: list[int], first_step: int, threads: Executor
     ) -> Iterator[Made]:
         pool = self._require_pool(line.plan, len(lanes))
-        ahead = ReadAhead(self._reads, self.hookpoints, pool, threads, line, lanes, first_step)
-        for item in mixed(ahead, pool, line, lanes, first_step):
+        ahead = WindowLoader(self._reads, self.hookpoints, pool, threads, line, lanes, first_step)
+        for item in shuffled_batches(ahead, pool, line, lanes, first_step):
             yield item.step, pool.tensors(item.rows), item.addresses
 
-    def _require_pool(self, plan: OrderPlan, lanes: int) -> Pool[Any]:
+    def _require_pool(self, plan: OrderPlan, lanes: int) -> ShuffleBuffer[Any]:
         """Memory for windows of a plan; that of another plan is let go first."""
-        shape = (lanes + spare_windows(lanes), min(plan.window, plan.lane_rows))
+        shape = (lanes + extra_windows(lanes), min(plan.window, plan.lane_rows))
         if self._pool is None or self._pool.places.shape != shape:
             self._pool = None
-            self._pool = self._make_pool(Places(*shape))
+            self._pool = self._make_pool(BufferSlots(*shape))
         return self._pool
 
-    def _make_pool(self, places: Places) -> Pool[Any]:
+    def _make_pool(self, places: BufferSlots) -> ShuffleBuffer[Any]:
         side = self._require_side()
         if side is None:
-            return HostPool(self.cache, self.hookpoints, places, self._memory(0))
-        from actcache.stream.device_buffer import DevicePool
+            return HostShuffleBuffer(self.cache, self.hookpoints, places, self._memory(0))
+        from actcache.stream.device_buffer import DeviceShuffleBuffer
 
-        return DevicePool(self.cache, self.hookpoints, places, side, self._reading.threads + 1)
+        return DeviceShuffleBuffer(
+            self.cache, self.hookpoints, places, side, self._reading.threads + 1
+        )
 
     def _tensors(self) -> Callable[[dict[str, StoredRows]], dict[str, torch.Tensor]]:
         """What makes tensors of a batch in main memory."""
-        codec, side = self.cache.codec, self._require_side()
+        row_dtype, side = self.cache.row_dtype, self._require_side()
         if side is None:
-            return lambda batch: {name: codec.to_torch(rows) for name, rows in batch.items()}
-        from actcache.stream.device_buffer import Uploads
+            return lambda batch: {name: row_dtype.to_torch(rows) for name, rows in batch.items()}
+        from actcache.stream.device_buffer import BatchUploader
 
-        return Uploads(codec, side).put
+        return BatchUploader(row_dtype, side).put
 
-    def _require_side(self) -> SideStream | None:
+    def _require_side(self) -> CopyStream | None:
         if self._device is not None and self._side is None:
-            from actcache.stream.device_buffer import SideStream
+            from actcache.stream.device_buffer import CopyStream
 
-            self._side = SideStream(self._device)
+            self._side = CopyStream(self._device)
         return self._side
 
-    def _memory(self, filled_at_once: int) -> BatchMemory:
+    def _memory(self, filled_at_once: int) -> BatchRecycler:
         most = self._waiting + HELD_BATCHES + filled_at_once
         if self._device is None:
-            empty = self.cache.codec.empty
+            empty = self.cache.row_dtype.empty
         else:
             from actcache.stream.device_buffer import pinned_rows
 
-            empty = partial(pinned_rows, self._device, self.cache.codec)
-        return BatchMemory(empty, self._widths, most)
+            empty = partial(pinned_rows, self._device, self.cache.row_dtype)
+        return BatchRecycler(empty, self._widths, most)
 
 
-def _mark_last(items: Iterator[tuple[Batch, Place]]) -> Iterator[tuple[Batch, Place]]:
+def _mark_last(
+    items: Iterator[tuple[Batch, StreamPosition]],
+) -> Iterator[tuple[Batch, StreamPosition]]:
     """The same batches, the last one marked; after it, the place is the start of an epoch."""
     held = next(items, None)
     for item in items:
@@ -242,13 +252,13 @@ def _mark_last(items: Iterator[tuple[Batch, Place]]) -> Iterator[tuple[Batch, Pl
 M = TypeVar("M")
 
 
-def mixed(
-    ahead: ReadAhead,
-    pool: Pool[M],
+def shuffled_batches(
+    ahead: WindowLoader,
+    pool: ShuffleBuffer[M],
     line: Epoch,
     lanes: Sequence[int],
     first_step: int,
-) -> Iterator[Filled[M]]:
+) -> Iterator[RawBatch[M]]:
     """The batches of some lanes of an epoch, from a step on.
 
     Args:
@@ -264,7 +274,7 @@ def mixed(
     within = np.arange(b)  # [b]
     for step in range(first_step, line.plan.steps_per_epoch):
         count = b * len(lanes)
-        filled = Filled(step, pool.batch(count), np.empty((count, 2), dtype=np.int64))
+        filled = RawBatch(step, pool.batch(count), np.empty((count, 2), dtype=np.int64))
         row = step * b
         starts, stops, places = bounds
         whole = row + b <= stops  # [L]
@@ -279,12 +289,12 @@ def mixed(
 
 
 def _piece_by_piece(
-    ahead: ReadAhead,
-    pool: Pool[M],
+    ahead: WindowLoader,
+    pool: ShuffleBuffer[M],
     window: Window | None,
     row: int,
     count: int,
-    out: Filled[M],
+    out: RawBatch[M],
     at: int,
 ) -> Window | None:
     """Copy a lane's rows [row, row + count), of several windows, to a batch from row `at` on.
@@ -294,7 +304,7 @@ def _piece_by_piece(
     """
     while count:
         if window is None or row >= window.stop:
-            window = ahead.swap(window)
+            window = ahead.next_window(window)
         n = min(count, window.stop - row)
         start, _, place = _bounds(pool, window)
         first = place + row - start
@@ -303,12 +313,12 @@ def _piece_by_piece(
     return window
 
 
-def _bounds(pool: Pool[Any], window: Window | None) -> tuple[int, int, int]:
+def _bounds(pool: ShuffleBuffer[Any], window: Window | None) -> tuple[int, int, int]:
     assert window is not None
     return window.start, window.stop, window.slot * pool.places.shape[1]
 
 
-def _gather(pool: Pool[M], chosen: Rows, out: Filled[M], at: int) -> None:
+def _gather(pool: ShuffleBuffer[M], chosen: Rows, out: RawBatch[M], at: int) -> None:
     """Copy rows of the pool to a batch, from row `at` on."""
     place = slice(at, at + len(chosen))
     pool.gather(chosen, out.rows, at)

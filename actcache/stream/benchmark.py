@@ -12,11 +12,11 @@ from pathlib import Path
 
 from actcache.cache.reader import Cache
 from actcache.errors import EmptyCacheError
-from actcache.filesystem.paths import Place, as_remote
+from actcache.filesystem.paths import CachePath, require_remote
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import POOL_ROWS, make_plan
-from actcache.stream.read_tuning import tune
-from actcache.stream.verified_reads import Reading
+from actcache.stream.read_tuning import probe_read_settings
+from actcache.stream.verified_reads import ReadSettings
 
 _PIECE = 4 << 20
 
@@ -32,14 +32,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What `measure` found."""
+    """What `benchmark_reads` found."""
 
     hookpoints: tuple[str, ...]
     rows: int
     """That were read, each way."""
     bytes: int
     """That they take on disk."""
-    reading: Reading
+    reading: ReadSettings
     """How."""
     batch_size: int
     pool_rows: int
@@ -47,7 +47,7 @@ class Speeds:
     speeds: tuple[Speed, ...]
 
 
-def measure(
+def benchmark_reads(
     cache: Cache,
     hookpoints: Sequence[str] = (),
     *,
@@ -76,7 +76,7 @@ def measure(
     names = tuple(hookpoints) or tuple(cache.hookpoints)
     for name in names:
         cache.require_hookpoint(name)
-    row_bytes = sum(cache.codec.row_bytes(cache.manifest.width(name)) for name in names)
+    row_bytes = sum(cache.row_dtype.row_bytes(cache.manifest.width(name)) for name in names)
     shards: list[tuple[int, int]] = []
     for shard, receipt in cache.receipts.items():
         rows = sum(n for _, n in shards)
@@ -89,7 +89,9 @@ def measure(
     files = [p for s, _ in shards for name in names for p in cache.files_of(name, s).values()]
     batch_size = min(batch_size, rows)
     pool_rows = max(2, min(POOL_ROWS, rows // 8))
-    reading = Reading(threads) if threads is not None else _tuned(cache, names, shards, batch_size)
+    reading = (
+        ReadSettings(threads) if threads is not None else _tuned(cache, names, shards, batch_size)
+    )
 
     def stream(pool: int) -> int:
         plan = make_plan(shards, cache.manifest.block_rows, batch_size, 0, pool)
@@ -110,7 +112,7 @@ def measure(
     found = []
     local = isinstance(cache.root, Path)
     for way, act in ways:
-        _let_go(files)
+        _drop_page_cache(files)
         for state in ("disk", "memory") if local else ("the store", "kept blocks"):
             began = time.perf_counter()
             speed = act() / max(time.perf_counter() - began, 1e-9)
@@ -120,15 +122,17 @@ def measure(
 
 def _tuned(
     cache: Cache, names: Sequence[str], shards: list[tuple[int, int]], batch_size: int
-) -> Reading:
-    return tune(cache, names, make_plan(shards, cache.manifest.block_rows, batch_size, 0)).reading
+) -> ReadSettings:
+    return probe_read_settings(
+        cache, names, make_plan(shards, cache.manifest.block_rows, batch_size, 0)
+    ).reading
 
 
-def _let_go(files: Sequence[Place]) -> None:
+def _drop_page_cache(files: Sequence[CachePath]) -> None:
     """Ask the system to forget what it holds of some files."""
     for path in files:
         if not isinstance(path, Path):
-            as_remote(path).forget()
+            require_remote(path).forget()
             continue
         with suppress(OSError):
             fd = os.open(path, os.O_RDONLY)
@@ -138,12 +142,12 @@ def _let_go(files: Sequence[Place]) -> None:
                 os.close(fd)
 
 
-def _read_all(files: Sequence[Place], threads: int) -> None:
-    def read(mine: Sequence[Place]) -> None:
+def _read_all(files: Sequence[CachePath], threads: int) -> None:
+    def read(mine: Sequence[CachePath]) -> None:
         memory = memoryview(bytearray(_PIECE))
         for path in mine:
             if not isinstance(path, Path):
-                as_remote(path).warm()
+                require_remote(path).warm()
                 continue
             with path.open("rb", buffering=0) as file:
                 while file.readinto(memory):

@@ -20,14 +20,14 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError
-from actcache.storage import Codec, StoredRows
+from actcache.storage import RowDtype, StoredRows
 from actcache.stream.order import Rows
-from actcache.stream.shuffle_buffer import Load, Places
+from actcache.stream.shuffle_buffer import BufferSlots, Load
 
 Parts = dict[str, torch.Tensor]
 
 
-class SideStream:
+class CopyStream:
     """A stream of a device, beside the one that trains; nothing on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
@@ -42,17 +42,17 @@ class SideStream:
         with torch.cuda.stream(self._stream):  # None: changes nothing
             yield
 
-    def mark(self) -> Mark:
+    def mark(self) -> CopyEvent:
         """The work that is on the stream by now."""
         if self._stream is None:
-            return Mark(None)
+            return CopyEvent(None)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
-        return Mark(event)
+        return CopyEvent(event)
 
 
 @dataclass(frozen=True)
-class Mark:
+class CopyEvent:
     """Work of a side stream, done or not."""
 
     event: torch.cuda.Event | None
@@ -75,7 +75,7 @@ class Mark:
                 tensor.record_stream(stream)
 
 
-def pinned_rows(device: torch.device, codec: Codec, rows: int, width: int) -> StoredRows:
+def pinned_rows(device: torch.device, row_dtype: RowDtype, rows: int, width: int) -> StoredRows:
     """Memory for rows, from which the device copies by itself."""
     pin = device.type == "cuda"
     return StoredRows(
@@ -84,17 +84,17 @@ def pinned_rows(device: torch.device, codec: Codec, rows: int, width: int) -> St
             .numpy()
             .view(part.storage)
             .reshape(rows, *part.shape)
-            for name, part in codec.parts(width).items()
+            for name, part in row_dtype.parts(width).items()
         }
     )
 
 
-class Uploads:
+class BatchUploader:
     """Copies whole batches to the device, and holds their memory until that is done."""
 
-    def __init__(self, codec: Codec, stream: SideStream) -> None:
-        self._codec, self._stream = codec, stream
-        self._under_way: deque[tuple[Mark, Mapping[str, StoredRows]]] = deque()
+    def __init__(self, row_dtype: RowDtype, stream: CopyStream) -> None:
+        self._codec, self._stream = row_dtype, stream
+        self._under_way: deque[tuple[CopyEvent, Mapping[str, StoredRows]]] = deque()
 
     def put(self, batch: Mapping[str, StoredRows]) -> dict[str, torch.Tensor]:
         """A batch on the device, once the side stream has come so far."""
@@ -112,7 +112,7 @@ class Uploads:
         return found
 
 
-class DevicePool:
+class DeviceShuffleBuffer:
     """A pool on the device.
 
     Args:
@@ -130,11 +130,11 @@ class DevicePool:
         self,
         cache: Cache,
         hookpoints: Sequence[str],
-        places: Places,
-        stream: SideStream,
+        places: BufferSlots,
+        stream: CopyStream,
         staging: int,
     ) -> None:
-        self.places, self._codec, self._stream = places, cache.codec, stream
+        self.places, self._codec, self._stream = places, cache.row_dtype, stream
         self._widths = {name: cache.manifest.width(name) for name in hookpoints}
         slots, capacity = places.shape
         try:
@@ -146,13 +146,13 @@ class DevicePool:
                 got=str(error).splitlines()[0],
                 remedy="a smaller --buffer-bytes",
             ) from error
-        self._staging: queue.Queue[tuple[Mark, dict[str, StoredRows]]] = queue.Queue()
+        self._staging: queue.Queue[tuple[CopyEvent, dict[str, StoredRows]]] = queue.Queue()
         for _ in range(staging):
             memory = {
                 name: pinned_rows(stream.device, self._codec, capacity, width)
                 for name, width in self._widths.items()
             }
-            self._staging.put((Mark(None), memory))
+            self._staging.put((CopyEvent(None), memory))
 
     def _empty(self, rows: int) -> dict[str, Parts]:
         """Memory on the device for the parts of rows, by hookpoint."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from actcache.errors import ConfigError
 from actcache.format.manifest import Manifest
-from actcache.storage import CODECS
+from actcache.storage import ROW_DTYPES
 from actcache.stream.order import POOL_ROWS, default_lanes
 
 DEFAULT_BYTES = 4 << 30
@@ -32,7 +32,7 @@ _SPARE = 16
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryBudget:
     """How a stream's memory is spent."""
 
     pool_rows: int
@@ -41,14 +41,14 @@ class Budget:
     """Batches that wait to be taken; not part of it."""
 
 
-def spare_windows(lanes: int) -> int:
+def extra_windows(lanes: int) -> int:
     """Windows that may be filled ahead while all lanes have theirs."""
     return max(1, lanes // _SPARE)
 
 
-def spend(
+def plan_memory(
     buffer_bytes: int | None, manifest: Manifest, hookpoints: list[str], batch_size: int
-) -> Budget:
+) -> MemoryBudget:
     """What a number of bytes holds of some hookpoints' rows.
 
     Args:
@@ -61,19 +61,19 @@ def spend(
     Raises:
         ConfigError: they do not hold the rows of one batch besides the batches themselves.
     """
-    codec = CODECS[manifest.identity.dtype]
+    row_dtype = ROW_DTYPES[manifest.identity.dtype]
     widths = [manifest.width(name) for name in hookpoints]
-    row = sum(codec.row_bytes(width) for width in widths)
+    row = sum(row_dtype.row_bytes(width) for width in widths)
     # 8-bit rows are decoded to float32, out of a batch of stored ones.
-    decoded = sum(4 * width for width in widths) if codec.decodes else 0
+    decoded = sum(4 * width for width in widths) if row_dtype.decodes else 0
     batch = batch_size * (row + decoded + _PLACE)
     budget = buffer_bytes or max(DEFAULT_BYTES, SCRATCH + _LEAST_BATCHES * batch)
     prefetch = min(max(1, budget // 4 // batch - HELD_BATCHES), PREFETCH_BATCHES)
     lanes = default_lanes(batch_size)
-    windows = lanes + spare_windows(lanes)
+    windows = lanes + extra_windows(lanes)
     fixed = SCRATCH + (prefetch + HELD_BATCHES) * batch
     window = max(0, budget - fixed) // (windows * (row + _PLACE))
-    least = max(2, batch_size // lanes)  # one row is no window: see `in_order`
+    least = max(2, batch_size // lanes)  # one row is no window: see `sequential_batches`
     if window < least:
         needed = SCRATCH + (1 + HELD_BATCHES) * batch + windows * least * (row + _PLACE)
         raise ConfigError(
@@ -83,4 +83,4 @@ def spend(
             remedy="more memory, a smaller --batch-size or fewer hookpoints at once",
         )
     pool = window * lanes
-    return Budget(pool if buffer_bytes else min(pool, POOL_ROWS), prefetch)
+    return MemoryBudget(pool if buffer_bytes else min(pool, POOL_ROWS), prefetch)

@@ -20,7 +20,7 @@ Make = Callable[[Executor, threading.Event], Iterator[T]]
 """Items, with threads to help; ends early when the event is set."""
 
 
-class Producer(Generic[T]):
+class BackgroundIterator(Generic[T]):
     """Items of an iterator, made ahead in a thread of its own.
 
     Args:
@@ -37,7 +37,7 @@ class Producer(Generic[T]):
         self._thread.start()
         _running.add(self)
 
-    def take(self, seconds: float) -> T | BaseException | None:
+    def get(self, seconds: float) -> T | BaseException | None:
         """The next item; None after the last; an error, whole, instead of the item that it hit.
 
         Raises:
@@ -45,7 +45,7 @@ class Producer(Generic[T]):
         """
         return self._items.get(timeout=seconds)
 
-    def is_at_work(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether there is or may come an item; not in a process that forked."""
         return self._thread.is_alive() or not self._items.empty()
 
@@ -81,7 +81,7 @@ class Producer(Generic[T]):
         return False
 
 
-_running: weakref.WeakSet[Producer[Any]] = weakref.WeakSet()
+_running: weakref.WeakSet[BackgroundIterator[Any]] = weakref.WeakSet()
 
 
 @atexit.register

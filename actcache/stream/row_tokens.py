@@ -17,7 +17,7 @@ TEXT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class RowText:
+class RowTokens:
     """The tokens that some rows are. n rows."""
 
     tokens: Rows
@@ -28,7 +28,7 @@ class RowText:
     """Positions within their sequences. [n]"""
 
 
-class TextReader:
+class RowTokenReader:
     """Looks rows up in the shards' tokens files, which are read when first needed, and checked.
 
     Shards used last stay in memory, 12 bytes a row, up to a limit; at least one always does. A
@@ -46,7 +46,7 @@ class TextReader:
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def of(self, addresses: Rows) -> RowText:
+    def of(self, addresses: Rows) -> RowTokens:
         """The tokens that rows are, by their (shard, row in shard). [n, 2]
 
         Raises:
@@ -61,7 +61,7 @@ class TextReader:
             found[:, here] = table[rows[here]].T
             # Within the shard as kept; in 10^10 sequences the number would not fit 32 bits.
             found[1, here] += self._cache.receipts[int(shard)].first_sequence
-        return RowText(*found)
+        return RowTokens(*found)
 
     def _shard(self, shard: int) -> NDArray[np.int32]:
         if shard not in self._kept:

@@ -95,8 +95,7 @@ def goal_rows(manifest: Manifest, sequences: int) -> dict[int, int]:
     """The most rows that each shard of a harvest of so many sequences can have, by number."""
     plan, each = manifest.plan, manifest.identity.rows_per_sequence
     most = {
-        s: (plan.most_sequences(s), plan.first_sequence(s))
-        for s in range(plan.shards_of(sequences))
+        s: (plan.max_sequences(s), plan.first_sequence(s)) for s in range(plan.shards_of(sequences))
     }
     return {s: min(count, sequences - first) * each for s, (count, first) in most.items()}
 
@@ -105,7 +104,7 @@ POLL_SECONDS = 1.0
 """Between two looks for a shard: a few calls of stat, however large the cache is."""
 
 
-class Following:
+class SegmentFollower:
     """The segments of a cache, one after another, as the harvest publishes them.
 
     Args:
@@ -119,12 +118,12 @@ class Following:
         self.missing: int | None = None
         """The shard that `walk` waits for now."""
 
-    def look(self, number: int) -> int | None:
+    def poll(self, number: int) -> int | None:
         """Look for a segment's shards: the first that is missing, or None if all are there."""
-        missing = self.cache.take_in(self.segmentation.shards(number, self.last))
+        missing = self.cache.refresh(self.segmentation.shards(number, self.last))
         if self.last is None and self.cache.end is not None:
             self.last = self.cache.end.last_shard
-            return self.look(number)  # what is missing may lie beyond the end
+            return self.poll(number)  # what is missing may lie beyond the end
         return missing
 
     def shards(self, number: int) -> range:
@@ -136,7 +135,7 @@ class Following:
         receipts = self.cache.receipts
         return self.segmentation.plan(number, {s: receipts[s].rows for s in self.shards(number)})
 
-    def walk(self, first: int, stop: threading.Event) -> Iterator[tuple[int, OrderPlan]]:
+    def iter_plans(self, first: int, stop: threading.Event) -> Iterator[tuple[int, OrderPlan]]:
         """Number and plan of each segment from `first` on, waiting for it, until the last.
 
         Segments with fewer training rows than a batch are passed over.
@@ -147,7 +146,7 @@ class Following:
         """
         number = first
         while True:
-            while (missing := self.look(number)) is not None:
+            while (missing := self.poll(number)) is not None:
                 self.missing = missing
                 if stop.wait(POLL_SECONDS):
                     return

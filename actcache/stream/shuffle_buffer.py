@@ -28,7 +28,7 @@ Load = Callable[[Mapping[str, StoredRows]], None]
 
 
 @dataclass(frozen=True)
-class Filled(Generic[M]):
+class RawBatch(Generic[M]):
     """Rows of one batch, as on disk."""
 
     step: int
@@ -37,7 +37,7 @@ class Filled(Generic[M]):
     """(shard, row in shard) of each. [n, 2]"""
 
 
-class Places:
+class BufferSlots:
     """What is known of the rows in a pool.
 
     Args:
@@ -54,10 +54,10 @@ class Places:
         that is not filled yet, some row's. [S * W]"""
 
 
-class Pool(Protocol[M]):
+class ShuffleBuffer(Protocol[M]):
     """Memory for windows, of which each has a slot, used again and again; and for batches."""
 
-    places: Places
+    places: BufferSlots
 
     def fill(self, place: slice, load: Load) -> None:
         """Have rows read into a part of the pool. Called from several threads."""
@@ -72,7 +72,7 @@ class Pool(Protocol[M]):
         """A batch as it is handed out. By hookpoint, each [n, d_in]"""
 
 
-class HostPool:
+class HostShuffleBuffer:
     """A pool in main memory.
 
     Args:
@@ -83,12 +83,12 @@ class HostPool:
     """
 
     def __init__(
-        self, cache: Cache, hookpoints: Sequence[str], places: Places, batches: BatchMemory
+        self, cache: Cache, hookpoints: Sequence[str], places: BufferSlots, batches: BatchRecycler
     ) -> None:
-        self.places, self._codec, self._batches = places, cache.codec, batches
+        self.places, self._codec, self._batches = places, cache.row_dtype, batches
         slots, capacity = places.shape
         self._rows = {
-            name: cache.codec.empty(slots * capacity, cache.manifest.width(name))
+            name: cache.row_dtype.empty(slots * capacity, cache.manifest.width(name))
             for name in hookpoints
         }
 
@@ -113,7 +113,7 @@ class HostPool:
 Empty = Callable[[int, int], StoredRows]
 
 
-class BatchMemory:
+class BatchRecycler:
     """Rows for a stream's batches: fresh pages for every batch would cost as much as filling them.
 
     A batch is whoever's took it, for as long as it is held: tensors and views of it count in the

@@ -12,11 +12,11 @@ from concurrent.futures import Executor, Future
 
 import numpy as np
 
-from actcache.cache.reader import flat
+from actcache.cache.reader import byte_views
 from actcache.storage import StoredRows
 from actcache.stream.order import Epoch, OrderPlan, Rows
-from actcache.stream.shuffle_buffer import BatchMemory, Filled
-from actcache.stream.verified_reads import CheckedReads, row_sizes
+from actcache.stream.shuffle_buffer import BatchRecycler, RawBatch
+from actcache.stream.verified_reads import VerifiedReader, row_sizes
 from actcache.stream.window_loader import write_addresses
 
 GROUP_BYTES = 64 << 20
@@ -28,7 +28,7 @@ GROUPS = 2
 _READS = 8  # of a group, at least: so that threads end at about the same time
 
 
-Stored = Filled[dict[str, StoredRows]]
+Stored = RawBatch[dict[str, StoredRows]]
 
 
 def steps_at_once(plan: OrderPlan, batch_bytes: int) -> int:
@@ -37,9 +37,9 @@ def steps_at_once(plan: OrderPlan, batch_bytes: int) -> int:
     return max(1, min(longest, GROUP_BYTES // batch_bytes))
 
 
-def in_order(
-    reads: CheckedReads,
-    memory: BatchMemory,
+def sequential_batches(
+    reads: VerifiedReader,
+    memory: BatchRecycler,
     threads: Executor,
     line: Epoch,
     lanes: Sequence[int],
@@ -66,7 +66,7 @@ def in_order(
         steps = range(step, min(step + each, plan.steps_per_epoch))
         addresses = np.empty((len(steps), len(lanes), b, 2), dtype=np.int64)
         batches = [
-            Filled(t, memory.take(len(lanes) * b), addresses[n].reshape(-1, 2))
+            RawBatch(t, memory.take(len(lanes) * b), addresses[n].reshape(-1, 2))
             for n, t in enumerate(steps)
         ]
         group = _Group(batches, addresses)
@@ -98,7 +98,7 @@ class _Group:
     def __init__(self, batches: Sequence[Stored], addresses: Rows) -> None:
         self.steps = range(batches[0].step, batches[0].step + len(batches))
         self.addresses = addresses
-        flats = [{name: flat(rows) for name, rows in batch.rows.items()} for batch in batches]
+        flats = [{name: byte_views(rows) for name, rows in batch.rows.items()} for batch in batches]
         self.parts = [
             (name, part, [views[name][part] for views in flats], size)
             for name, rows in batches[0].rows.items()
@@ -107,7 +107,7 @@ class _Group:
         """Hookpoint, part, every batch's bytes of it, and those of a row."""
 
 
-def _fill(reads: CheckedReads, line: Epoch, lanes: Sequence[int], at: int, group: _Group) -> None:
+def _fill(reads: VerifiedReader, line: Epoch, lanes: Sequence[int], at: int, group: _Group) -> None:
     """Read some lanes' part of several batches. `at`: number of the first lane in a batch."""
     plan, b = line.plan, line.plan.rows_per_lane_and_batch
     addresses = np.empty((len(group.steps) * b, 2), dtype=np.int64)

@@ -11,33 +11,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from actcache.cache.reader import Cache, Views, flat
+from actcache.cache.reader import Cache, Views, byte_views
 from actcache.core.progress import format_bytes
 from actcache.errors import CorruptShardError
-from actcache.filesystem.paths import Place, as_remote
+from actcache.filesystem.paths import CachePath, require_remote
 from actcache.storage import StoredRows
 from actcache.storage.preadv import WHOLE
 from actcache.stream.order import Span
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What `tuning` chooses among."""
+class ReadSettings:
+    """What `probe` chooses among."""
 
     threads: int = 2
     """That read."""
-    piece: int = 256 << 10
+    max_read_bytes: int = 256 << 10
     """Bytes that one call asks for, at most: while it copies them, the disk goes on."""
-    ahead: bool = False
+    readahead: bool = False
     """Whether the system hears of a window as soon as it is known to be needed."""
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        pieces = "whole blocks" if self.piece == WHOLE else f"{format_bytes(self.piece)} at a time"
-        return f"{threads}, {pieces}" + (", announced ahead" if self.ahead else "")
+        pieces = (
+            "whole blocks"
+            if self.max_read_bytes == WHOLE
+            else f"{format_bytes(self.max_read_bytes)} at a time"
+        )
+        return f"{threads}, {pieces}" + (", announced ahead" if self.readahead else "")
 
 
-DEFAULT = Reading()
+DEFAULT = ReadSettings()
 
 
 Verify = Literal["first-read", "always", "never"]
@@ -46,7 +50,7 @@ _Version = tuple[int | str, ...]
 """What `stat` says of a file, and a change of its bytes changes."""
 
 
-class CheckedReads:
+class VerifiedReader:
     """Reads rows out of files that are what their receipts promise. Safe from several threads.
 
     `first-read` reads a file in full, front to back, before its first rows are used, and compares
@@ -67,7 +71,7 @@ class CheckedReads:
         reading: how to read.
     """
 
-    def __init__(self, cache: Cache, verify: Verify, reading: Reading = DEFAULT) -> None:
+    def __init__(self, cache: Cache, verify: Verify, reading: ReadSettings = DEFAULT) -> None:
         self._cache, self._verify, self.reading = cache, verify, reading
         self._versions: dict[str, _Version] = {}  # of the files that were compared, by receipt name
         self._locks: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
@@ -83,7 +87,7 @@ class CheckedReads:
             CorruptShardError: a file is gone, or is not what its receipt promises.
         """
         spans = list(spans)
-        whole = {name: flat(rows) for name, rows in out.items()}
+        whole = {name: byte_views(rows) for name, rows in out.items()}
         sizes = {name: row_sizes(rows) for name, rows in out.items()}
         filled, places = 0, []
         for span in spans:
@@ -101,7 +105,7 @@ class CheckedReads:
         self.load_views(spans, places)
 
     def load_views(self, spans: Sequence[Span], out: Sequence[Mapping[str, Views]]) -> None:
-        """As `load`, each span into places of its own, by hookpoint."""
+        """As `total_cost`, each span into places of its own, by hookpoint."""
         if self._verify == "always":
             for shard in {span.shard for span in spans}:
                 for hookpoint in out[0]:
@@ -122,14 +126,16 @@ class CheckedReads:
                 return
 
     def _read_views(self, hookpoint: str, span: Span, views: Views) -> None:
-        self._cache.read_views(hookpoint, span.shard, span.start, views, self.reading.piece)
+        self._cache.read_views(
+            hookpoint, span.shard, span.start, views, self.reading.max_read_bytes
+        )
 
-    def announce(self, spans: Iterable[Span], hookpoints: Iterable[str]) -> None:
+    def readahead(self, spans: Iterable[Span], hookpoints: Iterable[str]) -> None:
         """Tell the system what will be loaded soon, if that is how to read."""
-        if self.reading.ahead:
+        if self.reading.readahead:
             for span in spans:
                 for hookpoint in hookpoints:
-                    self._cache.announce(hookpoint, span.shard, span.start, span.rows)
+                    self._cache.readahead(hookpoint, span.shard, span.start, span.rows)
 
     def _compare(self, hookpoint: str, shard: int) -> None:
         """Compare the files of a shard's hookpoint with the receipt, unless that is done."""
@@ -156,9 +162,11 @@ def row_sizes(rows: StoredRows) -> dict[str, int]:
     return {name: part.itemsize * math.prod(part.shape[1:]) for name, part in rows.parts.items()}
 
 
-def _version(path: Place) -> _Version:
+def _version(path: CachePath) -> _Version:
     if not isinstance(path, Path):
-        return (as_remote(path).version(),)  # each block is compared as it is read, see `remote`
+        return (
+            require_remote(path).version(),
+        )  # each block is compared as it is read, see `remote`
     try:
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from actcache.stream.order import Epoch, Rows, Span
-from actcache.stream.shuffle_buffer import Pool
-from actcache.stream.verified_reads import CheckedReads
+from actcache.stream.shuffle_buffer import ShuffleBuffer
+from actcache.stream.verified_reads import VerifiedReader
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Window:
     """First one after them."""
 
 
-class ReadAhead:
+class WindowLoader:
     """The windows of some lanes of an epoch, one after another as batches need them.
 
     Args:
@@ -48,9 +48,9 @@ class ReadAhead:
 
     def __init__(
         self,
-        reads: CheckedReads,
+        reads: VerifiedReader,
         hookpoints: Sequence[str],
-        pool: Pool[Any],
+        pool: ShuffleBuffer[Any],
         threads: Executor,
         line: Epoch,
         lanes: Sequence[int],
@@ -64,7 +64,7 @@ class ReadAhead:
         self._free = list(range(slots))
         self._begin()
 
-    def swap(self, old: Window | None) -> Window:
+    def next_window(self, old: Window | None) -> Window:
         """Give a window back, and take the next; raises what its reading raised."""
         if old is not None:
             self._free.append(old.slot)
@@ -80,7 +80,7 @@ class ReadAhead:
             start, stop = self._line.window(lane, number)
             first = lane * self._line.plan.lane_rows
             spans = list(self._line.spans(first + start, first + stop))
-            self._reads.announce(spans, self._hookpoints)
+            self._reads.readahead(spans, self._hookpoints)
             window = Window(self._free.pop(), lane, number, start, stop)
             self._loading.append(self._threads.submit(self._load, window, spans))
 

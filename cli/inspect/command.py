@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..error_handling import emit, guarded, say
+from ..error_handling import print_json, print_stderr, report_errors
 from ..options import BlockCache, BlockCacheBytes
 
 if TYPE_CHECKING:
     from actcache.cache.reader import Cache
-    from actcache.inspection import CacheSummary, Reading, Sample
+    from actcache.inspection import CacheSummary, Sample, SequenceView
 
 
 FEW_SEQUENCES = 8
@@ -32,7 +32,7 @@ SAMPLE_NORMS = 8
 """Hookpoints whose norms stand beside a --sample."""
 
 
-@guarded
+@report_errors
 def run(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
     shard: Annotated[
@@ -77,20 +77,20 @@ def run(
     import dataclasses
 
     from actcache.cache.reader import Cache
-    from actcache.inspection import read_sequences, render_page, sample_rows, shard_facts, summarise
+    from actcache.inspection import read_sequences, render_page, sample_rows, shard_facts, summarize
 
-    from .summary import show
+    from .summary import print_summary
 
     opened = Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes)
     if hookpoint is not None:
         opened.require_hookpoint(hookpoint)
     shards = None if shard is None else [shard]
-    summary = summarise(opened, shards)
+    summary = summarize(opened, shards)
     one = None if shard is None else shard_facts(opened, shard)
     words = _tokenizer(opened, tokenizer, gguf_file) if sample or text or html else None
     samples = sample_rows(opened, sample, words, shards=shards)
 
-    def readings(count: int | None) -> Iterator[Reading]:
+    def readings(count: int | None) -> Iterator[SequenceView]:
         named = hookpoint or opened.hookpoints[0]
         return itertools.islice(read_sequences(opened, named, words, shards), count)
 
@@ -99,7 +99,7 @@ def run(
         _write_page(html, render_page(summary, shown, shard=one))
     if json:
         shown = list(readings(sequences or FEW_SEQUENCES)) if text else []
-        emit(
+        print_json(
             dataclasses.asdict(summary)
             | {"samples": [dataclasses.asdict(s) for s in samples]}
             | {"shard": None if one is None else dataclasses.asdict(one)}
@@ -111,7 +111,7 @@ def run(
     if text:
         _page_through(summary, hookpoint, readings, sequences)
     elif html is None:
-        show(summary, shard=one, hookpoint=hookpoint, verbose=verbose)
+        print_summary(summary, shard=one, hookpoint=hookpoint, verbose=verbose)
     for s in samples:
         _print_sample(s)
 
@@ -127,7 +127,7 @@ def _print_sample(s: Sample) -> None:
 def _page_through(
     summary: CacheSummary,
     hookpoint: str | None,
-    readings: Callable[[int | None], Iterator[Reading]],
+    readings: Callable[[int | None], Iterator[SequenceView]],
     count: int | None,
 ) -> None:
     """Sequences through a pager, as far as somebody reads; to a file or pipe, a few."""
@@ -159,10 +159,10 @@ def _page_through(
 def _write_page(file: str, page: str) -> None:
     """Write the page whole or not at all."""
     from actcache.core.progress import format_bytes
-    from actcache.filesystem.atomic import publish
+    from actcache.filesystem.atomic import write_atomic
 
-    written = publish(Path(file), [page.encode()])
-    say(f"{file}: one page, {format_bytes(written.bytes)}")
+    written = write_atomic(Path(file), [page.encode()])
+    print_stderr(f"{file}: one page, {format_bytes(written.bytes)}")
 
 
 def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
@@ -183,11 +183,11 @@ def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
         loaded = None
     if loaded is None:
         said = printable(source.model, 80)
-        say(f"no tokenizer {said} here: showing token ids; see --tokenizer")
+        print_stderr(f"no tokenizer {said} here: showing token ids; see --tokenizer")
         return None
     identity = cache.manifest.identity
     made_by = identity.tokenizer_fingerprint  # empty: the text came as token ids
     found = fingerprint_tokenizer(loaded, chat=identity.documents == "chat")
     if made_by and found != made_by:
-        say("warning: this is not the tokenizer that made the cache")
+        print_stderr("warning: this is not the tokenizer that made the cache")
     return loaded

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..terminal_plots import width_of
 
 if TYPE_CHECKING:
-    from actcache.inspection.samples import Reading, Token
+    from actcache.inspection.samples import SequenceView, Token
 
 
 _GAP = "  "
@@ -21,7 +21,7 @@ _BEYOND = "\x1b[1;31m"
 LEGEND = "- left out by a filter; · space, ⏎ end of line"
 
 
-def draw(reading: Reading, median: float, width: int, *, colour: bool) -> str:
+def draw(reading: SequenceView, median: float, width: int, *, colour: bool) -> str:
     """One sequence: lines of tokens, with a line of norms below each.
 
     Args:
@@ -48,7 +48,7 @@ def draw(reading: Reading, median: float, width: int, *, colour: bool) -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def _rows(reading: Reading, width: int) -> Iterator[list[Token]]:
+def _rows(reading: SequenceView, width: int) -> Iterator[list[Token]]:
     """The tokens, without padding, in lines that fit."""
     row: list[Token] = []
     taken = 0

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _LABEL = 9  # columns of the names of facts
 
 
-def show(
+def print_summary(
     summary: CacheSummary,
     *,
     shard: ShardFacts | None = None,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from actcache.errors import ConfigError
-from actcache.filesystem.paths import refuse_url
+from actcache.filesystem.paths import reject_url
 from saetrain.config.sae_options import (
     ONE_PASS,
-    Override,
+    HookpointOverride,
     SaeOptions,
     _require_positive,
     _require_seed,
@@ -46,7 +46,7 @@ class FitConfig(SaeOptions):
     """SAEs to train at each hookpoint, instead of the one that the options here describe; they are
     then those of the first. On the command line, options that are given several times."""
 
-    hookpoints: dict[str, Override] = field(default_factory=dict, metadata=_NO_OPTION)
+    hookpoints: dict[str, HookpointOverride] = field(default_factory=dict, metadata=_NO_OPTION)
     """Other k, lr or width for hookpoints, by name or fnmatch pattern; in a file for --config."""
 
     transcode: bool = False
@@ -278,9 +278,9 @@ class FitConfig(SaeOptions):
 
 def require_run(run: FitConfig) -> None:
     """Refuse numbers and combinations that no run can carry out."""
-    refuse_url(run.out, "--out", "files are published by renaming them")
+    reject_url(run.out, "--out", "files are published by renaming them")
     if run.follow:
-        refuse_url(run.cache, "CACHE with --follow", "a harvest at work is in a folder")
+        reject_url(run.cache, "CACHE with --follow", "a harvest at work is in a folder")
     _require_positive(
         run,
         "batch_size",

@@ -15,7 +15,7 @@ from typing import Any, get_origin, get_type_hints
 from actcache.errors import ConfigError, HookpointError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED
-from saetrain.config.sae_options import Override, SaeOptions
+from saetrain.config.sae_options import HookpointOverride, SaeOptions
 
 _HINTS = get_type_hints(SaeOptions)
 
@@ -122,7 +122,9 @@ def saes_at(config: FitConfig, hookpoint: str) -> dict[str, SaeOptions]:
     return {_setting(sae, varying): sae for sae in saes}
 
 
-def _overridden(sae: SaeOptions, overrides: Mapping[str, Override], hookpoint: str) -> SaeOptions:
+def _overridden(
+    sae: SaeOptions, overrides: Mapping[str, HookpointOverride], hookpoint: str
+) -> SaeOptions:
     changes: dict[str, Any] = {}
     said_by: dict[str, str] = {}
     for pattern, override in overrides.items():

@@ -129,7 +129,7 @@ class SaeOptions:
 
 
 @dataclass(frozen=True)
-class Override:
+class HookpointOverride:
     """What the SAEs of some hookpoints have instead of what the run's options say."""
 
     k: int | None = None
@@ -248,7 +248,7 @@ def _require_recipe(options: SaeOptions) -> None:
             )
 
 
-def require_override(override: Override) -> None:
+def require_override(override: HookpointOverride) -> None:
     """Refuse widths that are said twice; what else cannot be, `require_options` refuses."""
     if override.expansion_factor is not None and override.num_latents is not None:
         raise ConfigError(

@@ -11,19 +11,17 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 
-def join_collectives(store: Store, rank: int, processes: int, device: torch.device) -> None:
+def init_collectives(store: Store, rank: int, processes: int, device: torch.device) -> None:
     """Begin torch's process group. What is on the CPU goes by gloo, with a GPU too."""
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=processes, timeout=_PATIENCE
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=_TIMEOUT)
 
 
-def said_by_all(number: int) -> list[int]:
+def all_gather_int(number: int) -> list[int]:
     """A number below 256 of every process, by rank. A word between CPUs: no GPU waits for it."""
-    return [int(n) for n in _from_all(torch.tensor(number, dtype=torch.uint8))]
+    return [int(n) for n in all_gather(torch.tensor(number, dtype=torch.uint8))]
 
 
 def world_size() -> int:
@@ -31,14 +29,14 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
-def _from_all(value: Tensor) -> Tensor:
+def all_gather(value: Tensor) -> Tensor:
     """Every process's tensor [...], by rank. [W, ...]"""
     gathered = [torch.empty_like(value) for _ in range(world_size())]
     dist.all_gather(gathered, value.contiguous())
     return torch.stack(gathered)
 
 
-def mean_of_each(bucket: Any) -> torch.futures.Future[Tensor]:
+def average_each_gradient(bucket: Any) -> torch.futures.Future[Tensor]:
     """DDP's hook: the mean of every gradient over processes, each reduced by itself.
 
     Args:
@@ -56,5 +54,5 @@ def mean_of_each(bucket: Any) -> torch.futures.Future[Tensor]:
     return torch.futures.collect_all(works).then(divide)
 
 
-_PATIENCE = timedelta(days=30)
-"""A harvest may be waited for. Whoever waits for one that is gone learns it from `peers`."""
+_TIMEOUT = timedelta(days=30)
+"""A harvest may be waited for. Whoever waits for one that is gone learns it from `store_group`."""

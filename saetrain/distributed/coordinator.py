@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from actcache.core.distributed import Ranks
+from actcache.core.distributed import World
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.errors import ConfigError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import lanes_of_rank
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
-from saetrain.distributed.metric_gathering import Gatherer, Reporter, Silent
-from saetrain.distributed.partition import Work, shares, steps_apart
-from saetrain.distributed.process_group import Failure, PeerFailedError, Peers, meet
-from saetrain.distributed.signals import ECHO, StopAsked, Stopped, Stopping
-from saetrain.runs.checkpoint import NEWEST, Keep, SaeState, commit
+from saetrain.distributed.metric_gathering import GatheringTracker, NullTracker, WorkerTracker
+from saetrain.distributed.partition import SaeCost, max_lead_steps, partition
+from saetrain.distributed.process_group import Failure, RemoteRankError, StoreGroup, connect
+from saetrain.distributed.signals import REPEAT_WINDOW, RunStopped, StopRequested, StopSignals
+from saetrain.runs.checkpoint import NEWEST, RetentionPolicy, SaeState, finalize_checkpoint
 from saetrain.runs.record import RunRecord, SaeEntry
-from saetrain.tracking.jsonl import Tracker
+from saetrain.tracking.jsonl import JsonlTracker
 
 if TYPE_CHECKING:
     import torch
@@ -36,52 +36,54 @@ T = TypeVar("T")
 _SIGNAL = 128  # what is added to a signal's number, as in exit codes, to tell it from errors'
 
 
-class Crew:
+class Coordinator:
     """A process alone: it does everything, and asks nobody.
 
     Args:
-        stopping: hears signals.
+        stop_signals: hears signals.
     """
 
-    rank, processes = 0, 1
-    leads = True
+    rank, world_size = 0, 1
+    is_rank_zero = True
     """Whether it decides what the run is, and writes down what there is one of."""
-    saves = True
+    writes_saes = True
     """Whether it writes SAEs."""
-    can_keep = True
+    can_checkpoint_alone = True
     """Whether a run whose rows end in an error can be saved as far as it came."""
-    shares_batches = False
+    is_data_parallel = False
     """Whether it has some rows of each batch only."""
 
-    def __init__(self, stopping: Stopping | None = None) -> None:
-        self.stopping = stopping or Stopping()
+    def __init__(self, stop_signals: StopSignals | None = None) -> None:
+        self.stop_signals = stop_signals or StopSignals()
 
-    def require(self, record: RunRecord) -> None:
+    def check_supported(self, record: RunRecord) -> None:
         """Refuse a run that these processes cannot share; raises `ConfigError`."""
 
-    def tell(self, value: object) -> None:
+    def broadcast(self, value: object) -> None:
         """Tell the others what the leader has decided: a dataclass, of a kind that is told once."""
 
-    def hear(self, kind: type[T]) -> T:
+    def receive(self, kind: type[T]) -> T:
         """What the leader has decided."""
         raise AssertionError(f"who is alone decides {kind.__name__}")
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all are here."""
 
-    def begin(self, device: torch.device) -> None:
+    def init_process_group(self, device: torch.device) -> None:
         """Make ready for what is to be exchanged while training."""
 
-    def saes(self, entries: Sequence[SaeEntry]) -> list[int]:
+    def assigned_saes(self, entries: Sequence[SaeEntry]) -> list[int]:
         """Numbers of the SAEs that this process trains."""
         return list(range(len(entries)))
 
-    def tracker(self, write: Callable[[], Tracker], entries: Sequence[SaeEntry]) -> Tracker:
+    def make_tracker(
+        self, write: Callable[[], JsonlTracker], entries: Sequence[SaeEntry]
+    ) -> JsonlTracker:
         """What hears of this process's steps; `write` makes the one that writes them down."""
         del entries
         return write()
 
-    def set_pace(self, step: int, batch_size: int, row_bytes: int) -> None:
+    def init_throttle(self, step: int, batch_size: int, row_bytes: int) -> None:
         """Called before the first step.
 
         Args:
@@ -90,11 +92,11 @@ class Crew:
             row_bytes: bytes of a row, of all hookpoints of the run.
         """
 
-    def keep_pace(self, step: int) -> None:
+    def throttle(self, step: int) -> None:
         """Called before each step: some must wait for others. Raises if another has failed."""
 
-    def look(self, done: int, waits: bool = False) -> None:
-        """Raise `StopAsked` if the run stops after so many steps.
+    def check_stop_request(self, done: int, waits: bool = False) -> None:
+        """Raise `StopRequested` if the run stops after so many steps.
 
         Args:
             done: steps done.
@@ -102,8 +104,8 @@ class Crew:
                 meanwhile. Else before the next step.
         """
         del done, waits
-        if self.stopping.asked is not None:
-            raise StopAsked(self.stopping.asked)
+        if self.stop_signals.received is not None:
+            raise StopRequested(self.stop_signals.received)
 
     def next_batch(self, stream: ActivationStream) -> Batch | None:
         """The next batch. If those of others cannot be read, theirs is the error.
@@ -113,78 +115,84 @@ class Crew:
         """
         return next(stream, None)
 
-    def commit(
+    def finalize_checkpoint(
         self,
         root: Path,
         step: int,
         place: dict[str, int],
         parts: dict[int, SaeState],
-        keep: Keep = NEWEST,
+        keep: RetentionPolicy = NEWEST,
     ) -> None:
         """Make a checkpoint count, of which these SAEs (by number) are written."""
-        commit(root, step, place, [parts[number] for number in sorted(parts)], keep)
+        finalize_checkpoint(root, step, place, [parts[number] for number in sorted(parts)], keep)
 
 
-class _Several(Crew):
+class MultiProcessCoordinator(Coordinator):
     """One process of several.
 
     Args:
-        peers: the others.
-        stopping: hears signals.
+        store_group: the others.
+        stop_signals: hears signals.
     """
 
-    def __init__(self, peers: Peers, stopping: Stopping | None = None) -> None:
-        super().__init__(stopping)
-        self.stopping.tells = False  # they would all say the same
-        self.peers = peers
-        self.rank, self.processes = peers.rank, peers.world_size
-        self.leads = peers.rank == 0
+    def __init__(self, store_group: StoreGroup, stop_signals: StopSignals | None = None) -> None:
+        super().__init__(stop_signals)
+        self.stop_signals.announces = False  # they would all say the same
+        self.store_group = store_group
+        self.rank, self.world_size = store_group.rank, store_group.world_size
+        self.is_rank_zero = store_group.rank == 0
         self._waits, self._asked = 0, False
 
-    def tell(self, value: object) -> None:
-        self.peers.say(type(value).__name__, _text(value))
+    def broadcast(self, value: object) -> None:
+        """Put the dataclass into the store, as JSON, under its class name."""
+        self.store_group.put(type(value).__name__, _text(value))
 
-    def hear(self, kind: type[T]) -> T:
-        said = self.peers.hear(kind.__name__)
+    def receive(self, kind: type[T]) -> T:
+        """Parse the dataclass that rank 0 put into the store."""
+        said = self.store_group.get(kind.__name__)
         return parse_dataclass(kind, decode_json(said.encode()), "what the leader says")
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
+        """Wait until every rank has reached the same barrier."""
         self._waits += 1
-        self.peers.agree(f"wait {self._waits}", "here")
+        self.store_group.check_equal(f"wait {self._waits}", "here")
 
-    def keep_pace(self, step: int) -> None:
+    def throttle(self, step: int) -> None:
+        """Raise if another rank has failed."""
         del step
-        self.peers.check()
+        self.store_group.check()
 
-    def is_asked_to_stop(self) -> bool:
+    def stop_is_requested(self) -> bool:
         """Whether any process is, as far as is known; if this one is, the others hear of it."""
-        if self.stopping.asked is not None and not self._asked:
-            self.peers.ask_to_stop()
+        if self.stop_signals.received is not None and not self._asked:
+            self.store_group.request_stop()
             self._asked = True
-        return self._asked or self.peers.asked_to_stop
+        return self._asked or self.store_group.stop_requested
 
 
-class BatchCrew(_Several):
+class DdpCoordinator(MultiProcessCoordinator):
     """One of several that have all SAEs, and their lanes of each batch: --parallel ddp.
 
     They are at the same step always. Which one they stop before, they agree on with its batch.
 
     Args:
-        peers: the others.
+        store_group: the others.
         store: for collectives.
-        stopping: hears signals.
+        stop_signals: hears signals.
     """
 
-    shares_batches = True
+    is_data_parallel = True
 
-    def __init__(self, peers: Peers, store: Store, stopping: Stopping | None = None) -> None:
-        super().__init__(peers, stopping)
+    def __init__(
+        self, store_group: StoreGroup, store: Store, stop_signals: StopSignals | None = None
+    ) -> None:
+        super().__init__(store_group, stop_signals)
         self._store = store
-        self.saves = self.leads
+        self.writes_saes = self.is_rank_zero
 
-    def require(self, record: RunRecord) -> None:
+    def check_supported(self, record: RunRecord) -> None:
         """Refuse lanes that cannot be divided, and what looks at a batch as a whole."""
-        lanes_of_rank(record.plan.lanes, self.rank, self.processes)
+        lanes_of_rank(record.plan.lanes, self.rank, self.world_size)
         for entry in record.saes:
             if entry.config.activation == "batchtopk":
                 raise ConfigError(
@@ -194,49 +202,53 @@ class BatchCrew(_Several):
                     remedy="--parallel modules",
                 )
 
-    def begin(self, device: torch.device) -> None:
+    def init_process_group(self, device: torch.device) -> None:
         """Begin collectives."""
-        from saetrain.distributed.collectives import join_collectives
+        from saetrain.distributed.collectives import init_collectives
 
-        join_collectives(self._store, self.rank, self.processes, device)
+        init_collectives(self._store, self.rank, self.world_size, device)
 
-    def tracker(self, write: Callable[[], Tracker], entries: Sequence[SaeEntry]) -> Tracker:
+    def make_tracker(
+        self, write: Callable[[], JsonlTracker], entries: Sequence[SaeEntry]
+    ) -> JsonlTracker:
         """All know what there is to tell: the leader tells it."""
         del entries
-        return write() if self.leads else Silent()
+        return write() if self.is_rank_zero else NullTracker()
 
-    def look(self, done: int, waits: bool = False) -> None:
+    def check_stop_request(self, done: int, waits: bool = False) -> None:
         """Wait for no rows any more: others may have theirs, and wait in `next_batch`."""
         del done
-        if waits and self.is_asked_to_stop():
-            raise StopAsked(self.stopping.asked or signal.SIGTERM)  # there all agree on which
+        if waits and self.stop_is_requested():
+            raise StopRequested(
+                self.stop_signals.received or signal.SIGTERM
+            )  # there all agree on which
 
     def next_batch(self, stream: ActivationStream) -> Batch | None:
         """This process's part of the next batch, once all have theirs."""
-        from saetrain.distributed.collectives import said_by_all
+        from saetrain.distributed.collectives import all_gather_int
 
         batch, error = None, None
         try:
             batch = next(stream, None)
-        except StopAsked:
+        except StopRequested:
             pass
         except Exception as problem:
             error = problem
         word = 0 if error is None else getattr(error, "exit_code", 1)
-        if error is None and self.is_asked_to_stop():
-            word = _SIGNAL + (self.stopping.asked or 0)
-        words = said_by_all(word)
+        if error is None and self.stop_is_requested():
+            word = _SIGNAL + (self.stop_signals.received or 0)
+        words = all_gather_int(word)
         if error is not None:
             raise error
         for rank, code in enumerate(words):
             if 0 < code < _SIGNAL:
-                raise PeerFailedError(Failure(rank, code, "its rows cannot be read"))
+                raise RemoteRankError(Failure(rank, code, "its rows cannot be read"))
         if any(words):
-            raise StopAsked(_signal_of([code - _SIGNAL for code in words]))
+            raise StopRequested(_signal_of([code - _SIGNAL for code in words]))
         return batch
 
 
-class SaeCrew(_Several):
+class ModuleParallelCoordinator(MultiProcessCoordinator):
     """One of several that have some SAEs, and whole batches: --parallel modules.
 
     Nobody waits for anybody but for a checkpoint, or because it is too far ahead. Asked to stop,
@@ -244,94 +256,100 @@ class SaeCrew(_Several):
     another one says it, too, or that one would wait for it.
 
     Args:
-        peers: the others.
-        stopping: hears signals.
+        store_group: the others.
+        stop_signals: hears signals.
     """
 
-    can_keep = False  # they are at different steps
+    can_checkpoint_alone = False  # they are at different steps
 
-    def __init__(self, peers: Peers, stopping: Stopping | None = None) -> None:
-        super().__init__(peers, stopping)
-        self._apart, self._limit = 1, -1
+    def __init__(self, store_group: StoreGroup, stop_signals: StopSignals | None = None) -> None:
+        super().__init__(store_group, stop_signals)
+        self._max_lead, self._limit = 1, -1
         self._next = 0  # the next step that this process could stop before
         self._answered = False
-        self._end: tuple[int, signal.Signals] | None = None
-        peers.while_waiting = self._answer_if_asked
+        self._stop_at: tuple[int, signal.Signals] | None = None
+        store_group.while_waiting = self._reply_if_stopping
 
-    def saes(self, entries: Sequence[SaeEntry]) -> list[int]:
+    def assigned_saes(self, entries: Sequence[SaeEntry]) -> list[int]:
         """Its share of them, by what they cost; none, if there are more processes than SAEs."""
-        works = [Work(e.hookpoint, _width(e.config), e.config.num_latents) for e in entries]
-        return shares(works, self.processes)[self.rank]
+        works = [SaeCost(e.hookpoint, _width(e.config), e.config.num_latents) for e in entries]
+        return partition(works, self.world_size)[self.rank]
 
-    def set_pace(self, step: int, batch_size: int, row_bytes: int) -> None:
+    def init_throttle(self, step: int, batch_size: int, row_bytes: int) -> None:
         """Say where it begins."""
-        self._apart, self._next = steps_apart(batch_size, row_bytes), step
-        self.peers.say(f"at/{self.rank}", str(step))
+        self._max_lead, self._next = max_lead_steps(batch_size, row_bytes), step
+        self.store_group.put(f"at/{self.rank}", str(step))
 
-    def tracker(self, write: Callable[[], Tracker], entries: Sequence[SaeEntry]) -> Tracker:
+    def make_tracker(
+        self, write: Callable[[], JsonlTracker], entries: Sequence[SaeEntry]
+    ) -> JsonlTracker:
         """The leader puts together what all tell."""
         names = [entry.name for entry in entries]
-        return Gatherer(write(), self.peers, names) if self.leads else Reporter(self.peers)
+        return (
+            GatheringTracker(write(), self.store_group, names)
+            if self.is_rank_zero
+            else WorkerTracker(self.store_group)
+        )
 
-    def keep_pace(self, step: int) -> None:
+    def throttle(self, step: int) -> None:
         """Wait while the last process is too far behind."""
-        self.peers.check()
+        self.store_group.check()
         self._next = step
-        if step % max(1, self._apart // 4) == 0:
-            self.peers.say(f"at/{self.rank}", str(step))
+        if step % max(1, self._max_lead // 4) == 0:
+            self.store_group.put(f"at/{self.rank}", str(step))
         while step > self._limit:
-            at = [int(self.peers.hear(f"at/{rank}")) for rank in range(self.processes)]
-            self._limit = min(at) + self._apart
+            at = [int(self.store_group.get(f"at/{rank}")) for rank in range(self.world_size)]
+            self._limit = min(at) + self._max_lead
             if step > self._limit:
-                self.peers.pause()
+                self.store_group.poll()
         self._next = step + 1  # from here on, whoever waits has done this one
 
-    def look(self, done: int, waits: bool = False) -> None:
+    def check_stop_request(self, done: int, waits: bool = False) -> None:
         """Once any is asked to stop, say where, and hear where all can."""
         del waits
-        if not self.is_asked_to_stop():
+        if not self.stop_is_requested():
             return
-        self._answer(done)
-        if self._end is None:
-            said = [self.peers.hear(f"stop/{rank}").split() for rank in range(self.processes)]
+        self._reply(done)
+        if self._stop_at is None:
+            said = [self.store_group.get(f"stop/{rank}").split() for rank in range(self.world_size)]
             signals = [int(number) for _, number in said]
-            self._end = max(int(step) for step, _ in said), _signal_of(signals)
-        if done >= self._end[0]:
-            raise StopAsked(self._end[1])
+            self._stop_at = max(int(step) for step, _ in said), _signal_of(signals)
+        if done >= self._stop_at[0]:
+            raise StopRequested(self._stop_at[1])
 
-    def commit(
+    def finalize_checkpoint(
         self,
         root: Path,
         step: int,
         place: dict[str, int],
         parts: dict[int, SaeState],
-        keep: Keep = NEWEST,
+        keep: RetentionPolicy = NEWEST,
     ) -> None:
         """Make it count once every process has written its SAEs; all wait for that."""
         saved, committed = f"saved/{step}", f"committed/{step}"
-        if not self.leads:
-            ours = _Saved(tuple(parts), tuple(parts.values()))
-            self.peers.say(f"{saved}/{self.rank}", _text(ours))
-            self.peers.hear(committed)
+        if not self.is_rank_zero:
+            ours = SavedParts(tuple(parts), tuple(parts.values()))
+            self.store_group.put(f"{saved}/{self.rank}", _text(ours))
+            self.store_group.get(committed)
             return
         parts = dict(parts)
-        for rank in range(1, self.processes):
-            obj: Any = decode_json(self.peers.take(f"{saved}/{rank}").encode())
-            theirs = parse_dataclass(_Saved, obj, f"the checkpoint of rank {rank}")
+        for rank in range(1, self.world_size):
+            obj: Any = decode_json(self.store_group.pop(f"{saved}/{rank}").encode())
+            theirs = parse_dataclass(SavedParts, obj, f"the checkpoint of rank {rank}")
             for number, part, raw in zip(theirs.numbers, theirs.parts, obj["parts"], strict=True):
                 # As they were told: parsing makes a float of every whole number.
                 parts[number] = dataclasses.replace(part, numbers=raw["numbers"])
-        super().commit(root, step, place, parts, keep)
-        self.peers.say(committed, "")
+        super().finalize_checkpoint(root, step, place, parts, keep)
+        self.store_group.put(committed, "")
 
-    def _answer_if_asked(self) -> None:
-        if self.is_asked_to_stop():
-            self._answer(self._next)
+    def _reply_if_stopping(self) -> None:
+        if self.stop_is_requested():
+            self._reply(self._next)
 
-    def _answer(self, step: int) -> None:
+    def _reply(self, step: int) -> None:
         if not self._answered:
             self._answered = True
-            self.peers.say(f"stop/{self.rank}", f"{step} {self.stopping.asked or 0:d}")
+            self.store_group.put(f"stop/{self.rank}", f"{step} {self.stop_signals.received or 0:d}")
 
 
 def _width(config: SaeConfig) -> int:
@@ -349,7 +367,7 @@ def _signal_of(numbers: Sequence[int]) -> signal.Signals:
 
 
 @dataclass(frozen=True)
-class Decided:
+class RunBroadcast:
     """What the leader tells before all else."""
 
     begun: bool
@@ -359,7 +377,7 @@ class Decided:
 
 
 @dataclass(frozen=True)
-class _Saved:
+class SavedParts:
     """What a process has written of a checkpoint."""
 
     numbers: tuple[int, ...]
@@ -367,14 +385,14 @@ class _Saved:
 
 
 @contextmanager
-def assemble(
-    config: FitConfig, stopping: Stopping, last_words: Callable[[BaseException], None]
-) -> Iterator[Crew]:
+def init_coordinator(
+    config: FitConfig, stop_signals: StopSignals, last_words: Callable[[BaseException], None]
+) -> Iterator[Coordinator]:
     """This process among those that torchrun started, which begin and end together.
 
     Args:
         config: says what they share.
-        stopping: hears signals.
+        stop_signals: hears signals.
         last_words: told why, if this process has to be ended although it hangs.
 
     Raises:
@@ -382,35 +400,39 @@ def assemble(
         PeerFailedError: another one has failed, and tells it.
         Stopped: signals asked for it; all have stopped at the same step.
     """
-    ranks = Ranks.from_environment()
-    stopping.echo = ECHO if "WORLD_SIZE" in os.environ else 0.0
+    ranks = World.from_environment()
+    stop_signals.repeat_window = REPEAT_WINDOW if "WORLD_SIZE" in os.environ else 0.0
     if ranks.world_size == 1:
-        yield Crew(stopping)
+        yield Coordinator(stop_signals)
         return
-    with meet(ranks) as (peers, store):
-        peers.last_words = last_words
+    with connect(ranks) as (store_group, store):
+        store_group.on_forced_exit = last_words
         if ranks.rank == 0:
-            require_choice(ranks.world_size, config)
+            require_parallel_mode(ranks.world_size, config)
         try:
             by_batches = config.parallel == "ddp"
-            yield BatchCrew(peers, store, stopping) if by_batches else SaeCrew(peers, stopping)
-        except Stopped:
-            stopping.ignore()
+            yield (
+                DdpCoordinator(store_group, store, stop_signals)
+                if by_batches
+                else ModuleParallelCoordinator(store_group, stop_signals)
+            )
+        except RunStopped:
+            stop_signals.ignore_further()
             raise
 
 
-def tells(error: BaseException | None) -> bool:
+def reports_outcome(error: BaseException | None) -> bool:
     """Whether it is this process, of those that torchrun started, to say how the run ended.
 
     Args:
         error: with which; None: it came to its end.
     """
-    if error is None or isinstance(error, Stopped):
+    if error is None or isinstance(error, RunStopped):
         return os.environ.get("RANK", "0") == "0"
-    return not isinstance(error, PeerFailedError)
+    return not isinstance(error, RemoteRankError)
 
 
-def require_choice(processes: int, config: FitConfig) -> None:
+def require_parallel_mode(processes: int, config: FitConfig) -> None:
     """Refuse several processes that do not know what to share; raises `ConfigError`."""
     if config.parallel is None and processes > 1:
         raise ConfigError(

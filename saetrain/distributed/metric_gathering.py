@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actcache.core.progress import Progress
-from saetrain.distributed.process_group import Peers
-from saetrain.tracking.jsonl import Mirror, Tracker
+from saetrain.distributed.process_group import StoreGroup
+from saetrain.tracking.jsonl import JsonlTracker, MetricsSink
 
 Figures = Mapping[str, Mapping[str, Any]]
 
 
-class Silent(Tracker):
+class NullTracker(JsonlTracker):
     """Of a process that tells nothing; its leader does."""
 
     def __init__(self) -> None:
-        self.bar: Progress = _NoBar("fit", None, "rows", show=False)
+        self.bar: Progress = _NullProgress("fit", None, "rows", show=False)
 
     def log(self, step: int, metrics: Figures, waited: float) -> None:
         """Nothing."""
@@ -45,16 +45,16 @@ class Silent(Tracker):
         return 0.0, 0.0
 
 
-class Reporter(Silent):
+class WorkerTracker(NullTracker):
     """Of a process that tells its leader.
 
     Args:
-        peers: the processes of the run.
+        store_group: the processes of the run.
     """
 
-    def __init__(self, peers: Peers) -> None:
+    def __init__(self, store_group: StoreGroup) -> None:
         super().__init__()
-        self._peers, self._line = peers, 0
+        self._peers, self._line = store_group, 0
 
     def log(self, step: int, metrics: Figures, waited: float) -> None:
         """Tell what was measured of these SAEs."""
@@ -67,21 +67,23 @@ class Reporter(Silent):
         self._tell(figures)
 
     def _tell(self, figures: Figures) -> None:
-        self._peers.say(f"line/{self._line}/{self._peers.rank}", json.dumps(figures))
+        self._peers.put(f"line/{self._line}/{self._peers.rank}", json.dumps(figures))
         self._line += 1
 
 
-class Gatherer(Tracker):
+class GatheringTracker(JsonlTracker):
     """Of the leader: writes each line once all have told their part of it.
 
     Args:
         tracker: writes them.
-        peers: the processes of the run.
+        store_group: the processes of the run.
         names: of all SAEs, in the run's order.
     """
 
-    def __init__(self, tracker: Tracker, peers: Peers, names: Sequence[str]) -> None:
-        self._tracker, self._peers, self._names = tracker, peers, names
+    def __init__(
+        self, tracker: JsonlTracker, store_group: StoreGroup, names: Sequence[str]
+    ) -> None:
+        self._tracker, self._peers, self._names = tracker, store_group, names
         self.bar = tracker.bar
         self._waiting: deque[tuple[Figures, Callable[[Figures], None]]] = deque()
         self._line = 0
@@ -106,12 +108,12 @@ class Gatherer(Tracker):
         self._tracker.sync()
 
     @property
-    def mirror(self) -> Mirror | None:
+    def mirror(self) -> MetricsSink | None:
         """Of the tracker."""
         return self._tracker.mirror
 
     @mirror.setter
-    def mirror(self, mirror: Mirror | None) -> None:
+    def mirror(self, mirror: MetricsSink | None) -> None:
         self._tracker.mirror = mirror
 
     def end(self) -> None:
@@ -124,7 +126,7 @@ class Gatherer(Tracker):
 
     def _add(self, ours: Figures, write: Callable[[Figures], None]) -> None:
         self._waiting.append((ours, write))
-        while self._waiting and self._peers.is_said(*self._words()):
+        while self._waiting and self._peers.has(*self._words()):
             self._write_first()
 
     def _write_first(self) -> None:
@@ -132,7 +134,7 @@ class Gatherer(Tracker):
         ours, write = self._waiting[0]
         told = dict(ours)
         for word in self._words():
-            told |= json.loads(self._peers.take(word))
+            told |= json.loads(self._peers.pop(word))
         self._waiting.popleft()
         self._line += 1
         write({name: told[name] for name in self._names})
@@ -141,7 +143,7 @@ class Gatherer(Tracker):
         return [f"line/{self._line}/{rank}" for rank in range(1, self._peers.world_size)]
 
 
-class _NoBar(Progress):
+class _NullProgress(Progress):
     """Neither drawn, nor heard."""
 
     def say(self, text: str) -> None:

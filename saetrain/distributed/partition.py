@@ -9,14 +9,14 @@ READING = 4096
 """Latents that cost as much as reading one more hookpoint. On a CPU reading costs less, on a GPU
 more; it decides only where SAEs of a hookpoint could as well be kept together."""
 
-APART_BYTES = 1 << 30
+MAX_LEAD_BYTES = 1 << 30
 """Rows that the first of the processes may have read before the last one."""
 
 _APART_STEPS = 8  # at least, however large a batch is
 
 
 @dataclass(frozen=True)
-class Work:
+class SaeCost:
     """What decides the cost of one SAE's step."""
 
     hookpoint: str
@@ -24,7 +24,7 @@ class Work:
     num_latents: int
 
 
-def shares(works: Sequence[Work], processes: int) -> list[list[int]]:
+def partition(works: Sequence[SaeCost], processes: int) -> list[list[int]]:
     """Deal SAEs out to processes, so that the one with most to do has as little as possible.
 
     Of two ways the better one, and where they are as good, the one that reads less: SAEs of a
@@ -42,16 +42,16 @@ def shares(works: Sequence[Work], processes: int) -> list[list[int]]:
     """
     idle: list[list[int]] = [[]] * max(0, processes - len(works))
     processes -= len(idle)
-    ways = [_cut(works, processes), _deal(works, processes)]
+    selectors = [_cut(works, processes), _deal(works, processes)]
 
-    def burden(way: list[list[int]]) -> tuple[int, int]:
-        loads = [load(works, numbers) for numbers in way]
+    def burden(selector: list[list[int]]) -> tuple[int, int]:
+        loads = [total_cost(works, numbers) for numbers in selector]
         return max(loads), sum(loads)
 
-    return [sorted(numbers) for numbers in min(ways, key=burden)] + idle
+    return [sorted(numbers) for numbers in min(selectors, key=burden)] + idle
 
 
-def load(works: Sequence[Work], numbers: Sequence[int]) -> int:
+def total_cost(works: Sequence[SaeCost], numbers: Sequence[int]) -> int:
     """What a process with these SAEs has to do.
 
     Nearly all of a step is proportional to weights times rows, and all SAEs see the same rows.
@@ -61,13 +61,13 @@ def load(works: Sequence[Work], numbers: Sequence[int]) -> int:
     return steps + READING * sum(read.values())
 
 
-def _cut(works: Sequence[Work], processes: int) -> list[list[int]]:
+def _cut(works: Sequence[SaeCost], processes: int) -> list[list[int]]:
     """Hookpoint after hookpoint, cut into runs of which the costliest costs as little as can be."""
     first: dict[str, int] = {}
     for number, work in enumerate(works):
         first.setdefault(work.hookpoint, number)
     line = sorted(range(len(works)), key=lambda n: (first[works[n].hookpoint], n))
-    low, high = max(load(works, [n]) for n in line), load(works, line)
+    low, high = max(total_cost(works, [n]) for n in line), total_cost(works, line)
     while low < high:
         middle = (low + high) // 2
         enough = len(_runs(works, line, processes, middle)) <= processes
@@ -75,29 +75,31 @@ def _cut(works: Sequence[Work], processes: int) -> list[list[int]]:
     return _runs(works, line, processes, high)
 
 
-def _runs(works: Sequence[Work], line: Sequence[int], processes: int, most: int) -> list[list[int]]:
+def _runs(
+    works: Sequence[SaeCost], line: Sequence[int], processes: int, most: int
+) -> list[list[int]]:
     """Runs of a line that cost no more than `most`, at least so many."""
     runs = [[line[0]]]
     for place, number in enumerate(line[1:], 1):
         needed = len(line) - place == processes - len(runs)  # one for each that has none
-        if needed or load(works, [*runs[-1], number]) > most:
+        if needed or total_cost(works, [*runs[-1], number]) > most:
             runs.append([number])
         else:
             runs[-1].append(number)
     return runs
 
 
-def _deal(works: Sequence[Work], processes: int) -> list[list[int]]:
+def _deal(works: Sequence[SaeCost], processes: int) -> list[list[int]]:
     """The costliest first, each to whoever then has least to do."""
     dealt: list[list[int]] = [[] for _ in range(processes)]
-    for number in sorted(range(len(works)), key=lambda n: (-load(works, [n]), n)):
-        least = min(dealt, key=lambda numbers: load(works, [*numbers, number]))
+    for number in sorted(range(len(works)), key=lambda n: (-total_cost(works, [n]), n)):
+        least = min(dealt, key=lambda numbers: total_cost(works, [*numbers, number]))
         least.append(number)
     return dealt
 
 
-def steps_apart(batch_size: int, row_bytes: int) -> int:
-    """Steps that processes may be apart: `APART_BYTES` of rows, or 8 steps if that is more.
+def max_lead_steps(batch_size: int, row_bytes: int) -> int:
+    """Steps that processes may be apart: `MAX_LEAD_BYTES` of rows, or 8 steps if that is more.
 
     So that what the first one reads is still in the page cache for the others on its machine.
 
@@ -105,4 +107,4 @@ def steps_apart(batch_size: int, row_bytes: int) -> int:
         batch_size: rows of a step.
         row_bytes: bytes of a row, of all hookpoints of the run.
     """
-    return max(_APART_STEPS, APART_BYTES // (batch_size * row_bytes))
+    return max(_APART_STEPS, MAX_LEAD_BYTES // (batch_size * row_bytes))

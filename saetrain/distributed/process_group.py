@@ -20,22 +20,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actcache.core.distributed import Ranks
+from actcache.core.distributed import World
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.errors import ActcacheError, RunError
-from saetrain.distributed.signals import Stopped
+from saetrain.distributed.signals import RunStopped
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 
-BEAT = 1.0
+HEARTBEAT_SECONDS = 1.0
 """Seconds between two signs of life."""
-BEATS = 30
+MISSED_HEARTBEATS = 30
 """Without a new sign, a process of another machine is given up."""
-GRACE = 20
+EXIT_GRACE = 20
 """Beats in which a process must end once another is known to have failed."""
-JOINING = timedelta(minutes=10)
+JOIN_TIMEOUT = timedelta(minutes=10)
 """Until all must have come."""
 
 _PAUSE = 0.005  # seconds between two looks at the store
@@ -60,7 +60,7 @@ def failure_of(error: BaseException, rank: int) -> Failure:
     return Failure(rank, int(code), (str(error) or type(error).__name__).splitlines()[0])
 
 
-class PeerFailedError(RunError):
+class RemoteRankError(RunError):
     """Another process has failed, and tells why: this one ends with the same code, silently."""
 
     def __init__(self, failure: Failure) -> None:
@@ -70,7 +70,7 @@ class PeerFailedError(RunError):
         )
 
 
-class PeerGoneError(RunError):
+class LostRankError(RunError):
     """Another process has ended without a word."""
 
     def __init__(self, rank: int) -> None:
@@ -83,7 +83,7 @@ class PeerGoneError(RunError):
         )
 
 
-class Peers:
+class StoreGroup:
     """This process among those of its run.
 
     Args:
@@ -94,50 +94,50 @@ class Peers:
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self.asked_to_stop = False
+        self.stop_requested = False
         """Whether any of them has been asked to stop, by `ask_to_stop`; known within a beat."""
         self.while_waiting: Callable[[], None] = lambda: None
         """Done now and then by who waits for a word."""
-        self.last_words: Callable[[BaseException], None] = lambda _: None
+        self.on_forced_exit: Callable[[BaseException], None] = lambda _: None
         """Told why, if this process has to be ended although it hangs."""
-        self._store, self._beat = store, BEAT
+        self._store, self._beat = store, HEARTBEAT_SECONDS
         self._trouble: ActcacheError | None = None
         self._ended = threading.Event()
         self._watch = threading.Thread(target=self._look_after, name="peers", daemon=True)
-        self.say(f"name/{rank}", name_of_this_process())
+        self.put(f"name/{rank}", process_token())
         self._names = [
-            self._first_word(f"name/{r}", JOINING.total_seconds()) for r in range(world_size)
+            self._first_word(f"name/{r}", JOIN_TIMEOUT.total_seconds()) for r in range(world_size)
         ]
         self._watch.start()
 
-    def say(self, word: str, value: str) -> None:
+    def put(self, word: str, value: str) -> None:
         """Leave a word for the others."""
         self._store.set(word, value)
 
-    def hear(self, word: str) -> str:
+    def get(self, word: str) -> str:
         """A word that is said, or will be.
 
         Raises:
             PeerFailedError: another process fails meanwhile.
             PeerGoneError: another process ends meanwhile, without a word.
         """
-        while not self.is_said(word):
-            self.pause()
+        while not self.has(word):
+            self.poll()
         return self._get(word)
 
-    def pause(self) -> None:
+    def poll(self) -> None:
         """Wait a moment for others; raises what `hear` raises."""
         self.check()
         self.while_waiting()
         time.sleep(_PAUSE)
 
-    def is_said(self, *words: str) -> bool:
+    def has(self, *words: str) -> bool:
         """Whether all of them are said by now."""
         return bool(self._store.check(list(words)))
 
-    def take(self, word: str) -> str:
+    def pop(self, word: str) -> str:
         """Hear a word that nobody else will ask for again."""
-        value = self.hear(word)
+        value = self.get(word)
         self._store.delete_key(word)
         return value
 
@@ -146,19 +146,19 @@ class Peers:
         if self._trouble is not None:
             raise self._trouble
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Let all know that the run is to stop."""
-        self.say("stop", "")
+        self.put("stop", "")
 
-    def agree(self, what: str, value: str) -> None:
+    def check_equal(self, what: str, value: str) -> None:
         """Wait until all have said their value, and refuse other ones than ours.
 
         Raises:
             RunError: they differ.
         """
-        self.say(f"agree/{what}/{self.rank}", value)
+        self.put(f"agree/{what}/{self.rank}", value)
         for rank in range(self.world_size):
-            other = self.hear(f"agree/{what}/{rank}")
+            other = self.get(f"agree/{what}/{rank}")
             if other != value:
                 raise RunError(
                     f"the processes of this run differ in {what}",
@@ -167,47 +167,47 @@ class Peers:
                     remedy="do all machines see the same folders and library versions?",
                 )
 
-    def fail(self, error: BaseException) -> BaseException:
+    def report_failure(self, error: BaseException) -> BaseException:
         """Tell the others of an error, unless one of them was first.
 
         Returns:
             What this process should end with: the error itself, if it is to tell it; else a
-            `PeerFailedError`.
+            `RemoteRankError`.
         """
-        if isinstance(error, PeerFailedError):
+        if isinstance(error, RemoteRankError):
             return error
         with suppress(RuntimeError):  # the store is gone, with whoever held it
             cause = self._cause(error)
-            if isinstance(cause, PeerFailedError):
+            if isinstance(cause, RemoteRankError):
                 return cause
             if self._store.add("failures", 1) > 1:
-                return PeerFailedError(self._failure())
-            self.say("failed", to_json(failure_of(cause, self.rank)).decode())
+                return RemoteRankError(self._failure())
+            self.put("failed", to_json(failure_of(cause, self.rank)).decode())
             return cause
         return error
 
-    def let_go(self, rank: int) -> None:
+    def wait_for_exit(self, rank: int) -> None:
         """Let another process end first, and say why: the launcher ends all once one has."""
         deadline = time.monotonic() + 5 * self._beat
-        while not is_gone(self._names[rank]) and time.monotonic() < deadline:
+        while not has_exited(self._names[rank]) and time.monotonic() < deadline:
             time.sleep(_PAUSE)
 
-    def leave(self) -> None:
+    def shutdown(self) -> None:
         """Wait until all others are ready to leave, too.
 
         Raises:
             PeerFailedError: another process fails meanwhile.
             PeerGoneError: another process ends meanwhile, without a word.
         """
-        self.say(f"done/{self.rank}", "")
+        self.put(f"done/{self.rank}", "")
         for rank in range(self.world_size):
-            self.hear(f"done/{rank}")
+            self.get(f"done/{rank}")
         self._end_watch()
-        self.say(f"left/{self.rank}", "")
+        self.put(f"left/{self.rank}", "")
         if self.rank == 0:  # it may hold the store
             with suppress(RunError):
                 for rank in range(self.world_size):
-                    self._first_word(f"left/{rank}", GRACE * self._beat)
+                    self._first_word(f"left/{rank}", EXIT_GRACE * self._beat)
 
     def close(self) -> None:
         """End the thread."""
@@ -220,7 +220,7 @@ class Peers:
 
     def _first_word(self, word: str, seconds: float) -> str:
         deadline = time.monotonic() + seconds
-        while not self.is_said(word):
+        while not self.has(word):
             if time.monotonic() > deadline:
                 raise RunError(
                     "not all processes of this run have come",
@@ -235,7 +235,7 @@ class Peers:
         return bytes(self._store.get(word)).decode()
 
     def _failure(self) -> Failure:
-        self._first_word("failed", GRACE * self._beat)
+        self._first_word("failed", EXIT_GRACE * self._beat)
         return parse_dataclass(Failure, decode_json(bytes(self._store.get("failed"))), "failure")
 
     def _cause(self, error: BaseException) -> BaseException:
@@ -244,21 +244,21 @@ class Peers:
         broken = isinstance(error, RuntimeError) and _is_of_a_collective(error)
         if not broken and not isinstance(error, KeyboardInterrupt):
             return error
-        deadline = time.monotonic() + (BEATS + 5) * self._beat
+        deadline = time.monotonic() + (MISSED_HEARTBEATS + 5) * self._beat
         while True:
             if self._store.check(["failed"]):
-                return PeerFailedError(self._failure())
+                return RemoteRankError(self._failure())
             for rank in range(self.world_size):
                 if self._is_gone(rank):
-                    return PeerGoneError(rank)
+                    return LostRankError(rank)
             if not broken or time.monotonic() > deadline:
                 return error
-            if isinstance(self._trouble, PeerGoneError):
+            if isinstance(self._trouble, LostRankError):
                 return self._trouble
             time.sleep(_PAUSE)
 
     def _is_gone(self, rank: int) -> bool:
-        return is_gone(self._names[rank]) and not self._store.check([f"done/{rank}"])
+        return has_exited(self._names[rank]) and not self._store.check([f"done/{rank}"])
 
     def _look_after(self) -> None:
         """Look after the next rank, and see whether any has failed."""
@@ -267,30 +267,30 @@ class Peers:
         while not self._ended.wait(self._beat):
             try:
                 beat += 1
-                self.say(f"beat/{self.rank}", str(beat))
-                self.asked_to_stop = self.asked_to_stop or self.is_said("stop")
+                self.put(f"beat/{self.rank}", str(beat))
+                self.stop_requested = self.stop_requested or self.has("stop")
                 if self._store.check(["failed"]):
-                    self._give_up(PeerFailedError(self._failure()))
+                    self._give_up(RemoteRankError(self._failure()))
                     return
                 word = f"beat/{neighbour}"
-                sign = self._get(word) if self.is_said(word) else ""
+                sign = self._get(word) if self.has(word) else ""
                 unchanged, last = (unchanged + 1 if sign == last else 0), sign
                 # Counted in beats of our own: a machine that was asleep has not lost anybody.
-                silent = unchanged >= BEATS and not self.is_said(f"done/{neighbour}")
+                silent = unchanged >= MISSED_HEARTBEATS and not self.has(f"done/{neighbour}")
                 if silent or self._is_gone(neighbour):
-                    self._give_up(PeerGoneError(neighbour))
+                    self._give_up(LostRankError(neighbour))
                     return
             except RuntimeError:  # the store is gone with the process that holds it
-                self._give_up(PeerGoneError(0))
+                self._give_up(LostRankError(0))
                 return
 
     def _give_up(self, trouble: ActcacheError) -> None:
         """Let the main thread end, and end the process if it does not: it may hang in C."""
         self._trouble = trouble
-        if not self._ended.wait(GRACE * self._beat):
-            told = self.fail(trouble)
-            if not isinstance(told, PeerFailedError):
-                self.last_words(told)
+        if not self._ended.wait(EXIT_GRACE * self._beat):
+            told = self.report_failure(trouble)
+            if not isinstance(told, RemoteRankError):
+                self.on_forced_exit(told)
                 print(f"error: {told}", file=sys.stderr, flush=True)  # noqa: T201
             sys.stdout.flush()
             os._exit(getattr(told, "exit_code", 1))
@@ -302,7 +302,7 @@ def _is_of_a_collective(error: BaseException) -> bool:
 
 
 @contextmanager
-def meet(ranks: Ranks) -> Iterator[tuple[Peers, Store]]:
+def connect(ranks: World) -> Iterator[tuple[StoreGroup, Store]]:
     """Bring the processes that torchrun started together; with all of them or none it ends.
 
     Args:
@@ -321,42 +321,42 @@ def meet(ranks: Ranks) -> Iterator[tuple[Peers, Store]]:
 
     store, _, _ = next(rendezvous("env://"))
     store = PrefixStore(f"run {next(_meetings)}", store)  # they may meet again
-    peers = Peers(PrefixStore("peers", store), ranks.rank, ranks.world_size)
-    stopped: Stopped | None = None
+    store_group = StoreGroup(PrefixStore("peers", store), ranks.rank, ranks.world_size)
+    stopped: RunStopped | None = None
     try:
         try:
-            yield peers, PrefixStore("collectives", store)
-        except Stopped as stop:  # so all are, at the same step
+            yield store_group, PrefixStore("collectives", store)
+        except RunStopped as stop:  # so all are, at the same step
             stopped = stop
-        peers.leave()
+        store_group.shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException as error:
-        cause = peers.fail(error)
-        if isinstance(cause, PeerFailedError):
-            peers.let_go(cause.failure.rank)
+        cause = store_group.report_failure(error)
+        if isinstance(cause, RemoteRankError):
+            store_group.wait_for_exit(cause.failure.rank)
         if dist.is_initialized() and dist.get_backend() == "gloo":  # NCCL would wait for the others
             dist.destroy_process_group()
         if cause is error:
             raise
         raise cause from error
     finally:
-        peers.close()
+        store_group.close()
     if stopped is not None:
         if ranks.rank > 0:
-            peers.let_go(0)
+            store_group.wait_for_exit(0)
         raise stopped
 
 
 _PROC = Path("/proc")
 
 
-def name_of_this_process() -> str:
+def process_token() -> str:
     """A name that no other process has, on any machine, now or later."""
     return f"{_machine()} {os.getpid()} {_started(os.getpid())}"
 
 
-def is_gone(name: str) -> bool:
+def has_exited(name: str) -> bool:
     """Whether the process of that name has ended; of another machine's that is not known."""
     machine, _, process = name.rpartition(" ")[0].rpartition(" ")
     return machine == _machine() and _started(int(process)) != name.rpartition(" ")[2]

@@ -15,14 +15,14 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-ECHO = 5.0
+REPEAT_WINDOW = 5.0
 """Seconds in which processes of a launcher may hear of a signal again: a scheduler sends it to all
 of them, and torchrun passes on what it was sent itself."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(KeyboardInterrupt):
+class RunStopped(KeyboardInterrupt):
     """A run that was asked to stop, and has saved what it did.
 
     It is a KeyboardInterrupt, for that is what Ctrl-C raises, and nobody catches it as an error.
@@ -38,7 +38,7 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"{signal_.name}: step {step:,} is saved; --resume goes on from there")
 
 
-class StopAsked(BaseException):
+class StopRequested(BaseException):
     """The run stops here, before its next step; what is done is to be saved.
 
     No error either, so that nobody who waits for rows takes it for one.
@@ -52,7 +52,7 @@ class StopAsked(BaseException):
         super().__init__(signal_.name)
 
 
-class Stopping:
+class StopSignals:
     """Hears signals from `listen` on, until the context is left.
 
     Before that they do what they did, for there is nothing to save. So they do in threads other
@@ -60,18 +60,18 @@ class Stopping:
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         """The signal that asked to stop, if one has."""
-        self.echo = 0.0
+        self.repeat_window = 0.0
         """Seconds in which further signals are the first one again."""
-        self.tells = True
+        self.announces = True
         """Whether a signal is answered with a line on stderr."""
         self._before: dict[signal.Signals, Any] = {}
         self._until = 0.0
 
-    def listen(self) -> None:
+    def install(self) -> None:
         """From now on there is something to save. May be called again."""
-        if self._before or self.asked is not None:
+        if self._before or self.received is not None:
             return
         if threading.current_thread() is not threading.main_thread():
             return
@@ -79,13 +79,13 @@ class Stopping:
             before = signal.getsignal(number)
             if before not in (None, signal.SIG_IGN):  # as under nohup, or `&` in a script
                 self._before[number] = before
-                signal.signal(number, self._hear)
+                signal.signal(number, self._handle)
 
-    def ignore(self) -> None:
+    def ignore_further(self) -> None:
         """All is saved: who leaves last must not mind that the launcher ends who is still there."""
         self._until = float("inf")
 
-    def __enter__(self) -> Stopping:
+    def __enter__(self) -> StopSignals:
         return self
 
     def __exit__(
@@ -94,23 +94,23 @@ class Stopping:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hand_back()
+        self._uninstall()
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.asked is not None:
+        if self.received is not None:
             if now >= self._until:  # a second one, of either kind, ends the run as without us
-                self._hand_back()
+                self._uninstall()
                 signal.raise_signal(number)
             return
-        self.asked, self._until = signal.Signals(number), now + self.echo
-        if self.tells:
+        self.received, self._until = signal.Signals(number), now + self.repeat_window
+        if self.announces:
             # Not print: the signal may have come in the middle of one.
-            text = f"\nfit: {self.asked.name}: saving at the next step; once more ends at once\n"
+            text = f"\nfit: {self.received.name}: saving at the next step; once more ends at once\n"
             with suppress(OSError):  # nobody may be left to read it
                 os.write(2, text.encode())
 
-    def _hand_back(self) -> None:
+    def _uninstall(self) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before = {}

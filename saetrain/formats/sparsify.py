@@ -23,7 +23,7 @@ from torch import Tensor
 
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import ConfigError, FormatError
-from actcache.filesystem.atomic import FileReceipt, publish
+from actcache.filesystem.atomic import FileDigest, write_atomic
 from saetrain.config.sae import ActivationName, SaeConfig
 from saetrain.model.factory import build_sae
 from saetrain.model.sae import Sae
@@ -79,7 +79,7 @@ def save_sae(
     weights: Mapping[str, Tensor],
     reads: tuple[str, ...] = (),
     unit_rows: bool = True,
-) -> FileReceipt:
+) -> FileDigest:
     """Write a checkpoint, which sparsify loads if it knows the kind.
 
     Args:
@@ -107,8 +107,8 @@ def save_sae(
         for key, value in asdict(cfg).items()
         if key not in _OURS or value != getattr(default, key)
     }
-    receipt = publish(folder / WEIGHTS, [save(tensors)])
-    publish(folder / CONFIG, [to_json(keys)])
+    receipt = write_atomic(folder / WEIGHTS, [save(tensors)])
+    write_atomic(folder / CONFIG, [to_json(keys)])
     return receipt
 
 

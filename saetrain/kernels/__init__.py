@@ -4,13 +4,19 @@ See README.md beside this file for what is computed, and how accurately.
 """
 
 from saetrain.kernels.autoencode import Autoencoded, WeightRows, autoencode
-from saetrain.kernels.backends import chosen_path
-from saetrain.kernels.bf16_copy import keep_shadow
+from saetrain.kernels.backends import select_backend
+from saetrain.kernels.bf16_copy import keep_bf16_copy
 from saetrain.kernels.decode import sparse_decode
 from saetrain.kernels.dense import dense_decode, dense_encode
-from saetrain.kernels.encode import Encoded, chosen_by, largest, sparse_encode, sparse_encode_by
-from saetrain.kernels.grad_memory import drop_gradient
-from saetrain.kernels.prefix_groups import Pieces, Way
+from saetrain.kernels.encode import (
+    Encoded,
+    make_selector,
+    sparse_encode,
+    sparse_encode_by,
+    topk_selector,
+)
+from saetrain.kernels.grad_memory import release_gradient
+from saetrain.kernels.prefix_groups import PrefixGroups, Selector
 from saetrain.kernels.reference import adam_numbers
 from saetrain.kernels.selection import batch_topk, group_max, topk
 from saetrain.kernels.update import adam_update_, normalise_rows_, project_, signum_update_
@@ -18,26 +24,26 @@ from saetrain.kernels.update import adam_update_, normalise_rows_, project_, sig
 __all__ = [
     "Autoencoded",
     "Encoded",
-    "Pieces",
-    "Way",
+    "PrefixGroups",
+    "Selector",
     "WeightRows",
     "adam_numbers",
     "adam_update_",
     "autoencode",
     "batch_topk",
-    "chosen_by",
-    "chosen_path",
     "dense_decode",
     "dense_encode",
-    "drop_gradient",
     "group_max",
-    "keep_shadow",
-    "largest",
+    "keep_bf16_copy",
+    "make_selector",
     "normalise_rows_",
     "project_",
+    "release_gradient",
+    "select_backend",
     "signum_update_",
     "sparse_decode",
     "sparse_encode",
     "sparse_encode_by",
     "topk",
+    "topk_selector",
 ]

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
-from saetrain.kernels.backends import chosen_path, primitives
+from saetrain.kernels.backends import backend_module, select_backend
 from saetrain.kernels.encode import (
     centred,
     check_encode,
@@ -25,8 +25,8 @@ from saetrain.kernels.encode import (
     select_acts,
     through_relu,
 )
-from saetrain.kernels.prefix_groups import Pieces, Way
-from saetrain.kernels.sorted_pairs import PairsOnce
+from saetrain.kernels.prefix_groups import PrefixGroups, Selector
+from saetrain.kernels.sorted_pairs import SharedSortedPairs
 
 
 class WeightRows(NamedTuple):
@@ -66,9 +66,9 @@ def autoencode(
     subtracted: Tensor | None,
     W_dec: Tensor,
     b_dec: Tensor,
-    way: Way,
+    selector: Selector,
     *,
-    pieces: Pieces | None = None,
+    prefix_groups: PrefixGroups | None = None,
     rows: Tensor | None = None,
 ) -> Autoencoded:
     """Encode, and decode what was selected: all of it, and the first pieces alone.
@@ -82,8 +82,8 @@ def autoencode(
         subtracted: from x, [D]; None: nothing (a transcoder's input has another mean).
         W_dec: [M, E], in the dtype of W_enc.
         b_dec: [E].
-        way: selects; `largest` or `chosen_by`.
-        pieces: split the pairs: reconstruction j is made of pieces 0 to j. None: one of all pairs.
+        selector: selects; `topk_selector` or `selector`.
+        prefix_groups: split the pairs: reconstruction j is made of pieces 0 to j. None: one.
         rows: latents whose weights are wanted besides, [A] int64, none twice. Gradients of these
             rows join the weights' own; `W_enc[rows]` would add a dense gradient of its own.
 
@@ -92,26 +92,38 @@ def autoencode(
         positive top_acts.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit, or what `way` says.
+        ValueError: the shapes or dtypes do not fit, or what `selector` says.
     """
     _check(x, W_enc, b_enc, subtracted, W_dec, b_dec)
-    dtype, path = W_enc.dtype, chosen_path(W_enc)
+    dtype, path = W_enc.dtype, select_backend(W_enc)
     x, b_enc, b_dec = x.to(dtype), b_enc.to(dtype), b_dec.to(dtype)
     subtracted = None if subtracted is None else subtracted.to(dtype)
-    if pieces is not None:
-        way = pieces.arranged(way)
+    if prefix_groups is not None:
+        selector = prefix_groups.grouped(selector)
     if path == "reference":
         acts, indices, outs = reference.autoencode(
-            x, W_enc, b_enc, subtracted, W_dec, b_dec, way, pieces
+            x, W_enc, b_enc, subtracted, W_dec, b_dec, selector, prefix_groups
         )
         found = None if rows is None else WeightRows(W_enc[rows], b_enc[rows], W_dec[rows])
         return Autoencoded(outs, acts, indices, found)
-    shared: list[PairsOnce] = []
+    shared: list[SharedSortedPairs] = []
     # b_dec may be what is subtracted, too: its two gradients are added in this order.
-    inputs = (x, W_enc, b_enc, W_dec, b_dec, subtracted, rows, way, pieces, shared, path)
+    inputs = (
+        x,
+        W_enc,
+        b_enc,
+        W_dec,
+        b_dec,
+        subtracted,
+        rows,
+        selector,
+        prefix_groups,
+        shared,
+        path,
+    )
     acts, indices, *others = _Autoencode.apply(*inputs)  # type: ignore[no-untyped-call]
-    shared[0].share(indices)
-    P = 1 if pieces is None else pieces.number
+    shared[0].attach_to(indices)
+    P = 1 if prefix_groups is None else prefix_groups.number
     found = None if rows is None else WeightRows(*others[P:])
     return Autoencoded(tuple(others[:P]), acts, indices, found)
 
@@ -127,21 +139,25 @@ class _Autoencode(Function):
         b_dec: Tensor,
         subtracted: Tensor | None,
         rows: Tensor | None,
-        way: Way,
-        pieces: Pieces | None,
-        shared: list[PairsOnce],
+        selector: Selector,
+        prefix_groups: PrefixGroups | None,
+        shared: list[SharedSortedPairs],
         path: str,
     ) -> tuple[Tensor, ...]:
-        acts, indices = select_acts(x, W_enc, b_enc, subtracted, way)  # [N, K]
+        acts, indices = select_acts(x, W_enc, b_enc, subtracted, selector)  # [N, K]
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, subtracted, W_dec, acts, indices, rows)
-        ctx.pairs, ctx.path = PairsOnce(indices, len(W_enc)), path
-        ctx.bags = None if pieces is None else pieces.bags(indices)
-        ctx.number = 1 if pieces is None else pieces.number
+        ctx.pairs, ctx.path = SharedSortedPairs(indices, len(W_enc)), path
+        ctx.bags = None if prefix_groups is None else prefix_groups.bags(indices)
+        ctx.number = 1 if prefix_groups is None else prefix_groups.number
         shared.append(ctx.pairs)
-        out = primitives(path).gather_sum(acts, indices, W_dec, bags=ctx.bags)  # [N * P, E]
-        outs = [out.add_(b_dec)] if pieces is None else _running_sums(out, pieces.number, b_dec)
+        out = backend_module(path).gather_sum(acts, indices, W_dec, bags=ctx.bags)  # [N * P, E]
+        outs = (
+            [out.add_(b_dec)]
+            if prefix_groups is None
+            else _running_sums(out, prefix_groups.number, b_dec)
+        )
         if rows is not None:
             outs += [weight.index_select(0, rows) for weight in (W_enc, b_enc, W_dec)]
         return acts, indices, *outs
@@ -153,7 +169,7 @@ class _Autoencode(Function):
     ) -> tuple[Tensor | None, ...]:
         x, W_enc, subtracted, W_dec, acts, indices, rows = ctx.saved_tensors
         need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec, need_sub, *_ = ctx.needs_input_grad
-        ops, bags, M = primitives(ctx.path), ctx.bags, len(W_enc)
+        ops, bags, M = backend_module(ctx.path), ctx.bags, len(W_enc)
         dY = _of_pieces(gradients[: ctx.number])  # [N * P, E]
         reached = dY is not None or d_acts is not None
         of_latents = need_W_enc or need_b_enc or need_sub or need_W_dec

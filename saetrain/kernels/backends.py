@@ -13,7 +13,7 @@ from saetrain.kernels.prefix_groups import Bags
 from saetrain.kernels.sorted_pairs import SortedPairs
 
 VARIABLE = "SAETRAIN_KERNELS"
-PATHS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "triton")
 _MODULES = {"reference": "reference", "torch": "on_torch", "triton": "on_triton"}
 
 
@@ -89,7 +89,7 @@ class Primitives(Protocol):
         """In place; see `saetrain.kernels.reference`, so for the options."""
 
 
-def chosen_path(tensor: Tensor, path: str | None = None) -> str:
+def select_backend(tensor: Tensor, path: str | None = None) -> str:
     """Return "reference", "torch" or "triton": the path that would serve `tensor` now.
 
     The environment variable SAETRAIN_KERNELS forces one of them, and `path` comes before it.
@@ -101,10 +101,10 @@ def chosen_path(tensor: Tensor, path: str | None = None) -> str:
     forced = os.environ.get(VARIABLE, "") if path is None else path
     if not forced:
         return "triton" if tensor.is_cuda and _has_triton() else "torch"
-    if forced not in PATHS:
+    if forced not in BACKENDS:
         raise ValueError(
             f"{VARIABLE}={forced!r} names no path of saetrain.kernels: expected one of "
-            f"{', '.join(PATHS)}; unset it to choose by the tensor's device"
+            f"{', '.join(BACKENDS)}; unset it to choose by the tensor's device"
         )
     if forced == "triton" and not _has_triton():
         raise ValueError(
@@ -119,12 +119,12 @@ def chosen_path(tensor: Tensor, path: str | None = None) -> str:
     return forced
 
 
-def primitives(path: str) -> Primitives:
+def backend_module(path: str) -> Primitives:
     """Return the module that implements `path`. Triton is imported here, and not before."""
     return cast("Primitives", import_module(f"saetrain.kernels.{_MODULES[path]}"))
 
 
-def host_may_look(tensor: Tensor) -> bool:
+def host_can_read(tensor: Tensor) -> bool:
     """Whether the host can look at a tensor's numbers without waiting for a device.
 
     Called by this module's name, so that tests can go a device's ways on a CPU.

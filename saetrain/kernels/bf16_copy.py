@@ -24,7 +24,7 @@ _SHADOWS: MutableMapping[Tensor, _Shadow] = WeakTensorKeyDictionary()
 
 
 @torch.no_grad()
-def keep_shadow(weight: Tensor) -> None:
+def keep_bf16_copy(weight: Tensor) -> None:
     """From now on keep a copy of a contiguous weight in bfloat16; make it right where it is not.
 
     One that would not be cast is left alone: of bfloat16, or of float64, which autocast leaves.
@@ -32,26 +32,30 @@ def keep_shadow(weight: Tensor) -> None:
     if weight.dtype not in (torch.float32, torch.float16):
         return
     assert weight.is_contiguous()
-    shadow = _SHADOWS.get(weight)
-    if shadow is None or shadow.copy.device != weight.device:
+    bf16_copy = _SHADOWS.get(weight)
+    if bf16_copy is None or bf16_copy.copy.device != weight.device:
         _SHADOWS[weight] = _Shadow(weight.to(torch.bfloat16), weight._version)
-    elif shadow.version != weight._version:
-        shadow.copy.copy_(weight)
-        shadow.version = weight._version
+    elif bf16_copy.version != weight._version:
+        bf16_copy.copy.copy_(weight)
+        bf16_copy.version = weight._version
 
 
-def shadow_of(weight: Tensor) -> Tensor | None:
+def bf16_copy_of(weight: Tensor) -> Tensor | None:
     """The weight in bfloat16, or rows of it; None: no copy is kept, or it is not right any more."""
     whole = weight if weight._base is None else weight._base
-    shadow = _SHADOWS.get(whole)
-    if shadow is None or shadow.version != whole._version or shadow.copy.device != whole.device:
+    bf16_copy = _SHADOWS.get(whole)
+    if (
+        bf16_copy is None
+        or bf16_copy.version != whole._version
+        or bf16_copy.copy.device != whole.device
+    ):
         return None
     if whole is weight:
-        return shadow.copy
+        return bf16_copy.copy
     offset = weight.storage_offset() - whole.storage_offset()
-    return shadow.copy.as_strided(weight.shape, weight.stride(), offset)
+    return bf16_copy.copy.as_strided(weight.shape, weight.stride(), offset)
 
 
-def note_shadow(weight: Tensor) -> None:
+def mark_bf16_copy(weight: Tensor) -> None:
     """Say that the copy of a weight has just been written with it."""
     _SHADOWS[weight].version = weight._version

@@ -12,9 +12,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
-from saetrain.kernels.backends import chosen_path, primitives
+from saetrain.kernels.backends import backend_module, select_backend
 from saetrain.kernels.encode import check_vector
-from saetrain.kernels.sorted_pairs import PairsOnce
+from saetrain.kernels.sorted_pairs import SharedSortedPairs
 
 
 def sparse_decode(
@@ -36,12 +36,12 @@ def sparse_decode(
         ValueError: the shapes or the dtype of the indices do not fit.
     """
     _check_decode(top_acts, top_indices, W_dec, b_dec)
-    path = chosen_path(W_dec)
+    path = select_backend(W_dec)
     top_acts = top_acts.to(W_dec.dtype)
     b_dec = None if b_dec is None else b_dec.to(W_dec.dtype)
     if path == "reference":
         return reference.sparse_decode(top_acts, top_indices, W_dec, b_dec)
-    pairs = PairsOnce.of(top_indices, len(W_dec))
+    pairs = SharedSortedPairs.of(top_indices, len(W_dec))
     inputs = (top_acts, top_indices, W_dec, b_dec, pairs, path)
     out: Tensor = _SparseDecode.apply(*inputs)  # type: ignore[no-untyped-call]
     return out
@@ -55,19 +55,19 @@ class _SparseDecode(Function):
         top_indices: Tensor,
         W_dec: Tensor,
         b_dec: Tensor | None,
-        pairs: PairsOnce,
+        pairs: SharedSortedPairs,
         path: str,
     ) -> Tensor:
         ctx.save_for_backward(top_acts, top_indices, W_dec)
         ctx.pairs, ctx.path = pairs, path
-        out = primitives(path).gather_sum(top_acts, top_indices, W_dec)  # [N, D]
+        out = backend_module(path).gather_sum(top_acts, top_indices, W_dec)  # [N, D]
         return out if b_dec is None else out.add_(b_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         top_acts, top_indices, W_dec = ctx.saved_tensors
-        ops = primitives(ctx.path)
+        ops = backend_module(ctx.path)
         d_acts = dW = db = None
         need_acts, _, need_W, *_ = ctx.needs_input_grad
         pairs = ctx.pairs.get() if need_W else None

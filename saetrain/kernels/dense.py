@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
-from saetrain.kernels.backends import chosen_path
+from saetrain.kernels.backends import select_backend
 from saetrain.kernels.encode import centred, check_encode, gradient_of_subtracted
 from saetrain.kernels.matmul import Product, multiply, product_dtype
 
@@ -35,7 +35,7 @@ def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) 
         ValueError: the shapes do not fit.
     """
     check_encode(x, W_enc, b_enc, b_dec)
-    if chosen_path(W_enc) == "reference":
+    if select_backend(W_enc) == "reference":
         return reference.dense_encode(x, W_enc, b_enc, b_dec)
     out: Tensor = _Encode.apply(x, W_enc, b_enc, b_dec)  # type: ignore[no-untyped-call]
     return out
@@ -53,7 +53,7 @@ def dense_decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
         [N, E] in the dtype of b_dec: under autocast the product alone is rounded, and those of its
         gradient. Differentiable once with respect to all arguments.
     """
-    if chosen_path(W_dec) == "reference":
+    if select_backend(W_dec) == "reference":
         return reference.dense_decode(acts, W_dec, b_dec)
     product: Tensor = _Decode.apply(acts, W_dec)  # type: ignore[no-untyped-call]
     return product + b_dec

@@ -14,11 +14,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
-from saetrain.kernels.backends import chosen_path, primitives
+from saetrain.kernels.backends import backend_module, select_backend
 from saetrain.kernels.matmul import Product, product_dtype
-from saetrain.kernels.prefix_groups import Way
+from saetrain.kernels.prefix_groups import Selector
 from saetrain.kernels.selection import topk
-from saetrain.kernels.sorted_pairs import PairsOnce
+from saetrain.kernels.sorted_pairs import SharedSortedPairs
 
 Select = Callable[[Tensor], tuple[Tensor, Tensor]]
 """pre_acts [N, M] to values and int64 latents, both [N, S]. A value is the pre-activation of its
@@ -77,7 +77,7 @@ def sparse_encode(
     Raises:
         ValueError: the shapes do not fit, k is not in 1 to M, or chunk_latents is below 1.
     """
-    return sparse_encode_by(x, W_enc, b_enc, b_dec, largest(k, chunk_latents))
+    return sparse_encode_by(x, W_enc, b_enc, b_dec, topk_selector(k, chunk_latents))
 
 
 def sparse_encode_by(
@@ -85,7 +85,7 @@ def sparse_encode_by(
     W_enc: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
-    way: Way,
+    selector: Selector,
 ) -> Encoded:
     """Encode by another selection: `sparse_encode`, S slots a token instead of k.
 
@@ -94,37 +94,37 @@ def sparse_encode_by(
         W_enc: [M, D].
         b_enc: [M].
         b_dec: [D], or None to subtract nothing.
-        way: selects; `largest` or `chosen_by`.
+        selector: selects; `topk_selector` or `selector`.
 
     Returns:
         top_acts, relu of the values, in the dtype of W_enc, and top_indices; both [N, S].
         Differentiable as `sparse_encode` is.
 
     Raises:
-        ValueError: the shapes do not fit, or what `way` says.
+        ValueError: the shapes do not fit, or what `selector` says.
     """
     check_encode(x, W_enc, b_enc, b_dec)
-    path = chosen_path(W_enc)
+    path = select_backend(W_enc)
     x = x.to(W_enc.dtype)
     b_enc = b_enc.to(W_enc.dtype)
     b_dec = None if b_dec is None else b_dec.to(W_enc.dtype)
     if path == "reference":
-        return Encoded(*reference.sparse_encode(x, W_enc, b_enc, b_dec, way))
-    shared: list[PairsOnce] = []
-    inputs = (x, W_enc, b_enc, b_dec, way, shared, path)
+        return Encoded(*reference.sparse_encode(x, W_enc, b_enc, b_dec, selector))
+    shared: list[SharedSortedPairs] = []
+    inputs = (x, W_enc, b_enc, b_dec, selector, shared, path)
     encoded = Encoded(*_SparseEncode.apply(*inputs))  # type: ignore[no-untyped-call]
-    shared[0].share(encoded.top_indices)
+    shared[0].attach_to(encoded.top_indices)
     return encoded
 
 
-def largest(k: int, chunk_latents: int | None = None) -> Way:
+def topk_selector(k: int, chunk_latents: int | None = None) -> Selector:
     """The selection of `sparse_encode`, for `sparse_encode_by` and `autoencode`."""
     if chunk_latents is not None and chunk_latents < 1:
         raise ValueError(f"chunk_latents must be 1 or more, got {chunk_latents}: leave it out")
     return partial(_largest, k=k, chunk=chunk_latents)
 
 
-def chosen_by(select: Select, *, by_token: bool = False) -> Way:
+def make_selector(select: Select, *, by_token: bool = False) -> Selector:
     """A selection of one's own, for `sparse_encode_by` and `autoencode`.
 
     Args:
@@ -150,7 +150,7 @@ def _largest(
     x: Tensor, W: Tensor, b: Tensor, *, k: int, chunk: int | None
 ) -> tuple[Tensor, Tensor]:
     _check_k(k, W)
-    path = chosen_path(W)
+    path = select_backend(W)
     if chunk is not None and chunk < len(W) and path != "reference":
         return _by_latents(x, W, b, k=k, chunk=chunk, path=path)
     # relu keeps the order, so it may follow the selection.
@@ -203,11 +203,11 @@ def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
 
 
 def select_acts(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, way: Way
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, selector: Selector
 ) -> tuple[Tensor, Tensor]:
     """Top_acts and top_indices, [N, K]; no pre-activations outlive this."""
     read = centred(x, b_dec)  # [N, D]
-    values, top_indices = way(read, W_enc, b_enc)
+    values, top_indices = selector(read, W_enc, b_enc)
     return torch.relu(values).to(W_enc.dtype), top_indices
 
 
@@ -231,15 +231,15 @@ class _SparseEncode(Function):
         W_enc: Tensor,
         b_enc: Tensor,
         b_dec: Tensor | None,
-        way: Way,
-        shared: list[PairsOnce],
+        selector: Selector,
+        shared: list[SharedSortedPairs],
         path: str,
     ) -> tuple[Tensor, Tensor]:
-        top_acts, top_indices = select_acts(x, W_enc, b_enc, b_dec, way)  # [N, K]
+        top_acts, top_indices = select_acts(x, W_enc, b_enc, b_dec, selector)  # [N, K]
         ctx.mark_non_differentiable(top_indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, b_dec, top_acts, top_indices)
-        ctx.pairs, ctx.path = PairsOnce(top_indices, len(W_enc)), path
+        ctx.pairs, ctx.path = SharedSortedPairs(top_indices, len(W_enc)), path
         shared.append(ctx.pairs)
         return top_acts, top_indices
 
@@ -249,7 +249,7 @@ class _SparseEncode(Function):
         if d_acts is None:
             return (None,) * 7
         x, W_enc, b_dec, top_acts, top_indices = ctx.saved_tensors
-        ops = primitives(ctx.path)
+        ops = backend_module(ctx.path)
         M = W_enc.shape[0]
         g = through_relu(d_acts, top_acts)  # [N, K]
         need_x, need_W, need_b_enc, need_b_dec, *_ = ctx.needs_input_grad

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from saetrain.kernels.backends import chosen_path
+from saetrain.kernels.backends import select_backend
 from saetrain.kernels.encode import tokens_at_once
 from saetrain.kernels.matmul import by_onednn
 from saetrain.kernels.on_torch.selection import tile_of
@@ -33,7 +33,7 @@ def explain(
     """
     N, D, M, _ = sizes
     kind = torch.device(device).type
-    path = chosen_path(_Somewhere(kind))  # type: ignore[arg-type]
+    path = select_backend(_Somewhere(kind))  # type: ignore[arg-type]
     W = torch.empty(M, D, dtype=dtype, device="meta")
     product = "oneDNN" if kind == "cpu" and by_onednn(W, kind) else "torch's linear"
     rows = tokens_at_once(N, W, kind)
@@ -89,18 +89,18 @@ def _by_triton(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> Ways:
     keys = dtype in DTYPES  # of a type that is compared as whole numbers
     gathered, _ = columns(D, dtype, cached_bytes(M))
     summed, _ = columns(D, dtype, ROW_BYTES)
-    pieces = f"a program for a latent and {summed} columns, in pieces of {PIECE}"
+    prefix_groups = f"a program for a latent and {summed} columns, in pieces of {PIECE}"
     update = f"a row at once, of up to {BLOCK:,}" if D <= BLOCK else "a row in three passes"
     of_update: tuple[str, str | None] = (update, None)
     if dtype == torch.float64:
         of_update = ("plain PyTorch", "reference")
-    ways: Ways = {
+    selectors: Ways = {
         "topk": (f"tiles of {tile_width(M, K)}, keys bit by bit", None),
         "batch_topk": ("threshold by digits of keys, among the largest tiles", None),
         "group_max": ("a program for some groups of a row", None),
         "gather_sum": (f"a program for a token and {gathered} columns", None),
         "gather_dot": (f"a program for a token and {gathered} columns, sums added after", None),
-        "scatter_outer": (f"{pieces}; latents of over {CHUNK} pairs by chunks", None),
+        "scatter_outer": (f"{prefix_groups}; latents of over {CHUNK} pairs by chunks", None),
         "scatter_sum": (f"a program for a latent, in pieces of {PIECE}", None),
         "weight_gradients": ("as scatter_outer, both weights at once", None),
         "sort_pairs": ("torch.sort", "torch"),
@@ -108,10 +108,10 @@ def _by_triton(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> Ways:
         "adam_update_": of_update,
     }
     if not keys or K > MOST_K:
-        ways["topk"] = ("torch.topk", "torch")
+        selectors["topk"] = ("torch.topk", "torch")
     if not keys:
-        ways |= {"batch_topk": ("torch.topk", "torch"), "group_max": ("torch.max", "torch")}
-    return ways
+        selectors |= {"batch_topk": ("torch.topk", "torch"), "group_max": ("torch.max", "torch")}
+    return selectors
 
 
 _FUNCTIONS = (

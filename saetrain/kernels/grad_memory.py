@@ -2,7 +2,7 @@
 
 A weight's gradient is the largest thing that a step allocates. Fresh from the system, every page of
 it is first filled with zeros, which takes five times as long as to write the gradient; on CUDA,
-torch keeps memory itself. Whoever drops a gradient gives it back with `drop_gradient`; if nobody
+torch keeps memory itself. Whoever drops a gradient gives it back with `release_gradient`; if nobody
 does, nothing is kept. Letters: D d_in, M num_latents.
 """
 
@@ -14,7 +14,7 @@ _KEPT = 2  # as many as weights of an autoencoder
 _LEAST = 1 << 22  # bytes; below, malloc keeps memory itself
 
 
-class _Spares:
+class _ReusableMemory:
     def __init__(self) -> None:
         self._free: list[torch.UntypedStorage] = []
         self._lent: dict[int, StorageWeakRef] = {}
@@ -51,21 +51,21 @@ class _Spares:
         self._free = []
 
 
-_SPARES = _Spares()
+_SPARES = _ReusableMemory()
 
 
-def spare(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def reuse_memory(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """As `torch.empty`, of the type and on the device of `like`; in used memory if there is any."""
     return _SPARES.take(shape, like)
 
 
-def drop_gradient(parameter: Tensor) -> None:
+def release_gradient(parameter: Tensor) -> None:
     """Forget a gradient that nobody else will look at: its memory is written to again."""
     if parameter.grad is not None:
         _SPARES.give(parameter.grad)
         parameter.grad = None
 
 
-def forget_spares() -> None:
+def free_memory() -> None:
     """Give memory that is kept for gradients back to the system."""
     _SPARES.forget()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.kernels.bf16_copy import bf16_copy_of
 
 _MANY = 256
 """Rows with which a product in float32 gains nothing by an order of W made before."""
@@ -30,8 +30,8 @@ class Product:
 
     def __init__(self, W: Tensor, b: Tensor, rows: int) -> None:
         self.dtype = product_dtype(W)
-        shadow = shadow_of(W) if self.dtype == torch.bfloat16 != W.dtype else None
-        self._W, self._b = W.to(self.dtype) if shadow is None else shadow, b.to(self.dtype)
+        bf16_copy = bf16_copy_of(W) if self.dtype == torch.bfloat16 != W.dtype else None
+        self._W, self._b = W.to(self.dtype) if bf16_copy is None else bf16_copy, b.to(self.dtype)
         self._onednn = by_onednn(self._W)
         if self._onednn:
             self._W = self._W.detach().contiguous()

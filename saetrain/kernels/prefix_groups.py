@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Way = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Selector = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Rows [N, D], b_dec taken from them, W_enc and b_enc, to values and latents [N, K]."""
 
 
@@ -32,7 +32,7 @@ class Bags(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pieces:
+class PrefixGroups:
     """How pairs are split: piece i holds those from bounds[i-1] up to, not including, bounds[i].
 
     Attributes:
@@ -49,9 +49,9 @@ class Pieces:
         """P."""
         return len(self.bounds) + 1
 
-    def arranged(self, way: Way) -> Way:
+    def grouped(self, selector: Selector) -> Selector:
         """The same selection, its slots in order of pieces."""
-        return partial(self._arranged, way=way)
+        return partial(self._arranged, selector=selector)
 
     def bags(self, indices: Tensor) -> Bags:
         """Of latents [N, K] that an arranged selection gave. Nothing here waits for the device."""
@@ -59,8 +59,10 @@ class Pieces:
         bounds = torch.arange(len(indices) * self.number + 1, device=bag.device)
         return Bags(bag, torch.searchsorted(bag.flatten(), bounds))
 
-    def _arranged(self, x: Tensor, W: Tensor, b: Tensor, *, way: Way) -> tuple[Tensor, Tensor]:
-        values, indices = way(x, W, b)
+    def _arranged(
+        self, x: Tensor, W: Tensor, b: Tensor, *, selector: Selector
+    ) -> tuple[Tensor, Tensor]:
+        values, indices = selector(x, W, b)
         if self.by == "rank":
             values, order = values.sort(dim=1, descending=True, stable=True)
             return values, indices.gather(1, order)

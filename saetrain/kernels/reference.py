@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saetrain.kernels.prefix_groups import Bags, Pieces
+from saetrain.kernels.prefix_groups import Bags, PrefixGroups
 from saetrain.kernels.sorted_pairs import SortedPairs
 
 
@@ -129,7 +129,7 @@ def sparse_encode(
     W_enc: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
-    way: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    selector: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """`saetrain.kernels.encode`, differentiated by autograd.
 
@@ -138,11 +138,11 @@ def sparse_encode(
         W_enc: [M, D].
         b_enc: [M].
         b_dec: [D], or None.
-        way: from x - b_dec, W_enc and b_enc to the values chosen and their latents, both [N, S].
+        selector: from x - b_dec, W_enc, b_enc to the values selected and their latents, [N, S].
     """
     centred = x if b_dec is None else x - b_dec  # [N, D]
     with torch.no_grad():
-        values, top_indices = way(centred, W_enc, b_enc)  # [N, S]
+        values, top_indices = selector(centred, W_enc, b_enc)  # [N, S]
     pre_acts = torch.nn.functional.linear(centred, W_enc, b_enc)  # [N, M]
     top_acts = torch.relu(pre_acts.gather(1, top_indices)) * (values > 0)  # [N, S]
     # A NaN is not greater than 0, and must not be lost.
@@ -157,8 +157,8 @@ def autoencode(
     subtracted: Tensor | None,
     W_dec: Tensor,
     b_dec: Tensor,
-    way: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    pieces: Pieces | None,
+    selector: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    prefix_groups: PrefixGroups | None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """`saetrain.kernels.autoencode`, differentiated by autograd.
 
@@ -169,19 +169,19 @@ def autoencode(
         subtracted: [D], or None.
         W_dec: [M, E].
         b_dec: [E].
-        way: as `sparse_encode` has it, arranged if there are pieces.
-        pieces: whose running sums are the reconstructions; None: all in one.
+        selector: as `sparse_encode` has it, arranged if there are pieces.
+        prefix_groups: whose running sums are the reconstructions; None: all in one.
     """
-    top_acts, top_indices = sparse_encode(x, W_enc, b_enc, subtracted, way)
-    if pieces is None:
+    top_acts, top_indices = sparse_encode(x, W_enc, b_enc, subtracted, selector)
+    if prefix_groups is None:
         return top_acts, top_indices, (sparse_decode(top_acts, top_indices, W_dec, b_dec),)
-    piece = pieces.bags(top_indices).bag % pieces.number  # [N, K]
+    piece = prefix_groups.bags(top_indices).bag % prefix_groups.number  # [N, K]
     return (
         top_acts,
         top_indices,
         tuple(
             sparse_decode(torch.where(piece <= last, top_acts, 0), top_indices, W_dec, b_dec)
-            for last in range(pieces.number)
+            for last in range(prefix_groups.number)
         ),
     )
 
@@ -236,8 +236,8 @@ def _spoiled(pre_acts: Tensor, values: Tensor) -> Tensor:
 # norm plus the dtype's eps. `norms` [M] is then written with these divisors, so that norms * w is
 # the weight before the division. Without `unit` any shape will do, and `norms` is not written.
 # `squares`, float32 [rows] of a matrix, is written with the squared norm of each row of the
-# gradient, after that projection; `ok` does not touch it. `shadow`, bfloat16 of the shape of `w`,
-# is written with the new w. Where the flag `ok` (bool, no dimensions, on the device) is false,
+# gradient, after that projection; `ok` does not touch it. `bf16_copy`, bfloat16 of the shape of
+# `w`, is written with the new w. Where the flag `ok` (bool, no dimensions, on the device) is false,
 # nothing else changes by a bit; None is true. `grad` may be overwritten. `numbers`, float32 on the
 # device, holds what changes from step to step, so that a recorded step (a CUDA graph) reads it
 # anew; where it is given, the arguments that it stands for are not looked at.
@@ -254,7 +254,7 @@ def signum_update_(
     unit: bool,
     norms: Tensor | None = None,
     squares: Tensor | None = None,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
     ok: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> None:
@@ -271,10 +271,10 @@ def signum_update_(
         lr: learning rate.
         mix: share of the new z in the average x.
         momentum: of the schedule-free scheme.
-        unit: see above; so with `norms`, `squares`, `shadow`, `ok` and `numbers`.
+        unit: see above; so with `norms`, `squares`, `bf16_copy`, `ok` and `numbers`.
         norms: [M].
         squares: [M] float32.
-        shadow: as y, bfloat16.
+        bf16_copy: as y, bfloat16.
         ok: bool, no dimensions.
         numbers: lr and mix. [2]
     """
@@ -286,7 +286,7 @@ def signum_update_(
     x = torch.lerp(x, new_z, share)
     new_y = torch.lerp(x, new_z, 1 - momentum)
     _write(ok, (z, new_z))
-    _write_weight(y, new_y, unit, norms, shadow, ok)
+    _write_weight(y, new_y, unit, norms, bf16_copy, ok)
 
 
 def adam_update_(
@@ -304,7 +304,7 @@ def adam_update_(
     unit: bool,
     norms: Tensor | None = None,
     squares: Tensor | None = None,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
     ok: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> None:
@@ -324,10 +324,10 @@ def adam_update_(
         eps: added to the root.
         weight_decay: share of w per step and learning rate.
         step: its number, from 1.
-        unit: see above; so with `norms`, `squares`, `shadow`, `ok` and `numbers`.
+        unit: see above; so with `norms`, `squares`, `bf16_copy`, `ok` and `numbers`.
         norms: [M].
         squares: [M] float32.
-        shadow: as w, bfloat16.
+        bf16_copy: as w, bfloat16.
         ok: bool, no dimensions.
         numbers: what `adam_numbers` makes of lr, weight_decay, the betas and step. [5]
     """
@@ -343,7 +343,7 @@ def adam_update_(
     root = new_v.sqrt() / root_v + eps
     new_w = wide_w - rate * new_m / root
     _write(ok, (m, new_m), (v, new_v))
-    _write_weight(w, new_w, unit, norms, shadow, ok)
+    _write_weight(w, new_w, unit, norms, bf16_copy, ok)
 
 
 def adam_numbers(
@@ -375,7 +375,7 @@ def _write_weight(
     new: Tensor,
     unit: bool,
     norms: Tensor | None,
-    shadow: Tensor | None,
+    bf16_copy: Tensor | None,
     ok: Tensor | None,
 ) -> None:
     if unit:
@@ -384,8 +384,8 @@ def _write_weight(
         if norms is not None:
             _write(ok, (norms, divisor.squeeze(1)))
     _write(ok, (w, new))
-    if shadow is not None:
-        _write(ok, (shadow, w))
+    if bf16_copy is not None:
+        _write(ok, (bf16_copy, w))
 
 
 def _write(ok: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import backends as paths
-from saetrain.kernels.backends import chosen_path, primitives
+from saetrain.kernels.backends import backend_module, select_backend
 
 
 def topk(pre_acts: Tensor, k: int, *, path: str | None = None) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def topk(pre_acts: Tensor, k: int, *, path: str | None = None) -> tuple[Tensor, 
     Returns:
         Values, and int64 indices in [0, M), distinct within a row; in any order. [N, K]
     """
-    return primitives(chosen_path(pre_acts, path)).topk(pre_acts, k)
+    return backend_module(select_backend(pre_acts, path)).topk(pre_acts, k)
 
 
 _ROOM = 4
@@ -44,19 +44,19 @@ def batch_topk(pre_acts: Tensor, k: int, *, path: str | None = None) -> tuple[Te
     Returns:
         Values, 0 in slots that stay empty, and int64 indices. [N, S]
     """
-    path = chosen_path(pre_acts, path)
+    path = select_backend(pre_acts, path)
     N, M = pre_acts.shape
     if N == 0:
         return topk(pre_acts, k, path=path)
-    if not paths.host_may_look(pre_acts):
+    if not paths.host_can_read(pre_acts):
         values, indices = topk(pre_acts, min(_ROOM_ON_DEVICE * k, M), path=path)
         # The cut among what every row holds; it is that of the batch unless a row has no room.
-        cut = primitives(path).batch_topk_threshold(values, k * N)
+        cut = backend_module(path).batch_topk_threshold(values, k * N)
         return torch.where(_above(values, cut), values, 0), indices
     slots = min(_ROOM * k, M)
     while True:
         values, indices = topk(pre_acts, slots, path=path)  # [N, S]
-        cut = primitives(path).batch_topk_threshold(values, k * N)
+        cut = backend_module(path).batch_topk_threshold(values, k * N)
         least = values.amin(dim=1)  # [N]
         full = (least >= cut) & (least > 0)  # there may be more below
         if slots == M or not bool(full.any()):
@@ -91,4 +91,4 @@ def group_max(pre_acts: Tensor, k: int, *, path: str | None = None) -> tuple[Ten
     Returns:
         Values, and int64 indices in [0, M), in the groups' order. [N, K]
     """
-    return primitives(chosen_path(pre_acts, path)).group_max(pre_acts, k)
+    return backend_module(select_backend(pre_acts, path)).group_max(pre_acts, k)

@@ -38,7 +38,7 @@ def sort_pairs(indices: Tensor, num_latents: int) -> SortedPairs:
     return SortedPairs(order, order // k, offsets)
 
 
-class PairsOnce:
+class SharedSortedPairs:
     """The sorted pairs of one tensor of indices, sorted when they are first asked for.
 
     The encoder leaves this on the indices that it returns (`share`), so that its backward pass and
@@ -58,14 +58,14 @@ class PairsOnce:
             self._pairs = sort_pairs(self._indices, self._num_latents)
         return self._pairs
 
-    def share(self, indices: Tensor) -> None:
+    def attach_to(self, indices: Tensor) -> None:
         """Let whoever is given this tensor, the same object, find the pairs."""
         setattr(indices, _NAME, self)
 
     @staticmethod
-    def of(indices: Tensor, num_latents: int) -> "PairsOnce":
+    def of(indices: Tensor, num_latents: int) -> "SharedSortedPairs":
         """Those that were left on these indices; else new ones."""
         found = getattr(indices, _NAME, None)
-        if isinstance(found, PairsOnce) and found._num_latents == num_latents:
+        if isinstance(found, SharedSortedPairs) and found._num_latents == num_latents:
             return found
-        return PairsOnce(indices, num_latents)
+        return SharedSortedPairs(indices, num_latents)

@@ -16,6 +16,6 @@ def total(values: Tensor) -> Tensor:
     A sum over everything is split among threads once it is long enough; sums of at most 4,096
     numbers are not. A device has no such threads, and for each sum a launch.
     """
-    if paths.host_may_look(values):
+    if paths.host_can_read(values):
         return torch.stack([chunk.sum() for chunk in torch.split(values, _CHUNK)]).sum()
     return values.sum()

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from saetrain.kernels.backends import chosen_path, primitives
-from saetrain.kernels.bf16_copy import note_shadow, shadow_of
+from saetrain.kernels.backends import backend_module, select_backend
+from saetrain.kernels.bf16_copy import bf16_copy_of, mark_bf16_copy
 from saetrain.kernels.on_torch.update import normalise_rows_, project_
 
 __all__ = ["adam_update_", "normalise_rows_", "project_", "signum_update_"]
@@ -36,13 +36,13 @@ def _update(
     """Update the first of `written`, the weight, and its state."""
     weight = written[0]
     # One that is not right already is none here: a flag that forbids the update would leave it so.
-    shadow = shadow_of(weight) if options.get("shadow") is None else None
-    if shadow is not None:
-        options["shadow"] = shadow
-    getattr(primitives(chosen_path(weight, path)), name)(*written, grad, **options)
+    bf16_copy = bf16_copy_of(weight) if options.get("shadow") is None else None
+    if bf16_copy is not None:
+        options["shadow"] = bf16_copy
+    getattr(backend_module(select_backend(weight, path)), name)(*written, grad, **options)
     # torch counts neither what Triton writes nor what its own fused Adam does.
     for tensor in (*written, options.get("norms")):
         if tensor is not None:
             increment_version(tensor)
-    if shadow is not None:
-        note_shadow(weight)
+    if bf16_copy is not None:
+        mark_bf16_copy(weight)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from actcache.cache.reader import Cache
-from actcache.stream.memory_budget import Budget
+from actcache.stream.memory_budget import MemoryBudget
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, SaeConfig
 from saetrain.config.sae_options import OptimizerName
 from saetrain.kernels.encode import tokens_at_once
-from saetrain.launch.resolve import budget_of, entries_of, steps_ahead, with_rates
+from saetrain.launch.resolve import budget_of, sae_entries, steps_ahead, with_default_lr
 from saetrain.model.factory import build_sae
 from saetrain.model.hookpoint_io import hookpoints_of
 from saetrain.runs.record import SaeEntry
@@ -28,7 +28,7 @@ FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
-class SaePlan:
+class SaeEstimate:
     """One SAE. Sizes in bytes."""
 
     name: str
@@ -53,10 +53,10 @@ class SaePlan:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunEstimate:
     """The SAEs of a run. Sizes in bytes."""
 
-    saes: tuple[SaePlan, ...]
+    saes: tuple[SaeEstimate, ...]
     parameters: int
     weights: int
     optimizer_state: int
@@ -72,7 +72,7 @@ class RunPlan:
     """Memory that the device has free now."""
 
 
-def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
+def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
     """List what a run would train; nothing is written.
 
     Raises:
@@ -83,19 +83,19 @@ def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
         block_cache=config.block_cache,
         block_cache_bytes=config.block_cache_bytes,
     )
-    entries = entries_of(config, cache)
+    entries = sae_entries(config, cache)
     hookpoints = hookpoints_of(entries)
-    budget: Budget = budget_of(config, cache, hookpoints)
+    budget: MemoryBudget = budget_of(config, cache, hookpoints)
     steps = steps_ahead(config, cache, budget.pool_rows)
     if steps is not None:
-        entries = with_rates(entries, steps)
-    saes = tuple(plan_sae(entry, config, device.type) for entry in entries)
+        entries = with_default_lr(entries, steps)
+    saes = tuple(estimate_sae(entry, config, device.type) for entry in entries)
     if steps is None:
         saes = tuple(
             dataclasses.replace(sae, lr=entry.options.lr)
             for sae, entry in zip(saes, entries, strict=True)
         )
-    row = sum(cache.codec.row_bytes(cache.manifest.width(name)) for name in hookpoints)
+    row = sum(cache.row_dtype.row_bytes(cache.manifest.width(name)) for name in hookpoints)
     weights, state = sum(s.weights for s in saes), sum(s.optimizer_state for s in saes)
     # Of the one that takes most: gradients are dropped before the next SAE's turn.
     gradients, activations = max(
@@ -103,7 +103,7 @@ def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
     )
     rows = min(budget.pool_rows, cache.rows) * row
     mixed_there = rows if device.type == "cuda" else 0
-    return RunPlan(
+    return RunEstimate(
         saes=saes,
         parameters=sum(s.parameters for s in saes),
         weights=weights,
@@ -116,7 +116,7 @@ def plan_fit(config: FitConfig, device: torch.device) -> RunPlan:
     )
 
 
-def plan_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> SaePlan:
+def estimate_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> SaeEstimate:
     """Parameters and memory of one SAE.
 
     Args:
@@ -127,7 +127,7 @@ def plan_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> SaePla
     sizes, shapes = entry.config, parameter_shapes(entry.config)
     P = sum(map(math.prod, shapes))
     item = getattr(torch, options.weights_dtype).itemsize
-    return SaePlan(
+    return SaeEstimate(
         name=entry.name,
         hookpoint=entry.hookpoint,
         d_in=sizes.d_in,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from actcache.core.json_codec import to_json
 from actcache.errors import ActcacheError
-from actcache.filesystem.atomic import publish
-from saetrain.distributed.signals import Stopped
+from actcache.filesystem.atomic import write_atomic
+from saetrain.distributed.signals import RunStopped
 from saetrain.runs.checkpoint import newest_step
 from saetrain.runs.record import RUN
 
@@ -21,7 +21,7 @@ EXIT = "exit.json"
 
 
 @dataclass(frozen=True)
-class Ending:
+class ExitStatus:
     """Contents of `exit.json`."""
 
     code: int
@@ -34,7 +34,9 @@ class Ending:
 
 
 @contextmanager
-def told(root: Path, is_ours: Callable[[BaseException | None], bool]) -> Iterator[None]:
+def recorded_exit_status(
+    root: Path, is_ours: Callable[[BaseException | None], bool]
+) -> Iterator[None]:
     """Write `exit.json` when what is within ends, however it does.
 
     Args:
@@ -46,13 +48,13 @@ def told(root: Path, is_ours: Callable[[BaseException | None], bool]) -> Iterato
         yield
     except BaseException as error:
         if is_ours(error):
-            tell(root, error)
+            write_exit_status(root, error)
         raise
     if is_ours(None):
-        tell(root, None)
+        write_exit_status(root, None)
 
 
-def is_early(root: Path, error: BaseException | None) -> bool:
+def stopped_before_start(root: Path, error: BaseException | None) -> bool:
     """Whether a signal has ended a run before it had begun: while its first rows were waited for.
 
     Nothing else is to be in its folder then: it might be another's.
@@ -67,17 +69,17 @@ def is_early(root: Path, error: BaseException | None) -> bool:
         return False
 
 
-def tell(root: Path, error: BaseException | None) -> None:
+def write_exit_status(root: Path, error: BaseException | None) -> None:
     """Write `exit.json`, if there is a run, or would be but for a signal."""
     begun = (root / RUN).exists()
-    if begun or is_early(root, error):
+    if begun or stopped_before_start(root, error):
         code, reason = (0, "finished") if error is None else (_code(error), _reason(error))
         with suppress(ActcacheError, OSError):  # how it ended is the news, not this
             step = newest_step(root) if begun else None
-            publish(root / EXIT, [to_json(Ending(code, reason, step or 0))])
+            write_atomic(root / EXIT, [to_json(ExitStatus(code, reason, step or 0))])
 
 
-def forget(root: Path) -> None:
+def clear_exit_status(root: Path) -> None:
     """Remove what an earlier call left: whoever is killed from now on must not look finished."""
     (root / EXIT).unlink(missing_ok=True)
 
@@ -90,7 +92,7 @@ def _code(error: BaseException) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, Stopped):
+    if isinstance(error, RunStopped):
         return error.signal.name
     if isinstance(error, KeyboardInterrupt):
         return "SIGTERM" if _code(error) == 143 else "SIGINT"

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from actcache.core.json_codec import decode_json, short
+from actcache.core.json_codec import decode_json, truncated_repr
 from actcache.errors import ConfigError, FormatError, RunError
-from actcache.filesystem.atomic import FileReceipt, digest_file
+from actcache.filesystem.atomic import FileDigest, digest_file
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import SaeOptions
@@ -34,14 +34,14 @@ from saetrain.formats.sparsify import (
     tensors_of,
 )
 from saetrain.model.sae import Sae
-from saetrain.runs.record import SaeEntry, Source
+from saetrain.runs.record import PretrainedSource, SaeEntry
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER = 1 << 20
 
 
-class Origins:
+class PretrainedSaes:
     """The SAEs that there are to begin with.
 
     Args:
@@ -90,7 +90,7 @@ class Origins:
         """
         return [self._kind(*each) for each in zip(entries, self._assign(entries), strict=True)]
 
-    def sources(self, entries: Sequence[SaeEntry]) -> tuple[Source, ...]:
+    def sources(self, entries: Sequence[SaeEntry]) -> tuple[PretrainedSource, ...]:
         """What a run writes down of the weights that its SAEs begin with."""
         return tuple(map(self._source, self._assign(entries)))
 
@@ -127,10 +127,10 @@ class Origins:
     def _kind(self, entry: SaeEntry, name: str) -> SaeConfig:
         folder, place = self._folder / name, self._written(name)
         require_norm(read_config(folder).normalize_decoder, place, entry.config, entry.options)
-        return kind_of(read_sae_config(folder), place, entry.config, entry.options)
+        return require_compatible(read_sae_config(folder), place, entry.config, entry.options)
 
-    def _source(self, name: str) -> Source:
-        source = Source(self._written(name), self._revision, FileReceipt(0, ""))
+    def _source(self, name: str) -> PretrainedSource:
+        source = PretrainedSource(self._written(name), self._revision, FileDigest(0, ""))
         path = folder_of(source) / WEIGHTS
         if not path.is_file():
             raise FormatError(f"{path.parent} holds no SAE", expected=f"{CONFIG} and {WEIGHTS}")
@@ -142,7 +142,7 @@ class Origins:
         return str((self._folder / name).resolve())
 
 
-def folder_of(source: Source) -> Path:
+def folder_of(source: PretrainedSource) -> Path:
     """Where weights are on this machine; raises `RunError` if the Hub does not give them."""
     if source.revision is None:
         return Path(source.path)
@@ -160,12 +160,14 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
     except Exception as error:  # the client and what it stands on raise anything
         raise RunError(
             f"--finetune {repository} is no folder here, and cannot be had from the Hub",
-            got=f"{type(error).__name__}: {short(str(error), 400)}",
+            got=f"{type(error).__name__}: {truncated_repr(str(error), 400)}",
             remedy="look at its name, the network and HF_TOKEN; or download it and name the folder",
         ) from error
 
 
-def kind_of(found: SaeConfig, place: str, asked: SaeConfig, options: SaeOptions) -> SaeConfig:
+def require_compatible(
+    found: SaeConfig, place: str, asked: SaeConfig, options: SaeOptions
+) -> SaeConfig:
     """What an SAE is that begins with the weights of another.
 
     Sizes and kind are those of the weights. An option that is left at its default does not
@@ -227,7 +229,7 @@ def require_norm(unit_rows: bool, place: str, asked: SaeConfig, options: SaeOpti
 
 
 @torch.no_grad()
-def begin_with(sae: Sae, entry: SaeEntry, source: Source, config: FitConfig) -> None:
+def load_pretrained(sae: Sae, entry: SaeEntry, source: PretrainedSource, config: FitConfig) -> None:
     """Put weights into an SAE that is as a new one begins.
 
     Args:
@@ -287,7 +289,9 @@ def require_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     try:
         header = decode_json(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no safetensors file", got=short(str(error))) from error
+        raise FormatError(
+            f"{path} is no safetensors file", got=truncated_repr(str(error))
+        ) from error
     entries = header if isinstance(header, dict) else {}
     for name, shape in shapes.items():
         said = entries.get(name)
@@ -306,5 +310,5 @@ def require_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise FormatError(
                 f"{path}: tensor {name}",
                 expected=f"{list(shape)} in {' | '.join(_BYTES)}, within {size:,} bytes",
-                got=short(json.dumps(said), 200),
+                got=truncated_repr(json.dumps(said), 200),
             )

@@ -12,45 +12,53 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError
-from actcache.stream.memory_budget import PREFETCH_BATCHES, Budget, spend
+from actcache.stream.memory_budget import PREFETCH_BATCHES, MemoryBudget, plan_memory
 from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import require_overrides_used, saes_at
 from saetrain.config.sae import PENALISED, SaeConfig
 from saetrain.config.sae_options import SaeOptions
-from saetrain.distributed.coordinator import Crew
-from saetrain.launch.finetune import Origins
-from saetrain.model.hookpoint_io import Wiring, hookpoints_of, wire
+from saetrain.distributed.coordinator import Coordinator
+from saetrain.launch.finetune import PretrainedSaes
+from saetrain.model.hookpoint_io import HookpointRoles, assign_hookpoints, hookpoints_of
 from saetrain.optim import default_lr
-from saetrain.runs.record import FORMAT_VERSION, RunRecord, SaeEntry, place_of, receipts_digest
+from saetrain.runs.record import (
+    FORMAT_VERSION,
+    RunRecord,
+    SaeEntry,
+    absolute_cache,
+    receipts_digest,
+)
 from saetrain.runs.segments import first_segment, require_batch
 from saetrain.tracking.wandb_mirror import new_id
-from saetrain.training.init import FirstRows, with_scales
+from saetrain.training.init import FirstRows, with_initial_scales
 
 Kinds = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
 _DEAD_AFTER = 10_000_000
 
 
-def decide(config: FitConfig, cache: Cache, device: torch.device, crew: Crew) -> RunRecord:
+def resolve_run(
+    config: FitConfig, cache: Cache, device: torch.device, coordinator: Coordinator
+) -> RunRecord:
     """All that a new run is. With --follow, waits until its first segment is there."""
-    origins = None if config.finetune is None else Origins(config.finetune)
-    entries = entries_of(config, cache, None if origins is None else origins.kinds)
+    origins = None if config.finetune is None else PretrainedSaes(config.finetune)
+    entries = sae_entries(config, cache, None if origins is None else origins.kinds)
     pool_rows = budget_of(config, cache, hookpoints_of(entries)).pool_rows
     decide = _order_in_segments if config.follow else _order
     order = decide(config, cache, pool_rows)
-    steps = steps_of(config, order.epoch_steps)
+    steps = planned_steps(config, order.epoch_steps)
     epoch_steps = steps if order.epoch_steps is None else order.epoch_steps
     training = [shard for shard, _ in order.plan.shards]
     first = FirstRows(cache, order.plan)
     statistics_of = functools.cache(lambda name: cache.statistics(name, training))
     entries = tuple(
-        with_scales(entry, config.of(entry.options), statistics_of, first, device)
-        for entry in with_rates(entries, steps)
+        with_initial_scales(entry, config.of(entry.options), statistics_of, first, device)
+        for entry in with_default_lr(entries, steps)
     )
     return RunRecord(
         format_version=FORMAT_VERSION,
-        cache=place_of(config.cache),
+        cache=absolute_cache(config.cache),
         cache_id=cache.manifest.cache_id,
         receipts_digest=receipts_digest(cache, training, order.held_out),
         held_out=tuple(order.held_out),
@@ -59,14 +67,14 @@ def decide(config: FitConfig, cache: Cache, device: torch.device, crew: Crew) ->
         dead_after=config.dead_after
         or min(_DEAD_AFTER, min(steps, epoch_steps) * order.plan.batch_size),
         saes=entries,
-        options=of_the_run(config),
-        versions=versions_now(),
+        options=run_options(config),
+        versions=library_versions(),
         segment_shards=order.segment_shards,
         extensions=len(cache.manifest.extensions) if config.follow else None,
         pool_rows=pool_rows,
         wandb_id=new_id(config),
         origins=() if origins is None else origins.sources(entries),
-        batch_parts=crew.processes if crew.shares_batches else 1,
+        batch_parts=coordinator.world_size if coordinator.is_data_parallel else 1,
     )
 
 
@@ -112,14 +120,14 @@ def _order_in_segments(config: FitConfig, cache: Cache, pool_rows: int) -> _Orde
         rows = goal_rows(manifest, max(goals))
         epoch_steps = segmentation.steps(rows)
         promised = {shard: rows[shard] for shard in promised if shard in rows}
-    steps_of(config, epoch_steps)  # what cannot be is refused now, not after hours of waiting
+    planned_steps(config, epoch_steps)  # what cannot be is refused now, not after hours of waiting
     require_batch(segmentation, promised)
     plan = first_segment(cache, segmentation)
     held_out = [s for s in segmentation.shards(0, cache.shards[-1]) if segmentation.is_held_out(s)]
     return _Order(plan, held_out, epoch_steps, segmentation.shards_each)
 
 
-def steps_of(config: FitConfig, epoch_steps: int | None) -> int:
+def planned_steps(config: FitConfig, epoch_steps: int | None) -> int:
     """Steps of the whole run; with --follow, unless --max-tokens says it, the most it can have."""
     if config.max_tokens is None:
         if epoch_steps is None:
@@ -159,45 +167,47 @@ def whole_updates(config: FitConfig, steps: int) -> int:
     return whole
 
 
-def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> Budget:
+def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> MemoryBudget:
     """How many rows are mixed in memory, and how many batches wait."""
     if config.pool_rows is not None:
-        return Budget(config.pool_rows, PREFETCH_BATCHES)
-    return spend(config.buffer_bytes, cache.manifest, hookpoints, config.batch_size)
+        return MemoryBudget(config.pool_rows, PREFETCH_BATCHES)
+    return plan_memory(config.buffer_bytes, cache.manifest, hookpoints, config.batch_size)
 
 
-def versions_now() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Libraries that decide a run's bits."""
     return {name: version(name) for name in ("actcache", "torch")}
 
 
-def of_the_run(config: FitConfig) -> FitConfig:
+def run_options(config: FitConfig) -> FitConfig:
     """Without what is of this start, not of the run."""
     return dataclasses.replace(config, parallel=None)
 
 
-def entries_of(config: FitConfig, cache: Cache, kinds: Kinds | None = None) -> tuple[SaeEntry, ...]:
-    """The SAEs that a run trains, hookpoint after hookpoint; `with_rates` knows its length.
+def sae_entries(
+    config: FitConfig, cache: Cache, kinds: Kinds | None = None
+) -> tuple[SaeEntry, ...]:
+    """The SAEs that a run trains, hookpoint after hookpoint; `with_default_lr` knows its length.
 
     Args:
         config: the options.
         cache: its cache.
         kinds: with --finetune, what they are, from what they would be; None: what is found.
     """
-    wirings = wire(config, cache)
-    require_overrides_used(config, [wiring.name for wiring in wirings])
+    wirings = assign_hookpoints(config, cache)
+    require_overrides_used(config, [roles.name for roles in wirings])
     entries = tuple(
-        _entry(config, wiring, cache, setting, options)
-        for wiring in wirings
-        for setting, options in saes_at(config, wiring.name).items()
+        _entry(config, roles, cache, setting, options)
+        for roles in wirings
+        for setting, options in saes_at(config, roles.name).items()
     )
     if config.finetune is None:
         return entries
-    kinds = kinds or Origins(config.finetune).kinds
+    kinds = kinds or PretrainedSaes(config.finetune).kinds
     return tuple(map(_with_kind, entries, kinds(entries)))
 
 
-def with_rates(entries: Sequence[SaeEntry], steps: int) -> tuple[SaeEntry, ...]:
+def with_default_lr(entries: Sequence[SaeEntry], steps: int) -> tuple[SaeEntry, ...]:
     """The same SAEs with the learning rates of a run of so many steps, where none are asked for."""
     return tuple(
         dataclasses.replace(entry, lr=_default_lr(entry.config, entry.options, steps))
@@ -210,8 +220,12 @@ def with_rates(entries: Sequence[SaeEntry], steps: int) -> tuple[SaeEntry, ...]:
 def steps_ahead(config: FitConfig, cache: Cache, pool_rows: int) -> int | None:
     """Steps that a run would have; None with --follow, where the harvest's goal says it later."""
     if config.max_tokens is not None:
-        return steps_of(config, None)
-    return None if config.follow else steps_of(config, _order(config, cache, pool_rows).epoch_steps)
+        return planned_steps(config, None)
+    return (
+        None
+        if config.follow
+        else planned_steps(config, _order(config, cache, pool_rows).epoch_steps)
+    )
 
 
 def _default_lr(sizes: SaeConfig, options: SaeOptions, steps: int | None = None) -> float:
@@ -226,14 +240,14 @@ def _with_kind(entry: SaeEntry, kind: SaeConfig) -> SaeEntry:
 
 
 def _entry(
-    config: FitConfig, wiring: Wiring, cache: Cache, setting: str, options: SaeOptions
+    config: FitConfig, roles: HookpointRoles, cache: Cache, setting: str, options: SaeOptions
 ) -> SaeEntry:
     """One SAE's kind, sizes and learning rate."""
     width = cache.manifest.width
-    reads = wiring.reads or (wiring.name,)
+    reads = roles.reads or (roles.name,)
     widths = tuple(width(name) for name in reads)
     num_latents = options.num_latents or max(widths) * options.expansion_factor
-    d_out = sum(map(width, wiring.predicts))
+    d_out = sum(map(width, roles.predicts))
     sparsity = options.sparsity
     if sparsity is None:
         sparsity = PENALISED.get(options.activation, 0.0)
@@ -254,5 +268,5 @@ def _entry(
     )
     lr = options.lr if options.lr is not None else _default_lr(sizes, options)
     return SaeEntry(
-        wiring.name, sizes, lr, options.seed, setting, options, wiring.reads, wiring.predicts
+        roles.name, sizes, lr, options.seed, setting, options, roles.reads, roles.predicts
     )

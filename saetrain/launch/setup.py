@@ -13,73 +13,92 @@ from torch import Tensor
 from actcache.cache.reader import Cache
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import digest_file
-from saetrain.distributed.coordinator import Crew
+from saetrain.distributed.coordinator import Coordinator
 from saetrain.formats.sparsify import WEIGHTS
-from saetrain.launch.finetune import begin_with
-from saetrain.model.hookpoint_io import hookpoints_of, targets_of
-from saetrain.model.losses import objective_of
+from saetrain.launch.finetune import load_pretrained
+from saetrain.model.hookpoint_io import hookpoints_of, target_stats
+from saetrain.model.losses import make_loss_config
 from saetrain.optim import make_optimizer, make_schedule, warmup_steps
-from saetrain.runs.checkpoint import Keep, State, load_checkpoint, load_parts, remove_others
+from saetrain.runs.checkpoint import (
+    RetentionPolicy,
+    State,
+    load_checkpoint,
+    load_parts,
+    remove_others,
+)
 from saetrain.runs.record import RunRecord
-from saetrain.runs.segments import Follower
+from saetrain.runs.segments import SegmentTracker
 from saetrain.training.best import best_folder
-from saetrain.training.checkpointing import export, forget_other_bests
+from saetrain.training.checkpointing import export, prune_best
 from saetrain.training.cuda_graphs import require_cuda_graphs
-from saetrain.training.ddp import SharedBatches
-from saetrain.training.init import FirstRows, initial_sae, start_at_median
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.ddp import DdpStep
+from saetrain.training.init import FirstRows, init_b_dec_at_median, initial_sae
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import require_bfloat16_products, require_compiler
-from saetrain.training.step_settings import make_recipe
+from saetrain.training.step_settings import make_step_settings
 from saetrain.training.validation import Validation
 
 
 @dataclass(frozen=True)
-class Built:
+class RunState:
     """All that a run needs in order to go, or to go on."""
 
-    trainees: list[Trainee]
+    trainers: list[SaeTrainer]
     """What this process trains."""
-    follower: Follower | None
+    segment_tracker: SegmentTracker | None
     """Its side of following a harvest."""
     validation: Validation | None
     """Held-out rows, if this process validates."""
-    restored: Restored
+    resume_point: ResumePoint
     """Where it goes on from."""
 
 
-def build_run(
-    root: Path, record: RunRecord, cache: Cache, device: torch.device, crew: Crew, begun: bool
-) -> Built:
+def set_up_run(
+    root: Path,
+    record: RunRecord,
+    cache: Cache,
+    device: torch.device,
+    coordinator: Coordinator,
+    begun: bool,
+) -> RunState:
     """Build a run as it begins; one that was begun before, as its newest checkpoint left it.
 
     Raises:
         ActcacheError: one of its kinds: it cannot be built.
     """
-    crew.begin(device)
-    numbers = crew.saes(record.saes)
-    trainees = build(record, cache, device, numbers, crew.shares_batches)
-    follower = None if record.segment_shards is None else Follower(root, record, cache, crew.leads)
-    restored = restore(root, record, trainees, follower, crew) if begun else Restored()
-    if restored.step == 0:
+    coordinator.init_process_group(device)
+    numbers = coordinator.assigned_saes(record.saes)
+    trainers = make_trainers(record, cache, device, numbers, coordinator.is_data_parallel)
+    segment_tracker = (
+        None
+        if record.segment_shards is None
+        else SegmentTracker(root, record, cache, coordinator.is_rank_zero)
+    )
+    resume_point = (
+        restore_checkpoint(root, record, trainers, segment_tracker, coordinator)
+        if begun
+        else ResumePoint()
+    )
+    if resume_point.step == 0:
         first = FirstRows(cache, record.plan)
-        for trainee in trainees:
-            start_at_median(trainee.sae, trainee.entry, first)
+        for trainer in trainers:
+            init_b_dec_at_median(trainer.sae, trainer.entry, first)
             if record.origins:
-                origin = record.origins[trainee.number]
-                begin_with(trainee.sae, trainee.entry, origin, record.options)
-    validates = crew.saves and restored.step < record.steps
-    validation = held_out_rows(record, cache, trainees) if validates else None
-    return Built(trainees, follower, validation, restored)
+                origin = record.origins[trainer.index]
+                load_pretrained(trainer.sae, trainer.entry, origin, record.options)
+    validates = coordinator.writes_saes and resume_point.step < record.steps
+    validation = held_out_rows(record, cache, trainers) if validates else None
+    return RunState(trainers, segment_tracker, validation, resume_point)
 
 
-def build(
+def make_trainers(
     record: RunRecord,
     cache: Cache,
     device: torch.device,
     numbers: Sequence[int],
-    shares_batches: bool = False,
-) -> list[Trainee]:
+    is_data_parallel: bool = False,
+) -> list[SaeTrainer]:
     """The SAEs of these numbers with their optimisers, b_dec at the mean of the training rows."""
     if record.options.autocast:
         require_bfloat16_products(device)
@@ -89,11 +108,11 @@ def build(
         require_compiler(device)
     # Once for each hookpoint: they are merged from as many files as there are shards.
     statistics_of = functools.cache(lambda name: cache.statistics(name, record.training_shards))
-    trainees = []
+    trainers = []
     for number in numbers:
         entry = record.saes[number]
         sizes, options = entry.config, record.options.of(entry.options)
-        targets = targets_of(entry, statistics_of)
+        targets = target_stats(entry, statistics_of)
         sae = initial_sae(entry, targets, options, device)
         optimizer = make_optimizer(
             options.optimizer,
@@ -106,30 +125,32 @@ def build(
             decoder_norm=options.decoder_norm,
         )
         rise = options.sparsity_warmup_steps
-        objective = objective_of(sizes, record.steps // 20 if rise is None else rise, targets.parts)
-        trainees.append(
-            Trainee(
+        loss_config = make_loss_config(
+            sizes, record.steps // 20 if rise is None else rise, targets.parts
+        )
+        trainers.append(
+            SaeTrainer(
                 entry,
                 sae,
                 optimizer,
-                Firing(sizes.num_latents, record.dead_after, device),
-                Meter(device, objective.names),
+                DeadLatentTracker(sizes.num_latents, record.dead_after, device),
+                MeanMeter(device, loss_config.names),
                 targets.variance,
-                objective,
-                make_recipe(options, sizes),
-                number=number,
-                shared=SharedBatches(sae) if shares_batches else None,
+                loss_config,
+                make_step_settings(options, sizes),
+                index=number,
+                ddp=DdpStep(sae) if is_data_parallel else None,
             )
         )
-    return trainees
+    return trainers
 
 
-def held_out_rows(record: RunRecord, cache: Cache, trainees: list[Trainee]) -> Validation | None:
+def held_out_rows(record: RunRecord, cache: Cache, trainers: list[SaeTrainer]) -> Validation | None:
     """What a run validates on, if it does."""
     options = record.options
     if options.val_every is None:
         return None
-    hookpoints = hookpoints_of([trainee.entry for trainee in trainees])
+    hookpoints = hookpoints_of([trainer.entry for trainer in trainers])
     held_out = record.held_out
     return Validation(
         cache, hookpoints, record.training_shards, held_out, options.val_rows, options.verify
@@ -137,7 +158,7 @@ def held_out_rows(record: RunRecord, cache: Cache, trainees: list[Trainee]) -> V
 
 
 @dataclass(frozen=True)
-class Restored:
+class ResumePoint:
     """What a run goes on from; by default, its beginning."""
 
     step: int = 0
@@ -148,9 +169,13 @@ class Restored:
     """One if a newer checkpoint is damaged."""
 
 
-def restore(
-    root: Path, record: RunRecord, trainees: list[Trainee], follower: Follower | None, crew: Crew
-) -> Restored:
+def restore_checkpoint(
+    root: Path,
+    record: RunRecord,
+    trainers: list[SaeTrainer],
+    segment_tracker: SegmentTracker | None,
+    coordinator: Coordinator,
+) -> ResumePoint:
     """Put back the newest checkpoint that is whole, if there is one, and all that lies beside it.
 
     Raises:
@@ -164,68 +189,68 @@ def restore(
             "that came after it is done again"
         )
 
-    wanted = {trainee.number for trainee in trainees}
-    if crew.leads:
+    wanted = {trainer.index for trainer in trainers}
+    if coordinator.is_rank_zero:
         check = functools.partial(_require_bests, root, record)
         checkpoint = load_checkpoint(root, wanted, check, fell_back)
-        crew.tell(_Chosen(None if checkpoint is None else checkpoint[0].step))
+        coordinator.broadcast(CheckpointChoice(None if checkpoint is None else checkpoint[0].step))
     else:
-        step = crew.hear(_Chosen).step
+        step = coordinator.receive(CheckpointChoice).step
         checkpoint = None if step is None else load_parts(root, step, wanted)
     if checkpoint is not None:
-        _put_back(root, record, trainees, follower, *checkpoint)
-    crew.wait()  # nobody removes what another one still reads
-    if crew.leads and checkpoint is not None:
-        keep = Keep(record.options.keep_last, record.options.keep_every)
+        _load_state(root, record, trainers, segment_tracker, *checkpoint)
+    coordinator.barrier()  # nobody removes what another one still reads
+    if coordinator.is_rank_zero and checkpoint is not None:
+        keep = RetentionPolicy(record.options.keep_last, record.options.keep_every)
         remove_others(root, checkpoint[0].step, keep)
-    crew.wait()
-    if crew.saves:
-        forget_other_bests(root, trainees)
+    coordinator.barrier()
+    if coordinator.writes_saes:
+        prune_best(root, trainers)
     if checkpoint is None:
-        return Restored()
+        return ResumePoint()
     state, _ = checkpoint
-    for trainee in trainees if crew.saves else ():
-        exported = root / trainee.entry.name / WEIGHTS
-        written = state.saes[trainee.number].export
+    for trainer in trainers if coordinator.writes_saes else ():
+        exported = root / trainer.entry.name / WEIGHTS
+        written = state.saes[trainer.index].export
         if not exported.is_file() or digest_file(exported) != written:  # of a later step
-            export(root, trainee)
-    return Restored(state.step, state.stream, tuple(warnings))
+            export(root, trainer)
+    return ResumePoint(state.step, state.stream, tuple(warnings))
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class CheckpointChoice:
     """The checkpoint that a run goes on from."""
 
     step: int | None
     """Steps done; None: there is none."""
 
 
-def _put_back(
+def _load_state(
     root: Path,
     record: RunRecord,
-    trainees: list[Trainee],
-    follower: Follower | None,
+    trainers: list[SaeTrainer],
+    segment_tracker: SegmentTracker | None,
     state: State,
     tensors: list[dict[str, Tensor]],
 ) -> None:
     """Load a checkpoint into what is trained; raises `FormatError` if it is not of this run."""
-    if follower is None:
+    if segment_tracker is None:
         epoch, step = divmod(state.step, record.plan.steps_per_epoch)
         place: dict[str, int] | None = {"epoch": epoch, "step": step}
     else:
-        place = follower.place_after(state.step, record.epochs)
+        place = segment_tracker.place_after(state.step, record.epochs)
     fits = len(tensors) == len(record.saes) and 0 <= state.step <= record.steps
     if not fits or state.stream != place:
         expected = f"{len(record.saes)} SAEs, step 0 to {record.steps}, the stream at {place}"
         got = f"{len(tensors)} SAEs, step {state.step}, the stream at {state.stream}"
         raise _foreign_checkpoint(root, expected, got)
-    for trainee in trainees:
-        part, sae = tensors[trainee.number], state.saes[trainee.number]
+    for trainer in trainers:
+        part, sae = tensors[trainer.index], state.saes[trainer.index]
         try:
-            trainee.load_state(part, sae.numbers)
+            trainer.load_state(part, sae.numbers)
         except (KeyError, RuntimeError) as error:
-            raise _foreign_checkpoint(root, f"the state of {trainee.entry}", error) from error
-        trainee.best = sae.best
+            raise _foreign_checkpoint(root, f"the state of {trainer.entry}", error) from error
+        trainer.best = sae.best
 
 
 def _require_bests(root: Path, record: RunRecord, state: State) -> None:

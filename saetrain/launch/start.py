@@ -12,34 +12,34 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.core.device import choose_device
-from actcache.core.file_lock import FolderLock
+from actcache.core.file_lock import DirectoryLock
 from actcache.errors import RunError
 from actcache.filesystem.atomic import remove_partials
 from actcache.format.manifest import MANIFEST
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
-from saetrain.distributed.coordinator import Crew, Decided
-from saetrain.launch.exit_status import EXIT, forget
+from saetrain.distributed.coordinator import Coordinator, RunBroadcast
+from saetrain.launch.exit_status import EXIT, clear_exit_status
 from saetrain.launch.resolve import (
-    decide,
-    entries_of,
-    of_the_run,
-    steps_of,
-    versions_now,
+    library_versions,
+    planned_steps,
+    resolve_run,
+    run_options,
+    sae_entries,
     whole_updates,
-    with_rates,
+    with_default_lr,
 )
 from saetrain.runs.checkpoint import newest_step
-from saetrain.runs.overrides import force, with_change
+from saetrain.runs.overrides import apply_overrides, with_history_entry
 from saetrain.runs.record import (
     LOCK,
     RUN,
     RunRecord,
     SaeEntry,
+    absolute_cache,
     changed_options,
     check_same_cache,
     check_same_run,
-    place_of,
     read_run,
     write_run,
 )
@@ -47,7 +47,7 @@ from saetrain.tracking.wandb_mirror import new_id
 
 
 @dataclass(frozen=True)
-class Agreed:
+class RunStart:
     """What all processes of a run begin with."""
 
     begun: bool
@@ -64,7 +64,9 @@ class Agreed:
     """What the user should know; known to the leader."""
 
 
-def agree(config: FitConfig, root: Path, lock: FolderLock, crew: Crew) -> Agreed:
+def start_or_resume(
+    config: FitConfig, root: Path, lock: DirectoryLock, coordinator: Coordinator
+) -> RunStart:
     """Decide what the run is, or hear it.
 
     A run that was begun before is locked from here on, and nothing is left of how it ended.
@@ -72,65 +74,75 @@ def agree(config: FitConfig, root: Path, lock: FolderLock, crew: Crew) -> Agreed
     Raises:
         ActcacheError: one of its kinds: what is asked for cannot be.
     """
-    agreed = _lead(config, root, lock, crew) if crew.leads else _follow(config, root, lock, crew)
-    extensions = agreed.record.extensions
+    run_start = (
+        _start_rank_zero(config, root, lock, coordinator)
+        if coordinator.is_rank_zero
+        else _start_worker(config, root, lock, coordinator)
+    )
+    extensions = run_start.record.extensions
     if extensions is None:
-        return agreed
+        return run_start
     # Those that came later are no part of the run.
-    return dataclasses.replace(agreed, cache=agreed.cache.before(extensions))
+    return dataclasses.replace(run_start, cache=run_start.cache.truncated_to(extensions))
 
 
-def _lead(config: FitConfig, root: Path, lock: FolderLock, crew: Crew) -> Agreed:
+def _start_rank_zero(
+    config: FitConfig, root: Path, lock: DirectoryLock, coordinator: Coordinator
+) -> RunStart:
     cache, device = _open(config), _device(config)
-    begun = is_begun(config, root)
+    begun = has_run(config, root)
     changes: tuple[str, ...] = ()
     if begun:
-        lock.take()
-        forget(root)
+        lock.acquire()
+        clear_exit_status(root)
         remove_partials(root)
-        record, changes, warnings = go_on(config, cache, root, crew)
+        record, changes, warnings = resume_record(config, cache, root, coordinator)
     else:
-        record = decide(config, cache, device, crew)
+        record = resolve_run(config, cache, device, coordinator)
         warnings = () if config.follow else _missing_shards(cache)
-    crew.require(record)
-    crew.tell(Decided(begun, record))
-    return Agreed(begun, record, cache, device, changes, warnings)
+    coordinator.check_supported(record)
+    coordinator.broadcast(RunBroadcast(begun, record))
+    return RunStart(begun, record, cache, device, changes, warnings)
 
 
-def _follow(config: FitConfig, root: Path, lock: FolderLock, crew: Crew) -> Agreed:
-    decided = crew.hear(Decided)
+def _start_worker(
+    config: FitConfig, root: Path, lock: DirectoryLock, coordinator: Coordinator
+) -> RunStart:
+    decided = coordinator.receive(RunBroadcast)
     if decided.begun:
-        _join(lock, root)
+        _acquire_shared(lock, root)
     cache, device = _open(config), _device(config)
     check_same_cache(decided.record, cache)
-    return Agreed(decided.begun, decided.record, cache, device)
+    return RunStart(decided.begun, decided.record, cache, device)
 
 
-def lay_down(agreed: Agreed, first_step: int, root: Path, lock: FolderLock, crew: Crew) -> None:
+def commit_run_record(
+    run_start: RunStart, first_step: int, root: Path, lock: DirectoryLock, coordinator: Coordinator
+) -> None:
     """Write down what the run is, once all have built it: one that cannot be leaves nothing behind.
 
     Raises:
         RunError: another run has been begun there meanwhile.
         CacheBusyError: one is just beginning.
     """
-    crew.wait()
-    if crew.leads and agreed.begun:
-        write_changes(root, agreed.record, first_step, agreed.changes)
-    elif crew.leads:
-        lock.take()
+    coordinator.barrier()
+    if coordinator.is_rank_zero and run_start.begun:
+        write_option_changes(root, run_start.record, first_step, run_start.changes)
+    elif coordinator.is_rank_zero:
+        lock.acquire()
         if (root / RUN).exists():
             raise RunError(f"another fit has begun a run in {root}", remedy="--resume, or wait")
-        forget(root)
+        clear_exit_status(root)
         remove_partials(root)
-        write_run(root, agreed.record)
-    crew.wait()
-    _join(lock, root)
+        write_run(root, run_start.record)
+    coordinator.barrier()
+    _acquire_shared(lock, root)
 
 
-def _join(lock: FolderLock, root: Path) -> None:
+def _acquire_shared(lock: DirectoryLock, root: Path) -> None:
     """Hold the lock that the leader has taken; raises `RunError` if it is not to be seen here."""
     try:
-        lock.join()
+        lock.acquire_shared()
     except FileNotFoundError as error:
         raise RunError(
             f"the run that rank 0 sees in {root} is not there for another process",
@@ -169,7 +181,7 @@ def _missing_shards(cache: Cache) -> tuple[str, ...]:
     )
 
 
-def is_begun(config: FitConfig, root: Path) -> bool:
+def has_run(config: FitConfig, root: Path) -> bool:
     """Whether the folder holds a run to go on with; raises `RunError` if it must not be used."""
     if (root / RUN).exists():
         if not config.resume:
@@ -189,15 +201,15 @@ def is_begun(config: FitConfig, root: Path) -> bool:
     return False
 
 
-def go_on(
-    config: FitConfig, cache: Cache, root: Path, crew: Crew
+def resume_record(
+    config: FitConfig, cache: Cache, root: Path, coordinator: Coordinator
 ) -> tuple[RunRecord, tuple[str, ...], tuple[str, ...]]:
     """The record of the run that is there, checked against what is asked now.
 
     Returns:
         It with the options of now, what has changed since it was last written, and warnings.
     """
-    config = of_the_run(config)
+    config = run_options(config)
     record = read_run(root)
     check_same_cache(record, cache)
     options = changed_options(record, config)
@@ -205,11 +217,13 @@ def go_on(
     asked = dataclasses.replace(record, options=config)
     if options and config.force_config:
         steps, done = _forced_steps(record, config), newest_step(root) or 0
-        saes = with_rates(entries_of(config, cache, functools.partial(_kinds_of, record)), steps)
-        asked = force(record, config, options, saes, steps, done)
+        saes = with_default_lr(
+            sae_entries(config, cache, functools.partial(_kinds_of, record)), steps
+        )
+        asked = apply_overrides(record, config, options, saes, steps, done)
     else:
         check_same_run(record, asked)
-    now = versions_now()
+    now = library_versions()
     last = record.history[-1].versions if record.history else record.versions
     libraries = [
         f"{name}: {then} then, {now.get(name)} now"
@@ -221,7 +235,7 @@ def go_on(
         for name, then in record.versions.items()
         if now.get(name) != then
     )
-    parts = crew.processes if crew.shares_batches else 1
+    parts = coordinator.world_size if coordinator.is_data_parallel else 1
     shares = []
     if parts != record.batch_parts:
         shares = [f"processes that share each batch: {record.batch_parts} then, {parts} now"]
@@ -244,21 +258,25 @@ def _forced_steps(record: RunRecord, config: FitConfig) -> int:
     """Steps of a run under other options."""
     if config.follow:
         return whole_updates(config, record.steps)
-    return steps_of(config, record.plan.steps_per_epoch)
+    return planned_steps(config, record.plan.steps_per_epoch)
 
 
-def write_changes(root: Path, record: RunRecord, first_step: int, changes: tuple[str, ...]) -> None:
+def write_option_changes(
+    root: Path, record: RunRecord, first_step: int, changes: tuple[str, ...]
+) -> None:
     """Write down what is not as it was when the run was last started.
 
     Options that touch no result are left as they were given first. The cache's place is that of
     now: `saetrain eval` must find it.
     """
     old = read_run(root)
-    new = dataclasses.replace(old, cache=place_of(record.options.cache), wandb_id=record.wandb_id)
+    new = dataclasses.replace(
+        old, cache=absolute_cache(record.options.cache), wandb_id=record.wandb_id
+    )
     if first_step < record.steps:
         if changed_options(old, record.options):
             new = dataclasses.replace(record, cache=new.cache)
         new = dataclasses.replace(new, batch_parts=record.batch_parts)
-        new = with_change(new, first_step, changes, versions_now())
+        new = with_history_entry(new, first_step, changes, library_versions())
     if new != old:
         write_run(root, new)

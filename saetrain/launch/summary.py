@@ -13,7 +13,7 @@ from actcache.stream.verified_reads import Verify
 from saetrain.config.sae_options import SaeOptions
 from saetrain.runs.checkpoint import Best, newest_state
 from saetrain.runs.record import RunRecord
-from saetrain.tracking.jsonl import METRICS, last_line, saes_of
+from saetrain.tracking.jsonl import METRICS, last_line, sae_metrics
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class FitSummary:
     """What the user should know."""
 
 
-def summarise(
+def summarize_fit(
     root: Path,
     record: RunRecord,
     stream: ActivationStream,
-    tracked: Tracked,
+    tracked: Throughput,
     verify: Verify,
     first_step: int,
     steps: int,
@@ -85,7 +85,7 @@ def summarise(
         data_wait=tracked.data_wait,
         limit=_limit(stream, tracked, verify) if steps > first_step else None,
         dead_after=record.dead_after,
-        saes=saes_of(root / METRICS, line, [entry.name for entry in record.saes]),
+        saes=sae_metrics(root / METRICS, line, [entry.name for entry in record.saes]),
         held_out=(last_line(root / METRICS, key="val") or {"val": {}})["val"],
         best=_bests(root, record),
         warnings=(*warnings, *_ended_early(record, steps)),
@@ -93,7 +93,7 @@ def summarise(
 
 
 @dataclass(frozen=True)
-class Tracked:
+class Throughput:
     """How long a call of `fit` took."""
 
     seconds: float
@@ -103,11 +103,11 @@ class Tracked:
     """Share of the time spent waiting for rows."""
 
 
-def _limit(stream: ActivationStream, tracked: Tracked, verify: Verify) -> str:
-    waits = Waits(
+def _limit(stream: ActivationStream, tracked: Throughput, verify: Verify) -> str:
+    waits = WaitTimes(
         tracked.seconds, stream.seconds_waited, stream.seconds_to_first, stream.seconds_for_shards
     )
-    return sentence(waits, tracked.rows_per_second * stream.row_bytes, verify)
+    return bottleneck_message(waits, tracked.rows_per_second * stream.row_bytes, verify)
 
 
 def _ended_early(record: RunRecord, steps: int) -> tuple[str, ...]:
@@ -141,7 +141,7 @@ _COMPUTE = 0.1  # up to here, compute is
 
 
 @dataclass(frozen=True)
-class Waits:
+class WaitTimes:
     """Where the time of a run went, seconds."""
 
     all: float
@@ -154,7 +154,7 @@ class Waits:
     """Of that, for shards of a harvest at work; in whole seconds."""
 
 
-def sentence(waits: Waits, bytes_per_second: float, verify: str) -> str:
+def bottleneck_message(waits: WaitTimes, bytes_per_second: float, verify: str) -> str:
     """One sentence: what the limit was, and what would help.
 
     Args:

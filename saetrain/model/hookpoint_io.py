@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actcache.errors import HookpointError, RunError
 from actcache.format.manifest import INPUT
-from saetrain.model.losses import Part
+from saetrain.model.losses import OutputSlice
 
 if TYPE_CHECKING:
     from actcache.cache.reader import Cache
@@ -29,7 +29,7 @@ CROSSCODER = "crosscoder"
 """Name of an SAE that belongs to no hookpoint alone, and its folder."""
 
 
-class Wiring(NamedTuple):
+class HookpointRoles(NamedTuple):
     """One SAE's hookpoints."""
 
     name: str
@@ -40,20 +40,22 @@ class Wiring(NamedTuple):
     """Hookpoints it predicts; none: those it reads."""
 
 
-def wire(config: FitConfig, cache: Cache) -> list[Wiring]:
+def assign_hookpoints(config: FitConfig, cache: Cache) -> list[HookpointRoles]:
     """The SAEs of a run, in the cache's order of hookpoints; raises `HookpointError`."""
     if config.transcode:
-        return [Wiring(name, (name + INPUT,), (name,)) for name in _with_input(config, cache)]
+        return [
+            HookpointRoles(name, (name + INPUT,), (name,)) for name in _with_input(config, cache)
+        ]
     names = _choose(config, cache, cache.hookpoints)
     if not config.crosscode:
-        return [Wiring(name, (), ()) for name in names]
+        return [HookpointRoles(name, (), ()) for name in names]
     if len(names) < 2:
         raise HookpointError(
             "--crosscode takes several hookpoints",
             expected=f"at least two of {' | '.join(cache.hookpoints)}",
             got=names[0],
         )
-    return [Wiring(CROSSCODER, tuple(names), ())]
+    return [HookpointRoles(CROSSCODER, tuple(names), ())]
 
 
 def _with_input(config: FitConfig, cache: Cache) -> list[str]:
@@ -103,7 +105,7 @@ def rows_of(entry: SaeEntry, activations: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([activations[name] for name in names], dim=1)
 
 
-class Targets(NamedTuple):
+class TargetStats(NamedTuple):
     """What is known beforehand of the rows an SAE is trained on, scaled as it is given them."""
 
     mean: NDArray[np.float64]
@@ -112,11 +114,11 @@ class Targets(NamedTuple):
     """Mean of ‖y - mean‖² of what it predicts."""
     unit: float
     """Root of that of what it reads: the unit of its pre-activations."""
-    parts: tuple[Part, ...]
+    parts: tuple[OutputSlice, ...]
     """Hookpoints of a crosscoder; of others, none."""
 
 
-def targets_of(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) -> Targets:
+def target_stats(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) -> TargetStats:
     """What an SAE's training rows are like.
 
     Args:
@@ -138,8 +140,8 @@ def targets_of(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) -> T
             )
     targets = entry.targets
     variances = {name: known[name].variance * scales[name] ** 2 for name in known}
-    parts = tuple(Part(name, len(known[name].mean), variances[name]) for name in targets)
-    return Targets(
+    parts = tuple(OutputSlice(name, len(known[name].mean), variances[name]) for name in targets)
+    return TargetStats(
         mean=np.concatenate([known[name].mean * scales[name] for name in targets]),
         variance=sum(part.variance for part in parts),
         unit=float(np.sqrt(sum(variances[name] for name in entry.sources))),

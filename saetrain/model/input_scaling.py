@@ -34,7 +34,7 @@ def scale_of(kind: InputScale, statistics: Statistics) -> float:
 
 
 @dataclass(frozen=True)
-class Scaling:
+class InputScaling:
     """How the rows of one SAE are scaled."""
 
     rows: Tensor
@@ -46,7 +46,7 @@ class Scaling:
     by: float | None
     """Of all, where that is one number, and what is read is what is predicted."""
 
-    def raw(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fold_into(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same function of rows that are not scaled; by name, as `Sae` has them.
 
         With one scale s, latents are 1/s as large, and decoder rows as long as they were:
@@ -68,9 +68,9 @@ class Scaling:
         return found
 
 
-def scaling_of(
+def input_scaling(
     entry: SaeEntry, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Scaling | None:
+) -> InputScaling | None:
     """How the rows of an SAE are scaled; None: not at all."""
     if not entry.scales:
         return None
@@ -84,4 +84,4 @@ def scaling_of(
     one = len(parts) == 1
     read = rows[: config.d_in]
     predicted = rows[config.d_in :] if config.transcode else rows
-    return Scaling(rows, read, predicted, entry.scales[0] if one else None)
+    return InputScaling(rows, read, predicted, entry.scales[0] if one else None)

@@ -26,7 +26,14 @@ import torch
 from torch import Tensor
 
 from saetrain.config.sae import SaeConfig
-from saetrain.kernels import Pieces, WeightRows, dense_decode, dense_encode, sparse_decode, topk
+from saetrain.kernels import (
+    PrefixGroups,
+    WeightRows,
+    dense_decode,
+    dense_encode,
+    sparse_decode,
+    topk,
+)
 from saetrain.kernels import backends as paths
 from saetrain.kernels.sums import total
 from saetrain.model.activations import Latents, TopK
@@ -34,7 +41,7 @@ from saetrain.model.sae import Sae, SaeOutput
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputSlice:
     """A hookpoint of a crosscoder: its own columns of what is predicted."""
 
     name: str
@@ -46,7 +53,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossConfig:
     """Additions to the FVU of one SAE."""
 
     multi_topk: bool = False
@@ -57,7 +64,7 @@ class Objective:
     """Weight of the activation's penalty, after its warm-up."""
     warmup: int = 0
     """Steps in which that weight rises from 0."""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[OutputSlice, ...] = ()
     """Of a crosscoder, at least two; none: what is predicted is one hookpoint's."""
     gated: bool = False
     """Whether the activation has a gate that must reconstruct by itself."""
@@ -77,11 +84,13 @@ class Objective:
         return tuple(names)
 
 
-PLAIN = Objective()
+FVU_ONLY = LossConfig()
 """The FVU, and AuxK."""
 
 
-def objective_of(config: SaeConfig, warmup: int, parts: tuple[Part, ...] = ()) -> Objective:
+def make_loss_config(
+    config: SaeConfig, warmup: int, parts: tuple[OutputSlice, ...] = ()
+) -> LossConfig:
     """What an SAE of this kind is trained on.
 
     Args:
@@ -89,7 +98,7 @@ def objective_of(config: SaeConfig, warmup: int, parts: tuple[Part, ...] = ()) -
         warmup: steps in which a penalty rises.
         parts: hookpoints of a crosscoder.
     """
-    return Objective(
+    return LossConfig(
         multi_topk=config.multi_topk,
         prefixes=config.matryoshka,
         sparsity=config.sparsity,
@@ -100,11 +109,11 @@ def objective_of(config: SaeConfig, warmup: int, parts: tuple[Part, ...] = ()) -
 
 
 _MULTI = 4  # times k latents
-_ROOM = 8  # times k_aux dead latents
+DEAD_LIST_FACTOR = 8  # times k_aux dead latents
 _MULTI_WEIGHT = 1 / 8
 
 
-class Term(NamedTuple):
+class LossTerm(NamedTuple):
     """A loss beside FVU and AuxK."""
 
     value: Tensor
@@ -121,8 +130,8 @@ class Losses(NamedTuple):
     """AuxK loss in the same unit, 0 without dead latents."""
     output: SaeOutput
     """The forward pass."""
-    terms: tuple[Term, ...] = ()
-    """Others, as `Objective.names` calls them."""
+    terms: tuple[LossTerm, ...] = ()
+    """Others, as `LossConfig.names` calls them."""
 
     def total(self, auxk_alpha: float) -> Tensor:
         """What is minimised."""
@@ -138,7 +147,7 @@ def compute_losses(
     rows: Tensor,
     variance: float,
     dead: Tensor | None,
-    objective: Objective = PLAIN,
+    loss_config: LossConfig = FVU_ONLY,
     step: int = 0,
     turn: Tensor | None = None,
 ) -> Losses:
@@ -149,33 +158,33 @@ def compute_losses(
         rows: activations in its type, [N, D]; of a transcoder, inputs and outputs [N, D + E].
         variance: mean of ‖y - mean‖² over the cache's training rows of what is predicted.
         dead: which latents are dead, bool [M]; None leaves AuxK out.
-        objective: what is trained on besides.
+        loss_config: what is trained on besides.
         step: its number, from 0, for the warm-up of a penalty.
         turn: the same where the device reads it; see `list_dead`.
     """
     x, y = sae.split(rows)
-    parts = objective.parts or (Part("", sae.d_out, variance),)
+    parts = loss_config.parts or (OutputSlice("", sae.d_out, variance),)
     now = step if turn is None else turn
     listed = None if dead is None else list_dead(dead, _k_aux(sae), now)
     indices = None if listed is None else listed.indices
-    output, terms, weights = _forward(sae, x, y, parts, objective, indices)
+    output, terms, weights = _forward(sae, x, y, parts, loss_config, indices)
     residual = y - output.reconstruction  # [N, E]
     by_part = _fvus(residual, parts)
     fvu = _mean(by_part)
-    if objective.parts:
-        terms = [*(Term(value, 0.0) for value in by_part), *terms]
+    if loss_config.parts:
+        terms = [*(LossTerm(value, 0.0) for value in by_part), *terms]
     aux = fvu.new_zeros(())
     if listed is not None:
         aux = auxk_loss(sae, x, residual.detach(), listed, parts, weights)
-    if objective.sparsity:
+    if loss_config.sparsity:
         penalty = _penalty(sae, output, math.sqrt(variance), parts)
-        terms.append(Term(penalty, objective.sparsity_at(step)))
-    if objective.gated:
-        terms.append(Term(_gate_fvu(sae, x, y, output, parts), 1.0))
+        terms.append(LossTerm(penalty, loss_config.sparsity_at(step)))
+    if loss_config.gated:
+        terms.append(LossTerm(_gate_fvu(sae, x, y, output, parts), 1.0))
     return Losses(fvu, aux, output, tuple(terms))
 
 
-class Dead(NamedTuple):
+class DeadLatents(NamedTuple):
     """Dead latents in a list, which may be longer than they are many."""
 
     indices: Tensor
@@ -186,7 +195,7 @@ class Dead(NamedTuple):
     """Which of the list are dead; None: all. bool [A]"""
 
 
-def list_dead(dead: Tensor, k_aux: int, step: int | Tensor) -> Dead | None:
+def list_dead(dead: Tensor, k_aux: int, step: int | Tensor) -> DeadLatents | None:
     """The dead latents, for AuxK to choose among; None: there is none.
 
     On the CPU they are all listed. On a device that would make the host wait until they are
@@ -198,26 +207,26 @@ def list_dead(dead: Tensor, k_aux: int, step: int | Tensor) -> Dead | None:
         k_aux: latents that reconstruct a residual.
         step: its number, from 0; or int64 on the device, no dimensions.
     """
-    if paths.host_may_look(dead):
+    if paths.host_can_read(dead):
         indices = dead.nonzero().squeeze(1)
-        return Dead(indices, len(indices)) if len(indices) else None
-    return list_dead_in(dead, min(len(dead), _ROOM * k_aux), step)
+        return DeadLatents(indices, len(indices)) if len(indices) else None
+    return list_dead_in(dead, min(len(dead), DEAD_LIST_FACTOR * k_aux), step)
 
 
-def list_dead_in(dead: Tensor, room: int, step: int | Tensor) -> Dead:
+def list_dead_in(dead: Tensor, room: int, step: int | Tensor) -> DeadLatents:
     """A list of fixed length: dead latents first. Nothing here waits for the device."""
     M = len(dead)
     turn = (torch.arange(M, device=dead.device) - step * room) % M
     indices = torch.where(dead, turn, M).topk(room, largest=False).indices  # [A]
-    return Dead(indices, dead.sum(), dead[indices])
+    return DeadLatents(indices, dead.sum(), dead[indices])
 
 
 def auxk_loss(
     sae: Sae,
     x: Tensor,
     residual: Tensor,
-    dead: Dead,
-    parts: tuple[Part, ...],
+    dead: DeadLatents,
+    parts: tuple[OutputSlice, ...],
     weights: WeightRows | None = None,
 ) -> Tensor:
     """Fraction of the variance in the residual after the strongest dead latents predicted it.
@@ -244,7 +253,7 @@ def auxk_loss(
         pre_acts = torch.where(dead.listed, pre_acts, 0)
     top = topk(pre_acts.detach(), min(k_aux, len(indices)))[1]  # [N, k_aux]
     top_acts = pre_acts.gather(1, top)
-    if len(indices) <= _ROOM * k_aux:  # so many of them that products take less time
+    if len(indices) <= DEAD_LIST_FACTOR * k_aux:  # so many of them that products take less time
         acts = torch.zeros_like(pre_acts).scatter(1, top, top_acts)  # [N, A]
         predicted = dense_decode(acts, W_dec, torch.zeros_like(residual[0]))  # [N, E]
     else:
@@ -264,37 +273,37 @@ def _forward(
     sae: Sae,
     x: Tensor,
     y: Tensor,
-    parts: tuple[Part, ...],
-    objective: Objective,
+    parts: tuple[OutputSlice, ...],
+    loss_config: LossConfig,
     rows: Tensor | None,
-) -> tuple[SaeOutput, list[Term], WeightRows | None]:
+) -> tuple[SaeOutput, list[LossTerm], WeightRows | None]:
     """The forward pass, the losses that need more of it than its result, and weights of `rows`.
 
     Sparse latents are encoded and decoded once, whatever is trained on: there is one backward pass,
     which forms one gradient of each weight. Dense ones leave the rows to others.
     """
-    way = sae.activation.way()
-    if way is None:
-        output, terms = _dense_matryoshka(sae, x, y, parts, objective.prefixes)
+    selector = sae.activation.selector()
+    if selector is None:
+        output, terms = _dense_matryoshka(sae, x, y, parts, loss_config.prefixes)
         return output, terms, None
-    pieces = None
-    if objective.multi_topk:
+    prefix_groups = None
+    if loss_config.multi_topk:
         assert isinstance(sae.activation, TopK)
-        way = sae.activation.largest(min(_MULTI * sae.k, sae.num_latents))
-        pieces = Pieces("rank", (sae.k,))
-    elif objective.prefixes:
-        pieces = Pieces("latent", objective.prefixes)
-    outs, acts, indices, weights = sae.autoencode(x, way, pieces, rows)
-    if objective.multi_topk:
+        selector = sae.activation.selector_of(min(_MULTI * sae.k, sae.num_latents))
+        prefix_groups = PrefixGroups("rank", (sae.k,))
+    elif loss_config.prefixes:
+        prefix_groups = PrefixGroups("latent", loss_config.prefixes)
+    outs, acts, indices, weights = sae.autoencode(x, selector, prefix_groups, rows)
+    if loss_config.multi_topk:
         output = SaeOutput(outs[0], acts[:, : sae.k], indices[:, : sae.k])
-        return output, [Term(_mean(_fvus(y - outs[1], parts)), _MULTI_WEIGHT)], weights
-    terms = [Term(_mean(_fvus(y - out, parts)), 1.0) for out in outs[:-1]]
+        return output, [LossTerm(_mean(_fvus(y - outs[1], parts)), _MULTI_WEIGHT)], weights
+    terms = [LossTerm(_mean(_fvus(y - out, parts)), 1.0) for out in outs[:-1]]
     return SaeOutput(outs[-1], acts, indices), terms, weights
 
 
 def _dense_matryoshka(
-    sae: Sae, x: Tensor, y: Tensor, parts: tuple[Part, ...], prefixes: tuple[int, ...]
-) -> tuple[SaeOutput, list[Term]]:
+    sae: Sae, x: Tensor, y: Tensor, parts: tuple[OutputSlice, ...], prefixes: tuple[int, ...]
+) -> tuple[SaeOutput, list[LossTerm]]:
     """Every latent is encoded once, and decoded once: prefixes are running sums of their pieces."""
     if not prefixes:
         return sae(x), []
@@ -303,21 +312,25 @@ def _dense_matryoshka(
     terms = []
     widths = [high - low for low, high in pairwise((0, *prefixes, sae.num_latents))]
     # Split once: each slice would have a gradient as large as the whole.
-    pieces = zip(torch.split(top_acts, widths, dim=1), torch.split(sae.W_dec, widths), strict=True)
-    for acts, W_dec in pieces:
+    prefix_groups = zip(
+        torch.split(top_acts, widths, dim=1), torch.split(sae.W_dec, widths), strict=True
+    )
+    for acts, W_dec in prefix_groups:
         so_far = dense_decode(acts, W_dec, so_far)
-        terms.append(Term(_mean(_fvus(y - so_far, parts)), 1.0))
+        terms.append(LossTerm(_mean(_fvus(y - so_far, parts)), 1.0))
     terms.pop()  # of all latents, which is the FVU
     return SaeOutput(so_far, top_acts, None, pre_acts), terms
 
 
-def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[Part, ...]) -> Tensor:
+def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[OutputSlice, ...]) -> Tensor:
     """Mean over rows of what the activation makes latents sparse with.
 
     A crosscoder's latent has the sum of its rows' norms at each hookpoint (Lindsey et al., 2024).
     """
-    pieces = torch.split(sae.W_dec, [part.width for part in parts], dim=1)
-    norms = sum((piece.norm(dim=1) for piece in pieces), start=torch.zeros_like(sae.b_enc))  # [M]
+    prefix_groups = torch.split(sae.W_dec, [part.width for part in parts], dim=1)
+    norms = sum(
+        (piece.norm(dim=1) for piece in prefix_groups), start=torch.zeros_like(sae.b_enc)
+    )  # [M]
     latents = Latents(output.top_acts, output.top_indices, output.pre_acts)
     of_rows = sae.activation.penalty(latents, norms)  # [N], of autocast's type under it
     assert of_rows is not None
@@ -325,7 +338,9 @@ def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[Part, ...]) 
     return mean if sae.activation.counts else mean / unit
 
 
-def _gate_fvu(sae: Sae, x: Tensor, y: Tensor, output: SaeOutput, parts: tuple[Part, ...]) -> Tensor:
+def _gate_fvu(
+    sae: Sae, x: Tensor, y: Tensor, output: SaeOutput, parts: tuple[OutputSlice, ...]
+) -> Tensor:
     """What the gate alone leaves unexplained, through a decoder that does not feel it."""
     acts = sae.activation.gate(Latents(output.top_acts, output.top_indices, output.pre_acts))
     assert acts is not None
@@ -335,12 +350,14 @@ def _gate_fvu(sae: Sae, x: Tensor, y: Tensor, output: SaeOutput, parts: tuple[Pa
     return _mean(_fvus(y - predicted, parts))
 
 
-def _fvus(error: Tensor, parts: tuple[Part, ...]) -> list[Tensor]:
+def _fvus(error: Tensor, parts: tuple[OutputSlice, ...]) -> list[Tensor]:
     """Squared error [N, E] of each part over the variance of as many rows."""
-    pieces = torch.split(error, [part.width for part in parts], dim=1) if parts[1:] else (error,)
+    prefix_groups = (
+        torch.split(error, [part.width for part in parts], dim=1) if parts[1:] else (error,)
+    )
     return [
         total(piece.pow(2).sum(dim=1)) / (len(error) * part.variance)
-        for piece, part in zip(pieces, parts, strict=True)
+        for piece, part in zip(prefix_groups, parts, strict=True)
     ]
 
 

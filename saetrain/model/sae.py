@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from saetrain.kernels import (
     Autoencoded,
-    Pieces,
-    Way,
+    PrefixGroups,
+    Selector,
     autoencode,
     dense_decode,
     normalise_rows_,
@@ -150,26 +150,30 @@ class Sae(nn.Module):
 
     def forward(self, x: Tensor) -> SaeOutput:
         """Encode and decode x [N, D], in the weights' type."""
-        if (way := self.activation.way()) is not None:
-            coded = self.autoencode(x, way)
+        if (selector := self.activation.selector()) is not None:
+            coded = self.autoencode(x, selector)
             return SaeOutput(coded.reconstructions[0], coded.top_acts, coded.top_indices)
         top_acts, top_indices, pre_acts = self.encode(x)
         out = self.decode(top_acts, top_indices, x)
         return SaeOutput(out, top_acts, top_indices, pre_acts)
 
     def autoencode(
-        self, x: Tensor, way: Way, pieces: Pieces | None = None, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        selector: Selector,
+        prefix_groups: PrefixGroups | None = None,
+        rows: Tensor | None = None,
     ) -> Autoencoded:
         """Encode and decode x [N, D] with one backward pass; see `saetrain.kernels.autoencode`.
 
         Args:
             x: rows, [N, D].
-            way: how latents are selected: the activation's, mostly.
-            pieces: whose running sums are reconstructions, too.
+            selector: how latents are selected: the activation's, mostly.
+            prefix_groups: whose running sums are reconstructions, too.
             rows: latents whose weights are wanted besides, [A] int64.
         """
         weights = (self.W_enc, self.b_enc, self.subtracted, self.W_dec, self.b_dec)
-        coded = autoencode(x, *weights, way, pieces=pieces, rows=rows)
+        coded = autoencode(x, *weights, selector, prefix_groups=prefix_groups, rows=rows)
         if self.W_skip is None:
             return coded
         skipped = x @ self.W_skip.T  # [N, E]

@@ -11,7 +11,7 @@ from saetrain.model.decoder_norm import unit_rows
 from saetrain.model.sae import Sae
 from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
-from saetrain.optim.conditional import step_if
+from saetrain.optim.conditional import conditional_step
 from saetrain.optim.muon import Muon
 from saetrain.optim.schedule import Schedule, default_lr, make_schedule, warmup_steps
 from saetrain.optim.signum import Signum
@@ -19,10 +19,10 @@ from saetrain.optim.signum import Signum
 __all__ = [
     "Optimizer",
     "Schedule",
+    "conditional_step",
     "default_lr",
     "make_optimizer",
     "make_schedule",
-    "step_if",
     "warmup_steps",
 ]
 
@@ -34,7 +34,7 @@ class Optimizer(Protocol):
     """What the trainer asks of an optimiser. Parameters go by name throughout."""
 
     @property
-    def one_pass(self) -> bool:
+    def is_fused(self) -> bool:
         """Whether a step itself projects gradients, keeps rows at norm 1 and measures gradients.
 
         It then returns their norm. Else whoever calls it does all that.
@@ -86,7 +86,7 @@ def make_optimizer(
         steps: steps of the whole run, likewise.
         schedule: None: none for signum, else linear decay to 0.
         weight_decay: of adamw, and of muon's matrices; None: 0.01 and 0.1.
-        decoder_norm: that of the SAE's `Recipe`.
+        decoder_norm: that of the SAE's `StepSettings`.
 
     Raises:
         ConfigError: a library that it needs is missing, or cannot run on the SAE's device.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import adam_numbers, adam_update_, normalise_rows_
-from saetrain.optim.fused import OnePass, Parameters
+from saetrain.optim.fused import FusedOptimizer, Parameters
 from saetrain.optim.schedule import Schedule
 
 BETAS = (0.9, 0.999)
@@ -16,7 +16,7 @@ EPS = 1e-8
 _UNIT = "unit_rows"
 
 
-class Adam(OnePass):
+class Adam(FusedOptimizer):
     """Adam over named parameters; with `weight_decay`, AdamW. On a CPU, the bits of torch's.
 
     Args:
@@ -62,7 +62,7 @@ class Adam(OnePass):
         self._refused += ~ok  # in place: a recorded step must find it again
         return super().masked_step(step, ok)
 
-    def count(self, step: int) -> tuple[float, ...]:
+    def advance(self, step: int) -> tuple[float, ...]:
         """Count a step of all parameters with a gradient; see `saetrain.kernels.adam_numbers`.
 
         Of all parameters, where the device reads numbers: these are the same for all of them.
@@ -73,7 +73,13 @@ class Adam(OnePass):
         steps = set(self._steps.values())
         assert self._on_device is None or len(steps) == 1
         lr, decay, (beta1, beta2) = self.learning_rate(step), self._weight_decay, BETAS
-        self._now = {"lr": lr, "weight_decay": decay, "beta1": beta1, "beta2": beta2, "eps": EPS}
+        self._host_scalars = {
+            "lr": lr,
+            "weight_decay": decay,
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": EPS,
+        }
         return adam_numbers(lr, decay, beta1, beta2, max({1, *steps}))
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -13,13 +13,13 @@ from torch import Tensor
 from actcache.errors import ConfigError
 from saetrain.optim.fused import Parameters
 from saetrain.optim.schedule import Schedule
-from saetrain.optim.torch_optimizers import Scheduled
+from saetrain.optim.torch_optimizers import TorchOptimizer
 
 _TABLES = ("qmap1", "qmap2")
 """bitsandbytes' own constants, not state."""
 
 
-class Adam8bit(Scheduled):
+class Adam8bit(TorchOptimizer):
     """bitsandbytes' Adam8bit over named parameters; those below 4,096 numbers stay in float32.
 
     Args:

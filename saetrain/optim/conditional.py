@@ -28,13 +28,13 @@ class Maskable(Protocol):
         """Drop them without an update."""
 
 
-def step_if(ok: Tensor, optimizer: Maskable, step: int) -> Tensor | None:
+def conditional_step(ok: Tensor, optimizer: Maskable, step: int) -> Tensor | None:
     """Make step `step` (from 0) if the flag `ok` (bool, no dimensions) is true.
 
     Returns:
         What the step gives, see `saetrain.optim.Optimizer`; None if the host knows of none.
     """
-    if not paths.host_may_look(ok):
+    if not paths.host_can_read(ok):
         return optimizer.masked_step(step, ok)
     if bool(ok):
         return optimizer.step(step)

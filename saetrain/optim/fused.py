@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saetrain.kernels import drop_gradient
+from saetrain.kernels import release_gradient
 from saetrain.kernels.sums import total
 
 Parameters = dict[str, torch.nn.Parameter]
 
 
-class OnePass:
+class FusedOptimizer:
     """Named parameters, and what is done to each of them; see `saetrain.optim.Optimizer`.
 
     Args:
@@ -27,17 +27,17 @@ class OnePass:
         unit: the matrix whose rows have norm 1, and keep it; None: none.
     """
 
-    one_pass = True
+    is_fused = True
     NUMBERS: int
     """As many as `count` gives."""
 
     def __init__(self, parameters: Parameters, unit: str | None) -> None:
         self._parameters, self._unit = parameters, unit
         self._on_device: Tensor | None = None
-        self._now: dict[str, Any] = {}
+        self._host_scalars: dict[str, Any] = {}
         """Options of the updates of the step that was counted last."""
 
-    def read_numbers_from(self, numbers: Tensor) -> None:
+    def bind_step_scalars(self, numbers: Tensor) -> None:
         """Let all steps from now on read there, on the device, what changes from step to step.
 
         Whoever calls `step` or `masked_step` then calls `count` before, and writes there what it
@@ -48,7 +48,7 @@ class OnePass:
         """
         self._on_device = numbers[: self.NUMBERS]
 
-    def count(self, step: int) -> tuple[float, ...]:
+    def advance(self, step: int) -> tuple[float, ...]:
         """Count step `step` (from 0) on the host; its numbers that change. [NUMBERS]"""
         raise NotImplementedError
 
@@ -66,16 +66,16 @@ class OnePass:
     def drop_gradients(self) -> None:
         """Forget them without an update."""
         for parameter in self._parameters.values():
-            drop_gradient(parameter)
+            release_gradient(parameter)
 
     @torch.no_grad()
     def _step(self, step: int, ok: Tensor | None) -> Tensor:
         numbers = self._on_device
         if numbers is None:
-            self.count(step)
+            self.advance(step)
         else:  # counted already, of all of them
             assert all(p.grad is not None for p in self._parameters.values())
-        now = self._now | {"numbers": numbers}
+        now = self._host_scalars | {"numbers": numbers}
         squares = []
         for name, parameter in self._parameters.items():
             if parameter.grad is None:

@@ -13,12 +13,12 @@ import torch
 from actcache.errors import ConfigError
 from saetrain.optim.fused import Parameters
 from saetrain.optim.schedule import Schedule
-from saetrain.optim.torch_optimizers import Scheduled
+from saetrain.optim.torch_optimizers import TorchOptimizer
 
 MOMENTUM = 0.95
 
 
-class Muon(Scheduled):
+class Muon(TorchOptimizer):
     """torch's Muon over named matrices [rows, columns], torch's Adam over all other parameters.
 
     Args:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import normalise_rows_, signum_update_
-from saetrain.optim.fused import OnePass, Parameters
+from saetrain.optim.fused import FusedOptimizer, Parameters
 from saetrain.optim.schedule import Schedule
 
 MOMENTUM = 0.95
 _NORMS = ".norms"
 
 
-class Signum(OnePass):
+class Signum(FusedOptimizer):
     """Schedule-free SignSGD over named parameters; see `saetrain.optim.Optimizer`.
 
     Args:
@@ -63,11 +63,11 @@ class Signum(OnePass):
         warming = step < self._schedule.warmup
         return self._lr * self._schedule.factor(step + 1 if warming else step)
 
-    def count(self, step: int) -> tuple[float, ...]:
+    def advance(self, step: int) -> tuple[float, ...]:
         """Count a step; its learning rate, and its share of the average."""
         lr = self.learning_rate(step)
         mix = self._count(lr)
-        self._now = {"lr": lr, "mix": mix, "momentum": MOMENTUM}
+        self._host_scalars = {"lr": lr, "mix": mix, "momentum": MOMENTUM}
         return lr, mix
 
     def state_tensors(self) -> dict[str, Tensor]:

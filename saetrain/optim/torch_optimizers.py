@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from saetrain.kernels import drop_gradient
+from saetrain.kernels import release_gradient
 from saetrain.optim.conditional import zero_gradients_unless
 from saetrain.optim.fused import Parameters
 from saetrain.optim.schedule import Schedule
 
 
-class Scheduled:
+class TorchOptimizer:
     """One or several of torch's optimisers over named parameters; see `saetrain.optim.Optimizer`.
 
     Args:
@@ -24,7 +24,7 @@ class Scheduled:
         inner: which together update every parameter once.
     """
 
-    one_pass = False
+    is_fused = False
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Scheduled:
     def drop_gradients(self) -> None:
         """Forget them without an update."""
         for parameter in self._parameters.values():
-            drop_gradient(parameter)
+            release_gradient(parameter)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""

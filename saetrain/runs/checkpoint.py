@@ -24,7 +24,7 @@ from torch import Tensor
 
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import FileReceipt, digest_file, publish
+from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
 
 _FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
 
@@ -33,9 +33,9 @@ _FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
 class SaeState:
     """One SAE's part: its file, what is not a tensor, and the weights' file for others."""
 
-    file: FileReceipt
+    file: FileDigest
     numbers: dict[str, float]
-    export: FileReceipt
+    export: FileDigest
     best: Best | None = None
     """With --save-best, the best that it has been."""
 
@@ -54,7 +54,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """Which checkpoints stay when there are newer ones."""
 
     last: int = 1
@@ -72,7 +72,7 @@ class Keep:
         return self.every is not None and step % self.every == 0
 
 
-NEWEST = Keep()
+NEWEST = RetentionPolicy()
 """The newest one alone."""
 
 
@@ -81,9 +81,9 @@ def save_checkpoint(
     step: int,
     stream: dict[str, int],
     saes: list[tuple[dict[str, Tensor], dict[str, float]]],
-    exports: list[FileReceipt],
+    exports: list[FileDigest],
     bests: list[Best | None] | None = None,
-    keep: Keep = NEWEST,
+    keep: RetentionPolicy = NEWEST,
 ) -> None:
     """Write a checkpoint, then remove older ones.
 
@@ -101,36 +101,42 @@ def save_checkpoint(
     """
     bests = [None] * len(saes) if bests is None else bests
     parts = [
-        save_part(root, step, i, state, export, best)
+        save_sae_state(root, step, i, state, export, best)
         for i, (state, export, best) in enumerate(zip(saes, exports, bests, strict=True))
     ]
-    commit(root, step, stream, parts, keep)
+    finalize_checkpoint(root, step, stream, parts, keep)
 
 
-def save_part(
+def save_sae_state(
     root: Path,
     step: int,
     sae: int,
     state: tuple[dict[str, Tensor], dict[str, float]],
-    export: FileReceipt,
+    export: FileDigest,
     best: Best | None = None,
 ) -> SaeState:
-    """Write what a checkpoint has of one SAE; it counts once `commit` is told."""
+    """Write what a checkpoint has of one SAE; it counts once `finalize_checkpoint` is told."""
     tensors, numbers = state
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return SaeState(publish(tensors_path(root, step, sae), [save(plain)]), numbers, export, best)
+    return SaeState(
+        write_atomic(tensors_path(root, step, sae), [save(plain)]), numbers, export, best
+    )
 
 
-def commit(
-    root: Path, step: int, stream: dict[str, int], parts: Sequence[SaeState], keep: Keep = NEWEST
+def finalize_checkpoint(
+    root: Path,
+    step: int,
+    stream: dict[str, int],
+    parts: Sequence[SaeState],
+    keep: RetentionPolicy = NEWEST,
 ) -> None:
     """Make a checkpoint of the parts of all SAEs, then remove older ones."""
     state = State(step, stream, tuple(parts))
-    publish(state_path(root, step), [to_json(dataclasses.replace(state, seal=_seal(state)))])
+    write_atomic(state_path(root, step), [to_json(dataclasses.replace(state, seal=_seal(state)))])
     remove_others(root, step, keep)
 
 
-def remove_others(root: Path, step: int, keep: Keep = NEWEST) -> None:
+def remove_others(root: Path, step: int, keep: RetentionPolicy = NEWEST) -> None:
     """Remove all checkpoints but that of `step` and older ones to keep; what a kill left, too."""
     found = _files(root)
     kept = keep.choose({of for path, of in found if path.suffix == ".json" and of <= step})
@@ -284,5 +290,5 @@ class Best:
     """Steps done then."""
     fvu: float
     """On the held-out rows of --val-rows."""
-    file: FileReceipt
+    file: FileDigest
     """Of its weights."""

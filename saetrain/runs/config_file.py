@@ -23,7 +23,7 @@ from actcache.core.json_codec import parse_value, read_json
 from actcache.errors import ConfigError, FormatError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import AXES, values_of, vary
-from saetrain.config.sae_options import Override
+from saetrain.config.sae_options import HookpointOverride
 
 Options = dict[str, Any]
 """By name of the field; a list where one SAE's option has several values."""
@@ -74,7 +74,11 @@ def merge(file: Options, line: Options) -> Options:
         pattern: dataclasses.replace(override, **dict.fromkeys(hidden & vars(override).keys()))
         for pattern, override in file.get("hookpoints", {}).items()
     }
-    said = {pattern: override for pattern, override in overrides.items() if override != Override()}
+    said = {
+        pattern: override
+        for pattern, override in overrides.items()
+        if override != HookpointOverride()
+    }
     return kept | line | ({"hookpoints": said} if said else {"hookpoints": {}})
 
 
@@ -170,10 +174,10 @@ def _fields(obj: Mapping[str, Any], known: Iterable[str], where: str) -> dict[st
     return fields
 
 
-def _overrides(obj: object, where: str) -> dict[str, Override]:
+def _overrides(obj: object, where: str) -> dict[str, HookpointOverride]:
     if not isinstance(obj, dict):
         raise ConfigError(f"{where} is no table", expected='[hookpoints."PATTERN"]', got=obj)
-    hints = get_type_hints(Override)
+    hints = get_type_hints(HookpointOverride)
     found = {}
     for pattern, table in obj.items():
         place = f"{where}.{pattern!r}"
@@ -181,7 +185,7 @@ def _overrides(obj: object, where: str) -> dict[str, Override]:
             raise ConfigError(f"{place} is no table", expected="k, lr or a width", got=table)
         keys = _fields(table, hints, place)
         values = {n: _value(hints[n], table[key], f"{place}: {key}") for key, n in keys.items()}
-        found[str(pattern)] = Override(**values)
+        found[str(pattern)] = HookpointOverride(**values)
     return found
 
 

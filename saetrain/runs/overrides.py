@@ -12,9 +12,9 @@ from collections.abc import Mapping
 
 from actcache.errors import RunError
 from saetrain.config.fit_config import FitConfig
-from saetrain.runs.record import Change, RunRecord, SaeEntry
+from saetrain.runs.record import OptionChange, RunRecord, SaeEntry
 
-FORCEABLE = frozenset(
+OVERRIDABLE = frozenset(
     {
         "lr",
         "lr_schedule",
@@ -49,7 +49,7 @@ FORCEABLE = frozenset(
 _LENGTH = {"epochs", "max_tokens"}
 
 
-def force(
+def apply_overrides(
     record: RunRecord,
     config: FitConfig,
     changed: Mapping[str, str],
@@ -70,7 +70,7 @@ def force(
     Raises:
         RunError: an option changes what must stay.
     """
-    bound = [text for name, text in changed.items() if name not in FORCEABLE]
+    bound = [text for name, text in changed.items() if name not in OVERRIDABLE]
     if config.follow:  # its steps are planned from the harvest's goal of then
         bound += [text for name, text in changed.items() if name in _LENGTH]
     if bound:
@@ -94,7 +94,7 @@ def force(
     )
 
 
-def with_change(
+def with_history_entry(
     record: RunRecord, step: int, changes: tuple[str, ...], versions: dict[str, str]
 ) -> RunRecord:
     """The record with what has changed by a step, if anything has.
@@ -103,7 +103,7 @@ def with_change(
     """
     history = [dataclasses.replace(c, step=min(c.step, step)) for c in record.history]
     if changes:
-        history.append(Change(step, changes, versions))
+        history.append(OptionChange(step, changes, versions))
     return dataclasses.replace(record, history=tuple(history))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import CacheMismatchError, FormatError, RunError
-from actcache.filesystem.atomic import FileReceipt, publish
+from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.stream.order import OrderPlan
 from saetrain.config.fit_config import FitConfig
@@ -26,7 +26,7 @@ LOCK = Path("fit.lock")
 """Held by the processes that are at work in a run, within its folder."""
 FORMAT_VERSION = 1
 
-_FREE = {
+FREE_ON_RESUME = {
     "cache",
     "out",
     "resume",
@@ -99,19 +99,19 @@ class SaeEntry:
 
 
 @dataclass(frozen=True)
-class Source:
+class PretrainedSource:
     """Weights that an SAE began with."""
 
     path: str
     """Folder, absolute, or USER/REPO/FOLDER of the Hub."""
     revision: str | None
     """Commit of the repository; null of a folder."""
-    file: FileReceipt
+    file: FileDigest
     """Of sae.safetensors."""
 
 
 @dataclass(frozen=True)
-class Change:
+class OptionChange:
     """What has changed in a run since it began."""
 
     step: int
@@ -156,9 +156,9 @@ class RunRecord:
     """Rows that are mixed in memory; null in a run from before --buffer-bytes."""
     wandb_id: str | None = None
     """Its id at Weights & Biases; null until it is first logged there."""
-    origins: tuple[Source, ...] = ()
+    origins: tuple[PretrainedSource, ...] = ()
     """With --finetune, what each SAE began with."""
-    history: tuple[Change, ...] = ()
+    history: tuple[OptionChange, ...] = ()
     """What changed when it went on. `options`, `saes`, `steps`, `dead_after` are those of now."""
     batch_parts: int = 1
     """Processes that share each batch (--parallel ddp): sums are rounded otherwise by another
@@ -190,7 +190,7 @@ class RunRecord:
 
 def write_run(root: Path, record: RunRecord) -> None:
     """Lay down what the run is."""
-    publish(root / RUN, [to_json(record)])
+    write_atomic(root / RUN, [to_json(record)])
 
 
 def read_run(root: Path) -> RunRecord:
@@ -227,7 +227,7 @@ def _parse(obj: object, path: Path) -> RunRecord:
     return dataclasses.replace(record, saes=saes)
 
 
-def place_of(cache: str) -> str:
+def absolute_cache(cache: str) -> str:
     """Where a cache is, whatever the working directory."""
     if is_url(cache):
         return cache
@@ -276,7 +276,7 @@ def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:
     changed = {
         name: f"{option(name)}: {old[name]!r} then, {new[name]!r} now"
         for name in old
-        if name not in _FREE and old[name] != new[name]
+        if name not in FREE_ON_RESUME and old[name] != new[name]
     }
     if not changed and record.options.saes != now.saes:
         changed = {"saes": "saes: the same values in other combinations"}

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.core.file_lock import is_free
+from actcache.core.file_lock import is_unlocked
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.core.progress import Progress
 from actcache.errors import CacheMismatchError, ConfigError, FormatError
-from actcache.filesystem.atomic import publish
-from actcache.filesystem.paths import as_folder
-from actcache.format.receipts import read_end_of, receipt_path
+from actcache.filesystem.atomic import write_atomic
+from actcache.filesystem.paths import require_local
+from actcache.format.receipts import read_completion_marker, receipt_path
 from actcache.stream.activation_stream import Batch
 from actcache.stream.order import OrderPlan
-from actcache.stream.segments import POLL_SECONDS, Following, Segmentation
+from actcache.stream.segments import POLL_SECONDS, Segmentation, SegmentFollower
 from saetrain.runs.checkpoint import State
 from saetrain.runs.record import RunRecord
 
@@ -115,7 +115,7 @@ def read_used(root: Path, record: RunRecord, cache: Cache) -> UsedSegments:
     return used
 
 
-class Follower:
+class SegmentTracker:
     """A run's side of following a harvest.
 
     Args:
@@ -132,9 +132,9 @@ class Follower:
     def __init__(self, root: Path, record: RunRecord, cache: Cache, writes: bool = True) -> None:
         self._root, self._cache, self._writes = root, cache, writes
         self._used = read_used(root, record, cache)
-        self.plans = Following(cache, segmentation_of(record), self._used.last_shard)
+        self.plans = SegmentFollower(cache, segmentation_of(record), self._used.last_shard)
 
-    def use(self, batch: Batch) -> None:
+    def pin(self, batch: Batch) -> None:
         """Pin what a batch is the first of. Before it is trained on.
 
         Raises:
@@ -153,7 +153,7 @@ class Follower:
         ended = ended or (last + 1) % self.plans.segmentation.shards_each > 0
         self._used = UsedSegments(tuple(segments), last if ended else None)
         if self._writes:
-            publish(self._root / SEGMENTS, [to_json(self._used)])
+            write_atomic(self._root / SEGMENTS, [to_json(self._used)])
 
     def place_after(self, step: int, epochs: int | None) -> dict[str, int] | None:
         """State of the stream after so many steps; None if the segments used do not reach there.
@@ -195,15 +195,15 @@ def _place(epoch: int, segment: int, step: int) -> dict[str, int]:
 
 
 def plan_of_step(
-    record: RunRecord, follower: Follower | None, step: int
+    record: RunRecord, segment_tracker: SegmentTracker | None, step: int
 ) -> tuple[OrderPlan, int, int]:
     """Plan of step `step` (from 0) of a run, its epoch, and the step within both."""
-    if follower is None:
+    if segment_tracker is None:
         return record.plan, *divmod(step, record.plan.steps_per_epoch)
-    return follower.plan_of(step)
+    return segment_tracker.plan_of(step)
 
 
-class Waiting:
+class HarvestWaitNotice:
     """Says what is waited for: in the bar; where there is none, once a segment.
 
     Args:
@@ -213,7 +213,7 @@ class Waiting:
     """
 
     def __init__(self, cache: Cache, shards_each: int, bar: Progress) -> None:
-        self._root, self._manifest = as_folder(cache.root), cache.manifest
+        self._root, self._manifest = require_local(cache.root), cache.manifest
         self._shards_each, self._bar = shards_each, bar
         self._segment: int | None = None
         self._warned = False
@@ -226,7 +226,7 @@ class Waiting:
             self._segment, self._warned = segment, False
         self._bar.wait(f"waiting for shard {shard} of the harvest", begins=begins)
         # Free first, then still missing: the last act of a harvest is to leave.
-        if not self._warned and is_free(self._root) and self._is_missing(shard):
+        if not self._warned and is_unlocked(self._root) and self._is_missing(shard):
             self._warned = True
             self._bar.say(
                 f"warning: no harvest is at work in {self._root}; run its harvest command again. "
@@ -236,7 +236,7 @@ class Waiting:
     def _is_missing(self, shard: int) -> bool:
         if receipt_path(self._root, shard).exists():
             return False
-        end = read_end_of(self._root, self._manifest)
+        end = read_completion_marker(self._root, self._manifest)
         return end is None or shard <= end.last_shard
 
 
@@ -246,11 +246,11 @@ def first_segment(cache: Cache, segmentation: Segmentation) -> OrderPlan:
     Raises:
         ConfigError: it has fewer training rows than a batch.
     """
-    following = Following(cache, segmentation)
+    following = SegmentFollower(cache, segmentation)
     bar = Progress("fit", None, "rows")
-    waiting = Waiting(cache, segmentation.shards_each, bar)
+    waiting = HarvestWaitNotice(cache, segmentation.shards_each, bar)
     try:
-        while (missing := following.look(0)) is not None:
+        while (missing := following.poll(0)) is not None:
             waiting(missing)
             time.sleep(POLL_SECONDS)
     finally:

@@ -11,16 +11,16 @@ from typing import Any, Protocol
 
 import torch
 
-from actcache.core.json_codec import decode_json, short
+from actcache.core.json_codec import decode_json, truncated_repr
 from actcache.core.progress import Progress
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import publish, tell_full_disk
+from actcache.filesystem.atomic import as_disk_full_error, write_atomic
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 
 
-class Mirror(Protocol):
+class MetricsSink(Protocol):
     """Where the lines go besides, such as `saetrain.tracking.wandb_mirror`."""
 
     def log(self, line: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
@@ -33,7 +33,7 @@ class Mirror(Protocol):
         """There will be no more lines, whether the run has come to its end or not."""
 
 
-class Tracker:
+class JsonlTracker:
     """Writes both files and draws the bar.
 
     A resumed run first cuts both files back to its checkpoint's step, so that metrics.jsonl ends as
@@ -53,7 +53,7 @@ class Tracker:
         self._root, self._batch_size, self._row_bytes = root, batch_size, row_bytes
         self._files = {}
         for name in (METRICS, TIMINGS):
-            cut_back(root / name, step)
+            truncate_after(root / name, step)
             # Unbuffered: what a full disk did not take must not be tried again when it is closed.
             self._files[name] = (root / name).open("ab", buffering=0)
         self.bar = Progress("fit", steps * batch_size, "rows", initial=step * batch_size)
@@ -61,7 +61,7 @@ class Tracker:
         self._first_step = self._last_step = step
         self._waited = 0.0
         self._held_out: dict[str, str] = {}
-        self.mirror: Mirror | None = None
+        self.mirror: MetricsSink | None = None
         """Who else is told every line."""
 
     def log(self, step: int, metrics: Mapping[str, Mapping[str, Any]], waited: float) -> None:
@@ -146,10 +146,10 @@ class Tracker:
             while written < len(text):
                 written += self._files[name].write(text[written:])
         except OSError as error:
-            raise tell_full_disk(error, self._root / name, len(text)) from error
+            raise as_disk_full_error(error, self._root / name, len(text)) from error
 
 
-def cut_back(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Drop the lines after a step, and a last line that was cut off in writing.
 
     Raises:
@@ -162,7 +162,7 @@ def cut_back(path: Path, step: int) -> None:
         if not line.endswith("\n") or _parse(path, line)["step"] > step:
             break
         kept.append(line)
-    publish(path, ["".join(kept).encode()])
+    write_atomic(path, ["".join(kept).encode()])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -197,7 +197,7 @@ def last_line(path: Path, step: int | None = None, key: str | None = None) -> di
     return None
 
 
-def saes_of(path: Path, line: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def sae_metrics(path: Path, line: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """What a line of metrics.jsonl says of every SAE; raises `FormatError`."""
     saes = line.get("saes")
     for name in names:
@@ -210,7 +210,7 @@ def saes_of(path: Path, line: dict[str, Any], names: Sequence[str]) -> dict[str,
             raise FormatError(
                 f"{path} lacks figures of {name} at step {line['step']}",
                 expected="fvu, l0, dead_percent",
-                got=short(sae),
+                got=truncated_repr(sae),
                 remedy="it is damaged; restore it from a copy",
             )
     assert isinstance(saes, dict)
@@ -224,7 +224,7 @@ def number_of(path: Path, line: dict[str, Any], key: str) -> float:
         raise FormatError(
             f"{path} lacks {key} at step {line['step']}",
             expected="a number",
-            got=short(value),
+            got=truncated_repr(value),
             remedy="it is damaged; restore it from a copy",
         )
     return float(value)  # type: ignore[arg-type]

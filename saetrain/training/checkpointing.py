@@ -5,25 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from actcache.errors import ActcacheError
-from actcache.filesystem.atomic import FileReceipt
+from actcache.filesystem.atomic import FileDigest
 from saetrain.config.fit_config import FitConfig
-from saetrain.distributed.coordinator import Crew
+from saetrain.distributed.coordinator import Coordinator
 from saetrain.formats.sparsify import save_sae
-from saetrain.runs.checkpoint import NEWEST, Keep, best_steps, save_part
-from saetrain.tracking.jsonl import Tracker
+from saetrain.runs.checkpoint import NEWEST, RetentionPolicy, best_steps, save_sae_state
+from saetrain.tracking.jsonl import JsonlTracker
 from saetrain.training.best import keep_only
 from saetrain.training.non_finite import require_finite_loss
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.sae_trainer import SaeTrainer
 
 
-class Saving:
+class Checkpointer:
     """Saves a run now and then, and knows how far it is saved.
 
     Args:
         root: folder of the run.
-        trainees: the SAEs.
+        trainers: the SAEs.
         tracker: whose lines must be durable before a checkpoint is.
-        crew: the processes of the run.
+        coordinator: the processes of the run.
         options: when to save, and what stays.
         saved: steps that are saved.
     """
@@ -31,14 +31,17 @@ class Saving:
     def __init__(
         self,
         root: Path,
-        trainees: list[Trainee],
-        tracker: Tracker,
-        crew: Crew,
+        trainers: list[SaeTrainer],
+        tracker: JsonlTracker,
+        coordinator: Coordinator,
         options: FitConfig,
         saved: int,
     ) -> None:
-        self._root, self._trainees, self._tracker, self._crew = root, trainees, tracker, crew
-        self._every, self._keep = options.save_every, Keep(options.keep_last, options.keep_every)
+        self._root, self._trainees, self._tracker, self._crew = root, trainers, tracker, coordinator
+        self._every, self._keep = (
+            options.save_every,
+            RetentionPolicy(options.keep_last, options.keep_every),
+        )
         self._saved = saved
 
     def is_due(self, done: int) -> bool:
@@ -59,10 +62,10 @@ class Saving:
 
     def save_while_waiting(self, done: int, place: dict[str, int]) -> None:
         """Save, if these processes can by themselves: who stops the run now loses nothing."""
-        if self._crew.can_keep:
+        if self._crew.can_checkpoint_alone:
             self.save(done, place)
 
-    def rescue(self, done: int, place: dict[str, int]) -> None:
+    def save_after_read_error(self, done: int, place: dict[str, int]) -> None:
         """Save what was learnt before rows could not be read, and say what is saved."""
         say = self._tracker.bar.say
         try:
@@ -74,57 +77,59 @@ class Saving:
                 f"rows could not be read; step {self._saved:,} is saved, and --resume goes on from "
                 "there"
             )
-        if self._crew.can_keep:
-            self._crew.wait()  # whoever ends first takes the others with it
+        if self._crew.can_checkpoint_alone:
+            self._crew.barrier()  # whoever ends first takes the others with it
 
 
 def save(
     root: Path,
     done: int,
-    trainees: list[Trainee],
+    trainers: list[SaeTrainer],
     place: dict[str, int],
-    crew: Crew,
-    keep: Keep = NEWEST,
+    coordinator: Coordinator,
+    keep: RetentionPolicy = NEWEST,
 ) -> None:
     """Write every SAE as others load it, and a checkpoint.
 
     The checkpoint comes last: killed before it, the run does these steps again and writes the same
     SAEs; killed after it, nothing is missing.
     """
-    if not crew.saves:
+    if not coordinator.writes_saes:
         return
-    for trainee in trainees:
-        _require_finite_state(root, trainee, done)
-    exports = [export(root, trainee) for trainee in trainees]
+    for trainer in trainers:
+        _require_finite_state(root, trainer, done)
+    exports = [export(root, trainer) for trainer in trainers]
     parts = {
-        trainee.number: save_part(root, done, trainee.number, trainee.state(), file, trainee.best)
-        for trainee, file in zip(trainees, exports, strict=True)
+        trainer.index: save_sae_state(
+            root, done, trainer.index, trainer.state(), file, trainer.best
+        )
+        for trainer, file in zip(trainers, exports, strict=True)
     }
-    crew.commit(root, done, place, parts, keep)
-    forget_other_bests(root, trainees)
+    coordinator.finalize_checkpoint(root, done, place, parts, keep)
+    prune_best(root, trainers)
 
 
-def export(root: Path, trainee: Trainee) -> FileReceipt:
+def export(root: Path, trainer: SaeTrainer) -> FileDigest:
     """Write an SAE as others load it."""
-    weights, unit = trainee.exported(), trainee.unit_norm()
-    entry = trainee.entry
+    weights, unit = trainer.export_weights(), trainer.unit_norm()
+    entry = trainer.entry
     return save_sae(root / entry.name, entry.config, weights, entry.reads, unit)
 
 
-def forget_other_bests(root: Path, trainees: list[Trainee]) -> None:
+def prune_best(root: Path, trainers: list[SaeTrainer]) -> None:
     """Remove best ones that no checkpoint names: of before, or newer than what is gone on from."""
-    for trainee in trainees:
-        saved = set() if trainee.best is None else best_steps(root, trainee.number)
-        trainee.saved_bests = frozenset(saved)
-        keep_only(root / trainee.entry.name, saved)
+    for trainer in trainers:
+        saved = set() if trainer.best is None else best_steps(root, trainer.index)
+        trainer.saved_bests = frozenset(saved)
+        keep_only(root / trainer.entry.name, saved)
 
 
-def _require_finite_state(root: Path, trainee: Trainee, step: int) -> None:
+def _require_finite_state(root: Path, trainer: SaeTrainer, step: int) -> None:
     """Refuse to save what a loss that was not finite has touched.
 
     The weights alone do not tell: the sign of NaN is 0, so signum keeps them finite.
     """
-    require_finite_loss(root, trainee, float(trainee.meter.sums.sum()), step)
-    for parameter in trainee.sae.parameters():
+    require_finite_loss(root, trainer, float(trainer.meter.sums.sum()), step)
+    for parameter in trainer.sae.parameters():
         if not bool(parameter.isfinite().all()):
-            require_finite_loss(root, trainee, float("nan"), step)
+            require_finite_loss(root, trainer, float("nan"), step)

@@ -6,9 +6,9 @@ launch.
 
 What is replayed are the same kernels with the same arguments on the same memory. So whatever
 changes from step to step must lie in memory that stays: rows, weights, state, sums, and the numbers
-that the host computes for each step, which are few (`_Numbers`). They are written there before each
-replay, as arguments of launches: nothing waits, and there is no memory of the host that it could
-overwrite too soon. What else the host decides, such as k, must have settled before; from when on
+that the host computes for each step, which are few (`_StepScalars`). They are written there before
+each replay, as arguments of launches: nothing waits, and there is no memory of the host that it
+could overwrite too soon. What else the host decides, such as k, must have settled before; once
 latents may be dead, and AuxK begins, another step is recorded. What the host counts, it counts for
 each replay.
 
@@ -26,15 +26,15 @@ from torch import Tensor
 
 from actcache.errors import ConfigError, RunError
 from saetrain.model.hookpoint_io import rows_of
-from saetrain.optim.fused import OnePass
-from saetrain.training.sae_trainer import Trainee
-from saetrain.training.step import keep_copies, train_batch, train_group
+from saetrain.optim.fused import FusedOptimizer
+from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.step import refresh_bf16_copies, train_batch, train_on_rows
 
 if TYPE_CHECKING:
     from actcache.stream.activation_stream import Batch
 
 
-Groups = dict[str, list[Trainee]]
+Groups = dict[str, list[SaeTrainer]]
 
 WARM_UP = 3
 """Steps like the recorded one before it: what is compiled, loaded or allocated once, is so then."""
@@ -43,7 +43,7 @@ _WIDTH = 8
 one SAE, which hangs on how a pointer is aligned, serves all."""
 
 
-class RecordedSteps:
+class GraphedSteps:
     """Makes the steps of all SAEs of a process: some as they are, then replays of one.
 
     Args:
@@ -53,20 +53,20 @@ class RecordedSteps:
     """
 
     def __init__(
-        self, groups: Groups, recorder: Recorder | None = None, warm_up: int = WARM_UP
+        self, groups: Groups, recorder: GraphRecorder | None = None, warm_up: int = WARM_UP
     ) -> None:
         self._groups, self._warm_up = groups, warm_up
-        self._trainees = [trainee for group in groups.values() for trainee in group]
+        self._trainees = [trainer for group in groups.values() for trainer in group]
         device = self._trainees[0].sae.W_enc.device
         self._recorder = CudaGraphs(device) if recorder is None else recorder
-        self._numbers = _Numbers(self._trainees, device)
-        self._settled_at = max(trainee.settled_at for trainee in self._trainees)
+        self._numbers = _StepScalars(self._trainees, device)
+        self._settled_at = max(trainer.schedules_end for trainer in self._trainees)
         self._rows: dict[str, Tensor] = {}
         """Of the batch, where recorded work reads them, by group. Each [N, D]"""
         self._learning: tuple[bool, ...] = ()
         """Which SAEs had dead latents to learn from in the last step, as far as the host knows."""
         self._warmed = 0
-        self._replay: Work | None = None
+        self._replay: Thunk | None = None
 
     def make(self, batch: Batch, step: int) -> None:
         """Make step `step` (from 0) of all SAEs.
@@ -78,7 +78,7 @@ class RecordedSteps:
         if not self._take(batch):
             train_batch(self._groups, batch, step)
             return
-        learning = tuple(self._learns(trainee, step) for trainee in self._trainees)
+        learning = tuple(self._learns(trainer, step) for trainer in self._trainees)
         if learning != self._learning:  # another step from now on
             self._learning, self._warmed, self._replay = learning, 0, None
         if self._replay is not None:
@@ -103,15 +103,15 @@ class RecordedSteps:
             kept.copy_(rows, non_blocking=True)
         return True
 
-    def _learns(self, trainee: Trainee, step: int) -> bool:
-        rows = len(self._rows[trainee.entry.hookpoint])
-        return trainee.learns_from_dead(step, rows, trainee.entry.options.auxk_alpha)
+    def _learns(self, trainer: SaeTrainer, step: int) -> bool:
+        rows = len(self._rows[trainer.entry.hookpoint])
+        return trainer.uses_auxk(step, rows, trainer.entry.options.auxk_alpha)
 
     def _make_all(self, step: int) -> None:
         for name, group in self._groups.items():
-            train_group(group, self._rows[name], step)
+            train_on_rows(group, self._rows[name], step)
 
-    def _record(self, step: int) -> Work:
+    def _record(self, step: int) -> Thunk:
         try:
             return self._recorder.record(lambda: self._make_all(step))
         except torch.cuda.OutOfMemoryError:
@@ -126,32 +126,32 @@ class RecordedSteps:
 
     def _make_again(self) -> None:
         assert self._replay is not None
-        for trainee in self._trainees:
+        for trainer in self._trainees:
             # Whoever wrote to a weight between steps did not write to its copy.
-            keep_copies(trainee.sae, trainee.recipe)
-            trainee.repeat(len(self._rows[trainee.entry.hookpoint]))
+            refresh_bf16_copies(trainer.sae, trainer.settings)
+            trainer.count_replayed_step(len(self._rows[trainer.entry.hookpoint]))
         self._replay()
 
 
-class _Numbers:
+class _StepScalars:
     """What changes from step to step and is known to the host, where the device reads it.
 
     Args:
-        trainees: whose steps read it from now on.
+        trainers: whose steps read it from now on.
         device: where they are.
     """
 
-    def __init__(self, trainees: Sequence[Trainee], device: torch.device) -> None:
+    def __init__(self, trainers: Sequence[SaeTrainer], device: torch.device) -> None:
         self._step = torch.zeros((), dtype=torch.int64, device=device)
-        self._all = torch.zeros(len(trainees), _WIDTH, device=device)
-        self._optimizers: list[OnePass] = []
-        for trainee, row in zip(trainees, self._all, strict=True):
-            assert isinstance(trainee.optimizer, OnePass)
-            assert trainee.recipe.grad_acc_steps == 1
-            assert trainee.shared is None
-            trainee.clock = self._step
-            trainee.optimizer.read_numbers_from(row)
-            self._optimizers.append(trainee.optimizer)
+        self._all = torch.zeros(len(trainers), _WIDTH, device=device)
+        self._optimizers: list[FusedOptimizer] = []
+        for trainer, row in zip(trainers, self._all, strict=True):
+            assert isinstance(trainer.optimizer, FusedOptimizer)
+            assert trainer.settings.grad_acc_steps == 1
+            assert trainer.ddp is None
+            trainer.device_step = self._step
+            trainer.optimizer.bind_step_scalars(row)
+            self._optimizers.append(trainer.optimizer)
 
     @torch.no_grad()
     def write(self, step: int) -> None:
@@ -159,7 +159,7 @@ class _Numbers:
         places: list[Tensor] = []
         values: list[float] = []
         for optimizer, row in zip(self._optimizers, self._all, strict=True):
-            counted = optimizer.count(step)
+            counted = optimizer.advance(step)
             places += row.unbind()[: len(counted)]
             values += counted
         self._step.fill_(step)
@@ -167,11 +167,11 @@ class _Numbers:
         torch._foreach_add_(places, values)  # one launch, which takes the values along
 
 
-def steps_as_recorded(groups: Groups) -> Callable[[Groups, Batch, int], None]:
+def with_cuda_graphs(groups: Groups) -> Callable[[Groups, Batch, int], None]:
     """`saetrain.training.step.train_batch` of these SAEs, recorded."""
     if not groups:  # a process beyond the SAEs
         return train_batch
-    steps = RecordedSteps(groups)
+    steps = GraphedSteps(groups)
 
     def make_step(same: Groups, batch: Batch, step: int) -> None:
         assert same is groups
@@ -180,16 +180,16 @@ def steps_as_recorded(groups: Groups) -> Callable[[Groups, Batch, int], None]:
     return make_step
 
 
-Work = Callable[[], None]
+Thunk = Callable[[], None]
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """What records; `CudaGraphs`, or a test's."""
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Thunk) -> None:
         """Do some work now, as it is done before it can be recorded."""
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Thunk) -> Thunk:
         """Record some work, which the device does not do yet; what is returned does it."""
 
 
@@ -206,7 +206,7 @@ class CudaGraphs:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Thunk) -> None:
         """Do some work now, after what is under way, and before what follows."""
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
@@ -214,7 +214,7 @@ class CudaGraphs:
             work()
         here.wait_stream(self._stream)
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Thunk) -> Thunk:
         """Record some work. Waits for the device, this once."""
         graph = torch.cuda.CUDAGraph()
         # Other threads read rows and allocate pinned memory meanwhile, which is no part of it.

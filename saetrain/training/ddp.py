@@ -18,12 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from saetrain.distributed.collectives import _from_all, mean_of_each, world_size
+from saetrain.distributed.collectives import all_gather, average_each_gradient, world_size
 from saetrain.model.losses import Losses
-from saetrain.training.metrics import Firing, Meter, Vitals, active_rows
+from saetrain.training.metrics import DeadLatentTracker, LatentStats, MeanMeter, active_rows
 
 
-class SharedBatches:
+class DdpStep:
     """What joins the parts of a batch that processes have, for one SAE.
 
     Args:
@@ -31,39 +31,45 @@ class SharedBatches:
     """
 
     def __init__(self, sae: nn.Module) -> None:
-        self._ddp = DistributedDataParallel(_Objective(sae))
-        self._ddp.register_comm_hook(None, lambda _, bucket: mean_of_each(bucket))
+        self._ddp = DistributedDataParallel(_LossModule(sae))
+        self._ddp.register_comm_hook(None, lambda _, bucket: average_each_gradient(bucket))
 
-    def losses(self, objective: Callable[..., Losses], *arguments: Any) -> Losses:
+    def forward(self, loss_config: Callable[..., Losses], *arguments: Any) -> Losses:
         """`objective(*arguments)` of the SAE; the backward pass leaves all rows' mean gradient."""
-        losses: Losses = self._ddp(objective, *arguments)
+        losses: Losses = self._ddp(loss_config, *arguments)
         return losses
 
-    def apart(self) -> AbstractContextManager[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Within it, backward passes add up gradients on each process alone."""
         return self._ddp.no_sync()
 
-    def mean(self, value: Tensor) -> Tensor:
+    def all_mean(self, value: Tensor) -> Tensor:
         """Mean of a small tensor over processes, the same bits on each of them."""
-        return _from_all(value).mean(dim=0)
+        return all_gather(value).mean(dim=0)
 
-    def count(self, losses: Losses, firing: Firing, vitals: Vitals, meter: Meter) -> None:
+    def count(
+        self,
+        losses: Losses,
+        dead_tracker: DeadLatentTracker,
+        latent_stats: LatentStats,
+        meter: MeanMeter,
+    ) -> None:
         """Count a step as a process alone does, but of the whole batch."""
         top_acts, top_indices = losses.output.top_acts, losses.output.top_indices
-        ours = active_rows(top_acts, top_indices, len(firing.rows_since))  # [M]
-        active = _from_all(ours.int()).sum(dim=0)
+        ours = active_rows(top_acts, top_indices, len(dead_tracker.rows_since))  # [M]
+        active = all_gather(ours.int()).sum(dim=0)
         rows = len(top_acts) * world_size()
-        firing.count(active > 0, rows)
-        vitals.count(active, rows)
-        meter.count(self.mean(meter.values(losses)))
+        dead_tracker.count(active > 0, rows)
+        latent_stats.count(active, rows)
+        meter.count(self.all_mean(meter.values(losses)))
 
 
-class _Objective(nn.Module):
+class _LossModule(nn.Module):
     """Losses as the forward pass of a module, which is what DDP takes."""
 
     def __init__(self, sae: nn.Module) -> None:
         super().__init__()
         self.sae = sae
 
-    def forward(self, objective: Callable[..., Losses], *arguments: Any) -> Losses:
-        return objective(*arguments)
+    def forward(self, loss_config: Callable[..., Losses], *arguments: Any) -> Losses:
+        return loss_config(*arguments)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Guard:
+class FiniteGuard:
     """Whether all losses have been finite so far, kept on the device until it is asked.
 
     After the first that was not, no update is made any more: the weights stay those before it.

@@ -18,12 +18,12 @@ from torch import Tensor
 from actcache.cache.reader import Cache
 from actcache.format.statistics import Statistics
 from actcache.stream.order import OrderPlan, Span, batch_rows
-from actcache.stream.verified_reads import CheckedReads
+from actcache.stream.verified_reads import VerifiedReader
 from saetrain.config.fit_config import FitConfig
 from saetrain.model.factory import build_sae
-from saetrain.model.hookpoint_io import Targets, rows_of, targets_of
-from saetrain.model.input_scaling import scale_of, scaling_of
-from saetrain.model.losses import PLAIN, Objective, compute_losses
+from saetrain.model.hookpoint_io import TargetStats, rows_of, target_stats
+from saetrain.model.input_scaling import input_scaling, scale_of
+from saetrain.model.losses import FVU_ONLY, LossConfig, compute_losses
 from saetrain.model.sae import Sae
 from saetrain.runs.record import SaeEntry
 
@@ -50,7 +50,7 @@ class FirstRows:
     def of(self, entry: SaeEntry, device: torch.device) -> Tensor:
         """Those of an SAE, as it is trained on them. float32 [N, D], a transcoder's [N, D + E]"""
         rows = rows_of(entry, {name: self._read(name) for name in entry.hookpoints}).to(device)
-        scaling = scaling_of(entry, device)
+        scaling = input_scaling(entry, device)
         return rows if scaling is None else rows * scaling.rows
 
     @functools.cached_property
@@ -62,15 +62,17 @@ class FirstRows:
 
     @functools.cache  # noqa: B019 # as long as a run's beginning
     def _read(self, hookpoint: str) -> Tensor:
-        codec = self._cache.codec
-        stored = codec.empty(len(self._spans), self._cache.manifest.width(hookpoint))
+        row_dtype = self._cache.row_dtype
+        stored = row_dtype.empty(len(self._spans), self._cache.manifest.width(hookpoint))
         # Files are compared when the stream reads them, before the first step.
-        CheckedReads(self._cache, "never").load(self._spans, {hookpoint: stored})
-        return codec.to_torch(stored).float()
+        VerifiedReader(self._cache, "never").load(self._spans, {hookpoint: stored})
+        return row_dtype.to_torch(stored).float()
 
 
-def initial_sae(entry: SaeEntry, targets: Targets, options: FitConfig, device: torch.device) -> Sae:
-    """An SAE as it begins, but for a b_dec at the median, which `start_at_median` moves there."""
+def initial_sae(
+    entry: SaeEntry, targets: TargetStats, options: FitConfig, device: torch.device
+) -> Sae:
+    """An SAE as it begins, except b_dec at the median: `init_b_dec_at_median` moves it there."""
     dtype = getattr(torch, options.weights_dtype)
     sae = build_sae(entry.config, unit=targets.unit, seed=entry.seed, device=device, dtype=dtype)
     with torch.no_grad():
@@ -82,14 +84,14 @@ def initial_sae(entry: SaeEntry, targets: Targets, options: FitConfig, device: t
 
 
 @torch.no_grad()
-def start_at_median(sae: Sae, entry: SaeEntry, first: FirstRows) -> None:
+def init_b_dec_at_median(sae: Sae, entry: SaeEntry, first: FirstRows) -> None:
     """Move b_dec to the geometric median of what is predicted, if it is to begin there."""
     if entry.options.b_dec_init == "geometric-median":
         _, predicted = sae.split(first.of(entry, torch.device("cpu")))
         sae.b_dec.copy_(torch.from_numpy(geometric_median(predicted)))
 
 
-def with_scales(
+def with_initial_scales(
     entry: SaeEntry,
     options: FitConfig,
     statistics_of: Callable[[str], Statistics],
@@ -108,18 +110,18 @@ def with_scales(
     Raises:
         RunError: the rows of a hookpoint do not vary.
     """
-    targets = targets_of(entry, statistics_of)
+    targets = target_stats(entry, statistics_of)
     if options.input_scale != "none":
         scales = [scale_of(options.input_scale, statistics_of(name)) for name in entry.hookpoints]
         entry = dataclasses.replace(entry, scales=tuple(scales))
-        targets = targets_of(entry, statistics_of)
+        targets = target_stats(entry, statistics_of)
     if options.encoder_scale != "auto":
         return dataclasses.replace(entry, encoder_scale=float(options.encoder_scale))
     sae = initial_sae(entry, targets, options, device)
-    start_at_median(sae, entry, first)
+    init_b_dec_at_median(sae, entry, first)
     rows = first.of(entry, device).to(sae.W_enc.dtype)
-    objective = Objective(parts=targets.parts) if targets.parts else PLAIN
-    scale = best_encoder_scale(sae, rows, targets.variance, objective)
+    loss_config = LossConfig(parts=targets.parts) if targets.parts else FVU_ONLY
+    scale = search_encoder_scale(sae, rows, targets.variance, loss_config)
     return dataclasses.replace(entry, encoder_scale=scale)
 
 
@@ -144,7 +146,7 @@ def geometric_median(rows: Tensor) -> NDArray[np.float64]:
 
 
 @torch.no_grad()
-def best_encoder_scale(sae: Sae, rows: Tensor, variance: float, objective: Objective) -> float:
+def search_encoder_scale(sae: Sae, rows: Tensor, variance: float, loss_config: LossConfig) -> float:
     """What to multiply W_enc by, so that an SAE that has learnt nothing reconstructs rows best.
 
     The powers of 2 from 1/64 to 64, then finer ones around the best, to 1/64 of an octave.
@@ -153,14 +155,14 @@ def best_encoder_scale(sae: Sae, rows: Tensor, variance: float, objective: Objec
         sae: as it begins; left as it was.
         rows: [N, D], in its type.
         variance: of all training rows.
-        objective: what it is trained on.
+        loss_config: what it is trained on.
     """
     kept = sae.W_enc.detach().clone()
 
     @functools.cache
     def error(octaves: float) -> float:
         sae.W_enc.copy_(kept * 2.0**octaves)
-        fvu = float(compute_losses(sae, rows, variance, None, objective).fvu)
+        fvu = float(compute_losses(sae, rows, variance, None, loss_config).fvu)
         return fvu if math.isfinite(fvu) else math.inf
 
     best = _least(error, 0.0, _STEPS[0], _OCTAVES)

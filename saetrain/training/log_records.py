@@ -10,17 +10,17 @@ from torch import Tensor
 from saetrain.model.decoder_norm import fold
 from saetrain.training.metrics import decoder_norm_range, decoder_norms
 from saetrain.training.non_finite import require_finite_loss
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.sae_trainer import SaeTrainer
 
 
-def read_figures(
-    root: Path, trainees: list[Trainee], step: int, rows: int, histogram: bool
+def collect_metrics(
+    root: Path, trainers: list[SaeTrainer], step: int, rows: int, histogram: bool
 ) -> dict[str, dict[str, Any]]:
     """Means since the last line, and how things stand after a step, by the SAE's name.
 
     Args:
         root: folder of the run.
-        trainees: the SAEs.
+        trainers: the SAEs.
         step: steps done.
         rows: rows trained on.
         histogram: whether that of densities is among them.
@@ -29,31 +29,31 @@ def read_figures(
         NonFiniteError: a loss was not finite.
     """
     metrics = {}
-    for trainee in trainees:
-        means = trainee.meter.read()
-        require_finite_loss(root, trainee, means["fvu"] + means["auxk"], step)
+    for trainer in trainers:
+        means = trainer.meter.pop_means()
+        require_finite_loss(root, trainer, means["fvu"] + means["auxk"], step)
         dead: dict[str, Any] = {
-            "dead_percent": trainee.firing.dead_percent(rows),
-            "dead_after": trainee.firing.dead_after,
+            "dead_percent": trainer.dead_tracker.dead_percent(rows),
+            "dead_after": trainer.dead_tracker.dead_after,
         }
-        update = trainee.recipe.first_step_of_update(step - 1)
+        update = trainer.settings.first_step_of_update(step - 1)
         # No k: a penalty decides.
-        now = {"lr": trainee.optimizer.learning_rate(update), "k": trainee.sae.k or None}
-        norms = decoder_norm_range(trainee.sae.W_dec) | _norms(trainee)
-        metrics[trainee.entry.name] = means | dead | now | norms | trainee.vitals.read()
+        now = {"lr": trainer.optimizer.learning_rate(update), "k": trainer.sae.k or None}
+        norms = decoder_norm_range(trainer.sae.W_dec) | _norms(trainer)
+        metrics[trainer.entry.name] = means | dead | now | norms | trainer.latent_stats.read()
         if histogram:
-            metrics[trainee.entry.name] |= trainee.vitals.read_density()
+            metrics[trainer.entry.name] |= trainer.latent_stats.pop_density()
     return metrics
 
 
-def _norms(trainee: Trainee) -> dict[str, float]:
+def _norms(trainer: SaeTrainer) -> dict[str, float]:
     """Of a crosscoder, the norms of its decoder's rows as they are saved, at each hookpoint."""
-    parts = trainee.objective.parts
+    parts = trainer.loss_config.parts
     if not parts:
         return {}
-    weights: dict[str, Tensor] = dict(trainee.sae.named_parameters())
-    if trainee.recipe.decoder_norm == "fold":
+    weights: dict[str, Tensor] = dict(trainer.sae.named_parameters())
+    if trainer.settings.decoder_norm == "fold":
         weights = fold(weights)
-    if trainee.scaling is not None:
-        weights = trainee.scaling.raw(weights)
+    if trainer.scaling is not None:
+        weights = trainer.scaling.fold_into(weights)
     return decoder_norms(weights["W_dec"], parts)

@@ -6,17 +6,17 @@ import functools
 from pathlib import Path
 
 from actcache.stream.activation_stream import ActivationStream, Batch
-from saetrain.distributed.coordinator import Crew
-from saetrain.distributed.process_group import PeerGoneError
-from saetrain.distributed.signals import StopAsked, Stopped
+from saetrain.distributed.coordinator import Coordinator
+from saetrain.distributed.process_group import LostRankError
+from saetrain.distributed.signals import RunStopped, StopRequested
 from saetrain.runs.record import RunRecord
-from saetrain.runs.segments import Follower, Waiting, plan_of_step
-from saetrain.tracking.jsonl import Tracker
-from saetrain.training.checkpointing import Saving
-from saetrain.training.cuda_graphs import steps_as_recorded
-from saetrain.training.log_records import read_figures
-from saetrain.training.non_finite import rows_told
-from saetrain.training.sae_trainer import Trainee, by_hookpoint
+from saetrain.runs.segments import HarvestWaitNotice, SegmentTracker, plan_of_step
+from saetrain.tracking.jsonl import JsonlTracker
+from saetrain.training.checkpointing import Checkpointer
+from saetrain.training.cuda_graphs import with_cuda_graphs
+from saetrain.training.log_records import collect_metrics
+from saetrain.training.non_finite import with_row_addresses
+from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint
 from saetrain.training.step import train_batch
 from saetrain.training.validation import Validation, validate
 
@@ -24,26 +24,26 @@ from saetrain.training.validation import Validation, validate
 def train(
     root: Path,
     record: RunRecord,
-    trainees: list[Trainee],
+    trainers: list[SaeTrainer],
     stream: ActivationStream,
-    tracker: Tracker,
+    tracker: JsonlTracker,
     first_step: int,
-    follower: Follower | None = None,
+    segment_tracker: SegmentTracker | None = None,
     validation: Validation | None = None,
-    crew: Crew | None = None,
+    coordinator: Coordinator | None = None,
 ) -> int:
     """Train until the run's last step, or the last of its data, from `first_step` on.
 
     Args:
         root: folder of the run.
         record: what the run is.
-        trainees: what is trained.
+        trainers: what is trained.
         stream: at the batch of `first_step`.
         tracker: hears of every step that is logged.
         first_step: steps done.
-        follower: pins what is used of a cache that is still being harvested.
+        segment_tracker: pins what is used of a cache that is still being harvested.
         validation: held-out rows, if the run validates.
-        crew: the processes of the run; None: this one alone, whom nobody asks to stop.
+        coordinator: the processes of the run; None: this one alone, whom nobody asks to stop.
 
     Returns:
         Steps done in the whole run.
@@ -55,63 +55,70 @@ def train(
         CorruptShardError: a shard has changed or is gone; the steps before it are saved. So they
             are for any other error of the reader.
     """
-    crew = crew or Crew()
-    saving = Saving(root, trainees, tracker, crew, record.options, first_step)
-    groups, options = by_hookpoint(trainees), record.options
+    coordinator = coordinator or Coordinator()
+    checkpointer = Checkpointer(root, trainers, tracker, coordinator, record.options, first_step)
+    groups, options = by_hookpoint(trainers), record.options
     done, place = first_step, stream.state_dict()
-    make_step = steps_as_recorded(groups) if options.cuda_graphs else train_batch
+    make_step = with_cuda_graphs(groups) if options.cuda_graphs else train_batch
 
     def wait(shard: int) -> None:
         waiting(shard)
-        crew.keep_pace(done)
-        saving.save_while_waiting(done, place)
-        crew.look(done, waits=True)
+        coordinator.throttle(done)
+        checkpointer.save_while_waiting(done, place)
+        coordinator.check_stop_request(done, waits=True)
 
-    if follower is not None:
-        waiting = Waiting(stream.cache, follower.plans.segmentation.shards_each, tracker.bar)
+    if segment_tracker is not None:
+        waiting = HarvestWaitNotice(
+            stream.cache, segment_tracker.plans.segmentation.shards_each, tracker.bar
+        )
         stream.on_wait = wait
     read = {entry.name: entry.hookpoints for entry in record.saes}
-    place_of = functools.partial(plan_of_step, record, follower)
-    with rows_told(root, stream.cache, read, place_of):
+    place_of = functools.partial(plan_of_step, record, segment_tracker)
+    with with_row_addresses(root, stream.cache, read, place_of):
         try:
             for step in range(first_step, record.steps):
-                crew.keep_pace(step)
-                crew.look(done)
-                batch = _next_batch(crew, stream, saving, done, place)
+                coordinator.throttle(step)
+                coordinator.check_stop_request(done)
+                batch = _next_batch(coordinator, stream, checkpointer, done, place)
                 if batch is None:
                     break
-                crew.stopping.listen()  # not before: while first rows are read, nothing is to save
-                if follower is not None:
-                    follower.use(batch)
+                # Not earlier: while the first rows are read, there is nothing to save.
+                coordinator.stop_signals.install()
+                if segment_tracker is not None:
+                    segment_tracker.pin(batch)
                 make_step(groups, batch, step)
                 done, place = step + 1, stream.state_dict()
                 last = done == record.steps or batch.last
                 if done % options.log_every == 0 or last:
                     histogram = options.has_histogram(done, last=last)
                     rows = done * record.plan.batch_size
-                    figures = read_figures(root, trainees, done, rows, histogram)
+                    figures = collect_metrics(root, trainers, done, rows, histogram)
                     tracker.log(done, figures, stream.seconds_waited)
                 if validation is not None and (done % (options.val_every or 1) == 0 or last):
                     found = validate(root, groups, validation, done, options.save_best)
                     tracker.log_held_out(done, found, validation.rows)
-                if saving.is_due(done) or last:
-                    saving.save(done, place)
+                if checkpointer.is_due(done) or last:
+                    checkpointer.save(done, place)
                 if last:
                     break
-        except StopAsked as stop:
-            saving.save(done, place)
-            raise Stopped(stop.signal, done) from None
+        except StopRequested as stop:
+            checkpointer.save(done, place)
+            raise RunStopped(stop.signal, done) from None
     return done
 
 
 def _next_batch(
-    crew: Crew, stream: ActivationStream, saving: Saving, done: int, place: dict[str, int]
+    coordinator: Coordinator,
+    stream: ActivationStream,
+    checkpointer: Checkpointer,
+    done: int,
+    place: dict[str, int],
 ) -> Batch | None:
     """The next batch; if it cannot be read, what is done is saved first."""
     try:
-        return crew.next_batch(stream)
-    except PeerGoneError:  # nobody is left to save with
+        return coordinator.next_batch(stream)
+    except LostRankError:  # nobody is left to save with
         raise
     except Exception:
-        saving.rescue(done, place)
+        checkpointer.save_after_read_error(done, place)
         raise

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels.sums import total
-from saetrain.model.losses import Losses, Part
+from saetrain.model.losses import Losses, OutputSlice
 from saetrain.tracking.density_bins import EDGES
 
 
-class Meter:
+class MeanMeter:
     """Means over the steps since the last line of metrics.jsonl.
 
     Nothing here waits for the device before `read`. The sums are part of a checkpoint, so that a
@@ -45,11 +45,11 @@ class Meter:
         self.sums += values
         self.steps += 1
 
-    def repeat(self) -> None:
+    def count_replayed(self) -> None:
         """Count, on the host alone, a step that the device counted by itself."""
         self.steps += 1
 
-    def read(self) -> dict[str, float]:
+    def pop_means(self) -> dict[str, float]:
         """The means, and start over."""
         means = (self.sums / max(self.steps, 1)).tolist()
         self.sums.zero_()
@@ -57,7 +57,7 @@ class Meter:
         return dict(zip(self.names, means, strict=True))
 
 
-class Firing:
+class DeadLatentTracker:
     """For each latent, how many rows ago it last fired."""
 
     def __init__(self, num_latents: int, dead_after: int, device: torch.device) -> None:
@@ -91,10 +91,10 @@ class Firing:
 
 
 @torch.no_grad()
-def decoder_norms(W_dec: Tensor, parts: tuple[Part, ...]) -> dict[str, float]:
+def decoder_norms(W_dec: Tensor, parts: tuple[OutputSlice, ...]) -> dict[str, float]:
     """Mean norm of a crosscoder's decoder rows [M, E] at each hookpoint, by its log name."""
-    pieces = torch.split(W_dec, [part.width for part in parts], dim=1)
-    means = [total(piece.norm(dim=1).double()) / len(piece) for piece in pieces]
+    prefix_groups = torch.split(W_dec, [part.width for part in parts], dim=1)
+    means = [total(piece.norm(dim=1).double()) / len(piece) for piece in prefix_groups]
     return {f"norm/{p.name}": float(mean) for p, mean in zip(parts, means, strict=True)}
 
 
@@ -111,7 +111,7 @@ def fired(top_acts: Tensor, top_indices: Tensor | None, num_latents: int) -> Ten
     return hits.scatter_reduce_(0, top_indices.flatten(), active, "amax").bool()
 
 
-class Vitals:
+class LatentStats:
     """What is watched of one SAE since it was last read.
 
     Args:
@@ -141,7 +141,7 @@ class Vitals:
         self._norms += norm
         self._updates += 1
 
-    def repeat(self, rows: int) -> None:
+    def count_replayed(self, rows: int) -> None:
         """Count, on the host alone, a batch and an update that the device counted by itself."""
         self._rows += rows
         self._updates += 1
@@ -154,7 +154,7 @@ class Vitals:
         self._updates = 0
         return {"grad_norm": mean if known else None}
 
-    def read_density(self) -> dict[str, Any]:
+    def pop_density(self) -> dict[str, Any]:
         """The histogram of densities over the rows since the last one, and start over with it."""
         density = self._active.cpu().numpy() / max(self._rows, 1)
         fires = density[density > 0]
@@ -180,7 +180,7 @@ class Vitals:
 
 @torch.no_grad()
 def active_rows(top_acts: Tensor, top_indices: Tensor | None, num_latents: int) -> Tensor:
-    """On how many rows each latent is active, int64 [M], as `Vitals.add_latents` is given them."""
+    """On how many rows each latent is active, int64 [M]."""
     active = top_acts > 0
     if top_indices is None:
         return active.sum(dim=0)

@@ -14,12 +14,12 @@ import numpy as np
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
 from actcache.errors import ActcacheError, RunError
-from actcache.filesystem.atomic import publish
+from actcache.filesystem.atomic import write_atomic
 from actcache.stream.order import OrderPlan, Rows, batch_rows
 from saetrain.runs.checkpoint import newest_step
 
 if TYPE_CHECKING:
-    from saetrain.training.sae_trainer import Trainee
+    from saetrain.training.sae_trainer import SaeTrainer
 
 
 ROWS = "non-finite.json"
@@ -98,14 +98,14 @@ def require_finite(
     )
 
 
-def require_finite_loss(root: Path, trainee: Trainee, value: float, done: int) -> None:
+def require_finite_loss(root: Path, trainer: SaeTrainer, value: float, done: int) -> None:
     """`require_finite` of an SAE in training, for the run in `root`."""
     saved = newest_step(root)
-    require_finite(value, trainee.entry.name, done, trainee.guard.first_bad(), saved)
+    require_finite(value, trainer.entry.name, done, trainer.guard.first_bad(), saved)
 
 
 @contextmanager
-def rows_told(
+def with_row_addresses(
     root: Path,
     cache: Cache,
     read: Mapping[str, Sequence[str]],
@@ -158,7 +158,7 @@ def with_rows(
     }
     where = f"of epoch {epoch}: {_by_shard(addresses)}"
     try:
-        publish(root / ROWS, [to_json(told)])
+        write_atomic(root / ROWS, [to_json(told)])
     except (ActcacheError, OSError):  # what happened is the news, not that it cannot be written
         pass
     else:
@@ -181,7 +181,7 @@ def _not_finite(cache: Cache, hookpoint: str, addresses: Rows) -> Rows | None:
     try:
         for shard, row in addresses.tolist():
             if not bool(
-                cache.codec.to_torch(cache.read(hookpoint, shard, row, 1)).isfinite().all()
+                cache.row_dtype.to_torch(cache.read(hookpoint, shard, row, 1)).isfinite().all()
             ):
                 bad.append((shard, row))
     except (ActcacheError, OSError):

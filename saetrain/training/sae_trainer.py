@@ -9,14 +9,14 @@ from torch import Tensor
 
 from saetrain.distributed.collectives import world_size
 from saetrain.model.decoder_norm import fold
-from saetrain.model.input_scaling import Scaling, scaling_of
-from saetrain.model.losses import PLAIN, Objective
+from saetrain.model.input_scaling import InputScaling, input_scaling
+from saetrain.model.losses import FVU_ONLY, LossConfig
 from saetrain.model.sae import Sae
 from saetrain.optim import Optimizer
-from saetrain.training.ddp import SharedBatches
-from saetrain.training.finite_guard import Guard
-from saetrain.training.metrics import Firing, Meter, Vitals
-from saetrain.training.step_settings import Recipe
+from saetrain.training.ddp import DdpStep
+from saetrain.training.finite_guard import FiniteGuard
+from saetrain.training.metrics import DeadLatentTracker, LatentStats, MeanMeter
+from saetrain.training.step_settings import StepSettings
 
 if TYPE_CHECKING:
     from saetrain.runs.checkpoint import Best
@@ -27,81 +27,81 @@ V = TypeVar("V")
 
 
 @dataclass
-class Trainee:
+class SaeTrainer:
     """One SAE in training, with all that belongs to it alone."""
 
     entry: SaeEntry
     sae: Sae
     optimizer: Optimizer
-    firing: Firing
-    meter: Meter
+    dead_tracker: DeadLatentTracker
+    meter: MeanMeter
     variance: float
     """Mean of ‖y - mean‖² over the training rows of what is predicted."""
-    objective: Objective = PLAIN
+    loss_config: LossConfig = FVU_ONLY
     """What it is trained on besides FVU and AuxK."""
-    recipe: Recipe = field(default_factory=Recipe)
+    settings: StepSettings = field(default_factory=StepSettings)
     """How its steps are made."""
-    guard: Guard = field(init=False)
+    guard: FiniteGuard = field(init=False)
     """Whether its losses have been finite."""
-    scaling: Scaling | None = field(init=False)
+    scaling: InputScaling | None = field(init=False)
     """How its rows are scaled."""
-    vitals: Vitals = field(init=False)
+    latent_stats: LatentStats = field(init=False)
     """How often its latents fire, and how long its gradients are."""
     best: Best | None = None
     """With --save-best, the best that it has been."""
     saved_bests: frozenset[int] = frozenset()
     """Steps of the best ones that checkpoints name: they must stay as long as those do."""
-    number: int = 0
+    index: int = 0
     """Its place among the SAEs of the run."""
-    shared: SharedBatches | None = None
+    ddp: DdpStep | None = None
     """With --parallel ddp, the other processes' part of each step."""
 
-    clock: Tensor | None = None
+    device_step: Tensor | None = None
     """With --cuda-graphs, the number of the step where the device reads it. int64 []"""
 
     def __post_init__(self) -> None:
         """Watch the losses where they are computed."""
-        self.guard = Guard(self.sae.W_enc.device)
-        self.vitals = Vitals(self.sae.num_latents, self.sae.W_enc.device)
-        self.scaling = scaling_of(self.entry, self.sae.W_enc.device, self.sae.W_enc.dtype)
+        self.guard = FiniteGuard(self.sae.W_enc.device)
+        self.latent_stats = LatentStats(self.sae.num_latents, self.sae.W_enc.device)
+        self.scaling = input_scaling(self.entry, self.sae.W_enc.device, self.sae.W_enc.dtype)
 
     @property
-    def settled_at(self) -> int:
+    def schedules_end(self) -> int:
         """Steps after which neither k nor the penalty's weight changes any more."""
-        rise = self.objective.warmup if self.objective.sparsity else 0
-        return max(self.recipe.k_anneal_steps, rise)
+        rise = self.loss_config.warmup if self.loss_config.sparsity else 0
+        return max(self.settings.k_anneal_steps, rise)
 
-    def repeat(self, rows: int) -> None:
+    def count_replayed_step(self, rows: int) -> None:
         """Count, on the host alone, a step of so many rows that the device made by itself."""
-        self.vitals.repeat(rows)
-        self.meter.repeat()
+        self.latent_stats.count_replayed(rows)
+        self.meter.count_replayed()
 
-    def learns_from_dead(self, step: int, rows: int, auxk_alpha: float) -> bool:
+    def uses_auxk(self, step: int, rows: int, auxk_alpha: float) -> bool:
         """Whether there may be dead latents in a step (from 0), each of so many rows, for AuxK."""
-        rows *= 1 if self.shared is None else world_size()
-        return auxk_alpha > 0 and self.firing.may_be_dead(step * rows)
+        rows *= 1 if self.ddp is None else world_size()
+        return auxk_alpha > 0 and self.dead_tracker.may_be_dead(step * rows)
 
-    def exported(self) -> dict[str, Tensor]:
+    def export_weights(self) -> dict[str, Tensor]:
         """The weights as they are saved and judged, and thresholds that are no weights."""
         weights = dict(self.sae.named_buffers()) | self.optimizer.weights_to_export()
-        weights = fold(weights) if self.recipe.decoder_norm == "fold" else weights
-        return weights if self.scaling is None else self.scaling.raw(weights)
+        weights = fold(weights) if self.settings.decoder_norm == "fold" else weights
+        return weights if self.scaling is None else self.scaling.fold_into(weights)
 
     def unit_norm(self) -> bool:
         """Whether the saved decoder rows are meant to have norm 1."""
         of_columns = self.scaling is not None and self.scaling.by is None
-        return self.recipe.decoder_norm != "free" and not of_columns
+        return self.settings.decoder_norm != "free" and not of_columns
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Tensors and numbers for a checkpoint."""
         tensors = {f"sae.{name}": p for name, p in self.sae.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizer.state_tensors().items()}
-        tensors |= {"firing": self.firing.rows_since, "meter": self.meter.sums}
+        tensors |= {"firing": self.dead_tracker.rows_since, "meter": self.meter.sums}
         for name, p in self.sae.named_parameters():
             if p.grad is not None:  # some batches of an update that is not made yet
                 tensors[f"gradient.{name}"] = p.grad
         numbers = {f"optimizer.{k}": v for k, v in self.optimizer.state_numbers().items()}
-        watched, counted = self.vitals.state()
+        watched, counted = self.latent_stats.state()
         tensors |= {f"vitals.{name}": tensor for name, tensor in watched.items()}
         numbers |= {f"vitals.{name}": number for name, number in counted.items()}
         return tensors, numbers | {"meter.steps": self.meter.steps}
@@ -113,17 +113,17 @@ class Trainee:
         for name, gradient in _below("gradient.", tensors).items():
             parameter = self.sae.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
-        self.firing.rows_since.copy_(tensors["firing"])
+        self.dead_tracker.rows_since.copy_(tensors["firing"])
         self.meter.sums.copy_(tensors["meter"])
         self.meter.steps = int(numbers["meter.steps"])
-        self.vitals.load_state(_below("vitals.", tensors), _below("vitals.", numbers))
+        self.latent_stats.load_state(_below("vitals.", tensors), _below("vitals.", numbers))
 
 
-def by_hookpoint(trainees: list[Trainee]) -> dict[str, list[Trainee]]:
+def by_hookpoint(trainers: list[SaeTrainer]) -> dict[str, list[SaeTrainer]]:
     """Those that are fed with the same rows, together."""
-    groups: dict[str, list[Trainee]] = {}
-    for trainee in trainees:
-        groups.setdefault(trainee.entry.hookpoint, []).append(trainee)
+    groups: dict[str, list[SaeTrainer]] = {}
+    for trainer in trainers:
+        groups.setdefault(trainer.entry.hookpoint, []).append(trainer)
     return groups
 
 

@@ -11,107 +11,118 @@ import torch
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError
-from saetrain.kernels import keep_shadow
+from saetrain.kernels import keep_bf16_copy
 from saetrain.kernels.sums import total
 from saetrain.model.activations import TopK
 from saetrain.model.activations.compiled import missing_compiler
 from saetrain.model.decoder_norm import folded_losses
 from saetrain.model.hookpoint_io import rows_of
-from saetrain.model.losses import Losses, Objective, Term, compute_losses
+from saetrain.model.losses import LossConfig, Losses, LossTerm, compute_losses
 from saetrain.model.sae import Sae, SaeOutput
-from saetrain.optim import step_if
-from saetrain.training.sae_trainer import Trainee
-from saetrain.training.step_settings import Recipe
+from saetrain.optim import conditional_step
+from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.step_settings import StepSettings
 
 if TYPE_CHECKING:
     from actcache.stream.activation_stream import Batch
-    from saetrain.training.ddp import SharedBatches
+    from saetrain.training.ddp import DdpStep
 
 
-def train_batch(groups: dict[str, list[Trainee]], batch: Batch, step: int) -> None:
+def train_batch(groups: dict[str, list[SaeTrainer]], batch: Batch, step: int) -> None:
     """One update of every SAE. Rows go to the device once for each hookpoint."""
     for group in groups.values():
-        train_group(group, rows_of(group[0].entry, batch.activations), step)
+        train_on_rows(group, rows_of(group[0].entry, batch.activations), step)
 
 
-def train_group(group: list[Trainee], rows: Tensor, step: int) -> None:
+def train_on_rows(group: list[SaeTrainer], rows: Tensor, step: int) -> None:
     """One update of every SAE that is fed with these rows, in any type, on any device."""
     weights = group[0].sae.W_enc
     # In their own type, which is smaller; there into that of the weights.
     x = rows.to(weights.device, non_blocking=True).to(weights.dtype)
-    for trainee in group:
-        train_step(trainee, x, step, trainee.entry.options.auxk_alpha)
+    for trainer in group:
+        train_step(trainer, x, step, trainer.entry.options.auxk_alpha)
 
 
-def train_step(trainee: Trainee, rows: Tensor, step: int, auxk_alpha: float) -> None:
+def train_step(trainer: SaeTrainer, rows: Tensor, step: int, auxk_alpha: float) -> None:
     """One batch for one SAE, its rows in any type, on any device; and an update, if it is due.
 
     Nothing here makes the host wait for the device.
     """
-    sae, recipe, shared, clock = trainee.sae, trainee.recipe, trainee.shared, trainee.clock
-    if (k := recipe.k(step)) is not None:
+    sae, settings, shared, clock = trainer.sae, trainer.settings, trainer.ddp, trainer.device_step
+    if (k := settings.k(step)) is not None:
         sae.k = k
-    if recipe.begins_update(step):
+    if settings.begins_update(step):
         # Later on, an optimiser of one pass leaves its rows so.
-        if recipe.decoder_norm == "unit" and (step == 0 or not trainee.optimizer.one_pass):
+        if settings.decoder_norm == "unit" and (step == 0 or not trainer.optimizer.is_fused):
             sae.normalise_decoder()
         sae.activation.project()
     x = rows.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype, non_blocking=True)
-    if trainee.scaling is not None:
-        x = x * trainee.scaling.rows
-    dead = trainee.firing.dead() if trainee.learns_from_dead(step, len(rows), auxk_alpha) else None
-    losses = add_gradient(
-        sae, x, trainee.variance, dead, trainee.objective, step, auxk_alpha, recipe, shared, clock
+    if trainer.scaling is not None:
+        x = x * trainer.scaling.rows
+    dead = trainer.dead_tracker.dead() if trainer.uses_auxk(step, len(rows), auxk_alpha) else None
+    losses = accumulate_gradient(
+        sae,
+        x,
+        trainer.variance,
+        dead,
+        trainer.loss_config,
+        step,
+        auxk_alpha,
+        settings,
+        shared,
+        clock,
     )
     loss = losses.total(auxk_alpha)
     now = step if clock is None else clock
-    finite = trainee.guard.check(loss if shared is None else shared.mean(loss), now)
-    if recipe.ends_update(step):
-        _update(trainee, step, finite)
+    finite = trainer.guard.check(loss if shared is None else shared.all_mean(loss), now)
+    if settings.ends_update(step):
+        _update(trainer, step, finite)
     if shared is not None:
-        shared.count(losses, trainee.firing, trainee.vitals, trainee.meter)
+        shared.count(losses, trainer.dead_tracker, trainer.latent_stats, trainer.meter)
         return
-    sae.activation.observe(losses.output.top_acts, anew=recipe.changes_k(step))
-    trainee.firing.add((losses.output.top_acts, losses.output.top_indices))
-    trainee.vitals.add_latents(losses.output.top_acts, losses.output.top_indices)
-    trainee.meter.add(losses)
+    sae.activation.observe(losses.output.top_acts, anew=settings.changes_k(step))
+    trainer.dead_tracker.add((losses.output.top_acts, losses.output.top_indices))
+    trainer.latent_stats.add_latents(losses.output.top_acts, losses.output.top_indices)
+    trainer.meter.add(losses)
 
 
-def _update(trainee: Trainee, step: int, finite: Tensor) -> None:
+def _update(trainer: SaeTrainer, step: int, finite: Tensor) -> None:
     """Change the weights by their gradient, unless `finite` says that it must not reach them."""
-    recipe, optimizer = trainee.recipe, trainee.optimizer
-    begun = recipe.first_step_of_update(step)
-    if optimizer.one_pass and recipe.grad_clip is None:
-        norm = step_if(finite, optimizer, begun)
+    settings, optimizer = trainer.settings, trainer.optimizer
+    begun = settings.first_step_of_update(step)
+    if optimizer.is_fused and settings.grad_clip is None:
+        norm = conditional_step(finite, optimizer, begun)
     else:
-        norm = _measure(trainee)
-        if recipe.grad_clip is not None:
-            finite = trainee.guard.check(norm, step if trainee.clock is None else trainee.clock)
-        step_if(finite, optimizer, begun)
+        norm = _measure(trainer)
+        if settings.grad_clip is not None:
+            finite = trainer.guard.check(
+                norm, step if trainer.device_step is None else trainer.device_step
+            )
+        conditional_step(finite, optimizer, begun)
     if norm is not None:
-        trainee.vitals.add_gradient(norm)
+        trainer.latent_stats.add_gradient(norm)
 
 
-def _measure(trainee: Trainee) -> Tensor:
+def _measure(trainer: SaeTrainer) -> Tensor:
     """Project the gradient, and bound it if that is asked for; its norm before."""
-    sae, recipe = trainee.sae, trainee.recipe
-    if recipe.decoder_norm == "unit":
+    sae, settings = trainer.sae, trainer.settings
+    if settings.decoder_norm == "unit":
         sae.remove_parallel_gradient()
-    if recipe.grad_clip is not None:
-        return clip_gradient(sae.parameters(), recipe.grad_clip)
+    if settings.grad_clip is not None:
+        return clip_gradient(sae.parameters(), settings.grad_clip)
     return gradient_norm(p.grad for p in sae.parameters() if p.grad is not None)
 
 
-def add_gradient(
+def accumulate_gradient(
     sae: Sae,
     x: Tensor,
     variance: float,
     dead: Tensor | None,
-    objective: Objective,
+    loss_config: LossConfig,
     step: int,
     auxk_alpha: float,
-    recipe: Recipe,
-    shared: SharedBatches | None = None,
+    settings: StepSettings,
+    shared: DdpStep | None = None,
     turn: Tensor | None = None,
 ) -> Losses:
     """Add a batch's gradient to the weights', and return its losses.
@@ -125,10 +136,10 @@ def add_gradient(
         x: activations in its type, [N, D]; of a transcoder, inputs and outputs [N, D + E].
         variance: what the losses divide by.
         dead: which latents are dead, bool [M]; None leaves AuxK out.
-        objective: what is trained on besides.
+        loss_config: what is trained on besides.
         step: its number, from 0.
         auxk_alpha: weight of AuxK.
-        recipe: says the parts, the precision and the batches of an update.
+        settings: says the parts, the precision and the batches of an update.
         shared: with --parallel ddp, what makes the gradient that of all processes' rows; the losses
             stay those of these.
         turn: the step's number where the device reads it; None: the device is told `step`.
@@ -138,37 +149,37 @@ def add_gradient(
         they are above 0: all of them would take the memory that parts of a batch spare.
     """
     if isinstance(sae.activation, TopK):
-        sae.activation.chunk_latents = recipe.chunk_latents
-    sae.activation.compiles = recipe.compile
-    keep_copies(sae, recipe)
-    losses_of = folded_losses if recipe.decoder_norm == "fold" else compute_losses
+        sae.activation.chunk_latents = settings.chunk_latents
+    sae.activation.compiles = settings.compile
+    refresh_bf16_copies(sae, settings)
+    losses_of = folded_losses if settings.decoder_norm == "fold" else compute_losses
     if shared is not None:
-        losses_of = partial(shared.losses, losses_of)
-    parts = torch.split(x, recipe.micro_batch_size or len(x))
+        losses_of = partial(shared.forward, losses_of)
+    parts = torch.split(x, settings.micro_batch_size or len(x))
     losses = []
     for number, part in enumerate(parts, 1):
         # Processes exchange gradients once a batch, with its last part.
-        with nullcontext() if shared is None or number == len(parts) else shared.apart():
-            with _precision(recipe, x.device):
-                of_part = losses_of(sae, part, variance, dead, objective, step, turn)
+        with nullcontext() if shared is None or number == len(parts) else shared.no_sync():
+            with _precision(settings, x.device):
+                of_part = losses_of(sae, part, variance, dead, loss_config, step, turn)
             share = len(part) / len(x)
             loss = of_part.total(auxk_alpha)
-            torch.autograd.backward(loss * (share / recipe.grad_acc_steps))
+            torch.autograd.backward(loss * (share / settings.grad_acc_steps))
         losses.append(_without_graph(of_part))
     if len(losses) == 1:
         return losses[0]
     return _mean(losses, [len(part) / len(x) for part in parts])
 
 
-def keep_copies(sae: Sae, recipe: Recipe) -> None:
+def refresh_bf16_copies(sae: Sae, settings: StepSettings) -> None:
     """Where products in bfloat16 take a copy of a weight, make it right; it nearly always is."""
     # Dense activations leave the cast to autocast, and folded weights are made anew.
-    if recipe.autocast and recipe.decoder_norm != "fold" and sae.activation.k:
-        keep_shadow(sae.W_enc)
+    if settings.autocast and settings.decoder_norm != "fold" and sae.activation.k:
+        keep_bf16_copy(sae.W_enc)
 
 
 def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Scale the gradient of all parameters together to norm `largest`, if it is longer.
+    """Scale the gradient of all parameters together to norm `topk_selector`, if it is longer.
 
     Returns:
         Its norm before, on the device: not finite where the gradient is not.
@@ -217,8 +228,8 @@ def _square(gradient: Tensor) -> Tensor:
     return total(torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square())
 
 
-def _precision(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16) if recipe.autocast else nullcontext()
+def _precision(settings: StepSettings, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if settings.autocast else nullcontext()
 
 
 def _without_graph(losses: Losses) -> Losses:
@@ -246,7 +257,7 @@ def _mean(parts: Sequence[Losses], shares: Sequence[float]) -> Losses:
         torch.cat(indices) if indices else None,
     )
     terms = (
-        Term(mean(term.value for term in same), same[0].weight)
+        LossTerm(mean(term.value for term in same), same[0].weight)
         for same in zip(*(part.terms for part in parts), strict=True)
     )
     return Losses(

@@ -11,7 +11,7 @@ from saetrain.config.sae_options import DecoderNorm
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StepSettings:
     """The options of one SAE's steps. Steps count batches, from 0."""
 
     decoder_norm: DecoderNorm = "unit"
@@ -59,7 +59,7 @@ class Recipe:
         return step > 0 and self.k(step) != self.k(step - 1)
 
 
-def make_recipe(options: FitConfig, sizes: SaeConfig) -> Recipe:
+def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
     """What the options of a run mean for an SAE of these sizes.
 
     Raises:
@@ -72,7 +72,7 @@ def make_recipe(options: FitConfig, sizes: SaeConfig) -> Recipe:
             got=options.k_start,
         )
     start = options.k_start if options.k_start is not None else 10 * sizes.d_in
-    return Recipe(
+    return StepSettings(
         decoder_norm=options.decoder_norm,
         k_start=max(sizes.k, min(sizes.num_latents, start)),
         k_end=sizes.k,

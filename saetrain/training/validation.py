@@ -17,14 +17,14 @@ from torch.func import functional_call
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, RunError
 from actcache.stream.order import Span
-from actcache.stream.verified_reads import CheckedReads, Verify
+from actcache.stream.verified_reads import VerifiedReader, Verify
 from saetrain.kernels.sums import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
 from saetrain.runs.record import SaeEntry
 from saetrain.training.best import keep_only, save_best
 from saetrain.training.non_finite import require_finite_loss
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.sae_trainer import SaeTrainer
 
 _ROWS_AT_ONCE = 2048
 
@@ -64,10 +64,14 @@ class Validation:
                 got=f"shards {list(held_out)}",
                 remedy="a larger --val-fraction",
             )
-        codec = cache.codec
-        stored = {name: codec.empty(self.rows, cache.manifest.width(name)) for name in hookpoints}
-        CheckedReads(cache, verify).load(spans, stored)
-        self._rows = {name: codec.to_torch(rows) for name, rows in stored.items()}  # each [N, D]
+        row_dtype = cache.row_dtype
+        stored = {
+            name: row_dtype.empty(self.rows, cache.manifest.width(name)) for name in hookpoints
+        }
+        VerifiedReader(cache, verify).load(spans, stored)
+        self._rows = {
+            name: row_dtype.to_torch(rows) for name, rows in stored.items()
+        }  # each [N, D]
         self._scale = {
             name: self._squares(name, cache.statistics(name, training).mean) for name in hookpoints
         }
@@ -134,7 +138,7 @@ def spread(rows: Mapping[int, int], most: int) -> list[Span]:
 
 def validate(
     root: Path,
-    groups: dict[str, list[Trainee]],
+    groups: dict[str, list[SaeTrainer]],
     validation: Validation,
     done: int,
     keep_best: bool,
@@ -147,26 +151,26 @@ def validate(
     figures = {}
     for group in groups.values():
         rows = validation.on(group[0].entry, group[0].sae.W_enc.device)
-        for trainee in group:
-            weights, entry = trainee.exported(), trainee.entry
-            if trainee.recipe.k_anneal_steps:
-                trainee.sae.k = entry.config.k  # while k falls, every step sets its own
-            found = validation.measure(trainee.sae, weights, entry, rows)
-            require_finite_loss(root, trainee, found["fvu"], done)
+        for trainer in group:
+            weights, entry = trainer.export_weights(), trainer.entry
+            if trainer.settings.k_anneal_steps:
+                trainer.sae.k = entry.config.k  # while k falls, every step sets its own
+            found = validation.measure(trainer.sae, weights, entry, rows)
+            require_finite_loss(root, trainer, found["fvu"], done)
             figures[entry.name] = found
-            if keep_best and is_better(trainee, found["fvu"], done):
-                folder, unit = root / entry.name, trainee.unit_norm()
-                trainee.best = save_best(folder, entry, weights, unit, done, found["fvu"])
-                keep_only(folder, {done, *trainee.saved_bests})
+            if keep_best and is_better(trainer, found["fvu"], done):
+                folder, unit = root / entry.name, trainer.unit_norm()
+                trainer.best = save_best(folder, entry, weights, unit, done, found["fvu"])
+                keep_only(folder, {done, *trainer.saved_bests})
     return figures
 
 
-def is_better(trainee: Trainee, fvu: float, done: int) -> bool:
+def is_better(trainer: SaeTrainer, fvu: float, done: int) -> bool:
     """Whether an SAE is better than its best so far.
 
     While k still falls or a penalty still rises, more latents are active than in the end (a dense
     activation's, or BatchTopK's by its threshold): a low FVU of then is bought with L0. So whatever
     comes after is better than that.
     """
-    best = trainee.best
-    return best is None or best.step < trainee.settled_at <= done or fvu < best.fvu
+    best = trainer.best
+    return best is None or best.step < trainer.schedules_end <= done or fvu < best.fvu

@@ -14,11 +14,11 @@ import pytest
 from actcache.cache.layout import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
-from actcache.filesystem.atomic import FileReceipt
+from actcache.filesystem.atomic import FileDigest
 from actcache.format.manifest import Hookpoint
 from actcache.format.receipts import ShardReceipt
 from actcache.format.row_filters import FILTERS
-from actcache.storage import CODECS
+from actcache.storage import ROW_DTYPES
 from actcache.storage.safetensors_io import ALIGNMENT
 from actcache.stream.order import POOL_ROWS, Epoch, make_plan
 
@@ -33,8 +33,8 @@ PLANNED = CONFIG.goal
 SHARDS = -(-PLANNED // SEQUENCES)
 PER_SEQUENCE = CONFIG.ctx_len - CONFIG.skip_positions
 ROWS = PLANNED * PER_SEQUENCE
-ITEM = CODECS["bfloat16"].itemsize
-INT8 = CODECS["int8"].row_bytes(D)
+ITEM = ROW_DTYPES["bfloat16"].itemsize
+INT8 = ROW_DTYPES["int8"].row_bytes(D)
 FILE = SEQUENCES * PER_SEQUENCE * D * ITEM
 FILES = HOOKPOINTS + 3  # tokens, statistics, receipt
 BLOCK_ROWS = choose_block_rows(POINTS, "bfloat16")
@@ -53,7 +53,7 @@ PASS = ROWS * D * ITEM / EATEN  # s
 
 def receipt_bytes() -> int:
     """A receipt of a shard in the middle of the harvest, as it is written."""
-    file = FileReceipt(FILE + ALIGNMENT, "0" * 32)
+    file = FileDigest(FILE + ALIGNMENT, "0" * 32)
     names = [point.name for point in POINTS]
     receipt = ShardReceipt(
         cache_id="0" * 32,

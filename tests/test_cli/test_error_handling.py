@@ -7,11 +7,11 @@ import pytest
 import typer
 
 from actcache import errors
-from actcache_cli.error_handling import INTERRUPTED, emit, guarded
+from actcache_cli.error_handling import INTERRUPTED, print_json, report_errors
 
 
 def raiser(error):
-    @guarded
+    @report_errors
     def run():
         raise error
 
@@ -55,7 +55,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 
 
 def test_emit_prints_one_json_document(capsys):
-    emit({"a": [1, 2.5, None]})
+    print_json({"a": [1, 2.5, None]})
     assert capsys.readouterr().out == '{\n  "a": [\n    1,\n    2.5,\n    null\n  ]\n}\n'
 
 
@@ -77,5 +77,5 @@ def test_running_out_of_memory_is_told_with_a_remedy(error, capsys):
 
 
 def test_emit_has_null_for_what_json_has_no_number_for(capsys):
-    emit({"a": (float("nan"), 1.0), "b": {"c": float("-inf")}})
+    print_json({"a": (float("nan"), 1.0), "b": {"c": float("-inf")}})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.0], "b": {"c": None}}

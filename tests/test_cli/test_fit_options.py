@@ -10,7 +10,7 @@ from actcache_cli.fit_options import fit_command, is_repeatable
 from actcache_cli.main import saetrain_app
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import AXES, grid
-from saetrain.config.sae_options import Override
+from saetrain.config.sae_options import HookpointOverride
 
 
 def parse(*arguments):
@@ -69,13 +69,13 @@ def test_a_file_fills_in_what_the_command_line_does_not_say(tmp_path):
         "[hookpoints.a]\nlr = 0.5\nk = 3\n"
     )
     config, plan, as_json = parse("--config", path, "--out", "r", "--plan")
-    overrides = {"a": Override(lr=0.5, k=3)}
+    overrides = {"a": HookpointOverride(lr=0.5, k=3)}
     assert config == FitConfig(
         "c", "r", saes=grid(k=(16, 32)), follow=True, batch_size=8, hookpoints=overrides
     )
     assert (plan, as_json) == (True, True)
     config, _, _ = parse("other", "--config", path, "--out", "r", "--k", 32, "--no-follow")
-    overrides = {"a": Override(lr=0.5)}
+    overrides = {"a": HookpointOverride(lr=0.5)}
     assert config == FitConfig("other", "r", k=32, batch_size=8, hookpoints=overrides)
 
 

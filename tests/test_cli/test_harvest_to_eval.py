@@ -187,10 +187,10 @@ def test_eval_of_an_unfinished_run_says_so_and_shows_dashes_for_what_is_not_know
     fit = [a if a != folders[0] / "run" else tmp_path / "run" for a in fit] + ["--save-every", 1]
     real = saetrain.training.step.train_step
 
-    def step(trainee, rows, number, alpha):
+    def step(trainer, rows, number, alpha):
         if number == 2:
             raise KeyboardInterrupt
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
     result = CliRunner().invoke(saetrain_app(), [str(a) for a in fit])

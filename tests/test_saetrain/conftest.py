@@ -84,9 +84,9 @@ def make_trainee() -> Callable[..., Any]:
     from saetrain.model.sae import Sae
     from saetrain.optim import make_optimizer
     from saetrain.runs.record import SaeEntry
-    from saetrain.training.metrics import Firing, Meter
-    from saetrain.training.sae_trainer import Trainee
-    from saetrain.training.step_settings import Recipe
+    from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+    from saetrain.training.sae_trainer import SaeTrainer
+    from saetrain.training.step_settings import StepSettings
 
     def make(
         d_in: int = 16,
@@ -100,19 +100,19 @@ def make_trainee() -> Callable[..., Any]:
         dtype: torch.dtype = torch.float32,
         dead_after: int = 10**9,
         variance: float = 1.0,
-        **recipe: Any,
-    ) -> Trainee:
+        **settings: Any,
+    ) -> SaeTrainer:
         device = torch.device("cpu")
-        sae, steps_as = Sae(d_in, num_latents, k, dtype=dtype), Recipe(**recipe)
+        sae, steps_as = Sae(d_in, num_latents, k, dtype=dtype), StepSettings(**settings)
         norm = steps_as.decoder_norm
-        return Trainee(
+        return SaeTrainer(
             SaeEntry("layers.0", SaeConfig(d_in, num_latents, k), lr, seed=0),
             sae,
             make_optimizer(optimizer, sae, lr, warmup, steps, decoder_norm=norm),  # type: ignore[arg-type]
-            Firing(num_latents, dead_after, device),
-            Meter(device),
+            DeadLatentTracker(num_latents, dead_after, device),
+            MeanMeter(device),
             variance,
-            recipe=steps_as,
+            settings=steps_as,
         )
 
     return make

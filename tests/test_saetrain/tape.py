@@ -120,7 +120,7 @@ class _Launch:
 
 
 class TapeRecorder:
-    """A `Recorder` of CUDA graphs for a CPU. `recorded` counts recordings, `replayed` replays."""
+    """A `GraphRecorder` for a CPU. `recorded` counts recordings, `replayed` replays."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0

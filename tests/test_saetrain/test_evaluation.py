@@ -28,7 +28,7 @@ Float64 = NDArray[np.float64]
 
 
 def rows_of(cache: Cache, hookpoint: str, shards: list[int]) -> Float64:
-    stored = [cache.codec.to_float32(cache.read(hookpoint, shard)) for shard in shards]
+    stored = [cache.row_dtype.to_float32(cache.read(hookpoint, shard)) for shard in shards]
     return np.concatenate(stored).astype(np.float64)  # [N, D]
 
 
@@ -132,10 +132,10 @@ def stop(monkeypatch: pytest.MonkeyPatch, config: Any, at: int) -> None:
     """Run until step `at` (from 0), and die there."""
     real = saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
         if number == at:
             raise KeyboardInterrupt
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)

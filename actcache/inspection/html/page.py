@@ -15,7 +15,7 @@ from actcache.inspection.html import svg
 from actcache.inspection.html.hookpoints import cards, cosines, hookpoints
 from actcache.inspection.html.markup import Markup, join, scroll, section, table, tag
 from actcache.inspection.html.texts import texts
-from actcache.inspection.samples import Reading
+from actcache.inspection.samples import SequenceView
 from actcache.inspection.shards import ShardFacts
 from actcache.inspection.summary import CacheSummary
 
@@ -25,7 +25,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def render_page(
-    summary: CacheSummary, readings: Sequence[Reading] = (), shard: ShardFacts | None = None
+    summary: CacheSummary, readings: Sequence[SequenceView] = (), shard: ShardFacts | None = None
 ) -> str:
     """The page.
 

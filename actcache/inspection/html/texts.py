@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from actcache.inspection.html import svg
 from actcache.inspection.html.markup import Markup, join, section, tag
-from actcache.inspection.samples import Reading, Token
+from actcache.inspection.samples import SequenceView, Token
 from actcache.inspection.summary import CacheSummary
 
 TOKENS = 4096
@@ -18,7 +18,7 @@ _COLD = [(-0.4, "l1"), (-1.0, "l2")]
 """Classes of tokens from so many octaves below it."""
 
 
-def texts(summary: CacheSummary, readings: Sequence[Reading]) -> Markup:
+def texts(summary: CacheSummary, readings: Sequence[SequenceView]) -> Markup:
     """Sequences with the norm of every token."""
     if not readings:
         return Markup("")
@@ -41,7 +41,7 @@ def texts(summary: CacheSummary, readings: Sequence[Reading]) -> Markup:
     )
 
 
-def _reading(reading: Reading, medians: dict[str, float]) -> Markup:
+def _reading(reading: SequenceView, medians: dict[str, float]) -> Markup:
     padding = sum(token.state == "padding" for token in reading.tokens)
     spans = list(_spans(reading.tokens[:TOKENS], medians[reading.hookpoint]))
     if len(reading.tokens) > TOKENS:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from saetrain.kernels import backends as paths
-from saetrain.kernels.grad_memory import spare
+from saetrain.kernels.grad_memory import reuse_memory
 from saetrain.kernels.prefix_groups import Bags
 from saetrain.kernels.sorted_pairs import SortedPairs, sort_pairs
 
@@ -84,11 +84,11 @@ def scatter_outer(
     pairs = sort_pairs(indices, num_latents) if pairs is None else pairs
     pairs = pairs._replace(token=_rows(pairs, bags))
     acts, dY = acts.reshape(-1)[pairs.order], dY.contiguous()  # [N*K]
-    if not paths.host_may_look(dY):
+    if not paths.host_can_read(dY):
         return _bags(dY, pairs.token, pairs.offsets, acts)
     # Seen from a latent this is a bag too: of the tokens that it fired on. Some latents at a time,
     # which the processor's cache holds, and then into memory that is used again.
-    out = spare((num_latents, dY.shape[1]), dY)
+    out = reuse_memory((num_latents, dY.shape[1]), dY)
     bounds = pairs.offsets[::_ROWS].tolist()
     for row, first in zip(range(0, num_latents, _ROWS), bounds, strict=False):
         offsets = pairs.offsets[row : row + _ROWS + 1]
@@ -153,11 +153,11 @@ def _sum_in_pieces(out: Tensor, pairs: SortedPairs, acts: Tensor, dY: Tensor) ->
     hot = (counts > PIECE).nonzero().squeeze(1)  # [H]
     if not len(hot):
         return
-    pieces = (counts[hot] + PIECE - 1) // PIECE  # [H]
-    ends = pieces.cumsum(0)
-    number = torch.arange(int(ends[-1])) - (ends - pieces).repeat_interleave(pieces)
-    first = pairs.offsets[hot].repeat_interleave(pieces) + PIECE * number  # [P]
-    sizes = (pairs.offsets[hot + 1].repeat_interleave(pieces) - first).clamp(max=PIECE)
+    prefix_groups = (counts[hot] + PIECE - 1) // PIECE  # [H]
+    ends = prefix_groups.cumsum(0)
+    number = torch.arange(int(ends[-1])) - (ends - prefix_groups).repeat_interleave(prefix_groups)
+    first = pairs.offsets[hot].repeat_interleave(prefix_groups) + PIECE * number  # [P]
+    sizes = (pairs.offsets[hot + 1].repeat_interleave(prefix_groups) - first).clamp(max=PIECE)
     # The pairs of hot latents, without those between them.
     stops = sizes.cumsum(0)
     place = (first - (stops - sizes)).repeat_interleave(sizes) + torch.arange(int(stops[-1]))

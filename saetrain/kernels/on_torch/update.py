@@ -30,7 +30,7 @@ def signum_update_(
     unit: bool,
     norms: Tensor | None = None,
     squares: Tensor | None = None,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
     ok: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> None:
@@ -40,7 +40,7 @@ def signum_update_(
         g = _project(y, grad, part, unit, squares)
         if not go:
             continue
-        kept = _kept(ok, (y, z, norms, shadow), part)
+        kept = _kept(ok, (y, z, norms, bf16_copy), part)
         of_y, of_z = y[part], z[part]
         if numbers is None:
             of_y.lerp_(of_z, 1 - 1 / momentum)  # the average
@@ -49,7 +49,7 @@ def signum_update_(
             of_y.lerp_(of_z, 1 - momentum)
         else:
             _sign_step(of_y, of_z, g, momentum, numbers)
-        _finish(y, part, unit, norms, shadow)
+        _finish(y, part, unit, norms, bf16_copy)
         _put_back(ok, kept)
 
 
@@ -69,7 +69,7 @@ def adam_update_(
     unit: bool,
     norms: Tensor | None = None,
     squares: Tensor | None = None,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
     ok: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> None:
@@ -79,7 +79,7 @@ def adam_update_(
         g = _project(w, grad, part, unit, squares)
         if not go:
             continue
-        kept = _kept(ok, (w, m, v, norms, shadow), part)
+        kept = _kept(ok, (w, m, v, norms, bf16_copy), part)
         if numbers is None:
             rate: float | Tensor = lr
             count = torch.full((), float(step), device=w.device)  # no copy from the host
@@ -100,7 +100,7 @@ def adam_update_(
             amsgrad=False,
             maximize=False,
         )
-        _finish(w, part, unit, norms, shadow)
+        _finish(w, part, unit, norms, bf16_copy)
         _put_back(ok, kept)
 
 
@@ -160,24 +160,24 @@ def _project(w: Tensor, grad: Tensor, part: slice, unit: bool, squares: Tensor |
 
 
 def _finish(
-    w: Tensor, part: slice, unit: bool, norms: Tensor | None, shadow: Tensor | None
+    w: Tensor, part: slice, unit: bool, norms: Tensor | None, bf16_copy: Tensor | None
 ) -> None:
     if unit:
         normalise_rows_(w[part], None if norms is None else norms[part])
-    if shadow is not None:
-        shadow[part] = w[part]
+    if bf16_copy is not None:
+        bf16_copy[part] = w[part]
 
 
 def _goes(ok: Tensor | None) -> bool:
     """False where the host knows, without waiting, that nothing is to change."""
-    return ok is None or not paths.host_may_look(ok) or bool(ok)
+    return ok is None or not paths.host_can_read(ok) or bool(ok)
 
 
 def _kept(
     ok: Tensor | None, tensors: tuple[Tensor | None, ...], part: slice
 ) -> list[tuple[Tensor, Tensor]]:
     """What a flag on a device may ask back: each part and a copy of it."""
-    if ok is None or paths.host_may_look(ok):
+    if ok is None or paths.host_can_read(ok):
         return []
     return [(t[part], t[part].clone()) for t in tensors if t is not None]
 

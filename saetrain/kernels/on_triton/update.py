@@ -60,7 +60,7 @@ def update_kernel(
     grad,  # [M, D]
     norms,  # [M], or None
     squares,  # [M] float32, or None
-    shadow,  # [M, D] bfloat16, or None
+    bf16_copy,  # [M, D] bfloat16, or None
     ok,  # bool, or None
     numbers,  # float32 [2] of signum, [5] of Adam; None: they are among a to g
     count,  # M*D
@@ -131,9 +131,9 @@ def update_kernel(
                 tl.store(first + place, one.to(first.dtype.element_ty), mask=keep)
                 if second is not None:
                     tl.store(second + place, two.to(second.dtype.element_ty), mask=keep)
-                if shadow is not None:
-                    rounded = new.to(w.dtype.element_ty).to(shadow.dtype.element_ty)
-                    tl.store(shadow + place, rounded, mask=keep)
+                if bf16_copy is not None:
+                    rounded = new.to(w.dtype.element_ty).to(bf16_copy.dtype.element_ty)
+                    tl.store(bf16_copy + place, rounded, mask=keep)
         if UNIT and (turn == 0 and PASSES == 3):
             divisor = tl.sqrt_rn(tl.sum(length, axis=0)) + tiny
     if squares is not None:
@@ -155,7 +155,7 @@ def signum_update_(
     unit: bool,
     norms: Tensor | None = None,
     squares: Tensor | None = None,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
     ok: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> None:
@@ -171,13 +171,13 @@ def signum_update_(
             unit=unit,
             norms=norms,
             squares=squares,
-            shadow=shadow,
+            bf16_copy=bf16_copy,
             ok=ok,
             numbers=numbers,
         )
         return
     scalars = (lr, 1 - 1 / momentum, mix, 1 - momentum, 0.0, 0.0, 0.0)
-    _launch((y, z, None, grad), scalars, unit, (norms, squares, shadow, ok, numbers))
+    _launch((y, z, None, grad), scalars, unit, (norms, squares, bf16_copy, ok, numbers))
 
 
 def adam_update_(
@@ -195,7 +195,7 @@ def adam_update_(
     unit: bool,
     norms: Tensor | None = None,
     squares: Tensor | None = None,
-    shadow: Tensor | None = None,
+    bf16_copy: Tensor | None = None,
     ok: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> None:
@@ -215,14 +215,14 @@ def adam_update_(
             unit=unit,
             norms=norms,
             squares=squares,
-            shadow=shadow,
+            bf16_copy=bf16_copy,
             ok=ok,
             numbers=numbers,
         )
         return
     keep, rate, root_v, _, _ = reference.adam_numbers(lr, weight_decay, beta1, beta2, step)
     scalars = (keep, rate, 1 - beta1, beta2, 1 - beta2, root_v, eps)
-    _launch((w, m, v, grad), scalars, unit, (norms, squares, shadow, ok, numbers))
+    _launch((w, m, v, grad), scalars, unit, (norms, squares, bf16_copy, ok, numbers))
 
 
 def _launch(
@@ -236,11 +236,11 @@ def _launch(
     All but the gradient must be contiguous: they are written, and `numbers` is walked along.
     """
     w, first, second, grad = matrices
-    norms, squares, shadow, ok, numbers = options
+    norms, squares, bf16_copy, ok, numbers = options
     count = w.numel()
     if count == 0:
         return
-    for tensor in (w, first, second, norms, squares, shadow, numbers):
+    for tensor in (w, first, second, norms, squares, bf16_copy, numbers):
         assert tensor is None or tensor.is_contiguous()
     by_rows = unit or squares is not None
     rows = w.shape[0] if by_rows else triton.cdiv(count, FLAT)
@@ -255,7 +255,7 @@ def _launch(
             grad.contiguous(),
             norms if unit else None,
             squares,
-            shadow,
+            bf16_copy,
             ok,
             numbers,
             count,

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from saetrain.kernels import Way, dense_encode, sparse_encode_by
+from saetrain.kernels import Selector, dense_encode, sparse_encode_by
 
 
 class Latents(NamedTuple):
@@ -37,7 +37,7 @@ class Encoder(Protocol):
 
 
 class Activation(nn.Module):
-    """Base of all activations; those without parameters or penalty override `way`, or `encode`."""
+    """Base of all activations; without parameters or penalty, override `selector` or `encode`."""
 
     k = 0
     """Latents that may be active at once; 0 where a penalty decides."""
@@ -47,12 +47,12 @@ class Activation(nn.Module):
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
         """Latents of rows x [N, D]; sparse unless an activation does it itself."""
-        way = self.way()
-        assert way is not None
+        selector = self.selector()
+        assert selector is not None
         W_enc, b_enc, b_dec = encoder.W_enc, encoder.b_enc, encoder.subtracted
-        return Latents(*sparse_encode_by(x, W_enc, b_enc, b_dec, way))
+        return Latents(*sparse_encode_by(x, W_enc, b_enc, b_dec, selector))
 
-    def way(self) -> Way | None:
+    def selector(self) -> Selector | None:
         """How latents are selected where they come sparse; else None."""
         return None
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from saetrain.kernels import Way, batch_topk, chosen_by
+from saetrain.kernels import Selector, batch_topk, make_selector
 from saetrain.model.activations.base import Activation, Encoder, Latents, pre_activations
 
 FORGET = 0.05
@@ -39,9 +39,9 @@ class BatchTopK(Activation):
             return Latents(torch.relu(pre_acts) * chosen, None)
         return super().encode(x, encoder)
 
-    def way(self) -> Way | None:
+    def selector(self) -> Selector | None:
         """The batch's largest, while training."""
-        return chosen_by(partial(batch_topk, k=self.k)) if self.training else None
+        return make_selector(partial(batch_topk, k=self.k)) if self.training else None
 
     @torch.no_grad()
     def observe(self, top_acts: Tensor, anew: bool = False) -> None:

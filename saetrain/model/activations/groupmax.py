@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from saetrain.kernels import Way, chosen_by, group_max
+from saetrain.kernels import Selector, group_max, make_selector
 from saetrain.model.activations.base import Activation
 
 
@@ -19,6 +19,6 @@ class GroupMax(Activation):
         super().__init__()
         self.k = k
 
-    def way(self) -> Way:
+    def selector(self) -> Selector:
         """Each group's largest, in the groups' order."""
-        return chosen_by(partial(group_max, k=self.k), by_token=True)
+        return make_selector(partial(group_max, k=self.k), by_token=True)

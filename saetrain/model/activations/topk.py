@@ -6,7 +6,7 @@ autoencoders" (2024), section 2.3: z = TopK(ReLU(W_enc (x - b_dec) + b_enc)).
 
 from __future__ import annotations
 
-from saetrain.kernels import Way, largest
+from saetrain.kernels import Selector, topk_selector
 from saetrain.model.activations.base import Activation
 
 
@@ -21,10 +21,10 @@ class TopK(Activation):
         self.k = k
         self.chunk_latents: int | None = None
 
-    def way(self) -> Way:
+    def selector(self) -> Selector:
         """The k largest, in no order."""
-        return self.largest(self.k)
+        return self.selector_of(self.k)
 
-    def largest(self, slots: int) -> Way:
+    def selector_of(self, slots: int) -> Selector:
         """As many of each row, in no order."""
-        return largest(slots, self.chunk_latents)
+        return topk_selector(slots, self.chunk_latents)

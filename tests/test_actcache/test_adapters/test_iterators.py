@@ -18,7 +18,7 @@ from actcache.adapters import (
     open_feed,
 )
 from actcache.errors import ConfigError, CorruptShardError, RunError
-from actcache.storage import CODECS
+from actcache.storage import ROW_DTYPES
 
 KINDS = [NumpyBatches, HookpointBatches, SaeLensBatches, DictionaryLearningBuffer]
 
@@ -34,7 +34,7 @@ def rows_of(batch: object) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", CODECS)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_rows_of_every_type_come_as_float32_in_the_order_of_the_stream(
     dtype: str, kind: type, make_cache: Callable[..., Path]
 ) -> None:
@@ -47,7 +47,7 @@ def test_rows_of_every_type_come_as_float32_in_the_order_of_the_stream(
     assert len(found) == len(addresses) == feed.plan.steps_per_epoch
     for rows, places in zip(found, addresses, strict=True):
         assert rows.dtype == np.float32
-        truth = [cache.codec.to_float32(cache.read("layers.0", s, r, 1)) for s, r in places]
+        truth = [cache.row_dtype.to_float32(cache.read("layers.0", s, r, 1)) for s, r in places]
         np.testing.assert_array_equal(rows, np.concatenate(truth))
 
 

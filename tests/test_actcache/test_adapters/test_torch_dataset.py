@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from actcache.adapters import Feed, LoaderDataset, WholeBatches, open_feed
+from actcache.adapters import CacheDataLoader, CacheDataset, Feed, open_feed
 from actcache.adapters.torch_dataset import join_parts
 from actcache.errors import ConfigError, CorruptShardError, RunError
 
@@ -47,7 +47,7 @@ def as_set(rows: torch.Tensor) -> set[bytes]:
 def test_without_workers_a_loader_gives_the_streams_batches(
     feed: Feed, truth: list[torch.Tensor]
 ) -> None:
-    loader = DataLoader(LoaderDataset(feed), batch_size=None)
+    loader = DataLoader(CacheDataset(feed), batch_size=None)
     assert same(list(loader), truth)
     assert same(list(loader), truth)  # iterating again begins again
 
@@ -56,7 +56,7 @@ def test_without_workers_a_loader_gives_the_streams_batches(
 def test_the_workers_parts_in_a_row_are_the_batch_of_one_process(
     workers: int, feed: Feed, truth: list[torch.Tensor]
 ) -> None:
-    parts = list(DataLoader(LoaderDataset(feed), batch_size=None, num_workers=workers))
+    parts = list(DataLoader(CacheDataset(feed), batch_size=None, num_workers=workers))
     assert len(parts) == workers * len(truth)
     for step, whole in enumerate(truth):
         some = parts[step * workers : (step + 1) * workers]
@@ -69,12 +69,12 @@ def test_the_workers_parts_in_a_row_are_the_batch_of_one_process(
 def test_whole_batches_are_the_same_for_any_number_of_workers_and_ranks(
     feed: Feed, truth: list[torch.Tensor]
 ) -> None:
-    assert same(list(WholeBatches(LoaderDataset(feed), 2)), truth)
+    assert same(list(CacheDataLoader(CacheDataset(feed), 2)), truth)
     for rank in range(2):
         ours = [b.reshape(36, 2, 16)[rank::2].reshape(36, 16) for b in truth]  # L, b, D
-        dataset = LoaderDataset(feed, rank=rank, world_size=2)
-        assert same(list(WholeBatches(dataset)), ours)
-        assert same(list(WholeBatches(dataset, 2)), ours)
+        dataset = CacheDataset(feed, rank=rank, world_size=2)
+        assert same(list(CacheDataLoader(dataset)), ours)
+        assert same(list(CacheDataLoader(dataset, 2)), ours)
 
 
 @pytest.mark.parametrize(("taken", "workers", "then"), [(0, 0, 2), (3, 2, 0), (12, 0, 2)])
@@ -84,13 +84,13 @@ def test_whole_batches_go_on_exactly_from_a_state_with_another_number_of_workers
     feed = open_feed(root, "layers.0", batch_size=72, val_fraction=0, pool_rows=256)  # endless
     with feed.stream() as stream:
         expected = [next(stream).activations["layers.0"].float() for _ in range(taken + 3)]
-    stopped = WholeBatches(LoaderDataset(feed), workers)
+    stopped = CacheDataLoader(CacheDataset(feed), workers)
     found = [next(stopped) for _ in range(taken)]
-    resumed = WholeBatches(LoaderDataset(feed), then)
+    resumed = CacheDataLoader(CacheDataset(feed), then)
     resumed.load_state_dict(stopped.state_dict())
     found += [next(resumed) for _ in range(3)]
     assert same(found, expected)
-    again = WholeBatches(LoaderDataset(feed))
+    again = CacheDataLoader(CacheDataset(feed))
     again.load_state_dict(resumed.state_dict())
     with feed.stream(**resumed.state_dict()) as stream:
         assert torch.equal(next(again), next(stream).activations["layers.0"].float())
@@ -101,7 +101,7 @@ def test_whole_batches_go_on_exactly_from_a_state_with_another_number_of_workers
 
 
 def test_a_state_is_not_loaded_into_batches_that_have_begun(feed: Feed) -> None:
-    batches = WholeBatches(LoaderDataset(feed))
+    batches = CacheDataLoader(CacheDataset(feed))
     next(batches)
     with pytest.raises(RunError, match="have begun"):
         batches.load_state_dict({"epoch": 0, "step": 0})
@@ -111,7 +111,7 @@ def test_a_state_is_not_loaded_into_batches_that_have_begun(feed: Feed) -> None:
 def test_the_state_of_a_plain_loader_follows_from_what_was_counted(
     feed: Feed, truth: list[torch.Tensor]
 ) -> None:
-    dataset = LoaderDataset(feed)
+    dataset = CacheDataset(feed)
     dataset.load_state_dict(dataset.state_after(4))
     assert dataset.state_after(2) == {"epoch": 0, "step": 6}
     assert dataset.state_after(len(truth)) == {"epoch": 1, "step": 4}
@@ -122,12 +122,12 @@ def test_a_number_of_workers_that_cannot_share_the_lanes_is_refused_with_those_t
     feed: Feed,
 ) -> None:
     with pytest.raises(ConfigError, match="36 lanes cannot be divided among 5 workers") as caught:
-        WholeBatches(LoaderDataset(feed), 5)
+        CacheDataLoader(CacheDataset(feed), 5)
     assert "num_workers 0, 1, 2, 3, 4, 6, 9, 12, 18, 36" in str(caught.value)
     with pytest.raises(ConfigError, match="18 lanes cannot be divided among 4 workers"):
-        WholeBatches(LoaderDataset(feed, 1, 2), 4)
+        CacheDataLoader(CacheDataset(feed, 1, 2), 4)
     with pytest.raises(ConfigError, match="36 lanes cannot be divided among 7 processes"):
-        LoaderDataset(feed, 0, 7)
+        CacheDataset(feed, 0, 7)
 
 
 def test_a_worker_of_such_a_number_raises_the_same_error(
@@ -136,7 +136,7 @@ def test_a_worker_of_such_a_number_raises_the_same_error(
     worker = SimpleNamespace(id=0, num_workers=5)
     monkeypatch.setattr("actcache.adapters.torch_dataset.get_worker_info", lambda: worker)
     with pytest.raises(ConfigError, match="36 lanes cannot be divided among 5 workers"):
-        next(iter(LoaderDataset(feed)))
+        next(iter(CacheDataset(feed)))
 
 
 def test_several_hookpoints_come_by_name(root: Path) -> None:
@@ -144,7 +144,7 @@ def test_several_hookpoints_come_by_name(root: Path) -> None:
     feed = open_feed(root, names, batch_size=72, val_fraction=0, pool_rows=256, epochs=1)
     with feed.stream() as stream:
         expected = next(stream).activations
-    batches = WholeBatches(LoaderDataset(feed), 2)
+    batches = CacheDataLoader(CacheDataset(feed), 2)
     found = next(batches)
     batches.close()
     for name in names:
@@ -154,7 +154,7 @@ def test_several_hookpoints_come_by_name(root: Path) -> None:
 def test_a_dataset_travels_to_workers_that_are_spawned(
     feed: Feed, truth: list[torch.Tensor]
 ) -> None:
-    dataset = pickle.loads(pickle.dumps(LoaderDataset(feed)))
+    dataset = pickle.loads(pickle.dumps(CacheDataset(feed)))
     assert same(list(DataLoader(dataset, batch_size=None)), truth)
 
 
@@ -166,7 +166,7 @@ def test_an_error_of_the_reader_reaches_the_trainer(
     feed = open_feed(root, "layers.0", batch_size=64)
     for path in (root / "activations" / "layers.0").iterdir():
         path.unlink()
-    batches = WholeBatches(LoaderDataset(feed), workers)
+    batches = CacheDataLoader(CacheDataset(feed), workers)
     with pytest.raises(CorruptShardError, match=r"layers\.0"):
         next(batches)
     batches.close()

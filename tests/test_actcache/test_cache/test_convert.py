@@ -21,7 +21,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
 from actcache.cache.verify import verify
 from actcache.config import ConvertConfig, HarvestConfig
-from actcache.core.file_lock import FolderLock
+from actcache.core.file_lock import DirectoryLock
 from actcache.core.json_codec import to_json
 from actcache.errors import (
     CacheBusyError,
@@ -89,7 +89,7 @@ def test_rows_in_the_models_type_become_the_cache_that_a_harvest_makes(
     assert tree(found.cache) == tree(harvested)
     assert found.complete
     assert found.via == ()
-    assert verify(found.cache).sound
+    assert verify(found.cache).is_sound
 
 
 def test_filters_and_padding_pass_through_a_conversion(
@@ -129,8 +129,8 @@ def test_what_was_rounded_on_the_way_makes_another_cache(
     assert wide.cache_id != read_manifest(Path(exact)).cache_id
     source, found = Cache.open(rounded), Cache.open(wide.cache)
     for shard, name in itertools.product(source.shards, source.hookpoints):
-        expected = source.codec.to_torch(source.read(name, shard)).float()
-        assert torch.equal(found.codec.to_torch(found.read(name, shard)), expected)
+        expected = source.row_dtype.to_torch(source.read(name, shard)).float()
+        assert torch.equal(found.row_dtype.to_torch(found.read(name, shard)), expected)
         statistics = found.statistics(name, [shard])
         np.testing.assert_array_equal(statistics.total, source.statistics(name, [shard]).total)
     back = run(wide.cache, tmp_path / "back", dtype="bfloat16")
@@ -158,7 +158,7 @@ def test_every_type_that_rows_were_rounded_to_is_listed(source: Path, tmp_path: 
     assert via == [("bfloat16",), eight, eight, (*eight, "float8_e4m3")]
     cache = Cache.open(here)
     assert cache.manifest.identity.via == via[-1]
-    assert verify(here).sound
+    assert verify(here).is_sound
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_rows_that_are_not_finite_stay_so(make_cache: Make, tmp_path: Path) -> N
         cache = Cache.open(run(source, tmp_path / dtype, dtype=dtype).cache)
         for receipt in cache.receipts.values():
             assert receipt.non_finite == {"layers.0": 3, "layers.1": 3}
-        x = cache.codec.to_float32(cache.read("layers.0", 0))
+        x = cache.row_dtype.to_float32(cache.read("layers.0", 0))
         assert (~np.isfinite(x).all(axis=1)).sum() == 3
 
 
@@ -222,7 +222,7 @@ def test_an_extended_cache_is_converted_whole_or_after_each_extension(
     whole = run(source, tmp_path / "whole", **target)
     assert tree(whole.cache) == tree(harvested)
     assert len(read_manifest(tmp_path / "whole").extensions) == 2
-    assert verify(whole.cache).sound
+    assert verify(whole.cache).is_sound
 
 
 def test_a_crash_while_an_extension_is_converted_is_gone_on_from(
@@ -274,7 +274,7 @@ def test_a_crash_at_any_call_is_finished_by_the_same_command(
         except faults.Crash:
             if (out / "shards").exists() and Cache.open(out).shards:
                 found = verify(out)
-                assert found.sound, found.damages
+                assert found.is_sound, found.damages
             again = run(source, out, **target)
             assert again.complete
             assert tree(out) == whole, number
@@ -372,7 +372,7 @@ def test_a_damaged_file_of_the_source_is_refused_by_name_and_its_shard_left_out(
     with pytest.raises(CorruptShardError, match=f"{path}.*shard 1"):
         run(source, tmp_path / "out", dtype="int8")
     found = verify(tmp_path / "out")
-    assert (found.sound, found.shards, found.leftovers) == (True, 1, ())
+    assert (found.is_sound, found.shards, found.leftovers) == (True, 1, ())
     path.write_bytes(data)
     run(source, tmp_path / "out", dtype="int8")
     assert tree(tmp_path / "out") == whole
@@ -391,12 +391,12 @@ def test_rows_that_do_not_fit_float16_are_counted_and_refused(
     with pytest.raises(ConfigError, match=r"(?s)layers\.1 do not.*3 rows of 128.*--dtype bfloat16"):
         run(source, tmp_path / "out", dtype="float16")
     found = verify(tmp_path / "out")
-    assert (found.sound, found.shards, found.leftovers) == (True, 1, ())
+    assert (found.is_sound, found.shards, found.leftovers) == (True, 1, ())
 
 
 def test_one_at_a_time_works_in_a_folder(source: Path, tmp_path: Path) -> None:
-    lock = FolderLock(tmp_path / "out")
-    lock.take()
+    lock = DirectoryLock(tmp_path / "out")
+    lock.acquire()
     with pytest.raises(CacheBusyError, match="at work in"):
         run(source, tmp_path / "out")
     lock.release()
@@ -492,7 +492,7 @@ def test_an_extended_cache_is_converted_with_its_extensions_even_if_it_grew_in_b
     for source, out in ((grown, at_once), (plain, in_steps), (grown, in_steps)):
         summary = convert(ConvertConfig(str(source), str(out), backend="zarr"))
         assert summary.complete
-        assert verify(out).sound
+        assert verify(out).is_sound
     assert tree(at_once) == tree(in_steps)
     cache = Cache.open(at_once)
     assert cache.complete

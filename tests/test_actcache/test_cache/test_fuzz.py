@@ -282,7 +282,7 @@ def outcome(root: Path, truth: dict[str, bytes], what: str, *, verify_refused: b
     if got is None and not verify_refused:
         return "refused"
     try:
-        sound = verify(root, threads=1).sound
+        sound = verify(root, threads=1).is_sound
     except ActcacheError:
         sound = False
     if not sound:

@@ -20,12 +20,12 @@ from actcache.errors import (
     FormatError,
     HookpointError,
 )
-from actcache.filesystem.atomic import digest_file, publish
+from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.format.manifest import read_manifest
 from actcache.format.receipts import publish_receipt, receipt_path
 from actcache.format.row_filters import FILTERS
 from actcache.format.statistics import compute
-from actcache.storage import CODECS, StoredRows
+from actcache.storage import ROW_DTYPES, StoredRows
 from actcache.storage import safetensors_io as safetensors_file
 
 NOTHING_DROPPED = dict.fromkeys(FILTERS, 0)
@@ -78,16 +78,16 @@ def test_a_part_of_a_shard_is_that_part(root: Path) -> None:
     np.testing.assert_array_equal(cache.read("layers.1", 1, 10, 7).values, whole[10:17])
     np.testing.assert_array_equal(cache.read("layers.1", 1, 60).values, whole[60:])
     assert cache.read("layers.1", 1, 64).values.shape == (0, 16)
-    out = cache.codec.empty(5, 16)
+    out = cache.row_dtype.empty(5, 16)
     cache.read_into("layers.1", 1, 59, out)
     np.testing.assert_array_equal(out.values, whole[59:])
 
 
 def test_rows_come_in_the_type_on_disk(make_cache: Callable[..., Path]) -> None:
     exact = Cache.open(make_cache(shards=1, dtype="float32"))
-    for dtype in CODECS:
+    for dtype in ROW_DTYPES:
         cache = Cache.open(make_cache(shards=1, dtype=dtype))
-        rows = cache.codec.to_torch(cache.read("layers.0", 0))
+        rows = cache.row_dtype.to_torch(cache.read("layers.0", 0))
         scaled = dtype in ("int8", "float8_e4m3")
         assert rows.dtype == (torch.float32 if scaled else getattr(torch, dtype))
         np.testing.assert_allclose(
@@ -99,7 +99,7 @@ def test_statistics_are_those_of_the_shards_that_were_asked(root: Path) -> None:
     cache = Cache.open(root)
     for shards in ([0], [2, 0], None):
         rows = np.concatenate([cache.read("layers.1", s).values for s in shards or cache.shards])
-        expected = compute(StoredRows({"activations": rows}), cache.codec)
+        expected = compute(StoredRows({"activations": rows}), cache.row_dtype)
         found = cache.statistics("layers.1", shards)
         np.testing.assert_allclose(found.total, expected.total, rtol=1e-12)
         np.testing.assert_array_equal(found.norm_histogram, expected.norm_histogram)
@@ -213,7 +213,7 @@ def test_no_memory_is_taken_for_rows_that_are_only_promised(root: Path) -> None:
         sequences_per_shard=2**21,
         planned_sequences=None,
     )
-    publish(root / "manifest.json", [to_json(huge)])
+    write_atomic(root / "manifest.json", [to_json(huge)])
     for shard in (1, 2):
         receipt_path(root, shard).unlink()
     (root / "shards" / "END.json").unlink()

@@ -18,7 +18,7 @@ from actcache.cache.repair import retract_damaged
 from actcache.cache.retraction import retraction_path
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
-from actcache.core.file_lock import FolderLock
+from actcache.core.file_lock import DirectoryLock
 from actcache.errors import (
     CacheBusyError,
     CacheMismatchError,
@@ -64,7 +64,7 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("quick", [False, True])
 def test_a_sound_cache_is_sound(quick: bool, root: Path) -> None:
     found = verify(root, quick=quick)
-    assert found.sound
+    assert found.is_sound
     assert found.complete
     assert (found.shards, found.files) == (3, 12)
     assert found.bytes == sum(p.stat().st_size for p in root.rglob("*.safetensors"))
@@ -93,7 +93,7 @@ def test_one_flipped_byte_is_found_wherever_it_is(file: str, root: Path) -> None
         assert damage.expected != damage.got
         assert damage.expected.startswith("XXH3-128 ")
         flip(root / file, place)
-    assert verify(root).sound
+    assert verify(root).is_sound
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -162,7 +162,7 @@ def test_receipts_that_are_missing_below_the_seal_are_one_finding_a_run(root: Pa
     receipt_path(root, 0).unlink()
     assert named(root) == ["shards/00000.json to shards/00001.json"]
     (root / "shards/END.json").unlink()
-    assert verify(root).sound  # a shorter cache, whose other files are left over
+    assert verify(root).is_sound  # a shorter cache, whose other files are left over
     assert len(verify(root).leftovers) == 8
 
 
@@ -214,7 +214,7 @@ def test_no_json_of_a_cache_is_read_through_a_link(file: str, root: Path, tmp_pa
 
 def test_a_cache_is_found_through_a_link_to_it(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
-    assert verify(tmp_path / "link").sound
+    assert verify(tmp_path / "link").is_sound
 
 
 def test_leftovers_are_named_and_left(root: Path, tree: Tree) -> None:
@@ -225,7 +225,7 @@ def test_leftovers_are_named_and_left(root: Path, tree: Tree) -> None:
     (root / "link").symlink_to("/")
     before = tree(root)
     found = verify(root)
-    assert found.sound
+    assert found.is_sound
     assert found.leftovers == (
         "link",
         "notes.txt",
@@ -255,7 +255,7 @@ def repair(config: HarvestConfig) -> None:
     """What `actcache verify CACHE --repair -- MODEL DATASET ...` does."""
     found = verify(config.out)
     retract_damaged(found)
-    if not (found.sound and found.complete):
+    if not (found.is_sound and found.complete):
         harvest(config)
 
 
@@ -287,7 +287,7 @@ def test_repair_ends_in_the_original_digests_and_touches_no_sound_shard(
     cache = Cache.open(root)
     assert (cache.shards, cache.complete) == ([3], False)
     between = verify(root)
-    assert between.sound
+    assert between.is_sound
     assert (between.retracted, between.leftovers) == ((0, 1, 2), ())
     assert harvest(config).new_shards == 3
     assert tree(root) == whole
@@ -308,7 +308,7 @@ def test_where_the_bytes_cannot_be_restored_nothing_is_published_and_it_is_said(
     root = Path(harvest(options()).cache)
     whole = tree(root)
     flip(root / "activations/layers.0/00001.safetensors")
-    run = harvest_module.Capture.run
+    run = harvest_module.ActivationCapture.run
 
     def other(*batch: Any) -> Any:
         return {name: x + 1e-3 for name, x in run(*batch).items()}
@@ -316,7 +316,7 @@ def test_where_the_bytes_cannot_be_restored_nothing_is_published_and_it_is_said(
     edit(root / "manifest.json", versions={"torch": "1.0"})
     manifest = tree(root)["manifest.json"]
     with monkeypatch.context() as patched:
-        patched.setattr(harvest_module.Capture, "run", other)
+        patched.setattr(harvest_module.ActivationCapture, "run", other)
         for _ in range(2):  # the first try takes nothing from the second
             with pytest.raises(
                 CacheMismatchError,
@@ -400,7 +400,7 @@ def test_a_zarr_cache_is_verified_and_repaired_alike(
     config = options(backend="zarr", compress=compression)
     root = Path(harvest(config).cache)
     before = tree(root)
-    assert verify(root).sound
+    assert verify(root).is_sound
     assert verify(root).leftovers == ()
     chunk = next(root.glob("activations/*/c/1/0"))
     flip(chunk)
@@ -425,8 +425,8 @@ def test_a_damaged_zarr_document_is_named_and_made_anew(options: Options, tree: 
 
 def test_no_repair_begins_while_a_harvest_is_at_work(root: Path) -> None:
     flip(root / DATA[0])
-    lock = FolderLock(root)
-    lock.take()
+    lock = DirectoryLock(root)
+    lock.acquire()
     with pytest.raises(CacheBusyError):
         retract_damaged(verify(root))
     assert receipt_path(root, 1).exists()
@@ -437,7 +437,7 @@ def test_damaged_scales_are_named_and_taken_back(
     compression: str, make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache(shards=3, dtype="int8", backend="zarr", compression=compression)
-    assert verify(root).sound
+    assert verify(root).is_sound
     flip(root / "scales/layers.0/c/1")
     (root / "scales/layers.1/c/2").unlink()
     assert named(root, quick=True) == ["scales/layers.1/c/2"]

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from actcache.cache.reader import Cache
-from actcache.cache.writer import FilledShard, RowLayout, ShardText, publish_shard
+from actcache.cache.writer import RowLayout, ShardData, ShardText, publish_shard
 from actcache.errors import DiskFullError
 from actcache.format.manifest import Manifest, read_manifest
 from actcache.format.receipts import receipt_path
@@ -78,7 +78,7 @@ def test_the_shuffle_of_a_shard_is_the_same_for_ever(manifest: Manifest) -> None
 
 
 @pytest.fixture
-def filled(make_cache: Callable[..., Path]) -> tuple[Path, FilledShard]:
+def filled(make_cache: Callable[..., Path]) -> tuple[Path, ShardData]:
     """A cache of two shards, of which the second is not published yet, and that shard."""
     root = make_cache(shards=2, sequences=4, row_order="sequence", end=False)
     cache = Cache.open(root)
@@ -86,7 +86,7 @@ def filled(make_cache: Callable[..., Path]) -> tuple[Path, FilledShard]:
     text = ShardText(words.tokens, words.lengths, words.documents, words.starts)
     kept, dropped = kept_positions(cache.manifest.identity, text.tokens, text.lengths)
     rows = {name: cache.read(name, 1) for name in cache.hookpoints}
-    return root, FilledShard(1, text, kept, dropped, rows, {})
+    return root, ShardData(1, text, kept, dropped, rows, {})
 
 
 def unpublish(root: Path, shard: int) -> None:
@@ -95,7 +95,7 @@ def unpublish(root: Path, shard: int) -> None:
 
 
 def test_the_receipt_comes_after_every_file(
-    filled: tuple[Path, FilledShard], monkeypatch: pytest.MonkeyPatch
+    filled: tuple[Path, ShardData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, shard = filled
     unpublish(root, 1)
@@ -119,7 +119,7 @@ def test_the_receipt_comes_after_every_file(
     assert Cache.open(root).receipts[1] == receipt
 
 
-def test_the_receipt_counts_what_the_shard_holds(filled: tuple[Path, FilledShard]) -> None:
+def test_the_receipt_counts_what_the_shard_holds(filled: tuple[Path, ShardData]) -> None:
     root, shard = filled
     shard.rows["layers.1"].values[5, 3] = np.nan
     shard.rows["layers.0"].values[6:8, 3] = 40_000
@@ -136,11 +136,11 @@ def test_the_receipt_counts_what_the_shard_holds(filled: tuple[Path, FilledShard
 
 
 def test_statistics_and_tokens_lie_in_files_that_any_library_opens(
-    filled: tuple[Path, FilledShard],
+    filled: tuple[Path, ShardData],
 ) -> None:
     root, shard = filled
     stats = safetensors.numpy.load_file(root / "stats" / "00001.safetensors")
-    expected = compute(shard.rows["layers.0"], Cache.open(root).codec)
+    expected = compute(shard.rows["layers.0"], Cache.open(root).row_dtype)
     np.testing.assert_array_equal(stats["layers.0/sum"], expected.total)
     np.testing.assert_array_equal(stats["layers.0/sum_squares"], expected.total_squares)
     np.testing.assert_array_equal(stats["layers.0/abs_max"], expected.abs_max)
@@ -154,7 +154,7 @@ def test_statistics_and_tokens_lie_in_files_that_any_library_opens(
 
 
 def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_shard_completes(
-    filled: tuple[Path, FilledShard], faults: Any, tree: Tree
+    filled: tuple[Path, ShardData], faults: Any, tree: Tree
 ) -> None:
     root, shard = filled
     manifest, whole = read_manifest(root), tree(root)
@@ -182,7 +182,7 @@ def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_shard_completes(
 
 
 def test_a_full_disk_at_any_call_leaves_no_shard_and_no_partial_file(
-    filled: tuple[Path, FilledShard], faults: Any
+    filled: tuple[Path, ShardData], faults: Any
 ) -> None:
     root, shard = filled
     manifest = read_manifest(root)

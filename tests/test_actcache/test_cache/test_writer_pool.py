@@ -14,19 +14,19 @@ import torch
 
 from actcache.cache.layout import data_paths
 from actcache.cache.reader import Cache
-from actcache.cache.writer import FilledShard, Memory, ShardText, Workers, publish_shard
+from actcache.cache.writer import RowBuffers, ShardData, ShardText, WriterPool, publish_shard
 from actcache.core.json_codec import to_json
 from actcache.errors import DiskFullError
 from actcache.format.manifest import read_manifest
 from actcache.format.receipts import receipt_path
-from actcache.storage import CODECS, StoredRows
+from actcache.storage import ROW_DTYPES, StoredRows
 
 Tree = Callable[[Path], dict[str, str]]
 HOOKPOINTS = {"layers.0": 16, "layers.1": 40, "layers.1.mlp": 8}
 
 
 @pytest.fixture
-def filled(make_cache: Callable[..., Path]) -> tuple[Path, FilledShard]:
+def filled(make_cache: Callable[..., Path]) -> tuple[Path, ShardData]:
     """A cache with one shard, and another shard to publish."""
     root = make_cache(shards=2, sequences=4, hookpoints=HOOKPOINTS, end=False)
     unpublish(root)
@@ -38,7 +38,7 @@ def filled(make_cache: Callable[..., Path]) -> tuple[Path, FilledShard]:
     drawn = {name: state.standard_normal((64, D)).astype("<f4") for name, D in HOOKPOINTS.items()}
     rows = {name: StoredRows({"activations": x}) for name, x in drawn.items()}
     dropped = {"padding": 0, "skip_positions": 4, "exclude_special": 0, "exclude_tokens": 0}
-    return root, FilledShard(1, text, kept, dropped, rows, {})
+    return root, ShardData(1, text, kept, dropped, rows, {})
 
 
 def unpublish(root: Path) -> None:
@@ -48,13 +48,13 @@ def unpublish(root: Path) -> None:
 
 
 def test_threads_publish_the_bytes_that_one_would(
-    filled: tuple[Path, FilledShard], tree: Tree
+    filled: tuple[Path, ShardData], tree: Tree
 ) -> None:
     root, shard = filled
     manifest = read_manifest(root)
     receipt = publish_shard(root, manifest, shard)
     alone = tree(root)
-    with Workers.threads(len(HOOKPOINTS)) as workers:
+    with WriterPool.threads(len(HOOKPOINTS)) as workers:
         for _ in range(3):  # in memory that held other rows
             unpublish(root)
             again = publish_shard(root, manifest, shard, workers)
@@ -63,13 +63,13 @@ def test_threads_publish_the_bytes_that_one_would(
 
 
 def test_a_full_disk_in_whichever_thread_leaves_no_shard_and_no_partial_file(
-    filled: tuple[Path, FilledShard], faults: Any
+    filled: tuple[Path, ShardData], faults: Any
 ) -> None:
     root, shard = filled
     manifest = read_manifest(root)
     for number in itertools.count():
         unpublish(root)
-        with Workers.threads(len(HOOKPOINTS)) as workers:
+        with WriterPool.threads(len(HOOKPOINTS)) as workers:
             try:
                 with faults.at(number, OSError(errno.ENOSPC, "No space left on device")):
                     publish_shard(root, manifest, shard, workers)
@@ -100,7 +100,7 @@ def test_after_an_error_the_tasks_that_began_end_first_and_no_other_begins() -> 
         done.append("later")
 
     threading.Timer(0.2, release.set).start()
-    with Workers.threads(2) as workers:
+    with WriterPool.threads(2) as workers:
         with pytest.raises(OSError, match="full"):
             workers.do([slow, fail, *[later] * 1000])
         at_once = list(done)
@@ -109,14 +109,14 @@ def test_after_an_error_the_tasks_that_began_end_first_and_no_other_begins() -> 
     assert done == at_once
 
 
-@pytest.mark.parametrize("dtype", CODECS)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_rows_are_gathered_in_memory_that_is_used_again(dtype: str) -> None:
-    workers, codec, state = Workers(), CODECS[dtype], np.random.RandomState(0)
+    workers, row_dtype, state = WriterPool(), ROW_DTYPES[dtype], np.random.RandomState(0)
     memories = set()
     for count in (50, 20, 0, 50):
         drawn = torch.from_numpy(state.standard_normal((50, 7)))
-        rows, source = codec.from_torch(drawn), state.permutation(50)[:count]
-        found = workers.gather(rows, source, codec)
+        rows, source = row_dtype.from_torch(drawn), state.permutation(50)[:count]
+        found = workers.gather(rows, source, row_dtype)
         assert found.parts.keys() == rows.parts.keys()
         for name, part in found.parts.items():
             np.testing.assert_array_equal(part, rows.parts[name][source])
@@ -126,10 +126,10 @@ def test_rows_are_gathered_in_memory_that_is_used_again(dtype: str) -> None:
 
 
 def test_owners_of_memory_do_not_share_it() -> None:
-    memory, codec = Memory(), CODECS["float32"]
-    first = memory.rows("layers.0", 4, 3, codec)
+    memory, row_dtype = RowBuffers(), ROW_DTYPES["float32"]
+    first = memory.rows("layers.0", 4, 3, row_dtype)
     first.values[:] = 1
-    memory.rows("layers.1", 4, 3, codec).values[:] = 2
+    memory.rows("layers.1", 4, 3, row_dtype).values[:] = 2
     assert (first.values == 1).all()
-    assert memory.rows("layers.0", 2, 3, codec).values.shape == (2, 3)
-    assert memory.rows("layers.0", 9, 3, codec).values.shape == (9, 3)
+    assert memory.rows("layers.0", 2, 3, row_dtype).values.shape == (2, 3)
+    assert memory.rows("layers.0", 9, 3, row_dtype).values.shape == (9, 3)

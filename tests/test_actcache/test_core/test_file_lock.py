@@ -11,72 +11,72 @@ from typing import Any
 
 import pytest
 
-from actcache.core.file_lock import LOCK, FolderLock, is_free
+from actcache.core.file_lock import LOCK, DirectoryLock, is_unlocked
 from actcache.errors import CacheBusyError
 from actcache.harvester.run import harvest
 
 
 def test_a_second_harvest_is_told_who_is_at_work(tmp_path: Path) -> None:
-    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
-    first.take()
+    first, second = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
+    first.acquire()
     with pytest.raises(CacheBusyError) as told:
-        second.take()
+        second.acquire()
     assert f"process {os.getpid()} on " in str(told.value)
     assert str(tmp_path) in str(told.value)
 
 
 def test_the_folder_is_free_once_every_rank_has_left(tmp_path: Path) -> None:
-    zero, one, other = FolderLock(tmp_path), FolderLock(tmp_path), FolderLock(tmp_path)
-    zero.take()
-    one.join()
+    zero, one, other = DirectoryLock(tmp_path), DirectoryLock(tmp_path), DirectoryLock(tmp_path)
+    zero.acquire()
+    one.acquire_shared()
     zero.release()
     with pytest.raises(CacheBusyError):
-        other.take()
+        other.acquire()
     one.release()
-    other.take()
+    other.acquire()
 
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, sys; from actcache.core.file_lock import FolderLock; "
+        "import os, pathlib, sys; from actcache.core.file_lock import DirectoryLock; "
         "FolderLock(pathlib.Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert done.returncode == -9
     assert (tmp_path / LOCK).exists()
-    FolderLock(tmp_path).take()
+    DirectoryLock(tmp_path).acquire()
 
 
 def test_whether_a_folder_is_free_can_be_asked_without_taking_it(tmp_path: Path) -> None:
-    assert is_free(tmp_path)
-    lock = FolderLock(tmp_path)
-    lock.take()
-    assert not is_free(tmp_path)
+    assert is_unlocked(tmp_path)
+    lock = DirectoryLock(tmp_path)
+    lock.acquire()
+    assert not is_unlocked(tmp_path)
     lock.release()
-    assert is_free(tmp_path)
-    FolderLock(tmp_path).take()
+    assert is_unlocked(tmp_path)
+    DirectoryLock(tmp_path).acquire()
 
 
 def test_one_who_looks_at_the_moment_of_taking_does_not_stand_in_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, looker = FolderLock(tmp_path), FolderLock(tmp_path)
-    looker.take()
+    lock, looker = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
+    looker.acquire()
     monkeypatch.setattr("actcache.core.file_lock.time.sleep", lambda _: looker.release())
-    lock.take()
-    assert not is_free(tmp_path)
+    lock.acquire()
+    assert not is_unlocked(tmp_path)
 
 
 def test_releasing_what_is_not_held_is_harmless(tmp_path: Path) -> None:
-    FolderLock(tmp_path).release()
+    DirectoryLock(tmp_path).release()
 
 
 def test_a_harvest_leaves_a_busy_folder_as_it_is(
     options: Callable[..., Any], tree: Callable[[Path], dict[str, str]], tmp_path: Path
 ) -> None:
     config = options(out=str(tmp_path / "cache"))
-    holder = FolderLock(tmp_path / "cache")
-    holder.take()
+    holder = DirectoryLock(tmp_path / "cache")
+    holder.acquire()
     with pytest.raises(CacheBusyError):
         harvest(config)
     assert tree(tmp_path / "cache") == {}
@@ -87,4 +87,4 @@ def test_a_harvest_leaves_a_busy_folder_as_it_is(
 def test_a_harvest_that_ends_frees_its_folder(options: Callable[..., Any], tmp_path: Path) -> None:
     config = options(out=str(tmp_path / "cache"))
     harvest(config)
-    FolderLock(tmp_path / "cache").take()
+    DirectoryLock(tmp_path / "cache").acquire()

@@ -9,20 +9,26 @@ import numpy as np
 import pytest
 
 from actcache.config import HarvestConfig
-from actcache.data.datasets import open_documents
-from actcache.data.documents import Documents, DocumentStream, Mixture, TokenFile, kind_of
+from actcache.data.datasets import open_dataset
+from actcache.data.documents import (
+    DocumentStream,
+    IndexedDocuments,
+    Mixture,
+    TokenFile,
+    document_kind,
+)
 from actcache.errors import DatasetError
 
 TEXTS = ["one", "", "two words", "naïve — café", "last\nlines\n"]
 
 
 def opened(path: Path | str, **options: Any) -> Any:
-    return open_documents(HarvestConfig("model", str(path), "out", **options))
+    return open_dataset(HarvestConfig("model", str(path), "out", **options))
 
 
 def texts_of(path: Path | str, **options: Any) -> list[str]:
     documents = opened(path, **options)
-    assert isinstance(documents, Documents)
+    assert isinstance(documents, IndexedDocuments)
     return documents.batch(range(documents.count))
 
 
@@ -266,7 +272,7 @@ def test_conversations_and_token_ids_come_from_columns_of_their_own(
     path = rows_file(tmp_path / "a.jsonl", rows)
     how = {"streaming": True, "max_tokens": 4096} if streaming else {}
     source = opened(path, **{option: "it"}, **how)
-    assert kind_of(source) == kind
+    assert document_kind(source) == kind
     found = list(source.walk()) if streaming else source.batch(range(source.count))
     plain = [
         [{k: v for k, v in m.items() if v} for m in row] if kind == "chat" else row for row in found

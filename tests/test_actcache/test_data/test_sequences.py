@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from actcache.core import rng
 from actcache.data import sequences as tokens
 from actcache.data import shuffling as mixing
-from actcache.data.documents import Column, Documents, TokenFile
-from actcache.data.sequences import Pipeline, Sequence, count_sequences, sequences
+from actcache.data.documents import Column, IndexedDocuments, TokenFile
+from actcache.data.sequences import Sequence, SequencePipeline, count_sequences, iter_sequences
 from actcache.data.shuffling import DocumentOrder
 from actcache.errors import DatasetError
 
@@ -29,25 +29,25 @@ TEXT = Column("text", "text")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
-def documents(*texts: str) -> Documents:
-    return Documents(lambda numbers: [texts[n] for n in numbers], len(texts), TEXT, "")
+def documents(*texts: str) -> IndexedDocuments:
+    return IndexedDocuments(lambda numbers: [texts[n] for n in numbers], len(texts), TEXT, "")
 
 
 def token_file(ids: list[int], dtype: str = "<u2") -> TokenFile:
     return TokenFile(np.array(ids, dtype=dtype), Path("x.bin"), "")  # type: ignore[arg-type]
 
 
-def pipeline(kind: Any = "pack", ctx_len: int = 4, **changes: Any) -> Pipeline:
+def pipeline(kind: Any = "pack", ctx_len: int = 4, **changes: Any) -> SequencePipeline:
     order = DocumentOrder(changes.pop("seed", 0), changes.pop("keep_order", True), 100)
     values = {"bos_id": None, "eos_id": 0, "pad_id": None, "order": order, "vocab_size": 100}
     if kind != "pack":
         values |= {"eos_id": None, "pad_id": 77}
-    return Pipeline(kind, ctx_len, **(values | changes))
+    return SequencePipeline(kind, ctx_len, **(values | changes))
 
 
 def made(source: Any, *kind: str, **changes: Any) -> list[Sequence]:
     how = pipeline(*kind, **changes)
-    found = list(sequences(source, Letters(), how))
+    found = list(iter_sequences(source, Letters(), how))
     for sequence in found:
         assert sequence.tokens.dtype == np.int32
         assert sequence.tokens.shape == (how.ctx_len,)
@@ -166,7 +166,9 @@ def test_every_sequence_says_where_its_text_begins() -> None:
 
 def test_a_document_that_ends_with_eos_gets_no_second_one() -> None:
     ids = Column("ids", "ids")
-    source = Documents(lambda numbers: [[[5, 0], [6], [], [7, 0]][n] for n in numbers], 4, ids, "")
+    source = IndexedDocuments(
+        lambda numbers: [[[5, 0], [6], [], [7, 0]][n] for n in numbers], 4, ids, ""
+    )
     found = [s.tokens.tolist() for s in made(source, ctx_len=2)]
     assert found == [[5, 0], [6, 0], [7, 0]]
 
@@ -206,7 +208,7 @@ def test_token_ids_are_cut_as_they_are(dtype: str) -> None:
 )
 def test_an_id_beyond_the_vocabulary_is_refused_with_a_remedy(ids: list[int], dtype: str) -> None:
     with pytest.raises(DatasetError, match=r"(?s)vocabulary.*0 to 99.*got.*--bin-dtype"):
-        list(sequences(token_file(ids, dtype), None, pipeline(ctx_len=2, eos_id=None)))
+        list(iter_sequences(token_file(ids, dtype), None, pipeline(ctx_len=2, eos_id=None)))
 
 
 def test_counting_stops_at_the_limit() -> None:
@@ -214,7 +216,7 @@ def test_counting_stops_at_the_limit() -> None:
         assert max(numbers) < 256, "read further than the limit"
         return ["abc"] * len(numbers)
 
-    endless = Documents(texts, 10**6, TEXT, "")
+    endless = IndexedDocuments(texts, 10**6, TEXT, "")
     assert count_sequences(endless, Letters(), pipeline(), 5) == 5
     assert count_sequences(token_file(range(40)), None, pipeline(eos_id=None), 3) == 3
 

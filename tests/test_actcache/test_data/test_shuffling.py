@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from actcache.core import rng
 from actcache.data import shuffling as mixing
-from actcache.data.documents import Column, Documents, DocumentStream, Mixture
+from actcache.data.documents import Column, DocumentStream, IndexedDocuments, Mixture
 from actcache.data.shuffling import DocumentOrder, documents_in_order
 from actcache.errors import DatasetError
 
 TEXT = Column("text", "text")
 
 
-def by_number(*texts: str) -> Documents:
-    return Documents(lambda numbers: [texts[n] for n in numbers], len(texts), TEXT, "")
+def by_number(*texts: str) -> IndexedDocuments:
+    return IndexedDocuments(lambda numbers: [texts[n] for n in numbers], len(texts), TEXT, "")
 
 
 def stream(*texts: str) -> DocumentStream:
@@ -27,7 +27,7 @@ def stream(*texts: str) -> DocumentStream:
 
 
 def taken(
-    source: Documents | DocumentStream | Mixture,
+    source: IndexedDocuments | DocumentStream | Mixture,
     *,
     seed: int = 0,
     keep_order: bool = False,
@@ -113,6 +113,6 @@ def test_whatever_the_weights_only_parts_that_exist_are_drawn(
 
 
 def test_a_document_that_is_no_text_is_refused_by_number() -> None:
-    bad = Documents(lambda numbers: [7 for _ in numbers], 3, TEXT, "")
+    bad = IndexedDocuments(lambda numbers: [7 for _ in numbers], 3, TEXT, "")
     with pytest.raises(DatasetError, match=r"'text' does not hold text"):
         taken(bad)

@@ -11,7 +11,7 @@ import xxhash
 
 from actcache.errors import DiskFullError
 from actcache.filesystem import atomic
-from actcache.filesystem.atomic import digest_file, publish, remove_partials
+from actcache.filesystem.atomic import digest_file, remove_partials, write_atomic
 
 CALLS = ("posix_fallocate", "pwrite", "fsync", "replace")
 
@@ -23,7 +23,7 @@ class Crash(BaseException):
 def test_the_file_holds_the_parts_and_the_receipt_its_digest(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file"
     numbers = np.arange(6, dtype="<i4").reshape(2, 3)
-    receipt = publish(path, [b"head", b"", numbers.data])
+    receipt = write_atomic(path, [b"head", b"", numbers.data])
     data = b"head" + numbers.tobytes()
     assert path.read_bytes() == data
     assert receipt.bytes == len(data)
@@ -36,7 +36,7 @@ def test_parts_beyond_one_chunk_arrive_whole(
 ) -> None:
     monkeypatch.setattr(atomic, "_CHUNK", 7)
     data = bytes(range(50))
-    receipt = publish(tmp_path / "x", [data, data[:3]])
+    receipt = write_atomic(tmp_path / "x", [data, data[:3]])
     assert (tmp_path / "x").read_bytes() == data + data[:3]
     assert digest_file(tmp_path / "x") == receipt
 
@@ -46,12 +46,12 @@ def test_a_write_that_takes_less_than_given_goes_on(
 ) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:3], offset))
-    publish(tmp_path / "x", [b"0123456789", b"abcd"])
+    write_atomic(tmp_path / "x", [b"0123456789", b"abcd"])
     assert (tmp_path / "x").read_bytes() == b"0123456789abcd"
 
 
 def test_an_empty_file_can_be_published(tmp_path: Path) -> None:
-    assert publish(tmp_path / "x", []).bytes == 0
+    assert write_atomic(tmp_path / "x", []).bytes == 0
     assert (tmp_path / "x").read_bytes() == b""
 
 
@@ -68,14 +68,14 @@ def test_data_is_synced_before_the_name_and_the_name_before_the_return(
             return real(*args)
 
         monkeypatch.setattr(os, name, record)
-    publish(tmp_path / "x", [b"data"])
+    write_atomic(tmp_path / "x", [b"data"])
     assert calls == ["posix_fallocate", "pwrite", "fsync", "replace", "fsync folder"]
 
 
 def test_a_new_folder_is_made_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(atomic, "sync_folder", synced.append)
-    publish(tmp_path / "a" / "b" / "x", [b"1"])
+    monkeypatch.setattr(atomic, "fsync_dir", synced.append)
+    write_atomic(tmp_path / "a" / "b" / "x", [b"1"])
     assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
 
 
@@ -92,7 +92,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_new(
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(DiskFullError, match=r"(?s)no room to write .*x\n.*4 bytes free.*remedy"):
-        publish(path, [b"data"])
+        write_atomic(path, [b"data"])
     assert os.listdir(tmp_path) == ["x"]  # noqa: PTH208
     assert path.read_bytes() == b"old"
 
@@ -105,7 +105,7 @@ def test_another_error_of_the_disk_passes_through_and_leaves_nothing(
 
     monkeypatch.setattr(os, "pwrite", fail)
     with pytest.raises(OSError, match="broken"):
-        publish(tmp_path / "x", [b"data"])
+        write_atomic(tmp_path / "x", [b"data"])
     assert not list(tmp_path.iterdir())
 
 
@@ -114,7 +114,7 @@ def test_a_writer_that_dies_leaves_the_old_file_and_a_partial_one(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "sub" / "x"
-    publish(path, [b"old"])
+    write_atomic(path, [b"old"])
 
     def crash(*_: Any) -> None:
         raise Crash
@@ -122,7 +122,7 @@ def test_a_writer_that_dies_leaves_the_old_file_and_a_partial_one(
     with monkeypatch.context() as patched:
         patched.setattr(os, call, crash)
         with pytest.raises(Crash):
-            publish(path, [b"new"])
+            write_atomic(path, [b"new"])
     assert path.read_bytes() == b"old"
     assert remove_partials(tmp_path) == 1
     assert list(tmp_path.rglob("*")) == [tmp_path / "sub", path]

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import actcache.filesystem.object_store as connection
-from actcache.adapters import LoaderDataset, open_feed
+from actcache.adapters import CacheDataset, open_feed
 from actcache.cache.reader import Cache
 from actcache.cache.verify import verify
 from actcache.errors import ActcacheError, ConfigError, EmptyCacheError, RemoteError
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import make_plan
-from actcache.stream.verified_reads import Reading
+from actcache.stream.verified_reads import ReadSettings
 from actcache_cli.main import actcache_app, saetrain_app
 
 PROGRAMS = {"actcache": actcache_app, "saetrain": saetrain_app}
@@ -34,7 +34,7 @@ def batches(cache: Cache) -> list[bytes]:
     """An epoch, as bytes."""
     shards = [(shard, receipt.rows) for shard, receipt in cache.receipts.items()]
     plan = make_plan(shards, cache.manifest.block_rows, 64, 0, 128)
-    with ActivationStream(cache, cache.hookpoints, plan, reading=Reading(4)) as stream:
+    with ActivationStream(cache, cache.hookpoints, plan, reading=ReadSettings(4)) as stream:
         taken = itertools.islice(stream, plan.steps_per_epoch)
         return [b"".join(x.numpy().tobytes() for x in b.activations.values()) for b in taken]
 
@@ -48,7 +48,7 @@ def test_a_stream_from_s3_gives_the_bits_of_the_folder_over_connections_that_dro
     assert batches(Cache.open(url)) == batches(Cache.open(root))
     assert proxy.cut >= 5
     proxy.cuts = [None]
-    assert verify(url).sound
+    assert verify(url).is_sound
 
 
 def test_a_store_that_stays_down_is_told_clearly_and_kept_blocks_are_not_lost(
@@ -85,7 +85,7 @@ def test_a_store_that_says_nothing_does_not_hang(
 def test_other_processes_read_the_same_cache_forked_or_sent_to(in_s3: Make) -> None:
     _, url = in_s3()
     feed = open_feed(url, "layers.0", batch_size=32, seed=0, val_fraction=0.25)
-    loader = DataLoader(LoaderDataset(feed), batch_size=None, num_workers=2)
+    loader = DataLoader(CacheDataset(feed), batch_size=None, num_workers=2)
     rows = next(iter(loader))
     assert torch.isfinite(rows).all()
     cache = Cache.open(url, block_cache_bytes=0)
@@ -140,7 +140,7 @@ def test_what_a_library_says_is_shown_without_secrets(
     proxy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connection._secrets.cache_clear()
-    store = connection.Connection("memory://a/b")
+    store = connection.ObjectStore("memory://a/b")
 
     def call(*_: object, **__: object) -> None:
         raise OSError("signed with very-secret-indeed")

@@ -18,11 +18,11 @@ from actcache.cache.reader import Cache
 from actcache.cache.verify import verify
 from actcache.config import ConvertConfig
 from actcache.errors import CorruptShardError, EmptyCacheError
-from actcache.inspection import read_sequences, render_page, summarise
+from actcache.inspection import read_sequences, render_page, summarize
 from actcache.stream.activation_stream import ActivationStream
-from actcache.stream.benchmark import measure
+from actcache.stream.benchmark import benchmark_reads
 from actcache.stream.order import make_plan
-from actcache.stream.verified_reads import Reading
+from actcache.stream.verified_reads import ReadSettings
 
 Make = Callable[..., tuple[Path, str]]
 
@@ -31,7 +31,7 @@ def batches(cache: Cache, verify_: str = "first-read", threads: int = 3) -> list
     shards = [(shard, receipt.rows) for shard, receipt in cache.receipts.items()]
     plan = make_plan(shards, cache.manifest.block_rows, 64, 0, 128)
     with ActivationStream(
-        cache, cache.hookpoints, plan, verify=verify_, reading=Reading(threads), text=True
+        cache, cache.hookpoints, plan, verify=verify_, reading=ReadSettings(threads), text=True
     ) as stream:
         return [
             b"".join(
@@ -91,7 +91,7 @@ def test_facts_and_texts_are_those_of_the_folder(in_memory: Make) -> None:
     (root / "logs").mkdir(exist_ok=True)
     facts = []
     for cache in (Cache.open(root), Cache.open(url)):
-        summary = dataclasses.replace(summarise(cache), cache="", speed=())
+        summary = dataclasses.replace(summarize(cache), cache="", speed=())
         shown = list(islice(read_sequences(cache, "layers.1", None), 2))
         facts.append((summary, shown, render_page(summary, shown, shard=None)))
     assert facts[0] == facts[1]
@@ -100,7 +100,7 @@ def test_facts_and_texts_are_those_of_the_folder(in_memory: Make) -> None:
 
 def test_speed_is_measured_from_the_store_and_from_blocks(in_memory: Make) -> None:
     _, url = in_memory()
-    found = measure(Cache.open(url))
+    found = benchmark_reads(Cache.open(url))
     assert [s.what for s in found.speeds[:2]] == [
         "files, front to back, from the store",
         "files, front to back, from kept blocks",
@@ -118,7 +118,7 @@ def test_verify_reads_the_store_itself_and_names_what_is_damaged(
 ) -> None:
     _, url = in_memory(backend="zarr")
     Cache.open(url)
-    assert verify(url).sound
+    assert verify(url).is_sound
     fs, base = fsspec.core.url_to_fs(url)
     bad, gone = (f"activations/layers.1/c/{shard}/0" for shard in (1, 2))
     data = bytearray(fs.cat_file(f"{base}/{bad}"))

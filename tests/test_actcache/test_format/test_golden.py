@@ -12,20 +12,20 @@ import torch
 
 from actcache.cache.create import publish_extension
 from actcache.cache.reader import Cache
-from actcache.cache.writer import FilledShard, ShardText, publish_shard
+from actcache.cache.writer import ShardData, ShardText, publish_shard
 from actcache.core.json_codec import to_json
-from actcache.filesystem.atomic import digest_file, publish
+from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.format.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     Hookpoint,
     Identity,
     Manifest,
-    extended,
+    with_extension,
 )
-from actcache.format.receipts import EndReceipt, publish_end
+from actcache.format.receipts import CompletionMarker, write_completion_marker
 from actcache.format.row_filters import kept_positions
-from actcache.storage import BACKENDS, CODECS
+from actcache.storage import BACKENDS, ROW_DTYPES
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CACHES = {
@@ -99,12 +99,12 @@ def write_golden(root, backend, compression, dtype, more):
         block_rows=4,
         versions={"actcache": "0.1.0"},
     )
-    publish(root / MANIFEST, [to_json(manifest)])
-    BACKENDS[backend].lay(root, manifest)
+    write_atomic(root / MANIFEST, [to_json(manifest)])
+    BACKENDS[backend].initialize(root, manifest)
     if more:
-        manifest = extended(manifest, 10 + more)
+        manifest = with_extension(manifest, 10 + more)
         publish_extension(root, manifest)
-    codec = CODECS[dtype]
+    row_dtype = ROW_DTYPES[dtype]
     shards = [4, 4, 2, 4, 1] if more else [4, 4, 2]
     for shard, sequences in enumerate(shards):
         first = manifest.plan.first_sequence(shard)
@@ -117,10 +117,12 @@ def write_golden(root, backend, compression, dtype, more):
             exact = [
                 value(name, first + s, p, dtype) for s, p in zip(*np.nonzero(kept), strict=True)
             ]
-            rows[name] = codec.from_torch(torch.tensor(np.array(exact), dtype=torch.float32))
-        publish_shard(root, manifest, FilledShard(shard, text, kept, dropped, rows, {}))
+            rows[name] = row_dtype.from_torch(torch.tensor(np.array(exact), dtype=torch.float32))
+        publish_shard(root, manifest, ShardData(shard, text, kept, dropped, rows, {}))
     extensions = len(manifest.extensions)
-    publish_end(root, EndReceipt(manifest.cache_id, len(shards) - 1, 10 + more, "goal", extensions))
+    write_completion_marker(
+        root, CompletionMarker(manifest.cache_id, len(shards) - 1, 10 + more, "goal", extensions)
+    )
 
 
 def files_below(root):
@@ -141,7 +143,7 @@ def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint, name):
     assert cache.rows == 3 * (10 + CACHES[name][3])
     for shard in cache.shards:
         words = cache.tokens(shard)
-        rows = cache.codec.to_float32(cache.read(hookpoint, shard))
+        rows = cache.row_dtype.to_float32(cache.read(hookpoint, shard))
         for row, sequence, position in zip(
             rows, words.row_sequence, words.row_position, strict=True
         ):

@@ -10,17 +10,17 @@ import pytest
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import FileReceipt
+from actcache.filesystem.atomic import FileDigest
 from actcache.format.manifest import Manifest, read_manifest
 from actcache.format.receipts import (
-    EndReceipt,
+    CompletionMarker,
     ShardReceipt,
     digest,
-    publish_end,
     publish_receipt,
     read_end,
     read_receipts,
     receipt_path,
+    write_completion_marker,
 )
 from actcache.format.row_filters import FILTERS
 
@@ -59,7 +59,7 @@ def test_shards_beyond_five_digits_are_found_in_order(root: Path, manifest: Mani
 @pytest.mark.parametrize("hookpoints", [1, 30, 400])
 def test_a_receipt_stays_below_4_kb_and_240_bytes_a_file(hookpoints: int, tmp_path: Path) -> None:
     names = [f"layers.{n}.self_attn.o_proj:in" for n in range(hookpoints)]
-    file = FileReceipt(4 << 30, "f" * 32)
+    file = FileDigest(4 << 30, "f" * 32)
     files = {f"activations/{name}": file for name in names} | {"tokens": file, "stats": file}
     receipt = ShardReceipt(
         cache_id="f" * 32,
@@ -169,7 +169,7 @@ def test_a_seal_that_cannot_be_is_refused_by_path(root: Path, changes: dict) -> 
 
 
 def test_a_seal_over_a_huge_number_of_shards_costs_nothing(root: Path, manifest: Manifest) -> None:
-    publish_end(root, EndReceipt(manifest.cache_id, 2**52, 2**53, "goal", 0))
+    write_completion_marker(root, CompletionMarker(manifest.cache_id, 2**52, 2**53, "goal", 0))
     with pytest.raises(FormatError, match="goal of the harvest"):
         Cache.open(root)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actcache.errors import FormatError
-from actcache.format.shard_plan import Part, ShardPlan
+from actcache.format.shard_plan import ShardPlan, ShardRange
 
 SIZES = st.integers(1, 7)
 GOALS = st.lists(st.integers(1, 20), min_size=1, max_size=5).map(
@@ -18,7 +18,7 @@ GOALS = st.lists(st.integers(1, 20), min_size=1, max_size=5).map(
 
 
 def plan_of(size: int, goals: list[int | None]) -> ShardPlan:
-    plan = ShardPlan(size, (Part(0, 0, goals[0]),))
+    plan = ShardPlan(size, (ShardRange(0, 0, goals[0]),))
     for goal in goals[1:]:
         plan = plan.extended(goal)
     return plan
@@ -42,10 +42,10 @@ def test_shards_hold_what_cutting_by_hand_gives(size: int, goals: list[int], tex
     assert (plan.goal, plan.shards) == (goals[-1], len(whole))
     for shard, group in enumerate(whole):
         assert plan.first_sequence(shard) == group[0]
-        assert plan.most_sequences(shard) == len(group)
-        assert plan.may_be_short(shard) == (group[0] >= ([0, *goals])[-2])
-    assert plan.most_sequences(len(whole)) == 0
-    groups = dict(plan.groups(iter(range(text))))
+        assert plan.max_sequences(shard) == len(group)
+        assert plan.is_in_last_range(shard) == (group[0] >= ([0, *goals])[-2])
+    assert plan.max_sequences(len(whole)) == 0
+    groups = dict(plan.iter_shards(iter(range(text))))
     assert list(groups.values()) == by_hand(size, goals, text)
     assert list(groups) == list(range(len(groups)))
     if text:
@@ -59,8 +59,8 @@ def test_a_part_takes_up_the_sequences_where_the_one_before_left_them(
     plan = plan_of(size, [*goals])
     part = data.draw(st.integers(0, len(goals) - 1))
     line = iter(range(1000))
-    before = plan_of(size, goals[:part]).groups(line) if part else iter(())
-    assert [*before, *plan.groups(line, part)] == list(plan.groups(iter(range(1000))))
+    before = plan_of(size, goals[:part]).iter_shards(line) if part else iter(())
+    assert [*before, *plan.iter_shards(line, part)] == list(plan.iter_shards(iter(range(1000))))
     assert next(line) == goals[-1]  # and nothing beyond the goal was taken
 
 
@@ -73,7 +73,7 @@ def test_what_was_planned_before_an_extension_stays_where_it_is(
     assert before.shards is not None
     for shard in range(before.shards):
         assert after.first_sequence(shard) == before.first_sequence(shard)
-        assert after.most_sequences(shard) == before.most_sequences(shard)
+        assert after.max_sequences(shard) == before.max_sequences(shard)
     for sequences in range(1, goals[-1] + 1):
         assert after.shards_of(sequences) == before.shards_of(sequences)
 
@@ -82,10 +82,10 @@ def test_what_was_planned_before_an_extension_stays_where_it_is(
 def test_without_a_goal_a_plan_goes_on_to_the_end_of_the_text(size: int, goals: list[int]) -> None:
     plan = plan_of(size, [*goals, None])
     assert plan.goal is plan.shards is None
-    assert list(plan.groups(iter(range(500)))) == list(
-        plan_of(size, [*goals, 500]).groups(iter(range(500)))
+    assert list(plan.iter_shards(iter(range(500)))) == list(
+        plan_of(size, [*goals, 500]).iter_shards(iter(range(500)))
     )
-    assert plan.most_sequences(10**9) == size
+    assert plan.max_sequences(10**9) == size
 
 
 @given(SIZES, GOALS, st.integers(-2, 2), st.integers(-2, 2))
@@ -94,7 +94,7 @@ def test_parts_that_do_not_join_are_refused(
 ) -> None:
     plan = plan_of(size, [*goals])
     assert plan.shards is not None
-    part = Part(plan.shards + shard, goals[-1] + sequence, goals[-1] + 30)
+    part = ShardRange(plan.shards + shard, goals[-1] + sequence, goals[-1] + 30)
     if (shard, sequence) == (0, 0):
         ShardPlan(size, (*plan.parts, part))
         return
@@ -105,6 +105,6 @@ def test_parts_that_do_not_join_are_refused(
 @pytest.mark.parametrize("goal", [0, 9, 10])
 def test_a_goal_that_is_no_further_is_refused(goal: int) -> None:
     with pytest.raises(FormatError, match="no further"):
-        ShardPlan(4, (Part(0, 0, 10), Part(3, 10, goal)))
+        ShardPlan(4, (ShardRange(0, 0, 10), ShardRange(3, 10, goal)))
     with pytest.raises(FormatError, match="after all of the text"):
-        ShardPlan(4, (Part(0, 0, None), Part(3, 10, 20)))
+        ShardPlan(4, (ShardRange(0, 0, None), ShardRange(3, 10, 20)))

@@ -9,9 +9,9 @@ import torch
 
 from actcache.format import statistics
 from actcache.format.statistics import BLOCK_ROWS, NORM_BINS, Statistics, merge, parts
-from actcache.storage import CODECS, Codec, StoredRows
+from actcache.storage import ROW_DTYPES, RowDtype, StoredRows
 
-FLOAT32 = CODECS["float32"]
+FLOAT32 = ROW_DTYPES["float32"]
 
 
 def rows(count: int, width: int = 5, seed: int = 0) -> np.ndarray:
@@ -19,17 +19,17 @@ def rows(count: int, width: int = 5, seed: int = 0) -> np.ndarray:
     return (state.standard_normal((count, width)) * 3 + 1).astype("<f4")
 
 
-def compute(x: np.ndarray, codec: Codec, mapper: Any = map) -> Statistics:
-    return merge(parts(StoredRows({"activations": x}), codec, mapper))
+def compute(x: np.ndarray, row_dtype: RowDtype, mapper: Any = map) -> Statistics:
+    return merge(parts(StoredRows({"activations": x}), row_dtype, mapper))
 
 
 @pytest.mark.parametrize("count", [1, 31, 33, 2500, BLOCK_ROWS + 100])
-@pytest.mark.parametrize("dtype", CODECS)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_sums_and_norms_are_those_of_the_rows_as_stored(dtype: str, count: int) -> None:
-    codec = CODECS[dtype]
-    stored = codec.from_torch(torch.from_numpy(rows(count)))
-    exact = codec.to_torch(stored).double().numpy()
-    found = statistics.compute(stored, codec)
+    row_dtype = ROW_DTYPES[dtype]
+    stored = row_dtype.from_torch(torch.from_numpy(rows(count)))
+    exact = row_dtype.to_torch(stored).double().numpy()
+    found = statistics.compute(stored, row_dtype)
     norms = np.linalg.norm(exact, axis=1)
     assert (found.count, found.non_finite) == (count, 0)
     error = np.abs(found.total - exact.sum(axis=0)) / np.abs(exact).sum(axis=0)
@@ -47,12 +47,12 @@ def distant(count: int, mean: float, width: int = 8) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0, 1000.0])
-@pytest.mark.parametrize("dtype", CODECS)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_a_mean_far_from_zero_costs_the_variance_no_precision(dtype: str, mean: float) -> None:
-    codec = CODECS[dtype]
-    stored = codec.from_torch(torch.from_numpy(distant(20_000, mean)))
-    exact = codec.to_torch(stored).double().numpy()
-    found = statistics.compute(stored, codec)
+    row_dtype = ROW_DTYPES[dtype]
+    stored = row_dtype.from_torch(torch.from_numpy(distant(20_000, mean)))
+    exact = row_dtype.to_torch(stored).double().numpy()
+    found = statistics.compute(stored, row_dtype)
     np.testing.assert_allclose(found.variance, exact.var(axis=0).sum(), rtol=1e-6)
     np.testing.assert_allclose(found.mean, exact.mean(axis=0), rtol=1e-7, atol=1e-7)
 
@@ -77,28 +77,28 @@ def test_dimensions_that_never_change_have_no_variance() -> None:
 def test_values_whose_squares_float32_cannot_hold_are_summed_all_the_same(
     dtype: str, scale: float
 ) -> None:
-    codec = CODECS[dtype]
+    row_dtype = ROW_DTYPES[dtype]
     tensor = (torch.from_numpy(rows(1000)) * scale).to(getattr(torch, dtype))
     exact = tensor.double().numpy()
-    found = statistics.compute(codec.from_torch(tensor), codec)
+    found = statistics.compute(row_dtype.from_torch(tensor), row_dtype)
     np.testing.assert_allclose(found.total_squares, (exact**2).sum(axis=0), rtol=1e-9)
     np.testing.assert_allclose(found.norm_max, np.linalg.norm(exact, axis=1).max(), rtol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_finite_number_of_a_type_counts_as_what_it_is(dtype: str) -> None:
-    codec = CODECS[dtype]
+    row_dtype = ROW_DTYPES[dtype]
     bits = np.arange(1 << 16, dtype="<u2")
     if dtype == "float32":
         bits = (bits.astype("<u4") << 16) | 0x1234
-    numbers = bits.view(codec.storage)
+    numbers = bits.view(row_dtype.storage)
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        exact = codec.to_float32(StoredRows({"activations": numbers})).astype(np.float64)
+        exact = row_dtype.to_float32(StoredRows({"activations": numbers})).astype(np.float64)
     finite = np.isfinite(exact)
     kept = numbers[finite].reshape(1, -1)  # one row: the largest values are the values
-    np.testing.assert_array_equal(compute(kept, codec).abs_max, np.abs(exact[finite]))
-    np.testing.assert_array_equal(compute(kept, codec).total, exact[finite])
-    each = compute(np.repeat(numbers[:, None], 2, axis=1), codec)
+    np.testing.assert_array_equal(compute(kept, row_dtype).abs_max, np.abs(exact[finite]))
+    np.testing.assert_array_equal(compute(kept, row_dtype).total, exact[finite])
+    each = compute(np.repeat(numbers[:, None], 2, axis=1), row_dtype)
     assert each.non_finite == (~finite).sum()
     assert each.near_overflow == (np.abs(exact[finite]) >= 32_752).sum()
 
@@ -160,7 +160,7 @@ def test_shards_without_a_finite_row_divide_by_nothing() -> None:
 
 def test_float16s_largest_rows_do_not_overflow() -> None:
     x = np.full((3, 5), 65504.0, dtype="<f2")
-    assert compute(x, CODECS["float16"]).norm_max == pytest.approx(65504 * 5**0.5)
+    assert compute(x, ROW_DTYPES["float16"]).norm_max == pytest.approx(65504 * 5**0.5)
 
 
 def test_the_bin_of_a_norm_is_a_quarter_octave() -> None:

@@ -115,7 +115,7 @@ def main(path: str, world_size: int, kills: int, seed: int) -> None:
         except EmptyCacheError:  # killed before there was a manifest
             lives.append({"shards": 0, "partial": partial})
             continue
-        assert found.sound, f"life {number}: {found.damages}"
+        assert found.is_sound, f"life {number}: {found.damages}"
         lives.append({"shards": found.shards, "partial": partial})
     last = in_peace(config, world_size)
     told = {"shards": shards, "whole": whole, "loading": loading, "last": last, "lives": lives}

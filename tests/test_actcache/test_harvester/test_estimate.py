@@ -16,7 +16,7 @@ from actcache.config import HarvestConfig, PlanConfig
 from actcache.errors import ConfigError
 from actcache.harvester import estimate as row_count
 from actcache.harvester import resolve as planning
-from actcache.harvester.estimate import HarvestPlan, plan_harvest
+from actcache.harvester.estimate import HarvestEstimate, estimate_harvest
 from actcache.harvester.run import harvest
 
 pytestmark = pytest.mark.usefixtures("warm_model")
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.usefixtures("warm_model")
 Options = Callable[..., HarvestConfig]
 
 
-def planned(config: HarvestConfig, **more: Any) -> HarvestPlan:
+def planned(config: HarvestConfig, **more: Any) -> HarvestEstimate:
     names = [field.name for field in dataclasses.fields(HarvestConfig)]
-    return plan_harvest(PlanConfig(**{name: getattr(config, name) for name in names} | more))
+    return estimate_harvest(PlanConfig(**{name: getattr(config, name) for name in names} | more))
 
 
 def on_disk(root: str | Path) -> int:

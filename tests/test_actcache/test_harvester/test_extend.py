@@ -18,14 +18,14 @@ from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
-from actcache.core.distributed import Ranks
+from actcache.core.distributed import World
 from actcache.errors import CacheMismatchError, DiskFullError, FormatError
-from actcache.format.manifest import extended, read_manifest
-from actcache.format.receipts import read_end, read_published, receipt_path
+from actcache.format.manifest import read_manifest, with_extension
+from actcache.format.receipts import read_cache_state, read_end, receipt_path
 from actcache.harvester import resolve as planning
 from actcache.harvester import run as harvest_module
 from actcache.harvester.run import HarvestSummary, harvest
-from actcache.inspection import summarise
+from actcache.inspection import summarize
 
 Options = Callable[..., HarvestConfig]
 Tree = Callable[[Path | str], dict[str, str]]
@@ -80,7 +80,7 @@ def test_an_extended_cache_holds_the_rows_of_one_harvest_with_the_larger_goal(
     assert whole.manifest.cache_id == cache.manifest.cache_id
     for name in cache.hookpoints:
         assert by_address(cache, name) == by_address(whole, name)
-    assert verify(root).sound
+    assert verify(root).is_sound
     assert verify(root).leftovers == ()
 
 
@@ -88,7 +88,7 @@ def test_an_extension_changes_no_manifest_and_is_told_by_inspect(options: Option
     config = options(**tokens(10))
     root = Path(harvest(config).cache)
     manifest = (root / "manifest.json").read_bytes()
-    assert "extended" not in summarise(Cache.open(root)).state
+    assert "extended" not in summarize(Cache.open(root)).state
     harvest(options(**tokens(15), extend=True))
     harvest(options(**tokens(18), extend=True))
     assert (root / "manifest.json").read_bytes() == manifest
@@ -100,7 +100,7 @@ def test_an_extension_changes_no_manifest_and_is_told_by_inspect(options: Option
         "first_sequence": 15,
         "planned_sequences": 18,
     }
-    state = summarise(Cache.open(root)).state
+    state = summarize(Cache.open(root)).state
     assert state == "complete (goal reached); extended after 160, 240 tokens"
 
 
@@ -226,7 +226,7 @@ def test_an_extension_beyond_the_text_seals_with_what_there_was(
     cache = Cache.open(root)
     assert cache.end is not None
     assert cache.end.sequences == everything.end.sequences
-    assert verify(root).sound
+    assert verify(root).is_sound
     assert by_address(cache, "layers.0") == by_address(everything, "layers.0")
     again = harvest(options(**tokens(500), extend=True))
     assert (again.new_shards, again.complete, again.reason) == (0, True, "text")
@@ -260,7 +260,7 @@ def test_an_extension_that_crashes_at_any_call_is_finished_by_the_same_command(
                 harvest(options(**more, out=str(root)))
         except faults.Crash:
             found = verify(root)
-            assert found.sound
+            assert found.is_sound
             assert found.shards >= 2
             for shard in Cache.open(root).shards:
                 assert len(Cache.open(root).read("layers.0", shard)) in (15, 30)
@@ -280,7 +280,7 @@ def test_a_record_without_its_arrays_document_is_read_and_renewed(options: Optio
     harvest(options(**tokens(19), **storage, extend=True))
     new = document.read_bytes()
     document.write_bytes(old)
-    assert verify(root).sound
+    assert verify(root).is_sound
     assert len(Cache.open(root).read("layers.0", 5)) == 15
     harvest(options(**tokens(19), **storage))
     assert document.read_bytes() == new
@@ -291,7 +291,7 @@ def test_a_record_without_its_arrays_document_is_read_and_renewed(options: Optio
 def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list[HarvestSummary]:
     """The work of some ranks, one after another."""
 
-    class Alone(Ranks):
+    class Alone(World):
         def agree(self, what: bytes, act: Callable[[], None]) -> None:
             act()
 
@@ -299,7 +299,7 @@ def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list
     for rank in ranks:
         with pytest.MonkeyPatch.context() as patched:
             alone = SimpleNamespace(from_environment=lambda r=rank: Alone(r, world_size))
-            patched.setattr(harvest_module, "Ranks", alone)
+            patched.setattr(harvest_module, "World", alone)
             summaries.append(harvest(config))
     return summaries
 
@@ -341,7 +341,7 @@ def test_an_extension_that_another_process_has_begun_is_gone_on_with(
     def late(*given: Any) -> int:
         count = make_shards(*given)
         if not (root / "extensions").exists():
-            publish_extension(root, extended(read_manifest(root), 19))
+            publish_extension(root, with_extension(read_manifest(root), 19))
         return count
 
     monkeypatch.setattr(harvest_module, "_make_shards", late)
@@ -358,15 +358,15 @@ def test_a_cache_that_is_extended_while_it_is_opened_opens(
     new = read_manifest(root)
     answers = iter([old, new])
     monkeypatch.setattr("actcache.format.receipts.read_manifest", lambda _: next(answers))
-    manifest, receipts, end = read_published(root)
+    manifest, receipts, end = read_cache_state(root)
     assert (manifest, len(receipts), end is not None) == (new, 6, True)
     for shard in (3, 4, 5):  # were it the seal alone that is of later
         receipt_path(root, shard).unlink()
     answers = iter([old, new])
-    assert read_published(root)[0] == new
+    assert read_cache_state(root)[0] == new
     answers = iter([old, old])
     with pytest.raises(FormatError, match="seals extensions that are not there"):
-        read_published(root)
+        read_cache_state(root)
 
 
 def test_room_is_asked_for_what_is_new_alone(
@@ -387,12 +387,12 @@ def test_an_old_seal_seals_nothing_once_the_record_stands(make_cache: Callable[.
     root = make_cache(shards=3, sequences=4, last_sequences=2)
     manifest = read_manifest(root)
     assert read_end(root, manifest) is not None
-    publish_extension(root, extended(manifest, 19))
+    publish_extension(root, with_extension(manifest, 19))
     cache = Cache.open(root)
     assert (cache.end, cache.complete) == (None, False)
-    assert "3 of 6 shards are missing" in summarise(cache).state
+    assert "3 of 6 shards are missing" in summarize(cache).state
     found = verify(root)
-    assert (found.sound, found.complete, found.leftovers) == (True, False, ())
+    assert (found.is_sound, found.complete, found.leftovers) == (True, False, ())
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_a_record_that_is_gone_is_missed(make_cache: Callable[..., Path]) -> Non
     (root / "extensions" / "00001.json").unlink()
     with pytest.raises(FormatError, match="does not agree with the manifest"):
         Cache.open(root)
-    assert not verify(root).sound
+    assert not verify(root).is_sound
 
 
 @pytest.mark.parametrize("extensions", [0, 2, -1])

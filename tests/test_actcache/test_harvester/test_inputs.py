@@ -73,7 +73,7 @@ def test_a_row_of_a_padded_sequence_is_the_models_state_without_any_padding(
     for shard in cache.shards:
         states = states_of(model, cache, shard)
         for name in points:
-            rows = cache.codec.to_torch(cache.read(name, shard))
+            rows = cache.row_dtype.to_torch(cache.read(name, shard))
             expected = states[name][places(cache, shard)]
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
 
@@ -84,13 +84,13 @@ def test_padding_is_hidden_from_attention_and_not_only_left_out(
     from actcache.harvester import run as module
 
     masks = []
-    run = module.Capture.run
+    run = module.ActivationCapture.run
 
     def record(capture: Any, tokens: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
         masks.append((tokens, mask))
         return run(capture, tokens, mask, *rest)
 
-    monkeypatch.setattr(module.Capture, "run", record)
+    monkeypatch.setattr(module.ActivationCapture, "run", record)
     cache = Cache.open(harvest(options(pipeline="truncate", ctx_len=48, max_tokens=480)).cache)
     lengths = [length for shard in cache.shards for length in cache.tokens(shard).lengths]
     seen = [int(n) for _, mask in masks for n in mask.sum(dim=1)]

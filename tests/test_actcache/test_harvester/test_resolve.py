@@ -15,25 +15,25 @@ from hypothesis import strategies as st
 from actcache.cache.create import require_room
 from actcache.cache.layout import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
-from actcache.data.datasets import open_documents
+from actcache.data.datasets import open_dataset
 from actcache.errors import ConfigError, DatasetError, DiskFullError, ModelError
 from actcache.format.manifest import Hookpoint, read_manifest
 from actcache.harvester import resolve as planning
 from actcache.harvester.resolve import (
     choose_hookpoints,
     choose_pipeline,
-    count_planned,
     excluded_tokens,
     needs_tokenizer,
+    planned_sequences,
+    probe_model,
     special_tokens,
-    survey_model,
 )
 from actcache.model.loading import load_config, load_tokenizer
 
 
 def pipeline_of(config: HarvestConfig, tokenizer: Any) -> Any:
     vocabulary = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=300))
-    return choose_pipeline(config, vocabulary, tokenizer, open_documents(config))
+    return choose_pipeline(config, vocabulary, tokenizer, open_dataset(config))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_tokenizer_is_loaded_only_where_something_asks_for_it(
 
     def needed(name: str, **given: Any) -> bool:
         config = options(dataset=str(tmp_path / name), **given)
-        return needs_tokenizer(config, open_documents(config))
+        return needs_tokenizer(config, open_dataset(config))
 
     assert not needed("a.bin")
     assert not needed("a.bin", exclude_tokens=("3",))
@@ -166,9 +166,9 @@ def test_a_stream_is_believed_and_not_read_twice(
 
 
 def planned(config: HarvestConfig) -> int:
-    source, tokenizer = open_documents(config), load_tokenizer(config)
+    source, tokenizer = open_dataset(config), load_tokenizer(config)
     pipeline = choose_pipeline(config, load_config(config), tokenizer, source)
-    return count_planned(config, source, tokenizer, pipeline)
+    return planned_sequences(config, source, tokenizer, pipeline)
 
 
 def test_the_plan_is_the_goal_in_whole_sequences_or_less_if_the_text_is(
@@ -342,7 +342,7 @@ def test_hookpoints_are_chosen_without_loading_weights(
 
     monkeypatch.setattr(planning, "load_model", fail)
     config = options(hookpoint=("model.layers.[01].mlp",))
-    model, sites = survey_model(config, load_config(config))
+    model, sites = probe_model(config, load_config(config))
     expected = (Hookpoint("layers.0.mlp", 32), Hookpoint("layers.1.mlp", 32))
     assert choose_hookpoints(config, model, sites) == expected
     config = options(hookpoint=(), layer_stride=2)
@@ -357,8 +357,8 @@ def test_a_model_that_refuses_the_meta_device_is_surveyed_with_its_weights(
         raise NotImplementedError("no meta")
 
     config = options()
-    _, sites = survey_model(config, load_config(config))
-    monkeypatch.setattr(planning, "empty_model", refuse)
-    model, again = survey_model(config, load_config(config))
+    _, sites = probe_model(config, load_config(config))
+    monkeypatch.setattr(planning, "load_meta_model", refuse)
+    model, again = probe_model(config, load_config(config))
     assert again == sites
     assert next(model.parameters()).device.type == "cpu"

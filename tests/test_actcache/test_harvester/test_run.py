@@ -19,7 +19,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
 from actcache.core import rng
-from actcache.core.distributed import Ranks
+from actcache.core.distributed import World
 from actcache.errors import (
     ActcacheError,
     CacheMismatchError,
@@ -74,7 +74,7 @@ def test_row_j_is_the_models_hidden_state_of_the_token_that_the_cache_names(
         at = (torch.from_numpy(words.row_sequence).long(), torch.from_numpy(words.row_position))
 
         def row(name: str, shard: int = shard) -> torch.Tensor:
-            return cache.codec.to_torch(cache.read(name, shard))
+            return cache.row_dtype.to_torch(cache.read(name, shard))
 
         at = (at[0], at[1].long())
         assert torch.equal(row("layers.0"), states[1][at])
@@ -96,8 +96,8 @@ def test_rows_are_rounded_to_the_type_on_disk(dtype: str, options: Options) -> N
     cache = Cache.open(harvest(options(dtype=dtype)).cache)
     assert cache.manifest.identity.dtype == dtype
     for shard, name in itertools.product(exact.shards, exact.hookpoints):
-        full = exact.codec.to_torch(exact.read(name, shard))
-        rounded = cache.codec.to_torch(cache.read(name, shard))
+        full = exact.row_dtype.to_torch(exact.read(name, shard))
+        rounded = cache.row_dtype.to_torch(cache.read(name, shard))
         assert torch.equal(rounded, full.to(getattr(torch, dtype)))
 
 
@@ -108,13 +108,13 @@ def test_rows_of_8_bits_are_those_of_the_exact_rows(
 ) -> None:
     exact = Cache.open(harvest(options(out=str(tmp_path / "exact"))).cache)
     cache = Cache.open(harvest(options(dtype=dtype, backend=backend)).cache)
-    assert verify(cache.root).sound
+    assert verify(cache.root).is_sound
     for shard, name in itertools.product(exact.shards, exact.hookpoints):
-        expected = cache.codec.from_torch(exact.codec.to_torch(exact.read(name, shard)))
+        expected = cache.row_dtype.from_torch(exact.row_dtype.to_torch(exact.read(name, shard)))
         for part, array in cache.read(name, shard).parts.items():
             np.testing.assert_array_equal(array, expected.parts[part])
         statistics = cache.statistics(name, [shard])
-        decoded = cache.codec.to_float32(expected)
+        decoded = cache.row_dtype.to_float32(expected)
         total = decoded.sum(axis=0, dtype=np.float64)
         np.testing.assert_allclose(statistics.total, total, rtol=1e-5, atol=1e-4)
         names = {"tokens", "stats", *(f"activations/{n}" for n in exact.hookpoints)}
@@ -140,7 +140,9 @@ def test_rows_of_8_bits_that_are_not_finite_stay_so(
         is_eos = words.tokens[words.row_sequence, words.row_position] == 1
         stored = cache.read("layers.0:in", shard)
         np.testing.assert_array_equal(np.isnan(stored.scales), is_eos)
-        np.testing.assert_array_equal(np.isnan(cache.codec.to_float32(stored)).all(axis=1), is_eos)
+        np.testing.assert_array_equal(
+            np.isnan(cache.row_dtype.to_float32(stored)).all(axis=1), is_eos
+        )
         assert cache.receipts[shard].non_finite == {"layers.0:in": is_eos.sum()}
         counted += is_eos.sum()
     assert counted > 10
@@ -541,7 +543,7 @@ def test_what_varies_from_run_to_run_lies_under_logs(options: Options, tree: Tre
 def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list[HarvestSummary]:
     """The work of some ranks, one after another in this process; rank 0 must be among the first."""
 
-    class Alone(Ranks):
+    class Alone(World):
         def agree(self, what: bytes, act: Callable[[], None]) -> None:
             act()
 
@@ -549,7 +551,7 @@ def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list
     for rank in ranks:
         with pytest.MonkeyPatch.context() as patched:
             alone = SimpleNamespace(from_environment=lambda r=rank: Alone(r, world_size))
-            patched.setattr(harvest_module, "Ranks", alone)
+            patched.setattr(harvest_module, "World", alone)
             summaries.append(harvest(config))
     return summaries
 
@@ -620,13 +622,13 @@ def test_a_text_that_ends_before_the_goal_seals_the_cache_and_says_so(
 
 def test_batches_are_padded_to_one_shape(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = set()
-    run = harvest_module.Capture.run
+    run = harvest_module.ActivationCapture.run
 
     def record(capture: Any, tokens: torch.Tensor, *rest: Any) -> Any:
         shapes.add(tuple(tokens.shape))
         return run(capture, tokens, *rest)
 
-    monkeypatch.setattr(harvest_module.Capture, "run", record)
+    monkeypatch.setattr(harvest_module.ActivationCapture, "run", record)
     harvest(options(shard_size=3))
     assert shapes == {(4, 16)}
 
@@ -739,7 +741,7 @@ def test_a_harvest_that_published_nothing_does_not_hold_its_folder(
     for backend in ("memmap", "zarr"):
         out = str(tmp_path / backend)
         with monkeypatch.context() as patched:
-            patched.setattr(harvest_module, "fill_shard", out_of_memory)
+            patched.setattr(harvest_module, "capture_shard", out_of_memory)
             with pytest.raises(MemoryError):
                 harvest(options(batch_size=8, backend=backend, out=out))
         assert harvest(dataclasses.replace(whole, out=out)).complete

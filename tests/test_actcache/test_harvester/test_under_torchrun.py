@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from actcache.cache.reader import Cache
-from actcache.core.distributed import Ranks
+from actcache.core.distributed import World
 from actcache.errors import ConfigError
 from actcache.harvester.run import harvest
 
@@ -32,11 +32,11 @@ Tree = Callable[[Path | str], dict[str, str]]
 def test_a_process_started_alone_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert Ranks.from_environment() == Ranks(0, 1)
+    assert World.from_environment() == World(0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert Ranks.from_environment() == Ranks(3, 8)
+    assert World.from_environment() == World(3, 8)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("0", "2"), ("2", "2"), ("x", "1"), ("", "2")])
@@ -47,20 +47,20 @@ def test_half_an_environment_is_told(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(ConfigError, match=r"(?s)which process this is.*torchrun"):
-        Ranks.from_environment()
+        World.from_environment()
 
 
 def test_alone_there_is_nobody_to_agree_with() -> None:
     acted: list[str] = []
-    Ranks(0, 1).agree(b"x", lambda: acted.append("yes"))
+    World(0, 1).check_equal_then_run_on_rank_zero(b"x", lambda: acted.append("yes"))
     assert acted == ["yes"]
 
 
 AGREE = """
 import os, sys
-from actcache.core.distributed import Ranks
+from actcache.core.distributed import World
 
-ranks = Ranks.from_environment()
+ranks = World.from_environment()
 
 def attempt(port, what, act):
     os.environ["MASTER_PORT"] = port

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from actcache.format.dtypes import CODECS, VALUES, StoredRows
+from actcache.format.dtypes import ROW_DTYPES, VALUES, StoredRows
 from actcache.format.statistics import Statistics, compute
 
 
@@ -16,6 +16,6 @@ def statistics_of() -> Callable[[np.ndarray], Statistics]:
     """Statistics of rows [N, D] as a shard in float32 has them."""
 
     def build(rows: np.ndarray) -> Statistics:
-        return compute(StoredRows({VALUES: rows.astype("<f4")}), CODECS["float32"])
+        return compute(StoredRows({VALUES: rows.astype("<f4")}), ROW_DTYPES["float32"])
 
     return build

@@ -84,7 +84,7 @@ def test_a_sequence_has_the_norm_of_each_of_its_rows(
     for reading in readings:
         words = cache.tokens(reading.shard)
         stored = cache.read("layers.1", reading.shard)
-        rows = cache.codec.to_float32(stored).astype(np.float64)
+        rows = cache.row_dtype.to_float32(stored).astype(np.float64)
         norms = {
             (int(s), int(p)): np.linalg.norm(row)
             for s, p, row in zip(words.row_sequence, words.row_position, rows, strict=True)

@@ -13,7 +13,7 @@ from actcache.core.json_codec import to_json
 from actcache.errors import ConfigError, CorruptShardError, EmptyCacheError
 from actcache.format.manifest import read_manifest
 from actcache.format.receipts import receipt_path
-from actcache.inspection import summarise
+from actcache.inspection import summarize
 
 
 def some_not_finite(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
@@ -30,10 +30,10 @@ def test_the_numbers_of_a_hookpoint_are_those_of_its_finite_rows(
     widths = {"layers.0": 6, "layers.1": 10}
     root = make_cache(shards=3, hookpoints=widths, dtype="bfloat16", rows=some_not_finite)
     cache = Cache.open(root)
-    summary = summarise(cache)
+    summary = summarize(cache)
     for found in summary.hookpoints:
         stored = [cache.read(found.hookpoint, s) for s in cache.shards]
-        rows = np.concatenate([cache.codec.to_float32(s) for s in stored]).astype(np.float64)
+        rows = np.concatenate([cache.row_dtype.to_float32(s) for s in stored]).astype(np.float64)
         norms = np.linalg.norm(rows[np.isfinite(rows).all(axis=1)], axis=1)
         assert found.rows == len(rows) == 3 * 128
         assert found.width == widths[found.hookpoint]
@@ -49,7 +49,7 @@ def test_the_numbers_of_a_hookpoint_are_those_of_its_finite_rows(
 
 def test_a_cache_is_summed_up(make_cache: Callable[..., Path]) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=1)
-    summary = summarise(Cache.open(root))
+    summary = summarize(Cache.open(root))
     assert (summary.shards, summary.sequences, summary.tokens) == (3, 9, 153)
     assert summary.rows == 144
     assert summary.bytes == sum(p.stat().st_size for p in root.rglob("*.safetensors"))
@@ -66,11 +66,11 @@ def test_a_cache_is_summed_up(make_cache: Callable[..., Path]) -> None:
 def test_what_is_missing_is_counted(make_cache: Callable[..., Path]) -> None:
     root = make_cache(shards=4, end=False)
     receipt_path(root, 3).unlink()
-    assert summarise(Cache.open(root)).state == "incomplete: 1 of 4 shards are missing"
+    assert summarize(Cache.open(root)).state == "incomplete: 1 of 4 shards are missing"
     sealed = make_cache(shards=4)
     for shard in (1, 2):
         receipt_path(sealed, shard).unlink()
-    summary = summarise(Cache.open(sealed))
+    summary = summarize(Cache.open(sealed))
     assert (summary.complete, summary.state) == (False, "2 shards are missing")
 
 
@@ -80,25 +80,25 @@ def test_a_harvest_without_a_goal_is_incomplete_until_it_is_sealed(
     root = make_cache(shards=2, end=False)
     manifest = dataclasses.replace(read_manifest(root), planned_sequences=None)
     (root / "manifest.json").write_bytes(to_json(manifest))
-    assert "has not reached the end of the text" in summarise(Cache.open(root)).state
+    assert "has not reached the end of the text" in summarize(Cache.open(root)).state
 
 
 def test_a_text_that_ended_is_said_so(make_cache: Callable[..., Path]) -> None:
     root = make_cache(shards=2)
     end = json.loads((root / "shards" / "END.json").read_text())
     (root / "shards" / "END.json").write_text(json.dumps(end | {"reason": "text"}))
-    assert summarise(Cache.open(root)).state == "complete (the text ended)"
+    assert summarize(Cache.open(root)).state == "complete (the text ended)"
 
 
 def test_a_cache_without_a_filter_says_none(make_cache: Callable[..., Path]) -> None:
-    summary = summarise(Cache.open(make_cache(shards=1, skip_positions=0)))
+    summary = summarize(Cache.open(make_cache(shards=1, skip_positions=0)))
     assert summary.filters == "none"
 
 
 def test_a_cache_without_a_complete_shard_is_refused(make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache(shards=0, end=False))
     with pytest.raises(EmptyCacheError, match="holds no complete shard"):
-        summarise(cache)
+        summarize(cache)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
@@ -106,23 +106,23 @@ def test_a_cache_without_all_its_files_is_not_called_complete(
     damage: Callable[[Path], object], make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache()
-    assert summarise(Cache.open(root)).complete
+    assert summarize(Cache.open(root)).complete
     damage(root / "activations" / "layers.1" / "00002.safetensors")
-    summary = summarise(Cache.open(root))
+    summary = summarize(Cache.open(root))
     assert not summary.complete
     assert "1 files are missing or cut: see actcache verify" in summary.state
 
 
 def test_one_shard_is_summed_up_by_itself(make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache(shards=3, hookpoints={"layers.1": 6}, rows=some_not_finite))
-    parts = [summarise(cache, [shard]) for shard in cache.shards]
+    parts = [summarize(cache, [shard]) for shard in cache.shards]
     assert [p.hookpoints[0].non_finite for p in parts] == [1, 2, 3]
     assert [p.shards for p in parts] == [1, 1, 1]
-    assert sum(p.bytes for p in parts) == summarise(cache).bytes
+    assert sum(p.bytes for p in parts) == summarize(cache).bytes
     assert {p.state for p in parts} == {"complete (goal reached)"}
     assert parts[1].hookpoints[0].max_norm == cache.statistics("layers.1", [1]).norm_max
     with pytest.raises(ConfigError, match="has no shard 3"):
-        summarise(cache, [3])
+        summarize(cache, [3])
 
 
 def test_shards_whose_statistics_are_gone_are_left_out_and_counted(
@@ -131,20 +131,20 @@ def test_shards_whose_statistics_are_gone_are_left_out_and_counted(
     cache = Cache.open(make_cache(shards=3))
     (cache.root / "stats" / "00001.safetensors").unlink()
     (cache.root / "stats" / "00002.safetensors").write_bytes(b"cut")
-    summary = summarise(cache)
+    summary = summarize(cache)
     assert summary.without_statistics == 2
     assert summary.hookpoints[0].mean_norm == cache.statistics("layers.0", [0]).mean_norm
     assert summary.rows == 3 * 128
     (cache.root / "stats" / "00000.safetensors").unlink()
     with pytest.raises(CorruptShardError, match="stats"):
-        summarise(Cache.open(cache.root))
+        summarize(Cache.open(cache.root))
 
 
 def test_statistics_added_shard_by_shard_have_the_bits_of_those_added_at_once(
     make_cache: Callable[..., Path],
 ) -> None:
     cache = Cache.open(make_cache(shards=4))
-    for found in summarise(cache).hookpoints:
+    for found in summarize(cache).hookpoints:
         at_once = cache.statistics(found.hookpoint)
         assert found.mean_norm == at_once.mean_norm
         assert found.rms_norm == at_once.rms_norm
@@ -159,14 +159,14 @@ def test_names_from_the_manifest_cannot_move_the_cursor_or_fill_the_screen(
         read_manifest(root), model="\x1b[2Jgone", dataset="A" * 10**6, split="\u202etxt"
     )
     (root / "manifest.json").write_bytes(to_json(hostile))
-    summary = summarise(Cache.open(root))
+    summary = summarize(Cache.open(root))
     assert summary.model.startswith("\\x1b[2Jgone")
     assert len(summary.dataset) <= 300
     assert (summary.model + summary.dataset).isprintable()
 
 
 def test_all_of_it_is_json(make_cache: Callable[..., Path]) -> None:
-    summary = summarise(Cache.open(make_cache(shards=2)))
+    summary = summarize(Cache.open(make_cache(shards=2)))
     again = json.loads(json.dumps(dataclasses.asdict(summary), allow_nan=False))
     assert again["hookpoints"][0]["norms"]["counts"] == list(summary.hookpoints[0].norms.counts)
     assert again["mean_cosines"][0][0] == pytest.approx(1)
@@ -178,7 +178,7 @@ def test_the_scales_of_8_bit_rows_belong_to_their_hookpoint(
     backend: str, make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache(shards=2, dtype="int8", backend=backend)
-    summary = summarise(Cache.open(root))
+    summary = summarize(Cache.open(root))
     beside = sum((root / name).stat().st_size for s in (0, 1) for name in others(s))
     assert sum(h.bytes for h in summary.hookpoints) == summary.bytes - beside
 

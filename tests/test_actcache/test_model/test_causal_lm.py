@@ -7,7 +7,7 @@ import pytest
 
 from actcache.config import HarvestConfig
 from actcache.errors import ModelError
-from actcache.model.loading import load_config, require_decoder
+from actcache.model.loading import load_config, require_causal_lm
 
 
 def of(name: str, **options: Any) -> Any:
@@ -36,7 +36,7 @@ def of(name: str, **options: Any) -> Any:
 )
 def test_a_model_of_another_kind_is_refused_by_what_it_is(name: str, kind: str) -> None:
     with pytest.raises(ModelError) as caught:
-        require_decoder("some/model", of(name))
+        require_causal_lm("some/model", of(name))
     message = str(caught.value)
     assert f"some/model is {kind}\n" in message
     assert f"expected: a decoder-only language model\n  got:      {name}Config" in message
@@ -59,16 +59,16 @@ def test_a_model_of_another_kind_is_refused_by_what_it_is(name: str, kind: str) 
 def test_decoders_are_taken_and_multimodal_models_that_load_as_such(
     name: str, options: dict[str, Any]
 ) -> None:
-    require_decoder("some/model", of(name, **options))
+    require_causal_lm("some/model", of(name, **options))
 
 
 def test_a_model_with_code_of_its_own_is_taken_at_its_word() -> None:
     config = of("Bert")
     config.auto_map = {"AutoModel": "own.Own"}
     with pytest.raises(ModelError):
-        require_decoder("some/model", config)
+        require_causal_lm("some/model", config)
     config.auto_map = {"AutoModelForCausalLM": "own.Own"}
-    require_decoder("some/model", config)
+    require_causal_lm("some/model", config)
 
 
 @pytest.mark.parametrize("name", ["T5", "Bert", "Llava"])

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from actcache.errors import HookpointError, ModelError
 from actcache.format.manifest import Hookpoint
-from actcache.model.hooks import Capture, Site, match, residual_hookpoints, survey
+from actcache.model.hooks import (
+    ActivationCapture,
+    HookSite,
+    discover_sites,
+    match,
+    residual_hookpoints,
+)
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
@@ -116,8 +122,8 @@ IDS = torch.arange(21).reshape(3, 7) * 2
 
 
 def run(model: Any, names: list[str], ids: Tensor = IDS) -> dict[str, Tensor]:
-    sites = survey(model)
-    with Capture(model, match(names, sites, model.base_model_prefix)) as capture:
+    sites = discover_sites(model)
+    with ActivationCapture(model, match(names, sites, model.base_model_prefix)) as capture:
         return dict(capture.run(ids))
 
 
@@ -169,7 +175,7 @@ def test_a_layer_adds_its_attention_and_mlp_to_its_input(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_survey_without_weights_finds_what_one_with_weights_finds(family: str) -> None:
-    sites, empty = survey(build(family)), survey(build(family, "meta"))
+    sites, empty = discover_sites(build(family)), discover_sites(build(family, "meta"))
     assert sum(site.width == 16 for site in sites.values()) >= 10
     assert empty == sites
     assert list(empty) == list(sites)
@@ -178,9 +184,9 @@ def test_a_survey_without_weights_finds_what_one_with_weights_finds(family: str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whatever_a_survey_offers_is_captured_at_any_batch_and_length(family: str) -> None:
     model = build(family)
-    hookpoints = match(["*", "*:in"], survey(model), model.base_model_prefix)
+    hookpoints = match(["*", "*:in"], discover_sites(model), model.base_model_prefix)
     for ids in (IDS, IDS[:1], IDS[:2, :5]):
-        with Capture(model, hookpoints) as capture:
+        with ActivationCapture(model, hookpoints) as capture:
             found = capture.run(ids)
         assert set(found) == {h.name for h in hookpoints}
         assert all(found[h.name].shape == (*ids.shape, h.width) for h in hookpoints)
@@ -189,7 +195,7 @@ def test_whatever_a_survey_offers_is_captured_at_any_batch_and_length(family: st
 def test_chosen_tokens_alone_are_kept_and_are_what_they_are_among_all() -> None:
     hookpoints = [Hookpoint("layers.0", 16), Hookpoint("layers.1.mlp:in", 16)]
     chosen = torch.tensor([0, 3, 8, 20])  # of 3 sequences of 7
-    with Capture(build("llama"), hookpoints) as capture:
+    with ActivationCapture(build("llama"), hookpoints) as capture:
         whole = dict(capture.run(IDS))
         found = capture.run(IDS, None, chosen)
     for name, rows in found.items():
@@ -202,9 +208,9 @@ def test_padding_on_the_right_that_is_masked_leaves_the_tokens_before_it_as_they
 ) -> None:
     model = build(family)
     layers = FAMILIES[family][2]
-    hookpoints = match([f"{layers}.?"], survey(model), model.base_model_prefix)
+    hookpoints = match([f"{layers}.?"], discover_sites(model), model.base_model_prefix)
     mask = (torch.arange(7) < torch.tensor([[7], [4], [2]])).long()
-    with Capture(model, hookpoints) as capture:
+    with ActivationCapture(model, hookpoints) as capture:
         padded = dict(capture.run(IDS * mask, mask))
         for sequence, length in enumerate((7, 4, 2)):
             alone = capture.run(IDS[sequence : sequence + 1, :length])
@@ -213,7 +219,7 @@ def test_padding_on_the_right_that_is_masked_leaves_the_tokens_before_it_as_they
 
 
 def test_a_model_of_text_and_images_runs_on_text_past_its_vision_tower() -> None:
-    sites = survey(build("gemma3_vision"))
+    sites = discover_sites(build("gemma3_vision"))
     assert sites["vision_tower.encoder.layers.0"].reason == "is not called in a forward pass"
     assert sites["language_model.layers.0"].width == 16
 
@@ -231,20 +237,22 @@ def test_of_a_layer_that_gives_several_things_the_first_is_taken(as_list: bool) 
 
     model.model.layers[1].register_forward_hook(several)
     model.model.layers[2].register_forward_pre_hook(first)
-    assert survey(model)["layers.1"] == Site("layers.1", 16, "")
+    assert discover_sites(model)["layers.1"] == HookSite("layers.1", 16, "")
     after = run(model, ["layers.1", "layers.2:in"])
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_survey_says_why_a_module_cannot_be_hooked() -> None:
-    sites = survey(build("mixtral"))
+    sites = discover_sites(build("mixtral"))
     assert "has shape [16, 4], not [batch, ctx, width]" in sites["layers.0.mlp.gate"].reason
     assert "not [batch, ctx, width]" in sites["layers.0.mlp.experts"].reason
     assert "not [batch, ctx, width]" in sites["rotary_emb"].reason
     assert sites["layers"].reason == "is not called in a forward pass"
     assert sites["layers.0.mlp"].width == 16
     assert sites["layers.0.self_attn:in"].width == 16  # given as a keyword
-    assert survey(build("gpt2"))["wpe"].width is None  # positions do not grow with the batch
+    assert (
+        discover_sites(build("gpt2"))["wpe"].width is None
+    )  # positions do not grow with the batch
 
 
 class Toy(nn.Module):
@@ -267,7 +275,7 @@ class Toy(nn.Module):
 
 
 def test_a_module_that_is_called_twice_is_refused() -> None:
-    sites = survey(Toy())
+    sites = discover_sites(Toy())
     assert sites["twice"].reason == "is called 2 times in a forward pass"
     with pytest.raises(HookpointError, match="'twice' cannot be hooked: it is called 2 times"):
         match(["twice"], sites, "")
@@ -278,7 +286,7 @@ def test_what_is_captured_is_not_changed_by_modules_that_work_in_place() -> None
     model = Toy()
     model.first.register_forward_hook(lambda *_: None)
     hookpoints = [Hookpoint("first", 4), Hookpoint("spoil:in", 4), Hookpoint("spoil", 4)]
-    with Capture(model, hookpoints) as capture:
+    with ActivationCapture(model, hookpoints) as capture:
         found = capture.run(IDS)
     assert (found["spoil:in"] < 0).any()
     assert torch.equal(found["spoil"], found["spoil:in"].relu())
@@ -289,7 +297,9 @@ def test_the_pass_stops_after_the_last_hookpoint() -> None:
     called: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
-    with Capture(model, [Hookpoint("layers.0", 16), Hookpoint("layers.1.mlp:in", 16)]) as capture:
+    with ActivationCapture(
+        model, [Hookpoint("layers.0", 16), Hookpoint("layers.1.mlp:in", 16)]
+    ) as capture:
         capture.run(IDS)
     assert "model.layers.1.post_attention_layernorm" in called
     later = ("model.layers.1.mlp.", "model.layers.2", "model.norm", "lm_head")
@@ -300,7 +310,7 @@ def test_a_pass_never_reaches_the_lm_head() -> None:
     model = build("llama")
     called: list[str] = []
     model.lm_head.register_forward_pre_hook(lambda *_: called.append("lm_head"))
-    with Capture(model, [Hookpoint("norm", 16)]) as capture:
+    with ActivationCapture(model, [Hookpoint("norm", 16)]) as capture:
         capture.run(IDS)
     run(model, ["*"])
     assert called == []
@@ -316,7 +326,9 @@ def test_no_hook_is_left_behind_whatever_happens() -> None:
     run(model, ["layers.*", "layers.*:in"])
     with (
         pytest.raises(ModelError, match=r"(?s)failed at 1 sequences of 3.*IndexError.*--device"),
-        Capture(model, [Hookpoint("layers.0", 16), Hookpoint("layers.1:in", 16)]) as capture,
+        ActivationCapture(
+            model, [Hookpoint("layers.0", 16), Hookpoint("layers.1:in", 16)]
+        ) as capture,
     ):
         capture.run(torch.full((1, 3), 999))
     with pytest.raises(IndexError):
@@ -326,7 +338,7 @@ def test_no_hook_is_left_behind_whatever_happens() -> None:
 
 def test_a_hookpoint_of_another_width_than_surveyed_is_refused() -> None:
     with (
-        Capture(build("llama"), [Hookpoint("layers.0", 17)]) as capture,
+        ActivationCapture(build("llama"), [Hookpoint("layers.0", 17)]) as capture,
         pytest.raises(HookpointError, match=r"(?s)layers\.0 did not.*\[3, 7, 17\].*\(3, 7, 16\)"),
     ):
         capture.run(IDS)
@@ -334,7 +346,7 @@ def test_a_hookpoint_of_another_width_than_surveyed_is_refused() -> None:
 
 def test_a_hookpoint_that_is_not_reached_is_refused() -> None:
     with (
-        Capture(build("llama"), [Hookpoint("layers", 16)]) as capture,
+        ActivationCapture(build("llama"), [Hookpoint("layers", 16)]) as capture,
         pytest.raises(HookpointError, match=r"(?s)layers did not give.*got: +nothing"),
     ):
         capture.run(IDS)
@@ -344,11 +356,11 @@ SITES = {
     site.name: site
     for n in range(12)
     for site in (
-        Site(f"layers.{n}", 8, ""),
-        Site(f"layers.{n}:in", 8, ""),
-        Site(f"layers.{n}.mlp", 8, ""),
-        Site(f"layers.{n}.mlp:in", 8, ""),
-        Site(f"layers.{n}.mlp.gate", None, "has shape [16, 4], not [batch, ctx, width]"),
+        HookSite(f"layers.{n}", 8, ""),
+        HookSite(f"layers.{n}:in", 8, ""),
+        HookSite(f"layers.{n}.mlp", 8, ""),
+        HookSite(f"layers.{n}.mlp:in", 8, ""),
+        HookSite(f"layers.{n}.mlp.gate", None, "has shape [16, 4], not [batch, ctx, width]"),
     )
 }
 

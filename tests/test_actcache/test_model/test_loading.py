@@ -12,10 +12,10 @@ from actcache.config import HarvestConfig
 from actcache.errors import ModelError
 from actcache.model.loading import (
     dtype_name,
-    empty_model,
     fingerprint_model,
     fingerprint_tokenizer,
     load_config,
+    load_meta_model,
     load_model,
     load_tokenizer,
 )
@@ -63,7 +63,7 @@ def test_the_type_of_the_arithmetic_is_the_checkpoints_or_the_one_asked(
 
 def test_the_empty_model_has_no_weights(tiny_model: Path) -> None:
     options = config(tiny_model)
-    model = empty_model(load_config(options), options)
+    model = load_meta_model(load_config(options), options)
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 

@@ -16,9 +16,9 @@ from actcache.config import HarvestConfig
 from actcache.core.device import input_device
 from actcache.errors import CacheMismatchError, ConfigError, ModelError
 from actcache.harvester.run import harvest
-from actcache.model.hooks import Capture, match, survey
+from actcache.model.hooks import ActivationCapture, discover_sites, match
 from actcache.model.loading import dtype_name, fingerprint_model, load_config, load_model
-from actcache.model.quantization import placement
+from actcache.model.quantization import from_pretrained_kwargs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # in bitsandbytes
 
@@ -54,13 +54,13 @@ def loading(model: Path, **given: Any) -> HarvestConfig:
 
 def placed(model: Path, **given: Any) -> dict[str, Any]:
     config = loading(model, **given)
-    return placement(config, load_config(config))
+    return from_pretrained_kwargs(config, load_config(config))
 
 
 def captured(model: Any, ids: torch.Tensor = IDS) -> dict[str, torch.Tensor]:
-    sites = survey(model)
+    sites = discover_sites(model)
     points = match(["layers.*", "layers.*:in", "norm"], sites, model.base_model_prefix)
-    with Capture(model, points) as capture:
+    with ActivationCapture(model, points) as capture:
         return dict(capture.run(ids))
 
 
@@ -200,7 +200,7 @@ def test_a_spread_model_is_the_plain_one_and_gives_its_bits(
     assert fingerprint_model(model) == fingerprint_model(plain)
     assert devices(model) == expected  # what was brought in has been let go
     ours, theirs = captured(model), captured(plain)
-    assert survey(model) == survey(plain)
+    assert discover_sites(model) == discover_sites(plain)
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert devices(model) == expected
@@ -215,9 +215,9 @@ def test_a_spread_model_may_be_converted_and_its_pass_may_end_within_a_layer(
     assert "meta" in devices(model)
     assert dtype_name(model) == "bfloat16"
     assert fingerprint_model(model) == fingerprint_model(plain)
-    points = match(["layers.1.mlp.up_proj"], survey(plain), "model")
+    points = match(["layers.1.mlp.up_proj"], discover_sites(plain), "model")
     for ids in (IDS, IDS.flip(0), IDS):
-        with Capture(model, points) as ours, Capture(plain, points) as theirs:
+        with ActivationCapture(model, points) as ours, ActivationCapture(plain, points) as theirs:
             assert torch.equal(ours.run(ids)[points[0].name], theirs.run(ids)[points[0].name])
 
 
@@ -257,7 +257,7 @@ def rows_by_token(cache: Cache, name: str) -> dict[tuple[int, int], np.ndarray]:
     """Rows of the whole cache by (sequence of the harvest, position)."""
     found = {}
     for shard in cache.shards:
-        words, rows = cache.tokens(shard), cache.codec.to_torch(cache.read(name, shard)).numpy()
+        words, rows = cache.tokens(shard), cache.row_dtype.to_torch(cache.read(name, shard)).numpy()
         first = cache.receipts[shard].first_sequence
         places = zip(words.row_sequence, words.row_position, strict=True)
         for place, row in zip(places, rows, strict=True):
@@ -331,7 +331,7 @@ def test_a_model_that_is_surveyed_with_its_weights_may_be_spread(
     def again(*_: Any) -> None:
         raise AssertionError("the weights were loaded twice")
 
-    monkeypatch.setattr(planning, "empty_model", refuse)
+    monkeypatch.setattr(planning, "load_meta_model", refuse)
     monkeypatch.setattr(preparation, "load_model", again)
     assert harvest(options(device_map="auto", max_memory=("cpu=1KB",))).complete
 
@@ -352,7 +352,7 @@ def test_quantised_weights_are_fingerprinted_before_they_are_used(
     def refuse(*_: Any) -> None:
         raise NotImplementedError("no meta")
 
-    monkeypatch.setattr(planning, "empty_model", refuse)
+    monkeypatch.setattr(planning, "load_meta_model", refuse)
     harvest(options(out=str(tmp_path / "other"), **given))
     assert tree(tmp_path / "other") == tree(options().out)
 

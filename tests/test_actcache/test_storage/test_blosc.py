@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from actcache.errors import CorruptShardError
 from actcache.storage import blosc as blosc_chunk
 from actcache.storage.blosc import BLOCK, CompressedExtent, encode, locate
-from actcache.storage.safetensors_io import Extent, read
+from actcache.storage.safetensors_io import TensorExtent, read
 
 NUMBERS = BLOCK // 2  # of bfloat16 in a block
 
@@ -28,7 +28,7 @@ def rows(count: int, kind: str = "normal") -> np.ndarray:
     return (state.standard_normal(count).astype("<f4").view("<u4") >> 16).astype("<u2")
 
 
-def laid(path: Path, chunk: np.ndarray) -> Extent | CompressedExtent:
+def laid(path: Path, chunk: np.ndarray) -> TensorExtent | CompressedExtent:
     encoded = encode(chunk)
     path.write_bytes(encoded)
     return locate(path, len(encoded), chunk.nbytes, chunk.shape, "<u2")
@@ -57,7 +57,7 @@ def test_any_part_of_a_chunk_is_decoded_as_it_was(size: int, kind: str, tmp_path
 def test_what_cannot_be_compressed_is_read_without_blosc(size: int, tmp_path: Path) -> None:
     chunk = rows(size, "noise")
     extent = laid(tmp_path / "0", chunk)
-    assert isinstance(extent, Extent)
+    assert isinstance(extent, TensorExtent)
     np.testing.assert_array_equal(read(extent), chunk)
 
 

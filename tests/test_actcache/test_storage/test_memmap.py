@@ -11,7 +11,7 @@ import torch
 from actcache.errors import CorruptShardError
 from actcache.filesystem.atomic import digest_file
 from actcache.format.manifest import Manifest, read_manifest
-from actcache.storage import BACKENDS, CODECS, Extent
+from actcache.storage import BACKENDS, ROW_DTYPES, TensorExtent
 from actcache.storage import safetensors_io as safetensors_file
 
 BACKEND = BACKENDS["memmap"]
@@ -28,26 +28,26 @@ def test_a_shard_lies_in_a_folder_of_its_hookpoint(tmp_path: Path) -> None:
     assert path == tmp_path / "activations" / "layers.9.mlp:in" / "00012.safetensors"
 
 
-@pytest.mark.parametrize("dtype", CODECS)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_rows_written_are_found_and_opened_by_the_safetensors_library(
     dtype: str, make_cache: Callable[..., Path], tmp_path: Path
 ) -> None:
-    codec, manifest = CODECS[dtype], manifest_of(make_cache, 3, dtype)
-    stored = codec.from_torch(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)))
+    row_dtype, manifest = ROW_DTYPES[dtype], manifest_of(make_cache, 3, dtype)
+    stored = row_dtype.from_torch(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)))
     receipts = BACKEND.write(tmp_path, manifest, "layers.0", 1, stored)
     path = BACKEND.path(tmp_path, "layers.0", 1)
     assert receipts == {"activations/layers.0": digest_file(path)}
     assert BACKEND.files(tmp_path, manifest, 1) == {"activations/layers.0": path}
     tensors = safetensors.torch.load_file(path)
     assert list(tensors) == list(stored.parts)
-    assert tensors["activations"].dtype == getattr(torch, codec.torch_name)
+    assert tensors["activations"].dtype == getattr(torch, row_dtype.torch_name)
     decoded = tensors["activations"].float()
     if dtype in ("int8", "float8_e4m3"):  # what any library does with the two tensors
         decoded = decoded * tensors["scales"][:, None]
-    np.testing.assert_array_equal(decoded.numpy(), codec.to_float32(stored))
+    np.testing.assert_array_equal(decoded.numpy(), row_dtype.to_float32(stored))
     for part, array in stored.parts.items():
         extent = BACKEND.locate(tmp_path, manifest, "layers.0", 1, 5, part)
-        assert isinstance(extent, Extent)
+        assert isinstance(extent, TensorExtent)
         np.testing.assert_array_equal(safetensors_file.read(extent), array)
 
 
@@ -55,7 +55,7 @@ def test_rows_of_another_shape_or_type_are_refused(
     make_cache: Callable[..., Path], tmp_path: Path
 ) -> None:
     manifest = manifest_of(make_cache, 6, "bfloat16")
-    BACKEND.write(tmp_path, manifest, "layers.0", 0, CODECS["bfloat16"].empty(4, 6))
+    BACKEND.write(tmp_path, manifest, "layers.0", 0, ROW_DTYPES["bfloat16"].empty(4, 6))
     others = [(6, 4, "bfloat16"), (3, 6, "bfloat16"), (4, 6, "float16"), (4, 6, "int8")]
     for rows, width, dtype in others:
         other = manifest_of(make_cache, width, dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from actcache.errors import CorruptShardError
-from actcache.storage.preadv import announce, read_scattered
+from actcache.storage.preadv import preadv_into, readahead
 
 BYTES = bytes(range(250))
 
@@ -31,7 +31,7 @@ def test_views_are_filled_one_after_another_however_much_a_call_asks_for(
 
     monkeypatch.setattr(os, "preadv", preadv)
     memory = [bytearray(n) for n in (5, 0, 120, 1, 74)]
-    read_scattered(path, [memoryview(m) for m in memory], 30, piece)
+    preadv_into(path, [memoryview(m) for m in memory], 30, piece)
     assert b"".join(memory) == BYTES[30:230]
     assert max(asked) == min(piece, 200)
     assert sum(asked) == 200
@@ -47,15 +47,15 @@ def test_a_read_that_gives_less_than_it_was_asked_for_is_gone_on_with(
 
     monkeypatch.setattr(os, "preadv", preadv)
     memory: list[Any] = [bytearray(10), bytearray(20)]
-    read_scattered(path, [memoryview(m) for m in memory], 0, 8)
+    preadv_into(path, [memoryview(m) for m in memory], 0, 8)
     assert b"".join(memory) == BYTES[:30]
 
 
 def test_a_file_that_ends_early_is_told(path: Path) -> None:
     with pytest.raises(CorruptShardError, match=r"(?s)ends early.*at least 260.*250"):
-        read_scattered(path, [memoryview(bytearray(20))], 240, 8)
+        preadv_into(path, [memoryview(bytearray(20))], 240, 8)
 
 
 def test_announcing_what_is_not_there_does_nothing(path: Path) -> None:
-    announce(path, 0, 10)
-    announce(path.with_name("gone"), 0, 10)
+    readahead(path, 0, 10)
+    readahead(path.with_name("gone"), 0, 10)

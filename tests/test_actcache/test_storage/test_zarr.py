@@ -16,7 +16,7 @@ from actcache.errors import ActcacheError, CorruptShardError, FormatError
 from actcache.filesystem.atomic import digest_file
 from actcache.format.manifest import read_manifest
 from actcache.format.row_filters import FILTERS
-from actcache.storage import BACKENDS, CODECS, StoredRows
+from actcache.storage import BACKENDS, ROW_DTYPES, StoredRows
 from actcache.storage.zarr import document
 
 Make = Callable[..., Path]
@@ -49,7 +49,7 @@ def test_a_shard_is_a_chunk_of_the_array_of_its_hookpoint(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-@pytest.mark.parametrize("dtype", CODECS)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_zarr_opens_the_arrays_and_both_backends_hold_the_same_rows(
     dtype: str, compression: str, make_cache: Make
 ) -> None:
@@ -62,7 +62,7 @@ def test_zarr_opens_the_arrays_and_both_backends_hold_the_same_rows(
         array = zarr.open(path / "activations" / hookpoint, mode="r")
         assert isinstance(array, zarr.Array)
         assert (array.shape, array.chunks) == ((3 * 64, width), (64, width))
-        assert array.dtype == np.dtype(CODECS[dtype].storage)
+        assert array.dtype == np.dtype(ROW_DTYPES[dtype].storage)
         assert array.attrs["actcache_dtype"] == dtype
         for shard in memmap.shards:
             rows = memmap.read(hookpoint, shard)
@@ -107,7 +107,7 @@ def test_zarr_alone_gives_the_rows_of_8_bits_and_their_scales(
         if dtype == "float8_e4m3":
             numbers = numbers.view(torch.float8_e4m3fn)
         decoded = numbers.float() * torch.from_numpy(np.asarray(scales[:160]))[:, None]
-        truth = [cache.codec.to_float32(cache.read(hookpoint, s)) for s in cache.shards]
+        truth = [cache.row_dtype.to_float32(cache.read(hookpoint, s)) for s in cache.shards]
         np.testing.assert_array_equal(decoded.numpy(), np.concatenate(truth))
         assert not np.asarray(scales[160:]).any()
 
@@ -117,8 +117,8 @@ def test_bfloat16_is_uint16_to_zarr(root: Path) -> None:
     assert isinstance(array, zarr.Array)
     assert array.dtype == np.uint16
     cache = Cache.open(root)
-    first = cache.codec.to_float32(StoredRows({"activations": np.asarray(array[:64])}))
-    np.testing.assert_array_equal(first, cache.codec.to_float32(cache.read("layers.0", 0)))
+    first = cache.row_dtype.to_float32(StoredRows({"activations": np.asarray(array[:64])}))
+    np.testing.assert_array_equal(first, cache.row_dtype.to_float32(cache.read("layers.0", 0)))
 
 
 TYPES = {"bfloat16": "uint16", "float32": "float32", "int8": "int8", "float8_e4m3": "uint8"}
@@ -136,7 +136,7 @@ def test_zarr_itself_would_describe_the_arrays_so(
     path = make_cache(hookpoints=HOOKPOINTS, backend="zarr", compression=compression, **shape)
     expected = document(read_manifest(path), "layers.0", part)
     kind = np.dtype("float32" if part == "scales" else TYPES[dtype])
-    codec = zarr.codecs.BloscCodec(
+    row_dtype = zarr.codecs.BloscCodec(
         typesize=kind.itemsize, cname="zstd", clevel=1, shuffle="shuffle", blocksize=1 << 19
     )
     zarr.create_array(
@@ -144,7 +144,7 @@ def test_zarr_itself_would_describe_the_arrays_so(
         shape=(192,) if part == "scales" else (192, 6),
         chunks=(64,) if part == "scales" else (64, 6),
         dtype=kind.name,
-        compressors=codec if len(expected["codecs"]) > 1 else None,  # type: ignore[arg-type]
+        compressors=row_dtype if len(expected["codecs"]) > 1 else None,  # type: ignore[arg-type]
         fill_value=0,
         attributes={"actcache_dtype": "float32" if part == "scales" else dtype},
     )
@@ -171,14 +171,14 @@ def test_receipts_hold_size_and_digest_of_the_chunks(root: Path) -> None:
 def test_laying_the_arrays_again_changes_nothing_and_restores_what_is_missing(root: Path) -> None:
     manifest, path = read_manifest(root), root / "activations" / "layers.0" / "zarr.json"
     data, mtime = path.read_bytes(), path.stat().st_mtime_ns
-    BACKENDS["zarr"].lay(root, manifest)
+    BACKENDS["zarr"].initialize(root, manifest)
     assert path.stat().st_mtime_ns == mtime
     path.unlink()
-    BACKENDS["zarr"].lay(root, manifest)
+    BACKENDS["zarr"].initialize(root, manifest)
     assert path.read_bytes() == data
     path.write_bytes(data.replace(b"192", b"193"))
     with pytest.raises(CorruptShardError, match=r"(?s)zarr\.json is not.*manifest.*delete it"):
-        BACKENDS["zarr"].lay(root, manifest)
+        BACKENDS["zarr"].initialize(root, manifest)
 
 
 def damaged_documents(data: bytes) -> dict[str, bytes]:

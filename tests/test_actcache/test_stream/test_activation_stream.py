@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from actcache.cache.reader import Cache
 from actcache.cache.writer import RowLayout
 from actcache.errors import ConfigError, CorruptShardError, HookpointError, RunError
-from actcache.storage import CODECS
+from actcache.storage import ROW_DTYPES
 from actcache.storage.preadv import WHOLE
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.memory_budget import PREFETCH_BATCHES
 from actcache.stream.order import OrderPlan, batch_rows, make_plan, split_shards
-from actcache.stream.prefetcher import Producer
-from actcache.stream.verified_reads import Reading, Verify
+from actcache.stream.prefetcher import BackgroundIterator
+from actcache.stream.verified_reads import ReadSettings, Verify
 
 SHARDS = ((0, 64), (1, 0), (2, 64), (3, 37), (4, 64), (5, 32))
 HOOKPOINTS = {"layers.0": 6, "layers.1:in": 10}
@@ -121,7 +121,7 @@ def test_any_plan_is_streamed_row_by_row_as_the_rule_says(
         batch, expected = next(stream), batch_rows(plan, epoch, step)
         assert (batch.epoch, batch.step) == (epoch, step)
         np.testing.assert_array_equal(batch.addresses, expected)
-        truth = [cache.codec.to_torch(rows[shard][row : row + 1]) for shard, row in expected]
+        truth = [cache.row_dtype.to_torch(rows[shard][row : row + 1]) for shard, row in expected]
         assert torch.equal(batch.activations["layers.1:in"], torch.cat(truth))
         step += 1
         if step == plan.steps_per_epoch:
@@ -130,7 +130,7 @@ def test_any_plan_is_streamed_row_by_row_as_the_rule_says(
     stream.close()
 
 
-@pytest.mark.parametrize("dtype", CODECS)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_activations_are_the_rows_at_the_addresses_for_every_hookpoint(
     dtype: str, make_cache: Callable[..., Path]
 ) -> None:
@@ -141,7 +141,9 @@ def test_activations_are_the_rows_at_the_addresses_for_every_hookpoint(
         for name, width in HOOKPOINTS.items():
             found = batch.activations[name]
             assert found.shape == (32, width)
-            truth = [cache.codec.to_torch(cache.read(name, s, r, 1)) for s, r in batch.addresses]
+            truth = [
+                cache.row_dtype.to_torch(cache.read(name, s, r, 1)) for s, r in batch.addresses
+            ]
             assert found.dtype == truth[0].dtype
             assert torch.equal(found, torch.cat(truth))
     stream.close()
@@ -347,7 +349,9 @@ def test_hookpoints_read_aligned_from_one_plan_cost_their_own_bytes_and_no_other
     for batch in batches:
         assert list(batch.activations) == asked
         for name in asked:  # row i is the same token at each
-            truth = [cache.codec.to_torch(cache.read(name, s, r, 1)) for s, r in batch.addresses]
+            truth = [
+                cache.row_dtype.to_torch(cache.read(name, s, r, 1)) for s, r in batch.addresses
+            ]
             assert torch.equal(batch.activations[name], torch.cat(truth))
     by_hookpoint = dict.fromkeys(widths, 0)
     for path, count in read.items():
@@ -440,8 +444,8 @@ def test_a_stream_whose_thread_is_gone_says_so_instead_of_waiting_for_ever(
     open_stream: Callable[..., ActivationStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in the child of a process that forked."""
-    monkeypatch.setattr(Producer, "_run", lambda _: None)
-    monkeypatch.setattr("actcache.stream.activation_stream._PATIENCE", 0.01)
+    monkeypatch.setattr(BackgroundIterator, "_run", lambda _: None)
+    monkeypatch.setattr("actcache.stream.activation_stream._TIMEOUT", 0.01)
     with pytest.raises(RunError, match="thread is gone"):
         next(open_stream())
 
@@ -459,7 +463,12 @@ def test_batches_are_the_same_however_they_are_read(
         return real(*args)
 
     runs = []
-    for reading in (Reading(1), Reading(2, piece=7), Reading(4, WHOLE), Reading(2, ahead=True)):
+    for reading in (
+        ReadSettings(1),
+        ReadSettings(2, max_read_bytes=7),
+        ReadSettings(4, WHOLE),
+        ReadSettings(2, readahead=True),
+    ):
         with ActivationStream(
             cache, cache.hookpoints, plan, reading=reading, verify=verify
         ) as stream:
@@ -488,7 +497,7 @@ def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_any_of_it(
             kept = [whole[3], whole.numpy()[3], whole.view(-1)[18:24].detach()][batch.step % 3]
             views.append((batch.addresses[3], kept))
     for (shard, row), kept in views:
-        truth = cache.codec.to_torch(rows[shard][row : row + 1])[0]
+        truth = cache.row_dtype.to_torch(rows[shard][row : row + 1])[0]
         np.testing.assert_array_equal(np.asarray(kept), truth.numpy())
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from actcache.cache.reader import Cache
 from actcache.errors import EmptyCacheError, HookpointError
-from actcache.stream.benchmark import measure
-from actcache.stream.verified_reads import Reading
+from actcache.stream.benchmark import benchmark_reads
+from actcache.stream.verified_reads import ReadSettings
 
 HOOKPOINTS = {"layers.0": 16, "layers.1": 8}
 
@@ -18,7 +18,7 @@ HOOKPOINTS = {"layers.0": 16, "layers.1": 8}
 @pytest.mark.parametrize("backend", ["memmap", "zarr"])
 def test_every_way_of_reading_is_measured(backend: str, make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache(hookpoints=HOOKPOINTS, dtype="int8", backend=backend))
-    found = measure(cache, batch_size=64)
+    found = benchmark_reads(cache, batch_size=64)
     assert found.hookpoints == ("layers.0", "layers.1")
     assert (found.rows, found.bytes) == (4 * 128, 4 * 128 * (16 + 8 + 4 + 4))
     assert [speed.what for speed in found.speeds] == [
@@ -36,13 +36,13 @@ def test_only_the_hookpoints_and_bytes_asked_for_are_read(make_cache: Callable[.
     for path in (root / "activations" / "layers.1").iterdir():
         path.unlink()
     cache = Cache.open(root)
-    found = measure(cache, ["layers.0"], max_bytes=2 * 128 * 64, threads=3)
-    assert (found.rows, found.reading, found.batch_size) == (256, Reading(3), 256)
-    assert measure(cache, ["layers.0"], max_bytes=1).rows == 128  # one shard at least
+    found = benchmark_reads(cache, ["layers.0"], max_bytes=2 * 128 * 64, threads=3)
+    assert (found.rows, found.reading, found.batch_size) == (256, ReadSettings(3), 256)
+    assert benchmark_reads(cache, ["layers.0"], max_bytes=1).rows == 128  # one shard at least
     with pytest.raises(HookpointError):
-        measure(cache, ["layers.7"])
+        benchmark_reads(cache, ["layers.7"])
 
 
 def test_a_cache_without_shards_is_refused(make_cache: Callable[..., Path]) -> None:
     with pytest.raises(EmptyCacheError):
-        measure(Cache.open(make_cache(shards=0, end=False)))
+        benchmark_reads(Cache.open(make_cache(shards=0, end=False)))

@@ -10,10 +10,10 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, CorruptShardError
-from actcache.storage import CODECS
+from actcache.storage import ROW_DTYPES
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import OrderPlan, make_plan
-from actcache.stream.verified_reads import Reading
+from actcache.stream.verified_reads import ReadSettings
 
 HOOKPOINTS = {"layers.0": 6, "layers.1:in": 10}
 
@@ -32,7 +32,7 @@ def a_plan(pool_rows: int = 128) -> OrderPlan:
 
 def require_same(cache: Cache, plan: OrderPlan, device: str, hold: bool) -> None:
     """Whether batches on a device are those in main memory, bit for bit, for over two epochs."""
-    reading = Reading(3, piece=100, ahead=True)
+    reading = ReadSettings(3, max_read_bytes=100, readahead=True)
     with (
         ActivationStream(cache, cache.hookpoints, plan) as host,
         ActivationStream(cache, cache.hookpoints, plan, device=device, reading=reading) as there,
@@ -55,7 +55,7 @@ def require_same(cache: Cache, plan: OrderPlan, device: str, hold: bool) -> None
 
 
 @pytest.mark.parametrize("pool_rows", [1, 20, 128])
-@pytest.mark.parametrize("dtype", CODECS)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_batches_on_a_device_are_those_in_main_memory(
     dtype: str, pool_rows: int, open_cache: Callable[..., Cache]
 ) -> None:
@@ -66,7 +66,9 @@ def test_a_reading_error_ends_the_stream_and_leaves_nobody_waiting_for_memory(
     open_cache: Callable[..., Cache],
 ) -> None:
     cache, plan = open_cache(), a_plan()
-    with ActivationStream(cache, ["layers.0"], plan, device="cpu", reading=Reading(1)) as stream:
+    with ActivationStream(
+        cache, ["layers.0"], plan, device="cpu", reading=ReadSettings(1)
+    ) as stream:
         next(stream)
         for path in (cache.root / "activations" / "layers.0").iterdir():
             path.unlink()
@@ -91,7 +93,7 @@ def test_a_device_without_room_is_told_with_the_option_that_helps(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pool_rows", [1, 20, 128])
-@pytest.mark.parametrize("dtype", CODECS)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_batches_on_a_gpu_are_those_in_main_memory(
     dtype: str, pool_rows: int, open_cache: Callable[..., Cache]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError
 from actcache.format.manifest import Manifest
-from actcache.stream.memory_budget import DEFAULT_BYTES, PREFETCH_BATCHES, SCRATCH, spend
+from actcache.stream.memory_budget import DEFAULT_BYTES, PREFETCH_BATCHES, SCRATCH, plan_memory
 from actcache.stream.order import POOL_ROWS
 
 MIB = 1 << 20
@@ -40,28 +40,28 @@ def test_common_sizes_have_the_pool_that_they_always_had(
     width: int, hookpoints: int, manifest_of: Callable[..., Manifest]
 ) -> None:
     manifest = manifest_of(width, hookpoints)
-    assert spend(None, manifest, names(manifest), 4096).pool_rows == POOL_ROWS == 2**19
+    assert plan_memory(None, manifest, names(manifest), 4096).pool_rows == POOL_ROWS == 2**19
 
 
 def test_wide_rows_and_many_hookpoints_have_a_pool_that_fits_the_default(
     manifest_of: Callable[..., Manifest],
 ) -> None:
     wide, many = manifest_of(8192), manifest_of(4096, 32)
-    half = spend(None, wide, names(wide), 4096)
+    half = plan_memory(None, wide, names(wide), 4096)
     assert half.prefetch == PREFETCH_BATCHES
     assert 200_000 < half.pool_rows < DEFAULT_BYTES / 16384
     batch = 4096 * 32 * 8192
-    found = spend(None, many, names(many), 4096)
+    found = plan_memory(None, many, names(many), 4096)
     assert 3 * 4096 < found.pool_rows < 8 * 4096  # 4 GiB would not hold the batches themselves
     assert found.prefetch == 1
-    assert spend(16 * batch, many, names(many), 4096).pool_rows > 2 * found.pool_rows
+    assert plan_memory(16 * batch, many, names(many), 4096).pool_rows > 2 * found.pool_rows
 
 
 def test_the_pool_follows_from_the_bytes_asked_for_without_an_upper_bound(
     manifest_of: Callable[..., Manifest],
 ) -> None:
     manifest = manifest_of(64)
-    pools = [spend(n * MIB, manifest, names(manifest), 256).pool_rows for n in (72, 96, 4096)]
+    pools = [plan_memory(n * MIB, manifest, names(manifest), 256).pool_rows for n in (72, 96, 4096)]
     assert pools[0] < pools[1] < POOL_ROWS < pools[2]
     assert all(pool % 64 == 0 for pool in pools)
 
@@ -72,20 +72,20 @@ def test_the_least_that_is_needed_is_told_and_is_enough(
 ) -> None:
     manifest = manifest_of(512, 2, dtype)
     with pytest.raises(ConfigError, match="--buffer-bytes is too small") as caught:
-        spend(1, manifest, names(manifest), 4096)
+        plan_memory(1, manifest, names(manifest), 4096)
     assert caught.value.expected is not None
     least = int(caught.value.expected.split()[1].replace(",", ""))
     assert least > SCRATCH
-    assert spend(least, manifest, names(manifest), 4096).pool_rows >= 4096
+    assert plan_memory(least, manifest, names(manifest), 4096).pool_rows >= 4096
     with pytest.raises(ConfigError):
-        spend(least - 64 * 512, manifest, names(manifest), 4096)
+        plan_memory(least - 64 * 512, manifest, names(manifest), 4096)
 
 
 _CHILD = """
 import sys
 from pathlib import Path
 import torch
-from actcache.stream.memory_budget import spend
+from actcache.stream.memory_budget import plan_memory
 from actcache.stream.order import make_plan
 from actcache.cache.reader import Cache
 from actcache.stream.activation_stream import ActivationStream
@@ -95,7 +95,7 @@ def status(key):
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 cache, budget = Cache.open(sys.argv[1]), int(sys.argv[2])
-spent = spend(budget, cache.manifest, cache.hookpoints, 1024)
+spent = plan_memory(budget, cache.manifest, cache.hookpoints, 1024)
 shards = [(s, r.rows) for s, r in cache.receipts.items()]
 plan = make_plan(shards, cache.manifest.block_rows, 1024, 0, spent.pool_rows)
 little = make_plan(shards, cache.manifest.block_rows, 16, 0, 16)

@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 
 import pytest
 
-from actcache.stream.prefetcher import Producer
+from actcache.stream.prefetcher import BackgroundIterator
 
 
 def counting(executor: Executor, stop: threading.Event) -> Iterator[int]:
@@ -27,10 +27,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_items_come_in_their_order_and_none_after_the_last() -> None:
-    producer = Producer(counting, 2, 1)
-    assert [producer.take(60) for _ in range(6)] == [0, 1, 4, 9, 16, None]
+    producer = BackgroundIterator(counting, 2, 1)
+    assert [producer.get(60) for _ in range(6)] == [0, 1, 4, 9, 16, None]
     producer.close()
-    assert not producer.is_at_work()
+    assert not producer.is_alive()
 
 
 def test_an_error_comes_whole_after_the_items_before_it() -> None:
@@ -38,8 +38,8 @@ def test_an_error_comes_whole_after_the_items_before_it() -> None:
         yield from counting(executor, stop)
         raise ZeroDivisionError("the cause")
 
-    producer = Producer(failing, 10, 1)
-    found = [producer.take(60) for _ in range(6)]
+    producer = BackgroundIterator(failing, 10, 1)
+    found = [producer.get(60) for _ in range(6)]
     assert isinstance(found[-1], ZeroDivisionError)
     assert found[-1].__traceback__ is not None
     producer.close()
@@ -53,7 +53,7 @@ def test_no_more_is_made_than_may_wait() -> None:
             made.append(number)
             yield number
 
-    producer = Producer(make, 2, 1)
+    producer = BackgroundIterator(make, 2, 1)
     until(lambda: len(made) == 3)  # two wait, one is held
     assert len(made) == 3
     producer.close()
@@ -65,22 +65,22 @@ def test_whoever_waits_in_vain_is_told() -> None:
         stop.wait()
         yield 0
 
-    producer = Producer(make, 1, 1)
+    producer = BackgroundIterator(make, 1, 1)
     with pytest.raises(queue.Empty):
-        producer.take(0.01)
-    assert producer.is_at_work()
+        producer.get(0.01)
+    assert producer.is_alive()
     producer.close()
 
 
 def test_closing_ends_one_whose_items_nobody_takes() -> None:
     before = threading.active_count()
-    producer = Producer(counting, 1, 3)
+    producer = BackgroundIterator(counting, 1, 3)
     producer.close()
     assert threading.active_count() == before
 
 
 NEVER_CLOSED = """
-from actcache.stream.prefetcher import Producer
+from actcache.stream.prefetcher import BackgroundIterator
 
 def make(threads, stop):
     try:
@@ -89,7 +89,7 @@ def make(threads, stop):
     finally:
         print("ended")
 
-producer = Producer(make, 1, 1)
+producer = BackgroundIterator(make, 1, 1)
 producer.take(60)
 """
 
@@ -103,6 +103,6 @@ def test_at_exit_threads_are_ended_and_not_cut_off() -> None:
 
 def test_a_stopped_one_ends_by_itself() -> None:
     before = threading.active_count()
-    producer = Producer(counting, 1, 1)
+    producer = BackgroundIterator(counting, 1, 1)
     producer.stop()
     until(lambda: threading.active_count() == before)

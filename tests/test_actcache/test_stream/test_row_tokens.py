@@ -11,8 +11,8 @@ from actcache.cache.reader import Cache
 from actcache.errors import CorruptShardError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import make_plan
-from actcache.stream.row_tokens import TextReader
-from actcache.stream.segments import Following, Segmentation
+from actcache.stream.row_tokens import RowTokenReader
+from actcache.stream.segments import Segmentation, SegmentFollower
 
 
 def check_text(cache: Cache, batch: Batch) -> None:
@@ -60,7 +60,7 @@ def test_segments_of_a_cache_that_grows_have_their_text(make_cache: Callable[...
     cache = Cache.open(make_cache(shards=5, sequences=4, last_sequences=2))
     cut = Segmentation(2, block_rows=16, batch_size=24, seed=3, pool_rows=60, val_fraction=0.0)
     receipts, cache.receipts = cache.receipts, {}  # opened before anything was published
-    plans = Following(cache, cut)
+    plans = SegmentFollower(cache, cut)
     with ActivationStream(cache, ["layers.0"], plans, epochs=2, text=True) as stream:
         batches = list(stream)
     assert {batch.segment for batch in batches} == {0, 1, 2}
@@ -105,7 +105,7 @@ def test_text_kept_in_memory_is_bounded_and_the_shard_used_last_stays_longest(
 ) -> None:
     cache = Cache.open(make_cache())
     shard_bytes = 128 * 12  # rows, int32 x 3
-    reader, taken = TextReader(cache, shards_kept * shard_bytes), []
+    reader, taken = RowTokenReader(cache, shards_kept * shard_bytes), []
     tokens = cache.tokens
     monkeypatch.setattr(cache, "tokens", lambda shard: taken.append(shard) or tokens(shard))
     for shard in (0, 1, 0, 2, 0, 3):

@@ -17,7 +17,7 @@ from actcache.cache.reader import Cache
 from actcache.errors import FormatError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import batch_rows
-from actcache.stream.segments import Following, Segmentation
+from actcache.stream.segments import Segmentation, SegmentFollower
 
 CUT = Segmentation(
     shards_each=2, block_rows=16, batch_size=24, seed=3, pool_rows=60, val_fraction=0.0
@@ -28,7 +28,7 @@ STEPS = (5, 5, 1)  # 2 shards of 64 rows, 2 more, and one of 32
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actcache.stream.segments, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(actcache.stream.activation_stream, "_PATIENCE", 0.01)
+    monkeypatch.setattr(actcache.stream.activation_stream, "_TIMEOUT", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def open_stream() -> Iterator[Callable[..., ActivationStream]]:
 
     def make(root: Path, **arguments: int) -> ActivationStream:
         cache = Cache.open(root)
-        stream = ActivationStream(cache, ["layers.0"], Following(cache, CUT), **arguments)
+        stream = ActivationStream(cache, ["layers.0"], SegmentFollower(cache, CUT), **arguments)
         streams.append(stream)
         return stream
 
@@ -80,8 +80,8 @@ def test_segments_come_in_turn_each_in_the_order_of_its_plan_and_epochs_permute_
     whole: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     stream, cache = open_stream(whole), Cache.open(whole)
-    following = Following(cache, CUT)
-    assert [following.look(n) for n in range(4)] == [None] * 4
+    following = SegmentFollower(cache, CUT)
+    assert [following.poll(n) for n in range(4)] == [None] * 4
     batches = [next(stream) for _ in range(2 * sum(STEPS) + 1)]
     assert [place(batch) for batch in batches] == [*epoch(0), *epoch(1), (2, 0, 0)]
     for batch in batches:
@@ -219,7 +219,7 @@ def test_segments_with_fewer_rows_than_a_batch_are_passed_over(
     cache = Cache.open(
         make_cache(shards=3, sequences=4, last_sequences=1, hookpoints={"layers.0": 6})
     )
-    with ActivationStream(cache, ["layers.0"], Following(cache, CUT), epochs=2) as stream:
+    with ActivationStream(cache, ["layers.0"], SegmentFollower(cache, CUT), epochs=2) as stream:
         assert {batch.segment for batch in stream} == {0}
 
 
@@ -227,12 +227,12 @@ def test_a_cache_takes_in_what_was_published_since_and_keeps_its_order(
     whole: Path, growing: Path
 ) -> None:
     cache = Cache.open(growing)
-    assert cache.take_in(range(3)) == 0
+    assert cache.refresh(range(3)) == 0
     publish(growing, whole, 2, 0)
-    assert cache.take_in(range(3)) == 1
+    assert cache.refresh(range(3)) == 1
     assert cache.shards == [0, 2]
     publish(growing, whole, 1, 3, "END")
-    assert cache.take_in(range(3)) is None
+    assert cache.refresh(range(3)) is None
     assert cache.shards == [0, 1, 2]
     assert cache.end == Cache.open(whole).end
     assert cache.digest([0, 1, 2]) == Cache.open(whole).digest([0, 1, 2])

@@ -16,7 +16,7 @@ from actcache.errors import CorruptShardError
 from actcache.filesystem.atomic import digest_file
 from actcache.storage import BACKENDS
 from actcache.stream.order import Span
-from actcache.stream.verified_reads import CheckedReads, Verify
+from actcache.stream.verified_reads import VerifiedReader, Verify
 
 HOOKPOINTS = {"layers.0": 6, "layers.1": 10}
 SPANS = (Span(1, 16, 16), Span(0, 0, 8), Span(1, 0, 16))
@@ -41,9 +41,9 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
-def load(reads: CheckedReads, cache: Cache, spans: tuple[Span, ...] = SPANS) -> None:
+def load(reads: VerifiedReader, cache: Cache, spans: tuple[Span, ...] = SPANS) -> None:
     """Load the spans of layers.1, and compare them with the cache's rows."""
-    out = cache.codec.empty(sum(span.rows for span in spans), 10)
+    out = cache.row_dtype.empty(sum(span.rows for span in spans), 10)
     reads.load(spans, {"layers.1": out})
     parts = [cache.read("layers.1", s.shard, s.start, s.rows) for s in spans]
     for name, found in out.parts.items():
@@ -65,7 +65,7 @@ def change(path: Path) -> None:
 def test_a_file_is_compared_once_before_its_first_rows_and_no_other_is(
     cache: Cache, compared: list[str]
 ) -> None:
-    reads = CheckedReads(cache, "first-read")
+    reads = VerifiedReader(cache, "first-read")
     assert compared == []
     for _ in range(3):
         load(reads, cache)
@@ -75,7 +75,7 @@ def test_a_file_is_compared_once_before_its_first_rows_and_no_other_is(
 
 
 def test_always_compares_a_file_once_for_every_window(cache: Cache, compared: list[str]) -> None:
-    reads = CheckedReads(cache, "always")
+    reads = VerifiedReader(cache, "always")
     for windows in (1, 2):
         load(reads, cache)
         each = [path for s in (1, 0) for path in cache.files_of("layers.1", s).values()]
@@ -85,14 +85,14 @@ def test_always_compares_a_file_once_for_every_window(cache: Cache, compared: li
 def test_never_compares_nothing_and_still_tells_a_file_that_is_gone(
     cache: Cache, compared: list[str]
 ) -> None:
-    reads = CheckedReads(cache, "never")
+    reads = VerifiedReader(cache, "never")
     load(reads, cache)
     change(values_path(cache, 1))
-    reads.load(SPANS, {"layers.1": cache.codec.empty(40, 10)})
+    reads.load(SPANS, {"layers.1": cache.row_dtype.empty(40, 10)})
     assert compared == []
     values_path(cache, 1).unlink()
     with pytest.raises(CorruptShardError, match="is gone"):
-        reads.load(SPANS, {"layers.1": cache.codec.empty(40, 10)})
+        reads.load(SPANS, {"layers.1": cache.row_dtype.empty(40, 10)})
 
 
 @pytest.mark.parametrize("verify", ["first-read", "always"])
@@ -100,7 +100,7 @@ def test_never_compares_nothing_and_still_tells_a_file_that_is_gone(
 def test_bytes_that_change_are_told_with_the_shard_before_and_after_the_first_touch(
     cache: Cache, verify: Verify, when: str
 ) -> None:
-    reads = CheckedReads(cache, verify)
+    reads = VerifiedReader(cache, verify)
     if when == "after":
         load(reads, cache)
     change(values_path(cache, 1))
@@ -110,7 +110,7 @@ def test_bytes_that_change_are_told_with_the_shard_before_and_after_the_first_to
 
 @pytest.mark.parametrize("verify", ["first-read", "always", "never"])
 def test_a_file_that_vanishes_is_told_by_its_name(cache: Cache, verify: Verify) -> None:
-    reads = CheckedReads(cache, verify)
+    reads = VerifiedReader(cache, verify)
     load(reads, cache)
     values_path(cache, 0).unlink()
     with pytest.raises(CorruptShardError) as caught:
@@ -122,7 +122,7 @@ def test_a_file_that_vanishes_is_told_by_its_name(cache: Cache, verify: Verify) 
 def test_a_file_that_is_put_back_in_its_own_bytes_is_compared_again_and_read_on(
     cache: Cache, compared: list[str]
 ) -> None:
-    reads, path = CheckedReads(cache, "first-read"), values_path(cache, 1)
+    reads, path = VerifiedReader(cache, "first-read"), values_path(cache, 1)
     load(reads, cache)
     before = len(compared)
     shutil.copy(path, path.with_name("copy"))
@@ -134,7 +134,7 @@ def test_a_file_that_is_put_back_in_its_own_bytes_is_compared_again_and_read_on(
 def test_rows_of_a_file_that_changes_between_its_check_and_its_reading_are_not_handed_out(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads, real = CheckedReads(cache, "first-read"), cache.read_views
+    reads, real = VerifiedReader(cache, "first-read"), cache.read_views
 
     def read_late(*args: object) -> None:
         real(*args)  # type: ignore[arg-type]
@@ -142,11 +142,11 @@ def test_rows_of_a_file_that_changes_between_its_check_and_its_reading_are_not_h
 
     monkeypatch.setattr(cache, "read_views", read_late)
     with pytest.raises(CorruptShardError, match="receipt of shard 1"):
-        reads.load(SPANS[:1], {"layers.1": cache.codec.empty(16, 10)})
+        reads.load(SPANS[:1], {"layers.1": cache.row_dtype.empty(16, 10)})
 
 
 def test_a_link_in_a_files_place_is_refused(cache: Cache) -> None:
-    reads, path = CheckedReads(cache, "first-read"), values_path(cache, 1)
+    reads, path = VerifiedReader(cache, "first-read"), values_path(cache, 1)
     load(reads, cache)
     path.rename(path.with_name("moved"))
     path.symlink_to("moved")

@@ -2,14 +2,14 @@
 
 import pytest
 
-from actcache.inspection.samples import Reading, Token
+from actcache.inspection.samples import SequenceView, Token
 from actcache_cli.inspect.sequences import draw
 from actcache_cli.terminal_plots import width_of
 
 
 def reading(*tokens):
     numbered = [Token(i, i, text, state, norm) for i, (text, state, norm) in enumerate(tokens)]
-    return Reading(3, 2, 26, "layers.0", tuple(numbered))
+    return SequenceView(3, 2, 26, "layers.0", tuple(numbered))
 
 
 def test_every_norm_stands_under_its_token():

@@ -19,7 +19,7 @@ from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, HookpointError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import AXES, grid, saes_at, short_number, vary
-from saetrain.config.sae_options import Override, SaeOptions
+from saetrain.config.sae_options import HookpointOverride, SaeOptions
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import load_checkpoint
@@ -128,7 +128,10 @@ def test_options_beside_a_list_of_saes_are_refused() -> None:
 
 def test_overrides_are_of_the_hookpoints_that_they_match() -> None:
     config = vary(FitConfig("c", "r", num_latents=64), k=(2, 4), lr=(1e-3, 1e-2))
-    overrides = {"layers.1*": Override(k=8), "*.12": Override(lr=0.5, expansion_factor=3)}
+    overrides = {
+        "layers.1*": HookpointOverride(k=8),
+        "*.12": HookpointOverride(lr=0.5, expansion_factor=3),
+    }
     config = dataclasses.replace(config, hookpoints=overrides)
     assert list(saes_at(config, "layers.0")) == ["k2-lr1e-3", "k2-lr1e-2", "k4-lr1e-3", "k4-lr1e-2"]
     assert list(saes_at(config, "layers.1")) == ["lr1e-3", "lr1e-2"]
@@ -139,11 +142,11 @@ def test_overrides_are_of_the_hookpoints_that_they_match() -> None:
 
 def test_two_patterns_that_say_the_same_option_of_a_hookpoint_are_refused(options: Options) -> None:
     """Which of them wins would hang on the order of keys in a file."""
-    config = options(hookpoints={"layers.*": Override(k=2), "*.1": Override(k=4)})
+    config = options(hookpoints={"layers.*": HookpointOverride(k=2), "*.1": HookpointOverride(k=4)})
     with pytest.raises(ConfigError, match=r"two patterns say k of layers\.1(.|\n)*'\*\.1'"):
         fit(config)
     with pytest.raises(HookpointError, match=r"matches 'layers\.7'"):
-        fit(options(hookpoints={"layers.7": Override(k=2)}))
+        fit(options(hookpoints={"layers.7": HookpointOverride(k=2)}))
     assert not Path(config.out).exists()
 
 
@@ -158,7 +161,7 @@ def test_a_grid_run_equals_the_single_runs_one_after_another(
 ) -> None:
     """Every SAE: its files, its state in the checkpoint, its figures in every line."""
     config = vary(options(num_latents=None), expansion_factor=(2, 4), seed=(1, 0), **AXES_OF_TEN)
-    overrides = {"layers.1": Override(k=4)}
+    overrides = {"layers.1": HookpointOverride(k=4)}
     config = dataclasses.replace(config, hookpoints=overrides)
     fit(config)
     root, record = Path(config.out), read_run(Path(config.out))
@@ -216,10 +219,10 @@ def test_a_grid_that_was_stopped_and_resumed_equals_one_that_was_not(
     fit(whole)
     real = saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
-        if number == stop_at and trainee.entry.name == "layers.1/k3-adam-lr2e-3":
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == stop_at and trainer.entry.name == "layers.1/k3-adam-lr2e-3":
             raise Killed
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)
@@ -240,7 +243,7 @@ def test_another_grid_is_refused_on_resume_by_name(options: Options) -> None:
     with pytest.raises(RunError, match="other combinations"):
         fit(dataclasses.replace(config, saes=config.saes[:1] + config.saes[2:]))
     with pytest.raises(RunError, match=r"--hookpoints: \{\} then, .*Override\(k=2"):
-        fit(dataclasses.replace(config, hookpoints={"layers.0": Override(k=2)}))
+        fit(dataclasses.replace(config, hookpoints={"layers.0": HookpointOverride(k=2)}))
 
 
 def test_the_list_of_saes_is_in_run_json_and_those_of_before_grids_are_read(

@@ -38,7 +38,7 @@ from actcache.errors import ActcacheError, CorruptShardError
 from actcache.stream.activation_stream import Batch
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae_options import SaeOptions
-from saetrain.distributed.signals import Stopped
+from saetrain.distributed.signals import RunStopped
 from saetrain.model.factory import build_sae
 from saetrain.model.sae import Sae
 
@@ -49,7 +49,7 @@ def work(job: dict[str, Any]) -> None:
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in job["options"].items()}
     options["saes"] = tuple(SaeOptions(**sae) for sae in options.get("saes", ()))
     saetrain.training.init.build_sae = double if job.get("float64") else build_sae
-    saetrain.distributed.coordinator.commit = (
+    saetrain.distributed.coordinator.finalize_checkpoint = (
         partial(commit, job["copy"]) if "copy" in job else REAL_COMMIT
     )
     saetrain.distributed.coordinator.next = partial(next_batch, *job.get("unreadable", (-1, -1)))
@@ -66,7 +66,7 @@ def work(job: dict[str, Any]) -> None:
         return
     try:
         saetrain.launch.run.fit(config)
-    except (ActcacheError, Stopped) as error:
+    except (ActcacheError, RunStopped) as error:
         text = f"{type(error).__name__} {error.exit_code}: {error}"
         Path(f"{config.out}.error.{RANK}").write_text(text)
     else:
@@ -77,7 +77,7 @@ def double(*arguments: Any, **options: Any) -> Sae:
     return build_sae(*arguments, **options | {"dtype": torch.float64})
 
 
-REAL_COMMIT = saetrain.runs.checkpoint.commit
+REAL_COMMIT = saetrain.runs.checkpoint.finalize_checkpoint
 
 
 def commit(copy: tuple[int, str], root: Path, step: int, *rest: Any) -> None:
@@ -109,7 +109,7 @@ def next_batch(rank: int, step: int, stream: Any, end: None) -> Any:
 
 
 def work_all(jobs: Path) -> None:
-    saetrain.distributed.process_group.BEAT = (
+    saetrain.distributed.process_group.HEARTBEAT_SECONDS = (
         0.05  # whoever fails here stays: nobody need wait long for its end
     )
     for job in json.loads(jobs.read_text()):

@@ -14,12 +14,17 @@ from torch.distributed import HashStore
 
 import saetrain.distributed.process_group
 from actcache.errors import ConfigError, RunError
-from actcache.filesystem.atomic import FileReceipt
+from actcache.filesystem.atomic import FileDigest
 from saetrain.config.fit_config import FitConfig
-from saetrain.distributed.coordinator import Crew, SaeCrew, require_choice, tells
-from saetrain.distributed.partition import APART_BYTES, steps_apart
-from saetrain.distributed.process_group import Failure, PeerFailedError, Peers
-from saetrain.distributed.signals import StopAsked, Stopped
+from saetrain.distributed.coordinator import (
+    Coordinator,
+    ModuleParallelCoordinator,
+    reports_outcome,
+    require_parallel_mode,
+)
+from saetrain.distributed.partition import MAX_LEAD_BYTES, max_lead_steps
+from saetrain.distributed.process_group import Failure, RemoteRankError, StoreGroup
+from saetrain.distributed.signals import RunStopped, StopRequested
 from saetrain.runs.checkpoint import SaeState, newest_step
 
 APART = 10
@@ -27,26 +32,26 @@ STEPS = 60
 
 
 def test_nobody_is_further_ahead_than_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saetrain.distributed.process_group, "BEAT", 0.05)
+    monkeypatch.setattr(saetrain.distributed.process_group, "HEARTBEAT_SECONDS", 0.05)
     store, asks, at = HashStore(), [0, 0, 0], [0, 0, 0]
-    assert steps_apart(1, APART_BYTES // APART) == APART
+    assert max_lead_steps(1, MAX_LEAD_BYTES // APART) == APART
     widest, turn, errors = [0], threading.Event(), []
 
     def train(rank: int) -> None:
         try:
-            peers = Peers(store, rank, 3)
-            crew = SaeCrew(peers)
-            crew.set_pace(0, 1, APART_BYTES // APART)
+            store_group = StoreGroup(store, rank, 3)
+            coordinator = ModuleParallelCoordinator(store_group)
+            coordinator.init_throttle(0, 1, MAX_LEAD_BYTES // APART)
             for step in range(STEPS):
                 if rank == 2 and step == 3:
                     turn.wait(30)  # the others go as far as they may
                 asks[rank] = step  # others may hear of it before it returns
-                crew.keep_pace(step)
+                coordinator.throttle(step)
                 at[rank] = step
                 widest[0] = max(widest[0], max(at) - min(asks))
                 if rank == 0 and step == APART:
                     turn.set()
-            peers.leave()
+            store_group.shutdown()
         except BaseException as error:
             errors.append(error)
 
@@ -62,20 +67,20 @@ def test_nobody_is_further_ahead_than_is_stated(monkeypatch: pytest.MonkeyPatch)
 
 def test_several_processes_must_be_told_what_they_share() -> None:
     config: Any = FitConfig(cache="cache", out="run")
-    require_choice(1, config)
+    require_parallel_mode(1, config)
     with pytest.raises(ConfigError, match=r"4 processes(.|\n)*ddp(.|\n)*modules"):
-        require_choice(4, config)
+        require_parallel_mode(4, config)
 
 
 def test_a_process_alone_does_everything() -> None:
-    crew = Crew()
-    assert crew.leads
-    assert crew.saves
-    assert crew.saes([None, None]) == [0, 1]  # type: ignore[list-item]
-    crew.look(7)
-    crew.stopping.asked = signal.SIGINT
-    with pytest.raises(StopAsked, match="SIGINT"):
-        crew.look(7)
+    coordinator = Coordinator()
+    assert coordinator.is_rank_zero
+    assert coordinator.writes_saes
+    assert coordinator.assigned_saes([None, None]) == [0, 1]  # type: ignore[list-item]
+    coordinator.check_stop_request(7)
+    coordinator.stop_signals.received = signal.SIGINT
+    with pytest.raises(StopRequested, match="SIGINT"):
+        coordinator.check_stop_request(7)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -83,7 +88,7 @@ def test_whoever_is_asked_to_stop_all_stop_before_the_same_step(
     seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Also while some wait for others: for a checkpoint, or because they are too far ahead."""
-    monkeypatch.setattr(saetrain.distributed.process_group, "BEAT", 0.02)
+    monkeypatch.setattr(saetrain.distributed.process_group, "HEARTBEAT_SECONDS", 0.02)
     state = random.Random(seed)
     store, errors = HashStore(), []
     stopped: dict[int, tuple[int, signal.Signals]] = {}
@@ -92,25 +97,25 @@ def test_whoever_is_asked_to_stop_all_stop_before_the_same_step(
 
     def train(rank: int) -> None:
         try:
-            peers = Peers(store, rank, 3)
-            crew = SaeCrew(peers)
-            crew.set_pace(0, 1, APART_BYTES // max(apart, 8))
-            crew._apart = apart
-            part = SaeState(FileReceipt(0, ""), {}, FileReceipt(0, ""))
+            store_group = StoreGroup(store, rank, 3)
+            coordinator = ModuleParallelCoordinator(store_group)
+            coordinator.init_throttle(0, 1, MAX_LEAD_BYTES // max(apart, 8))
+            coordinator._max_lead = apart
+            part = SaeState(FileDigest(0, ""), {}, FileDigest(0, ""))
             for step in range(10**6):
-                crew.keep_pace(step)
+                coordinator.throttle(step)
                 try:
-                    crew.look(step)
-                except StopAsked as stop:
+                    coordinator.check_stop_request(step)
+                except StopRequested as stop:
                     stopped[rank] = step, stop.signal
-                    crew.commit(tmp_path, step, {}, {rank: part})
+                    coordinator.finalize_checkpoint(tmp_path, step, {}, {rank: part})
                     break
                 time.sleep(0.01 if rank == slow else 0.001)
                 if rank == asked and step == at:
-                    crew.stopping.asked = signal.SIGINT
+                    coordinator.stop_signals.received = signal.SIGINT
                 if (step + 1) % every == 0:
-                    crew.commit(tmp_path, step + 1, {}, {rank: part})
-            peers.leave()
+                    coordinator.finalize_checkpoint(tmp_path, step + 1, {}, {rank: part})
+            store_group.shutdown()
         except BaseException as error:
             errors.append(error)
 
@@ -129,10 +134,10 @@ def test_whoever_is_asked_to_stop_all_stop_before_the_same_step(
 
 
 def test_one_process_alone_says_how_a_run_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped, error = Stopped(signal.SIGTERM, 7), RunError("of its own")
-    other = PeerFailedError(Failure(1, 11, "of another one"))
-    assert all(map(tells, (None, stopped, error)))
+    stopped, error = RunStopped(signal.SIGTERM, 7), RunError("of its own")
+    other = RemoteRankError(Failure(1, 11, "of another one"))
+    assert all(map(reports_outcome, (None, stopped, error)))
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        said = [tells(ending) for ending in (None, stopped, error, other)]
+        said = [reports_outcome(ending) for ending in (None, stopped, error, other)]
         assert said == [rank == "0", rank == "0", True, False]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import random
 
-from saetrain.distributed.partition import APART_BYTES, Work, load, shares, steps_apart
+from saetrain.distributed.partition import (
+    MAX_LEAD_BYTES,
+    SaeCost,
+    max_lead_steps,
+    partition,
+    total_cost,
+)
 
 
 def test_every_sae_has_one_process_and_every_process_an_sae() -> None:
@@ -13,9 +19,9 @@ def test_every_sae_has_one_process_and_every_process_an_sae() -> None:
         count = state.randint(1, 40)
         widths = [2 ** state.randint(4, 12) for _ in range(5)]
         layers = [state.randrange(5) for _ in range(count)]
-        works = [Work(f"layers.{n}", widths[n], state.randint(1, 2**17)) for n in layers]
+        works = [SaeCost(f"layers.{n}", widths[n], state.randint(1, 2**17)) for n in layers]
         processes = state.randint(1, count)
-        dealt = shares(works, processes)
+        dealt = partition(works, processes)
         assert sorted(n for numbers in dealt for n in numbers) == list(range(count))
         assert all(numbers and numbers == sorted(numbers) for numbers in dealt)
 
@@ -24,28 +30,28 @@ def test_shares_are_balanced_to_the_cost_of_one_sae() -> None:
     state = random.Random(1)
     for _ in range(300):
         works = [
-            Work(f"layers.{n % 4}", 64 * state.randint(1, 16), 1024 * state.randint(1, 64))
+            SaeCost(f"layers.{n % 4}", 64 * state.randint(1, 16), 1024 * state.randint(1, 64))
             for n in range(state.randint(8, 40))
         ]
-        loads = [load(works, numbers) for numbers in shares(works, 8)]
-        assert max(loads) - min(loads) <= max(load(works, [n]) for n in range(len(works)))
+        loads = [total_cost(works, numbers) for numbers in partition(works, 8)]
+        assert max(loads) - min(loads) <= max(total_cost(works, [n]) for n in range(len(works)))
 
 
 def test_a_wide_sae_counts_as_much_as_the_narrow_ones_beside_it() -> None:
-    narrow = [Work("layers.0", 512, 8192)] * 4
-    assert shares([Work("layers.1", 512, 32768), *narrow], 2) == [[0], [1, 2, 3, 4]]
+    narrow = [SaeCost("layers.0", 512, 8192)] * 4
+    assert partition([SaeCost("layers.1", 512, 32768), *narrow], 2) == [[0], [1, 2, 3, 4]]
 
 
 def test_saes_of_a_hookpoint_stay_together_where_it_costs_nothing() -> None:
-    grid = [Work(f"layers.{layer}", 512, 16384) for layer in range(4) for _ in range(3)]
-    for numbers in shares(grid, 4):
+    grid = [SaeCost(f"layers.{layer}", 512, 16384) for layer in range(4) for _ in range(3)]
+    for numbers in partition(grid, 4):
         assert len({grid[n].hookpoint for n in numbers}) == 1
 
 
 def test_more_processes_than_saes_leave_the_last_ones_without() -> None:
-    assert shares([Work("layers.0", 16, 64)] * 2, 4) == [[0], [1], [], []]
+    assert partition([SaeCost("layers.0", 16, 64)] * 2, 4) == [[0], [1], [], []]
 
 
 def test_processes_are_apart_by_a_page_cache_of_rows_but_never_in_step() -> None:
-    assert steps_apart(4096, 1152) == APART_BYTES // (4096 * 1152)
-    assert steps_apart(2**20, 2**14) == 8
+    assert max_lead_steps(4096, 1152) == MAX_LEAD_BYTES // (4096 * 1152)
+    assert max_lead_steps(2**20, 2**14) == 8

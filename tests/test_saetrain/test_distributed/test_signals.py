@@ -17,7 +17,7 @@ import pytest
 import saetrain.training.step
 from actcache.errors import CacheBusyError, RunError
 from saetrain.config.fit_config import FitConfig
-from saetrain.distributed.signals import Stopped, Stopping
+from saetrain.distributed.signals import RunStopped, StopSignals
 from saetrain.launch.exit_status import EXIT
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import newest_step
@@ -56,11 +56,11 @@ def send_in_step(monkeypatch: pytest.MonkeyPatch, at: int, *numbers: signal.Sign
     """Send signals in step `at` (from 0), between the first hookpoint's update and the second's."""
     real = saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
-        if number == at and trainee.entry.hookpoint == "layers.1":
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == at and trainer.entry.hookpoint == "layers.1":
             for sent in numbers:
                 os.kill(os.getpid(), sent)
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
 
@@ -78,7 +78,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there(
     fit(whole)
     with monkeypatch.context() as patch:
         send_in_step(patch, 6, number)
-        with pytest.raises(Stopped, match=f"{number.name}: step 7 is saved; --resume") as caught:
+        with pytest.raises(RunStopped, match=f"{number.name}: step 7 is saved; --resume") as caught:
             fit(stopped)
     root = Path(stopped.out)
     assert (caught.value.exit_code, caught.value.step) == (code, 7)
@@ -140,7 +140,7 @@ def test_a_run_that_waits_for_the_harvest_stops_without_another_step(
         receipt.rename(tmp_path / receipt.name)
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    with pytest.raises(Stopped) as caught:
+    with pytest.raises(RunStopped) as caught:
         fit(config)
     timer.join()
     assert ending(config.out) == (143, "SIGTERM", caught.value.step)
@@ -192,7 +192,7 @@ def test_a_signal_before_a_folder_was_looked_at_leaves_nothing_among_others_file
     def stop(*_: Any) -> None:
         raise AtOnce
 
-    monkeypatch.setattr("saetrain.launch.start.is_begun", stop)
+    monkeypatch.setattr("saetrain.launch.start.has_run", stop)
     root = Path(options().out)
     root.mkdir()
     (root / "notes").write_text("")
@@ -203,30 +203,30 @@ def test_a_signal_before_a_folder_was_looked_at_leaves_nothing_among_others_file
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Stopping() as stopping:
-        stopping.listen()
+    with StopSignals() as stop_signals:
+        stop_signals.install()
         os.kill(os.getpid(), signal.SIGINT)
-        assert stopping.asked is None
+        assert stop_signals.received is None
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping.asked is signal.SIGTERM
+        assert stop_signals.received is signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_what_a_launcher_passes_on_is_the_same_signal_and_a_later_one_a_second() -> None:
-    with Stopping() as stopping:
-        stopping.echo = 0.2
-        stopping.listen()
+    with StopSignals() as stop_signals:
+        stop_signals.repeat_window = 0.2
+        stop_signals.install()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
-        stopping.listen()
-        assert stopping.asked is signal.SIGINT
+        stop_signals.install()
+        assert stop_signals.received is signal.SIGINT
         time.sleep(0.2)
         with pytest.raises(AtOnce):
             os.kill(os.getpid(), signal.SIGTERM)
-    with Stopping() as stopping:
-        stopping.listen()
+    with StopSignals() as stop_signals:
+        stop_signals.install()
         os.kill(os.getpid(), signal.SIGTERM)
-        stopping.ignore()  # all is saved
+        stop_signals.ignore_further()  # all is saved
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -255,7 +255,7 @@ def test_an_error_is_told_with_its_code_and_the_step_that_is_saved(
 def test_a_mistake_of_ours_is_told_with_code_1(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
         raise ValueError
 
     with monkeypatch.context() as patch:
@@ -271,7 +271,7 @@ def test_a_call_that_is_killed_does_not_leave_the_word_of_the_one_before(
     config, seen = options(save_every=3), []
     with monkeypatch.context() as patch:
         send_in_step(patch, 6, signal.SIGTERM)
-        with pytest.raises(Stopped):
+        with pytest.raises(RunStopped):
             fit(config)
     real = saetrain.training.step.train_step
 
@@ -289,12 +289,12 @@ def test_a_call_that_is_refused_the_folder_says_nothing_in_it(
 ) -> None:
     config, real = options(), saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
         if number == 4:
             with pytest.raises(CacheBusyError):
                 fit(dataclasses.replace(config, resume=True))
             assert not (Path(config.out) / EXIT).exists()
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
     fit(config)

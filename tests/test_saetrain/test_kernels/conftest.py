@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from saetrain.kernels import (
-    Pieces,
+    PrefixGroups,
     autoencode,
     batch_topk,
-    chosen_by,
     group_max,
-    largest,
+    make_selector,
     reference,
     sparse_decode,
     sparse_encode,
+    topk_selector,
 )
 from saetrain.kernels import grad_memory as spare
 
@@ -118,11 +118,11 @@ class Coding:
     M: int
     K: int
     select: str = "largest"
-    pieces: Pieces | None = None
+    prefix_groups: PrefixGroups | None = None
     rows: tuple[int, ...] = ()
     reach: tuple[str, ...] = ("outs", "acts", "rows")  # by the backward pass
 
-    def way(self):
+    def selector(self):
         def repeated(pre_acts):
             """Its two best latents, in turn."""
             indices = pre_acts.topk(2).indices.repeat(1, self.K)[:, : self.K]
@@ -133,13 +133,13 @@ class Coding:
             return pre_acts.gather(1, indices), indices
 
         return {
-            "largest": largest(self.K),
-            "chunks": largest(self.K, 4),
-            "batch": chosen_by(lambda pre_acts: batch_topk(pre_acts, self.K)),
-            "groups": chosen_by(lambda pre_acts: group_max(pre_acts, self.K), by_token=True),
-            "repeated": chosen_by(repeated),
-            "hot": chosen_by(hot),
-            "silent": largest(self.K),
+            "largest": topk_selector(self.K),
+            "chunks": topk_selector(self.K, 4),
+            "batch": make_selector(lambda pre_acts: batch_topk(pre_acts, self.K)),
+            "groups": make_selector(lambda pre_acts: group_max(pre_acts, self.K), by_token=True),
+            "repeated": make_selector(repeated),
+            "hot": make_selector(hot),
+            "silent": topk_selector(self.K),
         }[self.select]
 
     def inputs(self, dtype, device):
@@ -163,7 +163,9 @@ class Coding:
         """All outputs, what the backward pass is given, and every gradient, by name."""
         like = inputs["x"]
         rows = torch.tensor(self.rows, device=like.device) if self.rows else None
-        coded = autoencode(**inputs, way=self.way(), pieces=self.pieces, rows=rows)
+        coded = autoencode(
+            **inputs, selector=self.selector(), prefix_groups=self.prefix_groups, rows=rows
+        )
         acts, indices = coded.top_acts, coded.top_indices
         # Slots are in no order, so the dense activations decide what gradient a slot receives.
         dense = torch.zeros(self.N, self.M, dtype=like.dtype, device=like.device)
@@ -187,30 +189,30 @@ class Coding:
 
 
 ODD = {"N": 7, "D": 37, "E": 37, "M": 19, "K": 5}
-BY_LATENT = Pieces("latent", (4, 4, 11))
+BY_LATENT = PrefixGroups("latent", (4, 4, 11))
 CODINGS = (
     Coding("one_of_everything", N=1, D=1, E=1, M=1, K=1, rows=(0,)),
     Coding("odd_widths", **ODD),
     Coding("rows_that_fire_or_not", **ODD, rows=(18, 2, 7, 0)),
     Coding("k_is_one", N=9, D=20, E=20, M=30, K=1, rows=(3,)),
-    Coding("wider_output", N=6, D=13, E=41, M=19, K=5, rows=(1, 4), pieces=BY_LATENT),
+    Coding("wider_output", N=6, D=13, E=41, M=19, K=5, rows=(1, 4), prefix_groups=BY_LATENT),
     Coding("narrower_output", N=6, D=41, E=13, M=19, K=5, rows=(1, 4)),
     Coding("repeated_in_a_row", **ODD, select="repeated"),
-    Coding("slots_of_a_batch", **ODD, select="batch", pieces=BY_LATENT),
-    Coding("groups", N=7, D=37, E=37, M=20, K=5, select="groups", pieces=BY_LATENT),
+    Coding("slots_of_a_batch", **ODD, select="batch", prefix_groups=BY_LATENT),
+    Coding("groups", N=7, D=37, E=37, M=20, K=5, select="groups", prefix_groups=BY_LATENT),
     Coding("chunks_of_latents", **ODD, select="chunks"),
-    Coding("all_acts_zero", **ODD, select="silent", rows=(0, 5), pieces=BY_LATENT),
-    Coding("an_empty_piece", **ODD, pieces=BY_LATENT, rows=(18, 2)),
-    Coding("first_and_last_piece_empty", **ODD, pieces=Pieces("latent", (0, 9, 19))),
-    Coding("one_piece", **ODD, pieces=Pieces("latent", ())),
-    Coding("the_strongest_first", **ODD, pieces=Pieces("rank", (2,)), rows=(18, 2)),
-    Coding("no_more_than_the_strongest", **ODD, pieces=Pieces("rank", (5,))),
-    Coding("hot_latents", N=300, D=6, E=6, M=9, K=3, select="hot", pieces=BY_LATENT),
-    Coding("several_blocks", N=3, D=1030, E=1030, M=11, K=9, pieces=BY_LATENT, rows=(10,)),
+    Coding("all_acts_zero", **ODD, select="silent", rows=(0, 5), prefix_groups=BY_LATENT),
+    Coding("an_empty_piece", **ODD, prefix_groups=BY_LATENT, rows=(18, 2)),
+    Coding("first_and_last_piece_empty", **ODD, prefix_groups=PrefixGroups("latent", (0, 9, 19))),
+    Coding("one_piece", **ODD, prefix_groups=PrefixGroups("latent", ())),
+    Coding("the_strongest_first", **ODD, prefix_groups=PrefixGroups("rank", (2,)), rows=(18, 2)),
+    Coding("no_more_than_the_strongest", **ODD, prefix_groups=PrefixGroups("rank", (5,))),
+    Coding("hot_latents", N=300, D=6, E=6, M=9, K=3, select="hot", prefix_groups=BY_LATENT),
+    Coding("several_blocks", N=3, D=1030, E=1030, M=11, K=9, prefix_groups=BY_LATENT, rows=(10,)),
     Coding("only_rows_reached", **ODD, rows=(18, 2), reach=("rows",)),
-    Coding("only_acts_reached", **ODD, rows=(18, 2), pieces=BY_LATENT, reach=("acts",)),
-    Coding("only_outs_reached", **ODD, rows=(18, 2), pieces=BY_LATENT, reach=("outs",)),
-    Coding("one_out_reached", **ODD, pieces=BY_LATENT, reach=("out 2",)),
+    Coding("only_acts_reached", **ODD, rows=(18, 2), prefix_groups=BY_LATENT, reach=("acts",)),
+    Coding("only_outs_reached", **ODD, rows=(18, 2), prefix_groups=BY_LATENT, reach=("outs",)),
+    Coding("one_out_reached", **ODD, prefix_groups=BY_LATENT, reach=("out 2",)),
 )
 
 
@@ -346,7 +348,7 @@ def poison(monkeypatch):
         (torch, "empty_like"),
         (torch, "empty_strided"),
         (torch.Tensor, "new_empty"),
-        (spare._Spares, "take"),
+        (spare._ReusableMemory, "take"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 

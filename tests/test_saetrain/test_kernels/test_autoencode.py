@@ -6,12 +6,19 @@ Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 import pytest
 import torch
 
-from saetrain.kernels import Pieces, autoencode, largest, on_torch, sparse_decode, sparse_encode
+from saetrain.kernels import (
+    PrefixGroups,
+    autoencode,
+    on_torch,
+    sparse_decode,
+    sparse_encode,
+    topk_selector,
+)
 from saetrain.kernels import sorted_pairs as pairs
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
 N, D, M, K = 7, 37, 19, 5
-TWO = Pieces("latent", (9,))
+TWO = PrefixGroups("latent", (9,))
 NAMES = ("x", "W_enc", "b_enc", "subtracted", "W_dec", "b_dec")
 
 
@@ -46,7 +53,7 @@ def test_every_output_and_gradient_has_the_same_bits_twice(coding, autoencode_re
 def test_what_alone_wants_a_gradient_gets_the_same(
     wanted, make_coding, autoencode_results, assert_same_results
 ):
-    coding = make_coding("alone", N, D, D, M, K, pieces=TWO, rows=(18, 2))
+    coding = make_coding("alone", N, D, D, M, K, prefix_groups=TWO, rows=(18, 2))
     others = set(NAMES) - {wanted}
     want = autoencode_results("reference", coding, torch.float64, "cpu")
     got = autoencode_results("torch", coding, torch.float64, "cpu", *others)
@@ -72,7 +79,7 @@ def by_torch(monkeypatch):
 @pytest.mark.usefixtures("by_torch")
 def test_without_pieces_it_has_the_bits_of_encoder_and_decoder_apart():
     together, apart = leaves(), leaves()
-    out = autoencode(*together, largest(K)).reconstructions[0]
+    out = autoencode(*together, topk_selector(K)).reconstructions[0]
     x, W_enc, b_enc, subtracted, W_dec, b_dec = apart
     acts, indices = sparse_encode(x, W_enc, b_enc, subtracted, K)
     want = sparse_decode(acts, indices, W_dec, b_dec)
@@ -90,7 +97,7 @@ def test_rows_have_the_bits_of_indexing_and_so_has_a_b_dec_that_is_subtracted_to
         x, W_enc, b_enc, _, W_dec, b_dec = inputs = leaves()
         rows = torch.tensor([18, 2])
         if together:
-            coded = autoencode(*inputs[:3], b_dec, W_dec, b_dec, largest(K), rows=rows)
+            coded = autoencode(*inputs[:3], b_dec, W_dec, b_dec, topk_selector(K), rows=rows)
             out, of_rows = coded.reconstructions[0], coded.rows
         else:
             out = sparse_decode(*sparse_encode(x, W_enc, b_enc, b_dec, K), W_dec, b_dec)
@@ -102,14 +109,16 @@ def test_rows_have_the_bits_of_indexing_and_so_has_a_b_dec_that_is_subtracted_to
 
 
 @pytest.mark.usefixtures("by_torch")
-@pytest.mark.parametrize("pieces", [None, TWO, Pieces("rank", (2,))])
-def test_the_pairs_are_sorted_once_for_it_and_all_decoders_of_its_indices(monkeypatch, pieces):
+@pytest.mark.parametrize("prefix_groups", [None, TWO, PrefixGroups("rank", (2,))])
+def test_the_pairs_are_sorted_once_for_it_and_all_decoders_of_its_indices(
+    monkeypatch, prefix_groups
+):
     calls = []
     sort = pairs.sort_pairs
     for module in (pairs, on_torch.decode):
         monkeypatch.setattr(module, "sort_pairs", lambda *a: calls.append(1) or sort(*a))
     inputs = leaves()
-    coded = autoencode(*inputs, largest(K), pieces=pieces)
+    coded = autoencode(*inputs, topk_selector(K), prefix_groups=prefix_groups)
     more = sparse_decode(coded.top_acts, coded.top_indices, inputs[4])
     sum([*coded.reconstructions, more]).sum().backward()
     assert len(calls) == 1
@@ -124,7 +133,7 @@ def test_nothing_wider_than_the_rows_is_kept_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        autoencode(*leaves(), largest(K), pieces=TWO, rows=torch.tensor([3]))
+        autoencode(*leaves(), topk_selector(K), prefix_groups=TWO, rows=torch.tensor([3]))
     assert sorted(saved) == sorted([(N, D), (M, D), (M, D), (D,), (N, K), (N, K), (1,)])
 
 
@@ -132,7 +141,7 @@ def test_nothing_wider_than_the_rows_is_kept_for_the_backward_pass():
 def test_no_tokens_leave_gradients_of_zeros():
     inputs = leaves()
     inputs[0] = inputs[0][:0]
-    coded = autoencode(*inputs, largest(K), pieces=TWO)
+    coded = autoencode(*inputs, topk_selector(K), prefix_groups=TWO)
     assert [tuple(out.shape) for out in coded.reconstructions] == [(0, D), (0, D)]
     sum(coded.reconstructions).sum().backward()
     assert not any(leaf.grad.any() for leaf in inputs[1:])
@@ -142,7 +151,7 @@ def test_no_tokens_leave_gradients_of_zeros():
 def test_under_autocast_all_but_the_product_keeps_the_dtype_of_the_weights():
     inputs = leaves()
     with torch.autocast("cpu", torch.bfloat16):
-        coded = autoencode(*inputs, largest(K), pieces=TWO, rows=torch.tensor([3]))
+        coded = autoencode(*inputs, topk_selector(K), prefix_groups=TWO, rows=torch.tensor([3]))
         torch.autograd.backward(
             [*coded.reconstructions, coded.rows.W_dec],
             [torch.ones(N, D), torch.ones(N, D), torch.ones(1, D)],
@@ -155,7 +164,7 @@ def test_under_autocast_all_but_the_product_keeps_the_dtype_of_the_weights():
 @pytest.mark.usefixtures("by_torch")
 def test_a_second_derivative_is_refused():
     inputs = leaves()
-    out = autoencode(*inputs, largest(K)).reconstructions[0]
+    out = autoencode(*inputs, topk_selector(K)).reconstructions[0]
     (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -166,7 +175,7 @@ def test_a_row_with_a_nan_is_reported_by_every_reconstruction_and_no_other_row(p
     monkeypatch.setenv("SAETRAIN_KERNELS", path)
     inputs = leaves()
     inputs[0].data[4, 1] = torch.nan
-    coded = autoencode(*inputs, largest(K), pieces=Pieces("rank", (2,)))
+    coded = autoencode(*inputs, topk_selector(K), prefix_groups=PrefixGroups("rank", (2,)))
     for out in coded.reconstructions:
         assert out[4].isnan().all()
         assert not out[[0, 1, 2, 3, 5, 6]].isnan().any()
@@ -185,11 +194,11 @@ def test_inputs_of_other_shapes_are_refused_by_name(place, shape, match):
     inputs = leaves()
     inputs[place] = torch.zeros(shape)
     with pytest.raises(ValueError, match=match):
-        autoencode(*inputs, largest(K))
+        autoencode(*inputs, topk_selector(K))
 
 
 def test_a_decoder_of_another_dtype_is_refused():
     inputs = leaves()
     inputs[4] = inputs[4].double()
     with pytest.raises(ValueError, match=r"got shape .* in torch\.float64"):
-        autoencode(*inputs, largest(K))
+        autoencode(*inputs, topk_selector(K))

@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
-from saetrain.kernels import chosen_path, sparse_decode
-from saetrain.kernels.backends import PATHS, primitives
+from saetrain.kernels import select_backend, sparse_decode
+from saetrain.kernels.backends import BACKENDS, backend_module
 
 
 @pytest.fixture(autouse=True)
@@ -15,20 +15,20 @@ def no_forced_path(monkeypatch):
 
 
 def test_a_cpu_tensor_takes_the_torch_path():
-    assert chosen_path(torch.zeros(1)) == "torch"
+    assert select_backend(torch.zeros(1)) == "torch"
 
 
 @pytest.mark.parametrize("path", ["reference", "torch"])
 def test_the_variable_forces_a_path(monkeypatch, path):
     monkeypatch.setenv("SAETRAIN_KERNELS", path)
-    assert chosen_path(torch.zeros(1)) == path
+    assert select_backend(torch.zeros(1)) == path
 
 
 def test_the_variable_counts_at_each_call(monkeypatch):
     monkeypatch.setenv("SAETRAIN_KERNELS", "reference")
-    assert chosen_path(torch.zeros(1)) == "reference"
+    assert select_backend(torch.zeros(1)) == "reference"
     monkeypatch.setenv("SAETRAIN_KERNELS", "torch")
-    assert chosen_path(torch.zeros(1)) == "torch"
+    assert select_backend(torch.zeros(1)) == "torch"
 
 
 def test_an_unknown_path_is_refused_by_name(monkeypatch):
@@ -41,22 +41,22 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("SAETRAIN_KERNELS", "triton")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        chosen_path(torch.zeros(1))
+        select_backend(torch.zeros(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert chosen_path(torch.zeros(1)) == "triton"
+    assert select_backend(torch.zeros(1)) == "triton"
 
 
 def test_triton_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("saetrain.kernels.backends._has_triton", lambda: False)
     monkeypatch.setenv("SAETRAIN_KERNELS", "triton")
     with pytest.raises(ValueError, match="triton is not installed"):
-        chosen_path(torch.zeros(1))
+        select_backend(torch.zeros(1))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", BACKENDS)
 def test_every_path_has_every_primitive(path):
     pytest.importorskip("triton")
-    ops = primitives(path)
+    ops = backend_module(path)
     for name in ("gather_sum", "gather_dot", "scatter_outer", "scatter_sum"):
         assert callable(getattr(ops, name))
 

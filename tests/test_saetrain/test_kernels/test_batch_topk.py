@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saetrain.kernels import batch_topk
-from saetrain.kernels.backends import primitives
+from saetrain.kernels.backends import backend_module
 
 
 @pytest.fixture(params=["reference", "torch"])
@@ -51,7 +51,7 @@ def test_the_threshold_is_the_value_at_its_rank(path):
     rows = torch.randn(13, 37, generator=torch.Generator().manual_seed(3))
     ranked = rows.flatten().sort(descending=True).values
     for count in (1, 2, 100, 13 * 37):
-        found = primitives(path).batch_topk_threshold(rows, count)
+        found = backend_module(path).batch_topk_threshold(rows, count)
         assert found.shape == ()
         assert found == ranked[count - 1]
 

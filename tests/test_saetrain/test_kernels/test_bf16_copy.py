@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saetrain.kernels import adam_update_, keep_shadow, signum_update_
-from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.kernels import adam_update_, keep_bf16_copy, signum_update_
+from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.kernels.matmul import Product
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.training import step as gradient
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 N, D, M, K = 64, 16, 96, 4
 SIGNUM = {"lr": 0.01, "mix": 0.3, "momentum": 0.95}
@@ -29,7 +29,7 @@ def weight(dtype=torch.float32):
 
 def kept():
     W = weight()
-    keep_shadow(W)
+    keep_bf16_copy(W)
     return W
 
 
@@ -65,11 +65,11 @@ WRITES = {
 
 def test_a_copy_has_the_bits_of_a_cast_and_goes_with_its_weight():
     W = kept()
-    copy = shadow_of(W)
+    copy = bf16_copy_of(W)
     assert torch.equal(copy, W.detach().bfloat16())
-    keep_shadow(W)
-    assert shadow_of(W) is copy
-    assert torch.equal(shadow_of(W[3:9]), W[3:9].detach().bfloat16())
+    keep_bf16_copy(W)
+    assert bf16_copy_of(W) is copy
+    assert torch.equal(bf16_copy_of(W[3:9]), W[3:9].detach().bfloat16())
     gone = weakref.ref(copy)
     del W, copy
     gc.collect()
@@ -77,25 +77,25 @@ def test_a_copy_has_the_bits_of_a_cast_and_goes_with_its_weight():
 
 
 def test_nothing_is_kept_unasked_or_where_nothing_would_be_cast():
-    assert shadow_of(weight()) is None
+    assert bf16_copy_of(weight()) is None
     for dtype in (torch.bfloat16, torch.float64):
         W = weight(dtype)
-        keep_shadow(W)
-        assert shadow_of(W) is None
+        keep_bf16_copy(W)
+        assert bf16_copy_of(W) is None
 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_after_any_other_write_it_is_not_used_until_it_is_made_right(name):
     W = kept()
-    memory, before = shadow_of(W).data_ptr(), W.detach().clone()
+    memory, before = bf16_copy_of(W).data_ptr(), W.detach().clone()
     with torch.no_grad():
         WRITES[name](W)
     assert not torch.equal(W, before)
-    assert shadow_of(W) is None
-    assert shadow_of(W[2:4]) is None
-    keep_shadow(W)
-    assert torch.equal(shadow_of(W), W.detach().bfloat16())
-    assert shadow_of(W).data_ptr() == memory
+    assert bf16_copy_of(W) is None
+    assert bf16_copy_of(W[2:4]) is None
+    keep_bf16_copy(W)
+    assert torch.equal(bf16_copy_of(W), W.detach().bfloat16())
+    assert bf16_copy_of(W).data_ptr() == memory
 
 
 def update(kind, W, **options):
@@ -118,7 +118,7 @@ def test_an_update_writes_it_and_is_a_write_by_every_path(kind, unit, path):
     with torch.no_grad():
         state = update(kind, W, unit=unit, path=path, norms=norms)
     assert not torch.equal(W, before)
-    assert torch.equal(shadow_of(W), W.detach().bfloat16())
+    assert torch.equal(bf16_copy_of(W), W.detach().bfloat16())
     assert W._version > version
     assert norms._version > counted
     assert state._version > 0
@@ -129,10 +129,10 @@ def test_an_update_that_is_refused_leaves_it_as_it_is_right_or_not(kind):
     W = kept()
     with torch.no_grad():
         update(kind, W, unit=True, ok=torch.tensor(False))
-        assert torch.equal(shadow_of(W), W.detach().bfloat16())
+        assert torch.equal(bf16_copy_of(W), W.detach().bfloat16())
         W.mul_(2)
         update(kind, W, unit=True, ok=torch.tensor(False))
-    assert shadow_of(W) is None
+    assert bf16_copy_of(W) is None
 
 
 def product_of(W, x):
@@ -144,7 +144,7 @@ def test_a_product_takes_it_while_it_is_right():
     W, x = kept(), torch.randn(N, D, generator=torch.Generator().manual_seed(2))
     expected = product_of(weight(), x)
     assert torch.equal(product_of(W, x), expected)
-    shadow_of(W).zero_()  # nobody else would
+    bf16_copy_of(W).zero_()  # nobody else would
     assert not product_of(W, x).any()
     assert not product_of(W[4:8], x).any()
     assert product_of(W.detach().clone(), x).any()
@@ -155,7 +155,7 @@ def test_a_product_takes_it_while_it_is_right():
 
 def test_without_autocast_no_product_takes_it():
     W, x = kept(), torch.randn(N, D)
-    shadow_of(W).zero_()
+    bf16_copy_of(W).zero_()
     with torch.no_grad():
         assert Product(W, torch.zeros(M), N)(x).any()
 
@@ -173,7 +173,7 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "each"),
+    ("settings", "each"),
     [
         ({}, 0),
         ({"micro_batch_size": 20, "grad_acc_steps": 2}, 0),
@@ -186,27 +186,27 @@ class Casts(TorchDispatchMode):
 )
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
 def test_steps_under_autocast_cast_no_weight_and_are_the_same_bits(
-    make_trainee, batches, monkeypatch, optimizer, recipe, each
+    make_trainee, batches, monkeypatch, optimizer, settings, each
 ):
     found = []
     for keeps in (True, False):
         with monkeypatch.context() as patch:
             if not keeps:
-                patch.setattr(gradient, "keep_shadow", lambda _: None)
-            trainee = make_trainee(D, M, K, optimizer=optimizer, autocast=True, **recipe)
+                patch.setattr(gradient, "keep_bf16_copy", lambda _: None)
+            trainer = make_trainee(D, M, K, optimizer=optimizer, autocast=True, **settings)
             for step, x in enumerate(batches(torch.float32)[:6]):
                 with Casts() if keeps and step else contextlib.nullcontext() as casts:
-                    train_step(trainee, x, step, 0.0)
+                    train_step(trainer, x, step, 0.0)
                 assert casts is None or casts.count == each
-            found.append(trainee.state()[0])
-            assert (shadow_of(trainee.sae.W_enc) is not None) is (keeps and not each)
+            found.append(trainer.state()[0])
+            assert (bf16_copy_of(trainer.sae.W_enc) is not None) is (keeps and not each)
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
 
 
 def test_without_autocast_a_step_keeps_none(make_trainee, batches):
-    trainee = make_trainee(D, M, K)
-    train_step(trainee, batches(torch.float32)[0], 0, 0.0)
-    assert shadow_of(trainee.sae.W_enc) is None
-    trainee.recipe = Recipe(autocast=True)
-    train_step(trainee, batches(torch.float32)[1], 1, 0.0)
-    assert shadow_of(trainee.sae.W_enc) is not None
+    trainer = make_trainee(D, M, K)
+    train_step(trainer, batches(torch.float32)[0], 0, 0.0)
+    assert bf16_copy_of(trainer.sae.W_enc) is None
+    trainer.settings = StepSettings(autocast=True)
+    train_step(trainer, batches(torch.float32)[1], 1, 0.0)
+    assert bf16_copy_of(trainer.sae.W_enc) is not None

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from saetrain.kernels import (
-    chosen_by,
     encode,
     group_max,
+    make_selector,
     sparse_decode,
     sparse_encode,
     sparse_encode_by,
@@ -59,10 +59,10 @@ def test_tokens_are_encoded_some_at_a_time(problem, monkeypatch):
     monkeypatch.setattr(encode, "_BYTES", 1)
     assert tokens_at_once(N, problem[1]) == 16
     assert_close(dense(sparse_encode(*problem, K)), truth(*problem))
-    by_token = sparse_encode_by(*problem, chosen_by(lambda p: group_max(p, 9), by_token=True))
+    by_token = sparse_encode_by(*problem, make_selector(lambda p: group_max(p, 9), by_token=True))
     monkeypatch.setattr(encode, "_BYTES", 1 << 30)
     assert tokens_at_once(N, problem[1]) == N
-    at_once = sparse_encode_by(*problem, chosen_by(lambda p: group_max(p, 9)))
+    at_once = sparse_encode_by(*problem, make_selector(lambda p: group_max(p, 9)))
     assert torch.equal(by_token.top_indices, at_once.top_indices)
     torch.testing.assert_close(by_token.top_acts, at_once.top_acts)
 

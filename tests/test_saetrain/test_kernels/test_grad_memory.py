@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from saetrain.kernels import drop_gradient, sparse_decode
-from saetrain.kernels.grad_memory import _LEAST, forget_spares, spare
+from saetrain.kernels import release_gradient, sparse_decode
+from saetrain.kernels.grad_memory import _LEAST, free_memory, reuse_memory
 
 SHAPE = (_LEAST // 64, 16)  # float32: exactly the least that is kept
 
@@ -18,12 +18,12 @@ def test_a_gradient_that_is_dropped_makes_room_for_the_next():
     W = parameter_with_gradient()
     place = W.grad.data_ptr()
     W.grad.fill_(torch.nan)
-    drop_gradient(W)
+    release_gradient(W)
     assert W.grad is None
     again = parameter_with_gradient()
     assert again.grad.data_ptr() == place
     assert again.grad.sum() == 4 * 16
-    drop_gradient(again)
+    release_gradient(again)
 
 
 def test_a_gradient_that_is_not_dropped_is_never_written_to():
@@ -38,13 +38,13 @@ def test_a_gradient_of_others_is_dropped_and_not_kept():
     W = torch.nn.Parameter(torch.ones(SHAPE))
     W.grad = torch.ones(SHAPE)
     held = W.grad
-    drop_gradient(W)
-    assert spare(SHAPE, W).data_ptr() != held.data_ptr()
+    release_gradient(W)
+    assert reuse_memory(SHAPE, W).data_ptr() != held.data_ptr()
     assert held.sum() == held.numel()
 
 
 def test_the_place_of_a_gradient_that_is_gone_may_be_that_of_others():
-    forget_spares()
+    free_memory()
     for _ in range(8):
         lent = parameter_with_gradient()
         place = lent.grad.data_ptr()
@@ -53,15 +53,15 @@ def test_the_place_of_a_gradient_that_is_gone_may_be_that_of_others():
         tried = [torch.ones(SHAPE) for _ in range(8)]
         W.grad = next((grad for grad in tried if grad.data_ptr() == place), tried[0])
         held = W.grad
-        drop_gradient(W)
-        assert spare(SHAPE, W).data_ptr() != held.data_ptr()
+        release_gradient(W)
+        assert reuse_memory(SHAPE, W).data_ptr() != held.data_ptr()
         assert held.sum() == held.numel()
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4)])
 def test_small_memory_is_left_to_malloc(shape):
-    assert spare(shape, torch.ones(1)).shape == shape
+    assert reuse_memory(shape, torch.ones(1)).shape == shape
 
 
 def test_dropping_no_gradient_does_nothing():
-    drop_gradient(torch.nn.Parameter(torch.ones(2)))
+    release_gradient(torch.nn.Parameter(torch.ones(2)))

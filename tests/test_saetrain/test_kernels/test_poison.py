@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from saetrain.kernels import drop_gradient
-from saetrain.kernels.grad_memory import spare
+from saetrain.kernels import release_gradient
+from saetrain.kernels.grad_memory import reuse_memory
 
 LARGE = (1 << 10, 1 << 10)  # bytes that are used again
 
@@ -16,7 +16,7 @@ LARGE = (1 << 10, 1 << 10)  # bytes that are used again
         lambda: torch.empty((3, 5), dtype=torch.bfloat16),
         lambda: torch.empty_like(torch.ones(3)),
         lambda: torch.ones(3).new_empty(4),
-        lambda: spare(LARGE, torch.ones(1)),
+        lambda: reuse_memory(LARGE, torch.ones(1)),
     ],
 )
 def test_fresh_memory_holds_no_number(make):
@@ -29,9 +29,9 @@ def test_fresh_whole_numbers_are_no_latent():
 
 def test_memory_of_a_gradient_holds_no_number_when_it_is_used_again():
     parameter = torch.nn.Parameter(torch.zeros(LARGE))
-    parameter.grad = spare(LARGE, parameter).fill_(2.0)
+    parameter.grad = reuse_memory(LARGE, parameter).fill_(2.0)
     place = parameter.grad.data_ptr()
-    drop_gradient(parameter)
-    again = spare(LARGE, parameter)
+    release_gradient(parameter)
+    again = reuse_memory(LARGE, parameter)
     assert again.data_ptr() == place
     assert bool(again.isnan().all())

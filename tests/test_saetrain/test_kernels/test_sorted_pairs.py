@@ -1,6 +1,6 @@
 import torch
 
-from saetrain.kernels.sorted_pairs import PairsOnce, sort_pairs
+from saetrain.kernels.sorted_pairs import SharedSortedPairs, sort_pairs
 
 
 def test_pairs_are_in_order_of_latent_and_then_of_token():
@@ -30,17 +30,17 @@ def make_indices():
 
 def test_pairs_that_are_shared_are_found_on_the_same_indices_only():
     indices = make_indices()
-    once = PairsOnce(indices, 11)
-    once.share(indices)
-    assert PairsOnce.of(indices, 11) is once
-    assert PairsOnce.of(indices, 12) is not once
-    assert PairsOnce.of(indices.clone(), 11) is not once
-    assert PairsOnce.of(indices[:, :2], 11) is not once
+    once = SharedSortedPairs(indices, 11)
+    once.attach_to(indices)
+    assert SharedSortedPairs.of(indices, 11) is once
+    assert SharedSortedPairs.of(indices, 12) is not once
+    assert SharedSortedPairs.of(indices.clone(), 11) is not once
+    assert SharedSortedPairs.of(indices[:, :2], 11) is not once
 
 
 def test_pairs_are_sorted_once_and_anew_when_the_indices_are_written_to():
     indices = make_indices()
-    once = PairsOnce(indices, 11)
+    once = SharedSortedPairs(indices, 11)
     assert once.get() is once.get()
     indices.zero_()
     assert once.get().offsets.tolist() == [0] + [200] * 11

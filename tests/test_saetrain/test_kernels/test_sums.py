@@ -36,6 +36,6 @@ def test_every_term_of_total_has_gradient_one() -> None:
 
 
 def test_on_a_device_it_is_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "host_may_look", lambda _: False)
+    monkeypatch.setattr(paths, "host_can_read", lambda _: False)
     values = torch.rand(100_000)
     assert torch.equal(total(values), values.sum())

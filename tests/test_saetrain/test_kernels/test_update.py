@@ -31,7 +31,7 @@ def outputs(shape, dtype=torch.float32):
     return {
         "norms": torch.full(shape[:1], torch.nan, dtype=dtype),
         "squares": torch.full(shape[:1], torch.nan),
-        "shadow": torch.full(shape, torch.nan, dtype=torch.bfloat16),
+        "bf16_copy": torch.full(shape, torch.nan, dtype=torch.bfloat16),
     }
 
 
@@ -55,7 +55,7 @@ def test_an_update_is_that_of_the_reference(kind, states, unit, number):
     for mine, theirs in zip(ours[:-1], truth[:-1], strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(got["squares"], want["squares"])
-    assert torch.equal(got["shadow"], ours[0].bfloat16())
+    assert torch.equal(got["bf16_copy"], ours[0].bfloat16())
     if unit:
         torch.testing.assert_close(got["norms"].double(), want["norms"], rtol=1e-6, atol=0)
         assert torch.allclose(ours[0].norm(dim=1), torch.ones(37, dtype=number))
@@ -83,7 +83,7 @@ def test_where_the_flag_is_false_only_the_gradients_norms_are_written(ops, kind,
     call(kind, ops, tensors, unit=unit, ok=torch.tensor(False), **found)
     assert all(torch.equal(a, b) for a, b in zip(tensors[:-1], before, strict=True))
     assert found["norms"].isnan().all()
-    assert found["shadow"].isnan().all()
+    assert found["bf16_copy"].isnan().all()
     assert found["squares"].isnan().sum() == 1
 
 

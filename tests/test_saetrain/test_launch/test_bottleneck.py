@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from saetrain.launch.summary import Waits, sentence
+from saetrain.launch.summary import WaitTimes, bottleneck_message
 
 
 @pytest.mark.parametrize(
     ("waits", "limit"),
     [
-        (Waits(100, 2, 1, 0), "Compute was the limit (2% of the time"),
-        (Waits(100, 20, 3, 0), "Disk and compute kept pace (20% of the time"),
-        (Waits(100, 80, 3, 0), "The disk was the limit (80% of the time"),
-        (Waits(100, 80, 70, 0), "The start was the limit (80% of the time"),
-        (Waits(100, 80, 3, 60), "The harvest was the limit (80% of the time"),
-        (Waits(0, 0, 0, 0), "Compute was the limit (0% of the time"),
+        (WaitTimes(100, 2, 1, 0), "Compute was the limit (2% of the time"),
+        (WaitTimes(100, 20, 3, 0), "Disk and compute kept pace (20% of the time"),
+        (WaitTimes(100, 80, 3, 0), "The disk was the limit (80% of the time"),
+        (WaitTimes(100, 80, 70, 0), "The start was the limit (80% of the time"),
+        (WaitTimes(100, 80, 3, 60), "The harvest was the limit (80% of the time"),
+        (WaitTimes(0, 0, 0, 0), "Compute was the limit (0% of the time"),
     ],
 )
-def test_the_limit_is_what_the_time_went_into(waits: Waits, limit: str) -> None:
-    text = sentence(waits, 2.5e9, "first-read")
+def test_the_limit_is_what_the_time_went_into(waits: WaitTimes, limit: str) -> None:
+    text = bottleneck_message(waits, 2.5e9, "first-read")
     assert text.startswith(limit)
     assert "at 2.5 GB/s" in text
     assert text.endswith(".")
 
 
 def test_what_would_help_is_not_what_is_done_already() -> None:
-    at_the_start = Waits(100, 80, 70, 0)
-    assert "--verify never" in sentence(at_the_start, 1.0, "first-read")
-    assert "--verify never" not in sentence(at_the_start, 1.0, "never")
+    at_the_start = WaitTimes(100, 80, 70, 0)
+    assert "--verify never" in bottleneck_message(at_the_start, 1.0, "first-read")
+    assert "--verify never" not in bottleneck_message(at_the_start, 1.0, "never")

@@ -17,17 +17,17 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import OptimizerName, SaeOptions
-from saetrain.kernels.bf16_copy import shadow_of
-from saetrain.launch.estimate import FLOAT, parameter_shapes, plan_fit, plan_sae, step_bytes
+from saetrain.kernels.bf16_copy import bf16_copy_of
+from saetrain.launch.estimate import FLOAT, estimate_fit, estimate_sae, parameter_shapes, step_bytes
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import PLAIN, objective_of
+from saetrain.model.losses import FVU_ONLY, make_loss_config
 from saetrain.optim import default_lr, make_optimizer
 from saetrain.runs.record import SaeEntry, read_run
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee
-from saetrain.training.step import add_gradient, train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.step import accumulate_gradient, train_step
+from saetrain.training.step_settings import StepSettings
 
 CPU = torch.device("cpu")
 
@@ -36,14 +36,14 @@ CPU = torch.device("cpu")
 def test_weights_and_optimiser_state_are_those_of_an_sae_in_training(
     make_trainee: Callable[..., Any], optimizer: OptimizerName
 ) -> None:
-    trainee = make_trainee(16, 400, 4, optimizer=optimizer)
-    train_step(trainee, torch.randn(32, 16), 0, 0.0)
+    trainer = make_trainee(16, 400, 4, optimizer=optimizer)
+    train_step(trainer, torch.randn(32, 16), 0, 0.0)
     entry = SaeEntry(
         "layers.0", SaeConfig(16, 400, 4), 0.1, 0, options=SaeOptions(optimizer=optimizer)
     )
-    plan = plan_sae(entry, FitConfig("c", "r"))
-    weights = sum(p.numel() * p.element_size() for p in trainee.sae.parameters())
-    state = trainee.optimizer.state_tensors().values()
+    plan = estimate_sae(entry, FitConfig("c", "r"))
+    weights = sum(p.numel() * p.element_size() for p in trainer.sae.parameters())
+    state = trainer.optimizer.state_tensors().values()
     assert plan.weights == plan.gradients == weights
     large = sum(t.numel() * t.element_size() for t in state if t.dim())  # no counters
     assert plan.optimizer_state == large
@@ -102,29 +102,29 @@ def test_nor_does_a_step_of_another_kind_or_with_folded_weights(
 ) -> None:
     sizes = SaeConfig(D, M, K, **KINDS[kind])
     folded = folded and not sizes.transcode
-    sae, objective = build_sae(sizes), objective_of(sizes, 0)
-    trainee = Trainee(
+    sae, loss_config = build_sae(sizes), make_loss_config(sizes, 0)
+    trainer = SaeTrainer(
         SaeEntry("layers.0", sizes, 0.1, 0),
         sae,
         make_optimizer("signum", sae, 0.1, 0, 9, decoder_norm="fold" if folded else "unit"),
-        Firing(M, 10**9, CPU),
-        Meter(CPU, objective.names),
+        DeadLatentTracker(M, 10**9, CPU),
+        MeanMeter(CPU, loss_config.names),
         1.0,
-        objective,
-        Recipe(decoder_norm="fold" if folded else "unit"),
+        loss_config,
+        StepSettings(decoder_norm="fold" if folded else "unit"),
     )
-    peak = peak_of_a_step(trainee, torch.randn(N, D + sizes.width_out * sizes.transcode))
+    peak = peak_of_a_step(trainer, torch.randn(N, D + sizes.width_out * sizes.transcode))
     gradients = sum(map(math.prod, parameter_shapes(sizes))) * FLOAT
     planned = gradients + step_bytes(sizes, "signum", N, folded)
     assert 0.5 * planned <= peak <= planned
 
 
-def peak_of_a_step(trainee: Any, x: torch.Tensor) -> int:
+def peak_of_a_step(trainer: Any, x: torch.Tensor) -> int:
     """Bytes that a step holds at most, besides what it begins with."""
     for step in range(2):
-        train_step(trainee, x, step, 0.0)
+        train_step(trainer, x, step, 0.0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        train_step(trainee, x.bfloat16(), 2, 0.0)
+        train_step(trainer, x.bfloat16(), 2, 0.0)
     assert seen.profiler is not None
     assert seen.profiler.kineto_results is not None
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -137,7 +137,7 @@ def peak_of_a_step(trainee: Any, x: torch.Tensor) -> int:
 
 def test_a_plan_lists_the_saes_that_the_run_then_has(options: Callable[..., FitConfig]) -> None:
     config = vary(options(), num_latents=(32, 48), seed=(0, 1), optimizer=("adam", "signum"))
-    plan = plan_fit(config, CPU)
+    plan = estimate_fit(config, CPU)
     assert not Path(config.out).exists()
     fit(config)
     entries = read_run(Path(config.out)).saes
@@ -149,13 +149,13 @@ def test_a_plan_lists_the_saes_that_the_run_then_has(options: Callable[..., FitC
     assert plan.total == plan.weights + plan.optimizer_state + plan.gradients + plan.activations
     assert plan.rows == 512 * 2 * 16 * 4
     assert plan.free > 0
-    alone = plan_fit(dataclasses.replace(config, saes=config.saes[:1]), CPU)
+    alone = estimate_fit(dataclasses.replace(config, saes=config.saes[:1]), CPU)
     assert alone.total < plan.total
     assert alone.rows == plan.rows
 
 
 def test_weights_in_bfloat16_take_half(options: Callable[..., FitConfig]) -> None:
-    whole, half = plan_fit(options(), CPU), plan_fit(options(weights_dtype="bfloat16"), CPU)
+    whole, half = estimate_fit(options(), CPU), estimate_fit(options(weights_dtype="bfloat16"), CPU)
     norms = FLOAT * sum(sae.num_latents for sae in whole.saes)  # of signum, in float32 all the same
     assert half.weights == whole.weights / 2
     assert half.optimizer_state == (whole.optimizer_state + norms) / 2
@@ -183,21 +183,23 @@ def test_under_autocast_the_encoder_is_kept_in_bfloat16_too(
     entry = SaeEntry("layers.0", sizes, 0.1, 0, options=SaeOptions(**own))
     dtype = changes.get("weights_dtype", "float32")
     plain, under = (
-        plan_sae(entry, FitConfig("c", "r", autocast=autocast, weights_dtype=dtype))
+        estimate_sae(entry, FitConfig("c", "r", autocast=autocast, weights_dtype=dtype))
         for autocast in (False, True)
     )
     assert under.weights - plain.weights == kept * 2 * M * D
     assert under.optimizer_state == plain.optimizer_state
-    recipe = {"autocast": True, "decoder_norm": own.get("decoder_norm", "unit")}
+    settings = {"autocast": True, "decoder_norm": own.get("decoder_norm", "unit")}
     sae = build_sae(sizes, dtype=getattr(torch, dtype))
-    add_gradient(sae, torch.randn(8, D).to(sae.W_enc), 1.0, None, PLAIN, 0, 0.0, Recipe(**recipe))
-    assert (shadow_of(sae.W_enc) is not None) is bool(kept)
+    accumulate_gradient(
+        sae, torch.randn(8, D).to(sae.W_enc), 1.0, None, FVU_ONLY, 0, 0.0, StepSettings(**settings)
+    )
+    assert (bf16_copy_of(sae.W_enc) is not None) is bool(kept)
 
 
 def test_a_plan_refuses_what_fit_would_refuse(options: Callable[..., FitConfig]) -> None:
     for changes in ({"k": 49}, {"hookpoint": ("layers.7",)}, {"cache": "/nowhere"}):
         with pytest.raises(ActcacheError):
-            plan_fit(options(**changes), CPU)
+            estimate_fit(options(**changes), CPU)
 
 
 def test_a_plan_tells_the_learning_rate_of_its_steps_or_that_they_are_not_known_yet(
@@ -209,9 +211,12 @@ def test_a_plan_tells_the_learning_rate_of_its_steps_or_that_they_are_not_known_
     entries = read_run(Path(config.out)).saes
     rates = [entry.lr for entry in entries]
     assert rates == [default_lr("adam", 48, entry.config.d_in, 24) for entry in entries]
-    assert [sae.lr for sae in plan_fit(config, CPU).saes] == rates
+    assert [sae.lr for sae in estimate_fit(config, CPU).saes] == rates
     some = dataclasses.replace(config, epochs=1, max_tokens=24 * 32, follow=True)
-    assert [sae.lr for sae in plan_fit(some, CPU).saes] == rates
+    assert [sae.lr for sae in estimate_fit(some, CPU).saes] == rates
     goal = dataclasses.replace(config, follow=True)
-    assert [sae.lr for sae in plan_fit(goal, CPU).saes] == [None, None]
-    assert [sae.lr for sae in plan_fit(dataclasses.replace(goal, lr=0.5), CPU).saes] == [0.5, 0.5]
+    assert [sae.lr for sae in estimate_fit(goal, CPU).saes] == [None, None]
+    assert [sae.lr for sae in estimate_fit(dataclasses.replace(goal, lr=0.5), CPU).saes] == [
+        0.5,
+        0.5,
+    ]

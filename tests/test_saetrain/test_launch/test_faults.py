@@ -21,7 +21,7 @@ import saetrain.training.step
 from actcache.cache.reader import Cache
 from actcache.errors import ActcacheError, CorruptShardError
 from actcache.storage import BACKENDS
-from actcache.stream.verified_reads import CheckedReads
+from actcache.stream.verified_reads import VerifiedReader
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import newest_step
@@ -42,10 +42,10 @@ def act_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) 
     """Do something to the cache in the middle of a run, before step `step` (from 0)."""
     real = saetrain.training.step.train_step
 
-    def train_step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
-        if number == step and trainee.entry.hookpoint == "layers.0":
+    def train_step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == step and trainer.entry.hookpoint == "layers.0":
             act()
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", train_step)
 
@@ -139,16 +139,16 @@ def test_a_slow_disk_only_slows(
 def test_a_readers_exception_of_any_kind_is_raised_by_fit_with_its_own_traceback(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, reads = CheckedReads.load, 0
+    real, reads = VerifiedReader.load, 0
 
-    def load(self: CheckedReads, *args: Any) -> None:
+    def load(self: VerifiedReader, *args: Any) -> None:
         nonlocal reads
         reads += 1
         if reads == 80:
             raise OSError(5, "Input/output error") from ValueError("what the driver said")
         real(self, *args)
 
-    monkeypatch.setattr(CheckedReads, "load", load)
+    monkeypatch.setattr(VerifiedReader, "total_cost", load)
     config = options(**LONG)
     with pytest.raises(OSError, match="Input/output error") as caught:
         fit(config)

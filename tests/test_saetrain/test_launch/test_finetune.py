@@ -29,10 +29,10 @@ from actcache.filesystem.atomic import digest_file
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.config.sae_options import SaeOptions
-from saetrain.launch.estimate import plan_fit
+from saetrain.launch.estimate import estimate_fit
 from saetrain.launch.finetune import require_header
 from saetrain.launch.run import fit
-from saetrain.runs.record import RUN, Source, read_run
+from saetrain.runs.record import RUN, PretrainedSource, read_run
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -103,7 +103,7 @@ def test_a_run_begins_with_the_weights_of_each_hookpoint(
     assert [(s.config.num_latents, s.config.k) for s in record.saes] == [(latents, k)] * 2
     for entry, recorded in zip(record.saes, record.origins, strict=True):
         folder = root / entry.name
-        expected = Source(str(folder), None, digest_file(folder / "sae.safetensors"))
+        expected = PretrainedSource(str(folder), None, digest_file(folder / "sae.safetensors"))
         assert recorded == expected
         old, new = weights(root, entry.name), weights(config.out, entry.name)
         assert old.keys() == new.keys()
@@ -245,10 +245,10 @@ def test_a_finetuned_run_that_was_stopped_equals_one_that_was_not(
     fit(whole)
     real = saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
         if number == stop_at:
             raise Killed
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)
@@ -271,7 +271,7 @@ def test_a_finetuned_run_that_was_stopped_equals_one_that_was_not(
 def test_the_plan_of_a_run_has_the_sizes_of_what_it_begins_with(
     options: Options, first: Path
 ) -> None:
-    plan = plan_fit(unsaid(options, finetune=str(first)), torch.device("cpu"))
+    plan = estimate_fit(unsaid(options, finetune=str(first)), torch.device("cpu"))
     assert [(sae.num_latents, sae.k) for sae in plan.saes] == [(48, 3)] * 2
 
 
@@ -444,6 +444,6 @@ def test_the_program_begins_with_a_repository_of_the_hub(
     assert "layers.1 begins with someone/saes/layers.1 (40 latents, k 5)" in done.stderr
     record = read_run(Path(config.out))
     file = digest_file(published / "layers.1" / "sae.safetensors")
-    assert record.origins == (Source("someone/saes/layers.1", COMMIT, file),)
+    assert record.origins == (PretrainedSource("someone/saes/layers.1", COMMIT, file),)
     assert {name for name in asked if not name.endswith("cfg.json")} == {"layers.1/sae.safetensors"}
     assert (Path(config.out) / RUN).exists()

@@ -25,14 +25,14 @@ import saetrain.runs.segments
 import saetrain.training.checkpointing
 import saetrain.training.step
 from actcache.cache.reader import Cache
-from actcache.core.file_lock import FolderLock
+from actcache.core.file_lock import DirectoryLock
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import newest_step
 from saetrain.runs.record import RUN, read_run
-from saetrain.runs.segments import SEGMENTS, Waiting
+from saetrain.runs.segments import SEGMENTS, HarvestWaitNotice
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -51,7 +51,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (actcache.stream.segments, saetrain.runs.segments):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(actcache.stream.activation_stream, "_PATIENCE", 0.02)
+    monkeypatch.setattr(actcache.stream.activation_stream, "_TIMEOUT", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +123,10 @@ class Killed(BaseException):
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
     real = saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
-        if number == stop_at and trainee.entry.hookpoint == "layers.1":
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == stop_at and trainer.entry.hookpoint == "layers.1":
             raise Killed
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
 
@@ -366,15 +366,15 @@ def test_waiting_is_told_once_a_segment_and_a_harvest_at_work_is_not_missed(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    waited, tell = threading.Event(), Waiting.__call__
+    waited, tell = threading.Event(), HarvestWaitNotice.__call__
 
-    def note(waiting: Waiting, shard: int) -> None:
+    def note(waiting: HarvestWaitNotice, shard: int) -> None:
         tell(waiting, shard)
         waited.set()
 
-    monkeypatch.setattr(Waiting, "__call__", note)
-    lock = FolderLock(growing.root)
-    lock.take()
+    monkeypatch.setattr(HarvestWaitNotice, "__call__", note)
+    lock = DirectoryLock(growing.root)
+    lock.acquire()
     config = following(cache=str(growing.root))
 
     def harvest() -> None:

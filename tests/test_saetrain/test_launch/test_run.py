@@ -196,7 +196,7 @@ def test_a_disk_that_is_full_when_a_line_is_written_is_told_as_such_with_the_fil
         if path.name == name:
             path.symlink_to("/dev/full")
 
-    monkeypatch.setattr("saetrain.tracking.jsonl.cut_back", full)
+    monkeypatch.setattr("saetrain.tracking.jsonl.truncate_after", full)
     with pytest.raises(DiskFullError, match=rf"no room to write .*{name}(.|\n)*with --resume"):
         fit(options(save_every=100))
     assert json.loads((Path(options().out) / "exit.json").read_text())["code"] == 10

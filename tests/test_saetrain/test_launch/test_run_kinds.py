@@ -24,7 +24,7 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.evaluation import evaluate
 from saetrain.formats.sparsify import load_sae, read_config
-from saetrain.launch.estimate import plan_fit
+from saetrain.launch.estimate import estimate_fit
 from saetrain.launch.run import fit
 from saetrain.runs.record import read_run
 
@@ -149,17 +149,17 @@ def test_a_run_of_every_kind_that_is_stopped_and_resumed_leaves_the_same_bytes(
 def test_so_does_one_with_a_recipe_of_its_own(
     kind_options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    kind, recipe = RECIPES[name]
-    out = stop_and_resume(kind_options, snapshot, monkeypatch, kind, {"epochs": 2, **recipe})
+    kind, settings = RECIPES[name]
+    out = stop_and_resume(kind_options, snapshot, monkeypatch, kind, {"epochs": 2, **settings})
     for sae in evaluate(out, device="cpu").saes:
         assert sae.fvu < 1
         assert sae.k in (3, None)
         weights = load_file(out / sae.hookpoint / "sae.safetensors")
         norms = weights["W_dec"].float().norm(dim=1)
-        if recipe.get("decoder_norm") == "fold":
+        if settings.get("decoder_norm") == "fold":
             torch.testing.assert_close(norms, torch.ones(48), rtol=0, atol=0.02)  # of bfloat16
         saved = read_config(out / sae.hookpoint)
-        assert saved.normalize_decoder is (recipe.get("decoder_norm") != "free")
+        assert saved.normalize_decoder is (settings.get("decoder_norm") != "free")
 
 
 def stop_and_resume(
@@ -290,7 +290,7 @@ def test_a_grid_of_activations_has_each_in_its_folder_and_not_one_twice(
     fit(config)
     names = [sae.name for sae in evaluate(Path(config.out), device="cpu").saes]
     assert names == [f"{OUT}/topk", f"{OUT}/relu", f"{OUT}/batchtopk"]
-    plan = plan_fit(config, torch.device("cpu"))
+    plan = estimate_fit(config, torch.device("cpu"))
     assert [(sae.name, sae.k) for sae in plan.saes] == list(zip(names, (3, None, 3), strict=True))
     with pytest.raises(ConfigError, match="--k means nothing"):
         vary(kind_options("relu"), k=(3, 4))

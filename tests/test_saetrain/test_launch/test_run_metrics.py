@@ -16,7 +16,7 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.kernels import signum_update_
 from saetrain.launch.run import fit
 from saetrain.tracking.jsonl import METRICS
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.sae_trainer import SaeTrainer
 
 Options = Callable[..., FitConfig]
 
@@ -44,17 +44,17 @@ def test_signums_learning_rate_is_the_one_that_it_used(
 ) -> None:
     used: list[float] = []
     last: list[float] = []
-    real = Trainee.state
+    real = SaeTrainer.state
 
-    def state(trainee: Trainee) -> Any:
+    def state(trainer: SaeTrainer) -> Any:
         used.append(last[-1])
-        return real(trainee)
+        return real(trainer)
 
     def update(*tensors: Any, **arguments: Any) -> None:
         last.append(arguments["lr"])
         signum_update_(*tensors, **arguments)
 
-    monkeypatch.setattr(Trainee, "state", state)
+    monkeypatch.setattr(SaeTrainer, "state", state)
     monkeypatch.setattr("saetrain.optim.signum.signum_update_", update)
     found = figures(options(hookpoint=("layers.0",), lr_schedule=schedule, save_every=4))
     assert [line["lr"] for line in found] == used
@@ -69,17 +69,17 @@ def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(
     norms: list[float] = []
     real = saetrain.training.step._update
 
-    def look(trainee: Trainee, *arguments: Any) -> Any:
+    def look(trainer: SaeTrainer, *arguments: Any) -> Any:
         found = {
             name: p.grad.double()
-            for name, p in trainee.sae.named_parameters()
+            for name, p in trainer.sae.named_parameters()
             if p.grad is not None
         }
-        W_dec = trainee.sae.W_dec.detach().double()
+        W_dec = trainer.sae.W_dec.detach().double()
         along = (found["W_dec"] * W_dec).sum(dim=1, keepdim=True)
         found["W_dec"] = found["W_dec"] - along * W_dec
         norms.append(float(torch.cat([g.flatten() for g in found.values()]).norm()))
-        return real(trainee, *arguments)
+        return real(trainer, *arguments)
 
     monkeypatch.setattr(saetrain.training.step, "_update", look)
     config = options(
@@ -101,13 +101,13 @@ def test_the_decoders_norms_are_those_of_the_weights_in_training(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last: dict[str, torch.Tensor] = {}
-    real = Trainee.state
+    real = SaeTrainer.state
 
-    def state(trainee: Trainee) -> Any:
-        last[trainee.entry.name] = trainee.sae.W_dec.detach().norm(dim=1)
-        return real(trainee)
+    def state(trainer: SaeTrainer) -> Any:
+        last[trainer.entry.name] = trainer.sae.W_dec.detach().norm(dim=1)
+        return real(trainer)
 
-    monkeypatch.setattr(Trainee, "state", state)
+    monkeypatch.setattr(SaeTrainer, "state", state)
     line = figures(options(optimizer="adam", decoder_norm="free", lr=0.1), "layers.1")[-1]
     norms = last["layers.1"]
     expected = (float(norms.min()), float(norms.max()))

@@ -73,10 +73,10 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     fit(whole)
     real = saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Tensor, number: int, alpha: float) -> None:
-        if number == 16 and trainee.entry.hookpoint == "layers.1":
+    def step(trainer: Any, rows: Tensor, number: int, alpha: float) -> None:
+        if number == 16 and trainer.entry.hookpoint == "layers.1":
             raise Killed
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)
@@ -134,9 +134,9 @@ def test_annealing_trains_at_the_k_of_each_step_and_saves_the_last(
 ) -> None:
     real, seen = saetrain.training.step.train_step, []
 
-    def step(trainee: Any, rows: Tensor, number: int, alpha: float) -> None:
-        real(trainee, rows, number, alpha)
-        seen.append(trainee.sae.k)
+    def step(trainer: Any, rows: Tensor, number: int, alpha: float) -> None:
+        real(trainer, rows, number, alpha)
+        seen.append(trainer.sae.k)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
     config = options(hookpoint=("layers.0",), k_anneal_steps=9, log_every=1)

@@ -124,7 +124,7 @@ def test_a_second_fit_in_the_folder_is_refused_by_the_name_of_the_first(
 ) -> None:
     config, real, refused = options(), saetrain.training.step.train_step, []
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
         if number == 4 and not refused:
             before = snapshot(Path(config.out))
             with pytest.raises(
@@ -133,7 +133,7 @@ def test_a_second_fit_in_the_folder_is_refused_by_the_name_of_the_first(
                 fit(dataclasses.replace(config, resume=True))
             assert only_changed(before, snapshot(Path(config.out))) == []
             refused.append(number)
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
     fit(config)
@@ -145,14 +145,14 @@ def test_two_that_begin_a_run_at_once_do_not_both_begin_it(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slower one finds that a run has been begun since it looked."""
-    config, real = options(), saetrain.launch.setup.build
+    config, real = options(), saetrain.launch.setup.make_trainers
 
     def build(*arguments: Any) -> Any:
-        monkeypatch.setattr(saetrain.launch.setup, "build", real)
+        monkeypatch.setattr(saetrain.launch.setup, "make_trainers", real)
         fit(config)
         return real(*arguments)
 
-    monkeypatch.setattr(saetrain.launch.setup, "build", build)
+    monkeypatch.setattr(saetrain.launch.setup, "make_trainers", build)
     with pytest.raises(RunError, match="another fit has begun a run"):
         fit(config)
 

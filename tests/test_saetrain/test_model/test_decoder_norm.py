@@ -18,7 +18,7 @@ from saetrain.launch.run import fit
 from saetrain.model.decoder_norm import fold, folded_losses
 from saetrain.model.losses import compute_losses
 from saetrain.model.sae import Sae
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
 
 N, D, M, K = 32, 12, 40, 5
@@ -92,28 +92,28 @@ def test_it_is_saelens_topk_with_rescaled_activations() -> None:
 
 @pytest.mark.parametrize("norm", ["fold", "free"])
 def test_rows_are_free_in_training_and_their_gradient_is_whole(
-    make_trainee: Callable[..., Trainee], norm: Any, monkeypatch: pytest.MonkeyPatch
+    make_trainee: Callable[..., SaeTrainer], norm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainee = make_trainee(D, M, K, dtype=torch.float64, decoder_norm=norm)
+    trainer = make_trainee(D, M, K, dtype=torch.float64, decoder_norm=norm)
     along = []
 
     def spy(_: int) -> None:
-        gradient = trainee.sae.W_dec.grad
+        gradient = trainer.sae.W_dec.grad
         assert gradient is not None
-        along.append(float((gradient * trainee.sae.W_dec.detach()).sum(dim=1).abs().max()))
+        along.append(float((gradient * trainer.sae.W_dec.detach()).sum(dim=1).abs().max()))
 
-    before = trainee.sae.W_dec.detach().clone()
+    before = trainer.sae.W_dec.detach().clone()
     with torch.no_grad():
-        trainee.sae.W_dec.mul_(2)
+        trainer.sae.W_dec.mul_(2)
     with monkeypatch.context() as patch:
-        patch.setattr(trainee.optimizer, "step", spy)
-        train_step(trainee, rows(), 0, 0.0)
-    assert torch.equal(trainee.sae.W_dec, 2 * before)
+        patch.setattr(trainer.optimizer, "step", spy)
+        train_step(trainer, rows(), 0, 0.0)
+    assert torch.equal(trainer.sae.W_dec, 2 * before)
     assert along[0] > 1e-4
-    trainee.optimizer.drop_gradients()
+    trainer.optimizer.drop_gradients()
     for step in range(5):
-        train_step(trainee, rows(), step, 0.0)
-    assert float((trainee.sae.W_dec.detach().norm(dim=1) - 2).abs().max()) > 1e-3
+        train_step(trainer, rows(), step, 0.0)
+    assert float((trainer.sae.W_dec.detach().norm(dim=1) - 2).abs().max()) > 1e-3
 
 
 def test_a_run_saves_unit_rows_when_it_folds_and_says_when_they_are_free(

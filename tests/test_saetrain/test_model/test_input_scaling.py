@@ -20,7 +20,7 @@ from saetrain.config.sae import SaeConfig
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
-from saetrain.model.input_scaling import scale_of, scaling_of
+from saetrain.model.input_scaling import input_scaling, scale_of
 from saetrain.runs.record import SaeEntry, read_run
 from saetrain.tracking.jsonl import METRICS
 
@@ -51,11 +51,11 @@ def test_the_weights_for_raw_rows_are_the_same_function_with_the_same_decoder(
 ) -> None:
     config, scale = SaeConfig(D, M, K, activation=activation), 0.03
     sae = random_sae(config)
-    scaling = scaling_of(SaeEntry("h", config, 1.0, 0, scales=(scale,)), CPU, torch.float64)
+    scaling = input_scaling(SaeEntry("h", config, 1.0, 0, scales=(scale,)), CPU, torch.float64)
     assert scaling is not None
     x = 30 * torch.randn(50, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     weights = dict(sae.named_buffers()) | dict(sae.named_parameters())
-    raw = scaling.raw(weights)
+    raw = scaling.fold_into(weights)
     assert raw.keys() == weights.keys()
     assert torch.equal(raw["W_dec"], sae.W_dec)
     scaled, plain = sae(x * scaling.rows), functional_call(sae, raw, (x,))
@@ -71,13 +71,13 @@ def test_each_hookpoint_has_a_scale_of_its_own(kind: str) -> None:
     if kind == "crosscoder":
         config, widths = SaeConfig(D + 4, M, K, widths=(D, 4)), (D, 4)
     sae, scales = random_sae(config), (0.03, 5.0)
-    scaling = scaling_of(SaeEntry("h", config, 1.0, 0, scales=scales), CPU, torch.float64)
+    scaling = input_scaling(SaeEntry("h", config, 1.0, 0, scales=scales), CPU, torch.float64)
     assert scaling is not None
     rows = torch.randn(50, D + 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     rows = rows / torch.tensor([s for s, w in zip(scales, widths, strict=True) for _ in range(w)])
     read, _ = sae.split(rows * scaling.rows)
     raw_read, _ = sae.split(rows)
-    raw = functional_call(sae, scaling.raw(dict(sae.named_parameters())), (raw_read,))
+    raw = functional_call(sae, scaling.fold_into(dict(sae.named_parameters())), (raw_read,))
     scaled = sae(read)
     expected = scaled.reconstruction / scaling.predicted
     torch.testing.assert_close(raw.reconstruction, expected)
@@ -85,10 +85,10 @@ def test_each_hookpoint_has_a_scale_of_its_own(kind: str) -> None:
 
 
 def test_a_weight_of_unknown_unit_is_not_let_through() -> None:
-    scaling = scaling_of(SaeEntry("h", SaeConfig(D, M, K), 1.0, 0, scales=(2.0,)), CPU)
+    scaling = input_scaling(SaeEntry("h", SaeConfig(D, M, K), 1.0, 0, scales=(2.0,)), CPU)
     assert scaling is not None
     with pytest.raises(AssertionError, match="novel"):
-        scaling.raw({"novel": torch.zeros(1)})
+        scaling.fold_into({"novel": torch.zeros(1)})
 
 
 def test_scales_are_of_the_root_mean_square_of_the_training_rows(
@@ -101,7 +101,9 @@ def test_scales_are_of_the_root_mean_square_of_the_training_rows(
         record = read_run(Path(config.out))
         for entry in record.saes:
             shards = [cache.read(entry.hookpoint, s, 0, 128) for s in record.training_shards]
-            rows = np.concatenate([cache.codec.to_float32(r) for r in shards]).astype(np.float64)
+            rows = np.concatenate([cache.row_dtype.to_float32(r) for r in shards]).astype(
+                np.float64
+            )
             (scale,) = entry.scales
             squares = np.square(rows * scale)
             mean = squares.mean() if kind == "rms" else squares.sum(axis=1).mean()
@@ -109,9 +111,9 @@ def test_scales_are_of_the_root_mean_square_of_the_training_rows(
     assert scale_of("none", cache.statistics("layers.0")) == 1.0
 
 
-@pytest.mark.parametrize("recipe", [{}, {"decoder_norm": "fold"}, {"activation": "batchtopk"}])
+@pytest.mark.parametrize("settings", [{}, {"decoder_norm": "fold"}, {"activation": "batchtopk"}])
 def test_a_run_does_not_depend_on_the_unit_of_its_rows_and_what_it_saves_takes_them_raw(
-    options: Options, make_cache: Callable[..., Path], recipe: dict[str, Any]
+    options: Options, make_cache: Callable[..., Path], settings: dict[str, Any]
 ) -> None:
     """Rows 64 times as large, a power of 2: the same numbers, bit for bit, but for the unit."""
     found, saved = [], []
@@ -131,7 +133,7 @@ def test_a_run_does_not_depend_on_the_unit_of_its_rows_and_what_it_saves_takes_t
             optimizer="adam",
             max_tokens=40 * 32,
             val_every=40,
-            **recipe,
+            **settings,
         )
         fit(config)
         root = Path(config.out)
@@ -173,4 +175,4 @@ def test_without_a_scale_nothing_is_recorded(options: Options) -> None:
     fit(options())
     for entry in read_run(Path(options().out)).saes:
         assert (entry.scales, entry.encoder_scale) == ((), 1.0)
-        assert scaling_of(dataclasses.replace(entry), CPU) is None
+        assert input_scaling(dataclasses.replace(entry), CPU) is None

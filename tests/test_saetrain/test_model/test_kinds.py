@@ -15,7 +15,7 @@ from torch import Tensor
 from saetrain.config.sae import SaeConfig
 from saetrain.model.activations import BatchTopK, Gated, JumpRelu
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import Objective, Part, compute_losses, objective_of
+from saetrain.model.losses import LossConfig, OutputSlice, compute_losses, make_loss_config
 from saetrain.model.sae import Sae
 
 N, D, E, M, K = 13, 11, 7, 30, 3
@@ -58,9 +58,9 @@ def rows_for(config: SaeConfig) -> Tensor:
     return torch.randn(N, width, generator=generator(99), dtype=torch.float64)
 
 
-def objective_for(config: SaeConfig) -> Objective:
-    parts = (Part("a", 5, 3.0), Part("b", 6, 4.5)) if config.widths else ()
-    return objective_of(config, 0, parts)
+def objective_for(config: SaeConfig) -> LossConfig:
+    parts = (OutputSlice("a", 5, 3.0), OutputSlice("b", 6, 4.5)) if config.widths else ()
+    return make_loss_config(config, 0, parts)
 
 
 # --- the formulas, densely -----------------------------------------------------------------------
@@ -108,11 +108,11 @@ def plain_penalty(sae: Sae, config: SaeConfig, pre: Tensor, parts: list[slice]) 
 
 
 def plain_loss(sae: Sae, config: SaeConfig, rows: Tensor, dead: Tensor | None) -> Tensor:
-    objective = objective_for(config)
+    loss_config = objective_for(config)
     x, y = (rows[:, :D], rows[:, D:]) if config.transcode else (rows, rows)
     pre = (x if config.transcode else x - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [N, M]
     parts, variances = [slice(None)], [VARIANCE]
-    if objective.parts:
+    if loss_config.parts:
         parts, variances = [slice(0, 5), slice(5, 11)], [3.0, 4.5]
 
     def fvu(error: Tensor) -> Tensor:
@@ -271,12 +271,12 @@ def test_jumprelu_begins_at_its_threshold_in_the_unit_of_the_rows() -> None:
 def test_a_penalty_rises_over_its_warm_up_and_is_logged_unweighted() -> None:
     config = SaeConfig(D, M, K, activation="relu", sparsity=0.3)
     sae, rows = make(config), rows_for(config)
-    objective = objective_of(config, 4)
-    losses = [compute_losses(sae, rows, VARIANCE, None, objective, step) for step in range(6)]
+    loss_config = make_loss_config(config, 4)
+    losses = [compute_losses(sae, rows, VARIANCE, None, loss_config, step) for step in range(6)]
     weights = [step.terms[0].weight for step in losses]
     assert weights == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3, 0.3])
     assert len({float(step.terms[0].value.detach()) for step in losses}) == 1
-    assert objective.names == ("penalty",)
+    assert loss_config.names == ("penalty",)
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
@@ -286,13 +286,13 @@ def test_the_penalty_weighs_the_same_whatever_the_scale_of_the_rows(
 ) -> None:
     config = SaeConfig(D, M, K, activation=activation, sparsity=0.3)  # type: ignore[arg-type]
     sae, rows = make(config), rows_for(config)
-    once = compute_losses(sae, rows, VARIANCE, None, objective_of(config, 0)).total(0.0)
+    once = compute_losses(sae, rows, VARIANCE, None, make_loss_config(config, 0)).total(0.0)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             if name not in ("W_enc", "W_dec", "activation.r_mag"):
                 parameter.mul_(scale)
     rescaled = compute_losses(
-        sae, scale * rows, scale**2 * VARIANCE, None, objective_of(config, 0)
+        sae, scale * rows, scale**2 * VARIANCE, None, make_loss_config(config, 0)
     ).total(0.0)
     torch.testing.assert_close(once, rescaled)
 
@@ -300,11 +300,11 @@ def test_the_penalty_weighs_the_same_whatever_the_scale_of_the_rows(
 def test_a_crosscoder_weighs_its_hookpoints_alike_and_reports_each() -> None:
     config = SaeConfig(D, M, K, widths=(5, 6))
     sae, rows = make(config), rows_for(config)
-    objective = objective_for(config)
-    losses = compute_losses(sae, rows, VARIANCE, None, objective)
+    loss_config = objective_for(config)
+    losses = compute_losses(sae, rows, VARIANCE, None, loss_config)
     error = (rows - sae(rows).reconstruction).pow(2)
     parts = [error[:, :5].sum() / (N * 3.0), error[:, 5:].sum() / (N * 4.5)]
-    assert objective.names == ("fvu/a", "fvu/b")
+    assert loss_config.names == ("fvu/a", "fvu/b")
     assert [term.weight for term in losses.terms] == [0, 0]
     torch.testing.assert_close([term.value for term in losses.terms], parts)
     torch.testing.assert_close(losses.fvu, (parts[0] + parts[1]) / 2)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from saetrain.config.sae import SaeConfig
 from saetrain.model.activations import BatchTopK
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import compute_losses, objective_of
+from saetrain.model.losses import compute_losses, make_loss_config
 from saetrain.model.sae import Sae
 
 N, D, M, K = 24, 10, 36, 3
@@ -120,11 +120,11 @@ def lens_loss(sae: Any, coefficients: dict[str, float], dead: Tensor | None = No
 def our_loss(
     sae: Sae, config: SaeConfig, dead: Tensor | None = None, alpha: float = 0.0
 ) -> Callable[[Tensor, int], Tensor]:
-    objective = objective_of(config, 0)
+    loss_config = make_loss_config(config, 0)
 
     def minimised(rows: Tensor, step: int) -> Tensor:
         sae.activation.project()
-        losses = compute_losses(sae, rows, NO_VARIANCE, dead, objective, step)
+        losses = compute_losses(sae, rows, NO_VARIANCE, dead, loss_config, step)
         sae.activation.observe(losses.output.top_acts)
         return losses.total(alpha)
 
@@ -311,7 +311,7 @@ def test_every_kind_of_sparsify_has_its_losses_step_by_step(
 
     def our_side(rows: Tensor, step: int) -> Tensor:
         both = torch.cat([rows, targets(rows)], dim=1) if config.transcode else rows
-        return compute_losses(ours, both, 2.5, None, objective_of(config, 0), step).total(0.0)
+        return compute_losses(ours, both, 2.5, None, make_loss_config(config, 0), step).total(0.0)
 
     def their_side(rows: Tensor, step: int) -> Tensor:
         y = targets(rows) if config.transcode else None
@@ -334,7 +334,7 @@ def test_multi_topk_has_the_loss_of_sparsify(sparsify: ModuleType) -> None:
     config = SaeConfig(D, M, K, multi_topk=True)
     ours, theirs = sparsify_pair(sparsify, config)
     rows = batches()[0]
-    losses = compute_losses(ours, rows, 2.5, None, objective_of(config, 0))
+    losses = compute_losses(ours, rows, 2.5, None, make_loss_config(config, 0))
     output = theirs(rows, total_variance=torch.tensor(2.5 * N, dtype=torch.float64))
     torch.testing.assert_close(losses.fvu, output.fvu)
     torch.testing.assert_close(losses.terms[0].value, output.multi_topk_fvu)

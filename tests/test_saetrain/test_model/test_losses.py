@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saetrain.model.losses import Losses, Part, auxk_loss, compute_losses, list_dead, list_dead_in
+from saetrain.model.losses import (
+    Losses,
+    OutputSlice,
+    auxk_loss,
+    compute_losses,
+    list_dead,
+    list_dead_in,
+)
 from saetrain.model.sae import Sae
 
 N, D, M, K = 12, 10, 30, 3
@@ -149,7 +156,7 @@ def test_auxk_of_a_list_with_room_to_spare_is_that_of_the_dead(
     sae: Sae, x: torch.Tensor, dead: torch.Tensor
 ) -> None:
     """So it is done on a GPU."""
-    parts = (Part("", D, VARIANCE),)
+    parts = (OutputSlice("", D, VARIANCE),)
     residual = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
     padded = auxk_loss(sae, x, residual, list_dead_in(dead, M, 4), parts)
     exact = list_dead(dead, D // 2, 4)

@@ -16,21 +16,21 @@ from saetrain.kernels import encode, on_torch
 from saetrain.kernels import sorted_pairs as pairs
 from saetrain.model import losses
 from saetrain.model.activations import Activation, BatchTopK, GroupMax, TopK
-from saetrain.model.losses import PLAIN, Objective
+from saetrain.model.losses import FVU_ONLY, LossConfig
 from saetrain.model.sae import Sae
-from saetrain.training.step import add_gradient
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step import accumulate_gradient
+from saetrain.training.step_settings import StepSettings
 
 N, D, E, M, K = 24, 10, 14, 40, 4
-MATRYOSHKA = Objective(prefixes=(3, 20))
-MULTI_TOPK = Objective(multi_topk=True)
+MATRYOSHKA = LossConfig(prefixes=(3, 20))
+MULTI_TOPK = LossConfig(multi_topk=True)
 DEAD = torch.isin(torch.arange(M), torch.tensor([0, 7, 8, 21, 39]))  # [M]
 RECIPES = {
-    "plain": Recipe(),
-    "micro-batches": Recipe(micro_batch_size=10),
-    "accumulated": Recipe(grad_acc_steps=2, micro_batch_size=10),
-    "folded": Recipe(decoder_norm="fold"),
-    "autocast": Recipe(autocast=True),
+    "plain": StepSettings(),
+    "micro-batches": StepSettings(micro_batch_size=10),
+    "accumulated": StepSettings(grad_acc_steps=2, micro_batch_size=10),
+    "folded": StepSettings(decoder_norm="fold"),
+    "autocast": StepSettings(autocast=True),
 }
 
 
@@ -48,40 +48,42 @@ def rows(width: int = D) -> Tensor:
     return torch.randn(N, width, generator=generator, dtype=torch.float64)
 
 
-def gradients(sae: Sae, x: Tensor, objective: Objective, recipe: Recipe) -> dict[str, Tensor]:
+def gradients(
+    sae: Sae, x: Tensor, loss_config: LossConfig, settings: StepSettings
+) -> dict[str, Tensor]:
     """Of two batches, added up."""
     sae.zero_grad()
     for step in range(2):
-        add_gradient(sae, x, 2.5, DEAD, objective, step, 0.5, recipe)
+        accumulate_gradient(sae, x, 2.5, DEAD, loss_config, step, 0.5, settings)
     return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("objective", [PLAIN, MATRYOSHKA, MULTI_TOPK])
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+@pytest.mark.parametrize("loss_config", [FVU_ONLY, MATRYOSHKA, MULTI_TOPK])
+@pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES.keys())
 def test_rows_of_dead_latents_have_the_gradient_that_indexing_gives(
-    monkeypatch: pytest.MonkeyPatch, objective: Objective, recipe: Recipe
+    monkeypatch: pytest.MonkeyPatch, loss_config: LossConfig, settings: StepSettings
 ) -> None:
     sae = make()
-    found = gradients(sae, rows(), objective, recipe)
+    found = gradients(sae, rows(), loss_config, settings)
     forward: Callable[..., Any] = losses._forward
 
     def without_rows(*arguments: Any) -> Any:
         return *forward(*arguments[:-1], None)[:-1], None
 
     monkeypatch.setattr(losses, "_forward", without_rows)
-    want = gradients(sae, rows(), objective, recipe)
+    want = gradients(sae, rows(), loss_config, settings)
     assert found.keys() == want.keys() == dict(sae.named_parameters()).keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, want[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
-KINDS: dict[str, tuple[Callable[[], Sae], Objective, int]] = {
-    "topk": (make, PLAIN, D),
+KINDS: dict[str, tuple[Callable[[], Sae], LossConfig, int]] = {
+    "topk": (make, FVU_ONLY, D),
     "topk, matryoshka": (make, MATRYOSHKA, D),
     "topk, multi_topk": (make, MULTI_TOPK, D),
-    "batchtopk": (lambda: make(BatchTopK(K)), PLAIN, D),
+    "batchtopk": (lambda: make(BatchTopK(K)), FVU_ONLY, D),
     "batchtopk, matryoshka": (lambda: make(BatchTopK(K)), MATRYOSHKA, D),
-    "groupmax": (lambda: make(GroupMax(K)), PLAIN, D),
+    "groupmax": (lambda: make(GroupMax(K)), FVU_ONLY, D),
     "groupmax, matryoshka": (lambda: make(GroupMax(K)), MATRYOSHKA, D),
     "transcoder": (lambda: make(transcode=True, d_out=E), MULTI_TOPK, D + E),
     "skip": (
@@ -92,28 +94,30 @@ KINDS: dict[str, tuple[Callable[[], Sae], Objective, int]] = {
 }
 
 
-@pytest.mark.parametrize(("build", "objective", "width"), KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize(("build", "loss_config", "width"), KINDS.values(), ids=KINDS.keys())
 def test_a_step_multiplies_by_the_encoder_once_and_sorts_once(
-    monkeypatch: pytest.MonkeyPatch, build: Callable[[], Sae], objective: Objective, width: int
+    monkeypatch: pytest.MonkeyPatch, build: Callable[[], Sae], loss_config: LossConfig, width: int
 ) -> None:
     sorts, products, sort, product = [], [], pairs.sort_pairs, encode.Product
     for module in (pairs, on_torch.decode):
         monkeypatch.setattr(module, "sort_pairs", lambda *a: sorts.append(1) or sort(*a))
     monkeypatch.setattr(encode, "Product", lambda *a: products.append(1) or product(*a))
-    add_gradient(build(), rows(width), 2.5, None, objective, 0, 0.0, Recipe())
+    accumulate_gradient(build(), rows(width), 2.5, None, loss_config, 0, 0.0, StepSettings())
     assert sum(sorts) == 1
     assert sum(products) == 1
 
 
-@pytest.mark.parametrize(("build", "objective", "width"), KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize(("build", "loss_config", "width"), KINDS.values(), ids=KINDS.keys())
 def test_losses_and_gradients_are_those_of_the_reference(
-    monkeypatch: pytest.MonkeyPatch, build: Callable[[], Sae], objective: Objective, width: int
+    monkeypatch: pytest.MonkeyPatch, build: Callable[[], Sae], loss_config: LossConfig, width: int
 ) -> None:
     results = []
     for path in ("torch", "reference"):
         monkeypatch.setenv("SAETRAIN_KERNELS", path)
         sae = build()
-        found = add_gradient(sae, rows(width), 2.5, DEAD, objective, 0, 0.5, Recipe())
+        found = accumulate_gradient(
+            sae, rows(width), 2.5, DEAD, loss_config, 0, 0.5, StepSettings()
+        )
         named = {"fvu": found.fvu, "auxk": found.auxk}
         named |= {str(n): term.value for n, term in enumerate(found.terms)}
         results.append(named | {n: p.grad for n, p in sae.named_parameters() if p.grad is not None})
@@ -125,5 +129,5 @@ def test_losses_and_gradients_are_those_of_the_reference(
 
 def test_every_sparse_activation_says_how_it_selects_and_batchtopk_only_in_training() -> None:
     for activation in (TopK(K), BatchTopK(K), GroupMax(K)):
-        assert activation.way() is not None
-        assert (activation.eval().way() is None) == isinstance(activation, BatchTopK)
+        assert activation.selector() is not None
+        assert (activation.eval().selector() is None) == isinstance(activation, BatchTopK)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saetrain.optim import Optimizer, step_if
+from saetrain.optim import Optimizer, conditional_step
 from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
 from saetrain.optim.muon import Muon
@@ -76,7 +76,7 @@ def test_a_gradient_that_is_not_finite_changes_no_bit_of_weights_or_state(
         if masked:
             optimizer.masked_step(step, flag(False))
         else:
-            step_if(flag(False), optimizer, step)
+            conditional_step(flag(False), optimizer, step)
         assert all(parameter.grad is None for parameter in weights.values())
     assert bits(weights, optimizer) == before
 

@@ -14,14 +14,14 @@ from saetrain.kernels.on_torch import update
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.optim.adam import Adam
-from saetrain.optim.fused import OnePass
+from saetrain.optim.fused import FusedOptimizer
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.signum import Signum
 from saetrain.runs.record import SaeEntry
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 M, D, K, STEPS = 64, 16, 4, 20
 SCHEDULE = Schedule("linear", 0, 2 * STEPS)
@@ -31,37 +31,37 @@ BOTH = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 class ApartSignum(Signum):
     """As before there was one pass: whoever calls it normalises, projects and measures."""
 
-    one_pass = False
+    is_fused = False
 
 
 class ApartAdam(Adam):
     """Likewise; its checkpoints did not say that rows have norm 1."""
 
-    one_pass = False
+    is_fused = False
 
 
 def make(
-    optimizer: str, dtype: torch.dtype, apart: bool, unit: bool = True, **recipe: Any
-) -> Trainee:
+    optimizer: str, dtype: torch.dtype, apart: bool, unit: bool = True, **settings: Any
+) -> SaeTrainer:
     sae = Sae(D, M, K, dtype=dtype)
     parameters = dict(sae.named_parameters())
     name = "W_dec" if unit and not apart else None
-    steps_by: OnePass
+    steps_by: FusedOptimizer
     if optimizer == "signum":
         steps_by = (ApartSignum if apart else Signum)(parameters, 0.01, unit=name)
     else:
         kind = ApartAdam if apart else Adam
         steps_by = kind(parameters, 0.01, schedule=SCHEDULE, weight_decay=0.1, unit=name)
     device = torch.device("cpu")
-    recipe = {"decoder_norm": "unit" if unit else "free", **recipe}
-    return Trainee(
+    settings = {"decoder_norm": "unit" if unit else "free", **settings}
+    return SaeTrainer(
         SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, seed=0),
         sae,
         steps_by,
-        Firing(M, 10**9, device),
-        Meter(device),
+        DeadLatentTracker(M, 10**9, device),
+        MeanMeter(device),
         1.0,
-        recipe=Recipe(**recipe),
+        settings=StepSettings(**settings),
     )
 
 
@@ -99,7 +99,7 @@ def test_steps_of_one_pass_are_those_of_three_to_rounding(
         late = y if z is None else torch.lerp(y, z, 1 - 1 / 0.95)
         drawn_too_late = max(drawn_too_late, float((late - theirs["W_dec"]).abs().max()))
     assert (drawn_too_late > 1e-3) is (optimizer == "signum")
-    assert one.vitals.read() == pytest.approx(three.vitals.read(), rel=1e-9)
+    assert one.latent_stats.read() == pytest.approx(three.latent_stats.read(), rel=1e-9)
     one.sae.normalise_decoder()
     three.sae.normalise_decoder()
     for a, b in zip(one.sae.parameters(), three.sae.parameters(), strict=True):
@@ -115,16 +115,16 @@ def test_the_same_gradients_lead_to_the_same_weights_to_rounding(
     one, three = (make(optimizer, dtype, apart) for apart in (False, True))
     for step in range(STEPS):
         norms = []
-        for trainee in (one, three):
-            if trainee is three:
-                trainee.sae.normalise_decoder()
+        for trainer in (one, three):
+            if trainer is three:
+                trainer.sae.normalise_decoder()
             generator = torch.Generator().manual_seed(step)
-            for p in trainee.sae.parameters():
+            for p in trainer.sae.parameters():
                 p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
-            if trainee is three:
-                trainee.sae.remove_parallel_gradient()
-            norms.append(trainee.optimizer.step(step))
-            assert all(p.grad is None for p in trainee.sae.parameters())
+            if trainer is three:
+                trainer.sae.remove_parallel_gradient()
+            norms.append(trainer.optimizer.step(step))
+            assert all(p.grad is None for p in trainer.sae.parameters())
         assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-6)  # type: ignore[arg-type]
         assert rows_of_norm_1(one.sae.W_dec)
     if optimizer == "signum":
@@ -140,15 +140,15 @@ def test_the_same_gradients_lead_to_the_same_weights_to_rounding(
 def test_a_gradient_along_a_row_of_norm_1_does_nothing(optimizer: str) -> None:
     found = []
     for along in (0.0, 3.0):
-        trainee = make(optimizer, torch.float64, apart=False)
+        trainer = make(optimizer, torch.float64, apart=False)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
-            for p in trainee.sae.parameters():
+            for p in trainer.sae.parameters():
                 p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            assert trainee.sae.W_dec.grad is not None
-            trainee.sae.W_dec.grad += along * trainee.sae.W_dec.detach()
-            norm = trainee.optimizer.step(step)
-        found.append((trainee.sae.W_dec.detach(), norm))
+            assert trainer.sae.W_dec.grad is not None
+            trainer.sae.W_dec.grad += along * trainer.sae.W_dec.detach()
+            norm = trainer.optimizer.step(step)
+        found.append((trainer.sae.W_dec.detach(), norm))
     close(found[0][0], found[1][0])
     assert float(found[0][1]) == pytest.approx(float(found[1][1]), rel=1e-9)  # type: ignore[arg-type]
 
@@ -242,7 +242,7 @@ def test_only_the_decoder_of_an_autoencoder_keeps_norm_1_and_only_if_asked(
     keeps = norm == "unit" and not transcode and name != "muon"
     assert rows_of_norm_1(sae.W_dec) is keeps
     assert not rows_of_norm_1(sae.W_enc)
-    assert made.one_pass is (norm_of_all is not None) is (name != "muon")
+    assert made.is_fused is (norm_of_all is not None) is (name != "muon")
 
 
 def test_low_precision_keeps_the_norms_in_float32() -> None:

@@ -35,7 +35,7 @@ def test_its_steps_are_those_of_sparsifys_muon_and_adam(sparsify: ModuleType) ->
 
     ours, theirs = parameters(), parameters()
     muon = Muon(ours, LR, CONSTANT, DECAY)
-    peers = [
+    store_group = [
         Theirs([theirs["W_enc"], theirs["W_dec"]], lr=LR, ddp=False),
         torch.optim.Adam([theirs["b_enc"]], lr=LR),
     ]
@@ -44,7 +44,7 @@ def test_its_steps_are_those_of_sparsifys_muon_and_adam(sparsify: ModuleType) ->
         give_gradients(ours, step)
         give_gradients(theirs, step)
         muon.step(step)
-        for peer in peers:
+        for peer in store_group:
             peer.step()
     for name, weights in ours.items():
         moved = float((weights.detach() - start[name]).norm())

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from actcache.errors import DiskFullError, FormatError
-from actcache.filesystem.atomic import FileReceipt
+from actcache.filesystem.atomic import FileDigest
 from saetrain.runs.checkpoint import (
     Best,
-    Keep,
+    RetentionPolicy,
     best_steps,
     load_checkpoint,
     newest_state,
@@ -25,7 +25,7 @@ from saetrain.runs.checkpoint import (
 )
 
 STREAM = {"epoch": 1, "step": 2}
-EXPORTS = [FileReceipt(1, "a" * 32), FileReceipt(2, "b" * 32)]
+EXPORTS = [FileDigest(1, "a" * 32), FileDigest(2, "b" * 32)]
 
 
 def contents(step: int) -> list[tuple[dict[str, torch.Tensor], dict[str, float]]]:
@@ -158,16 +158,16 @@ def kept_steps(root: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("keep", "expected"),
     [
-        (Keep(), [12]),
-        (Keep(3), [8, 10, 12]),
-        (Keep(99), [2, 4, 6, 8, 10, 12]),
-        (Keep(1, 6), [6, 12]),
-        (Keep(2, 4), [4, 8, 10, 12]),
+        (RetentionPolicy(), [12]),
+        (RetentionPolicy(3), [8, 10, 12]),
+        (RetentionPolicy(99), [2, 4, 6, 8, 10, 12]),
+        (RetentionPolicy(1, 6), [6, 12]),
+        (RetentionPolicy(2, 4), [4, 8, 10, 12]),
     ],
     ids=str,
 )
 def test_the_newest_ones_stay_and_those_of_every_so_many_steps(
-    tmp_path: Path, keep: Keep, expected: list[int]
+    tmp_path: Path, keep: RetentionPolicy, expected: list[int]
 ) -> None:
     for step in range(2, 13, 2):
         save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=keep)
@@ -177,7 +177,7 @@ def test_the_newest_ones_stay_and_those_of_every_so_many_steps(
 def test_best_ones_that_any_sound_checkpoint_names_are_known(tmp_path: Path) -> None:
     for step, best in ((3, 2), (6, 2), (9, 8), (12, 11)):
         bests = [Best(best, 0.5, EXPORTS[0]), None]
-        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, bests, Keep(3))
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, bests, RetentionPolicy(3))
     assert kept_steps(tmp_path) == [6, 9, 12]
     assert best_steps(tmp_path, 0) == {2, 8, 11}
     assert best_steps(tmp_path, 1) == best_steps(tmp_path, 2) == set()
@@ -196,7 +196,7 @@ def flip(path: Path) -> None:
 
 def test_a_damaged_newest_one_gives_way_to_the_newest_that_is_whole(tmp_path: Path) -> None:
     for step in (3, 6, 9, 12):
-        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=Keep(4))
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=RetentionPolicy(4))
     told: list[tuple[str, int]] = []
 
     def load() -> int:
@@ -221,7 +221,7 @@ def test_a_damaged_newest_one_gives_way_to_the_newest_that_is_whole(tmp_path: Pa
 
 def test_what_lies_beside_a_checkpoint_counts_as_part_of_it(tmp_path: Path) -> None:
     for step in (3, 6):
-        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=Keep(2))
+        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=RetentionPolicy(2))
 
     def check(state: Any) -> None:
         if state.step == 6:

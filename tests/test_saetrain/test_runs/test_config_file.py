@@ -12,7 +12,7 @@ import pytest
 from actcache.errors import ConfigError, FormatError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import FIELDS, grid, vary
-from saetrain.config.sae_options import Override
+from saetrain.config.sae_options import HookpointOverride
 from saetrain.launch.run import fit
 from saetrain.runs.config_file import make_config, merge, read_options
 from saetrain.runs.record import read_run
@@ -63,7 +63,7 @@ def test_both_languages_say_the_same(tmp_path: Path, text: str, suffix: str) -> 
         "r",
         hookpoint=("layers.0", "layers.1*"),
         saes=grid(k=(16, 32), lr=1e-3),
-        hookpoints={"layers.1*": Override(k=64, num_latents=4096)},
+        hookpoints={"layers.1*": HookpointOverride(k=64, num_latents=4096)},
         batch_size=512,
         val_fraction=0.0,
         follow=True,
@@ -182,14 +182,18 @@ def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
 
 
 def test_the_command_line_wins_over_lists_and_hookpoints_too() -> None:
-    overrides = {"a": Override(k=2, lr=0.5), "b": Override(num_latents=4), "c": Override(k=3)}
+    overrides = {
+        "a": HookpointOverride(k=2, lr=0.5),
+        "b": HookpointOverride(num_latents=4),
+        "c": HookpointOverride(k=3),
+    }
     file = {"k": [1, 2], "lr": 0.1, "batch_size": 8, "hookpoints": overrides}
     merged = merge(file, {"k": 5, "batch_size": 4})
     assert merged == {
         "k": 5,
         "lr": 0.1,
         "batch_size": 4,
-        "hookpoints": {"a": Override(lr=0.5), "b": Override(num_latents=4)},
+        "hookpoints": {"a": HookpointOverride(lr=0.5), "b": HookpointOverride(num_latents=4)},
     }
     assert merge(file, {"expansion_factor": 2})["hookpoints"].keys() == {"a", "c"}
 
@@ -211,7 +215,7 @@ def test_an_option_of_the_line_takes_back_the_one_that_says_the_same(
 
 
 def test_run_json_is_a_file_of_the_runs_options(options: Options, tmp_path: Path) -> None:
-    overrides = {"layers.1": Override(k=4)}
+    overrides = {"layers.1": HookpointOverride(k=4)}
     config = dataclasses.replace(
         vary(options(resume=True), lr=(0.01, 0.002), seed=(0, 1)), hookpoints=overrides
     )

@@ -15,11 +15,11 @@ import pytest
 from actcache.errors import CacheMismatchError, ConfigError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
-from saetrain.config.sae_options import Override, SaeOptions
+from saetrain.config.sae_options import HookpointOverride, SaeOptions
 from saetrain.launch.run import fit
 from saetrain.optim import default_lr
 from saetrain.runs.checkpoint import tensors_path
-from saetrain.runs.overrides import FORCEABLE
+from saetrain.runs.overrides import OVERRIDABLE
 from saetrain.runs.record import RUN, read_run
 from saetrain.tracking.jsonl import METRICS
 
@@ -47,7 +47,7 @@ LET_THROUGH: dict[str, dict[str, Any]] = {
     "val_rows": {"val_every": 2, "val_rows": 50},
     "save_best": {"val_every": 2, "save_best": True},
     "log_every": {"log_every": 1},
-    "hookpoints": {"hookpoints": {"layers.1": Override(lr=1e-3)}},
+    "hookpoints": {"hookpoints": {"layers.1": HookpointOverride(lr=1e-3)}},
 }
 
 
@@ -72,12 +72,12 @@ def begun(options: Options, template: Path) -> FitConfig:
 def test_every_option_that_is_let_through_is_tested_and_in_the_help() -> None:
     elsewhere = {"sparsity", "sparsity_warmup_steps", "cuda_graphs", "chunk_latents", "compile"}
     # which have tests of their own
-    assert LET_THROUGH.keys() | elsewhere == FORCEABLE
+    assert LET_THROUGH.keys() | elsewhere == OVERRIDABLE
     import inspect
 
     text = inspect.getsource(FitConfig)
     help_ = " ".join(text[text.index("force_config: bool") :].split('"""')[1].split())
-    for name in FORCEABLE - {"hookpoints"}:
+    for name in OVERRIDABLE - {"hookpoints"}:
         assert name.replace("_", "-") in help_
 
 
@@ -178,7 +178,7 @@ def test_forcing_does_what_it_says(begun: FitConfig, options: Options) -> None:
         {"grad_acc_steps": 2},
         {"follow": True},
         {"lr": 0.5, "k": 4},
-        {"hookpoints": {"layers.1": Override(k=2)}},
+        {"hookpoints": {"layers.1": HookpointOverride(k=2)}},
         {"saes": (SaeOptions(num_latents=48, k=3, lr=0.01), SaeOptions(num_latents=48, k=3))},
     ],
     ids=str,

@@ -15,7 +15,7 @@ from actcache.cache.reader import Cache
 from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.stream.order import OrderPlan
 from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import Override, SaeOptions
+from saetrain.config.sae_options import HookpointOverride, SaeOptions
 from saetrain.runs.record import (
     RUN,
     RunRecord,
@@ -189,7 +189,7 @@ BINDING = {
     "seed": 5,
     "data_seed": 5,
     "saes": (SaeOptions(num_latents=48, k=3, lr=0.01), SaeOptions(seed=1)),
-    "hookpoints": {"layers.0": Override(k=2)},
+    "hookpoints": {"layers.0": HookpointOverride(k=2)},
     "log_every": 5,
     "histogram_every": 3,
     "finetune": "u/r",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from actcache.errors import DiskFullError, FormatError
-from saetrain.tracking.jsonl import METRICS, TIMINGS, Tracker, cut_back, last_line
+from saetrain.tracking.jsonl import METRICS, TIMINGS, JsonlTracker, last_line, truncate_after
 
 SAES = {"layers.0": {"fvu": 0.5, "l0": 3.0}, "layers.1": {"fvu": 0.25, "l0": 2.0}}
 
@@ -25,7 +25,7 @@ def text(*steps: int) -> str:
 
 
 def test_metrics_hold_functions_of_the_run_and_timings_all_else(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, step=0, steps=8, batch_size=32)
+    tracker = JsonlTracker(tmp_path, step=0, steps=8, batch_size=32)
     tracker.log(4, SAES, waited=0.0)
     tracker.log(8, SAES, waited=0.0)
     tracker.close()
@@ -44,7 +44,7 @@ def test_the_share_of_waiting_is_that_of_the_time_since_the_last_line(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr("saetrain.tracking.jsonl.time.monotonic", lambda: now[0])
-    tracker = Tracker(tmp_path, step=10, steps=40, batch_size=32)
+    tracker = JsonlTracker(tmp_path, step=10, steps=40, batch_size=32)
     now[0] = 102.0
     tracker.log(20, SAES, waited=1.0)
     now[0] = 112.0
@@ -60,7 +60,7 @@ def test_bytes_per_second_are_those_of_the_rows_since_the_last_line(
 ) -> None:
     now = [100.0]
     monkeypatch.setattr("saetrain.tracking.jsonl.time.monotonic", lambda: now[0])
-    tracker = Tracker(tmp_path, step=10, steps=40, batch_size=32, row_bytes=100)
+    tracker = JsonlTracker(tmp_path, step=10, steps=40, batch_size=32, row_bytes=100)
     for step, then in ((20, 102.0), (40, 112.0)):
         now[0] = then
         tracker.log(step, SAES, waited=0.0)
@@ -74,7 +74,7 @@ def test_the_bar_has_loss_rows_bytes_waiting_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    tracker = Tracker(tmp_path, step=0, steps=4, batch_size=32, row_bytes=100)
+    tracker = JsonlTracker(tmp_path, step=0, steps=4, batch_size=32, row_bytes=100)
     tracker.log(4, SAES, waited=0.0)
     tracker.close()
     shown = capsys.readouterr().err
@@ -88,7 +88,7 @@ def test_the_bar_has_loss_rows_bytes_waiting_and_time_left(
 def test_a_resumed_run_goes_on_after_the_lines_of_its_checkpoint(tmp_path: Path) -> None:
     for name in (METRICS, TIMINGS):
         (tmp_path / name).write_text(text(4, 8, 12))
-    tracker = Tracker(tmp_path, step=10, steps=20, batch_size=32)
+    tracker = JsonlTracker(tmp_path, step=10, steps=20, batch_size=32)
     tracker.log(12, SAES, waited=0.0)
     tracker.close()
     for name in (METRICS, TIMINGS):
@@ -113,13 +113,13 @@ def test_lines_after_the_step_and_half_written_ones_are_cut_off(
 ) -> None:
     path = tmp_path / METRICS
     path.write_text(before)
-    cut_back(path, step)
+    truncate_after(path, step)
     assert path.read_text() == after
     assert [p.name for p in tmp_path.iterdir()] == [METRICS]
 
 
 def test_nothing_to_cut_is_nothing_done(tmp_path: Path) -> None:
-    cut_back(tmp_path / METRICS, 8)
+    truncate_after(tmp_path / METRICS, 8)
     assert not (tmp_path / METRICS).exists()
 
 
@@ -137,7 +137,7 @@ def test_a_whole_line_that_is_damaged_is_refused(tmp_path: Path, line: str) -> N
     path = tmp_path / METRICS
     path.write_text(text(4) + line + "\n")
     with pytest.raises(FormatError, match=r"metrics\.jsonl"):
-        cut_back(path, 8)
+        truncate_after(path, 8)
     with pytest.raises(FormatError, match=r"metrics\.jsonl"):
         last_line(path)
 
@@ -165,6 +165,6 @@ def test_cutting_back_on_a_full_disk_loses_nothing(
     (tmp_path / METRICS).write_text(text(4, 8, 12))
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DiskFullError):
-        cut_back(tmp_path / METRICS, 8)
+        truncate_after(tmp_path / METRICS, 8)
     assert (tmp_path / METRICS).read_text() == text(4, 8, 12)
     assert [p.name for p in tmp_path.iterdir()] == [METRICS]

@@ -117,10 +117,10 @@ def expected(root: Path, names: dict[str, str]) -> list[dict[str, Any]]:
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
     real = saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
         if number == stop_at:
             raise Killed
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
 

@@ -27,17 +27,17 @@ from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import SaeOptions
 from saetrain.kernels import backends as paths
 from saetrain.kernels import matmul as product
-from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import objective_of
+from saetrain.model.losses import make_loss_config
 from saetrain.optim import Schedule, make_optimizer
 from saetrain.runs.record import SaeEntry, read_run
-from saetrain.training.cuda_graphs import WARM_UP, RecordedSteps, steps_as_recorded
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee, by_hookpoint
+from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint
 from saetrain.training.step import train_batch
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 N, D, M, K = 64, 16, 64, 4
 STEPS = 14
@@ -48,9 +48,11 @@ NEVER = 10**9
 def as_on_a_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a CPU looks at numbers or has ways of its own, go the way of a device."""
     monkeypatch.setenv("SAETRAIN_KERNELS", request.param)
-    monkeypatch.setattr(paths, "host_may_look", lambda _: False)
+    monkeypatch.setattr(paths, "host_can_read", lambda _: False)
     monkeypatch.setattr(product, "by_onednn", lambda *_: False)
-    monkeypatch.setattr(saetrain.model.losses, "_ROOM", 2)  # of 8 latents: more than that are dead
+    monkeypatch.setattr(
+        saetrain.model.losses, "DEAD_LIST_FACTOR", 2
+    )  # of 8 latents: more than that are dead
 
 
 device_ways = pytest.mark.usefixtures("as_on_a_device")
@@ -65,19 +67,19 @@ def make(
     warmup: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    recipe: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
     hookpoint: str = "layers.0",
     lr: float = 0.01,
     **kind: Any,
-) -> Trainee:
+) -> SaeTrainer:
     config = SaeConfig(D, M, K, **kind)
-    how = Recipe(**recipe or {})
+    how = StepSettings(**settings or {})
     sae = build_sae(config, device=device, dtype=dtype)
-    objective = objective_of(config, warmup)
+    loss_config = make_loss_config(config, warmup)
     options = SaeOptions(auxk_alpha=alpha)
     schedule = schedule or Schedule("linear", 3, STEPS + 2)
     where = torch.device(device)
-    return Trainee(
+    return SaeTrainer(
         SaeEntry(hookpoint, config, lr, 0, options=options),
         sae,
         make_optimizer(
@@ -89,10 +91,10 @@ def make(
             schedule=schedule,
             decoder_norm=how.decoder_norm,
         ),
-        Firing(M, dead_after, where),
-        Meter(where, objective.names),
+        DeadLatentTracker(M, dead_after, where),
+        MeanMeter(where, loss_config.names),
         1.5,
-        objective,
+        loss_config,
         how,
     )
 
@@ -101,18 +103,18 @@ def batch_of(rows: Tensor) -> Any:
     return SimpleNamespace(activations={"layers.0": rows, "layers.1": rows.flip(0)})
 
 
-def bits(trainee: Trainee) -> dict[str, bytes]:
+def bits(trainer: SaeTrainer) -> dict[str, bytes]:
     """All that a step may leave anywhere."""
-    tensors, numbers = trainee.state()
-    tensors = dict(tensors) | {"first bad": trainee.guard._first_bad}
-    if (shadow := shadow_of(trainee.sae.W_enc)) is not None:
-        tensors["shadow"] = shadow.view(torch.int16)
+    tensors, numbers = trainer.state()
+    tensors = dict(tensors) | {"first bad": trainer.guard._first_bad}
+    if (bf16_copy := bf16_copy_of(trainer.sae.W_enc)) is not None:
+        tensors["shadow"] = bf16_copy.view(torch.int16)
     found = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     as_bytes = {n: t.reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in found.items()}
     return as_bytes | {"numbers": repr(sorted(numbers.items())).encode()}
 
 
-def in_step(eager: list[Trainee], recorded: list[Trainee], rows: Tensor, tape: Any) -> Any:
+def in_step(eager: list[SaeTrainer], recorded: list[SaeTrainer], rows: Tensor, tape: Any) -> Any:
     """Make all steps of both, which agree after each; the recorder, and when it first had one."""
     recorder, since = tape.TapeRecorder(), None
     both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
@@ -125,14 +127,14 @@ def in_step(eager: list[Trainee], recorded: list[Trainee], rows: Tensor, tape: A
     return recorder, since
 
 
-def differing(some: list[Trainee], others: list[Trainee]) -> list[str]:
+def differing(some: list[SaeTrainer], others: list[SaeTrainer]) -> list[str]:
     pairs = [(bits(a), bits(b)) for a, b in zip(some, others, strict=True)]
     assert all(a.keys() == b.keys() for a, b in pairs)
     return [n for a, b in pairs for n in a if a[n] != b[n]]
 
 
-def steps_of(trainees: list[Trainee], recorder: Any, warm_up: int = WARM_UP) -> RecordedSteps:
-    return RecordedSteps(by_hookpoint(trainees), recorder, warm_up)
+def steps_of(trainers: list[SaeTrainer], recorder: Any, warm_up: int = WARM_UP) -> GraphedSteps:
+    return GraphedSteps(by_hookpoint(trainers), recorder, warm_up)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -144,10 +146,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "auxk": {"alpha": 0.1, "dead_after": 2 * N},
     "multi-topk": {"multi_topk": True},
     "matryoshka": {"matryoshka": (8, 24)},
-    "folded": {"recipe": {"decoder_norm": "fold"}},
-    "in parts, clipped": {"recipe": {"micro_batch_size": 24, "grad_clip": 0.1}},
-    "chunks": {"recipe": {"chunk_latents": 24}},
-    "bfloat16 products": {"recipe": {"autocast": True}},
+    "folded": {"settings": {"decoder_norm": "fold"}},
+    "in parts, clipped": {"settings": {"micro_batch_size": 24, "grad_clip": 0.1}},
+    "chunks": {"settings": {"chunk_latents": 24}},
+    "bfloat16 products": {"settings": {"autocast": True}},
     "bfloat16 weights": {"dtype": torch.bfloat16},
 }
 
@@ -167,10 +169,10 @@ def test_replays_of_one_recorded_step_leave_the_bits_of_steps_that_are_made(
     assert (recorder.recorded, recorder.replayed) == (1, STEPS - first - WARM_UP)
     assert recorded[0].guard.first_bad() is None
     if kind == "auxk":
-        assert int(recorded[0].firing.dead().sum()) > 0
-        assert recorded[0].meter.read()["auxk"] > 0
-    assert eager[0].vitals.read() == recorded[0].vitals.read()
-    assert eager[0].vitals.read_density() == recorded[0].vitals.read_density()
+        assert int(recorded[0].dead_tracker.dead().sum()) > 0
+        assert recorded[0].meter.pop_means()["auxk"] > 0
+    assert eager[0].latent_stats.read() == recorded[0].latent_stats.read()
+    assert eager[0].latent_stats.pop_density() == recorded[0].latent_stats.pop_density()
 
 
 @device_ways
@@ -233,8 +235,8 @@ def test_the_tape_finds_a_number_that_is_the_hosts(
         deaf = lambda *tensors, numbers, **options: real(*tensors, **options)  # noqa: E731
         monkeypatch.setattr(module, f"{optimizer}_update_", deaf)
     else:
-        for (trainee,) in pairs:
-            trainee.clock = None
+        for (trainer,) in pairs:
+            trainer.device_step = None
     found = {}
     for step, rows in enumerate(batches(torch.float32)[:STEPS]):
         for steps in both:
@@ -248,10 +250,10 @@ def test_the_tape_finds_a_number_that_is_the_hosts(
 def test_what_makes_the_host_wait_cannot_be_recorded(
     batches: Callable[[torch.dtype], Tensor], tape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saetrain.model.losses, "_ROOM", 8)
-    trainee = make(alpha=0.1, dead_after=1)
-    steps = steps_of([trainee], tape.TapeRecorder())
-    monkeypatch.setattr(paths, "host_may_look", lambda _: True)  # so dead latents are counted
+    monkeypatch.setattr(saetrain.model.losses, "DEAD_LIST_FACTOR", 8)
+    trainer = make(alpha=0.1, dead_after=1)
+    steps = steps_of([trainer], tape.TapeRecorder())
+    monkeypatch.setattr(paths, "host_can_read", lambda _: True)  # so dead latents are counted
     rows = batches(torch.float32)
     for step in range(1 + WARM_UP):
         steps.make(batch_of(rows[step]), step)
@@ -279,7 +281,7 @@ def test_nothing_is_recorded_before_k_has_settled(
     batches: Callable[[torch.dtype], Tensor], tape: Any, activation: str
 ) -> None:
     anneals = {"k_start": 9, "k_end": K, "k_anneal_steps": 5}
-    eager, recorded = ([make(activation=activation, recipe=anneals)] for _ in range(2))
+    eager, recorded = ([make(activation=activation, settings=anneals)] for _ in range(2))
     _, since = in_step(eager, recorded, batches(torch.float32), tape)
     assert since == 5 + 1 + WARM_UP
     assert recorded[0].sae.k == K
@@ -292,7 +294,7 @@ def test_another_step_is_recorded_when_latents_may_be_dead(
     eager, recorded = ([make("adam", alpha=0.1, dead_after=7 * N)] for _ in range(2))
     recorder, since = in_step(eager, recorded, batches(torch.float32), tape)
     assert (recorder.recorded, since) == (2, 1 + WARM_UP)
-    assert recorded[0].firing.dead().any()
+    assert recorded[0].dead_tracker.dead().any()
 
 
 @device_ways
@@ -307,7 +309,7 @@ def test_nothing_is_recorded_while_a_penalty_rises(
 GRID: list[dict[str, Any]] = [
     {"optimizer": "signum", "alpha": 0.1, "dead_after": 2 * N},
     {"optimizer": "adam", "lr": 0.003, "activation": "batchtopk", "warmup": 3},
-    {"optimizer": "adamw", "hookpoint": "layers.1", "recipe": {"micro_batch_size": 16}},
+    {"optimizer": "adamw", "hookpoint": "layers.1", "settings": {"micro_batch_size": 16}},
 ]
 
 
@@ -316,9 +318,9 @@ def test_all_saes_of_a_process_are_one_recording_which_the_slowest_to_settle_beg
     batches: Callable[[torch.dtype], Tensor], tape: Any
 ) -> None:
     eager, recorded = ([make(**one) for one in GRID] for _ in range(2))
-    for trainees in (eager, recorded):
-        recipe = Recipe(k_start=8, k_end=K, k_anneal_steps=3)
-        trainees[1].recipe = recipe
+    for trainers in (eager, recorded):
+        settings = StepSettings(k_start=8, k_end=K, k_anneal_steps=3)
+        trainers[1].settings = settings
     recorder, _ = in_step(eager, recorded, batches(torch.bfloat16), tape)
     assert (recorder.recorded, recorder.replayed) == (1, STEPS - 4 - WARM_UP)
 
@@ -361,18 +363,18 @@ def test_a_run_that_was_stopped_before_or_after_its_recording_goes_on_bit_for_bi
 def test_from_a_bad_batch_on_no_replay_changes_a_bit_and_its_step_is_known(
     batches: Callable[[torch.dtype], Tensor], tape: Any, kind: str, optimizer: str, value: float
 ) -> None:
-    trainee, recorder = make(optimizer, **KINDS[kind]), tape.TapeRecorder()
-    steps, rows = steps_of([trainee], recorder), batches(torch.float32).clone()
+    trainer, recorder = make(optimizer, **KINDS[kind]), tape.TapeRecorder()
+    steps, rows = steps_of([trainer], recorder), batches(torch.float32).clone()
     rows[9, 7, 2] = value
     for step in range(9):
         steps.make(batch_of(rows[step]), step)
     assert recorder.replayed > 2
-    kept = {n: b for n, b in bits(trainee).items() if n.startswith(("sae.", "optim", "shadow"))}
+    kept = {n: b for n, b in bits(trainer).items() if n.startswith(("sae.", "optim", "shadow"))}
     for step in range(9, STEPS):
         steps.make(batch_of(rows[step]), step)
-        now = bits(trainee)
+        now = bits(trainer)
         assert [n for n in kept if kept[n] != now[n]] == []
-    assert trainee.guard.first_bad() == 9
+    assert trainer.guard.first_bad() == 9
 
 
 @device_ways
@@ -384,18 +386,18 @@ def test_what_is_judged_between_replays_is_what_they_left_and_whoever_writes_is_
 
     It is written by them all the same; and after another write to the weight, before the next one.
     """
-    eager, recorded = ([make(optimizer, recipe={"autocast": True})] for _ in range(2))
+    eager, recorded = ([make(optimizer, settings={"autocast": True})] for _ in range(2))
     both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, tape.TapeRecorder())]
     judged: list[list[Tensor]] = [[], []]
     for step, rows in enumerate(batches(torch.float32)[:STEPS]):
-        for steps, (trainee,), found in zip(both, (eager, recorded), judged, strict=True):
+        for steps, (trainer,), found in zip(both, (eager, recorded), judged, strict=True):
             steps.make(batch_of(rows), step)
-            W_enc = trainee.sae.W_enc
-            shadow = shadow_of(W_enc)
-            assert shadow is not None
-            assert torch.equal(shadow, W_enc.bfloat16())
+            W_enc = trainer.sae.W_enc
+            bf16_copy = bf16_copy_of(W_enc)
+            assert bf16_copy is not None
+            assert torch.equal(bf16_copy, W_enc.bfloat16())
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                found.append(trainee.sae(rows).reconstruction)
+                found.append(trainer.sae(rows).reconstruction)
             if step in (7, 10):
                 with torch.no_grad():
                     W_enc.mul_(1.5)
@@ -420,7 +422,7 @@ def test_a_batch_of_another_size_is_no_replay_and_counts_as_much(
 
 
 def test_a_process_without_saes_records_nothing() -> None:
-    assert steps_as_recorded({}) is train_batch
+    assert with_cuda_graphs({}) is train_batch
 
 
 def test_a_run_without_a_cuda_device_is_refused_before_it_is_there(
@@ -483,17 +485,17 @@ def test_a_run_of_many_saes_is_the_same_files_recorded_or_not_stopped_or_not(
     class Killed(BaseException):
         pass
 
-    real = RecordedSteps.make
+    real = GraphedSteps.make
     for at in (5, 11):  # in its warm-up, and among its replays; checkpoints are every three steps
 
-        def make_step(self: RecordedSteps, batch: Any, step: int, at: int = at) -> None:
+        def make_step(self: GraphedSteps, batch: Any, step: int, at: int = at) -> None:
             if step == at:
                 raise Killed
             real(self, batch, step)
 
         stopped = options(**how, cuda_graphs=True, out=str(tmp_path / f"stopped-{at}"))
         with monkeypatch.context() as patch:
-            patch.setattr(RecordedSteps, "make", make_step)
+            patch.setattr(GraphedSteps, "make", make_step)
             with pytest.raises(Killed):
                 fit(stopped)
         fit(dataclasses.replace(stopped, resume=True))
@@ -538,7 +540,7 @@ def test_on_a_gpu_recorded_steps_have_the_bits_of_eager_ones_and_nothing_waits(
     if optimizer == "signum" and "clipped" in kind:
         pytest.skip("signs have no length")
     monkeypatch.setenv("SAETRAIN_KERNELS", path)
-    compiled = {"recipe": {"compile": True}, **KINDS["jumprelu"]}
+    compiled = {"settings": {"compile": True}, **KINDS["jumprelu"]}
     how = {**KINDS, "compiled": compiled}[kind]
     eager, recorded = ([make(optimizer, device="cuda", **how)] for _ in range(2))
     both = [steps_of(eager, None, NEVER), steps_of(recorded, None)]
@@ -558,22 +560,22 @@ def test_on_a_gpu_recorded_steps_have_the_bits_of_eager_ones_and_nothing_waits(
 def test_on_a_gpu_a_grid_is_one_graph_and_a_bad_batch_stops_it(
     batches: Callable[[torch.dtype], Tensor], no_waiting: Callable[[], None]
 ) -> None:
-    trainees = [make(**one, device="cuda") for one in GRID]
-    steps, rows = steps_of(trainees, None), batches(torch.float32).clone()
+    trainers = [make(**one, device="cuda") for one in GRID]
+    steps, rows = steps_of(trainers, None), batches(torch.float32).clone()
     rows[9, 7, 2] = math.nan
     rows = rows.cuda()
     for step in range(9):
         steps.make(batch_of(rows[step]), step)
     assert steps._replay is not None
-    kept = [{n: b for n, b in bits(t).items() if n.startswith(("sae.", "opt"))} for t in trainees]
+    kept = [{n: b for n, b in bits(t).items() if n.startswith(("sae.", "opt"))} for t in trainers]
     no_waiting()
     for step in range(9, STEPS):
         steps.make(batch_of(rows[step]), step)
     torch.cuda.set_sync_debug_mode("default")
-    for trainee, before in zip(trainees, kept, strict=True):
-        now = bits(trainee)
+    for trainer, before in zip(trainers, kept, strict=True):
+        now = bits(trainer)
         assert [n for n in before if before[n] != now[n]] == []
-        assert trainee.guard.first_bad() == 9
+        assert trainer.guard.first_bad() == 9
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from actcache.errors import ConfigError
 from saetrain.model.sae import Sae
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import clip_gradient, require_bfloat16_products, train_step
 
 N, D, M, K = 60, 12, 40, 5
@@ -25,27 +25,29 @@ def batches(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.fixture
-def make(make_trainee: Callable[..., Trainee]) -> Callable[..., Trainee]:
+def make(make_trainee: Callable[..., SaeTrainer]) -> Callable[..., SaeTrainer]:
     """Trainees with dead latents from the third batch on, and a recipe."""
 
-    def build(dtype: torch.dtype = torch.float64, **recipe: Any) -> Trainee:
-        trainee = make_trainee(
-            D, M, K, dtype=dtype, optimizer="adam", dead_after=2 * N, variance=2.0, **recipe
+    def build(dtype: torch.dtype = torch.float64, **settings: Any) -> SaeTrainer:
+        trainer = make_trainee(
+            D, M, K, dtype=dtype, optimizer="adam", dead_after=2 * N, variance=2.0, **settings
         )
         with torch.no_grad():
-            trainee.sae.b_enc[M // 2 :] = -5.0
-        return trainee
+            trainer.sae.b_enc[M // 2 :] = -5.0
+        return trainer
 
     return build
 
 
-def run(trainee: Trainee, rows: Tensor, count: int = STEPS, alpha: float = 1.0) -> dict[str, float]:
+def run(
+    trainer: SaeTrainer, rows: Tensor, count: int = STEPS, alpha: float = 1.0
+) -> dict[str, float]:
     for step in range(count):
-        train_step(trainee, rows[step], step, alpha)
-    return trainee.meter.read()
+        train_step(trainer, rows[step], step, alpha)
+    return trainer.meter.pop_means()
 
 
-def assert_same_weights(one: Trainee, two: Trainee, rtol: float = 1e-9) -> None:
+def assert_same_weights(one: SaeTrainer, two: SaeTrainer, rtol: float = 1e-9) -> None:
     for a, b in zip(one.sae.parameters(), two.sae.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-9)
 
@@ -53,7 +55,7 @@ def assert_same_weights(one: Trainee, two: Trainee, rtol: float = 1e-9) -> None:
 @pytest.mark.parametrize("norm", ["unit", "fold", "free"])
 @pytest.mark.parametrize("rows", [1, 7, 30, 60, 1000])
 def test_micro_batches_make_the_steps_of_whole_ones(
-    make: Callable[..., Trainee], rows: int, norm: Any
+    make: Callable[..., SaeTrainer], rows: int, norm: Any
 ) -> None:
     """Also where they do not divide the batch."""
     whole, parts = make(decoder_norm=norm), make(decoder_norm=norm, micro_batch_size=rows)
@@ -61,14 +63,14 @@ def test_micro_batches_make_the_steps_of_whole_ones(
     assert expected["auxk"] > 0
     assert found == pytest.approx(expected, rel=1e-9)
     assert_same_weights(whole, parts)
-    assert torch.equal(whole.firing.rows_since, parts.firing.rows_since)
+    assert torch.equal(whole.dead_tracker.rows_since, parts.dead_tracker.rows_since)
 
 
 def test_no_more_rows_than_a_micro_batch_are_in_a_forward_pass(
-    make: Callable[..., Trainee], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., SaeTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainee, sizes, alive = make(micro_batch_size=7), [], []
-    autoencode, backward = trainee.sae.autoencode, torch.autograd.backward
+    trainer, sizes, alive = make(micro_batch_size=7), [], []
+    autoencode, backward = trainer.sae.autoencode, torch.autograd.backward
 
     def spy(x: Tensor, *others: Any) -> Any:
         sizes.append(len(x))
@@ -79,16 +81,16 @@ def test_no_more_rows_than_a_micro_batch_are_in_a_forward_pass(
         alive.append("backward")
         backward(*arguments)
 
-    monkeypatch.setattr(trainee.sae, "autoencode", spy)
+    monkeypatch.setattr(trainer.sae, "autoencode", spy)
     monkeypatch.setattr(torch.autograd, "backward", note)
-    train_step(trainee, batches()[0], 0, 0.0)
+    train_step(trainer, batches()[0], 0, 0.0)
     assert sizes == [7] * 8 + [4]
     assert alive == ["forward", "backward"] * 9  # the graph of one part is gone before the next
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 20])
 def test_accumulated_batches_make_the_step_of_their_union(
-    make: Callable[..., Trainee], micro_batch_size: int | None
+    make: Callable[..., SaeTrainer], micro_batch_size: int | None
 ) -> None:
     rows = batches()
     acc = make(grad_acc_steps=3, micro_batch_size=micro_batch_size)
@@ -103,11 +105,11 @@ def test_accumulated_batches_make_the_step_of_their_union(
         train_step(union, batch.reshape(3 * N, D), step, 0.0)
     assert_same_weights(acc, union)
     assert acc.meter.steps == STEPS
-    assert acc.meter.read()["fvu"] == pytest.approx(union.meter.read()["fvu"], rel=1e-9)
+    assert acc.meter.pop_means()["fvu"] == pytest.approx(union.meter.pop_means()["fvu"], rel=1e-9)
 
 
 def test_batches_that_wait_for_their_update_are_part_of_the_state(
-    make: Callable[..., Trainee],
+    make: Callable[..., SaeTrainer],
 ) -> None:
     rows = batches(torch.float32)
     ours, resumed = (make(torch.float32, grad_acc_steps=4) for _ in range(2))
@@ -149,16 +151,16 @@ def test_clipping_is_torchs(scale: float) -> None:
 
 
 def test_a_step_clips_the_gradient_that_the_optimiser_gets(
-    make: Callable[..., Trainee], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., SaeTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainee, norms = make(grad_clip=1e-3), []
+    trainer, norms = make(grad_clip=1e-3), []
 
     def spy(_: int) -> None:
-        gradients = [p.grad.flatten() for p in trainee.sae.parameters() if p.grad is not None]
+        gradients = [p.grad.flatten() for p in trainer.sae.parameters() if p.grad is not None]
         norms.append(float(torch.cat(gradients).norm()))
 
-    monkeypatch.setattr(trainee.optimizer, "step", spy)
-    train_step(trainee, batches()[0], 0, 0.0)
+    monkeypatch.setattr(trainer.optimizer, "step", spy)
+    train_step(trainer, batches()[0], 0, 0.0)
     assert norms[0] == pytest.approx(1e-3, rel=1e-2)
 
 
@@ -176,26 +178,26 @@ def test_the_norm_of_a_gradient_does_not_follow_the_number_of_threads() -> None:
 
 
 def test_a_gradient_that_overflows_under_a_finite_loss_reaches_no_weight(
-    make: Callable[..., Trainee], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., SaeTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainee = make(torch.float32, grad_clip=1.0)
+    trainer = make(torch.float32, grad_clip=1.0)
     rows = batches(torch.float32)
-    train_step(trainee, rows[0], 0, 0.0)
-    trainee.sae.normalise_decoder()
-    before = [p.detach().clone() for p in trainee.sae.parameters()]
-    assert trainee.sae.W_enc.grad is None
-    trainee.sae.W_enc.grad = torch.full_like(trainee.sae.W_enc, 1e30)  # its square is not finite
+    train_step(trainer, rows[0], 0, 0.0)
+    trainer.sae.normalise_decoder()
+    before = [p.detach().clone() for p in trainer.sae.parameters()]
+    assert trainer.sae.W_enc.grad is None
+    trainer.sae.W_enc.grad = torch.full_like(trainer.sae.W_enc, 1e30)  # its square is not finite
     monkeypatch.setattr(Sae, "normalise_decoder", lambda _: None)
-    train_step(trainee, rows[1], 1, 0.0)
-    assert trainee.guard.first_bad() == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, trainee.sae.parameters(), strict=True))
+    train_step(trainer, rows[1], 1, 0.0)
+    assert trainer.guard.first_bad() == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.sae.parameters(), strict=True))
 
 
 # --- bfloat16 ------------------------------------------------------------------------------------
 
 
 def test_autocast_takes_products_in_bfloat16_and_learns_the_same_but_for_rounding(
-    make: Callable[..., Trainee], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., SaeTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact, cast = make(torch.float32), make(torch.float32, autocast=True)
     expected, found = run(exact, batches(torch.float32)), run(cast, batches(torch.float32))

@@ -20,10 +20,10 @@ from actcache.errors import ConfigError
 from actcache.stream.order import batch_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.run import fit
-from saetrain.model.losses import PLAIN
+from saetrain.model.losses import FVU_ONLY
 from saetrain.model.sae import Sae
 from saetrain.runs.record import read_run
-from saetrain.training.init import best_encoder_scale, geometric_median
+from saetrain.training.init import geometric_median, search_encoder_scale
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -42,7 +42,7 @@ def first_rows(config: FitConfig, hookpoint: str, rows: int) -> torch.Tensor:
     cache, plan = Cache.open(config.cache), read_run(Path(config.out)).plan
     batches = [batch_rows(plan, 0, step) for step in range(-(-rows // plan.batch_size))]
     addresses = np.concatenate(batches)[:rows].tolist()
-    read = [cache.codec.to_torch(cache.read(hookpoint, s, r, 1)) for s, r in addresses]
+    read = [cache.row_dtype.to_torch(cache.read(hookpoint, s, r, 1)) for s, r in addresses]
     return torch.cat(read).float()
 
 
@@ -76,7 +76,7 @@ def test_the_encoders_scale_is_the_least_squares_one(times: float) -> None:
     with torch.no_grad():
         sae.W_enc.mul_(times)
     before = sae.W_enc.detach().clone()
-    found = best_encoder_scale(sae, x, 16.0, PLAIN)
+    found = search_encoder_scale(sae, x, 16.0, FVU_ONLY)
     assert torch.equal(sae.W_enc, before)
     r = sae(x).reconstruction.detach().double()
     best = float((x.double() * r).sum() / r.square().sum())
@@ -114,22 +114,22 @@ def test_the_scale_that_was_found_is_recorded_and_lowers_the_first_error(options
 def test_a_run_killed_before_its_first_checkpoint_begins_at_the_same_place(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = {"b_dec_init": "geometric-median", "encoder_scale": "auto", "input_scale": "unit"}
-    whole, killed = options(**recipe, out=options().out + "-whole"), options(**recipe)
+    settings = {"b_dec_init": "geometric-median", "encoder_scale": "auto", "input_scale": "unit"}
+    whole, killed = options(**settings, out=options().out + "-whole"), options(**settings)
     fit(whole)
     real = saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
         if number == 2:
             raise Killed
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)
         with pytest.raises(Killed):
             fit(killed)
     with monkeypatch.context() as patch:  # what was found is in run.json: nobody looks again
-        patch.setattr(saetrain.training.init, "best_encoder_scale", None)
+        patch.setattr(saetrain.training.init, "search_encoder_scale", None)
         fit(dataclasses.replace(killed, resume=True))
     assert snapshot(Path(killed.out)) == snapshot(Path(whole.out))
 

@@ -16,14 +16,14 @@ from saetrain.config.sae import SaeConfig
 from saetrain.model.activations import BatchTopK, JumpRelu, Latents
 from saetrain.model.decoder_norm import fold, folded_losses
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import Objective, Part, compute_losses, objective_of
+from saetrain.model.losses import LossConfig, OutputSlice, compute_losses, make_loss_config
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.runs.record import SaeEntry
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee
-from saetrain.training.step import add_gradient, train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.step import accumulate_gradient, train_step
+from saetrain.training.step_settings import StepSettings
 
 N, D, E, M, K = 24, 10, 6, 36, 3
 STEPS = 6
@@ -53,9 +53,9 @@ def config_of(kind: str, transcode: bool = False) -> SaeConfig:
     return SaeConfig(D, M, K, **(TRANSCODERS if transcode else KINDS)[kind])
 
 
-def objective_for(config: SaeConfig, warmup: int = 0) -> Objective:
-    parts = (Part("a", 4, 1.5), Part("b", 6, 2.5)) if config.widths else ()
-    return objective_of(config, warmup, parts)
+def objective_for(config: SaeConfig, warmup: int = 0) -> LossConfig:
+    parts = (OutputSlice("a", 4, 1.5), OutputSlice("b", 6, 2.5)) if config.widths else ()
+    return make_loss_config(config, warmup, parts)
 
 
 def batches(config: SaeConfig, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -69,35 +69,35 @@ def make(
     config: SaeConfig,
     dtype: torch.dtype = torch.float64,
     optimizer: Any = "adam",
-    **recipe: Any,
-) -> Trainee:
+    **settings: Any,
+) -> SaeTrainer:
     """With dead latents, so that AuxK is at work, and decoder rows of many norms."""
-    sae, steps_as = build_sae(config, dtype=dtype), Recipe(**recipe)
+    sae, steps_as = build_sae(config, dtype=dtype), StepSettings(**settings)
     with torch.no_grad():
         sae.b_enc[M // 2 : M // 2 + 5] = -5.0
         noise = torch.randn(M, config.width_out, generator=torch.Generator().manual_seed(8))
         sae.W_dec.copy_(0.4 * noise)
-    objective = objective_for(config, warmup=4)
+    loss_config = objective_for(config, warmup=4)
     device = torch.device("cpu")
-    return Trainee(
+    return SaeTrainer(
         SaeEntry("x", config, 0.01, 0),
         sae,
         make_optimizer(optimizer, sae, 0.01, 0, 50, decoder_norm=steps_as.decoder_norm),
-        Firing(M, 2 * N, device),
-        Meter(device, objective.names),
+        DeadLatentTracker(M, 2 * N, device),
+        MeanMeter(device, loss_config.names),
         VARIANCE,
-        objective,
+        loss_config,
         steps_as,
     )
 
 
-def run(trainee: Trainee, rows: Tensor, count: int = STEPS) -> dict[str, float]:
+def run(trainer: SaeTrainer, rows: Tensor, count: int = STEPS) -> dict[str, float]:
     for step in range(count):
-        train_step(trainee, rows[step], step, 1.0)
-    return trainee.meter.read()
+        train_step(trainer, rows[step], step, 1.0)
+    return trainer.meter.pop_means()
 
 
-def assert_same_weights(one: Trainee, two: Trainee) -> None:
+def assert_same_weights(one: SaeTrainer, two: SaeTrainer) -> None:
     for name, parameter in one.sae.named_parameters():
         other = two.sae.get_parameter(name)
         torch.testing.assert_close(
@@ -120,20 +120,20 @@ def test_micro_batches_make_the_steps_and_the_log_of_whole_ones(
 ) -> None:
     config = config_of(kind, transcode)
     whole, parts = make(config, decoder_norm=norm), make(config, decoder_norm=norm)
-    parts.recipe = Recipe(decoder_norm=norm, micro_batch_size=7)
+    parts.settings = StepSettings(decoder_norm=norm, micro_batch_size=7)
     expected, found = run(whole, batches(config)), run(parts, batches(config))
     assert expected["auxk"] > 0
     assert found == pytest.approx(expected, rel=1e-8)
     assert_same_weights(whole, parts)
-    assert torch.equal(whole.firing.rows_since, parts.firing.rows_since)
+    assert torch.equal(whole.dead_tracker.rows_since, parts.dead_tracker.rows_since)
 
 
 def test_of_dense_activations_a_batch_in_parts_keeps_only_whether_they_are_active() -> None:
     config = config_of("gated")
-    trainee, x = make(config), batches(config)[0]
-    dense = trainee.sae(x)
-    given = (trainee.objective, 0, 0.0, Recipe(micro_batch_size=7))
-    output = add_gradient(trainee.sae, x, VARIANCE, None, *given).output
+    trainer, x = make(config), batches(config)[0]
+    dense = trainer.sae(x)
+    given = (trainer.loss_config, 0, 0.0, StepSettings(micro_batch_size=7))
+    output = accumulate_gradient(trainer.sae, x, VARIANCE, None, *given).output
     assert torch.equal(output.top_acts, dense.top_acts > 0)
     assert (output.top_indices, output.pre_acts) == (None, None)
 
@@ -142,16 +142,16 @@ def test_of_dense_activations_a_batch_in_parts_keeps_only_whether_they_are_activ
 def test_an_update_of_three_batches_has_the_mean_of_their_gradients(kind: str) -> None:
     """BatchTopK chooses among each of them, and learns its threshold from each."""
     config = config_of(kind)
-    trainee, alone = make(config, grad_acc_steps=3), make(config, decoder_norm="free")
+    trainer, alone = make(config, grad_acc_steps=3), make(config, decoder_norm="free")
     alone.sae.normalise_decoder()
     alone.sae.activation.project()
     rows, gradients = batches(config), []
     for step in range(2):
-        train_step(trainee, rows[step], step, 0.0)
-    found = {name: p.grad for name, p in trainee.sae.named_parameters()}
+        train_step(trainer, rows[step], step, 0.0)
+    found = {name: p.grad for name, p in trainer.sae.named_parameters()}
     for step in range(2):
         sae = alone.sae
-        losses = compute_losses(sae, rows[step], VARIANCE, None, alone.objective, step)
+        losses = compute_losses(sae, rows[step], VARIANCE, None, alone.loss_config, step)
         parameters = dict(sae.named_parameters())
         each = torch.autograd.grad(losses.total(0.0), list(parameters.values()))
         gradients.append(dict(zip(parameters, each, strict=True)))
@@ -159,19 +159,19 @@ def test_an_update_of_three_batches_has_the_mean_of_their_gradients(kind: str) -
     for name, gradient in found.items():
         expected = (gradients[0][name] + gradients[1][name]) / 3
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
-    for name, buffer in trainee.sae.named_buffers():
+    for name, buffer in trainer.sae.named_buffers():
         torch.testing.assert_close(buffer, alone.sae.get_buffer(name))
         assert buffer > 0
 
 
 def test_thresholds_are_projected_when_an_update_begins_and_not_between_its_batches() -> None:
     config = config_of("jumprelu")
-    trainee, rows = make(config, grad_acc_steps=3, decoder_norm="free"), batches(config)
-    threshold = trainee.sae.get_parameter("activation.threshold")
+    trainer, rows = make(config, grad_acc_steps=3, decoder_norm="free"), batches(config)
+    threshold = trainer.sae.get_parameter("activation.threshold")
     for step, expected in ((0, 0.0), (1, -0.5)):  # no update is made before step 2
         with torch.no_grad():
             threshold.fill_(-0.5)
-        train_step(trainee, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step, 0.0)
         assert (threshold == expected).all()
 
 
@@ -194,12 +194,12 @@ def free_sae(config: SaeConfig) -> Sae:
 def test_what_is_saved_folded_is_the_function_that_was_trained(kind: str) -> None:
     config = config_of(kind)
     sae, saved = free_sae(config), build_sae(config, dtype=torch.float64)
-    rows, objective = batches(config)[0], objective_for(config)
-    trained = folded_losses(sae, rows, VARIANCE, None, objective, 0)
+    rows, loss_config = batches(config)[0], objective_for(config)
+    trained = folded_losses(sae, rows, VARIANCE, None, loss_config, 0)
     sae.activation.observe(trained.output.top_acts)
     saved.load_state_dict(fold(sae.state_dict()))
     torch.testing.assert_close(saved.W_dec.norm(dim=1), torch.ones(M, dtype=torch.float64))
-    again = compute_losses(saved, rows, VARIANCE, None, objective, 0)
+    again = compute_losses(saved, rows, VARIANCE, None, loss_config, 0)
     torch.testing.assert_close(again.output.reconstruction, trained.output.reconstruction)
     torch.testing.assert_close(again.total(0.0), trained.total(0.0))
     if isinstance(saved.activation, BatchTopK):  # learnt from folded activations
@@ -211,9 +211,9 @@ def test_what_is_saved_folded_is_the_function_that_was_trained(kind: str) -> Non
 def test_folding_changes_no_loss_where_no_latent_is_chosen_for_another(kind: str) -> None:
     """Thresholds and second biases grow with the norm, and penalties know it."""
     config = config_of(kind)
-    sae, rows, objective = free_sae(config), batches(config)[0], objective_for(config)
-    plain = compute_losses(sae, rows, VARIANCE, None, objective, 0)
-    folded = folded_losses(sae, rows, VARIANCE, None, objective, 0)
+    sae, rows, loss_config = free_sae(config), batches(config)[0], objective_for(config)
+    plain = compute_losses(sae, rows, VARIANCE, None, loss_config, 0)
+    folded = folded_losses(sae, rows, VARIANCE, None, loss_config, 0)
     torch.testing.assert_close(folded.output.reconstruction, plain.output.reconstruction)
     assert len(plain.terms) == len(folded.terms) > 0
     for one, other in zip(plain.terms, folded.terms, strict=True):
@@ -226,30 +226,30 @@ def test_folding_changes_no_loss_where_no_latent_is_chosen_for_another(kind: str
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "multi-topk", "matryoshka"])
 def test_k_that_falls_is_the_k_that_chooses(kind: str) -> None:
     config, ks = config_of(kind), [20, 14, 9, 3, 3, 3]
-    recipe = {"k_start": 20, "k_end": 3, "k_anneal_steps": 3}
-    trainee, rows = make(config, decoder_norm="fold", **recipe), batches(config)
-    trainee.sae.b_enc.data.fill_(3.0)  # latents enough that are positive
+    settings = {"k_start": 20, "k_end": 3, "k_anneal_steps": 3}
+    trainer, rows = make(config, decoder_norm="fold", **settings), batches(config)
+    trainer.sae.b_enc.data.fill_(3.0)  # latents enough that are positive
     for step, k in enumerate(ks):
-        train_step(trainee, rows[step], step, 0.0)
-        assert trainee.sae.k == trainee.sae.activation.k == k
-        assert trainee.meter.read()["l0"] == k
+        train_step(trainer, rows[step], step, 0.0)
+        assert trainer.sae.k == trainer.sae.activation.k == k
+        assert trainer.meter.pop_means()["l0"] == k
 
 
 def test_a_threshold_of_batchtopk_starts_over_when_k_changes() -> None:
     """Else it would lag behind by twenty batches, and more latents than k be active afterwards."""
     config = config_of("batchtopk")
-    trainee = make(config, k_start=20, k_end=3, k_anneal_steps=3)
+    trainer = make(config, k_start=20, k_end=3, k_anneal_steps=3)
     rows, cuts = batches(config), []
-    observe = trainee.sae.activation.observe
+    observe = trainer.sae.activation.observe
 
     def spy(top_acts: Tensor, anew: bool = False) -> None:
         cuts.append(float(top_acts[top_acts > 0].min()))
         observe(top_acts, anew)
 
-    trainee.sae.activation.observe = spy  # type: ignore[method-assign]
+    trainer.sae.activation.observe = spy  # type: ignore[method-assign]
     for step in range(STEPS):
-        train_step(trainee, rows[step], step, 0.0)
-        threshold = float(trainee.sae.get_buffer("activation.threshold"))
+        train_step(trainer, rows[step], step, 0.0)
+        threshold = float(trainer.sae.get_buffer("activation.threshold"))
         if step <= 3:
             assert threshold == cuts[-1]
     assert threshold == pytest.approx(0.95 * (0.95 * cuts[3] + 0.05 * cuts[4]) + 0.05 * cuts[5])
@@ -284,13 +284,13 @@ def test_every_kind_learns_the_same_but_for_rounding_in_bfloat16(
 def test_autocast_rounds_products_and_neither_reconstructions_nor_losses(kind: str) -> None:
     """A mean that is long beside what varies would show it."""
     config = config_of(kind)
-    trainee, rows = make(config, torch.float32), batches(config, torch.float32)[0] + 1000
-    sae, objective = trainee.sae, trainee.objective
+    trainer, rows = make(config, torch.float32), batches(config, torch.float32)[0] + 1000
+    sae, loss_config = trainer.sae, trainer.loss_config
     with torch.no_grad():
         sae.b_dec.fill_(1000)
-        exact = compute_losses(sae, rows, VARIANCE, None, objective, 0)
+        exact = compute_losses(sae, rows, VARIANCE, None, loss_config, 0)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = compute_losses(sae, rows, VARIANCE, None, objective, 0)
+            losses = compute_losses(sae, rows, VARIANCE, None, loss_config, 0)
     values = [losses.output.reconstruction, losses.fvu, *(term.value for term in losses.terms)]
     assert {value.dtype for value in values} == {torch.float32}
     torch.testing.assert_close(losses.fvu, exact.fvu, rtol=0.02, atol=0)
@@ -309,14 +309,14 @@ def test_jumprelus_number_of_latents_is_not_rounded_under_autocast() -> None:
 @pytest.mark.parametrize("kind", ["gated", "jumprelu"])
 def test_every_optimiser_moves_and_exports_every_parameter(kind: str, optimizer: str) -> None:
     config = config_of(kind, transcode=True)
-    trainee = make(config, torch.float32, optimizer)
-    before = {name: p.detach().clone() for name, p in trainee.sae.named_parameters()}
-    run(trainee, batches(config, torch.float32), 3)
+    trainer = make(config, torch.float32, optimizer)
+    before = {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
+    run(trainer, batches(config, torch.float32), 3)
     assert "W_skip" in before
-    exported = trainee.optimizer.weights_to_export()
+    exported = trainer.optimizer.weights_to_export()
     assert exported.keys() == before.keys()
     for name, value in before.items():
-        assert not torch.equal(trainee.sae.get_parameter(name), value), name
+        assert not torch.equal(trainer.sae.get_parameter(name), value), name
         assert not torch.equal(exported[name], value), name
 
 
@@ -325,16 +325,16 @@ def test_every_optimiser_moves_and_exports_every_parameter(kind: str, optimizer:
 
 def test_a_term_that_is_not_finite_reaches_no_weight_though_the_fvu_is() -> None:
     config = config_of("gated")
-    trainee, rows = make(config, torch.float32), batches(config, torch.float32)
+    trainer, rows = make(config, torch.float32), batches(config, torch.float32)
     with torch.no_grad():
-        trainee.sae.W_enc.mul_(1e25)
-        trainee.sae.get_parameter("activation.r_mag").fill_(-100.0)
-    trainee.sae.normalise_decoder()
-    before = {name: p.detach().clone() for name, p in trainee.sae.named_parameters()}
-    train_step(trainee, rows[0], 0, 0.0)
-    losses = trainee.meter.read()
+        trainer.sae.W_enc.mul_(1e25)
+        trainer.sae.get_parameter("activation.r_mag").fill_(-100.0)
+    trainer.sae.normalise_decoder()
+    before = {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
+    train_step(trainer, rows[0], 0, 0.0)
+    losses = trainer.meter.pop_means()
     assert math.isfinite(losses["fvu"])
     assert not math.isfinite(losses["gate_fvu"])
-    assert trainee.guard.first_bad() == 0
+    assert trainer.guard.first_bad() == 0
     for name in ("W_enc", "b_enc", "b_dec", "activation.r_mag", "activation.b_mag"):
-        assert torch.equal(trainee.sae.get_parameter(name), before[name])
+        assert torch.equal(trainer.sae.get_parameter(name), before[name])

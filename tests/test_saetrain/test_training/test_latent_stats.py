@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saetrain.tracking.density_bins import EDGES
-from saetrain.training.metrics import Vitals, decoder_norm_range
+from saetrain.training.metrics import LatentStats, decoder_norm_range
 
 CPU = torch.device("cpu")
 
@@ -22,65 +22,65 @@ def bins(found: dict[str, Any]) -> dict[float, int]:
 
 
 def test_the_histogram_counts_latents_by_the_share_of_rows_on_which_they_are_active() -> None:
-    vitals = Vitals(6, CPU)
+    latent_stats = LatentStats(6, CPU)
     top_acts = torch.ones(1000, 2)
     top_indices = torch.zeros(1000, 2, dtype=torch.int64)
     top_indices[:, 1] = 1  # 0 and 1 are chosen in every row
     top_acts[10:, 1] = 0  # but 1 is active in 10 of 1,000
     top_indices[0, 0] = 2  # and 2 in one; so 0 in 999
-    vitals.add_latents(top_acts[:400], top_indices[:400])
-    vitals.add_latents(top_acts[400:], top_indices[400:])
-    found = vitals.read_density()
+    latent_stats.add_latents(top_acts[:400], top_indices[:400])
+    latent_stats.add_latents(top_acts[400:], top_indices[400:])
+    found = latent_stats.pop_density()
     assert found["log10_density"]["rows"] == 1000
     assert found["log10_density"]["never"] == 3
     assert bins(found) == {-3.0: 1, -2.0: 1, -0.25: 1}
-    assert vitals.read_density()["log10_density"]["rows"] == 0  # it has started over
+    assert latent_stats.pop_density()["log10_density"]["rows"] == 0  # it has started over
 
 
 def test_a_latent_of_every_row_is_in_the_last_bin_and_one_below_all_bins_in_the_first() -> None:
-    vitals = Vitals(2, CPU)
-    vitals.add_latents(torch.ones(1, 2), torch.tensor([[0, 1]]))
-    vitals.load_state(
+    latent_stats = LatentStats(2, CPU)
+    latent_stats.add_latents(torch.ones(1, 2), torch.tensor([[0, 1]]))
+    latent_stats.load_state(
         {"active": torch.tensor([10**10, 1]), "norms": torch.zeros((), dtype=torch.float64)},
         {"rows": 10**10, "updates": 0},
     )
-    assert bins(vitals.read_density()) == {-8.0: 1, -0.25: 1}
+    assert bins(latent_stats.pop_density()) == {-8.0: 1, -0.25: 1}
 
 
 def test_activations_of_all_latents_are_counted_like_chosen_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.relu(torch.randn(50, 12, generator=generator))  # [N, M]
-    chosen, of_all = Vitals(12, CPU), Vitals(12, CPU)
+    chosen, of_all = LatentStats(12, CPU), LatentStats(12, CPU)
     chosen.add_latents(*dense.topk(12, dim=1))
     of_all.add_latents(dense, None)
-    assert chosen.read_density() == of_all.read_density()
+    assert chosen.pop_density() == of_all.pop_density()
 
 
 def test_the_norm_of_the_gradient_is_a_mean_over_updates_and_unknown_without_any() -> None:
-    vitals = Vitals(2, CPU)
-    assert vitals.read() == {"grad_norm": None}
+    latent_stats = LatentStats(2, CPU)
+    assert latent_stats.read() == {"grad_norm": None}
     for norm in (1.0, 4.0):
-        vitals.add_gradient(torch.tensor(norm))
-    assert vitals.read() == {"grad_norm": 2.5}
-    assert vitals.read() == {"grad_norm": None}
+        latent_stats.add_gradient(torch.tensor(norm))
+    assert latent_stats.read() == {"grad_norm": 2.5}
+    assert latent_stats.read() == {"grad_norm": None}
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
 def test_a_norm_that_no_line_can_hold_is_unknown_once(norm: float) -> None:
-    vitals = Vitals(2, CPU)
-    vitals.add_gradient(torch.tensor(norm))
-    assert vitals.read() == {"grad_norm": None}
-    vitals.add_gradient(torch.tensor(3.0))
-    assert vitals.read() == {"grad_norm": 3.0}
+    latent_stats = LatentStats(2, CPU)
+    latent_stats.add_gradient(torch.tensor(norm))
+    assert latent_stats.read() == {"grad_norm": None}
+    latent_stats.add_gradient(torch.tensor(3.0))
+    assert latent_stats.read() == {"grad_norm": 3.0}
 
 
 def test_the_state_carries_all_that_is_counted() -> None:
-    first, second = Vitals(3, CPU), Vitals(3, CPU)
+    first, second = LatentStats(3, CPU), LatentStats(3, CPU)
     first.add_latents(torch.ones(4, 1), torch.tensor([[0], [0], [2], [2]]))
     first.add_gradient(torch.tensor(2.0))
     tensors, numbers = first.state()
     second.load_state({name: t.clone() for name, t in tensors.items()}, dict(numbers))
-    assert (first.read(), first.read_density()) == (second.read(), second.read_density())
+    assert (first.read(), first.pop_density()) == (second.read(), second.pop_density())
 
 
 def test_the_range_of_the_decoders_norms_is_of_its_rows() -> None:

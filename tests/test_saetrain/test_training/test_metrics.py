@@ -7,7 +7,7 @@ import torch
 
 from saetrain.model.losses import Losses
 from saetrain.model.sae import SaeOutput
-from saetrain.training.metrics import Firing, Meter, fired
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter, fired
 
 CPU = torch.device("cpu")
 
@@ -19,22 +19,22 @@ def losses(fvu: float, auxk: float, top_acts: list[list[float]]) -> Losses:
 
 
 def test_a_meter_gives_means_over_the_steps_since_it_was_read() -> None:
-    meter = Meter(CPU)
+    meter = MeanMeter(CPU)
     meter.add(losses(0.5, 0.25, [[1.0, 0.0], [2.0, 3.0]]))
     meter.add(losses(1.5, 0.75, [[0.0, 0.0], [0.0, 1.0]]))
-    assert meter.read() == {"fvu": 1.0, "auxk": 0.5, "l0": 1.0}
+    assert meter.pop_means() == {"fvu": 1.0, "auxk": 0.5, "l0": 1.0}
     meter.add(losses(3.0, 0.0, [[1.0, 1.0]]))
-    assert meter.read() == {"fvu": 3.0, "auxk": 0.0, "l0": 2.0}
+    assert meter.pop_means() == {"fvu": 3.0, "auxk": 0.0, "l0": 2.0}
 
 
 def test_l0_counts_active_latents_and_not_chosen_ones() -> None:
-    meter = Meter(CPU)
+    meter = MeanMeter(CPU)
     meter.add(losses(0.0, 0.0, [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1e-30, 2.0, 0.0]]))
-    assert meter.read()["l0"] == pytest.approx(1.0)
+    assert meter.pop_means()["l0"] == pytest.approx(1.0)
 
 
 def test_a_meter_holds_no_graph() -> None:
-    meter = Meter(CPU)
+    meter = MeanMeter(CPU)
     step = losses(1.0, 0.0, [[1.0]])
     meter.add(step._replace(fvu=step.fvu.requires_grad_()))
     assert not meter.sums.requires_grad
@@ -48,21 +48,21 @@ def test_a_latent_has_fired_where_one_of_its_activations_is_positive() -> None:
 
 
 def test_rows_since_a_latent_fired_are_counted_by_the_batch() -> None:
-    firing = Firing(4, dead_after=5, device=CPU)
-    firing.add((torch.tensor([[1.0], [0.0]]), torch.tensor([[0], [1]])))
-    assert firing.rows_since.tolist() == [0, 2, 2, 2]
-    firing.add((torch.tensor([[1.0], [1.0], [0.0]]), torch.tensor([[1], [1], [1]])))
-    assert firing.rows_since.tolist() == [3, 0, 5, 5]
+    dead_tracker = DeadLatentTracker(4, dead_after=5, device=CPU)
+    dead_tracker.add((torch.tensor([[1.0], [0.0]]), torch.tensor([[0], [1]])))
+    assert dead_tracker.rows_since.tolist() == [0, 2, 2, 2]
+    dead_tracker.add((torch.tensor([[1.0], [1.0], [0.0]]), torch.tensor([[1], [1], [1]])))
+    assert dead_tracker.rows_since.tolist() == [3, 0, 5, 5]
 
 
 def test_a_latent_is_dead_from_exactly_dead_after_rows_on_and_revives_when_it_fires() -> None:
-    firing = Firing(2, dead_after=4, device=CPU)
+    dead_tracker = DeadLatentTracker(2, dead_after=4, device=CPU)
     nothing = (torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int64))
-    firing.add(nothing)
-    assert firing.dead().tolist() == [False, False]
-    firing.add((torch.tensor([[1.0]]), torch.tensor([[1]])))
-    assert firing.dead().tolist() == [True, False]
-    assert firing.dead_percent(3) is None  # too few rows to know
-    assert firing.dead_percent(4) == 50.0
-    firing.add((torch.tensor([[1.0]]), torch.tensor([[0]])))
-    assert firing.dead_percent(4) == 0.0
+    dead_tracker.add(nothing)
+    assert dead_tracker.dead().tolist() == [False, False]
+    dead_tracker.add((torch.tensor([[1.0]]), torch.tensor([[1]])))
+    assert dead_tracker.dead().tolist() == [True, False]
+    assert dead_tracker.dead_percent(3) is None  # too few rows to know
+    assert dead_tracker.dead_percent(4) == 50.0
+    dead_tracker.add((torch.tensor([[1.0]]), torch.tensor([[0]])))
+    assert dead_tracker.dead_percent(4) == 0.0

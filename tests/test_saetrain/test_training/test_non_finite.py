@@ -24,19 +24,19 @@ from actcache.errors import RunError
 from actcache.stream.order import batch_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, SaeConfig
-from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import objective_of
+from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.runs.checkpoint import load_checkpoint
 from saetrain.runs.record import SaeEntry, read_run
-from saetrain.training.metrics import Firing, Meter
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.non_finite import ROWS, NonFiniteError
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 Options = Callable[..., FitConfig]
 
@@ -49,12 +49,12 @@ def batches(count: int) -> Tensor:
     return torch.randn(count, N, D, generator=torch.Generator().manual_seed(0))
 
 
-def bits(trainee: Trainee) -> dict[str, bytes]:
+def bits(trainer: SaeTrainer) -> dict[str, bytes]:
     """Weights, the optimiser's state, and the encoder's copy in bfloat16, if one is kept."""
-    tensors = {**trainee.sae.state_dict(), **trainee.optimizer.state_tensors()}
-    shadow = shadow_of(trainee.sae.W_enc)
-    if trainee.optimizer.one_pass and shadow is not None:
-        tensors["shadow"] = shadow.view(torch.int16)
+    tensors = {**trainer.sae.state_dict(), **trainer.optimizer.state_tensors()}
+    bf16_copy = bf16_copy_of(trainer.sae.W_enc)
+    if trainer.optimizer.is_fused and bf16_copy is not None:
+        tensors["shadow"] = bf16_copy.view(torch.int16)
     return {name: t.detach().contiguous().numpy().tobytes() for name, t in tensors.items()}
 
 
@@ -63,7 +63,7 @@ def bits(trainee: Trainee) -> dict[str, bytes]:
 @pytest.mark.parametrize("device_flag", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
-    make_trainee: Callable[..., Trainee],
+    make_trainee: Callable[..., SaeTrainer],
     optimizer: str,
     value: float,
     device_flag: bool,
@@ -79,34 +79,34 @@ def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
         )
     # The others normalise before the loss is known, which is not what is asked here.
     norm = "unit" if optimizer in ("signum", "adam", "adamw") else "free"
-    trainee = make_trainee(D, M, K, optimizer=optimizer, decoder_norm=norm, autocast=autocast)
+    trainer = make_trainee(D, M, K, optimizer=optimizer, decoder_norm=norm, autocast=autocast)
     rows = batches(6)
     rows[3, 7, 2] = value
     for step in range(3):
-        train_step(trainee, rows[step], step, 0.0)
-    assert trainee.guard.first_bad() is None
-    before = bits(trainee)
+        train_step(trainer, rows[step], step, 0.0)
+    assert trainer.guard.first_bad() is None
+    before = bits(trainer)
     assert ("shadow" in before) is (autocast and norm == "unit")
     for step in range(3, 6):
-        train_step(trainee, rows[step], step, 0.0)
-        assert bits(trainee) == before
-    assert trainee.guard.first_bad() == 3
+        train_step(trainer, rows[step], step, 0.0)
+        assert bits(trainer) == before
+    assert trainer.guard.first_bad() == 3
 
 
-@pytest.mark.parametrize("recipe", [{"grad_acc_steps": 3}, {"micro_batch_size": 9}])
+@pytest.mark.parametrize("settings", [{"grad_acc_steps": 3}, {"micro_batch_size": 9}])
 def test_one_bad_part_of_an_update_is_enough(
-    make_trainee: Callable[..., Trainee], recipe: dict[str, Any]
+    make_trainee: Callable[..., SaeTrainer], settings: dict[str, Any]
 ) -> None:
-    trainee, rows = make_trainee(D, M, K, **recipe), batches(6)
+    trainer, rows = make_trainee(D, M, K, **settings), batches(6)
     for step in range(3):
-        train_step(trainee, rows[step], step, 0.0)
-    before, rows[4, 20, 0] = bits(trainee), math.nan
-    if "micro_batch_size" in recipe:
+        train_step(trainer, rows[step], step, 0.0)
+    before, rows[4, 20, 0] = bits(trainer), math.nan
+    if "micro_batch_size" in settings:
         rows[3] = rows[4]
     for step in range(3, 6):
-        train_step(trainee, rows[step], step, 0.0)
-    assert bits(trainee) == before
-    assert trainee.guard.first_bad() == (3 if "micro_batch_size" in recipe else 4)
+        train_step(trainer, rows[step], step, 0.0)
+    assert bits(trainer) == before
+    assert trainer.guard.first_bad() == (3 if "micro_batch_size" in settings else 4)
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
@@ -122,7 +122,7 @@ def test_a_whole_step_asks_the_device_nothing(
     # It has no meta device; the kernels switch it off around one product.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     device = torch.device("meta")
-    recipe = Recipe(
+    settings = StepSettings(
         decoder_norm=norm,
         k_start=9,
         k_end=K,
@@ -134,12 +134,12 @@ def test_a_whole_step_asks_the_device_nothing(
     sae = Sae(D, M, K, device=device)
     entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
     update = make_optimizer(optimizer, sae, 0.01, 2, 6, decoder_norm=norm)
-    firing, meter = Firing(M, 10**9, device), Meter(device)
-    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe=recipe)
+    dead_tracker, meter = DeadLatentTracker(M, 10**9, device), MeanMeter(device)
+    trainer = SaeTrainer(entry, sae, update, dead_tracker, meter, 1.0, settings=settings)
     for step in range(6):
-        train_step(trainee, torch.zeros(N, D, device=device), step, 0.1)
+        train_step(trainer, torch.zeros(N, D, device=device), step, 0.1)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        trainee.guard.first_bad()  # a log does ask
+        trainer.guard.first_bad()  # a log does ask
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "groupmax", "jumprelu", "relu", "gated"])
@@ -150,13 +150,13 @@ def test_nor_does_a_step_of_another_activation(
     sparsity = 0.1 * (activation in PENALISED)
     config = SaeConfig(D, M, K, activation=activation, sparsity=sparsity)
     device = torch.device("meta")
-    sae, objective = build_sae(config, device=device), objective_of(config, 2)
+    sae, loss_config = build_sae(config, device=device), make_loss_config(config, 2)
     entry, update = SaeEntry("layers.0", config, 0.01, 0), make_optimizer("adam", sae, 0.01, 2, 6)
-    firing, meter = Firing(M, 10**9, device), Meter(device, objective.names)
-    recipe = Recipe(micro_batch_size=9, grad_clip=1.0)
-    trainee = Trainee(entry, sae, update, firing, meter, 1.0, objective, recipe)
+    dead_tracker, meter = DeadLatentTracker(M, 10**9, device), MeanMeter(device, loss_config.names)
+    settings = StepSettings(micro_batch_size=9, grad_clip=1.0)
+    trainer = SaeTrainer(entry, sae, update, dead_tracker, meter, 1.0, loss_config, settings)
     for step in range(2):
-        train_step(trainee, torch.zeros(N, D, device=device), step, 0.0)
+        train_step(trainer, torch.zeros(N, D, device=device), step, 0.0)
 
 
 @pytest.mark.gpu
@@ -169,29 +169,29 @@ def test_on_a_gpu_a_step_waits_for_nothing_and_a_bad_batch_changes_no_bit(
     sae = Sae(D, M, K, device=device)
     norm = "free" if optimizer == "muon" else "unit"
     update = make_optimizer(optimizer, sae, 0.01, 0, 8, decoder_norm=norm)
-    firing, meter = Firing(M, 10**9, device), Meter(device)
+    dead_tracker, meter = DeadLatentTracker(M, 10**9, device), MeanMeter(device)
     entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
-    recipe = Recipe(decoder_norm=norm, grad_clip=clip, autocast=True)
-    trainee = Trainee(entry, sae, update, firing, meter, 1.0, recipe=recipe)
+    settings = StepSettings(decoder_norm=norm, grad_clip=clip, autocast=True)
+    trainer = SaeTrainer(entry, sae, update, dead_tracker, meter, 1.0, settings=settings)
     rows = batches(6).to(device)
     rows[4, 7, 2] = math.nan
     for step in range(2):  # whatever is compiled or set up, is so now
-        train_step(trainee, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step, 0.0)
     try:
         torch.cuda.set_sync_debug_mode("error")
         for step in range(2, 4):
-            train_step(trainee, rows[step], step, 0.0)
+            train_step(trainer, rows[step], step, 0.0)
         torch.cuda.set_sync_debug_mode("default")
-        before = {n: t.detach().cpu().numpy().tobytes() for n, t in trainee.state()[0].items()}
+        before = {n: t.detach().cpu().numpy().tobytes() for n, t in trainer.state()[0].items()}
         torch.cuda.set_sync_debug_mode("error")
         for step in range(4, 6):
-            train_step(trainee, rows[step], step, 0.0)
+            train_step(trainer, rows[step], step, 0.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    after = {n: t.detach().cpu().numpy().tobytes() for n, t in trainee.state()[0].items()}
+    after = {n: t.detach().cpu().numpy().tobytes() for n, t in trainer.state()[0].items()}
     kept = [n for n in before if n.startswith(("sae.", "optimizer."))]
     assert [n for n in kept if before[n] != after[n]] == []
-    assert trainee.guard.first_bad() == 4
+    assert trainer.guard.first_bad() == 4
 
 
 def poisoned(
@@ -262,8 +262,8 @@ def test_a_batch_of_a_later_epoch_and_segment_is_found(
     class Spoil:
         step = 0
 
-    def train_step(trainee: Any, rows: Tensor, number: int, alpha: float) -> None:
-        real(trainee, rows * math.nan if number == Spoil.step else rows, number, alpha)
+    def train_step(trainer: Any, rows: Tensor, number: int, alpha: float) -> None:
+        real(trainer, rows * math.nan if number == Spoil.step else rows, number, alpha)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", train_step)
     cache = Cache.open(options().cache)

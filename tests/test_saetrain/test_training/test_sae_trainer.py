@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
 
 N, D, M, K = 64, 16, 64, 4
@@ -17,7 +17,9 @@ BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 
 @BOTH_OPTIMIZERS
 def test_state_put_back_into_another_trainee_goes_on_bit_for_bit(
-    batches: Callable[[torch.dtype], Tensor], make_trainee: Callable[..., Trainee], optimizer: str
+    batches: Callable[[torch.dtype], Tensor],
+    make_trainee: Callable[..., SaeTrainer],
+    optimizer: str,
 ) -> None:
     ours, resumed = (make_trainee(D, M, K, optimizer=optimizer, dead_after=3 * N) for _ in range(2))
     rows = batches(torch.float32)

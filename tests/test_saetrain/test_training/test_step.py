@@ -12,7 +12,7 @@ from schedulefree import ScheduleFreeWrapper
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
 
 N, D, M, K = 64, 16, 64, 4
@@ -24,12 +24,12 @@ BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 class Peer:
     """sparsify's module and optimiser, run as its trainer runs them on a given denominator."""
 
-    def __init__(self, module: Any, trainee: Trainee, optimizer: str) -> None:
+    def __init__(self, module: Any, trainer: SaeTrainer, optimizer: str) -> None:
         from sparsify.sign_sgd import SignSGD
 
-        self.module, self.variance = module, trainee.variance
+        self.module, self.variance = module, trainer.variance
         with torch.no_grad():
-            for ours, theirs in zip(trainee.sae.parameters(), self.weights(), strict=True):
+            for ours, theirs in zip(trainer.sae.parameters(), self.weights(), strict=True):
                 theirs.copy_(ours)
         self.schedule: Any = None
         if optimizer == "signum":
@@ -59,22 +59,22 @@ class Peer:
         return float(output.fvu.detach())
 
 
-def our_step(trainee: Trainee, x: Tensor, step: int, alpha: float = 0.0) -> dict[str, float]:
-    train_step(trainee, x, step, alpha)
-    return trainee.meter.read()
+def our_step(trainer: SaeTrainer, x: Tensor, step: int, alpha: float = 0.0) -> dict[str, float]:
+    train_step(trainer, x, step, alpha)
+    return trainer.meter.pop_means()
 
 
 @pytest.fixture
 def make_pair(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., Trainee],
+    make_trainee: Callable[..., SaeTrainer],
     make_peer: Callable[..., Any],
     sparsify: ModuleType,
-) -> Callable[[str, torch.dtype], tuple[Trainee, Peer]]:
+) -> Callable[[str, torch.dtype], tuple[SaeTrainer, Peer]]:
     """Ours and the peer's, with equal weights, b_dec at the first batch's mean."""
 
-    def make(optimizer: str, dtype: torch.dtype) -> tuple[Trainee, Peer]:
-        trainee = make_trainee(
+    def make(optimizer: str, dtype: torch.dtype) -> tuple[SaeTrainer, Peer]:
+        trainer = make_trainee(
             D,
             M,
             K,
@@ -86,8 +86,8 @@ def make_pair(
             variance=3.7,
         )
         with torch.no_grad():
-            trainee.sae.b_dec.copy_(batches(dtype)[0].mean(dim=0))
-        return trainee, Peer(make_peer(D, M, K, dtype=dtype), trainee, optimizer)
+            trainer.sae.b_dec.copy_(batches(dtype)[0].mean(dim=0))
+        return trainer, Peer(make_peer(D, M, K, dtype=dtype), trainer, optimizer)
 
     return make
 
@@ -95,13 +95,13 @@ def make_pair(
 @BOTH_OPTIMIZERS
 def test_fifty_steps_in_float64_have_the_peers_losses_and_leave_its_weights(
     batches: Callable[[torch.dtype], Tensor],
-    make_pair: Callable[..., tuple[Trainee, Peer]],
+    make_pair: Callable[..., tuple[SaeTrainer, Peer]],
     optimizer: str,
 ) -> None:
-    trainee, peer = make_pair(optimizer, torch.float64)
+    trainer, peer = make_pair(optimizer, torch.float64)
     ours, theirs = [], []
     for step, x in enumerate(batches(torch.float64)):
-        ours.append(our_step(trainee, x, step)["fvu"])
+        ours.append(our_step(trainer, x, step)["fvu"])
         theirs.append(peer.step(x))
     assert ours == pytest.approx(theirs, rel=1e-6)
     assert ours[-1] < 0.8 * ours[0]  # the steps did something
@@ -109,7 +109,7 @@ def test_fifty_steps_in_float64_have_the_peers_losses_and_leave_its_weights(
         peer.optimizer.eval()  # as the peer does before it saves
     else:
         peer.module.set_decoder_norm_to_unit_norm()  # which it does before its next step
-    exported = trainee.optimizer.weights_to_export().values()
+    exported = trainer.optimizer.weights_to_export().values()
     for weights, expected in zip(exported, peer.weights(), strict=True):
         torch.testing.assert_close(weights, expected.detach(), rtol=1e-6, atol=1e-8)
 
@@ -117,17 +117,17 @@ def test_fifty_steps_in_float64_have_the_peers_losses_and_leave_its_weights(
 @BOTH_OPTIMIZERS
 def test_the_first_step_in_float32_has_the_peers_loss_and_update(
     batches: Callable[[torch.dtype], Tensor],
-    make_pair: Callable[..., tuple[Trainee, Peer]],
+    make_pair: Callable[..., tuple[SaeTrainer, Peer]],
     optimizer: str,
 ) -> None:
-    trainee, peer = make_pair(optimizer, torch.float32)
+    trainer, peer = make_pair(optimizer, torch.float32)
     x = batches(torch.float32)[0]
     step = WARMUP if optimizer == "adam" else 0  # Adam's learning rate begins at 0
     if peer.schedule is not None:
         peer.optimizer.param_groups[0]["lr"] = LR[optimizer]
-    assert our_step(trainee, x, step)["fvu"] == pytest.approx(peer.step(x), rel=1e-6)
+    assert our_step(trainer, x, step)["fvu"] == pytest.approx(peer.step(x), rel=1e-6)
     peer.module.set_decoder_norm_to_unit_norm()  # which it does before its next step
-    for ours, theirs in zip(trainee.sae.parameters(), peer.weights(), strict=True):
+    for ours, theirs in zip(trainer.sae.parameters(), peer.weights(), strict=True):
         # The sign of a gradient that is zero but for rounding may differ; nothing else may.
         differing = ((ours - theirs).abs() > 1e-6).double().mean()
         assert differing < 0.01
@@ -136,20 +136,20 @@ def test_the_first_step_in_float32_has_the_peers_loss_and_update(
 @BOTH_OPTIMIZERS
 def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., Trainee],
+    make_trainee: Callable[..., SaeTrainer],
     optimizer: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trainee = make_trainee(D, M, K, optimizer=optimizer, lr=0.1)
-    deviations, autoencode = [], trainee.sae.autoencode
+    trainer = make_trainee(D, M, K, optimizer=optimizer, lr=0.1)
+    deviations, autoencode = [], trainer.sae.autoencode
 
     def spy(*arguments: Any) -> Any:
-        deviations.append(float((trainee.sae.W_dec.detach().norm(dim=1) - 1).abs().max()))
+        deviations.append(float((trainer.sae.W_dec.detach().norm(dim=1) - 1).abs().max()))
         return autoencode(*arguments)
 
-    monkeypatch.setattr(trainee.sae, "autoencode", spy)
+    monkeypatch.setattr(trainer.sae, "autoencode", spy)
     for step, x in enumerate(batches(torch.float32)[:10]):
-        train_step(trainee, x, step, 0.0)
+        train_step(trainer, x, step, 0.0)
     assert len(deviations) == 10
     assert max(deviations) < 1e-6
 
@@ -159,29 +159,29 @@ def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
 )
 def test_an_optimiser_sees_no_gradient_along_a_decoder_row_but_where_it_projects_itself(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., Trainee],
+    make_trainee: Callable[..., SaeTrainer],
     monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
     clip: float | None,
 ) -> None:
     """A gradient that is to be clipped has to be measured before the one pass."""
-    trainee = make_trainee(D, M, K, optimizer=optimizer, dtype=torch.float64, grad_clip=clip)
+    trainer = make_trainee(D, M, K, optimizer=optimizer, dtype=torch.float64, grad_clip=clip)
     along = []
 
     def spy(_: int) -> None:
-        W_dec, gradient = trainee.sae.W_dec.detach(), trainee.sae.W_dec.grad
+        W_dec, gradient = trainer.sae.W_dec.detach(), trainer.sae.W_dec.grad
         assert gradient is not None
         along.append(float((gradient * W_dec).sum(dim=1).abs().max() / gradient.abs().max()))
 
-    monkeypatch.setattr(trainee.optimizer, "step", spy)
-    train_step(trainee, batches(torch.float64)[0], 0, 0.0)
+    monkeypatch.setattr(trainer.optimizer, "step", spy)
+    train_step(trainer, batches(torch.float64)[0], 0, 0.0)
     assert along[0] < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rows_of_any_type_train_as_the_same_numbers_in_the_weights_type(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., Trainee],
+    make_trainee: Callable[..., SaeTrainer],
     dtype: torch.dtype,
 ) -> None:
     rows = batches(torch.float32)[0].to(dtype)
@@ -194,15 +194,15 @@ def test_rows_of_any_type_train_as_the_same_numbers_in_the_weights_type(
 
 def test_auxk_begins_when_latents_are_dead_and_revives_them(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., Trainee],
+    make_trainee: Callable[..., SaeTrainer],
 ) -> None:
-    trainee = make_trainee(D, M, K, dead_after=2 * N, lr=0.02)
+    trainer = make_trainee(D, M, K, dead_after=2 * N, lr=0.02)
     with torch.no_grad():
-        trainee.sae.b_enc[M // 2 :] = -0.7  # never among the strongest at first
+        trainer.sae.b_enc[M // 2 :] = -0.7  # never among the strongest at first
     auxk, dead = [], []
     for step, x in enumerate(batches(torch.float32)):
-        auxk.append(our_step(trainee, x, step, alpha=1.0)["auxk"])
-        dead.append(trainee.firing.dead_percent(2 * N))
+        auxk.append(our_step(trainer, x, step, alpha=1.0)["auxk"])
+        dead.append(trainer.dead_tracker.dead_percent(2 * N))
     assert auxk[:2] == [0.0, 0.0]
     assert min(auxk[2:5]) > 0
     assert dead[1] > 20
@@ -211,13 +211,13 @@ def test_auxk_begins_when_latents_are_dead_and_revives_them(
 
 def test_with_auxk_off_dead_latents_cost_nothing_and_feel_nothing(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., Trainee],
+    make_trainee: Callable[..., SaeTrainer],
 ) -> None:
-    trainee = make_trainee(D, M, K, dead_after=1)
+    trainer = make_trainee(D, M, K, dead_after=1)
     with torch.no_grad():
-        trainee.sae.b_enc[7] = -100.0
-    before = trainee.sae.W_enc[7].detach().clone()
+        trainer.sae.b_enc[7] = -100.0
+    before = trainer.sae.W_enc[7].detach().clone()
     for step, x in enumerate(batches(torch.float32)[:5]):
-        assert our_step(trainee, x, step, alpha=0.0)["auxk"] == 0
-    assert trainee.firing.dead()[7]
-    assert torch.equal(trainee.sae.W_enc[7], before)
+        assert our_step(trainer, x, step, alpha=0.0)["auxk"] == 0
+    assert trainer.dead_tracker.dead()[7]
+    assert torch.equal(trainer.sae.W_enc[7], before)

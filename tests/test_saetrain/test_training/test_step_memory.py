@@ -17,9 +17,9 @@ from saetrain.kernels import matmul as product
 from saetrain.kernels.encode import tokens_at_once
 from saetrain.kernels.on_torch import update
 from saetrain.model.activations import Activation, BatchTopK, GroupMax, TopK
-from saetrain.model.losses import Objective
-from saetrain.training.metrics import Meter
-from saetrain.training.sae_trainer import Trainee
+from saetrain.model.losses import LossConfig
+from saetrain.training.metrics import MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
 
 N, D, M, K = 1024, 48, 8192, 32
@@ -38,13 +38,13 @@ def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(update, "_BYTES", 1 << 18)
 
 
-def allocations(trainee: Trainee, auxk_alpha: float = 0.0) -> list[int]:
+def allocations(trainer: SaeTrainer, auxk_alpha: float = 0.0) -> list[int]:
     """Bytes that one step takes (+) and gives back (-), in order; after two steps."""
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     for step in range(2):
-        train_step(trainee, x, step, auxk_alpha)
+        train_step(trainer, x, step, auxk_alpha)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        train_step(trainee, x, 2, auxk_alpha)
+        train_step(trainer, x, 2, auxk_alpha)
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
@@ -62,23 +62,23 @@ def peak(taken: list[int]) -> int:
 def test_a_step_forms_no_row_for_each_pair_and_no_pre_act_for_all_tokens(
     make_trainee: Callable[..., Any], optimizer: str
 ) -> None:
-    trainee = make_trainee(D, M, K, optimizer=optimizer)
-    at_once = tokens_at_once(N, trainee.sae.W_enc) * M * BYTES
+    trainer = make_trainee(D, M, K, optimizer=optimizer)
+    at_once = tokens_at_once(N, trainer.sae.W_enc) * M * BYTES
     assert at_once == ALL_PRE_ACTS // 16
-    taken = allocations(trainee)
+    taken = allocations(trainer)
     assert max(taken) <= max(at_once, WEIGHTS)
     assert max(taken) < min(ALL_PRE_ACTS, ALL_ROWS) / 2
     # Pre-activations of some tokens and then, when they are gone, both weights' gradients.
     assert peak(taken) <= max(1.25 * at_once, 2 * WEIGHTS) + WEIGHTS // 2 + PER_TOKEN + PER_LATENT
 
 
-MATRYOSHKA, MULTI_TOPK = Objective(prefixes=(64, 512, 4096)), Objective(multi_topk=True)
-TRAINED_ON = {"auxk": Objective(), "matryoshka and auxk": MATRYOSHKA, "matryoshka": MATRYOSHKA}
+MATRYOSHKA, MULTI_TOPK = LossConfig(prefixes=(64, 512, 4096)), LossConfig(multi_topk=True)
+TRAINED_ON = {"auxk": LossConfig(), "matryoshka and auxk": MATRYOSHKA, "matryoshka": MATRYOSHKA}
 OF_TOPK = {"multi_topk and auxk": MULTI_TOPK, "multi_topk": MULTI_TOPK}
 
 
 @pytest.mark.parametrize(
-    ("activation", "name", "objective"),
+    ("activation", "name", "loss_config"),
     [(kind, *item) for kind in (TopK, BatchTopK, GroupMax) for item in TRAINED_ON.items()]
     + [(TopK, *item) for item in OF_TOPK.items()],
 )
@@ -87,17 +87,20 @@ def test_whatever_is_trained_on_each_weight_has_one_gradient(
     monkeypatch: pytest.MonkeyPatch,
     activation: type[Activation],
     name: str,
-    objective: Objective,
+    loss_config: LossConfig,
 ) -> None:
     monkeypatch.setattr(product, "_MANY", 0)  # nor an order of W for the product, as large
-    trainee = make_trainee(D, M, K, dead_after=N)
-    trainee.sae.activation = activation(K)
-    trainee.objective, trainee.meter = objective, Meter(torch.device("cpu"), objective.names)
+    trainer = make_trainee(D, M, K, dead_after=N)
+    trainer.sae.activation = activation(K)
+    trainer.loss_config, trainer.meter = (
+        loss_config,
+        MeanMeter(torch.device("cpu"), loss_config.names),
+    )
     with torch.no_grad():
-        trainee.sae.b_enc[:200] = -100.0
-    trainee.firing.rows_since[:200] = 10 * N
-    taken = allocations(trainee, 1 / 32 if "auxk" in name else 0.0)
-    assert int(trainee.firing.dead().sum()) >= 200
+        trainer.sae.b_enc[:200] = -100.0
+    trainer.dead_tracker.rows_since[:200] = 10 * N
+    taken = allocations(trainer, 1 / 32 if "auxk" in name else 0.0)
+    assert int(trainer.dead_tracker.dead().sum()) >= 200
     assert taken.count(WEIGHTS) == 2
 
 
@@ -116,17 +119,17 @@ def test_under_autocast_no_step_makes_a_copy_of_the_encoder(
     make_trainee: Callable[..., Any], optimizer: str
 ) -> None:
     """One is kept. oneDNN makes its own of that, in its order and in memory of its own."""
-    trainee = make_trainee(D, M, K, optimizer=optimizer, autocast=True)
-    taken, in_bfloat16 = allocations(trainee), WEIGHTS // 2
+    trainer = make_trainee(D, M, K, optimizer=optimizer, autocast=True)
+    taken, in_bfloat16 = allocations(trainer), WEIGHTS // 2
     assert in_bfloat16 not in taken
-    at_once = tokens_at_once(N, trainee.sae.W_enc) * M * BYTES
+    at_once = tokens_at_once(N, trainer.sae.W_enc) * M * BYTES
     room = WEIGHTS // 2 + PER_TOKEN + PER_LATENT
     assert peak(taken) <= max(1.25 * at_once + in_bfloat16, 2 * WEIGHTS) + room
 
 
 def test_with_chunks_of_latents_no_pre_acts_are_wider(make_trainee: Callable[..., Any]) -> None:
     chunk = 256
-    trainee = make_trainee(D, M, K, chunk_latents=chunk)
-    taken = allocations(trainee)
+    trainer = make_trainee(D, M, K, chunk_latents=chunk)
+    taken = allocations(trainer)
     assert max(taken) <= max(N * chunk * BYTES, WEIGHTS)
     assert peak(taken) <= 2 * WEIGHTS + WEIGHTS // 2 + PER_TOKEN + PER_LATENT

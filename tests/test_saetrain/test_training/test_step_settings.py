@@ -9,11 +9,11 @@ import pytest
 from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
-from saetrain.training.step_settings import Recipe, make_recipe
+from saetrain.training.step_settings import StepSettings, make_step_settings
 
 
-def annealed(**options: int) -> Recipe:
-    return make_recipe(FitConfig("cache", "run", **options), SaeConfig(16, 48, 3))  # type: ignore[arg-type]
+def annealed(**options: int) -> StepSettings:
+    return make_step_settings(FitConfig("cache", "run", **options), SaeConfig(16, 48, 3))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("d_in", "num_latents", "k", "steps"), [(16, 48, 3, 7), (4, 99, 5, 20)])
@@ -23,30 +23,30 @@ def test_k_falls_as_in_sparsify_from_all_latents_or_ten_times_the_width(
     from sparsify.trainer import Trainer
 
     options = FitConfig("cache", "run", k=k, k_anneal_steps=steps)
-    recipe = make_recipe(options, SaeConfig(d_in, num_latents, k))
+    settings = make_step_settings(options, SaeConfig(d_in, num_latents, k))
     peer = SimpleNamespace(
         initial_k=min(num_latents, 10 * d_in), final_k=k, cfg=SimpleNamespace(k_decay_steps=steps)
     )
     for step in range(steps + 5):
         peer.global_step = step
-        assert recipe.k(step) == Trainer.get_current_k(peer)
-    assert recipe.k(0) == min(num_latents, 10 * d_in)
-    assert recipe.k(steps) == k
+        assert settings.k(step) == Trainer.get_current_k(peer)
+    assert settings.k(0) == min(num_latents, 10 * d_in)
+    assert settings.k(steps) == k
 
 
 def test_k_starts_where_it_is_told_to_and_without_annealing_nobody_touches_it() -> None:
-    recipe = annealed(k=3, k_anneal_steps=4, k_start=11)
-    assert [recipe.k(step) for step in range(6)] == [11, 9, 7, 5, 3, 3]
+    settings = annealed(k=3, k_anneal_steps=4, k_start=11)
+    assert [settings.k(step) for step in range(6)] == [11, 9, 7, 5, 3, 3]
     assert annealed(k=3).k(0) is None
-    assert [recipe.changes_k(step) for step in range(6)] == [False, True, True, True, True, False]
+    assert [settings.changes_k(step) for step in range(6)] == [False, True, True, True, True, False]
     assert not annealed(k=3).changes_k(1)
 
 
 def test_all_batches_of_an_update_have_one_k() -> None:
-    recipe = annealed(k=3, k_anneal_steps=4, k_start=11, grad_acc_steps=2)
-    assert [recipe.k(step) for step in range(6)] == [11, 11, 7, 7, 3, 3]
-    assert [recipe.begins_update(step) for step in range(4)] == [True, False, True, False]
-    assert [recipe.ends_update(step) for step in range(4)] == [False, True, False, True]
+    settings = annealed(k=3, k_anneal_steps=4, k_start=11, grad_acc_steps=2)
+    assert [settings.k(step) for step in range(6)] == [11, 11, 7, 7, 3, 3]
+    assert [settings.begins_update(step) for step in range(4)] == [True, False, True, False]
+    assert [settings.ends_update(step) for step in range(4)] == [False, True, False, True]
 
 
 def test_a_start_beyond_all_latents_is_refused() -> None:

@@ -77,8 +77,8 @@ def test_the_last_validation_is_what_eval_finds_of_the_exported_saes(
 @pytest.mark.parametrize("decoder_norm", ["fold", "free"])
 def test_recipes_are_validated_as_they_are_exported(options: Options, decoder_norm: str) -> None:
     """With the k that is saved, while that of the steps still falls, and with folded norms."""
-    recipe = {"decoder_norm": decoder_norm, "k_anneal_steps": 12, "k_start": 40, "lr": 0.05}
-    config = options(optimizer="adam", val_every=2, save_best=True, **recipe)
+    settings = {"decoder_norm": decoder_norm, "k_anneal_steps": 12, "k_start": 40, "lr": 0.05}
+    config = options(optimizer="adam", val_every=2, save_best=True, **settings)
     summary = fit(config)
     for line in lines(Path(config.out), "val"):
         assert all(figure["l0"] <= 3 for figure in line["val"].values())
@@ -248,10 +248,10 @@ def test_a_run_that_was_stopped_keeps_the_same_best_ones(
     fit(whole)
     real = saetrain.training.step.train_step
 
-    def step(trainee: Any, rows: Any, number: int, alpha: float) -> None:
-        if number == stop_at and trainee.entry.name == "layers.1/lr0.1":
+    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+        if number == stop_at and trainer.entry.name == "layers.1/lr0.1":
             raise Killed
-        real(trainee, rows, number, alpha)
+        real(trainer, rows, number, alpha)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)

@@ -18,15 +18,15 @@ import pytest
 from actcache.cache.reader import Cache
 from actcache.inspection import (
     CacheSummary,
-    Reading,
+    SequenceView,
     read_sequences,
     render_page,
     shard_facts,
-    summarise,
+    summarize,
 )
 from actcache.inspection.harvest_speed import RankSpeed
 from actcache.inspection.samples import Token
-from actcache.inspection.shards import Afflicted, Afflictions, Excluded
+from actcache.inspection.shards import Afflicted, BadRows, Excluded
 
 HOSTILE = "\"'><script src=//x>alert(1)</script><img onerror=x src=y>&\x1b[2J\x00\ud800\u202e"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -43,14 +43,14 @@ def summary(cache: Cache) -> CacheSummary:
     near = Afflicted(1, 128, {"layers.0": 2}, {"layers.1": 40})
     speed = RankSpeed(0, ("a",), 3, 4.5, 1000.0, 5e6, 1.5, 2.0, 1, 0)
     return dataclasses.replace(
-        summarise(cache),
-        afflictions=Afflictions(2, 40, 1, (near,)),
+        summarize(cache),
+        afflictions=BadRows(2, 40, 1, (near,)),
         speed=(speed, dataclasses.replace(speed, rank=1)),
     )
 
 
 @pytest.fixture(scope="module")
-def hostile(summary: CacheSummary, cache: Cache) -> tuple[CacheSummary, list[Reading]]:
+def hostile(summary: CacheSummary, cache: Cache) -> tuple[CacheSummary, list[SequenceView]]:
     """Markup in every text that there is."""
     (near,) = summary.afflictions.worst
     changed = dataclasses.replace(
@@ -65,11 +65,11 @@ def hostile(summary: CacheSummary, cache: Cache) -> tuple[CacheSummary, list[Rea
             for i, h in enumerate(summary.hookpoints)
         ),
         excluded=(Excluded(HOSTILE, 5, 0.1),),
-        afflictions=Afflictions(1, 0, 1, (dataclasses.replace(near, non_finite={HOSTILE: 1}),)),
+        afflictions=BadRows(1, 0, 1, (dataclasses.replace(near, non_finite={HOSTILE: 1}),)),
         speed=tuple(dataclasses.replace(s, hosts=(HOSTILE,)) for s in summary.speed),
     )
     tokens = (Token(0, 5, HOSTILE, "kept", 1.0), Token(1, 6, HOSTILE, "left out", None))
-    return changed, [Reading(0, 0, 0, f"{HOSTILE}0", tokens)]
+    return changed, [SequenceView(0, 0, 0, f"{HOSTILE}0", tokens)]
 
 
 def parsed(page: str) -> ET.Element:
@@ -122,7 +122,7 @@ def test_every_plot_has_a_title_to_be_read_out(summary: CacheSummary) -> None:
 
 
 def test_nothing_from_the_cache_or_its_text_becomes_markup(
-    hostile: tuple[CacheSummary, list[Reading]],
+    hostile: tuple[CacheSummary, list[SequenceView]],
 ) -> None:
     page = render_page(*hostile)
     refuse_what_leads_outside(page)
@@ -148,7 +148,7 @@ def test_the_norms_of_tokens_are_on_the_page(cache: Cache, summary: CacheSummary
 def test_padding_is_said_once_and_long_sequences_are_cut(summary: CacheSummary) -> None:
     kept = [Token(i, 1, "x", "kept", 3.0) for i in range(5000)]
     padding = [Token(5000 + i, 0, "", "padding", None) for i in range(70)]
-    page = render_page(summary, [Reading(0, 0, 0, "layers.0", (*kept, *padding))])
+    page = render_page(summary, [SequenceView(0, 0, 0, "layers.0", (*kept, *padding))])
     assert "[70 positions of padding]" in page
     assert "[the first 4,096 of 5,070]" in page
     assert page.count('position 4095, id 1"') == 1
@@ -171,7 +171,7 @@ def test_a_cache_without_anything_to_tell_of_has_a_page(make_cache: Callable[...
         return np.full((count, width), np.nan, dtype=np.float32)
 
     root = make_cache(shards=1, skip_positions=0, hookpoints={"layers.0": 4}, rows=broken)
-    page = render_page(summarise(Cache.open(root)))
+    page = render_page(summarize(Cache.open(root)))
     refuse_what_leads_outside(page)
     for word in ("None: every position is a row", "No finite rows", "136 non-finite rows"):
         assert word in page
@@ -205,7 +205,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
 
 
 def test_a_browser_shows_hostile_text_as_text(
-    browser: Callable[..., str], hostile: tuple[CacheSummary, list[Reading]], tmp_path: Path
+    browser: Callable[..., str], hostile: tuple[CacheSummary, list[SequenceView]], tmp_path: Path
 ) -> None:
     page = tmp_path / "page.html"
     page.write_text(render_page(*hostile), encoding="utf-8")

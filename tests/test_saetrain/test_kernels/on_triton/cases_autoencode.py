@@ -6,11 +6,11 @@ Letters: N tokens, D d_in, E width of the output, M num_latents, K k, P pieces.
 import pytest
 import torch
 
-from saetrain.kernels import Pieces, on_torch, on_triton, reference
+from saetrain.kernels import PrefixGroups, on_torch, on_triton, reference
 from saetrain.kernels.sorted_pairs import sort_pairs
 
 N, D, E, M, K, P = 300, 20, 33, 50, 4, 3
-PIECES = Pieces("latent", (0, 20))
+PIECES = PrefixGroups("latent", (0, 20))
 
 
 def test_every_output_and_gradient_matches_the_reference(
@@ -24,7 +24,7 @@ def test_every_output_and_gradient_matches_the_reference(
 def test_in_float32_it_matches_the_reference_and_has_the_same_bits_twice(
     device, make_coding, autoencode_results, assert_same_results
 ):
-    coding = make_coding("wider", 40, D, E, M, K, pieces=PIECES, rows=(3, 9))
+    coding = make_coding("wider", 40, D, E, M, K, prefix_groups=PIECES, rows=(3, 9))
     first, second = (autoencode_results("triton", coding, torch.float32, device) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     want = autoencode_results("reference", coding, torch.float64, device)
@@ -36,7 +36,7 @@ def problem(device):
     generator = torch.Generator().manual_seed(7)
     indices = torch.randint(M, (N, K), generator=generator)
     indices[:, 0] = 30  # more than a chunk of pairs
-    _, indices = PIECES.arranged(lambda *_: (indices, indices))(indices, indices, indices)
+    _, indices = PIECES.grouped(lambda *_: (indices, indices))(indices, indices, indices)
     sizes = ((N, K), (N * P, E), (N, K), (N, D), (M, E))
     floats = [torch.randn(*size, generator=generator).double().to(device) for size in sizes]
     indices = indices.to(device)

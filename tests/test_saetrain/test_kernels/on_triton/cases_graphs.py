@@ -14,16 +14,16 @@ from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import SaeOptions
 from saetrain.kernels import backends as paths
 from saetrain.kernels import matmul as product
-from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import objective_of
+from saetrain.model.losses import make_loss_config
 from saetrain.optim import Schedule, make_optimizer
 from saetrain.runs.record import SaeEntry
-from saetrain.training.cuda_graphs import CudaGraphs, RecordedSteps
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.cuda_graphs import CudaGraphs, GraphedSteps
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_batch
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 N, D, M, K, STEPS = 6, 8, 12, 2, 7
 KINDS = [  # each is slow to interpret
@@ -36,16 +36,16 @@ KINDS = [  # each is slow to interpret
 def make(optimizer, device, autocast, **kind):
     config, where = SaeConfig(D, M, K, **kind), torch.device(device)
     sae = build_sae(config, device=device)
-    schedule, objective = Schedule("linear", 2, STEPS + 3), objective_of(config, 0)
-    return Trainee(
+    schedule, loss_config = Schedule("linear", 2, STEPS + 3), make_loss_config(config, 0)
+    return SaeTrainer(
         SaeEntry("x", config, 0.01, 0, options=SaeOptions(auxk_alpha=0.1)),
         sae,
         make_optimizer(optimizer, sae, 0.01, 0, STEPS, schedule=schedule),
-        Firing(M, 2 * N, where),
-        Meter(where, objective.names),
+        DeadLatentTracker(M, 2 * N, where),
+        MeanMeter(where, loss_config.names),
         1.0,
-        objective,
-        Recipe(autocast=autocast),
+        loss_config,
+        StepSettings(autocast=autocast),
     )
 
 
@@ -66,15 +66,15 @@ def recorder(device, tape, monkeypatch):
         return made.tape.note(lambda: real(function, *args, **kwargs), tensors)
 
     monkeypatch.setattr(InterpretedFunction, "run", noted)
-    monkeypatch.setattr(paths, "host_may_look", lambda _: False)
+    monkeypatch.setattr(paths, "host_can_read", lambda _: False)
     monkeypatch.setattr(product, "by_onednn", lambda *_: False)
     return made
 
 
-def bits(trainee):
-    tensors, numbers = trainee.state()
-    tensors = {**tensors, "bad": trainee.guard._first_bad}
-    if (copy := shadow_of(trainee.sae.W_enc)) is not None:
+def bits(trainer):
+    tensors, numbers = trainer.state()
+    tensors = {**tensors, "bad": trainer.guard._first_bad}
+    if (copy := bf16_copy_of(trainer.sae.W_enc)) is not None:
         tensors["copy"] = copy
     return {name: t.detach().clone() for name, t in tensors.items()}, numbers
 
@@ -85,7 +85,7 @@ def test_recorded_steps_have_the_bits_of_steps_that_nobody_records(
 ):
     """Numbers that lie on the device are the float32 that Triton makes of those it is told."""
     plain, recorded = (make(optimizer, device, autocast, **kind) for _ in range(2))
-    steps = RecordedSteps({"x": [recorded]}, recorder, warm_up=1)
+    steps = GraphedSteps({"x": [recorded]}, recorder, warm_up=1)
     rows = torch.randn(STEPS, N, D, generator=torch.Generator().manual_seed(0))
     rows[-2, 3, 4] = torch.nan
     for step, x in enumerate(rows.to(device)):

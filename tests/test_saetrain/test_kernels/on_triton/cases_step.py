@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from saetrain.config.sae import SaeConfig
-from saetrain.kernels.bf16_copy import shadow_of
+from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.runs.record import SaeEntry
-from saetrain.training.metrics import Firing, Meter
-from saetrain.training.sae_trainer import Trainee
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 N, D, M, K = 12, 12, 20, 3
 
@@ -19,14 +19,14 @@ N, D, M, K = 12, 12, 20, 3
 def trainee_on(device, optimizer, autocast=False):
     device = torch.device(device)
     sae, entry = Sae(D, M, K, device=device), SaeEntry("x", SaeConfig(D, M, K), 0.01, 0)
-    return Trainee(
+    return SaeTrainer(
         entry,
         sae,
         make_optimizer(optimizer, sae, 0.01, 0, 50),
-        Firing(M, 10**9, device),
-        Meter(device),
+        DeadLatentTracker(M, 10**9, device),
+        MeanMeter(device),
         1.0,
-        recipe=Recipe(autocast=autocast),
+        settings=StepSettings(autocast=autocast),
     )
 
 
@@ -42,10 +42,10 @@ def in_bfloat16(W):
     return (W.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def run(trainee, batches):
+def run(trainer, batches):
     for step, x in enumerate(batches):
-        train_step(trainee, x, step, 0.0)
-    return trainee
+        train_step(trainer, x, step, 0.0)
+    return trainer
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
@@ -62,7 +62,7 @@ def test_steps_are_those_of_the_torch_path(optimizer, device, monkeypatch):
         assert far.double().mean() < 0.01, name
         far = (exported[0][name] - exported[1][name]).abs() > 1e-5
         assert far.double().mean() < 0.01, name
-    norms = [t.vitals.read()["grad_norm"] for t in found]
+    norms = [t.latent_stats.read()["grad_norm"] for t in found]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     deviation = (ours.sae.W_dec.detach().norm(dim=1) - 1).abs().max()
     assert float(deviation) < 1e-6
@@ -71,24 +71,24 @@ def test_steps_are_those_of_the_torch_path(optimizer, device, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
 def test_under_autocast_every_step_leaves_a_right_copy_of_the_encoder(optimizer, device):
     """Triton's writes are none that torch would count by itself."""
-    trainee = trainee_on(device, optimizer, autocast=True)
+    trainer = trainee_on(device, optimizer, autocast=True)
     memory = None
     for step, x in enumerate(rows(4, device)):
-        before = trainee.sae.W_enc.detach().clone()
-        train_step(trainee, x, step, 0.0)
-        assert not torch.equal(trainee.sae.W_enc, before)
-        copy = shadow_of(trainee.sae.W_enc)
-        assert torch.equal(copy, in_bfloat16(trainee.sae.W_enc.detach()))
+        before = trainer.sae.W_enc.detach().clone()
+        train_step(trainer, x, step, 0.0)
+        assert not torch.equal(trainer.sae.W_enc, before)
+        copy = bf16_copy_of(trainer.sae.W_enc)
+        assert torch.equal(copy, in_bfloat16(trainer.sae.W_enc.detach()))
         memory = memory or copy.data_ptr()
         assert copy.data_ptr() == memory
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
 def test_an_update_is_a_write_that_torch_counts(optimizer, device):
-    trainee = run(trainee_on(device, optimizer), rows(1, device))
-    tensors = {**trainee.optimizer.state_tensors(), **dict(trainee.sae.named_parameters())}
+    trainer = run(trainee_on(device, optimizer), rows(1, device))
+    tensors = {**trainer.optimizer.state_tensors(), **dict(trainer.sae.named_parameters())}
     before = {n: (t, t._version) for n, t in tensors.items() if not n.endswith("step")}
-    train_step(trainee, rows(2, device)[1], 1, 0.0)
+    train_step(trainer, rows(2, device)[1], 1, 0.0)
     assert all(tensor._version > version for tensor, version in before.values())
 
 
@@ -96,19 +96,19 @@ def test_an_update_is_a_write_that_torch_counts(optimizer, device):
 def test_a_bad_batch_changes_no_bit_of_weights_state_norms_or_copy(optimizer, device, monkeypatch):
     """Under the flag where it lies, as on a GPU."""
     by_flag = lambda ok, optimizer, step: optimizer.masked_step(step, ok)  # noqa: E731
-    monkeypatch.setattr("saetrain.training.step.step_if", by_flag)
-    trainee = run(trainee_on(device, optimizer, autocast=True), rows(2, device))
+    monkeypatch.setattr("saetrain.training.step.conditional_step", by_flag)
+    trainer = run(trainee_on(device, optimizer, autocast=True), rows(2, device))
 
     def bits():
-        copy = {"copy": shadow_of(trainee.sae.W_enc)}
-        tensors = {**trainee.sae.state_dict(), **trainee.optimizer.state_tensors(), **copy}
+        copy = {"copy": bf16_copy_of(trainer.sae.W_enc)}
+        tensors = {**trainer.sae.state_dict(), **trainer.optimizer.state_tensors(), **copy}
         return {name: t.detach().clone() for name, t in tensors.items()}
 
     before, bad = bits(), rows(1, device)[0]
     bad[3, 4] = torch.nan
     for step in (2, 3):
-        train_step(trainee, bad, step, 0.0)
+        train_step(trainer, bad, step, 0.0)
         bad = rows(1, device)[0]
     after = bits()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert trainee.guard.first_bad() == 2
+    assert trainer.guard.first_bad() == 2

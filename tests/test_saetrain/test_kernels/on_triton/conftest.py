@@ -181,13 +181,13 @@ class Step(NamedTuple):
     def update(self, ops):
         """Both optimisers, of both matrices and a bias."""
         state = [torch.empty_like(self.W, dtype=torch.float32) for _ in range(4)]
-        shadow = torch.empty_like(self.W, dtype=torch.bfloat16)
+        bf16_copy = torch.empty_like(self.W, dtype=torch.bfloat16)
         squares = torch.empty(len(self.W), dtype=torch.float32, device=self.W.device)
         bias = [self.vector.float() for _ in range(4)]
         signum = {"lr": 1e-3, "mix": 0.1, "momentum": 0.95, "ok": self.ok}
         adam = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
         for unit in (True, False):
-            more = {"unit": unit, "squares": squares, "shadow": shadow}
+            more = {"unit": unit, "squares": squares, "bf16_copy": bf16_copy}
             ops.signum_update_(*state[:3], **signum, **more, norms=squares.clone())
             ops.adam_update_(*state, **adam, **more, step=2, ok=self.ok)
             # As a step is recorded.

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from saetrain.kernels import chosen_path, reference, sparse_decode, sparse_encode
-from saetrain.kernels.backends import primitives
+from saetrain.kernels import reference, select_backend, sparse_decode, sparse_encode
+from saetrain.kernels.backends import backend_module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def large(make_case, dtype):
 
 @pytest.fixture
 def ops():
-    return primitives("triton")
+    return backend_module("triton")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_every_small_case_passes_natively(run_cases):
 
 def test_a_cuda_tensor_takes_the_triton_path_by_itself(monkeypatch):
     monkeypatch.delenv("SAETRAIN_KERNELS", raising=False)
-    assert chosen_path(torch.zeros(1, device="cuda")) == "triton"
+    assert select_backend(torch.zeros(1, device="cuda")) == "triton"
 
 
 def test_each_primitive_matches_the_reference_at_size(
@@ -69,7 +69,7 @@ def test_each_primitive_matches_the_reference_at_size(
 
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_each_primitive_gives_the_same_bits_twice_at_size(large, primitive, path):
-    ops = primitives(path)
+    ops = backend_module(path)
     first = large.call(ops, primitive)
     assert torch.equal(first, large.call(ops, primitive))
 
@@ -77,7 +77,7 @@ def test_each_primitive_gives_the_same_bits_twice_at_size(large, primitive, path
 def test_the_torch_path_matches_the_reference_on_cuda_too(
     large, primitive, assert_primitive_matches
 ):
-    assert_primitive_matches(primitives("torch"), primitive, large)
+    assert_primitive_matches(backend_module("torch"), primitive, large)
 
 
 def test_both_gradients_match_the_reference_and_have_the_same_bits_twice_at_size(large, ops):

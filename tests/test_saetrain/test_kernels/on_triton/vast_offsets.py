@@ -172,7 +172,7 @@ def test_digits_of_pre_acts_are_counted(pre_acts, only):
 def test_weights_are_updated(lazily, only, unit):
     D, M = 2048, 2**20 + 1
     matrices = [lazily(M, D, dtype=BF16) for _ in range(4)]
-    shadow = lazily(M, D, dtype=BF16)
+    bf16_copy = lazily(M, D, dtype=BF16)
     numbers = torch.randn(4, D, generator=torch.Generator().manual_seed(0)).to(BF16)
     numbers[3].abs_()
     for matrix, row in zip(matrices, numbers, strict=True):
@@ -182,10 +182,10 @@ def test_weights_are_updated(lazily, only, unit):
     signum = {"lr": 0.1, "mix": 0.2, "momentum": 0.9, "unit": unit}
     adam = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "step": 2}
     only(-2, -1)  # without unit rows, a program has 1024 elements
-    on_triton.signum_update_(w, m, grad, **signum, shadow=shadow)
-    on_triton.adam_update_(w, m, v, grad, **adam, unit=unit, shadow=shadow)
+    on_triton.signum_update_(w, m, grad, **signum, bf16_copy=bf16_copy)
+    on_triton.adam_update_(w, m, v, grad, **adam, unit=unit, bf16_copy=bf16_copy)
     reference.signum_update_(want[0], want[1], want[2].clone(), **signum)
     reference.adam_update_(want[0], want[1], want[3], want[2].clone(), **adam, unit=unit)
     for got, expected in zip(matrices, want, strict=True):
         torch.testing.assert_close(got[-1:], expected, rtol=2**-5, atol=2**-5)
-    assert torch.equal(shadow[-1], w[-1])
+    assert torch.equal(bf16_copy[-1], w[-1])

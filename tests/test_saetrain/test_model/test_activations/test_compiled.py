@@ -11,9 +11,9 @@ from actcache.errors import ConfigError
 from saetrain.config.sae import SaeConfig
 from saetrain.model.activations import compiled
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import objective_of
-from saetrain.training.step import add_gradient, require_compiler
-from saetrain.training.step_settings import Recipe
+from saetrain.model.losses import make_loss_config
+from saetrain.training.step import accumulate_gradient, require_compiler
+from saetrain.training.step_settings import StepSettings
 
 D, M = 11, 30
 pytestmark = pytest.mark.skipif(
@@ -25,7 +25,7 @@ CONFIGS = {
 }
 
 
-def gradients(config: SaeConfig, rows: int, recipe: Recipe) -> dict[str, Tensor]:
+def gradients(config: SaeConfig, rows: int, settings: StepSettings) -> dict[str, Tensor]:
     """Of every parameter, and the losses, of a batch that is the same at every call."""
     generator = torch.Generator().manual_seed(rows)
     sae = build_sae(config, dtype=torch.float64)
@@ -34,7 +34,7 @@ def gradients(config: SaeConfig, rows: int, recipe: Recipe) -> dict[str, Tensor]
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(0.4 * noise.abs())
     x = torch.randn(rows, D, generator=generator, dtype=torch.float64)
-    losses = add_gradient(sae, x, 7.5, None, objective_of(config, 0), 0, 0.0, recipe)
+    losses = accumulate_gradient(sae, x, 7.5, None, make_loss_config(config, 0), 0, 0.0, settings)
     found = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
     return found | {"loss": losses.total(0.0)}
 
@@ -45,8 +45,8 @@ def test_compiled_losses_and_every_gradient_are_the_same_but_for_rounding(kind: 
     config = CONFIGS[kind]
     known = None
     for rows in (13, 64, 5):
-        found = gradients(config, rows, Recipe(compile=True))
-        expected = gradients(config, rows, Recipe())
+        found = gradients(config, rows, StepSettings(compile=True))
+        expected = gradients(config, rows, StepSettings())
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")

@@ -276,12 +276,12 @@ def make_trainee_on(cuda: Cuda) -> Callable[..., Any]:
     """A factory of SAEs in training on the device, of any kind and with any recipe."""
     from saetrain.config.sae import SaeConfig
     from saetrain.model.factory import build_sae
-    from saetrain.model.losses import Part, objective_of
+    from saetrain.model.losses import OutputSlice, make_loss_config
     from saetrain.optim import make_optimizer
     from saetrain.runs.record import SaeEntry
-    from saetrain.training.metrics import Firing, Meter
-    from saetrain.training.sae_trainer import Trainee
-    from saetrain.training.step_settings import Recipe
+    from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+    from saetrain.training.sae_trainer import SaeTrainer
+    from saetrain.training.step_settings import StepSettings
 
     def make(
         d_in: int = 64,
@@ -290,9 +290,9 @@ def make_trainee_on(cuda: Cuda) -> Callable[..., Any]:
         *,
         optimizer: str = "signum",
         weight_decay: float | None = None,
-        recipe: Recipe | None = None,
+        settings: StepSettings | None = None,
         scales: tuple[float, ...] = (),
-        parts: tuple[Part, ...] = (),
+        parts: tuple[OutputSlice, ...] = (),
         dead_after: int = 1,
         **kind: Any,
     ) -> Any:
@@ -300,16 +300,16 @@ def make_trainee_on(cuda: Cuda) -> Callable[..., Any]:
             config = SaeConfig(d_in, num_latents, k, **kind)
             sae = build_sae(config, device=CUDA)
             entry = SaeEntry("layers.0", config, 1e-3, seed=0, scales=scales)
-            objective = objective_of(config, 10, parts)
-            return Trainee(
+            loss_config = make_loss_config(config, 10, parts)
+            return SaeTrainer(
                 entry,
                 sae,
                 make_optimizer(optimizer, sae, 1e-3, 5, 50, weight_decay=weight_decay),
-                Firing(num_latents, dead_after, CUDA),
-                Meter(CUDA, objective.names),
+                DeadLatentTracker(num_latents, dead_after, CUDA),
+                MeanMeter(CUDA, loss_config.names),
                 1.0,
-                objective,
-                recipe or Recipe(),
+                loss_config,
+                settings or StepSettings(),
             )
 
     return make

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 pytest.importorskip("triton")
 
@@ -52,12 +52,12 @@ class Counted:
 
 @pytest.fixture
 def count(cuda: Any, make_trainee_on: Callable[..., Any]) -> Callable[..., Counted]:
-    def run(optimizer: str, recipe: Recipe, auxk_alpha: float = 0.0) -> Counted:
-        trainee = make_trainee_on(D, M, K, optimizer=optimizer, recipe=recipe)
+    def run(optimizer: str, settings: StepSettings, auxk_alpha: float = 0.0) -> Counted:
+        trainer = make_trainee_on(D, M, K, optimizer=optimizer, settings=settings)
         with cuda.building():
             rows = torch.empty(N, D, dtype=torch.bfloat16)
-        with cuda.counted(rows, *trainee.sae.parameters()) as device:
-            return Counted(device, lambda step: train_step(trainee, rows, step, auxk_alpha))
+        with cuda.counted(rows, *trainer.sae.parameters()) as device:
+            return Counted(device, lambda step: train_step(trainer, rows, step, auxk_alpha))
 
     return run
 
@@ -72,7 +72,7 @@ def widest(counted: Counted) -> int:
 def test_a_step_forms_no_row_for_each_pair_and_stays_within_its_formula(
     count: Callable[..., Counted], optimizer: str, autocast: bool
 ) -> None:
-    counted = count(optimizer, Recipe(autocast=autocast))
+    counted = count(optimizer, StepSettings(autocast=autocast))
     pre_acts = min(2**30, N * M * (2 if autocast else 4))
     rounded = WEIGHT // 2 if autocast else 0  # W_enc for the product, kept from step to step
     assert max(taken.size for taken in counted.taken) == max(pre_acts, WEIGHT)
@@ -87,7 +87,7 @@ def test_with_chunks_of_latents_no_pre_acts_are_wider(
     count: Callable[..., Counted], optimizer: str
 ) -> None:
     chunk = 4096
-    counted = count(optimizer, Recipe(chunk_latents=chunk))
+    counted = count(optimizer, StepSettings(chunk_latents=chunk))
     assert widest(counted) == chunk
     assert max(taken.size for taken in counted.taken) == WEIGHT
     assert counted.beyond <= 2 * WEIGHT + SUMS + PER_TOKEN + PER_LATENT
@@ -95,7 +95,7 @@ def test_with_chunks_of_latents_no_pre_acts_are_wider(
 
 def test_dead_latents_take_room_for_their_list_alone(count: Callable[..., Counted]) -> None:
     chunk = 4096
-    counted = count("signum", Recipe(chunk_latents=chunk), auxk_alpha=1 / 32)
+    counted = count("signum", StepSettings(chunk_latents=chunk), auxk_alpha=1 / 32)
     listed = 8 * (D // 2)
     assert widest(counted) == listed
     pairs = N * (D // 2) * 8
@@ -136,6 +136,6 @@ def test_beyond_what_stays_a_step_takes_less_than_a_third_of_what_the_peers_does
     weights: tuple[Tensor, ...] = tuple(module.parameters())
     with cuda.counted(rows, *weights) as device:
         theirs = Counted(device, step)
-    ours = count(optimizer, Recipe(autocast=True, chunk_latents=4096))
+    ours = count(optimizer, StepSettings(autocast=True, chunk_latents=4096))
     assert ours.held <= theirs.held + WEIGHT // 2 + PER_LATENT  # W_enc in bfloat16
     assert ours.beyond < theirs.beyond / 3

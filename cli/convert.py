@@ -10,8 +10,8 @@ from .error_handling import print_json
 def run(config: ConvertConfig, as_json: bool) -> None:
     """Copy the cache SOURCE into another backend, compression or type, shard by shard.
 
-    Every file is checked as it is read. Killed, the same command goes on; a source that is not
-    finished is converted as far as it is, and the rest by converting again.
+    Every file is checked as it is read. After a kill, the same command resumes. An unfinished
+    source is converted as far as it goes, and the rest by converting again.
     """
     import dataclasses
 

@@ -16,7 +16,7 @@ from actcache.errors import ActcacheError
 P = ParamSpec("P")
 
 INTERRUPTED = 130  # what shells say of a command stopped by Ctrl-C
-TERMINATED = 143  # and of one that was asked to end by SIGTERM, as schedulers do
+TERMINATED = 143  # and of one that SIGTERM ended, as schedulers send it
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,7 +39,7 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt as stop:
             code = getattr(stop, "exit_code", INTERRUPTED)  # of fit's `RunStopped`, too
             what = "terminated" if code == TERMINATED else "interrupted"
-            how = str(stop) or "what was published stays; the same command goes on (fit: --resume)"
+            how = str(stop) or "what was published stays; the same command resumes (fit: --resume)"
             print_stderr(f"{what}: {how}")
             raise typer.Exit(code) from None
         except BrokenPipeError:  # `| head` has seen enough: click ends quietly, with code 1

@@ -77,7 +77,7 @@ def run(
     if evaluation.step < evaluation.steps:
         print(
             f"step {evaluation.step:,} of {evaluation.steps:,}: the run is unfinished; "
-            f"saetrain fit ... --out {run} --resume goes on"
+            f"saetrain fit ... --out {run} --resume resumes"
         )
     where = f"{run}/{header[0].upper()}" + ("/best-STEP" if best else "")
     print(f"SAEs in {where}, this table in {run}/{BEST_EVALUATION if best else EVALUATION}")

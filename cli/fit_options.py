@@ -1,7 +1,7 @@
 """The command line of `saetrain fit`: options that may be given several times, and a file of them.
 
 As `options`, but what belongs to one SAE becomes a list, --config fills in what the command line
-does not say, and so nothing is required of the command line alone.
+leaves out, so no option is required on the command line itself.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from actcache.core.options import MAIN
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import AXES
 
-from .options import field_docs, frozen, option_fields, parameter
+from .options import field_docs, flag, frozen, option_fields, parameter
 
 _FIRST = ("cache", "out", "hookpoint")
 """What the help begins with."""
@@ -32,9 +33,10 @@ def fit_command(run: Callable[[FitConfig, bool, bool], None]) -> Callable[..., N
         made = parameter(fields[name], hints[name], docs[name], positional=name == "cache")
         hint, info = get_args(made.annotation)
         default: Any = None if made.default is inspect.Parameter.empty else made.default
-        if hint is bool:  # what a file says, the command line can take back
-            flag = name.replace("_", "-")
-            info = typer.Option(f"--{flag}/--no-{flag}", help=docs[name])
+        if hint is bool:  # the command line can switch off what a file switches on
+            switch = name.replace("_", "-")
+            both, group = f"--{switch}/--no-{switch}", info.rich_help_panel
+            info = typer.Option(both, help=docs[name], rich_help_panel=group)
         if is_repeatable(name):
             info.help = f"{docs[name]} Repeatable."
             hint = list[_item(hint)]  # type: ignore[misc]
@@ -42,7 +44,7 @@ def fit_command(run: Callable[[FitConfig, bool, bool], None]) -> Callable[..., N
         if default is None:
             hint = hint | None
         parameters.append(made.replace(annotation=Annotated[hint, info], default=default))
-    parameters += [_flag(name, text) for name, text in _FLAGS.items()]
+    parameters += [flag(name, text) for name, text in _FLAGS.items()]
     parameters.append(inspect.Parameter("config", keyword, default=None, annotation=_CONFIG))
 
     def invoke(ctx: typer.Context, **values: Any) -> None:
@@ -75,8 +77,10 @@ _FLAGS = {
 _CONFIG = Annotated[
     str | None,
     typer.Option(
+        metavar="FILE",
+        rich_help_panel=MAIN,
         help="TOML or YAML file with options by name, or the run.json of a run. The command line "
-        "wins. [hookpoints.PATTERN] in it: k, lr, num-latents or expansion-factor of some."
+        "wins. [hookpoints.PATTERN] in it: k, lr, num-latents or expansion-factor of some.",
     ),
 ]
 
@@ -84,13 +88,6 @@ _CONFIG = Annotated[
 def is_repeatable(name: str) -> bool:
     """Whether an option may be given several times, for as many SAEs. A flag may not."""
     return name in AXES and get_type_hints(FitConfig)[name] is not bool
-
-
-def _flag(name: str, text: str) -> inspect.Parameter:
-    annotation = Annotated[bool, typer.Option(f"--{name}", help=text)]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
-    )
 
 
 def _item(hint: Any) -> Any:

@@ -21,13 +21,13 @@ def run(config: HarvestConfig, as_json: bool) -> None:
     summary = harvest(config)
     for warning in summary.warnings:
         print_stderr(f"warning: {warning}")
-    if summary.rank > 0:  # one process speaks for all
+    if summary.rank > 0:  # rank 0 prints for all
         return
     if as_json:
         print_json(dataclasses.asdict(summary))
         return
     cache = Cache.open(summary.cache)
-    state = "complete" if summary.complete else "other processes are still at work"
+    state = "complete" if summary.complete else "other ranks are still running"
     if summary.complete and summary.reason == "text" and config.max_tokens is not None:
         state = "complete: the text ended before --max-tokens"
     if summary.new_shards == 0:
@@ -38,7 +38,7 @@ def run(config: HarvestConfig, as_json: bool) -> None:
             f"{len(cache.hookpoints)} hookpoints, {format_bytes(summary.new_bytes)} in "
             f"{summary.seconds:.0f} s ({summary.tokens_per_second:,.0f} tokens/s)"
         )
-    who = f" (rank {summary.rank} of {summary.world_size})" if summary.world_size > 1 else ""
+    rank = f" (rank {summary.rank} of {summary.world_size})" if summary.world_size > 1 else ""
     print(
-        f"{summary.cache}{who}: {did}; {state}, {cache.rows:,} rows in {len(cache.shards)} shards"
+        f"{summary.cache}{rank}: {did}; {state}, {cache.rows:,} rows in {len(cache.shards)} shards"
     )

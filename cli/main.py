@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -13,11 +14,11 @@ from . import eval as eval_
 from .error_handling import report_errors
 from .fit_options import fit_command
 from .inspect import command as inspect_cache
-from .options import command
+from .options import GroupedCommand, command
 
 
 def _app(text: str) -> typer.Typer:
-    """A program with plain help: rich text would cost a tenth of a second at every start."""
+    """Build a program with plain help: rich text would cost a tenth of a second at every start."""
     app = typer.Typer(
         help=text,
         no_args_is_help=True,
@@ -46,33 +47,61 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _add(app: typer.Typer, name: str, run: Callable[..., None], *example: str) -> None:
+    """Add a command whose help lists its options in groups and ends with an example."""
+    epilog = "\b\n" + "\n".join(["Example:", *(f"  {line}" for line in example)])
+    app.command(name, cls=GroupedCommand, epilog=epilog)(run)
+
+
 def actcache_app() -> typer.Typer:
-    """The program `actcache`."""
+    """Build the program `actcache`."""
     app = _app("Harvest a model's activations once, and look at them.")
-    app.command("harvest")(report_errors(command(HarvestConfig, harvest.run, ["model", "dataset"])))
-    app.command("plan")(report_errors(command(PlanConfig, plan.run, ["model", "dataset"])))
-    app.command("convert")(report_errors(command(ConvertConfig, convert.run, ["source"])))
-    app.command("hookpoints")(hookpoints.run)
-    app.command("inspect")(inspect_cache.run)
-    app.command("verify")(verify.run)
-    app.command("bench")(bench.run)
+    of_harvest = ["model", "dataset"]
+    _add(
+        app,
+        "harvest",
+        report_errors(command(HarvestConfig, harvest.run, of_harvest)),
+        "actcache harvest HuggingFaceTB/SmolLM2-135M text.jsonl --layers 9 \\",
+        "    --ctx-len 256 --max-tokens 10000000 --out cache",
+    )
+    _add(
+        app,
+        "plan",
+        report_errors(command(PlanConfig, plan.run, of_harvest)),
+        "actcache plan HuggingFaceTB/SmolLM2-135M text.jsonl --layers 9 --ctx-len 256",
+    )
+    _add(
+        app,
+        "convert",
+        report_errors(command(ConvertConfig, convert.run, ["source"])),
+        "actcache convert cache --out small --dtype int8 --backend zarr",
+    )
+    _add(app, "hookpoints", hookpoints.run, "actcache hookpoints HuggingFaceTB/SmolLM2-135M")
+    _add(app, "inspect", inspect_cache.run, "actcache inspect cache --html cache.html")
+    _add(app, "verify", verify.run, "actcache verify cache --quick")
+    _add(app, "bench", bench.run, "actcache bench cache")
     return app
 
 
 def saetrain_app() -> typer.Typer:
-    """The program `saetrain`."""
+    """Build the program `saetrain`."""
     app = _app("Train sparse autoencoders from a cache of activations.")
-    app.command("fit")(report_errors(fit_command(fit.run)))
-    app.command("eval")(eval_.run)
-    app.command("kernels")(kernels.run)
+    _add(
+        app,
+        "fit",
+        report_errors(fit_command(fit.run)),
+        "saetrain fit cache --out run --k 32 --k 64 --num-latents 16384",
+    )
+    _add(app, "eval", eval_.run, "saetrain eval run")
+    _add(app, "kernels", kernels.run, "saetrain kernels")
     return app
 
 
 def actcache() -> None:
-    """Console script `actcache`."""
+    """Run the console script `actcache`."""
     actcache_app()()
 
 
 def saetrain() -> None:
-    """Console script `saetrain`."""
+    """Run the console script `saetrain`."""
     saetrain_app()()

@@ -10,13 +10,30 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+
+from actcache.core.options import MAIN, names_on_resume
 
 C = TypeVar("C")
+
+OTHER = "Other options"
+"""Heading of options that belong to no group, such as --help."""
+
+_PLAIN_TYPES = {
+    "<str>": "TEXT",
+    "<list[str]>": "TEXT",
+    "<int>": "INTEGER",
+    "<list[int]>": "INTEGER",
+    "<int range>": "INTEGER",
+    "<float>": "NUMBER",
+}
+"""Types of options that are declared without a `metavar`, as the help prints them."""
 
 
 def command(
@@ -35,10 +52,7 @@ def command(
         parameter(field, hints[field.name], docs[field.name], field.name in positional)
         for field in option_fields(config_class)
     ]
-    as_json = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary.")]
-    parameters.append(
-        inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=as_json)
-    )
+    parameters.append(flag("json", "Print a machine-readable summary."))
 
     @functools.wraps(run)
     def invoke(**values: Any) -> None:
@@ -51,8 +65,19 @@ def command(
     return invoke
 
 
+def flag(name: str, text: str) -> inspect.Parameter:
+    """Make an on/off option of the command itself, which is no field of a configuration."""
+    annotation = Annotated[bool, typer.Option(f"--{name}", help=text)]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
+    )
+
+
 def field_docs(config_class: type[Any]) -> dict[str, str]:
-    """The string under each field of a dataclass and of those it extends, as one paragraph."""
+    """Read the string under each field of a dataclass and of its bases, as one paragraph each.
+
+    `{forced}` in it becomes the names of the options that --force-config may change.
+    """
     base = config_class.__base__
     docs = field_docs(base) if base is not None and dataclasses.is_dataclass(base) else {}
     (class_,) = ast.parse(inspect.getsource(config_class)).body
@@ -62,11 +87,14 @@ def field_docs(config_class: type[Any]) -> dict[str, str]:
             assert isinstance(field.target, ast.Name)
             assert isinstance(text.value, ast.Constant)
             docs[field.target.id] = " ".join(str(text.value.value).split())
-    return docs
+    forced = names_on_resume(config_class, "forced")
+    options = {field.name for field in option_fields(config_class)}
+    listed = ", ".join(name.replace("_", "-") for name in forced if name in options)
+    return {name: text.replace("{forced}", listed) for name, text in docs.items()}
 
 
 def option_fields(config_class: type[Any]) -> list[dataclasses.Field[Any]]:
-    """The fields that are options: all, unless their metadata says otherwise."""
+    """List the fields that are options: all but those declared `hidden`."""
     fields = dataclasses.fields(config_class)
     return [field for field in fields if field.metadata.get("option", True)]
 
@@ -74,14 +102,19 @@ def option_fields(config_class: type[Any]) -> list[dataclasses.Field[Any]]:
 def parameter(
     field: dataclasses.Field[Any], hint: Any, doc: str, positional: bool
 ) -> inspect.Parameter:
-    """What typer makes an option, or an argument, of."""
+    """Describe a field to typer, as an option or an argument."""
     name = field.name
     kind = inspect.Parameter.KEYWORD_ONLY
     annotation: Any
     if positional:
         annotation = Annotated[hint, typer.Argument(help=doc, metavar=name.upper())]
         return inspect.Parameter(name, kind, annotation=annotation)
-    option = typer.Option("--" + name.replace("_", "-"), help=doc)
+    option = typer.Option(
+        "--" + name.replace("_", "-"),
+        help=doc,
+        metavar=field.metadata.get("metavar") or type_name(hint),
+        rich_help_panel=field.metadata.get("group"),
+    )
     default: Any = field.default
     if get_origin(hint) is tuple:
         item: Any = get_args(hint)[0]
@@ -92,8 +125,49 @@ def parameter(
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
+def type_name(hint: Any) -> str | None:
+    """Name a type as people do: INTEGER, NUMBER, TEXT, a|b|c. None for a flag."""
+    if get_origin(hint) is Literal:
+        return "|".join(get_args(hint))
+    if args := [arg for arg in get_args(hint) if arg not in (type(None), ...)]:
+        return type_name(args[0])  # of an optional value, or of one item of a list
+    return {int: "INTEGER", float: "NUMBER", str: "TEXT"}.get(hint)
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists its options under the headings of their groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write one section for each group."""
+        for heading, records in self.groups(ctx).items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+    def groups(self, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+        """List (name and type, help) of every parameter under its heading, the main options first.
+
+        docs/cli.md is made from the same list.
+        """
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], MAIN: []}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                name, text = record
+                if param.param_type_name == "argument":
+                    heading, name = "Arguments", name.partition(" <")[0].upper()
+                else:
+                    heading = getattr(param, "rich_help_panel", None) or OTHER
+                    for python, plain in _PLAIN_TYPES.items():
+                        name = name.replace(python, plain)
+                    name = re.sub(r"<([^<>]+)>", r"\1", name)
+                groups.setdefault(heading, []).append((name, text))
+        others = groups.pop(OTHER, [])
+        groups = {heading: records for heading, records in groups.items() if records}
+        groups[OTHER if groups.keys() - {"Arguments"} else "Options"] = others
+        return groups
+
+
 def frozen(value: Any, hint: Any) -> Any:
-    """A value as the configuration holds it."""
+    """Convert a parsed value to what the configuration holds: lists become tuples."""
     if get_origin(hint) is tuple:
         return tuple(value or ())
     if isinstance(hint, types.UnionType) and value is None:

@@ -70,7 +70,7 @@ def run(
 
 
 def _harvest_config(arguments: list[str]) -> HarvestConfig:
-    """The harvest that a command line asks for; click refuses what it does not know."""
+    """Parse a harvest command line; click rejects unknown options."""
     configs: list[HarvestConfig] = []
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

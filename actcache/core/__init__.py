@@ -1,8 +1,9 @@
 """Small tools that every other part uses, and that know nothing of caches.
 
-`json_codec` parses JSON into frozen dataclasses, `file_lock` locks a folder, `distributed` holds
-rank and world size, `device` chooses one, `progress` draws a bar and formats numbers, and `rng`
-derives NumPy's frozen random streams from a seed and a purpose.
+`json_codec` parses JSON into frozen dataclasses, `options` declares the options of a command,
+`file_lock` locks a folder, `distributed` holds rank and world size, `device` chooses one,
+`progress` draws a bar and formats numbers, and `rng` derives NumPy's frozen random streams from a
+seed and a purpose.
 """
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "distributed",
     "file_lock",
     "json_codec",
+    "options",
     "progress",
     "rng",
 ]

@@ -1,11 +1,12 @@
-"""What a training run is asked to do. No torch here: the command line reads this for `--help`."""
+"""Options of a training run. Imports no torch: `--help` reads them."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from actcache.core.options import MAIN, hidden, option
 from actcache.errors import ConfigError
 from actcache.filesystem.paths import reject_url
 from saetrain.config.sae_options import (
@@ -16,227 +17,225 @@ from saetrain.config.sae_options import (
     _require_seed,
 )
 
-_NO_OPTION = {"option": False}
-"""Metadata of a field that the command line does not have as an option."""
-
-
 WeightsDtype = Literal["float32", "bfloat16"]
 
 
 WandbMode = Literal["disabled", "offline", "online"]
+Verify = Literal["first-read", "always", "never"]
+Parallel = Literal["ddp", "modules"]
 
 
 @dataclass(frozen=True)
 class FitConfig(SaeOptions):
     """One run: SAEs over one stream of a cache.
 
-    The options of `SaeOptions` say what is trained at each hookpoint: one SAE, or those of `saes`.
+    The options of `SaeOptions` describe the SAE at each hookpoint, unless `saes` lists several.
     """
 
-    cache: str
+    cache: str = option(group=MAIN, on_resume="free")
     """Folder of the cache, or its URL (s3://, gs://, hf:// and others that fsspec reads)."""
 
-    out: str
+    out: str = option(group=MAIN, on_resume="free", metavar="DIR")
     """Folder of the run. One that exists is refused without --resume."""
 
-    hookpoint: tuple[str, ...] = ()
+    hookpoint: tuple[str, ...] = option((), group=MAIN, metavar="NAME")
     """Hookpoint of the cache, or fnmatch pattern; repeatable. Default: all of them."""
 
-    saes: tuple[SaeOptions, ...] = field(default=(), metadata=_NO_OPTION)
+    saes: tuple[SaeOptions, ...] = hidden()
     """SAEs to train at each hookpoint, instead of the one that the options here describe; they are
     then those of the first. On the command line, options that are given several times."""
 
-    hookpoints: dict[str, HookpointOverride] = field(default_factory=dict, metadata=_NO_OPTION)
+    hookpoints: dict[str, HookpointOverride] = hidden(default_factory=dict, on_resume="forced")
     """Other k, lr or width for hookpoints, by name or fnmatch pattern; in a file for --config."""
 
-    transcode: bool = False
-    """Predict a module's output from its input: for each hookpoint NAME that is chosen, the SAE
+    transcode: bool = option(False, group="SAE")
+    """Predict a module's output from its input: for each selected hookpoint NAME, the SAE
     reads NAME:in and predicts NAME, and its decoder begins at zero."""
 
-    skip_connection: bool = False
+    skip_connection: bool = option(False, group="SAE")
     """With --transcode: a linear path from input to output beside the latents."""
 
-    crosscode: bool = False
+    crosscode: bool = option(False, group="SAE")
     """Train one SAE on all hookpoints chosen, side by side, instead of one SAE each."""
 
-    batch_size: int = 4096
+    batch_size: int = option(4096, group=MAIN)
     """Rows (tokens) in a step."""
 
-    epochs: int = 1
+    epochs: int = option(1, group=MAIN, on_resume="forced")
     """Passes over the training rows."""
 
-    max_tokens: int | None = None
+    max_tokens: int | None = option(None, group="Data", on_resume="forced")
     """Rows to train on, rounded down to whole batches, instead of --epochs."""
 
-    grad_acc_steps: int = 1
+    grad_acc_steps: int = option(1, group="Optimiser")
     """Batches of which one update is made, of their mean gradient. Steps count batches."""
 
-    micro_batch_size: int | None = None
-    """Rows that are in the forward and backward pass at once: less memory, the same gradient but
-    for rounding. Default: the whole batch. Not for batchtopk, which chooses among all of it."""
+    micro_batch_size: int | None = option(None, group="Precision and memory", on_resume="forced")
+    """Rows in one forward and backward pass: less memory, the same gradient up to rounding.
+    Default: the whole batch. Not for batchtopk, which selects from the whole batch."""
 
-    chunk_latents: int | None = None
-    """Latents whose pre-activations are formed at once, of all rows: less memory, the same choice
-    but for rounding. Default: all; on a CPU, of as many rows as its cache holds. For topk."""
+    chunk_latents: int | None = option(None, group="Precision and memory", on_resume="forced")
+    """Latents whose pre-activations are computed at once, for all rows: less memory, the same
+    selection up to rounding. Default: all; on a CPU, for as many rows as its cache holds. For
+    topk."""
 
-    compile: bool = False
-    """Let torch.compile fuse what jumprelu and gated do between their products: a tenth of a step's
-    time on a CPU, whose C++ compiler it needs. Rounding differs. The first step waits for it."""
+    compile: bool = option(False, group="Precision and memory", on_resume="forced")
+    """Fuse the operations of jumprelu and gated between their products with torch.compile: a tenth
+    of a step's time on a CPU, whose C++ compiler it needs. Rounding differs. The first step
+    includes the compilation."""
 
-    cuda_graphs: bool = False
+    cuda_graphs: bool = option(False, group="Precision and memory", on_resume="forced")
     """Record a whole step of all SAEs once, as a CUDA graph, and replay it, so that the host spends
     no time on launching its kernels: for SAEs that are small, or many. The graph keeps the memory
     of a step to itself. It begins once k and penalties no longer change. For signum, adam and adamw
     on CUDA, without --grad-acc-steps and --parallel ddp."""
 
-    autocast: bool = False
+    autocast: bool = option(False, group="Precision and memory", on_resume="forced")
     """Products of matrices in bfloat16, weights as they are. On a CPU it needs AVX512-BF16 or AMX,
-    and a step then takes about two thirds of the time. Off unless asked for, on any device: it
+    and a step then takes about two thirds of the time. Off by default on every device: it
     rounds the choice of latents."""
 
-    weights_dtype: WeightsDtype = "float32"
+    weights_dtype: WeightsDtype = option("float32", group="Precision and memory")
     """Type of the weights, of the optimiser's state and of what is saved."""
 
-    dead_after: int | None = None
+    dead_after: int | None = option(None, group="SAE", on_resume="forced")
     """Rows without firing after which a latent counts as dead. Default: 10 million, or one epoch or
     the whole run if that is less. Before that many rows, the share of dead latents is not known."""
 
-    val_fraction: float = 0.05
+    val_fraction: float = option(0.05, group="Validation")
     """Share of the shards that are held out and never trained on. 0: none."""
 
-    val_every: int | None = None
+    val_every: int | None = option(None, group="Validation", on_resume="forced")
     """Steps between validations: FVU and L0 on held-out rows, of the weights that would be exported
     (signum's averages), to metrics.jsonl; and at the last step. Default: none."""
 
-    val_rows: int = 16384
+    val_rows: int = option(16384, group="Validation", on_resume="forced")
     """Held-out rows to validate on, kept in memory; as many from each held-out shard (with
     --follow, of the first segment's)."""
 
-    save_best: bool = False
+    save_best: bool = option(False, group="Validation", on_resume="forced")
     """Keep each SAE as it was at the validation with the lowest FVU, in SAE/best-STEP, beside the
     last one. Validations while k falls or the penalty rises count only until one comes after."""
 
-    finetune: str | None = None
-    """Begin with the weights of other SAEs: the folder of a run (of ours or sparsify's) with SAEs
-    called after hookpoints, of one SAE or its best-STEP, or USER/REPO[@REVISION] of the Hub. Sizes
-    and kind come from there."""
+    finetune: str | None = option(None, group="Initialisation", metavar="PATH")
+    """Initialise with the weights of other SAEs: the folder of a run (of ours or sparsify's) with
+    SAEs named after hookpoints, of one SAE or its best-STEP, or USER/REPO[@REVISION] of the Hub.
+    Sizes and kind come from there."""
 
-    fresh_b_dec: bool = False
-    """With --finetune: let b_dec begin as --b-dec-init says all the same."""
+    fresh_b_dec: bool = option(False, group="Initialisation")
+    """With --finetune: initialise b_dec by --b-dec-init all the same."""
 
-    fresh_decoder: bool = False
-    """With --finetune: let the decoder begin anew, from the encoder's rows at norm 1 (of a
-    transcoder, at 0)."""
+    fresh_decoder: bool = option(False, group="Initialisation")
+    """With --finetune: initialise the decoder anew, from the encoder's rows at norm 1 (a
+    transcoder's at 0)."""
 
-    follow: bool = False
-    """Train while the harvest is still at work: begin on the shards that are there, in segments,
-    and wait for more instead of ending the epoch. The result does not depend on when shards come.
+    follow: bool = option(False, group="Data")
+    """Train while the harvest still runs: begin with the shards that are there, in segments, and
+    wait for more instead of ending the epoch. The result does not depend on when shards come.
     Steps are counted from the harvest's goal (its --max-tokens) or, where it has none, from
     --max-tokens here. If there are fewer rows than the goal promises (the text ends early, filters
-    drop rows), the run ends after the last segment of its last epoch, and says so."""
+    drop rows), the run ends after the last segment of its last epoch, and reports it."""
 
-    segment_shards: int | None = None
+    segment_shards: int | None = option(None, group="Data")
     """Shards of a segment with --follow: trained on once all are there, each shuffled by itself; an
     incomplete batch at its end is left out. The first one gives the mean and variance. Default: as
     many as fill the memory for rows and hold 64 batches."""
 
-    buffer_bytes: int | None = None
-    """Memory for rows that are mixed and batches that wait, of all hookpoints together, bytes; how
-    many rows that is, is part of their order. Default: 4 GiB (or eight batches, if that is more),
-    for 2^19 rows at most."""
+    buffer_bytes: int | None = option(None, group="Data")
+    """Memory for the shuffle buffer and prefetched batches, over all hookpoints, bytes. The number
+    of rows it holds is part of the order of rows. Default: 4 GiB (or eight batches, if that is
+    more), for 2^19 rows at most."""
 
-    pool_rows: int | None = None
-    """Rows to mix in memory, instead of --buffer-bytes."""
+    pool_rows: int | None = option(None, group="Data")
+    """Rows in the shuffle buffer, instead of --buffer-bytes."""
 
-    verify: Literal["first-read", "always", "never"] = "first-read"
-    """When the rows that are read are compared with their checksums. first-read: each shard before
+    verify: Literal["first-read", "always", "never"] = option(
+        "first-read", group="Data", on_resume="free"
+    )
+    """When rows are compared with their checksums. first-read: each shard before
     its first rows are used, and again if its file was touched since; the first epoch then reads
     every byte twice, the first time before the first step for most of them. always: for every
     window of rows in memory, which reads every byte many times. never: sizes and headers only, for
     a cache that `actcache verify` has just passed."""
 
-    data_seed: int | None = None
+    data_seed: int | None = option(None, group="Data")
     """Seed of the order of rows and of the held-out split. Default: the first --seed."""
 
-    device: str = "auto"
+    device: str = option("auto", group="Precision and memory", on_resume="free")
     """Torch device, such as cpu or cuda:1. auto: cuda where there is one, else cpu."""
 
-    parallel: Literal["ddp", "modules"] | None = None
-    """What the processes share that torchrun starts. modules: the SAEs; each process has some of
-    them, and reads whole batches for them. Nothing is exchanged but for checkpoints, and the run is
-    the same bytes as with one process, for any number of them (those beyond the SAEs' idle); they
-    keep within 1 GiB of rows (or 8 steps) of each other. ddp: each batch; every process has all
-    SAEs, and reads its part of the rows. For SAEs that are few or large, but for batchtopk, which
-    chooses among all of a batch; the number of processes must divide that of the lanes. The same
-    batches, and sums that are rounded otherwise. All processes must see the same --out."""
+    parallel: Parallel | None = option(None, group="Processes", on_resume="free")
+    """How processes under torchrun divide the work. modules: by SAE; each process trains some of
+    them, and reads whole batches for them. Processes communicate for checkpoints only, and the run
+    is the same bytes as with one process, for any number of them (those beyond the SAEs' idle);
+    they keep within 1 GiB of rows (or 8 steps) of each other. ddp: by row; every process has all
+    SAEs, and reads its part of each batch. For few or large SAEs; not for batchtopk, which selects
+    from the whole batch; the number of processes must divide that of the lanes. The same batches,
+    and sums that are rounded otherwise. All processes must see the same --out."""
 
-    save_every: int = 1000
+    save_every: int = option(1000, group="Checkpoints", on_resume="free")
     """Steps between checkpoints; the last step always has one."""
 
-    keep_last: int = 1
-    """Checkpoints that stay, the newest ones. With 2 or more, a run whose newest one is damaged
-    goes on from the one before."""
+    keep_last: int = option(1, group="Checkpoints", on_resume="free")
+    """Number of newest checkpoints to keep. With 2 or more, a run whose newest one is damaged
+    resumes from the one before."""
 
-    keep_every: int | None = None
-    """Make a checkpoint every so many steps, besides, and keep it for good. Default: none."""
+    keep_every: int | None = option(None, group="Checkpoints", on_resume="free")
+    """Steps between checkpoints that are kept for good, beside the others. Default: none."""
 
-    log_every: int = 10
+    log_every: int = option(10, group="Logging", on_resume="forced")
     """Steps that a line of metrics.jsonl covers."""
 
-    histogram_every: int = 10
+    histogram_every: int = option(10, group="Logging")
     """Lines of metrics.jsonl from one histogram of the latents' firing (log10 of the share of rows)
     to the next, each over the rows since the one before; the last line has one, too. 0: none."""
 
-    wandb: WandbMode = "disabled"
-    """Log what metrics.jsonl and timings.jsonl say to Weights & Biases, too. offline: to a folder
-    below $WANDB_DIR, or ./wandb, which `wandb sync` uploads. What fails there is told, and does not
-    stop the run."""
+    wandb: WandbMode = option("disabled", group="Logging", on_resume="free")
+    """Copy metrics.jsonl and timings.jsonl to Weights & Biases. offline: to a folder
+    below $WANDB_DIR, or ./wandb, which `wandb sync` uploads. An error there is
+    reported and does not stop the run."""
 
-    wandb_project: str | None = None
-    """Project there. Default: $WANDB_PROJECT, or W&B's own."""
+    wandb_project: str | None = option(None, group="Logging", on_resume="free", metavar="NAME")
+    """W&B project. Default: $WANDB_PROJECT, or W&B's own."""
 
-    wandb_entity: str | None = None
-    """User or team there."""
+    wandb_entity: str | None = option(None, group="Logging", on_resume="free", metavar="NAME")
+    """W&B user or team."""
 
-    wandb_group: str | None = None
-    """Group of runs there. Default: with --wandb-per-sae, the name of the run's folder."""
+    wandb_group: str | None = option(None, group="Logging", on_resume="free", metavar="NAME")
+    """W&B group of runs. Default: with --wandb-per-sae, the name of the run's folder."""
 
-    wandb_tags: tuple[str, ...] = ()
-    """Tag there; repeatable."""
+    wandb_tags: tuple[str, ...] = option((), group="Logging", on_resume="free", metavar="TAG")
+    """W&B tag; repeatable."""
 
-    wandb_notes: str | None = None
-    """Notes there."""
+    wandb_notes: str | None = option(None, group="Logging", on_resume="free")
+    """Notes on the W&B run."""
 
-    wandb_per_sae: bool = False
-    """A run there for each SAE, instead of one for all."""
+    wandb_per_sae: bool = option(False, group="Logging", on_resume="free")
+    """One W&B run for each SAE, instead of one for all."""
 
-    wandb_log_final_artifact: bool = False
-    """Upload the saved SAEs at the end, each as an artifact."""
+    wandb_log_final_artifact: bool = option(False, group="Logging", on_resume="free")
+    """Upload the saved SAEs at the end, each as a W&B artifact."""
 
-    resume: bool = False
-    """Go on from the run's last checkpoint; begin a run that does not exist yet."""
+    resume: bool = option(False, group=MAIN, on_resume="free")
+    """Resume from the run's last checkpoint, or begin a run that does not exist yet."""
 
-    force_config: bool = False
-    """With --resume, go on under other options than the run has had: lr, lr-schedule,
-    lr-warmup-steps, lr-decay-steps, lr-end, weight-decay, grad-clip, decoder-norm, k-anneal-steps,
-    k-start, auxk-alpha, sparsity, sparsity-warmup-steps, dead-after, epochs and max-tokens (not
-    with --follow), micro-batch-size, chunk-latents, compile, cuda-graphs, autocast, val-every,
-    val-rows, save-best, log-every. They hold from the last checkpoint on, and run.json tells it.
-    What changes the SAEs' names, shapes or optimisers, or the order of rows, is refused, and so is
-    another cache."""
+    force_config: bool = option(False, group="Checkpoints", on_resume="free")
+    """With --resume, change options of a run that has begun: {forced} (epochs and max-tokens not
+    with --follow). They hold from the last checkpoint on, and run.json records the change. An
+    option that changes the SAEs' names, shapes or optimisers, or the order of rows, is refused, and
+    so is another cache."""
 
-    block_cache: str | None = None
+    block_cache: str | None = option(None, group="Data", on_resume="free", metavar="DIR")
     """With a URL: folder for blocks that were fetched. Default: $ACTCACHE_BLOCK_CACHE, or
     actcache/blocks in the user's folder for caches."""
 
-    block_cache_bytes: int | None = None
-    """Bytes that it may hold, 0 for none; the blocks that were not used for longest go first. A
-    cache that fits is fetched once, a larger one about twice in every epoch.
-    Default: $ACTCACHE_BLOCK_CACHE_BYTES, or
-    16 GiB."""
+    block_cache_bytes: int | None = option(None, group="Data", on_resume="free")
+    """Bytes that the block cache may hold, 0 for none; the least recently used blocks are removed
+    first. A cache that fits is fetched once, a larger one about twice in every epoch.
+    Default: $ACTCACHE_BLOCK_CACHE_BYTES, or 16 GiB."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers and combinations that no run can carry out."""
+        """Reject numbers and combinations that no run can use."""
         self._take_first()
         super().__post_init__()
         require_run(self)
@@ -268,7 +267,7 @@ class FitConfig(SaeOptions):
         first = self.saes[0]
         if self.sae not in (SaeOptions(), first):
             raise ConfigError(
-                "saes and other options say what is trained",
+                "saes and options of one SAE are both given",
                 expected="each option of an SAE within saes",
                 got=self.sae,
             )
@@ -277,7 +276,7 @@ class FitConfig(SaeOptions):
 
 
 def require_run(run: FitConfig) -> None:
-    """Refuse numbers and combinations that no run can carry out."""
+    """Reject numbers and combinations that no run can use."""
     reject_url(run.out, "--out", "files are published by renaming them")
     if run.follow:
         reject_url(run.cache, "CACHE with --follow", "a harvest at work is in a folder")
@@ -311,7 +310,7 @@ def require_run(run: FitConfig) -> None:
             option = "--" + name.replace("_", "-")
             raise ConfigError(f"{option} is for --finetune", remedy="add it, or leave this out")
     if run.force_config and not run.resume:
-        raise ConfigError("--force-config is for a run to go on with", remedy="add --resume")
+        raise ConfigError("--force-config changes a run that is resumed", remedy="add --resume")
     if run.save_best and run.val_every is None:
         raise ConfigError("--save-best needs validations", remedy="add --val-every N")
     if run.val_every is not None and run.val_fraction == 0:
@@ -322,7 +321,7 @@ def require_run(run: FitConfig) -> None:
         )
     if run.buffer_bytes is not None and run.pool_rows is not None:
         raise ConfigError(
-            "--buffer-bytes and --pool-rows say the same",
+            "--buffer-bytes and --pool-rows exclude each other",
             expected="one of them",
             got=f"{run.buffer_bytes} and {run.pool_rows}",
         )

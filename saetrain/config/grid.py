@@ -25,16 +25,12 @@ FIELDS = tuple(field.name for field in dataclasses.fields(SaeOptions))
 AXES = tuple(name for name in FIELDS if get_origin(_HINTS[name]) is not tuple)
 """Those that may be given several times. One that is a list is given its one value so."""
 
-_LABELS = {
-    "expansion_factor": "x",
-    "num_latents": "latents",
-    "lr_warmup_steps": "warmup",
-    "auxk_alpha": "auxk",
-    "b_dec_init": "b-dec",
-    "input_scale": "input",
-    "encoder_scale": "encoder",
+_LABELS: dict[str, str] = {
+    field.name: field.metadata["label"]
+    for field in dataclasses.fields(SaeOptions)
+    if field.metadata["label"] is not None
 }
-"""What stands before a number in a folder's name, where it is not the option's own."""
+"""What stands before a value in a folder's name, where it is not the option's own name."""
 
 
 def grid(**values: Any) -> tuple[SaeOptions, ...]:
@@ -111,7 +107,7 @@ def saes_at(config: FitConfig, hookpoint: str) -> dict[str, SaeOptions]:
     """The SAEs of a hookpoint, by what tells each from the others: '' if there is only one.
 
     Raises:
-        ConfigError: two overrides say the same option, or two SAEs are the same.
+        ConfigError: two overrides set the same option, or two SAEs are the same.
     """
     plain = config.saes or (config.sae,)
     require_different(plain)
@@ -130,13 +126,13 @@ def _overridden(
     for pattern, override in overrides.items():
         if not fnmatchcase(hookpoint, pattern):
             continue
-        said = {k: v for k, v in vars(override).items() if v is not None}
-        if "expansion_factor" in said:
-            said["num_latents"] = None
-        for name, value in said.items():
+        given = {k: v for k, v in vars(override).items() if v is not None}
+        if "expansion_factor" in given:
+            given["num_latents"] = None
+        for name, value in given.items():
             if name in changes:  # which one wins must not hang on their order in a file
                 raise ConfigError(
-                    f"two patterns say {name} of {hookpoint}",
+                    f"two patterns set {name} of {hookpoint}",
                     expected="one of them",
                     got=f"{said_by[name]!r} and {pattern!r}",
                 )
@@ -150,7 +146,7 @@ def require_overrides_used(config: FitConfig, hookpoints: Iterable[str]) -> None
     for pattern in config.hookpoints:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise HookpointError(
-                f"no hookpoint of the run matches {pattern!r}, of which the options say more",
+                f"no hookpoint of the run matches {pattern!r}, the pattern of an override",
                 expected=" | ".join(names),
                 got=pattern,
             )

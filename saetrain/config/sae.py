@@ -11,14 +11,14 @@ from actcache.errors import ConfigError
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """One sparse autoencoder, transcoder or crosscoder: what `cfg.json` says of it."""
+    """One sparse autoencoder, transcoder or crosscoder: the contents of `cfg.json`."""
 
     d_in: int
     """Width of what is encoded, D; of a crosscoder, of all its hookpoints together."""
     num_latents: int
     """Latents, M."""
     k: int
-    """Latents that may be active at once, K; says nothing where a penalty makes latents sparse."""
+    """Latents that may be active at once, K; unused where a penalty makes latents sparse."""
     activation: ActivationName = "topk"
     """How latents become active."""
     multi_topk: bool = False

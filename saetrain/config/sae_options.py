@@ -5,124 +5,125 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from actcache.core.options import MAIN, option
 from actcache.errors import ConfigError
 from saetrain.config.sae import ANNEALED, PENALISED, ActivationName
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaeOptions:
-    """What belongs to one SAE of a run, rather than to the stream that feeds them all.
+    """Options of one SAE of a run; those of the stream that feeds all SAEs are in `FitConfig`.
 
     Each of these options may be given several times, but for those that are flags or lists by
     themselves: a run trains every combination, at every hookpoint. A new field here needs nothing
     else for that.
     """
 
-    expansion_factor: int = 32
+    expansion_factor: int = option(32, group=MAIN, label="x")
     """Latents as a multiple of the activations' width."""
 
-    num_latents: int | None = None
+    num_latents: int | None = option(None, group=MAIN, label="latents")
     """Latents, instead of --expansion-factor."""
 
-    k: int = 32
+    k: int = option(32, group=MAIN)
     """Latents that may be active at once; with batchtopk, on average over a batch. jumprelu, relu
     and gated have none: --sparsity decides."""
 
-    activation: ActivationName = "topk"
+    activation: ActivationName = option("topk", group=MAIN)
     """topk: the k largest of a row. batchtopk: the k times rows largest of a batch; a threshold
     after training. groupmax: the largest of each of k groups. jumprelu: those above a learnt
     threshold, with a penalty on their number. relu: those above 0, with a penalty on their sum.
     gated: relu, with magnitudes apart from the choice of latents."""
 
-    sparsity: float | None = None
+    sparsity: float | None = option(None, group="SAE", on_resume="forced")
     """Weight of the penalty that makes latents sparse: for jumprelu on their number (default 1e-3),
     for relu and gated on the sum of their activations in roots of the rows' variance (default
     3e-2). Beside the FVU, whatever the scale of the rows."""
 
-    sparsity_warmup_steps: int | None = None
+    sparsity_warmup_steps: int | None = option(None, group="SAE", on_resume="forced")
     """Steps in which the penalty rises from 0 to --sparsity. Default: a twentieth of the run."""
 
-    threshold: float | None = None
+    threshold: float | None = option(None, group="SAE")
     """jumprelu: where the thresholds begin, in roots of the rows' variance. Default: 0.01."""
 
-    bandwidth: float | None = None
-    """jumprelu: width of the window around a threshold in which it feels a gradient, in the same
-    unit. Default: 0.05."""
+    bandwidth: float | None = option(None, group="SAE")
+    """jumprelu: width of the window around a threshold that receives a gradient, in the same unit.
+    Default: 0.05."""
 
-    multi_topk: bool = False
+    multi_topk: bool = option(False, group="SAE")
     """With topk: train on the reconstruction from 4k latents too, at 1/8 of the weight."""
 
-    matryoshka: tuple[int, ...] = ()
+    matryoshka: tuple[int, ...] = option((), group="SAE")
     """Number of first latents that must reconstruct by themselves; repeatable, rising."""
 
-    optimizer: OptimizerName = "adam"
+    optimizer: OptimizerName = option("adam", group="Optimiser")
     """adam, adamw. adam8bit: moments in 8 bits, needs bitsandbytes ([quantized]). muon: Muon for
     matrices, Adam for the rest. signum: schedule-free SignSGD, momentum 0.95; half of Adam's
     state."""
 
-    lr: float | None = None
+    lr: float | None = option(None, group=MAIN, on_resume="forced")
     """Learning rate, the peak where it changes. Default for adam, adamw and adam8bit: 2e-4 /
     sqrt(latents / 2^14), times sqrt(2^17 / steps) in a run of fewer steps than 2^17, at most
     0.24 / sqrt(width of the rows); for signum 5e-3 / sqrt(latents / 2^14); for muon 2e-3."""
 
-    lr_schedule: LrSchedule | None = None
-    """What follows the warm-up. stable-then-decay: constant, then linear over --lr-decay-steps.
+    lr_schedule: LrSchedule | None = option(None, group="Schedule", on_resume="forced")
+    """Schedule after the warm-up. stable-then-decay: constant, then linear over --lr-decay-steps.
     Default: linear; for signum none, not even a warm-up: being schedule-free, it needs neither."""
 
-    lr_warmup_steps: int | None = None
+    lr_warmup_steps: int | None = option(None, group="Schedule", on_resume="forced", label="warmup")
     """Steps of linear warm-up; for signum only with --lr-schedule. Default: a twentieth of the run,
     at most 1000."""
 
-    lr_decay_steps: int | None = None
+    lr_decay_steps: int | None = option(None, group="Schedule", on_resume="forced")
     """Steps of the decay that ends the run, with --lr-schedule stable-then-decay. Default: a fifth
     of the run."""
 
-    lr_end: float = 0.0
-    """What the learning rate falls to, as a share of its peak."""
+    lr_end: float = option(0.0, group="Schedule", on_resume="forced")
+    """Final learning rate, as a share of its peak."""
 
-    weight_decay: float | None = None
+    weight_decay: float | None = option(None, group="Optimiser", on_resume="forced")
     """Decoupled weight decay of adamw (default 0.01) and of muon's matrices (0.1)."""
 
-    grad_clip: float | None = None
-    """Largest norm of an SAE's gradient, over all its weights; one that is longer is scaled down.
-    Not for signum, which looks at signs alone."""
+    grad_clip: float | None = option(None, group="Optimiser", on_resume="forced")
+    """Largest norm of an SAE's gradient, over all its weights; a larger one is scaled down. Not
+    for signum, which uses signs only."""
 
-    decoder_norm: DecoderNorm = "unit"
+    decoder_norm: DecoderNorm = option("unit", group="SAE", on_resume="forced")
     """unit: decoder rows are scaled to norm 1 before every step (not a transcoder's, which are
     free). fold: they are free, latents are chosen by activation times norm, and the norm is folded
     into the encoder when it is saved: rows of norm 1, the same function. free: rows of any norm,
     saved so."""
 
-    b_dec_init: BDecInit = "mean"
-    """Where b_dec begins: at the mean of all training rows, at the geometric median of the first
-    2,048, or at zeros."""
+    b_dec_init: BDecInit = option("mean", group="Initialisation", label="b-dec")
+    """Initial b_dec: the mean of all training rows, the geometric median of the first 2,048, or
+    zeros."""
 
-    input_scale: InputScale = "none"
+    input_scale: InputScale = option("none", group="Initialisation", label="input")
     """Scale of rows in training, from the statistics of all training rows. rms: their numbers have
     a mean square of 1. unit: their squared norms have a mean of 1. What is saved takes rows as they
     are in the cache: the scale is folded into it."""
 
-    encoder_scale: str = "1"
-    """What the encoder's weights are multiplied by at the start: a number; or auto: the one with
-    the least error on the first 2,048 rows, found by trial and written to run.json."""
+    encoder_scale: str = option("1", group="Initialisation", label="encoder")
+    """Factor on the encoder's initial weights: a number; or auto: the one with the least error on
+    the first 2,048 rows, found by trial and written to run.json."""
 
-    k_anneal_steps: int = 0
-    """Steps in which k falls linearly from --k-start to --k, with topk and batchtopk. What is saved
-    says --k always."""
+    k_anneal_steps: int = option(0, group="SAE", on_resume="forced")
+    """Steps in which k falls linearly from --k-start to --k, with topk and batchtopk. The saved
+    k is always --k."""
 
-    k_start: int | None = None
-    """Where k begins, with --k-anneal-steps. Default: ten times the activations' width, or all
+    k_start: int | None = option(None, group="SAE", on_resume="forced")
+    """Initial k, with --k-anneal-steps. Default: ten times the activations' width, or all
     latents."""
 
-    auxk_alpha: float = 1 / 32
-    """Weight of AuxK, which lets dead latents predict the residual. 0: off."""
+    auxk_alpha: float = option(1 / 32, group="SAE", on_resume="forced", label="auxk")
+    """Weight of AuxK, the loss of the residual as predicted by dead latents. 0: off."""
 
-    seed: int = 0
+    seed: int = option(0, group="Initialisation")
     """Seed of the weights; the first one is that of the order of rows and of the held-out split,
     too, unless --data-seed is given."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no SAE can have."""
+        """Reject numbers that no SAE can have."""
         # One spelling of each number: 1 and 1.0 would be two SAEs. The class is frozen.
         object.__setattr__(self, "encoder_scale", scale(self.encoder_scale))
         require_options(self)
@@ -130,7 +131,7 @@ class SaeOptions:
 
 @dataclass(frozen=True)
 class HookpointOverride:
-    """What the SAEs of some hookpoints have instead of what the run's options say."""
+    """Options that replace the run's own for the SAEs of some hookpoints."""
 
     k: int | None = None
     """Latents that may be active at once."""
@@ -142,7 +143,7 @@ class HookpointOverride:
     """Latents."""
 
     def __post_init__(self) -> None:
-        """Refuse widths that are said twice; what else cannot be, `SaeOptions` refuses."""
+        """Reject a width that is given twice; `SaeOptions` checks the rest."""
         require_override(self)
 
 
@@ -156,7 +157,7 @@ BDecInit = Literal["mean", "geometric-median", "zeros"]
 
 
 def require_options(options: SaeOptions) -> None:
-    """Refuse numbers that no SAE can have."""
+    """Reject numbers that no SAE can have."""
     _require_positive(options, "expansion_factor", "num_latents", "k", "lr_decay_steps", "k_start")
     if options.lr is not None and not 0 < options.lr < float("inf"):
         raise ConfigError("--lr is out of range", expected="> 0", got=options.lr)
@@ -249,10 +250,10 @@ def _require_recipe(options: SaeOptions) -> None:
 
 
 def require_override(override: HookpointOverride) -> None:
-    """Refuse widths that are said twice; what else cannot be, `require_options` refuses."""
+    """Reject a width that is given twice; `require_options` checks the rest."""
     if override.expansion_factor is not None and override.num_latents is not None:
         raise ConfigError(
-            "expansion-factor and num-latents say the same of a hookpoint",
+            "expansion-factor and num-latents of a hookpoint exclude each other",
             expected="one of them",
             got=f"{override.expansion_factor} and {override.num_latents}",
         )

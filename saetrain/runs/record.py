@@ -12,6 +12,7 @@ from pathlib import Path
 
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.options import names_on_resume
 from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import is_url
@@ -26,29 +27,8 @@ LOCK = Path("fit.lock")
 """Held by the processes that are at work in a run, within its folder."""
 FORMAT_VERSION = 1
 
-FREE_ON_RESUME = {
-    "cache",
-    "out",
-    "resume",
-    "device",
-    "force_config",
-    "save_every",
-    "keep_last",
-    "keep_every",
-    "verify",
-    "block_cache",
-    "block_cache_bytes",
-    "wandb",
-    "wandb_project",
-    "wandb_entity",
-    "wandb_group",
-    "wandb_tags",
-    "wandb_notes",
-    "wandb_per_sae",
-    "wandb_log_final_artifact",
-    "parallel",
-}
-"""Options that may change between a run and its resumption: they do not touch its results."""
+FREE_ON_RESUME = frozenset(names_on_resume(FitConfig, "free"))
+"""Options that may change between a run and its resumption: they do not affect its results."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_a_grid_of_the_same_saes_is_refused(values: dict[str, Any], words: str) 
 
 
 def test_options_beside_a_list_of_saes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="saes and other options"):
+    with pytest.raises(ConfigError, match="saes and options of one SAE"):
         FitConfig("c", "r", k=7, saes=grid(lr=(1e-3, 3e-4)))
     config = FitConfig("c", "r", saes=grid(k=(7, 8), seed=(5, 6)))
     assert (config.k, config.order_seed) == (7, 5)
@@ -143,7 +143,7 @@ def test_overrides_are_of_the_hookpoints_that_they_match() -> None:
 def test_two_patterns_that_say_the_same_option_of_a_hookpoint_are_refused(options: Options) -> None:
     """Which of them wins would hang on the order of keys in a file."""
     config = options(hookpoints={"layers.*": HookpointOverride(k=2), "*.1": HookpointOverride(k=4)})
-    with pytest.raises(ConfigError, match=r"two patterns say k of layers\.1(.|\n)*'\*\.1'"):
+    with pytest.raises(ConfigError, match=r"two patterns set k of layers\.1(.|\n)*'\*\.1'"):
         fit(config)
     with pytest.raises(HookpointError, match=r"matches 'layers\.7'"):
         fit(options(hookpoints={"layers.7": HookpointOverride(k=2)}))

@@ -131,7 +131,7 @@ def test_so_may_graphs_which_do_not_go_with_all_of_them(tmp_path: Path) -> None:
         ("[hookpoints.'a']\nseed = 4", ".toml", "unknown key"),
         ("[hookpoints.'a']\nk = 'x'", ".toml", r"'a': k has another type"),
         ("[hookpoints.'a']\nk = [1, 2]", ".toml", r"'a': k has another type"),
-        ("[hookpoints.'a']\nnum-latents = 3\nexpansion-factor = 4", ".toml", "say the same"),
+        ("[hookpoints.'a']\nnum-latents = 3\nexpansion-factor = 4", ".toml", "exclude each other"),
         ("hookpoints = 3", ".toml", "is no table"),
         ("hookpoints: {a: 3}", ".yaml", "is no table"),
         ("k = 'x'", ".toml", r"fit\.toml: k has another type(.|\n)*int"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from actcache.errors import CacheMismatchError, ConfigError, RunError
+from actcache_cli.options import field_docs
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.config.sae_options import HookpointOverride, SaeOptions
@@ -73,10 +74,7 @@ def test_every_option_that_is_let_through_is_tested_and_in_the_help() -> None:
     elsewhere = {"sparsity", "sparsity_warmup_steps", "cuda_graphs", "chunk_latents", "compile"}
     # which have tests of their own
     assert LET_THROUGH.keys() | elsewhere == OVERRIDABLE
-    import inspect
-
-    text = inspect.getsource(FitConfig)
-    help_ = " ".join(text[text.index("force_config: bool") :].split('"""')[1].split())
+    help_ = field_docs(FitConfig)["force_config"]
     for name in OVERRIDABLE - {"hookpoints"}:
         assert name.replace("_", "-") in help_
 
@@ -139,7 +137,7 @@ def test_the_weight_of_a_penalty_and_its_rise_are_let_through(options: Options) 
 def test_what_rounds_otherwise_is_let_through(
     options: Options, monkeypatch: pytest.MonkeyPatch, activation: Any, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("saetrain.model.activations.compiled", lambda function: function)
+    monkeypatch.setattr("saetrain.model.activations.gated.compiled", lambda function: function)
     monkeypatch.setattr("saetrain.launch.setup.require_compiler", lambda _: None)
     config = options(activation=activation, keep_every=6, resume=True)
     fit(config)
@@ -232,7 +230,7 @@ def test_another_cache_is_refused_all_the_same(
 
 
 def test_force_without_resume_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--force-config is for a run to go on with"):
+    with pytest.raises(ConfigError, match="--force-config changes a run that is resumed"):
         FitConfig("c", "r", force_config=True)
 
 

@@ -1,0 +1,51 @@
+"""Fields of a configuration that are options of the command line.
+
+An option is written once: a field's type makes the parser, its docstring the help, and the metadata
+that `option` attaches say where the help lists it and what a resumed run may change. Standard
+library only: `--help` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+MAIN = "Main options"
+"""Group that the help lists first: what everybody needs."""
+
+OnResume = Literal["fixed", "forced", "free"]
+"""Whether a resumed run may change an option: never, with --force-config, or always."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    group: str,
+    on_resume: OnResume = "fixed",
+    label: str | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """Declare a field of a frozen dataclass that is an option of the command line.
+
+    Args:
+        default: value where the option is not given; without one, the option is required.
+        group: heading under which the help lists it.
+        on_resume: whether a resumed run may change it.
+        label: what stands for its name in the folder name of an SAE of a grid.
+        metavar: what the help prints for its value; by default, the type's name.
+    """
+    metadata = {"group": group, "on_resume": on_resume, "label": label, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def hidden(*, default_factory: Callable[[], Any] = tuple, on_resume: OnResume = "fixed") -> Any:
+    """Declare a field that Python and configuration files set, and the command line does not."""
+    metadata = {"option": False, "on_resume": on_resume}
+    return dataclasses.field(default_factory=default_factory, metadata=metadata)
+
+
+def names_on_resume(config_class: type[Any], on_resume: OnResume) -> tuple[str, ...]:
+    """List the fields of a configuration that a resumed run may change in this way, in order."""
+    fields = dataclasses.fields(config_class)
+    return tuple(f.name for f in fields if f.metadata.get("on_resume", "fixed") == on_resume)

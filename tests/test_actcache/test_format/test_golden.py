@@ -166,6 +166,6 @@ def test_the_golden_receipts_are_true(golden):
 
 
 if __name__ == "__main__":
-    shutil.rmtree(GOLDEN, ignore_errors=True)
     for folder, how in CACHES.items():
+        shutil.rmtree(GOLDEN / folder, ignore_errors=True)
         write_golden(GOLDEN / folder, *how)

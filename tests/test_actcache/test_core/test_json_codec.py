@@ -48,7 +48,7 @@ GOOD = {
 }
 
 
-def test_what_is_written_is_parsed_back_equal() -> None:
+def test_a_dataclass_survives_encoding_and_parsing() -> None:
     outer = Outer("é\ud800", 1.0, False, "b", 7, ((1, 2), ()), (Inner(4),), {"k": 1}, 9)
     assert parse_dataclass(Outer, json.loads(to_json(outer)), "here") == outer
 
@@ -62,7 +62,7 @@ def test_an_integer_serves_as_a_float() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "place"),
+    ("change", "field"),
     [
         ({"name": 1}, "name"),
         ({"name": None}, "name"),
@@ -90,13 +90,13 @@ def test_an_integer_serves_as_a_float() -> None:
         ({"extra": -1}, "extra"),
     ],
 )
-def test_a_wrong_value_is_refused_by_file_and_place(change: dict, place: str) -> None:
-    with pytest.raises(FormatError, match=rf"(?s)run\.json.*{place}"):
+def test_an_error_names_the_file_and_the_field(change: dict, field: str) -> None:
+    with pytest.raises(FormatError, match=rf"(?s)run\.json.*{field}"):
         parse_dataclass(Outer, GOOD | change, "run.json")
 
 
 @pytest.mark.parametrize("obj", [None, [], 1, "text", [GOOD]])
-def test_what_is_no_object_is_refused(obj: object) -> None:
+def test_a_value_other_than_an_object_is_refused(obj: object) -> None:
     with pytest.raises(FormatError, match="is not an object"):
         parse_dataclass(Outer, obj, "here")
 
@@ -114,7 +114,7 @@ JSON_VALUES = st.recursive(
 
 
 @given(st.sampled_from(sorted(GOOD)), JSON_VALUES)
-def test_any_json_value_gives_an_outer_or_a_format_error(key: str, value: object) -> None:
+def test_any_json_value_gives_a_dataclass_or_a_format_error(key: str, value: object) -> None:
     try:
         parsed = parse_dataclass(Outer, GOOD | {key: value}, "here")
     except FormatError:
@@ -136,7 +136,7 @@ def test_any_json_value_gives_an_outer_or_a_format_error(key: str, value: object
         b"{} {}",
     ],
 )
-def test_what_is_not_json_is_refused_by_path(text: bytes, tmp_path: Path) -> None:
+def test_an_error_about_invalid_json_names_the_file(text: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(text)
     with pytest.raises(FormatError, match=r"x\.json is not JSON"):
@@ -158,7 +158,7 @@ def test_a_folder_or_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
             read_json(path)
 
 
-def test_json_has_one_spelling() -> None:
+def test_json_is_encoded_canonically() -> None:
     assert (
         to_json({"b": 1, "a": [1.5, None]})
         == b'{\n  "a": [\n    1.5,\n    null\n  ],\n  "b": 1\n}\n'
@@ -168,9 +168,9 @@ def test_json_has_one_spelling() -> None:
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 1}', '{"b": [{"": 0, "c": 2, "": 1}]}'])
-def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(FormatError, match="a key stands twice"):
+    with pytest.raises(FormatError, match="a key occurs twice"):
         read_json(tmp_path / "x.json")
 
 
@@ -182,7 +182,7 @@ def test_a_link_is_read_unless_links_are_refused(tmp_path: Path) -> None:
         read_json(tmp_path / "link", links=False)
 
 
-def test_a_value_too_deep_to_show_is_refused_all_the_same() -> None:
+def test_a_value_nested_too_deeply_to_show_is_refused() -> None:
     deep: list = []
     for _ in range(100_000):
         deep = [deep]

@@ -21,8 +21,7 @@ from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import FileDigest
 from actcache.format.manifest import Hookpoint
-from actcache.format.receipts import FOLDER, ShardReceipt, receipt_path
-from actcache.format.row_filters import FILTERS
+from actcache.format.receipts import FILTERS, FOLDER, ShardReceipt, receipt_path
 
 
 def main() -> None:

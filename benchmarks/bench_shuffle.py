@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from report import machine, print_table
 from rivals import Setting, ours
 
-from actcache.cache.layout import sequences_per_shard
+from actcache.cache.folder import sequences_per_shard
 from actcache.cache.reader import Cache
 from actcache.cache.writer import RowLayout
 from actcache.config import HarvestConfig, RowOrder

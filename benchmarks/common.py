@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from actcache.cache.layout import choose_block_rows
+from actcache.cache.folder import choose_block_rows
 from actcache.config import RowOrder
 from actcache.format.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
 

@@ -103,8 +103,8 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             extended_by: sequences by which the harvest is extended, in shards of their own.
             most_rows: rows that filters leave of a shard, by its number; of others, all.
         """
-        from actcache.cache.create import publish_extension
-        from actcache.cache.writer import ShardData, publish_shard
+        from actcache.cache.folder import publish_extension
+        from actcache.cache.writer import ShardData, kept_positions, publish_shard
         from actcache.core.json_codec import to_json
         from actcache.filesystem.atomic import write_atomic
         from actcache.format.manifest import (
@@ -115,7 +115,6 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             with_extension,
         )
         from actcache.format.receipts import CompletionMarker, write_completion_marker
-        from actcache.format.row_filters import kept_positions
         from actcache.storage import BACKENDS
 
         root = path or tmp_path_factory.mktemp("cache")

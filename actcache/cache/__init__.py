@@ -1,18 +1,15 @@
 """One cache folder: created, written shard by shard, read, verified, repaired and converted.
 
-`create` publishes the manifest, `layout` names the files and computes their sizes, `writer`
-publishes a shard, `reader` is `Cache`, `verify` compares every byte with the receipts,
-`retraction` and `repair` withdraw damaged shards and make them again, `convert` copies a cache to
-another backend or type.
+`folder` names the files, computes their sizes and publishes the manifest, `writer` publishes a
+shard, `reader` is `Cache`, `verify` compares every byte with the receipts, `repair` retracts
+damaged shards, `convert` copies a cache to another backend or type.
 """
 
 __all__ = [
     "convert",
-    "create",
-    "layout",
+    "folder",
     "reader",
     "repair",
-    "retraction",
     "verify",
     "writer",
 ]

@@ -14,22 +14,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from actcache.cache.create import (
+from actcache.cache.folder import (
+    choose_block_rows,
     create_or_resume,
+    data_paths,
+    discard,
     publish_extension,
     require_cache_folder,
     require_chunks,
     require_free,
+    shard_bytes,
+    tokens_path,
 )
-from actcache.cache.layout import choose_block_rows, data_paths, shard_bytes, tokens_path
 from actcache.cache.reader import Cache
-from actcache.cache.retraction import discard
 from actcache.cache.writer import publish_checked_receipt, write_statistics
 from actcache.config import ConvertConfig
-from actcache.core.file_lock import DirectoryLock
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, ConfigError
-from actcache.filesystem.atomic import FileDigest, write_atomic
+from actcache.filesystem.atomic import DirectoryLock, FileDigest, write_atomic
 from actcache.format import receipts as receipts_module
 from actcache.format.dtypes import ScaledRowDtype
 from actcache.format.manifest import (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.cache.layout import data_paths, statistics_path, tokens_path
+from actcache.cache.folder import data_paths, statistics_path, tokens_path
 from actcache.errors import CorruptShardError, EmptyCacheError, FormatError, HookpointError
 from actcache.filesystem.atomic import digest_file
 from actcache.filesystem.paths import CachePath, open_path, prefetch_files, require_remote
@@ -17,7 +17,7 @@ from actcache.format import receipts as receipts_module
 from actcache.format.dtypes import VALUES
 from actcache.format.manifest import Manifest, read_manifest
 from actcache.format.receipts import CompletionMarker, ShardReceipt
-from actcache.format.schema import statistics_tensors, token_tensors
+from actcache.cache.folder import statistics_tensors, token_tensors
 from actcache.format.statistics import Statistics, merge
 from actcache.storage import (
     BACKENDS,
@@ -27,8 +27,8 @@ from actcache.storage import (
     RowDtype,
     StoredRows,
     TensorExtent,
+    safetensors_io,
 )
-from actcache.storage import safetensors_io as safetensors_file
 from actcache.storage.preadv import WHOLE, preadv_into, readahead
 
 Views = Mapping[str, Sequence[memoryview]]
@@ -247,7 +247,7 @@ class Cache:
         path = tokens_path(self.root, shard)
         self._check(path, receipt, "tokens")
         extents = self.locate_tokens(shard).values()
-        words = ShardTokens(*(safetensors_file.read(extent) for extent in extents))
+        words = ShardTokens(*(safetensors_io.read(extent) for extent in extents))
         _check_range(path, "lengths", words.lengths, identity.ctx_len + 1)
         _check_range(path, "row_sequence", words.row_sequence, receipt.sequences)
         _check_range(path, "row_position", words.row_position, identity.ctx_len)
@@ -338,13 +338,13 @@ class Cache:
         """Where the tensors of a shard's text lie, by name; raises `CorruptShardError`."""
         receipt, ctx_len = self.receipts[shard], self.manifest.identity.ctx_len
         expected = token_tensors(receipt.sequences, ctx_len, receipt.rows)
-        extents = safetensors_file.locate(tokens_path(self.root, shard), expected)
+        extents = safetensors_io.locate(tokens_path(self.root, shard), expected)
         return dict(zip(expected, extents, strict=True))
 
     def locate_statistics(self, shard: int) -> dict[str, TensorExtent]:
         """Where the tensors of a shard's statistics lie, by name; raises `CorruptShardError`."""
         expected = statistics_tensors(self.manifest.identity.hookpoints)
-        extents = safetensors_file.locate(statistics_path(self.root, shard), expected)
+        extents = safetensors_io.locate(statistics_path(self.root, shard), expected)
         return dict(zip(expected, extents, strict=True))
 
 
@@ -367,7 +367,7 @@ def _parse_statistics(
     hookpoint: str, extents: dict[str, TensorExtent], receipt: ShardReceipt
 ) -> Statistics:
     def tensor(key: str) -> Array:
-        return safetensors_file.read(extents[f"{hookpoint}/{key}"])
+        return safetensors_io.read(extents[f"{hookpoint}/{key}"])
 
     norm_total, norm_max = (float(x) for x in tensor("norm_sum_max"))
     non_finite = receipt.non_finite[hookpoint]

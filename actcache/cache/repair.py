@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from actcache.cache.layout import data_paths
-from actcache.cache.retraction import drop_restored_records, retract
+from actcache.cache.folder import data_paths, discard
 from actcache.cache.verify import SEAL, Finding, Verification
-from actcache.core.file_lock import DirectoryLock
+from actcache.core.json_codec import to_json
 from actcache.errors import CorruptShardError, FormatError
-from actcache.format.manifest import read_manifest
-from actcache.format.receipts import FOLDER, receipt_files, receipt_path
+from actcache.filesystem.atomic import DirectoryLock, digest_file, fsync_dir, write_atomic
+from actcache.format.manifest import Manifest, read_manifest
+from actcache.format.receipts import (
+    FOLDER,
+    Retraction,
+    drop_restored_records,
+    read_receipt,
+    receipt_files,
+    receipt_path,
+    retraction_path,
+)
 from actcache.storage import BACKENDS
 
 
@@ -65,3 +73,28 @@ def _document_names(root: Path) -> set[str]:
         return set()
     documents = BACKENDS[manifest.backend].metadata_files(root, manifest)
     return {str(path.relative_to(root)) for path in documents}
+
+
+def retract(root: Path, manifest: Manifest, shard: int, files: Mapping[str, Path]) -> None:
+    """Take a published shard back: from here on it does not exist.
+
+    Killed anywhere, either the shard is still there or its record is: done again, it goes on.
+
+    Args:
+        root: folder of the cache.
+        manifest: the cache's.
+        shard: which shard.
+        files: where its files lie, by logical name.
+    """
+    path = receipt_path(root, shard)
+    try:
+        promised = read_receipt(path, manifest).files
+    except FormatError:
+        promised = {}
+    plain = {n: file for n, file in files.items() if file.is_file() and not file.is_symlink()}
+    found = {name: digest_file(file) for name, file in plain.items()}
+    record = Retraction(manifest.cache_id, shard, promised, found)
+    write_atomic(retraction_path(root, shard), [to_json(record)])
+    path.unlink()
+    fsync_dir(path.parent)  # the receipt is gone for good before a file of its shard is
+    discard(files)

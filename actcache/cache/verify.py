@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from actcache.cache.layout import data_paths
+from actcache.cache.folder import data_paths
 from actcache.cache.reader import Cache, symlinked_dirs
-from actcache.cache.retraction import retracted_shards, retraction_path
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
 from actcache.filesystem.atomic import digest_file
@@ -37,9 +36,10 @@ from actcache.format.receipts import (
     read_receipt,
     receipt_files,
     receipt_path,
+    retracted_shards,
+    retraction_path,
 )
-from actcache.storage import BACKENDS
-from actcache.storage import safetensors_io as safetensors_file
+from actcache.storage import BACKENDS, safetensors_io
 
 SEAL = f"{FOLDER}/{END}"
 """The seal, as findings name it."""
@@ -301,7 +301,7 @@ def _content(cache: Cache, shard: int, name: str, *, quick: bool) -> None:
     receipt = cache.receipts[shard]
     for hookpoint in () if quick else cache.hookpoints:
         finite = receipt.rows - receipt.non_finite[hookpoint]
-        counted = int(safetensors_file.read(extents[f"{hookpoint}/norm_histogram"]).sum())
+        counted = int(safetensors_io.read(extents[f"{hookpoint}/norm_histogram"]).sum())
         if counted != finite:
             raise CorruptShardError(
                 f"statistics of {hookpoint} against the receipt",

@@ -15,19 +15,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.cache import retraction
-from actcache.cache.layout import data_paths, statistics_path, tokens_path
+from actcache.cache.folder import data_paths, discard, statistics_path, tokens_path
 from actcache.core import rng
+from actcache.errors import CacheMismatchError
 from actcache.filesystem.atomic import FileDigest
-from actcache.format.manifest import Identity, Manifest
-from actcache.format.receipts import ShardReceipt, publish_receipt
-from actcache.format.row_filters import Mask, Norms, norm_outliers
+from actcache.format.manifest import Identity, Manifest, library_versions
+from actcache.format.receipts import (
+    FILTERS,
+    ShardReceipt,
+    forget,
+    publish_receipt,
+    read_retraction,
+    retraction_path,
+)
 from actcache.format.statistics import Statistics, merge, parts
-from actcache.storage import BACKENDS, ROW_DTYPES, Array, RowDtype, StoredRows, check_infinite
-from actcache.storage import safetensors_io as safetensors_file
+from actcache.storage import (
+    BACKENDS,
+    ROW_DTYPES,
+    Array,
+    RowDtype,
+    StoredRows,
+    check_infinite,
+    safetensors_io,
+)
 
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Norms = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -149,15 +164,64 @@ def publish_shard(
 def publish_checked_receipt(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
     """Publish the receipt of a shard whose files are written; see `publish_shard`."""
     paths = data_paths(root, manifest, receipt.shard)
-    restored = retraction.check_restored(root, manifest, receipt, paths)
+    restored = check_restored(root, manifest, receipt, paths)
     publish_receipt(root, receipt)
     if restored:
-        retraction.forget(root, receipt.shard)
+        forget(root, receipt.shard)
+
+
+def check_restored(
+    root: Path, manifest: Manifest, made: ShardReceipt, files: Mapping[str, Path]
+) -> bool:
+    """Before a shard is published: if it was retracted, it must be what it was.
+
+    Each file must be the one that was promised, or the one that lay there: damage does not turn a
+    file into what another run of the model gives.
+
+    Returns:
+        Whether it was retracted.
+
+    Raises:
+        CacheMismatchError: it is another; its files are deleted.
+        FormatError: the record is damaged.
+    """
+    record = read_retraction(root, manifest, made.shard)
+    if record is None:
+        return False
+    different = {
+        name: (record.promised.get(name) or record.found.get(name), file)
+        for name, file in made.files.items()
+        if file not in (record.promised.get(name), record.found.get(name))
+    }
+    if not different:
+        return True
+    discard(files)
+    name, (expected, got) = next(iter(different.items()))
+    raise CacheMismatchError(
+        f"shard {made.shard} of {root} cannot be restored here: this machine makes other bytes of "
+        f"{len(different)} of its {len(made.files)} files. Nothing of it was published",
+        expected=f"{name} {expected}",
+        got=f"{got}; {_versions(manifest)}",
+        remedy="repeat the harvest command on the kind of device and with the library versions "
+        f"that made the cache, or restore the shard from a copy. "
+        f"{retraction_path(root, made.shard)} keeps what it was; without "
+        "that record the harvest publishes what it makes, and runs on this cache refuse it",
+    )
+
+
+def _versions(manifest: Manifest) -> str:
+    now = library_versions(manifest.compression)
+    changed = [
+        f"{name} is {now.get(name)}, was {version}"
+        for name, version in manifest.versions.items()
+        if now.get(name) != version
+    ]
+    return ", ".join(changed) or "library versions are those of the manifest, so not the device"
 
 
 def write_statistics(root: Path, shard: int, statistics: Mapping[str, Statistics]) -> FileDigest:
     """Write the statistics of a shard, by hookpoint in the manifest's order."""
-    return safetensors_file.write(
+    return safetensors_io.write(
         statistics_path(root, shard),
         {
             f"{name}/{key}": (array, None)
@@ -168,7 +232,7 @@ def write_statistics(root: Path, shard: int, statistics: Mapping[str, Statistics
 
 
 def _write_text(path: Path, text: ShardText, layout: RowLayout) -> FileDigest:
-    return safetensors_file.write(
+    return safetensors_io.write(
         path,
         {
             "tokens": (text.tokens, None),
@@ -269,3 +333,63 @@ class RowBuffers:
         if found is None or len(found) < count:
             found = self._rows[owner] = row_dtype.empty(count, width)
         return found[:count]
+
+
+def kept_positions(
+    identity: Identity, tokens: NDArray[np.int32], lengths: NDArray[np.int32]
+) -> tuple[Mask, dict[str, int]]:
+    """What the filters that look at the text leave.
+
+    Args:
+        identity: says which filters.
+        tokens: token ids. [S, C]
+        lengths: tokens of each sequence before its padding. [S]
+
+    Returns:
+        Whether each position is kept [S, C], and how many were left out by filter; what looks at
+        activations counts 0.
+    """
+    positions = np.arange(tokens.shape[1])
+    left_out = {
+        "padding": positions >= lengths[:, None],
+        "skip_positions": np.broadcast_to(positions < identity.skip_positions, tokens.shape),
+        "exclude_special": _among(tokens, identity.exclude_special),
+        "exclude_tokens": _among(tokens, identity.exclude_tokens),
+    }
+    kept = np.ones(tokens.shape, dtype=bool)
+    dropped = dict.fromkeys(FILTERS, 0)
+    for name, out in left_out.items():
+        dropped[name] = int((kept & out).sum())
+        kept &= ~out
+    return kept, dropped
+
+
+def norm_outliers(norms: Mapping[str, Norms], ratio: float) -> Mask:
+    """Rows whose norm, at any hookpoint, is over `ratio` times the median there.
+
+    A row that holds an infinity or NaN is over it. The median is that of the other rows.
+
+    Args:
+        norms: Euclidean norms by hookpoint. Each [N]
+        ratio: how many medians a row may have.
+
+    Returns:
+        [N]
+    """
+    over = np.zeros(len(next(iter(norms.values()))), dtype=bool)
+    for norm in norms.values():
+        finite = norm[np.isfinite(norm)]
+        median = float(np.median(finite)) if len(finite) else 0.0
+        over |= ~(norm <= ratio * median)  # NaN compares false
+    return over
+
+
+def row_norms(rows: NDArray[np.float32]) -> Norms:
+    """Euclidean norm of each row [N, D], summed in float64 by one thread. [N]"""
+    wide = rows.astype(np.float64)
+    norms: Norms = np.sqrt(np.square(wide, out=wide).sum(axis=1))
+    return norms
+
+
+def _among(tokens: NDArray[np.int32], ids: tuple[int, ...]) -> Mask:
+    return np.isin(tokens, np.asarray(ids, dtype=np.int32))

@@ -121,9 +121,9 @@ def _parse_items(
     inner: _Parser, items: Collection[Any], keys: Iterable[Any], form: str
 ) -> list[Any]:
     """Parse all items; add the key of one that fails, formatted, to its error."""
-    if inner is _parser(int) and {*map(type, items)} == {int}:  # no call for each, as most fit
-        if min(items) >= -_MAX_INT and max(items) <= _MAX_INT:
-            return [*items]
+    all_int = inner is _parser(int) and {*map(type, items)} == {int}
+    if all_int and min(items) >= -_MAX_INT and max(items) <= _MAX_INT:
+        return [*items]  # one check for all: receipts hold thousands of counts
     values: list[Any] = []
     try:
         for item in items:

@@ -1,8 +1,9 @@
-"""Files as a cache sees them: on local disks and in object stores, whole or not there at all.
+"""File access: atomic writes and locks on local disks, and cached reads from object stores.
 
-`atomic` writes a file so that it appears complete or not at all. `paths` is the one interface to
-folders and URLs; `urls` opens a URL, through `object_store` (requests with retries), `block_cache`
-(fetched blocks, kept on this machine) and `remote_path` (a store's files as paths).
+`atomic` writes a file so that it appears complete or not at all, and locks a folder. `paths` is the
+common interface to folders and URLs; `urls` opens a URL, through `object_store` (requests with
+retries), `block_cache` (fetched blocks, kept on this machine) and `remote_path` (a store's files
+as paths).
 """
 
 __all__ = [

@@ -7,7 +7,10 @@ whereas a reservation fails with an error that can be told.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import socket
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,9 +18,12 @@ from pathlib import Path
 
 import xxhash
 
-from actcache.errors import DiskFullError
+from actcache.errors import CacheBusyError, DiskFullError
 from actcache.filesystem.paths import CachePath, require_remote
 
+LOCK = Path("logs") / "harvest.lock"
+_LOCK_ATTEMPTS = 5
+_LOCK_PAUSE = 0.02  # seconds between attempts: `is_unlocked` holds the lock for an instant
 _PARTIAL = ".partial-"
 _PIECE = 1 << 20  # bytes read and hashed at a time
 _CHUNK = 16 << 20  # bytes written and hashed at a time: small enough to stay in cache
@@ -139,3 +145,94 @@ def digest_file(path: CachePath, advance: Callable[[int], None] = lambda _: None
             size += n
             advance(n)
     return FileDigest(size, digest.hexdigest())
+
+
+class DirectoryLock:
+    """Held from `take` or `join` until `release`, or until the process ends.
+
+    Args:
+        root: the folder.
+        path: the lock's file within it.
+        work: what is done there, for errors.
+    """
+
+    def __init__(self, root: Path, path: Path = LOCK, work: str = "harvest") -> None:
+        self._root, self._path, self._work = root, root / path, work
+        self._fd: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether it is."""
+        return self._fd is not None
+
+    def acquire(self) -> None:
+        """Become the one at work in this folder.
+
+        Raises:
+            CacheBusyError: another one is at work here.
+        """
+        who = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._open(os.O_CREAT)
+            assert self._fd is not None
+            _take_alone(self._fd)
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, who, 0)
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+        except BlockingIOError as error:
+            holder = self._path.read_text(errors="replace").strip()
+            self.release()
+            raise CacheBusyError(
+                f"another {self._work} is at work in {self._root}",
+                got=holder or "no name",
+                remedy="wait for it, or stop it: what it has published stays",
+            ) from error
+        except OSError as error:
+            self.release()
+            raise as_disk_full_error(error, self._path, len(who)) from error
+        except BaseException:
+            self.release()
+            raise
+
+    def acquire_shared(self) -> None:
+        """Hold the lock that rank 0 of this harvest has taken."""
+        if self._fd is None:
+            self._open()
+            assert self._fd is not None
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+    def release(self) -> None:
+        """Let go; nothing happens if it is not held."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _open(self, create: int = 0) -> None:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | create, 0o644)
+
+
+def is_unlocked(root: Path, path: Path = LOCK) -> bool:
+    """Whether nobody holds the lock of a folder. Where that cannot be told: no."""
+    try:
+        fd = os.open(root / path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _take_alone(fd: int) -> None:
+    for _ in range(_LOCK_ATTEMPTS - 1):
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_LOCK_PAUSE)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

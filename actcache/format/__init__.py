@@ -1,16 +1,14 @@
-"""The cache format: what each file of a cache contains. FORMAT.md specifies it.
+"""The cache format: what each file of a cache contains, as specified in docs/format.md.
 
-These modules define the manifest, the receipts, the shard plan, the types rows are stored in, the
-statistics and the schemas of the tensor files. They read and write JSON; rows are read and written
-in `actcache.storage`.
+`manifest` defines the identity of a cache, its extensions and its shard plan; `receipts` the
+records of published, retracted and complete shards; `dtypes` the types in which rows are stored;
+`statistics` the statistics of a shard. JSON files are read and written here, tensor files in
+`actcache.storage`.
 """
 
 __all__ = [
     "dtypes",
     "manifest",
     "receipts",
-    "row_filters",
-    "schema",
-    "shard_plan",
     "statistics",
 ]

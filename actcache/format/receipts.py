@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,12 +16,15 @@ from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import CachePath, CachePathT, prefetch_files
 from actcache.format.manifest import Manifest, read_manifest
-from actcache.format.row_filters import FILTERS
 
 FOLDER = "shards"
 END = "END.json"
+FILTERS = ("padding", "skip_positions", "exclude_special", "exclude_tokens", "max_norm_ratio")
+"""Every row filter, in order of application: a dropped row counts under the first that matches."""
 _MAX_BYTES = 4 << 20
+_MAX_RETRACTION_BYTES = 8 << 20
 _RECEIPT_NAME = re.compile(r"([0-9]{5,9})\.json")
+_RETRACTION_NAME = re.compile(r"([0-9]{5,9})\.retracted\.json")
 
 
 @dataclass(frozen=True)
@@ -284,3 +288,65 @@ def _check_owner(path: CachePath, got: str, expected: str) -> None:
             got=got,
             remedy="remove what was copied in from elsewhere",
         )
+
+
+@dataclass(frozen=True)
+class Retraction:
+    """What a retracted shard was."""
+
+    cache_id: str
+    """Cache that the shard belongs to."""
+    shard: int
+    """Number of the shard."""
+    promised: dict[str, FileDigest]
+    """Its files by its receipt; empty if that could not be read."""
+    found: dict[str, FileDigest]
+    """Its files as they lay there. Where the receipt was what was damaged, these were right."""
+
+
+def retraction_path(root: CachePathT, shard: int) -> CachePathT:
+    """Where the record of a retracted shard lies."""
+    return root / FOLDER / f"{shard:05d}.retracted.json"
+
+
+def retracted_shards(root: CachePath) -> list[int]:
+    """Numbers of the shards that wait to be made again, ascending."""
+    return [s for s in _recorded(root) if not receipt_path(root, s).exists()]
+
+
+def _recorded(root: CachePath) -> list[int]:
+    folder = root / FOLDER
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name[1]) for name in map(_RETRACTION_NAME.fullmatch, names) if name)
+
+
+def read_retraction(root: Path, manifest: Manifest, shard: int) -> Retraction | None:
+    """Read the record of a retracted shard; return None if there is none.
+
+    Raises:
+        FormatError: the record is damaged, or belongs to another shard.
+    """
+    path = retraction_path(root, shard)
+    try:
+        obj = read_json(path, _MAX_RETRACTION_BYTES, links=False)
+    except FileNotFoundError:
+        return None
+    record = parse_dataclass(Retraction, obj, str(path))
+    if (record.cache_id, record.shard) != (manifest.cache_id, shard):
+        raise FormatError(
+            f"{path} belongs to another shard",
+            expected=f"shard {shard} of {manifest.cache_id}",
+            got=f"shard {record.shard} of {record.cache_id}",
+        )
+    return record
+
+
+def forget(root: Path, shard: int) -> None:
+    """Drop the record of a shard that has its receipt again."""
+    retraction_path(root, shard).unlink(missing_ok=True)
+
+
+def drop_restored_records(root: Path, published: Iterable[int]) -> None:
+    """Drop the records that a killed repair left beside the receipts of published shards."""
+    for shard in set(published) & set(_recorded(root)):
+        forget(root, shard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from actcache.cache.layout import choose_block_rows, sequences_per_shard
+from actcache.cache.folder import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
 from actcache.data.documents import Mixture, Source, TokenFile, document_kind
 from actcache.data.sequences import SequencePipeline

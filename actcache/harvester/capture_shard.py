@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from actcache.cache.writer import RowBuffers, ShardData, ShardText
+from actcache.cache.writer import RowBuffers, ShardData, ShardText, kept_positions, row_norms
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence
-from actcache.format.row_filters import kept_positions, row_norms
 from actcache.harvester.job import HarvestJob
 from actcache.model.hooks import ActivationCapture
 from actcache.storage import ROW_DTYPES, check_overflow

@@ -12,14 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.cache.create import require_chunks
-from actcache.cache.layout import other_files, shard_bytes
-from actcache.cache.writer import files_at_once
+from actcache.cache.folder import other_files, require_chunks, shard_bytes
+from actcache.cache.writer import files_at_once, kept_positions
 from actcache.config import PlanConfig
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.format.manifest import Identity, Manifest
-from actcache.format.row_filters import FILTERS, kept_positions
+from actcache.format.receipts import FILTERS
 from actcache.harvester.build_manifest import build_identity, build_manifest
 from actcache.harvester.resolve import (
     COUNTED_TOKENS,

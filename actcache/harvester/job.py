@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from actcache.cache.create import (
+from actcache.cache.folder import (
     _goes_beyond,
     create_or_resume,
     require_cache_folder,
@@ -20,10 +20,10 @@ from actcache.cache.create import (
 from actcache.config import HarvestConfig
 from actcache.core.device import input_device, require_whole_machine
 from actcache.core.distributed import World
-from actcache.core.file_lock import DirectoryLock
 from actcache.core.json_codec import to_json
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.errors import CacheMismatchError
+from actcache.filesystem.atomic import DirectoryLock
 from actcache.format.manifest import (
     MANIFEST,
     Identity,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from actcache.cache.create import publish_extension
+from actcache.cache.folder import publish_extension
 from actcache.cache.reader import Cache
 from actcache.cache.writer import RowBuffers, WriterPool, publish_shard
 from actcache.config import HarvestConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from actcache.cache.layout import shard_bytes
+from actcache.cache.folder import shard_bytes
 from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig
 from actcache.core.device import peak_memory

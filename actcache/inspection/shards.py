@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from actcache.cache.layout import data_paths
+from actcache.cache.folder import data_paths
 from actcache.cache.reader import Cache
 from actcache.filesystem.paths import CachePath
 from actcache.format.receipts import ShardReceipt

@@ -17,8 +17,7 @@ from actcache.format.dtypes import (
 )
 from actcache.format.manifest import Manifest
 from actcache.storage.blosc import CompressedExtent
-from actcache.storage.memmap import MemmapBackend
-from actcache.storage.safetensors_io import TensorExtent
+from actcache.storage.safetensors_io import MemmapBackend, TensorExtent
 from actcache.storage.zarr import ZarrBackend
 
 __all__ = [

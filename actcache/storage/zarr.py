@@ -20,7 +20,7 @@ from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import CachePath, CachePathT
 from actcache.format.dtypes import ROW_DTYPES, VALUES, RowComponent, StoredRows
 from actcache.format.manifest import Manifest
-from actcache.storage import blosc as blosc_chunk
+from actcache.storage import blosc
 from actcache.storage.blosc import CompressedExtent
 from actcache.storage.safetensors_io import TensorExtent
 
@@ -84,7 +84,7 @@ class ZarrBackend:
             pieces: list[memoryview | bytes]
             if _compressed(manifest, part):
                 chunk = np.concatenate([array, padding]) if missing else array
-                pieces = [blosc_chunk.encode(chunk)]
+                pieces = [blosc.encode(chunk)]
             else:
                 pieces = [piece.reshape(-1).view(np.uint8).data for piece in (array, padding)]
             receipts[f"{part}/{hookpoint}"] = write_atomic(path, pieces)
@@ -108,7 +108,7 @@ class ZarrBackend:
         shape = (rows, *each.shape)
         whole = TensorExtent(path, 0, (manifest.shard_rows, *each.shape), each.storage)
         if _compressed(manifest, part):
-            return blosc_chunk.locate(path, size, whole.bytes, shape, each.storage)
+            return blosc.locate(path, size, whole.bytes, shape, each.storage)
         if size != whole.bytes:
             raise _corrupt(path, f"{whole.bytes} bytes", f"{size} bytes")
         return TensorExtent(path, 0, shape, each.storage)
@@ -123,7 +123,7 @@ def document(manifest: Manifest, hookpoint: str, part: str = VALUES) -> dict[str
     order = {"configuration": {"endian": "little"}} if number.itemsize > 1 else {}
     codecs: list[object] = [{"name": "bytes"} | order]
     if _compressed(manifest, part):
-        settings = blosc_chunk.ZARR_CODEC | {"typesize": number.itemsize}
+        settings = blosc.ZARR_CODEC | {"typesize": number.itemsize}
         codecs.append({"name": "blosc", "configuration": settings})
     return {
         "zarr_format": 3,

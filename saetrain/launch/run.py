@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.core.file_lock import DirectoryLock
 from actcache.core.progress import format_bytes
 from actcache.errors import DiskFullError
+from actcache.filesystem.atomic import DirectoryLock
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.memory_budget import extra_windows
 from actcache.stream.read_tuning import ProbeResult, probe_read_settings

@@ -12,9 +12,8 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.core.device import choose_device
-from actcache.core.file_lock import DirectoryLock
 from actcache.errors import RunError
-from actcache.filesystem.atomic import remove_partials
+from actcache.filesystem.atomic import DirectoryLock, remove_partials
 from actcache.format.manifest import MANIFEST
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig

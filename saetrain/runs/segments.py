@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.core.file_lock import is_unlocked
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.core.progress import Progress
 from actcache.errors import CacheMismatchError, ConfigError, FormatError
-from actcache.filesystem.atomic import write_atomic
+from actcache.filesystem.atomic import is_unlocked, write_atomic
 from actcache.filesystem.paths import require_local
 from actcache.format.receipts import read_completion_marker, receipt_path
 from actcache.stream.activation_stream import Batch

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from actcache.cache.layout import choose_block_rows, sequences_per_shard
+from actcache.cache.folder import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import FileDigest
 from actcache.format.manifest import Hookpoint
-from actcache.format.receipts import ShardReceipt
-from actcache.format.row_filters import FILTERS
+from actcache.format.receipts import FILTERS, ShardReceipt
 from actcache.storage import ROW_DTYPES
 from actcache.storage.safetensors_io import ALIGNMENT
 from actcache.stream.order import POOL_ROWS, Epoch, make_plan

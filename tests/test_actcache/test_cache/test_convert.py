@@ -21,7 +21,6 @@ from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
 from actcache.cache.verify import verify
 from actcache.config import ConvertConfig, HarvestConfig
-from actcache.core.file_lock import DirectoryLock
 from actcache.core.json_codec import to_json
 from actcache.errors import (
     CacheBusyError,
@@ -31,6 +30,7 @@ from actcache.errors import (
     DiskFullError,
     EmptyCacheError,
 )
+from actcache.filesystem.atomic import DirectoryLock
 from actcache.format.manifest import Identity, read_manifest
 from actcache.format.receipts import receipt_path
 from actcache.harvester import resolve as planning

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from actcache.cache.layout import tokens_path
+from actcache.cache.folder import tokens_path
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
 from actcache.errors import (
@@ -22,8 +22,7 @@ from actcache.errors import (
 )
 from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.format.manifest import read_manifest
-from actcache.format.receipts import publish_receipt, receipt_path
-from actcache.format.row_filters import FILTERS
+from actcache.format.receipts import FILTERS, publish_receipt, receipt_path
 from actcache.format.statistics import compute
 from actcache.storage import ROW_DTYPES, StoredRows
 from actcache.storage import safetensors_io as safetensors_file

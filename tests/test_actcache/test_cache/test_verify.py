@@ -15,10 +15,8 @@ import pytest
 
 from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
-from actcache.cache.retraction import retraction_path
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
-from actcache.core.file_lock import DirectoryLock
 from actcache.errors import (
     CacheBusyError,
     CacheMismatchError,
@@ -26,8 +24,8 @@ from actcache.errors import (
     EmptyCacheError,
     FormatError,
 )
-from actcache.filesystem.atomic import digest_file
-from actcache.format.receipts import publish_receipt, receipt_path
+from actcache.filesystem.atomic import DirectoryLock, digest_file
+from actcache.format.receipts import publish_receipt, receipt_path, retraction_path
 from actcache.harvester import run as harvest_module
 from actcache.harvester.run import harvest
 

@@ -13,11 +13,10 @@ import pytest
 import safetensors.numpy
 
 from actcache.cache.reader import Cache
-from actcache.cache.writer import RowLayout, ShardData, ShardText, publish_shard
+from actcache.cache.writer import RowLayout, ShardData, ShardText, kept_positions, publish_shard
 from actcache.errors import DiskFullError
 from actcache.format.manifest import Manifest, read_manifest
-from actcache.format.receipts import receipt_path
-from actcache.format.row_filters import FILTERS, kept_positions
+from actcache.format.receipts import FILTERS, receipt_path
 from actcache.format.statistics import compute
 
 Tree = Callable[[Path], dict[str, str]]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from actcache.cache.layout import data_paths
+from actcache.cache.folder import data_paths
 from actcache.cache.reader import Cache
 from actcache.cache.writer import RowBuffers, ShardData, ShardText, WriterPool, publish_shard
 from actcache.core.json_codec import to_json

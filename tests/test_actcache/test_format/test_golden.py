@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from actcache.cache.create import publish_extension
+from actcache.cache.folder import publish_extension
 from actcache.cache.reader import Cache
-from actcache.cache.writer import ShardData, ShardText, publish_shard
+from actcache.cache.writer import ShardData, ShardText, kept_positions, publish_shard
 from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.format.manifest import (
@@ -24,7 +24,6 @@ from actcache.format.manifest import (
     with_extension,
 )
 from actcache.format.receipts import CompletionMarker, write_completion_marker
-from actcache.format.row_filters import kept_positions
 from actcache.storage import BACKENDS, ROW_DTYPES
 
 GOLDEN = Path(__file__).parents[2] / "golden"

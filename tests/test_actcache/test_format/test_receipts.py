@@ -13,6 +13,7 @@ from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest
 from actcache.format.manifest import Manifest, read_manifest
 from actcache.format.receipts import (
+    FILTERS,
     CompletionMarker,
     ShardReceipt,
     digest,
@@ -22,7 +23,6 @@ from actcache.format.receipts import (
     receipt_path,
     write_completion_marker,
 )
-from actcache.format.row_filters import FILTERS
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actcache.errors import FormatError
-from actcache.format.shard_plan import ShardPlan, ShardRange
+from actcache.format.manifest import ShardPlan, ShardRange
 
 SIZES = st.integers(1, 7)
 GOALS = st.lists(st.integers(1, 20), min_size=1, max_size=5).map(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actcache.cache.create import publish_extension
+from actcache.cache.folder import publish_extension
 from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
 from actcache.cache.verify import verify

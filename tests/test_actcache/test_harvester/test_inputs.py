@@ -15,8 +15,7 @@ import torch
 from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig
 from actcache.errors import CacheMismatchError, ConfigError
-from actcache.format.receipts import ShardReceipt
-from actcache.format.row_filters import FILTERS
+from actcache.format.receipts import FILTERS, ShardReceipt
 from actcache.harvester.run import harvest
 from actcache.model.loading import load_model, load_tokenizer
 

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actcache.cache.create import require_room
-from actcache.cache.layout import choose_block_rows, sequences_per_shard
+from actcache.cache.folder import choose_block_rows, require_room, sequences_per_shard
 from actcache.config import HarvestConfig
 from actcache.data.datasets import open_dataset
 from actcache.errors import ConfigError, DatasetError, DiskFullError, ModelError

@@ -15,7 +15,7 @@ from actcache.cache.reader import Cache
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
 from actcache.filesystem.atomic import digest_file
 from actcache.format.manifest import read_manifest
-from actcache.format.row_filters import FILTERS
+from actcache.format.receipts import FILTERS
 from actcache.storage import BACKENDS, ROW_DTYPES, StoredRows
 from actcache.storage.zarr import document
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actcache.cache.layout import tokens_path
+from actcache.cache.folder import tokens_path
 from actcache.cache.reader import Cache
 from actcache.errors import CorruptShardError
 from actcache.stream.activation_stream import ActivationStream, Batch

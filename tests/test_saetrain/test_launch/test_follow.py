@@ -25,8 +25,8 @@ import saetrain.runs.segments
 import saetrain.training.checkpointing
 import saetrain.training.step
 from actcache.cache.reader import Cache
-from actcache.core.file_lock import DirectoryLock
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
+from actcache.filesystem.atomic import DirectoryLock
 from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit

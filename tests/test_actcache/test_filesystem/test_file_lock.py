@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from actcache.core.file_lock import LOCK, DirectoryLock, is_unlocked
 from actcache.errors import CacheBusyError
+from actcache.filesystem.atomic import LOCK, DirectoryLock, is_unlocked
 from actcache.harvester.run import harvest
 
 
@@ -38,7 +38,7 @@ def test_the_folder_is_free_once_every_rank_has_left(tmp_path: Path) -> None:
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, sys; from actcache.core.file_lock import DirectoryLock; "
+        "import os, pathlib, sys; from actcache.filesystem.atomic import DirectoryLock; "
         "FolderLock(pathlib.Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
@@ -62,7 +62,7 @@ def test_one_who_looks_at_the_moment_of_taking_does_not_stand_in_the_way(
 ) -> None:
     lock, looker = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
     looker.acquire()
-    monkeypatch.setattr("actcache.core.file_lock.time.sleep", lambda _: looker.release())
+    monkeypatch.setattr("actcache.filesystem.atomic.time.sleep", lambda _: looker.release())
     lock.acquire()
     assert not is_unlocked(tmp_path)
 

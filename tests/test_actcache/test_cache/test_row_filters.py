@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actcache.cache.writer import kept_positions, norm_outliers, row_norms
 from actcache.format.manifest import Identity, read_manifest
-from actcache.format.row_filters import FILTERS, kept_positions, norm_outliers, row_norms
+from actcache.format.receipts import FILTERS
 
 
 @pytest.fixture(scope="module")

@@ -1,31 +1,180 @@
-"""Create a cache folder: room on the disk, the manifest, and its extensions."""
+"""The folder of a cache: which files it holds, how large they are, and how it is created.
+
+Letters: S sequences of a shard, C context length, N rows, D width.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from actcache.cache.layout import bytes_to_come
-from actcache.cache.retraction import drop_restored_records, retracted_shards
-from actcache.core.file_lock import LOCK, DirectoryLock
+from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
 from actcache.core.progress import format_bytes
 from actcache.errors import CacheMismatchError, ConfigError, DiskFullError
-from actcache.filesystem.atomic import remove_partials, write_atomic
-from actcache.format import receipts as receipts_module
+from actcache.filesystem.atomic import (
+    LOCK,
+    DirectoryLock,
+    FileDigest,
+    remove_partials,
+    write_atomic,
+)
+from actcache.filesystem.paths import CachePathT
 from actcache.format.manifest import (
     MANIFEST,
+    Hookpoint,
     Manifest,
     differences,
     extension_path,
     read_manifest,
     with_extension,
 )
-from actcache.format.receipts import END, ShardReceipt
-from actcache.storage import BACKENDS, ROW_DTYPES
-from actcache.storage import blosc as blosc_chunk
+from actcache.format.receipts import (
+    END,
+    FILTERS,
+    FOLDER,
+    CompletionMarker,
+    ShardReceipt,
+    drop_restored_records,
+    read_cache_state,
+    retracted_shards,
+)
+from actcache.format.statistics import NORM_BINS
+from actcache.storage import BACKENDS, ROW_DTYPES, blosc, safetensors_io
+from actcache.storage.safetensors_io import Spec
+
+_BLOCK = 4096  # bytes of a block of most file systems
+_BLOCK_BYTES = 1 << 20
+_SHARDS = 128
+_MAX_SHARD_BYTES = 4 << 30
+
+
+def data_paths(root: CachePathT, manifest: Manifest, shard: int) -> dict[str, CachePathT]:
+    """Where every file of a shard lies, by the name that its receipt has for it."""
+    paths = BACKENDS[manifest.backend].files(root, manifest, shard)
+    return paths | {"tokens": tokens_path(root, shard), "stats": statistics_path(root, shard)}
+
+
+def tokens_path(root: CachePathT, shard: int) -> CachePathT:
+    """Where a shard's token ids and row addresses lie."""
+    return root / "tokens" / f"{shard:05d}.safetensors"
+
+
+def statistics_path(root: CachePathT, shard: int) -> CachePathT:
+    """Where a shard's statistics lie."""
+    return root / "stats" / f"{shard:05d}.safetensors"
+
+
+def token_tensors(sequences: int, ctx_len: int, rows: int) -> dict[str, Spec]:
+    """Of a shard's text."""
+    ids, count, row = (sequences, ctx_len), (sequences,), (rows,)
+    return {
+        "tokens": (ids, "<i4", "I32"),  # [S, C]
+        "lengths": (count, "<i4", "I32"),  # [S]
+        "documents": (count, "<i8", "I64"),  # [S]
+        "starts": (count, "<i8", "I64"),  # [S]
+        "row_sequence": (row, "<i4", "I32"),  # [N]
+        "row_position": (row, "<i4", "I32"),  # [N]
+    }
+
+
+def statistics_tensors(hookpoints: Sequence[Hookpoint]) -> dict[str, Spec]:
+    """Of a shard's statistics."""
+    specs: dict[str, Spec] = {}
+    for point in hookpoints:
+        for name in ("sum", "sum_squares", "abs_max"):
+            specs[f"{point.name}/{name}"] = ((point.width,), "<f8", "F64")  # [D]
+        specs[f"{point.name}/norm_sum_max"] = ((2,), "<f8", "F64")
+        specs[f"{point.name}/norm_histogram"] = ((NORM_BINS,), "<i8", "I64")
+    return specs
+
+
+def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> dict[str, int]:
+    """Bytes of every file of a shard, by its name in the receipt; the receipt itself as 'receipt'.
+
+    Exact, but for compressed files, which are counted as if they were not, and for a few digits of
+    the receipt.
+
+    Args:
+        manifest: of the cache.
+        shard: the shard's number.
+        sequences: in the shard.
+        rows: at each hookpoint.
+    """
+    identity = manifest.identity
+    sizes = BACKENDS[manifest.backend].sizes(manifest, rows)
+    sizes["tokens"] = safetensors_io.size(token_tensors(sequences, identity.ctx_len, rows))
+    sizes["stats"] = safetensors_io.size(statistics_tensors(identity.hookpoints))
+    zeros = dict.fromkeys((h.name for h in identity.hookpoints), 0)
+    receipt = ShardReceipt(
+        cache_id=manifest.cache_id,
+        shard=shard,
+        first_sequence=manifest.plan.first_sequence(shard),
+        sequences=sequences,
+        rows=rows,
+        dropped=dict.fromkeys(FILTERS, 0),
+        non_finite=zeros,
+        near_overflow=zeros,
+        files={name: FileDigest(size, "0" * 32) for name, size in sizes.items()},
+    )
+    return sizes | {"receipt": len(to_json(receipt))}
+
+
+def bytes_to_come(manifest: Manifest, published: Collection[int]) -> int:
+    """The most that the planned shards can take which are not published yet.
+
+    That is, if no filter leaves out a row and compression saves nothing; 0 if there is no goal.
+    """
+    known: dict[int, int] = {}
+    total = 0
+    for shard in range(manifest.plan.shards or 0):
+        if shard not in published:
+            count = manifest.plan.max_sequences(shard)
+            if count not in known:
+                rows = count * manifest.identity.rows_per_sequence
+                known[count] = _on_disk(shard_bytes(manifest, shard, count, rows))
+            total += known[count]
+    return total + _on_disk(other_files(manifest)) if total else 0
+
+
+def _on_disk(sizes: Mapping[str, int]) -> int:
+    """Bytes that files of these sizes take: whole blocks of the file system."""
+    return sum(-(-size // _BLOCK) * _BLOCK for size in sizes.values())
+
+
+def other_files(manifest: Manifest) -> dict[str, int]:
+    """Bytes of the files that belong to no shard, by name; the seal within a few digits."""
+    root = Path()
+    documents = BACKENDS[manifest.backend].metadata_files(root, manifest)
+    end = CompletionMarker(manifest.cache_id, 0, manifest.planned_sequences or 1, "goal", 0)
+    return {MANIFEST: len(to_json(manifest)), END: len(to_json(end))} | {
+        str(path): len(accepted[-1]) for path, accepted in documents.items()
+    }
+
+
+def choose_block_rows(hookpoints: tuple[Hookpoint, ...], dtype: str) -> int:
+    """The power of two of rows nearest to 1 MiB of the widest hookpoint."""
+    row = max(h.width for h in hookpoints) * ROW_DTYPES[dtype].itemsize
+    below = 1 << max(0, (_BLOCK_BYTES // row).bit_length() - 1)
+    return below if _BLOCK_BYTES - below * row <= 2 * below * row - _BLOCK_BYTES else 2 * below
+
+
+def sequences_per_shard(
+    config: HarvestConfig, planned: int, hookpoints: tuple[Hookpoint, ...], dtype: str
+) -> int:
+    """Size of a shard by formula: a 128th of the harvest, in whole batches, of bounded bytes."""
+    if config.shard_size is not None:
+        return config.shard_size
+    number = ROW_DTYPES[dtype].itemsize * (config.ctx_len - config.skip_positions)
+    most = _MAX_SHARD_BYTES // (sum(h.width for h in hookpoints) * number)
+    if config.compress != "none":
+        most = min(most, blosc.MAX_BYTES // (max(h.width for h in hookpoints) * number))
+    batches = -(-min(-(-planned // _SHARDS), max(1, most)) // config.batch_size)
+    if batches * config.batch_size > most:
+        batches -= 1
+    return max(1, batches) * config.batch_size
 
 
 def create_or_resume(
@@ -74,8 +223,8 @@ def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardR
     """
     if not (root / MANIFEST).exists():
         return {}
-    existing, receipts, _ = receipts_module.read_cache_state(root)
-    sealed = (root / receipts_module.FOLDER / END).exists()  # however many extensions it counts
+    existing, receipts, _ = read_cache_state(root)
+    sealed = (root / FOLDER / END).exists()  # however many extensions it counts
     kept = receipts or retracted_shards(root) or sealed or existing.extensions
     if kept and (different := _different(manifest, existing, extend)):
         remedy = "choose another --out, or repeat the options that it was made with"
@@ -170,11 +319,11 @@ def require_chunks(manifest: Manifest) -> None:
     identity = manifest.identity
     row = max(h.width for h in identity.hookpoints) * ROW_DTYPES[identity.dtype].itemsize
     size = manifest.shard_rows * row
-    if size > blosc_chunk.MAX_BYTES:
-        most = blosc_chunk.MAX_BYTES // (identity.rows_per_sequence * row)
+    if size > blosc.MAX_BYTES:
+        most = blosc.MAX_BYTES // (identity.rows_per_sequence * row)
         raise ConfigError(
             "a shard of one hookpoint is too large for --compress zstd",
-            expected=f"<= {blosc_chunk.MAX_BYTES:,} bytes",
+            expected=f"<= {blosc.MAX_BYTES:,} bytes",
             got=f"{size:,} bytes in {manifest.sequences_per_shard} sequences",
             remedy=f"harvest with --shard-size {most} or less" if most else "--compress none",
         )
@@ -189,3 +338,9 @@ def publish_extension(root: Path, manifest: Manifest) -> None:
     last = manifest.extensions[-1]
     write_atomic(extension_path(root, last.number), [to_json(last)])
     BACKENDS[manifest.backend].initialize(root, manifest)
+
+
+def discard(files: Mapping[str, Path]) -> None:
+    """Delete the files of a shard that has no receipt."""
+    for file in files.values():
+        file.unlink(missing_ok=True)

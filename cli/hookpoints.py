@@ -36,10 +36,10 @@ def run(
         gguf_file=gguf_file,
         trust_remote_code=trust_remote_code,
     )
-    surveyed, sites = probe_model(config, load_config(config))
+    probed, sites, _ = probe_model(config, load_config(config))
     chosen = list(sites.values())
     if pattern is not None:
-        chosen = select(pattern, sites, surveyed.base_model_prefix)
+        chosen = select(pattern, sites, probed.base_model_prefix)
     if json:
         print_json([{"name": s.name, "width": s.width, "reason": s.reason} for s in chosen])
         return

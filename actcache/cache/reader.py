@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.cache.folder import data_paths, statistics_path, tokens_path
+from actcache.cache.folder import (
+    data_paths,
+    statistics_path,
+    statistics_tensors,
+    token_tensors,
+    tokens_path,
+)
 from actcache.errors import CorruptShardError, EmptyCacheError, FormatError, HookpointError
 from actcache.filesystem.atomic import digest_file
 from actcache.filesystem.paths import CachePath, open_path, prefetch_files, require_remote
@@ -17,7 +23,6 @@ from actcache.format import receipts as receipts_module
 from actcache.format.dtypes import VALUES
 from actcache.format.manifest import Manifest, read_manifest
 from actcache.format.receipts import CompletionMarker, ShardReceipt
-from actcache.cache.folder import statistics_tensors, token_tensors
 from actcache.format.statistics import Statistics, merge
 from actcache.storage import (
     BACKENDS,

@@ -1,4 +1,9 @@
-"""DATASET to documents: whatever the command line accepts, found and opened."""
+"""Open the text that DATASET and --mix name, as one of four kinds of source.
+
+`IndexedDocuments` give any document by index; a `DocumentStream` can only be iterated; a `Mixture`
+draws from several of these; a `TokenFile` is one long array of token ids. Each carries a
+fingerprint, so that the manifest records which text a cache was made from.
+"""
 
 from __future__ import annotations
 
@@ -7,60 +12,170 @@ import glob
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import xxhash
 
 from actcache.config import HarvestConfig
-from actcache.data.documents import (
-    Column,
-    DocumentStream,
-    IndexedDocuments,
-    Mixture,
-    Record,
-    Source,
-    TokenFile,
-)
 from actcache.errors import DatasetError
 from actcache.filesystem.atomic import digest_file
 
+Kind = Literal["text", "chat", "ids"]
+Record = Any
+"""A document as stored: str, a list of messages, or a list of token ids."""
+
 _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_SAMPLED = 1024  # documents that the fingerprint of a dataset without a single file covers
-_STREAMED = 64  # the same of a stream: its first
+_SAMPLED = 1024  # documents hashed for the fingerprint of a dataset that is not a single file
+_STREAMED = 64  # documents hashed for the fingerprint of a stream: the first ones
+
+
+@dataclass(frozen=True)
+class Column:
+    """Column of a table that holds the documents, and their type."""
+
+    name: str
+    """Name; empty for a file without columns."""
+    kind: Kind
+
+    def check(self, record: object, index: int) -> Record:
+        """Return a record of this column's type; null becomes an empty document.
+
+        Raises:
+            DatasetError: the record has another type.
+        """
+        if record is None:
+            return "" if self.kind == "text" else []
+        if not _CHECKS[self.kind](record):
+            expected, option = _WANTED[self.kind]
+            inner = f" of {type(record[0]).__name__}" if isinstance(record, list) and record else ""
+            raise DatasetError(
+                f"column {self.name!r} does not hold {expected}",
+                expected=expected,
+                got=f"{type(record).__name__}{inner} in document {index}",
+                remedy=f"name another column with {option}",
+            )
+        return record
+
+
+_CHECKS: dict[Kind, Callable[[Any], bool]] = {
+    "text": lambda record: isinstance(record, str),
+    "chat": lambda record: (
+        isinstance(record, list) and all(isinstance(m, dict) and "role" in m for m in record)
+    ),
+    "ids": lambda record: isinstance(record, list) and all(type(i) is int for i in record),
+}
+_WANTED: dict[Kind, tuple[str, str]] = {
+    "text": ("text", "--text-column"),
+    "chat": ("lists of messages, each with a role", "--chat-column"),
+    "ids": ("lists of token ids", "--token-column"),
+}
+"""For each type of column: its description in error messages, and the option that names it."""
+
+
+@dataclass(frozen=True)
+class IndexedDocuments:
+    """Documents that can be read by index."""
+
+    fetch: Callable[[list[int]], Sequence[object]]
+    """Function from a list of indices to the records."""
+    count: int
+    """Number of documents."""
+    column: Column
+    fingerprint: str
+    """Digest of the text."""
+    bytes: int | None = None
+    """Size of the source file, an upper bound of its tokens; None: not from a single file."""
+
+    def batch(self, indices: Sequence[int]) -> list[Record]:
+        """Read the documents at these indices.
+
+        Raises:
+            DatasetError: one of them does not have the column's type.
+        """
+        check, records = self.column.check, self.fetch(list(indices))
+        return [check(record, i) for i, record in zip(indices, records, strict=True)]
+
+
+@dataclass(frozen=True)
+class DocumentStream:
+    """Documents that can only be read in order, from the first, any number of times."""
+
+    walk: Callable[[], Iterator[Record]]
+    """Function that starts a new iteration."""
+    column: Column
+    fingerprint: str
+    """Digest of the dataset's name and first documents, or of the file."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several datasets from which documents are drawn at random by weight."""
+
+    sources: tuple[IndexedDocuments | DocumentStream, ...]
+    weights: tuple[float, ...]
+    """Relative share of each source in the drawn documents; need not sum to 1."""
+
+    @property
+    def column(self) -> Column:
+        """Column of the documents: the options give every source the same."""
+        return self.sources[0].column
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the sources' fingerprints."""
+        joined = " ".join(source.fingerprint for source in self.sources)
+        return f"{xxhash.xxh3_128(joined.encode()).hexdigest()}-mixed"
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A file of token ids without document boundaries."""
+
+    ids: np.memmap[Any, Any]
+    """All token ids, in file order."""
+    path: Path
+    fingerprint: str
+    """Digest of the file and of --bin-dtype."""
+    column: ClassVar[Column] = Column("", "ids")
+
+
+Source = IndexedDocuments | DocumentStream | Mixture | TokenFile
 
 
 def open_dataset(config: HarvestConfig) -> Source:
-    """Find the text that DATASET names, and what --mix adds to it.
+    """Open DATASET, as a `Mixture` if --mix names further datasets.
 
     Raises:
-        DatasetError: it does not exist, cannot be read, has no such split or column, or is empty.
+        DatasetError: a dataset does not exist, cannot be read, has no such split or column, or is
+            empty.
     """
     if not config.mix:
         return _open_one(config)
-    parts: list[IndexedDocuments | DocumentStream] = []
+    sources: list[IndexedDocuments | DocumentStream] = []
     for dataset in (config.dataset, *config.mix):
-        part = _open_one(dataclasses.replace(config, dataset=dataset, mix=(), weight=()))
-        assert not isinstance(part, Mixture)
-        if isinstance(part, TokenFile):
+        source = _open_one(dataclasses.replace(config, dataset=dataset, mix=(), weight=()))
+        if isinstance(source, TokenFile):
             raise DatasetError(
                 f"{dataset} cannot be mixed: it holds no documents",
                 expected="datasets with a column of documents",
                 remedy="a table with a column of token ids, and --token-column",
             )
-        parts.append(part)
-    return Mixture(tuple(parts), config.weight or (1.0,) * len(parts))
+        sources.append(source)
+    return Mixture(tuple(sources), config.weight or (1.0,) * len(sources))
 
 
-def _open_one(config: HarvestConfig) -> Source:
+def _open_one(config: HarvestConfig) -> IndexedDocuments | DocumentStream | TokenFile:
     path = Path(config.dataset)
     if path.is_file():
         return _open_file(path, config)
     if path.is_dir():
         return _from_table(_load(config, folder=path), config, fingerprint=None)
-    if _looks_local(config.dataset):
+    local = {*_TABLES, ".txt", ".bin"}
+    if config.dataset.startswith((".", "/", "~")) or path.suffix.lower() in local:
         raise DatasetError(
             f"no such file or folder: {config.dataset}",
             expected="a dataset id, a save_to_disk folder, or a .jsonl, .json, .csv, .parquet, "
@@ -69,9 +184,9 @@ def _open_one(config: HarvestConfig) -> Source:
     return _from_table(_load(config), config, fingerprint=None)
 
 
-def _open_file(path: Path, config: HarvestConfig) -> Source:
-    suffix = path.suffix.lower()
-    if path.stat().st_size == 0:
+def _open_file(path: Path, config: HarvestConfig) -> IndexedDocuments | DocumentStream | TokenFile:
+    suffix, size = path.suffix.lower(), path.stat().st_size
+    if size == 0:
         raise DatasetError(f"{path} is empty")
     if suffix in {".bin", ".txt"}:
         _refuse_table_options(path, config)
@@ -83,20 +198,18 @@ def _open_file(path: Path, config: HarvestConfig) -> Source:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise DatasetError(f"{path} is not UTF-8 text", got=str(error)) from error
-        size, column = path.stat().st_size, Column("", "text")
-        return IndexedDocuments(
-            lambda numbers: [text for _ in numbers], 1, column, fingerprint, size
-        )
+        column = Column("", "text")
+        return IndexedDocuments(lambda _: [text], 1, column, fingerprint, size)
     if suffix not in _TABLES:
         raise DatasetError(
-            f"do not know how to read {path}",
+            f"unknown file type: {path}",
             expected="a .jsonl, .json, .csv, .parquet, .txt or .bin file",
             got=suffix or "no suffix",
         )
     table = _load(config, builder=_TABLES[suffix], fingerprint=fingerprint)
-    if config.split != "train":  # a slice of the file
+    if config.split != "train":  # a slice, such as train[:10%]
         fingerprint = f"{fingerprint}-{config.split}"
-    return _from_table(table, config, fingerprint, path.stat().st_size)
+    return _from_table(table, config, fingerprint, size)
 
 
 def _open_bin(path: Path, config: HarvestConfig) -> TokenFile:
@@ -120,27 +233,27 @@ def _load(
 ) -> Any:
     import datasets
 
-    if not sys.stderr.isatty():  # its bars are for terminals
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         if folder is not None and (
             (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
         ):
             return datasets.load_from_disk(str(folder))
-        if builder is not None:  # a file is one split, train, of which slices may be asked
-            # Named by its digest: datasets knows a file by path and time, and would give the text
-            # of an older one with the same.
+        if builder is not None:  # a file has the single split "train", which may be sliced
+            # The digest names the cache entry: by path and modification time alone, `datasets`
+            # could return the text of an older file.
             return datasets.load_dataset(
                 builder,
                 name=fingerprint,
-                data_files=glob.escape(config.dataset),  # a path, not a pattern
+                data_files=glob.escape(config.dataset),
                 split=config.split,
                 streaming=config.streaming,
             )
         return datasets.load_dataset(
             config.dataset, config.dataset_config, split=config.split, streaming=config.streaming
         )
-    except Exception as error:  # datasets raises dozens of types, and pyarrow's besides
+    except Exception as error:  # `datasets` and pyarrow raise dozens of types
         raise DatasetError(
             f"cannot load dataset {config.dataset}",
             got=_reason(error),
@@ -149,7 +262,7 @@ def _load(
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong at the bottom of a chain of errors, which the top often hides."""
+    """Describe the first exception of a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"
@@ -163,7 +276,7 @@ def _refuse_split(config: HarvestConfig) -> None:
 
 
 def _refuse_table_options(path: Path, config: HarvestConfig) -> None:
-    """Options that mean nothing for a file without columns are not ignored."""
+    """Raise `DatasetError` for options that have no effect on a file without columns."""
     _refuse_split(config)
     for option in ("streaming", "token_column", "chat_column"):
         if getattr(config, option):
@@ -205,8 +318,8 @@ def _from_table(
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
     table = table.select_columns([column.name])
 
-    def fetch(numbers: list[int]) -> Any:
-        return table[numbers][column.name]
+    def fetch(indices: list[int]) -> Any:
+        return table[indices][column.name]
 
     documents = IndexedDocuments(fetch, len(table), column, fingerprint or "", size)
     if fingerprint is None:
@@ -217,66 +330,60 @@ def _from_table(
 def _from_stream(
     table: Any, config: HarvestConfig, column: Column, fingerprint: str | None
 ) -> DocumentStream:
-    if hasattr(table, "to_iterable_dataset"):  # a folder lies here already
+    if hasattr(table, "to_iterable_dataset"):  # loaded from a local folder
         table = table.to_iterable_dataset()
 
     def walk() -> Iterator[Record]:
         rows = enumerate(table)
-        while (found := _next_row(rows, config)) is not None:
-            number, row = found
+        while (item := _next_row(rows, config)) is not None:
+            index, row = item
             if column.name not in row:
                 raise _no_column(config, column, row)
-            yield column.check(row[column.name], number)
+            yield column.check(row[column.name], index)
 
     first = list(itertools.islice(walk(), _STREAMED))
     if not first:
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
     if fingerprint is None:
         name = Path(config.dataset).name if Path(config.dataset).exists() else config.dataset
-        told = json.dumps([name, config.dataset_config, config.split])
-        fingerprint = f"{_digest(told, first)}-streamed"
+        header = json.dumps([name, config.dataset_config, config.split])
+        fingerprint = f"{_digest(header, first)}-streamed"
     return DocumentStream(walk, column, fingerprint)
 
 
 def _next_row(rows: Iterator[tuple[int, Any]], config: HarvestConfig) -> tuple[int, Any] | None:
     try:
         return next(rows, None)
-    except Exception as error:  # whatever the hub's client and the parsers raise
+    except Exception as error:  # the hub's client and the parsers raise many types
         raise DatasetError(
-            f"the stream of {config.dataset} broke off",
+            f"the stream of {config.dataset} ended with an error",
             got=_reason(error),
-            remedy="run the same command again: what is published stays, and it goes on there",
+            remedy="run the same command again: it resumes after the published shards",
         ) from error
 
 
 def _no_column(config: HarvestConfig, column: Column, names: Any) -> DatasetError:
-    option = {"text": "--text-column", "chat": "--chat-column", "ids": "--token-column"}
     return DatasetError(
         f"{config.dataset} has no column {column.name!r}",
         expected=" | ".join(names),
         got=column.name,
-        remedy=f"name one of them with {option[column.kind]}",
+        remedy=f"name one of them with {_WANTED[column.kind][1]}",
     )
 
 
 def _sampled_fingerprint(documents: IndexedDocuments) -> str:
-    """Digest of the number of documents and of 1,024 of them, evenly spread.
+    """Digest the number of documents and about 1,024 of them at equal distances.
 
-    Reading all of a hub dataset to name it could cost more than the harvest.
+    Reading a whole hub dataset to fingerprint it could cost more than the harvest.
     """
     step = max(1, documents.count // _SAMPLED)
     records = documents.batch(range(0, documents.count, step))
     return f"{_digest(str(documents.count), records)}-sampled"
 
 
-def _digest(told: str, records: Sequence[Record]) -> str:
-    digest = xxhash.xxh3_128(told.encode())
+def _digest(header: str, records: Sequence[Record]) -> str:
+    digest = xxhash.xxh3_128(header.encode())
     for record in records:
         text = record if isinstance(record, str) else json.dumps(record, sort_keys=True)
         digest.update(len(text).to_bytes(8, "little") + text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def _looks_local(dataset: str) -> bool:
-    suffix = Path(dataset).suffix.lower()
-    return dataset.startswith((".", "/", "~")) or suffix in {*_TABLES, ".txt", ".bin"}

@@ -1,12 +1,16 @@
-"""Documents to fixed-length sequences.
+"""Order documents, tokenise them, and cut them to sequences of ctx_len tokens.
 
-pack: documents in their order, each followed by EOS, one long line cut into pieces of ctx_len
-tokens (ctx_len - 1 where BOS is put before each piece). What is left at the end, less than a piece,
-is dropped. crop: a window of each document, at a random place. truncate: the beginning of each.
-These two leave sequences that may be shorter, and are padded on the right.
+Order: `IndexedDocuments` are permuted; a `DocumentStream` is shuffled within a buffer; a `Mixture`
+draws the source of each document by weight, and ends when a drawn source is exhausted (repeating
+documents would change the text, skipping the source would change the shares).
 
-The sequences depend on the text, the tokenizer and the seed alone, so every process can make the
-same ones for itself. Letter: C context length.
+Cut: pack concatenates the documents, each followed by EOS, and cuts the result every ctx_len tokens
+(ctx_len - 1 if BOS is put before each sequence), dropping the incomplete last sequence; crop takes
+a window of each document at a random position; truncate takes the beginning of each document. The
+last two give sequences that may be shorter and are padded on the right.
+
+The sequences depend on the text, the tokenizer and the seed only: every process of a harvest
+generates the same ones, without communication. Letter: C context length.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from numpy.typing import NDArray
 
 from actcache.core import rng
 from actcache.core.progress import Progress
-from actcache.data.documents import (
+from actcache.data.datasets import (
     DocumentStream,
     IndexedDocuments,
     Kind,
@@ -30,10 +34,21 @@ from actcache.data.documents import (
     Source,
     TokenFile,
 )
-from actcache.data.shuffling import DocumentOrder, documents_in_order
 from actcache.errors import DatasetError
 
 Ids = NDArray[np.int64]
+_BATCH = 256  # documents tokenised at once, and sequences between two updates of a progress bar
+
+
+@dataclass(frozen=True)
+class DocumentOrder:
+    """How documents are shuffled."""
+
+    seed: int
+    keep_order: bool
+    """Keep the dataset's order; a mixture still draws its sources at random."""
+    buffer: int
+    """Size of a stream's shuffle buffer, in documents."""
 
 
 @dataclass(frozen=True)
@@ -42,40 +57,40 @@ class SequencePipeline:
 
     kind: Literal["pack", "crop", "truncate"]
     ctx_len: int
-    """Tokens in a sequence."""
+    """Tokens of a sequence, BOS and padding included."""
     bos_id: int | None
-    """Token put first in each sequence; None: none."""
+    """BOS, put first in each sequence; None: no BOS."""
     eos_id: int | None
-    """Token put after each document that does not end with it; None: none."""
+    """EOS, appended to each document that does not end with it; None: no EOS."""
     pad_id: int | None
-    """Token put after a sequence that is too short; None: none is."""
+    """Padding token of short sequences; None: sequences are never short."""
     order: DocumentOrder
     vocab_size: int
-    """Token ids must be below this."""
+    """Exclusive upper bound of the token ids."""
 
     @property
     def text_tokens(self) -> int:
-        """Tokens of text in a sequence."""
+        """Tokens of a sequence without BOS."""
         return self.ctx_len - (self.bos_id is not None)
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One sequence, and where it came from."""
+    """Token ids of one sequence, and their origin."""
 
     tokens: NDArray[np.int32]
     """[C]"""
     length: int
-    """Tokens before the padding."""
+    """Number of tokens before the padding."""
     document: int
-    """Number of the document in which it begins, in the order they were taken."""
+    """Index of the document that holds the first token, in the shuffled order."""
     start: int
-    """Token of that document with which it begins."""
+    """Index of the first token within that document."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens of text, before BOS and padding."""
+    """Tokens of one sequence, before BOS and padding are added."""
 
     ids: Ids
     document: int
@@ -85,18 +100,16 @@ class _Piece:
 def iter_sequences(
     source: Source, tokenizer: Any, pipeline: SequencePipeline
 ) -> Iterator[Sequence]:
-    """All sequences of the text.
+    """Generate all sequences of the text, in order.
 
     Raises:
-        DatasetError: a token id is beyond the model's vocabulary, or a document cannot be read.
+        DatasetError: a token id is outside the model's vocabulary, or a document cannot be read.
     """
     if isinstance(source, TokenFile):
         pieces = _cut_file(source, pipeline)
     else:
-        documents = _tokenised(source, tokenizer, pipeline)
-        pieces = {"pack": _pack, "crop": _crop, "truncate": _truncate}[pipeline.kind](
-            documents, pipeline
-        )
+        cut = {"pack": _pack, "crop": _crop, "truncate": _truncate}[pipeline.kind]
+        pieces = cut(_tokenised(source, tokenizer, pipeline), pipeline)
     for piece in pieces:
         _check_vocabulary(piece.ids, pipeline)
         first = int(pipeline.bos_id is not None)
@@ -110,7 +123,7 @@ def iter_sequences(
 def count_sequences(
     source: Source, tokenizer: Any, pipeline: SequencePipeline, limit: int | None
 ) -> int:
-    """How many sequences there are, counting no further than `limit`."""
+    """Count the sequences of the text, up to `limit`."""
     if isinstance(source, TokenFile):
         count = len(source.ids) // pipeline.text_tokens
         return count if limit is None else min(count, limit)
@@ -118,7 +131,9 @@ def count_sequences(
     bar = Progress("count", None if limit is None else limit * pipeline.ctx_len, "tok")
     for _ in itertools.islice(iter_sequences(source, tokenizer, pipeline), limit):
         count += 1
-        bar.advance(pipeline.ctx_len)
+        if count % _BATCH == 0:
+            bar.advance(_BATCH * pipeline.ctx_len)
+    bar.advance(count % _BATCH * pipeline.ctx_len)
     bar.close()
     return count
 
@@ -126,10 +141,10 @@ def count_sequences(
 def _check_vocabulary(ids: Ids, pipeline: SequencePipeline) -> None:
     if int(ids.max()) >= pipeline.vocab_size or int(ids.min()) < 0:
         raise DatasetError(
-            "a token id is not in the model's vocabulary",
+            "a token id is outside the model's vocabulary",
             expected=f"0 to {pipeline.vocab_size - 1}",
             got=f"{int(ids.min())} to {int(ids.max())}",
-            remedy="for a .bin file: is --bin-dtype right, and was it made for this model?",
+            remedy="for a .bin file: check --bin-dtype, and that this model's tokenizer made it",
         )
 
 
@@ -141,57 +156,111 @@ def _cut_file(source: TokenFile, pipeline: SequencePipeline) -> Iterator[_Piece]
 
 def _pack(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
     size = pipeline.text_tokens
-    line: list[Ids] = [np.empty((3, 0), dtype=np.int64)]  # token, its document, its place there
-    waiting = 0
-    for number, ids in documents:
+    columns: list[Ids] = [np.empty((3, 0), dtype=np.int64)]  # token, document, position in it
+    pending = 0
+    for document, ids in documents:
         if pipeline.eos_id is not None and ids[-1] != pipeline.eos_id:
             ids = np.append(ids, pipeline.eos_id)
-        line.append(np.stack([ids, np.full(len(ids), number), np.arange(len(ids))]))
-        waiting += len(ids)
-        if waiting < size:
+        columns.append(np.stack([ids, np.full(len(ids), document), np.arange(len(ids))]))
+        pending += len(ids)
+        if pending < size:
             continue
-        joined = np.concatenate(line, axis=1)
-        whole = waiting // size * size
-        for start in range(0, whole, size):
-            tokens, numbers, places = joined[:, start : start + size]
-            yield _Piece(tokens, int(numbers[0]), int(places[0]))
-        line, waiting = [joined[:, whole:]], waiting - whole
+        joined = np.concatenate(columns, axis=1)
+        complete = pending // size * size
+        for start in range(0, complete, size):
+            tokens, numbers, positions = joined[:, start : start + size]
+            yield _Piece(tokens, int(numbers[0]), int(positions[0]))
+        columns, pending = [joined[:, complete:]], pending - complete
 
 
 def _crop(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
     size = pipeline.text_tokens
-    for number, ids in documents:
+    for document, ids in documents:
         start = 0
-        if len(ids) > size:  # a stream of its own for each document: none moves the others
-            state = rng.stream("crop", pipeline.order.seed, number)
+        if len(ids) > size:  # one random stream per document: its window depends on no other
+            state = rng.stream("crop", pipeline.order.seed, document)
             start = int(state.randint(len(ids) - size + 1))
-        yield _Piece(ids[start : start + size], number, start)
+        yield _Piece(ids[start : start + size], document, start)
 
 
 def _truncate(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
-    for number, ids in documents:
-        yield _Piece(ids[: pipeline.text_tokens], number, 0)
+    for document, ids in documents:
+        yield _Piece(ids[: pipeline.text_tokens], document, 0)
 
 
 def _tokenised(
     source: IndexedDocuments | DocumentStream | Mixture, tokenizer: Any, pipeline: SequencePipeline
 ) -> Iterator[tuple[int, Ids]]:
-    """(number in the order taken, token ids) of every document that has tokens."""
-    first = 0
+    """Yield (index in the shuffled order, token ids) of every document that has tokens."""
+    first, kind = 0, source.column.kind
     for records in documents_in_order(source, pipeline.order):
         filled = [(first + i, record) for i, record in enumerate(records) if record]
-        found = tokenize(tokenizer, source.column.kind, [record for _, record in filled])
-        for (number, _), ids in zip(filled, found, strict=True):
+        tokenized = tokenize(tokenizer, kind, [record for _, record in filled])
+        for (document, _), ids in zip(filled, tokenized, strict=True):
             if len(ids):
-                yield number, np.asarray(ids, dtype=np.int64)
+                yield document, np.asarray(ids, dtype=np.int64)
         first += len(records)
 
 
-def tokenize(tokenizer: Any, kind: Kind, records: list[Record]) -> list[list[int]]:
-    """Token ids of each document; special tokens are those of a chat template alone.
+def documents_in_order(
+    source: IndexedDocuments | DocumentStream | Mixture, order: DocumentOrder
+) -> Iterator[list[Record]]:
+    """Yield all documents in the seeded order, in batches.
 
     Raises:
-        DatasetError: a conversation does not fit the template.
+        DatasetError: a document does not have its column's type.
+    """
+    if isinstance(source, Mixture):
+        yield from _draw(source, order)
+        return
+    documents = _shuffled(source, order)
+    while batch := list(itertools.islice(documents, _BATCH)):
+        yield batch
+
+
+def _draw(mixture: Mixture, order: DocumentOrder) -> Iterator[list[Record]]:
+    shares = np.cumsum(mixture.weights) / np.sum(mixture.weights)
+    state = rng.stream("mixture", order.seed)
+    sources = [_shuffled(source, order, number) for number, source in enumerate(mixture.sources)]
+    while True:
+        batch: list[Record] = []
+        for drawn in np.searchsorted(shares, state.random_sample(_BATCH), side="right"):
+            # `min`: rounding can leave the last cumulative share below 1.
+            taken = list(itertools.islice(sources[min(drawn, len(sources) - 1)], 1))
+            if not taken:
+                yield batch
+                return
+            batch += taken
+        yield batch
+
+
+def _shuffled(
+    source: IndexedDocuments | DocumentStream, order: DocumentOrder, *number: int
+) -> Iterator[Record]:
+    """Iterate over one source's documents; `number` is its index in a mixture."""
+    state = rng.stream("documents", order.seed, *number)
+    if isinstance(source, IndexedDocuments):
+        indices = np.arange(source.count) if order.keep_order else state.permutation(source.count)
+        for start in range(0, source.count, _BATCH):
+            yield from source.batch(indices[start : start + _BATCH].tolist())
+    elif order.keep_order:
+        yield from source.walk()
+    else:
+        documents = source.walk()
+        buffer = list(itertools.islice(documents, order.buffer))
+        for document in documents:
+            slot = int(state.randint(len(buffer)))
+            yield buffer[slot]
+            buffer[slot] = document
+        for slot in state.permutation(len(buffer)):
+            yield buffer[slot]
+
+
+def tokenize(tokenizer: Any, kind: Kind, records: list[Record]) -> list[list[int]]:
+    """Tokenise documents. Only a chat template adds special tokens.
+
+    Raises:
+        DatasetError: the chat template refuses a conversation.
     """
     if not records:
         return []
@@ -207,15 +276,15 @@ def tokenize(tokenizer: Any, kind: Kind, records: list[Record]) -> list[list[int
 
 
 def _chat(tokenizer: Any, messages: Record) -> list[int]:
-    # A table gives every message every key that some message has.
+    # Tables pad messages with null values for keys that only other messages have.
     messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
-        written = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates are programs, and raise what they like
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are programs that can raise anything
         raise DatasetError(
-            "a conversation does not fit the tokenizer's chat template",
+            "the tokenizer's chat template refuses a conversation",
             got=f"{type(error).__name__}: {error}, roles {[m.get('role') for m in messages][:8]}",
-            remedy="its messages need the roles, contents and order that the template asks for",
+            remedy="its messages need the roles, contents and order that the template requires",
         ) from error
-    ids: list[int] = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

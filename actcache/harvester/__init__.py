@@ -1,16 +1,13 @@
-"""From a model and a text to a cache: everything behind `actcache harvest` and `actcache plan`.
+"""Run a model over a text and write a cache: `actcache harvest` and `actcache plan`.
 
-`resolve` turns options into decisions, `build_manifest` writes them down, `job` checks them
-against the folder and loads the model, `run` is the loop over shards, `capture_shard` makes one
-shard, and `estimate` and `trial` predict size and time without a harvest.
+`resolve` opens model and text and builds the manifest from the options, `job` checks it against
+the folder and loads the weights, `run` is the loop over shards, and `estimate` predicts size and
+time without a harvest.
 """
 
 __all__ = [
-    "build_manifest",
-    "capture_shard",
     "estimate",
     "job",
     "resolve",
     "run",
-    "trial",
 ]

@@ -1,72 +1,86 @@
-"""What a harvest will make and take, told before it begins."""
+"""Predict rows, bytes, memory and time of a harvest without running it.
+
+With --measure, a short harvest into a temporary folder gives speed, compression and the norm
+filter's share of rows.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from actcache.cache.folder import other_files, require_chunks, shard_bytes
+from actcache.cache.reader import Cache
 from actcache.cache.writer import files_at_once, kept_positions
-from actcache.config import PlanConfig
+from actcache.config import HarvestConfig, PlanConfig
+from actcache.core.device import peak_memory
+from actcache.core.distributed import World
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.format.manifest import Identity, Manifest
 from actcache.format.receipts import FILTERS
-from actcache.harvester.build_manifest import build_identity, build_manifest
+from actcache.harvester.job import prepare_job
 from actcache.harvester.resolve import (
     COUNTED_TOKENS,
     ResolvedHarvest,
-    assume_enough_text,
+    build_identity,
+    build_manifest,
+    is_assumed_long_enough,
     planned_sequences,
     resolve,
-    stored_dtype,
 )
-from actcache.harvester.trial import Trial, run_trial
+from actcache.harvester.run import run_job
 from actcache.model.loading import dtype_name, load_model
 from actcache.storage import ROW_DTYPES
 
-_LIVE = 6  # tensors of the widest output that a forward pass holds at once, about
+Certainty = Literal["exact", "estimated", "at most"]
+_LIVE = 6  # tensors of the widest output that a forward pass holds at once, approximately
+_BATCH = 256  # sequences filtered at once
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one process needs, bytes. The first two are computed, the last is an estimate."""
+    """Bytes that one process needs. `weights` and `shards` are computed, `forward` is estimated."""
 
     weights: int
-    """On the model's device."""
+    """Weights, on the model's device."""
     shards: int
-    """In main memory: a shard that is being filled, one that is being published, and the hookpoints
-    of that one that are being permuted."""
+    """Row buffers in main memory: of the shard that is captured, of the shard that is written, and
+    of the hookpoints that are permuted for writing."""
     forward: int
-    """On the model's device, about: activations of one forward pass."""
+    """Activations of one forward pass, on the model's device."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of the three."""
         return self.weights + self.shards + self.forward
 
 
 @dataclass(frozen=True)
 class HarvestEstimate:
-    """What `actcache plan` shows."""
+    """Result of `actcache plan`."""
 
     model: str
     dataset: str
     dtype: str
-    """Of the activations on disk."""
+    """Dtype of the activations on disk."""
     backend: str
     sequences: int
     tokens: int
-    """That the model runs on, padding included."""
+    """Tokens run through the model, padding included."""
     rows: int
-    """At each hookpoint; an upper bound if `rows_known` says so."""
+    """Rows of each hookpoint."""
     rows_known: Certainty
     """exact; estimated, from the first sequences or a trial; at most, before the norm filter."""
     dropped: dict[str, int]
@@ -76,16 +90,16 @@ class HarvestEstimate:
     hookpoints: dict[str, int]
     """Bytes by hookpoint."""
     bytes: int
-    """Of all files; with compression an upper bound, unless a trial has measured it."""
+    """Bytes of all files; an upper bound with compression, unless a trial measured it."""
     files: int
     free: int
-    """Bytes free on the disk of OUT."""
+    """Free bytes on the disk of OUT."""
     memory: Memory
     trial: Trial | None
-    """What a short trial measured."""
+    """Measurements of --measure."""
     seconds: float | None
-    """The trial's estimate for one process like it, without loading."""
-    warnings: tuple[str, ...] = field(default=())
+    """Duration of the harvest by the trial's speed, with one process and without loading."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -94,67 +108,61 @@ class HarvestEstimate:
 
 
 def estimate_harvest(config: PlanConfig) -> HarvestEstimate:
-    """Everything that can be told of a harvest before it begins.
+    """Predict a harvest from its options, and with --measure from a short trial.
 
     Raises:
-        ActcacheError: what the harvest itself would refuse.
+        ActcacheError: the harvest itself would raise it.
     """
     resolved = resolve(config)
-    planned = planned_sequences(config, resolved.source, resolved.tokenizer, resolved.pipeline)
+    planned = planned_sequences(config, resolved)
     model_dtype = _model_dtype(config, resolved)
-    dtype = stored_dtype(config, model_dtype)
-    identity = build_identity(config, resolved, "not loaded", model_dtype, dtype)
+    identity = build_identity(config, resolved, "not loaded", model_dtype)
     manifest = build_manifest(config, resolved, identity, planned, "")
     require_chunks(manifest)
     counted = count_rows(resolved, identity, planned)
     trial = run_trial(config, config.measure_seconds) if config.measure else None
     if trial is not None:
         counted = counted.after_norm_filter(identity, trial.norm_share)
-    sizes = _sizes(manifest, planned, counted)
-    names = [h.name for h in identity.hookpoints]
+    sizes = _sizes(manifest, counted)
+    shards = manifest.plan.shards_of(planned)
     ratio = trial.compression if trial is not None else 1.0
     points = {
-        name: int(sum(n for key, n in sizes.items() if key.partition("/")[2] == name) * ratio)
-        for name in names
+        h.name: int(sum(n for key, n in sizes.items() if key.partition("/")[2] == h.name) * ratio)
+        for h in identity.hookpoints
     }
     others = other_files(manifest)
     rest = sum(n for key, n in sizes.items() if "/" not in key)
-    total = sum(points.values()) + rest + sum(others.values())
     return HarvestEstimate(
         model=manifest.model,
         dataset=manifest.dataset,
-        dtype=dtype,
+        dtype=identity.dtype,
         backend=config.backend + (f", {config.compress}" if config.compress != "none" else ""),
         sequences=planned,
         tokens=planned * config.ctx_len,
         rows=counted.total,
         rows_known=counted.known,
         dropped=counted.dropped,
-        shards=_shards(manifest, planned),
+        shards=shards,
         sequences_per_shard=manifest.sequences_per_shard,
         hookpoints=points,
-        bytes=total,
-        files=_shards(manifest, planned) * len(sizes) + len(others),
-        free=shutil.disk_usage(_existing(Path(config.out))).free,
-        memory=_memory(config, resolved, manifest, model_dtype),
+        bytes=sum(points.values()) + rest + sum(others.values()),
+        files=shards * len(sizes) + len(others),
+        free=shutil.disk_usage(_existing_folder(config.out)).free,
+        memory=_memory(config, resolved, manifest),
         trial=trial,
         seconds=None if trial is None else planned * config.ctx_len / trial.tokens_per_second,
         warnings=_warnings(config, trial),
     )
 
 
-def _shards(manifest: Manifest, planned: int) -> int:
-    return -(-planned // manifest.sequences_per_shard)
-
-
-def _sizes(manifest: Manifest, planned: int, counted: RowCount) -> dict[str, int]:
-    """Bytes of all files of a kind, over the shards."""
-    size = manifest.sequences_per_shard
+def _sizes(manifest: Manifest, counted: RowCount) -> dict[str, int]:
+    """Sum the bytes of the files over all shards, by name in the receipt."""
+    plan = manifest.plan
     totals: dict[str, int] = {}
     known: dict[tuple[int, int], dict[str, int]] = {}
-    for shard in range(_shards(manifest, planned)):
-        count = min(size, planned - shard * size)
-        rows = counted.of_shard(shard * size, count)
+    for shard in range(plan.shards_of(counted.planned)):
+        count = plan.max_sequences(shard)
+        rows = counted.of_shard(plan.first_sequence(shard), count)
         if (count, rows) not in known:
             known[count, rows] = shard_bytes(manifest, shard, count, rows)
         for name, n in known[count, rows].items():
@@ -163,28 +171,25 @@ def _sizes(manifest: Manifest, planned: int, counted: RowCount) -> dict[str, int
 
 
 def _model_dtype(config: PlanConfig, resolved: ResolvedHarvest) -> str:
-    """Type of the model's arithmetic, from its weights only if nothing else tells."""
-    if next(resolved.surveyed.parameters()).device.type != "meta":
-        return dtype_name(resolved.surveyed)
+    """Return the dtype of the model's arithmetic; load weights only if nothing else defines it."""
+    if resolved.has_weights:
+        return dtype_name(resolved.model)
     if config.model_dtype != "auto":
         return config.model_dtype
-    told = getattr(resolved.model_config, "dtype", None)
-    if told is not None:
-        return str(told).removeprefix("torch.")
-    return dtype_name(load_model(config))
+    dtype = getattr(resolved.model_config, "dtype", None)
+    return dtype_name(load_model(config)) if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _memory(
-    config: PlanConfig, resolved: ResolvedHarvest, manifest: Manifest, model_dtype: str
-) -> Memory:
-    row_dtype, identity = ROW_DTYPES[manifest.identity.dtype], manifest.identity
+def _memory(config: PlanConfig, resolved: ResolvedHarvest, manifest: Manifest) -> Memory:
+    identity = manifest.identity
+    row_dtype, model_dtype = ROW_DTYPES[identity.dtype], identity.model_dtype
     number = ROW_DTYPES[model_dtype].itemsize if model_dtype in ROW_DTYPES else 4
     bits = {"8bit": 1.0, "4bit": 0.5}.get(config.load_in, float(number))
-    weights = sum(parameter.numel() for parameter in resolved.surveyed.parameters())
-    row = sum(row_dtype.row_bytes(h.width) for h in identity.hookpoints)
-    widest = max(row_dtype.row_bytes(h.width) for h in identity.hookpoints)
-    tokens = identity.batch_size * identity.ctx_len
+    weights = sum(parameter.numel() for parameter in resolved.model.parameters())
     captured = [h.width for h in identity.hookpoints]
+    row = sum(map(row_dtype.row_bytes, captured))
+    widest = max(map(row_dtype.row_bytes, captured))
+    tokens = identity.batch_size * identity.ctx_len
     inner = max([*captured, *_widths(resolved.model_config)])
     return Memory(
         weights=int(weights * bits),
@@ -196,45 +201,43 @@ def _memory(
 def _widths(model_config: Any) -> list[int]:
     text = model_config.get_text_config()
     names = ("hidden_size", "intermediate_size", "ffn_dim", "n_inner", "n_embd")
-    found = (getattr(text, name, None) for name in names)
-    return [width for width in found if isinstance(width, int)]
+    values = (getattr(text, name, None) for name in names)
+    return [width for width in values if isinstance(width, int)]
 
 
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
+def _existing_folder(path: str) -> Path:
+    """Return the path, or its nearest ancestor that is a folder."""
+    folder = Path(path).resolve()
+    while not folder.is_dir():
         folder = folder.parent
     return folder
 
 
 def _warnings(config: PlanConfig, trial: Trial | None) -> tuple[str, ...]:
-    found = []
+    warnings = []
     if config.compress != "none" and trial is None:
-        found.append("bytes are those before compression; --measure tells what it saves")
+        warnings.append("bytes are those before compression; --measure measures the ratio")
     if config.max_norm_ratio is not None and trial is None:
-        found.append("rows are those before --max-norm-ratio; --measure tells what it leaves")
-    return tuple(found)
-
-
-Certainty = Literal["exact", "estimated", "at most"]
-_AT_ONCE = 256  # sequences that the filters look at together
+        warnings.append("rows are those before --max-norm-ratio; --measure measures its share")
+    return tuple(warnings)
 
 
 @dataclass(frozen=True)
 class RowCount:
-    """Rows that filters by text leave of each sequence."""
+    """Rows per sequence after the filters on tokens."""
 
     rows: NDArray[np.float64]
-    """Of the sequences that were looked at; their mean stands for the others. [n]"""
+    """Rows of the sequences that were read; their mean stands for the rest. [n]"""
     planned: int
     """Sequences of the harvest."""
     known: Certainty
     """exact; estimated, from the first sequences or a trial; at most, before the norm filter."""
     shares: dict[str, float]
-    """Positions dropped of each sequence, by filter, on average."""
+    """Mean number of positions dropped per sequence, by filter."""
 
     @property
     def total(self) -> int:
-        """Rows at each hookpoint."""
+        """Rows of each hookpoint."""
         return round(float(self.rows.mean()) * self.planned)
 
     @property
@@ -243,13 +246,13 @@ class RowCount:
         return {name: round(share * self.planned) for name, share in self.shares.items()}
 
     def of_shard(self, first: int, count: int) -> int:
-        """Rows of the `count` sequences from `first` on."""
+        """Return the rows of `count` sequences from sequence `first` on."""
         if len(self.rows) == self.planned:
             return round(float(self.rows[first : first + count].sum()))
         return round(float(self.rows.mean()) * count)
 
     def after_norm_filter(self, identity: Identity, share: float) -> RowCount:
-        """The same less the share of rows that a trial saw the norm filter leave out."""
+        """Subtract the share of rows that the norm filter dropped in a trial."""
         if identity.max_norm_ratio is None:
             return self
         left_out = self.shares | {"max_norm_ratio": share * float(self.rows.mean())}
@@ -257,20 +260,19 @@ class RowCount:
 
 
 def count_rows(resolved: ResolvedHarvest, identity: Identity, planned: int) -> RowCount:
-    """Rows of `planned` sequences; text beyond 16M tokens is taken to be as that before it."""
-    believed = assume_enough_text(
-        planned, resolved.source, resolved.pipeline
-    )  # the text may end before
-    known: Certainty = "at most" if believed or identity.max_norm_ratio is not None else "exact"
-    looks = identity.exclude_special or identity.exclude_tokens or identity.pipeline != "pack"
-    if not looks:
+    """Count the rows of `planned` sequences, beyond 16M tokens by extrapolation."""
+    assumed = is_assumed_long_enough(planned, resolved.source, resolved.pipeline)
+    known: Certainty = "at most" if assumed or identity.max_norm_ratio is not None else "exact"
+    if identity.pipeline == "pack" and not identity.exclude_special + identity.exclude_tokens:
         shares = dict.fromkeys(FILTERS, 0.0) | {"skip_positions": float(identity.skip_positions)}
         return RowCount(np.array([identity.rows_per_sequence * 1.0]), planned, known, shares)
     wanted = min(planned, max(1, COUNTED_TOKENS // identity.ctx_len))
-    found = iter_sequences(resolved.source, resolved.tokenizer, resolved.pipeline)
+    sequences = islice(
+        iter_sequences(resolved.source, resolved.tokenizer, resolved.pipeline), wanted
+    )
     bar = Progress("count rows", wanted, "seq")
     rows, dropped = [], dict.fromkeys(FILTERS, 0)
-    for group in _groups(islice(found, wanted)):
+    while group := list(islice(sequences, _BATCH)):
         tokens = np.stack([sequence.tokens for sequence in group])
         lengths = np.array([sequence.length for sequence in group], dtype=np.int32)
         kept, left_out = kept_positions(identity, tokens, lengths)
@@ -283,6 +285,70 @@ def count_rows(resolved: ResolvedHarvest, identity: Identity, planned: int) -> R
     return RowCount(counts, planned, known if len(counts) == planned else "estimated", shares)
 
 
-def _groups(found: Iterator[Sequence]) -> Iterator[list[Sequence]]:
-    while group := list(islice(found, _AT_ONCE)):
-        yield group
+@dataclass(frozen=True)
+class Trial:
+    """Measurements of a short harvest with one process."""
+
+    tokens: int
+    """Tokens run through the model."""
+    seconds: float
+    tokens_per_second: float
+    """Speed with writing, hashing and statistics, as in the harvest."""
+    peak_memory: int
+    """Largest main memory of the process in bytes, loading included."""
+    peak_device_memory: int
+    """Largest memory of torch on the CUDA device in bytes; 0 on the CPU."""
+    compression: float
+    """Bytes of the row files over their bytes without compression."""
+    norm_share: float
+    """Share of the rows that --max-norm-ratio dropped."""
+
+
+def run_trial(config: HarvestConfig, seconds: float) -> Trial:
+    """Harvest for some seconds into a temporary folder beside OUT, and delete it.
+
+    Raises:
+        ActcacheError: the harvest itself would raise it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=".actcache-trial-", dir=_existing_folder(config.out)))
+    try:
+        # Shards of one batch: the end of a short trial must not be one half of a large shard.
+        small = dataclasses.replace(config, out=str(folder / "cache"), shard_size=config.batch_size)
+        return _measure(small, seconds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measure(config: HarvestConfig, seconds: float) -> Trial:
+    job = prepare_job(config, World(0, 1))
+    try:
+        if job.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(job.device)
+        summary = run_job(dataclasses.replace(job, sequences=_until(job.sequences, seconds)))
+    finally:
+        job.lock.release()
+    cache = Cache.open(job.root)
+    receipts = list(cache.receipts.values())
+    plain = [shard_bytes(cache.manifest, r.shard, r.sequences, r.rows) for r in receipts]
+    files = [name for name in plain[0] if "/" in name]
+    written = sum(receipt.files[name].bytes for receipt in receipts for name in files)
+    left_out = sum(receipt.dropped["max_norm_ratio"] for receipt in receipts)
+    on_device = job.device.type == "cuda"
+    return Trial(
+        tokens=sum(receipt.sequences for receipt in receipts) * config.ctx_len,
+        seconds=summary.seconds,
+        tokens_per_second=summary.tokens_per_second,
+        peak_memory=peak_memory(),
+        peak_device_memory=torch.cuda.max_memory_allocated(job.device) if on_device else 0,
+        compression=written / sum(sizes[name] for sizes in plain for name in files),
+        norm_share=left_out / max(1, cache.rows + left_out),
+    )
+
+
+def _until(sequences: Iterator[Sequence], seconds: float) -> Iterator[Sequence]:
+    """Yield sequences, at least one, until the time after the first has passed."""
+    end = time.monotonic() + seconds
+    for sequence in sequences:
+        yield sequence
+        if time.monotonic() > end:
+            return

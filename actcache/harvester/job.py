@@ -1,4 +1,4 @@
-"""Everything before the first forward pass: load, decide, agree, lay the manifest."""
+"""Prepare a harvest: check the folder, load the model, agree on the manifest and write it."""
 
 from __future__ import annotations
 
@@ -24,54 +24,68 @@ from actcache.core.json_codec import to_json
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.errors import CacheMismatchError
 from actcache.filesystem.atomic import DirectoryLock
-from actcache.format.manifest import (
-    MANIFEST,
-    Identity,
-    Manifest,
-    read_manifest,
+from actcache.format.manifest import MANIFEST, Identity, Manifest, read_manifest
+from actcache.format.receipts import CompletionMarker, ShardReceipt, read_cache_state
+from actcache.harvester.resolve import (
+    ResolvedHarvest,
+    build_identity,
+    build_manifest,
+    planned_sequences,
+    resolve,
 )
-from actcache.harvester.build_manifest import build_identity, build_manifest
-from actcache.harvester.resolve import ResolvedHarvest, planned_sequences, resolve, stored_dtype
 from actcache.model.loading import dtype_name, fingerprint_model, load_model
 
 
 @dataclass(frozen=True)
 class HarvestJob:
-    """A harvest that has been decided, agreed on, and can begin."""
+    """A prepared harvest: the model, its input, and the state of the cache folder."""
 
     root: Path
     manifest: Manifest
+    """As read from the folder, with its extensions."""
+    published: dict[int, ShardReceipt]
+    """Receipts of the published shards, of every rank, by shard number."""
+    marker: CompletionMarker | None
+    """Contents of END.json, if it is there and valid."""
     model: Any
     device: torch.device
+    """Device of the model's input."""
     ranks: World
     sequences: Iterator[Sequence]
     """All sequences of the text, from the first."""
-    asked: int | None
-    """Sequences that --max-tokens asks for; the plan may hold fewer, if the text does."""
+    goal: int | None
+    """Sequences by --max-tokens (None: all); the manifest plans fewer if the text is shorter."""
     extend_to: int | None
-    """Sequences in all that --extend is to go on to, where the plan ends before; None: nowhere."""
+    """Goal of the extension that --extend adds, in sequences; None: no extension to add."""
     warnings: tuple[str, ...]
-    """What the user should know."""
+    """Warnings for the user."""
     lock: DirectoryLock
-    """Held until the harvest ends."""
+    """Lock on the folder, held until the harvest ends."""
+
+    def reread(self) -> HarvestJob:
+        """Read manifest, receipts and marker again: other processes may have written them."""
+        manifest, published, marker = read_cache_state(self.root)
+        return dataclasses.replace(self, manifest=manifest, published=published, marker=marker)
 
 
 def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
-    """Load, plan, and agree on the manifest. What can fail cheaply fails first.
+    """Load everything, compare the manifest across ranks, and write or check it in the folder.
+
+    Cheap checks come first: the weights are loaded after the text has been opened and counted.
 
     Raises:
-        ActcacheError: one of its kinds, for anything a user can mend.
+        ActcacheError: an option, the model, the text or the folder does not allow the harvest.
     """
     root = Path(config.out)
     require_cache_folder(root)
     if config.device_map == "auto":
         require_whole_machine()
     resolved = resolve(config)
-    planned = planned_sequences(config, resolved.source, resolved.tokenizer, resolved.pipeline)
-    model, identity = _identify(config, resolved)
+    planned = planned_sequences(config, resolved)
+    model, identity = _load_and_identify(config, resolved)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
     if config.shard_size is None:
-        manifest = _with_laid_shards(root, manifest, extend=config.extend)
+        manifest = _with_existing_shard_size(root, manifest, extend=config.extend)
     require_chunks(manifest)
     lock = DirectoryLock(root)
     try:
@@ -81,7 +95,7 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
         )
         if ranks.rank > 0:
             lock.acquire_shared()
-        existing = read_manifest(root)
+        existing, published, marker = read_cache_state(root)
     except BaseException:
         lock.release()
         raise
@@ -90,44 +104,43 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
         for name, version in existing.versions.items()
         if manifest.versions.get(name) != version
     )
-    extend_to = planned if config.extend and _goes_beyond(manifest, existing) else None
-    if config.extend and planned == existing.plan.goal and planned != config.goal:
+    goal = config.goal
+    if config.extend and planned == existing.plan.goal and planned != goal:
         warnings += (f"--extend: the text has {planned:,} sequences, all of them planned already",)
     return HarvestJob(
         root=root,
         manifest=existing,
+        published=published,
+        marker=marker,
         model=model,
         device=input_device(model),
         ranks=ranks,
         sequences=iter_sequences(resolved.source, resolved.tokenizer, resolved.pipeline),
-        asked=config.goal,
-        extend_to=extend_to,
+        goal=goal,
+        extend_to=planned if config.extend and _goes_beyond(manifest, existing) else None,
         warnings=warnings,
         lock=lock,
     )
 
 
-def _identify(config: HarvestConfig, resolved: ResolvedHarvest) -> tuple[Any, Identity]:
-    """The model with its weights, and what the cache's numbers will be."""
-    # Quantised weights may be rounded again by a forward pass: they are loaded afresh.
-    loaded = input_device(resolved.surveyed).type != "meta"
-    usable = loaded and not getattr(resolved.surveyed, "is_quantized", False)
-    model = resolved.surveyed if usable else load_model(config)
-    model_dtype = dtype_name(model)
-    dtype = stored_dtype(config, model_dtype)
-    fingerprint = fingerprint_model(model)
-    return model, build_identity(config, resolved, fingerprint, model_dtype, dtype)
+def _load_and_identify(config: HarvestConfig, resolved: ResolvedHarvest) -> tuple[Any, Identity]:
+    """Load the weights, unless `resolve` did, and build the cache's identity from them."""
+    model = resolved.model
+    # Quantised weights may have been repacked by the probe's forward pass: load them again.
+    if not resolved.has_weights or getattr(model, "is_quantized", False):
+        model = load_model(config)
+    return model, build_identity(config, resolved, fingerprint_model(model), dtype_name(model))
 
 
 def require_same_harvest(config: HarvestConfig, root: Path) -> None:
-    """Check, before anything is touched, that a harvest would make the cache in a folder.
+    """Check, before anything is changed, that a harvest would recreate the cache in a folder.
 
     Raises:
-        CacheMismatchError: it would make another.
-        ActcacheError: whatever else would stop it before its first shard.
+        CacheMismatchError: the options make another cache.
+        ActcacheError: the harvest could not run at all.
     """
     existing = read_manifest(root)
-    _, identity = _identify(config, resolve(config))
+    _, identity = _load_and_identify(config, resolve(config))
     if identity.digest() != existing.cache_id:
         raise CacheMismatchError(
             f"these arguments are not those of the harvest that made {root}; nothing was done",
@@ -137,10 +150,10 @@ def require_same_harvest(config: HarvestConfig, root: Path) -> None:
         )
 
 
-def _with_laid_shards(root: Path, manifest: Manifest, *, extend: bool) -> Manifest:
-    """The manifest with shards of the size in the folder, where it is or will be extended.
+def _with_existing_shard_size(root: Path, manifest: Manifest, *, extend: bool) -> Manifest:
+    """Take over the shard size of the folder's cache where it is or will be extended.
 
-    By formula the larger goal has larger shards; but theirs is settled.
+    The formula would give larger shards for the larger goal, but a cache's shard size is fixed.
     """
     if not (root / MANIFEST).exists():
         return manifest

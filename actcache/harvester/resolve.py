@@ -1,59 +1,130 @@
-"""Before the model runs: hookpoints, packing, shard plan, room on the disk."""
+"""Open model and text, choose hookpoints and pipeline, and build the manifest.
+
+Nothing here loads weights, unless the model cannot be built on the meta device.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from actcache.cache.folder import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
-from actcache.data.datasets import open_dataset
-from actcache.data.documents import (
+from actcache.data.datasets import (
     DocumentStream,
     IndexedDocuments,
     Mixture,
     Source,
     TokenFile,
-    document_kind,
+    open_dataset,
 )
-from actcache.data.sequences import SequencePipeline, count_sequences
-from actcache.data.shuffling import DocumentOrder
+from actcache.data.sequences import DocumentOrder, SequencePipeline, count_sequences
 from actcache.errors import ConfigError, DatasetError, ModelError
-from actcache.format.manifest import Hookpoint
+from actcache.format.manifest import (
+    FORMAT_VERSION,
+    Hookpoint,
+    Identity,
+    Manifest,
+    library_versions,
+)
 from actcache.model.hooks import HookSite, discover_sites, match, residual_hookpoints
-from actcache.model.loading import load_config, load_meta_model, load_model, load_tokenizer
+from actcache.model.loading import (
+    fingerprint_tokenizer,
+    load_config,
+    load_meta_model,
+    load_model,
+    load_tokenizer,
+)
 from actcache.storage import ROW_DTYPES
 
 COUNTED_TOKENS = 1 << 24
-"""A goal up to this many tokens is checked against the text beforehand; a larger one is believed,
-for counting it would take minutes, and the harvest ends with the text anyway."""
+"""Largest goal, in tokens, for which the text is counted beforehand. Counting more would take
+minutes, so the text is assumed to be long enough; a harvest ends with its text in any case."""
 
 
-def probe_model(config: HarvestConfig, model_config: Any) -> tuple[Any, dict[str, HookSite]]:
-    """The model without weights where possible, else with; and what can be hooked in it.
+@dataclass(frozen=True)
+class ResolvedHarvest:
+    """What the options name, opened and checked: text, model without weights, hookpoints."""
+
+    source: Source
+    model_config: Any
+    """The model's transformers configuration."""
+    model: Any
+    """The model, on the meta device where possible."""
+    has_weights: bool
+    """Whether `model` was loaded with its weights, because it cannot be built on meta."""
+    hookpoints: tuple[Hookpoint, ...]
+    tokenizer: Any
+    """None if no option needs it."""
+    pipeline: SequencePipeline
+    exclude_special: tuple[int, ...]
+    """Token ids of --exclude-special."""
+    exclude_tokens: tuple[int, ...]
+    """Token ids of --exclude-tokens."""
+
+
+def resolve(config: HarvestConfig) -> ResolvedHarvest:
+    """Open and check everything that a harvest needs, except weights.
+
+    Raises:
+        ActcacheError: an option, the model or the text does not allow the harvest.
+    """
+    source = open_dataset(config)
+    model_config = load_config(config)
+    model, sites, has_weights = probe_model(config, model_config)
+    hookpoints = choose_hookpoints(config, model, sites)
+    tokenizer = load_tokenizer(config) if needs_tokenizer(config, source) else None
+    pipeline = choose_pipeline(config, model_config, tokenizer, source)
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.ctx_len > longest:
+        raise ConfigError(
+            "--ctx-len is longer than the model's context",
+            expected=f"<= {longest}",
+            got=config.ctx_len,
+        )
+    return ResolvedHarvest(
+        source=source,
+        model_config=model_config,
+        model=model,
+        has_weights=has_weights,
+        hookpoints=hookpoints,
+        tokenizer=tokenizer,
+        pipeline=pipeline,
+        exclude_special=special_tokens(tokenizer) if config.exclude_special else (),
+        exclude_tokens=excluded_tokens(config.exclude_tokens, tokenizer, pipeline.vocab_size),
+    )
+
+
+def probe_model(config: HarvestConfig, model_config: Any) -> tuple[Any, dict[str, HookSite], bool]:
+    """Find what can be hooked in a model, on the meta device or, if that fails, with its weights.
+
+    Returns:
+        The model, its sites by name, and whether the model has its weights.
 
     Raises:
         ModelError: it cannot be loaded either way.
     """
     try:
         model = load_meta_model(model_config, config)
-        return model, discover_sites(model)
-    except Exception:  # any model may refuse the meta device in its own way; its weights decide
+        return model, discover_sites(model), False
+    except Exception:  # each model has its own error where it does not support the meta device
         model = load_model(config)
-        return model, discover_sites(model)
+        return model, discover_sites(model), True
 
 
 def choose_hookpoints(
     config: HarvestConfig, model: Any, sites: dict[str, HookSite]
 ) -> tuple[Hookpoint, ...]:
-    """The hookpoints that the options ask for; raises `HookpointError`."""
+    """Match --hookpoint, --layers or --layer-stride against the sites; raises `HookpointError`."""
     patterns = config.hookpoint or residual_hookpoints(model, config.layers, config.layer_stride)
     return tuple(match(patterns, sites, model.base_model_prefix))
 
 
 def needs_tokenizer(config: HarvestConfig, source: Source) -> bool:
-    """Whether anything asked for takes a tokenizer: token ids mostly do without."""
+    """Return whether the text or an option needs the tokenizer; token ids mostly do not."""
     return (
-        document_kind(source) != "ids"
+        source.column.kind != "ids"
         or config.bos == "always"
         or config.exclude_special
         or any(not token.isdecimal() for token in config.exclude_tokens)
@@ -64,13 +135,13 @@ def needs_tokenizer(config: HarvestConfig, source: Source) -> bool:
 def choose_pipeline(
     config: HarvestConfig, model_config: Any, tokenizer: Any, source: Source
 ) -> SequencePipeline:
-    """How documents become sequences for this tokenizer.
+    """Choose BOS, EOS and padding tokens and the document order for the pipeline.
 
     Raises:
-        ConfigError: token ids in one line are to be cropped or truncated.
-        ModelError: the tokenizer lacks EOS, a BOS that was asked for, or a chat template.
+        ConfigError: --pipeline crop or truncate with a .bin file, which has no documents.
+        ModelError: the tokenizer lacks EOS, the BOS of --bos always, or a chat template.
     """
-    kind, is_file = document_kind(source), isinstance(source, TokenFile)
+    kind, is_file = source.column.kind, isinstance(source, TokenFile)
     if is_file and config.pipeline != "pack":
         raise ConfigError(
             f"{config.dataset} holds no documents to {config.pipeline}",
@@ -93,18 +164,15 @@ def choose_pipeline(
     if joins and tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {config.model} has no EOS token to join documents with",
-            remedy="--pipeline truncate or crop, or tokenise the text yourself into a .bin file",
+            remedy="--pipeline truncate or crop, or a .bin file of token ids",
         )
-    pads = config.pipeline != "pack"
     return SequencePipeline(
         kind=config.pipeline,
         ctx_len=config.ctx_len,
         bos_id=bos_id,
         eos_id=tokenizer.eos_token_id if joins else None,
-        pad_id=_pad_id(tokenizer) if pads else None,
-        order=DocumentOrder(
-            config.seed, config.keep_order or is_file, buffer=config.shuffle_buffer
-        ),
+        pad_id=None if config.pipeline == "pack" else _pad_id(tokenizer),
+        order=DocumentOrder(config.seed, config.keep_order or is_file, config.shuffle_buffer),
         vocab_size=model_config.get_text_config().vocab_size,
     )
 
@@ -115,53 +183,51 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """Any token does: what is padding is told by lengths, and never attended to."""
-    names = ("pad_token_id", "eos_token_id")
-    found = [getattr(tokenizer, name, None) for name in names]
-    return next((int(i) for i in found if i is not None), 0)
+    """Return the PAD, else EOS, else 0. Any id works: padding is masked, and known by length."""
+    ids = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+    return next((int(i) for i in ids if i is not None), 0)
 
 
 def special_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of all special tokens, those that were added among them, ascending."""
+    """Return the ids of all special tokens, added ones included, in ascending order."""
     added = tokenizer.added_tokens_decoder.items()
     return tuple(sorted({*tokenizer.all_special_ids, *(i for i, t in added if t.special)}))
 
 
 def excluded_tokens(tokens: tuple[str, ...], tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Ids of the tokens that --exclude-tokens names, ascending.
+    """Return the ids of --exclude-tokens, given as ids or text, in ascending order.
 
     Raises:
-        ConfigError: there is no such token.
+        ConfigError: a value is not a single token of this model.
     """
     ids = set()
     for token in tokens:
         if token.isdecimal():
-            found = int(token)
+            token_id = int(token)
         else:
-            found = tokenizer.get_vocab().get(token, -1)
-            alone = tokenizer(token, add_special_tokens=False)["input_ids"]
-            found = alone[0] if found < 0 and len(alone) == 1 else found
-        if not 0 <= found < vocab_size:
+            token_id = tokenizer.get_vocab().get(token, -1)
+            encoded = tokenizer(token, add_special_tokens=False)["input_ids"]
+            token_id = encoded[0] if token_id < 0 and len(encoded) == 1 else token_id
+        if not 0 <= token_id < vocab_size:
             raise ConfigError(
                 f"--exclude-tokens {token!r} is not a token of this model",
                 expected=f"an id from 0 to {vocab_size - 1}, or text that is one token",
                 got=token,
             )
-        ids.add(found)
+        ids.add(token_id)
     return tuple(sorted(ids))
 
 
-def planned_sequences(
-    config: HarvestConfig, source: Source, tokenizer: Any, pipeline: SequencePipeline
-) -> int:
-    """Sequences that this harvest is going to run the model on.
+def planned_sequences(config: HarvestConfig, resolved: ResolvedHarvest) -> int:
+    """Return the number of sequences to harvest: the goal, or fewer if the text is shorter.
 
     Raises:
         DatasetError: the text is shorter than one sequence.
     """
-    goal = config.goal
-    believed = goal is not None and assume_enough_text(goal, source, pipeline)
-    count = count_sequences(source, tokenizer, pipeline, 1 if believed else goal)
+    goal, pipeline = config.goal, resolved.pipeline
+    assumed = goal is not None and is_assumed_long_enough(goal, resolved.source, pipeline)
+    limit = 1 if assumed else goal
+    count = count_sequences(resolved.source, resolved.tokenizer, pipeline, limit)
     if count == 0:
         whole = f"at least {pipeline.text_tokens} tokens"
         raise DatasetError(
@@ -169,12 +235,12 @@ def planned_sequences(
             expected=whole if pipeline.kind == "pack" else "a document that is not empty",
             remedy="give more text or a smaller --ctx-len",
         )
-    return goal if believed and goal is not None else count
+    return goal if assumed and goal is not None else count
 
 
-def assume_enough_text(goal: int, source: Source, pipeline: SequencePipeline) -> bool:
-    """Whether the text is taken to reach the goal, because counting would cost too much."""
-    if isinstance(source, TokenFile):  # counted by its size
+def is_assumed_long_enough(goal: int, source: Source, pipeline: SequencePipeline) -> bool:
+    """Return whether the text is assumed to reach the goal because counting would cost too much."""
+    if isinstance(source, TokenFile):  # the file size gives the exact number
         return False
     if is_stream(source):
         return True
@@ -186,13 +252,21 @@ def assume_enough_text(goal: int, source: Source, pipeline: SequencePipeline) ->
 
 
 def is_stream(source: Source) -> bool:
-    """Whether documents come as a stream, which would have to be read twice to be counted."""
-    parts = source.parts if isinstance(source, Mixture) else (source,)
-    return any(isinstance(part, DocumentStream) for part in parts)
+    """Return whether counting the documents would download a stream a second time."""
+    sources = source.sources if isinstance(source, Mixture) else (source,)
+    return any(isinstance(source, DocumentStream) for source in sources)
 
 
-def stored_dtype(config: HarvestConfig, model_dtype: str) -> str:
-    """Type of the activations on disk; raises `ConfigError` if there is no such."""
+def build_identity(
+    config: HarvestConfig, resolved: ResolvedHarvest, model_fingerprint: str, model_dtype: str
+) -> Identity:
+    """Collect everything that determines the cache's rows.
+
+    Raises:
+        ConfigError: the activations' dtype cannot be stored.
+    """
+    source, pipeline, tokenizer = resolved.source, resolved.pipeline, resolved.tokenizer
+    column, order = source.column, pipeline.order
     dtype = model_dtype if config.dtype == "auto" else config.dtype
     if dtype not in ROW_DTYPES:
         raise ConfigError(
@@ -201,52 +275,72 @@ def stored_dtype(config: HarvestConfig, model_dtype: str) -> str:
             got=dtype,
             remedy="name one with --dtype",
         )
-    return dtype
-
-
-@dataclass(frozen=True)
-class ResolvedHarvest:
-    """Text, pipeline, filters and hookpoints."""
-
-    source: Source
-    model_config: Any
-    """Of transformers."""
-    surveyed: Any
-    """The model: on the meta device where possible, else with its weights."""
-    hookpoints: tuple[Hookpoint, ...]
-    tokenizer: Any
-    """None if nothing asks for one."""
-    pipeline: SequencePipeline
-    exclude_special: tuple[int, ...]
-    exclude_tokens: tuple[int, ...]
-
-
-def resolve(config: HarvestConfig) -> ResolvedHarvest:
-    """Find, and check against each other, everything but weights.
-
-    Raises:
-        ActcacheError: one of its kinds, for anything a user can mend.
-    """
-    source = open_dataset(config)
-    model_config = load_config(config)
-    surveyed, sites = probe_model(config, model_config)
-    hookpoints = choose_hookpoints(config, surveyed, sites)
-    tokenizer = load_tokenizer(config) if needs_tokenizer(config, source) else None
-    pipeline = choose_pipeline(config, model_config, tokenizer, source)
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.ctx_len > longest:
-        raise ConfigError(
-            "--ctx-len is longer than the model's context",
-            expected=f"<= {longest}",
-            got=config.ctx_len,
-        )
-    return ResolvedHarvest(
-        source=source,
-        model_config=model_config,
-        surveyed=surveyed,
-        hookpoints=hookpoints,
-        tokenizer=tokenizer,
-        pipeline=pipeline,
-        exclude_special=special_tokens(tokenizer) if config.exclude_special else (),
-        exclude_tokens=excluded_tokens(config.exclude_tokens, tokenizer, pipeline.vocab_size),
+    fingerprint = ""
+    if tokenizer is not None:
+        fingerprint = fingerprint_tokenizer(tokenizer, chat=column.kind == "chat")
+    return Identity(
+        model_fingerprint=model_fingerprint,
+        model_dtype=model_dtype,
+        tokenizer_fingerprint=fingerprint,
+        dataset_fingerprint=source.fingerprint,
+        weights=source.weights if isinstance(source, Mixture) else (),
+        documents=column.kind,
+        column=column.name,
+        shuffle_buffer=order.buffer if is_stream(source) and not order.keep_order else None,
+        pipeline=pipeline.kind,
+        ctx_len=pipeline.ctx_len,
+        bos_id=pipeline.bos_id,
+        eos_id=pipeline.eos_id,
+        pad_id=pipeline.pad_id,
+        keep_order=order.keep_order,
+        skip_positions=config.skip_positions,
+        exclude_special=resolved.exclude_special,
+        exclude_tokens=resolved.exclude_tokens,
+        max_norm_ratio=config.max_norm_ratio,
+        hookpoints=resolved.hookpoints,
+        dtype=dtype,  # type: ignore[arg-type] # one of ROW_DTYPES
+        via=(),
+        batch_size=config.batch_size,
+        row_order=config.order,
+        seed=config.seed,
     )
+
+
+def build_manifest(
+    config: HarvestConfig,
+    resolved: ResolvedHarvest,
+    identity: Identity,
+    planned: int,
+    architecture: str,
+) -> Manifest:
+    """Add the shard plan, library versions and names to an identity.
+
+    Args:
+        config: the options.
+        resolved: the opened text and hookpoints.
+        identity: everything that determines the rows.
+        planned: number of sequences to harvest.
+        architecture: class name of the model.
+    """
+    hookpoints = resolved.hookpoints
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        cache_id=identity.digest(),
+        identity=identity,
+        model=_base_name(config.model),
+        revision=config.revision,
+        architecture=architecture,
+        dataset=" + ".join(_base_name(name) for name in (config.dataset, *config.mix)),
+        split=config.split if identity.column else "",
+        backend=config.backend,
+        compression=config.compress,
+        sequences_per_shard=sequences_per_shard(config, planned, hookpoints, identity.dtype),
+        planned_sequences=planned,
+        block_rows=choose_block_rows(hookpoints, identity.dtype),
+        versions=library_versions(config.compress),
+    )
+
+
+def _base_name(name: str) -> str:
+    """Shorten a local path to its last component, so that manifests do not depend on the folder."""
+    return Path(name).resolve().name if Path(name).exists() else name

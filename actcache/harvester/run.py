@@ -1,8 +1,10 @@
-"""Run a model once over a text and leave its activations in a cache.
+"""Run a model once over a text and write its activations to a cache.
 
-Every process makes the shards s with s mod world_size = rank, from sequences that it makes for
-itself; what is published already is skipped. So a harvest that was killed, or is run again with
-another number of processes, ends in the same bytes.
+The process of rank r writes the shards s with s mod world_size = r, from sequences that it
+generates itself, and skips published shards. A harvest that was killed, or that is resumed with
+another number of processes, therefore ends in the same bytes.
+
+Letters: S sequences of a shard, C context length, B batch size, N rows.
 """
 
 from __future__ import annotations
@@ -18,55 +20,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
+
 from actcache.cache.folder import publish_extension
 from actcache.cache.reader import Cache
-from actcache.cache.writer import RowBuffers, WriterPool, publish_shard
+from actcache.cache.writer import (
+    RowBuffers,
+    ShardData,
+    ShardText,
+    WriterPool,
+    kept_positions,
+    publish_shard,
+    row_norms,
+)
 from actcache.config import HarvestConfig
 from actcache.core.distributed import World
 from actcache.core.progress import Progress
+from actcache.data.sequences import Sequence
 from actcache.filesystem.atomic import as_disk_full_error
-from actcache.format import receipts as receipts_module
-from actcache.format.manifest import with_extension
+from actcache.format.manifest import Identity, with_extension
 from actcache.format.receipts import CompletionMarker, ShardReceipt, write_completion_marker
-from actcache.harvester.capture_shard import capture_shard
 from actcache.harvester.job import HarvestJob, prepare_job
 from actcache.model.hooks import ActivationCapture
+from actcache.storage import ROW_DTYPES, check_overflow
 
 
 @dataclass(frozen=True)
 class HarvestSummary:
-    """What a harvest did, for the one line at its end and for `--json`."""
+    """Result of a harvest, printed in its last line and with --json."""
 
     cache: str
     cache_id: str
     rank: int
-    """This process's number, of `world_size`."""
+    """Rank of this process."""
     world_size: int
-    """Processes of this harvest."""
+    """Number of processes."""
     complete: bool
-    """Whether the whole cache is complete, all processes' shards together."""
+    """Whether every shard of every rank is published."""
     reason: str
-    """Why it ended: goal, text, or empty while other processes are at work."""
+    """Why it is complete: goal or text; empty while other processes still write shards."""
     new_shards: int
-    """Shards that this process published."""
+    """Shards published by this process."""
     new_rows: int
-    """Rows in them, at each hookpoint."""
+    """Rows of these shards, at each hookpoint."""
     new_bytes: int
-    """Bytes of them."""
+    """Bytes of these shards."""
     seconds: float
-    """Time in the loop, without loading."""
+    """Duration without loading."""
     tokens_per_second: float
-    """Tokens run through the model by this process in a second."""
+    """Tokens run through the model by this process per second."""
     warnings: tuple[str, ...]
-    """What the user should know."""
+    """Warnings for the user."""
 
 
 def harvest(config: HarvestConfig) -> HarvestSummary:
-    """Make, or finish, the cache that a configuration describes.
+    """Create, resume or extend the cache that a configuration describes.
 
     Raises:
-        ActcacheError: one of its kinds, for anything a user can mend; what was published by then
-            stays valid.
+        ActcacheError: the harvest cannot start or continue; shards published so far stay valid.
     """
     job = prepare_job(config, World.from_environment())
     try:
@@ -76,22 +88,22 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
 
 
 def run_job(job: HarvestJob) -> HarvestSummary:
-    """Make what is missing of a prepared harvest."""
-    job, done, end = _as_published(job)
+    """Write the missing shards of a prepared harvest."""
     began = time.monotonic()
     log = HarvestLog(job.root, job.ranks.rank)
-    new_receipts: list[ShardReceipt] = []
-    if end is None or len(done) <= end.last_shard or job.extend_to is not None:
-        job, done, end = _harvest_ranges(job, done, new_receipts, log)
+    marker = job.marker
+    if marker is None or len(job.published) <= marker.last_shard or job.extend_to is not None:
+        job = _harvest_ranges(job, log)
     seconds = time.monotonic() - began
+    new_receipts, marker = log.receipts, job.marker
     tokens = sum(receipt.sequences for receipt in new_receipts) * job.manifest.identity.ctx_len
     return HarvestSummary(
         cache=str(job.root),
         cache_id=job.manifest.cache_id,
         rank=job.ranks.rank,
         world_size=job.ranks.world_size,
-        complete=end is not None,
-        reason=end.reason if end is not None else "",
+        complete=marker is not None,
+        reason=marker.reason if marker is not None else "",
         new_shards=len(new_receipts),
         new_rows=sum(receipt.rows for receipt in new_receipts),
         new_bytes=sum(file.bytes for receipt in new_receipts for file in receipt.files.values()),
@@ -99,23 +111,23 @@ def run_job(job: HarvestJob) -> HarvestSummary:
         tokens_per_second=tokens / seconds if new_receipts else 0.0,
         warnings=(
             *job.warnings,
-            *_about_text(job),
-            *_about_rows(new_receipts),
-            *_about_files(job, done),
+            *_text_warnings(job),
+            *_row_warnings(new_receipts),
+            *_file_warnings(job),
         ),
     )
 
 
-def _about_text(job: HarvestJob) -> tuple[str, ...]:
-    """A warning if there was no text for --extend: with a large goal only the end shows it."""
+def _text_warnings(job: HarvestJob) -> tuple[str, ...]:
+    """Warn if --extend found no more text: a goal that is not counted shows it only at the end."""
     goal = job.manifest.plan.goal
     if job.extend_to is None or goal is None or job.extend_to <= goal:
         return ()
-    return ("--extend: the text has ended; there was nothing to go on with",)
+    return ("--extend: the text has ended; there is nothing to extend the cache with",)
 
 
-def _about_rows(new_receipts: list[ShardReceipt]) -> tuple[str, ...]:
-    """A warning for each hookpoint with rows that no SAE can be trained on."""
+def _row_warnings(new_receipts: list[ShardReceipt]) -> tuple[str, ...]:
+    """Warn about each hookpoint with rows that hold an infinity or NaN."""
     counts: Counter[str] = Counter()
     for receipt in new_receipts:
         counts.update(receipt.non_finite)
@@ -127,11 +139,11 @@ def _about_rows(new_receipts: list[ShardReceipt]) -> tuple[str, ...]:
     )
 
 
-def _about_files(job: HarvestJob, receipts: dict[int, ShardReceipt]) -> tuple[str, ...]:
-    """A warning if files of shards that count as done are not there: rank 0 looks for all."""
+def _file_warnings(job: HarvestJob) -> tuple[str, ...]:
+    """Warn, on rank 0, about missing or truncated files of published shards."""
     if job.ranks.rank > 0:
         return ()
-    missing = Cache(job.root, job.manifest, receipts, None).missing_files()
+    missing = Cache(job.root, job.manifest, job.published, None).missing_files()
     if not missing:
         return ()
     return (
@@ -140,40 +152,25 @@ def _about_files(job: HarvestJob, receipts: dict[int, ShardReceipt]) -> tuple[st
     )
 
 
-_State = tuple[HarvestJob, dict[int, ShardReceipt], CompletionMarker | None]
-"""A job, the shards that are there, and the seal."""
-
-
-def _as_published(job: HarvestJob) -> _State:
-    """How things stand: other processes make shards, and may have extended the harvest."""
-    manifest, done, end = receipts_module.read_cache_state(job.root)
-    return dataclasses.replace(job, manifest=manifest), done, end
-
-
-def _harvest_ranges(
-    job: HarvestJob,
-    done: dict[int, ShardReceipt],
-    new_receipts: list[ShardReceipt],
-    log: HarvestLog,
-) -> _State:
-    """Make what is missing up to the goal; then, with --extend, go on to the next."""
-    part = count = 0
+def _harvest_ranges(job: HarvestJob, log: HarvestLog) -> HarvestJob:
+    """Write the missing shards up to the goal; with --extend, extend the goal and continue."""
+    number = count = 0
     while True:
-        count += _make_shards(job, part, set(done), new_receipts, log)
-        part = len(job.manifest.extensions) + 1
-        job, done, end = _as_published(job)
-        if part <= len(job.manifest.extensions):
-            continue  # another process was here first and has extended the harvest
-        further = _next_extension(job, count)
-        end = _mark_complete(job, count, done, end, goes_on=further is not None)
-        if further is None:
-            return job, done, end
-        publish_extension(further.root, further.manifest)
-        job = further
+        count += _make_shards(job, number, log)
+        number = len(job.manifest.extensions) + 1
+        job = job.reread()
+        if number <= len(job.manifest.extensions):
+            continue  # another process has already published the extension
+        extended = _next_extension(job, count)
+        marker = _mark_complete(job, count, is_goal=extended is not None)
+        if extended is None:
+            return dataclasses.replace(job, marker=marker)
+        publish_extension(extended.root, extended.manifest)
+        job = extended
 
 
 def _next_extension(job: HarvestJob, count: int) -> HarvestJob | None:
-    """The job extended as it is asked, or None: nothing is asked, or the text ends here."""
+    """Return the job with the extension of --extend, or None without one or without more text."""
     goal = job.manifest.plan.goal
     if job.extend_to is None or count != goal or job.extend_to <= goal:
         return None
@@ -187,78 +184,130 @@ def _next_extension(job: HarvestJob, count: int) -> HarvestJob | None:
     )
 
 
-def _make_shards(
-    job: HarvestJob, part: int, done: set[int], new_receipts: list[ShardReceipt], log: HarvestLog
-) -> int:
-    """Make this process's missing shards from one part of the plan on.
+def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
+    """Write this rank's missing shards, from the given shard range of the plan on.
 
     Returns:
-        How many sequences there are in those parts.
+        The number of sequences in these ranges, including other ranks' shards.
     """
     manifest, ranks, plan = job.manifest, job.ranks, job.manifest.plan
-    total = None
-    if plan.shards is not None:
-        numbers = range(plan.parts[part].first_shard, plan.shards)
-        mine = (s for s in numbers if s % ranks.world_size == ranks.rank and s not in done)
-        total = sum(map(plan.max_sequences, mine)) * manifest.identity.ctx_len
+    identity = manifest.identity
+    total, shards = None, plan.shards
+    if shards is not None:
+        numbers = range(plan.parts[number].first_shard, shards)
+        mine = [s for s in numbers if s % ranks.world_size == ranks.rank and s not in job.published]
+        total = sum(map(plan.max_sequences, mine)) * identity.ctx_len
     bar = Progress("harvest", total, "tok", show=None if ranks.rank == 0 else False)
     count = 0
-    # One shard is written, hashed and synced while the model fills the next.
-    hookpoints = manifest.identity.hookpoints
-    memory = itertools.cycle(
-        [RowBuffers(), RowBuffers()]
-    )  # of the shard being filled, of the one before
+    # One shard is written, hashed and synced by threads while the model fills the next.
     with (
-        ActivationCapture(job.model, hookpoints) as capture,
-        WriterPool.threads(len(hookpoints)) as workers,
+        ActivationCapture(job.model, identity.hookpoints) as capture,
+        WriterPool.threads(len(identity.hookpoints)) as workers,
         ThreadPoolExecutor(max_workers=1) as publisher,
     ):
+        buffers = itertools.cycle([RowBuffers(), RowBuffers()])
         writing: Future[ShardReceipt] | None = None
-        for shard, group in plan.iter_shards(job.sequences, part):
-            count += len(group)
-            if shard % ranks.world_size != ranks.rank or shard in done:
+        for shard, sequences in plan.iter_shards(job.sequences, number):
+            count += len(sequences)
+            if shard % ranks.world_size != ranks.rank or shard in job.published:
                 continue
-            filled = capture_shard(job, shard, group, capture, bar, next(memory))
+            captured = capture_shard(job, shard, sequences, capture, bar, next(buffers))
             if writing is not None:
-                new_receipts.append(log.shard(writing.result()))
-            writing = publisher.submit(publish_shard, job.root, manifest, filled, workers)
+                log.add(writing.result())
+            writing = publisher.submit(publish_shard, job.root, manifest, captured, workers)
         if writing is not None:
-            new_receipts.append(log.shard(writing.result()))
+            log.add(writing.result())
     bar.close()
     return count
 
 
-def _mark_complete(
+def capture_shard(
     job: HarvestJob,
-    count: int,
-    receipts: dict[int, ShardReceipt],
-    before: CompletionMarker | None,
-    *,
-    goes_on: bool,
-) -> CompletionMarker | None:
-    """Write END.json if every shard is there; whichever process comes last does it."""
-    manifest = job.manifest
+    shard: int,
+    sequences: list[Sequence],
+    capture: ActivationCapture,
+    bar: Progress,
+    buffers: RowBuffers,
+) -> ShardData:
+    """Run the model over a shard's sequences and copy the rows that pass the token filters."""
+    identity = job.manifest.identity
+    hookpoints, size = identity.hookpoints, identity.batch_size
+    row_dtype = ROW_DTYPES[identity.dtype]
+    text = ShardText(
+        tokens=np.stack([sequence.tokens for sequence in sequences]),
+        lengths=np.array([sequence.length for sequence in sequences], dtype=np.int32),
+        documents=np.array([sequence.document for sequence in sequences], dtype=np.int64),
+        starts=np.array([sequence.start for sequence in sequences], dtype=np.int64),
+    )
+    kept, dropped = kept_positions(identity, text.tokens, text.lengths)
+    count = int(kept.sum())
+    rows = {h.name: buffers.rows(h.name, count, h.width, row_dtype) for h in hookpoints}
+    needs_norms = identity.max_norm_ratio is not None
+    norms = {h.name: np.empty(count) for h in hookpoints if needs_norms}
+    filled = 0
+    for start in range(0, len(sequences), size):
+        chosen = torch.from_numpy(np.flatnonzero(kept[start : start + size])).to(job.device)
+        captured = capture.run(*_batch(identity, text, start, job.device), chosen)
+        target = slice(filled, filled + len(chosen))
+        for name, activations in captured.items():
+            stored = row_dtype.from_torch(activations)
+            rows[name][target] = stored
+            if needs_norms:  # the norm filter needs the norms of the whole shard
+                norms[name][target] = row_norms(activations.float().cpu().numpy())
+            else:
+                check_overflow(activations, stored, row_dtype, name)
+        filled += len(chosen)
+        written = len(chosen) * sum(row_dtype.row_bytes(h.width) for h in hookpoints)
+        bar.advance(min(size, len(sequences) - start) * identity.ctx_len, written)
+    return ShardData(shard, text, kept, dropped, rows, norms)
+
+
+def _batch(
+    identity: Identity, text: ShardText, start: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return token ids and attention mask of one forward pass, [B, C] each.
+
+    A last batch with fewer sequences is padded to B: kernels may round differently for other
+    shapes. With the pack pipeline there is no padding within sequences, and no mask.
+    """
+    shape = (identity.batch_size, identity.ctx_len)
+    selected = slice(start, start + identity.batch_size)
+    tokens = np.zeros(shape, dtype=np.int64)
+    tokens[: len(text.tokens[selected])] = text.tokens[selected]
+    ids = torch.from_numpy(tokens).to(device)
+    if identity.pipeline == "pack":
+        return ids, None
+    mask = np.ones(shape, dtype=np.int64)  # 1 in unused rows: attention to no position gives NaN
+    lengths = text.lengths[selected]
+    mask[: len(lengths)] = np.arange(identity.ctx_len) < lengths[:, None]
+    return ids, torch.from_numpy(mask).to(device)
+
+
+def _mark_complete(job: HarvestJob, count: int, *, is_goal: bool) -> CompletionMarker | None:
+    """Write END.json if every shard is published; the last process to finish does."""
+    manifest, before = job.manifest, job.marker
     last = manifest.plan.shards_of(count) - 1
-    if list(receipts) != list(range(last + 1)):
+    if list(job.published) != list(range(last + 1)):
         return None
     if before is not None and (before.last_shard, before.sequences) == (last, count):
-        return before  # why it ended then is not for a command with another --max-tokens to say
-    reached = goes_on or (job.asked is not None and count >= job.asked)
+        return before  # its reason stays, even if this command has another --max-tokens
+    reached = is_goal or (job.goal is not None and count >= job.goal)
     reason: Literal["goal", "text"] = "goal" if reached else "text"
-    end = CompletionMarker(manifest.cache_id, last, count, reason, len(manifest.extensions))
-    write_completion_marker(job.root, end)
-    return end
+    marker = CompletionMarker(manifest.cache_id, last, count, reason, len(manifest.extensions))
+    write_completion_marker(job.root, marker)
+    return marker
 
 
 class HarvestLog:
-    """A line for each shard that one process publishes."""
+    """Receipts of the shards that this process publishes, and a JSON line on disk for each."""
 
     def __init__(self, root: Path, rank: int) -> None:
+        self.receipts: list[ShardReceipt] = []
         self._path = root / "logs" / f"harvest-rank{rank}.jsonl"
         self._last = time.monotonic()
 
-    def shard(self, receipt: ShardReceipt) -> ShardReceipt:
-        """Note a published shard."""
+    def add(self, receipt: ShardReceipt) -> None:
+        """Record a published shard."""
         now = time.monotonic()
         entry = {
             "shard": receipt.shard,
@@ -276,4 +325,4 @@ class HarvestLog:
                 file.write(line)
         except OSError as error:
             raise as_disk_full_error(error, self._path, len(line)) from error
-        return receipt
+        self.receipts.append(receipt)

@@ -1,11 +1,10 @@
-"""The language model that is harvested: loaded, placed on devices, and hooked.
+"""The language model that is harvested: loaded onto devices, and hooked.
 
-`loading` loads a causal language model and fingerprints its weights, `quantization` chooses bits
-and devices, and `hooks` finds the hookpoints and captures their activations.
+`loading` loads a causal language model, quantised or not, and fingerprints its weights and
+tokenizer; `hooks` finds the hookpoints and captures their activations.
 """
 
 __all__ = [
     "hooks",
     "loading",
-    "quantization",
 ]

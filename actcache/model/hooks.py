@@ -1,7 +1,7 @@
-"""Hookpoints: what can be hooked, which of it a pattern means, and capturing it.
+"""Find the modules of a model that can be hooked, match patterns against them, capture activations.
 
-Names are module paths below the model's base (`layers.9.mlp`); the base's own prefix (`model.`,
-`transformer.`, `gpt_neox.`) may be given or left out. ':in' at the end means the module's input.
+A hookpoint's name is a module path below the model's base (`layers.9.mlp`). The base's own prefix
+(`model.`, `transformer.`, `gpt_neox.`) is optional. The suffix ':in' means the module's input.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,50 +22,51 @@ from actcache.errors import HookpointError, ModelError
 from actcache.format.manifest import INPUT, Hookpoint
 
 _PROBE = (2, 8)
-"""Shape of the probing batch: of 2, so that what does not grow with the batch (position embeddings,
-rotary angles) is not taken for activations."""
+"""Shape [B, C] of the probe batch. B = 2, so that tensors without a batch dimension of their own
+(position embeddings, rotary angles) are not taken for activations."""
 
 
 @dataclass(frozen=True)
 class HookSite:
-    """A module's input or output, as a probing forward pass saw it."""
+    """Shape of a module's input or output, recorded in a probe forward pass."""
 
     name: str
     width: int | None
-    """Length of its last dimension; None when it cannot be hooked."""
+    """Size of the last dimension; None if it cannot be hooked."""
     reason: str
-    """Why it cannot be hooked; empty when it can."""
+    """Reason why it cannot be hooked, a predicate such as 'is not a tensor'; else empty."""
 
 
 def discover_sites(model: Any) -> dict[str, HookSite]:
-    """Run the base model once on a few tokens and note every module's input and output.
+    """Run the base model on a small batch and record the shapes of all modules' inputs and outputs.
 
     Args:
-        model: a transformers model; on the meta device nothing is computed.
+        model: a transformers model, possibly on the meta device.
 
     Returns:
-        Sites by name, in the order of the modules.
+        Sites by name, in the order of `named_modules`.
     """
     base = model.base_model
-    seen: dict[str, list[Any]] = {}
-    names = [(name, module) for name, module in base.named_modules() if name]
-    with contextlib.ExitStack() as stack:
-        for name, module in names:
-            hook = _note(name, seen)
-            stack.enter_context(_removing(module.register_forward_hook(hook, with_kwargs=True)))
-        _forward_probe(model, seen)
-    sites = [
-        _site(place, seen.get(place, [])) for name, _ in names for place in (name, f"{name}{INPUT}")
+    modules = {name: module for name, module in base.named_modules() if name}
+    shapes: dict[str, list[Any]] = {s: [] for name in modules for s in (name, f"{name}{INPUT}")}
+
+    def record(name: str) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            shapes[name].append(_shape(_first_tensor(output)))
+            shapes[f"{name}{INPUT}"].append(_shape(_input_tensor(args, kwargs)))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name), with_kwargs=True)
+        for name, module in modules.items()
     ]
-    return {site.name: site for site in sites}
-
-
-def _note(name: str, seen: dict[str, list[Any]]) -> Any:
-    def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.setdefault(name, []).append(_shape(_first_tensor(output)))
-        seen.setdefault(f"{name}{INPUT}", []).append(_shape(_input_tensor(args, kwargs)))
-
-    return hook
+    try:
+        _forward_probe(model, shapes)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _site(name, recorded) for name, recorded in shapes.items()}
 
 
 def _site(name: str, shapes: list[tuple[int, ...] | None]) -> HookSite:
@@ -83,12 +83,12 @@ def _site(name: str, shapes: list[tuple[int, ...] | None]) -> HookSite:
     return HookSite(name, shape[2], "")
 
 
-def _forward_probe(model: Any, seen: dict[str, list[Any]]) -> None:
+def _forward_probe(model: Any, shapes: dict[str, list[Any]]) -> None:
     base, device = model.base_model, input_device(model)
     batch, ctx = _PROBE
     ids = torch.zeros(batch, ctx, dtype=torch.long, device=device)
-    # On the meta device a mask cannot be built from values, but one in four dimensions is taken
-    # as it is; a few models refuse that shape, and build none.
+    # On the meta device models cannot build a mask from values. Most use a mask of four dimensions
+    # unchanged; the few that refuse it run without a mask.
     mask = torch.zeros(batch, 1, ctx, ctx, dtype=next(base.parameters()).dtype, device=device)
     with torch.no_grad():
         if device.type != "meta":
@@ -96,20 +96,21 @@ def _forward_probe(model: Any, seen: dict[str, list[Any]]) -> None:
             return
         try:
             base(ids, attention_mask=mask, use_cache=False)
-        except Exception:  # whatever a model says to a mask it does not know
-            seen.clear()  # the modules before the refusal are called once more
+        except Exception:  # each model has its own error for a mask that it refuses
+            for recorded in shapes.values():  # the modules before the error are called again
+                recorded.clear()
             base(ids, use_cache=False)
 
 
 def residual_hookpoints(model: Any, layers: Sequence[int], stride: int) -> list[str]:
-    """Hookpoints of the residual stream after layers: the given ones, or every `stride`-th.
+    """Name the residual-stream hookpoints after the given layers, or after every `stride`-th.
 
     Raises:
-        ModelError: the model's list of layers cannot be told.
+        ModelError: the list of layers cannot be identified among the model's modules.
         HookpointError: a layer number is beyond the last.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    # Beside a vision tower, which may have as many layers, stands the decoder of the text.
+    # A vision tower may have as many layers: search the text decoder only.
     text = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     inside = set(text.modules())
     lists = [
@@ -119,7 +120,7 @@ def residual_hookpoints(model: Any, layers: Sequence[int], stride: int) -> list[
     ]
     if count is None or len(lists) != 1:
         raise ModelError(
-            "cannot tell which modules are the model's layers",
+            "cannot identify the model's layers among its modules",
             expected=f"one list of {count} modules",
             got=", ".join(lists) or "none",
             remedy="name them with --hookpoint; actcache hookpoints MODEL lists them",
@@ -134,67 +135,67 @@ def residual_hookpoints(model: Any, layers: Sequence[int], stride: int) -> list[
 
 
 def select(pattern: str, sites: Mapping[str, HookSite], prefix: str) -> list[HookSite]:
-    """The places that a name or fnmatch pattern means, usable or not.
+    """Return the sites whose names match a pattern, including those that cannot be hooked.
 
     Args:
-        pattern: what the user gave; ':in' at the end asks for inputs.
-        sites: what `discover_sites` found.
+        pattern: module path or fnmatch pattern; with ':in' at the end it matches inputs only.
+        sites: result of `discover_sites`.
         prefix: the model's base prefix, which the pattern may begin with.
 
     Raises:
-        HookpointError: there are none.
+        HookpointError: no name matches.
     """
-    wanted = pattern.removeprefix(f"{prefix}.") if prefix else pattern
-    inputs = wanted.endswith(INPUT)
-    found = [
+    path = pattern.removeprefix(f"{prefix}.") if prefix else pattern
+    inputs = path.endswith(INPUT)
+    matching = [
         site
         for name, site in sites.items()
-        if name.endswith(INPUT) == inputs and fnmatchcase(name, wanted)
+        if name.endswith(INPUT) == inputs and fnmatchcase(name, path)
     ]
-    if not found:
+    if not matching:
         usable = [name for name, site in sites.items() if site.width is not None]
-        close = difflib.get_close_matches(wanted, usable, n=5, cutoff=0.4)
+        close = difflib.get_close_matches(path, usable, n=5, cutoff=0.4)
         raise HookpointError(
             f"no module of the model matches {pattern!r}",
             expected=f"such as {', '.join(close)}" if close else None,
             got=pattern,
             remedy="actcache hookpoints MODEL lists what can be hooked",
         )
-    return found
+    return matching
 
 
 def match(patterns: Sequence[str], sites: Mapping[str, HookSite], prefix: str) -> list[Hookpoint]:
-    """The hookpoints that patterns mean, each once, in natural order.
+    """Return the hookpoints that match any pattern, in natural order without duplicates.
 
     Args:
-        patterns: names or fnmatch patterns.
-        sites: what `discover_sites` found.
+        patterns: module paths or fnmatch patterns.
+        sites: result of `discover_sites`.
         prefix: the model's base prefix, which patterns may begin with.
 
     Raises:
-        HookpointError: a pattern matches nothing, or only what cannot be hooked.
+        HookpointError: a pattern matches no site, or none that can be hooked.
     """
     found: dict[str, Hookpoint] = {}
     for pattern in patterns:
-        places = select(pattern, sites, prefix)
-        usable = {site.name: site.width for site in places if site.width is not None}
+        selected = select(pattern, sites, prefix)
+        usable = {site.name: site.width for site in selected if site.width is not None}
         if not usable:
             raise HookpointError(
-                f"{pattern!r} cannot be hooked: it {places[0].reason}",
+                f"{pattern!r} cannot be hooked: it {selected[0].reason}",
                 remedy="actcache hookpoints MODEL lists what can be hooked",
             )
         found |= {name: Hookpoint(name, width) for name, width in usable.items()}
     return [found[name] for name in sorted(found, key=_natural)]
 
 
-class _StopForward(Exception):  # noqa: N818 (no error: everything asked for has been captured)
+class _StopForward(Exception):  # noqa: N818 (ends the pass after the last hookpoint)
     pass
 
 
 class ActivationCapture:
-    """Hooks on a model that keep what passes the hookpoints and stop the pass after the last.
+    """Forward hooks that copy the activations of hookpoints and stop the pass after the last one.
 
-    Use as a context manager; `run` may be called many times inside.
+    Entering the context registers the hooks, leaving it removes them; `run` needs them.
     """
 
     def __init__(self, model: Any, hookpoints: Sequence[Hookpoint]) -> None:
@@ -206,23 +207,10 @@ class ActivationCapture:
         self._handles: list[Any] = []
 
     def __enter__(self) -> ActivationCapture:
-        for hookpoint in self._hookpoints:
-            module = self._base.get_submodule(hookpoint.name.removesuffix(INPUT))
-            if hookpoint.name.endswith(INPUT):
-                handle = module.register_forward_pre_hook(
-                    self._input_hook(hookpoint), with_kwargs=True
-                )
-            else:
-                handle = module.register_forward_hook(self._output_hook(hookpoint))
-            self._handles.append(handle)
+        self._handles = [self._register(hookpoint) for hookpoint in self._hookpoints]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -230,18 +218,20 @@ class ActivationCapture:
     def run(
         self, tokens: Tensor, mask: Tensor | None = None, chosen: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Activations of a batch of sequences.
+        """Run the model on a batch up to the last hookpoint.
 
         Args:
             tokens: token ids [B, C] on the model's device.
-            mask: 1 where there is a token and 0 where there is padding [B, C]; None: no padding.
-            chosen: tokens, numbered through all sequences [n], whose activations are wanted.
+            mask: 1 for tokens and 0 for padding [B, C]; None: no padding.
+            chosen: indices [n] into the B * C token positions to copy; None: all.
 
         Returns:
-            By hookpoint, [B, C, width], or [n, width] of those chosen, in the model's type.
+            Activations by hookpoint, [n, width] or without `chosen` [B, C, width], in the model's
+            dtype.
 
         Raises:
-            HookpointError: a hookpoint was not reached, or gave another shape than when surveyed.
+            HookpointError: a hookpoint was not reached, or had another shape than in the probe.
+            ModelError: the forward pass failed.
         """
         self._captured, self._shapes, self._chosen = {}, {}, chosen
         try:
@@ -252,7 +242,11 @@ class ActivationCapture:
                     self._base(tokens, attention_mask=mask, use_cache=False)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, IndexError) as error:  # of kernels that do not fit
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+        ) as error:
             raise ModelError(
                 f"the model's forward pass failed at {len(tokens)} sequences of {tokens.shape[1]}",
                 got=f"{type(error).__name__}: {error}",
@@ -262,46 +256,47 @@ class ActivationCapture:
             got = self._shapes.get(hookpoint.name)
             if got != (*tokens.shape, hookpoint.width):
                 raise HookpointError(
-                    f"hookpoint {hookpoint.name} did not give what it gave when surveyed",
+                    f"hookpoint {hookpoint.name} has another shape than in the probe",
                     expected=[*tokens.shape, hookpoint.width],
-                    got=got or "nothing: it was not reached",
+                    got=got or "no output: it was not reached",
                 )
         return self._captured
 
     def _keep(self, hookpoint: Hookpoint, tensor: Tensor | None) -> None:
-        if tensor is not None:  # copied, for modules further on may add to it in place
+        if tensor is not None:  # copied: later modules may add to it in place
             self._shapes[hookpoint.name] = tuple(tensor.shape)
             self._captured[hookpoint.name] = self._copy(tensor)
         if len(self._captured) == len(self._hookpoints):
             raise _StopForward
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        if self._chosen is None or tensor.dim() != 3:  # `run` refuses another shape
+        if self._chosen is None or tensor.dim() != 3:  # `run` raises for other shapes
             return tensor.clone()
         return tensor.flatten(0, 1).index_select(0, self._chosen.to(tensor.device))
 
-    def _input_hook(self, hookpoint: Hookpoint) -> Any:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _register(self, hookpoint: Hookpoint) -> Any:
+        module = self._base.get_submodule(hookpoint.name.removesuffix(INPUT))
+
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
             self._keep(hookpoint, _input_tensor(args, kwargs))
 
-        return hook
-
-    def _output_hook(self, hookpoint: Hookpoint) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
             self._keep(hookpoint, _first_tensor(output))
 
-        return hook
+        if hookpoint.name.endswith(INPUT):
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
 
 
 def _first_tensor(value: Any) -> Tensor | None:
-    """The tensor itself, or the first of a tuple: some layers return more than hidden states."""
+    """Return the tensor, or the first one of a tuple: layers may return more than hidden states."""
     if isinstance(value, (tuple, list)) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None
 
 
 def _input_tensor(args: Any, kwargs: Any) -> Tensor | None:
-    """The hidden states among a module's arguments; Llama passes them to attention by name."""
+    """Return the hidden states from a module's arguments, positional or by keyword."""
     if args:
         return _first_tensor(args)
     return _first_tensor(kwargs.get("hidden_states"))
@@ -311,14 +306,6 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-@contextlib.contextmanager
-def _removing(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layers.10 after layers.9."""
+    """Return a sort key that orders layers.10 after layers.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,11 +1,13 @@
-"""The model and its tokenizer: found, loaded, fingerprinted. Errors name what to do."""
+"""Load the model, its configuration and tokenizer; fingerprint weights and tokenizer."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +19,13 @@ import xxhash
 from actcache.config import HarvestConfig
 from actcache.core.device import choose_device
 from actcache.errors import ModelError
-from actcache.model.quantization import from_pretrained_kwargs
 
 
 def load_config(config: HarvestConfig) -> Any:
-    """The model's transformers configuration.
+    """Load the model's transformers configuration.
 
     Raises:
-        ModelError: it cannot be found, or is of a kind whose hidden states are not one stream.
+        ModelError: there is none, or it is not of a decoder-only language model.
     """
     from transformers import AutoConfig
 
@@ -36,7 +37,7 @@ def load_config(config: HarvestConfig) -> Any:
 
 
 def load_tokenizer(config: HarvestConfig) -> Any:
-    """The model's tokenizer; raises `ModelError`."""
+    """Load the model's tokenizer; raises `ModelError`."""
     from transformers import AutoTokenizer
 
     _check_local(config)
@@ -45,36 +46,111 @@ def load_tokenizer(config: HarvestConfig) -> Any:
 
 
 def load_model(config: HarvestConfig) -> Any:
-    """The model with its weights, in evaluation mode, on its device or devices.
+    """Load the model with its weights, in evaluation mode, on its device or devices.
 
     Raises:
-        ModelError: it cannot be loaded, or not as the options ask.
+        ModelError: loading fails, or the checkpoint does not allow --load-in as given.
     """
     from transformers import AutoModelForCausalLM
 
-    placed = from_pretrained_kwargs(config, load_config(config))
-    device = None if placed else choose_device(config.device)
+    kwargs = from_pretrained_kwargs(config, load_config(config))
+    device = None if kwargs else choose_device(config.device)
     dtype = "auto" if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
     with _explained(config, "weights"):
         model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=dtype, **placed, **_source(config)
+            config.model, dtype=dtype, **kwargs, **_source(config)
         )
-        if device is not None:  # otherwise transformers has placed it already
+        if device is not None:  # with `kwargs`, transformers chose the device
             model.to(device)
         return model.eval().requires_grad_(False)
 
 
-def load_meta_model(model_config: Any, config: HarvestConfig) -> Any:
-    """The model on the meta device, in bfloat16: shapes without weights.
+def from_pretrained_kwargs(config: HarvestConfig, model_config: Any) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for quantisation and placement on devices.
+
+    They are empty for a model that is neither quantised nor split over devices.
+
+    Args:
+        config: the options.
+        model_config: the model's transformers configuration.
 
     Raises:
-        Exception: whatever a model raises that cannot be built there.
+        ModelError: a required library is not installed, or --load-in does not fit a checkpoint
+            that is stored quantised.
+    """
+    kwargs: dict[str, Any] = {}
+    stored = getattr(model_config, "quantization_config", None)
+    _check_stored(config, stored)
+    if config.load_in != "none":
+        _require(f"--load-in {config.load_in}", "bitsandbytes", "accelerate")
+        # bitsandbytes warns at every matrix product that its inputs are rounded.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        if stored is None:
+            kwargs["quantization_config"] = _quantization(config, model_config)
+    if config.device_map == "auto":
+        _require("--device-map auto", "accelerate")
+        kwargs |= {"device_map": "auto", "offload_folder": config.offload_folder}
+        if config.max_memory:
+            kwargs["max_memory"] = config.budgets
+    elif config.load_in != "none" or stored is not None:
+        # Quantised weights cannot be moved to another device after loading.
+        kwargs["device_map"] = {"": str(choose_device(config.device))}
+    return kwargs
+
+
+def _quantization(config: HarvestConfig, model_config: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = model_config.dtype if config.model_dtype == "auto" else config.model_dtype
+    # Without bnb_4bit_compute_dtype, float16 models multiply in float32, slowly.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype or torch.float32,
+    )
+
+
+def _check_stored(config: HarvestConfig, stored: Any) -> None:
+    """Check that --load-in fits a checkpoint stored quantised; raises `ModelError`."""
+    if stored is None:
+        return
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    bits = next((b for b in ("8bit", "4bit") if values.get(f"load_in_{b}")), None)
+    if config.load_in not in ("none", bits):
+        raise ModelError(
+            f"{config.model} is quantised already",
+            expected=f"--load-in none{f' or {bits}' if bits else ''}",
+            got=f"--load-in {config.load_in}",
+        )
+    if bits == "8bit" and config.load_in == "none":
+        raise ModelError(
+            f"{config.model} holds 8-bit weights, whose activations depend on the batch",
+            remedy="--load-in 8bit, which makes every batch the same on resume",
+        )
+
+
+def _require(option: str, *libraries: str) -> None:
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"{option} needs {' and '.join(missing)}",
+            remedy=f"pip install {' '.join(missing)}",
+        )
+
+
+def load_meta_model(model_config: Any, config: HarvestConfig) -> Any:
+    """Build the model on the meta device, in bfloat16: shapes without weights.
+
+    Raises:
+        Exception: of any type, if the model's code does not support the meta device.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(model_config),  # it writes the type into the configuration
+            copy.deepcopy(model_config),  # from_config writes dtype into it
             dtype=torch.bfloat16,
             trust_remote_code=config.trust_remote_code,
         )
@@ -82,28 +158,28 @@ def load_meta_model(model_config: Any, config: HarvestConfig) -> Any:
 
 
 _NAMES_ONLY = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-"""Keys of a configuration that compute nothing (the weights' types are digested themselves)."""
+"""Keys of a configuration without effect on activations (weights are hashed with their dtype)."""
 
 
 def fingerprint_model(model: Any) -> str:
-    """Digest of all that the model computes with: configuration and weights.
+    """Digest the configuration and the weights.
 
-    The configuration counts where it differs from its class's defaults: the same weights give
-    other activations with another epsilon, activation function or attention.
+    Only values that differ from the configuration class's defaults are hashed. They matter: the
+    same weights give other activations with another epsilon, activation function or attention.
     """
-    told = {k: v for k, v in model.config.to_diff_dict().items() if k not in _NAMES_ONLY}
-    told["attention"] = getattr(model.config, "_attn_implementation", None)
-    digest = xxhash.xxh3_128(json.dumps(told, sort_keys=True, default=str).encode())
-    # Buffers that are not in the state follow from the configuration.
+    values = {k: v for k, v in model.config.to_diff_dict().items() if k not in _NAMES_ONLY}
+    values["attention"] = getattr(model.config, "_attn_implementation", None)
+    digest = xxhash.xxh3_128(json.dumps(values, sort_keys=True, default=str).encode())
+    # Buffers outside the state dict are computed from the configuration.
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        plain = _present(model, name, tensor).contiguous().reshape(-1)
+        plain = _on_cpu(model, name, tensor).contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _present(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the state on the CPU; one that is offloaded is brought in, it alone."""
+def _on_cpu(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the state dict on the CPU, loading it alone if it is offloaded."""
     if tensor.device.type != "meta":
         return tensor.detach().cpu()
     from accelerate.utils import align_module_device
@@ -111,16 +187,16 @@ def _present(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     with align_module_device(module, torch.device("cpu")):
-        found: torch.Tensor = getattr(module, leaf).detach()
-    return found
+        present: torch.Tensor = getattr(module, leaf).detach()
+    return present
 
 
 def fingerprint_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
-    """Digest of the vocabulary, special tokens, and of how a probe text is cut.
+    """Digest the vocabulary, the special tokens, and the token ids of a probe text.
 
     Args:
-        tokenizer: of transformers.
-        chat: whether its chat template counts too.
+        tokenizer: tokenizer of transformers.
+        chat: also digest the chat template.
     """
     probe = "The quick brown fox, naïve café — 12345\n\tdef f(x): return x**2  "
     digest = xxhash.xxh3_128()
@@ -133,10 +209,10 @@ def fingerprint_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
 
 
 def dtype_name(model: Any) -> str:
-    """Type of the model's arithmetic, such as 'bfloat16'.
+    """Return the dtype of the model's arithmetic, such as 'bfloat16'.
 
-    That of its first weights with 2 bytes or more to a number: quantised ones have fewer, and are
-    decoded to the type of the others.
+    It is the dtype of the first weights with at least 2 bytes per number: quantised weights have
+    fewer, and are dequantised to the dtype of the others.
     """
     types = (p.dtype for p in model.parameters())
     first = next(t for t in types if t.is_floating_point and t.itemsize > 1)
@@ -144,16 +220,13 @@ def dtype_name(model: Any) -> str:
 
 
 def _source(config: HarvestConfig) -> dict[str, Any]:
-    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.revision is not None:
-        source["revision"] = config.revision
-    if config.gguf_file is not None:
-        source["gguf_file"] = config.gguf_file
-    return source
+    names = {"revision": config.revision, "gguf_file": config.gguf_file}
+    given = {name: value for name, value in names.items() if value is not None}
+    return {"trust_remote_code": config.trust_remote_code, **given}
 
 
 def _check_local(config: HarvestConfig) -> None:
-    """Transformers answers a missing folder with advice on hub logins: say it plainly first."""
+    """Raise `ModelError` for a missing local folder, which transformers would seek on the hub."""
     path = Path(config.model)
     if config.gguf_file is not None and path.is_dir() and not (path / config.gguf_file).is_file():
         found = sorted(p.name for p in path.glob("*.gguf"))
@@ -169,43 +242,43 @@ def _check_local(config: HarvestConfig) -> None:
 
 @contextlib.contextmanager
 def _explained(config: HarvestConfig, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises into a `ModelError`, and keep its bars off a pipe."""
-    from transformers.utils import logging
+    """Convert every exception to `ModelError`; hide progress bars if stderr is not a terminal."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if not sys.stderr.isatty():  # the GGUF reader draws a bar that no setting turns off
-        logging.disable_progress_bar()
+    if not sys.stderr.isatty():  # the GGUF reader's bar cannot be disabled: redirect stderr
+        transformers_logging.disable_progress_bar()
         quiet = contextlib.redirect_stderr(io.StringIO())
     try:
         with quiet:
             yield
-    except Exception as error:  # transformers, its hub client and its parsers raise anything
-        spread = "; an offload_folder is --offload-folder" if config.device_map == "auto" else ""
+    except Exception as error:  # transformers, its hub client and parsers raise many types
+        hint = "; an offload_folder is --offload-folder" if config.device_map == "auto" else ""
         raise ModelError(
             f"cannot load the {what} of {config.model}",
             got=f"{type(error).__name__}: {error}",
-            remedy=f"check the name, --revision and --gguf-file; gated models need a login{spread}",
+            remedy=f"check the name, --revision and --gguf-file; gated models need a login{hint}",
         ) from error
 
 
 _LOADER = "AutoModelForCausalLM"
 _BIDIRECTIONAL = {"bert-generation", "xlnet"}
-"""Encoders that have no head for masked words."""
+"""Bidirectional models that transformers has no masked-LM class for."""
 
 
 def require_causal_lm(name: str, model_config: Any) -> None:
     """Refuse models that are not decoder-only language models.
 
-    Models of text and images are taken where transformers loads them, or their text part, as a
-    causal language model: they run on the text alone.
+    Multimodal models are accepted if transformers can load them, or their text model, as a causal
+    language model: they run on text alone.
 
     Args:
-        name: what the user calls the model.
+        name: the model's name, for the message.
         model_config: its transformers configuration.
 
     Raises:
-        ModelError: it is of another kind, which the message names.
+        ModelError: the model is of another kind, which the message names.
     """
     if kind := _other_kind(model_config):
         raise ModelError(
@@ -223,11 +296,11 @@ def _other_kind(config: Any) -> str:
 
     if getattr(config, "is_encoder_decoder", False):
         return "an encoder-decoder model"
-    if _LOADER in (getattr(config, "auto_map", None) or {}):  # code of its own, which knows better
+    if _LOADER in (getattr(config, "auto_map", None) or {}):  # its own code defines a causal LM
         return ""
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type in _BIDIRECTIONAL
     if masked and not (getattr(config, "is_decoder", False) or getattr(config, "causal", False)):
-        return "an encoder, in which every token sees those behind it"
+        return "an encoder, in which every token attends to later ones"
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return ""
     if config.sub_configs:

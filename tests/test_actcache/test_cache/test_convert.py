@@ -33,7 +33,6 @@ from actcache.errors import (
 from actcache.filesystem.atomic import DirectoryLock
 from actcache.format.manifest import Identity, read_manifest
 from actcache.format.receipts import receipt_path
-from actcache.harvester import resolve as planning
 from actcache.harvester.run import harvest
 
 Options = Callable[..., HarvestConfig]
@@ -466,7 +465,7 @@ def test_room_is_asked_for_beforehand_and_only_for_what_is_missing(
 ) -> None:
     made = run(source, tmp_path / "whole", dtype="float32").new_bytes
     usage = SimpleNamespace(free=made)
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DiskFullError, match=r"(?s)the conversion does not fit.*smaller --dtype"):
         run(source, tmp_path / "out", dtype="float32")
     assert not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ from actcache.errors import (
 )
 from actcache.filesystem.atomic import DirectoryLock, digest_file
 from actcache.format.receipts import publish_receipt, receipt_path, retraction_path
-from actcache.harvester import run as harvest_module
+from actcache.harvester import run as run_module
 from actcache.harvester.run import harvest
 
 Options = Callable[..., HarvestConfig]
@@ -306,7 +306,7 @@ def test_where_the_bytes_cannot_be_restored_nothing_is_published_and_it_is_said(
     root = Path(harvest(options()).cache)
     whole = tree(root)
     flip(root / "activations/layers.0/00001.safetensors")
-    run = harvest_module.ActivationCapture.run
+    run = run_module.ActivationCapture.run
 
     def other(*batch: Any) -> Any:
         return {name: x + 1e-3 for name, x in run(*batch).items()}
@@ -314,7 +314,7 @@ def test_where_the_bytes_cannot_be_restored_nothing_is_published_and_it_is_said(
     edit(root / "manifest.json", versions={"torch": "1.0"})
     manifest = tree(root)["manifest.json"]
     with monkeypatch.context() as patched:
-        patched.setattr(harvest_module.ActivationCapture, "run", other)
+        patched.setattr(run_module.ActivationCapture, "run", other)
         for _ in range(2):  # the first try takes nothing from the second
             with pytest.raises(
                 CacheMismatchError,

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from actcache.config import HarvestConfig
-from actcache.data.datasets import open_dataset
-from actcache.data.documents import (
+from actcache.data.datasets import (
     DocumentStream,
     IndexedDocuments,
     Mixture,
     TokenFile,
-    document_kind,
+    open_dataset,
 )
 from actcache.errors import DatasetError
 
@@ -54,7 +53,7 @@ def write(path: Path, column: str = "text") -> Path:
 @pytest.mark.parametrize(
     "name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "A.JSONL", "a[1]*.csv"]
 )
-def test_every_kind_of_table_gives_its_documents(name: str, tmp_path: Path) -> None:
+def test_every_table_format_is_read(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "A.JSONL":
         write(tmp_path / "a.jsonl").rename(path)
@@ -63,7 +62,7 @@ def test_every_kind_of_table_gives_its_documents(name: str, tmp_path: Path) -> N
     assert texts_of(path) == TEXTS
 
 
-def test_another_column_can_be_named(tmp_path: Path) -> None:
+def test_text_column_names_another_column(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", column="body")
     assert texts_of(path, text_column="body") == TEXTS
     assert opened(path, text_column="body").column.name == "body"
@@ -77,7 +76,7 @@ def test_a_text_file_is_one_document_without_a_column(tmp_path: Path) -> None:
     assert documents.batch([0]) == ["naïve\nlines\n"]
 
 
-def test_a_saved_dataset_and_a_split_of_a_saved_dictionary_are_read(tmp_path: Path) -> None:
+def test_saved_datasets_and_splits_of_saved_dictionaries_are_read(tmp_path: Path) -> None:
     import datasets
 
     table().save_to_disk(tmp_path / "one")
@@ -90,18 +89,18 @@ def test_a_saved_dataset_and_a_split_of_a_saved_dictionary_are_read(tmp_path: Pa
         opened(tmp_path / "many", split="dev")
 
 
-def test_documents_come_by_their_numbers(tmp_path: Path) -> None:
+def test_documents_are_read_by_index(tmp_path: Path) -> None:
     documents = opened(write(tmp_path / "a.jsonl"))
     assert documents.batch([3, 0]) == [TEXTS[3], TEXTS[0]]
 
 
-def test_a_missing_text_is_an_empty_one(tmp_path: Path) -> None:
+def test_a_null_text_is_an_empty_document(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n{"text": null}\n')
     assert texts_of(path) == ["a", ""]
 
 
-def test_a_file_of_token_ids_is_read_in_the_type_that_is_named(tmp_path: Path) -> None:
+def test_a_file_of_token_ids_is_read_with_bin_dtype(tmp_path: Path) -> None:
     for dtype in ("uint8", "uint16", "uint32", "int32", "int64"):
         path = tmp_path / f"{dtype}.bin"
         ids = np.array([0, 1, 255, 7], dtype=np.dtype(dtype).newbyteorder("<"))
@@ -111,14 +110,14 @@ def test_a_file_of_token_ids_is_read_in_the_type_that_is_named(tmp_path: Path) -
         np.testing.assert_array_equal(source.ids, ids)
 
 
-def test_a_file_of_token_ids_must_be_whole(tmp_path: Path) -> None:
+def test_a_file_with_a_partial_token_id_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"12345")
     with pytest.raises(DatasetError, match=r"(?s)multiple of 2 bytes.*5 bytes.*--bin-dtype"):
         opened(path)
 
 
-def test_the_fingerprint_is_of_the_bytes_and_for_ids_of_their_type(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_bytes_and_bin_dtype(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").write_bytes(first.read_bytes())
     assert opened(first).fingerprint == opened(tmp_path / "b.jsonl").fingerprint
@@ -129,7 +128,9 @@ def test_the_fingerprint_is_of_the_bytes_and_for_ids_of_their_type(tmp_path: Pat
     assert len(types) == 2
 
 
-def test_the_fingerprint_of_a_folder_is_of_its_text_and_not_of_its_place(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_folder_depends_on_its_text_and_not_on_its_path(
+    tmp_path: Path,
+) -> None:
     import datasets
 
     def fingerprint(name: str, texts: list[str]) -> str:
@@ -144,30 +145,30 @@ def test_the_fingerprint_of_a_folder_is_of_its_text_and_not_of_its_place(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "/gone/x", "~/gone", "gone.bin"])
-def test_what_looks_like_a_path_and_is_not_there_is_said_so(name: str) -> None:
+def test_a_missing_local_path_is_reported_as_such(name: str) -> None:
     with pytest.raises(DatasetError, match=r"(?s)no such file or folder: .*gone.*save_to_disk"):
         opened(name)
 
 
-def test_a_dataset_that_cannot_be_had_is_told_with_what_to_check() -> None:
+def test_a_dataset_that_cannot_be_loaded_is_reported_with_options_to_check() -> None:
     with pytest.raises(DatasetError, match=r"(?s)cannot load dataset .*nobody.*remedy.*--split"):
         opened("nobody/nothing-of-that-name")
 
 
-def test_a_missing_column_is_told_with_those_there_are(tmp_path: Path) -> None:
+def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", column="body")
     with pytest.raises(DatasetError, match=r"(?s)no column 'text'.*body \| number.*--text-column"):
         opened(path)
 
 
-def test_a_column_that_holds_no_text_is_told_with_the_document(tmp_path: Path) -> None:
+def test_a_column_without_text_is_reported_with_the_document_index(tmp_path: Path) -> None:
     documents = opened(write(tmp_path / "a.jsonl"), text_column="number")
     with pytest.raises(DatasetError, match=r"(?s)'number' .*int in document 3.*--text-column"):
         documents.batch([3])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin", "a.parquet"])
-def test_an_empty_file_is_refused_by_path(name: str, tmp_path: Path) -> None:
+def test_an_empty_file_is_refused_with_its_path(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     with pytest.raises(DatasetError, match=rf"{name} is empty"):
         opened(tmp_path / name)
@@ -177,7 +178,7 @@ def test_a_dataset_without_documents_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.csv").write_text("text\n")
     with pytest.raises(DatasetError, match=r"none\.csv"):
         opened(tmp_path / "none.csv")
-    table().select([]).save_to_disk(tmp_path / "none")  # which datasets itself cannot load
+    table().select([]).save_to_disk(tmp_path / "none")
     with pytest.raises(DatasetError, match="none"):
         opened(tmp_path / "none")
 
@@ -192,25 +193,21 @@ def test_a_dataset_without_documents_is_refused(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe\xfa latin"),
     ],
 )
-def test_a_damaged_file_is_refused_by_path(name: str, data: bytes, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_with_its_path(name: str, data: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DatasetError, match=name):
         opened(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.xml", "noending"])
-def test_a_file_of_an_unknown_kind_is_refused_with_those_that_are_known(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_file_of_unknown_type_is_refused_with_the_known_types(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")
-    with pytest.raises(DatasetError, match=r"do not know how to read .*\n  expected: a \.jsonl"):
+    with pytest.raises(DatasetError, match=r"unknown file type: .*\n  expected: a \.jsonl"):
         opened(tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_a_rewritten_file_is_read_anew_even_if_its_time_is_the_same(
-    suffix: str, tmp_path: Path
-) -> None:
+def test_a_rewritten_file_with_the_same_mtime_is_read_again(suffix: str, tmp_path: Path) -> None:
     import datasets
 
     path = tmp_path / f"a.{suffix}"
@@ -221,21 +218,21 @@ def test_a_rewritten_file_is_read_anew_even_if_its_time_is_the_same(
         assert texts_of(path) == [text]
 
 
-def test_nothing_is_drawn_where_there_is_no_terminal(
+def test_no_progress_bar_is_drawn_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opened(write(tmp_path / "a.jsonl"))
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_slice_of_a_file_is_taken_and_is_another_text(tmp_path: Path) -> None:
+def test_a_slice_of_a_file_has_its_own_fingerprint(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl")
     assert texts_of(path, split="train[:2]") == TEXTS[:2]
     assert opened(path, split="train[:2]").fingerprint != opened(path).fingerprint
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin", "saved"])
-def test_a_split_that_is_not_there_is_refused_and_never_ignored(name: str, tmp_path: Path) -> None:
+def test_a_missing_split_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name == "saved":
         table().save_to_disk(path)
@@ -247,7 +244,7 @@ def test_a_split_that_is_not_there_is_refused_and_never_ignored(name: str, tmp_p
         opened(path, split="validation")
 
 
-def test_a_broken_file_says_what_is_broken(tmp_path: Path) -> None:
+def test_a_truncated_json_file_is_reported_as_bad_json(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "whole"}\n{"text": "cut')
     with pytest.raises(DatasetError, match="JSON"):
@@ -265,14 +262,14 @@ def rows_file(path: Path, rows: list[Any], column: str = "it") -> Path:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", COLUMNS)
-def test_conversations_and_token_ids_come_from_columns_of_their_own(
+def test_conversations_and_token_ids_are_read_from_their_columns(
     kind: str, streaming: bool, tmp_path: Path
 ) -> None:
     option, rows = COLUMNS[kind]
     path = rows_file(tmp_path / "a.jsonl", rows)
     how = {"streaming": True, "max_tokens": 4096} if streaming else {}
     source = opened(path, **{option: "it"}, **how)
-    assert document_kind(source) == kind
+    assert source.column.kind == kind
     found = list(source.walk()) if streaming else source.batch(range(source.count))
     plain = [
         [{k: v for k, v in m.items() if v} for m in row] if kind == "chat" else row for row in found
@@ -291,13 +288,13 @@ def test_conversations_and_token_ids_come_from_columns_of_their_own(
         ("text_column", [[1]], r"text.*list of int.*--text-column"),
     ],
 )
-def test_a_column_of_another_kind_is_told_with_the_option_to_change(
+def test_a_column_of_another_type_is_reported_with_the_option_to_change(
     option: str, rows: list[Any], message: str, streaming: bool, tmp_path: Path
 ) -> None:
     path = rows_file(tmp_path / "a.jsonl", rows)
     how = {"streaming": True, "max_tokens": 4096} if streaming else {}
     with pytest.raises(DatasetError, match=rf"(?s)does not hold.*{message}"):
-        opened(path, **{option: "it"}, **how).batch([0])  # a stream is looked into at once
+        opened(path, **{option: "it"}, **how).batch([0])  # a stream fails when opened
 
 
 def streamed(path: Path | str, **options: Any) -> DocumentStream:
@@ -307,18 +304,20 @@ def streamed(path: Path | str, **options: Any) -> DocumentStream:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-def test_a_stream_gives_the_same_documents_as_often_as_asked(name: str, tmp_path: Path) -> None:
+def test_a_stream_can_be_iterated_repeatedly(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / name)
     source = streamed(path)
     assert list(source.walk()) == list(source.walk()) == TEXTS
     assert source.fingerprint == opened(path).fingerprint
 
 
-def test_a_stream_from_a_folder_is_known_by_its_name_and_first_documents(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_streamed_folder_covers_name_and_first_documents(
+    tmp_path: Path,
+) -> None:
     import datasets
 
-    def fingerprint(place: str, texts: list[str]) -> str:
-        path = tmp_path / place / "texts"
+    def fingerprint(folder: str, texts: list[str]) -> str:
+        path = tmp_path / folder / "texts"
         datasets.Dataset.from_dict({"text": texts}).save_to_disk(path)
         assert list(streamed(path).walk()) == texts
         return streamed(path).fingerprint
@@ -328,7 +327,7 @@ def test_a_stream_from_a_folder_is_known_by_its_name_and_first_documents(tmp_pat
     assert first == fingerprint("b", TEXTS) != fingerprint("c", TEXTS[1:])
 
 
-def test_a_stream_that_breaks_off_says_so_and_how_to_go_on(
+def test_an_interrupted_stream_is_reported_with_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -342,7 +341,7 @@ def test_a_stream_that_breaks_off_says_so_and_how_to_go_on(
     monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
     walk = source.walk()
     assert next(walk) == "one"
-    with pytest.raises(DatasetError, match=r"(?s)stream of .*a\.jsonl broke off.*reset.*same"):
+    with pytest.raises(DatasetError, match=r"(?s)stream of .*a\.jsonl ended with an error.*reset"):
         next(walk)
 
 
@@ -365,12 +364,12 @@ def test_options_of_tables_are_refused_for_files_without_columns(
         opened(tmp_path / name, max_tokens=4096, **{option: value})
 
 
-def test_datasets_are_mixed_and_the_mixture_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+def test_a_mixture_has_its_own_fingerprint(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a.jsonl"), rows_file(tmp_path / "b.jsonl", ["b"], "text")
     mixed = opened(first, mix=(str(second),))
     assert isinstance(mixed, Mixture)
     assert mixed.weights == (1.0, 1.0)
-    assert [part.fingerprint for part in mixed.parts] == [
+    assert [source.fingerprint for source in mixed.sources] == [
         opened(path).fingerprint for path in (first, second)
     ]
     assert mixed.fingerprint != opened(second, mix=(str(first),)).fingerprint

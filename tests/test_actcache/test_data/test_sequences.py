@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actcache.core import rng
-from actcache.data import sequences as tokens
-from actcache.data import shuffling as mixing
-from actcache.data.documents import Column, IndexedDocuments, TokenFile
-from actcache.data.sequences import Sequence, SequencePipeline, count_sequences, iter_sequences
-from actcache.data.shuffling import DocumentOrder
+from actcache.data import sequences
+from actcache.data.datasets import (
+    Column,
+    DocumentStream,
+    IndexedDocuments,
+    Mixture,
+    TokenFile,
+)
+from actcache.data.sequences import (
+    DocumentOrder,
+    Sequence,
+    SequencePipeline,
+    count_sequences,
+    documents_in_order,
+    iter_sequences,
+)
 from actcache.errors import DatasetError
 
 
 class Letters:
-    """A tokenizer: one token a letter, a = 1."""
+    """Tokenizer with one token per letter, a = 1."""
 
     def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[ord(c) - 96 for c in text] for text in texts]}
@@ -45,47 +58,47 @@ def pipeline(kind: Any = "pack", ctx_len: int = 4, **changes: Any) -> SequencePi
     return SequencePipeline(kind, ctx_len, **(values | changes))
 
 
-def made(source: Any, *kind: str, **changes: Any) -> list[Sequence]:
-    how = pipeline(*kind, **changes)
-    found = list(iter_sequences(source, Letters(), how))
+def sequences_of(source: Any, *kind: str, **changes: Any) -> list[Sequence]:
+    settings = pipeline(*kind, **changes)
+    found = list(iter_sequences(source, Letters(), settings))
     for sequence in found:
         assert sequence.tokens.dtype == np.int32
-        assert sequence.tokens.shape == (how.ctx_len,)
-    assert count_sequences(source, Letters(), how, None) == len(found)
+        assert sequence.tokens.shape == (settings.ctx_len,)
+    assert count_sequences(source, Letters(), settings, None) == len(found)
     return found
 
 
 def pack(source: Any, **changes: Any) -> list[list[int]]:
-    found = made(source, **changes)
+    found = sequences_of(source, **changes)
     assert all(sequence.length == len(sequence.tokens) for sequence in found)
     return [sequence.tokens.tolist() for sequence in found]
 
 
-def test_documents_are_joined_by_eos_and_cut() -> None:
+def test_pack_joins_documents_with_eos_and_cuts_them() -> None:
     assert pack(documents("abc", "de", "f")) == [[1, 2, 3, 0], [4, 5, 0, 6]]
 
 
-def test_what_is_left_at_the_end_is_dropped() -> None:
+def test_pack_drops_the_incomplete_last_sequence() -> None:
     assert pack(documents("abcdefg")) == [[1, 2, 3, 4], [5, 6, 7, 0]]
     assert pack(documents("abcdefgh")) == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
-def test_bos_stands_first_in_every_sequence_and_takes_the_place_of_a_token() -> None:
+def test_bos_is_the_first_token_of_every_sequence_and_counts_towards_ctx_len() -> None:
     assert pack(documents("abcde", "f"), bos_id=9) == [[9, 1, 2, 3], [9, 4, 5, 0]]
 
 
-def test_an_empty_document_leaves_no_token() -> None:
+def test_empty_documents_add_no_eos() -> None:
     assert pack(documents("", "abc", "", "", "d", "ef")) == pack(documents("abc", "d", "ef"))
 
 
-def test_text_shorter_than_one_sequence_gives_none() -> None:
+def test_text_shorter_than_one_sequence_gives_no_sequence() -> None:
     assert pack(documents("ab")) == []
     assert pack(documents("", "")) == []
     assert pack(documents("abc"), bos_id=9, ctx_len=6) == []
     assert pack(documents("abc"), bos_id=9, ctx_len=5) == [[9, 1, 2, 3, 0]]
 
 
-def test_documents_are_taken_in_an_order_that_follows_from_the_seed() -> None:
+def test_the_order_of_documents_follows_from_the_seed() -> None:
     texts = [chr(97 + i) * 3 for i in range(20)]
     orders = []
     for seed in (0, 1):
@@ -97,17 +110,19 @@ def test_documents_are_taken_in_an_order_that_follows_from_the_seed() -> None:
     assert pack(documents(*texts)) == sorted(orders[0])
 
 
-def test_many_documents_flow_over_the_batches_in_which_they_are_tokenised(
+def test_sequences_do_not_depend_on_the_tokenisation_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     texts = ["abcdefghijk"[: i % 11] for i in range(100)]
     whole = [pack(documents(*texts), keep_order=k, bos_id=9) for k in (True, False)]
-    monkeypatch.setattr(mixing, "DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(sequences, "_BATCH", 7)
     assert [pack(documents(*texts), keep_order=k, bos_id=9) for k in (True, False)] == whole
 
 
 @given(st.lists(st.text("abc", max_size=12), max_size=12), st.integers(2, 9), st.booleans())
-def test_packing_is_joining_and_cutting(texts: list[str], ctx_len: int, with_bos: bool) -> None:
+def test_pack_equals_concatenating_and_cutting(
+    texts: list[str], ctx_len: int, with_bos: bool
+) -> None:
     line = [token for text in texts if text for token in [*(ord(c) - 96 for c in text), 0]]
     bos = [50] if with_bos else []
     size = ctx_len - len(bos)
@@ -119,22 +134,22 @@ def pairs(found: list[Sequence]) -> list[tuple[list[int], int, int, int]]:
     return [(s.tokens.tolist(), s.length, s.document, s.start) for s in found]
 
 
-def test_truncating_takes_the_beginning_of_each_document_and_pads_the_rest() -> None:
+def test_truncate_takes_the_beginning_of_each_document_and_pads() -> None:
     source = documents("abcdef", "", "gh", "ijkl")
-    assert pairs(made(source, "truncate")) == [
+    assert pairs(sequences_of(source, "truncate")) == [
         ([1, 2, 3, 4], 4, 0, 0),
         ([7, 8, 77, 77], 2, 2, 0),
         ([9, 10, 11, 12], 4, 3, 0),
     ]
-    assert pairs(made(source, "truncate", bos_id=50))[:2] == [
+    assert pairs(sequences_of(source, "truncate", bos_id=50))[:2] == [
         ([50, 1, 2, 3], 4, 0, 0),
         ([50, 7, 8, 77], 3, 2, 0),
     ]
 
 
-def test_cropping_takes_one_window_of_each_document_at_a_place_of_its_own() -> None:
+def test_crop_takes_one_window_of_each_document_at_a_random_position() -> None:
     texts = [ALPHABET[i % 5 :] for i in range(200)]
-    found = made(documents(*texts), "crop", ctx_len=5)
+    found = sequences_of(documents(*texts), "crop", ctx_len=5)
     starts = {}
     for number, (text, sequence) in enumerate(zip(texts, found, strict=True)):
         start = sequence.start
@@ -144,15 +159,17 @@ def test_cropping_takes_one_window_of_each_document_at_a_place_of_its_own() -> N
         slack = len(text) - 5
         assert start == rng.stream("crop", 0, number).randint(slack + 1)
         starts.setdefault(slack, set()).add(start)
-    assert all(len(places) > slack / 2 for slack, places in starts.items())
-    assert pairs(made(documents("abc"), "crop", ctx_len=5)) == [([1, 2, 3, 77, 77], 3, 0, 0)]
-    again = made(documents(*texts), "crop", ctx_len=5, seed=1)
+    assert all(len(found_starts) > slack / 2 for slack, found_starts in starts.items())
+    assert pairs(sequences_of(documents("abc"), "crop", ctx_len=5)) == [
+        ([1, 2, 3, 77, 77], 3, 0, 0)
+    ]
+    again = sequences_of(documents(*texts), "crop", ctx_len=5, seed=1)
     assert [s.start for s in again] != [s.start for s in found]
 
 
-def test_every_sequence_says_where_its_text_begins() -> None:
+def test_every_sequence_records_the_document_and_position_of_its_first_token() -> None:
     source = documents("abc", "", "defgh", "i", "jk")
-    found = made(source, ctx_len=3, bos_id=50)
+    found = sequences_of(source, ctx_len=3, bos_id=50)
     line = [
         (n, i)
         for n, t in enumerate(["abc", "", "defgh", "i", "jk"])
@@ -160,16 +177,16 @@ def test_every_sequence_says_where_its_text_begins() -> None:
         for i in range(len(t) + 1)
     ]
     assert [(s.document, s.start) for s in found] == line[: len(found) * 2 : 2]
-    by_file = made(token_file(range(10)), ctx_len=4, bos_id=50, eos_id=None)
+    by_file = sequences_of(token_file(range(10)), ctx_len=4, bos_id=50, eos_id=None)
     assert [(s.document, s.start) for s in by_file] == [(0, 0), (0, 3), (0, 6)]
 
 
-def test_a_document_that_ends_with_eos_gets_no_second_one() -> None:
+def test_a_document_that_ends_with_eos_gets_no_second_eos() -> None:
     ids = Column("ids", "ids")
     source = IndexedDocuments(
         lambda numbers: [[[5, 0], [6], [], [7, 0]][n] for n in numbers], 4, ids, ""
     )
-    found = [s.tokens.tolist() for s in made(source, ctx_len=2)]
+    found = [s.tokens.tolist() for s in sequences_of(source, ctx_len=2)]
     assert found == [[5, 0], [6, 0], [7, 0]]
 
 
@@ -179,7 +196,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def test_a_conversation_is_written_out_by_the_chat_template(
+def test_a_conversation_is_rendered_by_the_chat_template(
     make_tokenizer: Callable[..., Any],
 ) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
@@ -188,15 +205,15 @@ def test_a_conversation_is_written_out_by_the_chat_template(
         {"role": "user", "content": "the cache", "name": None},
         {"role": "model", "content": "the row"},
     ]
-    (ids,) = tokens.tokenize(tokenizer, "chat", [messages])
+    (ids,) = sequences.tokenize(tokenizer, "chat", [messages])
     assert tokenizer.decode(ids) == "<s>user: the cache</s><s>model: the row</s>"
     assert ids.count(tokenizer.bos_token_id) == 2
     with pytest.raises(DatasetError, match=r"(?s)chat template.*no robots.*robot"):
-        tokens.tokenize(tokenizer, "chat", [[{"role": "robot", "content": "x"}]])
+        sequences.tokenize(tokenizer, "chat", [[{"role": "robot", "content": "x"}]])
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4", "<i4", "<i8"])
-def test_token_ids_are_cut_as_they_are(dtype: str) -> None:
+def test_a_file_of_token_ids_is_cut_without_eos(dtype: str) -> None:
     source = token_file([5, 6, 7, 8, 9, 10, 11], dtype)
     assert pack(source, eos_id=None, ctx_len=3) == [[5, 6, 7], [8, 9, 10]]
     assert pack(source, eos_id=None, ctx_len=4, bos_id=1) == [[1, 5, 6, 7], [1, 8, 9, 10]]
@@ -206,7 +223,9 @@ def test_token_ids_are_cut_as_they_are(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("ids", "dtype"), [([1, 100], "<u2"), ([2**32 - 1, 1], "<u4"), ([-1, 1], "<i4")]
 )
-def test_an_id_beyond_the_vocabulary_is_refused_with_a_remedy(ids: list[int], dtype: str) -> None:
+def test_a_token_id_outside_the_vocabulary_is_refused_with_a_remedy(
+    ids: list[int], dtype: str
+) -> None:
     with pytest.raises(DatasetError, match=r"(?s)vocabulary.*0 to 99.*got.*--bin-dtype"):
         list(iter_sequences(token_file(ids, dtype), None, pipeline(ctx_len=2, eos_id=None)))
 
@@ -221,18 +240,114 @@ def test_counting_stops_at_the_limit() -> None:
     assert count_sequences(token_file(range(40)), None, pipeline(eos_id=None), 3) == 3
 
 
-def test_a_real_tokenizer_adds_nothing_of_its_own(make_tokenizer: Callable[..., Any]) -> None:
+def test_a_tokenizer_adds_no_special_tokens(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
-    (ids,) = tokens.tokenize(tokenizer, "text", ["the cache"])
+    (ids,) = sequences.tokenize(tokenizer, "text", ["the cache"])
     assert tokenizer.bos_token_id not in ids
     assert tokenizer.decode(ids) == "the cache"
-    assert tokens.tokenize(tokenizer, "text", []) == []
+    assert sequences.tokenize(tokenizer, "text", []) == []
 
 
-def test_a_document_longer_than_the_tokenizers_limit_is_not_cut(
+def test_a_document_longer_than_model_max_length_is_not_cut(
     make_tokenizer: Callable[..., Any],
 ) -> None:
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 8
-    (ids,) = tokens.tokenize(tokenizer, "text", ["row " * 50])
+    (ids,) = sequences.tokenize(tokenizer, "text", ["row " * 50])
     assert len(ids) >= 50
+
+
+def stream(*texts: str) -> DocumentStream:
+    return DocumentStream(lambda: iter(texts), TEXT, "")
+
+
+def taken(
+    source: IndexedDocuments | DocumentStream | Mixture,
+    *,
+    seed: int = 0,
+    keep_order: bool = False,
+    buffer: int = 10,
+) -> list[str]:
+    order = DocumentOrder(seed, keep_order, buffer)
+    batches = list(documents_in_order(source, order))
+    assert all(len(batch) <= sequences._BATCH for batch in batches)
+    return [document for batch in batches for document in batch]
+
+
+TEXTS = [f"{n}" for n in range(700)]
+
+
+def test_indexed_documents_are_permuted_by_the_seed() -> None:
+    expected = rng.stream("documents", 3).permutation(700)
+    assert taken(documents(*TEXTS), seed=3) == [str(n) for n in expected]
+    assert taken(documents(*TEXTS), keep_order=True) == TEXTS
+
+
+def test_a_stream_is_shuffled_within_its_buffer_and_keeps_every_document() -> None:
+    found = taken(stream(*TEXTS), buffer=50)
+    assert sorted(found) == sorted(TEXTS)
+    assert found != TEXTS
+    for position, text in enumerate(found):  # no document comes earlier than the buffer allows
+        assert int(text) < position + 50
+    assert taken(stream(*TEXTS), buffer=50) == found
+    assert taken(stream(*TEXTS), buffer=50, seed=1) != found
+    assert taken(stream(*TEXTS), buffer=1) == TEXTS
+    assert sorted(taken(stream("a", "b"), buffer=50)) == ["a", "b"]
+    assert taken(stream(*TEXTS), keep_order=True) == TEXTS
+
+
+def test_the_order_of_a_stream_never_changes_between_versions() -> None:
+    assert "".join(taken(stream(*"abcdefghij"), buffer=4)) == "cdfbeigahj"
+
+
+def test_a_stream_is_read_no_further_than_buffer_and_batch() -> None:
+    def endless() -> Iterator[str]:
+        for n in itertools.count():
+            assert n < 400, "read too far"
+            yield str(n)
+
+    source = DocumentStream(endless, TEXT, "")
+    first = next(documents_in_order(source, DocumentOrder(0, False, 100)))
+    assert len(first) == 256
+
+
+def test_a_mixture_draws_by_weight_with_each_source_in_its_own_order() -> None:
+    first, second = (documents(*(f"{name}{n}" for n in range(4000))) for name in "ab")
+    found = taken(Mixture((first, second), (3.0, 1.0)))
+    shares = Counter(text[0] for text in found)
+    assert shares["a"] / len(found) == pytest.approx(0.75, abs=0.02)
+    orders = [rng.stream("documents", 0, number).permutation(4000) for number in (0, 1)]
+    for name, order in zip("ab", orders, strict=True):
+        alone = [text for text in found if text[0] == name]
+        assert alone == [f"{name}{n}" for n in order[: len(alone)]]
+
+
+def test_a_mixture_ends_when_a_drawn_source_is_exhausted() -> None:
+    long = documents(*(f"a{n}" for n in range(5000)))
+    found = taken(Mixture((long, stream("b0", "b1", "b2")), (1.0, 1.0)), buffer=1)
+    assert len(set(found)) == len(found)
+    assert Counter(text[0] for text in found)["b"] == 3
+    # The fourth draw of the stream finds it exhausted.
+    draws = rng.stream("mixture", 0).random_sample(256) >= 0.5
+    assert len(found) == int(np.flatnonzero(draws)[3])
+
+
+def test_the_draws_of_a_mixture_never_change_between_versions() -> None:
+    sources = tuple(documents(*(f"{name}{n}" for n in range(9))) for name in "abc")
+    found = taken(Mixture(sources, (1.0, 2.0, 1.0)), keep_order=True)
+    assert " ".join(found) == "b0 b1 c0 b2 c1 b3 a0 b4 b5 a1 b6 c2 b7 b8"
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_rounding_of_the_weights_never_draws_a_source_out_of_range(
+    weights: list[float], seed: int
+) -> None:
+    sources = tuple(documents("x", "y", "z") for _ in weights)
+    found = taken(Mixture(sources, tuple(weights)), seed=seed)
+    assert 3 <= len(found) <= 3 * len(weights)
+
+
+def test_a_document_that_is_not_text_is_refused() -> None:
+    bad = IndexedDocuments(lambda numbers: [7 for _ in numbers], 3, TEXT, "")
+    with pytest.raises(DatasetError, match=r"'text' does not hold text"):
+        taken(bad)

@@ -14,8 +14,7 @@ import pytest
 from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig, PlanConfig
 from actcache.errors import ConfigError
-from actcache.harvester import estimate as row_count
-from actcache.harvester import resolve as planning
+from actcache.harvester import estimate, resolve
 from actcache.harvester.estimate import HarvestEstimate, estimate_harvest
 from actcache.harvester.run import harvest
 
@@ -78,13 +77,11 @@ def test_bytes_and_rows_are_those_that_the_harvest_writes(
 def test_nothing_is_written_and_no_weights_are_loaded(
     options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from actcache.harvester import estimate as module
-
     def refuse(_: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(planning, "load_model", refuse)
-    monkeypatch.setattr(module, "load_model", refuse)
+    monkeypatch.setattr(resolve, "load_model", refuse)
+    monkeypatch.setattr(estimate, "load_model", refuse)
     before = sorted(tmp_path.rglob("*"))
     plan = planned(options())
     assert sorted(tmp_path.rglob("*")) == before
@@ -123,7 +120,7 @@ def test_a_text_too_long_to_count_is_estimated_from_its_beginning(
 ) -> None:
     config = options(max_tokens=16 * 80, exclude_tokens=("7", "12"))
     exact = planned(config)
-    monkeypatch.setattr(row_count, "COUNTED_TOKENS", 16 * 40)
+    monkeypatch.setattr(estimate, "COUNTED_TOKENS", 16 * 40)
     estimated = planned(config)
     assert estimated.rows_known == "estimated"
     assert estimated.rows == pytest.approx(exact.rows, rel=0.1)

@@ -22,8 +22,8 @@ from actcache.core.distributed import World
 from actcache.errors import CacheMismatchError, DiskFullError, FormatError
 from actcache.format.manifest import read_manifest, with_extension
 from actcache.format.receipts import read_cache_state, read_end, receipt_path
-from actcache.harvester import resolve as planning
-from actcache.harvester import run as harvest_module
+from actcache.harvester import resolve
+from actcache.harvester import run as run_module
 from actcache.harvester.run import HarvestSummary, harvest
 from actcache.inspection import summarize
 
@@ -200,7 +200,7 @@ def test_a_text_that_has_ended_is_said_and_nothing_is_written(
     before = tree(root)
     stamps = {p: p.stat().st_mtime_ns for p in root.glob("shards/*")}
     if not counted:
-        monkeypatch.setattr(planning, "COUNTED_TOKENS", 0)
+        monkeypatch.setattr(resolve, "COUNTED_TOKENS", 0)
     for goal in (None, 16 * 500):
         if goal is None and not counted:
             continue
@@ -220,7 +220,7 @@ def test_an_extension_beyond_the_text_seals_with_what_there_was(
     assert everything.end is not None
     root = harvest(options(**tokens(10))).cache
     if not counted:
-        monkeypatch.setattr(planning, "COUNTED_TOKENS", 0)
+        monkeypatch.setattr(resolve, "COUNTED_TOKENS", 0)
     summary = harvest(options(**tokens(500), extend=True))
     assert (summary.complete, summary.reason, summary.warnings) == (True, "text", ())
     cache = Cache.open(root)
@@ -299,7 +299,7 @@ def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list
     for rank in ranks:
         with pytest.MonkeyPatch.context() as patched:
             alone = SimpleNamespace(from_environment=lambda r=rank: Alone(r, world_size))
-            patched.setattr(harvest_module, "World", alone)
+            patched.setattr(run_module, "World", alone)
             summaries.append(harvest(config))
     return summaries
 
@@ -336,7 +336,7 @@ def test_an_extension_that_another_process_has_begun_is_gone_on_with(
     harvest(options(**tokens(10), out=whole))
     harvest(options(**tokens(19), out=whole, extend=True))
     root = Path(harvest(options(**tokens(10))).cache)
-    make_shards = harvest_module._make_shards
+    make_shards = run_module._make_shards
 
     def late(*given: Any) -> int:
         count = make_shards(*given)
@@ -344,7 +344,7 @@ def test_an_extension_that_another_process_has_begun_is_gone_on_with(
             publish_extension(root, with_extension(read_manifest(root), 19))
         return count
 
-    monkeypatch.setattr(harvest_module, "_make_shards", late)
+    monkeypatch.setattr(run_module, "_make_shards", late)
     assert harvest(options(**tokens(19), extend=True)).complete
     assert tree(root) == tree(whole)
 

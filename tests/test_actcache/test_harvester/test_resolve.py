@@ -17,7 +17,7 @@ from actcache.config import HarvestConfig
 from actcache.data.datasets import open_dataset
 from actcache.errors import ConfigError, DatasetError, DiskFullError, ModelError
 from actcache.format.manifest import Hookpoint, read_manifest
-from actcache.harvester import resolve as planning
+from actcache.harvester import resolve as resolve_module
 from actcache.harvester.resolve import (
     choose_hookpoints,
     choose_pipeline,
@@ -25,9 +25,10 @@ from actcache.harvester.resolve import (
     needs_tokenizer,
     planned_sequences,
     probe_model,
+    resolve,
     special_tokens,
 )
-from actcache.model.loading import load_config, load_tokenizer
+from actcache.model.loading import load_config
 
 
 def pipeline_of(config: HarvestConfig, tokenizer: Any) -> Any:
@@ -165,9 +166,7 @@ def test_a_stream_is_believed_and_not_read_twice(
 
 
 def planned(config: HarvestConfig) -> int:
-    source, tokenizer = open_dataset(config), load_tokenizer(config)
-    pipeline = choose_pipeline(config, load_config(config), tokenizer, source)
-    return planned_sequences(config, source, tokenizer, pipeline)
+    return planned_sequences(config, resolve(config))
 
 
 def test_the_plan_is_the_goal_in_whole_sequences_or_less_if_the_text_is(
@@ -182,7 +181,7 @@ def test_the_plan_is_the_goal_in_whole_sequences_or_less_if_the_text_is(
 def test_a_goal_too_large_to_count_is_believed_for_text_and_measured_for_token_ids(
     options: Callable[..., HarvestConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "COUNTED_TOKENS", 1000)
+    monkeypatch.setattr(resolve_module, "COUNTED_TOKENS", 1000)
     assert planned(options(max_tokens=16 * 500)) == 500  # as many bytes as tokens are there
     all_there_is = planned(options(max_tokens=16 * 10_000))  # not so many: they are counted
     assert all_there_is < 500
@@ -339,11 +338,12 @@ def test_hookpoints_are_chosen_without_loading_weights(
     def fail(_: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(planning, "load_model", fail)
+    monkeypatch.setattr(resolve_module, "load_model", fail)
     config = options(hookpoint=("model.layers.[01].mlp",))
-    model, sites = probe_model(config, load_config(config))
+    model, sites, has_weights = probe_model(config, load_config(config))
     expected = (Hookpoint("layers.0.mlp", 32), Hookpoint("layers.1.mlp", 32))
     assert choose_hookpoints(config, model, sites) == expected
+    assert not has_weights
     config = options(hookpoint=(), layer_stride=2)
     names = [h.name for h in choose_hookpoints(config, model, sites)]
     assert names == ["layers.0", "layers.2"]
@@ -356,8 +356,9 @@ def test_a_model_that_refuses_the_meta_device_is_surveyed_with_its_weights(
         raise NotImplementedError("no meta")
 
     config = options()
-    _, sites = probe_model(config, load_config(config))
-    monkeypatch.setattr(planning, "load_meta_model", refuse)
-    model, again = probe_model(config, load_config(config))
+    _, sites, _ = probe_model(config, load_config(config))
+    monkeypatch.setattr(resolve_module, "load_meta_model", refuse)
+    model, again, has_weights = probe_model(config, load_config(config))
     assert again == sites
+    assert has_weights
     assert next(model.parameters()).device.type == "cpu"

@@ -30,10 +30,11 @@ from actcache.errors import (
     HookpointError,
 )
 from actcache.format.receipts import receipt_path
-from actcache.harvester import resolve as planning
-from actcache.harvester import run as harvest_module
+from actcache.harvester import resolve
+from actcache.harvester import run as run_module
 from actcache.harvester.run import HarvestSummary, harvest
 from actcache.model.loading import load_model, load_tokenizer
+from actcache.storage import blosc
 
 Options = Callable[..., HarvestConfig]
 Tree = Callable[[Path | str], dict[str, str]]
@@ -208,7 +209,7 @@ def test_ids_beyond_the_vocabulary_end_the_harvest_with_a_message(
     ids[16 * 6] = 300
     ids.tofile(tmp_path / "ids.bin")
     config = options(dataset=str(tmp_path / "ids.bin"), max_tokens=None)
-    with pytest.raises(DatasetError, match=r"(?s)not in the model's vocabulary.*0 to 299"):
+    with pytest.raises(DatasetError, match=r"(?s)outside the model's vocabulary.*0 to 299"):
         harvest(config)
     assert not Cache.open(config.out).complete
 
@@ -390,7 +391,7 @@ def test_an_array_is_described_before_its_first_chunk(
 def test_a_shard_that_blosc_cannot_take_is_refused_before_anything_is_made(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning.blosc_chunk, "MAX_BYTES", 15 * 32 * 4 * 3)
+    monkeypatch.setattr(blosc, "MAX_BYTES", 15 * 32 * 4 * 3)
     with pytest.raises(ConfigError, match=r"(?s)too large for --compress zstd.*--shard-size 3 or"):
         harvest(options(hookpoint=("layers.0",), **ZSTD))
     assert not Path(options().out).exists()
@@ -551,7 +552,7 @@ def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list
     for rank in ranks:
         with pytest.MonkeyPatch.context() as patched:
             alone = SimpleNamespace(from_environment=lambda r=rank: Alone(r, world_size))
-            patched.setattr(harvest_module, "World", alone)
+            patched.setattr(run_module, "World", alone)
             summaries.append(harvest(config))
     return summaries
 
@@ -607,7 +608,7 @@ def test_a_text_that_ends_before_the_goal_seals_the_cache_and_says_so(
     counted: bool, options: Options, prose: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not counted:
-        monkeypatch.setattr(planning, "COUNTED_TOKENS", 0)
+        monkeypatch.setattr(resolve, "COUNTED_TOKENS", 0)
     config = options(max_tokens=16 * 500, shard_size=50)
     summary = harvest(config)
     count = len(packed_by_hand(config, prose))
@@ -622,13 +623,13 @@ def test_a_text_that_ends_before_the_goal_seals_the_cache_and_says_so(
 
 def test_batches_are_padded_to_one_shape(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = set()
-    run = harvest_module.ActivationCapture.run
+    run = run_module.ActivationCapture.run
 
     def record(capture: Any, tokens: torch.Tensor, *rest: Any) -> Any:
         shapes.add(tuple(tokens.shape))
         return run(capture, tokens, *rest)
 
-    monkeypatch.setattr(harvest_module.ActivationCapture, "run", record)
+    monkeypatch.setattr(run_module.ActivationCapture, "run", record)
     harvest(options(shard_size=3))
     assert shapes == {(4, 16)}
 
@@ -741,7 +742,7 @@ def test_a_harvest_that_published_nothing_does_not_hold_its_folder(
     for backend in ("memmap", "zarr"):
         out = str(tmp_path / backend)
         with monkeypatch.context() as patched:
-            patched.setattr(harvest_module, "capture_shard", out_of_memory)
+            patched.setattr(run_module, "capture_shard", out_of_memory)
             with pytest.raises(MemoryError):
                 harvest(options(batch_size=8, backend=backend, out=out))
         assert harvest(dataclasses.replace(whole, out=out)).complete

@@ -339,7 +339,9 @@ def test_no_hook_is_left_behind_whatever_happens() -> None:
 def test_a_hookpoint_of_another_width_than_surveyed_is_refused() -> None:
     with (
         ActivationCapture(build("llama"), [Hookpoint("layers.0", 17)]) as capture,
-        pytest.raises(HookpointError, match=r"(?s)layers\.0 did not.*\[3, 7, 17\].*\(3, 7, 16\)"),
+        pytest.raises(
+            HookpointError, match=r"(?s)layers\.0 has another shape.*\[3, 7, 17\].*\(3, 7, 16\)"
+        ),
     ):
         capture.run(IDS)
 
@@ -347,7 +349,7 @@ def test_a_hookpoint_of_another_width_than_surveyed_is_refused() -> None:
 def test_a_hookpoint_that_is_not_reached_is_refused() -> None:
     with (
         ActivationCapture(build("llama"), [Hookpoint("layers", 16)]) as capture,
-        pytest.raises(HookpointError, match=r"(?s)layers did not give.*got: +nothing"),
+        pytest.raises(HookpointError, match=r"(?s)layers has another shape.*got: +no output"),
     ):
         capture.run(IDS)
 

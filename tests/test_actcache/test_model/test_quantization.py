@@ -17,8 +17,13 @@ from actcache.core.device import input_device
 from actcache.errors import CacheMismatchError, ConfigError, ModelError
 from actcache.harvester.run import harvest
 from actcache.model.hooks import ActivationCapture, discover_sites, match
-from actcache.model.loading import dtype_name, fingerprint_model, load_config, load_model
-from actcache.model.quantization import from_pretrained_kwargs
+from actcache.model.loading import (
+    dtype_name,
+    fingerprint_model,
+    from_pretrained_kwargs,
+    load_config,
+    load_model,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # in bitsandbytes
 
@@ -322,8 +327,7 @@ def test_a_harvest_of_a_spread_model_leaves_the_bytes_of_a_plain_one(
 def test_a_model_that_is_surveyed_with_its_weights_may_be_spread(
     options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actcache.harvester import job as preparation
-    from actcache.harvester import resolve as planning
+    from actcache.harvester import job, resolve
 
     def refuse(*_: Any) -> None:
         raise NotImplementedError("no meta")
@@ -331,8 +335,8 @@ def test_a_model_that_is_surveyed_with_its_weights_may_be_spread(
     def again(*_: Any) -> None:
         raise AssertionError("the weights were loaded twice")
 
-    monkeypatch.setattr(planning, "load_meta_model", refuse)
-    monkeypatch.setattr(preparation, "load_model", again)
+    monkeypatch.setattr(resolve, "load_meta_model", refuse)
+    monkeypatch.setattr(job, "load_model", again)
     assert harvest(options(device_map="auto", max_memory=("cpu=1KB",))).complete
 
 
@@ -344,7 +348,7 @@ def test_quantised_weights_are_fingerprinted_before_they_are_used(
     tmp_path: Path,
 ) -> None:
     """The first pass makes bitsandbytes pack 4-bit weights for the CPU; asking for them, unpack."""
-    from actcache.harvester import resolve as planning
+    from actcache.harvester import resolve
 
     given = {"model": str(wide_model), "load_in": "4bit", "max_tokens": 64}
     harvest(options(**given))
@@ -352,7 +356,7 @@ def test_quantised_weights_are_fingerprinted_before_they_are_used(
     def refuse(*_: Any) -> None:
         raise NotImplementedError("no meta")
 
-    monkeypatch.setattr(planning, "load_meta_model", refuse)
+    monkeypatch.setattr(resolve, "load_meta_model", refuse)
     harvest(options(out=str(tmp_path / "other"), **given))
     assert tree(tmp_path / "other") == tree(options().out)
 

@@ -1,4 +1,4 @@
-"""The processes of one harvest, as torchrun starts them. They talk once: to agree on a manifest."""
+"""Rank and world size of this process under torchrun, and the start of a harvest on all ranks."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from actcache.errors import CacheMismatchError, ConfigError
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its siblings."""
+    """Rank of this process, and the number of processes."""
 
     rank: int
     world_size: int
 
     @classmethod
     def from_environment(cls) -> World:
-        """What torchrun says; alone otherwise.
+        """Read the variables that torchrun sets; without WORLD_SIZE, return rank 0 of 1.
 
         Raises:
-            ConfigError: the environment holds half of what torchrun sets.
+            ConfigError: some of the variables are missing, or the rank is out of range.
         """
         found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
         if found["WORLD_SIZE"] is None:
@@ -33,23 +32,23 @@ class World:
         alone = world_size == 1
         if not 0 <= rank < world_size or not (alone or "MASTER_ADDR" in os.environ):
             raise ConfigError(
-                "the environment does not say which process this is",
+                "the environment variables do not give the rank of this process",
                 expected="RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them",
                 got=found,
-                remedy="unset WORLD_SIZE to harvest alone, or start through torchrun",
+                remedy="unset WORLD_SIZE to use one process, or start through torchrun",
             )
         return cls(rank, world_size)
 
-    def check_equal_then_run_on_rank_zero(self, what: bytes, act: Callable[[], None]) -> None:
-        """Check that every process holds the same bytes, then let rank 0 act before all go on.
+    def check_equal_then_run_on_rank_zero(self, value: bytes, act: Callable[[], None]) -> None:
+        """Require equal bytes on every rank, then run a function on rank 0, then return on all.
 
         Args:
-            what: what must be equal everywhere.
-            act: done by rank 0 alone; the others wait for it.
+            value: compared by its digest, in an all-gather over gloo.
+            act: run on rank 0 only, while the other ranks wait for a broadcast.
 
         Raises:
-            CacheMismatchError: the processes differ, and nothing was done; or rank 0 refused.
-            Exception: on rank 0, whatever `act` raised.
+            CacheMismatchError: the bytes differ, and `act` was not run; or it failed on rank 0.
+            Exception: on rank 0, the exception of `act`.
         """
         if self.world_size == 1:
             act()
@@ -58,31 +57,30 @@ class World:
 
         dist.init_process_group("gloo")
         try:
-            digest = hashlib.blake2b(what, digest_size=16).digest()
-            ours = torch.tensor(list(digest), dtype=torch.uint8)
-            theirs = [torch.empty_like(ours) for _ in range(self.world_size)]
-            dist.all_gather(theirs, ours)
-            if any(not torch.equal(ours, other) for other in theirs):
+            digest = hashlib.blake2b(value, digest_size=16).hexdigest()
+            digests: list[Any] = [None] * self.world_size
+            dist.all_gather_object(digests, digest)
+            if digests != [digest] * self.world_size:
                 raise CacheMismatchError(
                     "the processes of this harvest would make different caches",
                     expected="equal models, texts and options on every rank",
-                    got=f"rank {self.rank} has {digest.hex()}",
+                    got=f"rank {self.rank} has {digest}",
                     remedy="do all nodes see the same files and library versions?",
                 )
-            refusal: Exception | None = None
+            failure: Exception | None = None
             if self.rank == 0:
                 try:
                     act()
-                except Exception as error:  # raised below, once the others know
-                    refusal = error
-            refused = torch.tensor([refusal is not None])
-            dist.broadcast(refused, src=0)
-            if refusal is not None:
-                raise refusal
-            if refused.item():
+                except Exception as error:  # raised after the broadcast
+                    failure = error
+            failed: list[Any] = [failure is not None]
+            dist.broadcast_object_list(failed, src=0)
+            if failure is not None:
+                raise failure
+            if failed[0]:
                 raise CacheMismatchError(
-                    f"rank 0 refused this harvest, so rank {self.rank} leaves too",
-                    remedy="the error of rank 0 says why",
+                    f"rank 0 refused this harvest, so rank {self.rank} ends too",
+                    remedy="the error of rank 0 gives the reason",
                 )
         finally:
             dist.destroy_process_group()

@@ -1,4 +1,8 @@
-"""What a run asks of its processes: one alone, several that share each batch, or share the SAEs."""
+"""Coordination of a run's processes: one process, data parallel (ddp), or SAEs dealt out (modules).
+
+`Coordinator` is the interface and the implementation for one process; its subclasses implement the
+two modes of `--parallel`.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from actcache.cache.reader import Cache
 from actcache.core.distributed import World
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.errors import ConfigError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import lanes_of_rank
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import SaeConfig
 from saetrain.distributed.metric_gathering import GatheringTracker, NullTracker, WorkerTracker
 from saetrain.distributed.partition import SaeCost, max_lead_steps, partition
 from saetrain.distributed.process_group import Failure, RemoteRankError, StoreGroup, connect
@@ -33,85 +37,82 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_SIGNAL = 128  # what is added to a signal's number, as in exit codes, to tell it from errors'
+_SIGNAL = 128  # added to a signal number in an all-gather of exit codes, which are smaller
 
 
 class Coordinator:
-    """A process alone: it does everything, and asks nobody.
+    """A run of one process: every collective operation returns at once.
 
     Args:
-        stop_signals: hears signals.
+        stop_signals: receives SIGTERM and SIGINT.
     """
 
-    rank, world_size = 0, 1
     is_rank_zero = True
-    """Whether it decides what the run is, and writes down what there is one of."""
+    """Whether this process decides what the run is, and writes the files that exist once."""
     writes_saes = True
-    """Whether it writes SAEs."""
+    """Whether this process writes the SAEs that it trains."""
     can_checkpoint_alone = True
-    """Whether a run whose rows end in an error can be saved as far as it came."""
-    is_data_parallel = False
-    """Whether it has some rows of each batch only."""
+    """Whether a checkpoint needs no barrier, because all ranks are at the same step."""
+    batch_rank, batch_parts = 0, 1
+    """Part of each batch that this process trains on, and number of parts."""
 
     def __init__(self, stop_signals: StopSignals | None = None) -> None:
         self.stop_signals = stop_signals or StopSignals()
 
     def check_supported(self, record: RunRecord) -> None:
-        """Refuse a run that these processes cannot share; raises `ConfigError`."""
+        """Raise `ConfigError` for a run that this mode of parallelism cannot train."""
 
     def broadcast(self, value: object) -> None:
-        """Tell the others what the leader has decided: a dataclass, of a kind that is told once."""
+        """Broadcast a dataclass from rank 0.
+
+        Its class name is the key, so each class can be broadcast only once per run.
+        """
 
     def receive(self, kind: type[T]) -> T:
-        """What the leader has decided."""
-        raise AssertionError(f"who is alone decides {kind.__name__}")
+        """Receive the dataclass of this class that rank 0 broadcasts."""
+        raise AssertionError(f"a single process cannot receive {kind.__name__}")
 
     def barrier(self) -> None:
-        """Wait until all are here."""
+        """Wait until every rank has reached the same barrier."""
 
     def init_process_group(self, device: torch.device) -> None:
-        """Make ready for what is to be exchanged while training."""
+        """Initialise torch's process group, if training needs collectives."""
 
     def assigned_saes(self, entries: Sequence[SaeEntry]) -> list[int]:
-        """Numbers of the SAEs that this process trains."""
+        """Return the indices of the SAEs that this process trains."""
         return list(range(len(entries)))
 
     def make_tracker(
         self, write: Callable[[], JsonlTracker], entries: Sequence[SaeEntry]
     ) -> JsonlTracker:
-        """What hears of this process's steps; `write` makes the one that writes them down."""
+        """Make the tracker of this process; `write` makes the one that writes metrics.jsonl."""
         del entries
         return write()
 
-    def init_throttle(self, step: int, batch_size: int, row_bytes: int) -> None:
-        """Called before the first step.
-
-        Args:
-            step: steps done.
-            batch_size: rows of a step.
-            row_bytes: bytes of a row, of all hookpoints of the run.
-        """
+    def init_throttle(self, step: int, record: RunRecord, cache: Cache) -> None:
+        """Prepare `throttle` before the first step; `step` steps are done."""
 
     def throttle(self, step: int) -> None:
-        """Called before each step: some must wait for others. Raises if another has failed."""
+        """Wait before a step while other ranks lag too far behind; raise if one has failed."""
 
     def check_stop_request(self, done: int, waits: bool = False) -> None:
-        """Raise `StopRequested` if the run stops after so many steps.
+        """Raise `StopRequested` if the run stops after `done` steps.
 
         Args:
             done: steps done.
-            waits: whether rows are waited for, which may take hours; it is called now and then
-                meanwhile. Else before the next step.
+            waits: True for the calls made now and then while the stream waits for rows of a
+                harvest; False for the call before each step.
         """
         del done, waits
         if self.stop_signals.received is not None:
             raise StopRequested(self.stop_signals.received)
 
     def next_batch(self, stream: ActivationStream) -> Batch | None:
-        """The next batch. If those of others cannot be read, theirs is the error.
+        """Return the next batch, or None at the end.
 
         Raises:
-            StopAsked: the run stops before it.
+            RemoteRankError: another rank cannot read its part of the batch.
+            StopRequested: the run stops before the batch.
         """
         return next(stream, None)
 
@@ -119,80 +120,85 @@ class Coordinator:
         self,
         root: Path,
         step: int,
-        place: dict[str, int],
+        position: dict[str, int],
         parts: dict[int, SaeState],
         keep: RetentionPolicy = NEWEST,
     ) -> None:
-        """Make a checkpoint count, of which these SAEs (by number) are written."""
-        finalize_checkpoint(root, step, place, [parts[number] for number in sorted(parts)], keep)
+        """Write the JSON file that makes a checkpoint valid, once all its SAEs are written.
+
+        Args:
+            root: folder of the run.
+            step: steps done.
+            position: position of the stream.
+            parts: the SAEs that this process has written, by index.
+            keep: which older checkpoints stay.
+        """
+        finalize_checkpoint(root, step, position, [parts[index] for index in sorted(parts)], keep)
 
 
 class MultiProcessCoordinator(Coordinator):
-    """One process of several.
+    """One process of several: what both modes of `--parallel` have in common.
 
     Args:
-        store_group: the others.
-        stop_signals: hears signals.
+        group: the processes of the run.
+        stop_signals: receives SIGTERM and SIGINT.
     """
 
-    def __init__(self, store_group: StoreGroup, stop_signals: StopSignals | None = None) -> None:
+    def __init__(self, group: StoreGroup, stop_signals: StopSignals | None = None) -> None:
         super().__init__(stop_signals)
-        self.stop_signals.announces = False  # they would all say the same
-        self.store_group = store_group
-        self.rank, self.world_size = store_group.rank, store_group.world_size
-        self.is_rank_zero = store_group.rank == 0
-        self._waits, self._asked = 0, False
+        self.stop_signals.announces = False  # every rank would print the same line
+        self.group = group
+        self.is_rank_zero = group.rank == 0
+        self._stop_sent = False
 
     def broadcast(self, value: object) -> None:
         """Put the dataclass into the store, as JSON, under its class name."""
-        self.store_group.put(type(value).__name__, _text(value))
+        self.group.put(type(value).__name__, to_json(value).decode())
 
     def receive(self, kind: type[T]) -> T:
         """Parse the dataclass that rank 0 put into the store."""
-        said = self.store_group.get(kind.__name__)
-        return parse_dataclass(kind, decode_json(said.encode()), "what the leader says")
+        text = self.group.get(kind.__name__)
+        return parse_dataclass(kind, decode_json(text.encode()), "the broadcast of rank 0")
 
     def barrier(self) -> None:
         """Wait until every rank has reached the same barrier."""
-        self._waits += 1
-        self.store_group.check_equal(f"wait {self._waits}", "here")
+        self.group.barrier()
 
     def throttle(self, step: int) -> None:
         """Raise if another rank has failed."""
         del step
-        self.store_group.check()
+        self.group.check()
 
     def stop_is_requested(self) -> bool:
-        """Whether any process is, as far as is known; if this one is, the others hear of it."""
-        if self.stop_signals.received is not None and not self._asked:
-            self.store_group.request_stop()
-            self._asked = True
-        return self._asked or self.store_group.stop_requested
+        """Return whether any rank has received a signal; send a signal of this rank to the rest."""
+        if self.stop_signals.received is not None and not self._stop_sent:
+            self.group.request_stop()
+            self._stop_sent = True
+        return self._stop_sent or self.group.stop_requested
 
 
 class DdpCoordinator(MultiProcessCoordinator):
-    """One of several that have all SAEs, and their lanes of each batch: --parallel ddp.
+    """Data parallelism, --parallel ddp: every rank has all SAEs, and its lanes of each batch.
 
-    They are at the same step always. Which one they stop before, they agree on with its batch.
+    All ranks are at the same step. An all-gather with each batch decides whether they stop there.
 
     Args:
-        store_group: the others.
-        store: for collectives.
-        stop_signals: hears signals.
+        group: the processes of the run.
+        store: for torch's process group.
+        stop_signals: receives SIGTERM and SIGINT.
     """
 
-    is_data_parallel = True
-
     def __init__(
-        self, store_group: StoreGroup, store: Store, stop_signals: StopSignals | None = None
+        self, group: StoreGroup, store: Store, stop_signals: StopSignals | None = None
     ) -> None:
-        super().__init__(store_group, stop_signals)
+        super().__init__(group, stop_signals)
         self._store = store
         self.writes_saes = self.is_rank_zero
+        self.batch_rank, self.batch_parts = group.rank, group.world_size
 
     def check_supported(self, record: RunRecord) -> None:
-        """Refuse lanes that cannot be divided, and what looks at a batch as a whole."""
-        lanes_of_rank(record.plan.lanes, self.rank, self.world_size)
+        """Raise `ConfigError` for lanes that cannot be divided, and for BatchTopK."""
+        lanes_of_rank(record.plan.lanes, self.batch_rank, self.batch_parts)
         for entry in record.saes:
             if entry.config.activation == "batchtopk":
                 raise ConfigError(
@@ -203,28 +209,27 @@ class DdpCoordinator(MultiProcessCoordinator):
                 )
 
     def init_process_group(self, device: torch.device) -> None:
-        """Begin collectives."""
+        """Initialise torch's process group with gloo, and NCCL on GPUs."""
         from saetrain.distributed.collectives import init_collectives
 
-        init_collectives(self._store, self.rank, self.world_size, device)
+        init_collectives(self._store, self.batch_rank, self.batch_parts, device)
 
     def make_tracker(
         self, write: Callable[[], JsonlTracker], entries: Sequence[SaeEntry]
     ) -> JsonlTracker:
-        """All know what there is to tell: the leader tells it."""
+        """Write metrics on rank 0 only: collectives have given every rank the same values."""
         del entries
         return write() if self.is_rank_zero else NullTracker()
 
     def check_stop_request(self, done: int, waits: bool = False) -> None:
-        """Wait for no rows any more: others may have theirs, and wait in `next_batch`."""
+        """End a wait for rows: other ranks may have their rows, and wait in `next_batch`."""
         del done
         if waits and self.stop_is_requested():
-            raise StopRequested(
-                self.stop_signals.received or signal.SIGTERM
-            )  # there all agree on which
+            # The all-gather in `next_batch` decides on the signal.
+            raise StopRequested(self.stop_signals.received or signal.SIGTERM)
 
     def next_batch(self, stream: ActivationStream) -> Batch | None:
-        """This process's part of the next batch, once all have theirs."""
+        """Return this rank's part of the next batch, after an all-gather of the ranks' states."""
         from saetrain.distributed.collectives import all_gather_int
 
         batch, error = None, None
@@ -232,88 +237,96 @@ class DdpCoordinator(MultiProcessCoordinator):
             batch = next(stream, None)
         except StopRequested:
             pass
-        except Exception as problem:
-            error = problem
-        word = 0 if error is None else getattr(error, "exit_code", 1)
+        except Exception as read_error:
+            error = read_error
+        code = 0 if error is None else getattr(error, "exit_code", 1)
         if error is None and self.stop_is_requested():
-            word = _SIGNAL + (self.stop_signals.received or 0)
-        words = all_gather_int(word)
+            code = _SIGNAL + (self.stop_signals.received or 0)
+        codes = all_gather_int(code)
         if error is not None:
             raise error
-        for rank, code in enumerate(words):
+        for rank, code in enumerate(codes):
             if 0 < code < _SIGNAL:
                 raise RemoteRankError(Failure(rank, code, "its rows cannot be read"))
-        if any(words):
-            raise StopRequested(_signal_of([code - _SIGNAL for code in words]))
+        if any(codes):
+            raise StopRequested(_signal_of([code - _SIGNAL for code in codes]))
         return batch
 
 
 class ModuleParallelCoordinator(MultiProcessCoordinator):
-    """One of several that have some SAEs, and whole batches: --parallel modules.
+    """SAEs dealt out to ranks, --parallel modules: every rank reads whole batches.
 
-    Nobody waits for anybody but for a checkpoint, or because it is too far ahead. Asked to stop,
-    each says a step that it can stop before, and all go on to the last of these: who waits for
-    another one says it, too, or that one would wait for it.
+    Ranks wait only for checkpoints, and for a rank that lags too far behind. After a stop request
+    each rank sends the first step that it can stop before, and all train up to the maximum. A rank
+    that waits sends its step, too: the others would otherwise wait for it.
 
     Args:
-        store_group: the others.
-        stop_signals: hears signals.
+        group: the processes of the run.
+        stop_signals: receives SIGTERM and SIGINT.
     """
 
-    can_checkpoint_alone = False  # they are at different steps
+    can_checkpoint_alone = False  # the ranks are at different steps
 
-    def __init__(self, store_group: StoreGroup, stop_signals: StopSignals | None = None) -> None:
-        super().__init__(store_group, stop_signals)
+    def __init__(self, group: StoreGroup, stop_signals: StopSignals | None = None) -> None:
+        super().__init__(group, stop_signals)
         self._max_lead, self._limit = 1, -1
-        self._next = 0  # the next step that this process could stop before
-        self._answered = False
+        self._next = 0  # the first step that this rank could stop before
+        self._stop_step_sent = False
         self._stop_at: tuple[int, signal.Signals] | None = None
-        store_group.while_waiting = self._reply_if_stopping
+        group.while_waiting = self._send_stop_step_if_requested
 
     def assigned_saes(self, entries: Sequence[SaeEntry]) -> list[int]:
-        """Its share of them, by what they cost; none, if there are more processes than SAEs."""
-        works = [SaeCost(e.hookpoint, _width(e.config), e.config.num_latents) for e in entries]
-        return partition(works, self.world_size)[self.rank]
+        """Return this rank's share by cost; none, if there are more processes than SAEs."""
+        costs = [
+            # d_in of the cost: mean of an encoder's and a decoder's row
+            SaeCost(e.hookpoint, (c.d_in + (c.d_out or c.d_in)) // 2, c.num_latents)
+            for e, c in ((e, e.config) for e in entries)
+        ]
+        return partition(costs, self.group.world_size)[self.group.rank]
 
-    def init_throttle(self, step: int, batch_size: int, row_bytes: int) -> None:
-        """Say where it begins."""
-        self._max_lead, self._next = max_lead_steps(batch_size, row_bytes), step
-        self.store_group.put(f"at/{self.rank}", str(step))
+    def init_throttle(self, step: int, record: RunRecord, cache: Cache) -> None:
+        """Derive the largest lead in steps from the bytes of a row, and publish the first step."""
+        names = dict.fromkeys(name for entry in record.saes for name in entry.hookpoints)
+        row_bytes = sum(cache.row_dtype.row_bytes(cache.manifest.width(name)) for name in names)
+        self.start_throttle(step, max_lead_steps(record.plan.batch_size, row_bytes))
+
+    def start_throttle(self, step: int, max_lead: int) -> None:
+        """Publish the first step, and let no rank be more than `max_lead` steps ahead."""
+        self._max_lead, self._next = max_lead, step
+        self.group.put(f"at/{self.group.rank}", str(step))
 
     def make_tracker(
         self, write: Callable[[], JsonlTracker], entries: Sequence[SaeEntry]
     ) -> JsonlTracker:
-        """The leader puts together what all tell."""
-        names = [entry.name for entry in entries]
-        return (
-            GatheringTracker(write(), self.store_group, names)
-            if self.is_rank_zero
-            else WorkerTracker(self.store_group)
-        )
+        """Gather the metrics of all ranks on rank 0."""
+        if not self.is_rank_zero:
+            return WorkerTracker(self.group)
+        return GatheringTracker(write(), self.group, [entry.name for entry in entries])
 
     def throttle(self, step: int) -> None:
-        """Wait while the last process is too far behind."""
-        self.store_group.check()
+        """Publish the step, and wait while the last rank is too far behind."""
+        self.group.check()
         self._next = step
         if step % max(1, self._max_lead // 4) == 0:
-            self.store_group.put(f"at/{self.rank}", str(step))
+            self.group.put(f"at/{self.group.rank}", str(step))
         while step > self._limit:
-            at = [int(self.store_group.get(f"at/{rank}")) for rank in range(self.world_size)]
+            at = [int(self.group.get(f"at/{rank}")) for rank in range(self.group.world_size)]
             self._limit = min(at) + self._max_lead
             if step > self._limit:
-                self.store_group.poll()
-        self._next = step + 1  # from here on, whoever waits has done this one
+                self.group.poll()
+        self._next = step + 1  # any later wait comes after this step
 
     def check_stop_request(self, done: int, waits: bool = False) -> None:
-        """Once any is asked to stop, say where, and hear where all can."""
+        """After a stop request, gather the step that each rank can stop before; take the last."""
         del waits
         if not self.stop_is_requested():
             return
-        self._reply(done)
+        self._send_stop_step(done)
         if self._stop_at is None:
-            said = [self.store_group.get(f"stop/{rank}").split() for rank in range(self.world_size)]
-            signals = [int(number) for _, number in said]
-            self._stop_at = max(int(step) for step, _ in said), _signal_of(signals)
+            ranks = range(self.group.world_size)
+            replies = [self.group.get(f"stop/{rank}").split() for rank in ranks]
+            signals = [int(number) for _, number in replies]
+            self._stop_at = max(int(step) for step, _ in replies), _signal_of(signals)
         if done >= self._stop_at[0]:
             raise StopRequested(self._stop_at[1])
 
@@ -321,111 +334,93 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
         self,
         root: Path,
         step: int,
-        place: dict[str, int],
+        position: dict[str, int],
         parts: dict[int, SaeState],
         keep: RetentionPolicy = NEWEST,
     ) -> None:
-        """Make it count once every process has written its SAEs; all wait for that."""
+        """Gather the states of all SAEs on rank 0, which finalizes; the others wait for that."""
         saved, committed = f"saved/{step}", f"committed/{step}"
         if not self.is_rank_zero:
-            ours = SavedParts(tuple(parts), tuple(parts.values()))
-            self.store_group.put(f"{saved}/{self.rank}", _text(ours))
-            self.store_group.get(committed)
+            own = SavedParts(tuple(parts), tuple(parts.values()))
+            self.group.put(f"{saved}/{self.group.rank}", to_json(own).decode())
+            self.group.get(committed)
             return
         parts = dict(parts)
-        for rank in range(1, self.world_size):
-            obj: Any = decode_json(self.store_group.pop(f"{saved}/{rank}").encode())
-            theirs = parse_dataclass(SavedParts, obj, f"the checkpoint of rank {rank}")
-            for number, part, raw in zip(theirs.numbers, theirs.parts, obj["parts"], strict=True):
-                # As they were told: parsing makes a float of every whole number.
-                parts[number] = dataclasses.replace(part, numbers=raw["numbers"])
-        super().finalize_checkpoint(root, step, place, parts, keep)
-        self.store_group.put(committed, "")
+        for rank in range(1, self.group.world_size):
+            obj: Any = decode_json(self.group.pop(f"{saved}/{rank}").encode())
+            received = parse_dataclass(SavedParts, obj, f"the checkpoint of rank {rank}")
+            states = zip(received.numbers, received.parts, obj["parts"], strict=True)
+            for index, part, raw in states:
+                # The raw numbers: parsing turns whole numbers into floats.
+                parts[index] = dataclasses.replace(part, numbers=raw["numbers"])
+        super().finalize_checkpoint(root, step, position, parts, keep)
+        self.group.put(committed, "")
 
-    def _reply_if_stopping(self) -> None:
+    def _send_stop_step_if_requested(self) -> None:
         if self.stop_is_requested():
-            self._reply(self._next)
+            self._send_stop_step(self._next)
 
-    def _reply(self, step: int) -> None:
-        if not self._answered:
-            self._answered = True
-            self.store_group.put(f"stop/{self.rank}", f"{step} {self.stop_signals.received or 0:d}")
-
-
-def _width(config: SaeConfig) -> int:
-    """Of an encoder's and a decoder's row, the mean."""
-    return (config.d_in + (config.d_out or config.d_in)) // 2
-
-
-def _text(value: object) -> str:
-    return to_json(value).decode()
+    def _send_stop_step(self, step: int) -> None:
+        if not self._stop_step_sent:
+            self._stop_step_sent = True
+            received = self.stop_signals.received or 0
+            self.group.put(f"stop/{self.group.rank}", f"{step} {received:d}")
 
 
 def _signal_of(numbers: Sequence[int]) -> signal.Signals:
-    """Which signal a run stops by, given that of each process; 0 or less: none of its own."""
+    """Return the first signal of those of all ranks (0 or less: none received); else SIGTERM."""
     return signal.Signals(next((n for n in numbers if n > 0), signal.SIGTERM))
 
 
 @dataclass(frozen=True)
-class RunBroadcast:
-    """What the leader tells before all else."""
-
-    begun: bool
-    """Whether the run was begun before."""
-    record: RunRecord
-    """What it is."""
-
-
-@dataclass(frozen=True)
 class SavedParts:
-    """What a process has written of a checkpoint."""
+    """Message of a rank that has written its part of a checkpoint."""
 
     numbers: tuple[int, ...]
+    """Indices of its SAEs."""
     parts: tuple[SaeState, ...]
 
 
 @contextmanager
 def init_coordinator(
-    config: FitConfig, stop_signals: StopSignals, last_words: Callable[[BaseException], None]
+    config: FitConfig, stop_signals: StopSignals, on_forced_exit: Callable[[BaseException], None]
 ) -> Iterator[Coordinator]:
-    """This process among those that torchrun started, which begin and end together.
+    """Connect this process with those that torchrun started; all end the run together.
 
     Args:
-        config: says what they share.
-        stop_signals: hears signals.
-        last_words: told why, if this process has to be ended although it hangs.
+        config: says what several processes share.
+        stop_signals: receives SIGTERM and SIGINT.
+        on_forced_exit: called with the error before a main thread that hangs is ended.
 
     Raises:
-        ConfigError: there are several, and the options do not say what they share.
-        PeerFailedError: another one has failed, and tells it.
-        Stopped: signals asked for it; all have stopped at the same step.
+        ConfigError: there are several processes, and no --parallel.
+        RemoteRankError: another rank has failed, and reports it.
+        RunStopped: a signal has stopped all ranks at the same step.
     """
-    ranks = World.from_environment()
+    world = World.from_environment()
     stop_signals.repeat_window = REPEAT_WINDOW if "WORLD_SIZE" in os.environ else 0.0
-    if ranks.world_size == 1:
+    if world.world_size == 1:
         yield Coordinator(stop_signals)
         return
-    with connect(ranks) as (store_group, store):
-        store_group.on_forced_exit = last_words
-        if ranks.rank == 0:
-            require_parallel_mode(ranks.world_size, config)
+    with connect(world) as (group, store):
+        group.on_forced_exit = on_forced_exit
+        if world.rank == 0:
+            require_parallel_mode(world.world_size, config)
         try:
-            by_batches = config.parallel == "ddp"
-            yield (
-                DdpCoordinator(store_group, store, stop_signals)
-                if by_batches
-                else ModuleParallelCoordinator(store_group, stop_signals)
-            )
+            if config.parallel == "ddp":
+                yield DdpCoordinator(group, store, stop_signals)
+            else:
+                yield ModuleParallelCoordinator(group, stop_signals)
         except RunStopped:
             stop_signals.ignore_further()
             raise
 
 
 def reports_outcome(error: BaseException | None) -> bool:
-    """Whether it is this process, of those that torchrun started, to say how the run ended.
+    """Return whether this rank writes exit.json and prints the error.
 
     Args:
-        error: with which; None: it came to its end.
+        error: the error that ended the run; None after success.
     """
     if error is None or isinstance(error, RunStopped):
         return os.environ.get("RANK", "0") == "0"
@@ -433,10 +428,10 @@ def reports_outcome(error: BaseException | None) -> bool:
 
 
 def require_parallel_mode(processes: int, config: FitConfig) -> None:
-    """Refuse several processes that do not know what to share; raises `ConfigError`."""
+    """Require --parallel for several processes; raises `ConfigError`."""
     if config.parallel is None and processes > 1:
         raise ConfigError(
-            f"{processes} processes, and nothing says what they share",
+            f"{processes} processes, and --parallel does not say what they share",
             expected="--parallel ddp (every process has all SAEs, and a part of each batch) or "
             "--parallel modules (each has some of the SAEs, and whole batches)",
             got="no --parallel",

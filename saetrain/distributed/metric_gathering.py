@@ -1,6 +1,6 @@
-"""What processes that share SAEs tell of their steps, put together in the run's one metrics.jsonl.
+"""Gathering of the ranks' metrics on rank 0, into one metrics.jsonl, for `--parallel modules`.
 
-Every process logs at the same steps, so that its n-th line belongs to everybody else's n-th.
+Every rank logs at the same steps, so the n-th line of one rank belongs to the n-th of all others.
 """
 
 from __future__ import annotations
@@ -14,102 +14,101 @@ from actcache.core.progress import Progress
 from saetrain.distributed.process_group import StoreGroup
 from saetrain.tracking.jsonl import JsonlTracker, MetricsSink
 
-Figures = Mapping[str, Mapping[str, Any]]
+Metrics = Mapping[str, Mapping[str, Any]]
+"""By the SAE's name, values by the metric's name."""
 
 
 class NullTracker(JsonlTracker):
-    """Of a process that tells nothing; its leader does."""
+    """Tracker that discards everything: of a rank whose metrics rank 0 writes."""
 
     def __init__(self) -> None:
         self.bar: Progress = _NullProgress("fit", None, "rows", show=False)
 
-    def log(self, step: int, metrics: Figures, waited: float) -> None:
-        """Nothing."""
+    def log(self, step: int, metrics: Metrics, waited: float) -> None:
+        """Discard a line."""
 
-    def log_held_out(self, step: int, figures: Figures, rows: int) -> None:
-        """Nothing."""
+    def log_held_out(self, step: int, figures: Metrics, rows: int) -> None:
+        """Discard a line on held-out rows."""
 
     @property
     def seconds(self) -> float:
-        """Not measured."""
+        """Return 0: nothing is measured."""
         return 0.0
 
     def sync(self) -> None:
-        """Nothing."""
+        """Return at once: no line is pending."""
 
     def end(self) -> None:
-        """Nothing."""
+        """Return at once: nothing is open."""
 
     def close(self) -> tuple[float, float]:
-        """Nothing measured."""
+        """Return zeros: nothing is measured."""
         return 0.0, 0.0
 
 
 class WorkerTracker(NullTracker):
-    """Of a process that tells its leader.
+    """Tracker that sends the metrics of this rank's SAEs to rank 0.
 
     Args:
-        store_group: the processes of the run.
+        group: the processes of the run.
     """
 
-    def __init__(self, store_group: StoreGroup) -> None:
+    def __init__(self, group: StoreGroup) -> None:
         super().__init__()
-        self._peers, self._line = store_group, 0
+        self._group, self._line = group, 0
 
-    def log(self, step: int, metrics: Figures, waited: float) -> None:
-        """Tell what was measured of these SAEs."""
+    def log(self, step: int, metrics: Metrics, waited: float) -> None:
+        """Send the metrics of a line."""
         del step, waited
-        self._tell(metrics)
+        self._send(metrics)
 
-    def log_held_out(self, step: int, figures: Figures, rows: int) -> None:
-        """Tell what held-out rows say of these SAEs."""
+    def log_held_out(self, step: int, figures: Metrics, rows: int) -> None:
+        """Send the metrics of a line on held-out rows."""
         del step, rows
-        self._tell(figures)
+        self._send(figures)
 
-    def _tell(self, figures: Figures) -> None:
-        self._peers.put(f"line/{self._line}/{self._peers.rank}", json.dumps(figures))
+    def _send(self, metrics: Metrics) -> None:
+        self._group.put(f"line/{self._line}/{self._group.rank}", json.dumps(metrics))
         self._line += 1
 
 
 class GatheringTracker(JsonlTracker):
-    """Of the leader: writes each line once all have told their part of it.
+    """Tracker of rank 0: writes each line once all ranks have sent their part of it.
 
     Args:
-        tracker: writes them.
-        store_group: the processes of the run.
-        names: of all SAEs, in the run's order.
+        tracker: writes the lines.
+        group: the processes of the run.
+        names: names of all SAEs, in the run's order.
     """
 
-    def __init__(
-        self, tracker: JsonlTracker, store_group: StoreGroup, names: Sequence[str]
-    ) -> None:
-        self._tracker, self._peers, self._names = tracker, store_group, names
+    def __init__(self, tracker: JsonlTracker, group: StoreGroup, names: Sequence[str]) -> None:
+        self._tracker, self._group, self._names = tracker, group, names
         self.bar = tracker.bar
-        self._waiting: deque[tuple[Figures, Callable[[Figures], None]]] = deque()
+        self._pending: deque[tuple[Metrics, Callable[[Metrics], None]]] = deque()
         self._line = 0
 
-    def log(self, step: int, metrics: Figures, waited: float) -> None:
-        """Write a line of both files, now or later."""
+    def log(self, step: int, metrics: Metrics, waited: float) -> None:
+        """Queue a line of both files, and write all lines that are complete."""
         self._add(metrics, lambda whole: self._tracker.log(step, whole, waited))
 
-    def log_held_out(self, step: int, figures: Figures, rows: int) -> None:
-        """Write a line on held-out rows, now or later."""
+    def log_held_out(self, step: int, figures: Metrics, rows: int) -> None:
+        """Queue a line on held-out rows, and write all lines that are complete."""
         self._add(figures, lambda whole: self._tracker.log_held_out(step, whole, rows))
 
     @property
     def seconds(self) -> float:
-        """From the start to the last line."""
+        """Seconds from the start to the last line."""
         return self._tracker.seconds
 
     def sync(self) -> None:
-        """Wait for all lines to be told, and make them durable."""
-        while self._waiting:
+        """Wait for the ranks' parts of all queued lines, write them, and fsync."""
+        while self._pending:
             self._write_first()
         self._tracker.sync()
 
     @property
     def mirror(self) -> MetricsSink | None:
-        """Of the tracker."""
+        """Mirror of the wrapped tracker."""
         return self._tracker.mirror
 
     @mirror.setter
@@ -117,34 +116,34 @@ class GatheringTracker(JsonlTracker):
         self._tracker.mirror = mirror
 
     def end(self) -> None:
-        """The run has come to its end, and all has been told."""
+        """Finish the wrapped tracker at the end of the run."""
         self._tracker.end()
 
     def close(self) -> tuple[float, float]:
-        """Close all, as the tracker does."""
+        """Close the wrapped tracker."""
         return self._tracker.close()
 
-    def _add(self, ours: Figures, write: Callable[[Figures], None]) -> None:
-        self._waiting.append((ours, write))
-        while self._waiting and self._peers.has(*self._words()):
+    def _add(self, own: Metrics, write: Callable[[Metrics], None]) -> None:
+        self._pending.append((own, write))
+        while self._pending and self._group.has(*self._keys()):
             self._write_first()
 
     def _write_first(self) -> None:
-        """Write the first of the lines that wait; waits for whoever has not told its part."""
-        ours, write = self._waiting[0]
-        told = dict(ours)
-        for word in self._words():
-            told |= json.loads(self._peers.pop(word))
-        self._waiting.popleft()
+        """Write the first queued line; wait for ranks that have not sent their part."""
+        own, write = self._pending[0]
+        gathered = dict(own)
+        for key in self._keys():
+            gathered |= json.loads(self._group.pop(key))
+        self._pending.popleft()
         self._line += 1
-        write({name: told[name] for name in self._names})
+        write({name: gathered[name] for name in self._names})
 
-    def _words(self) -> list[str]:
-        return [f"line/{self._line}/{rank}" for rank in range(1, self._peers.world_size)]
+    def _keys(self) -> list[str]:
+        return [f"line/{self._line}/{rank}" for rank in range(1, self._group.world_size)]
 
 
 class _NullProgress(Progress):
-    """Neither drawn, nor heard."""
+    """Progress bar that prints nothing."""
 
     def say(self, text: str) -> None:
-        """Nothing."""
+        """Discard a line."""

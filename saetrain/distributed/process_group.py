@@ -1,9 +1,12 @@
-"""The processes of one run, as torchrun starts them: words that they leave for each other.
+"""Exchange of small messages between the processes of a run, and detection of lost processes.
 
-The words are in torch's key-value store, which whoever started the processes holds; nobody waits
-for anybody but in `hear`. A thread of each looks after its neighbour: one that ends without a word
-is told by the others, in seconds on its own machine and in half a minute on others. However deep in
-a collective a process hangs by then, it ends.
+Messages are keys of torch's key-value store, which torchrun holds; only `get` and its callers wait.
+A thread of each process sends a heartbeat and watches the next rank. It detects a killed process
+within seconds on its own machine, and after 30 missed heartbeats on another. A main thread that
+then hangs in a collective is ended with `os._exit`.
+
+torchrun, too, ends the other processes after a kill, but by SIGTERM, which is also how a scheduler
+asks for a checkpoint. The check of /proc tells the two apart before torchrun's SIGKILL.
 """
 
 from __future__ import annotations
@@ -30,270 +33,255 @@ if TYPE_CHECKING:
 
 
 HEARTBEAT_SECONDS = 1.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 MISSED_HEARTBEATS = 30
-"""Without a new sign, a process of another machine is given up."""
+"""Heartbeats of its own after which a rank declares an unchanged neighbour lost."""
 EXIT_GRACE = 20
-"""Beats in which a process must end once another is known to have failed."""
+"""Heartbeats in which the main thread must end once another process has failed."""
 JOIN_TIMEOUT = timedelta(minutes=10)
-"""Until all must have come."""
+"""Time in which all processes must have started."""
 
-_PAUSE = 0.005  # seconds between two looks at the store
-_meetings = itertools.count()
+_POLL_SECONDS = 0.005  # between two reads of the store
+_connections = itertools.count()
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ends: the first error of any of its processes."""
+    """The first error of any rank: the reason why the run ends."""
 
     rank: int
-    """Whose error it is."""
+    """Rank that raised the error."""
     code: int
-    """Its exit code."""
+    """Exit code of the error."""
     what: str
-    """Its first line."""
-
-
-def failure_of(error: BaseException, rank: int) -> Failure:
-    """What the others are told of an error."""
-    code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
-    return Failure(rank, int(code), (str(error) or type(error).__name__).splitlines()[0])
+    """First line of the error."""
 
 
 class RemoteRankError(RunError):
-    """Another process has failed, and tells why: this one ends with the same code, silently."""
+    """Another rank has failed. This one ends with the same code, and prints nothing."""
 
     def __init__(self, failure: Failure) -> None:
         self.failure, self.exit_code = failure, failure.code
         super().__init__(
-            f"process {failure.rank} of this run has failed", got=failure.what, remedy="see there"
+            f"process {failure.rank} of this run has failed",
+            got=failure.what,
+            remedy="see the error of that process",
         )
 
 
 class LostRankError(RunError):
-    """Another process has ended without a word."""
+    """Another rank has ended without recording an error."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         super().__init__(
-            f"process {rank} of this run is gone without a word",
-            expected="an error that says why",
+            f"process {rank} of this run has ended without an error message",
+            expected="an error that gives the reason",
             got="nothing: it was killed, or its machine has failed",
-            remedy="look for a lack of memory (dmesg says); --resume goes on from what is saved",
+            remedy="look for a lack of memory (dmesg shows it); --resume continues from the newest "
+            "checkpoint",
         )
 
 
 class StoreGroup:
-    """This process among those of its run.
+    """The processes of a run, connected by a key-value store.
 
     Args:
-        store: shared by them all, and of nobody else.
-        rank: this process's number.
-        world_size: how many there are.
+        store: shared by all ranks of the run, with no other users.
+        world: rank of this process, and how many there are.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, store: Store, world: World) -> None:
+        self.rank, self.world_size = world.rank, world.world_size
         self.stop_requested = False
-        """Whether any of them has been asked to stop, by `ask_to_stop`; known within a beat."""
+        """Whether any rank has called `request_stop`; updated at each heartbeat."""
         self.while_waiting: Callable[[], None] = lambda: None
-        """Done now and then by who waits for a word."""
+        """Called at each poll while this rank waits for a key."""
         self.on_forced_exit: Callable[[BaseException], None] = lambda _: None
-        """Told why, if this process has to be ended although it hangs."""
-        self._store, self._beat = store, HEARTBEAT_SECONDS
-        self._trouble: ActcacheError | None = None
+        """Called with the error before `os._exit` ends a main thread that hangs."""
+        self._store, self._interval = store, HEARTBEAT_SECONDS
+        self._error: ActcacheError | None = None
+        self._barriers = 0
         self._ended = threading.Event()
-        self._watch = threading.Thread(target=self._look_after, name="peers", daemon=True)
-        self.put(f"name/{rank}", process_token())
-        self._names = [
-            self._first_word(f"name/{r}", JOIN_TIMEOUT.total_seconds()) for r in range(world_size)
-        ]
-        self._watch.start()
+        self._heartbeat = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self.put(f"token/{self.rank}", process_token())
+        join = JOIN_TIMEOUT.total_seconds()
+        self._tokens = [self._get_within(f"token/{r}", join) for r in range(self.world_size)]
+        self._heartbeat.start()
 
-    def put(self, word: str, value: str) -> None:
-        """Leave a word for the others."""
-        self._store.set(word, value)
+    def put(self, key: str, value: str) -> None:
+        """Set a key of the store."""
+        self._store.set(key, value)
 
-    def get(self, word: str) -> str:
-        """A word that is said, or will be.
+    def get(self, key: str) -> str:
+        """Wait until a key is set, and return its value.
 
         Raises:
-            PeerFailedError: another process fails meanwhile.
-            PeerGoneError: another process ends meanwhile, without a word.
+            RemoteRankError: another rank has failed meanwhile.
+            LostRankError: another rank has ended meanwhile, without an error.
         """
-        while not self.has(word):
+        while not self.has(key):
             self.poll()
-        return self._get(word)
+        return self._get(key)
 
     def poll(self) -> None:
-        """Wait a moment for others; raises what `hear` raises."""
+        """Sleep until the next read of the store; raises the errors of `get`."""
         self.check()
         self.while_waiting()
-        time.sleep(_PAUSE)
+        time.sleep(_POLL_SECONDS)
 
-    def has(self, *words: str) -> bool:
-        """Whether all of them are said by now."""
-        return bool(self._store.check(list(words)))
+    def has(self, *keys: str) -> bool:
+        """Return whether all keys are set."""
+        return bool(self._store.check(list(keys)))
 
-    def pop(self, word: str) -> str:
-        """Hear a word that nobody else will ask for again."""
-        value = self.get(word)
-        self._store.delete_key(word)
+    def pop(self, key: str) -> str:
+        """Wait until a key is set, delete it, and return its value."""
+        value = self.get(key)
+        self._store.delete_key(key)
         return value
 
     def check(self) -> None:
-        """Raise what `hear` raises, without waiting."""
-        if self._trouble is not None:
-            raise self._trouble
+        """Raise the errors of `get` without waiting."""
+        if self._error is not None:
+            raise self._error
 
     def request_stop(self) -> None:
-        """Let all know that the run is to stop."""
+        """Set the key that makes `stop_requested` true on every rank."""
         self.put("stop", "")
 
-    def check_equal(self, what: str, value: str) -> None:
-        """Wait until all have said their value, and refuse other ones than ours.
-
-        Raises:
-            RunError: they differ.
-        """
-        self.put(f"agree/{what}/{self.rank}", value)
+    def barrier(self) -> None:
+        """Wait until every rank has reached the same barrier; raises the errors of `get`."""
+        self._barriers += 1
+        self.put(f"barrier {self._barriers}/{self.rank}", "")
         for rank in range(self.world_size):
-            other = self.get(f"agree/{what}/{rank}")
-            if other != value:
-                raise RunError(
-                    f"the processes of this run differ in {what}",
-                    expected=f"{value}, as on rank {self.rank}",
-                    got=f"{other} on rank {rank}",
-                    remedy="do all machines see the same folders and library versions?",
-                )
+            self.get(f"barrier {self._barriers}/{rank}")
 
     def report_failure(self, error: BaseException) -> BaseException:
-        """Tell the others of an error, unless one of them was first.
+        """Record an error as the run's failure, unless another rank has recorded one.
 
         Returns:
-            What this process should end with: the error itself, if it is to tell it; else a
+            The error to end this process with: the recorded cause, if this rank recorded it; else a
             `RemoteRankError`.
         """
         if isinstance(error, RemoteRankError):
             return error
-        with suppress(RuntimeError):  # the store is gone, with whoever held it
+        with suppress(RuntimeError):  # the store has ended with the process that held it
             cause = self._cause(error)
             if isinstance(cause, RemoteRankError):
                 return cause
             if self._store.add("failures", 1) > 1:
                 return RemoteRankError(self._failure())
-            self.put("failed", to_json(failure_of(cause, self.rank)).decode())
+            code = getattr(cause, "exit_code", 130 if isinstance(cause, KeyboardInterrupt) else 1)
+            first_line = (str(cause) or type(cause).__name__).splitlines()[0]
+            self.put("failed", to_json(Failure(self.rank, int(code), first_line)).decode())
             return cause
         return error
 
     def wait_for_exit(self, rank: int) -> None:
-        """Let another process end first, and say why: the launcher ends all once one has."""
-        deadline = time.monotonic() + 5 * self._beat
-        while not has_exited(self._names[rank]) and time.monotonic() < deadline:
-            time.sleep(_PAUSE)
+        """Wait, at most 5 heartbeats, until another process has ended.
+
+        torchrun ends all processes after the first one: the one with the error must be first.
+        """
+        deadline = time.monotonic() + 5 * self._interval
+        while not has_exited(self._tokens[rank]) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
 
     def shutdown(self) -> None:
-        """Wait until all others are ready to leave, too.
-
-        Raises:
-            PeerFailedError: another process fails meanwhile.
-            PeerGoneError: another process ends meanwhile, without a word.
-        """
+        """Wait until all ranks have called this; raises the errors of `get`."""
         self.put(f"done/{self.rank}", "")
         for rank in range(self.world_size):
             self.get(f"done/{rank}")
-        self._end_watch()
+        self.close()
         self.put(f"left/{self.rank}", "")
         if self.rank == 0:  # it may hold the store
             with suppress(RunError):
                 for rank in range(self.world_size):
-                    self._first_word(f"left/{rank}", EXIT_GRACE * self._beat)
+                    self._get_within(f"left/{rank}", EXIT_GRACE * self._interval)
 
     def close(self) -> None:
-        """End the thread."""
-        self._end_watch()
-
-    def _end_watch(self) -> None:
+        """End the heartbeat thread."""
         self._ended.set()
-        if self._watch.is_alive():
-            self._watch.join()
+        if self._heartbeat.is_alive():
+            self._heartbeat.join()
 
-    def _first_word(self, word: str, seconds: float) -> str:
+    def _get_within(self, key: str, seconds: float) -> str:
         deadline = time.monotonic() + seconds
-        while not self.has(word):
+        while not self.has(key):
             if time.monotonic() > deadline:
                 raise RunError(
-                    "not all processes of this run have come",
+                    "not all processes of this run have started",
                     expected=f"{self.world_size} in {seconds:.0f} s",
-                    got=f"no word {word} of one of them",
+                    got=f"no key {key} of one of them",
                     remedy="was torchrun started on every machine?",
                 )
-            time.sleep(_PAUSE)
-        return self._get(word)
+            time.sleep(_POLL_SECONDS)
+        return self._get(key)
 
-    def _get(self, word: str) -> str:
-        return bytes(self._store.get(word)).decode()
+    def _get(self, key: str) -> str:
+        return bytes(self._store.get(key)).decode()
 
     def _failure(self) -> Failure:
-        self._first_word("failed", EXIT_GRACE * self._beat)
-        return parse_dataclass(Failure, decode_json(bytes(self._store.get("failed"))), "failure")
+        recorded = self._get_within("failed", EXIT_GRACE * self._interval)
+        return parse_dataclass(Failure, decode_json(recorded.encode()), "failure")
 
     def _cause(self, error: BaseException) -> BaseException:
-        """What is behind an error: of a collective, or of torchrun's SIGTERM, perhaps a peer."""
-        # A collective breaks as a peer ends; the launcher ends the others once one has failed.
+        """Return the failure of another rank that caused an error, or the error itself.
+
+        A collective breaks when another rank ends, and torchrun sends SIGTERM once one has failed.
+        """
         broken = isinstance(error, RuntimeError) and _is_of_a_collective(error)
         if not broken and not isinstance(error, KeyboardInterrupt):
             return error
-        deadline = time.monotonic() + (MISSED_HEARTBEATS + 5) * self._beat
+        deadline = time.monotonic() + (MISSED_HEARTBEATS + 5) * self._interval
         while True:
-            if self._store.check(["failed"]):
+            if self.has("failed"):
                 return RemoteRankError(self._failure())
             for rank in range(self.world_size):
-                if self._is_gone(rank):
+                if self._is_lost(rank):
                     return LostRankError(rank)
             if not broken or time.monotonic() > deadline:
                 return error
-            if isinstance(self._trouble, LostRankError):
-                return self._trouble
-            time.sleep(_PAUSE)
+            if isinstance(self._error, LostRankError):
+                return self._error
+            time.sleep(_POLL_SECONDS)
 
-    def _is_gone(self, rank: int) -> bool:
-        return has_exited(self._names[rank]) and not self._store.check([f"done/{rank}"])
+    def _is_lost(self, rank: int) -> bool:
+        return has_exited(self._tokens[rank]) and not self.has(f"done/{rank}")
 
-    def _look_after(self) -> None:
-        """Look after the next rank, and see whether any has failed."""
+    def _watch(self) -> None:
+        """Send heartbeats, and watch the next rank and the recorded failure."""
         neighbour = (self.rank + 1) % self.world_size
         beat, unchanged, last = 0, 0, ""
-        while not self._ended.wait(self._beat):
+        while not self._ended.wait(self._interval):
             try:
                 beat += 1
                 self.put(f"beat/{self.rank}", str(beat))
                 self.stop_requested = self.stop_requested or self.has("stop")
-                if self._store.check(["failed"]):
-                    self._give_up(RemoteRankError(self._failure()))
+                if self.has("failed"):
+                    self._abort(RemoteRankError(self._failure()))
                     return
-                word = f"beat/{neighbour}"
-                sign = self._get(word) if self.has(word) else ""
-                unchanged, last = (unchanged + 1 if sign == last else 0), sign
-                # Counted in beats of our own: a machine that was asleep has not lost anybody.
-                silent = unchanged >= MISSED_HEARTBEATS and not self.has(f"done/{neighbour}")
-                if silent or self._is_gone(neighbour):
-                    self._give_up(LostRankError(neighbour))
+                key = f"beat/{neighbour}"
+                current = self._get(key) if self.has(key) else ""
+                unchanged, last = (unchanged + 1 if current == last else 0), current
+                # Counted in heartbeats of this rank: time in which the machine slept does not count
+                missed = unchanged >= MISSED_HEARTBEATS and not self.has(f"done/{neighbour}")
+                if missed or self._is_lost(neighbour):
+                    self._abort(LostRankError(neighbour))
                     return
-            except RuntimeError:  # the store is gone with the process that holds it
-                self._give_up(LostRankError(0))
+            except RuntimeError:  # the store has ended with the process that held it
+                self._abort(LostRankError(0))
                 return
 
-    def _give_up(self, trouble: ActcacheError) -> None:
-        """Let the main thread end, and end the process if it does not: it may hang in C."""
-        self._trouble = trouble
-        if not self._ended.wait(EXIT_GRACE * self._beat):
-            told = self.report_failure(trouble)
-            if not isinstance(told, RemoteRankError):
-                self.on_forced_exit(told)
-                print(f"error: {told}", file=sys.stderr, flush=True)  # noqa: T201
+    def _abort(self, error: ActcacheError) -> None:
+        """Raise an error in the main thread; if it hangs, end the process after `EXIT_GRACE`."""
+        self._error = error
+        if not self._ended.wait(EXIT_GRACE * self._interval):
+            cause = self.report_failure(error)
+            if not isinstance(cause, RemoteRankError):
+                self.on_forced_exit(cause)
+                print(f"error: {cause}", file=sys.stderr, flush=True)  # noqa: T201
             sys.stdout.flush()
-            os._exit(getattr(told, "exit_code", 1))
+            os._exit(getattr(cause, "exit_code", 1))
 
 
 def _is_of_a_collective(error: BaseException) -> bool:
@@ -302,49 +290,49 @@ def _is_of_a_collective(error: BaseException) -> bool:
 
 
 @contextmanager
-def connect(ranks: World) -> Iterator[tuple[StoreGroup, Store]]:
-    """Bring the processes that torchrun started together; with all of them or none it ends.
+def connect(world: World) -> Iterator[tuple[StoreGroup, Store]]:
+    """Connect the processes that torchrun started, for a run that all of them end together.
 
     Args:
-        ranks: which one this is.
+        world: rank of this process, and how many there are.
 
     Yields:
-        The peers, and a store for collectives.
+        The group, and a store for collectives.
 
     Raises:
-        PeerFailedError: another process has failed, and tells why.
-        PeerGoneError: another process has ended without a word; this one is to tell.
+        RemoteRankError: another rank has failed, and has recorded why.
+        LostRankError: another rank has ended without an error; this rank reports it.
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://"))
-    store = PrefixStore(f"run {next(_meetings)}", store)  # they may meet again
-    store_group = StoreGroup(PrefixStore("peers", store), ranks.rank, ranks.world_size)
+    store = PrefixStore(f"run {next(_connections)}", store)  # one process may do several runs
+    group = StoreGroup(PrefixStore("group", store), world)
     stopped: RunStopped | None = None
     try:
         try:
-            yield store_group, PrefixStore("collectives", store)
-        except RunStopped as stop:  # so all are, at the same step
+            yield group, PrefixStore("collectives", store)
+        except RunStopped as stop:  # on all ranks, at the same step
             stopped = stop
-        store_group.shutdown()
+        group.shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException as error:
-        cause = store_group.report_failure(error)
+        cause = group.report_failure(error)
         if isinstance(cause, RemoteRankError):
-            store_group.wait_for_exit(cause.failure.rank)
-        if dist.is_initialized() and dist.get_backend() == "gloo":  # NCCL would wait for the others
+            group.wait_for_exit(cause.failure.rank)
+        if dist.is_initialized() and dist.get_backend() == "gloo":  # NCCL would wait for all ranks
             dist.destroy_process_group()
         if cause is error:
             raise
         raise cause from error
     finally:
-        store_group.close()
+        group.close()
     if stopped is not None:
-        if ranks.rank > 0:
-            store_group.wait_for_exit(0)
+        if world.rank > 0:
+            group.wait_for_exit(0)
         raise stopped
 
 
@@ -352,18 +340,18 @@ _PROC = Path("/proc")
 
 
 def process_token() -> str:
-    """A name that no other process has, on any machine, now or later."""
-    return f"{_machine()} {os.getpid()} {_started(os.getpid())}"
+    """Return a token of this process that is unique over machines and time."""
+    return f"{_machine()} {os.getpid()} {_start_time(os.getpid())}"
 
 
-def has_exited(name: str) -> bool:
-    """Whether the process of that name has ended; of another machine's that is not known."""
-    machine, _, process = name.rpartition(" ")[0].rpartition(" ")
-    return machine == _machine() and _started(int(process)) != name.rpartition(" ")[2]
+def has_exited(token: str) -> bool:
+    """Return whether the process of a token has ended; False for a process of another machine."""
+    machine, pid, start_time = token.rsplit(" ", 2)
+    return machine == _machine() and _start_time(int(pid)) != start_time
 
 
 def _machine() -> str:
-    """Where process numbers mean the same: one boot of a machine, and one container on it."""
+    """Identify the boot of a machine and the container: process ids are unique within both."""
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # in some containers
@@ -371,10 +359,10 @@ def _machine() -> str:
     return f"{boot} {(_PROC / 'self/ns/pid').readlink()}"
 
 
-def _started(process: int) -> str:
-    """When a process was started, in ticks; empty if it is not there, or only waited for."""
+def _start_time(pid: int) -> str:
+    """Return the start time of a process, in clock ticks; '' if it has ended or is a zombie."""
     try:
-        _, _, fields = (_PROC / str(process) / "stat").read_text().rpartition(")")
+        _, _, fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")
     except (FileNotFoundError, ProcessLookupError):
         return ""
     state, *rest = fields.split()

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: the first lets it save, a second ends it at once.
+"""Signals that stop a run: the first one requests a checkpoint, a second one ends it at once.
 
-SIGTERM is what schedulers send before they take a machine away, and SIGINT is Ctrl-C. Whoever is
-stopped so leaves with 128 + the signal's number, 143 and 130: what shells say of a command that a
-signal ended, and what `actcache harvest` leaves with.
+Schedulers send SIGTERM before they take a machine away, and Ctrl-C sends SIGINT. A stopped run
+exits with 128 + the signal's number, 143 and 130, as shells report a command that a signal ended;
+`actcache harvest` does the same.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from types import FrameType, TracebackType
 from typing import Any
 
 REPEAT_WINDOW = 5.0
-"""Seconds in which processes of a launcher may hear of a signal again: a scheduler sends it to all
-of them, and torchrun passes on what it was sent itself."""
+"""Seconds in which a signal may reach a process under torchrun twice: a scheduler signals all
+processes, and torchrun forwards its own signal to them."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class RunStopped(KeyboardInterrupt):
-    """A run that was asked to stop, and has saved what it did.
+    """A signal has stopped the run, and its steps are saved.
 
-    It is a KeyboardInterrupt, for that is what Ctrl-C raises, and nobody catches it as an error.
+    Subclasses KeyboardInterrupt, which Ctrl-C raises and `except Exception` does not catch.
 
     Args:
-        signal_: which it was.
+        signal_: the signal.
         step: steps done, and saved.
     """
 
     def __init__(self, signal_: signal.Signals, step: int) -> None:
         self.signal, self.step = signal_, step
         self.exit_code = 128 + signal_
-        super().__init__(f"{signal_.name}: step {step:,} is saved; --resume goes on from there")
+        super().__init__(f"{signal_.name}: step {step:,} is saved; --resume continues from it")
 
 
 class StopRequested(BaseException):
-    """The run stops here, before its next step; what is done is to be saved.
+    """The run is to stop before its next step, and to save the steps done.
 
-    No error either, so that nobody who waits for rows takes it for one.
+    Subclasses BaseException so that `except Exception` handlers around reads do not swallow it.
 
     Args:
-        signal_: which asked for it.
+        signal_: the signal that requests it.
     """
 
     def __init__(self, signal_: signal.Signals) -> None:
@@ -53,37 +53,37 @@ class StopRequested(BaseException):
 
 
 class StopSignals:
-    """Hears signals from `listen` on, until the context is left.
+    """Handlers of SIGTERM and SIGINT, from `install` until the context is left.
 
-    Before that they do what they did, for there is nothing to save. So they do in threads other
-    than the main one, which Python does not let listen.
+    Before that the signals keep their effect: there is nothing to save. Outside the main thread,
+    where Python forbids handlers, they always do.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        """The signal that asked to stop, if one has."""
+        """The first signal, if one has been received."""
         self.repeat_window = 0.0
-        """Seconds in which further signals are the first one again."""
+        """Seconds after the first signal in which further ones count as the same."""
         self.announces = True
-        """Whether a signal is answered with a line on stderr."""
-        self._before: dict[signal.Signals, Any] = {}
-        self._until = 0.0
+        """Whether the handler prints a line to stderr."""
+        self._previous: dict[signal.Signals, Any] = {}
+        self._ignored_until = 0.0
 
     def install(self) -> None:
-        """From now on there is something to save. May be called again."""
-        if self._before or self.received is not None:
+        """Install the handlers, unless they are installed or a signal has been received."""
+        if self._previous or self.received is not None:
             return
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
-            before = signal.getsignal(number)
-            if before not in (None, signal.SIG_IGN):  # as under nohup, or `&` in a script
-                self._before[number] = before
+            previous = signal.getsignal(number)
+            if previous not in (None, signal.SIG_IGN):  # as under nohup, or `&` in a script
+                self._previous[number] = previous
                 signal.signal(number, self._handle)
 
     def ignore_further(self) -> None:
-        """All is saved: who leaves last must not mind that the launcher ends who is still there."""
-        self._until = float("inf")
+        """Ignore all signals from now on: torchrun sends SIGTERM to the ranks that end last."""
+        self._ignored_until = float("inf")
 
     def __enter__(self) -> StopSignals:
         return self
@@ -99,18 +99,19 @@ class StopSignals:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received is not None:
-            if now >= self._until:  # a second one, of either kind, ends the run as without us
+            if now >= self._ignored_until:  # a second signal has the effect it had before `install`
                 self._uninstall()
                 signal.raise_signal(number)
             return
-        self.received, self._until = signal.Signals(number), now + self.repeat_window
+        self.received, self._ignored_until = signal.Signals(number), now + self.repeat_window
         if self.announces:
-            # Not print: the signal may have come in the middle of one.
-            text = f"\nfit: {self.received.name}: saving at the next step; once more ends at once\n"
-            with suppress(OSError):  # nobody may be left to read it
+            # os.write, not print: the signal may have interrupted a print.
+            name = self.received.name
+            text = f"\nfit: {name}: saving at the next step; a second signal ends it at once\n"
+            with suppress(OSError):  # stderr may be closed
                 os.write(2, text.encode())
 
     def _uninstall(self) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-        self._before = {}
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous = {}

@@ -1,4 +1,4 @@
-"""What a run is: its SAEs, the order of their rows and its steps, from options and a cache."""
+"""Resolution of options and a cache into a run record: SAEs, order of rows, steps, changes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -19,16 +20,22 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import require_overrides_used, saes_at
 from saetrain.config.sae import PENALISED, SaeConfig
 from saetrain.config.sae_options import SaeOptions
-from saetrain.distributed.coordinator import Coordinator
 from saetrain.launch.finetune import PretrainedSaes
 from saetrain.model.hookpoint_io import HookpointRoles, assign_hookpoints, hookpoints_of
 from saetrain.optim import default_lr
+from saetrain.runs.checkpoint import newest_step
+from saetrain.runs.overrides import apply_overrides, with_history_entry
 from saetrain.runs.record import (
     FORMAT_VERSION,
     RunRecord,
     SaeEntry,
     absolute_cache,
+    changed_options,
+    check_same_cache,
+    check_same_run,
+    read_run,
     receipts_digest,
+    write_run,
 )
 from saetrain.runs.segments import first_segment, require_batch
 from saetrain.tracking.wandb_mirror import new_id
@@ -39,23 +46,37 @@ _DEAD_AFTER = 10_000_000
 
 
 def resolve_run(
-    config: FitConfig, cache: Cache, device: torch.device, coordinator: Coordinator
+    config: FitConfig, cache: Cache, device: torch.device, batch_parts: int
 ) -> RunRecord:
-    """All that a new run is. With --follow, waits until its first segment is there."""
+    """Resolve the record of a new run. With --follow, wait for its first segment.
+
+    Args:
+        config: the options.
+        cache: the rows.
+        device: where the encoder scale is searched.
+        batch_parts: processes that share each batch.
+
+    Raises:
+        ActcacheError: one of its subclasses: the options cannot be carried out with this cache.
+    """
     origins = None if config.finetune is None else PretrainedSaes(config.finetune)
     entries = sae_entries(config, cache, None if origins is None else origins.kinds)
     pool_rows = budget_of(config, cache, hookpoints_of(entries)).pool_rows
-    decide = _order_in_segments if config.follow else _order
-    order = decide(config, cache, pool_rows)
+    make_order = _order_in_segments if config.follow else _order
+    order = make_order(config, cache, pool_rows)
     steps = planned_steps(config, order.epoch_steps)
     epoch_steps = steps if order.epoch_steps is None else order.epoch_steps
     training = [shard for shard, _ in order.plan.shards]
     first = FirstRows(cache, order.plan)
     statistics_of = functools.cache(lambda name: cache.statistics(name, training))
-    entries = tuple(
-        with_initial_scales(entry, config.of(entry.options), statistics_of, first, device)
-        for entry in with_default_lr(entries, steps)
-    )
+
+    def with_scales(entry: SaeEntry) -> SaeEntry:
+        options = entry.options
+        if options.input_scale == "none" and options.encoder_scale != "auto":
+            return dataclasses.replace(entry, encoder_scale=float(options.encoder_scale))
+        return with_initial_scales(entry, config.of(options), statistics_of, first, device)
+
+    entries = tuple(map(with_scales, with_default_lr(entries, steps)))
     return RunRecord(
         format_version=FORMAT_VERSION,
         cache=absolute_cache(config.cache),
@@ -74,23 +95,23 @@ def resolve_run(
         pool_rows=pool_rows,
         wandb_id=new_id(config),
         origins=() if origins is None else origins.sources(entries),
-        batch_parts=coordinator.world_size if coordinator.is_data_parallel else 1,
+        batch_parts=batch_parts,
     )
 
 
 @dataclass(frozen=True)
 class _Order:
-    """What a run trains on, and how long an epoch is."""
+    """Order of a run's rows, and length of an epoch."""
 
     plan: OrderPlan
     held_out: list[int]
     epoch_steps: int | None
-    """None if that cannot be known."""
+    """None with --follow, if the harvest has no goal."""
     segment_shards: int | None
 
 
 def _order(config: FitConfig, cache: Cache, pool_rows: int) -> _Order:
-    """All shards that are there now, as one."""
+    """Order all shards that are there now, as one segment."""
     cache.require_shards()
     seed = config.order_seed
     training, held_out = split_shards(cache.shards, config.val_fraction, seed)
@@ -100,7 +121,7 @@ def _order(config: FitConfig, cache: Cache, pool_rows: int) -> _Order:
 
 
 def _order_in_segments(config: FitConfig, cache: Cache, pool_rows: int) -> _Order:
-    """Segments; waits until the first one is there."""
+    """Order the rows of a harvest in segments; wait for the first one."""
     manifest = cache.manifest
     segmentation = Segmentation(
         shards_each=config.segment_shards
@@ -113,14 +134,14 @@ def _order_in_segments(config: FitConfig, cache: Cache, pool_rows: int) -> _Orde
     )
     epoch_steps = None
     promised = dict.fromkeys(segmentation.shards(0), manifest.shard_rows)
-    # A harvest of less text than its goal has a seal that says so, and must not change the steps.
+    # The completion marker of a harvest that ran out of text must not change the steps.
     sealed = None if cache.end is None else cache.end.sequences
     goals = [goal for goal in (manifest.plan.goal, sealed) if goal is not None]
     if goals:
         rows = goal_rows(manifest, max(goals))
         epoch_steps = segmentation.steps(rows)
         promised = {shard: rows[shard] for shard in promised if shard in rows}
-    planned_steps(config, epoch_steps)  # what cannot be is refused now, not after hours of waiting
+    planned_steps(config, epoch_steps)  # refuses now, not after hours of waiting
     require_batch(segmentation, promised)
     plan = first_segment(cache, segmentation)
     held_out = [s for s in segmentation.shards(0, cache.shards[-1]) if segmentation.is_held_out(s)]
@@ -128,12 +149,12 @@ def _order_in_segments(config: FitConfig, cache: Cache, pool_rows: int) -> _Orde
 
 
 def planned_steps(config: FitConfig, epoch_steps: int | None) -> int:
-    """Steps of the whole run; with --follow, unless --max-tokens says it, the most it can have."""
+    """Return the steps of the whole run; with --follow and no --max-tokens, their maximum."""
     if config.max_tokens is None:
         if epoch_steps is None:
             raise ConfigError(
-                f"how many steps --follow will make cannot be known: the harvest of {config.cache} "
-                "has no goal",
+                "the number of steps with --follow is unknown: the harvest of "
+                f"{config.cache} has no goal",
                 remedy="--max-tokens N",
             )
         return whole_updates(config, config.epochs * epoch_steps)
@@ -148,13 +169,13 @@ def planned_steps(config: FitConfig, epoch_steps: int | None) -> int:
 
 
 def whole_updates(config: FitConfig, steps: int) -> int:
-    """So many steps, without the last ones if they do not fill an update.
+    """Round steps down to whole updates of --grad-acc-steps.
 
     Raises:
-        ConfigError: an option counts more steps than the run has.
+        ConfigError: an option in steps is longer than the run.
     """
     whole = steps // config.grad_acc_steps * config.grad_acc_steps
-    saes = config.saes or (config.sae,)
+    saes = config.saes or (config,)
     for name, value in (
         ("--grad-acc-steps", config.grad_acc_steps),
         ("--lr-decay-steps", max(sae.lr_decay_steps or 0 for sae in saes)),
@@ -168,37 +189,129 @@ def whole_updates(config: FitConfig, steps: int) -> int:
 
 
 def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> MemoryBudget:
-    """How many rows are mixed in memory, and how many batches wait."""
+    """Return the rows of the shuffle buffer, and the batches to prefetch."""
     if config.pool_rows is not None:
         return MemoryBudget(config.pool_rows, PREFETCH_BATCHES)
     return plan_memory(config.buffer_bytes, cache.manifest, hookpoints, config.batch_size)
 
 
+def resume_record(
+    config: FitConfig, cache: Cache, root: Path, batch_parts: int
+) -> tuple[RunRecord, tuple[str, ...], tuple[str, ...]]:
+    """Read the record of a run to resume, and check it against the options and the cache.
+
+    Args:
+        config: the options of this call.
+        cache: the rows.
+        root: folder of the run.
+        batch_parts: processes that share each batch now.
+
+    Returns:
+        The record with the options of this call, what has changed since it was written, warnings.
+
+    Raises:
+        RunError: options differ that must not, without --force-config.
+        CacheMismatchError: the cache has changed.
+    """
+    config = run_options(config)
+    record = read_run(root)
+    check_same_cache(record, cache)
+    options = changed_options(record, config)
+    record = dataclasses.replace(record, wandb_id=record.wandb_id or new_id(config))
+    updated = dataclasses.replace(record, options=config)
+    if options and config.force_config:
+        if config.follow:
+            steps = whole_updates(config, record.steps)
+        else:
+            steps = planned_steps(config, record.plan.steps_per_epoch)
+        entries = sae_entries(config, cache, functools.partial(_kinds_of, record))
+        saes, done = with_default_lr(entries, steps), newest_step(root) or 0
+        updated = apply_overrides(record, config, options, saes, steps, done)
+    else:
+        check_same_run(record, updated)
+    now = library_versions()
+    last = record.history[-1].versions if record.history else record.versions
+    libraries = [
+        f"{name}: {then} then, {now.get(name)} now"
+        for name, then in last.items()
+        if now.get(name) != then
+    ]
+    warnings = tuple(
+        f"{name} is {now.get(name)} now; this run was begun with {then}"
+        for name, then in record.versions.items()
+        if now.get(name) != then
+    )
+    shares = []
+    if batch_parts != record.batch_parts:
+        shares = [f"processes that share each batch: {record.batch_parts} then, {batch_parts} now"]
+        warnings += (f"{shares[0]}: the batches are the same, but sums round differently",)
+    updated = dataclasses.replace(updated, batch_parts=batch_parts)
+    return updated, (*options.values(), *libraries, *shares), warnings
+
+
+def _kinds_of(record: RunRecord, entries: Sequence[SaeEntry]) -> list[SaeConfig]:
+    """Return the recorded configurations with the sparsity of new options, without the weights."""
+    return [
+        sae.config
+        if entry.options.sparsity is None
+        else dataclasses.replace(sae.config, sparsity=entry.options.sparsity)
+        for sae, entry in zip(record.saes, entries, strict=False)
+    ]
+
+
+def write_option_changes(
+    root: Path, record: RunRecord, first_step: int, changes: tuple[str, ...]
+) -> None:
+    """Write the changes since the last call into run.json.
+
+    Options that affect no result keep their first value. The path of the cache is the current one:
+    `saetrain eval` opens it.
+
+    Args:
+        root: folder of the run.
+        record: the record of this call.
+        first_step: steps done before this call.
+        changes: what has changed, for the history.
+    """
+    old = read_run(root)
+    new = dataclasses.replace(
+        old, cache=absolute_cache(record.options.cache), wandb_id=record.wandb_id
+    )
+    if first_step < record.steps:
+        if changed_options(old, record.options):
+            new = dataclasses.replace(record, cache=new.cache)
+        new = dataclasses.replace(new, batch_parts=record.batch_parts)
+        new = with_history_entry(new, first_step, changes, library_versions())
+    if new != old:
+        write_run(root, new)
+
+
 def library_versions() -> dict[str, str]:
-    """Libraries that decide a run's bits."""
+    """Return the versions of the libraries that a run's bits depend on."""
     return {name: version(name) for name in ("actcache", "torch")}
 
 
 def run_options(config: FitConfig) -> FitConfig:
-    """Without what is of this start, not of the run."""
-    return dataclasses.replace(config, parallel=None)
+    """Return the options that run.json records: without --parallel, which is of one call."""
+    return config if config.parallel is None else dataclasses.replace(config, parallel=None)
 
 
 def sae_entries(
     config: FitConfig, cache: Cache, kinds: Kinds | None = None
 ) -> tuple[SaeEntry, ...]:
-    """The SAEs that a run trains, hookpoint after hookpoint; `with_default_lr` knows its length.
+    """List the SAEs of a run, by hookpoint; `with_default_lr` completes the learning rates.
 
     Args:
         config: the options.
-        cache: its cache.
-        kinds: with --finetune, what they are, from what they would be; None: what is found.
+        cache: the rows.
+        kinds: with --finetune, maps entries without weights to the configurations of the
+            pretrained SAEs; None: read from the files.
     """
-    wirings = assign_hookpoints(config, cache)
-    require_overrides_used(config, [roles.name for roles in wirings])
+    hookpoints = assign_hookpoints(config, cache)
+    require_overrides_used(config, [roles.name for roles in hookpoints])
     entries = tuple(
         _entry(config, roles, cache, setting, options)
-        for roles in wirings
+        for roles in hookpoints
         for setting, options in saes_at(config, roles.name).items()
     )
     if config.finetune is None:
@@ -208,7 +321,7 @@ def sae_entries(
 
 
 def with_default_lr(entries: Sequence[SaeEntry], steps: int) -> tuple[SaeEntry, ...]:
-    """The same SAEs with the learning rates of a run of so many steps, where none are asked for."""
+    """Fill in the default learning rates for a run of `steps` steps, where no --lr is given."""
     return tuple(
         dataclasses.replace(entry, lr=_default_lr(entry.config, entry.options, steps))
         if entry.options.lr is None
@@ -218,7 +331,7 @@ def with_default_lr(entries: Sequence[SaeEntry], steps: int) -> tuple[SaeEntry, 
 
 
 def steps_ahead(config: FitConfig, cache: Cache, pool_rows: int) -> int | None:
-    """Steps that a run would have; None with --follow, where the harvest's goal says it later."""
+    """Return the steps of a new run; None with --follow, where they depend on the harvest."""
     if config.max_tokens is not None:
         return planned_steps(config, None)
     return (
@@ -242,10 +355,10 @@ def _with_kind(entry: SaeEntry, kind: SaeConfig) -> SaeEntry:
 def _entry(
     config: FitConfig, roles: HookpointRoles, cache: Cache, setting: str, options: SaeOptions
 ) -> SaeEntry:
-    """One SAE's kind, sizes and learning rate."""
+    """Resolve the configuration and learning rate of one SAE."""
     width = cache.manifest.width
-    reads = roles.reads or (roles.name,)
-    widths = tuple(width(name) for name in reads)
+    inputs = roles.reads or (roles.name,)
+    widths = tuple(width(name) for name in inputs)
     num_latents = options.num_latents or max(widths) * options.expansion_factor
     d_out = sum(map(width, roles.predicts))
     sparsity = options.sparsity

@@ -18,8 +18,8 @@ import saetrain.training.step
 from actcache.errors import CacheBusyError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.signals import RunStopped, StopSignals
-from saetrain.launch.exit_status import EXIT
 from saetrain.launch.run import fit
+from saetrain.launch.session import EXIT
 from saetrain.runs.checkpoint import newest_step
 from saetrain.runs.record import RUN
 
@@ -192,7 +192,7 @@ def test_a_signal_before_a_folder_was_looked_at_leaves_nothing_among_others_file
     def stop(*_: Any) -> None:
         raise AtOnce
 
-    monkeypatch.setattr("saetrain.launch.start.has_run", stop)
+    monkeypatch.setattr("saetrain.launch.run.has_run", stop)
     root = Path(options().out)
     root.mkdir()
     (root / "notes").write_text("")

@@ -153,7 +153,7 @@ def test_two_that_begin_a_run_at_once_do_not_both_begin_it(
         return real(*arguments)
 
     monkeypatch.setattr(saetrain.launch.setup, "make_trainers", build)
-    with pytest.raises(RunError, match="another fit has begun a run"):
+    with pytest.raises(RunError, match="another fit has started a run"):
         fit(config)
 
 

@@ -1,0 +1,143 @@
+"""One call of `fit`: its lock, signal handlers, processes and `exit.json`, entered and left as one.
+
+`exit.json` records how the last call in a run ended: launchers swallow exit codes. It lies directly
+in the run folder, where sparsify takes every subfolder for an SAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.core.json_codec import to_json
+from actcache.errors import ActcacheError, DiskFullError, RunError
+from actcache.filesystem.atomic import DirectoryLock, remove_partials, write_atomic
+from saetrain.config.fit_config import FitConfig
+from saetrain.distributed.coordinator import Coordinator, init_coordinator, reports_outcome
+from saetrain.distributed.signals import RunStopped, StopSignals
+from saetrain.runs.checkpoint import newest_step
+from saetrain.runs.record import LOCK, RUN
+
+EXIT = "exit.json"
+
+
+@dataclass(frozen=True)
+class ExitStatus:
+    """Contents of `exit.json`."""
+
+    code: int
+    """The exit code: 0 finished, 143 SIGTERM, 130 Ctrl-C (both saved: requeue with --resume), those
+    of `actcache.errors`, 1 anything else."""
+    reason: str
+    """finished, SIGTERM, SIGINT, or an error's class and its first line."""
+    step: int
+    """Step of the newest checkpoint; 0 if there is none."""
+
+
+@dataclass(frozen=True)
+class RunSession:
+    """What one call of `fit` holds from its start to its end."""
+
+    config: FitConfig
+    root: Path
+    """Folder of the run."""
+    lock: DirectoryLock
+    coordinator: Coordinator
+
+    def lock_run(self, resume: bool) -> None:
+        """Lock the folder on rank 0, and remove exit.json and partial files of an earlier call.
+
+        Raises:
+            CacheBusyError: another fit holds the lock.
+            RunError: the run is new, and another fit has started one in the folder.
+        """
+        self.lock.acquire()
+        if not resume and (self.root / RUN).exists():
+            raise RunError(
+                f"another fit has started a run in {self.root}", remedy="--resume, or wait"
+            )
+        (self.root / EXIT).unlink(missing_ok=True)  # a call that is killed must not look finished
+        remove_partials(self.root)
+
+    def share_lock(self) -> None:
+        """Hold the lock that rank 0 has taken; raises `RunError` if its file is not visible."""
+        try:
+            self.lock.acquire_shared()
+        except FileNotFoundError as error:
+            raise RunError(
+                f"the run that rank 0 has locked in {self.root} is not visible to another process",
+                expected="--out in a folder that all machines share",
+                got=f"no {error.filename}",
+            ) from error
+
+
+@contextmanager
+def run_session(config: FitConfig) -> Iterator[RunSession]:
+    """Handle signals, connect the processes, and at the end write exit.json and free the lock."""
+    root = Path(config.out)
+    lock = DirectoryLock(root, LOCK, "fit")
+
+    def record_exit(error: BaseException | None) -> None:
+        if (lock.held or stopped_before_start(root, error)) and reports_outcome(error):
+            write_exit_status(root, error)
+
+    try:
+        with StopSignals() as stop_signals:
+            try:
+                with init_coordinator(config, stop_signals, record_exit) as coordinator:
+                    yield RunSession(config, root, lock, coordinator)
+            except BaseException as error:
+                record_exit(error)
+                raise
+            record_exit(None)
+    except DiskFullError as error:
+        remedy = "free space; the same command with --resume continues from the newest checkpoint"
+        raise DiskFullError(
+            error.what, expected=error.expected, got=error.got, remedy=remedy
+        ) from error
+    finally:
+        lock.release()
+
+
+def stopped_before_start(root: Path, error: BaseException | None) -> bool:
+    """Return whether a signal has ended a run before its first file, in a folder of its own.
+
+    That happens while the first segment of a harvest is waited for. A folder with other files may
+    belong to something else.
+    """
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    try:
+        return all(path.name == EXIT for path in root.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError:  # --out is a file
+        return False
+
+
+def write_exit_status(root: Path, error: BaseException | None) -> None:
+    """Write `exit.json`, if the run exists or a signal has ended it before its first file."""
+    exists = (root / RUN).exists()
+    if exists or stopped_before_start(root, error):
+        code, reason = (0, "finished") if error is None else (_code(error), _reason(error))
+        with suppress(ActcacheError, OSError):  # must not hide the error that ended the run
+            step = newest_step(root) if exists else None
+            write_atomic(root / EXIT, [to_json(ExitStatus(code, reason, step or 0))])
+
+
+def _code(error: BaseException) -> int:
+    code = getattr(error, "exit_code", None)  # of ActcacheError, RunStopped and the CLI's signals
+    if isinstance(code, int):
+        return code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RunStopped):
+        return error.signal.name
+    if isinstance(error, KeyboardInterrupt):
+        return "SIGTERM" if _code(error) == 143 else "SIGINT"
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""How well a run's SAEs reconstruct rows that they were never trained on."""
+"""Evaluation of a run's exported SAEs on its held-out rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from actcache.core.device import choose_device
 from actcache.core.json_codec import to_json
 from actcache.core.progress import Progress
 from actcache.errors import EmptyCacheError, FormatError, RunError
-from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
+from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MANIFEST
 from saetrain.config.sae import PENALISED
@@ -21,11 +21,10 @@ from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
 from saetrain.kernels.sums import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
-from saetrain.runs.checkpoint import SaeState, newest_state
+from saetrain.runs.checkpoint import SaeState, best_folder, newest_state
 from saetrain.runs.record import RunRecord, SaeEntry, check_same_cache, read_run
 from saetrain.runs.segments import has_ended, held_out_shards, read_used
 from saetrain.tracking.jsonl import METRICS, TIMINGS, last_line, number_of, sae_metrics
-from saetrain.training.best import best_folder
 from saetrain.training.metrics import fired
 
 EVALUATION = "eval.json"
@@ -35,63 +34,63 @@ _ROWS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class PartEvaluation:
-    """One hookpoint of a crosscoder on the held-out rows."""
+    """Results of a crosscoder at one hookpoint."""
 
     fvu: float
-    """Its fraction of variance unexplained."""
+    """Fraction of variance unexplained at this hookpoint."""
     decoder_norm: float
-    """Mean norm of the decoder's rows there; all hookpoints together have unit norm, but with
-    --decoder-norm free."""
+    """Mean norm of the decoder rows' columns of this hookpoint. Over all hookpoints the norm is 1,
+    except with --decoder-norm free."""
 
 
 @dataclass(frozen=True)
 class SaeEvaluation:
-    """One SAE on the held-out rows."""
+    """Results of one SAE."""
 
     name: str
-    """Its name in the run: the hookpoint, and what tells it from others of that hookpoint."""
+    """Name in the run: HOOKPOINT or HOOKPOINT/SETTING."""
     hookpoint: str
     step: int
-    """Steps that it has been trained for."""
+    """Steps it was trained for."""
     num_latents: int
     k: int | None
-    """None where a penalty makes latents sparse."""
+    """None with a sparsity penalty."""
     activation: str
     fvu: float
-    """Σ‖y - ŷ‖² / Σ‖y - mean‖² over the held-out rows; mean is that of the training rows
-    (with --follow: of the first segment's). Of a crosscoder, the mean over its hookpoints."""
+    """Σ‖y - ŷ‖² / Σ‖y - mean‖² over the held-out rows, with the mean of the training rows (with
+    --follow, of the first segment). For a crosscoder, the mean over its hookpoints."""
     l0: float
-    """Mean number of active latents in a row."""
+    """Mean number of active latents per row."""
     dead_percent: float | None
-    """Latents that did not fire in the last `dead_after` rows of training, percent; None while
-    fewer rows have been trained on."""
+    """Share of latents that did not fire in the last `dead_after` training rows, percent; None
+    after fewer rows."""
     fired_percent: float
-    """Latents that fire at least once on the held-out rows, percent."""
+    """Share of latents that fire at least once on the held-out rows, percent."""
     parts: dict[str, PartEvaluation]
-    """Of a crosscoder, each hookpoint by itself; of others, nothing."""
+    """Results of a crosscoder by hookpoint; empty for other SAEs."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run on its held-out rows."""
+    """Results of a run. Contents of eval.json."""
 
     run: str
     cache_id: str
     step: int
-    """Steps that the run has done; the SAEs too, unless it is the best ones that are evaluated."""
+    """Steps done at the last checkpoint."""
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     rows: int
-    """Held-out rows."""
+    """Number of held-out rows."""
     dead_after: int
     """Rows without firing after which a latent is dead."""
     rows_per_second: float | None
-    """Of training, all SAEs together, since the run was last started; None if not measured yet."""
+    """Training throughput since the run was last started; None if not measured yet."""
     saes: tuple[SaeEvaluation, ...]
 
 
 def evaluate(
-    root: Path,
+    run: str | Path,
     cache_folder: str | None = None,
     device: str = "auto",
     block_cache: str | None = None,
@@ -99,36 +98,36 @@ def evaluate(
     *,
     best: bool = False,
 ) -> Evaluation:
-    """Evaluate a run's exported SAEs and write `eval.json`.
+    """Evaluate a run's exported SAEs on its held-out rows, and write `eval.json`.
 
-    The SAEs of a run that is not finished are those of its last checkpoint: they are written just
-    before it.
+    The SAEs of an unfinished run are those of its last checkpoint.
 
     Args:
-        root: folder of the run.
-        cache_folder: where the cache is now, a folder or URL; None: where it was.
+        run: folder of the run.
+        cache_folder: folder or URL of the cache, if it was moved; None: as recorded in the run.
         device: torch device, or auto.
-        block_cache: with a URL, see `Cache.open`.
-        block_cache_bytes: likewise.
-        best: evaluate the best ones that --save-best kept instead, and write `eval-best.json`.
+        block_cache: folder for blocks of a cache at a URL, see `Cache.open`.
+        block_cache_bytes: its size limit, see `Cache.open`.
+        best: evaluate the SAEs that --save-best kept, and write `eval-best.json`.
 
     Raises:
-        RunError: no such run, or nothing was held out, or nothing has been saved yet, or the
-            held-out rows are not finite or do not vary.
-        EmptyCacheError: the cache is not there.
-        CacheMismatchError: the cache is another one or has changed.
+        RunError: the folder holds no run, the run held nothing out or has no checkpoint yet, or
+            its held-out rows are not finite or do not vary.
+        EmptyCacheError: the cache is missing.
+        CacheMismatchError: it is another cache, or its shards have changed.
         FormatError: a file of the run is damaged.
     """
+    root = Path(run)
     record = read_run(root)
     folder = cache_folder or record.cache
     if not is_url(folder) and not (Path(folder) / MANIFEST).exists():
         raise EmptyCacheError(
-            f"the cache of {root} is not at {folder}", remedy="name it with --cache"
+            f"the cache of {root} is not at {folder}", remedy="give its path with --cache"
         )
     cache = Cache.open(folder, block_cache=block_cache, block_cache_bytes=block_cache_bytes)
     check_same_cache(record, cache)
     if record.segment_shards is not None:
-        read_used(root, record, cache)  # checks it
+        read_used(root, record, cache)  # raises if a segment has changed
     held_out = held_out_shards(record, cache)
     if not held_out:
         raise RunError(
@@ -139,12 +138,12 @@ def evaluate(
     if state is None:
         raise RunError(
             f"{root} holds no checkpoint: nothing has been saved yet",
-            remedy="saetrain fit with --resume goes on",
+            remedy="saetrain fit with --resume continues it",
         )
     step, steps = state.step, record.steps
     if has_ended(record, state):
         steps = step
-    # Lines after the checkpoint are of steps that a resumed run does again.
+    # Lines after the checkpoint belong to steps that a resumed run repeats.
     metrics, timings = last_line(root / METRICS, step, "saes"), last_line(root / TIMINGS, step)
     if len(state.saes) != len(record.saes) or step > record.steps:
         raise FormatError(f"{root} holds a checkpoint that is not of this run")
@@ -193,9 +192,9 @@ def _evaluate_group(
     step: int,
     best: bool,
 ) -> list[SaeEvaluation]:
-    """The SAEs of one hookpoint, or of the same several, from one pass over their rows."""
-    places = [_place(root, entry, saved, step, best) for entry, saved in group]
-    saes = [_load(place, entry, device) for place, (entry, _) in zip(places, group, strict=True)]
+    """Evaluate the SAEs of one group, which share their hookpoints, in one pass over the rows."""
+    loaded = [_load(root, entry, saved, step, best, device) for entry, saved in group]
+    saes = [sae for sae, _ in loaded]
     targets = group[0][0].targets
     means = [cache.statistics(name, record.training_shards).mean for name in targets]
     held_out = [cache.statistics(name, shards) for name in targets]
@@ -203,7 +202,7 @@ def _evaluate_group(
     rows = sum(cache.receipts[shard].rows for shard in shards)
     evaluated = []
     found = squared_errors(saes, cache, group[0][0], shards)
-    for (entry, _), place, sae, (errors, l0, alive) in zip(group, places, saes, found, strict=True):
+    for (entry, _), (sae, at), (errors, l0, alive) in zip(group, loaded, found, strict=True):
         for name, error, denominator in zip(targets, errors, denominators, strict=True):
             if not (math.isfinite(error) and 0 < denominator < math.inf):
                 raise RunError(
@@ -218,13 +217,13 @@ def _evaluate_group(
             SaeEvaluation(
                 name=entry.name,
                 hookpoint=entry.hookpoint,
-                step=place.step,
+                step=at,
                 num_latents=entry.config.num_latents,
                 k=None if kind in PENALISED else entry.config.k,
                 activation=kind,
                 fvu=sum(fvus) / len(fvus),
                 l0=l0 / rows,
-                dead_percent=dead[entry.name] if place.step == step else None,
+                dead_percent=dead[entry.name] if at == step else None,
                 fired_percent=100.0 * float(alive.double().mean()),
                 parts=_parts(sae, targets, [len(mean) for mean in means], fvus),
             )
@@ -235,71 +234,59 @@ def _evaluate_group(
 def _parts(
     sae: Sae, targets: tuple[str, ...], widths: list[int], fvus: list[float]
 ) -> dict[str, PartEvaluation]:
-    """Of a crosscoder, what it is at each hookpoint."""
+    """Return a crosscoder's results at each hookpoint; empty for other SAEs."""
     if len(targets) == 1:
         return {}
-    prefix_groups = torch.split(sae.W_dec.detach(), widths, dim=1)
-    norms = [float(piece.norm(dim=1).double().mean()) for piece in prefix_groups]
+    slices = torch.split(sae.W_dec.detach(), widths, dim=1)
+    norms = [float(piece.norm(dim=1).double().mean()) for piece in slices]
     return dict(zip(targets, map(PartEvaluation, fvus, norms), strict=True))
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where an SAE lies, of which step it is, and what its weights' file must be."""
-
-    folder: Path
-    step: int
-    file: FileDigest
-
-
-def _place(root: Path, entry: SaeEntry, saved: SaeState, step: int, best: bool) -> _Place:
-    if not best:
-        return _Place(root / entry.name, step, saved.export)
-    if saved.best is None:
-        raise RunError(
-            f"{root} keeps no best SAE of {entry.name}",
-            remedy="fit with --val-every N --save-best",
-        )
-    folder = best_folder(root / entry.name, saved.best.step)
-    return _Place(folder, saved.best.step, saved.best.file)
-
-
-def _load(place: _Place, entry: SaeEntry, device: torch.device) -> Sae:
-    """An SAE that the run exported; refuses another."""
-    folder = place.folder
-    sae = load_sae(folder, device)
-    found = read_sae_config(folder)
-    if found != entry.config:
+def _load(
+    root: Path, entry: SaeEntry, saved: SaeState, step: int, best: bool, device: torch.device
+) -> tuple[Sae, int]:
+    """Load the SAE that a checkpoint names, or its best; return it with its step."""
+    folder, file = root / entry.name, saved.export
+    if best:
+        if saved.best is None:
+            raise RunError(
+                f"{root} keeps no best SAE of {entry.name}",
+                remedy="fit with --val-every N --save-best",
+            )
+        step, file = saved.best.step, saved.best.file
+        folder = best_folder(folder, step)
+    sae, config = load_sae(folder, device), read_sae_config(folder)
+    if config != entry.config:
         raise FormatError(
             f"{folder} holds another SAE than the run's",
             expected=entry.config,
-            got=found,
+            got=config,
             remedy="restore it from a copy",
         )
-    if digest_file(folder / WEIGHTS) != place.file:
+    if digest_file(folder / WEIGHTS) != file:
         raise RunError(
             f"the SAE in {folder} is not that of the last checkpoint",
-            remedy="saetrain fit with --resume goes on, if it was stopped while it saved; if it is "
-            "at work, try again; else restore the SAE from a copy",
+            remedy="if the run was stopped while saving, saetrain fit with --resume continues it; "
+            "if it is running, try again; otherwise restore the SAE from a copy",
         )
-    return sae
+    return sae, step
 
 
 @torch.no_grad()
 def squared_errors(
     saes: list[Sae], cache: Cache, entry: SaeEntry, shards: list[int]
 ) -> list[tuple[list[float], float, torch.Tensor]]:
-    """Run SAEs over whole shards, of which each row is read once.
+    """Run SAEs over whole shards, reading each row once.
 
     Args:
-        saes: that read and predict the same hookpoints.
-        cache: where the rows are.
-        entry: one of the SAEs.
-        shards: which.
+        saes: SAEs that read and predict the same hookpoints.
+        cache: the run's cache.
+        entry: entry of one of them.
+        shards: the shards.
 
     Returns:
-        Of each, Σ‖y - ŷ‖² of each hookpoint that is predicted, the number of active latents summed
-        over rows, and which latents fired [M].
+        For each SAE, Σ‖y - ŷ‖² at each predicted hookpoint, the number of active latents summed
+        over rows, and which latents fired, bool [M].
     """
     widths = [cache.manifest.width(name) for name in entry.targets]
     errors, active = [[0.0] * len(widths) for _ in saes], [0.0] * len(saes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def peak_memory() -> int:
-    """The most main memory that this process has held, bytes.
+    """Return the largest resident size of this process so far, bytes.
 
-    From the kernel's own count: what `getrusage` says begins with the memory of the parent.
+    Read from VmHWM, which starts at exec. `ru_maxrss` is inherited through fork and exec, so that a
+    process started by a larger one reports its parent's peak; it is used only where /proc lacks
+    VmHWM.
     """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("Linux counts this of every process")
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def input_device(model: Any) -> torch.device:

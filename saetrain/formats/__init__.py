@@ -1,1 +1,3 @@
-"""Checkpoint families of the field, each read and written by one file."""
+"""Checkpoint formats of other projects. `sparsify` is also the format of our exports."""
+
+__all__ = ["sparsify"]

@@ -1,8 +1,8 @@
-"""The files of a run folder: run.json, checkpoints, segments.json and configuration files.
+"""Files of a run folder: run.json, checkpoints, segments.json and configuration files.
 
 `record` describes the run, `checkpoint` saves and loads its state, `segments` pins the shards of a
 run that follows a harvest, `config_file` reads options from TOML, YAML or run.json, and
-`overrides` changes options of a run that has begun.
+`overrides` changes options of an existing run.
 """
 
 __all__ = [

@@ -1,11 +1,11 @@
-"""A run's state on disk, from which it goes on as if it had never stopped.
+"""Checkpoints: a run's state on disk, from which it resumes bit for bit.
 
-One safetensors file per SAE, `RUN/checkpoint-STEP.NUMBER.safetensors`, and last
-`RUN/checkpoint-STEP.json`, which holds the counters, every file's digest, and its own: without it,
-there is no checkpoint. Older checkpoints go once a newer one is whole, but for those that are kept.
-Nothing is pickled.
+Each SAE has a safetensors file, `RUN/checkpoint-STEP.NUMBER.safetensors`. The last file written,
+`RUN/checkpoint-STEP.json`, holds the counters, every file's digest and its own. A checkpoint
+without it is incomplete and ignored. Older checkpoints are removed once a newer one is complete,
+except those that the retention policy keeps. Nothing is pickled.
 
-They lie flat: sparsify takes every folder within a run for an SAE.
+All files lie directly in RUN, because sparsify loads every folder within a run as an SAE.
 """
 
 from __future__ import annotations
@@ -27,84 +27,69 @@ from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
 
 _FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
+_BEST = re.compile(r"best-([0-9]{9,})")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The SAE with the lowest held-out FVU so far (--save-best)."""
+
+    step: int
+    """Steps done."""
+    fvu: float
+    """FVU on the held-out rows of --val-rows."""
+    file: FileDigest
+    """Digest of its weights file."""
 
 
 @dataclass(frozen=True)
 class SaeState:
-    """One SAE's part: its file, what is not a tensor, and the weights' file for others."""
+    """One SAE's entry in a checkpoint."""
 
     file: FileDigest
+    """Digest of its tensors' file."""
     numbers: dict[str, float]
+    """State that is not a tensor."""
     export: FileDigest
+    """Digest of its weights file in the export format."""
     best: Best | None = None
-    """With --save-best, the best that it has been."""
+    """Its best so far, with --save-best."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Contents of the .json file."""
+    """Contents of checkpoint-STEP.json."""
 
     step: int
     """Steps done."""
     stream: dict[str, int]
-    """Where the next batch lies."""
+    """Position of the next batch."""
     saes: tuple[SaeState, ...]
     seal: str | None = None
-    """XXH3 128-bit digest of the file without it; null in one from before there was any."""
+    """XXH3 128-bit digest of this file with `seal` null; null in files of earlier versions."""
 
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """Which checkpoints stay when there are newer ones."""
+    """Rule by which checkpoints are kept when newer ones exist."""
 
     last: int = 1
-    """So many of the newest."""
+    """Number of newest checkpoints to keep."""
     every: int | None = None
-    """And those of every so many steps."""
+    """Keep also every checkpoint whose step is a multiple of this."""
 
     def choose(self, steps: Collection[int]) -> set[int]:
-        """Those of the checkpoints of these steps that stay."""
+        """Return those of the given steps whose checkpoints are kept."""
         kept = set(sorted(steps)[-self.last :])
         return kept | {step for step in steps if self.is_due(step)}
 
     def is_due(self, step: int) -> bool:
-        """Whether there must be a checkpoint of a step, for it to be kept."""
+        """Return whether `every` requires a checkpoint at this step."""
         return self.every is not None and step % self.every == 0
 
 
 NEWEST = RetentionPolicy()
-"""The newest one alone."""
-
-
-def save_checkpoint(
-    root: Path,
-    step: int,
-    stream: dict[str, int],
-    saes: list[tuple[dict[str, Tensor], dict[str, float]]],
-    exports: list[FileDigest],
-    bests: list[Best | None] | None = None,
-    keep: RetentionPolicy = NEWEST,
-) -> None:
-    """Write a checkpoint, then remove older ones.
-
-    Args:
-        root: folder of the run.
-        step: steps done.
-        stream: the stream's state.
-        saes: tensors and numbers of each SAE, in the run's order.
-        exports: of each SAE, the file of weights that others load, written before.
-        bests: of each SAE, the best that it has been, written before; None: none are kept.
-        keep: which older ones stay.
-
-    Raises:
-        DiskFullError: no room; the checkpoint before stays.
-    """
-    bests = [None] * len(saes) if bests is None else bests
-    parts = [
-        save_sae_state(root, step, i, state, export, best)
-        for i, (state, export, best) in enumerate(zip(saes, exports, bests, strict=True))
-    ]
-    finalize_checkpoint(root, step, stream, parts, keep)
+"""Keep only the newest checkpoint."""
 
 
 def save_sae_state(
@@ -115,12 +100,23 @@ def save_sae_state(
     export: FileDigest,
     best: Best | None = None,
 ) -> SaeState:
-    """Write what a checkpoint has of one SAE; it counts once `finalize_checkpoint` is told."""
+    """Write one SAE's tensors. `finalize_checkpoint` needs the result.
+
+    Args:
+        root: folder of the run.
+        step: steps done.
+        sae: index of the SAE in the run.
+        state: its tensors and numbers.
+        export: digest of its weights file in the export format, written before.
+        best: its best so far, written before.
+
+    Raises:
+        DiskFullError: no space; the checkpoint before stays.
+    """
     tensors, numbers = state
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return SaeState(
-        write_atomic(tensors_path(root, step, sae), [save(plain)]), numbers, export, best
-    )
+    file = write_atomic(tensors_path(root, step, sae), [save(plain)])
+    return SaeState(file, numbers, export, best)
 
 
 def finalize_checkpoint(
@@ -130,34 +126,34 @@ def finalize_checkpoint(
     parts: Sequence[SaeState],
     keep: RetentionPolicy = NEWEST,
 ) -> None:
-    """Make a checkpoint of the parts of all SAEs, then remove older ones."""
+    """Complete a checkpoint by writing its .json file, then remove older ones."""
     state = State(step, stream, tuple(parts))
     write_atomic(state_path(root, step), [to_json(dataclasses.replace(state, seal=_seal(state)))])
     remove_others(root, step, keep)
 
 
 def remove_others(root: Path, step: int, keep: RetentionPolicy = NEWEST) -> None:
-    """Remove all checkpoints but that of `step` and older ones to keep; what a kill left, too."""
+    """Remove checkpoints newer than `step`, older ones not kept, and incomplete ones."""
     found = _files(root)
     kept = keep.choose({of for path, of in found if path.suffix == ".json" and of <= step})
     others = sorted(path for path, of in found if of not in kept)
-    for other in sorted(others, key=lambda path: path.suffix != ".json"):  # the states first
+    for other in sorted(others, key=lambda path: path.suffix != ".json"):  # .json files first
         other.unlink()
 
 
 def newest_step(root: Path) -> int | None:
-    """Steps done at the newest checkpoint, or None if there is none yet."""
-    return max((step for path, step in _files(root) if path.suffix == ".json"), default=None)
+    """Return the steps done at the newest checkpoint, or None if there is none."""
+    return max(_complete(root), default=None)
 
 
 def newest_state(root: Path) -> State | None:
-    """The state of the newest checkpoint, if there is one; raises `FormatError`."""
+    """Return the state of the newest checkpoint, if there is one; raises `FormatError`."""
     step = newest_step(root)
     return None if step is None else read_state(root, step)
 
 
 def read_state(root: Path, step: int) -> State:
-    """The state of the checkpoint of a step; raises `FormatError` if it is damaged."""
+    """Return the state of the checkpoint of a step; raises `FormatError` if it is damaged."""
     path = state_path(root, step)
     obj = read_json(path)
     state = parse_dataclass(State, obj, str(path))
@@ -168,34 +164,53 @@ def read_state(root: Path, step: int) -> State:
     return state
 
 
+def best_folder(sae: Path, step: int) -> Path:
+    """Return the folder of the best SAE of a step, within the SAE's own folder."""
+    return sae / f"best-{step:09d}"
+
+
 def best_steps(root: Path, sae: int) -> set[int]:
-    """Steps of the best ones of an SAE that any checkpoint names: they must not go before it."""
+    """Return the steps of an SAE's best that any readable checkpoint names."""
     steps = set()
-    for path, step in _files(root):
-        if path.suffix == ".json":
-            try:
-                state = read_state(root, step)
-            except FormatError:  # nobody can go on from it
-                continue
-            if sae < len(state.saes) and (best := state.saes[sae].best) is not None:
-                steps.add(best.step)
+    for step in _complete(root):
+        try:
+            state = read_state(root, step)
+        except FormatError:  # no run can resume from it
+            continue
+        if sae < len(state.saes) and (best := state.saes[sae].best) is not None:
+            steps.add(best.step)
     return steps
 
 
+def remove_other_bests(sae: Path, steps: Collection[int | None]) -> None:
+    """Remove an SAE's best-STEP folders except those of `steps`, also incomplete ones."""
+    for folder in sorted(sae.iterdir()) if sae.is_dir() else ():
+        match = _BEST.fullmatch(folder.name)
+        if match and int(match[1]) not in steps:
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+
+
 def state_path(root: Path, step: int) -> Path:
-    """The file that makes a checkpoint whole."""
+    """Return the path of a checkpoint's .json file."""
     return root / f"checkpoint-{step:09d}.json"
 
 
 def tensors_path(root: Path, step: int, sae: int) -> Path:
-    """The file of one SAE of a checkpoint."""
+    """Return the path of one SAE's tensors in a checkpoint."""
     return root / f"checkpoint-{step:09d}.{sae:05d}.safetensors"
 
 
 def _files(root: Path) -> list[tuple[Path, int]]:
-    """Every file of a checkpoint, whole or not, and its step."""
+    """Return every file of a checkpoint, complete or not, with its step."""
     matches = [(path, _FILE.fullmatch(path.name)) for path in root.iterdir()]
     return [(path, int(match[1])) for path, match in matches if match]
+
+
+def _complete(root: Path) -> set[int]:
+    """Return the steps of all complete checkpoints."""
+    return {step for path, step in _files(root) if path.suffix == ".json"}
 
 
 def load_checkpoint(
@@ -204,24 +219,23 @@ def load_checkpoint(
     check: Callable[[State], None] = lambda _: None,
     fell_back: Callable[[FormatError, int], None] = lambda *_: None,
 ) -> tuple[State, list[dict[str, Tensor]]] | None:
-    """The newest checkpoint that is whole: its state and each SAE's tensors.
+    """Load the newest undamaged checkpoint: its state and each SAE's tensors.
 
     Args:
         root: folder of the run.
-        wanted: numbers of the SAEs whose tensors are needed, the others' are empty; None: all. The
-            files of all are checked.
-        check: raises `FormatError` if what lies beside a checkpoint is not what it names.
-        fell_back: hears why a newer one is not taken, and the step of the one that is.
+        wanted: indices of the SAEs whose tensors are loaded (the others' are empty); None: all.
+            The files of all SAEs are compared with their digests.
+        check: raises `FormatError` if files that the checkpoint names have changed.
+        fell_back: called with the error of a newer, damaged checkpoint and the step loaded.
 
     Returns:
-        None if there is none yet.
+        None if there is no checkpoint.
 
     Raises:
-        FormatError: there are some, and all are damaged. It is told of the newest.
+        FormatError: all checkpoints are damaged; the error is that of the newest.
     """
-    steps = sorted({step for path, step in _files(root) if path.suffix == ".json"}, reverse=True)
     first: FormatError | None = None
-    for step in steps:
+    for step in sorted(_complete(root), reverse=True):
         try:
             state = read_state(root, step)
             tensors = [
@@ -239,8 +253,8 @@ def load_checkpoint(
             first.what,
             expected=first.expected,
             got=first.got,
-            remedy="no other checkpoint is whole (--keep-last 2 keeps one to fall back to): "
-            "restore it from a copy, or remove checkpoint-* there and begin the run anew with "
+            remedy="no other checkpoint is complete (--keep-last 2 keeps one to fall back to): "
+            "restore it from a copy, or remove checkpoint-* there and start the run again with "
             "--resume",
         ) from first
     return None
@@ -249,46 +263,34 @@ def load_checkpoint(
 def load_parts(
     root: Path, step: int, wanted: Container[int]
 ) -> tuple[State, list[dict[str, Tensor]]]:
-    """Some SAEs of the checkpoint that another process has chosen, and found whole.
+    """Load some SAEs of the checkpoint that rank 0 has chosen and verified.
 
     Args:
         root: folder of the run.
-        step: steps done then.
-        wanted: their numbers; the others' tensors are empty, and their files are not looked at.
+        step: step of the checkpoint.
+        wanted: indices of the SAEs; the others' tensors are empty, and their files are not read.
 
     Raises:
-        FormatError: it is not whole here.
+        FormatError: a file is missing or damaged on this machine.
     """
     state = read_state(root, step)
     return state, [_load(root, state, i) if i in wanted else {} for i in range(len(state.saes))]
 
 
 def _load(root: Path, state: State, sae: int, wanted: bool = True) -> dict[str, Tensor]:
-    """The tensors of one SAE, or none; raises `FormatError` if its file is not what was written."""
-    path, promised = tensors_path(root, state.step, sae), state.saes[sae].file
+    """Verify one SAE's file, and return its tensors if wanted; raises `FormatError`."""
+    path, expected = tensors_path(root, state.step, sae), state.saes[sae].file
     got: object = digest_file(path) if path.is_file() else "nothing"
     try:
-        if got == promised:
+        if got == expected:
             return load(path.read_bytes()) if wanted else {}
     except SafetensorError as error:
         got = error
-    raise FormatError(f"{path} is not what its checkpoint wrote", expected=promised, got=got)
+    raise FormatError(f"{path} is not what its checkpoint wrote", expected=expected, got=got)
 
 
 def _seal(state: object) -> str:
-    """Digest over all of a state but the digest itself."""
+    """Return the digest of a state with `seal` null."""
     plain = json.loads(to_json(state))
     plain["seal"] = None
     return xxhash.xxh3_128(to_json(plain)).hexdigest()
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best that one SAE has been."""
-
-    step: int
-    """Steps done then."""
-    fvu: float
-    """On the held-out rows of --val-rows."""
-    file: FileDigest
-    """Of its weights."""

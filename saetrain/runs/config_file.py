@@ -1,8 +1,8 @@
 """Options of `saetrain fit` from a file: TOML, YAML, or the run.json of a run.
 
-Keys are the options' names, with hyphens or underscores. What belongs to one SAE may be a list, of
-which every combination is trained; tables below `hookpoints` say other k, lr or width for the
-hookpoints that a name or pattern means:
+Keys are option names, with hyphens or underscores. An option of a single SAE may be a list; every
+combination is trained. Tables below `hookpoints` override k, lr or width for the hookpoints that
+match a name or pattern:
 
     cache = "demo/cache"
     k = [16, 32]
@@ -26,30 +26,30 @@ from saetrain.config.grid import AXES, values_of, vary
 from saetrain.config.sae_options import HookpointOverride
 
 Options = dict[str, Any]
-"""By name of the field; a list where one SAE's option has several values."""
+"""Values by field name; a list where an option of a single SAE has several values."""
 
 _HINTS = {k: v for k, v in get_type_hints(FitConfig).items() if k not in ("saes", "hookpoints")}
 
-_INSTEAD = {
+_ALTERNATIVES = {
     "expansion_factor": ("num_latents",),
     "num_latents": ("expansion_factor",),
     "epochs": ("max_tokens",),
     "buffer_bytes": ("pool_rows",),
     "pool_rows": ("buffer_bytes",),
 }
-"""Options that say the same as another: who gives one takes the other back."""
+"""Options that exclude each other: one on the command line replaces the other in a file."""
 
 
 def read_options(path: Path, also: Mapping[str, Any] | None = None) -> Options:
-    """The options that a file gives.
+    """Read options from a file.
 
     Args:
         path: .toml, .yaml, .yml, or .json: a run's run.json, or an object of options.
-        also: other keys that it may have, with the types of their values.
+        also: further keys that are allowed, with the types of their values.
 
     Raises:
-        ConfigError: it cannot be read, has an unknown key, or a value of another type.
-        FormatError: it is a run.json, but not a sound one.
+        ConfigError: the file cannot be read, has an unknown key, or a value of the wrong type.
+        FormatError: the file is a damaged run.json.
     """
     obj = _load(path)
     if path.suffix == ".json" and "cache_id" in obj:
@@ -67,26 +67,26 @@ def read_options(path: Path, also: Mapping[str, Any] | None = None) -> Options:
 
 
 def merge(file: Options, line: Options) -> Options:
-    """Options of a file and of the command line, which wins: over hookpoints' own options too."""
-    hidden = {name for given in line for name in (given, *_INSTEAD.get(given, ()))}
+    """Merge options; those of the command line win, also over per-hookpoint overrides."""
+    hidden = {name for given in line for name in (given, *_ALTERNATIVES.get(given, ()))}
     kept = {name: value for name, value in file.items() if name not in hidden}
     overrides = {
         pattern: dataclasses.replace(override, **dict.fromkeys(hidden & vars(override).keys()))
         for pattern, override in file.get("hookpoints", {}).items()
     }
-    said = {
+    remaining = {
         pattern: override
         for pattern, override in overrides.items()
         if override != HookpointOverride()
     }
-    return kept | line | ({"hookpoints": said} if said else {"hookpoints": {}})
+    return kept | line | {"hookpoints": remaining}
 
 
 def make_config(options: Options) -> FitConfig:
-    """The configuration that options mean.
+    """Build the configuration from options.
 
     Raises:
-        ConfigError: --out or CACHE is missing, or a value is refused.
+        ConfigError: --out or CACHE is missing, or a value is invalid.
     """
     for name, shown in (("cache", "CACHE"), ("out", "--out")):
         if options.get(name) is None:
@@ -100,26 +100,26 @@ def make_config(options: Options) -> FitConfig:
 
 
 def _of_run(path: Path) -> Options:
-    """The options of a run: they go on with it, given --resume, or begin another one."""
+    """Return the options of a run, to resume it or to start another with them."""
     from saetrain.runs.record import read_run  # NumPy
 
     record = read_run(path.parent)
     options = values_of(record.options) | {"cache": record.cache, "out": str(path.parent)}
     del options["resume"], options["force_config"]
-    found = {name: value for name, value in options.items() if value is not None}
-    if record.options.saes and make_config(found).saes != record.options.saes:
+    given = {name: value for name, value in options.items() if value is not None}
+    if record.options.saes and make_config(given).saes != record.options.saes:
         raise ConfigError(
             f"the SAEs of {path} are not every combination of some options",
-            expected="a run that was begun with options given several times",
-            remedy="begin it from Python, as it was begun",
+            expected="a run that was started with options given several times",
+            remedy="start it from Python, as before",
         )
-    return found
+    return given
 
 
 def _load(path: Path) -> dict[str, Any]:
     kinds = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": read_json}
     if path.suffix not in kinds:
-        raise ConfigError(f"--config {path} is of no kind that is read", expected=" | ".join(kinds))
+        raise ConfigError(f"--config {path} has an unknown file type", expected=" | ".join(kinds))
     try:
         obj = kinds[path.suffix](path)
     except OSError as error:
@@ -129,7 +129,7 @@ def _load(path: Path) -> dict[str, Any]:
     if obj is None:  # an empty YAML file
         return {}
     if not isinstance(obj, dict) or not all(isinstance(key, str) for key in obj):
-        raise ConfigError(f"--config {path} holds no options by name", got=type(obj).__name__)
+        raise ConfigError(f"--config {path} holds no mapping of options", got=type(obj).__name__)
     return obj
 
 
@@ -141,23 +141,23 @@ def _yaml(path: Path) -> object:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Safe, and without keys that stand twice, of which the last would win."""
+        """Safe loader that rejects duplicate keys; YAML would take the last."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             if twice := {str(key) for key in keys if keys.count(key) > 1}:
-                raise ValueError(f"{', '.join(sorted(twice))}: stands twice")
-            made: dict[Hashable, Any] = super().construct_mapping(node, deep)
-            return made
+                raise ValueError(f"duplicate key {', '.join(sorted(twice))}")
+            mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+            return mapping
 
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 # it is safe
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 # a safe loader
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
 
 
 def _fields(obj: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, str]:
-    """Each key's field; refuses unknown keys, and two that mean one field."""
+    """Map keys to fields; raise `ConfigError` for unknown keys, or two keys of one field."""
     fields = {key: key.replace("-", "_") for key in obj}
     options = [name.replace("_", "-") for name in known]
     for key, name in fields.items():
@@ -170,34 +170,34 @@ def _fields(obj: Mapping[str, Any], known: Iterable[str], where: str) -> dict[st
                 remedy=f"perhaps {nearest}",
             )
         if list(fields.values()).count(name) > 1:
-            raise ConfigError(f"{where} says {key} twice, with a hyphen and an underscore")
+            raise ConfigError(f"{where} has {key} twice, with a hyphen and an underscore")
     return fields
 
 
 def _overrides(obj: object, where: str) -> dict[str, HookpointOverride]:
     if not isinstance(obj, dict):
-        raise ConfigError(f"{where} is no table", expected='[hookpoints."PATTERN"]', got=obj)
+        raise ConfigError(f"{where} is not a table", expected='[hookpoints."PATTERN"]', got=obj)
     hints = get_type_hints(HookpointOverride)
     found = {}
     for pattern, table in obj.items():
-        place = f"{where}.{pattern!r}"
+        name = f"{where}.{pattern!r}"
         if not isinstance(table, dict):
-            raise ConfigError(f"{place} is no table", expected="k, lr or a width", got=table)
-        keys = _fields(table, hints, place)
-        values = {n: _value(hints[n], table[key], f"{place}: {key}") for key, n in keys.items()}
+            raise ConfigError(f"{name} is not a table", expected="k, lr or a width", got=table)
+        keys = _fields(table, hints, name)
+        values = {n: _value(hints[n], table[key], f"{name}: {key}") for key, n in keys.items()}
         found[str(pattern)] = HookpointOverride(**values)
     return found
 
 
 def _value(hint: Any, obj: Any, where: str, several: bool = False) -> Any:
-    """A value of an option's type; of a list of values, each."""
+    """Parse a value by an option's type; with `several`, each item of a list."""
     if several and isinstance(obj, list):
         return [_value(hint, item, where) for item in obj]
     if get_origin(hint) is tuple and not isinstance(obj, list):
         obj = [obj]
     if isinstance(obj, str) and (hint is float or float in get_args(hint)):
         obj = _number(obj)
-    if hint is str and type(obj) in (int, float):  # --encoder-scale is a number or a word
+    if hint is str and type(obj) in (int, float):  # --encoder-scale takes a number or "auto"
         obj = repr(obj)
     try:
         return parse_value(hint, obj, where)
@@ -206,7 +206,7 @@ def _value(hint: Any, obj: Any, where: str, several: bool = False) -> Any:
 
 
 def _number(text: str) -> float | str:
-    """YAML takes 1e-3 for text, for want of a point in it."""
+    """Convert a number that YAML reads as text, such as 1e-3 (no decimal point)."""
     try:
         return float(text)
     except ValueError:

@@ -1,8 +1,7 @@
-"""`--force-config`: a run goes on under other options, and its record says since when.
+"""`--force-config`: a run resumes with changed options, and its record keeps the step.
 
-What is let through leaves every tensor's shape, every SAE's name, the optimisers and the order of
-rows as they are, so that the checkpoint still fits. The run is no longer a function of its options
-alone, but of its history.
+The options that may change keep tensor shapes, SAE names, optimisers and the order of rows, so that
+the checkpoint still fits. The results then depend on the run's history, not on its options alone.
 """
 
 from __future__ import annotations
@@ -10,13 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from actcache.core.options import names_on_resume
 from actcache.errors import RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.runs.record import OptionChange, RunRecord, SaeEntry
 
-OVERRIDABLE = frozenset(names_on_resume(FitConfig, "forced"))
-"""Options that --force-config may change, by field name."""
+# fmt: off
+OVERRIDABLE = frozenset({
+    "lr", "lr_schedule", "lr_warmup_steps", "lr_decay_steps", "lr_end", "weight_decay", "grad_clip",
+    "decoder_norm", "k_anneal_steps", "k_start", "auxk_alpha", "sparsity", "sparsity_warmup_steps",
+    "dead_after", "epochs", "max_tokens", "micro_batch_size", "chunk_latents", "compile",
+    "cuda_graphs", "autocast", "val_every", "val_rows", "save_best", "log_every", "hookpoints",
+})
+# fmt: on
+"""Fields of the options that --force-config lets change. Of hookpoints, only lr: a changed k or
+width changes the SAEs' sizes, which is refused."""
 
 _LENGTH = {"epochs", "max_tokens"}
 
@@ -29,21 +35,21 @@ def apply_overrides(
     steps: int,
     done: int,
 ) -> RunRecord:
-    """The record of a run under other options.
+    """Return the record of a run with changed options.
 
     Args:
-        record: the run as it is.
-        config: the options from now on.
-        changed: those that are others, in words, by field.
-        saes: the SAEs that they make.
-        steps: of the whole run under them.
+        record: the current record.
+        config: the new options.
+        changed: description of each changed option, by field.
+        saes: the SAEs under the new options.
+        steps: steps of the whole run under the new options.
         done: steps of the newest checkpoint.
 
     Raises:
-        RunError: an option changes what must stay.
+        RunError: an option changes what must stay the same.
     """
     bound = [text for name, text in changed.items() if name not in OVERRIDABLE]
-    if config.follow:  # its steps are planned from the harvest's goal of then
+    if config.follow:  # its steps were planned from the harvest's goal at the start
         bound += [text for name, text in changed.items() if name in _LENGTH]
     if bound:
         raise _refused(config, "options that leave shapes, optimisers and order of rows", bound)
@@ -57,7 +63,7 @@ def apply_overrides(
         record,
         options=dataclasses.replace(config, force_config=False),
         saes=tuple(
-            # What was found at the run's beginning, such as scales, stays.
+            # Values computed at the run's start, such as scales, stay.
             dataclasses.replace(old, config=new.config, lr=new.lr, options=new.options)
             for old, new in zip(record.saes, saes, strict=True)
         ),
@@ -69,9 +75,10 @@ def apply_overrides(
 def with_history_entry(
     record: RunRecord, step: int, changes: tuple[str, ...], versions: dict[str, str]
 ) -> RunRecord:
-    """The record with what has changed by a step, if anything has.
+    """Return the record with an entry for changes at a step, if there are any.
 
-    What came after that step is undone, if the run fell back to it, and is in force from it on.
+    Entries of later steps move to this one: a run that fell back to an older checkpoint repeats the
+    steps since then with the changed options.
     """
     history = [dataclasses.replace(c, step=min(c.step, step)) for c in record.history]
     if changes:
@@ -80,16 +87,16 @@ def with_history_entry(
 
 
 def _fixed(sae: SaeEntry) -> object:
-    """What of an SAE must stay."""
+    """Return the properties of an SAE that may not change."""
     sizes = dataclasses.replace(sae.config, sparsity=0.0)
     return sae.name, sizes, sae.reads, sae.predicts, sae.seed, sae.options.optimizer
 
 
 def _refused(config: FitConfig, expected: str, got: list[str]) -> RunError:
     return RunError(
-        f"--force-config cannot go on with {config.out} so",
+        f"--force-config cannot resume {config.out} with these options",
         expected=expected,
         got="\n            ".join(got),
-        remedy="repeat these options as they were (they stand in run.json), or choose another "
-        "--out; what may change is in --help",
+        remedy="repeat these options as they were (run.json lists them), or choose another --out; "
+        "--help lists the options that may change",
     )

@@ -1,7 +1,7 @@
-"""A run beside a harvest: what it has used of the cache so far.
+"""Runs that follow a harvest (--follow): segments.json pins the shards used so far.
 
-`segments.json` lies in the run from its first step on: the receipts of each segment are pinned when
-it is first used, and stay pinned. Like metrics.jsonl it is a function of the run.
+The digest of a segment's receipts is written when the segment is first used, and checked on resume.
+Like metrics.jsonl, segments.json is reproducible.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEGMENTS = "segments.json"
 
 @dataclass(frozen=True)
 class UsedSegment:
-    """A segment that a run has trained on, or passed over."""
+    """A segment that a run has trained on or skipped."""
 
     first_shard: int
     last_shard: int
@@ -42,13 +42,13 @@ class UsedSegments:
     """Contents of `segments.json`."""
 
     segments: tuple[UsedSegment, ...]
-    """From the first on, in order."""
+    """All segments used so far, in order."""
     last_shard: int | None
-    """The cache's last shard, once the run has come to it; null before."""
+    """Last shard of the cache; null until the run reaches it."""
 
 
 def segmentation_of(record: RunRecord) -> Segmentation:
-    """How a run with --follow cuts its cache up."""
+    """Return how a run with --follow divides its cache into segments."""
     pool_rows = record.pool_rows or record.options.pool_rows
     assert record.segment_shards is not None
     assert pool_rows is not None
@@ -63,7 +63,7 @@ def segmentation_of(record: RunRecord) -> Segmentation:
 
 
 def held_out_shards(record: RunRecord, cache: Cache) -> list[int]:
-    """Shards to evaluate on; with --follow, all that the cache holds out by now."""
+    """Return the shards to evaluate on; with --follow, all held-out shards present so far."""
     if record.segment_shards is None:
         return list(record.held_out)
     segmentation = segmentation_of(record)
@@ -71,16 +71,16 @@ def held_out_shards(record: RunRecord, cache: Cache) -> list[int]:
 
 
 def has_ended(record: RunRecord, state: State) -> bool:
-    """Whether a run came to the end of the cache, in its last epoch, before its planned steps."""
+    """Return whether a run finished its last epoch in fewer steps than planned."""
     by_epochs = record.segment_shards is not None and record.options.max_tokens is None
     return by_epochs and state.stream.get("epoch") == record.options.epochs
 
 
 def read_used(root: Path, record: RunRecord, cache: Cache) -> UsedSegments:
-    """What a run has used, checked against the cache as it is.
+    """Read segments.json and compare it with the cache.
 
     Raises:
-        CacheMismatchError: a segment has changed or is not there any more.
+        CacheMismatchError: a segment has changed or is missing.
         FormatError: the file is damaged.
     """
     path, segmentation = root / SEGMENTS, segmentation_of(record)
@@ -92,40 +92,40 @@ def read_used(root: Path, record: RunRecord, cache: Cache) -> UsedSegments:
         if not shards or shards != segmentation.shards(number, segment.last_shard):
             raise FormatError(
                 f"{path} holds a segment that cannot be",
-                expected=f"{segmentation.shards(number)} or the start of it",
+                expected=f"{segmentation.shards(number)} or its start",
                 got=segment,
                 remedy="restore it from a copy",
             )
         name = f"segment {number} (shards {shards[0]} to {shards[-1]}) of {cache.root}"
         if missing := [shard for shard in shards if shard not in cache.receipts]:
             raise CacheMismatchError(
-                f"{name} is no longer whole; this run has used it",
+                f"{name} is incomplete, but this run has used it",
                 expected=f"{len(shards)} shards",
                 got=f"without {missing[:8]}",
-                remedy="harvest them again: the same command restores them",
+                remedy="harvest again: the same command restores them",
             )
         if (digest := cache.digest(shards)) != segment.receipts_digest:
             raise CacheMismatchError(
                 f"{name} has changed since this run first used it",
                 expected=f"receipts digest {segment.receipts_digest}",
                 got=digest,
-                remedy="restore the cache, or begin another run",
+                remedy="restore the cache, or start another run",
             )
     return used
 
 
 class SegmentTracker:
-    """A run's side of following a harvest.
+    """Segments of a run that follows a harvest: their plans, and the pins in segments.json.
 
     Args:
         root: folder of the run.
-        record: what the run is.
-        cache: the cache that it follows.
-        writes: whether this process writes it down.
+        record: the run's record.
+        cache: the cache that is being harvested.
+        writes: whether this process writes segments.json.
 
     Raises:
         CacheMismatchError: a segment that was used has changed.
-        FormatError: the run's record of segments is damaged.
+        FormatError: segments.json is damaged.
     """
 
     def __init__(self, root: Path, record: RunRecord, cache: Cache, writes: bool = True) -> None:
@@ -134,13 +134,13 @@ class SegmentTracker:
         self.plans = SegmentFollower(cache, segmentation_of(record), self._used.last_shard)
 
     def pin(self, batch: Batch) -> None:
-        """Pin what a batch is the first of. Before it is trained on.
+        """Pin the segment of a batch, if it is new, before the batch is trained on.
 
         Raises:
-            DiskFullError: no room to write it down.
+            DiskFullError: no space for segments.json.
         """
         known = len(self._used.segments)
-        # All segments have been passed once it is the last batch, or of an epoch after the first.
+        # In the last batch and after the first epoch, all segments are in use.
         ended = batch.last or batch.epoch > 0
         if batch.segment < known and (not ended or self._used.last_shard is not None):
             return
@@ -154,8 +154,8 @@ class SegmentTracker:
         if self._writes:
             write_atomic(self._root / SEGMENTS, [to_json(self._used)])
 
-    def place_after(self, step: int, epochs: int | None) -> dict[str, int] | None:
-        """State of the stream after so many steps; None if the segments used do not reach there.
+    def position_after(self, step: int, epochs: int | None) -> dict[str, int] | None:
+        """Return the stream's state after `step` steps; None if the pinned segments end before.
 
         Args:
             step: steps done.
@@ -166,49 +166,49 @@ class SegmentTracker:
         epoch = 0
         if self._used.last_shard is not None and step > 0:
             if step == sum(steps) * (epochs or 0):
-                return _place(epochs or 0, 0, 0)
+                return _position(epochs or 0, 0, 0)
             epoch, step = divmod(step - 1, sum(steps))
             step += 1
         if step == 0:
-            return _place(0, 0, 0)
+            return _position(0, 0, 0)
         for number, count in enumerate(steps):
             if step <= count:
-                return _place(epoch, *((number, step) if step < count else (number + 1, 0)))
+                return _position(epoch, *((number, step) if step < count else (number + 1, 0)))
             step -= count
         return None
 
     def plan_of(self, step: int) -> tuple[OrderPlan, int, int]:
-        """The segment of a step (from 0) that was made, its epoch, and the step within both."""
+        """Return the plan of a past step (from 0), its epoch, and the step within both."""
         plans = [self.plans.plan(number) for number in range(len(self._used.segments))]
-        made = [plan for plan in plans if plan is not None]
-        epoch, step = divmod(step, sum(plan.steps_per_epoch for plan in made))
-        for plan in made:
+        used = [plan for plan in plans if plan is not None]
+        epoch, step = divmod(step, sum(plan.steps_per_epoch for plan in used))
+        for plan in used:
             if step < plan.steps_per_epoch:
                 return plan, epoch, step
             step -= plan.steps_per_epoch
-        raise AssertionError("no segment that was used has this step")
+        raise AssertionError("no pinned segment has this step")
 
 
-def _place(epoch: int, segment: int, step: int) -> dict[str, int]:
+def _position(epoch: int, segment: int, step: int) -> dict[str, int]:
     return {"epoch": epoch, "segment": segment, "step": step}
 
 
 def plan_of_step(
     record: RunRecord, segment_tracker: SegmentTracker | None, step: int
 ) -> tuple[OrderPlan, int, int]:
-    """Plan of step `step` (from 0) of a run, its epoch, and the step within both."""
+    """Return the plan of step `step` (from 0) of a run, its epoch, and the step within both."""
     if segment_tracker is None:
         return record.plan, *divmod(step, record.plan.steps_per_epoch)
     return segment_tracker.plan_of(step)
 
 
 class HarvestWaitNotice:
-    """Says what is waited for: in the bar; where there is none, once a segment.
+    """Shows which shard a run waits for: in the progress bar or, without one, a line a segment.
 
     Args:
-        cache: whose shards are waited for.
-        shards_each: shards of a segment.
-        bar: where to say it.
+        cache: the cache that is being harvested.
+        shards_each: shards per segment.
+        bar: progress bar of the run.
     """
 
     def __init__(self, cache: Cache, shards_each: int, bar: Progress) -> None:
@@ -218,18 +218,18 @@ class HarvestWaitNotice:
         self._warned = False
 
     def __call__(self, shard: int) -> None:
-        """A shard is waited for. Warns, once a segment, if no harvest is at work."""
+        """Show that `shard` is missing. Warn once a segment if no harvest is running."""
         segment = shard // self._shards_each
         begins = segment != self._segment
         if begins:
             self._segment, self._warned = segment, False
         self._bar.wait(f"waiting for shard {shard} of the harvest", begins=begins)
-        # Free first, then still missing: the last act of a harvest is to leave.
+        # Test the lock first: a harvest writes its last shard before it releases the lock.
         if not self._warned and is_unlocked(self._root) and self._is_missing(shard):
             self._warned = True
             self._bar.say(
                 f"warning: no harvest is at work in {self._root}; run its harvest command again. "
-                "Still waiting; Ctrl-C leaves, and --resume goes on"
+                "Still waiting; Ctrl-C stops, and --resume continues"
             )
 
     def _is_missing(self, shard: int) -> bool:
@@ -240,31 +240,31 @@ class HarvestWaitNotice:
 
 
 def first_segment(cache: Cache, segmentation: Segmentation) -> OrderPlan:
-    """The order of the first segment, once its shards are there: a run begins with it.
+    """Wait for the shards of the first segment, and return the order of its rows.
 
     Raises:
         ConfigError: it has fewer training rows than a batch.
     """
-    following = SegmentFollower(cache, segmentation)
+    follower = SegmentFollower(cache, segmentation)
     bar = Progress("fit", None, "rows")
-    waiting = HarvestWaitNotice(cache, segmentation.shards_each, bar)
+    notice = HarvestWaitNotice(cache, segmentation.shards_each, bar)
     try:
-        while (missing := following.poll(0)) is not None:
-            waiting(missing)
+        while (missing := follower.poll(0)) is not None:
+            notice(missing)
             time.sleep(POLL_SECONDS)
     finally:
         bar.close()
-    rows = {shard: cache.receipts[shard].rows for shard in following.shards(0)}
+    rows = {shard: cache.receipts[shard].rows for shard in follower.shards(0)}
     return require_batch(segmentation, rows)
 
 
 def require_batch(segmentation: Segmentation, rows: Mapping[int, int]) -> OrderPlan:
-    """The order of the first segment, given the rows of its shards; raises `ConfigError`."""
+    """Return the order of the first segment, given its shards' rows; raises `ConfigError`."""
     plan = segmentation.plan(0, rows)
     if plan is None:
         training = [n for shard, n in rows.items() if not segmentation.is_held_out(shard)]
         raise ConfigError(
-            "the first segment has fewer rows to train on than a batch",
+            "the first segment has fewer training rows than a batch",
             expected=f">= {segmentation.batch_size:,}",
             got=f"{sum(training):,} in {len(training)} shards",
             remedy="more --segment-shards, a smaller --batch-size, or more text",

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl (functions of the run), timings.jsonl (all else), a bar."""
+"""Metrics of a run: metrics.jsonl (reproducible), timings.jsonl (not), and a progress bar."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from actcache.core.device import peak_memory
 from actcache.core.json_codec import decode_json, truncated_repr
 from actcache.core.progress import Progress
 from actcache.errors import FormatError
@@ -21,30 +22,30 @@ TIMINGS = "timings.jsonl"
 
 
 class MetricsSink(Protocol):
-    """Where the lines go besides, such as `saetrain.tracking.wandb_mirror`."""
+    """A second destination of the metrics, such as `saetrain.tracking.wandb_mirror`."""
 
     def log(self, line: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
-        """Take a line of metrics.jsonl, and the one of timings.jsonl beside it."""
+        """Log a line of metrics.jsonl and, unless None, the line of timings.jsonl of that step."""
 
     def end(self) -> None:
-        """The run has come to its end, and its SAEs are saved."""
+        """Mark the run as finished; its SAEs are saved."""
 
     def close(self) -> None:
-        """There will be no more lines, whether the run has come to its end or not."""
+        """Close the sink, whether the run is finished or not."""
 
 
 class JsonlTracker:
-    """Writes both files and draws the bar.
+    """Writes metrics.jsonl and timings.jsonl and updates the progress bar.
 
-    A resumed run first cuts both files back to its checkpoint's step, so that metrics.jsonl ends as
-    if there had been no interruption.
+    A resumed run first truncates both files to its checkpoint's step, so that metrics.jsonl ends up
+    the same as without an interruption.
 
     Args:
         root: folder of the run.
         step: steps done.
-        steps: of the whole run.
+        steps: steps of the whole run.
         batch_size: rows of a step.
-        row_bytes: bytes of a row on disk, of all hookpoints.
+        row_bytes: bytes on disk of a row of all hookpoints.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class JsonlTracker:
         self._files = {}
         for name in (METRICS, TIMINGS):
             truncate_after(root / name, step)
-            # Unbuffered: what a full disk did not take must not be tried again when it is closed.
+            # Unbuffered: after a write to a full disk fails, close() must not retry it.
             self._files[name] = (root / name).open("ab", buffering=0)
         self.bar = Progress("fit", steps * batch_size, "rows", initial=step * batch_size)
         self._began = self._last = time.monotonic()
@@ -62,15 +63,15 @@ class JsonlTracker:
         self._waited = 0.0
         self._held_out: dict[str, str] = {}
         self.mirror: MetricsSink | None = None
-        """Who else is told every line."""
+        """Sink that receives a copy of every line."""
 
     def log(self, step: int, metrics: Mapping[str, Mapping[str, Any]], waited: float) -> None:
         """Write one line of each file.
 
         Args:
             step: steps done.
-            metrics: by the SAE's name, means since the last line.
-            waited: seconds spent waiting for rows since the run was started.
+            metrics: means since the last line, by the SAE's name.
+            waited: seconds spent waiting for rows since the run was last started.
         """
         now = time.monotonic()
         rows = (step - self._last_step) * self._batch_size
@@ -79,9 +80,7 @@ class JsonlTracker:
             "step": step,
             "rows_per_second": rows / seconds,
             "bytes_per_second": rows * self._row_bytes / seconds,
-            "mean_rows_per_second": (step - self._first_step)
-            * self._batch_size
-            / max(now - self._began, 1e-9),
+            "mean_rows_per_second": self._rows_per_second(step, now - self._began),
             "data_wait": (waited - self._waited) / seconds,
             "seconds": now - self._began,
             "peak_memory_bytes": peak_memory(),
@@ -100,12 +99,12 @@ class JsonlTracker:
     def log_held_out(
         self, step: int, figures: Mapping[str, Mapping[str, float]], rows: int
     ) -> None:
-        """Write a line of metrics.jsonl on held-out rows.
+        """Write a validation line to metrics.jsonl.
 
         Args:
             step: steps done.
-            figures: by the SAE's name.
-            rows: held-out rows that they are of.
+            figures: FVU and L0 by the SAE's name.
+            rows: number of held-out rows.
         """
         line = {"step": step, "rows": step * self._batch_size, "val_rows": rows, "val": figures}
         self._write(METRICS, line)
@@ -115,29 +114,31 @@ class JsonlTracker:
 
     @property
     def seconds(self) -> float:
-        """From the start to the last line."""
+        """Seconds from the start to the last line."""
         return self._last - self._began
 
     def sync(self) -> None:
-        """Make all lines durable: a checkpoint must not know more than they say."""
+        """Flush all lines to disk, which must precede the checkpoint of their step."""
         for file in self._files.values():
             os.fsync(file.fileno())
 
     def end(self) -> None:
-        """The run has come to its end."""
+        """Mark the run as finished."""
         if self.mirror is not None:
             self.mirror.end()
 
     def close(self) -> tuple[float, float]:
-        """Close all; returns rows per second and the share of time spent waiting for rows."""
+        """Close all outputs; return rows per second and the share of time waited for rows."""
         if self.mirror is not None:
             self.mirror.close()
         self.bar.close()
         for file in self._files.values():
             file.close()
-        seconds = max(self._last - self._began, 1e-9)
-        rows = (self._last_step - self._first_step) * self._batch_size
-        return rows / seconds, self._waited / seconds
+        rate = self._rows_per_second(self._last_step, self.seconds)
+        return rate, self._waited / max(self.seconds, 1e-9)
+
+    def _rows_per_second(self, step: int, seconds: float) -> float:
+        return (step - self._first_step) * self._batch_size / max(seconds, 1e-9)
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, allow_nan=False).encode() + b"\n"
@@ -150,10 +151,10 @@ class JsonlTracker:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop the lines after a step, and a last line that was cut off in writing.
+    """Remove the lines after a step, and an incomplete last line.
 
     Raises:
-        FormatError: a whole line is damaged.
+        FormatError: a complete line is damaged.
     """
     if not path.exists():
         return
@@ -166,30 +167,30 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of a .jsonl file that was cut back; raises `FormatError` if one is damaged."""
+    """Return all lines of a truncated .jsonl file; raises `FormatError` if one is damaged."""
     text = path.read_text() if path.exists() else ""
     return [_parse(path, line) for line in text.splitlines()]
 
 
 def _range(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """The least and the largest FVU."""
+    """Format the lowest and the highest FVU."""
     found = sorted(f"{figure['fvu']:.4f}" for figure in figures.values())
     return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def last_line(path: Path, step: int | None = None, key: str | None = None) -> dict[str, Any] | None:
-    """The last whole line of a .jsonl file, at or before a step; None if there is none.
+    """Return the last complete line of a .jsonl file that matches; None if there is none.
 
     Args:
         path: the file.
-        step: the last that counts.
-        key: what the line must have.
+        step: largest step; None: any.
+        key: a key that the line must have; None: any.
 
     Raises:
-        FormatError: a line that was looked at is damaged.
+        FormatError: a line read from the end is damaged.
     """
     text = path.read_text() if path.exists() else ""
-    whole, _, _ = text.rpartition("\n")  # what follows was cut off in writing
+    whole, _, _ = text.rpartition("\n")  # drop an incomplete last line
     for text_line in reversed(whole.splitlines()):
         line = _parse(path, text_line)
         if (step is None or line["step"] <= step) and (key is None or key in line):
@@ -198,14 +199,14 @@ def last_line(path: Path, step: int | None = None, key: str | None = None) -> di
 
 
 def sae_metrics(path: Path, line: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """What a line of metrics.jsonl says of every SAE; raises `FormatError`."""
+    """Return every SAE's metrics in a line of metrics.jsonl; raises `FormatError`."""
     saes = line.get("saes")
     for name in names:
         sae = saes.get(name) if isinstance(saes, dict) else None
-        said = sae if isinstance(sae, dict) else {}
-        numbers = [said.get(figure) for figure in ("fvu", "l0")]
-        if said.get("dead_percent", "") is not None:  # None: not known yet
-            numbers.append(said.get("dead_percent"))
+        metrics = sae if isinstance(sae, dict) else {}
+        numbers = [metrics.get(figure) for figure in ("fvu", "l0")]
+        if metrics.get("dead_percent", "") is not None:  # None: too few rows so far
+            numbers.append(metrics.get("dead_percent"))
         if not all(map(_is_number, numbers)):
             raise FormatError(
                 f"{path} lacks figures of {name} at step {line['step']}",
@@ -218,7 +219,7 @@ def sae_metrics(path: Path, line: dict[str, Any], names: Sequence[str]) -> dict[
 
 
 def number_of(path: Path, line: dict[str, Any], key: str) -> float:
-    """One number of a line; raises `FormatError`."""
+    """Return one number of a line; raises `FormatError`."""
     value = line.get(key)
     if not _is_number(value):
         raise FormatError(
@@ -245,15 +246,8 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
 
 
 def peak_device_memory() -> dict[str, int]:
-    """Most bytes that this process has had in tensors on one GPU so far; nothing without a GPU."""
+    """Return the largest tensor memory so far on one GPU, bytes; empty if CUDA is not in use."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}
     devices = range(torch.cuda.device_count())
     return {"peak_device_memory_bytes": max(map(torch.cuda.max_memory_allocated, devices))}
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,9 +1,9 @@
-"""Weights & Biases: a mirror of metrics.jsonl and timings.jsonl, that must never stop a run.
+"""Weights & Biases: a copy of metrics.jsonl and timings.jsonl, whose errors never stop a run.
 
-The files are the truth. Whoever goes on with a run hands W&B the lines that it does not have:
-online those after the last that it knows; offline all of them, for W&B keeps an offline run's last
-lines in memory and loses them when the process is killed. So every line is there once, whatever
-happened. `wandb` is imported when it is asked for, and not before.
+The files are authoritative. A resumed run uploads the lines that W&B lacks: online, those after its
+last step; offline, all of them, because W&B keeps the last lines of an offline run in memory and
+loses them when the process is killed. So every line is logged once. `wandb` is imported only with
+--wandb.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 
 from saetrain.config.fit_config import FitConfig
 from saetrain.runs.record import RunRecord, SaeEntry
-from saetrain.tracking.density_bins import EDGES
+from saetrain.tracking import EDGES
 from saetrain.tracking.jsonl import METRICS, TIMINGS, read_lines
 
 _FINISH_SECONDS = 60
 _UPLOAD_SECONDS = 600
 _SET_ASIDE = "resumed-run"
-"""What an offline run's folder is called, for offline-run, once a later one holds its lines."""
+"""Prefix that replaces offline-run in an offline folder once a later one holds its lines."""
 
 
 def new_id(options: FitConfig) -> str | None:
-    """An id for a run at W&B, if it is to be logged there."""
+    """Return a new run id for W&B, or None without --wandb."""
     if options.wandb == "disabled":
         return None
     letters = string.ascii_lowercase + string.digits
@@ -38,67 +38,65 @@ def new_id(options: FitConfig) -> str | None:
 
 
 def open_wandb(root: Path, record: RunRecord, say: Callable[[str], None]) -> WandbRuns | None:
-    """The runs at W&B of a run, with all lines that its files have; None unless asked for.
+    """Create or resume the W&B runs of a run and upload missing lines; None without --wandb.
 
     Args:
         root: folder of the run.
-        record: what the run is.
-        say: tells the user.
+        record: the run's record.
+        say: prints a line for the user.
     """
     if record.options.wandb == "disabled":
         return None
-    runs = WandbRuns(root, record, say)
-    runs.open()
-    return runs
+    return WandbRuns(root, record, say)
 
 
 class WandbRuns:
-    """One run at W&B for all SAEs, or one for each. The first error is told, and the last thing.
+    """One W&B run for all SAEs, or one for each (--wandb-per-sae).
+
+    After the first error, which is printed, nothing more is logged.
 
     Args:
         root: folder of the run.
-        record: what the run is.
-        say: tells the user.
+        record: the run's record.
+        say: prints a line for the user.
     """
 
     def __init__(self, root: Path, record: RunRecord, say: Callable[[str], None]) -> None:
         self._root, self._record, self._say = root, record, say
         self._runs: list[_Run] = []
-        self._given_up = False
+        self._failed = False
         self._exit_code = 1
-
-    def open(self) -> None:
-        """Begin the runs, or go on with them."""
         self._try(self._open)
 
     def log(self, line: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
-        """Take a line of metrics.jsonl, and the one of timings.jsonl beside it."""
+        """Log a line of metrics.jsonl and, unless None, the line of timings.jsonl of that step."""
         self._try(lambda: self._log(line, timings))
 
     def end(self) -> None:
-        """The run has come to its end, and its SAEs are saved."""
+        """Mark the run as finished, and upload its SAEs with --wandb-log-final-artifact."""
         self._exit_code = 0
         if self._record.options.wandb_log_final_artifact:
             self._try(self._log_artifacts)
 
     def close(self) -> None:
-        """Upload what is left, for a minute at most."""
+        """Upload the remaining lines, for a minute at most."""
         self._try(self._close)
 
     def _try(self, act: Callable[[], None]) -> None:
-        if self._given_up:
+        if self._failed:
             return
         try:
             act()
         except (Exception, SystemExit) as error:
-            self._given_up = True
+            self._failed = True
             what = " ".join(str(error).split()) or type(error).__name__
             self._say(
-                f"warning: W&B is left alone from here on: {what[:500]}. The run goes on, and "
-                f"{METRICS} has all of it; --resume with --wandb hands it over later"
+                f"warning: logging to W&B stopped: {what[:500]}. The run continues, and {METRICS} "
+                "is complete; --resume with --wandb uploads it later"
             )
             for run in self._runs:
-                run.forget()
+                with contextlib.suppress(Exception, SystemExit):
+                    run.finish(exit_code=1)
 
     def _open(self) -> None:
         import wandb
@@ -112,8 +110,8 @@ class WandbRuns:
         if options.wandb_per_sae:
             group = options.wandb_group or name
             for i, entry in enumerate(self._record.saes):
-                of_one = options.of(entry.options)
-                self._begin(f"{run_id}-{i}", f"{name}/{entry.name}", group, of_one, [entry])
+                one = options.of(entry.options)
+                self._begin(f"{run_id}-{i}", f"{name}/{entry.name}", group, one, [entry])
         else:
             saes = list(self._record.saes)
             self._begin(run_id, name, options.wandb_group, options, saes)
@@ -127,11 +125,13 @@ class WandbRuns:
         import wandb
 
         offline = options.wandb == "offline"
-        if offline:
-            _set_aside(run_id)
+        if offline:  # rename earlier folders, so that `wandb sync` uploads the complete one alone
+            folder = Path(wandb.setup().settings.wandb_dir)
+            for old in folder.glob(f"offline-run-*-{run_id}"):
+                old.rename(old.with_name(old.name.replace("offline-run", _SET_ASIDE, 1)))
         settings = wandb.Settings(
             silent=True,
-            console="off",  # the bar is no log
+            console="off",  # a progress bar is no log
             finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)),
             finish_timeout_raises=True,
         )
@@ -173,43 +173,40 @@ class WandbRuns:
 
 
 class _Run:
-    """One run at W&B, of some SAEs."""
+    """One W&B run, of one or all SAEs."""
 
     def __init__(self, run: Any, saes: list[SaeEntry], *, prefixed: bool) -> None:
         self._run, self.saes, self._prefixed = run, saes, prefixed
         self.id: str = run.id
 
     def log(self, line: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
-        """Hand over a line, unless W&B has it."""
+        """Log a line, unless W&B has its step."""
         step = line["step"]
         if step < self._run.starting_step:
             return
         row = {"rows": line["rows"]}
         for entry in self.saes:
-            of = f"{entry.name}/" if self._prefixed else ""
+            prefix = f"{entry.name}/" if self._prefixed else ""
             for name, value in line.get("saes", {}).get(entry.name, {}).items():
-                row |= {f"{of}{key}": found for key, found in _figures(name, value).items()}
+                row |= {f"{prefix}{key}": shown for key, shown in _values(name, value).items()}
             for name, value in line.get("val", {}).get(entry.name, {}).items():
-                row[f"{of}val_{name}"] = value
+                row[f"{prefix}val_{name}"] = value
         row |= {f"timings/{name}": value for name, value in timings.items() if name != "step"}
         self._run.log(row, step=step)
 
     def upload(self, artifact: Any, *, wait: bool) -> None:
+        """Upload an artifact, and wait for it if `wait`."""
         logged = self._run.log_artifact(artifact)
         if wait:
             logged.wait(timeout=_UPLOAD_SECONDS)
 
     def finish(self, exit_code: int) -> None:
+        """Finish the W&B run."""
         self._run.finish(exit_code=exit_code)
 
-    def forget(self) -> None:
-        """Finish as well as may be; what went wrong has been told."""
-        with contextlib.suppress(Exception, SystemExit):
-            self._run.finish(exit_code=1)
 
-
-def _figures(name: str, value: Any) -> dict[str, Any]:
-    """A figure of metrics.jsonl as W&B takes it; what is not known is left out."""
+def _values(name: str, value: Any) -> dict[str, Any]:
+    """Convert a value of metrics.jsonl for W&B; None is left out."""
     if name == "log10_density":
         import wandb
 
@@ -219,16 +216,7 @@ def _figures(name: str, value: Any) -> dict[str, Any]:
 
 
 def _config(record: RunRecord, options: FitConfig, saes: list[SaeEntry]) -> dict[str, Any]:
-    """What W&B shows of a run beside its curves."""
+    """Return the configuration that W&B shows of a run."""
     shown = {k: v for k, v in dataclasses.asdict(options).items() if not k.startswith("wandb")}
     shown |= {"cache_id": record.cache_id, "steps": record.steps, "versions": record.versions}
     return shown | {"saes": {entry.name: dataclasses.asdict(entry) for entry in saes}}
-
-
-def _set_aside(run_id: str) -> None:
-    """Rename earlier folders of an offline run, so that `wandb sync` finds the whole one alone."""
-    import wandb
-
-    folder = Path(wandb.setup().settings.wandb_dir)
-    for old in folder.glob(f"offline-run-*-{run_id}"):
-        old.rename(old.with_name(old.name.replace("offline-run", _SET_ASIDE, 1)))

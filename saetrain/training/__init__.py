@@ -1,20 +1,17 @@
-"""One process's training steps: the loop, the step, and what both record.
+"""Training steps of one process.
 
 `loop` is the training loop, `step` one update, `sae_trainer` the state of one SAE in training,
-`step_settings` how its steps are made, and `init` where weights begin. `metrics`, `log_records`,
-`validation` and `best` measure, `checkpointing` saves, `finite_guard` and `non_finite` handle
-losses that are not finite, `ddp` shares a batch among ranks, and `cuda_graphs` replays recorded
-steps.
+`step_settings` the settings of its steps, and `init` the starting values of its weights. `metrics`
+accumulates losses and latent counts, `validation` measures held-out rows, `checkpointing` saves,
+`non_finite` reports losses that are not finite, `ddp` shares each batch among ranks, and
+`cuda_graphs` replays recorded steps.
 """
 
 __all__ = [
-    "best",
     "checkpointing",
     "cuda_graphs",
     "ddp",
-    "finite_guard",
     "init",
-    "log_records",
     "loop",
     "metrics",
     "non_finite",

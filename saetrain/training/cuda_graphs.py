@@ -1,19 +1,18 @@
-"""--cuda-graphs: a whole step of all SAEs recorded once, and replayed.
+"""CUDA graphs (--cuda-graphs): a step of all SAEs is recorded once and replayed.
 
-A step launches some hundred kernels for each SAE. Where these are short, the device waits for the
-host, which can launch one every few microseconds. Recorded as a CUDA graph, all of them are one
-launch.
+A step launches about a hundred kernels for each SAE. If they are short, the device waits for the
+host, which can launch one every few microseconds. A CUDA graph launches all of them at once.
 
-What is replayed are the same kernels with the same arguments on the same memory. So whatever
-changes from step to step must lie in memory that stays: rows, weights, state, sums, and the numbers
-that the host computes for each step, which are few (`_StepScalars`). They are written there before
-each replay, as arguments of launches: nothing waits, and there is no memory of the host that it
-could overwrite too soon. What else the host decides, such as k, must have settled before; once
-latents may be dead, and AuxK begins, another step is recorded. What the host counts, it counts for
-each replay.
+A replay runs the same kernels with the same arguments on the same memory. So everything that
+changes between steps lies in fixed device memory: rows, weights, state, sums, and the few scalars
+that the host computes for each step (`_StepScalars`). The host passes these scalars as kernel
+arguments before each replay, without synchronisation and without a host buffer that it could
+overwrite too soon. Values that are baked into the graph, such as k, must be constant by then. Once
+latents may be dead and AuxK begins, the step is recorded again. The host advances its own counters
+for each replay.
 
-All steps of such a run, recorded or not, read their numbers there, so that when a step was recorded
-touches no result: neither where a run was interrupted nor how long it warmed up.
+All steps of such a run, recorded or not, read the scalars from device memory. So the results do not
+depend on when a step was recorded: neither on interruptions nor on the number of warm-up steps.
 """
 
 from __future__ import annotations
@@ -37,108 +36,108 @@ if TYPE_CHECKING:
 Groups = dict[str, list[SaeTrainer]]
 
 WARM_UP = 3
-"""Steps like the recorded one before it: what is compiled, loaded or allocated once, is so then."""
+"""Steps run before the same step is recorded, so that compilation and allocation are over."""
 _WIDTH = 8
-"""Numbers that an optimiser has room for. A multiple of 16 bytes, so that what Triton compiles for
-one SAE, which hangs on how a pointer is aligned, serves all."""
+"""Scalars per optimiser. A multiple of 16 bytes: Triton specialises kernels on the alignment of
+pointers, and so one compiled kernel serves all SAEs."""
 
 
 class GraphedSteps:
-    """Makes the steps of all SAEs of a process: some as they are, then replays of one.
+    """Runs the steps of all SAEs of a process: warm-up steps first, then replays of one.
 
     Args:
         groups: the SAEs, by hookpoint, all on one device.
-        recorder: None: that of CUDA.
-        warm_up: steps like the recorded one before it, at least one.
+        recorder: records and replays; None: `CudaGraphs`.
+        warm_up: steps before a recording, at least one.
     """
 
     def __init__(
         self, groups: Groups, recorder: GraphRecorder | None = None, warm_up: int = WARM_UP
     ) -> None:
         self._groups, self._warm_up = groups, warm_up
-        self._trainees = [trainer for group in groups.values() for trainer in group]
-        device = self._trainees[0].sae.W_enc.device
+        self._trainers = [trainer for group in groups.values() for trainer in group]
+        device = self._trainers[0].sae.W_enc.device
         self._recorder = CudaGraphs(device) if recorder is None else recorder
-        self._numbers = _StepScalars(self._trainees, device)
-        self._settled_at = max(trainer.schedules_end for trainer in self._trainees)
+        self._scalars = _StepScalars(self._trainers, device)
+        self._schedules_end = max(trainer.schedules_end for trainer in self._trainers)
         self._rows: dict[str, Tensor] = {}
-        """Of the batch, where recorded work reads them, by group. Each [N, D]"""
-        self._learning: tuple[bool, ...] = ()
-        """Which SAEs had dead latents to learn from in the last step, as far as the host knows."""
+        """Fixed device memory of each group's rows, read by the recorded step. Each [N, D]"""
+        self._use_auxk: tuple[bool, ...] = ()
+        """For each SAE, whether the last step included AuxK."""
         self._warmed = 0
         self._replay: Thunk | None = None
 
     def make(self, batch: Batch, step: int) -> None:
-        """Make step `step` (from 0) of all SAEs.
+        """Run step `step` (from 0) of all SAEs.
 
         Raises:
-            RunError: it cannot be recorded.
+            RunError: the step cannot be recorded.
         """
-        self._numbers.write(step)
-        if not self._take(batch):
+        self._scalars.write(step)
+        if not self._copy_rows(batch):
             train_batch(self._groups, batch, step)
             return
-        learning = tuple(self._learns(trainer, step) for trainer in self._trainees)
-        if learning != self._learning:  # another step from now on
-            self._learning, self._warmed, self._replay = learning, 0, None
+        use_auxk = tuple(self._uses_auxk(trainer, step) for trainer in self._trainers)
+        if use_auxk != self._use_auxk:  # the recorded step differs from now on
+            self._use_auxk, self._warmed, self._replay = use_auxk, 0, None
         if self._replay is not None:
-            self._make_again()
+            self._replay_step()
         elif self._warmed < self._warm_up:
-            self._recorder.run(lambda: self._make_all(step))
-            # In the step of that number k may be another than before, which is learnt from.
-            self._warmed += step > self._settled_at
+            self._recorder.run(lambda: self._train_all(step))
+            # k may still change in the step numbered schedules_end itself.
+            self._warmed += step > self._schedules_end
         else:
-            self._replay = self._record(step)  # the host has counted it
+            self._replay = self._record(step)  # recording advanced the host's counters
             self._replay()
 
-    def _take(self, batch: Batch) -> bool:
-        """Copy a batch to where recorded work reads it, unless it has other sizes."""
+    def _copy_rows(self, batch: Batch) -> bool:
+        """Copy a batch into the fixed memory; return False if its sizes or dtypes differ."""
         for name, group in self._groups.items():
             rows = rows_of(group[0].entry, batch.activations)
             if name not in self._rows:
                 self._rows[name] = torch.empty_like(rows, device=group[0].sae.W_enc.device)
-            kept = self._rows[name]
-            if (kept.shape, kept.dtype) != (rows.shape, rows.dtype):
+            fixed = self._rows[name]
+            if (fixed.shape, fixed.dtype) != (rows.shape, rows.dtype):
                 return False
-            kept.copy_(rows, non_blocking=True)
+            fixed.copy_(rows, non_blocking=True)
         return True
 
-    def _learns(self, trainer: SaeTrainer, step: int) -> bool:
+    def _uses_auxk(self, trainer: SaeTrainer, step: int) -> bool:
         rows = len(self._rows[trainer.entry.hookpoint])
         return trainer.uses_auxk(step, rows, trainer.entry.options.auxk_alpha)
 
-    def _make_all(self, step: int) -> None:
+    def _train_all(self, step: int) -> None:
         for name, group in self._groups.items():
             train_on_rows(group, self._rows[name], step)
 
     def _record(self, step: int) -> Thunk:
         try:
-            return self._recorder.record(lambda: self._make_all(step))
+            return self._recorder.record(lambda: self._train_all(step))
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise RunError(
                 f"step {step} cannot be recorded as a CUDA graph",
                 got=str(error).partition("\n")[0],
-                remedy="go on from the last checkpoint with --resume --force-config and without "
+                remedy="resume from the last checkpoint with --resume --force-config and without "
                 "--cuda-graphs",
             ) from error
 
-    def _make_again(self) -> None:
+    def _replay_step(self) -> None:
         assert self._replay is not None
-        for trainer in self._trainees:
-            # Whoever wrote to a weight between steps did not write to its copy.
+        for trainer in self._trainers:
+            # A write to a weight between steps leaves its bfloat16 copy outdated.
             refresh_bf16_copies(trainer.sae, trainer.settings)
             trainer.count_replayed_step(len(self._rows[trainer.entry.hookpoint]))
         self._replay()
 
 
 class _StepScalars:
-    """What changes from step to step and is known to the host, where the device reads it.
+    """Scalars that the host computes for each step, in fixed device memory.
 
     Args:
-        trainers: whose steps read it from now on.
-        device: where they are.
+        trainers: SAEs whose optimisers are bound to this memory.
+        device: their device.
     """
 
     def __init__(self, trainers: Sequence[SaeTrainer], device: torch.device) -> None:
@@ -155,21 +154,21 @@ class _StepScalars:
 
     @torch.no_grad()
     def write(self, step: int) -> None:
-        """Count step `step` (from 0) of every optimiser, and write its numbers."""
-        places: list[Tensor] = []
+        """Advance every optimiser to step `step` (from 0), and write its scalars."""
+        targets: list[Tensor] = []
         values: list[float] = []
         for optimizer, row in zip(self._optimizers, self._all, strict=True):
-            counted = optimizer.advance(step)
-            places += row.unbind()[: len(counted)]
-            values += counted
+            scalars = optimizer.advance(step)
+            targets += row.unbind()[: len(scalars)]
+            values += scalars
         self._step.fill_(step)
         self._all.zero_()
-        torch._foreach_add_(places, values)  # one launch, which takes the values along
+        torch._foreach_add_(targets, values)  # one launch, with the values as arguments
 
 
 def with_cuda_graphs(groups: Groups) -> Callable[[Groups, Batch, int], None]:
-    """`saetrain.training.step.train_batch` of these SAEs, recorded."""
-    if not groups:  # a process beyond the SAEs
+    """Return a function like `saetrain.training.step.train_batch` that replays recorded steps."""
+    if not groups:  # more processes than SAEs
         return train_batch
     steps = GraphedSteps(groups)
 
@@ -184,22 +183,22 @@ Thunk = Callable[[], None]
 
 
 class GraphRecorder(Protocol):
-    """What records; `CudaGraphs`, or a test's."""
+    """Interface of `CudaGraphs`, which tests replace."""
 
     def run(self, work: Thunk) -> None:
-        """Do some work now, as it is done before it can be recorded."""
+        """Run the work now, as a warm-up of its recording."""
 
     def record(self, work: Thunk) -> Thunk:
-        """Record some work, which the device does not do yet; what is returned does it."""
+        """Record the work without running it; return a function that replays it."""
 
 
 class CudaGraphs:
-    """Records work on a CUDA device, on a stream of its own, where it is also warmed up.
+    """Warms up and records work on a side stream of a CUDA device.
 
-    After "whole network capture" in torch's notes on CUDA semantics.
+    Follows "whole network capture" in torch's notes on CUDA semantics.
 
     Args:
-        device: whose work it is.
+        device: the CUDA device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -207,17 +206,17 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def run(self, work: Thunk) -> None:
-        """Do some work now, after what is under way, and before what follows."""
-        here = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(here)
+        """Run the work on the side stream, ordered with the current stream before and after."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             work()
-        here.wait_stream(self._stream)
+        current.wait_stream(self._stream)
 
     def record(self, work: Thunk) -> Thunk:
-        """Record some work. Waits for the device, this once."""
+        """Record the work. Synchronises with the device once."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads read rows and allocate pinned memory meanwhile, which is no part of it.
+        # thread_local: meanwhile, other threads read rows and allocate pinned memory.
         mode = "thread_local"
         with (
             torch.cuda.device(self._device),
@@ -226,14 +225,14 @@ class CudaGraphs:
             work()
 
         def replay() -> None:
-            with torch.cuda.device(self._device):  # which need not be the current one
+            with torch.cuda.device(self._device):  # it may not be the current one
                 graph.replay()
 
         return replay
 
 
 def require_cuda_graphs(device: torch.device) -> None:
-    """Raise `ConfigError` where there is no CUDA to record its graphs."""
+    """Raise `ConfigError` unless the device records CUDA graphs."""
     if device.type != "cuda" or torch.version.cuda is None:
         raise ConfigError(
             "--cuda-graphs needs a CUDA device",

@@ -1,12 +1,11 @@
-"""--parallel ddp: every process has all SAEs, and its lanes of each batch.
+"""Data parallelism (--parallel ddp): every process holds all SAEs and some lanes of each batch.
 
-Gradients are averaged by torch's DistributedDataParallel. All else that a step learns from its
-rows, which latents fired and what was measured, is that of the whole batch on every process, too:
-so all have the same state at every step, and the checkpoint of one is that of all.
+DistributedDataParallel averages the gradients. Latent counts and losses are all-gathered too, so
+every process has the same state after every step, and rank 0's checkpoint is that of all.
 
-How DDP packs gradients together changes after its first step, and sums of three or more numbers
-hang on where they lie in a package: a resumed run would differ. So each gradient is reduced by
-itself; its bits then follow from its shape and the number of processes alone.
+DDP rebuilds its gradient buckets after the first step, and the rounding of a sum depends on its
+offset in a bucket, so a resumed run would differ. A communication hook therefore reduces each
+gradient by itself: its bits depend only on its shape and the number of processes.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from saetrain.training.metrics import DeadLatentTracker, LatentStats, MeanMeter,
 
 
 class DdpStep:
-    """What joins the parts of a batch that processes have, for one SAE.
+    """Collectives of one SAE's steps.
 
     Args:
-        sae: the same on every process.
+        sae: identical on every process.
     """
 
     def __init__(self, sae: nn.Module) -> None:
@@ -35,16 +34,16 @@ class DdpStep:
         self._ddp.register_comm_hook(None, lambda _, bucket: average_each_gradient(bucket))
 
     def forward(self, loss_config: Callable[..., Losses], *arguments: Any) -> Losses:
-        """`objective(*arguments)` of the SAE; the backward pass leaves all rows' mean gradient."""
+        """Return `loss_config(*arguments)`; its backward pass averages gradients over ranks."""
         losses: Losses = self._ddp(loss_config, *arguments)
         return losses
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Within it, backward passes add up gradients on each process alone."""
+        """Return a context in which backward passes accumulate gradients without all-reduce."""
         return self._ddp.no_sync()
 
     def all_mean(self, value: Tensor) -> Tensor:
-        """Mean of a small tensor over processes, the same bits on each of them."""
+        """Return the mean of a small tensor over processes, with the same bits on each."""
         return all_gather(value).mean(dim=0)
 
     def count(
@@ -54,10 +53,10 @@ class DdpStep:
         latent_stats: LatentStats,
         meter: MeanMeter,
     ) -> None:
-        """Count a step as a process alone does, but of the whole batch."""
+        """Count one step's latents and losses over the whole batch, by all-gather."""
         top_acts, top_indices = losses.output.top_acts, losses.output.top_indices
-        ours = active_rows(top_acts, top_indices, len(dead_tracker.rows_since))  # [M]
-        active = all_gather(ours.int()).sum(dim=0)
+        local = active_rows(top_acts, top_indices, len(dead_tracker.rows_since))  # [M]
+        active = all_gather(local.int()).sum(dim=0)
         rows = len(top_acts) * world_size()
         dead_tracker.count(active > 0, rows)
         latent_stats.count(active, rows)
@@ -65,7 +64,7 @@ class DdpStep:
 
 
 class _LossModule(nn.Module):
-    """Losses as the forward pass of a module, which is what DDP takes."""
+    """A module whose forward pass computes the losses, as DistributedDataParallel requires."""
 
     def __init__(self, sae: nn.Module) -> None:
         super().__init__()

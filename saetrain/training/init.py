@@ -1,6 +1,6 @@
-"""How an SAE begins: where b_dec is, and how large the encoder.
+"""Initial weights of an SAE: b_dec and the scale of the encoder.
 
-Letters: N tokens, D d_in, E width of the output.
+Letters: N rows, D d_in, E width of the output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from saetrain.model.sae import Sae
 from saetrain.runs.record import SaeEntry
 
 ROWS = 2048
-"""Rows that are looked at, of the run's first batches."""
+"""Rows of the run's first batches that initialisation reads."""
 
 _OCTAVES = 6
 _STEPS = (1.0, 1 / 4, 1 / 16, 1 / 64)
@@ -37,18 +37,18 @@ _CLOSE = 1e-7
 
 
 class FirstRows:
-    """The first rows that a run trains on, read when they are asked for.
+    """The first rows that a run trains on, read on demand.
 
     Args:
-        cache: where they are.
-        plan: order of the run; with --follow, of its first segment.
+        cache: the run's cache.
+        plan: order of the run's rows; with --follow, of its first segment.
     """
 
     def __init__(self, cache: Cache, plan: OrderPlan) -> None:
         self._cache, self._plan = cache, plan
 
     def of(self, entry: SaeEntry, device: torch.device) -> Tensor:
-        """Those of an SAE, as it is trained on them. float32 [N, D], a transcoder's [N, D + E]"""
+        """Return an SAE's rows, scaled as in training. float32 [N, D], a transcoder's [N, D + E]"""
         rows = rows_of(entry, {name: self._read(name) for name in entry.hookpoints}).to(device)
         scaling = input_scaling(entry, device)
         return rows if scaling is None else rows * scaling.rows
@@ -60,11 +60,11 @@ class FirstRows:
         addresses = np.concatenate(batches)[:ROWS].tolist()
         return [Span(shard, row, 1) for shard, row in addresses]
 
-    @functools.cache  # noqa: B019 # as long as a run's beginning
+    @functools.cache  # noqa: B019 # the object is short-lived
     def _read(self, hookpoint: str) -> Tensor:
         row_dtype = self._cache.row_dtype
         stored = row_dtype.empty(len(self._spans), self._cache.manifest.width(hookpoint))
-        # Files are compared when the stream reads them, before the first step.
+        # The stream verifies these files before the first step.
         VerifiedReader(self._cache, "never").load(self._spans, {hookpoint: stored})
         return row_dtype.to_torch(stored).float()
 
@@ -72,7 +72,7 @@ class FirstRows:
 def initial_sae(
     entry: SaeEntry, targets: TargetStats, options: FitConfig, device: torch.device
 ) -> Sae:
-    """An SAE as it begins, except b_dec at the median: `init_b_dec_at_median` moves it there."""
+    """Build an SAE with initial weights, except b_dec at the median: see `init_b_dec_at_median`."""
     dtype = getattr(torch, options.weights_dtype)
     sae = build_sae(entry.config, unit=targets.unit, seed=entry.seed, device=device, dtype=dtype)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def initial_sae(
 
 @torch.no_grad()
 def init_b_dec_at_median(sae: Sae, entry: SaeEntry, first: FirstRows) -> None:
-    """Move b_dec to the geometric median of what is predicted, if it is to begin there."""
+    """With --b-dec-init geometric-median, set b_dec to the geometric median of the target rows."""
     if entry.options.b_dec_init == "geometric-median":
         _, predicted = sae.split(first.of(entry, torch.device("cpu")))
         sae.b_dec.copy_(torch.from_numpy(geometric_median(predicted)))
@@ -98,14 +98,14 @@ def with_initial_scales(
     first: FirstRows,
     device: torch.device,
 ) -> SaeEntry:
-    """An SAE with what a run records of its beginning: the scales of its rows and of its encoder.
+    """Return an SAE's entry with its input scales and encoder scale, which run.json records.
 
     Args:
-        entry: without them.
-        options: of the run, with those of this SAE.
-        statistics_of: of a hookpoint's training rows.
-        first: what an encoder is tried on.
-        device: where.
+        entry: the entry without them.
+        options: the run's options, with those of this SAE.
+        statistics_of: returns the statistics of a hookpoint's training rows.
+        first: rows on which --encoder-scale auto is fitted.
+        device: device of that fit.
 
     Raises:
         RunError: the rows of a hookpoint do not vary.
@@ -126,10 +126,10 @@ def with_initial_scales(
 
 
 def geometric_median(rows: Tensor) -> NDArray[np.float64]:
-    """The point with the least sum of distances to rows [N, D]: [D].
+    """Return the point with the smallest sum of distances to rows [N, D]: [D].
 
     Weiszfeld's iteration, "Sur le point pour lequel la somme des distances de n points donnés est
-    minimum" (1937). In NumPy, for the bits must not depend on the number of threads.
+    minimum" (1937). In NumPy, so that the bits do not depend on the number of threads.
     """
     points = rows.cpu().double().numpy()
     found: NDArray[np.float64] = points.mean(axis=0)
@@ -147,15 +147,15 @@ def geometric_median(rows: Tensor) -> NDArray[np.float64]:
 
 @torch.no_grad()
 def search_encoder_scale(sae: Sae, rows: Tensor, variance: float, loss_config: LossConfig) -> float:
-    """What to multiply W_enc by, so that an SAE that has learnt nothing reconstructs rows best.
+    """Return the factor of W_enc with which an untrained SAE reconstructs rows best.
 
-    The powers of 2 from 1/64 to 64, then finer ones around the best, to 1/64 of an octave.
+    Tries powers of 2 from 1/64 to 64, then finer ones around the best, to 1/64 of an octave.
 
     Args:
-        sae: as it begins; left as it was.
-        rows: [N, D], in its type.
+        sae: with its initial weights, which are restored.
+        rows: [N, D], in the dtype of the weights.
         variance: of all training rows.
-        loss_config: what it is trained on.
+        loss_config: the terms of its loss.
     """
     kept = sae.W_enc.detach().clone()
 
@@ -173,6 +173,6 @@ def search_encoder_scale(sae: Sae, rows: Tensor, variance: float, loss_config: L
 
 
 def _least(error: Callable[[float], float], around: float, step: float, n: int) -> float:
-    """The number of least error among `around` and n steps to each side."""
+    """Return the number of least error among `around` and n steps to each side."""
     tried = [around + i * step for i in range(-n, n + 1)]
     return min(tried, key=error)

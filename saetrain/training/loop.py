@@ -1,4 +1,4 @@
-"""The loop, nothing else."""
+"""The training loop: read a batch, step, log, validate, save."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from saetrain.runs.segments import HarvestWaitNotice, SegmentTracker, plan_of_st
 from saetrain.tracking.jsonl import JsonlTracker
 from saetrain.training.checkpointing import Checkpointer
 from saetrain.training.cuda_graphs import with_cuda_graphs
-from saetrain.training.log_records import collect_metrics
-from saetrain.training.non_finite import with_row_addresses
+from saetrain.training.non_finite import require_finite_loss, with_row_addresses
 from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint
 from saetrain.training.step import train_batch
 from saetrain.training.validation import Validation, validate
@@ -32,77 +31,80 @@ def train(
     validation: Validation | None = None,
     coordinator: Coordinator | None = None,
 ) -> int:
-    """Train until the run's last step, or the last of its data, from `first_step` on.
+    """Train from `first_step` to the run's last step, or to the end of its data.
 
     Args:
         root: folder of the run.
-        record: what the run is.
-        trainers: what is trained.
-        stream: at the batch of `first_step`.
-        tracker: hears of every step that is logged.
+        record: the run's record.
+        trainers: the SAEs of this process.
+        stream: positioned at the batch of `first_step`.
+        tracker: receives metrics.
         first_step: steps done.
-        segment_tracker: pins what is used of a cache that is still being harvested.
+        segment_tracker: with --follow, pins the segments used of a cache that is being harvested.
         validation: held-out rows, if the run validates.
-        coordinator: the processes of the run; None: this one alone, whom nobody asks to stop.
+        coordinator: the processes of the run; None: this one alone.
 
     Returns:
         Steps done in the whole run.
 
     Raises:
-        Stopped: a signal asked for it, and the steps before it are saved.
-        NonFiniteError: a loss is not finite; it has reached no weight, and a checkpoint before it
-            stays.
-        CorruptShardError: a shard has changed or is gone; the steps before it are saved. So they
-            are for any other error of the reader.
+        RunStopped: a signal requested it; the steps before it are saved.
+        NonFiniteError: a loss is not finite. It has changed no weight, and the last checkpoint
+            before it stays.
+        CorruptShardError: a shard has changed or is missing; the steps before it are saved, as
+            they are for any other read error.
     """
     coordinator = coordinator or Coordinator()
     checkpointer = Checkpointer(root, trainers, tracker, coordinator, record.options, first_step)
     groups, options = by_hookpoint(trainers), record.options
-    done, place = first_step, stream.state_dict()
+    done, position = first_step, stream.state_dict()
     make_step = with_cuda_graphs(groups) if options.cuda_graphs else train_batch
 
-    def wait(shard: int) -> None:
-        waiting(shard)
+    def on_wait(shard: int) -> None:
+        notice(shard)
         coordinator.throttle(done)
-        checkpointer.save_while_waiting(done, place)
+        checkpointer.save_while_waiting(done, position)
         coordinator.check_stop_request(done, waits=True)
 
     if segment_tracker is not None:
-        waiting = HarvestWaitNotice(
+        notice = HarvestWaitNotice(
             stream.cache, segment_tracker.plans.segmentation.shards_each, tracker.bar
         )
-        stream.on_wait = wait
-    read = {entry.name: entry.hookpoints for entry in record.saes}
-    place_of = functools.partial(plan_of_step, record, segment_tracker)
-    with with_row_addresses(root, stream.cache, read, place_of):
+        stream.on_wait = on_wait
+    plan_of = functools.partial(plan_of_step, record, segment_tracker)
+    with with_row_addresses(root, stream.cache, plan_of):
         try:
             for step in range(first_step, record.steps):
                 coordinator.throttle(step)
                 coordinator.check_stop_request(done)
-                batch = _next_batch(coordinator, stream, checkpointer, done, place)
+                batch = _next_batch(coordinator, stream, checkpointer, done, position)
                 if batch is None:
                     break
-                # Not earlier: while the first rows are read, there is nothing to save.
+                # Not earlier: before the first batch there is nothing to save.
                 coordinator.stop_signals.install()
                 if segment_tracker is not None:
                     segment_tracker.pin(batch)
                 make_step(groups, batch, step)
-                done, place = step + 1, stream.state_dict()
+                done, position = step + 1, stream.state_dict()
                 last = done == record.steps or batch.last
                 if done % options.log_every == 0 or last:
-                    histogram = options.has_histogram(done, last=last)
-                    rows = done * record.plan.batch_size
-                    figures = collect_metrics(root, trainers, done, rows, histogram)
-                    tracker.log(done, figures, stream.seconds_waited)
+                    histogram, metrics = options.has_histogram(done, last=last), {}
+                    for trainer in trainers:
+                        figures = trainer.pop_metrics(
+                            done, done * record.plan.batch_size, histogram
+                        )
+                        require_finite_loss(root, trainer, figures["fvu"] + figures["auxk"], done)
+                        metrics[trainer.entry.name] = figures
+                    tracker.log(done, metrics, stream.seconds_waited)
                 if validation is not None and (done % (options.val_every or 1) == 0 or last):
                     found = validate(root, groups, validation, done, options.save_best)
                     tracker.log_held_out(done, found, validation.rows)
                 if checkpointer.is_due(done) or last:
-                    checkpointer.save(done, place)
+                    checkpointer.save(done, position)
                 if last:
                     break
         except StopRequested as stop:
-            checkpointer.save(done, place)
+            checkpointer.save(done, position)
             raise RunStopped(stop.signal, done) from None
     return done
 
@@ -112,13 +114,13 @@ def _next_batch(
     stream: ActivationStream,
     checkpointer: Checkpointer,
     done: int,
-    place: dict[str, int],
+    position: dict[str, int],
 ) -> Batch | None:
-    """The next batch; if it cannot be read, what is done is saved first."""
+    """Return the next batch; after a read error, save the steps done and raise it."""
     try:
         return coordinator.next_batch(stream)
-    except LostRankError:  # nobody is left to save with
+    except LostRankError:  # saving needs all ranks
         raise
     except Exception:
-        checkpointer.save_after_read_error(done, place)
+        checkpointer.save_after_read_error(done, position)
         raise

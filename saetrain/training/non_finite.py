@@ -1,10 +1,10 @@
-"""A loss that is not finite: it reaches no weight, and is told by SAE, step and rows."""
+"""Errors for a loss or weight that is not finite, with the addresses of the batch's rows."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,41 +27,39 @@ _NAMED = 8  # rows of a shard that a message names
 
 
 class NonFiniteError(RunError):
-    """A loss, or a weight, that is not finite.
+    """A loss or a weight is not finite.
 
     Args:
-        what: the message's first line.
-        hookpoint: of the SAE.
-        step: of the batch whose loss it was, from 0; None: a weight, not a loss.
-        got: what was found.
-        saved: what is saved, one sentence.
-        batch: where the rows of the batch lie, once that is known.
-        culprits: rows of it that are not finite.
-        at: hookpoints where they are not.
+        what: first line of the message.
+        trainer: the SAE.
+        step: step of the batch whose loss it was, from 0; None: it was a weight.
+        got: the value found.
+        saved: one sentence on what is saved.
+        batch: addresses of the batch's rows in words; None until they are known.
+        culprits: addresses of those rows that are not finite on disk; None if they cannot be read.
+        at: hookpoints at which they are not finite.
     """
 
     def __init__(
         self,
         what: str,
-        *,
-        hookpoint: str,
+        trainer: SaeTrainer,
         step: int | None,
-        got: object,
+        got: float,
         saved: str,
         batch: str | None = None,
         culprits: Rows | None = None,
         at: tuple[str, ...] = (),
     ) -> None:
-        self.hookpoint, self.step, self.saved = hookpoint, step, saved
-        self.value = got
+        self.trainer, self.step, self.value, self.saved = trainer, step, got, saved
         remedy = (
             "a smaller --lr, with another --out; actcache inspect shows rows that are not finite"
         )
         if culprits is not None and len(culprits):
             remedy = (
                 f"{_by_shard(culprits)}: not finite on disk, so no --lr helps. Leave "
-                f"{' and '.join(at)} out, or harvest anew with --max-norm-ratio, which drops such "
-                "rows, or in bfloat16 where float16 overflowed; actcache verify says whether they "
+                f"{' and '.join(at)} out, or harvest again with --max-norm-ratio, which drops such "
+                "rows, or in bfloat16 if float16 overflowed; actcache verify checks whether they "
                 "are as harvested"
             )
         elif culprits is not None:
@@ -69,120 +67,84 @@ class NonFiniteError(RunError):
                 "its rows are finite, so training diverged: a smaller --lr, more "
                 "--lr-warmup-steps or --grad-clip, with another --out"
             )
-        got = got if batch is None else f"{got}, of the batch {batch}"
-        super().__init__(what, expected="a number", got=got, remedy=f"{remedy}. {saved}")
-
-
-def require_finite(
-    value: float, hookpoint: str, done: int, first_bad: int | None, saved: int | None
-) -> None:
-    """Raise `NonFiniteError` if a value of an SAE is not finite, or a loss was not.
-
-    Args:
-        value: what is looked at now.
-        hookpoint: of the SAE.
-        done: steps done.
-        first_bad: the first step (from 0) whose loss was not finite.
-        saved: steps of the newest checkpoint.
-    """
-    if first_bad is None and math.isfinite(value):
-        return
-    kept = "Nothing is saved yet" if saved is None else f"Step {saved} is saved, from before"
-    raise NonFiniteError(
-        f"the loss of {hookpoint} is not finite by step "
-        f"{done if first_bad is None else first_bad + 1}",
-        hookpoint=hookpoint,
-        step=first_bad,
-        got=math.nan if math.isfinite(value) else value,
-        saved=kept,
-    )
+        found = f"{got}" if batch is None else f"{got}, of the batch {batch}"
+        super().__init__(what, expected="a number", got=found, remedy=f"{remedy}. {saved}")
 
 
 def require_finite_loss(root: Path, trainer: SaeTrainer, value: float, done: int) -> None:
-    """`require_finite` of an SAE in training, for the run in `root`."""
-    saved = newest_step(root)
-    require_finite(value, trainer.entry.name, done, trainer.guard.first_bad(), saved)
+    """Raise `NonFiniteError` if `value` or an earlier loss of an SAE is not finite.
+
+    Args:
+        root: folder of the run.
+        trainer: the SAE.
+        value: a loss, or a number that is finite only if all losses are.
+        done: steps done.
+    """
+    first_bad, saved = trainer.guard.first_bad(), newest_step(root)
+    if first_bad is None and math.isfinite(value):
+        return
+    step = done if first_bad is None else first_bad + 1
+    raise NonFiniteError(
+        f"the loss of {trainer.entry.name} is not finite by step {step}",
+        trainer,
+        first_bad,
+        math.nan if math.isfinite(value) else value,
+        "Nothing is saved yet" if saved is None else f"Step {saved} is saved, from before",
+    )
 
 
 @contextmanager
 def with_row_addresses(
-    root: Path,
-    cache: Cache,
-    read: Mapping[str, Sequence[str]],
-    place: Callable[[int], tuple[OrderPlan, int, int]],
+    root: Path, cache: Cache, plan_of: Callable[[int], tuple[OrderPlan, int, int]]
 ) -> Iterator[None]:
-    """Let a `NonFiniteError` from within name the rows of its batch, see `with_rows`.
+    """Add the addresses of the batch's rows to a `NonFiniteError` raised within.
+
+    The message names the first rows; `non-finite.json` lists all.
 
     Args:
         root: folder of the run.
-        cache: its cache.
-        read: hookpoints that each SAE reads, by its name.
-        place: plan of a step (from 0) of the run, its epoch, and the step within both.
+        cache: the run's cache.
+        plan_of: maps a step (from 0) to its plan, epoch, and step within both.
     """
     try:
         yield
     except NonFiniteError as error:
-        raise with_rows(error, root, cache, read[error.hookpoint], place) from error
-
-
-def with_rows(
-    error: NonFiniteError,
-    root: Path,
-    cache: Cache,
-    hookpoints: Sequence[str],
-    place: Callable[[int], tuple[OrderPlan, int, int]],
-) -> NonFiniteError:
-    """The same error with the addresses of the batch's rows, which `non-finite.json` has all of.
-
-    Args:
-        error: what happened.
-        root: folder of the run.
-        cache: its cache.
-        hookpoints: whose rows the SAE is given.
-        place: from a step (from 0) to plan, epoch and step in it.
-    """
-    if error.step is None:
-        return error
-    plan, epoch, step = place(error.step)
-    addresses = batch_rows(plan, epoch, step)  # [B, 2]
-    found = {name: _not_finite(cache, name, addresses) for name in dict.fromkeys(hookpoints)}
-    culprits = _union(list(found.values()))
-    told = {
-        "hookpoint": error.hookpoint,
-        "step": error.step + 1,
-        "epoch": epoch,
-        "step_in_plan": step,
-        "seed": plan.seed,
-        "rows": addresses.tolist(),
-        "rows_not_finite": None if culprits is None else culprits.tolist(),
-    }
-    where = f"of epoch {epoch}: {_by_shard(addresses)}"
-    try:
-        write_atomic(root / ROWS, [to_json(told)])
-    except (ActcacheError, OSError):  # what happened is the news, not that it cannot be written
-        pass
-    else:
-        where += f" (all of them in {root / ROWS})"
-    return NonFiniteError(
-        error.what,
-        hookpoint=error.hookpoint,
-        step=error.step,
-        got=error.value,
-        saved=error.saved,
-        batch=where,
-        culprits=culprits,
-        at=tuple(name for name, rows in found.items() if rows is not None and len(rows)),
-    )
+        if error.step is None:
+            raise
+        entry = error.trainer.entry
+        plan, epoch, step = plan_of(error.step)
+        addresses = batch_rows(plan, epoch, step)  # [B, 2]
+        found = {name: _not_finite(cache, name, addresses) for name in entry.hookpoints}
+        culprits = _union(list(found.values()))
+        contents = {
+            "hookpoint": entry.name,
+            "step": error.step + 1,
+            "epoch": epoch,
+            "step_in_plan": step,
+            "seed": plan.seed,
+            "rows": addresses.tolist(),
+            "rows_not_finite": None if culprits is None else culprits.tolist(),
+        }
+        batch = f"of epoch {epoch}: {_by_shard(addresses)}"
+        try:
+            write_atomic(root / ROWS, [to_json(contents)])
+        except (ActcacheError, OSError):  # the loss is the error to report, not this
+            pass
+        else:
+            batch += f" (all of them in {root / ROWS})"
+        at = tuple(name for name, rows in found.items() if rows is not None and len(rows))
+        raise NonFiniteError(
+            error.what, error.trainer, error.step, error.value, error.saved, batch, culprits, at
+        ) from error
 
 
 def _not_finite(cache: Cache, hookpoint: str, addresses: Rows) -> Rows | None:
-    """Those of the rows that are not finite, [n, 2]; None if they cannot be read."""
+    """Return the addresses of rows that are not finite, [n, 2]; None if they cannot be read."""
     bad = []
     try:
         for shard, row in addresses.tolist():
-            if not bool(
-                cache.row_dtype.to_torch(cache.read(hookpoint, shard, row, 1)).isfinite().all()
-            ):
+            stored = cache.row_dtype.to_torch(cache.read(hookpoint, shard, row, 1))
+            if not bool(stored.isfinite().all()):
                 bad.append((shard, row))
     except (ActcacheError, OSError):
         return None
@@ -190,13 +152,13 @@ def _not_finite(cache: Cache, hookpoint: str, addresses: Rows) -> Rows | None:
 
 
 def _union(found: Sequence[Rows | None]) -> Rows | None:
-    """Rows that are among any of these, in order; None if nothing could be read."""
+    """Return the sorted union of addresses; None if no hookpoint could be read."""
     read = [rows for rows in found if rows is not None]
     return np.unique(np.concatenate(read), axis=0) if read else None
 
 
 def _by_shard(addresses: Rows) -> str:
-    """Rows in words, the first few of every shard."""
+    """Format addresses by shard, at most `_NAMED` rows each."""
     pairs = sorted(map(tuple, addresses.tolist()))
     words = []
     for shard, group in itertools.groupby(pairs, key=lambda pair: pair[0]):

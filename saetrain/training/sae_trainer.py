@@ -1,9 +1,9 @@
-"""One SAE in training, with all that belongs to it alone."""
+"""One SAE in training: model, optimiser, metrics and settings, and their checkpoint state."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -14,8 +14,14 @@ from saetrain.model.losses import FVU_ONLY, LossConfig
 from saetrain.model.sae import Sae
 from saetrain.optim import Optimizer
 from saetrain.training.ddp import DdpStep
-from saetrain.training.finite_guard import FiniteGuard
-from saetrain.training.metrics import DeadLatentTracker, LatentStats, MeanMeter
+from saetrain.training.metrics import (
+    DeadLatentTracker,
+    FiniteGuard,
+    LatentStats,
+    MeanMeter,
+    decoder_norm_range,
+    decoder_norms,
+)
 from saetrain.training.step_settings import StepSettings
 
 if TYPE_CHECKING:
@@ -28,7 +34,7 @@ V = TypeVar("V")
 
 @dataclass
 class SaeTrainer:
-    """One SAE in training, with all that belongs to it alone."""
+    """One SAE in training. `saetrain.training.step` updates it."""
 
     entry: SaeEntry
     sae: Sae
@@ -36,78 +42,107 @@ class SaeTrainer:
     dead_tracker: DeadLatentTracker
     meter: MeanMeter
     variance: float
-    """Mean of ‖y - mean‖² over the training rows of what is predicted."""
+    """Mean of ‖y - mean‖² of the target over the training rows; the FVU divides by it."""
     loss_config: LossConfig = FVU_ONLY
-    """What it is trained on besides FVU and AuxK."""
+    """Loss terms besides FVU and AuxK."""
     settings: StepSettings = field(default_factory=StepSettings)
-    """How its steps are made."""
+    """Options of its steps."""
     guard: FiniteGuard = field(init=False)
-    """Whether its losses have been finite."""
+    """Flag on the device: have all losses been finite?"""
     scaling: InputScaling | None = field(init=False)
-    """How its rows are scaled."""
+    """Factors by which its rows are multiplied; None: 1."""
     latent_stats: LatentStats = field(init=False)
-    """How often its latents fire, and how long its gradients are."""
+    """Densities of its latents and norms of its gradients."""
     best: Best | None = None
-    """With --save-best, the best that it has been."""
+    """With --save-best, the step, FVU and file of the best SAE so far."""
     saved_bests: frozenset[int] = frozenset()
-    """Steps of the best ones that checkpoints name: they must stay as long as those do."""
+    """Steps of the best SAEs that checkpoints on disk name: these folders must stay."""
     index: int = 0
-    """Its place among the SAEs of the run."""
+    """Its index among the SAEs of the run."""
     ddp: DdpStep | None = None
-    """With --parallel ddp, the other processes' part of each step."""
+    """With --parallel ddp, the collectives of each step."""
 
     device_step: Tensor | None = None
-    """With --cuda-graphs, the number of the step where the device reads it. int64 []"""
+    """With --cuda-graphs, the step number in device memory. int64 []"""
 
     def __post_init__(self) -> None:
-        """Watch the losses where they are computed."""
+        """Allocate the metrics on the device of the weights."""
         self.guard = FiniteGuard(self.sae.W_enc.device)
         self.latent_stats = LatentStats(self.sae.num_latents, self.sae.W_enc.device)
         self.scaling = input_scaling(self.entry, self.sae.W_enc.device, self.sae.W_enc.dtype)
 
     @property
     def schedules_end(self) -> int:
-        """Steps after which neither k nor the penalty's weight changes any more."""
+        """Step from which on k and the weight of the sparsity penalty are constant."""
         rise = self.loss_config.warmup if self.loss_config.sparsity else 0
         return max(self.settings.k_anneal_steps, rise)
 
     def count_replayed_step(self, rows: int) -> None:
-        """Count, on the host alone, a step of so many rows that the device made by itself."""
+        """Advance the host's counters for a step of `rows` rows that a CUDA graph replayed."""
         self.latent_stats.count_replayed(rows)
         self.meter.count_replayed()
 
     def uses_auxk(self, step: int, rows: int, auxk_alpha: float) -> bool:
-        """Whether there may be dead latents in a step (from 0), each of so many rows, for AuxK."""
+        """Return whether AuxK applies in step `step` (from 0) of `rows` rows a process.
+
+        It does once latents may be dead.
+        """
         rows *= 1 if self.ddp is None else world_size()
         return auxk_alpha > 0 and self.dead_tracker.may_be_dead(step * rows)
 
     def export_weights(self) -> dict[str, Tensor]:
-        """The weights as they are saved and judged, and thresholds that are no weights."""
+        """Return the weights as they are saved and validated, and the activation's buffers."""
         weights = dict(self.sae.named_buffers()) | self.optimizer.weights_to_export()
+        return self._unscaled(weights)
+
+    def unit_norm(self) -> bool:
+        """Return whether the saved decoder rows have norm 1."""
+        scales_columns = self.scaling is not None and self.scaling.by is None
+        return self.settings.decoder_norm != "free" and not scales_columns
+
+    def pop_metrics(self, step: int, rows: int, histogram: bool) -> dict[str, Any]:
+        """Return this SAE's object for metrics.jsonl and reset the means.
+
+        Args:
+            step: steps done.
+            rows: rows trained on.
+            histogram: include the histogram of densities.
+        """
+        metrics: dict[str, Any] = {
+            **self.meter.pop_means(),
+            "dead_percent": self.dead_tracker.dead_percent(rows),
+            "dead_after": self.dead_tracker.dead_after,
+            "lr": self.optimizer.learning_rate(self.settings.first_step_of_update(step - 1)),
+            "k": self.sae.k or None,  # None with a sparsity penalty
+            **decoder_norm_range(self.sae.W_dec),
+        }
+        if self.loss_config.parts:
+            saved = self._unscaled(dict(self.sae.named_parameters()))
+            metrics |= decoder_norms(saved["W_dec"], self.loss_config.parts)
+        metrics |= self.latent_stats.pop_grad_norm()
+        return metrics | (self.latent_stats.pop_density() if histogram else {})
+
+    def _unscaled(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fold decoder norms and input scales into weights, as they are saved."""
         weights = fold(weights) if self.settings.decoder_norm == "fold" else weights
         return weights if self.scaling is None else self.scaling.fold_into(weights)
 
-    def unit_norm(self) -> bool:
-        """Whether the saved decoder rows are meant to have norm 1."""
-        of_columns = self.scaling is not None and self.scaling.by is None
-        return self.settings.decoder_norm != "free" and not of_columns
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Tensors and numbers for a checkpoint."""
+        """Return tensors and numbers for a checkpoint."""
         tensors = {f"sae.{name}": p for name, p in self.sae.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizer.state_tensors().items()}
         tensors |= {"firing": self.dead_tracker.rows_since, "meter": self.meter.sums}
         for name, p in self.sae.named_parameters():
-            if p.grad is not None:  # some batches of an update that is not made yet
+            if p.grad is not None:  # accumulated batches of an update that is not complete
                 tensors[f"gradient.{name}"] = p.grad
         numbers = {f"optimizer.{k}": v for k, v in self.optimizer.state_numbers().items()}
-        watched, counted = self.latent_stats.state()
-        tensors |= {f"vitals.{name}": tensor for name, tensor in watched.items()}
-        numbers |= {f"vitals.{name}": number for name, number in counted.items()}
+        stats, counters = self.latent_stats.state()
+        tensors |= {f"vitals.{name}": tensor for name, tensor in stats.items()}
+        numbers |= {f"vitals.{name}": number for name, number in counters.items()}
         return tensors, numbers | {"meter.steps": self.meter.steps}
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Put back what `state` gave."""
+        """Load the result of `state`."""
         self.sae.load_state_dict(_below("sae.", tensors))
         self.optimizer.load_state(_below("optimizer.", tensors), _below("optimizer.", numbers))
         for name, gradient in _below("gradient.", tensors).items():
@@ -120,7 +155,7 @@ class SaeTrainer:
 
 
 def by_hookpoint(trainers: list[SaeTrainer]) -> dict[str, list[SaeTrainer]]:
-    """Those that are fed with the same rows, together."""
+    """Group SAEs by hookpoint: those of a group are trained on the same rows."""
     groups: dict[str, list[SaeTrainer]] = {}
     for trainer in trainers:
         groups.setdefault(trainer.entry.hookpoint, []).append(trainer)

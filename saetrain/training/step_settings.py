@@ -1,4 +1,4 @@
-"""How an SAE is trained, apart from its optimiser: k over the run, parts of batches, precision."""
+"""Settings of an SAE's steps besides its optimiser: annealed k, batch parts, precision."""
 
 from __future__ import annotations
 
@@ -12,58 +12,58 @@ from saetrain.config.sae_options import DecoderNorm
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The options of one SAE's steps. Steps count batches, from 0."""
+    """Settings of one SAE's steps. A step is one batch; steps are counted from 0."""
 
     decoder_norm: DecoderNorm = "unit"
     """See `saetrain.model.decoder_norm`."""
     k_start: int = 0
-    """k of the first step, if it changes."""
+    """k of the first step, if k is annealed."""
     k_end: int = 0
-    """k of step `k_anneal_steps` and of all after it."""
+    """k from step `k_anneal_steps` on."""
     k_anneal_steps: int = 0
-    """Steps in which k falls; 0: it does not change."""
+    """Steps over which k is annealed; 0: k is constant."""
     grad_clip: float | None = None
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; None: no clipping."""
     grad_acc_steps: int = 1
-    """Batches of an update."""
+    """Batches whose gradients are accumulated for one update."""
     micro_batch_size: int | None = None
-    """Rows in a forward pass at once; None: the batch."""
+    """Rows of one forward pass; None: the whole batch."""
     autocast: bool = False
-    """Products in bfloat16."""
+    """Matrix products in bfloat16."""
     chunk_latents: int | None = None
-    """Latents whose pre-activations are formed at once; None: all."""
+    """Latents whose pre-activations are computed at once; None: all."""
     compile: bool = False
-    """Dense activations through torch.compile."""
+    """Run dense activations through torch.compile."""
 
     def begins_update(self, step: int) -> bool:
-        """Whether this step's batch is the first of its update."""
+        """Return whether this step's batch is the first of its update."""
         return step % self.grad_acc_steps == 0
 
     def ends_update(self, step: int) -> bool:
-        """Whether this step's batch is the last of its update."""
+        """Return whether this step's batch is the last of its update."""
         return (step + 1) % self.grad_acc_steps == 0
 
     def first_step_of_update(self, step: int) -> int:
-        """The first batch of the update that this step's batch is of."""
+        """Return the first step of the update that this step belongs to."""
         return step // self.grad_acc_steps * self.grad_acc_steps
 
     def k(self, step: int) -> int | None:
-        """K in a step, the same for all batches of an update; None: what it is. As in sparsify."""
+        """Return k as sparsify anneals it, constant within an update; None: not annealed."""
         if self.k_anneal_steps == 0:
             return None
         done = min(1.0, self.first_step_of_update(step) / self.k_anneal_steps)
         return round(self.k_start * (1 - done) + self.k_end * done)
 
     def changes_k(self, step: int) -> bool:
-        """Whether K is another than in the step before."""
+        """Return whether k differs from that of the step before."""
         return step > 0 and self.k(step) != self.k(step - 1)
 
 
 def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
-    """What the options of a run mean for an SAE of these sizes.
+    """Derive the settings of an SAE of these sizes from the options of its run.
 
     Raises:
-        ConfigError: --k-start is more than all latents.
+        ConfigError: --k-start is larger than the number of latents.
     """
     if options.k_start is not None and options.k_start > sizes.num_latents:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""How well SAEs in training reconstruct held-out rows: a bounded number, held in memory.
+"""Validation during training: FVU and L0 on a fixed set of held-out rows, kept in memory.
 
-What is judged is what would be exported: of schedule-free optimisers, the averages. Letters: N
-rows, D d_in.
+The weights measured are those that would be exported; for schedule-free optimisers, the averages.
+Letters: N rows, n rows at once, D d_in, E width of the output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from saetrain.kernels.sums import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
 from saetrain.runs.record import SaeEntry
-from saetrain.training.best import keep_only, save_best
+from saetrain.training.checkpointing import save_best
 from saetrain.training.non_finite import require_finite_loss
 from saetrain.training.sae_trainer import SaeTrainer
 
@@ -33,17 +33,18 @@ class Validation:
     """Held-out rows of every hookpoint of a run, the same for all its SAEs and steps.
 
     Args:
-        cache: where they are.
-        hookpoints: of the run.
-        training: shards whose mean the FVU is taken around.
+        cache: the run's cache.
+        hookpoints: hookpoints of the run.
+        training: training shards; their mean is the reference of the FVU.
         held_out: shards that are never trained on.
-        most: rows; as many from each shard, from its beginning (rows of a shard are shuffled).
-        verify: when files are compared with their receipts.
+        most: largest number of rows, taken evenly from the start of each shard (the rows of a
+            shard are shuffled).
+        verify: when to compare files with their receipts.
 
     Raises:
         ConfigError: nothing is held out.
         RunError: the rows are not finite, or do not vary.
-        CorruptShardError: they are not what the receipts promise.
+        CorruptShardError: a file differs from its receipt.
     """
 
     def __init__(
@@ -69,15 +70,13 @@ class Validation:
             name: row_dtype.empty(self.rows, cache.manifest.width(name)) for name in hookpoints
         }
         VerifiedReader(cache, verify).load(spans, stored)
-        self._rows = {
-            name: row_dtype.to_torch(rows) for name, rows in stored.items()
-        }  # each [N, D]
+        self._rows = {name: row_dtype.to_torch(rows) for name, rows in stored.items()}  # [N, D]
         self._scale = {
             name: self._squares(name, cache.statistics(name, training).mean) for name in hookpoints
         }
 
     def _squares(self, hookpoint: str, mean: object) -> float:
-        """Σ‖x - mean‖² of a hookpoint's rows."""
+        """Return Σ‖x - mean‖² over a hookpoint's rows."""
         around = torch.as_tensor(mean, dtype=torch.float64)  # [D]
         found = 0.0
         for rows in torch.split(self._rows[hookpoint], _ROWS_AT_ONCE):
@@ -92,16 +91,16 @@ class Validation:
         return found
 
     def on(self, entry: SaeEntry, device: torch.device) -> Tensor:
-        """An SAE's rows, as `rows_of` says, in the type on disk. [N, D]"""
+        """Return the rows of an SAE's hookpoints side by side, in the dtype on disk. [N, D]"""
         return rows_of(entry, self._rows).to(device)
 
     @torch.no_grad()
     def measure(
         self, sae: Sae, weights: Mapping[str, Tensor], entry: SaeEntry, rows: Tensor
     ) -> dict[str, float]:
-        """FVU and L0 of an SAE with given weights on its rows [N, D], as it is used afterwards.
+        """Return FVU and L0, in evaluation mode, of an SAE with given weights on its rows [N, D].
 
-        Of a crosscoder, the mean of its hookpoints' FVUs.
+        The FVU of a crosscoder is the mean over its hookpoints.
         """
         scales = [self._scale[name] for name in entry.targets]
         widths = [self._rows[name].shape[1] for name in entry.targets]
@@ -120,16 +119,16 @@ class Validation:
 
 
 def spread(rows: Mapping[int, int], most: int) -> list[Span]:
-    """At most so many rows, from the beginning of each shard, as evenly as shards have them.
+    """Choose at most `most` rows, from the start of each shard, spread evenly over shards.
 
     Args:
-        rows: of each shard.
-        most: of all together.
+        rows: number of rows of each shard.
+        most: largest number of rows in total.
     """
     spans, left = [], most
-    # The small ones first: what they do not have, the others give.
-    for place, shard in enumerate(sorted(rows, key=lambda shard: (rows[shard], shard))):
-        count = min(rows[shard], left // (len(rows) - place))
+    # Smallest shards first: larger ones make up for the rows that those lack.
+    for position, shard in enumerate(sorted(rows, key=lambda shard: (rows[shard], shard))):
+        count = min(rows[shard], left // (len(rows) - position))
         left -= count
         if count:
             spans.append(Span(shard, 0, count))
@@ -143,10 +142,13 @@ def validate(
     done: int,
     keep_best: bool,
 ) -> dict[str, dict[str, float]]:
-    """Measure every SAE as it would be exported, and write those that were never better.
+    """Measure every SAE as it would be exported; with `keep_best`, save those that improved.
 
     Returns:
-        Figures by the SAE's name.
+        FVU and L0 by the SAE's name.
+
+    Raises:
+        NonFiniteError: an FVU or an earlier loss is not finite.
     """
     figures = {}
     for group in groups.values():
@@ -154,23 +156,20 @@ def validate(
         for trainer in group:
             weights, entry = trainer.export_weights(), trainer.entry
             if trainer.settings.k_anneal_steps:
-                trainer.sae.k = entry.config.k  # while k falls, every step sets its own
+                trainer.sae.k = entry.config.k  # the next step sets its annealed k again
             found = validation.measure(trainer.sae, weights, entry, rows)
             require_finite_loss(root, trainer, found["fvu"], done)
             figures[entry.name] = found
             if keep_best and is_better(trainer, found["fvu"], done):
-                folder, unit = root / entry.name, trainer.unit_norm()
-                trainer.best = save_best(folder, entry, weights, unit, done, found["fvu"])
-                keep_only(folder, {done, *trainer.saved_bests})
+                save_best(root, trainer, done, found["fvu"])
     return figures
 
 
 def is_better(trainer: SaeTrainer, fvu: float, done: int) -> bool:
-    """Whether an SAE is better than its best so far.
+    """Return whether an SAE is better than its best so far.
 
-    While k still falls or a penalty still rises, more latents are active than in the end (a dense
-    activation's, or BatchTopK's by its threshold): a low FVU of then is bought with L0. So whatever
-    comes after is better than that.
+    While k is annealed or the penalty warms up, more latents are active than at the end, which
+    lowers the FVU. So any SAE after that is better than one from before.
     """
     best = trainer.best
     return best is None or best.step < trainer.schedules_end <= done or fvu < best.fvu

@@ -1,4 +1,4 @@
-"""Whole or not there, and never damaged unnoticed."""
+"""Checkpoints are complete or absent, and damage is detected."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from saetrain.runs.checkpoint import (
     Best,
     RetentionPolicy,
     best_steps,
+    finalize_checkpoint,
     load_checkpoint,
     newest_state,
-    save_checkpoint,
+    save_sae_state,
     state_path,
     tensors_path,
 )
@@ -51,11 +52,26 @@ def names(step: int) -> set[str]:
     return {f"checkpoint-{step:09d}.{end}" for end in ("json", *ENDS)}
 
 
+def save_checkpoint(
+    root: Path,
+    step: int,
+    bests: list[Best | None] | None = None,
+    keep: RetentionPolicy = RetentionPolicy(),  # noqa: B008 # frozen
+) -> None:
+    parts = [
+        save_sae_state(root, step, i, state, export, best)
+        for i, (state, export, best) in enumerate(
+            zip(contents(step), EXPORTS, bests or [None, None], strict=True)
+        )
+    ]
+    finalize_checkpoint(root, step, STREAM, parts, keep)
+
+
 ENDS = ("00000.safetensors", "00001.safetensors")
 
 
-def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 7, STREAM, contents(7), EXPORTS)
+def test_a_checkpoint_is_loaded_bit_for_bit(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 7)
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     state, tensors = loaded
@@ -69,39 +85,39 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert torch.equal(got[name], expected[name])
 
 
-def test_a_run_without_a_checkpoint_has_none(tmp_path: Path) -> None:
+def test_a_folder_without_a_complete_checkpoint_loads_none(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path) is None
     (tmp_path / "checkpoint-000000007.00000.safetensors").write_text("")
     assert load_checkpoint(tmp_path) is None
 
 
 def test_a_checkpoint_is_plain_files_and_nothing_is_pickled(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 7, STREAM, contents(7), EXPORTS)
+    save_checkpoint(tmp_path, 7)
     assert files(tmp_path).keys() == names(7)
 
 
-def test_the_older_checkpoints_go_once_a_newer_one_is_whole(tmp_path: Path) -> None:
+def test_older_checkpoints_are_removed_once_a_newer_one_is_complete(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-mine.json").write_text("{}")
     for step in (9, 10, 100):
-        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS)
+        save_checkpoint(tmp_path, step)
         assert files(tmp_path).keys() == names(step) | {"checkpoint-mine.json"}
 
 
-def test_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+def test_the_newest_complete_checkpoint_is_loaded(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 9)
     older = files(tmp_path)
-    save_checkpoint(tmp_path, 10, STREAM, contents(10), EXPORTS)
-    for name, data in older.items():  # as after a kill before the older one was removed
+    save_checkpoint(tmp_path, 10)
+    for name, data in older.items():  # a kill before the older one was removed
         (tmp_path / name).write_bytes(data)
-    tensors_path(tmp_path, 11, 0).write_bytes(b"")  # and before the newer one was whole
+    tensors_path(tmp_path, 11, 0).write_bytes(b"")  # a kill before a newer one was complete
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     assert loaded[0].step == 10
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "remove"])
-def test_a_damaged_file_of_a_checkpoint_is_refused_by_its_name(tmp_path: Path, damage: str) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+def test_a_damaged_file_raises_an_error_that_names_it(tmp_path: Path, damage: str) -> None:
+    save_checkpoint(tmp_path, 9)
     path = tensors_path(tmp_path, 9, 0)
     data = bytearray(path.read_bytes())
     if damage == "flip":
@@ -114,39 +130,39 @@ def test_a_damaged_file_of_a_checkpoint_is_refused_by_its_name(tmp_path: Path, d
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step": 1, "stream": {}, "saes": [0]}'])
-def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+def test_a_damaged_state_file_raises_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    save_checkpoint(tmp_path, 9)
     state_path(tmp_path, 9).write_text(text)
     with pytest.raises(FormatError, match=r"checkpoint-000000009\.json"):
         load_checkpoint(tmp_path)
 
 
-def test_on_a_full_disk_the_checkpoint_before_stays(
+def test_a_full_disk_leaves_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+    save_checkpoint(tmp_path, 9)
 
-    def no_room(*_: Any) -> None:
+    def disk_is_full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", no_room)
+        patch.setattr(os, "posix_fallocate", disk_is_full)
         with pytest.raises(DiskFullError):
-            save_checkpoint(tmp_path, 10, STREAM, contents(10), EXPORTS)
+            save_checkpoint(tmp_path, 10)
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     assert loaded[0].step == 9
 
 
-def test_a_state_names_every_file_with_its_digest(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+def test_the_state_file_holds_the_digest_of_every_file(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 9)
     state = json.loads(state_path(tmp_path, 9).read_text())
     sizes = [tensors_path(tmp_path, 9, i).stat().st_size for i in range(2)]
     assert [sae["file"]["bytes"] for sae in state["saes"]] == sizes
     assert all(len(sae["file"]["xxh3_128"]) == 32 for sae in state["saes"])
 
 
-# --- which stay ----------------------------------------------------------------------------------
+# --- retention ----------------------------------------------------------------------------------
 
 
 def kept_steps(root: Path) -> list[int]:
@@ -166,18 +182,18 @@ def kept_steps(root: Path) -> list[int]:
     ],
     ids=str,
 )
-def test_the_newest_ones_stay_and_those_of_every_so_many_steps(
+def test_the_policy_keeps_the_newest_checkpoints_and_multiples_of_a_step(
     tmp_path: Path, keep: RetentionPolicy, expected: list[int]
 ) -> None:
     for step in range(2, 13, 2):
-        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=keep)
+        save_checkpoint(tmp_path, step, keep=keep)
     assert kept_steps(tmp_path) == expected
 
 
-def test_best_ones_that_any_sound_checkpoint_names_are_known(tmp_path: Path) -> None:
+def test_best_steps_are_those_named_by_any_undamaged_checkpoint(tmp_path: Path) -> None:
     for step, best in ((3, 2), (6, 2), (9, 8), (12, 11)):
         bests = [Best(best, 0.5, EXPORTS[0]), None]
-        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, bests, RetentionPolicy(3))
+        save_checkpoint(tmp_path, step, bests, RetentionPolicy(3))
     assert kept_steps(tmp_path) == [6, 9, 12]
     assert best_steps(tmp_path, 0) == {2, 8, 11}
     assert best_steps(tmp_path, 1) == best_steps(tmp_path, 2) == set()
@@ -185,7 +201,7 @@ def test_best_ones_that_any_sound_checkpoint_names_are_known(tmp_path: Path) -> 
     assert best_steps(tmp_path, 0) == {2, 11}
 
 
-# --- damage, and the one before ------------------------------------------------------------------
+# --- damage and fallback -------------------------------------------------------------------------
 
 
 def flip(path: Path) -> None:
@@ -194,47 +210,47 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_newest_one_gives_way_to_the_newest_that_is_whole(tmp_path: Path) -> None:
+def test_the_newest_undamaged_checkpoint_is_loaded_and_the_error_reported(tmp_path: Path) -> None:
     for step in (3, 6, 9, 12):
-        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=RetentionPolicy(4))
-    told: list[tuple[str, int]] = []
+        save_checkpoint(tmp_path, step, keep=RetentionPolicy(4))
+    warned: list[tuple[str, int]] = []
 
     def load() -> int:
-        told.clear()
-        loaded = load_checkpoint(tmp_path, fell_back=lambda e, step: told.append((e.what, step)))
+        warned.clear()
+        loaded = load_checkpoint(tmp_path, fell_back=lambda e, step: warned.append((e.what, step)))
         assert loaded is not None
         assert torch.equal(loaded[1][0]["firing"], contents(loaded[0].step)[0][0]["firing"])
         return loaded[0].step
 
-    assert (load(), told) == (12, [])
+    assert (load(), warned) == (12, [])
     flip(tensors_path(tmp_path, 12, 1))
     assert load() == 9
     state_path(tmp_path, 9).write_text("")
     assert load() == 6
     tensors_path(tmp_path, 6, 0).unlink()
     assert load() == 3
-    assert told == [(f"{tensors_path(tmp_path, 12, 1)} is not what its checkpoint wrote", 3)]
+    assert warned == [(f"{tensors_path(tmp_path, 12, 1)} is not what its checkpoint wrote", 3)]
     flip(state_path(tmp_path, 3))
-    with pytest.raises(FormatError, match=r"000012\.00001(.|\n)*no other checkpoint is whole"):
+    with pytest.raises(FormatError, match=r"000012\.00001(.|\n)*no other checkpoint is complete"):
         load()
 
 
-def test_what_lies_beside_a_checkpoint_counts_as_part_of_it(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_files_fail_the_check_is_skipped(tmp_path: Path) -> None:
     for step in (3, 6):
-        save_checkpoint(tmp_path, step, STREAM, contents(step), EXPORTS, keep=RetentionPolicy(2))
+        save_checkpoint(tmp_path, step, keep=RetentionPolicy(2))
 
     def check(state: Any) -> None:
         if state.step == 6:
-            raise FormatError("its best one is gone")
+            raise FormatError("its best SAE is missing")
 
     loaded = load_checkpoint(tmp_path, check=check)
     assert loaded is not None
     assert loaded[0].step == 3
 
 
-def test_every_bit_of_a_state_is_sealed(tmp_path: Path) -> None:
-    """A number that is another number is JSON all the same."""
-    save_checkpoint(tmp_path, 9, STREAM, contents(9), EXPORTS)
+def test_the_seal_covers_every_value_of_the_state(tmp_path: Path) -> None:
+    """A changed number is still valid JSON."""
+    save_checkpoint(tmp_path, 9)
     path = state_path(tmp_path, 9)
     whole = json.loads(path.read_text())
     for change in (
@@ -246,5 +262,5 @@ def test_every_bit_of_a_state_is_sealed(tmp_path: Path) -> None:
         path.write_text(json.dumps(whole | change))
         with pytest.raises(FormatError, match="is damaged"):
             newest_state(tmp_path)
-    path.write_text(json.dumps(whole | {"seal": None}))  # as one from before there were seals
+    path.write_text(json.dumps(whole | {"seal": None}))  # as written by earlier versions
     assert newest_state(tmp_path) is not None

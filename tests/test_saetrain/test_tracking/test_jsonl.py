@@ -1,10 +1,12 @@
-"""Two files of lines, cut back when a run goes on."""
+"""metrics.jsonl and timings.jsonl: contents, truncation on resume, damage."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ def text(*steps: int) -> str:
     return "".join(f'{{"step": {step}}}\n' for step in steps)
 
 
-def test_metrics_hold_functions_of_the_run_and_timings_all_else(tmp_path: Path) -> None:
+def test_metrics_are_reproducible_and_timings_hold_the_rest(tmp_path: Path) -> None:
     tracker = JsonlTracker(tmp_path, step=0, steps=8, batch_size=32)
     tracker.log(4, SAES, waited=0.0)
     tracker.log(8, SAES, waited=0.0)
@@ -39,7 +41,25 @@ def test_metrics_hold_functions_of_the_run_and_timings_all_else(tmp_path: Path) 
         assert line["peak_memory_bytes"] > 1 << 20
 
 
-def test_the_share_of_waiting_is_that_of_the_time_since_the_last_line(
+def test_a_small_process_of_a_large_parent_logs_its_own_peak_memory(tmp_path: Path) -> None:
+    """ru_maxrss of the child would be the parent's 1.5 GB."""
+    child = f"""
+from pathlib import Path
+from saetrain.tracking.jsonl import JsonlTracker
+tracker = JsonlTracker(Path({str(tmp_path)!r}), step=0, steps=8, batch_size=32)
+tracker.log(8, {SAES!r}, waited=0.0)
+"""
+    parent = f"""
+import subprocess, sys
+held = b"x" * 1_500_000_000
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    subprocess.run([sys.executable, "-c", parent], check=True)
+    (line,) = lines(tmp_path / TIMINGS)
+    assert 1 << 20 < line["peak_memory_bytes"] < 1_200_000_000
+
+
+def test_data_wait_is_the_share_of_the_time_since_the_last_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
@@ -55,7 +75,7 @@ def test_the_share_of_waiting_is_that_of_the_time_since_the_last_line(
     assert (second["rows_per_second"], second["data_wait"]) == (64.0, 0.5)
 
 
-def test_bytes_per_second_are_those_of_the_rows_since_the_last_line(
+def test_bytes_per_second_are_of_the_rows_since_the_last_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
@@ -70,7 +90,7 @@ def test_bytes_per_second_are_those_of_the_rows_since_the_last_line(
     assert found == [16_000.0, 6_400.0]
 
 
-def test_the_bar_has_loss_rows_bytes_waiting_and_time_left(
+def test_the_bar_shows_loss_rows_bytes_waiting_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
@@ -81,11 +101,11 @@ def test_the_bar_has_loss_rows_bytes_waiting_and_time_left(
     assert "rows/s" in shown
     assert "data_wait=0%" in shown
     assert "fvu=0.2500 to 0.5000" in shown
-    assert "128/128 [00:00<00:00" in shown  # time gone and time left
+    assert "128/128 [00:00<00:00" in shown  # elapsed and remaining time
     assert "disk=" in shown
 
 
-def test_a_resumed_run_goes_on_after_the_lines_of_its_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_run_appends_after_the_lines_of_its_checkpoint(tmp_path: Path) -> None:
     for name in (METRICS, TIMINGS):
         (tmp_path / name).write_text(text(4, 8, 12))
     tracker = JsonlTracker(tmp_path, step=10, steps=20, batch_size=32)
@@ -104,11 +124,11 @@ def test_a_resumed_run_goes_on_after_the_lines_of_its_checkpoint(tmp_path: Path)
         (text(4, 8, 12), 0, ""),
         ("", 8, ""),
         (text(4) + '{"step": 8', 8, text(4)),
-        (text(4) + '{"step": 8}', 8, text(4)),  # the end of the line is missing: not whole
+        (text(4) + '{"step": 8}', 8, text(4)),  # no newline: incomplete
         (text(4, 12) + '{"ste', 8, text(4)),
     ],
 )
-def test_lines_after_the_step_and_half_written_ones_are_cut_off(
+def test_lines_after_the_step_and_incomplete_lines_are_removed(
     tmp_path: Path, before: str, step: int, after: str
 ) -> None:
     path = tmp_path / METRICS
@@ -118,12 +138,12 @@ def test_lines_after_the_step_and_half_written_ones_are_cut_off(
     assert [p.name for p in tmp_path.iterdir()] == [METRICS]
 
 
-def test_nothing_to_cut_is_nothing_done(tmp_path: Path) -> None:
+def test_truncating_a_missing_file_creates_nothing(tmp_path: Path) -> None:
     truncate_after(tmp_path / METRICS, 8)
     assert not (tmp_path / METRICS).exists()
 
 
-def test_the_last_whole_line_counts(tmp_path: Path) -> None:
+def test_the_last_complete_line_is_returned(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     assert last_line(path) is None
     for before, step in (("", None), ('{"st', None), (text(4), 4), (text(4, 8) + '{"step": 1', 8)):
@@ -133,7 +153,7 @@ def test_the_last_whole_line_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["\0\0\0", "[1]", '{"rows": 3}', '{"step": "4"}'])
-def test_a_whole_line_that_is_damaged_is_refused(tmp_path: Path, line: str) -> None:
+def test_a_damaged_complete_line_raises_an_error(tmp_path: Path, line: str) -> None:
     path = tmp_path / METRICS
     path.write_text(text(4) + line + "\n")
     with pytest.raises(FormatError, match=r"metrics\.jsonl"):
@@ -142,7 +162,7 @@ def test_a_whole_line_that_is_damaged_is_refused(tmp_path: Path, line: str) -> N
         last_line(path)
 
 
-def test_a_line_at_or_before_a_step_can_be_asked_for(tmp_path: Path) -> None:
+def test_the_last_line_at_or_before_a_step_is_returned(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     path.write_text(text(4, 8, 12))
     for step, found in ((3, None), (4, 4), (11, 8), (12, 12), (99, 12)):
@@ -150,13 +170,13 @@ def test_a_line_at_or_before_a_step_can_be_asked_for(tmp_path: Path) -> None:
         assert (line and line["step"]) == found
 
 
-def test_a_line_with_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
+def test_a_line_with_nan_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"step": 4, "rows": NaN}\n')
     with pytest.raises(FormatError, match=r"metrics\.jsonl"):
         last_line(tmp_path / METRICS)
 
 
-def test_cutting_back_on_a_full_disk_loses_nothing(
+def test_truncating_on_a_full_disk_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:

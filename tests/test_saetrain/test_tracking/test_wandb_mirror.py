@@ -1,4 +1,4 @@
-"""Real offline runs read back, lines that are there once, and errors."""
+"""Offline runs are read back, resumed runs log each line once, and errors stop only logging."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import saetrain.training.step
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.run import fit
 from saetrain.runs.record import read_run
-from saetrain.tracking.density_bins import EDGES
+from saetrain.tracking import EDGES
 from saetrain.tracking.jsonl import METRICS, TIMINGS
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
-GIVEN_UP = "W&B is left alone"
+STOPPED = "logging to W&B stopped"
 
 
 class Killed(BaseException):
@@ -33,7 +33,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """W&B's folder, and nothing of this machine's W&B."""
+    """A folder for W&B, isolated from this machine's settings and login."""
     import wandb
 
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
@@ -41,27 +41,27 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    wandb.teardown()  # it reads the environment once
+    wandb.teardown()  # it caches the environment
     yield tmp_path / "wandb"
     wandb.teardown()
 
 
 def records(path: Path) -> list[Any]:
-    """What a .wandb file holds: records of Protocol Buffers, in the log format of LevelDB."""
+    """Parse a .wandb file: Protocol Buffers records in LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, place, whole = path.read_bytes(), 7, b""
+    data, offset, whole = path.read_bytes(), 7, b""
     assert data[:4] == b":W&B"
     found = []
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        _, length, kind = struct.unpack_from("<IHB", data, place)
-        if left < 7 or kind == 0:  # the rest of a block
-            place += left
+    while offset + 7 <= len(data):
+        left = 32768 - offset % 32768
+        _, length, kind = struct.unpack_from("<IHB", data, offset)
+        if left < 7 or kind == 0:  # padding at the end of a block
+            offset += left
             continue
-        whole += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a whole record, or the end of one
+        whole += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if kind in (1, 4):  # FULL or LAST
             found.append(Record.FromString(whole))
             whole = b""
     return found
@@ -72,7 +72,7 @@ def of_kind(found: list[Any], kind: str) -> list[Any]:
 
 
 def history(found: list[Any]) -> list[dict[str, Any]]:
-    """Rows, with the keys that W&B nests joined again."""
+    """Return the logged rows, with nested keys joined by slashes."""
     rows = []
     for row in of_kind(found, "history"):
         items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in row.item}
@@ -83,7 +83,7 @@ def history(found: list[Any]) -> list[dict[str, Any]]:
 def the_only_run(folder: Path, run_id: str = "*") -> list[Any]:
     import wandb
 
-    wandb.teardown()  # as at the end of a process: its service writes the last records
+    wandb.teardown()  # flushes the last records, as the end of a process does
     (path,) = folder.glob(f"offline-run-*-{run_id}/run-*.wandb")
     return records(path)
 
@@ -93,22 +93,19 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def expected(root: Path, names: dict[str, str]) -> list[dict[str, Any]]:
-    """What W&B must hold of a run, a row for each step. `names`: SAEs, and what theirs begin with.
-
-    Histograms come back as W&B spells them.
-    """
+    """Return the rows that W&B must hold, one a step; `names` maps SAEs to prefixes of keys."""
     timings = {line["step"]: line for line in lines(root / TIMINGS)}
     rows: dict[int, dict[str, Any]] = {}
     for line in lines(root / METRICS):
         row = rows.setdefault(line["step"], {"_step": line["step"], "rows": line["rows"]})
         for name, prefix in names.items():
-            of = dict(line.get("saes", {}).get(name, {}))
-            if (density := of.pop("log10_density", None)) is not None:
+            metrics = dict(line.get("saes", {}).get(name, {}))
+            if (density := metrics.pop("log10_density", None)) is not None:
                 row[f"{prefix}never_fired"] = density["never"]
                 for part, value in (("bins", EDGES), ("values", density["counts"])):
                     row[f"{prefix}log10_density/{part}"] = value
                 row[f"{prefix}log10_density/_type"] = "histogram"
-            row |= {f"{prefix}{k}": v for k, v in of.items() if v is not None}
+            row |= {f"{prefix}{k}": v for k, v in metrics.items() if v is not None}
             row |= {f"{prefix}val_{k}": v for k, v in line.get("val", {}).get(name, {}).items()}
         row |= {f"timings/{k}": v for k, v in timings[line["step"]].items() if k != "step"}
     return list(rows.values())
@@ -128,7 +125,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
 BOTH = {"layers.0": "layers.0/", "layers.1": "layers.1/"}
 
 
-def test_an_offline_run_holds_what_the_files_hold_and_what_the_options_say(
+def test_an_offline_run_holds_the_lines_of_the_files_and_the_options(
     options: Options, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = options(
@@ -163,36 +160,34 @@ def test_an_offline_run_holds_what_the_files_hold_and_what_the_options_say(
         contents = {entry.path for entry in artifact.manifest.contents}
         assert (artifact.type, contents) == ("sae", {"cfg.json", "sae.safetensors"})
     assert [e.exit_code for e in of_kind(found, "exit")] == [0]
-    told = capsys.readouterr().err
-    assert told.count("W&B: run is run") == 1
-    assert str(folder) in told
+    printed = capsys.readouterr().err
+    assert printed.count("W&B: run is run") == 1
+    assert str(folder) in printed
 
 
-def test_a_run_stopped_and_resumed_has_one_id_and_every_step_once(
+def test_a_resumed_run_keeps_its_id_and_logs_every_step_once(
     options: Options, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lines of steps 4 and 8 are written, the checkpoint is of step 6, and goes on from there."""
+    """The run is killed after the lines of steps 4 and 8 and resumes from step 6."""
     config = options(wandb="offline", save_every=6)
     with monkeypatch.context() as patch:
         stop_in_step(patch, 10)
         with pytest.raises(Killed):
             fit(config)
     root = Path(config.out)
-    begun = read_run(root).wandb_id
+    run_id = read_run(root).wandb_id
     (first,) = folder.glob("offline-run-*")
     assert [row["_step"] for row in history(the_only_run(folder))] == [4, 8]
     assert [e.exit_code for e in of_kind(the_only_run(folder), "exit")] == [1]
     fit(dataclasses.replace(config, resume=True))
-    assert read_run(root).wandb_id == begun
-    found = the_only_run(folder, str(begun))  # the other is out of the way of `wandb sync`
+    assert read_run(root).wandb_id == run_id
+    found = the_only_run(folder, str(run_id))  # the first folder is renamed
     assert (folder / first.name.replace("offline-run", "resumed-run")).is_dir()
     assert [row["_step"] for row in history(found)] == [4, 8, 12]
     assert history(found) == expected(root, BOTH)
 
 
-def test_a_finished_run_is_handed_over_when_it_is_asked_for_later(
-    options: Options, folder: Path
-) -> None:
+def test_resuming_a_finished_run_with_wandb_uploads_it(options: Options, folder: Path) -> None:
     config = options()
     fit(config)
     root = Path(config.out)
@@ -205,7 +200,7 @@ def test_a_finished_run_is_handed_over_when_it_is_asked_for_later(
     assert (root / METRICS).read_bytes() == before
 
 
-def test_each_sae_can_have_its_own_run(options: Options, folder: Path) -> None:
+def test_wandb_per_sae_makes_a_run_for_each_sae(options: Options, folder: Path) -> None:
     config = options(wandb="offline", wandb_per_sae=True, wandb_log_final_artifact=True)
     fit(config)
     root, run_id = Path(config.out), read_run(Path(config.out)).wandb_id
@@ -218,7 +213,7 @@ def test_each_sae_can_have_its_own_run(options: Options, folder: Path) -> None:
         assert artifact.name == f"{run_id}-{number}-{name}"
 
 
-# --- what fails ----------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 def no_wandb(patch: pytest.MonkeyPatch) -> None:
@@ -226,7 +221,7 @@ def no_wandb(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_login(patch: pytest.MonkeyPatch) -> None:
-    del patch  # the fixture hides whatever login there is
+    del patch  # the fixture hides this machine's login
 
 
 def no_network(patch: pytest.MonkeyPatch) -> None:
@@ -239,17 +234,17 @@ def no_network(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("broken", "reason"),
     [(no_wandb, "wandb"), (no_login, "wandb login"), (no_network, "deadline|refused|timed out")],
 )
-def test_without_package_login_or_network_the_run_is_the_same_and_it_is_told_once(
+def test_without_package_login_or_network_the_run_is_the_same_with_one_warning(
     options: Options,
     snapshot: Snapshot,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     broken: Callable[[pytest.MonkeyPatch], None],
-    told: str,
+    reason: str,
 ) -> None:
     plain = options(out=options().out + "-plain")
     fit(plain)
@@ -258,14 +253,14 @@ def test_without_package_login_or_network_the_run_is_the_same_and_it_is_told_onc
     with monkeypatch.context() as patch:
         broken(patch)
         fit(config)
-    said = [line for line in capsys.readouterr().err.splitlines() if GIVEN_UP in line]
-    assert len(said) == 1
-    assert re.search(told, said[0])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if STOPPED in line]
+    assert len(warnings) == 1
+    assert re.search(reason, warnings[0])
     assert snapshot(Path(config.out)) == snapshot(Path(plain.out))
 
 
 class Fake:
-    """A run at W&B: takes rows, knows of some already, and may fail at a step."""
+    """A W&B run that already has rows before `starting_step` and may fail at a step."""
 
     def __init__(self, starting_step: int = 0, fails_at: int | None = None, **given: Any) -> None:
         self.starting_step, self.fails_at, self.given = starting_step, fails_at, given
@@ -276,19 +271,19 @@ class Fake:
     def log(self, row: dict[str, Any], step: int) -> None:
         assert row
         if step == self.fails_at:
-            raise BrokenPipeError("the service is gone")
+            raise BrokenPipeError("the service exited")
         self.steps.append(step)
 
     def finish(self, exit_code: int) -> None:
         self.finished.append(exit_code)
 
 
-def install(patch: pytest.MonkeyPatch, **known: Any) -> list[Fake]:
-    """Put a fake in W&B's place; returns the runs that will be begun."""
+def install(patch: pytest.MonkeyPatch, **state: Any) -> list[Fake]:
+    """Replace the wandb package by a fake; return the list of runs that it will create."""
     runs: list[Fake] = []
 
     def init(**given: Any) -> Fake:
-        runs.append(Fake(**known, **given))
+        runs.append(Fake(**state, **given))
         return runs[-1]
 
     module = SimpleNamespace(
@@ -301,10 +296,10 @@ def install(patch: pytest.MonkeyPatch, **known: Any) -> list[Fake]:
     return runs
 
 
-def test_online_a_resumed_run_is_handed_only_the_lines_that_are_not_there(
+def test_a_resumed_online_run_uploads_only_missing_lines(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W&B has step 8, which the checkpoint of step 6 does not: it is made again, not sent."""
+    """Step 8 is repeated from the checkpoint of step 6, but W&B has it already."""
     config = options(wandb="online", save_every=6)
     with monkeypatch.context() as patch:
         runs = install(patch)
@@ -319,12 +314,12 @@ def test_online_a_resumed_run_is_handed_only_the_lines_that_are_not_there(
     assert again[0].given["id"] == runs[0].given["id"]
     assert again[0].given["resume"] == "allow"
     with monkeypatch.context() as patch:
-        late = install(patch, starting_step=5)  # it lost what was sent last
+        late = install(patch, starting_step=5)  # W&B lost the last lines
         fit(dataclasses.replace(config, resume=True))
     assert late[0].steps == [8, 12]
 
 
-def test_an_error_in_the_middle_ends_logging_and_not_the_run(
+def test_an_error_stops_logging_and_not_the_run(
     options: Options,
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
@@ -337,15 +332,15 @@ def test_an_error_in_the_middle_ends_logging_and_not_the_run(
         runs = install(patch, fails_at=8)
         fit(config)
     assert (runs[0].steps, runs[0].finished) == ([4], [1])
-    told = capsys.readouterr().err
-    assert told.count(GIVEN_UP) == 1
-    assert "the service is gone" in told
+    printed = capsys.readouterr().err
+    assert printed.count(STOPPED) == 1
+    assert "the service exited" in printed
     assert snapshot(Path(config.out)) == snapshot(Path(plain.out))
 
 
-def test_wandb_is_not_imported_unless_it_is_asked_for(
+def test_wandb_is_imported_only_with_the_option(
     options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # whoever imports it, fails
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
     fit(options(wandb_project="saes", wandb_log_final_artifact=True))
     assert "W&B" not in capsys.readouterr().err

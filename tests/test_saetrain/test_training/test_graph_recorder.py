@@ -1,4 +1,4 @@
-"""What records work, as far as it can be told where there is no CUDA."""
+"""Calls of torch.cuda that record and replay a CUDA graph, without CUDA."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from actcache.errors import ConfigError
 from saetrain.training.cuda_graphs import CudaGraphs, require_cuda_graphs
 
 
-def test_work_is_warmed_up_and_recorded_on_one_stream_beside_that_which_trains(
+def test_work_is_warmed_up_and_recorded_on_one_side_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What torch.cuda is asked for, in order; it is not there."""
-    asked: list[str] = []
+    """Stubs log the calls of torch.cuda in order."""
+    calls: list[str] = []
 
     class Stream:
         def __init__(self, name: Any) -> None:
             self.name = "side" if isinstance(name, torch.device) else name
 
         def wait_stream(self, other: Stream) -> None:
-            asked.append(f"{self.name} waits for {other.name}")
+            calls.append(f"{self.name} waits for {other.name}")
 
     @contextmanager
     def within(what: str) -> Iterator[None]:
-        asked.append(what)
+        calls.append(what)
         yield
-        asked.append(f"end of {what}")
+        calls.append(f"end of {what}")
 
     class Graph:
         def replay(self) -> None:
-            asked.append("replay")
+            calls.append("replay")
 
     cuda = torch.cuda
     monkeypatch.setattr(cuda, "Stream", Stream)
     monkeypatch.setattr(cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(cuda, "current_stream", lambda device: Stream(f"that of {device}"))
+    monkeypatch.setattr(cuda, "current_stream", lambda device: Stream(f"current of {device}"))
     monkeypatch.setattr(cuda, "stream", lambda stream: within(stream.name))
     monkeypatch.setattr(cuda, "device", lambda device: within(str(device)))
     monkeypatch.setattr(
@@ -48,19 +48,19 @@ def test_work_is_warmed_up_and_recorded_on_one_stream_beside_that_which_trains(
         lambda graph, stream, capture_error_mode: within(f"{stream.name}, {capture_error_mode}"),
     )
     recorder = CudaGraphs(torch.device("cuda", 1))
-    recorder.run(lambda: asked.append("work"))
-    there = "that of cuda:1"
-    before, after = f"side waits for {there}", f"{there} waits for side"
-    assert asked == [before, "side", "work", "end of side", after]
-    asked.clear()
-    replay = recorder.record(lambda: asked.append("work"))
+    recorder.run(lambda: calls.append("work"))
+    current = "current of cuda:1"
+    before, after = f"side waits for {current}", f"{current} waits for side"
+    assert calls == [before, "side", "work", "end of side", after]
+    calls.clear()
+    replay = recorder.record(lambda: calls.append("work"))
     mode = "side, thread_local"
-    assert asked == ["cuda:1", mode, "work", f"end of {mode}", "end of cuda:1"]
-    asked.clear()
+    assert calls == ["cuda:1", mode, "work", f"end of {mode}", "end of cuda:1"]
+    calls.clear()
     replay()
-    assert asked == ["cuda:1", "replay", "end of cuda:1"]
+    assert calls == ["cuda:1", "replay", "end of cuda:1"]
 
 
-def test_only_a_cuda_device_records() -> None:
+def test_cuda_graphs_on_another_device_raise_an_error() -> None:
     with pytest.raises(ConfigError, match=r"--cuda-graphs needs a CUDA device(.|\n)*cpu"):
         require_cuda_graphs(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Where b_dec begins, and how large the encoder."""
+"""Initial b_dec and encoder scale."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Snapshot = Callable[[Path], dict[str, bytes]]
 
 
 class Killed(BaseException):
-    """Stands for a signal."""
+    """A simulated SIGKILL."""
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,7 +38,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def first_rows(config: FitConfig, hookpoint: str, rows: int) -> torch.Tensor:
-    """The rows of a run's first batches."""
+    """Read the rows of a run's first batches."""
     cache, plan = Cache.open(config.cache), read_run(Path(config.out)).plan
     batches = [batch_rows(plan, 0, step) for step in range(-(-rows // plan.batch_size))]
     addresses = np.concatenate(batches)[:rows].tolist()
@@ -46,7 +46,7 @@ def first_rows(config: FitConfig, hookpoint: str, rows: int) -> torch.Tensor:
     return torch.cat(read).float()
 
 
-def test_no_point_near_the_geometric_median_has_a_lesser_sum_of_distances() -> None:
+def test_no_point_near_the_geometric_median_has_a_smaller_sum_of_distances() -> None:
     rows = normal(300, 5).exp()
     median = geometric_median(rows)
 
@@ -58,19 +58,19 @@ def test_no_point_near_the_geometric_median_has_a_lesser_sum_of_distances() -> N
     assert total(median) < total(rows.double().numpy().mean(axis=0))
 
 
-def test_a_few_rows_however_long_hardly_move_the_median() -> None:
+def test_outliers_hardly_move_the_geometric_median() -> None:
     rows = normal(500, 4)
-    spoilt = rows.clone()
-    spoilt[:5] = 1e6
-    assert np.linalg.norm(geometric_median(spoilt) - geometric_median(rows)) < 0.1
+    with_outliers = rows.clone()
+    with_outliers[:5] = 1e6
+    assert np.linalg.norm(geometric_median(with_outliers) - geometric_median(rows)) < 0.1
 
 
-def test_the_median_of_rows_that_are_all_one_is_that_one() -> None:
+def test_the_geometric_median_of_equal_rows_is_that_row() -> None:
     assert geometric_median(torch.full((10, 3), 2.0)).tolist() == [2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("times", [0.02, 1.0, 30.0])
-def test_the_encoders_scale_is_the_least_squares_one(times: float) -> None:
+def test_the_encoder_scale_is_the_least_squares_solution(times: float) -> None:
     """Without a bias TopK's reconstruction r grows with the scale, so the best is <x,r>/<r,r>."""
     sae, x = Sae(16, 64, 4), normal(400, 16)
     with torch.no_grad():
@@ -83,23 +83,23 @@ def test_the_encoders_scale_is_the_least_squares_one(times: float) -> None:
     assert abs(math.log2(found / best)) <= 1 / 64
 
 
-def test_b_dec_begins_where_it_is_told_to(options: Options) -> None:
+def test_b_dec_starts_at_mean_median_or_zeros(options: Options) -> None:
     means = {}
     for init in ("mean", "geometric-median", "zeros"):
         config = options(b_dec_init=init, out=f"{options().out}-{init}", lr=1e-30, max_tokens=32)
         fit(config)
         b_dec = load_file(Path(config.out) / "layers.1" / "sae.safetensors")["b_dec"]
         means[init] = b_dec
-    assert means["zeros"].abs().max() < 1e-29  # the one step was no longer than that
+    assert means["zeros"].abs().max() < 1e-29  # one step of lr 1e-30
     cache, record = Cache.open(config.cache), read_run(Path(config.out))
     mean = cache.statistics("layers.1", record.training_shards).mean
     torch.testing.assert_close(means["mean"], torch.from_numpy(mean).float())
-    median = geometric_median(first_rows(config, "layers.1", 384))  # 2,048, or the whole epoch
+    median = geometric_median(first_rows(config, "layers.1", 384))  # 2,048 rows, or the whole epoch
     torch.testing.assert_close(means["geometric-median"], torch.from_numpy(median).float())
     assert not torch.allclose(means["geometric-median"], means["mean"], rtol=1e-3)
 
 
-def test_the_scale_that_was_found_is_recorded_and_lowers_the_first_error(options: Options) -> None:
+def test_the_encoder_scale_is_recorded_and_lowers_the_first_fvu(options: Options) -> None:
     plain = options(max_tokens=32, log_every=1, lr=1e-30)
     found = dataclasses.replace(plain, encoder_scale="auto", out=plain.out + "-auto")
     before, after = fit(plain).saes, fit(found).saes
@@ -111,7 +111,7 @@ def test_the_scale_that_was_found_is_recorded_and_lowers_the_first_error(options
     assert fit(same).saes["layers.0"] == after["layers.0"]
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_at_the_same_place(
+def test_a_run_killed_before_its_first_checkpoint_restarts_with_the_same_weights(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"b_dec_init": "geometric-median", "encoder_scale": "auto", "input_scale": "unit"}
@@ -128,13 +128,15 @@ def test_a_run_killed_before_its_first_checkpoint_begins_at_the_same_place(
         patch.setattr(saetrain.training.step, "train_step", step)
         with pytest.raises(Killed):
             fit(killed)
-    with monkeypatch.context() as patch:  # what was found is in run.json: nobody looks again
+    with monkeypatch.context() as patch:  # run.json holds the scale: no second search
         patch.setattr(saetrain.training.init, "search_encoder_scale", None)
         fit(dataclasses.replace(killed, resume=True))
     assert snapshot(Path(killed.out)) == snapshot(Path(whole.out))
 
 
-def test_saes_of_a_grid_begin_as_they_would_alone(options: Options, snapshot: Snapshot) -> None:
+def test_saes_of_a_grid_start_with_the_weights_of_single_runs(
+    options: Options, snapshot: Snapshot
+) -> None:
     from saetrain.config.grid import vary
 
     config = vary(options(), b_dec_init=("mean", "zeros"), encoder_scale=("auto", "0.5"))
@@ -148,16 +150,16 @@ def test_saes_of_a_grid_begin_as_they_would_alone(options: Options, snapshot: Sn
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "much"])
-def test_a_scale_that_is_none_is_refused(options: Options, scale: str) -> None:
+def test_an_invalid_encoder_scale_raises_an_error(options: Options, scale: str) -> None:
     with pytest.raises(ConfigError, match="--encoder-scale"):
         options(encoder_scale=scale)
 
 
-def test_a_scale_has_one_spelling(options: Options) -> None:
+def test_spellings_of_an_encoder_scale_are_normalised(options: Options) -> None:
     spelled = [options(encoder_scale=text).encoder_scale for text in ("1", "1.0", "1e0", ".5")]
     assert spelled == ["1", "1", "1", "0.5"]
 
 
-def test_a_transcoders_encoder_cannot_be_tried(options: Options) -> None:
+def test_encoder_scale_auto_of_a_transcoder_raises_an_error(options: Options) -> None:
     with pytest.raises(ConfigError, match="decoder begins at 0"):
         options(transcode=True, encoder_scale="auto")

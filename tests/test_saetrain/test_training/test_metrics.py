@@ -1,13 +1,15 @@
-"""What is counted, and over what."""
+"""Means, dead latents and the flag for losses that are not finite."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 from saetrain.model.losses import Losses
 from saetrain.model.sae import SaeOutput
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter, fired
+from saetrain.training.metrics import DeadLatentTracker, FiniteGuard, MeanMeter, fired
 
 CPU = torch.device("cpu")
 
@@ -18,7 +20,7 @@ def losses(fvu: float, auxk: float, top_acts: list[list[float]]) -> Losses:
     return Losses(torch.tensor(fvu), torch.tensor(auxk), output)
 
 
-def test_a_meter_gives_means_over_the_steps_since_it_was_read() -> None:
+def test_means_are_over_the_steps_since_the_last_pop() -> None:
     meter = MeanMeter(CPU)
     meter.add(losses(0.5, 0.25, [[1.0, 0.0], [2.0, 3.0]]))
     meter.add(losses(1.5, 0.75, [[0.0, 0.0], [0.0, 1.0]]))
@@ -27,13 +29,13 @@ def test_a_meter_gives_means_over_the_steps_since_it_was_read() -> None:
     assert meter.pop_means() == {"fvu": 3.0, "auxk": 0.0, "l0": 2.0}
 
 
-def test_l0_counts_active_latents_and_not_chosen_ones() -> None:
+def test_l0_counts_latents_with_positive_activations() -> None:
     meter = MeanMeter(CPU)
     meter.add(losses(0.0, 0.0, [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1e-30, 2.0, 0.0]]))
     assert meter.pop_means()["l0"] == pytest.approx(1.0)
 
 
-def test_a_meter_holds_no_graph() -> None:
+def test_the_meter_holds_no_autograd_graph() -> None:
     meter = MeanMeter(CPU)
     step = losses(1.0, 0.0, [[1.0]])
     meter.add(step._replace(fvu=step.fvu.requires_grad_()))
@@ -43,11 +45,11 @@ def test_a_meter_holds_no_graph() -> None:
 def test_a_latent_has_fired_where_one_of_its_activations_is_positive() -> None:
     top_acts = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
     top_indices = torch.tensor([[0, 1], [0, 2], [3, 1]])
-    # Latent 0 and 1 come twice, once active and once not, in either order; 2 and 3 never active.
+    # Latents 0 and 1 occur active and inactive, in either order. Latent 2 is inactive.
     assert fired(top_acts, top_indices, 5).tolist() == [True, True, False, False, False]
 
 
-def test_rows_since_a_latent_fired_are_counted_by_the_batch() -> None:
+def test_rows_since_a_latent_fired_grow_by_whole_batches() -> None:
     dead_tracker = DeadLatentTracker(4, dead_after=5, device=CPU)
     dead_tracker.add((torch.tensor([[1.0], [0.0]]), torch.tensor([[0], [1]])))
     assert dead_tracker.rows_since.tolist() == [0, 2, 2, 2]
@@ -55,7 +57,7 @@ def test_rows_since_a_latent_fired_are_counted_by_the_batch() -> None:
     assert dead_tracker.rows_since.tolist() == [3, 0, 5, 5]
 
 
-def test_a_latent_is_dead_from_exactly_dead_after_rows_on_and_revives_when_it_fires() -> None:
+def test_a_latent_is_dead_after_exactly_dead_after_rows_until_it_fires() -> None:
     dead_tracker = DeadLatentTracker(2, dead_after=4, device=CPU)
     nothing = (torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int64))
     dead_tracker.add(nothing)
@@ -66,3 +68,19 @@ def test_a_latent_is_dead_from_exactly_dead_after_rows_on_and_revives_when_it_fi
     assert dead_tracker.dead_percent(4) == 50.0
     dead_tracker.add((torch.tensor([[1.0]]), torch.tensor([[0]])))
     assert dead_tracker.dead_percent(4) == 0.0
+
+
+def test_the_guard_keeps_the_first_step_that_was_not_finite() -> None:
+    guard = FiniteGuard(CPU)
+    values = [1.0, math.inf, 2.0, math.nan]
+    found = [bool(guard.check(torch.tensor(v), step)) for step, v in enumerate(values)]
+    assert found == [True, False, False, False]
+    assert guard.first_bad() == 1
+
+
+def test_the_guard_takes_the_step_number_from_device_memory() -> None:
+    guard, step = FiniteGuard(CPU), torch.zeros((), dtype=torch.int64)
+    for number, value in enumerate([1.0, 2.0, math.nan, math.nan]):
+        step.fill_(number)
+        guard.check(torch.tensor(value), step)
+    assert guard.first_bad() == 2

@@ -1,4 +1,4 @@
-"""A loss that is not finite reaches no weight, and is told by its rows."""
+"""A loss that is not finite changes no weight; the error names its rows."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def batches(count: int) -> Tensor:
 
 
 def bits(trainer: SaeTrainer) -> dict[str, bytes]:
-    """Weights, the optimiser's state, and the encoder's copy in bfloat16, if one is kept."""
+    """Return the weights, the optimiser's state and the encoder's bfloat16 copy, if it has one."""
     tensors = {**trainer.sae.state_dict(), **trainer.optimizer.state_tensors()}
     bf16_copy = bf16_copy_of(trainer.sae.W_enc)
     if trainer.optimizer.is_fused and bf16_copy is not None:
-        tensors["shadow"] = bf16_copy.view(torch.int16)
+        tensors["bf16_copy"] = bf16_copy.view(torch.int16)
     return {name: t.detach().contiguous().numpy().tobytes() for name, t in tensors.items()}
 
 
@@ -62,7 +62,7 @@ def bits(trainer: SaeTrainer) -> dict[str, bytes]:
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
 @pytest.mark.parametrize("device_flag", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
+def test_from_a_step_that_is_not_finite_on_weights_and_state_stay_bit_for_bit(
     make_trainee: Callable[..., SaeTrainer],
     optimizer: str,
     value: float,
@@ -70,14 +70,14 @@ def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
     autocast: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the flag looked at, as on a CPU, and with the update under it, as on a GPU."""
+    """`device_flag` makes the update conditional on the device, as on a GPU."""
     if device_flag:
         monkeypatch.setattr(
             saetrain.training.step,
-            "step_if",
+            "conditional_step",
             lambda ok, optimizer, step: optimizer.masked_step(step, ok),
         )
-    # The others normalise before the loss is known, which is not what is asked here.
+    # The other optimisers normalise the decoder before the loss is known.
     norm = "unit" if optimizer in ("signum", "adam", "adamw") else "free"
     trainer = make_trainee(D, M, K, optimizer=optimizer, decoder_norm=norm, autocast=autocast)
     rows = batches(6)
@@ -86,7 +86,7 @@ def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
         train_step(trainer, rows[step], step, 0.0)
     assert trainer.guard.first_bad() is None
     before = bits(trainer)
-    assert ("shadow" in before) is (autocast and norm == "unit")
+    assert ("bf16_copy" in before) is (autocast and norm == "unit")
     for step in range(3, 6):
         train_step(trainer, rows[step], step, 0.0)
         assert bits(trainer) == before
@@ -94,7 +94,7 @@ def test_no_bit_of_weights_or_state_changes_in_the_step_or_after_it(
 
 
 @pytest.mark.parametrize("settings", [{"grad_acc_steps": 3}, {"micro_batch_size": 9}])
-def test_one_bad_part_of_an_update_is_enough(
+def test_one_bad_batch_of_an_update_or_part_of_a_batch_skips_the_update(
     make_trainee: Callable[..., SaeTrainer], settings: dict[str, Any]
 ) -> None:
     trainer, rows = make_trainee(D, M, K, **settings), batches(6)
@@ -112,14 +112,11 @@ def test_one_bad_part_of_an_update_is_enough(
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
 @pytest.mark.parametrize("norm", ["unit", "fold", "free"])
 @pytest.mark.parametrize("clip", [1.0, None])
-def test_a_whole_step_asks_the_device_nothing(
+def test_a_step_never_waits_for_the_device(
     monkeypatch: pytest.MonkeyPatch, optimizer: Any, norm: Any, clip: Any
 ) -> None:
-    """Meta tensors hold no numbers: whoever would wait for one from the device raises on them.
-
-    AuxK among them: the dead latents are not counted by the host.
-    """
-    # It has no meta device; the kernels switch it off around one product.
+    """Meta tensors hold no values, so reading one raises. AuxK is included."""
+    # autocast has no meta device; the kernels disable it around one product.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     device = torch.device("meta")
     settings = StepSettings(
@@ -139,11 +136,11 @@ def test_a_whole_step_asks_the_device_nothing(
     for step in range(6):
         train_step(trainer, torch.zeros(N, D, device=device), step, 0.1)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        trainer.guard.first_bad()  # a log does ask
+        trainer.guard.first_bad()  # logging reads it
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "groupmax", "jumprelu", "relu", "gated"])
-def test_nor_does_a_step_of_another_activation(
+def test_a_step_of_another_activation_never_waits_for_the_device(
     monkeypatch: pytest.MonkeyPatch, activation: Any
 ) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -162,7 +159,7 @@ def test_nor_does_a_step_of_another_activation(
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
 @pytest.mark.parametrize("clip", [1.0, None])
-def test_on_a_gpu_a_step_waits_for_nothing_and_a_bad_batch_changes_no_bit(
+def test_a_step_on_a_gpu_never_waits_and_a_bad_batch_changes_no_bit(
     optimizer: Any, clip: float | None
 ) -> None:
     device = torch.device("cuda")
@@ -175,7 +172,7 @@ def test_on_a_gpu_a_step_waits_for_nothing_and_a_bad_batch_changes_no_bit(
     trainer = SaeTrainer(entry, sae, update, dead_tracker, meter, 1.0, settings=settings)
     rows = batches(6).to(device)
     rows[4, 7, 2] = math.nan
-    for step in range(2):  # whatever is compiled or set up, is so now
+    for step in range(2):  # warm-up: compilation and allocation
         train_step(trainer, rows[step], step, 0.0)
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -197,7 +194,7 @@ def test_on_a_gpu_a_step_waits_for_nothing_and_a_bad_batch_changes_no_bit(
 def poisoned(
     make_cache: Callable[..., Path], value: float = math.nan, **changes: Any
 ) -> tuple[Path, tuple[int, int]]:
-    """A cache with one number of one row of layers.1 that is `value`; and that row's address."""
+    """Return a cache in which one row of layers.1 holds `value`, and that row's address."""
 
     def rows(hookpoint: str, shard: int, count: int, width: int) -> NDArray[np.float32]:
         made = np.random.RandomState(shard).standard_normal((count, width)).astype(np.float32)
@@ -208,12 +205,12 @@ def poisoned(
     return make_cache(rows=rows, row_order="sequence", **changes), (2, 77)
 
 
-def told(root: Path) -> dict[str, Any]:
+def read_rows_file(root: Path) -> dict[str, Any]:
     return json.loads((root / ROWS).read_text())  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "muon"])
-def test_the_command_names_sae_step_rows_and_remedy_and_ends_with_code_11(
+def test_the_command_names_sae_step_rows_and_remedy_and_exits_with_code_11(
     make_cache: Callable[..., Path], tmp_path: Path, optimizer: str
 ) -> None:
     cache, bad = poisoned(make_cache)
@@ -227,12 +224,12 @@ def test_the_command_names_sae_step_rows_and_remedy_and_ends_with_code_11(
     step = next(s for s in range(12) if list(bad) in batch_rows(plan, 0, s).tolist())
     assert done.returncode == 11, done.stderr
     assert "Traceback" not in done.stderr
-    words = " ".join(done.stderr.split())
-    assert f"the loss of layers.1 is not finite by step {step + 1}" in words
-    assert f"of the batch of epoch 0: shard {plan.shards[0][0]} rows" in words
-    assert "shard 2 row 77: not finite on disk, so no --lr helps" in words
-    assert "Nothing is saved yet" in words
-    found = told(root)
+    message = " ".join(done.stderr.split())
+    assert f"the loss of layers.1 is not finite by step {step + 1}" in message
+    assert f"of the batch of epoch 0: shard {plan.shards[0][0]} rows" in message
+    assert "shard 2 row 77: not finite on disk, so no --lr helps" in message
+    assert "Nothing is saved yet" in message
+    found = read_rows_file(root)
     assert found["rows"] == batch_rows(plan, 0, step).tolist()
     assert found["rows_not_finite"] == [list(bad)]
     assert (found["hookpoint"], found["step"], found["epoch"], found["step_in_plan"]) == (
@@ -243,20 +240,20 @@ def test_the_command_names_sae_step_rows_and_remedy_and_ends_with_code_11(
     )
 
 
-def test_a_learning_rate_that_explodes_is_told_from_rows_that_are_not_finite(
+def test_divergence_is_distinguished_from_rows_that_are_not_finite(
     options: Options,
 ) -> None:
     config = options(lr=1e25, optimizer="signum", log_every=3)
     with pytest.raises(NonFiniteError, match=r"its rows are finite(.|\n)*a smaller --lr") as caught:
         fit(config)
     assert caught.value.step is not None
-    assert told(Path(config.out))["rows_not_finite"] == []
+    assert read_rows_file(Path(config.out))["rows_not_finite"] == []
 
 
-def test_a_batch_of_a_later_epoch_and_segment_is_found(
+def test_the_rows_of_a_later_epoch_and_segment_are_named(
     make_cache: Callable[..., Path], options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With --follow, and with a batch that is spoiled after it was read."""
+    """Run without and with --follow; one batch is multiplied by NaN after it was read."""
     real, seen = saetrain.training.step.train_step, []
 
     class Spoil:
@@ -280,17 +277,17 @@ def test_a_batch_of_a_later_epoch_and_segment_is_found(
             config = options(**common, out=f"{options().out}-{follow}-{Spoil.step}")
             with pytest.raises(NonFiniteError, match=f"by step {Spoil.step + 1}\n"):
                 fit(config)
-            found = told(Path(config.out))
+            found = read_rows_file(Path(config.out))
             assert found["rows"] == batches[Spoil.step].tolist()
             seen.append(found["epoch"])
-            rows = found["rows_not_finite"]  # on disk all is well
+            rows = found["rows_not_finite"]  # finite on disk
             assert rows == []
     assert seen[:3] == [0, 1, 2]
     assert cache.shards
 
 
 def keep_addresses(patch: pytest.MonkeyPatch, batches: list[NDArray[np.int64]]) -> None:
-    """Note the rows of every batch that a run is given."""
+    """Record the row addresses of every batch of a run."""
     from actcache.stream.activation_stream import ActivationStream
 
     real = ActivationStream.__next__
@@ -303,7 +300,7 @@ def keep_addresses(patch: pytest.MonkeyPatch, batches: list[NDArray[np.int64]]) 
     patch.setattr(ActivationStream, "__next__", following)
 
 
-def test_the_checkpoint_before_it_is_what_a_run_resumes_from_and_fails_on_again(
+def test_a_run_resumes_from_the_checkpoint_before_and_fails_at_the_same_step(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
     cache, _ = poisoned(make_cache)
@@ -316,4 +313,4 @@ def test_the_checkpoint_before_it_is_what_a_run_resumes_from_and_fails_on_again(
     assert messages[0] == messages[1]
     checkpoint = load_checkpoint(Path(config.out))
     assert checkpoint is not None
-    assert checkpoint[0].step == told(Path(config.out))["step"] - 1
+    assert checkpoint[0].step == read_rows_file(Path(config.out))["step"] - 1

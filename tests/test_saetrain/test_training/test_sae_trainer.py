@@ -1,4 +1,4 @@
-"""State that is put back. N tokens, D d_in, M num_latents, K k."""
+"""Checkpoint state of an SAE in training. N rows, D d_in, M num_latents, K k."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 
 
 @BOTH_OPTIMIZERS
-def test_state_put_back_into_another_trainee_goes_on_bit_for_bit(
+def test_training_continues_bit_for_bit_from_loaded_state(
     batches: Callable[[torch.dtype], Tensor],
     make_trainee: Callable[..., SaeTrainer],
     optimizer: str,

@@ -1,4 +1,4 @@
-"""K over a run as sparsify has it, and which batches an update is made of."""
+"""Annealing of k as in sparsify, and batches of an update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def annealed(**options: int) -> StepSettings:
 
 
 @pytest.mark.parametrize(("d_in", "num_latents", "k", "steps"), [(16, 48, 3, 7), (4, 99, 5, 20)])
-def test_k_falls_as_in_sparsify_from_all_latents_or_ten_times_the_width(
+def test_k_is_annealed_as_in_sparsify_from_ten_times_the_width_or_all_latents(
     sparsify: object, d_in: int, num_latents: int, k: int, steps: int
 ) -> None:
     from sparsify.trainer import Trainer
@@ -34,7 +34,7 @@ def test_k_falls_as_in_sparsify_from_all_latents_or_ten_times_the_width(
     assert settings.k(steps) == k
 
 
-def test_k_starts_where_it_is_told_to_and_without_annealing_nobody_touches_it() -> None:
+def test_k_starts_at_k_start_and_is_constant_without_annealing() -> None:
     settings = annealed(k=3, k_anneal_steps=4, k_start=11)
     assert [settings.k(step) for step in range(6)] == [11, 9, 7, 5, 3, 3]
     assert annealed(k=3).k(0) is None
@@ -42,13 +42,13 @@ def test_k_starts_where_it_is_told_to_and_without_annealing_nobody_touches_it() 
     assert not annealed(k=3).changes_k(1)
 
 
-def test_all_batches_of_an_update_have_one_k() -> None:
+def test_all_batches_of_an_update_have_the_same_k() -> None:
     settings = annealed(k=3, k_anneal_steps=4, k_start=11, grad_acc_steps=2)
     assert [settings.k(step) for step in range(6)] == [11, 11, 7, 7, 3, 3]
     assert [settings.begins_update(step) for step in range(4)] == [True, False, True, False]
     assert [settings.ends_update(step) for step in range(4)] == [False, True, False, True]
 
 
-def test_a_start_beyond_all_latents_is_refused() -> None:
+def test_a_k_start_above_num_latents_raises_an_error() -> None:
     with pytest.raises(ConfigError, match=r"--k-start is larger(.|\n)*<= 48(.|\n)*49"):
         annealed(k=3, k_anneal_steps=4, k_start=49)

@@ -1,4 +1,4 @@
-"""Held-out figures along the way, best and last."""
+"""Validation during training, and the best SAEs of a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing in the project may catch it."""
+    """A simulated SIGKILL: no product code catches it."""
 
 
 def lines(root: Path, key: str) -> list[dict[str, Any]]:
@@ -46,23 +46,23 @@ def lines(root: Path, key: str) -> list[dict[str, Any]]:
 
 
 def bests(root: Path) -> dict[str, str]:
-    """Each SAE's best folder."""
+    """Return the name of each SAE's best-STEP folder."""
     return {str(p.parent.relative_to(root)): p.name for p in sorted(root.rglob("best-*"))}
 
 
-def kept(options: Options, **changes: Any) -> FitConfig:
-    """A run that validates every 2 steps, and whose first SAE is at its best before its end."""
+def keeping_best(options: Options, **changes: Any) -> FitConfig:
+    """Validate every 2 steps; the first SAE (lr 0.1) is best before the end of the run."""
     return vary(options(val_every=2, save_best=True, **changes), lr=(0.1, 0.01))
 
 
-# --- figures -------------------------------------------------------------------------------------
+# --- validation -----------------------------------------------------------------------------------
 
 
 @BOTH_OPTIMIZERS
-def test_the_last_validation_is_what_eval_finds_of_the_exported_saes(
+def test_the_last_validation_equals_the_evaluation_of_the_exported_saes(
     options: Options, optimizer: str
 ) -> None:
-    """So it is the averages of schedule-free weights that are judged."""
+    """For schedule-free optimisers, both measure the averaged weights."""
     config = vary(options(optimizer=optimizer, val_every=5), k=(3, 4))
     summary = fit(config)
     root = Path(config.out)
@@ -75,8 +75,10 @@ def test_the_last_validation_is_what_eval_finds_of_the_exported_saes(
 
 
 @pytest.mark.parametrize("decoder_norm", ["fold", "free"])
-def test_recipes_are_validated_as_they_are_exported(options: Options, decoder_norm: str) -> None:
-    """With the k that is saved, while that of the steps still falls, and with folded norms."""
+def test_validation_measures_the_exported_weights_and_k(
+    options: Options, decoder_norm: str
+) -> None:
+    """The final k is used while k is still annealed, and decoder norms are folded."""
     settings = {"decoder_norm": decoder_norm, "k_anneal_steps": 12, "k_start": 40, "lr": 0.05}
     config = options(optimizer="adam", val_every=2, save_best=True, **settings)
     summary = fit(config)
@@ -88,7 +90,7 @@ def test_recipes_are_validated_as_they_are_exported(options: Options, decoder_no
         assert sae.fvu == pytest.approx(summary.held_out[sae.name]["fvu"], rel=1e-6)
 
 
-def test_a_validation_equals_a_run_that_ends_there(options: Options) -> None:
+def test_a_validation_equals_that_of_a_run_that_ends_at_this_step(options: Options) -> None:
     fit(options(val_every=4, save_every=100))
     shorter = options(val_every=4, max_tokens=8 * 32, out=options().out + "-shorter")
     fit(shorter)
@@ -98,10 +100,10 @@ def test_a_validation_equals_a_run_that_ends_there(options: Options) -> None:
 
 
 @BOTH_OPTIMIZERS
-def test_validations_do_not_touch_what_is_trained(
+def test_validation_does_not_change_training(
     options: Options, snapshot: Snapshot, optimizer: str
 ) -> None:
-    plain, validated = options(optimizer=optimizer), kept(options, optimizer=optimizer)
+    plain, validated = options(optimizer=optimizer), keeping_best(options, optimizer=optimizer)
     validated = dataclasses.replace(plain, out=plain.out + "-v", val_every=1, save_best=True)
     fit(plain)
     fit(validated)
@@ -113,7 +115,7 @@ def test_validations_do_not_touch_what_is_trained(
 
 
 @pytest.mark.parametrize("verify", ["first-read", "never"])
-def test_no_more_rows_than_asked_for_are_validated_on_and_from_every_shard(
+def test_val_rows_limits_the_rows_and_they_come_from_every_shard(
     make_cache: Callable[..., Path],
     options: Options,
     monkeypatch: pytest.MonkeyPatch,
@@ -154,12 +156,12 @@ def test_rows_are_spread_evenly_over_shards(rows: list[int], most: int) -> None:
     assert not cut or not full or max(full) <= max(cut) + 1
 
 
-# --- best and last -------------------------------------------------------------------------------
+# --- best SAEs -----------------------------------------------------------------------------------
 
 
 @BOTH_OPTIMIZERS
-def test_the_best_of_each_sae_is_kept_beside_the_last(options: Options, optimizer: str) -> None:
-    config = kept(options, optimizer=optimizer)
+def test_the_best_sae_is_kept_in_addition_to_the_last(options: Options, optimizer: str) -> None:
+    config = keeping_best(options, optimizer=optimizer)
     summary = fit(config)
     root = Path(config.out)
     figures = lines(root, "val")
@@ -170,9 +172,9 @@ def test_the_best_of_each_sae_is_kept_beside_the_last(options: Options, optimize
         best = summary.best[entry.name]
         assert (best.step, best.fvu) == (steps[entry.name], min(by_step.values()))
     assert bests(root) == {name: f"best-{step:09d}" for name, step in steps.items()}
-    assert steps["layers.0/lr0.1"] < 12  # or nothing is tested here
+    assert steps["layers.0/lr0.1"] < 12  # precondition
     if optimizer == "adam":
-        return  # its learning rate hangs on the run's length
+        return  # its learning rate depends on the run's length
     for name, step in steps.items():
         ends = dataclasses.replace(config, max_tokens=step * 32, out=f"{root}-{step}", resume=True)
         fit(ends)
@@ -188,20 +190,20 @@ def test_the_best_of_each_sae_is_kept_beside_the_last(options: Options, optimize
         {"activation": "relu", "sparsity": 3.0, "sparsity_warmup_steps": 8},
     ],
 )
-def test_an_sae_is_not_at_its_best_while_more_latents_are_active_than_in_the_end(
+def test_no_sae_is_best_before_k_and_penalty_are_constant(
     options: Options, rising: dict[str, Any]
 ) -> None:
     config = options(val_every=2, save_best=True, optimizer="adam", lr=0.05, **rising)
     summary = fit(config)
     for name, best in summary.best.items():
         by_step = {v["step"]: v["val"][name]["fvu"] for v in lines(Path(config.out), "val")}
-        assert min(by_step, key=lambda step: by_step[step]) < 8  # or nothing is tested here
+        assert min(by_step, key=lambda step: by_step[step]) < 8  # precondition
         assert best.step >= 8
         assert best.fvu == min(fvu for step, fvu in by_step.items() if step >= 8)
 
 
 def test_best_saes_are_evaluated_on_all_held_out_rows(options: Options) -> None:
-    config = kept(options)
+    config = keeping_best(options)
     summary = fit(config)
     root = Path(config.out)
     evaluation = evaluate(root, best=True)
@@ -217,14 +219,14 @@ def test_best_saes_are_evaluated_on_all_held_out_rows(options: Options) -> None:
         evaluate(root, best=True)
 
 
-def test_a_run_that_keeps_no_best_one_says_so(options: Options) -> None:
+def test_evaluating_the_best_of_a_run_without_save_best_raises_an_error(options: Options) -> None:
     fit(options(val_every=2))
     with pytest.raises(RunError, match=r"keeps no best SAE of layers\.0(.|\n)*--save-best"):
         evaluate(Path(options().out), best=True)
     assert bests(Path(options().out)) == {}
 
 
-def test_sparsify_loads_a_run_that_keeps_best_ones(options: Options, sparsify: ModuleType) -> None:
+def test_sparsify_loads_a_run_with_best_saes(options: Options, sparsify: ModuleType) -> None:
     config = options(val_every=2, save_best=True)
     fit(config)
     assert sparsify.SparseCoder.load_many(config.out, local=True).keys() == {"layers.0", "layers.1"}
@@ -235,7 +237,7 @@ def test_sparsify_loads_a_run_that_keeps_best_ones(options: Options, sparsify: M
 
 @BOTH_OPTIMIZERS
 @pytest.mark.parametrize(("stop_at", "save_every"), [(5, 3), (11, 100)])
-def test_a_run_that_was_stopped_keeps_the_same_best_ones(
+def test_a_resumed_run_keeps_the_same_best_saes(
     options: Options,
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
@@ -243,7 +245,9 @@ def test_a_run_that_was_stopped_keeps_the_same_best_ones(
     stop_at: int,
     save_every: int,
 ) -> None:
-    whole = kept(options, optimizer=optimizer, save_every=save_every, out=options().out + "-whole")
+    whole = keeping_best(
+        options, optimizer=optimizer, save_every=save_every, out=options().out + "-whole"
+    )
     stopped = dataclasses.replace(whole, out=options().out)
     fit(whole)
     real = saetrain.training.step.train_step
@@ -261,14 +265,14 @@ def test_a_run_that_was_stopped_keeps_the_same_best_ones(
     state = newest_state(root)
     for number, entry in enumerate(read_run(root).saes):
         if state is not None and (best := state.saes[number].best) is not None:
-            # What the checkpoint names is there, whatever came after it.
+            # The best SAE that the checkpoint names exists.
             assert (root / entry.name / f"best-{best.step:09d}" / "sae.safetensors").exists()
     fit(dataclasses.replace(stopped, resume=True))
     assert snapshot(Path(whole.out)) == snapshot(root)
 
 
 @pytest.mark.parametrize("call", ["replace", "unlink", "rmdir"])
-def test_a_kill_before_or_after_any_write_or_removal_loses_no_best_one(
+def test_a_kill_before_or_after_any_write_or_removal_loses_no_best_sae(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     small = {"max_tokens": 4 * 32, "save_every": 2, "log_every": 3, "hookpoint": ("layers.0",)}
@@ -277,7 +281,7 @@ def test_a_kill_before_or_after_any_write_or_removal_loses_no_best_one(
     real, seen = getattr(module, call), []
 
     def counts(arguments: Any) -> bool:
-        """Other files' kills are tested elsewhere; here the best one's, and the checkpoint's."""
+        """Select calls on best SAEs and checkpoints; other files are tested elsewhere."""
         return any(word in str(arguments[-1]) for word in ("best-", ".json"))
 
     def count(*arguments: Any, **named: Any) -> None:
@@ -314,10 +318,10 @@ def test_a_kill_before_or_after_any_write_or_removal_loses_no_best_one(
             assert not list(Path(out).rglob("*partial*"))
 
 
-# --- refusals ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
-def test_validations_without_rows_and_best_ones_without_validations_are_refused() -> None:
+def test_validation_without_rows_and_save_best_without_validation_raise_errors() -> None:
     with pytest.raises(ConfigError, match=r"--save-best needs validations(.|\n)*--val-every"):
         FitConfig("c", "r", save_best=True)
     with pytest.raises(ConfigError, match=r"held out(.|\n)*--val-fraction above 0"):
@@ -326,7 +330,7 @@ def test_validations_without_rows_and_best_ones_without_validations_are_refused(
         FitConfig("c", "r", val_every=5, val_rows=0)
 
 
-def test_held_out_shards_without_rows_are_refused(
+def test_held_out_shards_without_rows_raise_an_error(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
     _, held_out = split_shards(range(4), options().val_fraction, options().seed)
@@ -337,7 +341,7 @@ def test_held_out_shards_without_rows_are_refused(
     assert not Path(config.out).exists()
 
 
-def test_held_out_rows_that_are_not_finite_are_refused_before_anything_is_trained(
+def test_held_out_rows_that_are_not_finite_raise_an_error_before_training(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
     _, held_out = split_shards(range(4), options().val_fraction, options().seed)
@@ -353,7 +357,7 @@ def test_held_out_rows_that_are_not_finite_are_refused_before_anything_is_traine
     assert not Path(config.out).exists()
 
 
-def test_a_run_that_follows_a_harvest_validates_on_its_first_segments_held_out_rows(
+def test_a_run_with_follow_validates_on_held_out_rows_of_its_first_segment(
     options: Options, snapshot: Snapshot
 ) -> None:
     config = options(val_every=5, save_best=True, follow=True)

@@ -62,7 +62,7 @@ def test_steps_are_those_of_the_torch_path(optimizer, device, monkeypatch):
         assert far.double().mean() < 0.01, name
         far = (exported[0][name] - exported[1][name]).abs() > 1e-5
         assert far.double().mean() < 0.01, name
-    norms = [t.latent_stats.read()["grad_norm"] for t in found]
+    norms = [t.latent_stats.pop_grad_norm()["grad_norm"] for t in found]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     deviation = (ours.sae.W_dec.detach().norm(dim=1) - 1).abs().max()
     assert float(deviation) < 1e-6

@@ -1,4 +1,4 @@
-"""How fast this machine reads a cache, and makes batches of it."""
+"""Benchmark: speed at which this machine reads a cache and builds batches from it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from actcache.cache.reader import Cache
 from actcache.errors import EmptyCacheError
 from actcache.filesystem.paths import CachePath, require_remote
 from actcache.stream.activation_stream import ActivationStream
-from actcache.stream.order import POOL_ROWS, make_plan
-from actcache.stream.read_tuning import probe_read_settings
-from actcache.stream.verified_reads import ReadSettings
+from actcache.stream.order import POOL_ROWS, OrderPlan, make_plan
+from actcache.stream.verified_reads import ReadSettings, probe_read_settings
 
-_PIECE = 4 << 20
+_READ_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One way of reading."""
+    """Speed of one way of reading."""
 
     what: str
     bytes_per_second: float
@@ -32,18 +31,18 @@ class Speed:
 
 @dataclass(frozen=True)
 class Speeds:
-    """What `benchmark_reads` found."""
+    """Results of `benchmark_reads`. Fields are the keys of `actcache bench --json`."""
 
     hookpoints: tuple[str, ...]
     rows: int
-    """That were read, each way."""
+    """Rows that were read in each way."""
     bytes: int
-    """That they take on disk."""
+    """Bytes of these rows on disk."""
     reading: ReadSettings
-    """How."""
+    """Settings that they were read with."""
     batch_size: int
     pool_rows: int
-    """Mixed in memory, where rows are mixed."""
+    """Rows of the shuffle buffer, for shuffled batches."""
     speeds: tuple[Speed, ...]
 
 
@@ -55,22 +54,23 @@ def benchmark_reads(
     batch_size: int = 4096,
     threads: int | None = None,
 ) -> Speeds:
-    """Read some shards front to back, and stream them, out of the disk's hands and the page cache.
+    """Read some shards front to back, and stream them, each from the disk and from the page cache.
 
-    Their pages are let go before each reading from the disk, as far as the system does so; a disk
-    may have memory of its own. With a store, blocks that this machine keeps are let go instead.
+    Before each read from the disk, their pages are dropped from the page cache, as far as the
+    system permits; the disk's own cache remains. With an object store, this machine's cached
+    blocks are dropped instead.
 
     Args:
         cache: the cache.
-        hookpoints: to read together; all by default.
-        max_bytes: of shards to read, at least one shard.
+        hookpoints: hookpoints to read together; default: all.
+        max_bytes: limit on the bytes of the shards; at least one shard is read.
         batch_size: rows of a batch; fewer if the shards have fewer.
-        threads: that read; by default all of how to read is found by a probe.
+        threads: number of reading threads; default: all read settings are probed.
 
     Raises:
         EmptyCacheError: there is no complete shard, or no row.
         HookpointError: the cache does not hold a hookpoint.
-        CorruptShardError: a file is gone, or has another size or header.
+        CorruptShardError: a file is missing, or has another size or header.
     """
     cache.require_shards()
     names = tuple(hookpoints) or tuple(cache.hookpoints)
@@ -89,12 +89,17 @@ def benchmark_reads(
     files = [p for s, _ in shards for name in names for p in cache.files_of(name, s).values()]
     batch_size = min(batch_size, rows)
     pool_rows = max(2, min(POOL_ROWS, rows // 8))
-    reading = (
-        ReadSettings(threads) if threads is not None else _tuned(cache, names, shards, batch_size)
-    )
+
+    def plan_of(pool: int) -> OrderPlan:
+        return make_plan(shards, cache.manifest.block_rows, batch_size, 0, pool)
+
+    if threads is not None:
+        reading = ReadSettings(threads)
+    else:
+        reading = probe_read_settings(cache, names, plan_of(POOL_ROWS)).reading
 
     def stream(pool: int) -> int:
-        plan = make_plan(shards, cache.manifest.block_rows, batch_size, 0, pool)
+        plan = plan_of(pool)
         with ActivationStream(cache, names, plan, verify="never", reading=reading) as batches:
             for _ in range(plan.steps_per_epoch):
                 next(batches)
@@ -111,25 +116,17 @@ def benchmark_reads(
     ]
     found = []
     local = isinstance(cache.root, Path)
-    for way, act in ways:
+    for name, read_rows in ways:
         _drop_page_cache(files)
-        for state in ("disk", "memory") if local else ("the store", "kept blocks"):
+        for source in ("disk", "memory") if local else ("the store", "kept blocks"):
             began = time.perf_counter()
-            speed = act() / max(time.perf_counter() - began, 1e-9)
-            found.append(Speed(f"{way}, from {state}", speed * row_bytes, speed))
+            speed = read_rows() / max(time.perf_counter() - began, 1e-9)
+            found.append(Speed(f"{name}, from {source}", speed * row_bytes, speed))
     return Speeds(names, rows, rows * row_bytes, reading, batch_size, pool_rows, tuple(found))
 
 
-def _tuned(
-    cache: Cache, names: Sequence[str], shards: list[tuple[int, int]], batch_size: int
-) -> ReadSettings:
-    return probe_read_settings(
-        cache, names, make_plan(shards, cache.manifest.block_rows, batch_size, 0)
-    ).reading
-
-
 def _drop_page_cache(files: Sequence[CachePath]) -> None:
-    """Ask the system to forget what it holds of some files."""
+    """Drop the cached pages, or cached blocks, of some files."""
     for path in files:
         if not isinstance(path, Path):
             require_remote(path).forget()
@@ -143,9 +140,9 @@ def _drop_page_cache(files: Sequence[CachePath]) -> None:
 
 
 def _read_all(files: Sequence[CachePath], threads: int) -> None:
-    def read(mine: Sequence[CachePath]) -> None:
-        memory = memoryview(bytearray(_PIECE))
-        for path in mine:
+    def read(share: Sequence[CachePath]) -> None:
+        memory = memoryview(bytearray(_READ_BYTES))
+        for path in share:
             if not isinstance(path, Path):
                 require_remote(path).warm()
                 continue

@@ -7,16 +7,16 @@ Nothing here reads a file or keeps state. An epoch works like this:
 3. In each lane, consecutive windows of rows are permuted within themselves. Lane l's first window
    is (l + 1)/L of a window long, so that windows do not all turn over at the same step.
 4. Global batch t takes rows [t·b, (t + 1)·b) of every lane, b = B/L, lane after lane.
-5. Rank r of W serves the lanes with l mod W = r: the global batch is the same for every W.
+5. Rank r of W reads the lanes with l mod W = r: the global batch is the same for every W.
 
-A row's place on the line is called its virtual row. `batch_rows` spells the whole rule out, slowly;
-`stream` must agree with it row by row.
+The position of a row on the line is its virtual row. `batch_rows` is the slow reference for the
+whole rule; `ActivationStream` must agree with it row by row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,7 +26,7 @@ from actcache.core import rng
 from actcache.errors import ConfigError, EmptyCacheError, FormatError
 
 POOL_ROWS = 2**19
-"""Rows held in memory over all lanes, unless said otherwise."""
+"""Default number of rows held in memory over all lanes."""
 
 MAX_LANES = 64
 
@@ -44,7 +44,7 @@ class Span:
 
 @dataclass(frozen=True)
 class OrderPlan:
-    """All that the order depends on besides epoch and step; a run records it."""
+    """Everything that the order depends on besides epoch and step; recorded in run.json."""
 
     shards: tuple[tuple[int, ...], ...]
     """(shard, rows) for every training shard."""
@@ -60,13 +60,13 @@ class OrderPlan:
     """Seed of all permutations."""
 
     def __post_init__(self) -> None:
-        """Check ranges: a plan may come from a file."""
+        """Check ranges, since a plan may come from a file."""
         low = min(self.block_rows, self.batch_size, self.lanes, self.window)
         if low < 1 or not 0 <= self.seed < 2**32 or self.batch_size % self.lanes:
-            raise FormatError("a plan with numbers that cannot be", got=self)
+            raise FormatError("a plan with numbers out of range", got=self)
         pairs = all(len(pair) == 2 and min(pair) >= 0 for pair in self.shards)
         if not pairs or not self.batch_size <= self.rows:
-            raise FormatError("a plan without the rows of one batch", got=self)
+            raise FormatError("a plan with fewer rows than one batch", got=self)
 
     @cached_property
     def rows(self) -> int:
@@ -96,7 +96,7 @@ def make_plan(
     seed: int,
     pool_rows: int = POOL_ROWS,
 ) -> OrderPlan:
-    """Choose lanes and window by formula.
+    """Choose lanes and window from the batch size and the rows to hold in memory.
 
     Args:
         shards: (shard, rows) for every training shard.
@@ -124,14 +124,14 @@ def make_plan(
 
 
 def default_lanes(batch_size: int) -> int:
-    """Lanes of a plan, L: the largest divisor of B up to 64."""
+    """Return the lanes of a plan, L: the largest divisor of B up to 64."""
     return max(n for n in range(1, MAX_LANES + 1) if batch_size % n == 0)
 
 
 def held_out_rule(val_fraction: float, seed: int) -> tuple[int, int] | None:
-    """(modulus, residue) of the shards that are held out: s ≡ h mod round(1/f), h 0 or 1 by seed.
+    """Return (modulus, residue) of held-out shards: s ≡ h mod round(1/f), h 0 or 1 by seed.
 
-    None where nothing is held out.
+    Return None if no shard is held out.
 
     Raises:
         ConfigError: the fraction is not in [0, 0.5].
@@ -148,21 +148,21 @@ def held_out_rule(val_fraction: float, seed: int) -> tuple[int, int] | None:
 def split_shards(
     shards: Sequence[int], val_fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Shards to train on and shards held out.
+    """Split shards into those to train on and those held out by `held_out_rule`.
 
-    Held out are those of `held_out_rule`: at least one shard of any two is held out, and which ones
-    does not move when the cache grows.
+    At least one shard is held out of two or more, and the split of existing shards does not change
+    when the cache grows.
 
     Raises:
         ConfigError: the fraction is not in [0, 0.5].
-        EmptyCacheError: a part was asked of a single shard.
+        EmptyCacheError: there are too few shards to split.
     """
     rule = held_out_rule(val_fraction, seed)
     if rule is None:
         return list(shards), []
     if len(shards) < 2:
         raise EmptyCacheError(
-            "a cache of one shard has no held-out part: whole shards are held out",
+            "a cache of one shard cannot be split: whole shards are held out",
             expected="2 shards or more",
             got=len(shards),
             remedy="harvest more, or with a smaller --shard-size; or fit with --val-fraction 0",
@@ -170,9 +170,9 @@ def split_shards(
     modulus, residue = rule
     held_out = [s for s in shards if s % modulus == residue] or [shards[residue]]
     training = [s for s in shards if s not in set(held_out)]
-    if not training:  # a harvest that is not finished may have just these
+    if not training:  # possible while a harvest is unfinished
         raise EmptyCacheError(
-            "all the shards there are would be held out",
+            "all published shards would be held out",
             expected="a shard to train on",
             got=f"shards {', '.join(map(str, shards))}",
             remedy="finish the harvest, or fit with a smaller --val-fraction",
@@ -181,15 +181,15 @@ def split_shards(
 
 
 class Epoch:
-    """One epoch's line of blocks: step 1 of the rule, from which spans are looked up."""
+    """The permuted line of blocks of one epoch (step 1 of the rule), and its windows."""
 
     def __init__(self, plan: OrderPlan, epoch: int) -> None:
         self.plan, self.epoch = plan, epoch
-        # Blocks are numbered shard after shard. What is kept of a block is its number and where it
-        # ends on the line, 16 bytes: a large cache has tens of millions.
+        # Blocks are numbered shard after shard. Only a block's number and its end on the line are
+        # kept, 16 bytes: a large cache has tens of millions.
         shards = np.array([pair for pair in plan.shards if pair[1]], dtype=np.int64)  # [S, 2]
         self._shards, rows = shards[:, 0], shards[:, 1]
-        whole, rest = np.divmod(rows - 1, plan.block_rows)  # blocks before a shard's last one
+        whole, rest = np.divmod(rows - 1, plan.block_rows)  # full blocks before a shard's last one
         last = (whole + 1).cumsum() - 1
         sizes = np.full(last[-1] + 1, plan.block_rows, dtype=np.int64)  # [blocks]
         sizes[last] = rest + 1
@@ -199,37 +199,58 @@ class Epoch:
         np.cumsum(self._ends, out=self._ends)
 
     def spans(self, start: int, stop: int) -> Iterator[Span]:
-        """Where virtual rows [start, stop) lie, in order."""
+        """Yield the spans that hold virtual rows [start, stop), in order."""
         index = int(self._ends.searchsorted(start, side="right"))
         begin = int(self._ends[index - 1]) if index else 0
         while start < stop:
             block, end = int(self._blocks[index]), int(self._ends[index])
-            place = int(self._first.searchsorted(block, side="right")) - 1
-            row = (block - int(self._first[place])) * self.plan.block_rows + start - begin
+            shard = int(self._first.searchsorted(block, side="right")) - 1
+            row = (block - int(self._first[shard])) * self.plan.block_rows + start - begin
             take = min(end, stop) - start
-            yield Span(int(self._shards[place]), row, take)
+            yield Span(int(self._shards[shard]), row, take)
             start, begin, index = start + take, end, index + 1
 
     def window(self, lane: int, number: int) -> tuple[int, int]:
-        """Rows [start, stop) of a lane that form one of its windows."""
+        """Return the rows [start, stop) of a lane that form one of its windows."""
         plan = self.plan
         first = max(1, plan.window * (lane + 1) // plan.lanes)
         start = 0 if number == 0 else first + (number - 1) * plan.window
         return min(start, plan.lane_rows), min(first + number * plan.window, plan.lane_rows)
 
     def window_at(self, lane: int, row: int) -> int:
-        """Number of the window that holds a lane's row."""
+        """Return the number of the window that holds a row of a lane."""
         first = max(1, self.plan.window * (lane + 1) // self.plan.lanes)
         return 0 if row < first else 1 + (row - first) // self.plan.window
 
     def permutation(self, lane: int, number: int) -> Rows:
-        """Order in which a window's rows are taken."""
+        """Return the permutation in which the rows of a window are read. [rows of the window]"""
         start, stop = self.window(lane, number)
         return rng.permutation(stop - start, "window", self.plan.seed, self.epoch, lane, number)
 
 
+class SequentialEpoch(Epoch):
+    """An epoch of a plan whose windows are single rows, read in longer windows.
+
+    A window of one row leaves the order of its lane unchanged. So do longer windows whose rows are
+    not permuted, and they need fewer read calls.
+
+    Args:
+        plan: a plan with windows of one row.
+        epoch: number of the epoch.
+        window: rows of the windows to read.
+    """
+
+    def __init__(self, plan: OrderPlan, epoch: int, window: int) -> None:
+        super().__init__(replace(plan, window=window), epoch)
+
+    def permutation(self, lane: int, number: int) -> Rows:
+        """Return the identity permutation of a window."""
+        start, stop = self.window(lane, number)
+        return np.arange(stop - start)
+
+
 def lanes_of_rank(lanes: int, rank: int, world_size: int) -> list[int]:
-    """Lanes that one rank serves.
+    """Return the lanes that one rank reads.
 
     Raises:
         ConfigError: the lanes cannot be divided evenly.
@@ -245,7 +266,7 @@ def lanes_of_rank(lanes: int, rank: int, world_size: int) -> list[int]:
 
 
 def batch_rows(plan: OrderPlan, epoch: int, step: int) -> Rows:
-    """Addresses of a global batch: the rule spelled out. [B, 2] of (shard, row in shard)."""
+    """Compute the addresses of a global batch by the rule. [B, 2] of (shard, row in shard)."""
     line = Epoch(plan, epoch)
     addresses = []
     b = plan.rows_per_lane_and_batch

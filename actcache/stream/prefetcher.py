@@ -1,8 +1,8 @@
-"""A thread that makes items ahead of whoever takes them, and always ends.
+"""Prefetch: a thread that produces the items of an iterator ahead of their use, and always ends.
 
-It knows nothing of its consumer, so that one who is forgotten can be collected, and the thread with
-it. At the interpreter's exit it is ended before Python takes its threads down: one that is in
-torch's code by then would take the process down with it.
+The thread holds no reference to its consumer, so that a consumer without references is collected
+and its finalizer stops the thread. At the interpreter's exit all threads are stopped first: a
+daemon thread that is in torch's code during the shutdown would crash the process.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 Make = Callable[[Executor, threading.Event], Iterator[T]]
-"""Items, with threads to help; ends early when the event is set."""
+"""Creates the iterator, given an executor; the iterator ends early when the event is set."""
 
 
 class BackgroundIterator(Generic[T]):
-    """Items of an iterator, made ahead in a thread of its own.
+    """Items of an iterator that runs in a thread of its own.
 
     Args:
-        make: gives the iterator, in that thread.
-        ahead: items that may wait to be taken.
-        helpers: more threads, which `make` is given.
+        make: creates the iterator, in that thread.
+        prefetch: number of items that are queued.
+        workers: number of threads of the executor that `make` is given.
     """
 
-    def __init__(self, make: Make[T], ahead: int, helpers: int) -> None:
-        self._make, self._helpers = make, helpers
-        self._items: queue.Queue[T | BaseException | None] = queue.Queue(ahead)
+    def __init__(self, make: Make[T], prefetch: int, workers: int) -> None:
+        self._make, self._workers = make, workers
+        self._items: queue.Queue[T | BaseException | None] = queue.Queue(prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="actcache-reader", daemon=True)
         self._thread.start()
         _running.add(self)
 
     def get(self, seconds: float) -> T | BaseException | None:
-        """The next item; None after the last; an error, whole, instead of the item that it hit.
+        """Return the next item, None after the last one, or the exception that ended the iterator.
 
         Raises:
             queue.Empty: there is none after so many seconds.
@@ -46,21 +46,21 @@ class BackgroundIterator(Generic[T]):
         return self._items.get(timeout=seconds)
 
     def is_alive(self) -> bool:
-        """Whether there is or may come an item; not in a process that forked."""
+        """Return whether an item is queued or may follow; False in a forked child process."""
         return self._thread.is_alive() or not self._items.empty()
 
     def stop(self) -> None:
-        """Ask it to end, and do not wait: this may be called while anything is collected."""
+        """Request the end of the thread without waiting: safe to call from a finalizer."""
         self._stop.set()
 
     def close(self) -> None:
-        """End it."""
+        """Stop the thread and join it."""
         self.stop()
         self._thread.join()
 
     def _run(self) -> None:
         try:
-            with ThreadPoolExecutor(self._helpers, "actcache-loader") as threads:
+            with ThreadPoolExecutor(self._workers, "actcache-loader") as threads:
                 try:
                     for item in self._make(threads, self._stop):
                         if not self._put(item):
@@ -68,7 +68,7 @@ class BackgroundIterator(Generic[T]):
                 finally:
                     threads.shutdown(cancel_futures=True)
             self._put(None)
-        except BaseException as error:  # handed over whole: whoever takes the item raises it
+        except BaseException as error:  # queued with its traceback: the consumer raises it
             self._put(error)
 
     def _put(self, item: T | BaseException | None) -> bool:
@@ -85,9 +85,9 @@ _running: weakref.WeakSet[BackgroundIterator[Any]] = weakref.WeakSet()
 
 
 @atexit.register
-def _end_all() -> None:
+def _stop_all() -> None:
     running = list(_running)
-    for producer in running:
-        producer.stop()
-    for producer in running:
-        producer.close()
+    for iterator in running:
+        iterator.stop()
+    for iterator in running:
+        iterator.close()

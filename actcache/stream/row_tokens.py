@@ -1,4 +1,4 @@
-"""Which token each row of a stream is: its id, its sequence in the whole harvest, its position."""
+"""Tokens of a stream's rows: id, sequence number in the whole harvest, and position."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from actcache.cache.reader import Cache
 from actcache.stream.order import Rows
 
 TEXT_BYTES = 2**28
-"""Of text that is kept in memory, unless said otherwise."""
+"""Default limit of token tables that are kept in memory."""
 
 
 @dataclass(frozen=True)
 class RowTokens:
-    """The tokens that some rows are. n rows."""
+    """Tokens of n rows."""
 
     tokens: Rows
     """Token ids. [n]"""
     sequences: Rows
-    """Sequences, numbered through the whole harvest. [n]"""
+    """Sequence numbers, counted over the whole harvest. [n]"""
     positions: Rows
     """Positions within their sequences. [n]"""
 
 
 class RowTokenReader:
-    """Looks rows up in the shards' tokens files, which are read when first needed, and checked.
+    """Looks rows up in the shards' tokens files, which are verified when first read.
 
-    Shards used last stay in memory, 12 bytes a row, up to a limit; at least one always does. A
-    batch has rows of many shards: where the text of all of them together is larger than the limit,
-    it is read over and over, and slows the stream down.
+    An LRU cache keeps the tables of shards, 12 bytes a row, up to a limit; at least one is kept.
+    A batch has rows of many shards: if their tables exceed the limit together, they are read again
+    and again, which slows the stream down.
 
     Args:
-        cache: where the text is; its receipts may grow.
-        limit: bytes of text to keep.
+        cache: source of the tokens; its receipts may grow.
+        limit: bytes of tables to keep.
     """
 
     def __init__(self, cache: Cache, limit: int = TEXT_BYTES) -> None:
         self._cache, self._limit = cache, limit
-        self._kept: OrderedDict[int, NDArray[np.int32]] = OrderedDict()  # oldest use first
+        self._kept: OrderedDict[int, NDArray[np.int32]] = OrderedDict()  # least recently used first
         self._bytes = 0
         self._lock = threading.Lock()
 
     def of(self, addresses: Rows) -> RowTokens:
-        """The tokens that rows are, by their (shard, row in shard). [n, 2]
+        """Look up the tokens of rows by their addresses (shard, row in shard). [n, 2]
 
         Raises:
-            CorruptShardError: a tokens file is missing or is not what the receipt promises.
+            CorruptShardError: a tokens file is missing or does not match its receipt.
         """
         found = np.empty((3, len(addresses)), dtype=np.int64)
         shards, rows = addresses.T
@@ -59,15 +59,15 @@ class RowTokenReader:
             with self._lock:
                 table = self._shard(int(shard))
             found[:, here] = table[rows[here]].T
-            # Within the shard as kept; in 10^10 sequences the number would not fit 32 bits.
+            # Tables count from the shard's first sequence: 10^10 sequences do not fit into 32 bits.
             found[1, here] += self._cache.receipts[int(shard)].first_sequence
         return RowTokens(*found)
 
     def _shard(self, shard: int) -> NDArray[np.int32]:
         if shard not in self._kept:
-            words = self._cache.tokens(shard)
-            where = words.row_sequence, words.row_position
-            table = np.stack([words.tokens[where], *where], axis=1)  # [N, 3]
+            tokens = self._cache.tokens(shard)
+            where = tokens.row_sequence, tokens.row_position
+            table = np.stack([tokens.tokens[where], *where], axis=1)  # [N, 3]
             while self._kept and self._bytes + table.nbytes > self._limit:
                 _, oldest = self._kept.popitem(last=False)
                 self._bytes -= oldest.nbytes

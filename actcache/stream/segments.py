@@ -1,8 +1,9 @@
-"""Segments: how a cache that is still being harvested is cut up for training. Pure functions.
+"""Segments: groups of shards in which a cache is trained on while it is still being harvested.
 
-Segment n is the shards [n·G, (n + 1)·G), the last one what is left. Each has a plan of its own (see
-`order`), so that it can be trained on as soon as its shards are there, whatever comes later. An
-epoch is all segments in turn. Letters: G shards of a segment, B rows of a batch.
+Segment n has the shards [n·G, (n + 1)·G), the last one the remaining shards. Each segment has a
+plan of its own (see `order`), so that training on it can begin as soon as its shards are published,
+independent of later ones. An epoch is all segments in turn. Letters: G shards of a segment, B rows
+of a batch.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from actcache.format.manifest import Manifest
 from actcache.stream.order import OrderPlan, held_out_rule, make_plan
 
 _BATCHES = 64
-"""Batches that a segment should hold: less than one is left over at its end, 1/64 of its rows."""
+"""Least number of batches of a segment: so less than 1/64 of its rows is left over at its end."""
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """All that the order of segments depends on, besides how many rows each shard has."""
+    """Everything that the order of segments depends on, except for the rows of each shard."""
 
     shards_each: int
     """Shards of a segment, G."""
@@ -34,23 +35,23 @@ class Segmentation:
     seed: int
     """Seed of the order and of the held-out split."""
     pool_rows: int
-    """Rows to hold in memory."""
+    """Rows to hold in memory over all lanes."""
     val_fraction: float
     """Share of the shards that is held out."""
 
     def shards(self, number: int, last: int | None = None) -> range:
-        """Shards of a segment; none after the last.
+        """Return the shards of a segment; empty after the last one.
 
         Args:
-            number: which segment, from 0.
-            last: number of the cache's last shard, where it is known.
+            number: number of the segment, from 0.
+            last: number of the cache's last shard, if known.
         """
         first = number * self.shards_each
         stop = first + self.shards_each
         return range(first, stop if last is None else min(stop, last + 1))
 
     def is_held_out(self, shard: int) -> bool:
-        """Whether a shard is never trained on: by its number alone."""
+        """Return whether a shard is held out of training: depends only on its number."""
         return self._rule is not None and shard % self._rule[0] == self._rule[1]
 
     @cached_property
@@ -58,14 +59,14 @@ class Segmentation:
         return held_out_rule(self.val_fraction, self.seed)
 
     def plan(self, number: int, rows: Mapping[int, int]) -> OrderPlan | None:
-        """The order of one segment's training rows; None if they are fewer than a batch.
+        """Plan the order of one segment's training rows; None if they are fewer than a batch.
 
-        The first segment has the run's own seed, each other the next number: a cache of one segment
-        is trained on as it is without segments.
+        The first segment uses the run's seed, each later one the seed plus its number. So a cache
+        of one segment has the same order as without segments.
 
         Args:
-            number: which segment.
-            rows: of each of its shards.
+            number: number of the segment.
+            rows: rows of each of its shards.
         """
         training = [(shard, n) for shard, n in rows.items() if not self.is_held_out(shard)]
         if sum(n for _, n in training) < self.batch_size:
@@ -74,7 +75,7 @@ class Segmentation:
         return make_plan(training, self.block_rows, self.batch_size, seed, self.pool_rows)
 
     def steps(self, rows: Mapping[int, int]) -> int:
-        """Global batches in an epoch over all shards of a cache, given the rows of each."""
+        """Count the global batches of an epoch over all shards, given the rows of each."""
         segments = range(-(-len(rows) // self.shards_each))
         parts = [{s: rows[s] for s in self.shards(n, len(rows) - 1)} for n in segments]
         plans = [self.plan(number, part) for number, part in enumerate(parts)]
@@ -82,17 +83,18 @@ class Segmentation:
 
 
 def default_shards_each(manifest: Manifest, batch_size: int, pool_rows: int) -> int:
-    """The fewest shards, at least 2, whose rows fill the pool and hold 64 batches.
+    """Return the fewest shards, at least 2, whose rows fill the buffer and 64 batches.
 
-    With fewer rows than the pool, batches would be mixed worse than memory allows; with fewer
-    batches, more than 1/64 of the rows could be left over. Of two neighbours one is trained on.
+    With fewer rows than the buffer, batches would be mixed less than memory allows; with fewer
+    batches, more than 1/64 of the rows could be left over. At least one of any two consecutive
+    shards is trained on.
     """
     rows = max(pool_rows, _BATCHES * batch_size)
     return max(2, math.ceil(rows / manifest.shard_rows))
 
 
 def goal_rows(manifest: Manifest, sequences: int) -> dict[int, int]:
-    """The most rows that each shard of a harvest of so many sequences can have, by number."""
+    """Return the largest possible number of rows of each shard of a harvest, by shard number."""
     plan, each = manifest.plan, manifest.identity.rows_per_sequence
     most = {
         s: (plan.max_sequences(s), plan.first_sequence(s)) for s in range(plan.shards_of(sequences))
@@ -101,48 +103,48 @@ def goal_rows(manifest: Manifest, sequences: int) -> dict[int, int]:
 
 
 POLL_SECONDS = 1.0
-"""Between two looks for a shard: a few calls of stat, however large the cache is."""
+"""Interval between polls for a shard. A poll is a few calls of stat, for any size of cache."""
 
 
 class SegmentFollower:
-    """The segments of a cache, one after another, as the harvest publishes them.
+    """A `PlanSource` of the segments of a cache, in the order in which the harvest publishes them.
 
     Args:
-        cache: the cache; takes in receipts as they are needed.
-        segmentation: how it is cut up.
-        last: number of the last shard, if that is settled; else the seal tells it.
+        cache: the cache; its receipts are refreshed as they are needed.
+        segmentation: division of the cache into segments.
+        last: number of the last shard, if known; else it is read from the completion marker.
     """
 
     def __init__(self, cache: Cache, segmentation: Segmentation, last: int | None = None) -> None:
         self.cache, self.segmentation, self.last = cache, segmentation, last
         self.missing: int | None = None
-        """The shard that `walk` waits for now."""
+        """The shard that `iter_plans` waits for now."""
 
     def poll(self, number: int) -> int | None:
-        """Look for a segment's shards: the first that is missing, or None if all are there."""
+        """Refresh a segment's shards. Return the first missing one; None if all exist."""
         missing = self.cache.refresh(self.segmentation.shards(number, self.last))
         if self.last is None and self.cache.end is not None:
             self.last = self.cache.end.last_shard
-            return self.poll(number)  # what is missing may lie beyond the end
+            return self.poll(number)  # the missing shard may lie beyond the end
         return missing
 
     def shards(self, number: int) -> range:
-        """Shards of a segment as far as is known; none after the last."""
+        """Return the shards of a segment as far as known; empty after the last one."""
         return self.segmentation.shards(number, self.last)
 
     def plan(self, number: int) -> OrderPlan | None:
-        """The order of a segment that is there; None if it has fewer training rows than a batch."""
+        """Plan the order of a published segment; None if it has fewer rows than a batch."""
         receipts = self.cache.receipts
         return self.segmentation.plan(number, {s: receipts[s].rows for s in self.shards(number)})
 
     def iter_plans(self, first: int, stop: threading.Event) -> Iterator[tuple[int, OrderPlan]]:
-        """Number and plan of each segment from `first` on, waiting for it, until the last.
+        """Yield number and plan of each segment from `first` to the last, waiting until published.
 
-        Segments with fewer training rows than a batch are passed over.
+        Segments with fewer training rows than a batch are skipped.
 
         Args:
-            first: number of the segment to begin with.
-            stop: ends the walk when it is set, in the middle of waiting too.
+            first: number of the first segment.
+            stop: ends the iteration when set, also while it waits.
         """
         number = first
         while True:

@@ -1,4 +1,4 @@
-"""What is read, and that it is counted right."""
+"""The benchmark: rows and bytes that it reads, and the speeds that it reports."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_every_way_of_reading_is_measured(backend: str, make_cache: Callable[...
     assert found.hookpoints == ("layers.0", "layers.1")
     assert (found.rows, found.bytes) == (4 * 128, 4 * 128 * (16 + 8 + 4 + 4))
     assert [speed.what for speed in found.speeds] == [
-        f"{way}, from {where}"
-        for way in ("files, front to back", "batches in order", "batches mixed")
+        f"{name}, from {where}"
+        for name in ("files, front to back", "batches in order", "batches mixed")
         for where in ("disk", "memory")
     ]
     for speed in found.speeds:
@@ -31,7 +31,7 @@ def test_every_way_of_reading_is_measured(backend: str, make_cache: Callable[...
         assert speed.rows_per_second > 0
 
 
-def test_only_the_hookpoints_and_bytes_asked_for_are_read(make_cache: Callable[..., Path]) -> None:
+def test_only_the_given_hookpoints_and_bytes_are_read(make_cache: Callable[..., Path]) -> None:
     root = make_cache(hookpoints=HOOKPOINTS)
     for path in (root / "activations" / "layers.1").iterdir():
         path.unlink()
@@ -43,6 +43,6 @@ def test_only_the_hookpoints_and_bytes_asked_for_are_read(make_cache: Callable[.
         benchmark_reads(cache, ["layers.7"])
 
 
-def test_a_cache_without_shards_is_refused(make_cache: Callable[..., Path]) -> None:
+def test_a_cache_without_shards_is_rejected(make_cache: Callable[..., Path]) -> None:
     with pytest.raises(EmptyCacheError):
         benchmark_reads(Cache.open(make_cache(shards=0, end=False)))

@@ -1,4 +1,4 @@
-"""Rows that are mixed on a device: here the CPU, where nothing is put off; on a GPU at the end."""
+"""Shuffling on a device: on the CPU, where operations are synchronous, and on a GPU at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def a_plan(pool_rows: int = 128) -> OrderPlan:
 
 
 def require_same(cache: Cache, plan: OrderPlan, device: str, hold: bool) -> None:
-    """Whether batches on a device are those in main memory, bit for bit, for over two epochs."""
+    """Check that batches on a device equal those in main memory bit for bit for two epochs."""
     reading = ReadSettings(3, max_read_bytes=100, readahead=True)
     with (
         ActivationStream(cache, cache.hookpoints, plan) as host,
@@ -49,20 +49,20 @@ def require_same(cache: Cache, plan: OrderPlan, device: str, hold: bool) -> None
                 assert rows.device.type == device
                 assert rows.dtype == expected.activations[name].dtype
                 assert torch.equal(rows.cpu(), expected.activations[name])
-        for expected, found in held:  # nothing was used again that somebody holds
+        for expected, found in held:  # memory that is referenced is not recycled
             for name in HOOKPOINTS:
                 assert torch.equal(found.activations[name].cpu(), expected.activations[name])
 
 
 @pytest.mark.parametrize("pool_rows", [1, 20, 128])
 @pytest.mark.parametrize("dtype", ROW_DTYPES)
-def test_batches_on_a_device_are_those_in_main_memory(
+def test_batches_on_a_device_equal_those_in_main_memory(
     dtype: str, pool_rows: int, open_cache: Callable[..., Cache]
 ) -> None:
     require_same(open_cache(dtype), a_plan(pool_rows), "cpu", hold=True)
 
 
-def test_a_reading_error_ends_the_stream_and_leaves_nobody_waiting_for_memory(
+def test_a_read_error_ends_the_stream_without_a_deadlock_on_staging_memory(
     open_cache: Callable[..., Cache],
 ) -> None:
     cache, plan = open_cache(), a_plan()
@@ -73,10 +73,10 @@ def test_a_reading_error_ends_the_stream_and_leaves_nobody_waiting_for_memory(
         for path in (cache.root / "activations" / "layers.0").iterdir():
             path.unlink()
         with pytest.raises(CorruptShardError, match="is gone"):
-            list(stream)  # endless, but for that
+            list(stream)  # endless without the error
 
 
-def test_a_device_without_room_is_told_with_the_option_that_helps(
+def test_a_device_out_of_memory_raises_an_error_that_names_the_option(
     open_cache: Callable[..., Cache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> object:
@@ -94,7 +94,7 @@ def test_a_device_without_room_is_told_with_the_option_that_helps(
 @pytest.mark.gpu
 @pytest.mark.parametrize("pool_rows", [1, 20, 128])
 @pytest.mark.parametrize("dtype", ROW_DTYPES)
-def test_batches_on_a_gpu_are_those_in_main_memory(
+def test_batches_on_a_gpu_equal_those_in_main_memory(
     dtype: str, pool_rows: int, open_cache: Callable[..., Cache]
 ) -> None:
     for hold in (True, False):

@@ -1,4 +1,4 @@
-"""What so many bytes hold, and that a stream takes no more of them."""
+"""Rows that a budget holds, and the peak memory of a stream with that budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def manifest_of(make_cache: Callable[..., Path]) -> Callable[..., Manifest]:
-    """A factory of manifests of some hookpoints of one width."""
+    """Factory of manifests of some hookpoints of one width."""
 
     def make(width: int, hookpoints: int = 1, dtype: str = "bfloat16") -> Manifest:
         names = {f"layers.{n}": width for n in range(hookpoints)}
@@ -36,14 +36,14 @@ def names(manifest: Manifest) -> list[str]:
 
 
 @pytest.mark.parametrize(("width", "hookpoints"), [(576, 2), (768, 1), (2048, 1), (3072, 1)])
-def test_common_sizes_have_the_pool_that_they_always_had(
+def test_common_widths_have_the_default_pool(
     width: int, hookpoints: int, manifest_of: Callable[..., Manifest]
 ) -> None:
     manifest = manifest_of(width, hookpoints)
     assert plan_memory(None, manifest, names(manifest), 4096).pool_rows == POOL_ROWS == 2**19
 
 
-def test_wide_rows_and_many_hookpoints_have_a_pool_that_fits_the_default(
+def test_wide_rows_and_many_hookpoints_have_a_smaller_pool(
     manifest_of: Callable[..., Manifest],
 ) -> None:
     wide, many = manifest_of(8192), manifest_of(4096, 32)
@@ -57,7 +57,7 @@ def test_wide_rows_and_many_hookpoints_have_a_pool_that_fits_the_default(
     assert plan_memory(16 * batch, many, names(many), 4096).pool_rows > 2 * found.pool_rows
 
 
-def test_the_pool_follows_from_the_bytes_asked_for_without_an_upper_bound(
+def test_the_pool_grows_with_the_budget_without_an_upper_bound(
     manifest_of: Callable[..., Manifest],
 ) -> None:
     manifest = manifest_of(64)
@@ -67,7 +67,7 @@ def test_the_pool_follows_from_the_bytes_asked_for_without_an_upper_bound(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_the_least_that_is_needed_is_told_and_is_enough(
+def test_the_error_names_the_least_budget_and_that_is_enough(
     dtype: str, manifest_of: Callable[..., Manifest]
 ) -> None:
     manifest = manifest_of(512, 2, dtype)
@@ -95,14 +95,14 @@ def status(key):
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 cache, budget = Cache.open(sys.argv[1]), int(sys.argv[2])
-spent = plan_memory(budget, cache.manifest, cache.hookpoints, 1024)
+found = plan_memory(budget, cache.manifest, cache.hookpoints, 1024)
 shards = [(s, r.rows) for s, r in cache.receipts.items()]
-plan = make_plan(shards, cache.manifest.block_rows, 1024, 0, spent.pool_rows)
-little = make_plan(shards, cache.manifest.block_rows, 16, 0, 16)
-with ActivationStream(cache, cache.hookpoints, little, verify="never") as small:
-    next(small)  # what libraries take when they are first used
-with ActivationStream(cache, cache.hookpoints, plan, prefetch=spent.prefetch) as stream:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is of now
+plan = make_plan(shards, cache.manifest.block_rows, 1024, 0, found.pool_rows)
+small_plan = make_plan(shards, cache.manifest.block_rows, 16, 0, 16)
+with ActivationStream(cache, cache.hookpoints, small_plan, verify="never") as small:
+    next(small)  # memory that libraries allocate on first use
+with ActivationStream(cache, cache.hookpoints, plan, prefetch=found.prefetch) as stream:
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     for _ in range(plan.steps_per_epoch + 5):
         batch = next(stream)
@@ -131,8 +131,8 @@ def large_cache(request: pytest.FixtureRequest, make_cache: Callable[..., Path])
     )
 
 
-def test_a_stream_takes_no_more_memory_than_it_was_given(large_cache: Path) -> None:
-    """Resident memory of a process of its own, above what it takes to begin."""
+def test_a_streams_peak_memory_stays_within_its_budget(large_cache: Path) -> None:
+    """Measured as the growth of resident memory of a separate process."""
     for extra in (30, 50):
         budget = SCRATCH + extra * MIB
         command = [sys.executable, "-c", _CHILD, str(large_cache), str(budget)]

@@ -26,26 +26,26 @@ def until(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
-def test_items_come_in_their_order_and_none_after_the_last() -> None:
-    producer = BackgroundIterator(counting, 2, 1)
-    assert [producer.get(60) for _ in range(6)] == [0, 1, 4, 9, 16, None]
-    producer.close()
-    assert not producer.is_alive()
+def test_items_come_in_order_and_then_none() -> None:
+    items = BackgroundIterator(counting, 2, 1)
+    assert [items.get(60) for _ in range(6)] == [0, 1, 4, 9, 16, None]
+    items.close()
+    assert not items.is_alive()
 
 
-def test_an_error_comes_whole_after_the_items_before_it() -> None:
+def test_an_error_arrives_with_its_traceback_after_the_items_before_it() -> None:
     def failing(executor: Executor, stop: threading.Event) -> Iterator[int]:
         yield from counting(executor, stop)
         raise ZeroDivisionError("the cause")
 
-    producer = BackgroundIterator(failing, 10, 1)
-    found = [producer.get(60) for _ in range(6)]
+    items = BackgroundIterator(failing, 10, 1)
+    found = [items.get(60) for _ in range(6)]
     assert isinstance(found[-1], ZeroDivisionError)
     assert found[-1].__traceback__ is not None
-    producer.close()
+    items.close()
 
 
-def test_no_more_is_made_than_may_wait() -> None:
+def test_no_more_items_are_made_than_fit_into_the_queue() -> None:
     made: list[int] = []
 
     def make(executor: Executor, stop: threading.Event) -> Iterator[int]:
@@ -53,29 +53,29 @@ def test_no_more_is_made_than_may_wait() -> None:
             made.append(number)
             yield number
 
-    producer = BackgroundIterator(make, 2, 1)
-    until(lambda: len(made) == 3)  # two wait, one is held
+    items = BackgroundIterator(make, 2, 1)
+    until(lambda: len(made) == 3)  # two are queued, one is held
     assert len(made) == 3
-    producer.close()
+    items.close()
 
 
-def test_whoever_waits_in_vain_is_told() -> None:
+def test_get_raises_after_its_timeout() -> None:
     def make(executor: Executor, stop: threading.Event) -> Iterator[int]:
         del executor
         stop.wait()
         yield 0
 
-    producer = BackgroundIterator(make, 1, 1)
+    items = BackgroundIterator(make, 1, 1)
     with pytest.raises(queue.Empty):
-        producer.get(0.01)
-    assert producer.is_alive()
-    producer.close()
+        items.get(0.01)
+    assert items.is_alive()
+    items.close()
 
 
-def test_closing_ends_one_whose_items_nobody_takes() -> None:
+def test_close_ends_the_threads_while_items_are_queued() -> None:
     before = threading.active_count()
-    producer = BackgroundIterator(counting, 1, 3)
-    producer.close()
+    items = BackgroundIterator(counting, 1, 3)
+    items.close()
     assert threading.active_count() == before
 
 
@@ -89,20 +89,20 @@ def make(threads, stop):
     finally:
         print("ended")
 
-producer = BackgroundIterator(make, 1, 1)
-producer.take(60)
+items = BackgroundIterator(make, 1, 1)
+items.get(60)
 """
 
 
-def test_at_exit_threads_are_ended_and_not_cut_off() -> None:
+def test_threads_end_cleanly_at_exit() -> None:
     done = subprocess.run(
         [sys.executable, "-c", NEVER_CLOSED], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
 
 
-def test_a_stopped_one_ends_by_itself() -> None:
+def test_a_stopped_iterator_ends_by_itself() -> None:
     before = threading.active_count()
-    producer = BackgroundIterator(counting, 1, 1)
-    producer.stop()
+    items = BackgroundIterator(counting, 1, 1)
+    items.stop()
     until(lambda: threading.active_count() == before)

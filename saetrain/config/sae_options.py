@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from actcache.core.options import MAIN, option
 from actcache.errors import ConfigError
-from saetrain.config.sae import ANNEALED, PENALISED, ActivationName
+from saetrain.config.sae import ANNEALED, PENALISED, ActivationName, SaeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,53 @@ DecoderNorm = Literal["unit", "fold", "free"]
 
 InputScale = Literal["none", "rms", "unit"]
 BDecInit = Literal["mean", "geometric-median", "zeros"]
+
+
+@dataclass(frozen=True)
+class SaeEntry:
+    """One SAE of a run."""
+
+    hookpoint: str
+    """Hookpoint it is trained on; "crosscoder" for a crosscoder."""
+    config: SaeConfig
+    """Its kind and sizes."""
+    lr: float
+    """Its peak learning rate."""
+    seed: int
+    """Seed of its weights."""
+    setting: str = ""
+    """Name of its options among the run's SAEs of this hookpoint, such as k32-lr1e-3; empty if it
+    is the only one."""
+    options: SaeOptions = field(default_factory=SaeOptions)
+    """Its options, as given by the user."""
+    reads: tuple[str, ...] = ()
+    """Hookpoints whose rows it reads, side by side; empty: `hookpoint`."""
+    predicts: tuple[str, ...] = ()
+    """Hookpoints whose rows it predicts; empty: those it reads."""
+    scales: tuple[float, ...] = ()
+    """With --input-scale, the factor of each hookpoint's rows in training."""
+    encoder_scale: float = 1.0
+    """Factor of its initial encoder weights."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Hookpoints whose rows it reads."""
+        return self.reads or (self.hookpoint,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Hookpoints whose rows it predicts."""
+        return self.predicts or self.sources
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Hookpoints whose rows form its batch, in order."""
+        return (*self.sources, *self.predicts)
+
+    @property
+    def name(self) -> str:
+        """Name in the run, which is also its folder: HOOKPOINT or HOOKPOINT/SETTING."""
+        return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
 
 
 def require_options(options: SaeOptions) -> None:

@@ -22,12 +22,13 @@ from actcache.errors import ConfigError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import lanes_of_rank
 from saetrain.config.fit_config import FitConfig
+from saetrain.config.sae_options import SaeEntry
 from saetrain.distributed.metric_gathering import GatheringTracker, NullTracker, WorkerTracker
 from saetrain.distributed.partition import SaeCost, max_lead_steps, partition
 from saetrain.distributed.process_group import Failure, RemoteRankError, StoreGroup, connect
 from saetrain.distributed.signals import REPEAT_WINDOW, RunStopped, StopRequested, StopSignals
 from saetrain.runs.checkpoint import NEWEST, RetentionPolicy, SaeState, finalize_checkpoint
-from saetrain.runs.record import RunRecord, SaeEntry
+from saetrain.runs.record import RunRecord
 from saetrain.tracking.jsonl import JsonlTracker
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The SAEs of a run with all that trains them, as they are before the first step."""
+"""Set-up of a run: SAEs, optimizers and held-out rows, at step 0 or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from actcache.cache.reader import Cache
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import digest_file
-from saetrain.distributed.coordinator import Coordinator
 from saetrain.formats.sparsify import WEIGHTS
 from saetrain.launch.finetune import load_pretrained
+from saetrain.launch.session import RunSession
 from saetrain.model.hookpoint_io import hookpoints_of, target_stats
 from saetrain.model.losses import make_loss_config
 from saetrain.optim import make_optimizer, make_schedule, warmup_steps
@@ -40,77 +40,104 @@ from saetrain.training.step_settings import make_step_settings
 from saetrain.training.validation import Validation
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunState:
-    """All that a run needs in order to go, or to go on."""
+    """A run between its start and its training: its record, and the objects built for it."""
 
-    trainers: list[SaeTrainer]
-    """What this process trains."""
-    segment_tracker: SegmentTracker | None
-    """Its side of following a harvest."""
-    validation: Validation | None
+    record: RunRecord
+    cache: Cache
+    """The cache, cut off after the last extension that the run uses."""
+    device: torch.device
+    """Device of this process."""
+    resumed: bool = False
+    """Whether the run was started by an earlier call."""
+    changes: tuple[str, ...] = ()
+    """On rank 0, what has changed since the run was last started."""
+    warnings: tuple[str, ...] = ()
+    """On rank 0, warnings of the start."""
+
+    step: int = 0
+    """Steps done before this call."""
+    stream_state: dict[str, int] = field(default_factory=dict)
+    """State of the stream in the restored checkpoint; empty at step 0."""
+    restore_warnings: tuple[str, ...] = ()
+    """On rank 0, a warning if a newer checkpoint is damaged."""
+    trainers: list[SaeTrainer] = field(default_factory=list)
+    """The SAEs that this process trains."""
+    segment_tracker: SegmentTracker | None = None
+    """With --follow, the segments of the harvest."""
+    validation: Validation | None = None
     """Held-out rows, if this process validates."""
-    resume_point: ResumePoint
-    """Where it goes on from."""
 
 
-def set_up_run(
-    root: Path,
-    record: RunRecord,
-    cache: Cache,
-    device: torch.device,
-    coordinator: Coordinator,
-    begun: bool,
-) -> RunState:
-    """Build a run as it begins; one that was begun before, as its newest checkpoint left it.
+@dataclass(frozen=True)
+class RunBroadcast:
+    """Message of rank 0 that starts the run on the other ranks."""
+
+    resumed: bool
+    record: RunRecord
+
+
+@dataclass(frozen=True)
+class CheckpointBroadcast:
+    """Message of rank 0 that names the checkpoint to restore."""
+
+    step: int | None
+    """Its steps; None if there is none."""
+
+
+def set_up_run(session: RunSession, run: RunState) -> None:
+    """Build SAEs and optimizers; for a resumed run, restore its newest checkpoint.
 
     Raises:
-        ActcacheError: one of its kinds: it cannot be built.
+        ActcacheError: one of its subclasses: the run cannot be built.
     """
-    coordinator.init_process_group(device)
-    numbers = coordinator.assigned_saes(record.saes)
-    trainers = make_trainers(record, cache, device, numbers, coordinator.is_data_parallel)
-    segment_tracker = (
-        None
-        if record.segment_shards is None
-        else SegmentTracker(root, record, cache, coordinator.is_rank_zero)
-    )
-    resume_point = (
-        restore_checkpoint(root, record, trainers, segment_tracker, coordinator)
-        if begun
-        else ResumePoint()
-    )
-    if resume_point.step == 0:
+    record, cache, coordinator = run.record, run.cache, session.coordinator
+    coordinator.init_process_group(run.device)
+    indices = coordinator.assigned_saes(record.saes)
+    run.trainers = make_trainers(record, cache, run.device, indices, coordinator.batch_parts)
+    if record.segment_shards is not None:
+        run.segment_tracker = SegmentTracker(session.root, record, cache, coordinator.is_rank_zero)
+    if run.resumed:
+        restore_checkpoint(session, run)
+    if run.step == 0:
         first = FirstRows(cache, record.plan)
-        for trainer in trainers:
+        for trainer in run.trainers:
             init_b_dec_at_median(trainer.sae, trainer.entry, first)
             if record.origins:
                 origin = record.origins[trainer.index]
                 load_pretrained(trainer.sae, trainer.entry, origin, record.options)
-    validates = coordinator.writes_saes and resume_point.step < record.steps
-    validation = held_out_rows(record, cache, trainers) if validates else None
-    return RunState(trainers, segment_tracker, validation, resume_point)
+    options = record.options
+    if options.val_every is not None and coordinator.writes_saes and run.step < record.steps:
+        run.validation = Validation(
+            cache,
+            hookpoints_of([trainer.entry for trainer in run.trainers]),
+            record.training_shards,
+            record.held_out,
+            options.val_rows,
+            options.verify,
+        )
 
 
 def make_trainers(
     record: RunRecord,
     cache: Cache,
     device: torch.device,
-    numbers: Sequence[int],
-    is_data_parallel: bool = False,
+    indices: Sequence[int],
+    batch_parts: int = 1,
 ) -> list[SaeTrainer]:
-    """The SAEs of these numbers with their optimisers, b_dec at the mean of the training rows."""
+    """Build the SAEs of these indices, b_dec at the mean of the training rows, and optimizers."""
     if record.options.autocast:
         require_bfloat16_products(device)
     if record.options.cuda_graphs:
         require_cuda_graphs(device)
     if record.options.compile:
         require_compiler(device)
-    # Once for each hookpoint: they are merged from as many files as there are shards.
+    # Merged once per hookpoint, from one file per shard.
     statistics_of = functools.cache(lambda name: cache.statistics(name, record.training_shards))
     trainers = []
-    for number in numbers:
-        entry = record.saes[number]
+    for index in indices:
+        entry = record.saes[index]
         sizes, options = entry.config, record.options.of(entry.options)
         targets = target_stats(entry, statistics_of)
         sae = initial_sae(entry, targets, options, device)
@@ -124,137 +151,94 @@ def make_trainers(
             weight_decay=options.weight_decay,
             decoder_norm=options.decoder_norm,
         )
-        rise = options.sparsity_warmup_steps
+        warmup = options.sparsity_warmup_steps
         loss_config = make_loss_config(
-            sizes, record.steps // 20 if rise is None else rise, targets.parts
+            sizes, record.steps // 20 if warmup is None else warmup, targets.parts
         )
+        loss_names = loss_config.names
         trainers.append(
             SaeTrainer(
                 entry,
                 sae,
                 optimizer,
                 DeadLatentTracker(sizes.num_latents, record.dead_after, device),
-                MeanMeter(device, loss_config.names),
+                MeanMeter(device, loss_names),
                 targets.variance,
                 loss_config,
                 make_step_settings(options, sizes),
-                index=number,
-                ddp=DdpStep(sae) if is_data_parallel else None,
+                index=index,
+                ddp=DdpStep(sae) if batch_parts > 1 else None,
             )
         )
     return trainers
 
 
-def held_out_rows(record: RunRecord, cache: Cache, trainers: list[SaeTrainer]) -> Validation | None:
-    """What a run validates on, if it does."""
-    options = record.options
-    if options.val_every is None:
-        return None
-    hookpoints = hookpoints_of([trainer.entry for trainer in trainers])
-    held_out = record.held_out
-    return Validation(
-        cache, hookpoints, record.training_shards, held_out, options.val_rows, options.verify
-    )
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """What a run goes on from; by default, its beginning."""
-
-    step: int = 0
-    """Steps done."""
-    stream: dict[str, int] = field(default_factory=dict)
-    """State of the stream."""
-    warnings: tuple[str, ...] = ()
-    """One if a newer checkpoint is damaged."""
-
-
-def restore_checkpoint(
-    root: Path,
-    record: RunRecord,
-    trainers: list[SaeTrainer],
-    segment_tracker: SegmentTracker | None,
-    coordinator: Coordinator,
-) -> ResumePoint:
-    """Put back the newest checkpoint that is whole, if there is one, and all that lies beside it.
+def restore_checkpoint(session: RunSession, run: RunState) -> None:
+    """Load the newest intact checkpoint, if there is one, and repair the files that go with it.
 
     Raises:
-        FormatError: all are damaged, or it belongs to another run.
+        FormatError: all checkpoints are damaged, or one belongs to another run.
     """
-    warnings: list[str] = []
+    root, record, coordinator = session.root, run.record, session.coordinator
+    wanted = {trainer.index for trainer in run.trainers}
 
-    def fell_back(error: FormatError, step: int) -> None:
-        warnings.append(
-            f"{error.what}: the newest checkpoint is damaged; going on from step {step:,}, and all "
-            "that came after it is done again"
+    def warn(error: FormatError, step: int) -> None:
+        run.restore_warnings += (
+            f"{error.what}: the newest checkpoint is damaged; resuming from step {step:,}, and the "
+            "steps after it are done again",
         )
 
-    wanted = {trainer.index for trainer in trainers}
     if coordinator.is_rank_zero:
-        check = functools.partial(_require_bests, root, record)
-        checkpoint = load_checkpoint(root, wanted, check, fell_back)
-        coordinator.broadcast(CheckpointChoice(None if checkpoint is None else checkpoint[0].step))
+        check = functools.partial(_check_best_saes, root, record)
+        checkpoint = load_checkpoint(root, wanted, check, warn)
+        step = None if checkpoint is None else checkpoint[0].step
+        coordinator.broadcast(CheckpointBroadcast(step))
     else:
-        step = coordinator.receive(CheckpointChoice).step
+        step = coordinator.receive(CheckpointBroadcast).step
         checkpoint = None if step is None else load_parts(root, step, wanted)
     if checkpoint is not None:
-        _load_state(root, record, trainers, segment_tracker, *checkpoint)
-    coordinator.barrier()  # nobody removes what another one still reads
-    if coordinator.is_rank_zero and checkpoint is not None:
+        _load_state(root, run, *checkpoint)
+    coordinator.barrier()  # every rank has read its checkpoint: the others can be removed
+    if coordinator.is_rank_zero and step is not None:
         keep = RetentionPolicy(record.options.keep_last, record.options.keep_every)
-        remove_others(root, checkpoint[0].step, keep)
+        remove_others(root, step, keep)
     coordinator.barrier()
-    if coordinator.writes_saes:
-        prune_best(root, trainers)
-    if checkpoint is None:
-        return ResumePoint()
-    state, _ = checkpoint
-    for trainer in trainers if coordinator.writes_saes else ():
-        exported = root / trainer.entry.name / WEIGHTS
-        written = state.saes[trainer.index].export
-        if not exported.is_file() or digest_file(exported) != written:  # of a later step
-            export(root, trainer)
-    return ResumePoint(state.step, state.stream, tuple(warnings))
+    if not coordinator.writes_saes:
+        return
+    prune_best(root, run.trainers)
+    if checkpoint is not None:
+        for trainer in run.trainers:
+            exported = root / trainer.entry.name / WEIGHTS
+            written = checkpoint[0].saes[trainer.index].export
+            if not exported.is_file() or digest_file(exported) != written:  # of a later step
+                export(root, trainer)
 
 
-@dataclass(frozen=True)
-class CheckpointChoice:
-    """The checkpoint that a run goes on from."""
-
-    step: int | None
-    """Steps done; None: there is none."""
-
-
-def _load_state(
-    root: Path,
-    record: RunRecord,
-    trainers: list[SaeTrainer],
-    segment_tracker: SegmentTracker | None,
-    state: State,
-    tensors: list[dict[str, Tensor]],
-) -> None:
-    """Load a checkpoint into what is trained; raises `FormatError` if it is not of this run."""
-    if segment_tracker is None:
+def _load_state(root: Path, run: RunState, state: State, tensors: list[dict[str, Tensor]]) -> None:
+    """Load a checkpoint into the trainers; raises `FormatError` if it is of another run."""
+    record = run.record
+    if run.segment_tracker is None:
         epoch, step = divmod(state.step, record.plan.steps_per_epoch)
-        place: dict[str, int] | None = {"epoch": epoch, "step": step}
+        position: dict[str, int] | None = {"epoch": epoch, "step": step}
     else:
-        place = segment_tracker.position_after(state.step, record.epochs)
+        position = run.segment_tracker.position_after(state.step, record.epochs)
     fits = len(tensors) == len(record.saes) and 0 <= state.step <= record.steps
-    if not fits or state.stream != place:
-        expected = f"{len(record.saes)} SAEs, step 0 to {record.steps}, the stream at {place}"
+    if not fits or state.stream != position:
+        expected = f"{len(record.saes)} SAEs, step 0 to {record.steps}, the stream at {position}"
         got = f"{len(tensors)} SAEs, step {state.step}, the stream at {state.stream}"
         raise _foreign_checkpoint(root, expected, got)
-    for trainer in trainers:
+    for trainer in run.trainers:
         part, sae = tensors[trainer.index], state.saes[trainer.index]
         try:
             trainer.load_state(part, sae.numbers)
         except (KeyError, RuntimeError) as error:
             raise _foreign_checkpoint(root, f"the state of {trainer.entry}", error) from error
         trainer.best = sae.best
+    run.step, run.stream_state = state.step, state.stream
 
 
-def _require_bests(root: Path, record: RunRecord, state: State) -> None:
-    """Raise `FormatError` if a best SAE that a checkpoint names is not as it was saved."""
+def _check_best_saes(root: Path, record: RunRecord, state: State) -> None:
+    """Raise `FormatError` if a best SAE that a checkpoint names differs from the one saved."""
     for entry, sae in zip(record.saes, state.saes, strict=False):
         if sae.best is None:
             continue
@@ -262,15 +246,17 @@ def _require_bests(root: Path, record: RunRecord, state: State) -> None:
         got = digest_file(path) if path.is_file() else "nothing"
         if got != sae.best.file:
             raise FormatError(
-                f"{path} is not what its checkpoint wrote", expected=sae.best.file, got=got
+                f"{path} differs from the file that its checkpoint names",
+                expected=sae.best.file,
+                got=got,
             )
 
 
 def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatError:
     return FormatError(
-        f"{root} holds a checkpoint that is not of this run",
+        f"{root} holds a checkpoint of another run",
         expected=expected,
         got=got,
-        remedy="restore it from a copy, or remove checkpoint-* there and begin the run anew with "
+        remedy="restore it from a copy, or remove checkpoint-* there and restart the run with "
         "--resume",
     )

@@ -9,18 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from actcache.core.options import names_on_resume
 from actcache.errors import RunError
 from saetrain.config.fit_config import FitConfig
-from saetrain.runs.record import OptionChange, RunRecord, SaeEntry
+from saetrain.config.sae_options import SaeEntry
+from saetrain.runs.record import OptionChange, RunRecord
 
-# fmt: off
-OVERRIDABLE = frozenset({
-    "lr", "lr_schedule", "lr_warmup_steps", "lr_decay_steps", "lr_end", "weight_decay", "grad_clip",
-    "decoder_norm", "k_anneal_steps", "k_start", "auxk_alpha", "sparsity", "sparsity_warmup_steps",
-    "dead_after", "epochs", "max_tokens", "micro_batch_size", "chunk_latents", "compile",
-    "cuda_graphs", "autocast", "val_every", "val_rows", "save_best", "log_every", "hookpoints",
-})
-# fmt: on
+OVERRIDABLE = frozenset(names_on_resume(FitConfig, "forced"))
 """Fields of the options that --force-config lets change. Of hookpoints, only lr: a changed k or
 width changes the SAEs' sizes, which is refused."""
 

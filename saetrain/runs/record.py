@@ -7,81 +7,27 @@ changed by `--force-config`; `history` then records the step.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.options import names_on_resume
 from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.stream.order import OrderPlan
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import option, values_of
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae_options import SaeEntry
 
 RUN = "run.json"
 LOCK = Path("fit.lock")
 """Lock file in a run's folder, held by the processes that train it."""
 FORMAT_VERSION = 1
 
-# fmt: off
-FREE_ON_RESUME = {
-    "cache", "out", "resume", "device", "force_config", "save_every", "keep_last", "keep_every",
-    "verify", "block_cache", "block_cache_bytes", "wandb", "wandb_project", "wandb_entity",
-    "wandb_group", "wandb_tags", "wandb_notes", "wandb_per_sae", "wandb_log_final_artifact",
-    "parallel",
-}
-# fmt: on
+FREE_ON_RESUME = frozenset(names_on_resume(FitConfig, "free"))
 """Options that may change when a run is resumed: they do not affect its results."""
-
-
-@dataclass(frozen=True)
-class SaeEntry:
-    """One SAE of a run."""
-
-    hookpoint: str
-    """Hookpoint it is trained on; "crosscoder" for a crosscoder."""
-    config: SaeConfig
-    """Its kind and sizes."""
-    lr: float
-    """Its peak learning rate."""
-    seed: int
-    """Seed of its weights."""
-    setting: str = ""
-    """Name of its options among the run's SAEs of this hookpoint, such as k32-lr1e-3; empty if it
-    is the only one."""
-    options: SaeOptions = field(default_factory=SaeOptions)
-    """Its options, as given by the user."""
-    reads: tuple[str, ...] = ()
-    """Hookpoints whose rows it reads, side by side; empty: `hookpoint`."""
-    predicts: tuple[str, ...] = ()
-    """Hookpoints whose rows it predicts; empty: those it reads."""
-    scales: tuple[float, ...] = ()
-    """With --input-scale, the factor of each hookpoint's rows in training."""
-    encoder_scale: float = 1.0
-    """Factor of its initial encoder weights."""
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Hookpoints whose rows it reads."""
-        return self.reads or (self.hookpoint,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Hookpoints whose rows it predicts."""
-        return self.predicts or self.sources
-
-    @property
-    def hookpoints(self) -> tuple[str, ...]:
-        """Hookpoints whose rows form its batch, in order."""
-        return (*self.sources, *self.predicts)
-
-    @property
-    def name(self) -> str:
-        """Name in the run, which is also its folder: HOOKPOINT or HOOKPOINT/SETTING."""
-        return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ endif
 
 # dictionary-learning is wanted for its training loop, which needs none of its dependencies.
 .venv/dev.stamp: .venv/demo.stamp
-	@$(PIP) -c constraints.txt -e '.[demo,dev,peers,quantized,report,s3]' || $(FAILED)
+	@$(PIP) -c constraints.txt -e '.[demo,dev,docs,peers,quantized,report,s3]' || $(FAILED)
 	@$(PIP) -c constraints.txt --no-deps dictionary-learning || $(FAILED)
 	@$(SAY)
 	@touch $@

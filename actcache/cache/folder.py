@@ -1,4 +1,4 @@
-"""The folder of a cache: which files it holds, how large they are, and how it is created.
+"""The folder of a cache: names, tensors and sizes of its files, and its creation.
 
 Letters: S sequences of a shard, C context length, N rows, D width.
 """
@@ -52,23 +52,23 @@ _MAX_SHARD_BYTES = 4 << 30
 
 
 def data_paths(root: CachePathT, manifest: Manifest, shard: int) -> dict[str, CachePathT]:
-    """Where every file of a shard lies, by the name that its receipt has for it."""
+    """Return the paths of all files of a shard, by their logical names in the receipt."""
     paths = BACKENDS[manifest.backend].files(root, manifest, shard)
     return paths | {"tokens": tokens_path(root, shard), "stats": statistics_path(root, shard)}
 
 
 def tokens_path(root: CachePathT, shard: int) -> CachePathT:
-    """Where a shard's token ids and row addresses lie."""
+    """Return the path of a shard's token ids and row addresses."""
     return root / "tokens" / f"{shard:05d}.safetensors"
 
 
 def statistics_path(root: CachePathT, shard: int) -> CachePathT:
-    """Where a shard's statistics lie."""
+    """Return the path of a shard's statistics."""
     return root / "stats" / f"{shard:05d}.safetensors"
 
 
 def token_tensors(sequences: int, ctx_len: int, rows: int) -> dict[str, Spec]:
-    """Of a shard's text."""
+    """Describe the tensors of a shard's text file."""
     ids, count, row = (sequences, ctx_len), (sequences,), (rows,)
     return {
         "tokens": (ids, "<i4", "I32"),  # [S, C]
@@ -81,7 +81,7 @@ def token_tensors(sequences: int, ctx_len: int, rows: int) -> dict[str, Spec]:
 
 
 def statistics_tensors(hookpoints: Sequence[Hookpoint]) -> dict[str, Spec]:
-    """Of a shard's statistics."""
+    """Describe the tensors of a shard's statistics file."""
     specs: dict[str, Spec] = {}
     for point in hookpoints:
         for name in ("sum", "sum_squares", "abs_max"):
@@ -92,16 +92,15 @@ def statistics_tensors(hookpoints: Sequence[Hookpoint]) -> dict[str, Spec]:
 
 
 def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> dict[str, int]:
-    """Bytes of every file of a shard, by its name in the receipt; the receipt itself as 'receipt'.
+    """Compute the bytes of every file of a shard, by logical name; the receipt's as 'receipt'.
 
-    Exact, but for compressed files, which are counted as if they were not, and for a few digits of
-    the receipt.
+    Exact except for the receipt (a few digits) and compressed files (counted uncompressed).
 
     Args:
-        manifest: of the cache.
-        shard: the shard's number.
-        sequences: in the shard.
-        rows: at each hookpoint.
+        manifest: manifest of the cache.
+        shard: number of the shard.
+        sequences: sequences in the shard.
+        rows: rows at each hookpoint.
     """
     identity = manifest.identity
     sizes = BACKENDS[manifest.backend].sizes(manifest, rows)
@@ -123,9 +122,9 @@ def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> di
 
 
 def bytes_to_come(manifest: Manifest, published: Collection[int]) -> int:
-    """The most that the planned shards can take which are not published yet.
+    """Compute an upper bound on the disk space of the planned shards that are not published.
 
-    That is, if no filter leaves out a row and compression saves nothing; 0 if there is no goal.
+    It assumes that no filter drops a row and that compression saves nothing; 0 without a goal.
     """
     known: dict[int, int] = {}
     total = 0
@@ -140,12 +139,12 @@ def bytes_to_come(manifest: Manifest, published: Collection[int]) -> int:
 
 
 def _on_disk(sizes: Mapping[str, int]) -> int:
-    """Bytes that files of these sizes take: whole blocks of the file system."""
+    """Round sizes up to whole blocks of the file system and add them."""
     return sum(-(-size // _BLOCK) * _BLOCK for size in sizes.values())
 
 
 def other_files(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the files that belong to no shard, by name; the seal within a few digits."""
+    """Compute the bytes of the files that belong to no shard (the seal's within a few digits)."""
     root = Path()
     documents = BACKENDS[manifest.backend].metadata_files(root, manifest)
     end = CompletionMarker(manifest.cache_id, 0, manifest.planned_sequences or 1, "goal", 0)
@@ -155,7 +154,7 @@ def other_files(manifest: Manifest) -> dict[str, int]:
 
 
 def choose_block_rows(hookpoints: tuple[Hookpoint, ...], dtype: str) -> int:
-    """The power of two of rows nearest to 1 MiB of the widest hookpoint."""
+    """Return the power of two of rows that is nearest to 1 MiB of the widest hookpoint."""
     row = max(h.width for h in hookpoints) * ROW_DTYPES[dtype].itemsize
     below = 1 << max(0, (_BLOCK_BYTES // row).bit_length() - 1)
     return below if _BLOCK_BYTES - below * row <= 2 * below * row - _BLOCK_BYTES else 2 * below
@@ -164,7 +163,7 @@ def choose_block_rows(hookpoints: tuple[Hookpoint, ...], dtype: str) -> int:
 def sequences_per_shard(
     config: HarvestConfig, planned: int, hookpoints: tuple[Hookpoint, ...], dtype: str
 ) -> int:
-    """Size of a shard by formula: a 128th of the harvest, in whole batches, of bounded bytes."""
+    """Return the default shard size: 1/128 of the harvest, in whole batches, at most 4 GiB."""
     if config.shard_size is not None:
         return config.shard_size
     number = ROW_DTYPES[dtype].itemsize * (config.ctx_len - config.skip_positions)
@@ -181,30 +180,30 @@ def create_or_resume(
     root: Path,
     manifest: Manifest,
     lock: DirectoryLock,
-    ask: Callable[[Path, Manifest, Collection[int]], None],
+    check_room: Callable[[Path, Manifest, Collection[int]], None],
     *,
     extend: bool = False,
 ) -> None:
-    """Write the manifest, or check that the one there asks for the same bytes.
+    """Write the manifest, or check that the existing one describes the same bytes.
 
     Args:
         root: folder of the cache.
-        manifest: what it is going to hold.
-        lock: taken here, and held.
-        ask: raises unless there is room for all but the shards that are published, which it gets.
-        extend: the harvest may have a larger goal than the one that is there.
+        manifest: manifest of the harvest or conversion.
+        lock: lock of the folder; acquired here and left held.
+        check_room: called with the published shards; raises unless the rest fits on the disk.
+        extend: allow a larger goal than that of the existing cache.
 
     Raises:
         CacheMismatchError: the folder holds another cache.
-        CacheBusyError: someone is at work there.
+        CacheBusyError: another process holds the lock.
     """
     receipts = _published(root, manifest, extend)
     coming = read_manifest(root) if receipts else manifest
     if extend and _goes_beyond(manifest, coming):
         coming = with_extension(coming, manifest.plan.goal)
-    ask(root, coming, receipts)
+    check_room(root, coming, receipts)
     lock.acquire()
-    # Again: before the lock was ours, anyone could lay another manifest or publish.
+    # Check again: until the lock was acquired, another process could write or publish.
     drop_restored_records(root, _published(root, manifest, extend))
     remove_partials(root)
     if (root / MANIFEST).exists() and _different(manifest, read_manifest(root), extend):
@@ -216,20 +215,16 @@ def create_or_resume(
 
 
 def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardReceipt]:
-    """Shards that are there already, by number.
-
-    Raises:
-        CacheMismatchError: the folder holds another cache.
-    """
+    """Return the receipts of the folder; raises `CacheMismatchError` if it is another cache's."""
     if not (root / MANIFEST).exists():
         return {}
     existing, receipts, _ = read_cache_state(root)
-    sealed = (root / FOLDER / END).exists()  # however many extensions it counts
+    sealed = (root / FOLDER / END).exists()  # a void seal counts too
     kept = receipts or retracted_shards(root) or sealed or existing.extensions
     if kept and (different := _different(manifest, existing, extend)):
         remedy = "choose another --out, or repeat the options that it was made with"
         if manifest.cache_id == existing.cache_id and _goes_beyond(manifest, existing):
-            remedy += "; or add --extend, to go on with more tokens"
+            remedy += "; or add --extend, to continue with more tokens"
         raise CacheMismatchError(
             f"{root} holds another cache ({existing.model} on {existing.dataset})",
             expected=f"id {manifest.cache_id}",
@@ -240,9 +235,10 @@ def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardR
 
 
 def _delete_manifest(root: Path) -> None:
-    """Remove the manifest of a harvest that published nothing: there is nothing to protect.
+    """Delete the manifest and backend metadata of a harvest that published nothing.
 
-    Such is left when memory runs out at the first batch; its options are the ones to change.
+    A harvest that runs out of memory at its first batch leaves them; its next attempt needs other
+    options.
     """
     existing = read_manifest(root)
     for path in (
@@ -253,36 +249,36 @@ def _delete_manifest(root: Path) -> None:
 
 
 def _different(manifest: Manifest, existing: Manifest, extend: bool) -> list[str]:
-    """What keeps a harvest from going on in the folder; with --extend, another goal does not."""
+    """List the fields that prevent resuming in the folder; with --extend, the goal may differ."""
     if extend and existing.plan.goal is not None:
         manifest = dataclasses.replace(manifest, planned_sequences=existing.plan.goal)
     return differences(manifest, existing)
 
 
 def require_cache_folder(root: Path) -> None:
-    """Raise `CacheMismatchError` if a folder holds anything but a cache, whole or begun."""
+    """Raise `CacheMismatchError` unless a path is free, an empty folder, or a cache."""
     if root.is_file():
         raise CacheMismatchError(f"--out {root} is a file", expected="a folder, or nothing yet")
     if not root.is_dir() or (root / MANIFEST).exists():
         return
-    # A harvest that was killed before or while it wrote the manifest leaves these: they are ours.
+    # Left by a harvest that was killed before or while it wrote the manifest.
     ours = (LOCK.parts[0], f".{MANIFEST}.")
     if any(not path.name.startswith(ours) for path in root.iterdir()):
         raise CacheMismatchError(
-            f"--out {root} holds other things and no {MANIFEST}",
+            f"--out {root} holds other files and no {MANIFEST}",
             expected="an empty folder, or a cache",
             remedy="choose another folder",
         )
 
 
 def _goes_beyond(manifest: Manifest, existing: Manifest) -> bool:
-    """Whether a manifest has a larger goal than the one in the folder."""
+    """Return whether a manifest has a larger goal than the existing one."""
     ours, theirs = manifest.plan.goal, existing.plan.goal
     return theirs is not None and (ours is None or ours > theirs)
 
 
 def require_free(root: Path, needed: int, work: str, remedy: str) -> None:
-    """Raise `DiskFullError` unless the disk of a folder, made or not, has `needed` bytes free."""
+    """Raise `DiskFullError` unless the disk of a folder, existing or not, has `needed` bytes."""
     folder = root
     while not folder.exists():
         folder = folder.parent
@@ -297,23 +293,13 @@ def require_free(root: Path, needed: int, work: str, remedy: str) -> None:
 
 
 def require_room(root: Path, manifest: Manifest, published: Collection[int]) -> None:
-    """Ask, before starting, whether the rest of the harvest fits on the disk.
-
-    Args:
-        root: folder of the cache.
-        manifest: what will be harvested.
-        published: shards that are there already.
-
-    Raises:
-        DiskFullError: it does not fit.
-    """
-    needed = bytes_to_come(manifest, published)
+    """Raise `DiskFullError` unless the shards that are not `published` fit on the disk."""
     remedy = "fewer --max-tokens or hookpoints, a smaller --dtype, or another --out"
-    require_free(root, needed, "harvest", remedy)
+    require_free(root, bytes_to_come(manifest, published), "harvest", remedy)
 
 
 def require_chunks(manifest: Manifest) -> None:
-    """Refuse shards of more bytes than the compressor takes at once; raises `ConfigError`."""
+    """Raise `ConfigError` if a shard exceeds the largest chunk that blosc can compress."""
     if manifest.compression == "none":
         return
     identity = manifest.identity
@@ -330,10 +316,10 @@ def require_chunks(manifest: Manifest) -> None:
 
 
 def publish_extension(root: Path, manifest: Manifest) -> None:
-    """Publish the last extension of a manifest. From here on, earlier seals seal nothing.
+    """Publish the last extension of a manifest, which makes an earlier seal void.
 
-    Several processes of one harvest may do so at once: they write the same bytes. Killed before the
-    backend's documents are renewed, the next harvest renews them.
+    Several ranks may do so at once, as they write the same bytes. If it is killed before the
+    backend metadata is rewritten, the next harvest rewrites it.
     """
     last = manifest.extensions[-1]
     write_atomic(extension_path(root, last.number), [to_json(last)])

@@ -1,4 +1,4 @@
-"""Take damaged shards back, so that the next harvest makes them again, and only them."""
+"""Retract damaged shards, so that the next harvest writes them, and only them, again."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from actcache.storage import BACKENDS
 
 
 def retract_damaged(found: Verification) -> list[int]:
-    """Take back every damaged shard of a verified cache, so that a harvest makes it again.
+    """Retract every damaged shard of a verified cache.
 
     Returns:
-        The shards that were taken back now.
+        The shards that were retracted by this call.
 
     Raises:
-        CorruptShardError: something is damaged that no harvest can make again; nothing was done.
-        CacheBusyError: a harvest is at work in the cache; nothing was done.
+        CorruptShardError: a file is damaged that no harvest can write again; nothing was changed.
+        CacheBusyError: a harvest is running in the cache; nothing was changed.
     """
     root = Path(found.cache)
     strays = {f"{FOLDER}/{p.name}" for n, p in receipt_files(root) if p != receipt_path(root, n)}
@@ -58,7 +58,7 @@ def _retract(root: Path, damages: Sequence[Finding]) -> list[int]:
     standing = {number for number, _ in receipt_files(root)}
     damaged = sorted({d.shard for d in damages if d.shard is not None} & standing)
     for damage in damages:
-        if damage.shard is None:  # a harvest makes them anew; a stray name is no shard's receipt
+        if damage.shard is None:  # the seal, backend metadata, or a file named like a receipt
             (root / damage.file).unlink(missing_ok=True)
     for shard in damaged:
         retract(root, manifest, shard, data_paths(root, manifest, shard))
@@ -76,15 +76,15 @@ def _document_names(root: Path) -> set[str]:
 
 
 def retract(root: Path, manifest: Manifest, shard: int, files: Mapping[str, Path]) -> None:
-    """Take a published shard back: from here on it does not exist.
+    """Replace the receipt of a published shard by a retraction record, then delete its files.
 
-    Killed anywhere, either the shard is still there or its record is: done again, it goes on.
+    The record is written first, so a killed retraction is completed by repeating it.
 
     Args:
         root: folder of the cache.
-        manifest: the cache's.
-        shard: which shard.
-        files: where its files lie, by logical name.
+        manifest: manifest of the cache.
+        shard: number of the shard.
+        files: paths of its files, by logical name.
     """
     path = receipt_path(root, shard)
     try:
@@ -96,5 +96,5 @@ def retract(root: Path, manifest: Manifest, shard: int, files: Mapping[str, Path
     record = Retraction(manifest.cache_id, shard, promised, found)
     write_atomic(retraction_path(root, shard), [to_json(record)])
     path.unlink()
-    fsync_dir(path.parent)  # the receipt is gone for good before a file of its shard is
+    fsync_dir(path.parent)  # the receipt's removal is durable before any file is deleted
     discard(files)

@@ -1,4 +1,7 @@
-"""Publish one shard: activations of every hookpoint, tokens, statistics, and last the receipt."""
+"""Publish one shard: filter and shuffle its rows, write its files, and last its receipt.
+
+Letters: S sequences of a shard, C context length, N rows, n rows before the norm filter, D width.
+"""
 
 from __future__ import annotations
 
@@ -47,80 +50,79 @@ Norms = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ShardText:
-    """The text of a shard: S sequences of context length C."""
+    """The text of a shard."""
 
     tokens: Ints
     """Token ids, padding included. [S, C]"""
     lengths: Ints
     """Tokens before the padding. [S]"""
     documents: Longs
-    """Number of the document in which a sequence begins, in the order they were taken. [S]"""
+    """Number, in harvest order, of the document in which each sequence begins. [S]"""
     starts: Longs
-    """Token of that document with which it begins. [S]"""
+    """Offset, in tokens, of each sequence's first token in that document. [S]"""
 
 
 @dataclass(frozen=True)
 class ShardData:
-    """A shard in memory, ready to be published. n rows, before filters that look at norms."""
+    """A captured shard in memory, ready to be published."""
 
     shard: int
     text: ShardText
     kept: Mask
-    """Positions that have a row here. [S, C]"""
+    """True at positions that have a row, before the norm filter. [S, C]"""
     dropped: Mapping[str, int]
-    """Positions that have none, by filter."""
+    """Number of positions without a row, by filter."""
     rows: Mapping[str, StoredRows]
-    """Rows as stored, by hookpoint, in natural order: by sequence, then position. n each"""
+    """Rows as stored, by hookpoint, ordered by sequence, then position. n each"""
     norms: Mapping[str, Norms]
-    """Norms of the rows as they were captured, by hookpoint; empty unless a filter asks. [n]"""
+    """Norms of the captured rows, by hookpoint; empty without --max-norm-ratio. [n]"""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Which token position each row of a shard is: equal at every hookpoint. N rows."""
+    """Token position of each row of a shard, equal at every hookpoint."""
 
     sequence: Ints
     """Sequence within the shard. [N]"""
     position: Ints
     """Position within the sequence. [N]"""
     source: Longs
-    """Which of the rows in natural order it is. [N]"""
+    """Index into the captured rows. [N]"""
 
     @classmethod
     def of(cls, identity: Identity, shard: int, kept: Mask, outliers: Mask) -> RowLayout:
-        """Shuffle (or not) the rows that remain.
+        """Order the rows that are not outliers: shuffled, or in sequence order.
 
         Args:
-            identity: says seed and order.
-            shard: the shard's number.
-            kept: positions that have a row. [S, C], n of them
-            outliers: which of those rows are left out after all. [n]
+            identity: holds the seed and the row order.
+            shard: number of the shard.
+            kept: True at positions that have a row. [S, C], n of them
+            outliers: True for rows that the norm filter drops. [n]
         """
         remaining = np.flatnonzero(~outliers)
         source = remaining
         if identity.row_order == "shuffled":
             order = rng.stream("rows in shard", identity.seed, shard).permutation(len(remaining))
             source = remaining[order]
-        sequence, position = (place.astype(np.int32)[source] for place in np.nonzero(kept))
+        sequence, position = (index.astype(np.int32)[source] for index in np.nonzero(kept))
         return cls(sequence, position, source)
 
 
 def publish_shard(
     root: Path, manifest: Manifest, filled: ShardData, workers: WriterPool | None = None
 ) -> ShardReceipt:
-    """Write a shard's files, then its receipt. Killed anywhere before, there is no shard.
+    """Write a shard's files, then its receipt, which makes the shard exist.
 
     Args:
         root: folder of the cache.
-        manifest: its manifest.
-        filled: the shard.
-        workers: who does it; by default the caller's thread.
+        manifest: manifest of the cache.
+        filled: the captured shard.
+        workers: threads and buffers; by default the caller's thread does everything.
 
     Raises:
-        DiskFullError: no room; the cache stays valid without this shard.
+        DiskFullError: the disk is full; the cache stays valid without this shard.
         ConfigError: rows that the norm filter keeps do not fit float16.
-        CacheMismatchError: the shard was retracted and this is not what it was; nothing of it is
-            left behind.
+        CacheMismatchError: the shard was retracted and the new files differ; they are deleted.
     """
     identity, shard = manifest.identity, filled.shard
     row_dtype, backend = ROW_DTYPES[identity.dtype], BACKENDS[manifest.backend]
@@ -137,9 +139,9 @@ def publish_shard(
 
     def write_rows(name: str) -> None:
         rows = pool.gather(filled.rows[name], layout.source, row_dtype)
-        if identity.max_norm_ratio is not None:  # which leaves out what is not finite
+        if identity.max_norm_ratio is not None:  # capture did not check rows that it may drop
             check_infinite(rows, row_dtype, name)
-        found = parts(rows, row_dtype, pool.blocks)  # while the file is written
+        found = parts(rows, row_dtype, pool.blocks)  # runs while the file is written
         files.update(backend.write(root, manifest, name, shard, rows))
         statistics[name] = merge(found)
 
@@ -162,7 +164,7 @@ def publish_shard(
 
 
 def publish_checked_receipt(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
-    """Publish the receipt of a shard whose files are written; see `publish_shard`."""
+    """Publish the receipt of a written shard, after `check_restored` if it was retracted."""
     paths = data_paths(root, manifest, receipt.shard)
     restored = check_restored(root, manifest, receipt, paths)
     publish_receipt(root, receipt)
@@ -173,17 +175,17 @@ def publish_checked_receipt(root: Path, manifest: Manifest, receipt: ShardReceip
 def check_restored(
     root: Path, manifest: Manifest, made: ShardReceipt, files: Mapping[str, Path]
 ) -> bool:
-    """Before a shard is published: if it was retracted, it must be what it was.
+    """Require that a retracted shard has been restored to its recorded bytes.
 
-    Each file must be the one that was promised, or the one that lay there: damage does not turn a
-    file into what another run of the model gives.
+    Each file must equal the one of the old receipt or the one that was on disk, since damage does
+    not turn a file into the result of another run of the model.
 
     Returns:
-        Whether it was retracted.
+        Whether the shard was retracted.
 
     Raises:
-        CacheMismatchError: it is another; its files are deleted.
-        FormatError: the record is damaged.
+        CacheMismatchError: a file differs; the shard's files are deleted.
+        FormatError: the retraction record is damaged.
     """
     record = read_retraction(root, manifest, made.shard)
     if record is None:
@@ -220,7 +222,7 @@ def _versions(manifest: Manifest) -> str:
 
 
 def write_statistics(root: Path, shard: int, statistics: Mapping[str, Statistics]) -> FileDigest:
-    """Write the statistics of a shard, by hookpoint in the manifest's order."""
+    """Write the statistics file of a shard, hookpoints in the manifest's order."""
     return safetensors_io.write(
         statistics_path(root, shard),
         {
@@ -246,7 +248,7 @@ def _write_text(path: Path, text: ShardText, layout: RowLayout) -> FileDigest:
 
 
 def statistics_arrays(statistics: Statistics) -> dict[str, Array]:
-    """The tensors of one hookpoint's statistics, as they lie in `stats/`."""
+    """Return the tensors of one hookpoint's statistics, as stored in `stats/`."""
     return {
         "sum": statistics.total,
         "sum_squares": statistics.total_squares,
@@ -257,22 +259,25 @@ def statistics_arrays(statistics: Statistics) -> dict[str, Array]:
 
 
 Mapper = Callable[..., Iterable[Any]]
-"""`map`, or something like it."""
+"""`map`, or an executor's `map`."""
 
 
 class WriterPool:
-    """How the parts of a shard are done: by default one after the other, in the caller's thread."""
+    """Thread pools that write a shard's files and compute its statistics.
+
+    Without executors, all tasks run one after another in the caller's thread.
+    """
 
     def __init__(self, files: Executor | None = None, blocks: Mapper = map) -> None:
         self._files = files
         self.blocks = blocks
-        """For blocks of rows, whose statistics are taken while the hookpoint is written."""
+        """Map function for the statistics of blocks of rows."""
         self._scratch = threading.local()
 
     @classmethod
     @contextmanager
     def threads(cls, hookpoints: int) -> Iterator[WriterPool]:
-        """As many as are of use to this many hookpoints on this machine."""
+        """Create pools sized for this many hookpoints and this machine's cores."""
         with (
             ThreadPoolExecutor(files_at_once(hookpoints), "files") as files,
             ThreadPoolExecutor(_most(), "blocks") as blocks,
@@ -280,7 +285,7 @@ class WriterPool:
             yield cls(files, blocks.map)
 
     def do(self, tasks: Iterable[Callable[[], None]]) -> None:
-        """Write files. After an error no other is begun; then, as ever, all have ended."""
+        """Run tasks and wait for them. After an error, tasks that have not begun are cancelled."""
         if self._files is None:
             for task in tasks:
                 task()
@@ -295,7 +300,7 @@ class WriterPool:
     def gather(
         self, rows: StoredRows, source: NDArray[np.int64], row_dtype: RowDtype
     ) -> StoredRows:
-        """`rows[source]`, which is valid until this thread gathers again."""
+        """Return `rows[source]` in a per-thread buffer, valid until this thread's next call."""
         if not hasattr(self._scratch, "memory"):
             self._scratch.memory = RowBuffers()
         memory: RowBuffers = self._scratch.memory
@@ -306,7 +311,7 @@ class WriterPool:
 
 
 def files_at_once(hookpoints: int) -> int:
-    """Hookpoints that are permuted and written side by side, each in memory of its own."""
+    """Return how many hookpoints are permuted and written concurrently, each in its own buffer."""
     return min(hookpoints, _most())
 
 
@@ -315,19 +320,19 @@ def _most() -> int:
 
 
 class RowBuffers:
-    """Memory for rows, used again and again: fresh pages cost as much as filling them."""
+    """Reused buffers for rows, since allocating fresh pages costs as much as filling them."""
 
     def __init__(self) -> None:
         self._rows: dict[Hashable, StoredRows] = {}
 
     def rows(self, owner: Hashable, count: int, width: int, row_dtype: RowDtype) -> StoredRows:
-        """Room for `count` rows; what the owner had there before is lost.
+        """Return a buffer for `count` rows, overwriting the owner's previous one.
 
         Args:
-            owner: whose they are; always of this width and type.
-            count: how many rows.
+            owner: key of the buffer, always used with one width and type.
+            count: number of rows.
             width: numbers of a row.
-            row_dtype: their type.
+            row_dtype: type of the rows.
         """
         found = self._rows.get(owner)
         if found is None or len(found) < count:
@@ -338,19 +343,21 @@ class RowBuffers:
 def kept_positions(
     identity: Identity, tokens: NDArray[np.int32], lengths: NDArray[np.int32]
 ) -> tuple[Mask, dict[str, int]]:
-    """What the filters that look at the text leave.
+    """Apply the filters that depend on the text alone.
+
+    A dropped position has no row at any hookpoint.
 
     Args:
-        identity: says which filters.
+        identity: holds the filters.
         tokens: token ids. [S, C]
         lengths: tokens of each sequence before its padding. [S]
 
     Returns:
-        Whether each position is kept [S, C], and how many were left out by filter; what looks at
-        activations counts 0.
+        A mask of the kept positions [S, C], and the number of dropped positions by filter
+        (0 for the norm filter).
     """
     positions = np.arange(tokens.shape[1])
-    left_out = {
+    filters = {
         "padding": positions >= lengths[:, None],
         "skip_positions": np.broadcast_to(positions < identity.skip_positions, tokens.shape),
         "exclude_special": _among(tokens, identity.exclude_special),
@@ -358,23 +365,23 @@ def kept_positions(
     }
     kept = np.ones(tokens.shape, dtype=bool)
     dropped = dict.fromkeys(FILTERS, 0)
-    for name, out in left_out.items():
+    for name, out in filters.items():
         dropped[name] = int((kept & out).sum())
         kept &= ~out
     return kept, dropped
 
 
 def norm_outliers(norms: Mapping[str, Norms], ratio: float) -> Mask:
-    """Rows whose norm, at any hookpoint, is over `ratio` times the median there.
+    """Mark rows whose norm, at any hookpoint, exceeds `ratio` times the median there.
 
-    A row that holds an infinity or NaN is over it. The median is that of the other rows.
+    A row that holds an infinity or NaN is marked. The median is that of the finite rows.
 
     Args:
-        norms: Euclidean norms by hookpoint. Each [N]
-        ratio: how many medians a row may have.
+        norms: Euclidean norms by hookpoint. Each [n]
+        ratio: largest accepted multiple of the median.
 
     Returns:
-        [N]
+        Mask. [n]
     """
     over = np.zeros(len(next(iter(norms.values()))), dtype=bool)
     for norm in norms.values():
@@ -385,7 +392,7 @@ def norm_outliers(norms: Mapping[str, Norms], ratio: float) -> Mask:
 
 
 def row_norms(rows: NDArray[np.float32]) -> Norms:
-    """Euclidean norm of each row [N, D], summed in float64 by one thread. [N]"""
+    """Compute the Euclidean norm of each row [n, D], summed in float64 by one thread. [n]"""
     wide = rows.astype(np.float64)
     norms: Norms = np.sqrt(np.square(wide, out=wide).sum(axis=1))
     return norms

@@ -1,7 +1,8 @@
-"""Files appear whole or not at all: partial name, fsync, rename, fsync of the folder.
+"""Atomic publication of files, and the lock that admits one writer to a folder.
 
-Space is reserved first and filled with `pwrite`: a writable map on a full disk dies of SIGBUS,
-whereas a reservation fails with an error that can be told.
+A file is written under a partial name, synced, renamed, and its folder is synced. Space is reserved
+first and filled with `pwrite`: on a full disk a writable map is killed by SIGBUS, whereas a failed
+reservation raises an error.
 """
 
 from __future__ import annotations
@@ -31,19 +32,18 @@ _CHUNK = 16 << 20  # bytes written and hashed at a time: small enough to stay in
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """What a published file must be."""
+    """Size and checksum of a whole file."""
 
     bytes: int
-    """Size of the whole file, bytes."""
     xxh3_128: str
-    """XXH3 128-bit digest of the whole file, hexadecimal."""
+    """XXH3 128-bit digest, hexadecimal."""
 
 
 def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
-    """Write `parts` one after another as the file `path`, which appears only when it is whole.
+    """Write `parts` one after another as the file `path`, by atomic rename.
 
     Args:
-        path: the final name; its folder is made when missing.
+        path: the final name; its folder is created when missing.
         parts: byte buffers (any C-contiguous memoryview).
 
     Raises:
@@ -81,11 +81,11 @@ def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
 
 
 def as_disk_full_error(error: OSError, path: Path, size: int) -> Exception:
-    """A `DiskFullError` if that is what `error` means, else `error` itself.
+    """Return a `DiskFullError` for ENOSPC and EDQUOT, `error` itself otherwise.
 
     Args:
-        error: what writing raised.
-        path: what could not be written.
+        error: the error that writing raised.
+        path: the file that could not be written.
         size: bytes that it needs.
     """
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -99,11 +99,11 @@ def as_disk_full_error(error: OSError, path: Path, size: int) -> Exception:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder durable: what is published in it must not vanish with its name."""
+    """Create a folder and sync its new parents, so that a power loss keeps its files' names."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        fsync_dir(made.parent)
+    for created in missing:
+        fsync_dir(created.parent)
 
 
 def _pwrite_all(fd: int, chunk: memoryview, offset: int) -> None:
@@ -113,7 +113,7 @@ def _pwrite_all(fd: int, chunk: memoryview, offset: int) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make the names in `folder` durable."""
+    """Sync a folder, which makes the names in it durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -122,9 +122,9 @@ def fsync_dir(folder: Path) -> None:
 
 
 def remove_partials(root: Path) -> int:
-    """Delete what killed writers left below `root`; returns how many files.
+    """Delete partial files below `root` that killed writers left; return their number.
 
-    Only for a time when nobody writes there.
+    Call it under the folder's lock: a partial file of a live writer would be deleted too.
     """
     partials = [p for p in root.rglob(f".*{_PARTIAL}*") if p.is_file() and not p.is_symlink()]
     for partial in partials:
@@ -133,12 +133,12 @@ def remove_partials(root: Path) -> int:
 
 
 def digest_file(path: CachePath, advance: Callable[[int], None] = lambda _: None) -> FileDigest:
-    """Size and digest of a file as it is now; `advance` hears of every piece, in bytes."""
+    """Compute size and digest of a file; call `advance` with the bytes of every chunk read."""
     if not isinstance(path, Path):
         return FileDigest(*require_remote(path).digest(advance))
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
-        # Memory that is used again: a fresh piece for each read costs as much as the read.
+        # One reused buffer: allocating a fresh one for each read costs as much as the read.
         piece = memoryview(bytearray(min(_PIECE, os.fstat(file.fileno()).st_size + 1)))
         while n := file.readinto(piece):
             digest.update(piece[:n])
@@ -148,12 +148,16 @@ def digest_file(path: CachePath, advance: Callable[[int], None] = lambda _: None
 
 
 class DirectoryLock:
-    """Held from `take` or `join` until `release`, or until the process ends.
+    """Lock of a folder for one harvest or fit, shared by all its processes.
+
+    It is a `flock` on a small file, so the kernel drops it when the last holder exits or is killed.
+    Rank 0 calls `acquire`, which takes the lock exclusively and then downgrades it to shared; the
+    other ranks call `acquire_shared`.
 
     Args:
         root: the folder.
-        path: the lock's file within it.
-        work: what is done there, for errors.
+        path: the lock file within it.
+        work: name of the activity, for error messages.
     """
 
     def __init__(self, root: Path, path: Path = LOCK, work: str = "harvest") -> None:
@@ -162,48 +166,49 @@ class DirectoryLock:
 
     @property
     def held(self) -> bool:
-        """Whether it is."""
+        """Whether this process holds the lock."""
         return self._fd is not None
 
     def acquire(self) -> None:
-        """Become the one at work in this folder.
+        """Take the lock for this harvest or fit.
 
         Raises:
-            CacheBusyError: another one is at work here.
+            CacheBusyError: another one holds it.
         """
-        who = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode()
+        holder_id = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n"
+        record = holder_id.encode()
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._open(os.O_CREAT)
             assert self._fd is not None
             _take_alone(self._fd)
             os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, who, 0)
+            os.pwrite(self._fd, record, 0)
             fcntl.flock(self._fd, fcntl.LOCK_SH)
         except BlockingIOError as error:
             holder = self._path.read_text(errors="replace").strip()
             self.release()
             raise CacheBusyError(
-                f"another {self._work} is at work in {self._root}",
-                got=holder or "no name",
-                remedy="wait for it, or stop it: what it has published stays",
+                f"another {self._work} is running in {self._root}",
+                got=holder or "an unknown process",
+                remedy="wait for it, or stop it: the shards that it has published stay",
             ) from error
         except OSError as error:
             self.release()
-            raise as_disk_full_error(error, self._path, len(who)) from error
+            raise as_disk_full_error(error, self._path, len(record)) from error
         except BaseException:
             self.release()
             raise
 
     def acquire_shared(self) -> None:
-        """Hold the lock that rank 0 of this harvest has taken."""
+        """Join the lock that rank 0 of this harvest holds."""
         if self._fd is None:
             self._open()
             assert self._fd is not None
             fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def release(self) -> None:
-        """Let go; nothing happens if it is not held."""
+        """Release the lock if it is held."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -213,7 +218,7 @@ class DirectoryLock:
 
 
 def is_unlocked(root: Path, path: Path = LOCK) -> bool:
-    """Whether nobody holds the lock of a folder. Where that cannot be told: no."""
+    """Return whether no process holds the lock of a folder; False if that cannot be determined."""
     try:
         fd = os.open(root / path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

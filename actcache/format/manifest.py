@@ -1,8 +1,8 @@
-"""What a cache says of itself: parse and serialise. Standard library only; see FORMAT.md.
+"""The manifest of a cache, its extensions and its shard plan; see docs/format.md.
 
-`Identity` is all that decides which numbers the cache holds; the cache id is its digest. What may
-differ between two copies of the same numbers (backend, shard plan, library versions, names of
-things) stands in `Manifest` beside it.
+`Identity` holds every setting that decides which numbers the cache contains; the cache id is its
+digest. Settings that may differ between two copies of the same numbers (backend, shard size,
+library versions, names) are fields of `Manifest`. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_SHARDS = 1 << 22
-"""What is kept in memory of each shard must fit there."""
+"""Bound on the memory that per-shard records take."""
 EXTENSIONS = "extensions"
 INPUT = ":in"
 _EXTENSION_NAME = re.compile(r"[0-9]{5,9}\.json")
 _MAX_EXTENSION_BYTES = 4096
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(:in)?")
-"""Module path with an optional ':in': no separators, no '..', nothing that leaves a folder."""
+"""Module path with an optional ':in': no separators, no '..', so it cannot leave a folder."""
 
 DiskDtype = Literal["bfloat16", "float16", "float32", "int8", "float8_e4m3"]
 
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """One place in the model whose activations the cache holds."""
+    """One module output or input whose activations the cache holds."""
 
     name: str
     """Module path below the model's base, with ':in' for the module's input."""
@@ -49,7 +49,7 @@ class Hookpoint:
     """Length of one activation, d_in."""
 
     def __post_init__(self) -> None:
-        """Names become folder names: refuse whatever could leave the cache."""
+        """Refuse names that, as folder names, could leave the cache."""
         if not _NAME.fullmatch(self.name) or len(self.name) > 200:
             raise FormatError("not a hookpoint name", expected=_NAME.pattern, got=repr(self.name))
         _at_least("width", self.width, 1, 2**24)
@@ -57,24 +57,24 @@ class Hookpoint:
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that decides the numbers in the cache."""
+    """Every setting that decides the numbers in the cache."""
 
     model_fingerprint: str
     """Digest of the model's configuration and weights as loaded."""
     model_dtype: str
     """Type of the model's arithmetic."""
     tokenizer_fingerprint: str
-    """Digest of the tokenizer as it was loaded; empty when the text came as token ids."""
+    """Digest of the tokenizer as loaded; empty if the dataset consists of token ids."""
     dataset_fingerprint: str
-    """Digest of the text (see FORMAT.md: what it covers depends on the source)."""
+    """Digest of the text; docs/format.md lists what it covers for each kind of dataset."""
     weights: tuple[float, ...]
-    """Shares of the datasets that documents were drawn from, in their order; empty: one dataset."""
+    """Sampling shares of the datasets, in their order; empty for one dataset."""
     documents: Literal["text", "chat", "ids"]
-    """What a document was: text, a conversation that the chat template wrote out, or token ids."""
+    """Kind of a document: text, a conversation rendered by the chat template, or token ids."""
     column: str
-    """Column the documents came from; empty for files without columns."""
+    """Column that holds the documents; empty for files without columns."""
     shuffle_buffer: int | None
-    """Documents came as a stream, shuffled within a buffer of so many; null: all together."""
+    """Buffer size, in documents, of a shuffled stream; null: the whole dataset was shuffled."""
     pipeline: Literal["pack", "crop", "truncate"]
     """How documents become sequences. pack: joined by EOS, cut to ctx_len; crop: a random window
     of each; truncate: the beginning of each."""
@@ -83,34 +83,34 @@ class Identity:
     bos_id: int | None
     """Token put first in every sequence; null: none."""
     eos_id: int | None
-    """Token put after every document; null: documents came as token ids."""
+    """Token put after every document; null: documents are token ids."""
     pad_id: int | None
-    """Token put after sequences that are shorter than ctx_len; null: none are."""
+    """Token that fills sequences up to ctx_len; null: all sequences are full."""
     keep_order: bool
-    """Documents were taken in the dataset's own order."""
+    """Documents are taken in the dataset's own order."""
     skip_positions: int
-    """Rows at positions below this were left out."""
+    """Rows at positions below this are dropped."""
     exclude_special: tuple[int, ...]
-    """Special tokens whose rows were left out, ascending."""
+    """Special tokens whose rows are dropped, ascending."""
     exclude_tokens: tuple[int, ...]
-    """Other tokens whose rows were left out, ascending."""
+    """Other tokens whose rows are dropped, ascending."""
     max_norm_ratio: float | None
-    """Rows of a norm over so many times their shard's median were left out; null: none."""
+    """Rows whose norm exceeds this multiple of their shard's median are dropped; null: none."""
     hookpoints: tuple[Hookpoint, ...]
-    """What is held, in the order in which it was asked for."""
+    """Hookpoints of the cache, in the order of the command line."""
     dtype: DiskDtype
     """Type of the activations on disk, little-endian."""
     via: tuple[DiskDtype, ...]
-    """Types to which the rows were rounded before, in this order; none for a harvest."""
+    """Types to which the rows were rounded earlier, in this order; empty for a harvest."""
     batch_size: int
-    """Sequences in a forward pass; every pass had [batch_size, ctx_len] tokens."""
+    """Sequences in a forward pass; every pass has [batch_size, ctx_len] tokens."""
     row_order: Literal["shuffled", "sequence"]
     """Order of rows within a shard."""
     seed: int
     """Seed of the order of documents and rows."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges and relations."""
         _at_least("ctx_len", self.ctx_len, 2, 2**31 - 1)
         _at_least("skip_positions", self.skip_positions, 0, self.ctx_len - 1)
         _at_least("batch_size", self.batch_size, 1, 2**31 - 1)
@@ -134,123 +134,131 @@ class Identity:
             raise FormatError("a cache without hookpoints", expected="at least one", got="none")
         names = [hookpoint.name for hookpoint in self.hookpoints]
         if len(set(names)) != len(names):
-            raise FormatError("a hookpoint stands twice", got=names)
+            raise FormatError("a hookpoint occurs twice", got=names)
 
     @property
     def rows_per_sequence(self) -> int:
-        """Rows that one sequence can have: those of the positions that are not skipped."""
+        """Largest number of rows of one sequence: the positions that are not skipped."""
         return self.ctx_len - self.skip_positions
 
-    def digest(self) -> str:
-        """The cache id: 128 bits of BLAKE2b over this identity's JSON."""
+    @cached_property
+    def _digest(self) -> str:
         return hashlib.blake2b(to_json(self), digest_size=16).hexdigest()
+
+    def digest(self) -> str:
+        """Return the cache id: 128 bits of BLAKE2b over this identity's JSON."""
+        return self._digest
 
 
 @dataclass(frozen=True)
 class Extension:
-    """A file under `extensions/`: the harvest goes on beyond its goal. Never changed either."""
+    """A file under `extensions/`, never changed: it continues the harvest to a larger goal."""
 
     cache_id: str
     """Cache that is extended."""
     number: int
-    """Which extension, from 1."""
+    """Number of the extension, from 1."""
     first_shard: int
-    """Number of its first shard: as many as there were planned before."""
+    """Number of its first shard, equal to the number of shards planned before it."""
     first_sequence: int
-    """Number of its first sequence: the goal before."""
+    """Number of its first sequence, equal to the previous goal."""
     planned_sequences: int | None
-    """The goal now, of all sequences; null: all the text there is."""
+    """New goal in sequences, counted from the start of the cache; null: the whole dataset."""
 
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Consecutive shards that were planned at once."""
+    """Consecutive shards planned together: those of the first harvest, or of one extension."""
 
     first_shard: int
-    """Number of its first shard."""
     first_sequence: int
-    """Number of its first sequence."""
+    """Number of the first sequence of the first shard."""
     goal: int | None
-    """Sequences of the whole harvest when this part is done; None: all of the text."""
+    """Sequences of the cache at the end of this range; None: the whole dataset."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """All parts of a harvest, each going on where the one before reached its goal."""
+    """Assignment of a cache's sequences to shards.
+
+    Every shard is full except the last of each range. A short shard stays as it is when an
+    extension continues the harvest.
+    """
 
     size: int
     """Sequences in a full shard."""
     parts: tuple[ShardRange, ...]
+    """Ranges of the first harvest and of each extension; each begins where the previous ends."""
 
     def __post_init__(self) -> None:
-        """Check that the parts join; they come from files."""
+        """Check that the ranges are contiguous, as they come from files."""
         first, *rest = self.parts
         assert (first.first_shard, first.first_sequence) == (0, 0)
         for part in self.parts:
             if part.goal is not None and part.goal <= part.first_sequence:
                 raise FormatError(
-                    "a goal that is no further than the part's first sequence",
+                    "the goal of a shard range is not beyond its first sequence",
                     expected=f"> {part.first_sequence}",
                     got=part.goal,
                 )
         for before, part in pairwise([first, *rest]):
             if before.goal is None:
-                raise FormatError("a part after all of the text", got=part)
+                raise FormatError("an extension after the end of the dataset", got=part)
             begin = (before.first_shard + self._full(before, before.goal), before.goal)
             if (part.first_shard, part.first_sequence) != begin:
                 raise FormatError(
-                    "a part that does not begin where the one before it ends",
+                    "an extension does not begin where the previous range of shards ends",
                     expected=f"shard {begin[0]}, sequence {begin[1]}",
                     got=f"shard {part.first_shard}, sequence {part.first_sequence}",
                 )
 
     @property
     def goal(self) -> int | None:
-        """Sequences in all; None: all of the text."""
+        """Sequences of the whole cache; None: the whole dataset."""
         return self.parts[-1].goal
 
     @property
     def shards(self) -> int | None:
-        """Shards in all, if the text has that many; None: that is not known."""
+        """Number of shards if the dataset reaches the goal; None without a goal."""
         return None if self.goal is None else self.shards_of(self.goal)
 
     def shards_of(self, sequences: int) -> int:
-        """How many shards hold the first `iter_sequences` sequences."""
+        """Return how many shards hold the first `sequences` sequences."""
         part = self.parts[bisect_right(self.parts, sequences, key=lambda p: p.first_sequence) - 1]
         return part.first_shard + self._full(part, sequences)
 
     def first_sequence(self, shard: int) -> int:
-        """Number of a shard's first sequence."""
+        """Return the number of a shard's first sequence."""
         part = self.parts[self.part_of(shard)]
         return part.first_sequence + (shard - part.first_shard) * self.size
 
     def max_sequences(self, shard: int) -> int:
-        """Sequences that a shard holds if the text does not end before; 0 beyond the plan."""
+        """Return the planned sequences of a shard, 0 beyond the plan; the dataset may end first."""
         goal = self.parts[self.part_of(shard)].goal
         if goal is None:
             return self.size
         return max(0, min(self.size, goal - self.first_sequence(shard)))
 
     def is_in_last_range(self, shard: int) -> bool:
-        """Whether the text may have ended in a shard: only in the last part."""
+        """Return whether a shard is in the last range, where the dataset may have ended."""
         return self.part_of(shard) == len(self.parts) - 1
 
     def part_of(self, shard: int) -> int:
-        """Which part a shard belongs to, counted from 0."""
+        """Return the index of the range that a shard belongs to."""
         return bisect_right(self.parts, shard, key=lambda p: p.first_shard) - 1
 
     def extended(self, goal: int | None) -> ShardPlan:
-        """This plan with one more part, up to a larger goal."""
+        """Return this plan with one more range, up to a larger goal."""
         assert self.shards is not None
         assert self.goal is not None
         return ShardPlan(self.size, (*self.parts, ShardRange(self.shards, self.goal, goal)))
 
     def iter_shards(self, sequences: Iterator[T], part: int = 0) -> Iterator[tuple[int, list[T]]]:
-        """(shard, its sequences), up to the goal or the end of the text.
+        """Group sequences into (shard, its sequences), up to the goal or the end of the dataset.
 
         Args:
-            sequences: those from the part's first on; no more are taken than there are planned.
-            part: where to begin.
+            sequences: sequences from the first of the range; none beyond the goal is consumed.
+            part: index of the range to begin with.
         """
         for shard in count(self.parts[part].first_shard):
             most = self.max_sequences(shard)
@@ -261,53 +269,52 @@ class ShardPlan:
                 return
 
     def _full(self, part: ShardRange, sequences: int) -> int:
-        """How many shards of a part hold the harvest's first `iter_sequences` sequences."""
+        """Count the shards of a range up to sequence number `sequences` of the cache."""
         return -(-(sequences - part.first_sequence) // self.size)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The file `manifest.json`: written first, never changed; and the extensions beside it."""
+    """The file `manifest.json`, written first and never changed, with the cache's extensions."""
 
     format_version: int
-    """Version of FORMAT.md that the cache follows."""
+    """Version of the format (docs/format.md) that the cache follows."""
     cache_id: str
     """`identity.digest()`."""
     identity: Identity
-    """What the numbers are."""
     model: str
-    """The model's name as it was given (a folder: its last part)."""
+    """Name of the model as given on the command line (of a folder: its last component)."""
     revision: str | None
-    """Revision of the model, as given."""
+    """Revision of the model, as given on the command line."""
     architecture: str
     """Class of the model."""
     dataset: str
-    """The dataset's name as it was given (a file: its last part)."""
+    """Name of the dataset as given on the command line (of a file: its last component)."""
     split: str
     """Split of the dataset; empty for files without columns, which have none."""
     backend: Literal["memmap", "zarr"]
-    """How shards lie on disk."""
+    """Storage backend of the shards."""
     compression: Literal["none", "zstd"]
-    """Of the activations on disk."""
+    """Compression of the activations on disk."""
     sequences_per_shard: int
     """Sequences in every shard but the last."""
     planned_sequences: int | None
-    """The goal; null: all the text there is."""
+    """Goal of the first harvest; null: the whole dataset."""
     block_rows: int
     """Rows that a reader fetches at once: about 1 MiB of the widest hookpoint."""
     versions: dict[str, str]
-    """Libraries that made the cache."""
+    """Versions of the libraries that wrote the cache."""
     extensions: tuple[Extension, ...] = field(default=(), metadata=NOT_SERIALIZED)
-    """What the files under `extensions/` say."""
+    """Contents of the files under `extensions/`."""
 
     def __post_init__(self) -> None:
-        """Check ranges, and that the id is that of the identity."""
+        """Check ranges and relations, and the cache id against the identity."""
         if self.format_version != FORMAT_VERSION:
             raise FormatError(
                 "the cache has another format version",
                 expected=FORMAT_VERSION,
                 got=self.format_version,
-                remedy="install the version of actcache that made it",
+                remedy="install the version of actcache that wrote it",
             )
         _at_least("sequences_per_shard", self.sequences_per_shard, 1, 2**31 - 1)
         _at_least("block_rows", self.block_rows, 1, 2**31 - 1)
@@ -322,19 +329,19 @@ class Manifest:
             )
         if self.backend == "memmap" and self.compression != "none":
             raise FormatError("memmap is never compressed", expected="none", got=self.compression)
-        goal = self.plan.goal  # which sees to it that the extensions join
+        goal = self.plan.goal  # building the plan checks that the extensions are contiguous
         if self.backend == "zarr" and goal is None:
             raise FormatError("a zarr array has a length: planned_sequences", got="null")
         for number, extension in enumerate(self.extensions, start=1):
             if (extension.cache_id, extension.number) != (self.cache_id, number):
                 raise FormatError(
-                    "an extension that belongs elsewhere",
+                    "an extension belongs to another cache or has another number",
                     expected=f"number {number} of {self.cache_id}",
                     got=f"number {extension.number} of {extension.cache_id}",
                 )
         if self.cache_id != self.identity.digest():
             raise FormatError(
-                "the cache id is not that of the manifest's identity",
+                "the cache id is not the digest of the manifest's identity",
                 expected=self.identity.digest(),
                 got=self.cache_id,
                 remedy="the manifest was edited or damaged; restore it from a copy",
@@ -342,15 +349,15 @@ class Manifest:
 
     @cached_property
     def file_names(self) -> frozenset[str]:
-        """What every receipt calls the files of its shard."""
-        apart = self.backend == "zarr" and self.identity.dtype in ("int8", "float8_e4m3")
-        folders = ("activations", "scales") if apart else ("activations",)
+        """Logical file names that the receipt of every shard lists."""
+        has_scales = self.backend == "zarr" and self.identity.dtype in ("int8", "float8_e4m3")
+        folders = ("activations", "scales") if has_scales else ("activations",)
         rows = {f"{folder}/{h.name}" for folder in folders for h in self.identity.hookpoints}
         return frozenset(rows | {"tokens", "stats"})
 
     @cached_property
     def plan(self) -> ShardPlan:
-        """Which sequences each shard holds."""
+        """Shard plan of the first harvest and all extensions."""
         later = (
             ShardRange(e.first_shard, e.first_sequence, e.planned_sequences)
             for e in self.extensions
@@ -360,29 +367,29 @@ class Manifest:
         )
 
     def truncated_to(self, extensions: int) -> Manifest:
-        """This manifest with the first so many of its extensions."""
+        """Return this manifest with its first `extensions` extensions only."""
         return dataclasses.replace(self, extensions=self.extensions[:extensions])
 
     @property
     def shard_rows(self) -> int:
-        """Rows that a full shard can have, before padding, tokens and norms are looked at."""
+        """Largest number of rows of a full shard, before row filters."""
         return self.sequences_per_shard * self.identity.rows_per_sequence
 
     def width(self, hookpoint: str) -> int:
-        """Width of one hookpoint of this cache."""
+        """Return the width of a hookpoint."""
         return {h.name: h.width for h in self.identity.hookpoints}[hookpoint]
 
 
 def parse_manifest(obj: object, where: str = MANIFEST) -> Manifest:
-    """Decoded JSON to a checked `Manifest`; raises `FormatError`."""
+    """Check decoded JSON and build a `Manifest`; raises `FormatError`."""
     return parse_dataclass(Manifest, obj, where)
 
 
 def read_manifest(root: CachePath) -> Manifest:
-    """The manifest of the cache in folder `root`, with its extensions.
+    """Read the manifest of the cache in folder `root`, with its extensions.
 
     Raises:
-        EmptyCacheError: there is no cache.
+        EmptyCacheError: the folder holds no manifest.
         FormatError: the manifest or an extension is damaged or from another version.
     """
     manifest = read_first_manifest(root)
@@ -392,7 +399,7 @@ def read_manifest(root: CachePath) -> Manifest:
 
 
 def read_first_manifest(root: CachePath) -> Manifest:
-    """The manifest without extensions; raises as `read_manifest`."""
+    """Read the manifest without its extensions; raises as `read_manifest`."""
     path = root / MANIFEST
     try:
         return parse_manifest(read_json(path, links=False), str(path))
@@ -404,40 +411,31 @@ def read_first_manifest(root: CachePath) -> Manifest:
 
 
 def extension_path(root: CachePathT, number: int) -> CachePathT:
-    """Where the record of an extension lies."""
+    """Return the path of the file of an extension."""
     return root / EXTENSIONS / f"{number:05d}.json"
 
 
 def extension_files(root: CachePathT) -> list[CachePathT]:
-    """The files that stand where records of extensions do, in their order.
-
-    Raises:
-        FormatError: their folder is a symbolic link.
-    """
+    """List the files under `extensions/` by number; raises `FormatError` if it is a link."""
     folder = root / EXTENSIONS
     if folder.is_symlink():
         raise FormatError(f"{folder} is a symbolic link", expected="a folder")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return [folder / n for n in sorted(filter(_EXTENSION_NAME.fullmatch, names), key=_number)]
-
-
-def _number(name: str) -> tuple[int, str]:
-    return int(name.removesuffix(".json")), name
+    found = sorted((int(n[:-5]), n) for n in names if _EXTENSION_NAME.fullmatch(n))
+    return [folder / name for _, name in found]
 
 
 def read_extension(path: CachePath, manifest: Manifest) -> Manifest:
-    """The manifest with one more extension: the one that follows those it has.
+    """Read the next extension of a manifest and return the manifest with it.
 
     Raises:
-        FormatError: it is damaged, or does not follow.
+        FormatError: the file is damaged, or is not the next extension.
     """
     obj = read_json(path, _MAX_EXTENSION_BYTES, links=False)
     extension = parse_dataclass(Extension, obj, str(path))
     expected = extension_path(path.parents[1], len(manifest.extensions) + 1).name
     if path.name != expected:
-        raise FormatError(
-            f"{path} is not the extension that comes next", expected=expected, got=path.name
-        )
+        raise FormatError(f"{path} is not the next extension", expected=expected, got=path.name)
     try:
         return dataclasses.replace(manifest, extensions=(*manifest.extensions, extension))
     except FormatError as error:
@@ -445,10 +443,10 @@ def read_extension(path: CachePath, manifest: Manifest) -> Manifest:
 
 
 def differences(ours: Manifest, theirs: Manifest) -> list[str]:
-    """Fields in which two manifests ask for other bytes, as 'field: theirs, not ours'.
+    """List the fields that make two manifests describe other bytes, as 'field: theirs, not ours'.
 
-    Names and library versions may differ; identity, shard size and goal may not. The goal is the
-    last one, however many extensions led to it.
+    Names and library versions are not compared; identity, backend, shard size and goal are. The
+    goal is that of the last extension.
     """
     fixed = ("backend", "compression", "sequences_per_shard", "block_rows")
     pairs = [(f, getattr(ours, f), getattr(theirs, f)) for f in fixed]
@@ -466,7 +464,7 @@ def _at_least(name: str, value: int, low: int, high: int) -> None:
 
 
 def with_extension(manifest: Manifest, goal: int | None) -> Manifest:
-    """The manifest with one more extension, to `goal` sequences in all (None: all of the text)."""
+    """Return the manifest with one more extension, up to `goal` sequences (None: all text)."""
     part = manifest.plan.extended(goal).parts[-1]
     extension = Extension(
         cache_id=manifest.cache_id,
@@ -479,7 +477,7 @@ def with_extension(manifest: Manifest, goal: int | None) -> Manifest:
 
 
 def library_versions(compression: str) -> dict[str, str]:
-    """Versions of what decides the numbers, and the compressed bytes."""
+    """Return the versions of the libraries that decide the numbers and the compressed bytes."""
     from importlib.metadata import version
 
     names = ["actcache", "torch", "transformers", "tokenizers", "datasets", "numpy"]

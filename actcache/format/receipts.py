@@ -1,4 +1,4 @@
-"""Receipts: the files under `shards/` that make a shard exist. See FORMAT.md."""
+"""The files under `shards/`: receipts, retractions and the seal; see docs/format.md."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _RETRACTION_NAME = re.compile(r"([0-9]{5,9})\.retracted\.json")
 
 @dataclass(frozen=True)
 class ShardReceipt:
-    """What one published shard holds; without its receipt a shard does not exist."""
+    """Contents of a published shard. A shard exists if and only if its receipt does."""
 
     cache_id: str
     """Cache that the shard belongs to."""
     shard: int
     """Number of the shard."""
     first_sequence: int
-    """Number, in the whole harvest, of the shard's first sequence."""
+    """Number of the shard's first sequence, counted from the start of the cache."""
     sequences: int
     """Sequences in the shard."""
     rows: int
     """Rows at every hookpoint."""
     dropped: dict[str, int]
-    """Rows left out, by filter."""
+    """Rows dropped, by filter."""
     non_finite: dict[str, int]
     """Rows that hold an infinity or NaN, by hookpoint. They are kept."""
     near_overflow: dict[str, int]
@@ -53,12 +53,12 @@ class ShardReceipt:
     'scales/HOOKPOINT' of 8-bit rows."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Refuse negative counts."""
         counts = [self.shard, self.first_sequence, self.sequences - 1, self.rows]
         counts += [*self.dropped.values(), *self.non_finite.values(), *self.near_overflow.values()]
         counts += [file.bytes for file in self.files.values()]
         if min(counts) < 0:
-            raise FormatError(f"receipt of shard {self.shard} holds a negative count")
+            raise FormatError(f"the receipt of shard {self.shard} holds a negative count")
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ class CompletionMarker:
     last_shard: int
     """Number of the last shard."""
     sequences: int
-    """Sequences in all."""
+    """Sequences of the whole cache."""
     reason: Literal["goal", "text"]
-    """goal: as many as planned; text: the text ended first."""
+    """goal: the planned number was reached; text: the dataset ended first."""
     extensions: int
-    """Extensions that it seals. Once there are more, it is out of date and seals nothing."""
+    """Number of extensions when it was written. A later extension makes the seal void."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         if min(self.last_shard, self.extensions) < 0 or self.sequences <= self.last_shard:
             raise FormatError(
-                "a seal over shards that cannot be",
+                "the seal has impossible counts",
                 expected="at least one shard, and a sequence in each",
                 got=f"last shard {self.last_shard}, {self.sequences} sequences, "
                 f"{self.extensions} extensions",
@@ -88,25 +88,25 @@ class CompletionMarker:
 
 
 def receipt_path(root: CachePathT, shard: int) -> CachePathT:
-    """Where the receipt of a shard lies."""
+    """Return the path of a shard's receipt."""
     return root / FOLDER / f"{shard:05d}.json"
 
 
 def publish_receipt(root: Path, receipt: ShardReceipt) -> None:
-    """Publish a shard: the last act, after all its files are in place."""
+    """Publish a shard by writing its receipt, after all its files are in place."""
     write_atomic(receipt_path(root, receipt.shard), [to_json(receipt)])
 
 
 def write_completion_marker(root: Path, end: CompletionMarker) -> None:
-    """Seal the harvest."""
+    """Write the seal of a complete harvest."""
     write_atomic(root / FOLDER / END, [to_json(end)])
 
 
 def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
-    """The seal, or None while the harvest, with all its extensions, is not complete.
+    """Read the seal; return None while the harvest, with all its extensions, is not complete.
 
     Raises:
-        FormatError: it is damaged, belongs to another cache, or seals what was never planned.
+        FormatError: it is damaged, belongs to another cache, or contradicts the manifest's plan.
     """
     path = root / FOLDER / END
     try:
@@ -117,10 +117,10 @@ def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
     _check_owner(path, end.cache_id, manifest.cache_id)
     if end.extensions > len(manifest.extensions):
         raise FormatError(
-            f"{path} seals extensions that are not there",
+            f"{path} counts extensions that do not exist",
             expected=f"<= {len(manifest.extensions)}",
             got=end.extensions,
-            remedy="restore what extensions/ held from a copy",
+            remedy="restore the files of extensions/ from a copy",
         )
     if end.extensions == len(manifest.extensions):
         _check_goal(path, end, manifest.plan.goal)
@@ -130,7 +130,7 @@ def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
 
 
 def read_completion_marker(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
-    """The seal of a harvest as far as this manifest goes, whatever it was extended by since.
+    """Read the seal, or derive it if extensions newer than `manifest` made it void.
 
     Raises:
         FormatError: the seal or an extension is damaged.
@@ -143,7 +143,7 @@ def read_completion_marker(root: CachePath, manifest: Manifest) -> CompletionMar
         end = None
     goal, shards = manifest.plan.goal, manifest.plan.shards
     if end is None and goal is not None and shards is not None and _is_extended(root, manifest):
-        # Only what has reached its goal is extended.
+        # A harvest is extended only after it has reached its goal.
         return CompletionMarker(
             manifest.cache_id, shards - 1, goal, "goal", len(manifest.extensions)
         )
@@ -155,7 +155,7 @@ def _is_extended(root: CachePath, manifest: Manifest) -> bool:
 
 
 def _check_goal(path: CachePath, end: CompletionMarker, goal: int | None) -> None:
-    """Whether a seal can be that of a harvest with this goal."""
+    """Require that a seal agrees with the goal of the harvest."""
     if goal is None:
         return
     if end.sequences > goal or (end.reason == "goal" and end.sequences != goal):
@@ -168,13 +168,13 @@ def _check_goal(path: CachePath, end: CompletionMarker, goal: int | None) -> Non
 
 
 def _check_outdated(path: CachePath, end: CompletionMarker, manifest: Manifest) -> None:
-    """Whether a seal, of the time before the next extension, is what it was then."""
+    """Require that a void seal agrees with the plan before the next extension."""
     goal, shards = manifest.plan.goal, manifest.plan.shards
     assert shards is not None  # otherwise there could be no next extension
     expected, got = (goal, shards - 1, "goal"), (end.sequences, end.last_shard, end.reason)
     if got != expected:
         raise FormatError(
-            f"{path} is no seal of extension {end.extensions}", expected=expected, got=got
+            f"{path} is not the seal of extension {end.extensions}", expected=expected, got=got
         )
 
 
@@ -205,12 +205,14 @@ def read_receipts(root: CachePath, manifest: Manifest) -> dict[int, ShardReceipt
         FormatError: a receipt is damaged, belongs to another cache, or does not agree with the
             manifest.
     """
-    # Ten thousand receipts are a million objects and none of them garbage: looking for some again
-    # and again takes a third of the time.
+    # Ten thousand receipts are a million live objects; repeated garbage collections over them
+    # would take a third of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        files = prefetch_files(path for _, path in receipt_files(root))
+        files: Iterable[CachePath] = [path for _, path in receipt_files(root)]
+        if not isinstance(root, Path):
+            files = prefetch_files(files)
         receipts = (read_receipt(path, manifest) for path in files)
         return {receipt.shard: receipt for receipt in receipts}
     finally:
@@ -219,7 +221,7 @@ def read_receipts(root: CachePath, manifest: Manifest) -> dict[int, ShardReceipt
 
 
 def receipt_files(root: CachePathT) -> list[tuple[int, CachePathT]]:
-    """The files that stand where receipts do, with the number in their name, ascending."""
+    """List (number in the name, path) of files named like receipts, ascending."""
     folder = root / FOLDER
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     found = sorted((int(name[:-5]), name) for name in names if _RECEIPT_NAME.fullmatch(name))
@@ -227,10 +229,10 @@ def receipt_files(root: CachePathT) -> list[tuple[int, CachePathT]]:
 
 
 def read_receipt(path: CachePath, manifest: Manifest) -> ShardReceipt:
-    """One receipt, checked against its name and the manifest.
+    """Read one receipt and check it against its file name and the manifest.
 
     Raises:
-        FormatError: it is damaged, belongs elsewhere, or does not agree with the manifest.
+        FormatError: it is damaged, belongs to another cache or shard, or contradicts the manifest.
     """
     obj = read_json(path, _MAX_BYTES, links=False)
     receipt = parse_dataclass(ShardReceipt, obj, str(path))
@@ -244,7 +246,7 @@ def read_receipt(path: CachePath, manifest: Manifest) -> ShardReceipt:
 
 
 def digest(receipts: list[ShardReceipt]) -> str:
-    """One digest over the receipts of some shards: what training pins its data with."""
+    """Compute one digest over the receipts of some shards; a training run records it."""
     hasher = xxhash.xxh3_128()
     for receipt in receipts:
         hasher.update(to_json(receipt))
@@ -252,7 +254,7 @@ def digest(receipts: list[ShardReceipt]) -> str:
 
 
 def _check_against(manifest: Manifest, receipt: ShardReceipt, path: CachePath) -> None:
-    """Whether the receipt is of a shard that this manifest can have."""
+    """Require that a receipt fits the hookpoints, files, plan and filters of a manifest."""
     names = {hookpoint.name for hookpoint in manifest.identity.hookpoints}
     tokens = receipt.sequences * manifest.identity.ctx_len
     plan = manifest.plan
@@ -274,7 +276,7 @@ def _check_against(manifest: Manifest, receipt: ShardReceipt, path: CachePath) -
     for name, broken in receipt.non_finite.items():
         if broken + receipt.near_overflow[name] > receipt.rows:
             raise FormatError(
-                f"{path} counts more rows of {name} by their values than there are",
+                f"{path} counts more non-finite and large rows of {name} than the shard has rows",
                 expected=f"non_finite and near_overflow together <= {receipt.rows}",
                 got=f"{broken} and {receipt.near_overflow[name]}",
             )
@@ -286,31 +288,35 @@ def _check_owner(path: CachePath, got: str, expected: str) -> None:
             f"{path} belongs to another cache",
             expected=expected,
             got=got,
-            remedy="remove what was copied in from elsewhere",
+            remedy="remove the files that were copied in from another cache",
         )
 
 
 @dataclass(frozen=True)
 class Retraction:
-    """What a retracted shard was."""
+    """Record `shards/NNNNN.retracted.json` of a damaged shard whose receipt was withdrawn.
+
+    It keeps the digests that the shard must have when it is harvested again, so that a repair
+    cannot change a cache that runs are pinned to.
+    """
 
     cache_id: str
     """Cache that the shard belongs to."""
     shard: int
     """Number of the shard."""
     promised: dict[str, FileDigest]
-    """Its files by its receipt; empty if that could not be read."""
+    """Digests by the shard's receipt; empty if the receipt could not be read."""
     found: dict[str, FileDigest]
-    """Its files as they lay there. Where the receipt was what was damaged, these were right."""
+    """Digests of the files on disk: the right ones if only the receipt was damaged."""
 
 
 def retraction_path(root: CachePathT, shard: int) -> CachePathT:
-    """Where the record of a retracted shard lies."""
+    """Return the path of the record of a retracted shard."""
     return root / FOLDER / f"{shard:05d}.retracted.json"
 
 
 def retracted_shards(root: CachePath) -> list[int]:
-    """Numbers of the shards that wait to be made again, ascending."""
+    """List the retracted shards that have not been harvested again, ascending."""
     return [s for s in _recorded(root) if not receipt_path(root, s).exists()]
 
 
@@ -342,11 +348,11 @@ def read_retraction(root: Path, manifest: Manifest, shard: int) -> Retraction | 
 
 
 def forget(root: Path, shard: int) -> None:
-    """Drop the record of a shard that has its receipt again."""
+    """Delete the retraction record of a shard."""
     retraction_path(root, shard).unlink(missing_ok=True)
 
 
 def drop_restored_records(root: Path, published: Iterable[int]) -> None:
-    """Drop the records that a killed repair left beside the receipts of published shards."""
+    """Delete retraction records that a killed process left beside receipts of the same shards."""
     for shard in set(published) & set(_recorded(root)):
         forget(root, shard)

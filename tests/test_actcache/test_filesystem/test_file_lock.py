@@ -39,7 +39,7 @@ def test_the_folder_is_free_once_every_rank_has_left(tmp_path: Path) -> None:
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, sys; from actcache.filesystem.atomic import DirectoryLock; "
-        "FolderLock(pathlib.Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
+        "DirectoryLock(pathlib.Path(sys.argv[1])).acquire(); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert done.returncode == -9

@@ -1,18 +1,18 @@
-"""One class per broken promise; each says what, expected, got and remedy, and has an exit code."""
+"""Exception classes for errors of the user, with a structured message and an exit code each."""
 
 from __future__ import annotations
 
-_LONGEST = 4000  # characters that one part of a message may have
+_LONGEST = 4000  # characters of one field of a message
 
 
 class ActcacheError(Exception):
-    """An error that a user can act on. Its text is the whole message: no traceback is needed.
+    """An error that the user can fix. The command line prints its text without a traceback.
 
     Args:
-        what: what is wrong, naming the path, shard or option.
-        expected: what would have been right.
-        got: what was found instead.
-        remedy: what to do about it.
+        what: the problem, naming the path, shard or option.
+        expected: a correct value.
+        got: the value found instead.
+        remedy: the action that fixes it.
     """
 
     exit_code = 1
@@ -31,18 +31,18 @@ class ActcacheError(Exception):
 
 
 def _bounded(text: str) -> str:
-    """Values from damaged files stand in errors: they may be of any length."""
+    """Cut a text that quotes values of damaged files, which may have any length."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 class ConfigError(ActcacheError):
-    """An option, or a combination of options, that cannot be carried out."""
+    """An option, or a combination of options, is invalid."""
 
     exit_code = 2
 
 
 class DatasetError(ActcacheError):
-    """The text cannot be found, read, or is too short."""
+    """The dataset cannot be found or read, or is too short."""
 
     exit_code = 3
 
@@ -54,54 +54,54 @@ class ModelError(ActcacheError):
 
 
 class HookpointError(ActcacheError):
-    """A hookpoint that the model or the cache does not have."""
+    """The model or the cache does not have the hookpoint."""
 
     exit_code = 5
 
 
 class FormatError(ActcacheError):
-    """A file that does not follow its format: a manifest, a receipt, a header, a run."""
+    """A file does not follow its format: a manifest, a receipt, a header, a run record."""
 
     exit_code = 6
 
 
 class CacheMismatchError(ActcacheError):
-    """A cache, or run, that is not the one that was asked for."""
+    """The folder holds another cache or run than the command describes."""
 
     exit_code = 7
 
 
 class CorruptShardError(ActcacheError):
-    """A published file whose bytes are not those that its receipt promises."""
+    """The bytes of a published file differ from its receipt."""
 
     exit_code = 8
 
 
 class EmptyCacheError(ActcacheError):
-    """A cache without enough complete shards for what was asked."""
+    """The cache has too few complete shards for the command."""
 
     exit_code = 9
 
 
 class DiskFullError(ActcacheError):
-    """No room for what would be written."""
+    """The disk has too little free space for the files to be written."""
 
     exit_code = 10
 
 
 class RunError(ActcacheError):
-    """A training run that cannot be started, resumed or evaluated as asked."""
+    """A training run cannot be started, resumed or evaluated with these options."""
 
     exit_code = 11
 
 
 class CacheBusyError(ActcacheError):
-    """A folder in which another harvest, or another fit, is at work."""
+    """Another harvest or fit holds the lock of the folder."""
 
     exit_code = 12
 
 
 class RemoteError(ActcacheError):
-    """A store behind a URL that does not answer, or does not let us in."""
+    """The object store behind a URL does not respond, or denies access."""
 
     exit_code = 13

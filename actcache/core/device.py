@@ -1,10 +1,8 @@
-"""Which device an option means, and which one a model takes its tokens on."""
+"""Torch devices: choice by option, a model's input device, peak memory."""
 
 from __future__ import annotations
 
 import os
-import resource
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,7 @@ from actcache.errors import ConfigError
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device that an option names.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
+    """Return the torch device that --device names; raises `ConfigError` if it is unusable."""
     if name == "auto":
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -33,24 +27,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def peak_memory() -> int:
-    """Return the largest resident size of this process so far, bytes.
+    """Return the peak resident memory of this process, bytes.
 
-    Read from VmHWM, which starts at exec. `ru_maxrss` is inherited through fork and exec, so that a
-    process started by a larger one reports its parent's peak; it is used only where /proc lacks
-    VmHWM.
+    Read from /proc, since `getrusage` of a forked process starts at its parent's peak.
     """
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("Linux reports VmHWM for every process")
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its tokens; meta if it has no weights.
+    """Return the device of a model's input tokens; meta for a model without weights.
 
-    Of a model that is spread over devices, weights that wait in memory or on disk are on the meta
-    device; the hook that brings them in says where they compute.
+    With --device-map, offloaded weights are on the meta device, so accelerate's hook is consulted
+    for the device of execution.
     """
     hook = getattr(model, "_hf_hook", None)
     if hook is not None and hook.execution_device is not None:
@@ -60,16 +51,12 @@ def input_device(model: Any) -> torch.device:
 
 
 def require_whole_machine() -> None:
-    """Refuse to spread a model over GPUs that other processes spread theirs over.
-
-    Raises:
-        ConfigError: torchrun started several processes on this machine.
-    """
+    """Raise `ConfigError` if --device-map is combined with several processes on this machine."""
     processes = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     if processes != "1":
         raise ConfigError(
-            "--device-map auto takes every GPU of the machine",
-            expected="one process a machine",
+            "--device-map auto uses every GPU of the machine",
+            expected="one process per machine",
             got=f"{processes} processes",
             remedy="torchrun --nproc_per_node 1, or start without torchrun",
         )

@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal, for whatever takes seconds; silent elsewhere."""
+"""Progress bars, drawn on a terminal only, and sizes formatted for people."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 
 class Progress:
-    """One bar: amount, rate, time left, and bytes per second where bytes are told.
+    """A tqdm bar with amount, rate, time left, and bytes per second if bytes are reported.
 
     Args:
-        what: a word or two.
-        total: how many units there are; None when that is not known.
-        unit: what is counted.
-        show: draw it; by default where stderr is a terminal.
+        what: label of the bar.
+        total: number of units; None if unknown.
+        unit: name of a unit.
+        initial: units done before.
+        show: draw the bar; by default if stderr is a terminal.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Progress:
         )
 
     def advance(self, units: int, written: int = 0, **notes: object) -> None:
-        """Count units done and bytes moved; notes stand at the end of the line."""
+        """Add units done and bytes written; show `notes` at the end of the bar."""
         self._bytes += written
         if self._bytes:
             rate = self._bytes / max(time.monotonic() - self._began, 1e-9)
@@ -48,14 +49,14 @@ class Progress:
         self._bar.update(units)
 
     def wait(self, what: str, *, begins: bool) -> None:
-        """Say what is waited for: at the end of the bar; without one in a line, when it begins."""
+        """Show a wait at the end of the bar; without a bar, print one line when the wait begins."""
         if not self._bar.disable:
             self._bar.set_postfix_str(what)
         elif begins:
             self.say(f"{self._what}: {what}")
 
     def say(self, text: str) -> None:
-        """A line on stderr, above the bar if there is one."""
+        """Print a line on stderr, above the bar if there is one."""
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
@@ -64,7 +65,7 @@ class Progress:
 
 
 def format_bytes(size: float) -> str:
-    """A size with three digits and a decimal unit, such as '235 MB'."""
+    """Format a size with three digits and a decimal unit, such as '235 MB'."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(size) < 999.5:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Seeded streams that never change: NumPy's frozen `RandomState`, one per (purpose, numbers)."""
+"""Random streams that never change: NumPy's frozen `RandomState`, one per (purpose, numbers)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ _own = threading.local()
 
 
 def permutation(count: int, purpose: str, *numbers: int) -> NDArray[np.int64]:
-    """What `stream(purpose, *numbers).permutation(count)` gives, ten times sooner for few numbers.
+    """Return `stream(purpose, *numbers).permutation(count)`, ten times faster for small counts.
 
-    A new `RandomState` gathers the system's entropy before it is given a seed; this seeds one that
-    is there, of the calling thread's own.
+    Constructing a `RandomState` reads the system's entropy first; this reseeds one per thread.
     """
     if not hasattr(_own, "state"):
         _own.state = np.random.RandomState(0)
@@ -25,11 +24,11 @@ def permutation(count: int, purpose: str, *numbers: int) -> NDArray[np.int64]:
 
 
 def stream(purpose: str, *numbers: int) -> np.random.RandomState:
-    """The random stream of one purpose.
+    """Create the random stream of one purpose.
 
     Args:
-        purpose: what it is for, such as 'rows in shard'; other purposes are independent.
-        numbers: seed, then whatever else tells this stream from its siblings, each in [0, 2^32).
+        purpose: name such as 'rows in shard'; streams of other names are independent.
+        numbers: seed, then further numbers that distinguish the stream, each in [0, 2^32).
     """
     return np.random.RandomState(_seed(purpose, numbers))
 

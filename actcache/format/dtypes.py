@@ -1,8 +1,8 @@
-"""Types on disk and in memory. Little-endian throughout; bfloat16 travels as uint16 in NumPy.
+"""Types of stored rows: NumPy, safetensors and torch types, quantisation to 8 bits, and decoding.
 
-A row as stored has one part, its numbers, or two: an 8-bit row has a scale besides. `StoredRows`
-holds the parts of some rows, `RowDtype.parts` says what they are, and everything that moves rows
-(backends, reader, stream) moves parts without asking which there are.
+A stored row has one component, its values, or two: an 8-bit row has a scale as well. `StoredRows`
+holds the components of some rows and `RowDtype.parts` describes them; backends, reader and stream
+move all components alike. Little-endian throughout; bfloat16 is uint16 in NumPy.
 
 Letters: N rows, D width.
 """
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 VALUES = "activations"
-"""The part that every row has: its numbers. Files and tensors are called so."""
+"""Component that every row has: its values. Also the name of its files and tensors."""
 SCALES = "scales"
-"""What the numbers of an 8-bit row are multiplied by: a float32 for each row."""
+"""Factor of the values of an 8-bit row: one float32 for each row."""
 
 _BLOCK = (1 << 15) - 1
-"""Numbers that are encoded at once: too few for torch to share them among its threads, which under
-load wait for one another up to twenty times longer than one needs for all."""
+"""Values encoded at once: below the size at which torch uses several threads, whose
+synchronisation under load takes up to twenty times longer than one thread needs for all."""
 
-_WHOLE = 1.5 * 2**23  # float32 numbers about this size are whole
+_WHOLE = 1.5 * 2**23  # float32 numbers of this magnitude have no fraction bits
 
 
 @dataclass(frozen=True)
 class RowComponent:
-    """What one part of a row is."""
+    """Shape and type of one component of a row."""
 
     shape: tuple[int, ...]
-    """Of one row: (width,), or () for a scale."""
+    """Shape for one row: (width,), or () for a scale."""
     storage: str
     """NumPy type of the bytes."""
     tag: str
@@ -51,30 +51,30 @@ class RowComponent:
 
     @property
     def bytes(self) -> int:
-        """Of one row."""
+        """Bytes of the component for one row."""
         return math.prod(self.shape) * np.dtype(self.storage).itemsize
 
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """Some rows as they lie on disk. Indexing chooses rows, in all parts alike."""
+    """Rows in their on-disk representation. Indexing selects rows in all components."""
 
     parts: Mapping[str, Array]
-    """By name, in the order of the bytes. Each [N, ...]"""
+    """Components by name, in the order of the bytes. Each [N, ...]"""
 
     @property
     def values(self) -> Array:
-        """The stored numbers. [N, D]"""
+        """Stored values. [N, D]"""
         return self.parts[VALUES]
 
     @property
     def scales(self) -> NDArray[np.float32]:
-        """Of 8-bit rows. [N]"""
+        """Scales of 8-bit rows. [N]"""
         return self.parts[SCALES]
 
     @property
     def nbytes(self) -> int:
-        """Of all parts."""
+        """Bytes of all components."""
         return sum(part.nbytes for part in self.parts.values())
 
     def __len__(self) -> int:
@@ -88,47 +88,47 @@ class StoredRows:
             part[rows] = other.parts[name]
 
     def take(self, rows: NDArray[np.int64], out: StoredRows) -> None:
-        """Copy rows, whose numbers are in range, to `out`."""
+        """Copy the rows at valid indices `rows` to `out`."""
         for name, part in self.parts.items():
-            # mode='clip' lets NumPy write straight into `out`.
+            # mode='clip' makes NumPy write to `out` without an intermediate copy.
             np.take(part, rows, axis=0, out=out.parts[name], mode="clip")
 
 
 @dataclass(frozen=True)
 class RowDtype:
-    """One type of activations: how NumPy, safetensors and torch call it."""
+    """One type of activations, with its names in NumPy, safetensors and torch."""
 
     name: str
-    """The manifest's."""
+    """Name in the manifest."""
     storage: str
     """NumPy type of the bytes."""
     tag: str
     """Type in a safetensors header."""
     torch_name: str
-    """Torch's type of the numbers."""
+    """Torch type of the values."""
     bridge_dtype: str
-    """Type through which they pass from NumPy to torch, which both have under this name."""
+    """Type of this name in both NumPy and torch that carries the bits between them."""
 
     @property
     def decodes(self) -> bool:
-        """Whether `to_torch` gives other numbers than those stored: float32, in new memory."""
+        """Whether `to_torch` computes float32 values in new memory instead of viewing the bytes."""
         return False
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one number."""
+        """Bytes of one value."""
         return np.dtype(self.storage).itemsize
 
     def parts(self, width: int) -> dict[str, RowComponent]:
-        """What a row of `width` numbers consists of, in the order of the bytes."""
+        """Describe the components of a row of `width` values, in the order of the bytes."""
         return {VALUES: RowComponent((width,), self.storage, self.tag)}
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of one row, all parts together."""
+        """Return the bytes of one row, all components together."""
         return sum(part.bytes for part in self.parts(width).values())
 
     def empty(self, rows: int, width: int) -> StoredRows:
-        """Memory for rows that will be read or computed."""
+        """Allocate uninitialised memory for rows."""
         return StoredRows(
             {
                 name: np.empty((rows, *part.shape), dtype=part.storage)
@@ -137,13 +137,13 @@ class RowDtype:
         )
 
     def to_float32(self, rows: StoredRows) -> NDArray[np.float32]:
-        """The numbers that stored rows stand for, [N, D]; exact for every type here."""
+        """Decode stored rows to float32 [N, D], exactly."""
         if self.name == "bfloat16":  # the upper half of a float32
             return (rows.values.astype(np.uint32) << 16).view(np.float32)
         return rows.values.astype(np.float32)
 
     def tensors(self, rows: StoredRows) -> dict[str, torch.Tensor]:
-        """The parts of stored rows as tensors that share their memory, for `decode`."""
+        """View the components of stored rows as tensors, the input of `decode`."""
         import torch
 
         return {
@@ -152,27 +152,27 @@ class RowDtype:
         }
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What `tensors` gave, or a copy of it on any device, as a tensor of this type. [N, D]"""
+        """View the result of `tensors`, or its copy on a device, as this type. [N, D]"""
         import torch
 
         return parts[VALUES].view(getattr(torch, self.torch_name))
 
     def to_torch(self, rows: StoredRows) -> torch.Tensor:
-        """Stored rows as a tensor of this type that shares their memory; of 8 bits, as `decode`."""
+        """Return stored rows as a tensor that shares their memory (8-bit types: decoded)."""
         return self.decode(self.tensors(rows))
 
     def from_torch(self, rows: torch.Tensor) -> StoredRows:
-        """A tensor [N, D] of any float type and device to rows as stored, in C order."""
+        """Encode a tensor [N, D] of any float type and device as stored rows, in C order."""
         import torch
 
         stored = rows.detach().to(device="cpu", dtype=getattr(torch, self.torch_name)).contiguous()
         if rows.dtype == torch.float16 != stored.dtype:
-            # Which NaN comes of a NaN here depends on its place in the tensor.
+            # The payload of a converted NaN depends on its index in the tensor: use one NaN.
             stored[stored.isnan()] = torch.nan
         return StoredRows({VALUES: self._carried(stored)})
 
     def _carried(self, values: torch.Tensor) -> Array:
-        """A tensor of this type as NumPy holds it."""
+        """View a tensor of this type as a NumPy array of the storage type."""
         import torch
 
         array: Array = values.view(getattr(torch, self.bridge_dtype)).numpy().view(self.storage)
@@ -181,53 +181,53 @@ class RowDtype:
 
 @dataclass(frozen=True)
 class ScaledRowDtype(RowDtype):
-    """A type of 8 bits: a row x is its scale s = max|x| / largest, and round(x / s).
+    """An 8-bit type: a row x is stored as its scale s = max|x| / largest and round(x / s).
 
-    Everything is computed in float32 and number by number, so that no bit depends on threads, and
-    decoded to float32. A row of zeros has the scale 0, one with an infinity or NaN the scale NaN;
-    the numbers of both are zeros.
+    All arithmetic is elementwise float32, so that no bit depends on threads; rows decode to
+    float32. A row of zeros has the scale 0, a row with an infinity or NaN the scale NaN; the values
+    of both are zeros.
     """
 
     largest: float
-    """The largest magnitude that is stored."""
+    """Largest stored magnitude."""
 
     @property
     def decodes(self) -> bool:
-        """They are scaled."""
+        """True: values are multiplied by their scales."""
         return True
 
     def parts(self, width: int) -> dict[str, RowComponent]:
-        """The numbers, then the scale."""
+        """Describe the two components: the values, then the scale."""
         return super().parts(width) | {SCALES: RowComponent((), "<f4", "F32")}
 
     def to_float32(self, rows: StoredRows) -> NDArray[np.float32]:
-        """The numbers that stored rows stand for, as `to_torch` has them. [N, D]"""
+        """Decode stored rows to float32, bit for bit as `to_torch` does. [N, D]"""
         values = rows.values if self.name == "int8" else _e4m3()[rows.values]
-        with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale is any number
+        with np.errstate(over="ignore", invalid="ignore"):  # a hostile file holds any scale
             return np.multiply(values, rows.scales[:, None], dtype=np.float32)
 
     def tensors(self, rows: StoredRows) -> dict[str, torch.Tensor]:
-        """The numbers as int8, whatever they mean, and the scales."""
+        """View the values as int8, and the scales."""
         import torch
 
         values = torch.from_numpy(rows.values.view(np.int8))
         return {VALUES: values, SCALES: torch.from_numpy(rows.scales)}
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The numbers that stored rows stand for. float32 [N, D], in memory of its own"""
+        """Multiply values by scales: float32 [N, D] in new memory."""
         import torch
 
         values, scales = parts[VALUES], parts[SCALES][:, None]
         if self.name == "int8":
             return torch.mul(values, scales)
-        # The bits of an e4m3, shifted, are those of a float16 with 1/256 of its value: sign in
-        # place (extended to bit 15), four bits of exponent and three of mantissa below a zero.
-        # So 4 Gvalues/s a core; torch's own conversion 0.3, a table of 256 entries 1.4.
+        # The bits of an e4m3, shifted left by 7, are those of a float16 of 1/256 of its value:
+        # sign (extended to bit 15), a zero bit, four exponent bits, three mantissa bits.
+        # 4 Gvalues/s per core; torch's own conversion reaches 0.3, a table of 256 entries 1.4.
         halves = values.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
         return torch.mul(halves.view(torch.float16), scales * 256)
 
     def from_torch(self, rows: torch.Tensor) -> StoredRows:
-        """A tensor [N, D] of any float type to rows as stored; computed where it lies."""
+        """Encode a tensor [N, D] of any float type as stored rows, on the tensor's device."""
         import torch
 
         rows = rows.detach()
@@ -244,29 +244,28 @@ class ScaledRowDtype(RowDtype):
         values = rows.new_empty((count, width), dtype=getattr(torch, self.torch_name))
         for block in blocks:
             quotients = torch.div(rows[block], scales[block, None])  # float32 [n, D]
-            # A scale that is almost too small for float32 is itself rounded: quotients may pass
-            # the largest.
+            # A subnormal scale is itself rounded, so quotients may exceed `largest`.
             quotients.clamp_(-self.largest, self.largest)
             if self.name == "int8":
-                # Half to even, as the conversion to e4m3 does: float32 has no more digits up there.
-                # Not `round_`, which wakes all threads however little there is to do.
+                # Round half to even, as the conversion to e4m3 does, by adding and subtracting.
+                # `round_` would use all threads however small the tensor.
                 quotients.add_(_WHOLE).sub_(_WHOLE)
             values[block] = quotients
         stored = StoredRows({VALUES: self._carried(values.cpu()), SCALES: scales.cpu().numpy()})
-        stored.values[~(stored.scales > 0)] = 0  # not 0/0 or NaN made a number
+        stored.values[~(stored.scales > 0)] = 0  # 0/0 and NaN converted to some integer
         return stored
 
 
 def check_overflow(
     activations: torch.Tensor, stored: StoredRows, row_dtype: RowDtype, hookpoint: str
 ) -> None:
-    """Raise `ConfigError` if finite rows became infinite in float16, with their count.
+    """Raise `ConfigError` if finite rows became infinite by rounding to float16.
 
     Args:
-        activations: before rounding, of any type. [N, D]
-        stored: after it.
-        row_dtype: of `stored`.
-        hookpoint: for the error.
+        activations: rows before rounding, of any type. [N, D]
+        stored: the same rows after rounding.
+        row_dtype: type of `stored`.
+        hookpoint: name for the error.
     """
     if row_dtype.name != "float16" or str(activations.dtype) == "torch.float16":
         return
@@ -276,7 +275,7 @@ def check_overflow(
 
 
 def check_infinite(stored: StoredRows, row_dtype: RowDtype, hookpoint: str) -> None:
-    """The same for rows of which those that were captured infinite have been left out already."""
+    """Raise `ConfigError` if float16 rows are infinite, when captured infinities are dropped."""
     if row_dtype.name == "float16":
         _refuse_rows(int(np.isinf(stored.values).any(axis=1).sum()), len(stored), hookpoint)
 
@@ -287,13 +286,13 @@ def _refuse_rows(overflowed: int, rows: int, hookpoint: str) -> None:
             f"activations of {hookpoint} do not fit float16",
             expected="absolute values below 65,520",
             got=f"{overflowed} rows of {rows} beyond",
-            remedy="--dtype bfloat16 or float32, or leave such rows out with --max-norm-ratio",
+            remedy="--dtype bfloat16 or float32, or drop such rows with --max-norm-ratio",
         )
 
 
 @functools.cache
 def _e4m3() -> NDArray[np.float32]:
-    """What the 256 codes stand for; the two for NaN, which are never stored, continue the line."""
+    """Return the values of the 256 codes; the two NaN codes, never stored, get finite values."""
     code = np.arange(256)
     exponent, mantissa = code >> 3 & 15, code & 7
     magnitude = np.where(
@@ -312,4 +311,4 @@ ROW_DTYPES: dict[str, RowDtype] = {
         ScaledRowDtype("float8_e4m3", "|u1", "F8_E4M3", "float8_e4m3fn", "uint8", 448.0),
     )
 }
-"""Every type that a cache may hold, by its name in the manifest."""
+"""All types of stored rows, by their name in the manifest."""

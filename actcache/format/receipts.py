@@ -181,11 +181,11 @@ def _check_outdated(path: CachePath, end: CompletionMarker, manifest: Manifest) 
 def read_cache_state(
     root: CachePath,
 ) -> tuple[Manifest, dict[int, ShardReceipt], CompletionMarker | None]:
-    """Manifest, receipts and seal that agree, even if a harvest extends the cache in this moment.
+    """Read a consistent manifest, receipts and seal, even while a harvest extends the cache.
 
     Raises:
         EmptyCacheError: there is no manifest.
-        FormatError: manifest, receipts or seal are damaged.
+        FormatError: the manifest, a receipt or the seal is damaged.
     """
     manifest = read_manifest(root)
     while True:
@@ -199,12 +199,7 @@ def read_cache_state(
 
 
 def read_receipts(root: CachePath, manifest: Manifest) -> dict[int, ShardReceipt]:
-    """All published shards, by number, in order.
-
-    Raises:
-        FormatError: a receipt is damaged, belongs to another cache, or does not agree with the
-            manifest.
-    """
+    """Read the receipts of all published shards, by number, ascending; raises `FormatError`."""
     # Ten thousand receipts are a million live objects; repeated garbage collections over them
     # would take a third of the time.
     collecting = gc.isenabled()

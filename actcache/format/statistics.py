@@ -1,8 +1,8 @@
-"""Statistics of a shard's rows: what inspection shows and training divides by.
+"""Statistics of a shard's rows: moments, norms and counts, for inspection and input scaling.
 
-They are taken of every row at every hookpoint, so they must keep up with the disk. The work is done
-in tiles that stay in a core's cache, in buffers that are used again, and in NumPy without BLAS:
-the bits follow from the rows alone, and not from the number of threads or processes.
+They cover every row at every hookpoint, so computing them must keep up with the disk. Tiles stay in
+a core's cache, buffers are reused, and NumPy works without BLAS, so that the bits depend on the
+rows alone and not on the number of threads or processes.
 Letters: N rows, D width.
 """
 
@@ -19,31 +19,32 @@ from numpy.typing import NDArray
 from actcache.format.dtypes import RowDtype, StoredRows
 
 BLOCK_ROWS = 4096
-"""Rows of a block, which is summed by itself; blocks are added in order."""
+"""Rows of a block. Each block is summed alone; blocks are added in order."""
 GROUP_ROWS = 16
-"""Rows that are summed in float32; the sums of groups are summed in float64."""
+"""Rows summed in float32; the sums of such groups are added in float64."""
 NEAR_OVERFLOW = 32_752.0
 """Half of the largest float16."""
 BINS_PER_OCTAVE = 4
 NORM_BINS = 64 * BINS_PER_OCTAVE
-"""Norm histogram: bin b counts norms in [2^(b/4 - 32), 2^((b+1)/4 - 32)); ends take the rest."""
+"""Norm histogram: bin b counts norms in [2^(b/4 - 32), 2^((b+1)/4 - 32)); the first and last bin
+count smaller and larger norms too."""
 
-_TILE = 1 << 17  # numbers worked on at once: fewer, and calls cost; more, and caches overflow
-_SAMPLE = 61  # one row in so many gives the centre; a prime, as contexts have lengths like 256
+_TILE = 1 << 17  # values of a tile: smaller ones cost more calls, larger ones overflow the cache
+_SAMPLE = 61  # stride of the rows whose mean is the centre; prime, unlike context lengths
 _BITS: dict[str, tuple[str, int]] = {
     "bfloat16": ("<u2", 0x7F80),
     "float16": ("<u2", 0x7C00),
     "float32": ("<u4", 0x7F80_0000),
 }
-"""By type: its bits as an integer, and those of infinity. Without the sign, floats are in the order
-of their bits, and whatever is not finite is not below infinity."""
+"""By type: the integer type of its bits, and the bits of infinity. Without the sign bit, floats are
+ordered as their bits, and non-finite ones are not below infinity."""
 _SQUARES_FIT = 2.0**-40, 2.0**48
-"""Largest absolute values of a dimension whose squares float32 can sum."""
+"""Range of the largest absolute value of a dimension in which float32 can sum its squares."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of the finite rows of one hookpoint; shards add up with `merge`."""
+    """Statistics of the finite rows of one hookpoint; `merge` adds those of several shards."""
 
     count: int
     """Finite rows."""
@@ -60,7 +61,7 @@ class Statistics:
     norm_histogram: NDArray[np.int64]
     """Rows by norm, see NORM_BINS. [NORM_BINS]"""
     non_finite: int
-    """Rows that hold an infinity or NaN; nothing else here counts them."""
+    """Rows that hold an infinity or NaN; all other fields exclude them."""
     near_overflow: int
     """Rows with an absolute value of NEAR_OVERFLOW or more."""
 
@@ -75,11 +76,7 @@ class Statistics:
         return self.squared_error_of(self.mean) / max(self.count, 1)
 
     def squared_error_of(self, constant: NDArray[np.float64]) -> float:
-        """Σ‖x - constant‖² over the rows: the denominator of an FVU.
-
-        Args:
-            constant: what every row is predicted to be. [D]
-        """
+        """Compute Σ‖x - constant‖² over the rows, the denominator of an FVU. constant: [D]"""
         per_dimension = self.total_squares - constant * (2 * self.total - self.count * constant)
         return float(per_dimension.sum())
 
@@ -95,19 +92,19 @@ class Statistics:
 
 
 def compute(rows: StoredRows, row_dtype: RowDtype) -> Statistics:
-    """Statistics of rows as stored: of the numbers [N, D] that they stand for."""
+    """Compute the statistics of stored rows, decoded [N, D]."""
     return merge(parts(rows, row_dtype))
 
 
 def parts(
     rows: StoredRows, row_dtype: RowDtype, mapper: Callable[..., Iterable[Statistics]] = map
 ) -> Iterable[Statistics]:
-    """Statistics of every block of rows, in order, which `merge` adds up.
+    """Compute the statistics of every block of rows, in order, for `merge`.
 
     Args:
-        rows: the rows.
+        rows: stored rows.
         row_dtype: their type.
-        mapper: `map`; or that of an executor, which begins at once and gives the same.
+        mapper: `map`, or an executor's `map`, which starts at once and gives the same result.
     """
     starts = range(0, max(len(rows), 1), BLOCK_ROWS)
     blocks = [rows[start : start + BLOCK_ROWS] for start in starts]
@@ -144,28 +141,27 @@ def _of_block(rows: StoredRows, row_dtype: RowDtype) -> Statistics:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums of a block; nonsense if a peak is not finite."""
+    """Sums of a block; invalid if a peak is not finite."""
 
     total: NDArray[np.float64]  # [D]
     total_squares: NDArray[np.float64]  # [D]
     squared_norms: NDArray[np.float64]  # [N]
-    peaks: NDArray[Any]  # bits of the largest absolute values [D]
+    peaks: NDArray[Any]  # bits of the largest absolute value of each dimension [D]
 
 
 def _sums(bits: NDArray[Any], name: str, dtype: type[np.floating[Any]]) -> _Sums:
-    """Sums of a block of bits [N, D], those within groups and norms in `dtype`.
+    """Sum a block of bits [N, D]; norms and sums within groups are computed in `dtype`.
 
-    What is summed are differences from a centre, and their squares: where a mean is far from zero,
-    a variance would else be a small difference of large sums, and their rounding with it. The
-    centre is the mean of some rows; whichever they are, it is within sqrt(61) standard deviations
-    of the mean of all, or little more.
+    The sums are of differences from a centre and of their squares, because with a mean far from
+    zero the variance would be a small difference of large, rounded sums. The centre is the mean of
+    a sample of rows, which is within about sqrt(61) standard deviations of the mean of all.
     """
     N, D = bits.shape
     tile = GROUP_ROWS * max(1, min(_TILE // max(D, 1), N) // GROUP_ROWS)
     buffer, x = np.empty((tile, D), np.float32), np.empty((tile, D), dtype)
     magnitudes, peaks = np.empty((tile, D), bits.dtype), np.zeros(D, bits.dtype)
     sums, squares, squared_norms = np.zeros(D), np.zeros(D), np.zeros(N)
-    with np.errstate(over="ignore", invalid="ignore"):  # such a block is summed again
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller sums such a block again
         centre = _centre(bits, name)
         for start in range(0, N, tile):
             part = bits[start : start + tile]
@@ -175,7 +171,7 @@ def _sums(bits: NDArray[Any], name: str, dtype: type[np.floating[Any]]) -> _Sums
             floats = _floats(part, name, buffer[:n]).astype(dtype, copy=False)
             squared_norms[start : start + n] = np.einsum("nd,nd->n", floats, floats)
             np.subtract(floats, centre, out=x[:n])
-            x[n:] = 0  # the rest of the last tile adds nothing
+            x[n:] = 0  # padding of the last tile
             sums += _column_sums(x)
             np.multiply(x, x, out=x)
             squares += _column_sums(x)
@@ -185,7 +181,7 @@ def _sums(bits: NDArray[Any], name: str, dtype: type[np.floating[Any]]) -> _Sums
 
 
 def _centre(bits: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """Mean of every so many rows, cut to 12 bits so that most differences from it are exact. [D]"""
+    """Mean of every 61st row, cut to 12 bits so that most differences from it are exact. [D]"""
     sample = bits[::_SAMPLE]
     floats = _floats(sample, name, np.empty(sample.shape, np.float32))
     mean = (floats.sum(axis=0, dtype=np.float64) / max(len(sample), 1)).astype(np.float32)
@@ -194,7 +190,7 @@ def _centre(bits: NDArray[Any], name: str) -> NDArray[np.float32]:
 
 
 def _column_sums(x: NDArray[Any]) -> NDArray[np.float64]:
-    """Sums over the rows: within groups in the type of x, of groups in float64. [D]"""
+    """Sum over rows: within groups in the type of x, over groups in float64. [D]"""
     groups = np.add.reduce(x.reshape(-1, GROUP_ROWS, x.shape[1]), axis=1)
     sums: NDArray[np.float64] = np.add.reduce(groups, axis=0, dtype=np.float64)
     return sums
@@ -206,7 +202,7 @@ def _without_sign(bits: NDArray[Any], out: NDArray[Any] | None = None) -> NDArra
 
 
 def _floats(bits: NDArray[Any], name: str, buffer: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Finite numbers by their bits, as float32: exact. In `buffer`, unless they are so already."""
+    """Convert the bits of finite values to float32, exactly, in `buffer` (float32: as a view)."""
     if name == "float32":
         return bits.view(np.float32)
     words = buffer.view(np.uint32)
@@ -214,11 +210,11 @@ def _floats(bits: NDArray[Any], name: str, buffer: NDArray[np.float32]) -> NDArr
         np.copyto(words, bits)
         np.left_shift(words, 16, out=words)
         return buffer
-    # float16: its fields moved to the places of float32's, whose exponents are 112 higher. NumPy
-    # converts one number at a time, which takes longer than all the rest here.
+    # float16: shift its fields to those of a float32, whose exponent bias is 112 higher. NumPy's
+    # own conversion handles one value at a time and would take longer than all other steps.
     np.copyto(words.view(np.int32), bits.view(np.int16))
     np.left_shift(words, 13, out=words)
-    np.bitwise_and(words, 0x8FFF_FFFF, out=words)  # copies of the sign
+    np.bitwise_and(words, 0x8FFF_FFFF, out=words)  # clear the extended sign bits
     np.multiply(buffer, np.float32(2.0**112), out=buffer)
     return buffer
 
@@ -238,7 +234,7 @@ def _near_overflow(bits: NDArray[Any], name: str, abs_max: NDArray[np.float32]) 
 
 
 def merge(parts: Iterable[Statistics]) -> Statistics:
-    """Statistics of several shards together, added in the order given; at least one."""
+    """Add the statistics of one or more shards or blocks, in the order given."""
     first, *rest = parts
     total, squares = first.total.copy(), first.total_squares.copy()
     histogram, abs_max = first.norm_histogram.copy(), first.abs_max.copy()
@@ -263,7 +259,7 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
 
 def _bin(norms: NDArray[np.float64]) -> NDArray[np.int64]:
     with np.errstate(divide="ignore"):
-        octave = np.log2(norms) + 32  # a zero norm is -inf, and clips into the first bin
+        octave = np.log2(norms) + 32  # a zero norm becomes -inf, clipped to the first bin
     bins: NDArray[np.int64] = np.clip(np.floor(octave * BINS_PER_OCTAVE), 0, NORM_BINS - 1).astype(
         np.int64
     )

@@ -1,4 +1,4 @@
-"""How the rows of a shard lie on disk: backends behind one protocol."""
+"""Storage backends: how the rows of a shard are written to disk and located for reading."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ __all__ = [
 
 
 class Backend(Protocol):
-    """Writes rows, and says where their bytes lie; reading them is the reader's one job."""
+    """Writes rows and locates their bytes; `Cache` reads the bytes."""
 
     def path(self, root: CachePathT, hookpoint: str, shard: int) -> CachePathT:
-        """Where the numbers of a shard's rows of one hookpoint lie."""
+        """Return the file of the values of a shard's rows of one hookpoint."""
 
     def files(self, root: CachePathT, manifest: Manifest, shard: int) -> dict[str, CachePathT]:
-        """The files of a shard's rows, by the name that its receipt has for them."""
+        """Return the files of a shard's rows, by their logical names in the receipt."""
 
     def initialize(self, root: Path, manifest: Manifest) -> None:
-        """Make, or check, what must stand before the first shard. One process does it."""
+        """Write or check the metadata files, before the first shard, on one process."""
 
     def metadata_files(
         self, root: CachePathT, manifest: Manifest
     ) -> dict[CachePathT, tuple[bytes, ...]]:
-        """Files that stand beside the shards, with the bytes that follow from the manifest.
+        """Return the metadata files with their accepted contents, oldest first.
 
-        One for each extension and one before them all: a crash may leave a document of earlier.
-        The last is what it ought to be.
+        There is one content for the first manifest and one per extension, since a crash can leave
+        an older version. The last one is current.
         """
 
     def sizes(self, manifest: Manifest, rows: int) -> dict[str, int]:
-        """Bytes of a shard's files, by the names of `files`, as they are without compression."""
+        """Compute the uncompressed bytes of a shard's files, by the names of `files`."""
 
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
     ) -> dict[str, FileDigest]:
-        """Publish one shard's rows of one hookpoint; receipts by the names of `files`."""
+        """Write one shard's rows of one hookpoint; return digests by the names of `files`."""
 
     def locate(
         self, root: CachePath, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
     ) -> TensorExtent | CompressedExtent:
-        """Where one part of `rows` rows lies, checked; raises `CorruptShardError`."""
+        """Locate one component of `rows` rows, checking the file; raises `CorruptShardError`."""
 
 
 BACKENDS: dict[str, Backend] = {"memmap": MemmapBackend(), "zarr": ZarrBackend()}
-"""Every backend, by its name in the manifest."""
+"""All backends, by their name in the manifest."""

@@ -1,11 +1,10 @@
-"""Chunks compressed by blosc: zstd at level 1 over shuffled bytes, in blocks of 512 KiB.
+"""Chunks compressed by blosc (zstd level 1 over shuffled bytes, blocks of 512 KiB), read in parts.
 
 A blosc buffer is a header of 16 bytes, the offset of every block (uint32), and the blocks, each of
-which can be decoded alone. `ActivationStream` reads runs of about 1 MiB at random, and a chunk may
-have 2 GiB: decoding whole chunks would do a chunk's work for each run, or keep many in memory. So a
-reader fetches only the blocks that it needs, puts a header before them that makes them a blosc
-buffer of their own, and decodes that. A read costs at most two blocks more than was asked for, and
-holds at most `_PIECE` decoded and as much encoded bytes, whatever the size of the chunk.
+which can be decoded alone. `ActivationStream` reads runs of about 1 MiB at random from chunks of up
+to 2 GiB, so decoding whole chunks would waste time or memory. A read fetches only the blocks it
+needs, puts a header before them that makes them a valid blosc buffer, and decodes that. It decodes
+at most two blocks too many and holds at most `_PIECE` decoded and as many encoded bytes.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from actcache.storage.preadv import read_exactly
 from actcache.storage.safetensors_io import TensorExtent
 
 BLOCK = 1 << 19
-"""Decoded bytes of a block, unless the whole chunk has fewer. Smaller ones compress less and more
-slowly; of larger ones, too much is decoded in vain around a run of 1 MiB."""
+"""Decoded bytes of a block, unless the chunk is smaller. Smaller blocks compress less and more
+slowly; larger ones waste decoding around a run of 1 MiB."""
 
 MAX_BYTES = 2**31 - 1 - 16
-"""Decoded bytes of a chunk: blosc counts no further."""
+"""Largest number of decoded bytes of a chunk in blosc's format."""
 
 ZARR_CODEC = {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": BLOCK}
-"""What `zarr.json` says of it, besides the size of a number."""
+"""Codec configuration in `zarr.json`, without the item size."""
 
 _PIECE = 8 * BLOCK
 _HEADER = struct.Struct("<BBBBIII")  # version, zstd's, flags, itemsize, decoded, block, encoded
@@ -43,29 +42,25 @@ _STORED = 0x02  # incompressible: the bytes follow the header as they are
 
 @dataclass(frozen=True, eq=False)
 class CompressedExtent:
-    """Where the blocks of a compressed chunk lie, and how much of it is rows."""
+    """Location of the blocks of a compressed chunk, and the shape of the rows it begins with."""
 
     path: CachePath
     shape: tuple[int, ...]
-    """Of the rows; the chunk may go on after them."""
+    """Shape of the rows; padding may follow them in the chunk."""
     storage: str
     """NumPy type of the rows."""
     decoded: int
-    """Bytes of the whole chunk, decoded."""
+    """Decoded bytes of the whole chunk."""
     starts: NDArray[np.int64]
     """Offset of every block in the file, then the file's size. [blocks + 1]"""
 
     @property
     def bytes(self) -> int:
-        """Length of the rows, decoded, bytes."""
+        """Decoded bytes of the rows."""
         return math.prod(self.shape) * np.dtype(self.storage).itemsize
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` with decoded bytes from `offset` on.
-
-        Raises:
-            CorruptShardError: the file is gone, ends early, or cannot be decoded.
-        """
+        """Fill `view` with decoded bytes from `offset` on; raises `CorruptShardError`."""
         while view:
             start = offset // BLOCK * BLOCK
             stop = min(start + _PIECE, -(-(offset + len(view)) // BLOCK) * BLOCK, self.decoded)
@@ -75,7 +70,7 @@ class CompressedExtent:
             view, offset = view[n:], offset + n
 
     def _decode(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Decoded bytes [start, stop), which are whole blocks."""
+        """Decode bytes [start, stop), which are whole blocks."""
         first, last = start // BLOCK, -(-stop // BLOCK)
         begin, end = int(self.starts[first]), int(self.starts[last])
         blocks = _HEADER.size + 4 * (last - first)
@@ -94,7 +89,7 @@ class CompressedExtent:
 
 
 def encode(chunk: Array) -> bytes:
-    """A whole chunk as one blosc buffer; a function of its bytes and of the blosc library."""
+    """Compress a chunk; the result depends on its bytes and the blosc version only."""
     assert chunk.nbytes <= MAX_BYTES
     encoded: bytes = _blosc().compress(chunk, b"zstd", 1, 1, BLOCK)
     return encoded
@@ -103,17 +98,17 @@ def encode(chunk: Array) -> bytes:
 def locate(
     path: CachePath, size: int, decoded: int, shape: tuple[int, ...], storage: str
 ) -> TensorExtent | CompressedExtent:
-    """Where a compressed chunk's blocks lie, or its rows if blosc found nothing to compress.
+    """Locate a chunk's blocks, or its rows if blosc stored them uncompressed.
 
     Args:
         path: a plain file.
         size: its size, bytes.
-        decoded: what the chunk must have decoded, bytes.
-        shape: of the rows that it begins with.
+        decoded: expected decoded size of the chunk, bytes.
+        shape: shape of the rows that the chunk begins with.
         storage: NumPy type of the rows.
 
     Raises:
-        CorruptShardError: header or offsets are not those of such a chunk.
+        CorruptShardError: the header or the offsets do not fit such a chunk.
     """
     itemsize = np.dtype(storage).itemsize
     if size < _HEADER.size:
@@ -129,29 +124,29 @@ def locate(
         raise _corrupt(path, f"a blosc header {want}", found)
     count = -(-decoded // BLOCK)
     first = _HEADER.size + 4 * count
-    if size < first:  # before memory is taken for as many offsets
+    if size < first:  # check before allocating memory for the offsets
         raise _corrupt(path, f"at least {first} bytes", f"{size} bytes")
     index = np.empty(count, dtype="<u4")
     read_exactly(path, index.view(np.uint8).data, _HEADER.size)
     starts = np.append(index.astype(np.int64), size)
     lengths = np.diff(starts)
-    # A block that zstd cannot shorten is stored: its length (uint32), then its bytes.
+    # A block that zstd cannot compress is stored as its length (uint32) and its bytes.
     if starts[0] != first or lengths.min() <= 0 or lengths.max() > BLOCK + 4:
         raise _corrupt(path, f"blocks without gaps from byte {first} on", "other offsets")
     return CompressedExtent(path, shape, storage, decoded, starts)
 
 
 def _blosc() -> Any:
-    """Imported late: only compressed caches need it."""
+    """Import numcodecs on demand, since only compressed caches need it."""
     from numcodecs import blosc
 
-    blosc.use_threads = False  # threads finish blocks in any order, and the bytes would vary
+    blosc.use_threads = False  # with threads, the order of blocks in the file would vary
     return blosc
 
 
 def _corrupt(path: CachePath, expected: object, got: object) -> CorruptShardError:
     return CorruptShardError(
-        f"{path} is not the compressed chunk that its receipt promises",
+        f"{path} is not the compressed chunk that its receipt describes",
         expected=expected,
         got=got,
         remedy="actcache verify CACHE --repair, or restore a copy",

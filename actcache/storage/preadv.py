@@ -1,7 +1,4 @@
-"""The one way in which rows come off a disk: `preadv` into memory that is there already.
-
-Those of a store come by way of blocks that are kept on this machine, see `remote`.
-"""
+"""Read file bytes with `preadv` into existing memory; files of object stores via `RemotePath`."""
 
 from __future__ import annotations
 
@@ -16,11 +13,9 @@ from actcache.errors import CorruptShardError
 from actcache.filesystem.paths import CachePath, require_remote
 
 WHOLE = 1 << 62
-"""Bytes of a read that is not cut."""
-
-
+"""Read size that never splits a read."""
 _MOST_VIEWS = 1024
-"""That one call of the kernel takes (IOV_MAX)."""
+"""Largest number of views of one `preadv` call (IOV_MAX)."""
 
 
 def read_exactly(path: CachePath, view: memoryview, offset: int) -> None:
@@ -36,8 +31,8 @@ def preadv_into(
     Args:
         path: the file.
         views: memory for the bytes.
-        offset: of the first one.
-        piece: bytes that one call asks for, at most.
+        offset: file offset of the first byte.
+        piece: largest number of bytes of one `preadv` call.
 
     Raises:
         CorruptShardError: the file is gone, or ends early.
@@ -52,7 +47,7 @@ def preadv_into(
     except FileNotFoundError as error:
         raise CorruptShardError(
             f"{path} is gone",
-            expected="the file that was there when it was first read",
+            expected="the file that existed when the cache was opened",
             remedy="restore it from a copy, or actcache verify CACHE --repair",
         ) from error
     try:
@@ -63,7 +58,7 @@ def preadv_into(
                     f"{path} ends early",
                     expected=f"at least {end} bytes",
                     got=f"{offset} bytes",
-                    remedy="it was cut while it was being read; actcache verify CACHE --repair",
+                    remedy="it was truncated during the read; actcache verify CACHE --repair",
                 )
             offset += n
             while left and n >= len(left[0]):
@@ -75,7 +70,7 @@ def preadv_into(
 
 
 def readahead(path: CachePath, offset: int, length: int) -> None:
-    """Tell the system that bytes will be wanted soon; whether they are there is asked later."""
+    """Call posix_fadvise(WILLNEED) for a range of a local file; errors are ignored."""
     if not isinstance(path, Path):
         return
     with suppress(OSError):
@@ -87,7 +82,7 @@ def readahead(path: CachePath, offset: int, length: int) -> None:
 
 
 def _first(views: Iterable[memoryview], most: int) -> list[memoryview]:
-    """The first bytes of some views: as many as are asked for at once."""
+    """Select views, the last one cut, for one `preadv` call of at most `most` bytes."""
     chosen = []
     for view in islice(views, _MOST_VIEWS):
         chosen.append(view if len(view) <= most else view[:most])

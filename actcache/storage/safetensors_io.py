@@ -1,10 +1,9 @@
-"""Safetensors files as this project writes and trusts them.
+"""Safetensors files, and the memmap backend, which stores rows in them.
 
-Written by hand, because the data must be reserved, synced and renamed (see `atomic`), and because
-it begins on a 4096-byte boundary here, so that whole blocks can be read without a copy. The header
-is padded with spaces, which the format allows; any safetensors library opens the files.
-Read by hand, because every number in the header is checked against what the manifest promises
-before a byte of data is touched.
+Files are published by `write_atomic`. Their data begins on a 4096-byte boundary, so that whole
+blocks can be read without a copy; the header is padded with spaces, which the format allows, so any
+safetensors library opens them. On reading, the whole header is compared with the one expected from
+the manifest before any data is read.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _TAGS = {"<u2": "U16", "<i4": "I32", "<i8": "I64", "<f2": "F16", "<f4": "F32", "
 
 @dataclass(frozen=True)
 class TensorExtent:
-    """Where the bytes of one tensor lie."""
+    """Location of the bytes of one tensor in a file."""
 
     path: CachePath
     offset: int
@@ -48,7 +47,7 @@ class TensorExtent:
     @property
     def bytes(self) -> int:
         """Length, bytes."""
-        # Not np.prod: a shape from a hostile file may pass 2^63.
+        # Not np.prod: a shape from a hostile file may exceed 2^63.
         return math.prod(self.shape) * np.dtype(self.storage).itemsize
 
 
@@ -56,7 +55,7 @@ def write(path: Path, tensors: Mapping[str, tuple[Array, str | None]]) -> FileDi
     """Publish tensors as one safetensors file.
 
     Args:
-        path: final name.
+        path: path of the file.
         tensors: name to (C-contiguous little-endian array, safetensors tag or None for the
             array's own type).
     """
@@ -70,12 +69,12 @@ def write(path: Path, tensors: Mapping[str, tuple[Array, str | None]]) -> FileDi
 
 
 def size(tensors: Mapping[str, Spec]) -> int:
-    """Bytes of the file that `write` would make of such tensors."""
+    """Compute the bytes of the file that `write` creates for such tensors."""
     return len(_header(tensors)) + sum(_bytes(spec) for spec in tensors.values())
 
 
 def _header(tensors: Mapping[str, Spec]) -> bytes:
-    """Length and JSON header, with spaces up to where the data begins."""
+    """Encode the header's length and JSON, padded with spaces to `ALIGNMENT`."""
     header: dict[str, object] = {}
     end = 0
     for name, spec in tensors.items():
@@ -93,19 +92,19 @@ def _bytes(spec: Spec) -> int:
 
 
 def locate(path: CachePath, expected: Mapping[str, Spec]) -> list[TensorExtent]:
-    """Find tensors whose shapes and types are known beforehand.
+    """Locate tensors whose shapes and types are known.
 
     Args:
         path: the file.
-        expected: all that the file may hold, in the order of the bytes.
+        expected: all tensors of the file, in the order of the bytes.
 
     Raises:
-        CorruptShardError: the file is missing, or anything in its header or its size differs.
+        CorruptShardError: the file is missing, or its header or size differs.
     """
     try:
         if path.is_symlink():
             raise _corrupt(path, "a plain file", "a symbolic link")
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        if path.exists() and not path.is_file():  # opening a pipe would block for ever
             raise _corrupt(path, "a plain file", "a folder or a device")
         with _opened(path) as file:
             size = file.seek(0, 2)
@@ -137,7 +136,7 @@ def locate(path: CachePath, expected: Mapping[str, Spec]) -> list[TensorExtent]:
 
 
 def read(extent: TensorExtent) -> Array:
-    """The whole tensor, in memory of its own."""
+    """Read a whole tensor into new memory."""
     with _opened(extent.path) as file:
         file.seek(extent.offset)
         data = file.read(extent.bytes)
@@ -157,7 +156,7 @@ def _little(dtype: np.dtype[np.generic]) -> str:
 
 def _corrupt(path: CachePath, expected: object, got: object) -> CorruptShardError:
     return CorruptShardError(
-        f"{path} is not the file that its receipt promises",
+        f"{path} is not the file that its receipt describes",
         expected=expected,
         got=got if isinstance(got, str) else truncated_repr(got, 300),
         remedy="actcache verify CACHE --repair, or restore a copy",
@@ -165,30 +164,33 @@ def _corrupt(path: CachePath, expected: object, got: object) -> CorruptShardErro
 
 
 class MemmapBackend:
-    """Rows of a shard as a self-describing file that any safetensors library can map."""
+    """One safetensors file per shard and hookpoint, which any safetensors library can map.
+
+    Its tensors are `activations` and, for 8-bit rows, `scales`.
+    """
 
     def path(self, root: CachePathT, hookpoint: str, shard: int) -> CachePathT:
-        """Where a shard's rows of one hookpoint lie."""
+        """Return the file of a shard's rows of one hookpoint."""
         return root / "activations" / hookpoint / f"{shard:05d}.safetensors"
 
     def initialize(self, root: Path, manifest: Manifest) -> None:
-        """Nothing: every file describes itself."""
+        """Do nothing: there are no metadata files."""
 
     def metadata_files(
         self,
         root: CachePathT,  # noqa: ARG002
         manifest: Manifest,  # noqa: ARG002
     ) -> dict[CachePathT, tuple[bytes, ...]]:
-        """None."""
+        """Return no files, since every file describes itself."""
         return {}
 
     def files(self, root: CachePathT, manifest: Manifest, shard: int) -> dict[str, CachePathT]:
-        """The files of a shard's rows, by the name that its receipt has for them."""
+        """Return the files of a shard's rows, by their logical names in the receipt."""
         names = (hookpoint.name for hookpoint in manifest.identity.hookpoints)
         return {f"{VALUES}/{name}": self.path(root, name, shard) for name in names}
 
     def sizes(self, manifest: Manifest, rows: int) -> dict[str, int]:
-        """Bytes of the files of a shard of so many rows, by the names of `files`."""
+        """Compute the bytes of a shard's files, by the names of `files`."""
         return {
             f"{VALUES}/{h.name}": size(_tensors(manifest, h.name, rows))
             for h in manifest.identity.hookpoints
@@ -197,7 +199,7 @@ class MemmapBackend:
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
     ) -> dict[str, FileDigest]:
-        """Publish one shard's rows of one hookpoint."""
+        """Write one shard's rows of one hookpoint; return digests by the names of `files`."""
         parts = ROW_DTYPES[manifest.identity.dtype].parts(manifest.width(hookpoint))
         tensors = {name: (rows.parts[name], part.tag) for name, part in parts.items()}
         path = self.path(root, hookpoint, shard)
@@ -206,7 +208,7 @@ class MemmapBackend:
     def locate(
         self, root: CachePath, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
     ) -> TensorExtent:
-        """Where the bytes of one part of the rows lie, checked against what is expected.
+        """Locate one component of the rows, checking the whole file's header and size.
 
         Raises:
             CorruptShardError: the file is missing or has another shape, type or size.

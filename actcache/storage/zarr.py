@@ -1,10 +1,8 @@
 """The zarr backend: one Zarr v3 array per hookpoint, one chunk per shard.
 
-`zarr.open` opens the arrays. Chunk files are written here and not by zarr-python, which leaves out
-chunks of zeros, syncs nothing, and reads a chunk that is missing as zeros. An uncompressed chunk
-file is its numbers and nothing else, so rows are read from it as from any other file. Scales of
-8-bit rows are an array of one dimension, under `scales/` instead of `activations/`, and are never
-compressed.
+`zarr.open` opens the arrays. Chunks are not written by zarr-python, which omits chunks of zeros,
+does not sync, and reads a missing chunk as zeros. An uncompressed chunk file consists of the values
+alone. Scales of 8-bit rows are a one-dimensional array under `scales/`, never compressed.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ class ZarrBackend:
     """Rows of a shard as one chunk of the array [planned shards * shard rows, width]."""
 
     def path(self, root: CachePathT, hookpoint: str, shard: int) -> CachePathT:
-        """Where the numbers of a shard's rows of one hookpoint lie."""
+        """Return the file of the values of a shard's rows of one hookpoint."""
         return _chunk(_folder(root, hookpoint, VALUES), shard, 2)
 
     def files(self, root: CachePathT, manifest: Manifest, shard: int) -> dict[str, CachePathT]:
-        """The files of a shard's rows, by the name that its receipt has for them."""
+        """Return the files of a shard's rows, by their logical names in the receipt."""
         return {
             f"{part}/{h.name}": _chunk(_folder(root, h.name, part), shard, 1 + len(each.shape))
             for h in manifest.identity.hookpoints
@@ -43,21 +41,21 @@ class ZarrBackend:
         }
 
     def initialize(self, root: Path, manifest: Manifest) -> None:
-        """Write the arrays' `zarr.json`, or check those there, and renew them after an extension.
+        """Write missing `zarr.json` files, check the others, and rewrite them after an extension.
 
         Raises:
-            CorruptShardError: one is there and is not this cache's.
-            DiskFullError: no room.
+            CorruptShardError: an existing file is not this cache's.
+            DiskFullError: the disk is full.
         """
         for path, accepted in self.metadata_files(root, manifest).items():
-            there = path.exists() or path.is_symlink()
-            if not there or _check_document(path, accepted) != accepted[-1]:
+            exists = path.exists() or path.is_symlink()
+            if not exists or _check_document(path, accepted) != accepted[-1]:
                 write_atomic(path, [accepted[-1]])
 
     def metadata_files(
         self, root: CachePathT, manifest: Manifest
     ) -> dict[CachePathT, tuple[bytes, ...]]:
-        """The `zarr.json` of every array, before and after each extension."""
+        """Return the `zarr.json` of every array with its contents before and after extensions."""
         return {
             _folder(root, h.name, part) / DOCUMENT: _documents(manifest, h.name, part)
             for h in manifest.identity.hookpoints
@@ -65,7 +63,7 @@ class ZarrBackend:
         }
 
     def sizes(self, manifest: Manifest, rows: int) -> dict[str, int]:  # noqa: ARG002
-        """Bytes of a shard's chunks, by the names of `files`: whole, and before compression."""
+        """Compute the uncompressed bytes of a shard's whole chunks, by the names of `files`."""
         return {
             f"{part}/{h.name}": manifest.shard_rows * each.bytes
             for h in manifest.identity.hookpoints
@@ -75,7 +73,7 @@ class ZarrBackend:
     def write(
         self, root: Path, manifest: Manifest, hookpoint: str, shard: int, rows: StoredRows
     ) -> dict[str, FileDigest]:
-        """Publish one shard's rows of one hookpoint, with zeros up to whole chunks."""
+        """Write one shard's rows of one hookpoint, padded with zeros to whole chunks."""
         receipts = {}
         for part, array in rows.parts.items():
             path = _chunk(_folder(root, hookpoint, part), shard, array.ndim)
@@ -93,11 +91,11 @@ class ZarrBackend:
     def locate(
         self, root: CachePath, manifest: Manifest, hookpoint: str, shard: int, rows: int, part: str
     ) -> TensorExtent | CompressedExtent:
-        """Where the bytes of one part of the rows lie, checked against what is expected.
+        """Locate one component of the rows, checking `zarr.json` and the chunk's size.
 
         Raises:
-            CorruptShardError: `zarr.json` is not the manifest's, or the chunk is missing or has
-                another size.
+            CorruptShardError: `zarr.json` does not fit the manifest, or the chunk is missing or
+                has another size.
         """
         folder, each = _folder(root, hookpoint, part), _parts(manifest, hookpoint)[part]
         _check_document(folder / DOCUMENT, _documents(manifest, hookpoint, part))
@@ -115,9 +113,9 @@ class ZarrBackend:
 
 
 def document(manifest: Manifest, hookpoint: str, part: str = VALUES) -> dict[str, object]:
-    """The `zarr.json` of one array: all of it follows from the manifest."""
+    """Build the `zarr.json` of one array from the manifest."""
     shards = manifest.plan.shards
-    assert shards is not None  # the manifest's own rule for this backend
+    assert shards is not None  # checked by the manifest for this backend
     each = _parts(manifest, hookpoint)[part]
     number = np.dtype(each.storage)
     order = {"configuration": {"endian": "little"}} if number.itemsize > 1 else {}
@@ -154,29 +152,29 @@ def _folder(root: CachePathT, hookpoint: str, part: str) -> CachePathT:
 
 
 def _chunk(folder: CachePathT, shard: int, dimensions: int) -> CachePathT:
-    """The chunk of a shard, which is all of the array's width."""
+    """Return the file of a shard's chunk, which covers the whole width of the array."""
     return folder.joinpath("c", str(shard), *["0"] * (dimensions - 1))
 
 
 def _documents(manifest: Manifest, hookpoint: str, part: str) -> tuple[bytes, ...]:
-    """What one array's `zarr.json` may be: that of each extension, and of none."""
-    known = (manifest.truncated_to(number) for number in range(len(manifest.extensions) + 1))
-    return tuple(to_json(document(before, hookpoint, part)) for before in known)
+    """Return the accepted contents of one array's `zarr.json`, without and with extensions."""
+    versions = (manifest.truncated_to(number) for number in range(len(manifest.extensions) + 1))
+    return tuple(to_json(document(version, hookpoint, part)) for version in versions)
 
 
 def _check_document(path: CachePath, accepted: tuple[bytes, ...]) -> bytes:
-    """The document there, if it is one of those accepted."""
-    # Byte for byte: nothing is parsed that might say another thing to another parser.
+    """Return the content of a `zarr.json` if it is accepted; raises `CorruptShardError`."""
+    # Compared byte for byte, so that no parser can interpret it differently.
     size = _plain_size(path, (path,))
     found = path.read_bytes() if size in map(len, accepted) else b""
     if found not in accepted:
         expected = f"the {len(accepted[-1])} bytes that follow from the manifest"
-        raise _corrupt(path, expected, "others")
+        raise _corrupt(path, expected, "other bytes")
     return found
 
 
 def _plain_size(path: CachePath, links: tuple[CachePath, ...]) -> int:
-    """Size of a plain file; none of `links` may be a symbolic link."""
+    """Return the size of a plain file; none of the paths `links` may be a symbolic link."""
     for link in links:
         if link.is_symlink():
             raise _corrupt(path, "plain files and folders", f"{link} is a symbolic link")
@@ -184,7 +182,7 @@ def _plain_size(path: CachePath, links: tuple[CachePath, ...]) -> int:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _corrupt(path, "a file", "nothing") from error
-    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would block for ever
         raise _corrupt(path, "a plain file", "a folder or a device")
     return found.st_size
 
@@ -192,9 +190,9 @@ def _plain_size(path: CachePath, links: tuple[CachePath, ...]) -> int:
 def _corrupt(path: CachePath, expected: object, got: object) -> CorruptShardError:
     remedy = "actcache verify CACHE --repair, or restore a copy"
     if path.name == DOCUMENT:
-        remedy = "delete it and run the same actcache harvest command again: it is written anew"
+        remedy = "delete it and run the same actcache harvest command again, which rewrites it"
     return CorruptShardError(
-        f"{path} is not the file that the manifest and receipt promise",
+        f"{path} is not the file that the manifest and receipt describe",
         expected=expected,
         got=got,
         remedy=remedy,

@@ -1,8 +1,8 @@
-"""Move a cache to another backend, compression or type, shard by shard.
+"""Convert a cache to another backend, compression or type, shard by shard.
 
-The rows keep their numbers, order and text; what they are rounded to may change, and then their
-statistics are counted anew. Where the model's own rows went through nothing lossy before, the
-result is, byte for byte, what a harvest with those options makes.
+Numbering, order and text of the rows stay. If the type changes, the statistics are computed again.
+If the rows were not rounded with loss before, the result equals, byte for byte, a harvest with
+those options.
 """
 
 from __future__ import annotations
@@ -52,40 +52,40 @@ _EXACT = {
     ("int8", "float32"),
     ("float8_e4m3", "float32"),
 }
-"""(from, to) where every number of the first is one of the second; as is each type in itself."""
+"""(from, to) of different types where every value of the first is exact in the second."""
 
 
 @dataclass(frozen=True)
 class ConversionSummary:
-    """What a conversion did, for the one line at its end and for `--json`."""
+    """Result of a conversion, printed at its end and by `--json`."""
 
     source: str
     cache: str
     cache_id: str
     dtype: str
     via: tuple[str, ...]
-    """Types to which the rows were rounded before that."""
+    """Types to which the rows were rounded before."""
     complete: bool
-    """Whether the new cache is complete; else the source is not."""
+    """Whether the new cache is complete; False if the source is not."""
     new_shards: int
-    """Shards that were published now."""
+    """Shards published by this call."""
     new_rows: int
-    """Rows in them, at each hookpoint."""
+    """Rows of those shards, at each hookpoint."""
     new_bytes: int
-    """Bytes of them."""
+    """Bytes of those shards."""
     read_bytes: int
     """Bytes of the same shards in the source."""
     seconds: float
 
 
 def convert(config: ConvertConfig) -> ConversionSummary:
-    """Make, or finish, the cache that a configuration describes.
+    """Create, or resume, the converted cache that a configuration describes.
 
     Raises:
-        CorruptShardError: a file of the source is not what its receipt promises; nothing of its
-            shard is published.
-        ConfigError: rows do not fit float16; nothing of their shard is published.
-        ActcacheError: one of its kinds, for anything else that a user can mend.
+        CorruptShardError: a file of the source differs from its receipt; its shard is not
+            published.
+        ConfigError: rows do not fit float16; their shard is not published.
+        ActcacheError: a subclass, for other errors of the user.
     """
     source, root = Cache.open(config.source), Path(config.out)
     source.require_shards()
@@ -104,24 +104,25 @@ def convert(config: ConvertConfig) -> ConversionSummary:
 
 
 def _begun(root: Path, manifest: Manifest) -> Manifest:
-    """The manifest with as many of its extensions as an earlier conversion has left in the folder.
+    """Return the manifest with only the extensions that an earlier conversion has published.
 
-    Where others are there, with all of them: then the folder holds another cache, and is refused.
+    If the folder's extensions differ from the source's, return the full manifest, which
+    `create_or_resume` then rejects as another cache.
     """
-    there = read_manifest(root).extensions if (root / MANIFEST).exists() else ()
-    begun = manifest.truncated_to(len(there))
-    return begun if begun.extensions == there else manifest
+    existing = read_manifest(root).extensions if (root / MANIFEST).exists() else ()
+    begun = manifest.truncated_to(len(existing))
+    return begun if begun.extensions == existing else manifest
 
 
 def _extend(root: Path, manifest: Manifest) -> None:
-    """Publish the extensions that the source has and the new cache lacks; its seal then waits."""
+    """Publish the extensions that the source has and the new cache lacks."""
     existing = read_manifest(root)
     for number in range(len(existing.extensions) + 1, len(manifest.extensions) + 1):
         publish_extension(root, manifest.truncated_to(number))
 
 
 def converted_manifest(manifest: Manifest, config: ConvertConfig) -> Manifest:
-    """What the converted cache says of itself.
+    """Derive the manifest of the converted cache.
 
     Raises:
         ConfigError: the options cannot be combined, or not with this source.
@@ -138,7 +139,7 @@ def converted_manifest(manifest: Manifest, config: ConvertConfig) -> Manifest:
         )
     if backend == "zarr" and manifest.plan.goal is None:
         raise ConfigError(
-            "the source does not say how many sequences it is going to have, as zarr arrays must",
+            "zarr arrays need a planned number of sequences, which the source does not have",
             expected="--backend memmap",
             got="--backend zarr",
         )
@@ -164,9 +165,9 @@ def converted_manifest(manifest: Manifest, config: ConvertConfig) -> Manifest:
 
 
 def roundings_before(identity: Identity, dtype: DiskDtype) -> tuple[DiskDtype, ...]:
-    """`via` of a cache that is converted to `dtype`: what rows were rounded to before, with loss.
+    """Derive `via` of a cache converted to `dtype`: the earlier roundings that lose bits.
 
-    So the id is that of a harvest where the rows are, and another where they cannot be known to be.
+    It is empty, and the cache id that of a harvest, if the rows equal those of a harvest.
     """
     if dtype == identity.dtype:
         return identity.via
@@ -174,14 +175,15 @@ def roundings_before(identity: Identity, dtype: DiskDtype) -> tuple[DiskDtype, .
     roundings = [*identity.via]
     if identity.dtype != before and (before, identity.dtype) not in _EXACT:
         roundings.append(identity.dtype)
-    # Rounding to one type twice is rounding once; but a new scale may differ in its last bit.
+    # Rounding twice to one type equals rounding once, except that a scale may change in its last
+    # bit.
     if roundings and roundings[-1] == dtype and not isinstance(ROW_DTYPES[dtype], ScaledRowDtype):
         roundings.pop()
     return tuple(roundings)
 
 
 def recode(rows: StoredRows, source: RowDtype, target: RowDtype, hookpoint: str) -> StoredRows:
-    """Rows as one type stores them to rows as another does; raises `ConfigError` on overflow."""
+    """Convert stored rows from one type to another; raises `ConfigError` on overflow."""
     if source == target:
         return rows
     tensor = source.to_torch(rows)
@@ -229,7 +231,7 @@ def _convert_shard(
     statistics: dict[str, Statistics] = {}
     files: dict[str, FileDigest] = {}
     for hookpoint in source.hookpoints:
-        # A file is compared with its receipt, then read: the second time from the page cache.
+        # The file is compared with its receipt first; the second read hits the page cache.
         for name in _files_of(source, hookpoint):
             source.check_file(shard, name)
         rows = recode(source.read(hookpoint, shard), source.row_dtype, row_dtype, hookpoint)
@@ -254,13 +256,13 @@ def _convert_shard(
 
 
 def _files_of(cache: Cache, hookpoint: str) -> Iterator[str]:
-    """What receipts call the files that hold a hookpoint's rows."""
+    """Return the logical names of the files of a hookpoint's rows."""
     names = sorted(cache.manifest.file_names)
     return (name for name in names if name.partition("/")[2] == hookpoint)
 
 
 def _seal(source: Cache, root: Path, manifest: Manifest) -> bool:
-    """Seal what is whole, if the source is sealed; whether it is whole."""
+    """Seal the new cache if the source is sealed and all shards exist; return whether they do."""
     if source.end is None:
         return False
     done = receipts_module.read_receipts(root, manifest)
@@ -276,18 +278,14 @@ def _refuse_same_folder(source: Path, root: Path) -> None:
     ours, theirs = root.resolve(), source.resolve()
     if ours == theirs or ours in theirs.parents or theirs in ours.parents:
         raise ConfigError(
-            "--out must lie apart from the cache that is converted",
-            expected=f"a folder outside {source}, that does not hold it either",
+            "--out must be separate from the cache that is converted",
+            expected=f"a folder that neither contains {source} nor is inside it",
             got=root,
         )
 
 
 def _require_room(source: Cache, root: Path, manifest: Manifest, done: Collection[int]) -> None:
-    """Ask, before starting, whether what is missing fits on the disk; what zstd saves is unknown.
-
-    Raises:
-        DiskFullError: it does not fit.
-    """
+    """Raise `DiskFullError` unless the missing shards, uncompressed, fit on the disk."""
     waiting = [receipt for shard, receipt in source.receipts.items() if shard not in done]
     needed = sum(sum(shard_bytes(manifest, r.shard, r.sequences, r.rows).values()) for r in waiting)
     require_free(root, needed, "conversion", "a smaller --dtype, or another --out")

@@ -1,4 +1,7 @@
-"""`Cache`: a harvested cache, read by shard and row. Nothing here writes."""
+"""`Cache`: read-only access to a harvested cache, by shard and row.
+
+Letters: S sequences of a shard, C context length, N rows.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +40,21 @@ from actcache.storage import (
 from actcache.storage.preadv import WHOLE, preadv_into, readahead
 
 Views = Mapping[str, Sequence[memoryview]]
-"""By part, places for the bytes of consecutive rows, one after another."""
+"""By row component, buffers for the bytes of consecutive rows, one after another."""
 
 
 @dataclass(frozen=True)
 class ShardTokens:
-    """The text of a shard: C context length, S sequences, N rows."""
+    """The text of a shard, and the token position of each row."""
 
     tokens: NDArray[np.int32]
     """Token ids, padding included. [S, C]"""
     lengths: NDArray[np.int32]
     """Tokens before the padding. [S]"""
     documents: NDArray[np.int64]
-    """Number of the document in which a sequence begins, in the order they were taken. [S]"""
+    """Number, in harvest order, of the document in which each sequence begins. [S]"""
     starts: NDArray[np.int64]
-    """Token of that document with which it begins. [S]"""
+    """Offset, in tokens, of each sequence's first token in that document. [S]"""
     row_sequence: NDArray[np.int32]
     """Sequence, within the shard, of every row. [N]"""
     row_position: NDArray[np.int32]
@@ -59,9 +62,9 @@ class ShardTokens:
 
 
 class Cache:
-    """The published shards of a cache at the moment it was opened, and those taken in since.
+    """The shards of a cache that were published when it was opened, or at the last `refresh`.
 
-    Reading is safe from several threads at once.
+    Reading is thread-safe.
     """
 
     def __init__(
@@ -89,21 +92,21 @@ class Cache:
 
         Args:
             root: folder or URL.
-            block_cache: with a URL, folder of this machine for blocks that were fetched.
-            block_cache_bytes: bytes that it may hold; both by default as in `remote.open_url`.
+            block_cache: with a URL, local folder for fetched blocks.
+            block_cache_bytes: capacity of that folder; defaults as in `urls.open_url`.
 
         Raises:
             EmptyCacheError: there is no manifest.
-            FormatError: manifest or receipts are damaged, or a folder is a symbolic link.
-            ConfigError: a URL that cannot be read.
-            RemoteError: the store behind the URL does not answer, or does not let us in.
+            FormatError: the manifest or a receipt is damaged, or a folder is a symbolic link.
+            ConfigError: the URL cannot be used.
+            RemoteError: the store does not respond, or denies access.
         """
         root = open_path(root, block_cache, block_cache_bytes)
         if linked := symlinked_dirs(root, read_manifest(root)):
             raise FormatError(
                 f"{linked[0]} is a symbolic link",
-                expected="a folder: nothing outside the cache's own is read",
-                remedy="put the folder itself there, or a bind mount",
+                expected="a folder, since files outside the cache's folder are not read",
+                remedy="replace the link by the folder itself, or a bind mount",
             )
         return cls(root, *receipts_module.read_cache_state(root))
 
@@ -124,16 +127,16 @@ class Cache:
 
     @property
     def complete(self) -> bool:
-        """Whether the harvest reached its end and all its shards are here."""
+        """Whether the cache is sealed and all its shards have receipts."""
         if self.end is None or len(self.receipts) != self.end.last_shard + 1:
             return False
         return self.shards == list(range(self.end.last_shard + 1))
 
     def refresh(self, shards: Iterable[int]) -> int | None:
-        """Take in what a harvest has published since: the seal, and the receipts of some shards.
+        """Read the seal and the receipts of `shards` that were published since.
 
         Returns:
-            The first of the shards that is not there yet; None if all are.
+            The first of the shards that is not published; None if all are.
 
         Raises:
             FormatError: a receipt or the seal is damaged.
@@ -141,7 +144,7 @@ class Cache:
         if self.end is None:
             self.end = receipts_module.read_completion_marker(self.root, self.manifest)
         found, missing = {}, None
-        planned = self.manifest.plan.shards  # what lies beyond is of a later extension
+        planned = self.manifest.plan.shards  # shards beyond belong to a later extension
         for shard in shards:
             if shard in self.receipts:
                 continue
@@ -150,12 +153,12 @@ class Cache:
                 found[shard] = receipts_module.read_receipt(path, self.manifest)
             elif missing is None:
                 missing = shard
-        if found:  # as a whole: other threads read it
+        if found:  # replaced, not updated, as other threads read the dictionary
             self.receipts = dict(sorted((self.receipts | found).items()))
         return missing
 
     def truncated_to(self, extensions: int) -> Cache:
-        """The cache as it is without its later extensions."""
+        """Return the cache without its later extensions."""
         if extensions >= len(self.manifest.extensions):
             return self
         manifest = self.manifest.truncated_to(extensions)
@@ -164,7 +167,7 @@ class Cache:
         return Cache(self.root, manifest, inside, end)
 
     def missing_files(self) -> list[CachePath]:
-        """Published files that are gone or have another size; their bytes are not read."""
+        """List published files that are missing or have another size, without reading them."""
         return [
             path
             for shard, receipt in self.receipts.items()
@@ -177,7 +180,7 @@ class Cache:
         if not self.receipts:
             raise EmptyCacheError(
                 f"{self.root} holds no complete shard",
-                remedy="run its actcache harvest command again: it goes on where it was",
+                remedy="run its actcache harvest command again, which resumes it",
             )
 
     def require_hookpoint(self, name: str) -> None:
@@ -190,45 +193,45 @@ class Cache:
             )
 
     def digest(self, shards: Sequence[int]) -> str:
-        """Digest over the receipts of some shards: pins every byte that training reads."""
+        """Compute a digest over the receipts of some shards, which pins every byte of them."""
         return receipts_module.digest([self.receipts[shard] for shard in shards])
 
     def read_into(self, hookpoint: str, shard: int, start: int, out: StoredRows) -> None:
-        """Read consecutive rows, as stored, into `out`, which is as many rows; see `read_views`."""
+        """Read `len(out)` consecutive rows, as stored, into `out`; see `read_views`."""
         self.read_views(hookpoint, shard, start, {k: [v] for k, v in byte_views(out).items()})
 
     def read_views(
         self, hookpoint: str, shard: int, start: int, views: Views, piece: int = WHOLE
     ) -> None:
-        """Read consecutive rows, as stored, into several places, one after another.
+        """Read consecutive rows, as stored, into several buffers, one after another.
 
         Args:
-            hookpoint: which activations.
-            shard: which shard.
+            hookpoint: name of the hookpoint.
+            shard: number of the shard.
             start: first row.
-            views: memory for as many rows as are wanted.
-            piece: bytes that the system is asked for at once, at most.
+            views: buffers, whose length decides the number of rows.
+            piece: largest number of bytes of one system call.
 
         Raises:
             CorruptShardError: the file is missing, has another header or size, or ends early.
         """
-        for part, places in views.items():
+        for part, buffers in views.items():
             extent = self.locate(hookpoint, shard, part)
             offset = start * (extent.bytes // max(1, extent.shape[0]))
-            length = sum(map(len, places))
+            length = sum(map(len, buffers))
             assert offset + length <= extent.bytes
             if not isinstance(extent, CompressedExtent):
-                preadv_into(extent.path, places, extent.offset + offset, piece)
-            elif len(places) == 1:
-                extent.read_into(places[0], offset)
-            else:  # as one: a block would be decoded for every place
+                preadv_into(extent.path, buffers, extent.offset + offset, piece)
+            elif len(buffers) == 1:
+                extent.read_into(buffers[0], offset)
+            else:  # one read, since separate ones would decode the same blocks repeatedly
                 whole = memoryview(bytearray(length))
                 extent.read_into(whole, offset)
-                for place in places:
-                    place[:], whole = whole[: len(place)], whole[len(place) :]
+                for buffer in buffers:
+                    buffer[:], whole = whole[: len(buffer)], whole[len(buffer) :]
 
     def readahead(self, hookpoint: str, shard: int, start: int, rows: int) -> None:
-        """Tell the system that these rows will be read soon."""
+        """Call posix_fadvise(WILLNEED) for uncompressed rows."""
         for part in self.row_dtype.parts(self.manifest.width(hookpoint)):
             extent = self.locate(hookpoint, shard, part)
             size = extent.bytes // max(1, extent.shape[0])
@@ -238,33 +241,28 @@ class Cache:
     def read(
         self, hookpoint: str, shard: int, start: int = 0, rows: int | None = None
     ) -> StoredRows:
-        """Rows [start, start + rows) of a shard, as stored."""
-        self.locate(hookpoint, shard)  # before memory is taken for what the receipt promises
+        """Read rows [start, start + rows) of a shard, as stored."""
+        self.locate(hookpoint, shard)  # check the file before allocating by the receipt's count
         rows = self.receipts[shard].rows - start if rows is None else rows
         out = self.row_dtype.empty(rows, self.manifest.width(hookpoint))
         self.read_into(hookpoint, shard, start, out)
         return out
 
     def tokens(self, shard: int) -> ShardTokens:
-        """Token ids of a shard, and which of them each row is; checked against the receipt."""
+        """Read the token ids of a shard and the position of each row, checked by the receipt."""
         receipt = self.receipts[shard]
         identity = self.manifest.identity
         path = tokens_path(self.root, shard)
         self._check(path, receipt, "tokens")
         extents = self.locate_tokens(shard).values()
-        words = ShardTokens(*(safetensors_io.read(extent) for extent in extents))
-        _check_range(path, "lengths", words.lengths, identity.ctx_len + 1)
-        _check_range(path, "row_sequence", words.row_sequence, receipt.sequences)
-        _check_range(path, "row_position", words.row_position, identity.ctx_len)
-        return words
+        text = ShardTokens(*(safetensors_io.read(extent) for extent in extents))
+        _check_range(path, "lengths", text.lengths, identity.ctx_len + 1)
+        _check_range(path, "row_sequence", text.row_sequence, receipt.sequences)
+        _check_range(path, "row_position", text.row_position, identity.ctx_len)
+        return text
 
     def statistics(self, hookpoint: str, shards: Sequence[int] | None = None) -> Statistics:
-        """Statistics of a hookpoint over some shards, at least one; checked by receipt.
-
-        Args:
-            hookpoint: which activations.
-            shards: which shards; None: all.
-        """
+        """Read and merge a hookpoint's statistics over some shards (None: all), checked."""
         self.require_hookpoint(hookpoint)
         self.require_shards()
         chosen = self.shards if shards is None else shards
@@ -272,11 +270,11 @@ class Cache:
         return merge(self._statistics(shard, [hookpoint])[hookpoint] for shard in chosen)
 
     def shard_statistics(self, shard: int) -> dict[str, Statistics]:
-        """Statistics of one shard at every hookpoint; its file is opened and checked once."""
+        """Read the statistics of one shard at every hookpoint."""
         return self._statistics(shard, self.hookpoints)
 
     def fetch_statistics(self, shards: Sequence[int]) -> None:
-        """Have the statistics of shards of a store on this machine; nothing with a folder."""
+        """Prefetch the statistics files of shards if the cache is behind a URL."""
         if not isinstance(self.root, Path):
             for _ in prefetch_files(statistics_path(self.root, shard) for shard in shards):
                 pass
@@ -288,20 +286,20 @@ class Cache:
         return {name: _parse_statistics(name, extents, receipt) for name in hookpoints}
 
     def check_file(self, shard: int, name: str) -> CachePath:
-        """Compare every byte of a shard's file, named as in receipts, with what was promised.
+        """Compare a shard's file, by logical name, with its receipt, once per `Cache`.
 
         Returns:
-            Where it lies.
+            Path of the file.
 
         Raises:
-            CorruptShardError: it is another, or gone.
+            CorruptShardError: the file differs or is missing.
         """
         path = data_paths(self.root, self.manifest, shard)[name]
         self._check(path, self.receipts[shard], name)
         return path
 
     def files_of(self, hookpoint: str, shard: int) -> dict[str, CachePath]:
-        """The files of a shard's rows of one hookpoint, by their names in the receipt."""
+        """Return the files of a shard's rows of one hookpoint, by logical name."""
         key = (hookpoint, shard)
         if key not in self._files:
             paths = data_paths(self.root, self.manifest, shard)
@@ -311,7 +309,7 @@ class Cache:
         return self._files[key]
 
     def compare_file(self, shard: int, name: str) -> CachePath:
-        """As `check_file`, however often that was done before."""
+        """Compare a shard's file with its receipt, even if `check_file` did before."""
         path = data_paths(self.root, self.manifest, shard)[name]
         _compare(path, self.receipts[shard], name)
         return path
@@ -324,11 +322,11 @@ class Cache:
     def locate(
         self, hookpoint: str, shard: int, part: str = VALUES
     ) -> TensorExtent | CompressedExtent:
-        """Where one part of a shard's rows lies; header and size are checked once.
+        """Locate one component of a shard's rows; header and size are checked once.
 
         Raises:
             HookpointError: the cache does not hold the hookpoint.
-            CorruptShardError: the file is missing or is not what the receipt promises.
+            CorruptShardError: the file is missing, or its header or size differs.
         """
         key = (hookpoint, shard, part)
         if key not in self._extents:
@@ -340,26 +338,26 @@ class Cache:
         return self._extents[key]
 
     def locate_tokens(self, shard: int) -> dict[str, TensorExtent]:
-        """Where the tensors of a shard's text lie, by name; raises `CorruptShardError`."""
+        """Locate the tensors of a shard's text, by name; raises `CorruptShardError`."""
         receipt, ctx_len = self.receipts[shard], self.manifest.identity.ctx_len
         expected = token_tensors(receipt.sequences, ctx_len, receipt.rows)
         extents = safetensors_io.locate(tokens_path(self.root, shard), expected)
         return dict(zip(expected, extents, strict=True))
 
     def locate_statistics(self, shard: int) -> dict[str, TensorExtent]:
-        """Where the tensors of a shard's statistics lie, by name; raises `CorruptShardError`."""
+        """Locate the tensors of a shard's statistics, by name; raises `CorruptShardError`."""
         expected = statistics_tensors(self.manifest.identity.hookpoints)
         extents = safetensors_io.locate(statistics_path(self.root, shard), expected)
         return dict(zip(expected, extents, strict=True))
 
 
 def byte_views(rows: StoredRows) -> dict[str, memoryview]:
-    """The memory of some rows, by part, as bytes."""
+    """View the memory of rows as bytes, by component."""
     return {name: part.reshape(-1).view(np.uint8).data for name, part in rows.parts.items()}
 
 
 def symlinked_dirs(root: CachePath, manifest: Manifest) -> list[Path]:
-    """Folders below a cache's own that are symbolic links. The cache's own may be one."""
+    """List subfolders of a cache that are symbolic links. The cache's folder itself may be one."""
     if not isinstance(root, Path):
         return []  # stores have none
     folders = {root / receipts_module.FOLDER}
@@ -390,15 +388,15 @@ def _parse_statistics(
 
 
 def _compare(path: CachePath, receipt: ShardReceipt, name: str) -> None:
-    """Raise `CorruptShardError` unless a file is, byte for byte, what a receipt calls `name`."""
+    """Raise `CorruptShardError` unless a file has the size and digest of `name` in the receipt."""
     promised = receipt.files[name]
     got = _found(path, promised.bytes)
     if got != promised and not isinstance(path, Path):
-        require_remote(path).forget()  # it may be what is kept on this machine that is wrong
+        require_remote(path).forget()  # the block cache may be wrong: fetch the file again
         got = _found(path, promised.bytes)
     if got != promised:
         raise CorruptShardError(
-            f"{path} is not what the receipt of shard {receipt.shard} promises",
+            f"{path} differs from the receipt of shard {receipt.shard}",
             expected=promised,
             got=got,
             remedy="actcache verify CACHE --repair, or restore a copy",
@@ -406,17 +404,17 @@ def _compare(path: CachePath, receipt: ShardReceipt, name: str) -> None:
 
 
 def _found(path: CachePath, size: int) -> object:
-    """Size and digest of a plain file of so many bytes; else, what it is."""
+    """Return the digest of a plain file of `size` bytes, or else a description of the file."""
     if not path.is_file() or path.is_symlink():
         return "no plain file"
-    found = path.stat().st_size  # first: one that was blown up must not be read to its end
+    found = path.stat().st_size  # checked first, so that an inflated file is not read
     return digest_file(path) if found == size else f"{found} bytes"
 
 
 def _check_range(path: CachePath, name: str, numbers: NDArray[np.int32], end: int) -> None:
     if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < end:
         raise CorruptShardError(
-            f"{path} holds a {name} that cannot be",
+            f"{path} holds {name} out of range",
             expected=f"0 to {end - 1}",
             got=f"{numbers.min()} to {numbers.max()}",
             remedy="actcache verify CACHE --repair, or restore a copy",

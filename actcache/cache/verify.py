@@ -1,6 +1,6 @@
-"""Every byte of a cache against its receipts: what is damaged, what is missing, what is left over.
+"""Verify a cache: compare every byte with the receipts, and list damaged, missing and stray files.
 
-Nothing here writes; `repair` acts on what is found.
+It is read-only; `repair` retracts the damaged shards.
 """
 
 from __future__ import annotations
@@ -42,47 +42,47 @@ from actcache.format.receipts import (
 from actcache.storage import BACKENDS, safetensors_io
 
 SEAL = f"{FOLDER}/{END}"
-"""The seal, as findings name it."""
+"""Path of the seal, as in findings."""
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One file that is not what it must be."""
+    """One damaged or missing file."""
 
     file: str
-    """Path within the cache; for missing receipts 'from to to'."""
+    """Path within the cache; for a run of missing receipts 'FIRST to LAST'."""
     shard: int | None
-    """Shard to which it belongs; None: to the whole cache."""
+    """Shard of the file; None: the file belongs to the whole cache."""
     expected: str
     got: str
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found."""
+    """Result of `verify`."""
 
     cache: str
     quick: bool
-    """Sizes and headers only."""
+    """Only sizes and headers were checked."""
     complete: bool
     """Whether the cache is sealed and all its shards have receipts."""
     shards: int
     """Shards that have a receipt."""
     files: int
-    """Data files that were looked at."""
+    """Data files that were checked."""
     bytes: int
-    """That their receipts promise."""
+    """Bytes of the data files by their receipts."""
     damages: tuple[Finding, ...]
-    """In the order of the cache: manifest, seal, shards."""
+    """Damage, in the order manifest, seal, shards."""
     retracted: tuple[int, ...]
-    """Shards that were taken back and wait to be made again."""
+    """Retracted shards that have not been harvested again."""
     leftovers: tuple[str, ...]
-    """Files that belong to no receipt. Harmless; a harvest at work has some."""
+    """Files without a receipt. Harmless; a running harvest has some."""
 
     @property
     def is_sound(self) -> bool:
-        """Whether everything that is published is as it was published."""
+        """Whether no damage was found."""
         return not self.damages
 
 
@@ -92,10 +92,10 @@ def verify(
     """Check a cache, with a progress bar.
 
     Args:
-        root: folder of the cache, or its URL; then nothing is kept on this machine, what is here
-            already is not trusted, and leftovers are not looked for.
-        quick: look at sizes and headers only.
-        threads: files read at once; by default as many as there are cores.
+        root: folder or URL of the cache. With a URL the block cache is not used, and leftovers are
+            not searched.
+        quick: check sizes and headers only.
+        threads: files read concurrently; by default the number of cores.
 
     Raises:
         EmptyCacheError: there is no manifest.
@@ -108,11 +108,11 @@ def verify(
         for path in extension_files(root):
             file = f"{EXTENSIONS}/{path.name}"
             manifest = read_extension(path, manifest)
-    except FormatError as error:  # without it nothing else can be judged
+    except FormatError as error:  # without the manifest nothing else can be checked
         return _found(root, quick, [_damage(file, None, error)])
     if linked := symlinked_dirs(root, manifest):
         return _found(root, quick, [_linked(root, folder) for folder in linked])
-    if about_backend := _documents(root, manifest):  # every shard leans on them
+    if about_backend := _documents(root, manifest):  # every shard depends on them
         return _found(root, quick, about_backend)
     receipts, damages = _receipts(root, manifest)
     end, about_end = _end(root, manifest, receipts, {d.shard for d in damages})
@@ -120,7 +120,7 @@ def verify(
     return _found(
         root,
         quick,
-        [*about_end, *sorted([*damages, *_data(cache, quick, threads)], key=_place)],
+        [*about_end, *sorted([*damages, *_data(cache, quick, threads)], key=_order)],
         cache,
     )
 
@@ -142,15 +142,15 @@ def _found(
     )
 
 
-def _place(damage: Finding) -> tuple[int, str]:
+def _order(damage: Finding) -> tuple[int, str]:
     return (-1 if damage.shard is None else damage.shard, damage.file)
 
 
 def _damage(file: str, shard: int | None, error: ActcacheError) -> Finding:
     if error.expected is None and error.got is None:
-        return Finding(file, shard, "what FORMAT.md says", error.what)
+        return Finding(file, shard, "the format of docs/format.md", error.what)
     got = error.what if error.got is None else f"{error.got} ({error.what})"
-    return Finding(file, shard, error.expected or "what FORMAT.md says", got)
+    return Finding(file, shard, error.expected or "the format of docs/format.md", got)
 
 
 def _linked(root: CachePath, folder: Path) -> Finding:
@@ -160,7 +160,7 @@ def _linked(root: CachePath, folder: Path) -> Finding:
 
 
 def _documents(root: CachePath, manifest: Manifest) -> list[Finding]:
-    """What the backend keeps beside the shards, against what follows from the manifest."""
+    """Compare the backend's metadata files with the contents that follow from the manifest."""
     damages = []
     for path, accepted in BACKENDS[manifest.backend].metadata_files(root, manifest).items():
         wanted = f"the {len(accepted[-1])} bytes that follow from the manifest"
@@ -168,7 +168,7 @@ def _documents(root: CachePath, manifest: Manifest) -> list[Finding]:
         if path.is_symlink() or not path.is_file():
             damages.append(Finding(file, None, wanted, "no plain file"))
         elif path.stat().st_size not in map(len, accepted) or path.read_bytes() not in accepted:
-            damages.append(Finding(file, None, wanted, "others"))
+            damages.append(Finding(file, None, wanted, "other bytes"))
     return damages
 
 
@@ -192,7 +192,7 @@ def _unreadable(file: str, shard: int | None, error: OSError) -> Finding:
 def _end(
     root: CachePath, manifest: Manifest, receipts: dict[int, ShardReceipt], damaged: set[int | None]
 ) -> tuple[CompletionMarker | None, list[Finding]]:
-    """The seal, against itself and the receipts, and the receipts that it misses."""
+    """Check the seal against the plan and the receipts, and list the missing receipts."""
     try:
         end = read_end(root, manifest)
     except FormatError as error:
@@ -218,7 +218,7 @@ def _end(
 
 
 def _missing(first: int, last: int) -> Finding:
-    """A run of shards without receipts: one finding, however long a hostile seal makes it."""
+    """Describe a run of shards without receipts in one finding, as a bad seal can name billions."""
     file = f"{FOLDER}/{first:05d}.json"
     if last > first:
         file += f" to {FOLDER}/{last:05d}.json"
@@ -226,7 +226,7 @@ def _missing(first: int, last: int) -> Finding:
 
 
 def _data(cache: Cache, quick: bool, threads: int | None) -> list[Finding]:
-    """Check the files of all shards, several at once."""
+    """Check the files of all shards, in several threads."""
     tasks = [
         (shard, name, path)
         for shard in cache.receipts
@@ -262,7 +262,7 @@ def _data(cache: Cache, quick: bool, threads: int | None) -> list[Finding]:
 def _file(
     cache: Cache, shard: int, name: str, path: CachePath, advance: Callable[[int], None] | None
 ) -> Finding | None:
-    """One data file: kind, size, bytes (unless quick: no `advance`), header, what it says."""
+    """Check one data file: kind, size, digest (unless quick, without `advance`) and content."""
     file = str(path.relative_to(cache.root))
     promised = cache.receipts[shard].files[name]
     try:
@@ -283,13 +283,13 @@ def _file(
         return Finding(file, shard, f"{promised.bytes} bytes", "nothing")
     except CorruptShardError as error:
         return _damage(file, shard, error)
-    except OSError as error:  # a disk that fails
+    except OSError as error:  # such as an I/O error of a failing disk
         return _unreadable(file, shard, error)
     return None
 
 
 def _content(cache: Cache, shard: int, name: str, *, quick: bool) -> None:
-    """What a file with the right bytes must still fulfil: a receipt may promise nonsense."""
+    """Check header and values of a file with the right digest, as the receipt may be wrong."""
     if name == "tokens":
         cache.locate_tokens(shard) if quick else cache.tokens(shard)
         return
@@ -311,7 +311,7 @@ def _content(cache: Cache, shard: int, name: str, *, quick: bool) -> None:
 
 
 def _leftovers(cache: Cache) -> list[str]:
-    """Files below the cache that nothing accounts for. Links are named, not followed."""
+    """List files below the cache that no receipt or metadata lists; links are not followed."""
     root, manifest = cache.root, cache.manifest
     if not isinstance(root, Path):
         return []

@@ -1,12 +1,12 @@
-"""Blocks of remote files on this machine: never more bytes than were allowed, the oldest go first.
+"""On-disk LRU cache of blocks of remote files, shared by processes and bounded in bytes.
 
-One file per block: its digest, then its bytes. It is made under another name and renamed, so that a
-process that is killed leaves no half block; and read with its digest, so that a machine that loses
-power leaves none either, without a sync for each. What a killed process was at goes after a while.
+One file per block: its digest, then its bytes. A block is written under a partial name and renamed,
+so that a killed process leaves no incomplete block; its digest is checked on reading, so that a
+power loss leaves none either, without a sync per block. Abandoned partial files are deleted later.
 
-The lock's file holds the bytes of all files, or more: every block is counted, at its full size,
-before it is written, and nothing is ever taken off but by counting what is there. So any number of
-processes may share the folder, and the count is wrong to the safe side when one of them dies.
+The lock file holds an upper bound on the bytes of all files: every block is added at its full size
+before it is written, and the number is lowered only by listing the folder. So a process that dies
+can only make the bound too high.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ BYTES_VARIABLE = "ACTCACHE_BLOCK_CACHE_BYTES"
 _DIGEST = 16  # bytes of XXH3-128
 _LOCK = "lock"
 _PARTIAL = ".partial-"
-_ABANDONED = 600.0  # seconds after which a partial file is nobody's
-_SLACK = 10  # of so many parts, one is freed at once: to look at all files is slow
+_ABANDONED = 600.0  # seconds after which a partial file counts as abandoned
+_SLACK = 10  # an eviction frees 1/10 of the capacity, as listing all files is slow
 
 
 class BlockCache:
-    """A folder of blocks. Safe from several threads and processes.
+    """A folder of blocks, safe for concurrent threads and processes.
 
     Args:
-        folder: of this machine; made when missing.
-        most_bytes: that all its files may have together; 0: nothing is kept.
+        folder: local folder; created when missing.
+        most_bytes: capacity of the folder; 0 disables the cache.
 
     Raises:
-        ConfigError: the folder cannot be made or written in.
+        ConfigError: the folder cannot be created or written.
     """
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
@@ -56,15 +56,15 @@ class BlockCache:
                 pass
         except OSError as error:
             raise ConfigError(
-                f"blocks of remote files cannot be kept in {folder}",
-                expected="a folder to write in",
+                f"blocks of remote files cannot be cached in {folder}",
+                expected="a writable folder",
                 got=error.strerror or str(error),
                 remedy=f"--block-cache or ${FOLDER_VARIABLE}: another folder; or "
                 f"--block-cache-bytes 0",
             ) from error
 
     def get(self, name: str, size: int) -> bytes | None:
-        """A block of `size` bytes, whole; None if it is not here."""
+        """Return a block of `size` bytes; None if it is missing or damaged."""
         if not self.most_bytes:
             return None
         try:
@@ -82,11 +82,11 @@ class BlockCache:
         return data[_DIGEST:]
 
     def holds(self, name: str) -> bool:
-        """Whether there is a file for a block: it may be gone the next moment."""
+        """Return whether a block's file exists; another process may delete it at any time."""
         return bool(self.most_bytes) and self._path(name).exists()
 
     def put(self, name: str, data: bytes | memoryview) -> None:
-        """Keep a block if there is room for it, or can be made. A full disk keeps none."""
+        """Store a block, evicting others if necessary; a full disk is ignored."""
         size = _DIGEST + len(data)
         if size > self.most_bytes:
             return
@@ -102,14 +102,14 @@ class BlockCache:
                     left = memoryview(part)
                     while left:
                         left = left[file.write(left) :]
-            with self._locked():  # whoever counts sees it under one name
+            with self._locked():  # a process that lists the folder sees exactly one name
                 partial.replace(path)
-        except OSError:  # blocks are a convenience: reading goes on without
+        except OSError:  # the cache is optional: reading continues without it
             with suppress(OSError):
                 partial.unlink()
 
     def drop(self, name: str) -> None:
-        """Forget a block."""
+        """Delete a block."""
         with suppress(OSError):
             self._path(name).unlink()
 
@@ -117,7 +117,7 @@ class BlockCache:
         return self.folder / name[:2] / name
 
     def _reserve(self, partial: Path, size: int) -> bool:
-        """Make room for a file of `size` bytes, and the file."""
+        """Reserve `size` bytes and create the partial file; return False if there is no room."""
         with self._locked() as fd:
             text = os.pread(fd, 32, 0)
             total = int(text) if text.isdigit() and self._counted else None
@@ -133,7 +133,7 @@ class BlockCache:
         return True
 
     def _make_room(self, size: int) -> int:
-        """Delete the blocks that were not used for longest; bytes that are left."""
+        """Delete the least recently used blocks; return the bytes of the remaining ones."""
         found: list[tuple[int, int, Path]] = []
         total, now = 0, time.time()
         for path in self.folder.glob("??/*"):
@@ -166,19 +166,21 @@ class BlockCache:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield fd
         finally:
-            os.close(fd)  # lets go of the lock, as dying does
+            os.close(fd)  # releases the lock
 
 
 def open_blocks(folder: str | None, most_bytes: int | None) -> BlockCache:
-    """The cache of blocks that options name, or else the environment, or else custom.
+    """Open the block cache given by options, the environment, or the XDG default.
 
     Raises:
-        ConfigError: a number of bytes is none, or the folder cannot be used.
+        ConfigError: a number of bytes is invalid, or the folder cannot be used.
     """
     if most_bytes is None:
         text = os.environ.get(BYTES_VARIABLE, str(DEFAULT_BYTES))
         if not text.isdigit():
-            raise ConfigError(f"${BYTES_VARIABLE} is no number of bytes", expected=">= 0", got=text)
+            raise ConfigError(
+                f"${BYTES_VARIABLE} is not a number of bytes", expected=">= 0", got=text
+            )
         most_bytes = int(text)
     if most_bytes < 0:
         raise ConfigError("--block-cache-bytes is too small", expected=">= 0", got=most_bytes)

@@ -1,7 +1,7 @@
-"""One store, asked patiently: every request has a time limit, is tried again, and ends.
+"""Requests to an object store through fsspec, with a timeout, retries and a deadline.
 
-A store's own library tries again too, each in its own way and some for very long. Where that can be
-turned off, it is: how long a drop-out may last is said here alone.
+Retries of the store's own library are disabled where possible, so that the constants here decide
+how long an outage is tolerated.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ T = TypeVar("T")
 
 ATTEMPTS = 8
 FIRST_DELAY = 0.25
-"""Seconds before the second attempt; each further one waits twice as long, up to MOST_DELAY."""
+"""Seconds before the second attempt; the delay doubles with each attempt, up to MOST_DELAY."""
 MOST_DELAY = 8.0
 RETRY_DEADLINE = 60.0
-"""Seconds after which nothing is tried again."""
+"""Seconds after which no further attempt is made."""
 TIME_LIMIT = 30.0
-"""Seconds that one attempt may take."""
+"""Timeout of one attempt, seconds."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _STRONG = ("ETag", "etag", "sha256", "blob_id", "md5Hash", "generation", "ino")
-"""What stores say of an object that its bytes decide, or its version."""
+"""Metadata keys of stores that identify the content or version of an object."""
 _WEAK = ("LastModified", "last_modified", "last_commit", "updated", "mtime", "modified", "created")
 _NO_CREDENTIALS = ("Credential", "TokenNotFound", "ProfileNotFound", "SSO", "TokenRetrieval")
-"""Parts of the names of errors that stores' libraries raise without a common class."""
+"""Substrings of exception names of stores' libraries, which have no common class."""
 _FINAL = (ValueError, TypeError, NotImplementedError, ImportError, AttributeError)
-"""Asking again would end the same way."""
+"""Exceptions that are not retried."""
 
 
 @dataclass(frozen=True)
 class Info:
-    """What a store says of a name."""
+    """Entry of a folder listing."""
 
     is_folder: bool
     bytes: int
-    """Size; -1 where the store does not know it."""
+    """Size; -1 if the store does not report it."""
     version: str | None
-    """Another one for other bytes; None where the store has no such thing."""
+    """String that changes with the content; None if the store has no versions."""
 
 
 class ObjectStore:
-    """The folder behind a URL. Safe from several threads, and after a fork.
+    """Connection to the folder of a URL. Thread-safe, and usable after a fork.
 
     Args:
-        url: of the folder, a plain one.
+        url: a validated URL of a folder.
 
     Raises:
-        ConfigError: no library knows the protocol, or it is not installed.
+        ConfigError: no library supports the protocol, or it is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -67,49 +67,49 @@ class ObjectStore:
         _require_library(self.url)
 
     def __reduce__(self) -> tuple[type[ObjectStore], tuple[str]]:
-        """To another process: it opens its own."""
+        """Pickle the URL alone: another process opens its own connection."""
         return ObjectStore, (self.url,)
 
     def listing(self, folder: str) -> dict[str, Info]:
-        """What lies in a folder, by name; nothing if there is no such folder."""
+        """List a folder, by name; empty if it does not exist."""
         fs, root = self._filesystem()
         path = f"{root}/{folder}" if folder else root
 
-        def ask() -> list[Mapping[str, Any]]:
+        def request() -> list[Mapping[str, Any]]:
             fs.invalidate_cache()
             found: list[Mapping[str, Any]] = self._call(fs, "ls", path, detail=True)
             return found
 
         try:
-            entries = self._with_retries(ask, folder)
+            entries = self._with_retries(request, folder)
         except FileNotFoundError:
             return {}
         found = {}
         for entry in entries:
             whole = str(entry["name"]).strip("/")
             above, _, name = whole.rpartition("/")
-            # A folder may list itself, as an empty object. Nothing leads out of it.
+            # A folder may list itself as an empty object; names outside the folder are ignored.
             inside = above.rpartition("/")[2] == path.strip("/").rpartition("/")[2]
             if inside and whole != path.strip("/") and name not in ("", ".", ".."):
                 found[name] = _info(entry)
         return found
 
     def fetch(self, file: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file.
+        """Fetch bytes [start, stop) of a file.
 
         Raises:
-            FileNotFoundError: it is gone.
-            RemoteError: the store does not give them.
+            FileNotFoundError: the file is gone.
+            RemoteError: the store does not deliver them.
         """
         fs, root = self._filesystem()
 
-        def ask() -> bytes:
+        def request() -> bytes:
             found = bytes(self._call(fs, "cat_file", f"{root}/{file}", start=start, end=stop))
             if len(found) != stop - start:
                 raise OSError(f"{len(found):,} bytes instead of {stop - start:,}")
             return found
 
-        return self._with_retries(ask, file)
+        return self._with_retries(request, file)
 
     def _call(self, fs: Any, method: str, *args: Any, **kwargs: Any) -> Any:
         if not fs.async_impl:
@@ -118,14 +118,14 @@ class ObjectStore:
 
         return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=TIME_LIMIT, **kwargs)
 
-    def _with_retries(self, ask: Callable[[], T], what: str) -> T:
-        """Ask until there is an answer, or no hope of one."""
+    def _with_retries(self, request: Callable[[], T], what: str) -> T:
+        """Repeat a request with exponential backoff until it succeeds or fails for good."""
         began = time.monotonic()
         attempt = 0
         while True:
             attempt += 1
             try:
-                return ask()
+                return request()
             except FileNotFoundError:
                 raise
             except Exception as error:
@@ -134,13 +134,13 @@ class ObjectStore:
                 if attempt == ATTEMPTS or time.monotonic() - began > RETRY_DEADLINE:
                     raise RemoteError(
                         f"{self._name(what)} cannot be read",
-                        expected=f"an answer within {attempt} attempts",
-                        got=_said(error),
-                        remedy="see whether the store can be reached, and run the same command "
-                        "again; what was fetched is kept",
+                        expected=f"a response within {attempt} attempts",
+                        got=_redacted(error),
+                        remedy="check that the store can be reached, and run the same command "
+                        "again; fetched blocks are kept",
                     ) from error
             delay = min(MOST_DELAY, FIRST_DELAY * 2 ** (attempt - 1))
-            time.sleep(delay * (0.5 + random.random()))  # noqa: S311 # not all at the same instant
+            time.sleep(delay * (0.5 + random.random()))  # noqa: S311 # jitter between processes
 
     def _name(self, what: str) -> str:
         return f"{self.url}/{what}" if what else self.url
@@ -151,7 +151,7 @@ class ObjectStore:
             return RemoteError(
                 f"{self.url} cannot be read: there are no credentials for it",
                 expected="credentials in the environment or in the store's own configuration",
-                got=_said(error),
+                got=_redacted(error),
                 remedy="log in with the store's own tool; for a public s3 bucket, "
                 "FSSPEC_S3_ANON=true",
             )
@@ -159,15 +159,15 @@ class ObjectStore:
             return RemoteError(
                 f"{self._name(what)} may not be read",
                 expected="credentials that allow to list and read it",
-                got=_said(error),
-                remedy="ask for the right to, or see which credentials are in use",
+                got=_redacted(error),
+                remedy="request access, or check which credentials are in use",
             )
         if isinstance(error, _FINAL) or "OfflineModeIsEnabled" in kinds:
-            return RemoteError(f"{self._name(what)} cannot be read", got=_said(error))
+            return RemoteError(f"{self._name(what)} cannot be read", got=_redacted(error))
         return None
 
     def _filesystem(self) -> tuple[Any, str]:
-        """The object of fsspec, of this process, and the folder's name in it."""
+        """Return this process's fsspec file system, and the path of the URL in it."""
         with self._lock:
             if self._opened is None or self._opened[0] != os.getpid():
                 from fsspec.core import url_to_fs
@@ -176,7 +176,7 @@ class ObjectStore:
                     fs, root = url_to_fs(self.url, skip_instance_cache=True, **_options(self.url))
                 except Exception as error:
                     raise self._final(error, "") or RemoteError(
-                        f"{self.url} cannot be opened", got=_said(error)
+                        f"{self.url} cannot be opened", got=_redacted(error)
                     ) from error
                 if self.url.startswith(("s3://", "s3a://")):
                     fs.retries = 1
@@ -196,19 +196,19 @@ def _require_library(url: str) -> None:
         raise ConfigError(
             f"{protocol}:// needs a library that is not installed",
             expected=known_implementations.get(protocol, {}).get("class", "a library for it"),
-            got=_said(error),
+            got=_redacted(error),
             remedy=remedy,
         ) from None
     except ValueError:
         raise ConfigError(
-            f"{protocol}:// is no protocol that fsspec knows",
+            f"fsspec does not support {protocol}://",
             expected="s3, gs, hf, or another of fsspec's",
             got=protocol,
         ) from None
 
 
 def _options(url: str) -> dict[str, Any]:
-    """What a store's library is told, unless the user's own configuration says otherwise."""
+    """Return fsspec options that disable S3's own retries, unless the user configured them."""
     from fsspec.config import conf
 
     if url.startswith(("s3://", "s3a://")) and "config_kwargs" not in conf.get("s3", {}):
@@ -245,8 +245,8 @@ def _secrets() -> tuple[str, ...]:
     )
 
 
-def _said(error: BaseException) -> str:
-    """One line of what a library says, in which no secret stands."""
+def _redacted(error: BaseException) -> str:
+    """Return an error of a library as one line, with secrets of the environment replaced."""
     text = " ".join(str(error).split())[:300]
     for secret in _secrets():
         text = text.replace(secret, "***")

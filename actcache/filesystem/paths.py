@@ -1,9 +1,8 @@
-"""Where a cache is read from: a folder on this machine, or a place in a store behind a URL.
+"""Paths of caches: a local folder (`pathlib.Path`) or a URL (`RemotePath`), behind one protocol.
 
-`CachePath` is the part of `pathlib.Path` that reading a cache needs. A folder is a `Path` itself,
-whose files are read at the speed of the disk; a URL is a `RemotePath`. Functions that build the
-name of a file from its folder take and return either. The few functions that touch bytes
-distinguish them: `preadv_into`, `digest_file`, `safetensors_io.locate`, `VerifiedReader`.
+`CachePath` is the subset of `pathlib.Path` that reading a cache needs. Functions that build file
+names accept and return either kind. Functions that read bytes distinguish them: `preadv_into`,
+`digest_file`, `safetensors_io.locate`, `VerifiedReader`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _THREADS = 16
 
 
 class Stat(Protocol):
-    """What is asked of a file before it is read."""
+    """The fields of `os.stat_result` that reading uses."""
 
     @property
     def st_mode(self) -> int:
@@ -37,7 +36,7 @@ class Stat(Protocol):
 
 
 class CachePath(Protocol):
-    """A file or folder; each method as `pathlib.Path` has it."""
+    """A file or folder, with the methods of `pathlib.Path`."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -64,14 +63,14 @@ CachePathT = TypeVar("CachePathT", bound=CachePath)
 
 
 def is_url(where: object) -> bool:
-    """Whether a cache is named by a URL, not by a folder."""
+    """Return whether the location of a cache is a URL, not a folder."""
     return isinstance(where, str) and "://" in where
 
 
 def open_path(
     where: str | CachePath, block_cache: str | None = None, block_cache_bytes: int | None = None
 ) -> Path | RemotePath:
-    """The place that a folder or URL names; see `remote.open_url`."""
+    """Return the path of a folder or URL; see `urls.open_url`."""
     if isinstance(where, str) and is_url(where):
         from actcache.filesystem.urls import open_url
 
@@ -81,27 +80,27 @@ def open_path(
     return where if isinstance(where, RemotePath) else Path(str(where))
 
 
-def require_remote(place: CachePath) -> RemotePath:
-    """A place that is no folder of this machine."""
+def require_remote(path: CachePath) -> RemotePath:
+    """Narrow the type of a path that is not local to `RemotePath`."""
     from actcache.filesystem.remote_path import RemotePath
 
-    assert isinstance(place, RemotePath)
-    return place
+    assert isinstance(path, RemotePath)
+    return path
 
 
-def require_local(place: CachePath) -> Path:
-    """The place as a folder of this machine; raises `ConfigError` where it is none."""
-    if not isinstance(place, Path):
+def require_local(path: CachePath) -> Path:
+    """Narrow the type of a path to a local `Path`; raises `ConfigError` if it is remote."""
+    if not isinstance(path, Path):
         raise ConfigError(
-            f"{place} is not a folder of this machine",
+            f"{path} is not a local folder",
             expected="a folder",
-            remedy="copy the cache to a disk for this",
+            remedy="copy the cache to a local disk for this",
         )
-    return place
+    return path
 
 
 def reject_url(value: str, option: str, why: str) -> None:
-    """Raise `ConfigError` if an option that needs a folder was given a URL."""
+    """Raise `ConfigError` if the value of an option that needs a folder is a URL."""
     if is_url(value):
         from actcache.filesystem.urls import redact_url
 
@@ -111,9 +110,9 @@ def reject_url(value: str, option: str, why: str) -> None:
 
 
 def prefetch_files(paths: Iterable[CachePathT]) -> Iterator[CachePathT]:
-    """The paths as they are; those of a store with their bytes fetched by several threads before.
+    """Yield the paths after fetching the remote ones to the block cache, 16 files at a time.
 
-    One after another, ten thousand small files would take as many times the way to the store.
+    Fetching ten thousand small files one after another would cost as many round trips.
     """
     from actcache.filesystem.remote_path import RemotePath
 

@@ -1,4 +1,4 @@
-"""Files of a store as a reader of caches sees them: `RemotePath` in place of `pathlib.Path`."""
+"""`RemotePath`: files of an object store with the interface of `pathlib.Path`, read in blocks."""
 
 from __future__ import annotations
 
@@ -25,33 +25,32 @@ if TYPE_CHECKING:
 
 
 BLOCK = 256 << 10
-"""Bytes of a block. A stream reads about 1 MiB at random, and not on the borders of blocks: where
-those of a whole cache do not fit, much larger ones would be fetched in vain."""
+"""Bytes of a block. A stream reads about 1 MiB at random, unaligned to blocks; much larger blocks
+would waste transfer if the block cache is smaller than the activation cache."""
 RUN = 32
-"""Blocks that are asked for at once, where so many in a row are wanted: 8 MiB."""
+"""Largest number of consecutive blocks in one request: 8 MiB."""
 _PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
 class RemoteStat:
-    """The part of `os.stat_result` that is asked for."""
+    """The fields of `os.stat_result` that reading uses."""
 
     st_mode: int
     st_size: int
 
 
 class RemoteFiles:
-    """The files below one URL. Safe from several threads.
+    """The files below one URL. Thread-safe.
 
-    A file is known by its folder's listing, which is taken once: a cache is read as it was when it
-    was opened. Its blocks are kept under its URL and version, so those of an object that was
-    replaced are never taken for another's. Once a file has been compared with its receipt, the
-    digest of each of its blocks is remembered, and whatever is read later, from here or from the
-    store, has to have it: no byte is handed out that was not promised.
+    Folders are listed once, so a cache is read as it was when it was opened. Blocks are cached
+    under the file's URL and version, so blocks of a replaced object are not reused. `digest`
+    records the digest of each block, and later reads, from the block cache or the store, must
+    match it.
 
     Args:
-        connection: to the store.
-        blocks: what is kept of them on this machine.
+        connection: the object store.
+        blocks: block cache on this machine.
     """
 
     def __init__(self, connection: ObjectStore, blocks: BlockCache) -> None:
@@ -62,11 +61,11 @@ class RemoteFiles:
         self._nonce = os.urandom(16).hex()
 
     def __reduce__(self) -> tuple[type[RemoteFiles], tuple[ObjectStore, BlockCache]]:
-        """To another process, which has to look and compare by itself."""
+        """Pickle without listings and digests, which another process must obtain itself."""
         return RemoteFiles, (self.connection, self.blocks)
 
     def listing(self, folder: str) -> dict[str, Info]:
-        """What lies in a folder, by name."""
+        """List a folder, by name; the result is kept."""
         with self._lock:
             known = self._folders.get(folder)
         if known is None:
@@ -76,7 +75,7 @@ class RemoteFiles:
         return known
 
     def info(self, key: str) -> Info:
-        """What is known of a file or folder; raises `FileNotFoundError`."""
+        """Return kind, size and version of a file or folder; raises `FileNotFoundError`."""
         if not key:
             return Info(True, 0, None)
         folder, _, name = key.rpartition("/")
@@ -86,12 +85,12 @@ class RemoteFiles:
             raise FileNotFoundError(f"{self.connection.url}/{key}") from None
 
     def version(self, key: str) -> str:
-        """Another one for other bytes."""
-        # A store that tells no versions: what another process fetched may be another's.
+        """Return a string that changes with the file's content."""
+        # Without versions in the store, a per-process nonce prevents reuse by other processes.
         return self.info(key).version or self._nonce
 
     def forget(self, key: str) -> None:
-        """Let go of all that is known of a file: the next look is at the store."""
+        """Drop a file's cached blocks, digests and listing, so that the store is read again."""
         with suppress(FileNotFoundError):
             version = self.version(key)
             for index in range(_blocks(self.info(key).bytes)):
@@ -101,18 +100,18 @@ class RemoteFiles:
             self._folders.pop(key.rpartition("/")[0], None)
 
     def read(self, key: str, start: int, stop: int) -> Iterator[memoryview]:
-        """Bytes [start, stop) of a file, in pieces.
+        """Yield bytes [start, stop) of a file, in pieces.
 
         Raises:
-            CorruptShardError: it is gone, or is not what was compared any more.
-            RemoteError: the store does not give it.
+            CorruptShardError: the file is gone, or differs from the recorded digests.
+            RemoteError: the store does not deliver it.
         """
         for index, block in self._blocks(key, start // BLOCK, _blocks(stop)):
             first = index * BLOCK
             yield memoryview(block)[max(0, start - first) : stop - first]
 
     def digest(self, key: str, advance: Callable[[int], None]) -> tuple[int, str]:
-        """Size and XXH3-128 of a file, whose blocks have to stay what they are from here on."""
+        """Compute size and XXH3-128 of a file and record its block digests for later reads."""
         info, version = self.info(key), self.version(key)
         whole, each = xxhash.xxh3_128(), []
         with self._lock:
@@ -126,7 +125,7 @@ class RemoteFiles:
         return info.bytes, whole.hexdigest()
 
     def _blocks(self, key: str, first: int, end: int) -> Iterator[tuple[int, bytes | memoryview]]:
-        """Blocks [first, end) of a file, with their numbers."""
+        """Yield (index, block) for blocks [first, end) of a file."""
         try:
             info, version = self.info(key), self.version(key)
         except FileNotFoundError as error:
@@ -156,10 +155,10 @@ class RemoteFiles:
                 block = fetched[start : start + BLOCK]
                 if not _is(block, wanted, index):
                     raise CorruptShardError(
-                        f"{self.connection.url}/{key} is another file than the one that was "
-                        "compared with its receipt",
-                        expected="the bytes of before",
-                        got="others",
+                        f"{self.connection.url}/{key} has changed since it was compared with its "
+                        "receipt",
+                        expected="the same bytes",
+                        got="other bytes",
                         remedy="restore it from a copy, or open the cache again if it was replaced",
                     )
                 self.blocks.put(name(index), block)
@@ -175,14 +174,14 @@ class RemoteFiles:
     def _gone(self, key: str) -> CorruptShardError:
         return CorruptShardError(
             f"{self.connection.url}/{key} is gone",
-            expected="the file that the receipt promises",
+            expected="the file that the receipt describes",
             got="nothing",
             remedy="restore it from a copy",
         )
 
 
 def _blocks(size: int) -> int:
-    """Blocks of so many bytes."""
+    """Return the number of blocks of a file of `size` bytes."""
     return -(-size // BLOCK)
 
 
@@ -192,11 +191,11 @@ def _is(block: bytes | memoryview, wanted: Sequence[bytes] | None, index: int) -
 
 @functools.total_ordering
 class RemotePath:
-    """A file or folder below a URL; each method as `pathlib.Path` has it, but for those at the end.
+    """A file or folder below a URL. Methods up to `read_bytes` behave as those of `pathlib.Path`.
 
     Args:
-        files: of the URL.
-        key: its path below, '' for the URL itself.
+        files: files of the URL.
+        key: path relative to the URL, '' for the URL itself.
     """
 
     def __init__(self, files: RemoteFiles, key: str) -> None:
@@ -219,71 +218,71 @@ class RemotePath:
         return str(self) < str(other)
 
     def __truediv__(self, part: str) -> RemotePath:
-        # Names follow from numbers and from what the manifest's parser has let pass.
+        # Names are built from numbers and from hookpoint names that the manifest has checked.
         assert not part.startswith("/")
         assert not {"", ".", ".."} & set(part.split("/"))
         return RemotePath(self.files, f"{self.key}/{part}" if self.key else part)
 
     def joinpath(self, *parts: str) -> RemotePath:
-        """One below another."""
+        """Append path components."""
         return functools.reduce(RemotePath.__truediv__, parts, self)
 
     @property
     def name(self) -> str:
-        """Its last part."""
+        """Last component of the path."""
         return str(self).rpartition("/")[2]
 
     @property
     def parent(self) -> RemotePath:
-        """The folder above; the URL's own is as far as it goes."""
+        """Parent folder; the URL itself is its own parent."""
         return RemotePath(self.files, self.key.rpartition("/")[0])
 
     @property
     def parents(self) -> list[RemotePath]:
-        """The folders above, up to the URL's own."""
+        """Parent folders, up to the URL itself."""
         return [self.parent, *self.parent.parents] if self.key else []
 
     def relative_to(self, other: RemotePath) -> PurePath:
-        """Its path below another."""
+        """Return the path relative to another."""
         return PurePosixPath(self.key).relative_to(other.key)
 
     def exists(self) -> bool:
-        """Whether it is there."""
+        """Return whether the file or folder exists."""
         return self._info() is not None
 
     def is_file(self) -> bool:
-        """Whether it is a file."""
+        """Return whether the path is a file."""
         info = self._info()
         return info is not None and not info.is_folder
 
     def is_dir(self) -> bool:
-        """Whether it is a folder."""
+        """Return whether the path is a folder."""
         info = self._info()
         return info is not None and info.is_folder
 
     def is_symlink(self) -> bool:
-        """Stores have none."""
+        """Return False, since object stores have no links."""
         return False
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """What lies in it."""
+        """List the folder."""
         return iter([self / name for name in self.files.listing(self.key)])
 
     def stat(self) -> RemoteStat:
-        """Kind and size; raises `FileNotFoundError`."""
+        """Return kind and size; raises `FileNotFoundError`."""
         info = self.files.info(self.key)
         return RemoteStat(stat.S_IFDIR if info.is_folder else stat.S_IFREG, info.bytes)
 
     def lstat(self) -> RemoteStat:
-        """Kind and size; raises `FileNotFoundError`."""
+        """Return `stat()`, since object stores have no links."""
         return self.stat()
 
     def read_bytes(self) -> bytes:
-        """The whole file."""
+        """Read the whole file."""
         return b"".join(self.files.read(self.key, 0, self.stat().st_size))
 
     def open(self) -> BinaryIO:
-        """To be read, from its beginning."""
+        """Open the file for buffered binary reading."""
         return io.BufferedReader(_Reader(self), _PIECE)
 
     def read_into(self, views: Sequence[memoryview], offset: int) -> None:
@@ -310,19 +309,19 @@ class RemotePath:
                     left.pop(0)
 
     def digest(self, advance: Callable[[int], None]) -> tuple[int, str]:
-        """Size and XXH3-128; from here on, other bytes are an error."""
+        """Compute size and XXH3-128; later reads of other bytes raise `CorruptShardError`."""
         return self.files.digest(self.key, advance)
 
     def version(self) -> str:
-        """Another one for other bytes, as far as the store tells."""
+        """Return a string that changes with the file's content, if the store has versions."""
         return self.files.version(self.key)
 
     def forget(self) -> None:
-        """Ask the store anew from here on."""
+        """Drop cached data of the file, so that the store is read again."""
         self.files.forget(self.key)
 
     def warm(self) -> None:
-        """Fetch the file, to have its blocks on this machine."""
+        """Fetch the file's blocks to the block cache."""
         if self.is_file():
             for _ in self.files.read(self.key, 0, self.stat().st_size):
                 pass
@@ -335,7 +334,7 @@ class RemotePath:
 
 
 class _Reader(io.RawIOBase):
-    """A file, front to back or from anywhere."""
+    """Seekable raw reader of a `RemotePath`."""
 
     def __init__(self, path: RemotePath) -> None:
         self._path, self._at, self._size = path, 0, path.stat().st_size

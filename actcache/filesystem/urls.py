@@ -1,4 +1,4 @@
-"""Which URLs are taken, and how they are shown: without whatever may be a secret."""
+"""Open URLs of caches: validation, and redaction of secrets in error messages."""
 
 from __future__ import annotations
 
@@ -15,57 +15,53 @@ _LOCAL = ("file", "local")
 
 
 def redact_url(url: str) -> str:
-    """The URL as errors show it: user, password, query and fragment as stars."""
+    """Replace user, password, query and fragment of a URL by stars, for error messages."""
     return _QUERY.sub("?***", _USER.sub("***@", url))
 
 
 def validate_url(url: str) -> None:
-    """Refuse URLs that are chained, or that hold what belongs into nobody's run.json.
-
-    Raises:
-        ConfigError: it is no plain URL.
-    """
+    """Raise `ConfigError` for chained URLs and those with parts that may be secret."""
     protocol, _, rest = url.partition("://")
     shown = redact_url(url)
     if "::" in url:
         raise ConfigError(
-            "chained URLs are not taken",
+            "chained URLs are not supported",
             expected="one URL, such as s3://bucket/cache",
             got=shown,
-            remedy="blocks are kept on this machine in any case; see --block-cache",
+            remedy="fetched blocks are cached on this machine anyway; see --block-cache",
         )
     if protocol in _LOCAL:
         raise ConfigError(
-            "a folder of this machine is named by its path", expected="a path", got=shown
+            "a local folder is given by its path, not by a URL", expected="a path", got=shown
         )
     if shown != url:
         raise ConfigError(
-            "the URL of a cache holds a user, a query or a fragment, which may be a secret",
-            expected="scheme://place/of/the/cache",
+            "the URL of a cache contains a user, a query or a fragment, which may be a secret",
+            expected="scheme://path/of/the/cache",
             got=shown,
-            remedy="give credentials and endpoints by the environment, or in fsspec's own "
+            remedy="pass credentials and endpoints in the environment, or in fsspec's own "
             "configuration (~/.config/fsspec)",
         )
     if not protocol or not rest.strip("/") or ".." in rest.split("/"):
         raise ConfigError(
-            "not the URL of a cache", expected="scheme://place/of/the/cache", got=shown
+            "not the URL of a cache", expected="scheme://path/of/the/cache", got=shown
         )
 
 
 def open_url(
     url: str, block_cache: str | None = None, block_cache_bytes: int | None = None
 ) -> RemotePath:
-    """The place that a URL names. Nothing is asked of the store yet.
+    """Return the path of a URL, without a request to the store.
 
     Args:
-        url: of the cache's folder.
-        block_cache: folder of this machine for blocks that were fetched; by default
-            $ACTCACHE_BLOCK_CACHE, or actcache/blocks in the user's folder for caches.
-        block_cache_bytes: bytes that it may hold, 0 for none; by default
+        url: URL of the cache's folder.
+        block_cache: local folder for fetched blocks; by default $ACTCACHE_BLOCK_CACHE, or
+            actcache/blocks in the user's cache folder.
+        block_cache_bytes: capacity of that folder, 0 to disable it; by default
             $ACTCACHE_BLOCK_CACHE_BYTES, or 16 GiB.
 
     Raises:
-        ConfigError: the URL cannot be taken, a library for it is missing, or the folder for blocks
+        ConfigError: the URL is invalid, a library for it is missing, or the folder for blocks
             cannot be used.
     """
     validate_url(url)

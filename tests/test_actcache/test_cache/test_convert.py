@@ -77,7 +77,7 @@ def source(make_cache: Make) -> Path:
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-def test_rows_in_the_models_type_become_the_cache_that_a_harvest_makes(
+def test_rows_in_the_models_type_convert_to_the_bytes_of_a_harvest(
     dtype: str, target: dict[str, Any], options: Options, tmp_path: Path, tree: Tree
 ) -> None:
     model = {"model_dtype": dtype, "hookpoint": ("layers.1",), "max_tokens": 16 * 6}
@@ -104,7 +104,7 @@ def test_filters_and_padding_pass_through_a_conversion(
     assert sum(receipt.dropped["padding"] for receipt in receipts) > 0
 
 
-def test_there_and_back_again_is_the_same_cache(
+def test_converting_back_restores_the_same_cache(
     options: Options, tmp_path: Path, tree: Tree
 ) -> None:
     source = harvest(options(out=str(tmp_path / "source"), model_dtype="bfloat16")).cache
@@ -117,7 +117,7 @@ def test_there_and_back_again_is_the_same_cache(
     assert tree(here) == tree(source)
 
 
-def test_what_was_rounded_on_the_way_makes_another_cache(
+def test_a_lossy_rounding_changes_the_cache_id(
     options: Options, tmp_path: Path, tree: Tree
 ) -> None:
     """float32 rows that were bfloat16 are not the model's float32 rows."""
@@ -137,7 +137,7 @@ def test_what_was_rounded_on_the_way_makes_another_cache(
     assert tree(back.cache) == tree(rounded)
 
 
-def test_rows_of_8_bits_are_copied_as_they_are_between_backends(
+def test_8_bit_rows_are_copied_unchanged_between_backends(
     make_cache: Make, tmp_path: Path, tree: Tree
 ) -> None:
     source = make_cache(dtype="int8")
@@ -189,7 +189,7 @@ def test_lossless_steps_are_not_listed_and_rounding_twice_is_rounding_once(
     assert roundings_before(identity, to) == expected
 
 
-def test_rows_that_are_not_finite_stay_so(make_cache: Make, tmp_path: Path) -> None:
+def test_non_finite_rows_stay_non_finite(make_cache: Make, tmp_path: Path) -> None:
     def rows(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
         x = np.ones((count, width), dtype=np.float32)
         x[3, 2], x[7, 0], x[9] = np.nan, np.inf, -np.inf
@@ -224,7 +224,7 @@ def test_an_extended_cache_is_converted_whole_or_after_each_extension(
     assert verify(whole.cache).is_sound
 
 
-def test_a_crash_while_an_extension_is_converted_is_gone_on_from(
+def test_a_conversion_resumes_after_a_crash_during_an_extension(
     options: Options, faults: Any, tmp_path: Path, tree: Tree
 ) -> None:
     goes: dict[str, Any] = {"out": str(tmp_path / "source"), "hookpoint": ("layers.1",)}
@@ -284,7 +284,7 @@ def test_a_crash_at_any_call_is_finished_by_the_same_command(
 
 
 @pytest.mark.parametrize("number", [4, 9, 14])
-def test_a_full_disk_is_told_and_leaves_no_file_of_the_shard(
+def test_a_full_disk_raises_disk_full_error_and_leaves_no_file_of_the_shard(
     number: int, source: Path, faults: Any, tmp_path: Path, tree: Tree
 ) -> None:
     import errno
@@ -300,7 +300,7 @@ def test_a_full_disk_is_told_and_leaves_no_file_of_the_shard(
     assert tree(tmp_path / "out") == whole
 
 
-def test_run_again_it_finds_its_work_done(source: Path, tmp_path: Path, tree: Tree) -> None:
+def test_a_repeated_conversion_writes_nothing(source: Path, tmp_path: Path, tree: Tree) -> None:
     first = run(source, tmp_path / "out", dtype="int8")
     assert (first.new_shards, first.new_rows) == (3, 160)
     sizes = [sum(f.bytes for f in r.files.values()) for r in Cache.open(source).receipts.values()]
@@ -311,7 +311,7 @@ def test_run_again_it_finds_its_work_done(source: Path, tmp_path: Path, tree: Tr
     assert tree(tmp_path / "out") == before
 
 
-def test_an_unfinished_source_is_converted_as_far_as_it_is_and_finished_later(
+def test_an_unfinished_source_is_converted_and_completed_later(
     source: Path, tmp_path: Path, tree: Tree
 ) -> None:
     part = tmp_path / "part"
@@ -336,7 +336,7 @@ def test_a_sealed_source_that_lacks_a_shard_leaves_no_seal(source: Path, tmp_pat
     assert not (tmp_path / "out" / "shards" / "END.json").exists()
 
 
-def test_a_damaged_shard_of_the_result_is_made_again_by_converting(
+def test_a_retracted_shard_is_restored_by_converting_again(
     source: Path, tmp_path: Path, tree: Tree
 ) -> None:
     out = tmp_path / "out"
@@ -359,7 +359,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [{}, {"backend": "zarr", "compression": "zstd"}], ids=str)
 @pytest.mark.parametrize("what", ["activations/layers.1", "tokens"])
-def test_a_damaged_file_of_the_source_is_refused_by_name_and_its_shard_left_out(
+def test_a_damaged_source_file_is_named_and_its_shard_not_published(
     what: str, kind: dict[str, Any], make_cache: Make, tmp_path: Path, tree: Tree
 ) -> None:
     source = make_cache(shards=3, dtype="bfloat16", **kind)
@@ -393,7 +393,7 @@ def test_rows_that_do_not_fit_float16_are_counted_and_refused(
     assert (found.is_sound, found.shards, found.leftovers) == (True, 1, ())
 
 
-def test_one_at_a_time_works_in_a_folder(source: Path, tmp_path: Path) -> None:
+def test_a_conversion_into_a_locked_folder_is_refused(source: Path, tmp_path: Path) -> None:
     lock = DirectoryLock(tmp_path / "out")
     lock.acquire()
     with pytest.raises(CacheBusyError, match="at work in"):
@@ -402,7 +402,7 @@ def test_one_at_a_time_works_in_a_folder(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "out")
 
 
-def test_a_folder_with_something_else_is_left_alone(source: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
@@ -411,7 +411,9 @@ def test_a_folder_with_something_else_is_left_alone(source: Path, tmp_path: Path
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
 
-def test_another_cache_is_left_alone(source: Path, make_cache: Make, tree: Tree) -> None:
+def test_a_folder_with_another_cache_is_not_changed(
+    source: Path, make_cache: Make, tree: Tree
+) -> None:
     other = make_cache(seed=5)
     before = tree(other)
     with pytest.raises(CacheMismatchError, match=r"(?s)another cache.*seed: 5, not 0"):
@@ -439,9 +441,7 @@ def test_options_that_cannot_be_combined_are_refused(source: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_compression_stays_with_its_backend_unless_it_is_asked_for(
-    make_cache: Make, tmp_path: Path
-) -> None:
+def test_auto_compression_is_kept_with_the_backend_only(make_cache: Make, tmp_path: Path) -> None:
     source = make_cache(backend="zarr", compression="zstd")
     for name, given, expected in [
         ("same", {"dtype": "int8"}, ("zarr", "zstd")),
@@ -460,7 +460,7 @@ def test_an_empty_source_is_refused(make_cache: Make, tmp_path: Path) -> None:
         run(tmp_path, tmp_path / "out")
 
 
-def test_room_is_asked_for_beforehand_and_only_for_what_is_missing(
+def test_disk_space_is_checked_first_and_for_missing_shards_only(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = run(source, tmp_path / "whole", dtype="float32").new_bytes

@@ -244,7 +244,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
-def test_every_mutation_is_refused_found_or_harmless(
+def test_every_mutation_is_refused_detected_or_harmless(
     batch: int, small: Callable[[int], Path], workplace: Path, watched: Callable[[Path], None]
 ) -> None:
     root = workplace / "cache"

@@ -51,7 +51,7 @@ def read_all(root: Path) -> None:
     cache.read("layers.1", 1)
 
 
-def test_a_cache_says_what_it_holds(root: Path) -> None:
+def test_a_cache_lists_its_hookpoints_shards_and_rows(root: Path) -> None:
     cache = Cache.open(str(root))
     assert cache.hookpoints == ["layers.0", "layers.1"]
     assert cache.shards == [0, 1, 2]
@@ -71,7 +71,7 @@ def test_row_j_is_the_same_token_at_every_hookpoint(root: Path) -> None:
             np.testing.assert_array_equal(rows[:, 2], natural)
 
 
-def test_a_part_of_a_shard_is_that_part(root: Path) -> None:
+def test_a_range_of_a_shard_is_read_exactly(root: Path) -> None:
     cache = Cache.open(root)
     whole = cache.read("layers.1", 1).values
     np.testing.assert_array_equal(cache.read("layers.1", 1, 10, 7).values, whole[10:17])
@@ -94,7 +94,7 @@ def test_rows_come_in_the_type_on_disk(make_cache: Callable[..., Path]) -> None:
         )
 
 
-def test_statistics_are_those_of_the_shards_that_were_asked(root: Path) -> None:
+def test_statistics_cover_the_requested_shards(root: Path) -> None:
     cache = Cache.open(root)
     for shards in ([0], [2, 0], None):
         rows = np.concatenate([cache.read("layers.1", s).values for s in shards or cache.shards])
@@ -106,12 +106,12 @@ def test_statistics_are_those_of_the_shards_that_were_asked(root: Path) -> None:
         assert found.norm_max == expected.norm_max
 
 
-def test_statistics_of_no_shard_are_never_those_of_all(root: Path) -> None:
+def test_statistics_of_an_empty_list_are_refused(root: Path) -> None:
     with pytest.raises(ValueError, match="not enough values"):
         Cache.open(root).statistics("layers.1", [])
 
 
-def test_statistics_know_the_rows_that_are_not_finite(make_cache: Callable[..., Path]) -> None:
+def test_statistics_count_non_finite_rows(make_cache: Callable[..., Path]) -> None:
     def rows(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
         x = numbered(hookpoint, shard, count, width)
         x[: shard + 1, 1] = np.inf if hookpoint == "layers.1" else 0
@@ -123,14 +123,14 @@ def test_statistics_know_the_rows_that_are_not_finite(make_cache: Callable[..., 
     assert cache.statistics("layers.1").count == cache.rows - 3
 
 
-def test_a_hookpoint_that_is_not_held_is_refused_with_those_that_are(root: Path) -> None:
+def test_an_unknown_hookpoint_is_refused_and_the_known_ones_listed(root: Path) -> None:
     cache = Cache.open(root)
     for read in (cache.statistics, lambda name: cache.read(name, 0)):
         with pytest.raises(HookpointError, match=r"(?s)layers\.7.*layers\.0 \| layers\.1"):
             read("layers.7")
 
 
-def test_a_cache_without_a_complete_shard_says_how_to_go_on(
+def test_an_error_about_a_cache_without_shards_names_the_remedy(
     make_cache: Callable[..., Path],
 ) -> None:
     cache = Cache.open(make_cache(shards=0, end=False))
@@ -153,7 +153,7 @@ def test_a_shard_without_its_receipt_does_not_exist(root: Path) -> None:
 @pytest.mark.parametrize(
     "damage", ["missing", "cut", "extended", "empty", "link", "folder", "pipe"]
 )
-def test_a_data_file_that_is_not_what_was_published_is_refused_by_path(
+def test_a_changed_data_file_is_refused_and_its_path_named(
     file: str, damage: str, root: Path, tmp_path: Path
 ) -> None:
     path = root / f"{file}.safetensors"
@@ -173,7 +173,7 @@ def test_a_data_file_that_is_not_what_was_published_is_refused_by_path(
 
 
 @pytest.mark.parametrize("file", FILES[1:])
-def test_a_flipped_bit_in_tokens_or_statistics_is_noticed(file: str, root: Path) -> None:
+def test_a_flipped_bit_in_tokens_or_statistics_is_detected(file: str, root: Path) -> None:
     path = root / f"{file}.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -182,7 +182,7 @@ def test_a_flipped_bit_in_tokens_or_statistics_is_noticed(file: str, root: Path)
         read_all(root)
 
 
-def test_a_file_cut_while_it_is_being_read_is_noticed(root: Path) -> None:
+def test_a_file_truncated_during_reading_is_detected(root: Path) -> None:
     cache = Cache.open(root)
     cache.read("layers.1", 1, 0, 1)
     os.truncate(root / "activations/layers.1/00001.safetensors", 4096 + 100)
@@ -195,14 +195,14 @@ def rewrite_receipt(root: Path, shard: int, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_receipt_that_promises_other_rows_than_the_file_has_is_refused(root: Path) -> None:
+def test_a_receipt_with_another_row_count_than_the_file_is_refused(root: Path) -> None:
     rewrite_receipt(root, 1, sequences=3, rows=48, dropped=NOTHING_DROPPED | {"skip_positions": 3})
     cache = Cache.open(root)
     with pytest.raises(CorruptShardError, match=r"activations/layers\.1/00001"):
         cache.read("layers.1", 1)
 
 
-def test_no_memory_is_taken_for_rows_that_are_only_promised(root: Path) -> None:
+def test_a_receipt_cannot_cause_a_large_allocation(root: Path) -> None:
     manifest = read_manifest(root)
     identity = dataclasses.replace(manifest.identity, ctx_len=2**31 - 1)
     huge = dataclasses.replace(
@@ -248,7 +248,7 @@ def test_row_addresses_outside_the_shard_are_refused(tensor: str, value: int, ro
         Cache.open(root).tokens(1)
 
 
-def test_whatever_byte_of_a_cache_is_damaged_only_our_errors_are_raised(root: Path) -> None:
+def test_any_damaged_byte_of_a_cache_raises_only_our_errors(root: Path) -> None:
     """Every file in turn, at a dozen places: 0xff, cut there, or one byte more."""
     state = np.random.RandomState(0)
     codes = set()

@@ -42,7 +42,7 @@ def test_padding_and_leading_positions_have_no_rows(identity: Identity) -> None:
     )
 
 
-def test_rows_of_excluded_tokens_are_left_out_wherever_they_stand(identity: Identity) -> None:
+def test_rows_of_excluded_tokens_are_dropped_at_any_position(identity: Identity) -> None:
     rows = [[1, 9, 7, 9], [8, 6, 1, 9]]
     assert kept(identity, rows, [4, 3], exclude_special=(1,), exclude_tokens=(7, 9)) == (
         [[0, 0, 0, 0], [0, 1, 0, 0]],
@@ -57,7 +57,7 @@ def test_rows_of_excluded_tokens_are_left_out_wherever_they_stand(identity: Iden
     st.frozensets(st.integers(0, 6)),
     st.integers(0, 5),
 )
-def test_a_position_is_counted_once_under_the_first_filter_that_leaves_it_out(
+def test_a_position_is_counted_once_under_the_first_filter_that_drops_it(
     identity: Identity,
     rows: list[list[int]],
     skip: int,
@@ -97,7 +97,7 @@ def test_a_row_over_the_median_at_one_hookpoint_is_an_outlier() -> None:
     assert norm_outliers(norms, 9.9).tolist() == [True, False, False, True, False]
 
 
-def test_a_row_that_is_not_finite_is_an_outlier_and_moves_no_median() -> None:
+def test_a_non_finite_row_is_an_outlier_and_excluded_from_the_median() -> None:
     norms = {"a": np.array([1.0, np.inf, np.nan, 2, 3, np.inf, np.nan])}
     assert norm_outliers(norms, 2).tolist() == [False, True, True, False, False, True, True]
     assert norm_outliers({"a": np.array([np.nan, np.inf])}, 5).all()

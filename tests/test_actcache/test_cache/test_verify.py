@@ -60,7 +60,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_a_sound_cache_is_sound(quick: bool, root: Path) -> None:
+def test_an_undamaged_cache_has_no_findings(quick: bool, root: Path) -> None:
     found = verify(root, quick=quick)
     assert found.is_sound
     assert found.complete
@@ -82,7 +82,7 @@ def test_the_findings_do_not_depend_on_the_number_of_threads(threads: int, root:
 
 
 @pytest.mark.parametrize("file", DATA)
-def test_one_flipped_byte_is_found_wherever_it_is(file: str, root: Path) -> None:
+def test_a_flipped_byte_in_any_file_is_found(file: str, root: Path) -> None:
     size = (root / file).stat().st_size
     for place in (0, 7, 8, 50, 4095, 4096, size // 2, size - 1):
         flip(root / file, place)
@@ -97,7 +97,7 @@ def test_one_flipped_byte_is_found_wherever_it_is(file: str, root: Path) -> None
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("file", DATA)
 @pytest.mark.parametrize("damage", ["cut", "extended", "missing", "link", "folder", "pipe"])
-def test_a_file_of_another_size_or_kind_is_found_even_quickly(
+def test_a_file_of_another_size_or_kind_is_found_by_quick_too(
     damage: str, file: str, quick: bool, root: Path, tmp_path: Path
 ) -> None:
     path = root / file
@@ -115,14 +115,14 @@ def test_a_file_of_another_size_or_kind_is_found_even_quickly(
     assert named(root, quick=quick) == [file]
 
 
-def test_quick_looks_at_headers_but_not_at_rows(root: Path) -> None:
+def test_quick_checks_headers_but_not_rows(root: Path) -> None:
     flip(root / DATA[0], 9)
     flip(root / DATA[1], -1)
     assert named(root, quick=True) == [DATA[0]]
     assert named(root) == [DATA[0], DATA[1]]
 
 
-def test_two_files_that_changed_places_are_both_named(root: Path, tmp_path: Path) -> None:
+def test_two_swapped_files_are_both_named(root: Path, tmp_path: Path) -> None:
     first, second = (root / f"activations/layers.0/0000{s}.safetensors" for s in (0, 1))
     first.rename(tmp_path / "aside")
     second.rename(first)
@@ -173,7 +173,7 @@ def test_a_seal_that_does_not_fit_the_receipts_is_found(changes: dict, root: Pat
     assert named(root) == ["shards/END.json"]
 
 
-def test_a_seal_over_shards_without_number_is_told_in_one_line(root: Path) -> None:
+def test_a_seal_over_billions_of_shards_gives_one_finding(root: Path) -> None:
     edit(root / "manifest.json", planned_sequences=None)
     edit(root / "shards/END.json", last_shard=2**51 - 1, sequences=2**53)
     (damage,) = verify(root).damages
@@ -191,7 +191,7 @@ def test_a_damaged_manifest_is_the_one_finding(root: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["activations", "activations/layers.1", "tokens", "shards"])
-def test_nothing_is_read_through_a_folder_that_is_a_link(
+def test_no_file_is_read_through_a_symlinked_folder(
     folder: str, root: Path, tmp_path: Path
 ) -> None:
     (root / folder).rename(tmp_path / "elsewhere")
@@ -215,7 +215,7 @@ def test_a_cache_is_found_through_a_link_to_it(root: Path, tmp_path: Path) -> No
     assert verify(tmp_path / "link").is_sound
 
 
-def test_leftovers_are_named_and_left(root: Path, tree: Tree) -> None:
+def test_leftovers_are_listed_and_not_deleted(root: Path, tree: Tree) -> None:
     (root / "logs").mkdir()
     (root / "logs" / "harvest-rank0.jsonl").write_text("{}")
     for name in ("notes.txt", "tokens/00007.safetensors", "stats/.00001.safetensors.partial-1"):
@@ -233,7 +233,7 @@ def test_leftovers_are_named_and_left(root: Path, tree: Tree) -> None:
     assert tree(root) == before
 
 
-def test_a_disk_that_fails_is_a_finding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_io_error_is_a_finding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path, *rest: Any) -> Any:
         if path.name == "00001.safetensors" and path.parent.name == "tokens":
             raise OSError(5, "Input/output error")
@@ -292,7 +292,7 @@ def test_repair_ends_in_the_original_digests_and_touches_no_sound_shard(
     assert receipt_path(root, 3).stat().st_mtime_ns == sound
 
 
-def test_a_damaged_seal_alone_is_made_again(options: Options, tree: Tree) -> None:
+def test_a_damaged_seal_alone_is_rewritten(options: Options, tree: Tree) -> None:
     root = Path(harvest(options()).cache)
     whole = tree(root)
     edit(root / "shards/END.json", sequences=9)
@@ -300,7 +300,7 @@ def test_a_damaged_seal_alone_is_made_again(options: Options, tree: Tree) -> Non
     assert tree(root) == whole
 
 
-def test_where_the_bytes_cannot_be_restored_nothing_is_published_and_it_is_said(
+def test_a_shard_that_cannot_be_restored_is_not_published_and_reported(
     options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(harvest(options()).cache)
@@ -329,7 +329,7 @@ def test_where_the_bytes_cannot_be_restored_nothing_is_published_and_it_is_said(
 
 
 @pytest.mark.parametrize("file", ["tokens/00001.safetensors", "shards/00001.json"])
-def test_a_folder_in_the_place_of_a_file_is_left_to_the_user(file: str, root: Path) -> None:
+def test_a_folder_in_place_of_a_file_cannot_be_repaired(file: str, root: Path) -> None:
     (root / file).unlink()
     (root / file).mkdir()
     with pytest.raises(CorruptShardError, match=f"(?s){file} cannot be repaired.*remedy"):
@@ -337,7 +337,7 @@ def test_a_folder_in_the_place_of_a_file_is_left_to_the_user(file: str, root: Pa
     assert receipt_path(root, 1).exists()
 
 
-def test_a_stray_name_among_the_receipts_is_no_shard_and_goes(root: Path, tree: Tree) -> None:
+def test_a_file_named_like_a_receipt_is_deleted_by_repair(root: Path, tree: Tree) -> None:
     before = tree(root)
     shutil.copy(receipt_path(root, 1), root / "shards/0000001.json")
     assert named(root) == ["shards/0000001.json"]
@@ -409,7 +409,7 @@ def test_a_zarr_cache_is_verified_and_repaired_alike(
     assert tree(root) == before
 
 
-def test_a_damaged_zarr_document_is_named_and_made_anew(options: Options, tree: Tree) -> None:
+def test_a_damaged_zarr_json_is_named_and_rewritten(options: Options, tree: Tree) -> None:
     config = options(backend="zarr")
     root = Path(harvest(config).cache)
     before = tree(root)
@@ -421,7 +421,7 @@ def test_a_damaged_zarr_document_is_named_and_made_anew(options: Options, tree: 
     assert tree(root) == before
 
 
-def test_no_repair_begins_while_a_harvest_is_at_work(root: Path) -> None:
+def test_repair_is_refused_while_a_harvest_runs(root: Path) -> None:
     flip(root / DATA[0])
     lock = DirectoryLock(root)
     lock.acquire()
@@ -431,7 +431,7 @@ def test_no_repair_begins_while_a_harvest_is_at_work(root: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_damaged_scales_are_named_and_taken_back(
+def test_damaged_scales_are_named_and_retracted(
     compression: str, make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache(shards=3, dtype="int8", backend="zarr", compression=compression)
@@ -447,7 +447,7 @@ def test_damaged_scales_are_named_and_taken_back(
     assert left == ["scales/layers.0/c/0", "scales/layers.1/c/0"]
 
 
-def test_an_array_of_scales_that_is_another_is_named(make_cache: Callable[..., Path]) -> None:
+def test_a_wrong_metadata_file_of_scales_is_named(make_cache: Callable[..., Path]) -> None:
     root = make_cache(dtype="float8_e4m3", backend="zarr")
     (root / "scales/layers.1/zarr.json").write_text("{}")
     assert named(root) == ["scales/layers.1/zarr.json"]

@@ -39,7 +39,7 @@ def layout_of(manifest: Manifest, shard: int, sequences: int, skip: int = 1) -> 
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequence"])
-def test_every_kept_position_has_one_row_but_for_outliers(order: str, manifest: Manifest) -> None:
+def test_every_kept_position_except_outliers_has_one_row(order: str, manifest: Manifest) -> None:
     state = np.random.RandomState(0)
     kept = state.random_sample((6, 17)) < 0.7
     outliers = state.random_sample(kept.sum()) < 0.2
@@ -68,7 +68,7 @@ def test_the_shuffle_depends_on_seed_and_shard_alone(manifest: Manifest) -> None
     assert len({order(0), order(1), order(0, seed=1), order(1, seed=1)}) == 4
 
 
-def test_the_shuffle_of_a_shard_is_the_same_for_ever(manifest: Manifest) -> None:
+def test_the_shuffle_of_a_shard_never_changes(manifest: Manifest) -> None:
     kept = np.ones((3, 4), dtype=bool)
     kept[:, 0] = False
     layout = RowLayout.of(manifest.identity, 2, kept, np.zeros(9, dtype=bool))
@@ -134,7 +134,7 @@ def test_the_receipt_counts_what_the_shard_holds(filled: tuple[Path, ShardData])
         assert path.stat().st_size == file.bytes
 
 
-def test_statistics_and_tokens_lie_in_files_that_any_library_opens(
+def test_statistics_and_tokens_are_readable_by_the_safetensors_library(
     filled: tuple[Path, ShardData],
 ) -> None:
     root, shard = filled

@@ -47,7 +47,7 @@ def unpublish(root: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def test_threads_publish_the_bytes_that_one_would(
+def test_threads_publish_the_same_bytes_as_one_thread(
     filled: tuple[Path, ShardData], tree: Tree
 ) -> None:
     root, shard = filled
@@ -62,7 +62,7 @@ def test_threads_publish_the_bytes_that_one_would(
             assert tree(root) == alone
 
 
-def test_a_full_disk_in_whichever_thread_leaves_no_shard_and_no_partial_file(
+def test_a_full_disk_in_any_thread_leaves_no_shard_and_no_partial_file(
     filled: tuple[Path, ShardData], faults: Any
 ) -> None:
     root, shard = filled
@@ -82,7 +82,7 @@ def test_a_full_disk_in_whichever_thread_leaves_no_shard_and_no_partial_file(
     assert number > 30
 
 
-def test_after_an_error_the_tasks_that_began_end_first_and_no_other_begins() -> None:
+def test_after_an_error_running_tasks_finish_and_no_other_starts() -> None:
     began, release = threading.Event(), threading.Event()
     done = []
 
@@ -110,7 +110,7 @@ def test_after_an_error_the_tasks_that_began_end_first_and_no_other_begins() -> 
 
 
 @pytest.mark.parametrize("dtype", ROW_DTYPES)
-def test_rows_are_gathered_in_memory_that_is_used_again(dtype: str) -> None:
+def test_rows_are_gathered_into_reused_memory(dtype: str) -> None:
     workers, row_dtype, state = WriterPool(), ROW_DTYPES[dtype], np.random.RandomState(0)
     memories = set()
     for count in (50, 20, 0, 50):
@@ -125,7 +125,7 @@ def test_rows_are_gathered_in_memory_that_is_used_again(dtype: str) -> None:
     assert len(memories) == 1
 
 
-def test_owners_of_memory_do_not_share_it() -> None:
+def test_buffers_of_different_owners_are_separate() -> None:
     memory, row_dtype = RowBuffers(), ROW_DTYPES["float32"]
     first = memory.rows("layers.0", 4, 3, row_dtype)
     first.values[:] = 1

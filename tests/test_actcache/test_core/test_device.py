@@ -9,14 +9,14 @@ from actcache.core.device import choose_device, input_device, require_whole_mach
 from actcache.errors import ConfigError
 
 
-def test_devices_are_checked_by_use() -> None:
+def test_an_unusable_device_is_refused() -> None:
     assert choose_device("cpu").type == "cpu"
     for name in ("nonsense", "cuda:99", "meta"):
         with pytest.raises(ConfigError, match=rf"(?s)--device cannot be used.*got: +{name}"):
             choose_device(name)
 
 
-def test_auto_is_the_rank_of_the_machine_where_there_are_gpus(
+def test_auto_chooses_the_gpu_of_the_local_rank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -26,7 +26,7 @@ def test_auto_is_the_rank_of_the_machine_where_there_are_gpus(
     assert choose_device("auto") == torch.device("cuda", 3)
 
 
-def test_a_model_takes_its_tokens_where_its_first_weights_compute() -> None:
+def test_the_input_device_is_that_of_the_first_weights_or_of_their_hook() -> None:
     model = torch.nn.Linear(2, 2, device="meta")
     assert input_device(model).type == "meta"
     model._hf_hook = SimpleNamespace(execution_device=None)  # of one device alone
@@ -46,7 +46,7 @@ def test_a_model_takes_its_tokens_where_its_first_weights_compute() -> None:
         ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}, True),  # one on each of two machines
     ],
 )
-def test_processes_that_share_a_machine_do_not_each_take_all_of_it(
+def test_device_map_is_refused_with_several_processes_on_a_machine(
     environment: dict[str, str], allowed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):

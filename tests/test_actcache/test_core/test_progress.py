@@ -26,7 +26,7 @@ def test_sizes_have_three_digits_and_a_decimal_unit(size: float, text: str) -> N
     assert format_bytes(size) == text
 
 
-def test_a_bar_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_is_not_drawn_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     bar = Progress("harvest", 10, "tok")
     bar.advance(10, 100)
     bar.close()
@@ -44,7 +44,7 @@ def test_a_bar_shows_the_amount_the_rate_and_the_disk(capsys: pytest.CaptureFixt
     assert "disk=" in err
 
 
-def test_waiting_stands_in_the_bar_and_without_one_in_one_line(
+def test_a_wait_is_shown_in_the_bar_or_printed_once_without_a_bar(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     silent = Progress("fit", 10, "rows")

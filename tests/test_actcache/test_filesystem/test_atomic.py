@@ -20,7 +20,7 @@ class Crash(BaseException):
     """A process that is gone: nothing handles it."""
 
 
-def test_the_file_holds_the_parts_and_the_receipt_its_digest(tmp_path: Path) -> None:
+def test_a_written_file_holds_the_parts_and_the_digest_is_its_own(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file"
     numbers = np.arange(6, dtype="<i4").reshape(2, 3)
     receipt = write_atomic(path, [b"head", b"", numbers.data])
@@ -31,7 +31,7 @@ def test_the_file_holds_the_parts_and_the_receipt_its_digest(tmp_path: Path) -> 
     assert digest_file(path) == receipt
 
 
-def test_parts_beyond_one_chunk_arrive_whole(
+def test_parts_larger_than_a_chunk_are_written_completely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic, "_CHUNK", 7)
@@ -41,9 +41,7 @@ def test_parts_beyond_one_chunk_arrive_whole(
     assert digest_file(tmp_path / "x") == receipt
 
 
-def test_a_write_that_takes_less_than_given_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:3], offset))
     write_atomic(tmp_path / "x", [b"0123456789", b"abcd"])
@@ -72,7 +70,7 @@ def test_data_is_synced_before_the_name_and_the_name_before_the_return(
     assert calls == ["posix_fallocate", "pwrite", "fsync", "replace", "fsync folder"]
 
 
-def test_a_new_folder_is_made_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_folder_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
     monkeypatch.setattr(atomic, "fsync_dir", synced.append)
     write_atomic(tmp_path / "a" / "b" / "x", [b"1"])
@@ -81,7 +79,7 @@ def test_a_new_folder_is_made_durable_too(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_told_and_leaves_nothing_new(
+def test_a_full_disk_raises_disk_full_error_and_leaves_no_file(
     call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x"
@@ -97,7 +95,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_new(
     assert path.read_bytes() == b"old"
 
 
-def test_another_error_of_the_disk_passes_through_and_leaves_nothing(
+def test_another_disk_error_propagates_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -110,7 +108,7 @@ def test_another_error_of_the_disk_passes_through_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("call", CALLS[:3])
-def test_a_writer_that_dies_leaves_the_old_file_and_a_partial_one(
+def test_a_killed_writer_leaves_the_old_file_and_a_partial_one(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "sub" / "x"
@@ -128,7 +126,7 @@ def test_a_writer_that_dies_leaves_the_old_file_and_a_partial_one(
     assert list(tmp_path.rglob("*")) == [tmp_path / "sub", path]
 
 
-def test_removing_partials_spares_everything_else(tmp_path: Path) -> None:
+def test_remove_partials_deletes_partial_files_only(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("")
     root = tmp_path / "cache"

@@ -44,7 +44,7 @@ def writer(folder: Path, most: int, name: str, count: int) -> subprocess.Popen[s
     return process
 
 
-def test_what_was_put_is_got_and_nothing_else(tmp_path: Path) -> None:
+def test_get_returns_the_bytes_that_were_put(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path / "a" / "b", 10_000)
     cache.put("aa-0", b"some bytes")
     assert cache.get("aa-0", 10) == b"some bytes"
@@ -54,7 +54,7 @@ def test_what_was_put_is_got_and_nothing_else(tmp_path: Path) -> None:
     assert not cache.holds("ab-0")
 
 
-def test_the_blocks_that_were_not_used_for_longest_go_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_blocks_are_evicted_first(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 10 * (100 + OVERHEAD))
     for i in range(10):
         cache.put(f"aa-{i}", bytes(100))
@@ -66,7 +66,7 @@ def test_the_blocks_that_were_not_used_for_longest_go_first(tmp_path: Path) -> N
     assert kept(tmp_path) <= cache.most_bytes
 
 
-def test_a_smaller_bound_takes_effect_on_what_is_there(tmp_path: Path) -> None:
+def test_a_smaller_capacity_evicts_existing_blocks(tmp_path: Path) -> None:
     large = BlockCache(tmp_path, 100_000)
     for i in range(50):
         large.put(f"aa-{i}", bytes(1000))
@@ -76,7 +76,7 @@ def test_a_smaller_bound_takes_effect_on_what_is_there(tmp_path: Path) -> None:
     assert kept(tmp_path) <= 5_000
 
 
-def test_two_processes_together_never_pass_the_bound(tmp_path: Path) -> None:
+def test_two_processes_never_exceed_the_capacity_together(tmp_path: Path) -> None:
     most = 20 * (1000 + OVERHEAD)
     processes = [writer(tmp_path, most, name, 600) for name in ("a", "b")]
     seen = []
@@ -87,7 +87,7 @@ def test_two_processes_together_never_pass_the_bound(tmp_path: Path) -> None:
     assert [process.wait() for process in processes] == [0, 0]
 
 
-def test_killed_at_any_time_blocks_are_whole_and_the_bound_holds(tmp_path: Path) -> None:
+def test_killed_writers_leave_whole_blocks_within_the_capacity(tmp_path: Path) -> None:
     most = 20 * (1000 + OVERHEAD)
     for number in range(4):
         process = writer(tmp_path, most, f"k{number}", 100_000)
@@ -106,7 +106,7 @@ def test_killed_at_any_time_blocks_are_whole_and_the_bound_holds(tmp_path: Path)
     assert kept(tmp_path) <= most
 
 
-def test_what_a_killed_process_was_writing_goes_after_a_while(tmp_path: Path) -> None:
+def test_partial_files_of_killed_processes_are_deleted_later(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 5_000)
     cache.put("aa-0", bytes(1000))
     dead = tmp_path / "aa" / ".partial-aa-1-elsewhere-1-1"
@@ -120,7 +120,7 @@ def test_what_a_killed_process_was_writing_goes_after_a_while(tmp_path: Path) ->
     assert not dead.exists()
 
 
-def test_a_count_that_is_damaged_is_taken_anew(tmp_path: Path) -> None:
+def test_a_damaged_byte_count_is_computed_again(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 5_000)
     cache.put("aa-0", bytes(1000))
     (tmp_path / "lock").write_bytes(b"-7 rubbish")
@@ -129,14 +129,14 @@ def test_a_count_that_is_damaged_is_taken_anew(tmp_path: Path) -> None:
     assert kept(tmp_path) <= 5_000
 
 
-def test_a_folder_that_cannot_be_written_in_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be kept"):
         BlockCache(tmp_path / "file" / "blocks", 10)
     BlockCache(tmp_path / "file" / "blocks", 0)  # nothing to keep, no folder
 
 
-def test_the_environment_says_where_and_how_much(
+def test_the_environment_sets_folder_and_capacity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACTCACHE_BLOCK_CACHE_BYTES", "1234")

@@ -16,7 +16,7 @@ from actcache.filesystem.atomic import LOCK, DirectoryLock, is_unlocked
 from actcache.harvester.run import harvest
 
 
-def test_a_second_harvest_is_told_who_is_at_work(tmp_path: Path) -> None:
+def test_a_second_harvest_is_refused_and_the_holder_named(tmp_path: Path) -> None:
     first, second = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
     first.acquire()
     with pytest.raises(CacheBusyError) as told:
@@ -25,7 +25,7 @@ def test_a_second_harvest_is_told_who_is_at_work(tmp_path: Path) -> None:
     assert str(tmp_path) in str(told.value)
 
 
-def test_the_folder_is_free_once_every_rank_has_left(tmp_path: Path) -> None:
+def test_the_lock_is_free_once_every_rank_has_released_it(tmp_path: Path) -> None:
     zero, one, other = DirectoryLock(tmp_path), DirectoryLock(tmp_path), DirectoryLock(tmp_path)
     zero.acquire()
     one.acquire_shared()
@@ -36,7 +36,7 @@ def test_the_folder_is_free_once_every_rank_has_left(tmp_path: Path) -> None:
     other.acquire()
 
 
-def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, sys; from actcache.filesystem.atomic import DirectoryLock; "
         "DirectoryLock(pathlib.Path(sys.argv[1])).acquire(); os.kill(os.getpid(), 9)"
@@ -47,7 +47,7 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     DirectoryLock(tmp_path).acquire()
 
 
-def test_whether_a_folder_is_free_can_be_asked_without_taking_it(tmp_path: Path) -> None:
+def test_is_unlocked_does_not_take_the_lock(tmp_path: Path) -> None:
     assert is_unlocked(tmp_path)
     lock = DirectoryLock(tmp_path)
     lock.acquire()
@@ -57,7 +57,7 @@ def test_whether_a_folder_is_free_can_be_asked_without_taking_it(tmp_path: Path)
     DirectoryLock(tmp_path).acquire()
 
 
-def test_one_who_looks_at_the_moment_of_taking_does_not_stand_in_the_way(
+def test_is_unlocked_does_not_make_acquire_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, looker = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
@@ -67,11 +67,11 @@ def test_one_who_looks_at_the_moment_of_taking_does_not_stand_in_the_way(
     assert not is_unlocked(tmp_path)
 
 
-def test_releasing_what_is_not_held_is_harmless(tmp_path: Path) -> None:
+def test_releasing_a_lock_that_is_not_held_does_nothing(tmp_path: Path) -> None:
     DirectoryLock(tmp_path).release()
 
 
-def test_a_harvest_leaves_a_busy_folder_as_it_is(
+def test_a_harvest_does_not_change_a_locked_folder(
     options: Callable[..., Any], tree: Callable[[Path], dict[str, str]], tmp_path: Path
 ) -> None:
     config = options(out=str(tmp_path / "cache"))
@@ -84,7 +84,7 @@ def test_a_harvest_leaves_a_busy_folder_as_it_is(
     assert harvest(config).complete
 
 
-def test_a_harvest_that_ends_frees_its_folder(options: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_finished_harvest_releases_its_lock(options: Callable[..., Any], tmp_path: Path) -> None:
     config = options(out=str(tmp_path / "cache"))
     harvest(config)
     DirectoryLock(tmp_path / "cache").acquire()

@@ -39,7 +39,7 @@ def batches(cache: Cache) -> list[bytes]:
         return [b"".join(x.numpy().tobytes() for x in b.activations.values()) for b in taken]
 
 
-def test_a_stream_from_s3_gives_the_bits_of_the_folder_over_connections_that_drop(
+def test_a_stream_from_s3_equals_that_of_the_folder_despite_dropped_connections(
     in_s3: Make, proxy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, url = in_s3()
@@ -51,9 +51,7 @@ def test_a_stream_from_s3_gives_the_bits_of_the_folder_over_connections_that_dro
     assert verify(url).is_sound
 
 
-def test_a_store_that_stays_down_is_told_clearly_and_kept_blocks_are_not_lost(
-    in_s3: Make, proxy: Any
-) -> None:
+def test_an_outage_raises_remote_error_and_cached_blocks_are_kept(in_s3: Make, proxy: Any) -> None:
     _, url = in_s3()
     cache = Cache.open(url)
     rows = cache.read("layers.0", 0)
@@ -71,7 +69,7 @@ def test_a_store_that_stays_down_is_told_clearly_and_kept_blocks_are_not_lost(
         assert said in str(caught.value)
 
 
-def test_a_store_that_says_nothing_does_not_hang(
+def test_a_silent_store_runs_into_the_timeout(
     in_s3: Make, proxy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, url = in_s3()
@@ -82,7 +80,7 @@ def test_a_store_that_says_nothing_does_not_hang(
     assert "FSTimeoutError" in str(caught.value)  # our limit, not the store's library's
 
 
-def test_other_processes_read_the_same_cache_forked_or_sent_to(in_s3: Make) -> None:
+def test_forked_and_spawned_processes_read_the_same_cache(in_s3: Make) -> None:
     _, url = in_s3()
     feed = open_feed(url, "layers.0", batch_size=32, seed=0, val_fraction=0.25)
     loader = DataLoader(CacheDataset(feed), batch_size=None, num_workers=2)
@@ -95,7 +93,7 @@ def test_other_processes_read_the_same_cache_forked_or_sent_to(in_s3: Make) -> N
     )
 
 
-def test_a_bucket_that_is_not_there_and_missing_credentials_are_told(
+def test_a_missing_bucket_and_missing_credentials_are_reported(
     proxy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(EmptyCacheError, match="s3://no-such-bucket/cache is not a cache"):
@@ -118,15 +116,13 @@ def test_a_bucket_that_is_not_there_and_missing_credentials_are_told(
         ("ftp://me:very-secret-indeed@host/cache", "may be a secret"),
     ],
 )
-def test_urls_that_are_not_taken_are_refused_without_what_may_be_secret(
-    url: str, said: str
-) -> None:
+def test_errors_about_invalid_urls_show_no_secrets(url: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         Cache.open(url)
     assert "very-secret-indeed" not in str(caught.value)
 
 
-def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec  # whose attribute `registry` hides the module of that name
 
     assert fsspec.registry is not sys.modules["fsspec.registry"]
@@ -136,7 +132,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
         Cache.open("s3://bucket/cache")
 
 
-def test_what_a_library_says_is_shown_without_secrets(
+def test_errors_of_libraries_are_shown_without_secrets(
     proxy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connection._secrets.cache_clear()
@@ -152,7 +148,7 @@ def test_what_a_library_says_is_shown_without_secrets(
     assert "signed with ***" in str(caught.value)
 
 
-def test_the_programs_take_a_url_where_they_only_read(in_s3: Make, tmp_path: Path) -> None:
+def test_commands_that_only_read_accept_a_url(in_s3: Make, tmp_path: Path) -> None:
     root, url = in_s3(shards=6)
 
     def run(program: str, *arguments: str, code: int = 0) -> str:
@@ -185,7 +181,7 @@ def test_the_programs_take_a_url_where_they_only_read(in_s3: Make, tmp_path: Pat
     assert "cannot be a URL" in run("actcache", "harvest", "m", "d", "--out", url, code=2)
 
 
-def test_the_installed_program_shows_a_cache_in_s3_and_says_what_is_wrong_without_a_traceback(
+def test_the_installed_program_inspects_a_cache_in_s3_and_prints_errors_without_a_traceback(
     in_s3: Make,
 ) -> None:
     _, url = in_s3()

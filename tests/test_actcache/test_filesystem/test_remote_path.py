@@ -55,7 +55,7 @@ def batches(cache: Cache, verify_: str = "first-read", threads: int = 3) -> list
     ],
     ids=lambda o: "-".join(o.values()),
 )
-def test_a_stream_from_a_store_gives_the_bits_of_a_stream_from_the_folder(
+def test_a_stream_from_a_store_equals_that_of_the_folder(
     in_memory: Make, options: dict[str, str]
 ) -> None:
     root, url = in_memory(**options)
@@ -65,7 +65,7 @@ def test_a_stream_from_a_store_gives_the_bits_of_a_stream_from_the_folder(
     assert batches(Cache.open(url, block_cache_bytes=0), "always", threads=1) == expected
 
 
-def test_a_cache_that_is_larger_than_the_bound_streams_in_the_same_bits_within_it(
+def test_a_cache_larger_than_the_block_cache_streams_the_same_bits(
     in_memory: Make, own_blocks: Path
 ) -> None:
     root, memory = in_memory(hookpoints={"layers.0": 4096}, sequences=16)  # 4 MiB a shard
@@ -86,7 +86,7 @@ def test_a_cache_that_is_larger_than_the_bound_streams_in_the_same_bits_within_i
     assert sum(path.stat().st_size for path in root.rglob("*.safetensors")) > 2 * bound
 
 
-def test_facts_and_texts_are_those_of_the_folder(in_memory: Make) -> None:
+def test_summary_and_samples_equal_those_of_the_folder(in_memory: Make) -> None:
     root, url = in_memory(extended_by=8)
     (root / "logs").mkdir(exist_ok=True)
     facts = []
@@ -98,7 +98,7 @@ def test_facts_and_texts_are_those_of_the_folder(in_memory: Make) -> None:
     assert Cache.open(url).complete
 
 
-def test_speed_is_measured_from_the_store_and_from_blocks(in_memory: Make) -> None:
+def test_the_benchmark_measures_the_store_and_the_block_cache(in_memory: Make) -> None:
     _, url = in_memory()
     found = benchmark_reads(Cache.open(url))
     assert [s.what for s in found.speeds[:2]] == [
@@ -113,7 +113,7 @@ def test_a_cache_is_converted_from_a_store(in_memory: Make, tmp_path: Path) -> N
     assert batches(Cache.open(tmp_path / "new")) == batches(Cache.open(root))
 
 
-def test_verify_reads_the_store_itself_and_names_what_is_damaged(
+def test_verify_bypasses_the_block_cache_and_names_damaged_files(
     in_memory: Make, own_blocks: Path
 ) -> None:
     _, url = in_memory(backend="zarr")
@@ -129,12 +129,12 @@ def test_verify_reads_the_store_itself_and_names_what_is_damaged(
     assert [(d.file, d.shard) for d in found.damages] == [(bad, 1), (gone, 2)]
 
 
-def test_what_is_not_there_is_no_cache(memory: str) -> None:
+def test_a_missing_url_is_no_cache(memory: str) -> None:
     with pytest.raises(EmptyCacheError, match="is not a cache"):
         Cache.open(memory)
 
 
-def test_an_object_that_changes_or_vanishes_under_a_stream_is_named(in_memory: Make) -> None:
+def test_an_object_that_changes_or_vanishes_during_a_stream_is_reported(in_memory: Make) -> None:
     root, url = in_memory()
     fs, base = fsspec.core.url_to_fs(url)
     key = "activations/layers.0/00001.safetensors"
@@ -156,7 +156,7 @@ def test_an_object_that_changes_or_vanishes_under_a_stream_is_named(in_memory: M
     np.testing.assert_array_equal(cache.read("layers.0", 1).values, rows.values)
 
 
-def test_blocks_of_a_replaced_object_and_spoiled_blocks_are_never_used(
+def test_blocks_of_a_replaced_object_and_damaged_blocks_are_not_used(
     in_memory: Make, own_blocks: Path, make_cache: Callable[..., Path]
 ) -> None:
     _, url = in_memory()

@@ -30,7 +30,7 @@ def scaled(request: pytest.FixtureRequest) -> RowDtype:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_tensor_comes_back_bit_for_bit_with_every_special_value(name: str) -> None:
+def test_encoding_and_decoding_keeps_every_bit(name: str) -> None:
     values = [0.0, -0.0, 1.5, -2.75, 6e-5, 65504.0, float("inf"), float("-inf"), float("nan")]
     tensor = torch.tensor([values, values[::-1]]).to(getattr(torch, name))
     row_dtype = ROW_DTYPES[name]
@@ -44,7 +44,7 @@ def test_a_tensor_comes_back_bit_for_bit_with_every_special_value(name: str) -> 
     assert torch.equal(back.view(integer), tensor.view(integer))
 
 
-def test_float32_of_what_is_stored_is_torchs_own(row_dtype: RowDtype) -> None:
+def test_to_float32_equals_torchs_conversion(row_dtype: RowDtype) -> None:
     stored = row_dtype.from_torch(gaussian())
     decoded = row_dtype.to_float32(stored)
     assert decoded.dtype == np.float32
@@ -128,7 +128,7 @@ def test_a_row_of_zeros_and_one_that_is_too_small_have_scale_zero(scaled: RowDty
     assert scaled.to_torch(stored)[2].tolist() == [0.0, 1.0]
 
 
-def test_a_scale_that_float32_rounds_does_not_let_numbers_wrap(scaled: RowDtype) -> None:
+def test_values_do_not_wrap_with_a_rounded_scale(scaled: RowDtype) -> None:
     tiny = torch.tensor([[1.49 * SCALED[scaled.name] * 2.0**-149, -1e-44]])
     stored = scaled.from_torch(tiny)
     assert stored.scales[0] == np.float32(2.0**-149)
@@ -136,7 +136,7 @@ def test_a_scale_that_float32_rounds_does_not_let_numbers_wrap(scaled: RowDtype)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_a_row_that_is_not_finite_has_the_scale_nan_and_decodes_to_it(
+def test_a_non_finite_row_has_the_scale_nan_and_decodes_to_nan(
     bad: float, scaled: RowDtype
 ) -> None:
     tensor = gaussian(3)
@@ -159,7 +159,7 @@ def test_8_bit_rows_of_any_type_are_those_of_their_float32(
         np.testing.assert_array_equal(part, second.parts[name])
 
 
-def test_rows_are_chosen_and_replaced_in_all_parts_alike(row_dtype: RowDtype) -> None:
+def test_indexing_applies_to_all_components(row_dtype: RowDtype) -> None:
     stored, order = row_dtype.from_torch(gaussian(6)), np.array([4, 0, 2])
     exact = row_dtype.to_float32(stored)
     np.testing.assert_array_equal(row_dtype.to_float32(stored[order]), exact[order])
@@ -203,7 +203,7 @@ def test_no_bit_depends_on_the_number_of_threads() -> None:
 # float16 overflows.
 
 
-def test_rows_that_float16_cannot_hold_are_counted_and_refused() -> None:
+def test_rows_that_overflow_float16_are_counted_and_refused() -> None:
     tensor = gaussian(6)
     tensor[1, 0], tensor[4, 2], tensor[5, 5] = 65520.0, -1e9, float("inf")
     row_dtype = ROW_DTYPES["float16"]
@@ -213,7 +213,7 @@ def test_rows_that_float16_cannot_hold_are_counted_and_refused() -> None:
     check_overflow(tensor, row_dtype.from_torch(tensor), row_dtype, "layers.3")
 
 
-def test_no_other_type_is_asked_whether_it_overflows(row_dtype: RowDtype) -> None:
+def test_only_float16_is_checked_for_overflow(row_dtype: RowDtype) -> None:
     if row_dtype.name != "float16":
         tensor = torch.full((1, 3), 3e38)
         check_overflow(tensor, row_dtype.from_torch(tensor), row_dtype, "layers.3")

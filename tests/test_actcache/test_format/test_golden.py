@@ -129,14 +129,14 @@ def files_below(root):
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_todays_writer_makes_the_golden_cache_byte_for_byte(name, tmp_path):
+def test_the_writer_reproduces_the_golden_cache_byte_for_byte(name, tmp_path):
     write_golden(tmp_path, *CACHES[name])
     assert files_below(tmp_path) == files_below(GOLDEN / name)
 
 
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("hookpoint", HOOKPOINTS)
-def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint, name):
+def test_the_reader_returns_every_row_of_the_golden_cache(hookpoint, name):
     cache = Cache.open(GOLDEN / name)
     assert cache.complete
     assert cache.rows == 3 * (10 + CACHES[name][3])
@@ -153,7 +153,7 @@ def test_todays_reader_finds_every_row_of_the_golden_cache(hookpoint, name):
 
 
 @pytest.mark.parametrize("golden", CACHES)
-def test_the_golden_receipts_are_true(golden):
+def test_the_golden_receipts_match_their_files(golden):
     cache = Cache.open(GOLDEN / golden)
     backend = BACKENDS[CACHES[golden][0]]
     for shard, receipt in cache.receipts.items():

@@ -82,7 +82,7 @@ def test_every_field_of_the_identity_changes_the_cache_id(field: str, manifest: 
 
 
 @pytest.mark.parametrize("field", OTHER_MANIFEST)
-def test_nothing_beside_the_identity_changes_the_cache_id(field: str, manifest: Manifest) -> None:
+def test_no_field_outside_the_identity_changes_the_cache_id(field: str, manifest: Manifest) -> None:
     other = dataclasses.replace(manifest, **{field: OTHER_MANIFEST[field]})
     assert other.identity.digest() == manifest.cache_id
 
@@ -104,14 +104,14 @@ def test_backend_and_compression_leave_the_cache_id_but_may_not_differ(manifest:
     assert differences(packed, zarr) == ["compression: 'none', not 'zstd'"]
 
 
-def test_a_manifest_of_a_backend_that_cannot_be_is_refused(manifest: Manifest) -> None:
+def test_an_invalid_backend_combination_is_refused(manifest: Manifest) -> None:
     with pytest.raises(FormatError, match="memmap is never compressed"):
         dataclasses.replace(manifest, compression="zstd")
     with pytest.raises(FormatError, match="planned_sequences"):
         dataclasses.replace(manifest, backend="zarr", planned_sequences=None)
 
 
-def test_a_difference_says_what_is_there_and_what_was_asked(manifest: Manifest) -> None:
+def test_a_difference_lists_the_existing_and_the_requested_value(manifest: Manifest) -> None:
     assert differences(with_identity(manifest, seed=9), manifest) == ["seed: 0, not 9"]
     assert differences(manifest, manifest) == []
 
@@ -229,7 +229,7 @@ def edited(manifest: Manifest, path: str, value: object) -> dict:
         ("model", None),
     ],
 )
-def test_a_manifest_that_cannot_be_is_refused_by_path(
+def test_an_invalid_manifest_is_refused_and_its_path_named(
     path: str, value: object, manifest: Manifest, tmp_path: Path
 ) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(edited(manifest, path, value)))
@@ -237,7 +237,7 @@ def test_a_manifest_that_cannot_be_is_refused_by_path(
         read(tmp_path)
 
 
-def test_an_edited_identity_is_told_from_its_id(manifest: Manifest, tmp_path: Path) -> None:
+def test_an_edited_identity_does_not_match_the_cache_id(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(edited(manifest, "identity/seed", 5)))
     with pytest.raises(FormatError, match="cache id is not that of the manifest's identity"):
         read(tmp_path)

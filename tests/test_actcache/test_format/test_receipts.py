@@ -126,14 +126,14 @@ FILE = {"bytes": 1, "xxh3_128": "0"}
         {"unknown": 1},
     ],
 )
-def test_a_receipt_that_cannot_be_is_refused_by_path(root: Path, changes: dict) -> None:
+def test_an_invalid_receipt_is_refused_and_its_path_named(root: Path, changes: dict) -> None:
     change(root, 1, **changes)
     with pytest.raises(FormatError, match=r"00001\.json"):
         Cache.open(root)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"shard": NaN}', "[" * 100_000])
-def test_a_damaged_receipt_is_refused_by_path(root: Path, text: str) -> None:
+def test_a_damaged_receipt_is_refused_and_its_path_named(root: Path, text: str) -> None:
     receipt_path(root, 1).write_text(text)
     with pytest.raises(FormatError, match=r"00001\.json"):
         Cache.open(root)
@@ -161,14 +161,16 @@ def test_a_receipt_under_the_name_of_another_shard_is_refused(root: Path) -> Non
         {"extra": 1},
     ],
 )
-def test_a_seal_that_cannot_be_is_refused_by_path(root: Path, changes: dict) -> None:
+def test_an_invalid_seal_is_refused_and_its_path_named(root: Path, changes: dict) -> None:
     path = root / "shards" / "END.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(FormatError, match=r"END\.json"):
         Cache.open(root)
 
 
-def test_a_seal_over_a_huge_number_of_shards_costs_nothing(root: Path, manifest: Manifest) -> None:
+def test_a_seal_over_a_huge_number_of_shards_is_read_quickly(
+    root: Path, manifest: Manifest
+) -> None:
     write_completion_marker(root, CompletionMarker(manifest.cache_id, 2**52, 2**53, "goal", 0))
     with pytest.raises(FormatError, match="goal of the harvest"):
         Cache.open(root)

@@ -36,7 +36,7 @@ def by_hand(size: int, goals: list[int], text: int) -> list[list[int]]:
 
 
 @given(SIZES, GOALS, st.integers(0, 120))
-def test_shards_hold_what_cutting_by_hand_gives(size: int, goals: list[int], text: int) -> None:
+def test_shards_equal_a_naive_partition(size: int, goals: list[int], text: int) -> None:
     plan = plan_of(size, [*goals])
     whole = by_hand(size, goals, goals[-1])
     assert (plan.goal, plan.shards) == (goals[-1], len(whole))
@@ -53,7 +53,7 @@ def test_shards_hold_what_cutting_by_hand_gives(size: int, goals: list[int], tex
 
 
 @given(SIZES, GOALS, st.data())
-def test_a_part_takes_up_the_sequences_where_the_one_before_left_them(
+def test_a_range_continues_where_the_previous_one_ends(
     size: int, goals: list[int], data: st.DataObject
 ) -> None:
     plan = plan_of(size, [*goals])
@@ -65,9 +65,7 @@ def test_a_part_takes_up_the_sequences_where_the_one_before_left_them(
 
 
 @given(SIZES, GOALS, st.integers(1, 50))
-def test_what_was_planned_before_an_extension_stays_where_it_is(
-    size: int, goals: list[int], more: int
-) -> None:
+def test_an_extension_does_not_move_earlier_shards(size: int, goals: list[int], more: int) -> None:
     before = plan_of(size, [*goals])
     after = before.extended(goals[-1] + more)
     assert before.shards is not None
@@ -79,7 +77,7 @@ def test_what_was_planned_before_an_extension_stays_where_it_is(
 
 
 @given(SIZES, GOALS)
-def test_without_a_goal_a_plan_goes_on_to_the_end_of_the_text(size: int, goals: list[int]) -> None:
+def test_a_plan_without_a_goal_covers_the_whole_dataset(size: int, goals: list[int]) -> None:
     plan = plan_of(size, [*goals, None])
     assert plan.goal is plan.shards is None
     assert list(plan.iter_shards(iter(range(500)))) == list(
@@ -89,7 +87,7 @@ def test_without_a_goal_a_plan_goes_on_to_the_end_of_the_text(size: int, goals: 
 
 
 @given(SIZES, GOALS, st.integers(-2, 2), st.integers(-2, 2))
-def test_parts_that_do_not_join_are_refused(
+def test_ranges_that_are_not_contiguous_are_refused(
     size: int, goals: list[int], shard: int, sequence: int
 ) -> None:
     plan = plan_of(size, [*goals])
@@ -103,7 +101,7 @@ def test_parts_that_do_not_join_are_refused(
 
 
 @pytest.mark.parametrize("goal", [0, 9, 10])
-def test_a_goal_that_is_no_further_is_refused(goal: int) -> None:
+def test_a_goal_that_is_not_larger_is_refused(goal: int) -> None:
     with pytest.raises(FormatError, match="no further"):
         ShardPlan(4, (ShardRange(0, 0, 10), ShardRange(3, 10, goal)))
     with pytest.raises(FormatError, match="after all of the text"):

@@ -74,7 +74,7 @@ def test_dimensions_that_never_change_have_no_variance() -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_values_whose_squares_float32_cannot_hold_are_summed_all_the_same(
+def test_values_whose_squares_overflow_float32_are_summed_correctly(
     dtype: str, scale: float
 ) -> None:
     row_dtype = ROW_DTYPES[dtype]
@@ -86,7 +86,7 @@ def test_values_whose_squares_float32_cannot_hold_are_summed_all_the_same(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_every_finite_number_of_a_type_counts_as_what_it_is(dtype: str) -> None:
+def test_every_finite_value_of_a_type_is_converted_exactly(dtype: str) -> None:
     row_dtype = ROW_DTYPES[dtype]
     bits = np.arange(1 << 16, dtype="<u2")
     if dtype == "float32":
@@ -139,7 +139,7 @@ def test_the_squared_error_of_a_constant_is_that_of_predicting_it_for_every_row(
     np.testing.assert_allclose(compute(x, FLOAT32).squared_error_of(constant), error, rtol=1e-7)
 
 
-def test_rows_that_are_not_finite_are_counted_and_left_out_of_everything_else() -> None:
+def test_non_finite_rows_are_counted_and_excluded_from_all_sums() -> None:
     x = rows(2000)
     x[3, 0], x[1500, 4], x[1501] = np.nan, np.inf, -np.inf
     found, clean = compute(x, FLOAT32), np.delete(x, [3, 1500, 1501], axis=0)
@@ -150,7 +150,7 @@ def test_rows_that_are_not_finite_are_counted_and_left_out_of_everything_else() 
     assert np.isfinite([found.variance, found.rms_norm, found.mean_norm, found.norm_max]).all()
 
 
-def test_shards_without_a_finite_row_divide_by_nothing() -> None:
+def test_shards_without_a_finite_row_do_not_divide_by_zero() -> None:
     found = compute(np.full((4, 5), np.nan, dtype="<f4"), FLOAT32)
     assert (found.count, found.non_finite, found.norm_max) == (0, 4, 0.0)
     assert (found.mean == 0).all()
@@ -182,14 +182,14 @@ def test_shards_add_up_to_the_whole() -> None:
     np.testing.assert_allclose(merged.variance, whole.variance, rtol=1e-6)
 
 
-def test_merging_leaves_the_parts_as_they_were() -> None:
+def test_merging_does_not_change_its_inputs() -> None:
     part = compute(rows(10), FLOAT32)
     before = part.total.copy()
     merge([part, part])
     np.testing.assert_array_equal(part.total, before)
 
 
-def test_the_bits_do_not_depend_on_what_lies_behind_a_block() -> None:
+def test_the_bits_of_a_block_do_not_depend_on_later_blocks() -> None:
     """Every block is summed by itself: a shard's sums are those of its blocks, one by one."""
     x = rows(2 * BLOCK_ROWS)
     blocks = merge(compute(block, FLOAT32) for block in (x[:BLOCK_ROWS], x[BLOCK_ROWS:]))

@@ -39,7 +39,7 @@ SIZES = [500, NUMBERS - 1, NUMBERS, NUMBERS + 1, 3 * NUMBERS, 20 * NUMBERS + 77]
 
 @pytest.mark.parametrize("kind", ["normal", "zero"])
 @pytest.mark.parametrize("size", SIZES)
-def test_any_part_of_a_chunk_is_decoded_as_it_was(size: int, kind: str, tmp_path: Path) -> None:
+def test_any_range_of_a_chunk_is_decoded_exactly(size: int, kind: str, tmp_path: Path) -> None:
     chunk = rows(size, kind)
     extent, whole = laid(tmp_path / "0", chunk), chunk.tobytes()
     assert isinstance(extent, CompressedExtent)
@@ -54,14 +54,14 @@ def test_any_part_of_a_chunk_is_decoded_as_it_was(size: int, kind: str, tmp_path
 
 
 @pytest.mark.parametrize("size", [1, 5, 5000, 3 * NUMBERS + 1])
-def test_what_cannot_be_compressed_is_read_without_blosc(size: int, tmp_path: Path) -> None:
+def test_an_incompressible_chunk_is_read_without_blosc(size: int, tmp_path: Path) -> None:
     chunk = rows(size, "noise")
     extent = laid(tmp_path / "0", chunk)
     assert isinstance(extent, TensorExtent)
     np.testing.assert_array_equal(read(extent), chunk)
 
 
-def test_a_block_that_cannot_be_compressed_may_stand_among_others(tmp_path: Path) -> None:
+def test_an_incompressible_block_among_others_is_decoded(tmp_path: Path) -> None:
     parts = [rows(n * NUMBERS + 3, kind) for n, kind in ((2, "normal"), (4, "noise"), (1, "zero"))]
     chunk = np.concatenate(parts)
     extent = laid(tmp_path / "0", chunk)
@@ -72,7 +72,7 @@ def test_a_block_that_cannot_be_compressed_may_stand_among_others(tmp_path: Path
     np.testing.assert_array_equal(out, chunk)
 
 
-def test_only_the_blocks_asked_for_are_read_and_little_memory_is_taken(
+def test_a_read_fetches_only_its_blocks_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk = rows(64 * NUMBERS)
@@ -131,7 +131,7 @@ def test_a_header_of_another_chunk_is_refused(field: str, tmp_path: Path) -> Non
         locate(path, len(data), chunk.nbytes, chunk.shape, "<u2")
 
 
-def test_no_memory_is_taken_for_what_a_header_claims(tmp_path: Path) -> None:
+def test_a_header_cannot_cause_a_large_allocation(tmp_path: Path) -> None:
     path = tmp_path / "0"
     claimed = 2**31 - 2
     path.write_bytes(struct.pack("<BBBBIII", 2, 1, 0x91, 2, claimed, BLOCK, 20) + bytes(4))
@@ -144,7 +144,7 @@ def test_no_memory_is_taken_for_what_a_header_claims(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_whatever_is_damaged_is_an_error_of_ours_or_other_numbers(
+def test_damage_raises_our_errors_or_changes_values_only(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     chunk = rows(2 * NUMBERS + 9)
@@ -164,7 +164,7 @@ def test_whatever_is_damaged_is_an_error_of_ours_or_other_numbers(
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 99)])
-def test_a_chunk_lost_or_cut_while_it_is_being_read_is_noticed(
+def test_a_chunk_deleted_or_truncated_during_reading_is_detected(
     damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
     extent = laid(tmp_path / "0", rows(2 * NUMBERS))

@@ -23,13 +23,13 @@ def manifest_of(make_cache: Callable[..., Path], width: int, dtype: str) -> Mani
     )
 
 
-def test_a_shard_lies_in_a_folder_of_its_hookpoint(tmp_path: Path) -> None:
+def test_a_shard_is_stored_in_the_folder_of_its_hookpoint(tmp_path: Path) -> None:
     path = BACKEND.path(tmp_path, "layers.9.mlp:in", 12)
     assert path == tmp_path / "activations" / "layers.9.mlp:in" / "00012.safetensors"
 
 
 @pytest.mark.parametrize("dtype", ROW_DTYPES)
-def test_rows_written_are_found_and_opened_by_the_safetensors_library(
+def test_written_rows_are_located_and_opened_by_the_safetensors_library(
     dtype: str, make_cache: Callable[..., Path], tmp_path: Path
 ) -> None:
     row_dtype, manifest = ROW_DTYPES[dtype], manifest_of(make_cache, 3, dtype)

@@ -19,7 +19,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("piece", [1, 7, 100, 1 << 62])
-def test_views_are_filled_one_after_another_however_much_a_call_asks_for(
+def test_views_are_filled_in_order_for_any_read_size(
     path: Path, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -37,9 +37,7 @@ def test_views_are_filled_one_after_another_however_much_a_call_asks_for(
     assert sum(asked) == 200
 
 
-def test_a_read_that_gives_less_than_it_was_asked_for_is_gone_on_with(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_read_is_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
 
     def preadv(fd: int, views: list[memoryview], offset: int) -> int:
@@ -51,11 +49,11 @@ def test_a_read_that_gives_less_than_it_was_asked_for_is_gone_on_with(
     assert b"".join(memory) == BYTES[:30]
 
 
-def test_a_file_that_ends_early_is_told(path: Path) -> None:
+def test_a_truncated_file_raises_corrupt_shard_error(path: Path) -> None:
     with pytest.raises(CorruptShardError, match=r"(?s)ends early.*at least 260.*250"):
         preadv_into(path, [memoryview(bytearray(20))], 240, 8)
 
 
-def test_announcing_what_is_not_there_does_nothing(path: Path) -> None:
+def test_readahead_of_a_missing_file_does_nothing(path: Path) -> None:
     readahead(path, 0, 10)
     readahead(path.with_name("gone"), 0, 10)

@@ -69,13 +69,13 @@ def test_any_safetensors_library_opens_the_file(path: Path) -> None:
     np.testing.assert_array_equal(tensors["ids"], IDS)
 
 
-def test_the_receipt_is_that_of_the_file(tmp_path: Path) -> None:
+def test_the_returned_digest_is_that_of_the_file(tmp_path: Path) -> None:
     receipt = write(tmp_path / "x", {"rows": (ROWS, None)})
     assert receipt == digest_file(tmp_path / "x")
     assert receipt.bytes == 4096 + ROWS.nbytes
 
 
-def test_a_tensor_without_elements_is_held(tmp_path: Path) -> None:
+def test_a_tensor_without_elements_is_stored(tmp_path: Path) -> None:
     empty = np.empty((0, 4), dtype="<f4")
     write(tmp_path / "x", {"rows": (empty, None), "ids": (IDS, None)})
     rows, ids = locate(tmp_path / "x", EXPECTED | {"rows": ((0, 4), "<f4", "F32")})
@@ -99,7 +99,7 @@ def test_a_tensor_without_elements_is_held(tmp_path: Path) -> None:
         {"ids": {"extra": 1}},
     ],
 )
-def test_a_header_that_claims_something_else_is_refused(path: Path, change: dict) -> None:
+def test_a_header_other_than_the_expected_one_is_refused(path: Path, change: dict) -> None:
     _, header = header_of(path)
     for name, fields in change.items():
         header[name] |= fields
@@ -111,7 +111,7 @@ def test_a_header_that_claims_something_else_is_refused(path: Path, change: dict
 @pytest.mark.parametrize(
     "header", [b"", b"{", b"null", b"[]", b"\xff\xfe", b"[" * 50_000, b'{"rows": 1}', b'{"a": NaN}']
 )
-def test_a_header_that_is_no_header_is_refused(path: Path, header: bytes) -> None:
+def test_an_invalid_header_is_refused(path: Path, header: bytes) -> None:
     put_header(path, header)
     with pytest.raises(CorruptShardError):
         locate(path, EXPECTED)
@@ -126,13 +126,13 @@ def test_a_header_length_beyond_the_file_is_refused(path: Path, length: int) -> 
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 100, 4096, 4096 + 48, 4096 + 67, 4096 + 69, 10_000])
-def test_a_file_that_was_cut_or_extended_is_refused(path: Path, size: int) -> None:
+def test_a_truncated_or_extended_file_is_refused(path: Path, size: int) -> None:
     os.truncate(path, size)
     with pytest.raises(CorruptShardError):
         locate(path, EXPECTED)
 
 
-def test_a_file_cut_after_it_was_found_is_refused(path: Path) -> None:
+def test_a_file_truncated_after_locate_is_refused(path: Path) -> None:
     rows, _ = locate(path, EXPECTED)
     os.truncate(path, 4100)
     with pytest.raises(CorruptShardError, match="48 bytes of data"):

@@ -82,7 +82,7 @@ def test_zarr_opens_the_arrays_and_both_backends_hold_the_same_rows(
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_zarr_alone_gives_the_rows_of_8_bits_and_their_scales(
+def test_zarr_reads_8_bit_rows_and_their_scales(
     compression: str, dtype: str, make_cache: Make
 ) -> None:
     path = make_cache(
@@ -127,7 +127,7 @@ TYPES = {"bfloat16": "uint16", "float32": "float32", "int8": "int8", "float8_e4m
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("part", ["activations", "scales"])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_zarr_itself_would_describe_the_arrays_so(
+def test_the_metadata_equals_that_of_the_zarr_library(
     dtype: str, part: str, compression: str, make_cache: Make, tmp_path: Path
 ) -> None:
     if part == "scales" and dtype not in ("int8", "float8_e4m3"):
@@ -153,7 +153,7 @@ def test_zarr_itself_would_describe_the_arrays_so(
     assert theirs == expected
 
 
-def test_a_chunk_is_whole_however_few_rows_its_shard_has(make_cache: Make) -> None:
+def test_a_short_shard_is_padded_to_a_whole_chunk(make_cache: Make) -> None:
     root = make_cache(shards=2, sequences=4, last_sequences=1, backend="zarr")
     for shard, rows in ((0, 64), (1, 16)):
         data = chunk(root, shard).read_bytes()
@@ -168,7 +168,7 @@ def test_receipts_hold_size_and_digest_of_the_chunks(root: Path) -> None:
             assert receipt.files[f"activations/{name}"] == digest_file(chunk(root, shard, name))
 
 
-def test_laying_the_arrays_again_changes_nothing_and_restores_what_is_missing(root: Path) -> None:
+def test_initialize_is_idempotent_and_restores_missing_metadata(root: Path) -> None:
     manifest, path = read_manifest(root), root / "activations" / "layers.0" / "zarr.json"
     data, mtime = path.read_bytes(), path.stat().st_mtime_ns
     BACKENDS["zarr"].initialize(root, manifest)
@@ -195,7 +195,7 @@ def damaged_documents(data: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("damage", damaged_documents(b""))
-def test_an_array_that_is_not_the_manifests_is_refused_before_a_chunk_is_read(
+def test_an_array_of_another_manifest_is_refused_before_a_chunk_is_read(
     damage: str, root: Path
 ) -> None:
     path = root / "activations" / "layers.0" / "zarr.json"
@@ -229,7 +229,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_chunk_that_is_not_the_file_it_should_be_is_refused(damage: str, root: Path) -> None:
+def test_a_missing_resized_or_linked_chunk_is_refused(damage: str, root: Path) -> None:
     DAMAGES[damage](root)
     # A linked folder is refused when the cache is opened, all else when the chunk is looked for.
     with pytest.raises((CorruptShardError, FormatError), match=r"activations/layers\.0"):
@@ -244,7 +244,7 @@ def test_a_receipt_of_more_rows_than_a_chunk_holds_is_refused(root: Path) -> Non
         Cache.open(root).read("layers.0", 1)
 
 
-def test_whatever_byte_of_an_array_is_damaged_only_our_errors_are_raised(root: Path) -> None:
+def test_any_damaged_byte_of_an_array_raises_only_our_errors(root: Path) -> None:
     state = np.random.RandomState(0)
     for path in (chunk(root), root / "activations" / "layers.0" / "zarr.json"):
         data = path.read_bytes()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -232,13 +232,13 @@ def _convert_shard(
     files: dict[str, FileDigest] = {}
     for hookpoint in source.hookpoints:
         # The file is compared with its receipt first; the second read hits the page cache.
-        for name in _files_of(source, hookpoint):
+        for name in (names := source.files_of(hookpoint, shard)):
             source.check_file(shard, name)
         rows = recode(source.read(hookpoint, shard), source.row_dtype, row_dtype, hookpoint)
         statistics[hookpoint] = compute(rows, row_dtype)
         written = BACKENDS[manifest.backend].write(root, manifest, hookpoint, shard, rows)
         files |= written
-        read = sum(receipt.files[name].bytes for name in _files_of(source, hookpoint))
+        read = sum(receipt.files[name].bytes for name in names)
         bar.advance(read, sum(file.bytes for file in written.values()))
     text = source.check_file(shard, "tokens").read_bytes()
     files["tokens"] = write_atomic(tokens_path(root, shard), [text])
@@ -253,12 +253,6 @@ def _convert_shard(
     publish_checked_receipt(root, manifest, made)
     bar.advance(receipt.files["tokens"].bytes + receipt.files["stats"].bytes)
     return made
-
-
-def _files_of(cache: Cache, hookpoint: str) -> Iterator[str]:
-    """Return the logical names of the files of a hookpoint's rows."""
-    names = sorted(cache.manifest.file_names)
-    return (name for name in names if name.partition("/")[2] == hookpoint)
 
 
 def _seal(source: Cache, root: Path, manifest: Manifest) -> bool:

@@ -19,6 +19,7 @@ from actcache.cache.folder import (
     token_tensors,
     tokens_path,
 )
+from actcache.cache.writer import ShardText
 from actcache.errors import CorruptShardError, EmptyCacheError, FormatError, HookpointError
 from actcache.filesystem.atomic import digest_file
 from actcache.filesystem.paths import CachePath, open_path, prefetch_files, require_remote
@@ -44,17 +45,9 @@ Views = Mapping[str, Sequence[memoryview]]
 
 
 @dataclass(frozen=True)
-class ShardTokens:
+class ShardTokens(ShardText):
     """The text of a shard, and the token position of each row."""
 
-    tokens: NDArray[np.int32]
-    """Token ids, padding included. [S, C]"""
-    lengths: NDArray[np.int32]
-    """Tokens before the padding. [S]"""
-    documents: NDArray[np.int64]
-    """Number, in harvest order, of the document in which each sequence begins. [S]"""
-    starts: NDArray[np.int64]
-    """Offset, in tokens, of each sequence's first token in that document. [S]"""
     row_sequence: NDArray[np.int32]
     """Sequence, within the shard, of every row. [N]"""
     row_position: NDArray[np.int32]

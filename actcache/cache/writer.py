@@ -135,7 +135,10 @@ def publish_shard(
     statistics: dict[str, Statistics] = {}
 
     def write_text() -> None:
-        files["tokens"] = _write_text(tokens_path(root, shard), filled.text, layout)
+        rows = {"row_sequence": layout.sequence, "row_position": layout.position}
+        arrays: dict[str, Array] = vars(filled.text) | rows
+        tensors = {name: (array, None) for name, array in arrays.items()}
+        files["tokens"] = safetensors_io.write(tokens_path(root, shard), tensors)
 
     def write_rows(name: str) -> None:
         rows = pool.gather(filled.rows[name], layout.source, row_dtype)
@@ -228,34 +231,15 @@ def write_statistics(root: Path, shard: int, statistics: Mapping[str, Statistics
         {
             f"{name}/{key}": (array, None)
             for name, statistic in statistics.items()
-            for key, array in statistics_arrays(statistic).items()
+            for key, array in {
+                "sum": statistic.total,
+                "sum_squares": statistic.total_squares,
+                "abs_max": statistic.abs_max,
+                "norm_sum_max": np.array([statistic.norm_total, statistic.norm_max]),
+                "norm_histogram": statistic.norm_histogram,
+            }.items()
         },
     )
-
-
-def _write_text(path: Path, text: ShardText, layout: RowLayout) -> FileDigest:
-    return safetensors_io.write(
-        path,
-        {
-            "tokens": (text.tokens, None),
-            "lengths": (text.lengths, None),
-            "documents": (text.documents, None),
-            "starts": (text.starts, None),
-            "row_sequence": (layout.sequence, None),
-            "row_position": (layout.position, None),
-        },
-    )
-
-
-def statistics_arrays(statistics: Statistics) -> dict[str, Array]:
-    """Return the tensors of one hookpoint's statistics, as stored in `stats/`."""
-    return {
-        "sum": statistics.total,
-        "sum_squares": statistics.total_squares,
-        "abs_max": statistics.abs_max,
-        "norm_sum_max": np.array([statistics.norm_total, statistics.norm_max]),
-        "norm_histogram": statistics.norm_histogram,
-    }
 
 
 Mapper = Callable[..., Iterable[Any]]

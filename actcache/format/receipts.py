@@ -122,11 +122,29 @@ def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
             got=end.extensions,
             remedy="restore the files of extensions/ from a copy",
         )
-    if end.extensions == len(manifest.extensions):
-        _check_goal(path, end, manifest.plan.goal)
-        return end
-    _check_outdated(path, end, manifest.truncated_to(end.extensions))
-    return None
+    is_current = end.extensions == len(manifest.extensions)
+    plan = manifest.truncated_to(end.extensions).plan
+    if not is_current and end.reason != "goal":  # only a harvest at its goal is extended
+        raise FormatError(
+            f"{path} was extended, but does not record that the goal was reached",
+            expected="goal",
+            got=end.reason,
+        )
+    goal = end.sequences if plan.goal is None else plan.goal
+    if end.sequences > goal or (end.reason == "goal" and end.sequences != goal):
+        raise FormatError(
+            f"{path} does not agree with the goal of the harvest",
+            expected=f"{goal} sequences",
+            got=f"{end.sequences} sequences, reason {end.reason}",
+            remedy="the manifest or the seal was edited or damaged; restore it from a copy",
+        )
+    if not is_current and end.last_shard + 1 != plan.shards:
+        raise FormatError(
+            f"{path} does not agree with the plan before extension {end.extensions + 1}",
+            expected=f"{plan.shards} shards",
+            got=f"{end.last_shard + 1} shards",
+        )
+    return end if is_current else None
 
 
 def read_completion_marker(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
@@ -152,30 +170,6 @@ def read_completion_marker(root: CachePath, manifest: Manifest) -> CompletionMar
 
 def _is_extended(root: CachePath, manifest: Manifest) -> bool:
     return len(read_manifest(root).extensions) > len(manifest.extensions)
-
-
-def _check_goal(path: CachePath, end: CompletionMarker, goal: int | None) -> None:
-    """Require that a seal agrees with the goal of the harvest."""
-    if goal is None:
-        return
-    if end.sequences > goal or (end.reason == "goal" and end.sequences != goal):
-        raise FormatError(
-            f"{path} does not agree with the goal of the harvest",
-            expected=f"{goal} sequences",
-            got=f"{end.sequences} sequences, reason {end.reason}",
-            remedy="the manifest or the seal was edited or damaged; restore it from a copy",
-        )
-
-
-def _check_outdated(path: CachePath, end: CompletionMarker, manifest: Manifest) -> None:
-    """Require that a void seal agrees with the plan before the next extension."""
-    goal, shards = manifest.plan.goal, manifest.plan.shards
-    assert shards is not None  # otherwise there could be no next extension
-    expected, got = (goal, shards - 1, "goal"), (end.sequences, end.last_shard, end.reason)
-    if got != expected:
-        raise FormatError(
-            f"{path} is not the seal of extension {end.extensions}", expected=expected, got=got
-        )
 
 
 def read_cache_state(

@@ -68,7 +68,6 @@ class ConversionSummary:
     complete: bool
     """Whether the new cache is complete; False if the source is not."""
     new_shards: int
-    """Shards published by this call."""
     new_rows: int
     """Rows of those shards, at each hookpoint."""
     new_bytes: int

@@ -68,9 +68,7 @@ class Verification:
     complete: bool
     """Whether the cache is sealed and all its shards have receipts."""
     shards: int
-    """Shards that have a receipt."""
     files: int
-    """Data files that were checked."""
     bytes: int
     """Bytes of the data files by their receipts."""
     damages: tuple[Finding, ...]

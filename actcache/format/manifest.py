@@ -62,7 +62,6 @@ class Identity:
     model_fingerprint: str
     """Digest of the model's configuration and weights as loaded."""
     model_dtype: str
-    """Type of the model's arithmetic."""
     tokenizer_fingerprint: str
     """Digest of the tokenizer as loaded; empty if the dataset consists of token ids."""
     dataset_fingerprint: str
@@ -155,7 +154,6 @@ class Extension:
     """A file under `extensions/`, never changed: it continues the harvest to a larger goal."""
 
     cache_id: str
-    """Cache that is extended."""
     number: int
     """Number of the extension, from 1."""
     first_shard: int
@@ -287,7 +285,6 @@ class Manifest:
     revision: str | None
     """Revision of the model, as given on the command line."""
     architecture: str
-    """Class of the model."""
     dataset: str
     """Name of the dataset as given on the command line (of a file: its last component)."""
     split: str

@@ -32,13 +32,10 @@ class ShardReceipt:
     """Contents of a published shard. A shard exists if and only if its receipt does."""
 
     cache_id: str
-    """Cache that the shard belongs to."""
     shard: int
-    """Number of the shard."""
     first_sequence: int
     """Number of the shard's first sequence, counted from the start of the cache."""
     sequences: int
-    """Sequences in the shard."""
     rows: int
     """Rows at every hookpoint."""
     dropped: dict[str, int]
@@ -66,11 +63,8 @@ class CompletionMarker:
     """The seal `END.json`: the harvest is complete."""
 
     cache_id: str
-    """Cache that is complete."""
     last_shard: int
-    """Number of the last shard."""
     sequences: int
-    """Sequences of the whole cache."""
     reason: Literal["goal", "text"]
     """goal: the planned number was reached; text: the dataset ended first."""
     extensions: int
@@ -290,9 +284,7 @@ class Retraction:
     """
 
     cache_id: str
-    """Cache that the shard belongs to."""
     shard: int
-    """Number of the shard."""
     promised: dict[str, FileDigest]
     """Digests by the shard's receipt; empty if the receipt could not be read."""
     found: dict[str, FileDigest]

@@ -1,4 +1,4 @@
-"""docs/scale.md is arithmetic: it is done again here, from the code's own formulas."""
+"""Recompute the numbers of docs/scale.md from the formulas of the code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PASS = ROWS * D * ITEM / EATEN  # s
 
 
 def receipt_bytes() -> int:
-    """A receipt of a shard in the middle of the harvest, as it is written."""
+    """Return the bytes of a receipt in the middle of the harvest."""
     file = FileDigest(FILE + ALIGNMENT, "0" * 32)
     names = [point.name for point in POINTS]
     receipt = ShardReceipt(
@@ -69,14 +69,14 @@ def receipt_bytes() -> int:
 
 
 def blocks(block_rows: int) -> int:
-    """Of one hookpoint; the last shard is a short one."""
+    """Count the blocks of one hookpoint; the last shard is short."""
     last = PLANNED - (SHARDS - 1) * SEQUENCES
     full = -(-SEQUENCES * PER_SEQUENCE // block_rows)
     return (SHARDS - 1) * full + -(-last * PER_SEQUENCE // block_rows)
 
 
 def numbers() -> dict[str, str]:
-    """The page's table."""
+    """Compute the page's table."""
     default = sequences_per_shard(CONFIG, PLANNED, POINTS, "bfloat16")
     hookpoint, everything = ROWS * D * ITEM, ROWS * D * ITEM * HOOKPOINTS
     written = SPEED * D * ITEM * HOOKPOINTS * PER_SEQUENCE / CONFIG.ctx_len
@@ -132,7 +132,7 @@ def test_every_number_of_the_table_follows_from_the_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         f"{receipt_bytes():,} bytes each",
         f"{FILES} · {SHARDS:,} = {SHARDS * FILES:,} files",
@@ -149,11 +149,11 @@ def test_every_number_of_the_table_follows_from_the_code() -> None:
         f"{math.ceil(GPUS * COMPUTE / WRITING)} would do",
     ],
 )
-def test_what_the_text_says_beside_the_table_follows_too(said: str) -> None:
-    assert said in PAGE
+def test_the_numbers_in_the_text_follow_from_the_code(text: str) -> None:
+    assert text in PAGE
 
 
-def test_a_shard_is_created_synced_and_renamed_as_often_as_the_page_says(
+def test_a_shard_takes_the_syncs_and_renames_that_the_page_counts(
     make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls = {"fsync": 0, "replace": 0}
@@ -176,7 +176,7 @@ def test_a_shard_is_created_synced_and_renamed_as_often_as_the_page_says(
     assert seen[1]["fsync"] - seen[0]["fsync"] == 2 * FILES == 70
 
 
-def test_a_file_of_activations_begins_with_one_page_and_is_cut_into_blocks_of_one_mebibyte(
+def test_a_file_of_activations_has_a_header_of_one_page_and_blocks_of_one_mebibyte(
     make_cache: Callable[..., Path],
 ) -> None:
     assert BLOCK_ROWS * D * ITEM == 1 << 20

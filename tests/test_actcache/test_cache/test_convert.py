@@ -1,4 +1,4 @@
-"""A converted cache is, byte for byte, the one that a harvest makes, wherever that can be."""
+"""A converted cache equals, byte for byte, a harvest with the same options where possible."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(source: Path | str, out: Path | str, **given: Any) -> ConversionSummary:
 
 @pytest.fixture
 def source(make_cache: Make) -> Path:
-    """Three shards in bfloat16, of a model in float32: sealed, the last one short."""
+    """Harvest a sealed bfloat16 cache of a float32 model: three shards, the last one short."""
     return make_cache(shards=3, sequences=4, last_sequences=2, dtype="bfloat16")
 
 

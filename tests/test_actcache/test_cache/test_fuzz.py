@@ -1,8 +1,8 @@
-"""Twenty thousand hostile caches: each is refused, found damaged, or the same cache.
+"""Fuzz test with 20,000 mutated caches: each must be refused, detected, or read as the original.
 
-One tiny cache is opened, read in full and verified after every change to one of its files. What
-comes out must be one of our errors, a finding of `verify`, or the original rows, tokens and
-statistics. Meanwhile no path outside the cache is opened and no large buffer is made.
+A tiny cache is opened, read in full and verified after every mutation of one of its files. The
+result must be one of our errors, a finding of `verify`, or the original rows, tokens and
+statistics. No path outside the cache may be opened, and no large buffer allocated.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def small(make_cache: Callable[..., Path]) -> Callable[[int], Path]:
-    """Caches by number, of every kind: two shards, two hookpoints of width 2, sealed."""
+    """Create sealed caches of every kind, by number: two shards, two hookpoints of width 2."""
     hookpoints = {"layers.0": 2, "layers.1:in": 2}
     shape = {"shards": 2, "sequences": 2, "ctx_len": 4, "last_sequences": 1}
     caches = [make_cache(hookpoints=hookpoints, **(shape | kind)) for kind in KINDS]
@@ -59,7 +59,7 @@ def small(make_cache: Callable[..., Path]) -> Callable[[int], Path]:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """All that a cache gives its readers, as bytes."""
+    """Read everything that a cache contains, as bytes."""
     cache = Cache.open(root)
     found = {"hookpoints": repr(cache.manifest.identity.hookpoints).encode()}
     found["complete"] = repr((cache.shards, cache.complete)).encode()
@@ -98,7 +98,7 @@ def inserted(data: bytes, state: random.Random) -> bytes:
 
 
 def repeated(data: bytes, state: random.Random) -> bytes:
-    """A piece of the file again somewhere else: doubles keys, brackets, tensors."""
+    """Copy a piece of the file to another offset, which duplicates keys, brackets or tensors."""
     begin = state.randrange(len(data))
     place = state.randrange(len(data))
     return data[:place] + data[begin : begin + state.randrange(1, 80)] + data[place:]
@@ -111,7 +111,7 @@ BYTES = [flipped, truncated, inserted, repeated]
 
 
 def places(obj: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) within a decoded value."""
+    """List every (container, key) within a decoded value."""
     items = obj.items() if isinstance(obj, dict) else enumerate(obj)
     for key, value in list(items):
         yield obj, key
@@ -120,7 +120,7 @@ def places(obj: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def hostile(state: random.Random, value: Any) -> Any:
-    """Something else in the place of a value."""
+    """Replace a value by another one."""
     number = type(value) is int
     choice = state.randrange(4)
     if choice == 0 and number:
@@ -143,7 +143,7 @@ def changed_json(text: bytes, state: random.Random) -> bytes:
     elif action == 5 and isinstance(container, dict):
         container[state.choice(["", "..", "/x", "extra", "layers.9", "\0"])] = container[key]
     elif action == 6:
-        text = json.dumps(obj).encode()  # a key that stands twice
+        text = json.dumps(obj).encode()  # with a duplicate key
         inner = json.dumps({str(key): state.choice(HOSTILE)})[1:-1].encode()
         return text[:1] + inner + b", " + text[1:]
     else:
@@ -155,7 +155,7 @@ def changed_json(text: bytes, state: random.Random) -> bytes:
 
 
 def changed_header(data: bytes, state: random.Random) -> bytes:
-    """A safetensors file whose header says something else, with or without the right length."""
+    """Mutate the header of a safetensors file, with or without correcting its length."""
     (length,) = struct.unpack("<Q", data[:8])
     action = state.randrange(5)
     if action == 0:
@@ -168,7 +168,7 @@ def changed_header(data: bytes, state: random.Random) -> bytes:
 
 
 def mutate(path: Path, data: bytes, state: random.Random) -> None:
-    """Write something else in the place of a file, or a link to something elsewhere."""
+    """Replace a file by other bytes, or by a link to a path outside the cache."""
     if state.random() < 0.01:
         path.unlink()
         path.symlink_to(state.choice(["/etc/passwd", "/dev/zero", "../../secret", "."]))
@@ -185,7 +185,7 @@ def restore(path: Path, data: bytes) -> None:
 
 
 def consistent(root: Path) -> None:
-    """After a change to a manifest: make what a liar would make of the rest, ids and all."""
+    """Make ids and digests of the other files consistent with a mutated manifest."""
     try:
         manifest = json.loads((root / "manifest.json").read_bytes())
         identity = dict(manifest["identity"])
@@ -201,7 +201,7 @@ def consistent(root: Path) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: the disk need not see 20,000 damaged caches."""
+    """Folder for the mutated caches, in memory (/dev/shm) if available."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
@@ -212,7 +212,7 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """After `watched(root)`, opening anything outside it or making a large array is an error."""
+    """Make opening a path outside `root`, and allocating a large array, an error."""
 
     class Escape(BaseException):
         pass
@@ -272,7 +272,7 @@ def test_every_mutation_is_refused_detected_or_harmless(
 
 
 def outcome(root: Path, truth: dict[str, bytes], what: str, *, verify_refused: bool = True) -> str:
-    """refused, found or harmless; anything else is a failure."""
+    """Classify a mutated cache: refused, found or harmless; anything else fails."""
     got, message = None, ""
     try:
         got = contents(root)

@@ -32,7 +32,7 @@ FILES = ["activations/layers.1/00001", "tokens/00001", "stats/00001"]
 
 
 def numbered(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
-    """Rows that say where they belong: hookpoint, shard, row in natural order."""
+    """Build rows that encode their hookpoint, shard and index."""
     rows = np.zeros((count, width), dtype=np.float32)
     rows[:, 0], rows[:, 1], rows[:, 2] = int(hookpoint[-1]), shard, np.arange(count)
     return rows
@@ -44,7 +44,7 @@ def root(make_cache: Callable[..., Path]) -> Path:
 
 
 def read_all(root: Path) -> None:
-    """Everything that reads a file of shard 1."""
+    """Read every file of shard 1."""
     cache = Cache.open(root)
     cache.statistics("layers.1")
     cache.tokens(1)
@@ -249,7 +249,7 @@ def test_row_addresses_outside_the_shard_are_refused(tensor: str, value: int, ro
 
 
 def test_any_damaged_byte_of_a_cache_raises_only_our_errors(root: Path) -> None:
-    """Every file in turn, at a dozen places: 0xff, cut there, or one byte more."""
+    """Damage every file at a dozen offsets: a byte 0xff, truncation, or an appended byte."""
     state = np.random.RandomState(0)
     codes = set()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):

@@ -1,4 +1,4 @@
-"""Every kind of damage is named, and nothing else is; repair ends in the original bytes."""
+"""Verify reports every kind of damage and nothing else; repair restores the original bytes."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ pytestmark = pytest.mark.usefixtures("warm_model")
 
 
 def repair(config: HarvestConfig) -> None:
-    """What `actcache verify CACHE --repair -- MODEL DATASET ...` does."""
+    """Do the same as `actcache verify CACHE --repair -- MODEL DATASET ...`."""
     found = verify(config.out)
     retract_damaged(found)
     if not (found.is_sound and found.complete):
@@ -258,7 +258,7 @@ def repair(config: HarvestConfig) -> None:
 
 
 def damage_in_every_way(root: Path) -> None:
-    """Three shards: one file flipped, one cut; a receipt edited; a receipt and the seal gone bad.
+    """Damage three shards: a flipped byte, a truncated file, an edited receipt, a bad seal.
 
     Shards 0, 1, 2, 3 of four; the last is left alone.
     """

@@ -78,7 +78,7 @@ def test_the_shuffle_of_a_shard_never_changes(manifest: Manifest) -> None:
 
 @pytest.fixture
 def filled(make_cache: Callable[..., Path]) -> tuple[Path, ShardData]:
-    """A cache of two shards, of which the second is not published yet, and that shard."""
+    """Create a cache with one of two shards published, and the data of the second."""
     root = make_cache(shards=2, sequences=4, row_order="sequence", end=False)
     cache = Cache.open(root)
     words = cache.tokens(1)

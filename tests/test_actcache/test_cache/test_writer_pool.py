@@ -27,7 +27,7 @@ HOOKPOINTS = {"layers.0": 16, "layers.1": 40, "layers.1.mlp": 8}
 
 @pytest.fixture
 def filled(make_cache: Callable[..., Path]) -> tuple[Path, ShardData]:
-    """A cache with one shard, and another shard to publish."""
+    """Create a cache with one shard, and the data of another."""
     root = make_cache(shards=2, sequences=4, hookpoints=HOOKPOINTS, end=False)
     unpublish(root)
     kept = np.ones((4, 17), dtype=bool)

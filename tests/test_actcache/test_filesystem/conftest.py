@@ -18,7 +18,7 @@ import actcache.filesystem.object_store as connection
 
 
 def upload(root: Path, url: str, **options: Any) -> str:
-    """Copy a cache to a URL, and return that."""
+    """Copy a cache to a URL and return the URL."""
     import fsspec
 
     fs, base = fsspec.core.url_to_fs(url, **options)
@@ -30,7 +30,7 @@ def upload(root: Path, url: str, **options: Any) -> str:
 
 @pytest.fixture
 def memory() -> Iterator[str]:
-    """A new place in memory."""
+    """URL of a new, empty in-memory folder."""
     import fsspec
 
     url = f"memory://{uuid.uuid4().hex}/cache"
@@ -40,7 +40,7 @@ def memory() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A block cache of the test's own, and no waiting between attempts."""
+    """Set a block cache for this test, and short delays between attempts."""
     folder = tmp_path / "blocks"
     monkeypatch.setenv("ACTCACHE_BLOCK_CACHE", str(folder))
     monkeypatch.setattr(connection, "FIRST_DELAY", 0.01)
@@ -50,7 +50,7 @@ def own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def in_memory(make_cache: Callable[..., Path], memory: str) -> Callable[..., tuple[Path, str]]:
-    """Make a cache, and a copy of it in memory."""
+    """Create a cache and an in-memory copy of it."""
 
     def make(**options: Any) -> tuple[Path, str]:
         root = make_cache(**options)
@@ -72,7 +72,7 @@ time.sleep(600)
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
-    """The port of a server that speaks S3."""
+    """Port of an S3 server (moto)."""
     pytest.importorskip("moto")
     process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -82,10 +82,10 @@ def s3_port() -> Iterator[int]:
 
 
 class Proxy:
-    """A way to a server that is as bad as it is told to be.
+    """TCP proxy that injects faults.
 
-    `cut` bytes of answers are let through on each connection, those of the next connection from
-    the list's next entry, round and round; None: all.
+    Connection n forwards `cuts[n % len(cuts)]` bytes of responses before it is closed; None
+    forwards all.
     """
 
     def __init__(self, port: int) -> None:
@@ -141,7 +141,7 @@ class Proxy:
 
 @pytest.fixture
 def proxy(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A way to the server, which s3:// takes from here on; with a bucket called `bucket`."""
+    """Proxy to the S3 server, set as the endpoint of s3://, with a bucket named `bucket`."""
     found = Proxy(s3_port)
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{found.port}",
@@ -159,7 +159,7 @@ def proxy(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture
 def in_s3(make_cache: Callable[..., Path], s3_port: int, proxy: Proxy) -> Callable[..., Any]:
-    """Make a cache, and a copy of it behind the server."""
+    """Create a cache and a copy of it in the S3 bucket."""
 
     def make(**options: Any) -> tuple[Path, str]:
         import fsspec

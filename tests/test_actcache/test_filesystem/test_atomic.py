@@ -17,7 +17,7 @@ CALLS = ("posix_fallocate", "pwrite", "fsync", "replace")
 
 
 class Crash(BaseException):
-    """A process that is gone: nothing handles it."""
+    """Simulates a killed process: no handler catches it."""
 
 
 def test_a_written_file_holds_the_parts_and_the_digest_is_its_own(tmp_path: Path) -> None:

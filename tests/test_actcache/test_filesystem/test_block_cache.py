@@ -1,4 +1,4 @@
-"""The bounded cache of blocks: never over its bound, whoever writes and whoever dies."""
+"""The block cache never exceeds its capacity, with concurrent and with killed writers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ for i in range(int(sys.argv[4])):
 
 
 def kept(folder: Path) -> int:
-    """Bytes of all blocks, and of what becomes blocks, at one instant."""
+    """Bytes of all blocks and partial files at one instant."""
     with (folder / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return sum(path.stat().st_size for path in folder.glob("??/*"))

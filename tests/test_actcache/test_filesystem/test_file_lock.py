@@ -1,4 +1,4 @@
-"""One harvest at a time in a folder."""
+"""The lock admits one harvest at a time in a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real object store, over a way that drops connections, goes silent and goes down."""
+"""An S3 server behind a proxy that drops, delays and refuses connections."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Make = Callable[..., tuple[Path, str]]
 
 
 def batches(cache: Cache) -> list[bytes]:
-    """An epoch, as bytes."""
+    """All batches of one epoch, as bytes."""
     shards = [(shard, receipt.rows) for shard, receipt in cache.receipts.items()]
     plan = make_plan(shards, cache.manifest.block_rows, 64, 0, 128)
     with ActivationStream(cache, cache.hookpoints, plan, reading=ReadSettings(4)) as stream:

@@ -1,4 +1,4 @@
-"""A cache in a store is what it is in a folder: facts, batches, findings."""
+"""A cache in an object store gives the same summary, batches and findings as in a folder."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_the_tensor_shares_memory_with_the_stored_rows(name: str) -> None:
 
 
 def test_an_8_bit_row_is_its_scale_and_its_quotients_rounded_half_to_even() -> None:
-    """Written out in NumPy, for int8."""
+    """Compare with a NumPy implementation for int8."""
     x = gaussian(200, 33).numpy() * np.logspace(-30, 30, 200, dtype=np.float32)[:, None]
     stored = ROW_DTYPES["int8"].from_torch(torch.from_numpy(x))
     scales = np.abs(x).max(axis=1) / np.float32(127)

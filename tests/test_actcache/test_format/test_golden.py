@@ -1,4 +1,4 @@
-"""The committed caches under `tests/golden/`: FORMAT.md made of bytes.
+"""The committed caches under `tests/golden/`, examples of docs/format.md.
 
 Should the format change on purpose: `python tests/test_actcache/test_golden.py` writes them anew.
 """
@@ -35,13 +35,13 @@ CACHES = {
     "v1-zarr-fp8": ("zarr", "none", "float8_e4m3", 0),
     "v1-zarr-extended": ("zarr", "none", "bfloat16", 5),
 }
-"""Backend, compression, type, and sequences by which the harvest was extended, by folder. The
+"""By folder: backend, compression, type, and number of sequences of the extension. The
 compressed bytes are those of constraints.txt's blosc."""
 HOOKPOINTS = {"layers.0": 6, "layers.1.mlp:in": 10}
 
 
 def value(hookpoint, sequence, position, dtype):
-    """What a row holds: small integers, exact in every type. [D]
+    """Build the values of a row: small integers, exact in every type. [D]
 
     The first number of an 8-bit row is the largest of its type: the scale is 2 ** position.
     """

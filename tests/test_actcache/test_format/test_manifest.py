@@ -117,7 +117,7 @@ def test_a_difference_lists_the_existing_and_the_requested_value(manifest: Manif
 
 
 def test_the_cache_id_never_changes() -> None:
-    """Pins the digest of one identity: another spelling of the JSON would orphan every cache."""
+    """Pin the digest of one identity: another JSON encoding would change every cache id."""
     identity = Identity(
         model_fingerprint="m",
         model_dtype="bfloat16",

@@ -1,4 +1,4 @@
-"""The arithmetic against a slow truth: a line of sequences, cut where each goal and size says."""
+"""Compare `ShardPlan` with a naive partition of a list of sequences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plan_of(size: int, goals: list[int | None]) -> ShardPlan:
 
 
 def by_hand(size: int, goals: list[int], text: int) -> list[list[int]]:
-    """The sequences of every shard, of a text of so many. A list of lists."""
+    """Partition the sequences of a dataset of this length: one list for each shard."""
     shards: list[list[int]] = []
     begin = 0
     for goal in goals:

@@ -58,7 +58,7 @@ def test_a_mean_far_from_zero_costs_the_variance_no_precision(dtype: str, mean: 
 
 
 def test_a_few_massive_rows_cost_the_variance_no_precision() -> None:
-    """As at position 0 of each sequence; the first of them is in the sample that is the centre."""
+    """Put massive rows at position 0 of each sequence; the first is in the centre's sample."""
     x = rows(8192, width=8)
     x[::64] *= 1e4
     exact = x.astype(np.float64)
@@ -190,7 +190,7 @@ def test_merging_does_not_change_its_inputs() -> None:
 
 
 def test_the_bits_of_a_block_do_not_depend_on_later_blocks() -> None:
-    """Every block is summed by itself: a shard's sums are those of its blocks, one by one."""
+    """Compare the sums of a shard with those of its blocks, computed one by one."""
     x = rows(2 * BLOCK_ROWS)
     blocks = merge(compute(block, FLOAT32) for block in (x[:BLOCK_ROWS], x[BLOCK_ROWS:]))
     assert compute(x, FLOAT32).total.tobytes() == blocks.total.tobytes()

@@ -19,7 +19,7 @@ NUMBERS = BLOCK // 2  # of bfloat16 in a block
 
 
 def rows(count: int, kind: str = "normal") -> np.ndarray:
-    """bfloat16 as uint16. [count]"""
+    """Return bfloat16 values as uint16. [count]"""
     state = np.random.RandomState(count)
     if kind == "noise":
         return np.frombuffer(state.bytes(2 * count), dtype="<u2")

@@ -33,7 +33,7 @@ def header_of(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def put_header(path: Path, header: object, length: int | None = None) -> None:
-    """Replace the header; the data stay where they are."""
+    """Replace the header, leaving the data unchanged."""
     old, _ = header_of(path)
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     body = path.read_bytes()[8 + old :]

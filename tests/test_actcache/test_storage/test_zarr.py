@@ -27,7 +27,7 @@ COMPRESSIONS = ["none", "zstd"]
 
 @pytest.fixture(params=COMPRESSIONS)
 def root(request: pytest.FixtureRequest, make_cache: Make) -> Path:
-    """Three shards, of 64, 64 and 32 rows."""
+    """Create a zarr cache of three shards with 64, 64 and 32 rows."""
     return make_cache(
         shards=3,
         sequences=4,
@@ -207,7 +207,7 @@ def test_an_array_of_another_manifest_is_refused_before_a_chunk_is_read(
 
 
 def link(path: Path) -> None:
-    """Put the real thing elsewhere, and a symbolic link in its place."""
+    """Move a file or folder and replace it by a symbolic link."""
     elsewhere = path.parent / "elsewhere"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)

@@ -95,22 +95,24 @@ def convert(config: ConvertConfig) -> ConversionSummary:
     require_chunks(manifest)
     lock = DirectoryLock(root, work="harvest or conversion")
     try:
-        create_or_resume(root, _begun(root, manifest), lock, partial(_require_room, source))
+        create_or_resume(
+            root, _with_published_extensions(root, manifest), lock, partial(_require_room, source)
+        )
         _extend(root, manifest)
         return _finish(source, root, manifest)
     finally:
         lock.release()
 
 
-def _begun(root: Path, manifest: Manifest) -> Manifest:
+def _with_published_extensions(root: Path, manifest: Manifest) -> Manifest:
     """Return the manifest with only the extensions that an earlier conversion has published.
 
     If the folder's extensions differ from the source's, return the full manifest, which
     `create_or_resume` then rejects as another cache.
     """
     existing = read_manifest(root).extensions if (root / MANIFEST).exists() else ()
-    begun = manifest.truncated_to(len(existing))
-    return begun if begun.extensions == existing else manifest
+    shortened = manifest.truncated_to(len(existing))
+    return shortened if shortened.extensions == existing else manifest
 
 
 def _extend(root: Path, manifest: Manifest) -> None:
@@ -268,8 +270,8 @@ def _seal(source: Cache, root: Path, manifest: Manifest) -> bool:
 
 
 def _refuse_same_folder(source: Path, root: Path) -> None:
-    ours, theirs = root.resolve(), source.resolve()
-    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+    new, old = root.resolve(), source.resolve()
+    if new == old or new in old.parents or old in new.parents:
         raise ConfigError(
             "--out must be separate from the cache that is converted",
             expected=f"a folder that neither contains {source} nor is inside it",

@@ -206,11 +206,16 @@ def create_or_resume(
     # Check again: until the lock was acquired, another process could write or publish.
     drop_restored_records(root, _published(root, manifest, extend))
     remove_partials(root)
-    if (root / MANIFEST).exists() and _different(manifest, read_manifest(root), extend):
-        _delete_manifest(root)
-    if not (root / MANIFEST).exists():
+    existing = read_manifest(root) if (root / MANIFEST).exists() else None
+    if existing is not None and _different(manifest, existing, extend):
+        # A harvest that published nothing left it, such as one that ran out of memory at its first
+        # batch; the next attempt needs other options.
+        for path in (*BACKENDS[existing.backend].metadata_files(root, existing), root / MANIFEST):
+            path.unlink(missing_ok=True)
+        existing = None
+    if existing is None:
         write_atomic(root / MANIFEST, [to_json(manifest)])
-    existing = read_manifest(root)
+        existing = manifest.truncated_to(0)
     BACKENDS[existing.backend].initialize(root, existing)
 
 
@@ -234,20 +239,6 @@ def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardR
     return receipts
 
 
-def _delete_manifest(root: Path) -> None:
-    """Delete the manifest and backend metadata of a harvest that published nothing.
-
-    A harvest that runs out of memory at its first batch leaves them; its next attempt needs other
-    options.
-    """
-    existing = read_manifest(root)
-    for path in (
-        *BACKENDS[existing.backend].metadata_files(root, existing),
-        root / MANIFEST,
-    ):
-        path.unlink(missing_ok=True)
-
-
 def _different(manifest: Manifest, existing: Manifest, extend: bool) -> list[str]:
     """List the fields that prevent resuming in the folder; with --extend, the goal may differ."""
     if extend and existing.plan.goal is not None:
@@ -262,8 +253,8 @@ def require_cache_folder(root: Path) -> None:
     if not root.is_dir() or (root / MANIFEST).exists():
         return
     # Left by a harvest that was killed before or while it wrote the manifest.
-    ours = (LOCK.parts[0], f".{MANIFEST}.")
-    if any(not path.name.startswith(ours) for path in root.iterdir()):
+    leftovers = (LOCK.parts[0], f".{MANIFEST}.")
+    if any(not path.name.startswith(leftovers) for path in root.iterdir()):
         raise CacheMismatchError(
             f"--out {root} holds other files and no {MANIFEST}",
             expected="an empty folder, or a cache",
@@ -273,8 +264,8 @@ def require_cache_folder(root: Path) -> None:
 
 def _goes_beyond(manifest: Manifest, existing: Manifest) -> bool:
     """Return whether a manifest has a larger goal than the existing one."""
-    ours, theirs = manifest.plan.goal, existing.plan.goal
-    return theirs is not None and (ours is None or ours > theirs)
+    goal, previous = manifest.plan.goal, existing.plan.goal
+    return previous is not None and (goal is None or goal > previous)
 
 
 def require_free(root: Path, needed: int, work: str, remedy: str) -> None:

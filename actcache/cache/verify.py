@@ -109,18 +109,16 @@ def verify(
     except FormatError as error:  # without the manifest nothing else can be checked
         return _found(root, quick, [_damage(file, None, error)])
     if linked := symlinked_dirs(root, manifest):
-        return _found(root, quick, [_linked(root, folder) for folder in linked])
+        names = [str(folder.relative_to(require_local(root))) for folder in linked]
+        damages = [Finding(name, None, "a folder", "a symbolic link") for name in names]
+        return _found(root, quick, damages)
     if about_backend := _documents(root, manifest):  # every shard depends on them
         return _found(root, quick, about_backend)
     receipts, damages = _receipts(root, manifest)
     end, about_end = _end(root, manifest, receipts, {d.shard for d in damages})
     cache = Cache(root, manifest, receipts, end)
-    return _found(
-        root,
-        quick,
-        [*about_end, *sorted([*damages, *_data(cache, quick, threads)], key=_order)],
-        cache,
-    )
+    damages = sorted([*damages, *_data(cache, quick, threads)], key=_order)
+    return _found(root, quick, [*about_end, *damages], cache)
 
 
 def _found(
@@ -149,12 +147,6 @@ def _damage(file: str, shard: int | None, error: ActcacheError) -> Finding:
         return Finding(file, shard, "the format of docs/format.md", error.what)
     got = error.what if error.got is None else f"{error.got} ({error.what})"
     return Finding(file, shard, error.expected or "the format of docs/format.md", got)
-
-
-def _linked(root: CachePath, folder: Path) -> Finding:
-    return Finding(
-        str(folder.relative_to(require_local(root))), None, "a folder", "a symbolic link"
-    )
 
 
 def _documents(root: CachePath, manifest: Manifest) -> list[Finding]:

@@ -269,16 +269,16 @@ class WriterPool:
             yield cls(files, blocks.map)
 
     def do(self, tasks: Iterable[Callable[[], None]]) -> None:
-        """Run tasks and wait for them. After an error, tasks that have not begun are cancelled."""
+        """Run tasks and wait for them. After an error, tasks that have not started are cancelled."""
         if self._files is None:
             for task in tasks:
                 task()
             return
         futures = [self._files.submit(task) for task in tasks]
         wait(futures, return_when=FIRST_EXCEPTION)
-        begun = [future for future in futures if not future.cancel()]
-        wait(begun)
-        for future in begun:
+        started = [future for future in futures if not future.cancel()]
+        wait(started)
+        for future in started:
             future.result()
 
     def gather(

@@ -71,7 +71,7 @@ def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
             os.fsync(fd)
         finally:
             os.close(fd)
-        os.replace(partial, path)  # noqa: PTH105 (tests stand in for os.replace)
+        os.replace(partial, path)  # noqa: PTH105 (tests patch os.replace)
         fsync_dir(path.parent)
     except OSError as error:
         with suppress(OSError):

@@ -439,20 +439,20 @@ def read_extension(path: CachePath, manifest: Manifest) -> Manifest:
         raise FormatError(f"{path}: {error}") from None
 
 
-def differences(ours: Manifest, theirs: Manifest) -> list[str]:
-    """List the fields that make two manifests describe other bytes, as 'field: theirs, not ours'.
+def differences(new: Manifest, existing: Manifest) -> list[str]:
+    """List the fields that make two manifests describe other bytes, as 'field: existing, not new'.
 
     Names and library versions are not compared; identity, backend, shard size and goal are. The
     goal is that of the last extension.
     """
     fixed = ("backend", "compression", "sequences_per_shard", "block_rows")
-    pairs = [(f, getattr(ours, f), getattr(theirs, f)) for f in fixed]
-    pairs.append(("planned_sequences", ours.plan.goal, theirs.plan.goal))
+    pairs = [(f, getattr(new, f), getattr(existing, f)) for f in fixed]
+    pairs.append(("planned_sequences", new.plan.goal, existing.plan.goal))
     pairs += [
-        (f.name, getattr(ours.identity, f.name), getattr(theirs.identity, f.name))
+        (f.name, getattr(new.identity, f.name), getattr(existing.identity, f.name))
         for f in dataclasses.fields(Identity)
     ]
-    return [f"{name}: {other!r}, not {own!r}" for name, own, other in pairs if own != other]
+    return [f"{name}: {before!r}, not {now!r}" for name, now, before in pairs if now != before]
 
 
 def _at_least(name: str, value: int, low: int, high: int) -> None:

@@ -269,7 +269,7 @@ class WriterPool:
             yield cls(files, blocks.map)
 
     def do(self, tasks: Iterable[Callable[[], None]]) -> None:
-        """Run tasks and wait for them. After an error, tasks that have not started are cancelled."""
+        """Run tasks and wait for them. After an error, tasks that have not started are dropped."""
         if self._files is None:
             for task in tasks:
                 task()

@@ -53,9 +53,9 @@ class Progress:
         if not self._bar.disable:
             self._bar.set_postfix_str(what)
         elif begins:
-            self.say(f"{self._what}: {what}")
+            self.print_line(f"{self._what}: {what}")
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line on stderr, above the bar if there is one."""
         tqdm.write(text, file=sys.stderr)
 

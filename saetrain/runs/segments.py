@@ -227,7 +227,7 @@ class HarvestWaitNotice:
         # Test the lock first: a harvest writes its last shard before it releases the lock.
         if not self._warned and is_unlocked(self._root) and self._is_missing(shard):
             self._warned = True
-            self._bar.say(
+            self._bar.print_line(
                 f"warning: no harvest is at work in {self._root}; run its harvest command again. "
                 "Still waiting; Ctrl-C stops, and --resume continues"
             )

@@ -50,7 +50,7 @@ def test_a_wait_is_shown_in_the_bar_or_printed_once_without_a_bar(
     silent = Progress("fit", 10, "rows")
     for shard in range(3):
         silent.wait(f"waiting for shard {shard}", begins=shard == 0)
-    silent.say("warning: cold")
+    silent.print_line("warning: cold")
     assert capsys.readouterr() == ("", "fit: waiting for shard 0\nwarning: cold\n")
     shown = Progress("fit", 10, "rows", show=True)
     shown.wait("waiting for shard 0", begins=False)

@@ -108,7 +108,7 @@ def _carry_out(
         tracker.bar.print_line(how_it_reads)
     try:
         if coordinator.is_rank_zero:
-            tracker.mirror = open_wandb(root, record, tracker.bar.say)
+            tracker.mirror = open_wandb(root, record, tracker.bar.print_line)
         steps = train(
             root,
             record,

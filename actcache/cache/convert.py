@@ -44,7 +44,7 @@ from actcache.format.manifest import (
 )
 from actcache.format.receipts import ShardReceipt, write_completion_marker
 from actcache.format.statistics import Statistics, compute
-from actcache.storage import BACKENDS, ROW_DTYPES, RowDtype, StoredRows, check_overflow
+from actcache.storage import BACKENDS, ROW_DTYPES, check_overflow
 
 _EXACT = {
     ("bfloat16", "float32"),
@@ -183,16 +183,6 @@ def roundings_before(identity: Identity, dtype: DiskDtype) -> tuple[DiskDtype, .
     return tuple(roundings)
 
 
-def recode(rows: StoredRows, source: RowDtype, target: RowDtype, hookpoint: str) -> StoredRows:
-    """Convert stored rows from one type to another; raises `ConfigError` on overflow."""
-    if source == target:
-        return rows
-    tensor = source.to_torch(rows)
-    stored = target.from_torch(tensor)
-    check_overflow(tensor, stored, target, hookpoint)
-    return stored
-
-
 def _finish(source: Cache, root: Path, manifest: Manifest) -> ConversionSummary:
     began = time.monotonic()
     done = receipts_module.read_receipts(root, manifest)
@@ -235,7 +225,11 @@ def _convert_shard(
         # The file is compared with its receipt first; the second read hits the page cache.
         for name in (names := source.files_of(hookpoint, shard)):
             source.check_file(shard, name)
-        rows = recode(source.read(hookpoint, shard), source.row_dtype, row_dtype, hookpoint)
+        rows = source.read(hookpoint, shard)
+        if source.row_dtype != row_dtype:
+            tensor = source.row_dtype.to_torch(rows)
+            rows = row_dtype.from_torch(tensor)
+            check_overflow(tensor, rows, row_dtype, hookpoint)
         statistics[hookpoint] = compute(rows, row_dtype)
         written = BACKENDS[manifest.backend].write(root, manifest, hookpoint, shard, rows)
         files |= written

@@ -7,6 +7,7 @@ names accept and return either kind. Functions that read bytes distinguish them:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -21,18 +22,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 256
 _THREADS = 16
-
-
-class Stat(Protocol):
-    """The fields of `os.stat_result` that reading uses."""
-
-    @property
-    def st_mode(self) -> int:
-        """Kind of file."""
-
-    @property
-    def st_size(self) -> int:
-        """Bytes."""
 
 
 class CachePath(Protocol):
@@ -54,8 +43,8 @@ class CachePath(Protocol):
     def is_dir(self) -> bool: ...  # noqa: D102
     def is_symlink(self) -> bool: ...  # noqa: D102
     def iterdir(self) -> Iterator[Self]: ...  # noqa: D102
-    def stat(self) -> Stat: ...  # noqa: D102
-    def lstat(self) -> Stat: ...  # noqa: D102
+    def stat(self) -> os.stat_result: ...  # noqa: D102
+    def lstat(self) -> os.stat_result: ...  # noqa: D102
     def read_bytes(self) -> bytes: ...  # noqa: D102
 
 

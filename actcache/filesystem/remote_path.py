@@ -9,7 +9,6 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO
@@ -30,14 +29,6 @@ would waste transfer if the block cache is smaller than the activation cache."""
 RUN = 32
 """Largest number of consecutive blocks in one request: 8 MiB."""
 _PIECE = 1 << 16
-
-
-@dataclass(frozen=True)
-class RemoteStat:
-    """The fields of `os.stat_result` that reading uses."""
-
-    st_mode: int
-    st_size: int
 
 
 class RemoteFiles:
@@ -268,12 +259,13 @@ class RemotePath:
         """List the folder."""
         return iter([self / name for name in self.files.listing(self.key)])
 
-    def stat(self) -> RemoteStat:
-        """Return kind and size; raises `FileNotFoundError`."""
+    def stat(self) -> os.stat_result:
+        """Return kind and size, other fields 0; raises `FileNotFoundError`."""
         info = self.files.info(self.key)
-        return RemoteStat(stat.S_IFDIR if info.is_folder else stat.S_IFREG, info.bytes)
+        mode = stat.S_IFDIR if info.is_folder else stat.S_IFREG
+        return os.stat_result((mode, 0, 0, 0, 0, 0, info.bytes, 0, 0, 0))
 
-    def lstat(self) -> RemoteStat:
+    def lstat(self) -> os.stat_result:
         """Return `stat()`, since object stores have no links."""
         return self.stat()
 

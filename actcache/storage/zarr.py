@@ -55,7 +55,11 @@ class ZarrBackend:
     def metadata_files(
         self, root: CachePathT, manifest: Manifest
     ) -> dict[CachePathT, tuple[bytes, ...]]:
-        """Return the `zarr.json` of every array with its contents before and after extensions."""
+        """Return the `zarr.json` files with their accepted contents, oldest first.
+
+        There is one content for the first manifest and one per extension, since a crash can leave
+        an older version. The last one is current.
+        """
         return {
             _folder(root, h.name, part) / DOCUMENT: _documents(manifest, h.name, part)
             for h in manifest.identity.hookpoints

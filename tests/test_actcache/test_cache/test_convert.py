@@ -396,7 +396,7 @@ def test_rows_that_do_not_fit_float16_are_counted_and_refused(
 def test_a_conversion_into_a_locked_folder_is_refused(source: Path, tmp_path: Path) -> None:
     lock = DirectoryLock(tmp_path / "out")
     lock.acquire()
-    with pytest.raises(CacheBusyError, match="at work in"):
+    with pytest.raises(CacheBusyError, match="is running in"):
         run(source, tmp_path / "out")
     lock.release()
     run(source, tmp_path / "out")

@@ -178,7 +178,7 @@ def test_a_flipped_bit_in_tokens_or_statistics_is_detected(file: str, root: Path
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CorruptShardError, match=r"(?s)promises.*xxh3_128"):
+    with pytest.raises(CorruptShardError, match=r"(?s)differs from the receipt.*xxh3_128"):
         read_all(root)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import actcache.filesystem.object_store as connection
+from actcache.filesystem import object_store
 
 
 def upload(root: Path, url: str, **options: Any) -> str:
@@ -43,8 +43,8 @@ def own_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Set a block cache for this test, and short delays between attempts."""
     folder = tmp_path / "blocks"
     monkeypatch.setenv("ACTCACHE_BLOCK_CACHE", str(folder))
-    monkeypatch.setattr(connection, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(connection, "MOST_DELAY", 0.02)
+    monkeypatch.setattr(object_store, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(object_store, "MOST_DELAY", 0.02)
     return folder
 
 

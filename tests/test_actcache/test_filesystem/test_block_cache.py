@@ -131,7 +131,7 @@ def test_a_damaged_byte_count_is_computed_again(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be kept"):
+    with pytest.raises(ConfigError, match="cannot be cached"):
         BlockCache(tmp_path / "file" / "blocks", 10)
     BlockCache(tmp_path / "file" / "blocks", 0)  # nothing to keep, no folder
 

@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-import actcache.filesystem.object_store as connection
 from actcache.adapters import CacheDataset, open_feed
 from actcache.cache.reader import Cache
 from actcache.cache.verify import verify
 from actcache.errors import ActcacheError, ConfigError, EmptyCacheError, RemoteError
+from actcache.filesystem import object_store
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import make_plan
 from actcache.stream.verified_reads import ReadSettings
@@ -43,7 +43,9 @@ def test_a_stream_from_s3_equals_that_of_the_folder_despite_dropped_connections(
     in_s3: Make, proxy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, url = in_s3()
-    monkeypatch.setattr(connection, "ATTEMPTS", 30)  # the way here is worse than any
+    monkeypatch.setattr(
+        object_store, "ATTEMPTS", 30
+    )  # the proxy drops more connections than any network
     proxy.cuts = [150_000, 0, 60_000, 100, 90_000, 5_000]
     assert batches(Cache.open(url)) == batches(Cache.open(root))
     assert proxy.cut >= 5
@@ -74,7 +76,7 @@ def test_a_silent_store_runs_into_the_timeout(
 ) -> None:
     _, url = in_s3()
     proxy.silent = True
-    monkeypatch.setattr(connection, "TIME_LIMIT", 0.1)
+    monkeypatch.setattr(object_store, "TIME_LIMIT", 0.1)
     with pytest.raises(RemoteError, match="cannot be read") as caught:
         Cache.open(url)
     assert "FSTimeoutError" in str(caught.value)  # our limit, not the store's library's
@@ -105,19 +107,19 @@ def test_a_missing_bucket_and_missing_credentials_are_reported(
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
-        ("quux://bucket/cache", "no protocol that fsspec knows"),
+        ("quux://bucket/cache", "fsspec does not support quux"),
         ("s3://", "not the URL of a cache"),
         ("memory://a/../b", "not the URL of a cache"),
-        ("file:///some/cache", "named by its path"),
+        ("file:///some/cache", "given by its path"),
         ("simplecache::s3://bucket/cache", "chained"),
         ("https://host/cache?X-Signature=very-secret-indeed", "may be a secret"),
         ("ftp://me:very-secret-indeed@host/cache", "may be a secret"),
     ],
 )
-def test_errors_about_invalid_urls_show_no_secrets(url: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_errors_about_invalid_urls_show_no_secrets(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         Cache.open(url)
     assert "very-secret-indeed" not in str(caught.value)
 
@@ -135,8 +137,8 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 def test_errors_of_libraries_are_shown_without_secrets(
     proxy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connection._secrets.cache_clear()
-    store = connection.ObjectStore("memory://a/b")
+    object_store._secrets.cache_clear()
+    store = object_store.ObjectStore("memory://a/b")
 
     def call(*_: object, **__: object) -> None:
         raise OSError("signed with very-secret-indeed")

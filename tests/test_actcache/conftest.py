@@ -36,8 +36,7 @@ def options(tiny_model: Path, prose_file: Path, tmp_path: Path) -> Callable[...,
 @pytest.fixture
 def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load every model and tokenizer once a test: for tests that harvest a hundred times."""
-    from actcache.harvester import job as preparation
-    from actcache.harvester import resolve as decision
+    from actcache.harvester import job, resolve
 
     def by_model(load: Callable[..., Any]) -> Callable[..., Any]:
         known: dict[Any, Any] = {}
@@ -58,8 +57,8 @@ def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
         return once
 
     for name in ("load_config", "load_tokenizer", "probe_model"):
-        monkeypatch.setattr(decision, name, by_model(getattr(decision, name)))
-    monkeypatch.setattr(preparation, "load_model", by_model(preparation.load_model))
+        monkeypatch.setattr(resolve, name, by_model(getattr(resolve, name)))
+    monkeypatch.setattr(job, "load_model", by_model(job.load_model))
 
 
 class Crash(BaseException):

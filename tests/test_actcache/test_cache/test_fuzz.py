@@ -93,15 +93,15 @@ def truncated(data: bytes, state: random.Random) -> bytes:
 
 
 def inserted(data: bytes, state: random.Random) -> bytes:
-    place = state.choice([0, 8, len(data), state.randrange(len(data))])
-    return data[:place] + state.randbytes(state.choice([1, 2, 100])) + data[place:]
+    offset = state.choice([0, 8, len(data), state.randrange(len(data))])
+    return data[:offset] + state.randbytes(state.choice([1, 2, 100])) + data[offset:]
 
 
 def repeated(data: bytes, state: random.Random) -> bytes:
     """Copy a piece of the file to another offset, which duplicates keys, brackets or tensors."""
     begin = state.randrange(len(data))
-    place = state.randrange(len(data))
-    return data[:place] + data[begin : begin + state.randrange(1, 80)] + data[place:]
+    offset = state.randrange(len(data))
+    return data[:offset] + data[begin : begin + state.randrange(1, 80)] + data[offset:]
 
 
 BYTES = [flipped, truncated, inserted, repeated]
@@ -110,13 +110,13 @@ BYTES = [flipped, truncated, inserted, repeated]
 # Mutations of JSON.
 
 
-def places(obj: Any) -> Iterator[tuple[Any, Any]]:
+def offsets(obj: Any) -> Iterator[tuple[Any, Any]]:
     """List every (container, key) within a decoded value."""
     items = obj.items() if isinstance(obj, dict) else enumerate(obj)
     for key, value in list(items):
         yield obj, key
         if isinstance(value, dict | list):
-            yield from places(value)
+            yield from offsets(value)
 
 
 def hostile(state: random.Random, value: Any) -> Any:
@@ -134,7 +134,7 @@ def hostile(state: random.Random, value: Any) -> Any:
 
 def changed_json(text: bytes, state: random.Random) -> bytes:
     obj = json.loads(text)
-    container, key = state.choice(list(places(obj)))
+    container, key = state.choice(list(offsets(obj)))
     action = state.randrange(8)
     if action < 4:
         container[key] = hostile(state, container[key])

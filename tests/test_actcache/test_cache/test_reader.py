@@ -254,10 +254,10 @@ def test_any_damaged_byte_of_a_cache_raises_only_our_errors(root: Path) -> None:
     codes = set()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         data = path.read_bytes()
-        places = {0, 7, 8, len(data) - 1, *state.randint(len(data), size=8)}
-        for place in places:
-            flipped = data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
-            for damaged in (flipped, data[:place], data[:place] + b"1" + data[place:]):
+        offsets = {0, 7, 8, len(data) - 1, *state.randint(len(data), size=8)}
+        for offset in offsets:
+            flipped = data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :]
+            for damaged in (flipped, data[:offset], data[:offset] + b"1" + data[offset:]):
                 path.write_bytes(damaged)
                 try:
                     read_all(root)

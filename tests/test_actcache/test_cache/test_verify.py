@@ -49,9 +49,9 @@ def named(root: Path, **given: Any) -> list[str]:
     return [damage.file for damage in verify(root, **given).damages]
 
 
-def flip(path: Path, place: int = -1) -> None:
+def flip(path: Path, offset: int = -1) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[offset] ^= 1
     path.write_bytes(data)
 
 
@@ -84,13 +84,13 @@ def test_the_findings_do_not_depend_on_the_number_of_threads(threads: int, root:
 @pytest.mark.parametrize("file", DATA)
 def test_a_flipped_byte_in_any_file_is_found(file: str, root: Path) -> None:
     size = (root / file).stat().st_size
-    for place in (0, 7, 8, 50, 4095, 4096, size // 2, size - 1):
-        flip(root / file, place)
+    for offset in (0, 7, 8, 50, 4095, 4096, size // 2, size - 1):
+        flip(root / file, offset)
         (damage,) = verify(root).damages
         assert damage.file == file
         assert damage.expected != damage.got
         assert damage.expected.startswith("XXH3-128 ")
-        flip(root / file, place)
+        flip(root / file, offset)
     assert verify(root).is_sound
 
 

@@ -44,10 +44,10 @@ def test_every_kept_position_except_outliers_has_one_row(order: str, manifest: M
     kept = state.random_sample((6, 17)) < 0.7
     outliers = state.random_sample(kept.sum()) < 0.2
     layout = RowLayout.of(with_identity(manifest, row_order=order).identity, 3, kept, outliers)
-    natural = list(zip(*(place.tolist() for place in np.nonzero(kept)), strict=True))
+    natural = list(zip(*(position.tolist() for position in np.nonzero(kept)), strict=True))
     places = list(zip(layout.sequence.tolist(), layout.position.tolist(), strict=True))
     assert [natural[row] for row in layout.source] == places
-    remaining = [place for place, out in zip(natural, outliers, strict=True) if not out]
+    remaining = [position for position, out in zip(natural, outliers, strict=True) if not out]
     assert sorted(places) == remaining
     assert (places == remaining) == (order == "sequence")
 

@@ -19,10 +19,10 @@ from actcache.harvester.run import harvest
 def test_a_second_harvest_is_refused_and_the_holder_named(tmp_path: Path) -> None:
     first, second = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
     first.acquire()
-    with pytest.raises(CacheBusyError) as told:
+    with pytest.raises(CacheBusyError) as caught:
         second.acquire()
-    assert f"process {os.getpid()} on " in str(told.value)
-    assert str(tmp_path) in str(told.value)
+    assert f"process {os.getpid()} on " in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_the_lock_is_free_once_every_rank_has_released_it(tmp_path: Path) -> None:

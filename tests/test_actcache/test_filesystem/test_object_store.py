@@ -67,8 +67,8 @@ def test_an_outage_raises_remote_error_and_cached_blocks_are_kept(in_s3: Make, p
     ):
         next(stream)
     assert caught.value.exit_code == 13
-    for said in (url, "answer within 8 attempts", "got:", "run the same command again"):
-        assert said in str(caught.value)
+    for part in (url, "response within 8 attempts", "got:", "run the same command again"):
+        assert part in str(caught.value)
 
 
 def test_a_silent_store_runs_into_the_timeout(
@@ -168,11 +168,11 @@ def test_commands_that_only_read_accept_a_url(in_s3: Make, tmp_path: Path) -> No
     options = ["--batch-size", "64", "--num-latents", "32", "--k", "4", "--val-fraction", "0.2"]
     for number, cache in enumerate((str(root), url)):
         out = str(tmp_path / str(number))
-        said = run("saetrain", "fit", cache, "--out", out, *options)
+        output = run("saetrain", "fit", cache, "--out", out, *options)
         run("saetrain", "eval", out)
         results = ("layers.0/sae.safetensors", "metrics.jsonl")
         fitted.append([Path(out, name).read_bytes() for name in results])
-    assert "from a store" in said
+    assert "from a store" in output
     assert fitted[0] == fitted[1]
     assert f'"cache": "{url}"' in Path(out, "run.json").read_text()
     assert "nothing left to do" in run(
@@ -188,9 +188,9 @@ def test_the_installed_program_inspects_a_cache_in_s3_and_prints_errors_without_
 ) -> None:
     _, url = in_s3()
     program = str(Path(sys.executable).with_name("actcache"))
-    for where, code, said in ((url, 0, f"cache    {url}"), (url + "/nowhere", 9, "not a cache")):
+    for where, code, text in ((url, 0, f"cache    {url}"), (url + "/nowhere", 9, "not a cache")):
         done = subprocess.run([program, "inspect", where], capture_output=True, text=True)
         assert done.returncode == code, done.stderr
-        assert said in done.stdout + done.stderr
+        assert text in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert "unclosed" not in done.stderr.lower()

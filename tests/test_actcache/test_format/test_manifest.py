@@ -185,10 +185,10 @@ def test_module_paths_are_hookpoint_names(name: str) -> None:
 def edited(manifest: Manifest, path: str, value: object) -> dict:
     obj = json.loads(to_json(manifest))
     *folders, last = path.split("/")
-    place = obj
+    target = obj
     for folder in folders:
-        place = place[int(folder) if folder.isdigit() else folder]
-    place[last] = value
+        target = target[int(folder) if folder.isdigit() else folder]
+    target[last] = value
     return obj
 
 

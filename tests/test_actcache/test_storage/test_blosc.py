@@ -28,7 +28,7 @@ def rows(count: int, kind: str = "normal") -> np.ndarray:
     return (state.standard_normal(count).astype("<f4").view("<u4") >> 16).astype("<u2")
 
 
-def laid(path: Path, chunk: np.ndarray) -> TensorExtent | CompressedExtent:
+def write_and_locate(path: Path, chunk: np.ndarray) -> TensorExtent | CompressedExtent:
     encoded = encode(chunk)
     path.write_bytes(encoded)
     return locate(path, len(encoded), chunk.nbytes, chunk.shape, "<u2")
@@ -41,13 +41,13 @@ SIZES = [500, NUMBERS - 1, NUMBERS, NUMBERS + 1, 3 * NUMBERS, 20 * NUMBERS + 77]
 @pytest.mark.parametrize("size", SIZES)
 def test_any_range_of_a_chunk_is_decoded_exactly(size: int, kind: str, tmp_path: Path) -> None:
     chunk = rows(size, kind)
-    extent, whole = laid(tmp_path / "0", chunk), chunk.tobytes()
+    extent, whole = write_and_locate(tmp_path / "0", chunk), chunk.tobytes()
     assert isinstance(extent, CompressedExtent)
     assert extent.bytes == len(whole)
     state = np.random.RandomState(0)
-    places = [(0, len(whole)), (len(whole) - 1, len(whole)), (5, 5), (0, 1)]
-    places += [tuple(sorted(state.randint(0, len(whole) + 1, 2))) for _ in range(10)]
-    for start, stop in places:
+    offsets = [(0, len(whole)), (len(whole) - 1, len(whole)), (5, 5), (0, 1)]
+    offsets += [tuple(sorted(state.randint(0, len(whole) + 1, 2))) for _ in range(10)]
+    for start, stop in offsets:
         out = bytearray(stop - start)
         extent.read_into(memoryview(out), start)
         assert out == whole[start:stop]
@@ -56,7 +56,7 @@ def test_any_range_of_a_chunk_is_decoded_exactly(size: int, kind: str, tmp_path:
 @pytest.mark.parametrize("size", [1, 5, 5000, 3 * NUMBERS + 1])
 def test_an_incompressible_chunk_is_read_without_blosc(size: int, tmp_path: Path) -> None:
     chunk = rows(size, "noise")
-    extent = laid(tmp_path / "0", chunk)
+    extent = write_and_locate(tmp_path / "0", chunk)
     assert isinstance(extent, TensorExtent)
     np.testing.assert_array_equal(read(extent), chunk)
 
@@ -64,7 +64,7 @@ def test_an_incompressible_chunk_is_read_without_blosc(size: int, tmp_path: Path
 def test_an_incompressible_block_among_others_is_decoded(tmp_path: Path) -> None:
     parts = [rows(n * NUMBERS + 3, kind) for n, kind in ((2, "normal"), (4, "noise"), (1, "zero"))]
     chunk = np.concatenate(parts)
-    extent = laid(tmp_path / "0", chunk)
+    extent = write_and_locate(tmp_path / "0", chunk)
     assert isinstance(extent, CompressedExtent)
     assert np.diff(extent.starts).max() == BLOCK + 4
     out = np.empty_like(chunk)
@@ -76,7 +76,7 @@ def test_a_read_fetches_only_its_blocks_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunk = rows(64 * NUMBERS)
-    extent = laid(tmp_path / "0", chunk)
+    extent = write_and_locate(tmp_path / "0", chunk)
     assert isinstance(extent, CompressedExtent)
     sizes: list[int] = []
     exactly = blosc_chunk.read_exactly
@@ -123,8 +123,8 @@ HEADER = {
 def test_a_header_of_another_chunk_is_refused(field: str, tmp_path: Path) -> None:
     chunk = rows(3 * NUMBERS)
     data = bytearray(encode(chunk))
-    place, kind, value = HEADER[field]
-    struct.pack_into(f"<{kind}", data, place, value)
+    offset, kind, value = HEADER[field]
+    struct.pack_into(f"<{kind}", data, offset, value)
     path = tmp_path / "0"
     path.write_bytes(data)
     with pytest.raises(CorruptShardError, match="is not the compressed chunk"):
@@ -150,8 +150,8 @@ def test_damage_raises_our_errors_or_changes_values_only(
     chunk = rows(2 * NUMBERS + 9)
     encoded = bytearray(encode(chunk))
     for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(encoded) - 1) | st.integers(0, 60))
-        encoded[place] = data.draw(st.integers(0, 255))
+        offset = data.draw(st.integers(0, len(encoded) - 1) | st.integers(0, 60))
+        encoded[offset] = data.draw(st.integers(0, 255))
     encoded = encoded[: data.draw(st.just(len(encoded)) | st.integers(0, len(encoded)))]
     path = tmp_path_factory.getbasetemp() / "damaged-chunk"
     path.write_bytes(encoded)
@@ -167,7 +167,7 @@ def test_damage_raises_our_errors_or_changes_values_only(
 def test_a_chunk_deleted_or_truncated_during_reading_is_detected(
     damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    extent = laid(tmp_path / "0", rows(2 * NUMBERS))
+    extent = write_and_locate(tmp_path / "0", rows(2 * NUMBERS))
     assert isinstance(extent, CompressedExtent)
     damage(tmp_path / "0")
     with pytest.raises(CorruptShardError, match=r"is gone|ends early"):

@@ -248,9 +248,9 @@ def test_any_damaged_byte_of_an_array_raises_only_our_errors(root: Path) -> None
     state = np.random.RandomState(0)
     for path in (chunk(root), root / "activations" / "layers.0" / "zarr.json"):
         data = path.read_bytes()
-        for place in {*range(min(40, len(data))), *state.randint(len(data), size=40).tolist()}:
-            flipped = data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
-            for damaged in (flipped, data[:place], data[:place] + b"1" + data[place:]):
+        for offset in {*range(min(40, len(data))), *state.randint(len(data), size=40).tolist()}:
+            flipped = data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :]
+            for damaged in (flipped, data[:offset], data[:offset] + b"1" + data[offset:]):
                 path.write_bytes(damaged)
                 try:
                     Cache.open(root).read("layers.0", 1)

@@ -75,7 +75,7 @@ class Identity:
     shuffle_buffer: int | None
     """Buffer size, in documents, of a shuffled stream; null: the whole dataset was shuffled."""
     pipeline: Literal["pack", "crop", "truncate"]
-    """How documents become sequences. pack: joined by EOS, cut to ctx_len; crop: a random window
+    """Splitting of documents. pack: joined by EOS, cut to ctx_len; crop: a random window
     of each; truncate: the beginning of each."""
     ctx_len: int
     """Tokens in a sequence."""

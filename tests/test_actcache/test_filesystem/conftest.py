@@ -100,7 +100,7 @@ class Proxy:
         threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
 
     def down(self) -> None:
-        """From here on, nobody is there."""
+        """Refuse all further connections."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

@@ -5,11 +5,4 @@ shard, `reader` is `Cache`, `verify` compares every byte with the receipts, `rep
 damaged shards, `convert` copies a cache to another backend or type.
 """
 
-__all__ = [
-    "convert",
-    "folder",
-    "reader",
-    "repair",
-    "verify",
-    "writer",
-]
+__all__ = ["convert", "folder", "reader", "repair", "verify", "writer"]

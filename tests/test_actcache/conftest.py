@@ -1,4 +1,4 @@
-"""Builders for harvests: options, a model loaded once, faults of the disk."""
+"""Fixtures for harvests: options, models loaded once per test, injected disk faults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture
 def options(tiny_model: Path, prose_file: Path, tmp_path: Path) -> Callable[..., Any]:
-    """A factory of small HarvestConfigs: two hookpoints, three shards; any option may be set."""
+    """Return a factory of small `HarvestConfig`s: two hookpoints, three shards."""
     from actcache.config import HarvestConfig
 
     def make(**given: Any) -> HarvestConfig:
@@ -35,7 +35,7 @@ def options(tiny_model: Path, prose_file: Path, tmp_path: Path) -> Callable[...,
 
 @pytest.fixture
 def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load every model and tokenizer once a test: for tests that harvest a hundred times."""
+    """Load each model and tokenizer once per test, for tests with many harvests."""
     from actcache.harvester import job, resolve
 
     def by_model(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,11 +62,11 @@ def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Crash(BaseException):
-    """The process is gone: nothing handles this, nothing cleans up."""
+    """Simulates the death of the process: no handler for `Exception` catches it."""
 
 
 class Faults:
-    """Stands in for the calls that write, and lets one of them fail."""
+    """Replaces the system calls that write and makes one of them fail."""
 
     CALLS = ("posix_fallocate", "pwrite", "fsync", "replace", "unlink")
     Crash = Crash
@@ -76,13 +76,13 @@ class Faults:
 
     @contextlib.contextmanager
     def at(self, number: int, error: BaseException | None = None) -> Iterator[None]:
-        """Let the call with this number, counted from 0, raise `error`: by default, crash.
+        """Make the call with this index, from 0, raise `error`, by default `Crash`.
 
-        A `pwrite` that fails has written half of its bytes.
+        A failing `pwrite` first writes half of its bytes.
         """
         counter = iter(range(10**9))
         with self._monkeypatch.context() as patched:
-            # Partial files bear the writer's number: one that is gone had another than ours.
+            # Names of partial files hold a process id: simulate that of another process.
             patched.setattr(os, "getpid", lambda: 10**6 + number)
             for name in self.CALLS:
                 real = getattr(os, name)
@@ -101,5 +101,5 @@ class Faults:
 
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
-    """Injects crashes and errors into the calls that write."""
+    """Return an injector of crashes and errors into system calls that write."""
     return Faults(monkeypatch)

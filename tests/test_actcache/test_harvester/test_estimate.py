@@ -51,7 +51,7 @@ TEXTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("text", TEXTS)
-def test_bytes_and_rows_are_those_that_the_harvest_writes(
+def test_the_estimate_equals_the_bytes_and_rows_of_the_harvest(
     storage: dict[str, Any], text: dict[str, Any], options: Options
 ) -> None:
     config = options(**(text | storage))
@@ -70,8 +70,8 @@ def test_bytes_and_rows_are_those_that_the_harvest_writes(
         assert size == sum(file.bytes for file in files)
     total = on_disk(cache.root)
     assert abs(plan.bytes - total) <= 0.01 * total
-    made = [p for p in cache.root.rglob("*") if p.is_file() and "logs" not in p.parts]
-    assert plan.files == len(made)
+    written = [p for p in cache.root.rglob("*") if p.is_file() and "logs" not in p.parts]
+    assert plan.files == len(written)
 
 
 def test_nothing_is_written_and_no_weights_are_loaded(
@@ -90,7 +90,7 @@ def test_nothing_is_written_and_no_weights_are_loaded(
     assert plan.seconds is None
 
 
-def test_weights_count_once_and_buffers_of_shards_as_they_are_held(options: Options) -> None:
+def test_memory_counts_weights_and_row_buffers(options: Options) -> None:
     plan = planned(options())
     from actcache.model.loading import load_model
 
@@ -105,14 +105,14 @@ def test_weights_count_once_and_buffers_of_shards_as_they_are_held(options: Opti
     assert halved.memory.weights * 2 == plan.memory.weights
 
 
-def test_the_room_on_the_disk_is_told_and_whether_it_suffices(
+def test_free_disk_space_is_compared_with_the_bytes(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = planned(options())
     assert plan.fits
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=plan.bytes - 1))
-    poor = planned(options())
-    assert (poor.fits, poor.free) == (False, plan.bytes - 1)
+    full = planned(options())
+    assert (full.fits, full.free) == (False, plan.bytes - 1)
 
 
 def test_a_text_too_long_to_count_is_estimated_from_its_beginning(
@@ -127,7 +127,7 @@ def test_a_text_too_long_to_count_is_estimated_from_its_beginning(
     assert estimated.bytes == pytest.approx(exact.bytes, rel=0.1)
 
 
-def test_what_only_the_model_can_tell_is_said_to_be_a_bound(options: Options) -> None:
+def test_norm_filter_and_compression_give_upper_bounds_with_a_warning(options: Options) -> None:
     plan = planned(options(max_norm_ratio=1.1))
     assert plan.rows_known == "at most"
     assert "--max-norm-ratio" in plan.warnings[0]
@@ -135,12 +135,12 @@ def test_what_only_the_model_can_tell_is_said_to_be_a_bound(options: Options) ->
     assert "compression" in plan.warnings[0]
 
 
-def test_a_trial_measures_speed_memory_compression_and_the_norm_filter_and_leaves_nothing(
+def test_a_trial_measures_speed_memory_compression_and_norm_filter_and_deletes_its_files(
     options: Options, tmp_path: Path
 ) -> None:
     config = options(max_norm_ratio=1.2, backend="zarr", compress="zstd", dtype="bfloat16")
     before = sorted(tmp_path.rglob("*"))
-    plan = planned(config, measure=True, measure_seconds=60.0)  # all of the text, which is short
+    plan = planned(config, measure=True, measure_seconds=60.0)  # longer than the text lasts
     assert sorted(tmp_path.rglob("*")) == before
     assert plan.trial is not None
     assert plan.seconds is not None
@@ -148,11 +148,11 @@ def test_a_trial_measures_speed_memory_compression_and_the_norm_filter_and_leave
     assert plan.trial.tokens == plan.tokens
     assert plan.trial.tokens_per_second > 0
     assert plan.trial.peak_memory > 1e8
-    assert 0 < plan.trial.compression < 1.2  # of shards so small, headers weigh
+    assert 0 < plan.trial.compression < 1.2  # headers count in small shards
     assert 0 < plan.trial.norm_share < 0.5
     assert plan.rows_known == "estimated"
-    made = Cache.open(harvest(config).cache)
-    assert plan.rows == pytest.approx(made.rows, rel=0.1)
+    cache = Cache.open(harvest(config).cache)
+    assert plan.rows == pytest.approx(cache.rows, rel=0.1)
 
 
 def test_a_trial_ends_when_its_time_is_over(options: Options) -> None:
@@ -163,7 +163,7 @@ def test_a_trial_ends_when_its_time_is_over(options: Options) -> None:
     assert plan.seconds > plan.trial.seconds / 2
 
 
-def test_what_the_harvest_would_refuse_the_plan_refuses(options: Options, tmp_path: Path) -> None:
+def test_the_estimate_raises_the_errors_of_the_harvest(options: Options, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--ctx-len is longer"):
         planned(options(ctx_len=65, max_tokens=None))
     big = tmp_path / "big.bin"
@@ -172,12 +172,12 @@ def test_what_the_harvest_would_refuse_the_plan_refuses(options: Options, tmp_pa
     assert plan.sequences == 8
 
 
-def test_a_plan_is_json(options: Options) -> None:
-    told = json.loads(json.dumps(dataclasses.asdict(planned(options()))))
-    assert told["hookpoints"].keys() == {"layers.0", "layers.1.mlp:in"}
+def test_an_estimate_serialises_to_json(options: Options) -> None:
+    decoded = json.loads(json.dumps(dataclasses.asdict(planned(options()))))
+    assert decoded["hookpoints"].keys() == {"layers.0", "layers.1.mlp:in"}
 
 
-def test_a_stream_may_end_before_its_goal_so_its_plan_is_a_bound(options: Options) -> None:
+def test_the_estimate_for_a_stream_is_an_upper_bound(options: Options) -> None:
     config = options(streaming=True, max_tokens=16 * 100_000)
     plan = planned(config)
     assert plan.rows_known == "at most"

@@ -1,4 +1,4 @@
-"""`harvest --extend`: more tokens under the same id, wherever and whenever one asks for them."""
+"""`harvest --extend`: a larger goal for an existing cache, under the same cache id."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_extended_cache_holds_the_rows_of_one_harvest_with_the_larger_goal(
     assert verify(root).leftovers == ()
 
 
-def test_an_extension_changes_no_manifest_and_is_told_by_inspect(options: Options) -> None:
+def test_an_extension_changes_no_manifest_and_is_printed_by_inspect(options: Options) -> None:
     config = options(**tokens(10))
     root = Path(harvest(config).cache)
     manifest = (root / "manifest.json").read_bytes()
@@ -118,14 +118,14 @@ def test_a_zarr_array_grows_and_opens_with_zarr(options: Options) -> None:
         np.testing.assert_array_equal(rows, cache.read("layers.0", shard).values)
 
 
-def test_the_same_command_again_finds_its_work_done(options: Options, tree: Tree) -> None:
+def test_the_same_command_again_writes_nothing(options: Options, tree: Tree) -> None:
     root = Path(harvest(options(**tokens(10))).cache)
     harvest(options(**tokens(19), extend=True))
     before = tree(root)
     for config in (options(**tokens(19), extend=True), options(**tokens(19))):
         summary = harvest(config)
         assert (summary.new_shards, summary.complete, summary.reason) == (0, True, "goal")
-    further = harvest(options(**tokens(12), extend=True))  # it has been extended beyond that
+    further = harvest(options(**tokens(12), extend=True))  # the goal is already larger
     assert (further.new_shards, further.complete) == (0, True)
     assert tree(root) == before
 
@@ -149,7 +149,9 @@ def test_another_goal_is_refused_without_extend_which_the_remedy_names(
         harvest(options(**tokens(10)))
 
 
-def test_whatever_else_differs_is_refused_with_extend_too(options: Options, tree: Tree) -> None:
+def test_other_options_than_max_tokens_are_refused_with_extend_too(
+    options: Options, tree: Tree
+) -> None:
     root = Path(harvest(options(**tokens(10))).cache)
     before = tree(root)
     for name, value in {"seed": 1, "shard_size": 5, "backend": "zarr", "dtype": "float16"}.items():
@@ -193,7 +195,7 @@ def test_shards_by_formula_keep_their_size(options: Options) -> None:
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_a_text_that_has_ended_is_said_and_nothing_is_written(
+def test_extending_beyond_the_end_of_the_text_warns_and_writes_nothing(
     counted: bool, options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(harvest(options(max_tokens=None, shard_size=50)).cache)
@@ -213,7 +215,7 @@ def test_a_text_that_has_ended_is_said_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_an_extension_beyond_the_text_seals_with_what_there_was(
+def test_an_extension_that_reaches_the_end_of_the_text_completes_the_cache(
     counted: bool, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = Cache.open(harvest(options(max_tokens=None, out=str(tmp_path / "all"))).cache)
@@ -232,17 +234,17 @@ def test_an_extension_beyond_the_text_seals_with_what_there_was(
     assert (again.new_shards, again.complete, again.reason) == (0, True, "text")
 
 
-def test_all_of_the_text_is_a_goal_too(options: Options) -> None:
+def test_extending_without_max_tokens_harvests_the_whole_text(options: Options) -> None:
     root = harvest(options(**tokens(10))).cache
     assert harvest(options(max_tokens=None, extend=True)).reason == "text"
     assert Cache.open(root).complete
 
 
-# Killed anywhere, by any number of processes.
+# Crashes, and any number of processes.
 
 
 @STORAGES
-def test_an_extension_that_crashes_at_any_call_is_finished_by_the_same_command(
+def test_an_extension_that_crashes_at_any_system_call_is_finished_by_the_same_command(
     storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
 ) -> None:
     given: dict[str, Any] = {"shard_size": 2, "batch_size": 2, **storage}
@@ -272,7 +274,7 @@ def test_an_extension_that_crashes_at_any_call_is_finished_by_the_same_command(
     assert number > 40
 
 
-def test_a_record_without_its_arrays_document_is_read_and_renewed(options: Options) -> None:
+def test_an_extension_with_an_outdated_zarr_json_is_read_and_repaired(options: Options) -> None:
     storage = {"backend": "zarr"}
     root = Path(harvest(options(**tokens(10), **storage)).cache)
     document = root / "activations" / "layers.0" / "zarr.json"
@@ -284,15 +286,15 @@ def test_a_record_without_its_arrays_document_is_read_and_renewed(options: Optio
     assert len(Cache.open(root).read("layers.0", 5)) == 15
     harvest(options(**tokens(19), **storage))
     assert document.read_bytes() == new
-    document.write_bytes(new.replace(b"360", b"300"))  # five shards: no extension had that
+    document.write_bytes(new.replace(b"360", b"300"))  # five shards: the length of no extension
     assert [d.file for d in verify(root).damages] == ["activations/layers.0/zarr.json"]
 
 
 def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list[HarvestSummary]:
-    """The work of some ranks, one after another."""
+    """Run some ranks of a harvest in this process, one after another."""
 
     class Alone(World):
-        def agree(self, what: bytes, act: Callable[[], None]) -> None:
+        def check_equal_then_run_on_rank_zero(self, what: bytes, act: Callable[[], None]) -> None:
             act()
 
     summaries = []
@@ -328,10 +330,10 @@ def test_any_number_of_processes_extends_to_the_same_bytes(
     assert tree(root) == tree(whole)
 
 
-def test_an_extension_that_another_process_has_begun_is_gone_on_with(
+def test_an_extension_published_by_another_process_is_continued(
     options: Options, tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one comes between this one's look at the goal and its end of the first part."""
+    """The extension is published after this process read the manifest, before it reads it again."""
     whole = str(tmp_path / "whole")
     harvest(options(**tokens(10), out=whole))
     harvest(options(**tokens(19), out=whole, extend=True))
@@ -349,7 +351,7 @@ def test_an_extension_that_another_process_has_begun_is_gone_on_with(
     assert tree(root) == tree(whole)
 
 
-def test_a_cache_that_is_extended_while_it_is_opened_opens(
+def test_a_cache_opens_while_it_is_being_extended(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(harvest(options(**tokens(10))).cache)
@@ -360,7 +362,7 @@ def test_a_cache_that_is_extended_while_it_is_opened_opens(
     monkeypatch.setattr("actcache.format.receipts.read_manifest", lambda _: next(answers))
     manifest, receipts, end = read_cache_state(root)
     assert (manifest, len(receipts), end is not None) == (new, 6, True)
-    for shard in (3, 4, 5):  # were it the seal alone that is of later
+    for shard in (3, 4, 5):  # only END.json is newer
         receipt_path(root, shard).unlink()
     answers = iter([old, new])
     assert read_cache_state(root)[0] == new
@@ -369,7 +371,7 @@ def test_a_cache_that_is_extended_while_it_is_opened_opens(
         read_cache_state(root)
 
 
-def test_room_is_asked_for_what_is_new_alone(
+def test_disk_space_is_required_for_new_shards_only(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harvest(options(**tokens(10)))
@@ -380,10 +382,12 @@ def test_room_is_asked_for_what_is_new_alone(
     assert harvest(options(**tokens(11), extend=True)).complete
 
 
-# What a reader makes of records.
+# Reading the files under extensions/.
 
 
-def test_an_old_seal_seals_nothing_once_the_record_stands(make_cache: Callable[..., Path]) -> None:
+def test_the_end_marker_is_invalid_once_an_extension_is_published(
+    make_cache: Callable[..., Path],
+) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=2)
     manifest = read_manifest(root)
     assert read_end(root, manifest) is not None
@@ -408,7 +412,7 @@ def test_an_old_seal_seals_nothing_once_the_record_stands(make_cache: Callable[.
         ({"more": 1}, "other keys"),
     ],
 )
-def test_a_record_that_does_not_follow_is_refused_and_found_by_its_path(
+def test_an_extension_that_does_not_follow_is_refused_with_its_path(
     changes: dict[str, Any], message: str, make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
@@ -420,7 +424,7 @@ def test_a_record_that_does_not_follow_is_refused_and_found_by_its_path(
     assert [d.file for d in verify(root).damages] == ["extensions/00001.json"]
 
 
-def test_records_are_numbered_from_one_without_gaps_and_no_links(
+def test_extensions_with_gaps_or_symbolic_links_are_refused(
     make_cache: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
@@ -437,7 +441,7 @@ def test_records_are_numbered_from_one_without_gaps_and_no_links(
     assert [d.file for d in verify(root).damages] == ["extensions"]
 
 
-def test_a_record_that_is_gone_is_missed(make_cache: Callable[..., Path]) -> None:
+def test_a_missing_extension_is_reported(make_cache: Callable[..., Path]) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
     (root / "extensions" / "00001.json").unlink()
     with pytest.raises(FormatError, match="does not agree with the manifest"):
@@ -446,7 +450,7 @@ def test_a_record_that_is_gone_is_missed(make_cache: Callable[..., Path]) -> Non
 
 
 @pytest.mark.parametrize("extensions", [0, 2, -1])
-def test_a_seal_of_other_extensions_than_there_are_is_found(
+def test_an_end_marker_with_another_number_of_extensions_is_reported(
     extensions: int, make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
@@ -455,7 +459,7 @@ def test_a_seal_of_other_extensions_than_there_are_is_found(
     assert [d.file for d in verify(root).damages] == ["shards/END.json"]
 
 
-def test_a_short_shard_within_an_extended_harvest_is_exactly_that_short(
+def test_a_short_shard_before_an_extension_has_a_fixed_length(
     make_cache: Callable[..., Path],
 ) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
@@ -467,7 +471,7 @@ def test_a_short_shard_within_an_extended_harvest_is_exactly_that_short(
 
 
 @STORAGES
-def test_repair_restores_shards_of_either_part(
+def test_repair_restores_shards_from_before_and_after_an_extension(
     storage: dict[str, str], options: Options, tree: Tree
 ) -> None:
     root = Path(harvest(options(**tokens(10), **storage)).cache)

@@ -1,4 +1,4 @@
-"""Pipelines and filters through a whole harvest: which rows there are, and that each is right."""
+"""Pipelines, filters and kinds of text in whole harvests: which rows exist, and their values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POINTS = ("layers.0", "layers.1:in", "layers.2.mlp:in", "layers.2")
 
 
 def states_of(model: Any, cache: Cache, shard: int) -> dict[str, torch.Tensor]:
-    """What the model says of every sequence alone, cut to its true length: NaN elsewhere."""
+    """Run the model on each sequence alone, without padding; positions beyond it are NaN."""
     words = cache.tokens(shard)
     found = torch.full((2, *words.tokens.shape, 32), float("nan"))
     for number, (tokens, length) in enumerate(zip(words.tokens, words.lengths, strict=True)):
@@ -40,7 +40,7 @@ def states_of(model: Any, cache: Cache, shard: int) -> dict[str, torch.Tensor]:
     return {"layers.0": found[0], "layers.1": found[1]}
 
 
-def places(cache: Cache, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
+def positions(cache: Cache, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
     words = cache.tokens(shard)
     return torch.from_numpy(words.row_sequence).long(), torch.from_numpy(words.row_position).long()
 
@@ -53,7 +53,7 @@ def counts(cache: Cache) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("pipeline", ["crop", "truncate"])
-def test_a_row_of_a_padded_sequence_is_the_models_state_without_any_padding(
+def test_rows_of_a_padded_sequence_equal_those_without_padding(
     pipeline: str, options: Options, prose: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "short.jsonl"
@@ -73,31 +73,29 @@ def test_a_row_of_a_padded_sequence_is_the_models_state_without_any_padding(
         states = states_of(model, cache, shard)
         for name in points:
             rows = cache.row_dtype.to_torch(cache.read(name, shard))
-            expected = states[name][places(cache, shard)]
+            expected = states[name][positions(cache, shard)]
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_is_hidden_from_attention_and_not_only_left_out(
-    options: Options, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from actcache.harvester import run as module
+def test_padding_is_masked_in_attention(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    from actcache.model.hooks import ActivationCapture
 
     masks = []
-    run = module.ActivationCapture.run
+    run = ActivationCapture.run
 
     def record(capture: Any, tokens: torch.Tensor, mask: torch.Tensor, *rest: Any) -> Any:
         masks.append((tokens, mask))
         return run(capture, tokens, mask, *rest)
 
-    monkeypatch.setattr(module.ActivationCapture, "run", record)
+    monkeypatch.setattr(ActivationCapture, "run", record)
     cache = Cache.open(harvest(options(pipeline="truncate", ctx_len=48, max_tokens=480)).cache)
     lengths = [length for shard in cache.shards for length in cache.tokens(shard).lengths]
     seen = [int(n) for _, mask in masks for n in mask.sum(dim=1)]
-    filler = [48] * (len(seen) - len(lengths))  # of the last batch: attention to nothing is NaN
+    filler = [48] * (len(seen) - len(lengths))  # unused rows of the last batch
     assert sorted(seen) == sorted([*lengths, *filler])
 
 
-def test_tokenizers_that_pad_on_the_left_and_on_the_right_give_the_same_cache(
+def test_the_padding_side_of_the_tokenizer_does_not_matter(
     options: Options, tiny_model: Path, tmp_path: Path, tree: Tree
 ) -> None:
     trees = []
@@ -105,22 +103,22 @@ def test_tokenizers_that_pad_on_the_left_and_on_the_right_give_the_same_cache(
         folder = tmp_path / side / "model"
         shutil.copytree(tiny_model, folder)
         path = folder / "tokenizer_config.json"
-        told = json.loads(path.read_text()) | {"padding_side": side, "truncation_side": side}
-        path.write_text(json.dumps(told | {"pad_token": "</s>"}))
+        settings = json.loads(path.read_text()) | {"padding_side": side, "truncation_side": side}
+        path.write_text(json.dumps(settings | {"pad_token": "</s>"}))
         config = options(model=str(folder), out=str(tmp_path / side / "cache"), ctx_len=48)
         assert load_tokenizer(config).padding_side == side
         for pipeline in ("pack", "truncate"):
             out = f"{config.out}-{pipeline}"
-            made = options(
+            small = options(
                 model=config.model, out=out, pipeline=pipeline, ctx_len=48, max_tokens=480
             )
-            trees.append(tree(harvest(made).cache))
+            trees.append(tree(harvest(small).cache))
     assert trees[0] == trees[2]
     assert trees[1] == trees[3]
 
 
 def rows_by_address(cache: Cache, name: str) -> dict[tuple[int, int, int], bytes]:
-    """Every row by (shard, sequence, position)."""
+    """Return every row by (shard, sequence, position)."""
     found = {}
     for shard in cache.shards:
         words = cache.tokens(shard)
@@ -130,7 +128,7 @@ def rows_by_address(cache: Cache, name: str) -> dict[tuple[int, int, int], bytes
     return found
 
 
-def test_excluded_tokens_have_no_rows_and_the_other_rows_are_as_without_the_filter(
+def test_excluded_tokens_have_no_rows_and_other_rows_are_unchanged(
     options: Options,
 ) -> None:
     whole = Cache.open(harvest(options(out=options().out + "-whole", hookpoint=POINTS)).cache)
@@ -150,11 +148,11 @@ def test_excluded_tokens_have_no_rows_and_the_other_rows_are_as_without_the_filt
         assert rows_by_address(cache, name) == expected
     dropped = counts(cache)
     assert dropped["exclude_tokens"] == (tokens == common).sum()
-    assert dropped["exclude_special"] == (tokens == 1).sum()  # BOS, 0, stands in skipped places
+    assert dropped["exclude_special"] == (tokens == 1).sum()  # BOS, 0, is at skipped positions
     assert dropped["skip_positions"] == 10
 
 
-def test_rows_of_great_norm_are_left_out_at_every_hookpoint(options: Options) -> None:
+def test_rows_of_large_norm_are_dropped_at_every_hookpoint(options: Options) -> None:
     whole = Cache.open(harvest(options(out=options().out + "-whole", hookpoint=POINTS)).cache)
     config = options(max_norm_ratio=1.2, hookpoint=POINTS)
     cache = Cache.open(harvest(config).cache)
@@ -163,22 +161,22 @@ def test_rows_of_great_norm_are_left_out_at_every_hookpoint(options: Options) ->
     for shard in whole.shards:
         norms = {
             name: {
-                place: float(np.linalg.norm(np.frombuffer(row, "<f4").astype(np.float64)))
-                for place, row in rows.items()
-                if place[0] == shard
+                address: float(np.linalg.norm(np.frombuffer(row, "<f4").astype(np.float64)))
+                for address, row in rows.items()
+                if address[0] == shard
             }
             for name, rows in everything.items()
         }
         medians = {name: float(np.median(list(of.values()))) for name, of in norms.items()}
         remaining = {
-            place
-            for place in norms[POINTS[0]]
-            if all(norms[name][place] <= 1.2 * medians[name] for name in POINTS)
+            address
+            for address in norms[POINTS[0]]
+            if all(norms[name][address] <= 1.2 * medians[name] for name in POINTS)
         }
         for name in POINTS:
-            assert {place for place in found[name] if place[0] == shard} == remaining
-            for place in remaining:
-                assert found[name][place] == everything[name][place]
+            assert {address for address in found[name] if address[0] == shard} == remaining
+            for address in remaining:
+                assert found[name][address] == everything[name][address]
     assert 0 < counts(cache)["max_norm_ratio"] == whole.rows - cache.rows
 
 
@@ -199,9 +197,7 @@ def test_an_interrupted_harvest_with_filters_ends_in_the_same_bytes(
     assert tree(root) == whole
 
 
-def test_a_shard_whose_rows_are_all_left_out_is_a_shard_without_rows(
-    options: Options, tmp_path: Path
-) -> None:
+def test_a_shard_whose_rows_are_all_dropped_has_no_rows(options: Options, tmp_path: Path) -> None:
     path = tmp_path / "ids.bin"
     np.array([7] * 64 + [8] * 128, dtype="<u2").tofile(path)
     config = options(dataset=str(path), exclude_tokens=("7",), max_tokens=None, max_norm_ratio=9.0)
@@ -223,7 +219,7 @@ def test_a_shard_whose_rows_are_all_left_out_is_a_shard_without_rows(
         {"streaming": True},
     ],
 )
-def test_a_cache_is_not_gone_on_with_under_another_pipeline_or_filter(
+def test_a_cache_cannot_be_resumed_with_another_pipeline_or_filter(
     given: dict[str, Any], options: Options
 ) -> None:
     harvest(options())
@@ -231,7 +227,7 @@ def test_a_cache_is_not_gone_on_with_under_another_pipeline_or_filter(
         harvest(options(**given))
 
 
-def test_a_stream_gives_the_cache_that_the_file_gives_if_the_order_is_kept(
+def test_a_stream_with_keep_order_gives_the_cache_of_the_file(
     options: Options,
 ) -> None:
     kept = {"keep_order": True}
@@ -241,7 +237,9 @@ def test_a_stream_gives_the_cache_that_the_file_gives_if_the_order_is_kept(
     assert cache.digest(cache.shards) == whole.digest(whole.shards)
 
 
-def test_a_stream_that_ends_before_the_goal_seals_the_cache_and_says_so(options: Options) -> None:
+def test_a_stream_that_ends_before_the_goal_completes_the_cache_with_reason_text(
+    options: Options,
+) -> None:
     counted = harvest(options(out=options().out + "-all", max_tokens=None))
     sequences = Cache.open(counted.cache).end.sequences  # type: ignore[union-attr]
     summary = harvest(options(streaming=True, max_tokens=16 * 100_000, shuffle_buffer=7))
@@ -269,7 +267,7 @@ def test_a_mixture_is_harvested_and_its_weights_are_recorded(
     assert 0.2 < rows / len(texts) < 0.8  # two thirds of the documents, which are short
 
 
-def test_conversations_are_harvested_as_the_template_writes_them(
+def test_conversations_are_rendered_by_the_chat_template(
     options: Options, tiny_model: Path, tmp_path: Path
 ) -> None:
     written = "<s>{{ m['role'] }} {{ m['content'] }}</s>"
@@ -291,9 +289,7 @@ def test_conversations_are_harvested_as_the_template_writes_them(
         harvest(options(model=str(tmp_path / "other"), **given))
 
 
-def test_a_column_of_token_ids_is_joined_and_needs_no_text(
-    options: Options, tmp_path: Path
-) -> None:
+def test_a_column_of_token_ids_is_packed_with_eos(options: Options, tmp_path: Path) -> None:
     path = tmp_path / "ids.jsonl"
     rows = [list(range(5, 5 + n)) for n in (20, 3, 40, 0, 11)]
     path.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in rows))
@@ -305,7 +301,7 @@ def test_a_column_of_token_ids_is_joined_and_needs_no_text(
 
 
 @pytest.mark.parametrize(("ratio", "fits"), [(5.0, True), (1e9, False)])
-def test_float16_is_asked_of_the_rows_that_the_norm_filter_keeps(
+def test_the_float16_range_is_checked_after_the_norm_filter(
     ratio: float, fits: bool, make_model: Callable[..., Path], options: Options
 ) -> None:
     from transformers import AutoModelForCausalLM

@@ -46,7 +46,7 @@ def pipeline_of(config: HarvestConfig, tokenizer: Any) -> Any:
         ("never", True, None),
     ],
 )
-def test_bos_is_put_first_as_the_option_and_the_tokenizer_say(
+def test_bos_follows_from_the_option_and_the_tokenizer(
     bos: str,
     adds_bos: bool,
     expected: int | None,
@@ -59,7 +59,7 @@ def test_bos_is_put_first_as_the_option_and_the_tokenizer_say(
     assert (pipeline.ctx_len, pipeline.vocab_size) == (16, 300)
 
 
-def test_a_tokenizer_without_the_token_that_is_needed_is_refused_with_a_remedy(
+def test_a_tokenizer_without_a_required_token_is_refused_with_a_remedy(
     options: Callable[..., HarvestConfig], make_tokenizer: Callable[..., Any]
 ) -> None:
     with pytest.raises(ModelError, match=r"(?s)no BOS token.*remedy: +--bos never"):
@@ -68,7 +68,7 @@ def test_a_tokenizer_without_the_token_that_is_needed_is_refused_with_a_remedy(
         pipeline_of(options(), make_tokenizer(eos=False))
 
 
-def test_token_ids_are_neither_joined_nor_shuffled_and_need_no_tokenizer(
+def test_a_file_of_token_ids_is_not_shuffled_and_needs_no_tokenizer(
     options: Callable[..., HarvestConfig], tmp_path: Path, make_tokenizer: Callable[..., Any]
 ) -> None:
     path = tmp_path / "ids.bin"
@@ -79,7 +79,7 @@ def test_token_ids_are_neither_joined_nor_shuffled_and_need_no_tokenizer(
     assert pipeline.bos_id == 0
 
 
-def test_chats_and_token_columns_bring_their_own_bos(
+def test_bos_auto_adds_no_bos_to_conversations_and_token_columns(
     options: Callable[..., HarvestConfig], make_tokenizer: Callable[..., Any], tmp_path: Path
 ) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
@@ -96,12 +96,12 @@ def test_chats_and_token_columns_bring_their_own_bos(
 
 
 @pytest.mark.parametrize("kind", ["crop", "truncate"])
-def test_one_sequence_a_document_is_padded_and_not_joined(
+def test_crop_and_truncate_pad_and_add_no_eos(
     kind: Any, options: Callable[..., HarvestConfig], make_tokenizer: Callable[..., Any]
 ) -> None:
     tokenizer = make_tokenizer()
     found = pipeline_of(options(pipeline=kind), tokenizer)
-    assert (found.kind, found.eos_id, found.pad_id) == (kind, None, 1)  # EOS, lacking another
+    assert (found.kind, found.eos_id, found.pad_id) == (kind, None, 1)  # EOS stands in for PAD
     tokenizer.pad_token = "<s>"
     assert pipeline_of(options(pipeline=kind), tokenizer).pad_id == 0
     assert pipeline_of(options(pipeline=kind), make_tokenizer(eos=False)).pad_id == 0
@@ -115,7 +115,7 @@ def test_a_file_of_token_ids_has_no_documents_to_crop(
         pipeline_of(options(dataset=str(tmp_path / "a.bin"), pipeline="crop"), None)
 
 
-def test_special_tokens_are_those_of_the_tokenizer_and_those_added_to_it(
+def test_special_tokens_include_added_ones(
     make_tokenizer: Callable[..., Any],
 ) -> None:
     tokenizer = make_tokenizer()
@@ -126,7 +126,7 @@ def test_special_tokens_are_those_of_the_tokenizer_and_those_added_to_it(
     assert special_tokens(tokenizer) == (0, 1, turn)
 
 
-def test_tokens_to_exclude_are_given_by_id_by_name_or_as_text(
+def test_tokens_to_exclude_are_given_by_id_name_or_text(
     make_tokenizer: Callable[..., Any],
 ) -> None:
     tokenizer = make_tokenizer()
@@ -140,7 +140,7 @@ def test_tokens_to_exclude_are_given_by_id_by_name_or_as_text(
             excluded_tokens((token,), tokenizer, 300)
 
 
-def test_a_tokenizer_is_loaded_only_where_something_asks_for_it(
+def test_the_tokenizer_is_loaded_only_if_needed(
     options: Callable[..., HarvestConfig], tmp_path: Path
 ) -> None:
     (tmp_path / "a.bin").write_bytes(bytes(64))
@@ -159,7 +159,7 @@ def test_a_tokenizer_is_loaded_only_where_something_asks_for_it(
     assert not needed("a.jsonl", token_column="ids", pipeline="crop")
 
 
-def test_a_stream_is_believed_and_not_read_twice(
+def test_a_stream_is_assumed_long_enough_and_not_counted(
     options: Callable[..., HarvestConfig], prose_file: Path
 ) -> None:
     assert planned(options(streaming=True, max_tokens=16 * 99_999)) == 99_999
@@ -169,7 +169,7 @@ def planned(config: HarvestConfig) -> int:
     return planned_sequences(config, resolve(config))
 
 
-def test_the_plan_is_the_goal_in_whole_sequences_or_less_if_the_text_is(
+def test_the_planned_sequences_are_the_goal_or_those_of_a_shorter_text(
     options: Callable[..., HarvestConfig],
 ) -> None:
     assert planned(options(max_tokens=16 * 10 + 15)) == 10
@@ -178,12 +178,14 @@ def test_the_plan_is_the_goal_in_whole_sequences_or_less_if_the_text_is(
     assert planned(options(max_tokens=16 * (everything + 50))) == everything
 
 
-def test_a_goal_too_large_to_count_is_believed_for_text_and_measured_for_token_ids(
+def test_a_large_goal_is_assumed_for_text_and_computed_for_token_ids(
     options: Callable[..., HarvestConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolve_module, "COUNTED_TOKENS", 1000)
-    assert planned(options(max_tokens=16 * 500)) == 500  # as many bytes as tokens are there
-    all_there_is = planned(options(max_tokens=16 * 10_000))  # not so many: they are counted
+    assert (
+        planned(options(max_tokens=16 * 500)) == 500
+    )  # the file has as many bytes as the goal has tokens
+    all_there_is = planned(options(max_tokens=16 * 10_000))  # it has fewer: the text is counted
     assert all_there_is < 500
     path = tmp_path / "ids.bin"
     path.write_bytes(bytes(2 * 16 * 5))
@@ -191,7 +193,7 @@ def test_a_goal_too_large_to_count_is_believed_for_text_and_measured_for_token_i
 
 
 @pytest.mark.parametrize("max_tokens", [None, 16, 1 << 30])
-def test_text_shorter_than_one_sequence_is_refused_whatever_the_goal(
+def test_text_shorter_than_one_sequence_is_refused_for_every_goal(
     max_tokens: int | None, options: Callable[..., HarvestConfig], tmp_path: Path
 ) -> None:
     (tmp_path / "short.txt").write_text("the row")
@@ -269,7 +271,7 @@ def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
 
 
-def test_a_harvest_that_does_not_fit_is_refused_before_it_starts(
+def test_a_harvest_larger_than_the_free_space_is_refused(
     make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     root = make_cache(shards=4)
@@ -282,7 +284,7 @@ def test_a_harvest_that_does_not_fit_is_refused_before_it_starts(
     require_room(tmp_path / "new" / "cache", manifest, published=())
 
 
-def test_what_is_published_needs_no_more_room(
+def test_published_shards_need_no_free_space(
     make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_cache(shards=4)
@@ -295,7 +297,7 @@ def test_what_is_published_needs_no_more_room(
 
 
 @pytest.mark.parametrize(("hookpoints", "width", "dtype"), [(1, 8, "float32"), (40, 64, "float16")])
-def test_the_room_asked_for_covers_what_is_written(
+def test_the_required_space_covers_the_written_bytes(
     hookpoints: int,
     width: int,
     dtype: str,
@@ -311,7 +313,7 @@ def test_the_room_asked_for_covers_what_is_written(
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_the_room_asked_for_covers_the_padding_of_zarr_and_expects_nothing_of_compression(
+def test_the_required_space_covers_the_padding_of_zarr_and_ignores_compression(
     compression: str, make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hookpoints = {f"layers.{n}": 256 for n in range(4)}
@@ -349,7 +351,7 @@ def test_hookpoints_are_chosen_without_loading_weights(
     assert names == ["layers.0", "layers.2"]
 
 
-def test_a_model_that_refuses_the_meta_device_is_surveyed_with_its_weights(
+def test_a_model_that_fails_on_the_meta_device_is_probed_with_its_weights(
     options: Callable[..., HarvestConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:

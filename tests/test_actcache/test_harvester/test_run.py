@@ -47,21 +47,21 @@ STORAGES = pytest.mark.parametrize("storage", [{}, ZARR, ZSTD], ids=["memmap", "
 
 
 def hidden_states(model: Any, tokens: np.ndarray, batch_size: int) -> tuple[torch.Tensor, ...]:
-    """States of a shard's sequences by the model's own account, in batches of one shape."""
-    parts = []
+    """Run the model itself on a shard's sequences, in batches of one shape."""
+    batches = []
     for start in range(0, len(tokens), batch_size):
         padded = np.zeros((batch_size, tokens.shape[1]), dtype=np.int64)
-        part = tokens[start : start + batch_size]
-        padded[: len(part)] = part
+        batch = tokens[start : start + batch_size]
+        padded[: len(batch)] = batch
         with torch.inference_mode():
             out = model(torch.from_numpy(padded), output_hidden_states=True, use_cache=False)
-        parts.append([state[: len(part)] for state in out.hidden_states])
-    return tuple(torch.cat(states) for states in zip(*parts, strict=True))
+        batches.append([state[: len(batch)] for state in out.hidden_states])
+    return tuple(torch.cat(states) for states in zip(*batches, strict=True))
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sequence"])
 @pytest.mark.parametrize("skip", [0, 1, 5])
-def test_row_j_is_the_models_hidden_state_of_the_token_that_the_cache_names(
+def test_row_j_is_the_hidden_state_of_the_token_at_its_recorded_position(
     order: str, skip: int, options: Options
 ) -> None:
     points = ("layers.0", "layers.1:in", "layers.2:in", "layers.2", "norm")
@@ -82,13 +82,13 @@ def test_row_j_is_the_models_hidden_state_of_the_token_that_the_cache_names(
         assert torch.equal(row("layers.1:in"), states[1][at])
         assert torch.equal(row("layers.2:in"), states[2][at])
         assert torch.equal(row("norm"), states[3][at])
-        # The last layer's own output is not among hidden_states: the final norm stands between.
+        # hidden_states ends with the output of the final norm, not of the last layer.
         final = model.model.norm(row("layers.2"))
         torch.testing.assert_close(final, states[3][at])
         natural = list(itertools.product(range(len(words.tokens)), range(skip, 16)))
-        places = list(zip(at[0].tolist(), at[1].tolist(), strict=True))
-        assert sorted(places) == natural
-        assert (places == natural) == (order == "sequence")
+        positions = list(zip(at[0].tolist(), at[1].tolist(), strict=True))
+        assert sorted(positions) == natural
+        assert (positions == natural) == (order == "sequence")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -104,7 +104,7 @@ def test_rows_are_rounded_to_the_type_on_disk(dtype: str, options: Options) -> N
 
 @pytest.mark.parametrize("backend", ["memmap", "zarr"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
-def test_rows_of_8_bits_are_those_of_the_exact_rows(
+def test_8_bit_rows_are_the_quantised_exact_rows(
     dtype: str, backend: str, options: Options, tmp_path: Path
 ) -> None:
     exact = Cache.open(harvest(options(out=str(tmp_path / "exact"))).cache)
@@ -123,7 +123,7 @@ def test_rows_of_8_bits_are_those_of_the_exact_rows(
         assert cache.receipts[shard].files.keys() == names
 
 
-def test_rows_of_8_bits_that_are_not_finite_stay_so(
+def test_8_bit_rows_that_are_not_finite_decode_to_nan(
     make_model: Callable[..., Path], options: Options
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -149,13 +149,13 @@ def test_rows_of_8_bits_that_are_not_finite_stay_so(
     assert counted > 10
 
 
-def test_the_type_on_disk_is_the_models_by_default(options: Options) -> None:
+def test_the_dtype_on_disk_is_that_of_the_model_by_default(options: Options) -> None:
     cache = Cache.open(harvest(options(model_dtype="bfloat16")).cache)
     assert cache.manifest.identity.model_dtype == cache.manifest.identity.dtype == "bfloat16"
 
 
 def packed_by_hand(config: HarvestConfig, prose: list[str]) -> np.ndarray:
-    """Every sequence of the prose as the command line describes it. [S, C]"""
+    """Pack the prose independently of the code under test. [S, C]"""
     tokenizer = load_tokenizer(config)
     order = rng.stream("documents", config.seed).permutation(len(prose))
     texts = [prose[i] for i in (range(len(prose)) if config.keep_order else order)]
@@ -183,7 +183,7 @@ def test_the_tokens_of_the_cache_are_the_documents_packed(
     assert (cache.end.reason, cache.end.sequences) == ("text", len(tokens))
 
 
-def test_token_ids_from_a_file_are_harvested_as_they_are(options: Options, tmp_path: Path) -> None:
+def test_token_ids_from_a_file_are_harvested_unchanged(options: Options, tmp_path: Path) -> None:
     ids = np.random.RandomState(0).randint(300, size=16 * 9 + 5)
     caches = []
     for dtype in ("uint16", "uint32"):
@@ -202,9 +202,7 @@ def test_token_ids_from_a_file_are_harvested_as_they_are(options: Options, tmp_p
         np.testing.assert_array_equal(a.values, b.values)
 
 
-def test_ids_beyond_the_vocabulary_end_the_harvest_with_a_message(
-    options: Options, tmp_path: Path
-) -> None:
+def test_token_ids_outside_the_vocabulary_are_refused(options: Options, tmp_path: Path) -> None:
     ids = np.zeros(16 * 8, dtype="<u2")
     ids[16 * 6] = 300
     ids.tofile(tmp_path / "ids.bin")
@@ -226,10 +224,10 @@ def test_a_saved_dataset_gives_the_sequences_of_the_file_it_came_from(
         np.testing.assert_array_equal(first.tokens(shard).tokens, second.tokens(shard).tokens)
 
 
-# I1: the manifest.
+# The manifest.
 
 
-def test_the_manifest_is_written_first_and_the_seal_last(
+def test_the_manifest_is_written_first_and_the_end_marker_last(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published: list[str] = []
@@ -246,7 +244,7 @@ def test_the_manifest_is_written_first_and_the_seal_last(
     assert published.count("manifest.json") == published.count("END.json") == 1
 
 
-def test_the_manifest_says_what_the_cache_is_of(options: Options) -> None:
+def test_the_manifest_records_model_text_and_options(options: Options) -> None:
     config = options(revision=None)
     cache = Cache.open(harvest(config).cache)
     manifest, identity = cache.manifest, cache.manifest.identity
@@ -260,9 +258,7 @@ def test_the_manifest_says_what_the_cache_is_of(options: Options) -> None:
     assert {"torch", "transformers", "tokenizers", "actcache", "python"} <= set(manifest.versions)
 
 
-def test_run_again_a_harvest_finds_its_work_done_and_changes_nothing(
-    options: Options, tree: Tree
-) -> None:
+def test_a_finished_harvest_run_again_changes_nothing(options: Options, tree: Tree) -> None:
     first = harvest(options())
     before, mtime = tree(first.cache), Path(first.cache, "manifest.json").stat().st_mtime_ns
     second = harvest(options())
@@ -273,7 +269,7 @@ def test_run_again_a_harvest_finds_its_work_done_and_changes_nothing(
     assert Path(first.cache, "manifest.json").stat().st_mtime_ns == mtime
 
 
-def test_the_same_harvest_of_copies_elsewhere_leaves_the_same_bytes(
+def test_the_bytes_do_not_depend_on_the_folders_of_model_and_text(
     options: Options, tree: Tree, tmp_path: Path
 ) -> None:
     config = options()
@@ -321,7 +317,7 @@ def test_a_folder_that_holds_another_cache_is_refused_with_the_fields_that_diffe
     assert tree(options().out) == before
 
 
-def test_harvesting_on_under_other_library_versions_warns(options: Options) -> None:
+def test_resuming_with_other_library_versions_warns(options: Options) -> None:
     harvest(options())
     path = Path(options().out, "manifest.json")
     manifest = json.loads(path.read_text())
@@ -337,7 +333,9 @@ def test_harvesting_on_under_other_library_versions_warns(options: Options) -> N
     assert json.loads(path.read_text()) == manifest
 
 
-def test_a_folder_that_is_no_cache_is_left_alone(options: Options, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_cache_is_refused_and_unchanged(
+    options: Options, tmp_path: Path
+) -> None:
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(CacheMismatchError, match=r"(?s)holds other things.*another folder"):
         harvest(options(out=str(tmp_path)))
@@ -368,7 +366,7 @@ def test_backend_and_compression_change_neither_the_id_nor_the_rows(
         harvest(options(**storage))
 
 
-def test_an_array_is_described_before_its_first_chunk(
+def test_zarr_json_is_written_before_the_first_chunk(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published: list[str] = []
@@ -388,19 +386,19 @@ def test_an_array_is_described_before_its_first_chunk(
     assert sum(name.endswith("zarr.json") for name in published) == 2
 
 
-def test_a_shard_that_blosc_cannot_take_is_refused_before_anything_is_made(
+def test_a_shard_larger_than_bloscs_limit_is_refused_before_anything_is_written(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blosc, "MAX_BYTES", 15 * 32 * 4 * 3)
     with pytest.raises(ConfigError, match=r"(?s)too large for --compress zstd.*--shard-size 3 or"):
         harvest(options(hookpoint=("layers.0",), **ZSTD))
     assert not Path(options().out).exists()
-    # Shards of its own choice are small enough, here one batch.
-    own = options(hookpoint=("layers.0",), shard_size=None, batch_size=3, **ZSTD)
-    assert harvest(own).complete
+    # The default shard size stays below the limit, here with one batch.
+    default = options(hookpoint=("layers.0",), shard_size=None, batch_size=3, **ZSTD)
+    assert harvest(default).complete
 
 
-# I2: killed anywhere, valid; the same command finishes it.
+# Crashes: the cache stays valid, and the same command finishes it.
 
 
 def small(options: Options, out: Path, storage: dict[str, str]) -> HarvestConfig:
@@ -408,7 +406,7 @@ def small(options: Options, out: Path, storage: dict[str, str]) -> HarvestConfig
 
 
 def check_valid(root: Path) -> None:
-    """Either there is no cache yet, or it opens and every shard it shows is whole."""
+    """Check that the folder holds no cache yet, or one whose shards are all complete."""
     try:
         cache = Cache.open(root)
     except EmptyCacheError:
@@ -423,7 +421,7 @@ def check_valid(root: Path) -> None:
 
 
 @STORAGES
-def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_command_finishes(
+def test_a_crash_at_any_system_call_leaves_a_valid_cache_that_the_same_command_finishes(
     storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
 ) -> None:
     harvest(small(options, tmp_path / "whole", storage))
@@ -438,16 +436,16 @@ def test_a_crash_at_any_call_leaves_a_valid_cache_that_the_same_command_finishes
         else:
             break
         assert harvest(small(options, root, storage)).complete
-        assert tree(root) == whole  # so nothing partial is left either
+        assert tree(root) == whole  # no partial file is left
         shutil.rmtree(root)
     assert number > 80
 
 
 @STORAGES
-def test_a_harvest_that_crashes_at_every_step_still_comes_to_its_end(
+def test_a_harvest_that_crashes_repeatedly_is_finished(
     storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
 ) -> None:
-    """Each run gets six calls further than the last and dies."""
+    """Each run crashes six system calls later than the one before."""
     harvest(small(options, tmp_path / "whole", storage))
     root = tmp_path / "cache"
     crashes = 0
@@ -465,13 +463,13 @@ def test_a_harvest_that_crashes_at_every_step_still_comes_to_its_end(
 
 
 @STORAGES
-def test_a_full_disk_is_told_leaves_a_valid_cache_and_the_harvest_finishes_later(
+def test_a_full_disk_leaves_a_valid_cache_and_the_harvest_resumes_later(
     storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
 ) -> None:
     harvest(small(options, tmp_path / "whole", storage))
     whole = tree(tmp_path / "whole")
     full = OSError(errno.ENOSPC, "No space left on device")
-    # A file is five calls: three, not five, comes to every kind of call in turn.
+    # Writing a file takes five calls: a step of three reaches each of them in turn.
     for number in itertools.count(0, 3 if storage else 1):
         root = tmp_path / str(number)
         try:
@@ -488,7 +486,7 @@ def test_a_full_disk_is_told_leaves_a_valid_cache_and_the_harvest_finishes_later
     assert number > 80
 
 
-def test_a_disk_that_is_full_for_the_log_is_told_alike(
+def test_a_disk_that_is_full_for_the_log_is_reported_alike(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Path.open
@@ -505,7 +503,7 @@ def test_a_disk_that_is_full_for_the_log_is_told_alike(
     assert harvest(options()).complete
 
 
-def test_a_missing_room_is_told_before_anything_is_made(
+def test_too_little_disk_space_is_refused_before_anything_is_written(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
@@ -514,7 +512,7 @@ def test_a_missing_room_is_told_before_anything_is_made(
     assert not Path(options().out).exists()
 
 
-def test_a_shard_whose_receipt_was_deleted_is_made_again(options: Options, tree: Tree) -> None:
+def test_a_shard_whose_receipt_was_deleted_is_written_again(options: Options, tree: Tree) -> None:
     root = Path(harvest(options()).cache)
     whole = tree(root)
     receipt_path(root, 1).unlink()
@@ -524,7 +522,7 @@ def test_a_shard_whose_receipt_was_deleted_is_made_again(options: Options, tree:
     assert tree(root) == whole
 
 
-def test_what_varies_from_run_to_run_lies_under_logs(options: Options, tree: Tree) -> None:
+def test_files_that_differ_between_runs_lie_under_logs(options: Options, tree: Tree) -> None:
     root = Path(harvest(options()).cache)
     assert {path.name for path in root.iterdir()} == {
         "manifest.json",
@@ -538,14 +536,14 @@ def test_what_varies_from_run_to_run_lies_under_logs(options: Options, tree: Tre
     assert [json.loads(line)["shard"] for line in lines] == [0, 1, 2]
 
 
-# I3: any number of processes.
+# Any number of processes.
 
 
 def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list[HarvestSummary]:
-    """The work of some ranks, one after another in this process; rank 0 must be among the first."""
+    """Run some ranks of a harvest in this process, one after another."""
 
     class Alone(World):
-        def agree(self, what: bytes, act: Callable[[], None]) -> None:
+        def check_equal_then_run_on_rank_zero(self, what: bytes, act: Callable[[], None]) -> None:
             act()
 
     summaries = []
@@ -559,7 +557,7 @@ def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list
 
 @STORAGES
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_each_rank_makes_its_share_and_the_last_one_seals(
+def test_each_rank_writes_its_shards_and_the_last_one_completes_the_cache(
     world_size: int, storage: dict[str, str], options: Options, tree: Tree, tmp_path: Path
 ) -> None:
     config = options(max_tokens=16 * 25, **storage)
@@ -593,7 +591,7 @@ def test_a_harvest_begun_by_two_is_finished_by_three_and_by_one(
 # The end of the harvest.
 
 
-def test_shards_hold_whole_sequences_and_the_last_what_is_left(options: Options) -> None:
+def test_the_last_shard_holds_the_remaining_sequences(options: Options) -> None:
     cache = Cache.open(harvest(options(shard_size=3)).cache)
     receipts = cache.receipts.values()
     assert [r.sequences for r in receipts] == [3, 3, 3, 1]
@@ -604,7 +602,7 @@ def test_shards_hold_whole_sequences_and_the_last_what_is_left(options: Options)
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_a_text_that_ends_before_the_goal_seals_the_cache_and_says_so(
+def test_a_text_that_ends_before_the_goal_completes_the_cache_with_reason_text(
     counted: bool, options: Options, prose: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not counted:
@@ -673,34 +671,36 @@ def test_rows_that_are_not_finite_are_kept_and_counted(
     np.testing.assert_allclose(statistics.mean, mean, atol=1e-8)
 
 
-# What cannot be harvested says so, and makes nothing.
+# Refusals.
 
 
-def nothing_made(config: HarvestConfig, kind: type[ActcacheError], message: str) -> None:
+def check_refused(config: HarvestConfig, kind: type[ActcacheError], message: str) -> None:
     with pytest.raises(kind, match=message):
         harvest(config)
     assert not Path(config.out).exists()
 
 
-def test_bad_input_is_told_before_anything_is_made(options: Options, tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_anything_is_written(options: Options, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the row")
-    nothing_made(options(hookpoint=("layer.1",)), HookpointError, r"such as .*layers\.1")
-    nothing_made(options(hookpoint=("lm_head",)), HookpointError, "no module of the model matches")
-    nothing_made(options(hookpoint=(), layers=(3,)), HookpointError, r"(?s)--layers.*0 to 2")
-    nothing_made(options(text_column="body"), DatasetError, r"(?s)no column 'body'.*text.*--text-c")
-    nothing_made(options(dataset="./gone.jsonl"), DatasetError, r"no such file.*gone\.jsonl")
-    nothing_made(options(dataset=str(tmp_path / "short.txt")), DatasetError, "shorter than one")
-    nothing_made(options(model="./gone"), ActcacheError, r"no such model folder: \./gone")
-    nothing_made(options(device="cuda:77"), ConfigError, "--device cannot be used")
+    check_refused(options(hookpoint=("layer.1",)), HookpointError, r"such as .*layers\.1")
+    check_refused(options(hookpoint=("lm_head",)), HookpointError, "no module of the model matches")
+    check_refused(options(hookpoint=(), layers=(3,)), HookpointError, r"(?s)--layers.*0 to 2")
+    check_refused(
+        options(text_column="body"), DatasetError, r"(?s)no column 'body'.*text.*--text-c"
+    )
+    check_refused(options(dataset="./gone.jsonl"), DatasetError, r"no such file.*gone\.jsonl")
+    check_refused(options(dataset=str(tmp_path / "short.txt")), DatasetError, "shorter than one")
+    check_refused(options(model="./gone"), ActcacheError, r"no such model folder: \./gone")
+    check_refused(options(device="cuda:77"), ConfigError, "--device cannot be used")
     longer = options(ctx_len=65, max_tokens=None)
-    nothing_made(longer, ConfigError, r"(?s)longer than the model's context.*<= 64.*65")
+    check_refused(longer, ConfigError, r"(?s)longer than the model's context.*<= 64.*65")
 
 
-def test_a_model_of_a_type_that_cannot_be_stored_needs_a_dtype(
+def test_a_model_of_a_dtype_that_cannot_be_stored_needs_option_dtype(
     options: Options, make_model: Callable[..., Path]
 ) -> None:
     model = str(make_model(seed=3, dtype="float64"))
-    nothing_made(options(model=model), ConfigError, r"(?s)cannot be stored.*float64.*--dtype")
+    check_refused(options(model=model), ConfigError, r"(?s)cannot be stored.*float64.*--dtype")
     assert harvest(options(model=model, dtype="float32")).complete
 
 
@@ -719,7 +719,7 @@ def test_activations_beyond_float16_are_refused_with_a_remedy(
     check_valid(Path(options().out))
 
 
-def test_a_damaged_receipt_stops_the_harvest_by_path(options: Options) -> None:
+def test_a_damaged_receipt_is_reported_with_its_path(options: Options) -> None:
     root = Path(harvest(options()).cache)
     receipt_path(root, 1).write_text("{")
     with pytest.raises(ActcacheError, match=r"00001\.json"):
@@ -734,7 +734,7 @@ def test_the_summary_is_json(options: Options) -> None:
     assert summary.tokens_per_second > 0
 
 
-def test_a_harvest_that_published_nothing_does_not_hold_its_folder(
+def test_a_folder_without_published_shards_accepts_other_options(
     options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = options(batch_size=2, out=str(tmp_path / "whole"))
@@ -753,7 +753,7 @@ def out_of_memory(*_: Any) -> None:
     raise MemoryError
 
 
-def test_a_finished_harvest_warns_of_files_that_are_gone(options: Options) -> None:
+def test_a_finished_harvest_warns_about_missing_files(options: Options) -> None:
     config = options()
     root = Path(harvest(config).cache)
     assert harvest(config).warnings == ()
@@ -762,7 +762,7 @@ def test_a_finished_harvest_warns_of_files_that_are_gone(options: Options) -> No
     assert "1 files of published shards are missing or cut" in warning
     assert "verify" in warning
     first, second = harvest_by([0, 1], 2, config)
-    assert (first.warnings, second.warnings) == ((warning,), ())  # one process looks for all
+    assert (first.warnings, second.warnings) == ((warning,), ())  # rank 0 checks all shards
 
 
 def test_a_text_without_splits_records_none(options: Options, prose: list[str]) -> None:

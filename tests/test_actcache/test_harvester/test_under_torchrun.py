@@ -1,4 +1,4 @@
-"""Several processes, real ones: gloo, torchrun, SIGKILL. What one process can show is elsewhere."""
+"""Harvests with several real processes: gloo, torchrun, SIGKILL."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from actcache.errors import ConfigError
 from actcache.harvester.run import harvest
 
 BIN = Path(sys.executable).parent
-SECONDS = 240  # until a process that hangs is given up
+SECONDS = 240  # timeout of a process
 
 Tree = Callable[[Path | str], dict[str, str]]
 
@@ -40,7 +40,7 @@ def test_a_process_started_alone_is_the_only_rank(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("0", "2"), ("2", "2"), ("x", "1"), ("", "2")])
-def test_half_an_environment_is_told(
+def test_an_incomplete_environment_is_refused(
     rank: str, world_size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -50,13 +50,13 @@ def test_half_an_environment_is_told(
         World.from_environment()
 
 
-def test_alone_there_is_nobody_to_agree_with() -> None:
+def test_a_single_process_runs_the_function_without_a_process_group() -> None:
     acted: list[str] = []
     World(0, 1).check_equal_then_run_on_rank_zero(b"x", lambda: acted.append("yes"))
     assert acted == ["yes"]
 
 
-AGREE = """
+CHECK_EQUAL = """
 import os, sys
 from actcache.core.distributed import World
 
@@ -65,10 +65,10 @@ ranks = World.from_environment()
 def attempt(port, what, act):
     os.environ["MASTER_PORT"] = port
     try:
-        ranks.agree(what, act)
+        ranks.check_equal_then_run_on_rank_zero(what, act)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return "agreed"
+    return "equal"
 
 def write():
     open("made", "a").write(f"by {ranks.rank}")
@@ -90,13 +90,13 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
-def test_ranks_act_once_when_they_agree_and_leave_together_when_they_do_not(
+def test_rank_0_acts_once_if_all_ranks_are_equal_and_else_all_raise(
     tmp_path: Path,
 ) -> None:
     ports = free_ports(3)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", AGREE, *ports],
+            [sys.executable, "-c", CHECK_EQUAL, *ports],
             env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -106,15 +106,15 @@ def test_ranks_act_once_when_they_agree_and_leave_together_when_they_do_not(
     ]
     outputs = [process.communicate(timeout=SECONDS)[0].splitlines() for process in processes]
     differ = "CacheMismatchError: the processes of this harvest would make different caches"
-    assert outputs[0] == ["agreed", differ, "PermissionError: no such right"]
+    assert outputs[0] == ["equal", differ, "PermissionError: no such right"]
     left = "CacheMismatchError: rank 0 refused this harvest, so rank 1 leaves too"
-    assert outputs[1] == ["agreed", differ, left]
+    assert outputs[1] == ["equal", differ, left]
     assert (tmp_path / "made").read_text() == "by 0"
 
 
 @pytest.fixture
 def whole(options: Callable[..., Any], tmp_path: Path) -> Any:
-    """A harvest of 150 shards, made without interruption by this process."""
+    """Options of a harvest of 150 shards that this process has completed."""
     config = options(
         out=str(tmp_path / "whole"), max_tokens=16 * 300, shard_size=2, batch_size=2, seed=5
     )
@@ -123,7 +123,7 @@ def whole(options: Callable[..., Any], tmp_path: Path) -> Any:
 
 
 def command(config: Any, out: Path, processes: int | None = None) -> list[str]:
-    """The same harvest as a command line."""
+    """Return the same harvest as a command line."""
     given = [str(BIN / "actcache"), "harvest", config.model, config.dataset, "--out", str(out)]
     for hookpoint in config.hookpoint:
         given += ["--hookpoint", hookpoint]
@@ -141,13 +141,13 @@ def run(arguments: list[str]) -> None:
 
 
 def kill_half_way(arguments: list[str], out: Path, shards: int = 5, delay: float = 0) -> None:
-    """Start a command and SIGKILL it, with its children, once so many shards are published.
+    """Start a command and SIGKILL it, with its children, once a number of shards is published.
 
     Args:
         arguments: the command.
         out: folder of its cache.
-        shards: how many, counting those that were there before.
-        delay: seconds that it is left to live then.
+        shards: number of published shards, earlier ones included.
+        delay: seconds between then and the kill.
     """
     process = subprocess.Popen(
         arguments,
@@ -161,7 +161,7 @@ def kill_half_way(arguments: list[str], out: Path, shards: int = 5, delay: float
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(delay)
-    # torchrun's workers lead sessions of their own: they would outlive it.
+    # torchrun's workers are in sessions of their own: killing its process group misses them.
     workers = descendants_of(process.pid)
     for pid in [process.pid, *workers]:
         with contextlib.suppress(ProcessLookupError):
@@ -172,26 +172,26 @@ def kill_half_way(arguments: list[str], out: Path, shards: int = 5, delay: float
 
 
 def descendants_of(parent: int) -> list[int]:
-    """Process ids of a process's children, theirs, and so on."""
+    """Return the ids of all descendants of a process."""
     lists = Path(f"/proc/{parent}/task").glob("*/children")
     children = [int(pid) for text in lists for pid in text.read_text().split()]
     return [*children, *(pid for child in children for pid in descendants_of(child))]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there, and more than a zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def test_two_processes_leave_the_same_bytes_as_one(whole: Any, tree: Tree, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes_as_one(whole: Any, tree: Tree, tmp_path: Path) -> None:
     run(command(whole, tmp_path / "two", processes=2))
     assert tree(tmp_path / "two") == tree(whole.out)
 
 
-def test_two_processes_write_one_zarr_array_between_them(
+def test_two_processes_write_the_same_zarr_array_as_one(
     whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     one = dataclasses.replace(whole, out=str(tmp_path / "one"), backend="zarr", compress="zstd")
@@ -201,7 +201,7 @@ def test_two_processes_write_one_zarr_array_between_them(
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
-def test_a_command_killed_five_times_ends_in_the_same_bytes_when_run_once_more(
+def test_a_command_killed_five_times_and_resumed_ends_in_the_same_bytes(
     whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
@@ -216,7 +216,7 @@ def test_a_command_killed_five_times_ends_in_the_same_bytes_when_run_once_more(
     assert tree(out) == tree(whole.out)
 
 
-def test_a_harvest_of_one_killed_half_way_is_finished_by_three(
+def test_a_harvest_of_one_process_killed_half_way_is_finished_by_three(
     whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
@@ -226,7 +226,7 @@ def test_a_harvest_of_one_killed_half_way_is_finished_by_three(
     assert tree(out) == tree(whole.out)
 
 
-def test_a_harvest_of_two_killed_half_way_is_finished_by_one(
+def test_a_harvest_of_two_processes_killed_half_way_is_finished_by_one(
     whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
@@ -240,20 +240,20 @@ def test_a_harvest_of_two_killed_half_way_is_finished_by_one(
 def test_an_extension_by_two_processes_killed_half_way_is_finished_by_one(
     options: Callable[..., Any], tree: Tree, tmp_path: Path
 ) -> None:
-    begun = options(max_tokens=16 * 101, shard_size=2, batch_size=2, out=str(tmp_path / "one"))
-    more = dataclasses.replace(begun, max_tokens=16 * 300)
-    harvest(begun)
+    first = options(max_tokens=16 * 101, shard_size=2, batch_size=2, out=str(tmp_path / "one"))
+    more = dataclasses.replace(first, max_tokens=16 * 300)
+    harvest(first)
     out = tmp_path / "two"
-    shutil.copytree(begun.out, out)
+    shutil.copytree(first.out, out)
     harvest(dataclasses.replace(more, extend=True))
     kill_half_way([*command(more, out, processes=2), "--extend"], out, shards=56)
     assert 56 <= len(Cache.open(out).shards) < 151
     assert not Cache.open(out).complete
     run([*command(more, out), "--extend"])
-    assert tree(out) == tree(begun.out)
+    assert tree(out) == tree(first.out)
 
 
-def test_one_rank_that_is_refused_ends_the_command_with_its_message(whole: Any, tree: Tree) -> None:
+def test_an_error_of_rank_0_ends_the_command_with_its_message(whole: Any, tree: Tree) -> None:
     before = tree(whole.out)
     arguments = [*command(whole, Path(whole.out), processes=2), "--bos", "never"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -267,7 +267,7 @@ def test_one_rank_that_is_refused_ends_the_command_with_its_message(whole: Any, 
     ("number", "code", "word"),
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
 )
-def test_a_harvest_asked_to_stop_leaves_cleanly_and_says_how_to_go_on(
+def test_a_signal_stops_a_harvest_cleanly_with_a_message_how_to_resume(
     number: signal.Signals, code: int, word: str, whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "stopped"
@@ -275,17 +275,17 @@ def test_a_harvest_asked_to_stop_leaves_cleanly_and_says_how_to_go_on(
         command(whole, out),
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts its background jobs with SIGINT ignored, and they would pass it on.
+        # Background jobs of a shell inherit an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while len(list(out.glob("shards/0*.json"))) < 5:
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.002)
     process.send_signal(number)
-    _, told = process.communicate(timeout=SECONDS)
+    _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode == code
-    assert f"{word}: what was published stays" in told
-    assert "Traceback" not in told
+    assert f"{word}: what was published stays" in stderr
+    assert "Traceback" not in stderr
     assert 5 <= len(Cache.open(out).shards) < 150
     assert not list(out.rglob("*.partial-*"))
     assert harvest(dataclasses.replace(whole, out=str(out))).complete
@@ -293,7 +293,7 @@ def test_a_harvest_asked_to_stop_leaves_cleanly_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_asked_to_stop_leave_cleanly_and_say_how_to_go_on(
+def test_a_signal_stops_two_processes_cleanly_with_a_message_how_to_resume(
     number: signal.Signals, whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "stopped"
@@ -307,11 +307,11 @@ def test_two_processes_asked_to_stop_leave_cleanly_and_say_how_to_go_on(
         assert process.poll() is None, "it ended before it could be stopped"
         time.sleep(0.002)
     workers = descendants_of(process.pid)
-    process.send_signal(number)  # torchrun hands it on to its workers
-    _, told = process.communicate(timeout=SECONDS)
+    process.send_signal(number)  # torchrun forwards it to its workers
+    _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
-    assert told.count("what was published stays; the same command goes on") == 2
-    assert "actcache_cli" not in told  # no traceback of ours; torchrun prints one of its own
+    assert stderr.count("what was published stays; the same command goes on") == 2
+    assert "actcache_cli" not in stderr  # no traceback of this project; torchrun prints its own
     assert not any(is_alive(pid) for pid in workers)
     assert 5 <= len(Cache.open(out).shards) < 150
     assert not list(out.rglob("*.partial-*"))
@@ -320,7 +320,7 @@ def test_two_processes_asked_to_stop_leave_cleanly_and_say_how_to_go_on(
 
 
 @pytest.mark.parametrize("processes", [None, 2])
-def test_of_two_commands_at_once_one_works_and_the_other_says_so(
+def test_of_two_simultaneous_commands_one_is_refused(
     processes: int | None, whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "shared"
@@ -328,11 +328,11 @@ def test_of_two_commands_at_once_one_works_and_the_other_says_so(
         subprocess.Popen(command(whole, out, processes), stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    told = [process.communicate(timeout=SECONDS)[1] for process in both]
+    errors = [process.communicate(timeout=SECONDS)[1] for process in both]
     codes = [process.returncode for process in both]
     assert 0 in codes
-    # The slower one may come when the faster is done: then it finds nothing left to do.
-    for code, text in zip(codes, told, strict=True):
-        refused = 1 if processes else 12  # torchrun swallows exit codes
+    # The slower command may start after the faster one has finished: both then return 0.
+    for code, text in zip(codes, errors, strict=True):
+        refused = 1 if processes else 12  # torchrun replaces every exit code by 1
         assert code == 0 or (code == refused and "another harvest is at work" in text)
     assert tree(out) == tree(whole.out)

@@ -10,7 +10,7 @@ from actcache.errors import ModelError
 from actcache.model.loading import load_config, require_causal_lm
 
 
-def of(name: str, **options: Any) -> Any:
+def config_of(name: str, **options: Any) -> Any:
     import transformers
 
     return getattr(transformers, f"{name}Config")(**options)
@@ -34,9 +34,9 @@ def of(name: str, **options: Any) -> Any:
         ("ViT", "not a language model that predicts the next token"),
     ],
 )
-def test_a_model_of_another_kind_is_refused_by_what_it_is(name: str, kind: str) -> None:
+def test_a_model_that_is_not_a_decoder_is_refused_with_its_kind(name: str, kind: str) -> None:
     with pytest.raises(ModelError) as caught:
-        require_causal_lm("some/model", of(name))
+        require_causal_lm("some/model", config_of(name))
     message = str(caught.value)
     assert f"some/model is {kind}\n" in message
     assert f"expected: a decoder-only language model\n  got:      {name}Config" in message
@@ -50,20 +50,20 @@ def test_a_model_of_another_kind_is_refused_by_what_it_is(name: str, kind: str) 
         ("GPTNeoX", {}),
         ("Mamba", {}),
         ("Gemma3Text", {}),
-        ("Gemma3", {}),  # with its vision tower, which text does not pass
-        ("Llama4", {}),  # its text part is what is loaded
+        ("Gemma3", {}),  # multimodal, loads as a causal LM
+        ("Llama4", {}),  # only its text model is loaded
         ("Bert", {"is_decoder": True}),
         ("XLM", {"causal": True}),
     ],
 )
-def test_decoders_are_taken_and_multimodal_models_that_load_as_such(
+def test_decoders_and_multimodal_models_that_load_as_decoders_are_accepted(
     name: str, options: dict[str, Any]
 ) -> None:
-    require_causal_lm("some/model", of(name, **options))
+    require_causal_lm("some/model", config_of(name, **options))
 
 
-def test_a_model_with_code_of_its_own_is_taken_at_its_word() -> None:
-    config = of("Bert")
+def test_a_model_whose_own_code_defines_a_causal_lm_is_accepted() -> None:
+    config = config_of("Bert")
     config.auto_map = {"AutoModel": "own.Own"}
     with pytest.raises(ModelError):
         require_causal_lm("some/model", config)
@@ -72,7 +72,7 @@ def test_a_model_with_code_of_its_own_is_taken_at_its_word() -> None:
 
 
 @pytest.mark.parametrize("name", ["T5", "Bert", "Llava"])
-def test_the_kind_is_told_before_anything_is_loaded(name: str, tmp_path: Path) -> None:
-    of(name).save_pretrained(tmp_path)
+def test_the_kind_is_checked_before_weights_are_loaded(name: str, tmp_path: Path) -> None:
+    config_of(name).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"(?s)is an? (encoder|multimodal).*decoder-only"):
         load_config(HarvestConfig(str(tmp_path), "data", "out"))

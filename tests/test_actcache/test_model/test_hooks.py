@@ -23,7 +23,7 @@ TOKENS = {"bos_token_id": 0, "eos_token_id": 1}
 LLAMA = SMALL | {"intermediate_size": 32, "num_key_value_heads": 1}
 HEADS = LLAMA | {"head_dim": 8}
 SLIDING = HEADS | {"sliding_window": 3}
-"""Some layers see three tokens only: fewer than the seven of a test's sequence."""
+"""Some layers attend to three tokens only, of the seven of a test's sequence."""
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
@@ -92,8 +92,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "norm_f",
     ),
 }
-"""Configuration class, its sizes, the list of layers, the final norm. OPT and BLOOM refuse a mask
-in four dimensions, Mamba takes none."""
+"""Configuration class, sizes, list of layers, final norm. OPT and BLOOM refuse a mask of four
+dimensions; Mamba takes no mask."""
 
 
 def build(family: str, device: str = "cpu") -> Any:
@@ -110,10 +110,10 @@ def build(family: str, device: str = "cpu") -> Any:
 
 
 def residual_stream(family: str, model: Any) -> tuple[Tensor, ...]:
-    """By the model's own account: the embeddings, the stream after every layer but the last, and
-    after the final norm."""
+    """Return the model's `hidden_states`: embeddings, output of every layer but the last, and of
+    the final norm."""
     states = model(IDS, output_hidden_states=True, use_cache=False).hidden_states
-    if family == "mamba":  # leaves out the embeddings, and says the last layer's twice
+    if family == "mamba":  # omits the embeddings and repeats the last output
         return (model.backbone.embeddings(IDS), *states[:2], states[3])
     return tuple(states)
 
@@ -128,7 +128,7 @@ def run(model: Any, names: list[str], ids: Tensor = IDS) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_captured_are_the_models_own_hidden_states(family: str) -> None:
+def test_captured_activations_are_the_models_hidden_states(family: str) -> None:
     model = build(family)
     _, _, layers, norm = FAMILIES[family]
     states = residual_stream(family, model)
@@ -146,7 +146,7 @@ def test_what_is_captured_are_the_models_own_hidden_states(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_residual_stream_is_that_after_every_layer_or_those_chosen(family: str) -> None:
+def test_residual_hookpoints_are_all_every_nth_or_the_given_layers(family: str) -> None:
     model = build(family)
     _, _, layers, _ = FAMILIES[family]
     assert residual_hookpoints(model, (), 1) == [f"{layers}.{n}" for n in range(3)]
@@ -174,7 +174,7 @@ def test_a_layer_adds_its_attention_and_mlp_to_its_input(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_survey_without_weights_finds_what_one_with_weights_finds(family: str) -> None:
+def test_the_meta_device_gives_the_same_sites_as_weights(family: str) -> None:
     sites, empty = discover_sites(build(family)), discover_sites(build(family, "meta"))
     assert sum(site.width == 16 for site in sites.values()) >= 10
     assert empty == sites
@@ -182,7 +182,7 @@ def test_a_survey_without_weights_finds_what_one_with_weights_finds(family: str)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whatever_a_survey_offers_is_captured_at_any_batch_and_length(family: str) -> None:
+def test_every_site_can_be_captured_at_any_batch_size_and_length(family: str) -> None:
     model = build(family)
     hookpoints = match(["*", "*:in"], discover_sites(model), model.base_model_prefix)
     for ids in (IDS, IDS[:1], IDS[:2, :5]):
@@ -192,7 +192,7 @@ def test_whatever_a_survey_offers_is_captured_at_any_batch_and_length(family: st
         assert all(found[h.name].shape == (*ids.shape, h.width) for h in hookpoints)
 
 
-def test_chosen_tokens_alone_are_kept_and_are_what_they_are_among_all() -> None:
+def test_chosen_positions_equal_those_of_a_full_capture() -> None:
     hookpoints = [Hookpoint("layers.0", 16), Hookpoint("layers.1.mlp:in", 16)]
     chosen = torch.tensor([0, 3, 8, 20])  # of 3 sequences of 7
     with ActivationCapture(build("llama"), hookpoints) as capture:
@@ -203,7 +203,7 @@ def test_chosen_tokens_alone_are_kept_and_are_what_they_are_among_all() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_on_the_right_that_is_masked_leaves_the_tokens_before_it_as_they_are(
+def test_masked_padding_does_not_change_the_tokens_before_it(
     family: str,
 ) -> None:
     model = build(family)
@@ -218,14 +218,14 @@ def test_padding_on_the_right_that_is_masked_leaves_the_tokens_before_it_as_they
                 torch.testing.assert_close(activations[0], padded[name][sequence, :length])
 
 
-def test_a_model_of_text_and_images_runs_on_text_past_its_vision_tower() -> None:
+def test_a_multimodal_model_runs_without_its_vision_tower() -> None:
     sites = discover_sites(build("gemma3_vision"))
     assert sites["vision_tower.encoder.layers.0"].reason == "is not called in a forward pass"
     assert sites["language_model.layers.0"].width == 16
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_of_a_layer_that_gives_several_things_the_first_is_taken(as_list: bool) -> None:
+def test_the_first_tensor_of_a_tuple_or_list_is_captured(as_list: bool) -> None:
     model = build("llama")
     before = run(model, ["layers.1", "layers.2:in"])
 
@@ -242,21 +242,21 @@ def test_of_a_layer_that_gives_several_things_the_first_is_taken(as_list: bool) 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_survey_says_why_a_module_cannot_be_hooked() -> None:
+def test_a_site_records_why_it_cannot_be_hooked() -> None:
     sites = discover_sites(build("mixtral"))
     assert "has shape [16, 4], not [batch, ctx, width]" in sites["layers.0.mlp.gate"].reason
     assert "not [batch, ctx, width]" in sites["layers.0.mlp.experts"].reason
     assert "not [batch, ctx, width]" in sites["rotary_emb"].reason
     assert sites["layers"].reason == "is not called in a forward pass"
     assert sites["layers.0.mlp"].width == 16
-    assert sites["layers.0.self_attn:in"].width == 16  # given as a keyword
+    assert sites["layers.0.self_attn:in"].width == 16  # a keyword argument
     assert (
         discover_sites(build("gpt2"))["wpe"].width is None
-    )  # positions do not grow with the batch
+    )  # position embeddings have no batch dimension
 
 
 class Toy(nn.Module):
-    """A base model of four modules, one called twice and one changing its input in place."""
+    """Base model of four modules: one is called twice, one changes its input in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def test_a_module_that_is_called_twice_is_refused() -> None:
         match(["twice"], sites, "")
 
 
-def test_what_is_captured_is_not_changed_by_modules_that_work_in_place() -> None:
+def test_captured_activations_are_not_changed_by_in_place_modules() -> None:
     torch.manual_seed(0)
     model = Toy()
     model.first.register_forward_hook(lambda *_: None)
@@ -316,7 +316,7 @@ def test_a_pass_never_reaches_the_lm_head() -> None:
     assert called == []
 
 
-def test_no_hook_is_left_behind_whatever_happens() -> None:
+def test_hooks_are_removed_after_success_and_errors() -> None:
     model = build("llama")
 
     def count() -> int:
@@ -336,12 +336,11 @@ def test_no_hook_is_left_behind_whatever_happens() -> None:
     assert count() == before
 
 
-def test_a_hookpoint_of_another_width_than_surveyed_is_refused() -> None:
+def test_a_hookpoint_of_another_width_than_in_the_probe_is_refused() -> None:
+    message = r"(?s)layers\.0 has another shape.*\[3, 7, 17\].*\(3, 7, 16\)"
     with (
         ActivationCapture(build("llama"), [Hookpoint("layers.0", 17)]) as capture,
-        pytest.raises(
-            HookpointError, match=r"(?s)layers\.0 has another shape.*\[3, 7, 17\].*\(3, 7, 16\)"
-        ),
+        pytest.raises(HookpointError, match=message),
     ):
         capture.run(IDS)
 
@@ -371,7 +370,7 @@ def names(*patterns: str) -> list[str]:
     return [hookpoint.name for hookpoint in match(patterns, SITES, "model")]
 
 
-def test_patterns_mean_outputs_unless_they_end_in_in() -> None:
+def test_patterns_match_inputs_only_with_the_suffix_in() -> None:
     assert names("layers.1") == ["layers.1"]
     assert names("layers.1:in") == ["layers.1:in"]
     assert names("layers.[0-2]") == ["layers.0", "layers.1", "layers.2"]
@@ -379,7 +378,7 @@ def test_patterns_mean_outputs_unless_they_end_in_in() -> None:
     assert not [name for name in names("*") if name.endswith(":in")]
 
 
-def test_hookpoints_come_once_each_in_natural_order() -> None:
+def test_hookpoints_are_unique_and_in_natural_order() -> None:
     assert names("layers.10", "layers.9", "layers.1*", "layers.9")[:5] == [
         "layers.1",
         "layers.1.mlp",
@@ -389,26 +388,26 @@ def test_hookpoints_come_once_each_in_natural_order() -> None:
     ]
 
 
-def test_the_base_prefix_may_be_given_or_left_out() -> None:
+def test_the_base_prefix_is_optional() -> None:
     assert names("model.layers.3") == names("layers.3") == ["layers.3"]
     assert names("model.layers.*.mlp:in") == names("layers.*.mlp:in")
 
 
-def test_a_pattern_skips_what_cannot_be_hooked_but_a_name_does_not() -> None:
+def test_a_pattern_skips_unhookable_sites_unless_it_matches_nothing_else() -> None:
     assert names("layers.0.*") == ["layers.0.mlp"]
     for pattern in ("layers.0.mlp.gate", "layers.*.gate"):
         with pytest.raises(HookpointError, match=r"(?s)cannot be hooked: it has shape \[16, 4\]"):
             names(pattern)
 
 
-def test_a_pattern_that_matches_nothing_names_the_closest() -> None:
+def test_a_pattern_without_a_match_is_refused_with_the_closest_names() -> None:
     with pytest.raises(HookpointError, match=r"(?s)'layer\.3\.mpl'.*such as .*layers\.3\.mlp.*rem"):
         names("layers.1", "layer.3.mpl")
     with pytest.raises(HookpointError, match=r"(?s)'zzzz'\n.*actcache hookpoints MODEL"):
         names("zzzz")
 
 
-def test_layers_that_cannot_be_told_are_refused_with_a_remedy() -> None:
+def test_ambiguous_lists_of_layers_are_refused_with_a_remedy() -> None:
     model = nn.Module()
     model.a, model.b = nn.ModuleList([nn.Identity()] * 2), nn.ModuleList([nn.Identity()] * 2)
     text = SimpleNamespace(num_hidden_layers=2)

@@ -24,7 +24,7 @@ from actcache.model.loading import (
 @pytest.mark.parametrize(
     "change", [{"rms_norm_eps": 1e-3}, {"hidden_act": "relu"}, {"num_key_value_heads": 1}]
 )
-def test_the_same_weights_with_another_configuration_are_another_model(
+def test_the_fingerprint_depends_on_the_configuration(
     change: dict[str, Any], tiny_model: Path
 ) -> None:
     model = load_model(config(tiny_model))
@@ -33,7 +33,7 @@ def test_the_same_weights_with_another_configuration_are_another_model(
     assert fingerprint_model(other) != fingerprint_model(model)
 
 
-def test_names_and_versions_are_no_part_of_a_model(tiny_model: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_name_and_version(tiny_model: Path) -> None:
     model = load_model(config(tiny_model))
     other = copy.deepcopy(model)
     other.config._name_or_path = "elsewhere"
@@ -53,7 +53,7 @@ def test_a_folder_is_loaded_frozen_and_in_evaluation_mode(tiny_model: Path) -> N
     assert load_tokenizer(config(tiny_model)).eos_token == "</s>"
 
 
-def test_the_type_of_the_arithmetic_is_the_checkpoints_or_the_one_asked(
+def test_the_dtype_is_that_of_the_checkpoint_or_of_model_dtype(
     tiny_model: Path, make_model: Callable[..., Path]
 ) -> None:
     assert dtype_name(load_model(config(tiny_model))) == "float32"
@@ -61,13 +61,15 @@ def test_the_type_of_the_arithmetic_is_the_checkpoints_or_the_one_asked(
     assert dtype_name(load_model(config(make_model(dtype="float16")))) == "float16"
 
 
-def test_the_empty_model_has_no_weights(tiny_model: Path) -> None:
+def test_the_meta_model_has_no_weights(tiny_model: Path) -> None:
     options = config(tiny_model)
     model = load_meta_model(load_config(options), options)
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-def test_the_fingerprint_of_weights_is_of_names_types_shapes_and_bytes(tiny_model: Path) -> None:
+def test_the_fingerprint_depends_on_names_dtypes_shapes_and_bytes_of_weights(
+    tiny_model: Path,
+) -> None:
     model = load_model(config(tiny_model))
     first = fingerprint_model(model)
     assert fingerprint_model(load_model(config(tiny_model))) == first
@@ -79,7 +81,7 @@ def test_the_fingerprint_of_weights_is_of_names_types_shapes_and_bytes(tiny_mode
     assert len({first, *map(fingerprint_model, others)}) == 4
 
 
-def test_the_fingerprint_of_a_tokenizer_is_of_how_it_cuts(
+def test_the_fingerprint_of_a_tokenizer_depends_on_its_token_ids(
     make_tokenizer: Callable[..., Any], tiny_model: Path
 ) -> None:
     first = fingerprint_tokenizer(make_tokenizer())
@@ -91,18 +93,18 @@ def test_the_fingerprint_of_a_tokenizer_is_of_how_it_cuts(
 
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model])
-def test_a_model_that_is_not_there_is_told_by_name(load: Callable[..., Any]) -> None:
+def test_a_missing_model_is_reported_with_its_name(load: Callable[..., Any]) -> None:
     with pytest.raises(ModelError, match=r"(?s)nobody/no-such-model.*remedy:.*--revision"):
         load(config("nobody/no-such-model"))
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "~/nowhere"])
-def test_a_missing_folder_is_told_plainly(model: str) -> None:
+def test_a_missing_local_folder_is_reported(model: str) -> None:
     with pytest.raises(ModelError, match=f"no such model folder: {model}"):
         load_config(config(model))
 
 
-def test_a_folder_without_a_model_or_with_a_damaged_one_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_or_with_a_damaged_one_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load the configuration"):
         load_config(config(tmp_path))
     (tmp_path / "config.json").write_text("{")
@@ -115,7 +117,9 @@ def test_a_folder_without_a_model_or_with_a_damaged_one_is_told(tmp_path: Path) 
         load_tokenizer(config(tmp_path))
 
 
-def test_a_missing_gguf_file_is_told_with_those_there_are(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_missing_gguf_file_is_reported_with_the_existing_ones(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ModelError, match=r"(?s)no file other\.gguf.*model\.gguf.*--gguf-file"):
         load_config(config(tmp_path, gguf_file="other.gguf"))

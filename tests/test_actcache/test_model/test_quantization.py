@@ -1,4 +1,4 @@
-"""Weights in few bits and weights spread over devices: the real libraries, on the CPU."""
+"""Quantised and offloaded weights, with the real libraries on the CPU."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning") 
 IDS = torch.arange(42).reshape(2, 21)
 
 PART = "cpu=120KB"
-"""Holds the embeddings and a layer of the 170 kB of `make_model`'s Llama; the rest is on disk."""
+"""Memory for embeddings and one layer of `make_model`'s Llama of 170 kB; the rest is on disk."""
 
 
 @pytest.fixture(scope="module")
 def wide_model(make_model: Callable[..., Path]) -> Path:
-    """Of sizes that bitsandbytes' kernels for the CPU take: multiples of 64."""
+    """Return a model of widths that bitsandbytes' CPU kernels support: multiples of 64."""
     return make_model(width=64, inner=128)
 
 
 @pytest.fixture(scope="module")
 def wild_model(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its inner activations go beyond 6, where LLM.int8 takes dimensions out of the product."""
+    """Return a model with activations above 6, which LLM.int8 multiplies separately as outliers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("wild")
@@ -57,7 +57,7 @@ def loading(model: Path, **given: Any) -> HarvestConfig:
     return HarvestConfig(str(model), "data", "out", **given)
 
 
-def placed(model: Path, **given: Any) -> dict[str, Any]:
+def kwargs_of(model: Path, **given: Any) -> dict[str, Any]:
     config = loading(model, **given)
     return from_pretrained_kwargs(config, load_config(config))
 
@@ -73,11 +73,11 @@ def devices(model: Any) -> set[str]:
     return {tensor.device.type for tensor in model.state_dict().values()}
 
 
-def test_a_plain_load_is_told_nothing(tiny_model: Path) -> None:
-    assert placed(tiny_model) == {}
+def test_a_plain_load_has_no_extra_arguments(tiny_model: Path) -> None:
+    assert kwargs_of(tiny_model) == {}
 
 
-def test_weights_of_4_bits_are_nf4_and_compute_in_the_models_type(
+def test_4_bit_weights_are_nf4_and_compute_in_the_models_dtype(
     tiny_model: Path, make_model: Callable[..., Path]
 ) -> None:
     half = make_model(dtype="float16")
@@ -86,17 +86,17 @@ def test_weights_of_4_bits_are_nf4_and_compute_in_the_models_type(
         (tiny_model, {"model_dtype": "bfloat16"}, torch.bfloat16),
         (half, {}, torch.float16),
     ):
-        told = placed(model, load_in="4bit", device="cpu", **given)
-        assert told["device_map"] == {"": "cpu"}
-        found = told["quantization_config"]
+        kwargs = kwargs_of(model, load_in="4bit", device="cpu", **given)
+        assert kwargs["device_map"] == {"": "cpu"}
+        found = kwargs["quantization_config"]
         assert (found.load_in_4bit, found.bnb_4bit_quant_type) == (True, "nf4")
         assert found.bnb_4bit_compute_dtype == expected
 
 
-def test_weights_of_8_bits_are_those_of_transformers_by_default(tiny_model: Path) -> None:
+def test_8_bit_weights_use_the_default_settings_of_transformers(tiny_model: Path) -> None:
     from transformers import BitsAndBytesConfig
 
-    found = placed(tiny_model, load_in="8bit")["quantization_config"]
+    found = kwargs_of(tiny_model, load_in="8bit")["quantization_config"]
     assert found.to_dict() == BitsAndBytesConfig(load_in_8bit=True).to_dict()
 
 
@@ -108,7 +108,7 @@ def test_weights_of_8_bits_are_those_of_transformers_by_default(tiny_model: Path
         ({"device_map": "auto"}, ("accelerate",)),
     ],
 )
-def test_a_library_that_is_not_there_is_told_with_how_to_install_it(
+def test_a_missing_library_is_reported_with_its_pip_command(
     given: dict[str, Any],
     missing: tuple[str, ...],
     tiny_model: Path,
@@ -127,7 +127,7 @@ def test_a_library_that_is_not_there_is_told_with_how_to_install_it(
 
 @pytest.mark.parametrize(("load_in", "stored"), [("8bit", torch.int8), ("4bit", torch.uint8)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_quantised_weights_are_another_model_whose_arithmetic_keeps_its_type(
+def test_quantised_weights_have_their_own_fingerprint_and_the_same_dtype(
     load_in: Any, stored: torch.dtype, dtype: Any, wide_model: Path
 ) -> None:
     plain = load_model(loading(wide_model, model_dtype=dtype))
@@ -149,12 +149,12 @@ def test_quantised_weights_are_another_model_whose_arithmetic_keeps_its_type(
     assert all(torch.equal(captured(again)[name], near[name]) for name in near)
 
 
-def test_8_and_4_bits_are_different_models(tiny_model: Path) -> None:
+def test_8_and_4_bits_have_different_fingerprints(tiny_model: Path) -> None:
     models = [load_model(loading(tiny_model, load_in=bits)) for bits in ("8bit", "4bit")]
     assert len({*map(fingerprint_model, models)}) == 2
 
 
-def test_a_checkpoint_of_8_bits_must_be_asked_for_and_is_never_quantised_again(
+def test_an_8_bit_checkpoint_needs_load_in_8bit_and_is_never_quantised_again(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     for bits in ("8bit", "4bit"):
@@ -162,20 +162,20 @@ def test_a_checkpoint_of_8_bits_must_be_asked_for_and_is_never_quantised_again(
         model.save_pretrained(tmp_path / bits)
     with pytest.raises(ModelError, match=r"(?s)holds 8-bit weights.*remedy: +--load-in 8bit"):
         load_model(loading(tmp_path / "8bit"))
-    asked = load_model(loading(tmp_path / "8bit", load_in="8bit"))
-    assert asked.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    loaded = load_model(loading(tmp_path / "8bit", load_in="8bit"))
+    assert loaded.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
     for given in ("8bit", "4bit"):
         other = "4bit" if given == "8bit" else "8bit"
         message = rf"(?s)is quantised already.*--load-in none or {other}\n.*--load-in {given}"
         with pytest.raises(ModelError, match=message):
             load_model(loading(tmp_path / other, load_in=given))
-    unasked = load_model(loading(tmp_path / "4bit", device="cpu"))
-    assert unasked.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    assert dtype_name(unasked) == "float32"
+    default = load_model(loading(tmp_path / "4bit", device="cpu"))
+    assert default.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert dtype_name(default) == "float32"
 
 
 def tie(folder: Path) -> Path:
-    """The model of a folder with its head tied to its embeddings."""
+    """Save the model of a folder again with its head tied to its embeddings."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=True)
@@ -189,7 +189,7 @@ def tie(folder: Path) -> Path:
     ids=["memory", "memory and disk", "disk"],
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_spread_model_is_the_plain_one_and_gives_its_bits(
+def test_an_offloaded_model_gives_the_same_bits_as_the_plain_one(
     budget: tuple[str, ...],
     expected: set[str],
     tied: bool,
@@ -203,7 +203,7 @@ def test_a_spread_model_is_the_plain_one_and_gives_its_bits(
     assert input_device(model).type == "cpu"
     assert dtype_name(model) == "float32"
     assert fingerprint_model(model) == fingerprint_model(plain)
-    assert devices(model) == expected  # what was brought in has been let go
+    assert devices(model) == expected  # loaded weights were released again
     ours, theirs = captured(model), captured(plain)
     assert discover_sites(model) == discover_sites(plain)
     assert set(ours) == set(theirs)
@@ -211,7 +211,7 @@ def test_a_spread_model_is_the_plain_one_and_gives_its_bits(
     assert devices(model) == expected
 
 
-def test_a_spread_model_may_be_converted_and_its_pass_may_end_within_a_layer(
+def test_an_offloaded_model_may_have_another_dtype_and_stop_within_a_layer(
     tiny_model: Path,
 ) -> None:
     given = {"model_dtype": "bfloat16"}
@@ -226,7 +226,7 @@ def test_a_spread_model_may_be_converted_and_its_pass_may_end_within_a_layer(
             assert torch.equal(ours.run(ids)[points[0].name], theirs.run(ids)[points[0].name])
 
 
-def test_weights_that_lie_in_another_shape_than_in_the_checkpoint_need_a_folder(
+def test_weights_of_another_shape_than_in_the_checkpoint_need_an_offload_folder(
     tmp_path: Path,
 ) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -252,26 +252,26 @@ def test_a_quantised_model_that_does_not_fit_is_refused(tiny_model: Path) -> Non
         load_model(loading(tiny_model, **given))
 
 
-def test_a_quantised_model_that_fits_may_be_spread(tiny_model: Path) -> None:
+def test_a_quantised_model_that_fits_may_use_device_map_auto(tiny_model: Path) -> None:
     model = load_model(loading(tiny_model, load_in="8bit", device_map="auto"))
     alone = load_model(loading(tiny_model, load_in="8bit"))
     assert fingerprint_model(model) == fingerprint_model(alone)
 
 
 def rows_by_token(cache: Cache, name: str) -> dict[tuple[int, int], np.ndarray]:
-    """Rows of the whole cache by (sequence of the harvest, position)."""
+    """Return the rows of a cache by (sequence of the harvest, position)."""
     found = {}
     for shard in cache.shards:
         words, rows = cache.tokens(shard), cache.row_dtype.to_torch(cache.read(name, shard)).numpy()
         first = cache.receipts[shard].first_sequence
-        places = zip(words.row_sequence, words.row_position, strict=True)
-        for place, row in zip(places, rows, strict=True):
-            found[first + int(place[0]), int(place[1])] = row
+        positions = zip(words.row_sequence, words.row_position, strict=True)
+        for position, row in zip(positions, rows, strict=True):
+            found[first + int(position[0]), int(position[1])] = row
     return found
 
 
 @pytest.mark.parametrize("load_in", ["8bit", "4bit"])
-def test_a_harvest_of_quantised_weights_is_another_cache(
+def test_a_harvest_with_quantised_weights_has_another_cache_id(
     load_in: str, options: Callable[..., Any], wide_model: Path, tree: Callable[..., Any]
 ) -> None:
     given = {"model": str(wide_model), "max_tokens": 16 * 8, "load_in": load_in}
@@ -291,14 +291,14 @@ def test_a_harvest_of_quantised_weights_is_another_cache(
     assert tree(cache.root) == before
 
 
-def test_with_8_bits_a_row_depends_on_its_batch_and_every_plan_makes_the_same_batches(
+def test_with_8_bits_rows_depend_on_the_batch_and_every_shard_size_gives_the_same_batches(
     options: Callable[..., Any], wild_model: Path, tmp_path: Path
 ) -> None:
     model = load_model(loading(wild_model, load_in="8bit"))
     one, other = IDS[:, :16], IDS.roll(1, 1)[:, :16].clone()
     other[0] = one[0]
     first = [captured(model, ids)["layers.1"][0] for ids in (one, other)]
-    assert not torch.equal(*first)  # the same sequence, next to another one
+    assert not torch.equal(*first)  # the same sequence in another batch
     found = []
     for shard_size, sequences in ((4, 16), (8, 16), (8, 15)):  # the last is rounded down to 12
         given = {"shard_size": shard_size, "max_tokens": 16 * sequences, "load_in": "8bit"}
@@ -311,20 +311,20 @@ def test_with_8_bits_a_row_depends_on_its_batch_and_every_plan_makes_the_same_ba
     assert {reason for *_, reason in found} == {"goal"}
     whole = found[0][1]
     for _, rows, _ in found:
-        assert all(np.array_equal(row, whole[place]) for place, row in rows.items())
+        assert all(np.array_equal(row, whole[address]) for address, row in rows.items())
 
 
-def test_a_harvest_of_a_spread_model_leaves_the_bytes_of_a_plain_one(
+def test_a_harvest_with_an_offloaded_model_writes_the_same_bytes(
     options: Callable[..., Any], tree: Callable[..., Any], tmp_path: Path
 ) -> None:
     harvest(options())
     spread = {"device_map": "auto", "max_memory": (PART,)}
     harvest(options(out=str(tmp_path / "spread"), **spread))
     assert tree(tmp_path / "spread") == tree(options().out)
-    assert harvest(options(**spread)).new_shards == 0  # either may finish the other's
+    assert harvest(options(**spread)).new_shards == 0  # either may resume the other
 
 
-def test_a_model_that_is_surveyed_with_its_weights_may_be_spread(
+def test_a_model_that_was_probed_with_its_weights_is_not_loaded_again(
     options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from actcache.harvester import job, resolve
@@ -347,7 +347,7 @@ def test_quantised_weights_are_fingerprinted_before_they_are_used(
     tree: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
-    """The first pass makes bitsandbytes pack 4-bit weights for the CPU; asking for them, unpack."""
+    """The first forward pass makes bitsandbytes repack 4-bit weights for the CPU."""
     from actcache.harvester import resolve
 
     given = {"model": str(wide_model), "load_in": "4bit", "max_tokens": 64}
@@ -361,7 +361,7 @@ def test_quantised_weights_are_fingerprinted_before_they_are_used(
     assert tree(tmp_path / "other") == tree(options().out)
 
 
-def test_several_processes_of_one_machine_do_not_spread_a_model(
+def test_device_map_auto_is_refused_with_several_processes_per_machine(
     options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():

@@ -161,8 +161,7 @@ class SegmentTracker:
             step: steps done.
             epochs: epochs of the run; None: as many as its steps need.
         """
-        plans = [self.plans.plan(number) for number in range(len(self._used.segments))]
-        steps = [0 if plan is None else plan.steps_per_epoch for plan in plans]
+        steps = [0 if plan is None else plan.steps_per_epoch for plan in self._pinned_plans()]
         epoch = 0
         if self._used.last_shard is not None and step > 0:
             if step == sum(steps) * (epochs or 0):
@@ -177,10 +176,12 @@ class SegmentTracker:
             step -= count
         return None
 
+    def _pinned_plans(self) -> list[OrderPlan | None]:
+        return [self.plans.plan(number) for number in range(len(self._used.segments))]
+
     def plan_of(self, step: int) -> tuple[OrderPlan, int, int]:
         """Return the plan of a past step (from 0), its epoch, and the step within both."""
-        plans = [self.plans.plan(number) for number in range(len(self._used.segments))]
-        used = [plan for plan in plans if plan is not None]
+        used = [plan for plan in self._pinned_plans() if plan is not None]
         epoch, step = divmod(step, sum(plan.steps_per_epoch for plan in used))
         for plan in used:
             if step < plan.steps_per_epoch:

@@ -204,16 +204,9 @@ def sae_metrics(path: Path, line: dict[str, Any], names: Sequence[str]) -> dict[
     for name in names:
         sae = saes.get(name) if isinstance(saes, dict) else None
         metrics = sae if isinstance(sae, dict) else {}
-        numbers = [metrics.get(figure) for figure in ("fvu", "l0")]
-        if metrics.get("dead_percent", "") is not None:  # None: too few rows so far
-            numbers.append(metrics.get("dead_percent"))
-        if not all(map(_is_number, numbers)):
-            raise FormatError(
-                f"{path} lacks figures of {name} at step {line['step']}",
-                expected="fvu, l0, dead_percent",
-                got=truncated_repr(sae),
-                remedy="it is damaged; restore it from a copy",
-            )
+        for key in ("fvu", "l0", "dead_percent"):
+            if key != "dead_percent" or metrics.get(key, "") is not None:  # None: too few rows
+                number_of(path, {"step": f"{line['step']} of {name}"} | metrics, key)
     assert isinstance(saes, dict)
     return saes
 

@@ -1,7 +1,12 @@
-"""What a run leaves on disk: SAEs as others load them, and checkpoints."""
+"""Saving a run: its SAEs in the export format, and checkpoints.
+
+With --save-best, `SAE/best-STEP/` holds the SAE with the lowest held-out FVU. Checkpoints name its
+step, and it stays as long as one of them does, so a killed run resumes as if it had not been.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from actcache.errors import ActcacheError
@@ -9,23 +14,29 @@ from actcache.filesystem.atomic import FileDigest
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator
 from saetrain.formats.sparsify import save_sae
-from saetrain.runs.checkpoint import NEWEST, RetentionPolicy, best_steps, save_sae_state
+from saetrain.runs.checkpoint import (
+    Best,
+    RetentionPolicy,
+    best_folder,
+    best_steps,
+    remove_other_bests,
+    save_sae_state,
+)
 from saetrain.tracking.jsonl import JsonlTracker
-from saetrain.training.best import keep_only
 from saetrain.training.non_finite import require_finite_loss
 from saetrain.training.sae_trainer import SaeTrainer
 
 
 class Checkpointer:
-    """Saves a run now and then, and knows how far it is saved.
+    """Saves a run at intervals, and records the last step that is saved.
 
     Args:
         root: folder of the run.
-        trainers: the SAEs.
-        tracker: whose lines must be durable before a checkpoint is.
+        trainers: the SAEs of this process.
+        tracker: its metrics lines are flushed to disk before a checkpoint is written.
         coordinator: the processes of the run.
-        options: when to save, and what stays.
-        saved: steps that are saved.
+        options: intervals and retention.
+        saved: step of the checkpoint that the run resumed from, or 0.
     """
 
     def __init__(
@@ -37,99 +48,90 @@ class Checkpointer:
         options: FitConfig,
         saved: int,
     ) -> None:
-        self._root, self._trainees, self._tracker, self._crew = root, trainers, tracker, coordinator
-        self._every, self._keep = (
-            options.save_every,
-            RetentionPolicy(options.keep_last, options.keep_every),
-        )
+        self._root, self._trainers, self._tracker = root, trainers, tracker
+        self._coordinator, self._every = coordinator, options.save_every
+        self._keep = RetentionPolicy(options.keep_last, options.keep_every)
         self._saved = saved
 
     def is_due(self, done: int) -> bool:
-        """Whether there must be a checkpoint of a step."""
+        """Return whether --save-every or --keep-every asks for a checkpoint of this step."""
         return done % self._every == 0 or self._keep.is_due(done)
 
-    def save(self, done: int, place: dict[str, int]) -> None:
-        """Save so many steps, unless they are.
+    def save(self, done: int, position: dict[str, int]) -> None:
+        """Save the SAEs and a checkpoint, unless this step is saved already.
+
+        The checkpoint is written last. A run killed before that repeats the steps since the last
+        one and writes the same SAEs.
 
         Args:
             done: steps done.
-            place: where the next batch lies.
+            position: state of the stream: position of the next batch.
+
+        Raises:
+            NonFiniteError: a loss or a weight is not finite.
         """
-        if done > self._saved:
-            self._tracker.sync()
-            save(self._root, done, self._trainees, place, self._crew, self._keep)
-            self._saved = done
+        if done <= self._saved:
+            return
+        self._tracker.sync()
+        if self._coordinator.writes_saes:
+            self._write(done, position)
+        self._saved = done
 
-    def save_while_waiting(self, done: int, place: dict[str, int]) -> None:
-        """Save, if these processes can by themselves: who stops the run now loses nothing."""
-        if self._crew.can_checkpoint_alone:
-            self.save(done, place)
+    def _write(self, done: int, position: dict[str, int]) -> None:
+        for trainer in self._trainers:
+            # The weights alone do not show a bad loss: sign(NaN) is 0, so signum keeps them finite.
+            value = float(trainer.meter.sums.sum())
+            finite = all(bool(p.isfinite().all()) for p in trainer.sae.parameters())
+            require_finite_loss(self._root, trainer, value if finite else value + math.nan, done)
+        exports = [export(self._root, trainer) for trainer in self._trainers]
+        parts = {
+            trainer.index: save_sae_state(
+                self._root, done, trainer.index, trainer.state(), file, trainer.best
+            )
+            for trainer, file in zip(self._trainers, exports, strict=True)
+        }
+        self._coordinator.finalize_checkpoint(self._root, done, position, parts, self._keep)
+        prune_best(self._root, self._trainers)
 
-    def save_after_read_error(self, done: int, place: dict[str, int]) -> None:
-        """Save what was learnt before rows could not be read, and say what is saved."""
-        say = self._tracker.bar.print_line
+    def save_while_waiting(self, done: int, position: dict[str, int]) -> None:
+        """Save while waiting for rows, if this process can do so without the other ranks."""
+        if self._coordinator.can_checkpoint_alone:
+            self.save(done, position)
+
+    def save_after_read_error(self, done: int, position: dict[str, int]) -> None:
+        """Save the steps before rows that could not be read, and print which step is saved."""
+        say = self._tracker.bar.say
         try:
-            self.save_while_waiting(done, place)
-        except ActcacheError as error:  # what happened to the rows is the news, not this
+            self.save_while_waiting(done, position)
+        except ActcacheError as error:  # the read error is the one to raise
             say(f"warning: step {done:,} could not be saved: {error}")
         if self._saved:
-            say(
-                f"rows could not be read; step {self._saved:,} is saved, and --resume goes on from "
-                "there"
-            )
-        if self._crew.can_checkpoint_alone:
-            self._crew.barrier()  # whoever ends first takes the others with it
-
-
-def save(
-    root: Path,
-    done: int,
-    trainers: list[SaeTrainer],
-    place: dict[str, int],
-    coordinator: Coordinator,
-    keep: RetentionPolicy = NEWEST,
-) -> None:
-    """Write every SAE as others load it, and a checkpoint.
-
-    The checkpoint comes last: killed before it, the run does these steps again and writes the same
-    SAEs; killed after it, nothing is missing.
-    """
-    if not coordinator.writes_saes:
-        return
-    for trainer in trainers:
-        _require_finite_state(root, trainer, done)
-    exports = [export(root, trainer) for trainer in trainers]
-    parts = {
-        trainer.index: save_sae_state(
-            root, done, trainer.index, trainer.state(), file, trainer.best
-        )
-        for trainer, file in zip(trainers, exports, strict=True)
-    }
-    coordinator.finalize_checkpoint(root, done, place, parts, keep)
-    prune_best(root, trainers)
+            say(f"rows could not be read; step {self._saved:,} is saved, --resume continues there")
+        if self._coordinator.can_checkpoint_alone:
+            self._coordinator.barrier()  # the first rank to exit ends the others
 
 
 def export(root: Path, trainer: SaeTrainer) -> FileDigest:
-    """Write an SAE as others load it."""
-    weights, unit = trainer.export_weights(), trainer.unit_norm()
-    entry = trainer.entry
-    return save_sae(root / entry.name, entry.config, weights, entry.reads, unit)
+    """Write an SAE in the export format to its folder in the run."""
+    return _export(root / trainer.entry.name, trainer)
+
+
+def save_best(root: Path, trainer: SaeTrainer, step: int, fvu: float) -> None:
+    """Write an SAE as its best so far; remove those that no checkpoint names."""
+    folder = root / trainer.entry.name
+    trainer.best = Best(step, fvu, _export(best_folder(folder, step), trainer))
+    remove_other_bests(folder, {step, *trainer.saved_bests})
 
 
 def prune_best(root: Path, trainers: list[SaeTrainer]) -> None:
-    """Remove best ones that no checkpoint names: of before, or newer than what is gone on from."""
+    """Remove the best SAEs that no checkpoint names: older ones, or newer than the resumed step."""
     for trainer in trainers:
         saved = set() if trainer.best is None else best_steps(root, trainer.index)
         trainer.saved_bests = frozenset(saved)
-        keep_only(root / trainer.entry.name, saved)
+        remove_other_bests(root / trainer.entry.name, saved)
 
 
-def _require_finite_state(root: Path, trainer: SaeTrainer, step: int) -> None:
-    """Refuse to save what a loss that was not finite has touched.
-
-    The weights alone do not tell: the sign of NaN is 0, so signum keeps them finite.
-    """
-    require_finite_loss(root, trainer, float(trainer.meter.sums.sum()), step)
-    for parameter in trainer.sae.parameters():
-        if not bool(parameter.isfinite().all()):
-            require_finite_loss(root, trainer, float("nan"), step)
+def _export(folder: Path, trainer: SaeTrainer) -> FileDigest:
+    entry = trainer.entry
+    weights, unit = trainer.export_weights(), trainer.unit_norm()
+    return save_sae(folder, entry.config, weights, entry.reads, unit)

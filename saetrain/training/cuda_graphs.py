@@ -171,12 +171,7 @@ def with_cuda_graphs(groups: Groups) -> Callable[[Groups, Batch, int], None]:
     if not groups:  # more processes than SAEs
         return train_batch
     steps = GraphedSteps(groups)
-
-    def make_step(same: Groups, batch: Batch, step: int) -> None:
-        assert same is groups
-        steps.make(batch, step)
-
-    return make_step
+    return lambda _, batch, step: steps.make(batch, step)
 
 
 Thunk = Callable[[], None]

@@ -17,36 +17,6 @@ from saetrain.model.losses import Losses, OutputSlice
 from saetrain.tracking import EDGES
 
 
-class FiniteGuard:
-    """A flag on the device that stays false from the first loss on that is not finite.
-
-    Optimiser steps are conditional on it, so the weights stay those before that loss.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-
-    @torch.no_grad()
-    def check(self, value: Tensor, step: int | Tensor) -> Tensor:
-        """Return whether `value` and all values checked before are finite.
-
-        Args:
-            value: on the device, no dimensions.
-            step: step of the value, from 0; an int, or int64 on the device, no dimensions.
-
-        Returns:
-            bool, on the device, no dimensions.
-        """
-        newly_bad = (self._first_bad < 0) & ~value.isfinite()
-        self._first_bad.copy_(torch.where(newly_bad, step, self._first_bad))
-        return self._first_bad < 0
-
-    def first_bad(self) -> int | None:
-        """Return the first step (from 0) that was not finite, if any. Waits for the device."""
-        step = int(self._first_bad)
-        return None if step < 0 else step
-
-
 class MeanMeter:
     """Means of losses and L0 over the steps since the last line of metrics.jsonl.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from saetrain.distributed.collectives import world_size
@@ -16,7 +17,6 @@ from saetrain.optim import Optimizer
 from saetrain.training.ddp import DdpStep
 from saetrain.training.metrics import (
     DeadLatentTracker,
-    FiniteGuard,
     LatentStats,
     MeanMeter,
     decoder_norm_range,
@@ -30,6 +30,36 @@ if TYPE_CHECKING:
 
 
 V = TypeVar("V")
+
+
+class FiniteGuard:
+    """Flag on the device that turns false, for good, at the first value that is not finite.
+
+    Later updates are masked by it, so that the weights stay those before that value.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def check(self, value: Tensor, step: int | Tensor) -> Tensor:
+        """Compute whether `value`, of step `step` (from 0), and all before it are finite.
+
+        Args:
+            value: on the device, no dimensions.
+            step: its step; or int64 on the device, no dimensions.
+
+        Returns:
+            bool, on the device, no dimensions.
+        """
+        newly_bad = (self._first_bad < 0) & ~value.isfinite()
+        self._first_bad.copy_(torch.where(newly_bad, step, self._first_bad))
+        return self._first_bad < 0
+
+    def first_bad(self) -> int | None:
+        """Return the first step (from 0) that was not finite, if any. Waits for the device."""
+        step = int(self._first_bad)
+        return None if step < 0 else step
 
 
 @dataclass

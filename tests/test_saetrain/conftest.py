@@ -1,4 +1,4 @@
-"""Builders of this suite: options of a small run, a trainee, the peer that we are compared with."""
+"""Fixtures: options of a small run, an SAE in training, and sparsify as the reference."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cache_path(make_cache: Callable[..., Path]) -> Path:
-    """Four shards of 128 rows at layers.0 and layers.1, width 16. Nobody may change it."""
+    """A shared read-only cache: 4 shards of 128 rows at layers.0 and layers.1, width 16."""
     return make_cache()
 
 
 @pytest.fixture
 def options(cache_path: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Options of a run of two SAEs over 12 steps an epoch, with AuxK at work from step 2 on."""
+    """A factory of options: two SAEs, 12 steps an epoch, AuxK from step 2 on."""
     from saetrain.config.fit_config import FitConfig
 
     def make(**changes: Any) -> FitConfig:
@@ -44,7 +44,7 @@ def options(cache_path: Path, tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def snapshot() -> Callable[[Path], dict[str, bytes]]:
-    """Every file of a run that must not depend on when, where and how often it was started."""
+    """A function that reads every reproducible file of a run."""
 
     def take(root: Path) -> dict[str, bytes]:
         return {
@@ -60,7 +60,7 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
 def batches() -> Callable[..., Any]:
     """A factory of 50 batches of 64 rows of width 16, in a dtype: [50, 64, 16].
 
-    They are sparse combinations of 64 directions, with a mean.
+    Rows are sparse combinations of 64 directions plus noise and a mean.
     """
     import torch
 
@@ -77,7 +77,7 @@ def batches() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_trainee() -> Callable[..., Any]:
-    """A factory of SAEs with all that `train_step` needs."""
+    """A factory of `SaeTrainer` objects."""
     import torch
 
     from saetrain.config.sae import SaeConfig
@@ -103,8 +103,8 @@ def make_trainee() -> Callable[..., Any]:
         **settings: Any,
     ) -> SaeTrainer:
         device = torch.device("cpu")
-        sae, steps_as = Sae(d_in, num_latents, k, dtype=dtype), StepSettings(**settings)
-        norm = steps_as.decoder_norm
+        sae, step_settings = Sae(d_in, num_latents, k, dtype=dtype), StepSettings(**settings)
+        norm = step_settings.decoder_norm
         return SaeTrainer(
             SaeEntry("layers.0", SaeConfig(d_in, num_latents, k), lr, seed=0),
             sae,
@@ -112,7 +112,7 @@ def make_trainee() -> Callable[..., Any]:
             DeadLatentTracker(num_latents, dead_after, device),
             MeanMeter(device),
             variance,
-            settings=steps_as,
+            settings=step_settings,
         )
 
     return make
@@ -120,7 +120,7 @@ def make_trainee() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def sparsify() -> ModuleType:
-    """The peer's package."""
+    """The sparsify package."""
     import sparsify
 
     return sparsify
@@ -128,7 +128,7 @@ def sparsify() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def make_peer(sparsify: ModuleType) -> Callable[..., Any]:
-    """A factory of the peer's modules."""
+    """A factory of sparsify's SparseCoder."""
 
     def make(d_in: int, num_latents: int, k: int, **arguments: Any) -> Any:
         config = sparsify.SparseCoderConfig(num_latents=num_latents, k=k)
@@ -139,7 +139,7 @@ def make_peer(sparsify: ModuleType) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tape() -> Any:
-    """`tape.py` beside this file: what stands in for CUDA graphs on a CPU."""
+    """The module `tape.py` in this folder: a substitute for CUDA graphs on a CPU."""
     spec = importlib.util.spec_from_file_location("tape", Path(__file__).with_name("tape.py"))
     assert spec is not None
     assert spec.loader is not None

@@ -1,14 +1,13 @@
-"""A stand-in for a CUDA graph on the CPU, as faithful as it can be made to be.
+"""A substitute for CUDA graphs on the CPU, for tests.
 
-Every call of a step that reaches a device, forward and backward, goes to a tape with the very
-memory that it reads and writes; a replay makes the calls again in their order, on that memory, and
-nothing else: no Python of the step runs. What the host knew while it was recorded stays as it was
-then, as in a CUDA graph.
+A tape records every operator call of a step, forward and backward, with the memory that it reads
+and writes. A replay repeats the calls in order on that memory, without running the step's Python
+code. Host values keep what they were at the recording, as in a CUDA graph.
 
-- While recording, a CUDA device does nothing. Here calls are made, as Python needs their results;
-  memory that was there before is put back afterwards.
-- Memory that is only allocated holds anything: replays fill it with NaN, or the like.
-- Whatever would make a host wait for its device, or ask it for a size, is refused.
+- A CUDA device runs nothing while recording. Here the calls run, because Python needs their
+  results, and memory that existed before is restored afterwards.
+- Memory that is only allocated is undefined: replays fill it with NaN or similar.
+- Calls that synchronise with the device, or read a size from it, raise an error.
 """
 
 from __future__ import annotations
@@ -38,47 +37,47 @@ ALLOCATE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, ate
 
 
 class Tape(TorchDispatchMode):
-    """What is called within it, to be called again."""
+    """Records operator calls made within it, and replays them."""
 
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        self._made: set[int] = set()
-        """Storages that recorded calls made; the tape keeps them, so that none comes twice."""
+        self._created: set[int] = set()
+        """Storages created by recorded calls; the tape holds them, so that no address is reused."""
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
-        """Bytes of others that calls were about to write to, and what they held."""
+        """Bytes of other storages, and a copy from before they were written."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make a call, and note it."""
+        """Run a call and record it."""
         kwargs = kwargs or {}
-        if func.overloadpacket in WAITS or self._asks_for_a_size(func, args):
+        if func.overloadpacket in WAITS or self._reads_a_size(func, args):
             raise AssertionError(f"{func} would make the host wait for the device")
         for tensor in _tensors((args, kwargs)):
-            if _storage(tensor) not in self._made:
+            if _storage(tensor) not in self._created:
                 self._keep(tensor)
-        # Now: what a tensor is a view of may change in place, without any number being written.
+        # Alias now: an in-place view operator may change a tensor's shape later.
         args_then, kwargs_then = tree_map_only(Tensor, _alias, (args, kwargs))
         out = func(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
             return out
         known = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         outs = [_alias(tensor) for tensor in _tensors(out)]
-        self._made |= {_storage(tensor) for tensor in outs} - known
+        self._created |= {_storage(tensor) for tensor in outs} - known
         self._calls.append((func, args_then, kwargs_then, outs))
         return out
 
     def note(self, launch: Callable[..., Any], tensors: list[Tensor]) -> None:
-        """Make a call that torch knows nothing of, and note it; it writes to tensors in place."""
+        """Run and record a launch outside torch that writes to tensors in place."""
         with _disable_current_modes():
             for tensor in tensors:
-                if _storage(tensor) not in self._made:
+                if _storage(tensor) not in self._created:
                     self._keep(tensor)
             launch()
         self._calls.append((_Launch(launch), (), {}, []))
 
     @staticmethod
-    def _asks_for_a_size(func: Any, args: Any) -> bool:
-        """Whether a mask picks numbers: how many, only the device knows."""
+    def _reads_a_size(func: Any, args: Any) -> bool:
+        """Return whether the call indexes by a mask: the size of its result is on the device."""
         if func.overloadpacket is not aten.index:
             return False
         return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
@@ -89,12 +88,12 @@ class Tape(TorchDispatchMode):
             self._before[key] = whole, whole.clone()
 
     def undo(self) -> None:
-        """Put back what was there before; what was made holds anything now."""
+        """Restore the memory that existed before the recording."""
         for whole, held in self._before.values():
             whole.copy_(held)
 
     def replay(self) -> None:
-        """Make all calls again."""
+        """Repeat all calls."""
         with torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
             for func, args, kwargs, outs in self._calls:
                 if func.overloadpacket in ALLOCATE:
@@ -125,16 +124,16 @@ class TapeRecorder:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
         self.tape: Tape | None = None
-        """The one that is being recorded."""
+        """Tape that is being recorded."""
         self.calls = 0
-        """Of a recording."""
+        """Number of calls of the last recording."""
 
     def run(self, work: Work) -> None:
-        """Do it."""
+        """Run the work."""
         work()
 
     def record(self, work: Work) -> Work:
-        """Tape it, as if it had not been done."""
+        """Record the work and undo its effects."""
         tape = self.tape = Tape()
         with tape:
             work()
@@ -163,7 +162,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """All of a tensor's storage."""
+    """Return all bytes of a tensor's storage."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 

@@ -1,4 +1,4 @@
-"""Held-out figures against a computation by hand in float64."""
+"""Evaluation against a computation in NumPy float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows_of(cache: Cache, hookpoint: str, shards: list[int]) -> Float64:
 
 
 def active(folder: Path, x: Float64, k: int) -> tuple[Float64, Float64]:
-    """Latents and reconstruction of rows by the SAE in a folder. [N, M], [N, D]"""
+    """Return latents and reconstruction of rows by the SAE in a folder. [N, M], [N, D]"""
     stored = load_file(folder / "sae.safetensors")
     weights = {name: array.astype(np.float64) for name, array in stored.items()}
     pre_acts = (x - weights["b_dec"]) @ weights["encoder.weight"].T + weights["encoder.bias"]
@@ -43,7 +43,7 @@ def active(folder: Path, x: Float64, k: int) -> tuple[Float64, Float64]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_figure_equals_one_computed_by_hand(
+def test_every_result_equals_a_computation_in_float64(
     make_cache: Callable[..., Path], options: Callable[..., Any], dtype: str
 ) -> None:
     path = make_cache(dtype=dtype, shards=5, hookpoints={"layers.0": 16, "layers.1.mlp:in": 12})
@@ -69,18 +69,18 @@ def test_every_figure_equals_one_computed_by_hand(
         assert (sae.num_latents, sae.k) == (48, 5)
 
 
-def test_the_figures_are_written_beside_the_run(options: Callable[..., Any]) -> None:
+def test_the_results_are_written_to_eval_json(options: Callable[..., Any]) -> None:
     config = options()
     fit(config)
     root = Path(config.out)
-    evaluation = evaluate(root)
+    evaluation = evaluate(str(root))
     written = json.loads((root / EVALUATION).read_text())
     assert written["saes"][0]["fvu"] == evaluation.saes[0].fvu
     assert written["rows"] == evaluation.rows == 128
     assert evaluate(root) == evaluation
 
 
-def test_a_line_that_a_kill_cut_off_does_not_stand_in_the_way(options: Callable[..., Any]) -> None:
+def test_an_incomplete_last_line_of_metrics_is_ignored(options: Callable[..., Any]) -> None:
     config = options()
     fit(config)
     root = Path(config.out)
@@ -89,7 +89,7 @@ def test_a_line_that_a_kill_cut_off_does_not_stand_in_the_way(options: Callable[
     assert evaluate(root).saes[0].fvu > 0
 
 
-def test_the_cache_may_lie_elsewhere_and_be_no_other(
+def test_the_cache_may_be_moved_but_not_replaced(
     make_cache: Callable[..., Path], options: Callable[..., Any], tmp_path: Path
 ) -> None:
     here = shutil.copytree(make_cache(), tmp_path / "here")
@@ -105,14 +105,14 @@ def test_the_cache_may_lie_elsewhere_and_be_no_other(
         evaluate(Path(config.out), str(there))
 
 
-def test_a_run_that_held_nothing_out_says_so(options: Callable[..., Any]) -> None:
+def test_a_run_without_held_out_rows_raises_an_error(options: Callable[..., Any]) -> None:
     config = options(val_fraction=0.0)
     fit(config)
     with pytest.raises(RunError, match=r"held nothing out(.|\n)*--val-fraction"):
         evaluate(Path(config.out))
 
 
-def test_a_run_that_is_not_there_or_not_trained_says_so(
+def test_a_missing_or_incomplete_run_raises_an_error(
     options: Callable[..., Any], tmp_path: Path
 ) -> None:
     with pytest.raises(RunError, match="is not a run"):
@@ -129,7 +129,7 @@ def test_a_run_that_is_not_there_or_not_trained_says_so(
 
 
 def stop(monkeypatch: pytest.MonkeyPatch, config: Any, at: int) -> None:
-    """Run until step `at` (from 0), and die there."""
+    """Run until step `at` (from 0) and raise KeyboardInterrupt in it."""
     real = saetrain.training.step.train_step
 
     def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
@@ -151,7 +151,7 @@ def test_an_unfinished_run_is_evaluated_at_the_step_of_its_last_checkpoint(
     root = Path(config.out)
     lines = [json.loads(line) for line in (root / METRICS).read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
-    for line in lines:  # each step with a figure of its own
+    for line in lines:  # a different value in each line
         line["saes"]["layers.0"]["dead_percent"] = line["step"]
     (root / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluation = evaluate(root)
@@ -163,7 +163,7 @@ def test_an_unfinished_run_is_evaluated_at_the_step_of_its_last_checkpoint(
     assert evaluate(root).step == 12
 
 
-def test_what_was_not_logged_before_the_checkpoint_is_not_known(
+def test_values_not_logged_before_the_checkpoint_are_none(
     options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = options(save_every=3, log_every=4)
@@ -174,7 +174,7 @@ def test_what_was_not_logged_before_the_checkpoint_is_not_known(
     assert [sae.dead_percent for sae in evaluation.saes] == [None, None]
 
 
-def test_a_run_killed_before_its_first_checkpoint_says_that_nothing_is_saved(
+def test_a_run_killed_before_its_first_checkpoint_raises_an_error(
     options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = options(save_every=6)
@@ -183,7 +183,7 @@ def test_a_run_killed_before_its_first_checkpoint_says_that_nothing_is_saved(
         evaluate(Path(config.out))
 
 
-def test_a_run_killed_while_it_saved_is_not_evaluated_as_a_mixture_of_steps(
+def test_a_run_killed_while_saving_is_not_evaluated_as_a_mixture_of_steps(
     options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, real = options(save_every=3), saetrain.training.checkpointing.save_sae
@@ -206,7 +206,7 @@ def test_a_run_killed_while_it_saved_is_not_evaluated_as_a_mixture_of_steps(
     assert evaluate(Path(config.out)).step == 12
 
 
-def test_an_sae_of_other_sizes_than_the_runs_is_refused(
+def test_an_sae_of_other_sizes_than_recorded_raises_an_error(
     options: Callable[..., Any], tmp_path: Path
 ) -> None:
     config, other = options(), options(k=4, out=str(tmp_path / "other"))
@@ -223,7 +223,7 @@ def test_an_sae_of_other_sizes_than_the_runs_is_refused(
     ("name", "old", "new"),
     [
         (METRICS, "layers.1", "layers.2"),
-        (METRICS, '"saes"', '"said"'),
+        (METRICS, '"saes"', '"others"'),
         (METRICS, '"l0"', '"l1"'),
         (METRICS, '"dead_percent"', '"dead"'),
         (METRICS, '"fvu": ', '"fvu": 1e999, "was": '),
@@ -232,7 +232,7 @@ def test_an_sae_of_other_sizes_than_the_runs_is_refused(
         (TIMINGS, '"mean_rows_per_second": ', '"mean_rows_per_second": null, "was": '),
     ],
 )
-def test_lines_that_lack_a_figure_are_refused_by_their_file(
+def test_lines_without_a_metric_raise_an_error_that_names_the_file(
     options: Callable[..., Any], name: str, old: str, new: str
 ) -> None:
     config = options()
@@ -243,7 +243,7 @@ def test_lines_that_lack_a_figure_are_refused_by_their_file(
         evaluate(Path(config.out))
 
 
-def test_it_runs_on_the_device_that_is_asked_for(options: Callable[..., Any]) -> None:
+def test_it_runs_on_the_given_device(options: Callable[..., Any]) -> None:
     config = options()
     fit(config)
     assert evaluate(Path(config.out), device="cpu") == evaluate(Path(config.out))
@@ -251,10 +251,10 @@ def test_it_runs_on_the_device_that_is_asked_for(options: Callable[..., Any]) ->
         evaluate(Path(config.out), device="nonsense")
 
 
-def test_held_out_rows_that_are_not_finite_are_refused_in_words(
+def test_held_out_rows_that_are_not_finite_raise_an_error(
     make_cache: Callable[..., Path], options: Callable[..., Any]
 ) -> None:
-    """And are never trained on, or `fit` would fail."""
+    """`fit` succeeds, because it never trains on them."""
     _, held_out = split_shards(range(4), options().val_fraction, options().seed)
 
     def rows(hookpoint: str, shard: int, count: int, width: int) -> NDArray[np.float32]:

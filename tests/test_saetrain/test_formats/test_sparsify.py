@@ -1,4 +1,4 @@
-"""`saetrain.formats.sparsify` with the real package on the other side. D d_in, M num_latents."""
+"""`saetrain.formats.sparsify` against the sparsify package. D d_in, M num_latents."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def batch(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def saved(folder: Path) -> Sae:
-    """An SAE, also saved in `folder`."""
+    """Return an SAE and save it in `folder`."""
     sae: Sae = randomised(Sae(D, M, K))
     save_sae(folder, SaeConfig(D, M, K), dict(sae.named_parameters()))
     return sae
@@ -57,7 +57,7 @@ def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file(kept, folder / WEIGHTS)
 
 
-def test_the_peer_loads_what_we_save_and_reconstructs_the_same(
+def test_sparsify_loads_our_saes_and_reconstructs_the_same(
     sparsify: ModuleType, tmp_path: Path
 ) -> None:
     sae = saved(tmp_path / "layers.9.mlp")
@@ -72,7 +72,7 @@ def test_the_peer_loads_what_we_save_and_reconstructs_the_same(
 
 @pytest.mark.parametrize("num_latents", [0, M])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_we_load_what_the_peer_saves_and_reconstruct_the_same(
+def test_saes_of_sparsify_load_and_reconstruct_the_same(
     sparsify: ModuleType, tmp_path: Path, num_latents: int, dtype: torch.dtype
 ) -> None:
     config = sparsify.SparseCoderConfig(num_latents=num_latents, expansion_factor=4, k=K)
@@ -88,33 +88,35 @@ def test_we_load_what_the_peer_saves_and_reconstruct_the_same(
         (sae.b_dec, peer.b_dec),
     ):
         assert torch.equal(ours, theirs)
-    if dtype != torch.bfloat16:  # there a tie decides which latents are chosen
+    if dtype != torch.bfloat16:  # ties make the choice of latents ambiguous
         torch.testing.assert_close(
             sae(batch(dtype)).reconstruction, peer(batch(dtype)).sae_out, rtol=1e-5, atol=1e-5
         )
 
 
-def test_our_config_has_exactly_the_peers_keys(sparsify: ModuleType, tmp_path: Path) -> None:
+def test_our_config_has_exactly_the_keys_of_sparsify(sparsify: ModuleType, tmp_path: Path) -> None:
     saved(tmp_path / "ours")
     config = sparsify.SparseCoderConfig(num_latents=M, expansion_factor=2, k=K)
     sparsify.SparseCoder(D, config).save_to_disk(tmp_path / "theirs")
-    ours, theirs = (json.loads((tmp_path / who / CONFIG).read_text()) for who in ("ours", "theirs"))
+    ours, theirs = (
+        json.loads((tmp_path / side / CONFIG).read_text()) for side in ("ours", "theirs")
+    )
     assert ours == theirs
-    ours_file, theirs_file = (load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs"))
+    ours_file, theirs_file = (load_file(tmp_path / side / WEIGHTS) for side in ("ours", "theirs"))
     assert {n: (t.shape, t.dtype) for n, t in ours_file.items()} == {
         n: (t.shape, t.dtype) for n, t in theirs_file.items()
     }
 
 
-def test_an_sae_comes_back_bit_for_bit_and_over_an_older_one(tmp_path: Path) -> None:
-    save_sae(tmp_path, SaeConfig(D, M, 1), dict(Sae(D, M, 1).named_parameters()))
-    sae, loaded = saved(tmp_path), load_sae(tmp_path)
+def test_a_saved_sae_replaces_an_older_one_and_loads_bit_for_bit(tmp_path: Path) -> None:
+    save_sae(str(tmp_path), SaeConfig(D, M, 1), dict(Sae(D, M, 1).named_parameters()))
+    sae, loaded = saved(tmp_path), load_sae(str(tmp_path))
     assert loaded.k == K
     for name, parameter in sae.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name)), name
 
 
-def test_keys_of_other_versions_are_ignored_and_missing_ones_have_the_peers_defaults(
+def test_keys_of_other_versions_are_ignored_and_missing_ones_have_defaults(
     tmp_path: Path,
 ) -> None:
     (tmp_path / CONFIG).write_text('{"d_in": 4, "signed": false, "jumprelu": null}')
@@ -122,7 +124,7 @@ def test_keys_of_other_versions_are_ignored_and_missing_ones_have_the_peers_defa
     assert (config.d_in, config.k, config.expansion_factor, config.num_latents) == (4, 32, 32, 0)
 
 
-def test_a_folder_without_an_sae_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_an_sae_raises_an_error(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"holds no SAE(.|\n)*cfg\.json"):
         load_sae(tmp_path)
     saved(tmp_path / "half")
@@ -134,7 +136,7 @@ def test_a_folder_without_an_sae_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "{}", '{"d_in": "8"}', '{"d_in": 8, "k": 2.5}', "NaN"]
 )
-def test_a_damaged_config_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_damaged_config_raises_an_error(tmp_path: Path, text: str) -> None:
     saved(tmp_path)
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(FormatError, match=r"cfg\.json"):
@@ -158,7 +160,7 @@ def test_a_damaged_config_is_refused(tmp_path: Path, text: str) -> None:
     ],
     ids=str,
 )
-def test_an_sae_of_another_kind_or_with_impossible_sizes_is_refused(
+def test_an_unknown_kind_or_impossible_sizes_raise_an_error(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     saved(tmp_path)
@@ -167,7 +169,7 @@ def test_an_sae_of_another_kind_or_with_impossible_sizes_is_refused(
         load_sae(tmp_path)
 
 
-KINDS_OF_BOTH = [
+SHARED_KINDS = [
     {"transcode": True},
     {"transcode": True, "skip_connection": True},
     {"activation": "groupmax", "k": 4},
@@ -175,8 +177,8 @@ KINDS_OF_BOTH = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS_OF_BOTH, ids=str)
-def test_every_kind_of_the_peer_goes_there_and_back_and_reconstructs_the_same(
+@pytest.mark.parametrize("kind", SHARED_KINDS, ids=str)
+def test_every_kind_of_sparsify_loads_and_saves_with_the_same_reconstruction(
     sparsify: ModuleType, tmp_path: Path, kind: dict[str, Any]
 ) -> None:
     config = sparsify.SparseCoderConfig(num_latents=M, **{"k": K} | kind)
@@ -184,26 +186,24 @@ def test_every_kind_of_the_peer_goes_there_and_back_and_reconstructs_the_same(
     peer.save_to_disk(tmp_path / "theirs")
     sae = load_sae(tmp_path / "theirs")
     expected = {"rtol": 1e-5, "atol": 1e-5}
-    peer.cfg.multi_topk = False  # with it, the peer returns the reconstruction of 4k latents
+    peer.cfg.multi_topk = False  # with it, sparsify returns the reconstruction of 4k latents
     torch.testing.assert_close(sae(batch()).reconstruction, peer(batch()).sae_out, **expected)
     ours = SaeConfig(D, M, **{"k": K} | kind)
     save_sae(tmp_path / "ours", ours, dict(sae.named_parameters()))
     again = sparsify.SparseCoder.load_from_disk(tmp_path / "ours")
     again.cfg.multi_topk = False
     torch.testing.assert_close(again(batch()).sae_out, peer(batch()).sae_out, **expected)
-    cfgs = [json.loads((tmp_path / who / CONFIG).read_text()) for who in ("ours", "theirs")]
+    cfgs = [json.loads((tmp_path / side / CONFIG).read_text()) for side in ("ours", "theirs")]
     assert cfgs[0] == cfgs[1] | {"expansion_factor": 2}
 
 
-def test_groupmax_of_the_peer_with_multi_topk_is_read_without_it(
-    sparsify: ModuleType, tmp_path: Path
-) -> None:
+def test_groupmax_with_multi_topk_loads_without_it(sparsify: ModuleType, tmp_path: Path) -> None:
     config = sparsify.SparseCoderConfig(num_latents=M, k=4, activation="groupmax", multi_topk=True)
     sparsify.SparseCoder(D, config).save_to_disk(tmp_path)
     assert read_sae_config(tmp_path) == SaeConfig(D, M, 4, activation="groupmax")
 
 
-OURS_ALONE = [
+OUR_KINDS = [
     SaeConfig(D, M, K, activation="batchtopk", matryoshka=(5, 9)),
     SaeConfig(D, M, K, activation="jumprelu", sparsity=0.25, threshold=0.5, bandwidth=0.125),
     SaeConfig(D, M, K, activation="relu", sparsity=0.5),
@@ -213,8 +213,8 @@ OURS_ALONE = [
 ]
 
 
-@pytest.mark.parametrize("config", OURS_ALONE, ids=lambda c: f"{c.activation} {c.width_out}")
-def test_what_the_peer_cannot_express_comes_back_to_us_and_is_refused_there(
+@pytest.mark.parametrize("config", OUR_KINDS, ids=lambda c: f"{c.activation} {c.width_out}")
+def test_kinds_that_sparsify_lacks_load_here_and_raise_an_error_there(
     sparsify: ModuleType, tmp_path: Path, config: SaeConfig
 ) -> None:
     sae = randomised(build_sae(config))
@@ -232,7 +232,7 @@ def test_what_the_peer_cannot_express_comes_back_to_us_and_is_refused_there(
         sparsify.SparseCoder.load_from_disk(tmp_path)
 
 
-def test_prefixes_and_a_crosscoder_of_topk_load_there_as_the_autoencoders_they_are(
+def test_matryoshka_and_topk_crosscoders_load_in_sparsify_as_autoencoders(
     sparsify: ModuleType, tmp_path: Path
 ) -> None:
     config = SaeConfig(D, M, K, matryoshka=(4,), widths=(3, 5))
@@ -255,7 +255,7 @@ def test_prefixes_and_a_crosscoder_of_topk_load_there_as_the_autoencoders_they_a
     ],
     ids=str,
 )
-def test_a_tensor_that_a_kind_needs_is_named_if_it_is_not_there(
+def test_a_missing_tensor_of_a_kind_raises_an_error_that_names_it(
     tmp_path: Path, kind: dict[str, Any], name: str
 ) -> None:
     config = SaeConfig(D, M, K, **kind)
@@ -269,7 +269,9 @@ def test_a_tensor_that_a_kind_needs_is_named_if_it_is_not_there(
 
 
 @pytest.mark.parametrize("name", ["encoder.weight", "encoder.bias", "W_dec", "b_dec"])
-def test_a_tensor_that_is_missing_or_has_another_shape_is_named(tmp_path: Path, name: str) -> None:
+def test_a_missing_tensor_or_another_shape_raises_an_error_that_names_it(
+    tmp_path: Path, name: str
+) -> None:
     saved(tmp_path)
     shape = load_file(tmp_path / WEIGHTS)[name].shape
     edit_tensors(tmp_path, **{name: torch.zeros(*shape, 1)})
@@ -280,7 +282,7 @@ def test_a_tensor_that_is_missing_or_has_another_shape_is_named(tmp_path: Path, 
         load_sae(tmp_path)
 
 
-def test_a_config_of_other_sizes_than_its_tensors_is_refused_before_it_costs_memory(
+def test_a_config_of_other_sizes_than_its_tensors_raises_before_allocating(
     tmp_path: Path,
 ) -> None:
     saved(tmp_path)
@@ -289,7 +291,7 @@ def test_a_config_of_other_sizes_than_its_tensors_is_refused_before_it_costs_mem
         load_sae(tmp_path)
 
 
-def test_weights_that_are_not_numbers_with_a_point_are_refused(tmp_path: Path) -> None:
+def test_integer_weights_raise_an_error(tmp_path: Path) -> None:
     saved(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     save_file({name: t.to(torch.int32) for name, t in tensors.items()}, tmp_path / WEIGHTS)
@@ -298,7 +300,7 @@ def test_weights_that_are_not_numbers_with_a_point_are_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("keep", [0, 7, 300])
-def test_a_weights_file_that_was_cut_is_refused(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_weights_file_raises_an_error(tmp_path: Path, keep: int) -> None:
     saved(tmp_path)
     data = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(data[:keep])

@@ -1,4 +1,4 @@
-"""The record of a run, and what it refuses."""
+"""run.json: reading, writing, and checks on resume."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ TRAINING, HELD_OUT = [1, 2], [0]
 
 @pytest.fixture
 def own_cache(cache_path: Path, tmp_path: Path) -> Path:
-    """A copy of the cache, to be changed."""
+    """A private copy of the cache."""
     return shutil.copytree(cache_path, tmp_path / "cache")
 
 
 @pytest.fixture
 def record(own_cache: Path, options: Callable[..., Any]) -> RunRecord:
-    """A run that uses three of the cache's four shards."""
+    """The record of a run that uses three of the cache's four shards."""
     cache = Cache.open(own_cache)
     return RunRecord(
         format_version=1,
@@ -54,13 +54,13 @@ def record(own_cache: Path, options: Callable[..., Any]) -> RunRecord:
     )
 
 
-def test_a_record_comes_back_equal(record: RunRecord, tmp_path: Path) -> None:
+def test_a_written_record_reads_back_equal(record: RunRecord, tmp_path: Path) -> None:
     write_run(tmp_path / "run", record)
     assert read_run(tmp_path / "run") == record
 
 
 @pytest.mark.parametrize("path", ["missing", "file", "empty"])
-def test_a_folder_that_is_no_run_is_refused_by_its_name(tmp_path: Path, path: str) -> None:
+def test_a_folder_without_a_run_raises_an_error_that_names_it(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match=rf"{path} is not a run"):
@@ -82,7 +82,7 @@ def test_a_folder_that_is_no_run_is_refused_by_its_name(tmp_path: Path, path: st
     ],
     ids=["empty", "cut", "list", "missing", "unknown", "type", "nested", "version", "segments"],
 )
-def test_a_damaged_record_is_refused(
+def test_a_damaged_record_raises_an_error(
     record: RunRecord, tmp_path: Path, damage: Callable[[dict[str, Any]], str]
 ) -> None:
     write_run(tmp_path, record)
@@ -91,19 +91,17 @@ def test_a_damaged_record_is_refused(
         read_run(tmp_path)
 
 
-def test_the_same_cache_is_accepted_elsewhere_and_with_more_shards(
-    record: RunRecord, own_cache: Path
-) -> None:
+def test_a_moved_cache_with_more_shards_is_accepted(record: RunRecord, own_cache: Path) -> None:
     check_same_cache(record, Cache.open(own_cache.rename(own_cache.with_name("moved"))))
 
 
-def test_another_cache_is_refused(record: RunRecord, make_cache: Callable[..., Path]) -> None:
+def test_another_cache_raises_an_error(record: RunRecord, make_cache: Callable[..., Path]) -> None:
     with pytest.raises(CacheMismatchError, match="not the cache of this run"):
         check_same_cache(record, Cache.open(make_cache(seed=1)))
 
 
 @pytest.mark.parametrize("shard", TRAINING + HELD_OUT)
-def test_a_changed_receipt_of_a_shard_in_use_is_refused(
+def test_a_changed_receipt_of_a_shard_in_use_raises_an_error(
     record: RunRecord, own_cache: Path, shard: int
 ) -> None:
     path = own_cache / "shards" / f"{shard:05d}.json"
@@ -112,7 +110,7 @@ def test_a_changed_receipt_of_a_shard_in_use_is_refused(
         check_same_cache(record, Cache.open(own_cache))
 
 
-def test_a_changed_receipt_of_a_shard_not_in_use_does_not_matter(
+def test_a_changed_receipt_of_a_shard_not_in_use_is_accepted(
     record: RunRecord, own_cache: Path
 ) -> None:
     (own_cache / "shards" / "00003.json").unlink()
@@ -120,7 +118,9 @@ def test_a_changed_receipt_of_a_shard_not_in_use_does_not_matter(
 
 
 @pytest.mark.parametrize("shard", TRAINING + HELD_OUT)
-def test_a_missing_shard_is_named(record: RunRecord, own_cache: Path, shard: int) -> None:
+def test_a_missing_shard_raises_an_error_that_names_it(
+    record: RunRecord, own_cache: Path, shard: int
+) -> None:
     (own_cache / "shards" / f"{shard:05d}.json").unlink()
     with pytest.raises(CacheMismatchError, match=rf"no longer holds(.|\n)*\[{shard}\]"):
         check_same_cache(record, Cache.open(own_cache))
@@ -225,7 +225,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "compile": {"activation": "gated"},
     "cuda_graphs": {"device": "auto"},
 }
-"""Options that are refused without others."""
+"""Options that an option requires."""
 
 
 def changed(record: RunRecord, **options: Any) -> RunRecord:
@@ -237,15 +237,15 @@ def test_every_option_is_either_free_or_binding(record: RunRecord) -> None:
     assert names == FREE.keys() | BINDING.keys()
 
 
-def test_options_that_do_not_touch_the_results_may_change(record: RunRecord) -> None:
+def test_options_that_do_not_affect_results_may_change(record: RunRecord) -> None:
     check_same_run(record, changed(record, **FREE))
 
 
 @pytest.mark.parametrize("option", BINDING)
-def test_every_other_option_is_refused_with_its_name_and_both_values(
+def test_every_other_change_raises_an_error_with_the_option_and_both_values(
     record: RunRecord, option: str
 ) -> None:
-    if option == "saes":  # told by each option that they differ in: tests of grids
+    if option == "saes":  # the error names the options that differ: tests of grids
         return
     record = changed(record, **NEEDS.get(option, {}))
     old, new = getattr(record.options, option), BINDING[option]

@@ -1,7 +1,7 @@
-"""Recorded steps are those that were not. N tokens, D d_in, M num_latents, K k.
+"""Replayed steps equal eager steps bit for bit. N rows, D d_in, M num_latents, K k.
 
-There is no CUDA here: a tape (`tape.py`) stands in for its graphs, on the branches that a device
-takes. What it shows is that nothing in a step is the host's but what is written before each replay.
+Without CUDA, a tape (`tape.py`) replaces its graphs, on the code paths of a device. The tests show
+that a replay depends on the host only through the scalars written before it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ import saetrain.training.cuda_graphs
 from actcache.errors import ConfigError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeEntry, SaeOptions
-from saetrain.kernels import backends as paths
-from saetrain.kernels import matmul as product
+from saetrain.config.sae_options import SaeOptions
+from saetrain.kernels import backends, matmul
 from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
 from saetrain.optim import Schedule, make_optimizer
-from saetrain.runs.record import read_run
+from saetrain.runs.record import SaeEntry, read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint
@@ -45,17 +44,16 @@ NEVER = 10**9
 
 
 @pytest.fixture(params=["torch", "reference"])
-def as_on_a_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a CPU looks at numbers or has ways of its own, go the way of a device."""
+def device_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the code paths of a device where those of a CPU differ."""
     monkeypatch.setenv("SAETRAIN_KERNELS", request.param)
-    monkeypatch.setattr(paths, "host_can_read", lambda _: False)
-    monkeypatch.setattr(product, "by_onednn", lambda *_: False)
-    monkeypatch.setattr(
-        saetrain.model.losses, "DEAD_LIST_FACTOR", 2
-    )  # of 8 latents: more than that are dead
+    monkeypatch.setattr(backends, "host_can_read", lambda _: False)
+    monkeypatch.setattr(matmul, "by_onednn", lambda *_: False)
+    # Fewer list slots than dead latents.
+    monkeypatch.setattr(saetrain.model.losses, "DEAD_LIST_FACTOR", 2)
 
 
-device_ways = pytest.mark.usefixtures("as_on_a_device")
+on_device_paths = pytest.mark.usefixtures("device_paths")
 
 
 def make(
@@ -104,18 +102,18 @@ def batch_of(rows: Tensor) -> Any:
 
 
 def bits(trainer: SaeTrainer) -> dict[str, bytes]:
-    """All that a step may leave anywhere."""
+    """Return the bytes of everything that a step may change."""
     tensors, numbers = trainer.state()
     tensors = dict(tensors) | {"first bad": trainer.guard._first_bad}
     if (bf16_copy := bf16_copy_of(trainer.sae.W_enc)) is not None:
-        tensors["shadow"] = bf16_copy.view(torch.int16)
+        tensors["bf16_copy"] = bf16_copy.view(torch.int16)
     found = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     as_bytes = {n: t.reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in found.items()}
     return as_bytes | {"numbers": repr(sorted(numbers.items())).encode()}
 
 
 def in_step(eager: list[SaeTrainer], recorded: list[SaeTrainer], rows: Tensor, tape: Any) -> Any:
-    """Make all steps of both, which agree after each; the recorder, and when it first had one."""
+    """Compare both after every step; return the recorder and the step of its first recording."""
     recorder, since = tape.TapeRecorder(), None
     both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
     for step, batch in enumerate(rows[:STEPS]):
@@ -154,32 +152,32 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@device_ways
+@on_device_paths
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_replays_of_one_recorded_step_leave_the_bits_of_steps_that_are_made(
+def test_replayed_steps_equal_eager_steps_bit_for_bit(
     batches: Callable[[torch.dtype], Tensor], tape: Any, kind: str, optimizer: str
 ) -> None:
-    """With a rate that rises and falls: one that was recorded would stay."""
+    """The learning rate rises and falls; a recorded constant would not."""
     if optimizer == "signum" and "clipped" in kind:
-        pytest.skip("signs have no length")
+        pytest.skip("clipping has no effect on signs")
     eager, recorded = ([make(optimizer, **KINDS[kind])] for _ in range(2))
     recorder, _ = in_step(eager, recorded, batches(torch.bfloat16), tape)
-    first = 2 if kind == "auxk" else 1  # when latents may be dead, steps become others
+    first = 2 if kind == "auxk" else 1  # the step changes once latents may be dead
     assert (recorder.recorded, recorder.replayed) == (1, STEPS - first - WARM_UP)
     assert recorded[0].guard.first_bad() is None
     if kind == "auxk":
         assert int(recorded[0].dead_tracker.dead().sum()) > 0
         assert recorded[0].meter.pop_means()["auxk"] > 0
-    assert eager[0].latent_stats.read() == recorded[0].latent_stats.read()
+    assert eager[0].latent_stats.pop_grad_norm() == recorded[0].latent_stats.pop_grad_norm()
     assert eager[0].latent_stats.pop_density() == recorded[0].latent_stats.pop_density()
 
 
-@device_ways
-def test_a_step_of_signum_has_the_bits_that_it_has_without_graphs(
+@on_device_paths
+def test_a_signum_step_with_graphs_equals_one_without_bit_for_bit(
     batches: Callable[[torch.dtype], Tensor], tape: Any
 ) -> None:
-    """In float32, on torch's path; Adam's learning rate is rounded to float32 once more."""
+    """In float32 on the torch backend. Adam's learning rate is rounded to float32 once more."""
     plain, recorded = make(alpha=0.1, dead_after=2 * N), make(alpha=0.1, dead_after=2 * N)
     steps = steps_of([recorded], tape.TapeRecorder())
     for step, rows in enumerate(batches(torch.float32)[:STEPS]):
@@ -190,9 +188,9 @@ def test_a_step_of_signum_has_the_bits_that_it_has_without_graphs(
     assert differing([plain], [recorded]) == []
 
 
-@device_ways
+@on_device_paths
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
-def test_a_step_of_adam_is_that_without_graphs_but_for_rounding(
+def test_an_adam_step_with_graphs_equals_one_without_up_to_rounding(
     batches: Callable[[torch.dtype], Tensor], tape: Any, optimizer: str
 ) -> None:
     plain, recorded = make(optimizer, dtype=torch.float64), make(optimizer, dtype=torch.float64)
@@ -209,7 +207,7 @@ def test_a_step_of_adam_is_that_without_graphs_but_for_rounding(
 SABOTAGE = {
     "signum": ("numbers", "signum", {}),
     "adam": ("numbers", "adam", {}),
-    "whose turn it is among dead latents": (
+    "rotation among dead latents": (
         "clock",
         "signum",
         {"alpha": 1.0, "dead_after": 1, "lr": 1e-4},
@@ -217,23 +215,23 @@ SABOTAGE = {
 }
 
 
-@device_ways
+@on_device_paths
 @pytest.mark.parametrize("what", SABOTAGE)
-def test_the_tape_finds_a_number_that_is_the_hosts(
+def test_the_tape_detects_a_scalar_fixed_by_the_host(
     batches: Callable[[torch.dtype], Tensor],
     tape: Any,
     what: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As it was when it was recorded: this is what all tests here are about."""
+    """A scalar that does not come from device memory keeps its recorded value."""
     number, optimizer, kind = SABOTAGE[what]
     pairs = [[make(optimizer, **kind)] for _ in range(2)]
     both = [steps_of(pairs[0], tape.TapeRecorder(), NEVER), steps_of(pairs[1], tape.TapeRecorder())]
     if number == "numbers":
         module = getattr(saetrain.optim, optimizer)
         real = getattr(module, f"{optimizer}_update_")
-        deaf = lambda *tensors, numbers, **options: real(*tensors, **options)  # noqa: E731
-        monkeypatch.setattr(module, f"{optimizer}_update_", deaf)
+        fixed = lambda *tensors, numbers, **options: real(*tensors, **options)  # noqa: E731
+        monkeypatch.setattr(module, f"{optimizer}_update_", fixed)
     else:
         for (trainer,) in pairs:
             trainer.device_step = None
@@ -242,18 +240,18 @@ def test_the_tape_finds_a_number_that_is_the_hosts(
         for steps in both:
             steps.make(batch_of(rows), step)
         found[step] = differing(*pairs)
-    first = WARM_UP + 1  # recorded in it, so that it is right
+    first = WARM_UP + 1  # the recorded step itself is right
     assert [step for step in found if not found[step]] == list(range(first + 1))
 
 
-@device_ways
-def test_what_makes_the_host_wait_cannot_be_recorded(
+@on_device_paths
+def test_recording_a_synchronisation_raises_an_error(
     batches: Callable[[torch.dtype], Tensor], tape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saetrain.model.losses, "DEAD_LIST_FACTOR", 8)
     trainer = make(alpha=0.1, dead_after=1)
     steps = steps_of([trainer], tape.TapeRecorder())
-    monkeypatch.setattr(paths, "host_can_read", lambda _: True)  # so dead latents are counted
+    monkeypatch.setattr(backends, "host_can_read", lambda _: True)  # the host counts dead latents
     rows = batches(torch.float32)
     for step in range(1 + WARM_UP):
         steps.make(batch_of(rows[step]), step)
@@ -261,7 +259,7 @@ def test_what_makes_the_host_wait_cannot_be_recorded(
         steps.make(batch_of(rows[step + 1]), step + 1)
 
 
-def test_a_step_that_cannot_be_recorded_is_told_with_a_remedy(
+def test_a_step_that_cannot_be_recorded_raises_an_error_with_a_remedy(
     batches: Callable[[torch.dtype], Tensor], tape: Any
 ) -> None:
     class Broken(tape.TapeRecorder):  # type: ignore[misc, name-defined]
@@ -275,9 +273,9 @@ def test_a_step_that_cannot_be_recorded_is_told_with_a_remedy(
         steps.make(batch_of(rows[2]), 2)
 
 
-@device_ways
+@on_device_paths
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
-def test_nothing_is_recorded_before_k_has_settled(
+def test_nothing_is_recorded_while_k_is_annealed(
     batches: Callable[[torch.dtype], Tensor], tape: Any, activation: str
 ) -> None:
     anneals = {"k_start": 9, "k_end": K, "k_anneal_steps": 5}
@@ -287,8 +285,8 @@ def test_nothing_is_recorded_before_k_has_settled(
     assert recorded[0].sae.k == K
 
 
-@device_ways
-def test_another_step_is_recorded_when_latents_may_be_dead(
+@on_device_paths
+def test_the_step_is_recorded_again_once_latents_may_be_dead(
     batches: Callable[[torch.dtype], Tensor], tape: Any
 ) -> None:
     eager, recorded = ([make("adam", alpha=0.1, dead_after=7 * N)] for _ in range(2))
@@ -297,8 +295,8 @@ def test_another_step_is_recorded_when_latents_may_be_dead(
     assert recorded[0].dead_tracker.dead().any()
 
 
-@device_ways
-def test_nothing_is_recorded_while_a_penalty_rises(
+@on_device_paths
+def test_nothing_is_recorded_while_the_penalty_warms_up(
     batches: Callable[[torch.dtype], Tensor], tape: Any
 ) -> None:
     eager, recorded = ([make("adam", warmup=4, **KINDS["jumprelu"])] for _ in range(2))
@@ -313,8 +311,8 @@ GRID: list[dict[str, Any]] = [
 ]
 
 
-@device_ways
-def test_all_saes_of_a_process_are_one_recording_which_the_slowest_to_settle_begins(
+@on_device_paths
+def test_all_saes_of_a_process_are_recorded_together_after_the_longest_schedule(
     batches: Callable[[torch.dtype], Tensor], tape: Any
 ) -> None:
     eager, recorded = ([make(**one) for one in GRID] for _ in range(2))
@@ -325,9 +323,9 @@ def test_all_saes_of_a_process_are_one_recording_which_the_slowest_to_settle_beg
     assert (recorder.recorded, recorder.replayed) == (1, STEPS - 4 - WARM_UP)
 
 
-@device_ways
+@on_device_paths
 @pytest.mark.parametrize("stop", [2, 9])
-def test_a_run_that_was_stopped_before_or_after_its_recording_goes_on_bit_for_bit(
+def test_a_run_stopped_before_or_after_its_recording_resumes_bit_for_bit(
     batches: Callable[[torch.dtype], Tensor], tape: Any, stop: int
 ) -> None:
     whole, begun, resumed = ([make(**one) for one in GRID] for _ in range(3))
@@ -348,7 +346,7 @@ def test_a_run_that_was_stopped_before_or_after_its_recording_goes_on_bit_for_bi
     assert differing(whole, resumed) == []
 
 
-@device_ways
+@on_device_paths
 @pytest.mark.parametrize(
     ("kind", "optimizer", "value"),
     [
@@ -357,10 +355,10 @@ def test_a_run_that_was_stopped_before_or_after_its_recording_goes_on_bit_for_bi
         ("bfloat16 products", "signum", math.nan),
         ("bfloat16 products", "adam", math.nan),
         ("in parts, clipped", "adam", math.nan),
-        ("in parts, clipped", "adam", 1e17),  # its loss is finite, the gradient's norm is not
+        ("in parts, clipped", "adam", 1e17),  # finite loss, but the gradient's norm is not
     ],
 )
-def test_from_a_bad_batch_on_no_replay_changes_a_bit_and_its_step_is_known(
+def test_from_a_bad_batch_on_replays_change_nothing_and_the_guard_has_its_step(
     batches: Callable[[torch.dtype], Tensor], tape: Any, kind: str, optimizer: str, value: float
 ) -> None:
     trainer, recorder = make(optimizer, **KINDS[kind]), tape.TapeRecorder()
@@ -369,7 +367,7 @@ def test_from_a_bad_batch_on_no_replay_changes_a_bit_and_its_step_is_known(
     for step in range(9):
         steps.make(batch_of(rows[step]), step)
     assert recorder.replayed > 2
-    kept = {n: b for n, b in bits(trainer).items() if n.startswith(("sae.", "optim", "shadow"))}
+    kept = {n: b for n, b in bits(trainer).items() if n.startswith(("sae.", "optim", "bf16_copy"))}
     for step in range(9, STEPS):
         steps.make(batch_of(rows[step]), step)
         now = bits(trainer)
@@ -377,20 +375,20 @@ def test_from_a_bad_batch_on_no_replay_changes_a_bit_and_its_step_is_known(
     assert trainer.guard.first_bad() == 9
 
 
-@device_ways
+@on_device_paths
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
-def test_what_is_judged_between_replays_is_what_they_left_and_whoever_writes_is_heard(
+def test_the_bf16_copy_is_current_after_replays_and_after_other_writes(
     batches: Callable[[torch.dtype], Tensor], tape: Any, optimizer: str
 ) -> None:
-    """The encoder's copy in bfloat16 is known by its weight's version, which replays do not count.
+    """Replays write the encoder's bfloat16 copy but do not advance its weight's version.
 
-    It is written by them all the same; and after another write to the weight, before the next one.
+    After another write to the weight, the copy is refreshed before the next replay.
     """
     eager, recorded = ([make(optimizer, settings={"autocast": True})] for _ in range(2))
     both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, tape.TapeRecorder())]
-    judged: list[list[Tensor]] = [[], []]
+    outputs: list[list[Tensor]] = [[], []]
     for step, rows in enumerate(batches(torch.float32)[:STEPS]):
-        for steps, (trainer,), found in zip(both, (eager, recorded), judged, strict=True):
+        for steps, (trainer,), found in zip(both, (eager, recorded), outputs, strict=True):
             steps.make(batch_of(rows), step)
             W_enc = trainer.sae.W_enc
             bf16_copy = bf16_copy_of(W_enc)
@@ -402,12 +400,12 @@ def test_what_is_judged_between_replays_is_what_they_left_and_whoever_writes_is_
                 with torch.no_grad():
                     W_enc.mul_(1.5)
         assert differing(eager, recorded) == [], step
-    assert all(torch.equal(a, b) for a, b in zip(*judged, strict=True))
-    assert len({tuple(found.flatten().tolist()) for found in judged[1]}) == STEPS
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    assert len({tuple(found.flatten().tolist()) for found in outputs[1]}) == STEPS
 
 
-@device_ways
-def test_a_batch_of_another_size_is_no_replay_and_counts_as_much(
+@on_device_paths
+def test_a_batch_of_another_size_is_trained_eagerly(
     batches: Callable[[torch.dtype], Tensor], tape: Any
 ) -> None:
     eager, recorded = ([make("adam")] for _ in range(2))
@@ -425,7 +423,7 @@ def test_a_process_without_saes_records_nothing() -> None:
     assert with_cuda_graphs({}) is train_batch
 
 
-def test_a_run_without_a_cuda_device_is_refused_before_it_is_there(
+def test_a_run_without_a_cuda_device_raises_an_error_before_it_is_created(
     options: Callable[..., FitConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -436,9 +434,9 @@ def test_a_run_without_a_cuda_device_is_refused_before_it_is_there(
 
 
 @pytest.fixture
-def taped(monkeypatch: pytest.MonkeyPatch, as_on_a_device: None, tape: Any) -> list[Any]:
-    """Let --cuda-graphs be served by tapes; those that were asked for."""
-    del as_on_a_device
+def taped(monkeypatch: pytest.MonkeyPatch, device_paths: None, tape: Any) -> list[Any]:
+    """Replace CUDA graphs by tapes; return the list of recorders that are created."""
+    del device_paths
     made: list[Any] = []
 
     def recorder(_: torch.device) -> Any:
@@ -451,7 +449,7 @@ def taped(monkeypatch: pytest.MonkeyPatch, as_on_a_device: None, tape: Any) -> l
     return made
 
 
-def test_a_run_of_many_saes_is_the_same_files_recorded_or_not_stopped_or_not(
+def test_a_run_with_graphs_writes_the_same_files_also_after_a_resume(
     options: Callable[..., FitConfig],
     snapshot: Callable[[Path], dict[str, bytes]],
     taped: list[Any],
@@ -486,7 +484,7 @@ def test_a_run_of_many_saes_is_the_same_files_recorded_or_not_stopped_or_not(
         pass
 
     real = GraphedSteps.make
-    for at in (5, 11):  # in its warm-up, and among its replays; checkpoints are every three steps
+    for at in (5, 11):  # during warm-up and during replays; checkpoints are every three steps
 
         def make_step(self: GraphedSteps, batch: Any, step: int, at: int = at) -> None:
             if step == at:
@@ -501,7 +499,7 @@ def test_a_run_of_many_saes_is_the_same_files_recorded_or_not_stopped_or_not(
         fit(dataclasses.replace(stopped, resume=True))
         assert taped[-1].replayed > 0
         assert snapshot(tmp_path / f"stopped-{at}") == expected
-    # Of those that were replayed, a checkpoint that goes on without.
+    # A checkpoint of replayed steps resumes without graphs.
     for path in Path(stopped.out).glob("checkpoint-*24*"):
         path.unlink()
     shutil.copytree(stopped.out, tmp_path / "without")
@@ -520,7 +518,7 @@ def test_a_run_of_many_saes_is_the_same_files_recorded_or_not_stopped_or_not(
 
 @pytest.fixture
 def no_waiting() -> Iterator[Callable[[], None]]:
-    """From the call on, whatever makes the host wait for the device raises."""
+    """Return a function after whose call synchronising with the device raises."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 
@@ -529,7 +527,7 @@ def no_waiting() -> Iterator[Callable[[], None]]:
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw"])
 @pytest.mark.parametrize("kind", [*KINDS, "compiled"])
 @pytest.mark.parametrize("path", ["triton", "torch"])
-def test_on_a_gpu_recorded_steps_have_the_bits_of_eager_ones_and_nothing_waits(
+def test_on_a_gpu_replayed_steps_equal_eager_steps_and_never_wait(
     batches: Callable[[torch.dtype], Tensor],
     monkeypatch: pytest.MonkeyPatch,
     no_waiting: Callable[[], None],
@@ -538,7 +536,7 @@ def test_on_a_gpu_recorded_steps_have_the_bits_of_eager_ones_and_nothing_waits(
     path: str,
 ) -> None:
     if optimizer == "signum" and "clipped" in kind:
-        pytest.skip("signs have no length")
+        pytest.skip("clipping has no effect on signs")
     monkeypatch.setenv("SAETRAIN_KERNELS", path)
     compiled = {"settings": {"compile": True}, **KINDS["jumprelu"]}
     how = {**KINDS, "compiled": compiled}[kind]
@@ -548,7 +546,7 @@ def test_on_a_gpu_recorded_steps_have_the_bits_of_eager_ones_and_nothing_waits(
     for step in range(STEPS):
         for steps in both:
             steps.make(batch_of(rows[step]), step)
-        if step == WARM_UP + 1:  # recorded, which waits this once
+        if step == WARM_UP + 1:  # recording synchronises once
             torch.cuda.synchronize()
             no_waiting()
     torch.cuda.set_sync_debug_mode("default")
@@ -557,7 +555,7 @@ def test_on_a_gpu_recorded_steps_have_the_bits_of_eager_ones_and_nothing_waits(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_grid_is_one_graph_and_a_bad_batch_stops_it(
+def test_on_a_gpu_a_grid_is_one_graph_and_a_bad_batch_changes_nothing(
     batches: Callable[[torch.dtype], Tensor], no_waiting: Callable[[], None]
 ) -> None:
     trainers = [make(**one, device="cuda") for one in GRID]
@@ -579,10 +577,10 @@ def test_on_a_gpu_a_grid_is_one_graph_and_a_bad_batch_stops_it(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_run_with_graphs_ends_in_the_files_of_one_without(
+def test_on_a_gpu_a_run_with_graphs_writes_the_files_of_one_without(
     options: Callable[..., FitConfig], snapshot: Callable[[Path], dict[str, bytes]], tmp_path: Path
 ) -> None:
-    """Through the stream that mixes rows on the device, while its threads are at work there."""
+    """Rows come from the device shuffle buffer, whose threads run meanwhile."""
     found = []
     for graphs in (False, True):
         out = str(tmp_path / str(graphs))

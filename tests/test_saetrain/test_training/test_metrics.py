@@ -1,15 +1,13 @@
-"""Means, dead latents and the flag for losses that are not finite."""
+"""Means and dead latents."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
 from saetrain.model.losses import Losses
 from saetrain.model.sae import SaeOutput
-from saetrain.training.metrics import DeadLatentTracker, FiniteGuard, MeanMeter, fired
+from saetrain.training.metrics import DeadLatentTracker, MeanMeter, fired
 
 CPU = torch.device("cpu")
 
@@ -68,19 +66,3 @@ def test_a_latent_is_dead_after_exactly_dead_after_rows_until_it_fires() -> None
     assert dead_tracker.dead_percent(4) == 50.0
     dead_tracker.add((torch.tensor([[1.0]]), torch.tensor([[0]])))
     assert dead_tracker.dead_percent(4) == 0.0
-
-
-def test_the_guard_keeps_the_first_step_that_was_not_finite() -> None:
-    guard = FiniteGuard(CPU)
-    values = [1.0, math.inf, 2.0, math.nan]
-    found = [bool(guard.check(torch.tensor(v), step)) for step, v in enumerate(values)]
-    assert found == [True, False, False, False]
-    assert guard.first_bad() == 1
-
-
-def test_the_guard_takes_the_step_number_from_device_memory() -> None:
-    guard, step = FiniteGuard(CPU), torch.zeros((), dtype=torch.int64)
-    for number, value in enumerate([1.0, 2.0, math.nan, math.nan]):
-        step.fill_(number)
-        guard.check(torch.tensor(value), step)
-    assert guard.first_bad() == 2

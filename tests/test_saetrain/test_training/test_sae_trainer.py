@@ -1,17 +1,19 @@
-"""Checkpoint state of an SAE in training. N rows, D d_in, M num_latents, K k."""
+"""Checkpoint state and finite guard of an SAE in training. N rows, D d_in, M num_latents, K k."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import FiniteGuard, SaeTrainer
 from saetrain.training.step import train_step
 
 N, D, M, K = 64, 16, 64, 4
+CPU = torch.device("cpu")
 BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 
 
@@ -35,3 +37,19 @@ def test_training_continues_bit_for_bit_from_loaded_state(
     assert expected.keys() == got.keys()
     for name in expected:
         assert torch.equal(expected[name], got[name]), name
+
+
+def test_the_guard_keeps_the_first_step_that_was_not_finite() -> None:
+    guard = FiniteGuard(CPU)
+    values = [1.0, math.inf, 2.0, math.nan]
+    found = [bool(guard.check(torch.tensor(v), step)) for step, v in enumerate(values)]
+    assert found == [True, False, False, False]
+    assert guard.first_bad() == 1
+
+
+def test_the_guard_takes_the_step_number_from_device_memory() -> None:
+    guard, step = FiniteGuard(CPU), torch.zeros((), dtype=torch.int64)
+    for number, value in enumerate([1.0, 2.0, math.nan, math.nan]):
+        step.fill_(number)
+        guard.check(torch.tensor(value), step)
+    assert guard.first_bad() == 2

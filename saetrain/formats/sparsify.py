@@ -95,9 +95,9 @@ def save_sae(
     """
     folder = Path(folder)
     tensors = {
-        theirs: weights[ours].detach().cpu().contiguous()
-        for ours, theirs in _TENSORS.items()
-        if ours in weights
+        stored: weights[name].detach().cpu().contiguous()
+        for name, stored in _TENSORS.items()
+        if name in weights
     }
     values = asdict(config) | {"hookpoints": reads, "normalize_decoder": unit_rows}
     values["expansion_factor"] = max(1, config.num_latents // config.d_in)
@@ -131,16 +131,16 @@ def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
     except (OSError, SafetensorError) as error:
         raise FormatError(f"cannot read {path}", got=str(error)) from error
     shapes = _shapes(config)
-    for ours, shape in shapes.items():
-        theirs = _TENSORS[ours]
-        got = tuple(tensors[theirs].shape) if theirs in tensors else "nothing"
+    for name, shape in shapes.items():
+        stored = _TENSORS[name]
+        got = tuple(tensors[stored].shape) if stored in tensors else "nothing"
         if got != shape:
-            raise FormatError(f"{path}: tensor {theirs}", expected=shape, got=got)
+            raise FormatError(f"{path}: tensor {stored}", expected=shape, got=got)
     dtype = tensors["encoder.weight"].dtype
     if not dtype.is_floating_point:
         raise FormatError(f"{path} holds weights of another dtype", expected="floats", got=dtype)
     sae = build_sae(config, device=device, dtype=dtype)
-    sae.load_state_dict({ours: tensors[_TENSORS[ours]] for ours in shapes})
+    sae.load_state_dict({name: tensors[_TENSORS[name]] for name in shapes})
     return sae.eval()
 
 
@@ -164,7 +164,7 @@ def _shapes(config: SaeConfig) -> dict[str, tuple[int, ...]]:
 
 def tensors_of(config: SaeConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of an SAE's file, by its name in the file."""
-    return {_TENSORS[ours]: shape for ours, shape in _shapes(config).items()}
+    return {_TENSORS[name]: shape for name, shape in _shapes(config).items()}
 
 
 def read_config(folder: Path) -> SparsifyConfig:

@@ -38,17 +38,19 @@ def new_id(options: FitConfig) -> str | None:
     return "".join(secrets.choice(letters) for _ in range(8))
 
 
-def open_wandb(root: Path, record: RunRecord, say: Callable[[str], None]) -> WandbRuns | None:
+def open_wandb(
+    root: Path, record: RunRecord, print_line: Callable[[str], None]
+) -> WandbRuns | None:
     """Create or resume the W&B runs of a run and upload missing lines; None without --wandb.
 
     Args:
         root: folder of the run.
         record: the run's record.
-        say: prints a line for the user.
+        print_line: prints a line for the user.
     """
     if record.options.wandb == "disabled":
         return None
-    return WandbRuns(root, record, say)
+    return WandbRuns(root, record, print_line)
 
 
 class WandbRuns:
@@ -59,11 +61,11 @@ class WandbRuns:
     Args:
         root: folder of the run.
         record: the run's record.
-        say: prints a line for the user.
+        print_line: prints a line for the user.
     """
 
-    def __init__(self, root: Path, record: RunRecord, say: Callable[[str], None]) -> None:
-        self._root, self._record, self._say = root, record, say
+    def __init__(self, root: Path, record: RunRecord, print_line: Callable[[str], None]) -> None:
+        self._root, self._record, self._print_line = root, record, print_line
         self._runs: list[_Run] = []
         self._failed = False
         self._exit_code = 1
@@ -91,7 +93,7 @@ class WandbRuns:
         except (Exception, SystemExit) as error:
             self._failed = True
             what = " ".join(str(error).split()) or type(error).__name__
-            self._say(
+            self._print_line(
                 f"warning: logging to W&B stopped: {what[:500]}. The run continues, and {METRICS} "
                 "is complete; --resume with --wandb uploads it later"
             )
@@ -152,7 +154,7 @@ class WandbRuns:
         )
         self._runs.append(_Run(run, saes, prefixed=not options.wandb_per_sae))
         where = f"offline in {run.settings.sync_dir}" if offline else run.url
-        self._say(f"W&B: {name} is run {run_id}, {where}")
+        self._print_line(f"W&B: {name} is run {run_id}, {where}")
 
     def _log(self, line: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
         for run in self._runs:

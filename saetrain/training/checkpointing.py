@@ -54,7 +54,7 @@ class Checkpointer:
         self._saved = saved
 
     def is_due(self, done: int) -> bool:
-        """Return whether --save-every or --keep-every asks for a checkpoint of this step."""
+        """Return whether --save-every or --keep-every requires a checkpoint of this step."""
         return done % self._every == 0 or self._keep.is_due(done)
 
     def save(self, done: int, position: dict[str, int]) -> None:

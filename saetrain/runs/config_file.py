@@ -12,6 +12,7 @@ match a name or pattern:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import tomllib
@@ -117,7 +118,12 @@ def _of_run(path: Path) -> Options:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    kinds = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": read_json}
+    kinds = {
+        ".toml": lambda path: tomllib.loads(path.read_text(encoding="utf-8")),
+        ".yaml": _yaml,
+        ".yml": _yaml,
+        ".json": read_json,
+    }
     if path.suffix not in kinds:
         raise ConfigError(f"--config {path} has an unknown file type", expected=" | ".join(kinds))
     try:
@@ -131,10 +137,6 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(obj, dict) or not all(isinstance(key, str) for key in obj):
         raise ConfigError(f"--config {path} holds no mapping of options", got=type(obj).__name__)
     return obj
-
-
-def _toml(path: Path) -> object:
-    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def _yaml(path: Path) -> object:
@@ -196,18 +198,11 @@ def _value(hint: Any, obj: Any, where: str, several: bool = False) -> Any:
     if get_origin(hint) is tuple and not isinstance(obj, list):
         obj = [obj]
     if isinstance(obj, str) and (hint is float or float in get_args(hint)):
-        obj = _number(obj)
+        with contextlib.suppress(ValueError):
+            obj = float(obj)  # YAML reads 1e-3 as text, because it lacks a decimal point
     if hint is str and type(obj) in (int, float):  # --encoder-scale takes a number or "auto"
         obj = repr(obj)
     try:
         return parse_value(hint, obj, where)
     except FormatError as error:
         raise ConfigError(error.what, expected=error.expected, got=error.got) from error
-
-
-def _number(text: str) -> float | str:
-    """Convert a number that YAML reads as text, such as 1e-3 (no decimal point)."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

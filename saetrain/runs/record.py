@@ -160,9 +160,7 @@ def _parse(obj: object, path: Path) -> RunRecord:
 
 def absolute_cache(cache: str) -> str:
     """Return a cache's path independent of the working directory; a URL is unchanged."""
-    if is_url(cache):
-        return cache
-    return str(Path(cache).resolve())
+    return cache if is_url(cache) else str(Path(cache).resolve())
 
 
 def receipts_digest(cache: Cache, training: list[int], held_out: list[int]) -> str:

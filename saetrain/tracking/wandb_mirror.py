@@ -66,7 +66,8 @@ class WandbRuns:
 
     def __init__(self, root: Path, record: RunRecord, print_line: Callable[[str], None]) -> None:
         self._root, self._record, self._print_line = root, record, print_line
-        self._runs: list[_Run] = []
+        self._runs: list[tuple[Any, list[SaeEntry]]] = []
+        """Each W&B run and its SAEs."""
         self._failed = False
         self._exit_code = 1
         self._try(self._open)
@@ -97,7 +98,7 @@ class WandbRuns:
                 f"warning: logging to W&B stopped: {what[:500]}. The run continues, and {METRICS} "
                 "is complete; --resume with --wandb uploads it later"
             )
-            for run in self._runs:
+            for run, _ in self._runs:
                 with contextlib.suppress(Exception, SystemExit):
                     run.finish(exit_code=1)
 
@@ -152,60 +153,41 @@ class WandbRuns:
             config=_config(self._record, options, saes),
             settings=settings,
         )
-        self._runs.append(_Run(run, saes, prefixed=not options.wandb_per_sae))
+        self._runs.append((run, saes))
         where = f"offline in {run.settings.sync_dir}" if offline else run.url
         self._print_line(f"W&B: {name} is run {run_id}, {where}")
 
     def _log(self, line: Mapping[str, Any], timings: Mapping[str, Any] | None) -> None:
-        for run in self._runs:
-            run.log(line, timings or {})
+        step = line["step"]
+        for run, saes in self._runs:
+            if step < run.starting_step:  # W&B has it already
+                continue
+            row = {"rows": line["rows"]}
+            for entry in saes:
+                prefix = "" if self._record.options.wandb_per_sae else f"{entry.name}/"
+                for name, value in line.get("saes", {}).get(entry.name, {}).items():
+                    row |= {f"{prefix}{key}": shown for key, shown in _values(name, value).items()}
+                for name, value in line.get("val", {}).get(entry.name, {}).items():
+                    row[f"{prefix}val_{name}"] = value
+            row |= {f"timings/{k}": value for k, value in (timings or {}).items() if k != "step"}
+            run.log(row, step=step)
 
     def _log_artifacts(self) -> None:
         import wandb
 
-        for run in self._runs:
-            for entry in run.saes:
+        for run, saes in self._runs:
+            for entry in saes:
                 name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{run.id}-{entry.name}")
                 artifact = wandb.Artifact(name, type="sae", metadata=dataclasses.asdict(entry))
                 artifact.add_dir(str(self._root / entry.name))
-                run.upload(artifact, wait=self._record.options.wandb == "online")
+                logged = run.log_artifact(artifact)
+                if self._record.options.wandb == "online":
+                    logged.wait(timeout=_UPLOAD_SECONDS)
 
     def _close(self) -> None:
         while self._runs:
-            self._runs.pop().finish(self._exit_code)
-
-
-class _Run:
-    """One W&B run, of one or all SAEs."""
-
-    def __init__(self, run: Any, saes: list[SaeEntry], *, prefixed: bool) -> None:
-        self._run, self.saes, self._prefixed = run, saes, prefixed
-        self.id: str = run.id
-
-    def log(self, line: Mapping[str, Any], timings: Mapping[str, Any]) -> None:
-        """Log a line, unless W&B has its step."""
-        step = line["step"]
-        if step < self._run.starting_step:
-            return
-        row = {"rows": line["rows"]}
-        for entry in self.saes:
-            prefix = f"{entry.name}/" if self._prefixed else ""
-            for name, value in line.get("saes", {}).get(entry.name, {}).items():
-                row |= {f"{prefix}{key}": shown for key, shown in _values(name, value).items()}
-            for name, value in line.get("val", {}).get(entry.name, {}).items():
-                row[f"{prefix}val_{name}"] = value
-        row |= {f"timings/{name}": value for name, value in timings.items() if name != "step"}
-        self._run.log(row, step=step)
-
-    def upload(self, artifact: Any, *, wait: bool) -> None:
-        """Upload an artifact, and wait for it if `wait`."""
-        logged = self._run.log_artifact(artifact)
-        if wait:
-            logged.wait(timeout=_UPLOAD_SECONDS)
-
-    def finish(self, exit_code: int) -> None:
-        """Finish the W&B run."""
-        self._run.finish(exit_code=exit_code)
+            run, _ = self._runs.pop()
+            run.finish(exit_code=self._exit_code)
 
 
 def _values(name: str, value: Any) -> dict[str, Any]:

@@ -77,7 +77,10 @@ class GraphedSteps:
         if not self._copy_rows(batch):
             train_batch(self._groups, batch, step)
             return
-        use_auxk = tuple(self._uses_auxk(trainer, step) for trainer in self._trainers)
+        use_auxk = tuple(
+            t.uses_auxk(step, len(self._rows[t.entry.hookpoint]), t.entry.options.auxk_alpha)
+            for t in self._trainers
+        )
         if use_auxk != self._use_auxk:  # the recorded step differs from now on
             self._use_auxk, self._warmed, self._replay = use_auxk, 0, None
         if self._replay is not None:
@@ -101,10 +104,6 @@ class GraphedSteps:
                 return False
             fixed.copy_(rows, non_blocking=True)
         return True
-
-    def _uses_auxk(self, trainer: SaeTrainer, step: int) -> bool:
-        rows = len(self._rows[trainer.entry.hookpoint])
-        return trainer.uses_auxk(step, rows, trainer.entry.options.auxk_alpha)
 
     def _train_all(self, step: int) -> None:
         for name, group in self._groups.items():

@@ -30,8 +30,6 @@ from saetrain.model.sae import Sae
 ROWS = 2048
 """Rows of the run's first batches that initialisation reads."""
 
-_OCTAVES = 6
-_STEPS = (1.0, 1 / 4, 1 / 16, 1 / 64)
 _ITERATIONS = 100
 _CLOSE = 1e-7
 
@@ -165,14 +163,8 @@ def search_encoder_scale(sae: Sae, rows: Tensor, variance: float, loss_config: L
         fvu = float(compute_losses(sae, rows, variance, None, loss_config).fvu)
         return fvu if math.isfinite(fvu) else math.inf
 
-    best = _least(error, 0.0, _STEPS[0], _OCTAVES)
-    for step in _STEPS[1:]:
-        best = _least(error, best, step, 3)
+    best = 0.0
+    for step, n in ((1.0, 6), (1 / 4, 3), (1 / 16, 3), (1 / 64, 3)):
+        best = min((best + i * step for i in range(-n, n + 1)), key=error)
     sae.W_enc.copy_(kept)
     return float(2.0**best)
-
-
-def _least(error: Callable[[float], float], around: float, step: float, n: int) -> float:
-    """Return the number of least error among `around` and n steps to each side."""
-    tried = [around + i * step for i in range(-n, n + 1)]
-    return min(tried, key=error)

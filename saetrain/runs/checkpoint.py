@@ -253,7 +253,7 @@ def load_checkpoint(
             first.what,
             expected=first.expected,
             got=first.got,
-            remedy="no other checkpoint is complete (--keep-last 2 keeps one to fall back to): "
+            remedy="no other checkpoint is whole (--keep-last 2 keeps one to fall back to): "
             "restore it from a copy, or remove checkpoint-* there and start the run again with "
             "--resume",
         ) from first

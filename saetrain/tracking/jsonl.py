@@ -204,9 +204,16 @@ def sae_metrics(path: Path, line: dict[str, Any], names: Sequence[str]) -> dict[
     for name in names:
         sae = saes.get(name) if isinstance(saes, dict) else None
         metrics = sae if isinstance(sae, dict) else {}
-        for key in ("fvu", "l0", "dead_percent"):
-            if key != "dead_percent" or metrics.get(key, "") is not None:  # None: too few rows
-                number_of(path, {"step": f"{line['step']} of {name}"} | metrics, key)
+        numbers = [metrics.get(key) for key in ("fvu", "l0")]
+        if metrics.get("dead_percent", "") is not None:  # None: too few rows so far
+            numbers.append(metrics.get("dead_percent"))
+        if not all(map(_is_number, numbers)):
+            raise FormatError(
+                f"{path} lacks figures of {name} at step {line['step']}",
+                expected="fvu, l0, dead_percent",
+                got=truncated_repr(sae),
+                remedy="it is damaged; restore it from a copy",
+            )
     assert isinstance(saes, dict)
     return saes
 

@@ -231,7 +231,7 @@ def test_the_newest_undamaged_checkpoint_is_loaded_and_the_error_reported(tmp_pa
     assert load() == 3
     assert warned == [(f"{tensors_path(tmp_path, 12, 1)} is not what its checkpoint wrote", 3)]
     flip(state_path(tmp_path, 3))
-    with pytest.raises(FormatError, match=r"000012\.00001(.|\n)*no other checkpoint is complete"):
+    with pytest.raises(FormatError, match=r"000012\.00001(.|\n)*no other checkpoint is whole"):
         load()
 
 

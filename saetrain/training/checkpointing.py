@@ -70,28 +70,10 @@ class Checkpointer:
         Raises:
             NonFiniteError: a loss or a weight is not finite.
         """
-        if done <= self._saved:
-            return
-        self._tracker.sync()
-        if self._coordinator.writes_saes:
-            self._write(done, position)
-        self._saved = done
-
-    def _write(self, done: int, position: dict[str, int]) -> None:
-        for trainer in self._trainers:
-            # The weights alone do not show a bad loss: sign(NaN) is 0, so signum keeps them finite.
-            value = float(trainer.meter.sums.sum())
-            finite = all(bool(p.isfinite().all()) for p in trainer.sae.parameters())
-            require_finite_loss(self._root, trainer, value if finite else value + math.nan, done)
-        exports = [export(self._root, trainer) for trainer in self._trainers]
-        parts = {
-            trainer.index: save_sae_state(
-                self._root, done, trainer.index, trainer.state(), file, trainer.best
-            )
-            for trainer, file in zip(self._trainers, exports, strict=True)
-        }
-        self._coordinator.finalize_checkpoint(self._root, done, position, parts, self._keep)
-        prune_best(self._root, self._trainers)
+        if done > self._saved:
+            self._tracker.sync()
+            save(self._root, done, self._trainers, position, self._coordinator, self._keep)
+            self._saved = done
 
     def save_while_waiting(self, done: int, position: dict[str, int]) -> None:
         """Save while waiting for rows, if this process can do so without the other ranks."""
@@ -109,6 +91,31 @@ class Checkpointer:
             say(f"rows could not be read; step {self._saved:,} is saved, --resume continues there")
         if self._coordinator.can_checkpoint_alone:
             self._coordinator.barrier()  # the first rank to exit ends the others
+
+
+def save(
+    root: Path,
+    done: int,
+    trainers: list[SaeTrainer],
+    position: dict[str, int],
+    coordinator: Coordinator,
+    keep: RetentionPolicy,
+) -> None:
+    """Write every SAE in the export format, then a checkpoint; see `Checkpointer.save`."""
+    if not coordinator.writes_saes:
+        return
+    for trainer in trainers:
+        # The weights alone do not show a bad loss: sign(NaN) is 0, so signum keeps them finite.
+        value = float(trainer.meter.sums.sum())
+        finite = all(bool(p.isfinite().all()) for p in trainer.sae.parameters())
+        require_finite_loss(root, trainer, value if finite else value + math.nan, done)
+    exports = [export(root, trainer) for trainer in trainers]
+    parts = {
+        t.index: save_sae_state(root, done, t.index, t.state(), file, t.best)
+        for t, file in zip(trainers, exports, strict=True)
+    }
+    coordinator.finalize_checkpoint(root, done, position, parts, keep)
+    prune_best(root, trainers)
 
 
 def export(root: Path, trainer: SaeTrainer) -> FileDigest:

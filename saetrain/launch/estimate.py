@@ -1,4 +1,4 @@
-"""What a run will train, and the memory that takes, before anything is trained.
+"""Estimate of a run for `--plan`: its SAEs, and the memory of weights, optimizers and steps.
 
 Letters: N rows of a batch, D d_in, E width of the output, M num_latents, K k, P parameters of an
 SAE.
@@ -28,54 +28,54 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class SaeEstimate:
-    """One SAE. Sizes in bytes."""
+    """Estimate of one SAE. Sizes in bytes."""
 
     name: str
     hookpoint: str
     d_in: int
     num_latents: int
     k: int | None
-    """None where a penalty makes latents sparse."""
+    """None for activations with a sparsity penalty."""
     optimizer: str
     lr: float | None
-    """Peak; None: it follows from steps that are not known yet."""
+    """Peak learning rate; None if it depends on a number of steps that is not known yet."""
     seed: int
     parameters: int
-    """P."""
+    """Number of parameters, P."""
     weights: int
-    """With the encoder's copy in bfloat16, where one is kept."""
+    """Bytes of parameters, with the encoder's bfloat16 copy if --autocast keeps one."""
     optimizer_state: int
     gradients: int
-    """While it makes its step."""
+    """Bytes of gradients during a step."""
     activations: int
-    """While it makes its step: the most that is held besides, of a batch or by the update."""
+    """Peak bytes of everything else during a step: of the batch, or of the update."""
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """The SAEs of a run. Sizes in bytes."""
+    """Estimate of a run. Sizes in bytes."""
 
     saes: tuple[SaeEstimate, ...]
     parameters: int
     weights: int
     optimizer_state: int
     gradients: int
-    """One SAE makes its step at a time: the largest."""
+    """Gradients of the SAE with the largest step: SAEs make their steps one after another."""
     activations: int
-    """Likewise."""
+    """Activations of the same SAE."""
     total: int
-    """On the device, without what torch itself takes; on a GPU, with the rows."""
+    """Sum on the device, without torch's own memory; on a GPU, with the shuffle buffer."""
     rows: int
-    """Rows that are mixed in memory, on a GPU in its own: once, however many SAEs."""
+    """Bytes of the shuffle buffer, which all SAEs share; on a GPU, in device memory."""
     free: int
-    """Memory that the device has free now."""
+    """Free memory of the device now."""
 
 
 def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
-    """List what a run would train; nothing is written.
+    """Estimate what a run would train; nothing is written.
 
     Raises:
-        ActcacheError: one of its kinds, for options that `fit` would refuse.
+        ActcacheError: one of its subclasses, for options that `fit` would refuse.
     """
     cache = Cache.open(
         config.cache,
@@ -96,12 +96,12 @@ def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
         )
     row = sum(cache.row_dtype.row_bytes(cache.manifest.width(name)) for name in hookpoints)
     weights, state = sum(s.weights for s in saes), sum(s.optimizer_state for s in saes)
-    # Of the one that takes most: gradients are dropped before the next SAE's turn.
+    # Gradients are freed before the next SAE's step, so only the largest step counts.
     gradients, activations = max(
         ((s.gradients, s.activations) for s in saes), key=lambda pair: pair[0] + pair[1]
     )
     rows = min(budget.pool_rows, cache.rows) * row
-    mixed_there = rows if device.type == "cuda" else 0
+    buffer_bytes = rows if device.type == "cuda" else 0
     return RunEstimate(
         saes=saes,
         parameters=sum(s.parameters for s in saes),
@@ -109,19 +109,19 @@ def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
         optimizer_state=state,
         gradients=gradients,
         activations=activations,
-        total=weights + state + gradients + activations + mixed_there,
+        total=weights + state + gradients + activations + buffer_bytes,
         rows=rows,
         free=_free(device),
     )
 
 
 def estimate_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> SaeEstimate:
-    """Parameters and memory of one SAE.
+    """Estimate parameters and memory of one SAE.
 
     Args:
-        entry: which.
-        options: of the run.
-        device: the kind of it.
+        entry: the SAE.
+        options: options of the run.
+        device: type of the device.
     """
     sizes, shapes = entry.config, parameter_shapes(entry.config)
     P = sum(map(math.prod, shapes))
@@ -136,7 +136,7 @@ def estimate_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> Sa
         lr=entry.lr,
         seed=entry.seed,
         parameters=P,
-        weights=P * item + shadow_bytes(entry, options),
+        weights=P * item + bf16_copy_bytes(entry, options),
         optimizer_state=sum(state_bytes(entry.options.optimizer, s, item) for s in shapes)
         + norm_bytes(entry, item),
         gradients=P * item,
@@ -152,19 +152,19 @@ def estimate_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> Sa
 
 
 def parameter_shapes(sizes: SaeConfig) -> list[tuple[int, ...]]:
-    """Shapes of an SAE's parameters, of which none is made."""
+    """Return the shapes of an SAE's parameters, without allocating them."""
     with torch.device("meta"):
         sae = build_sae(sizes, device="meta")
     return [tuple(parameter.shape) for parameter in sae.parameters()]
 
 
 def state_bytes(optimizer: OptimizerName, shape: tuple[int, ...], item: int) -> int:
-    """What an optimiser keeps of one parameter; counters apart.
+    """Return the bytes of the optimizer state of one parameter, without step counters.
 
     Args:
-        optimizer: which.
-        shape: of the parameter.
-        item: bytes of one of its numbers.
+        optimizer: name of the optimizer.
+        shape: shape of the parameter.
+        item: bytes of one element.
     """
     numbers = math.prod(shape)
     if optimizer == "signum":  # z
@@ -178,21 +178,21 @@ def state_bytes(optimizer: OptimizerName, shape: tuple[int, ...], item: int) -> 
 
 
 def norm_bytes(entry: SaeEntry, item: int) -> int:
-    """What signum keeps of rows of norm 1: what they were divided by."""
+    """Return the bytes of the row norms that signum keeps with --decoder-norm unit."""
     unit = entry.options.decoder_norm == "unit" and not entry.config.transcode
     kept = unit and entry.options.optimizer == "signum"
     return entry.config.num_latents * max(item, FLOAT) * kept
 
 
-def shadow_bytes(entry: SaeEntry, options: FitConfig) -> int:
-    """The encoder in bfloat16, as a step keeps it for `--autocast`."""
+def bf16_copy_bytes(entry: SaeEntry, options: FitConfig) -> int:
+    """Return the bytes of the encoder's bfloat16 copy that a step keeps with --autocast."""
     dense, folded = entry.config.activation in _DENSE, entry.options.decoder_norm == "fold"
     kept = options.autocast and options.weights_dtype == "float32" and not dense and not folded
     return 2 * entry.config.num_latents * entry.config.d_in * kept
 
 
 _DENSE = {"relu": 4, "jumprelu": 7, "gated": 9}
-"""Matrices [N, M] that an activation without indices needs, with what its gradient is made of."""
+"""Matrices [N, M] of a dense activation, with those that its backward pass keeps."""
 
 
 def step_bytes(
@@ -203,29 +203,28 @@ def step_bytes(
     device: str = "cpu",
     chunk_latents: int | None = None,
 ) -> int:
-    """The most that a step holds besides weights, optimiser state and gradients; AuxK apart.
+    """Bound the bytes of a step besides weights, optimizer state, gradients and AuxK.
 
-    A bound from what the step does: the forward pass holds pre-activations, of all rows [N, M], or
-    of as many as are encoded at once, and the quarter of them that TopK looks through again; two
-    matrices as large as what is read [N, D] and two as what is predicted [N, E]; and top
-    activations with their indices, sorted and unsorted (of BatchTopK and Multi-TopK 4K, and copies;
-    BatchTopK may look farther); dense activations hold more matrices [N, M]. Several
-    reconstructions hold sums of their own. Folded weights and their gradients are four matrices as
-    large as W_dec. Normalising and the update hold two (adam8bit, where it unpacks its moments,
-    five) and muon's [D, D].
+    The forward pass holds pre-activations [N, M], or those of the rows that are encoded at once,
+    and a quarter of them again for TopK; two inputs [N, D] and two outputs [N, E]; and top
+    activations with indices, sorted and unsorted (BatchTopK and Multi-TopK: 4K, and copies;
+    BatchTopK may need more). Dense activations hold more matrices [N, M], and each further
+    reconstruction its sums. Folded weights and their gradients are four matrices of W_dec's size.
+    Normalisation and the update hold two (adam8bit, which unpacks its moments, five) and muon's
+    [D, D].
 
     Args:
-        sizes: of the SAE.
-        optimizer: of the SAE.
-        rows: in a forward pass at once, N.
-        folded: whether training sees folded weights.
-        device: the kind of it.
-        chunk_latents: whose pre-activations are formed at once, of all rows.
+        sizes: configuration of the SAE.
+        optimizer: name of the optimizer.
+        rows: rows of one forward pass, N.
+        folded: whether --decoder-norm fold is used.
+        device: type of the device.
+        chunk_latents: latents whose pre-activations are computed at once, for all rows.
     """
     N, D, E, M, K = rows, sizes.d_in, sizes.width_out, sizes.num_latents, sizes.k
     wide, dense, prefixes = max(D, E), sizes.activation in _DENSE, len(sizes.matryoshka)
     batch = D + E if sizes.transcode else D
-    # Of several reconstructions: sums over pieces, running sums, and the gradients of either.
+    # For several reconstructions: sums over groups, running sums, and the gradients of both.
     sums = prefixes + 1 if prefixes else 2 * sizes.multi_topk
     forward = 4 * N * batch + 2 * sums * N * E
     if dense:
@@ -233,10 +232,10 @@ def step_bytes(
     elif sizes.activation == "batchtopk":
         forward += N * M + (10 + 2 * prefixes) * N * min(4 * K, M)
     else:
-        at_once = tokens_at_once(N, torch.empty(M, 0, device="meta"), device) * M
+        encoded = tokens_at_once(N, torch.empty(M, 0, device="meta"), device) * M
         if chunk_latents is not None:
-            at_once = N * min(chunk_latents, M)
-        forward += at_once + at_once // 4
+            encoded = N * min(chunk_latents, M)
+        forward += encoded + encoded // 4
         slots = min(4 * K, M) if sizes.multi_topk else K
         forward += (14 + 2 * prefixes) * N * slots
     forward += 4 * M * wide * folded

@@ -1,10 +1,9 @@
-"""`--finetune`: SAEs that begin with weights of others, from a folder or a repository of the Hub.
+"""`--finetune`: initialise SAEs from pretrained weights in a folder or a repository of the Hub.
 
-What is read is sparsify's layout, which is ours: `cfg.json` beside `sae.safetensors`, in the folder
-itself (one SAE, also `best-STEP`), or in folders called after hookpoints (a run, what sparsify
-trained or published), or one level below (`layers.9/k32-lr1e-3`, `layers.9/seed0`). Sizes and kind
-come from there; optimisers, dead latents and the order of rows begin anew. Letters: D d_in,
-M num_latents.
+The layout is that of sparsify and of run folders: `cfg.json` beside `sae.safetensors`, in the
+folder itself (one SAE, also `best-STEP`), in subfolders named after hookpoints (a run, or SAEs of
+sparsify), or one level below (`layers.9/k32-lr1e-3`, `layers.9/seed0`). Sizes and activation come
+from the files; optimizer states, dead latents and the order of rows are new.
 """
 
 from __future__ import annotations
@@ -42,26 +41,26 @@ _MAX_HEADER = 1 << 20
 
 
 class PretrainedSaes:
-    """The SAEs that there are to begin with.
+    """Pretrained SAEs of a folder or repository.
 
     Args:
-        place: a folder, or USER/REPO of the Hub, with @REVISION or without.
+        path: a folder, or USER/REPO of the Hub, optionally with @REVISION.
 
     Raises:
-        ConfigError: it is neither.
-        RunError: the Hub does not give it.
-        FormatError: there is no SAE in it.
+        ConfigError: the path is neither.
+        RunError: the download failed.
+        FormatError: the folder holds no SAE.
     """
 
-    def __init__(self, place: str) -> None:
-        self._place, self._folder = place, Path(place)
+    def __init__(self, path: str) -> None:
+        self._path, self._folder = path, Path(path)
         self._repository: str | None = None
         self._revision: str | None = None
         if not self._folder.is_dir():
-            match = _HUB_ID.fullmatch(place)
+            match = _HUB_ID.fullmatch(path)
             if match is None or self._folder.exists():
                 raise ConfigError(
-                    f"--finetune {place} is no folder, and no repository of the Hub",
+                    f"--finetune {path} is no folder, and no repository of the Hub",
                     expected="the folder of a run or of an SAE, or USER/REPO[@REVISION]",
                 )
             self._repository = match[1]
@@ -71,38 +70,38 @@ class PretrainedSaes:
         found = [self._folder / CONFIG, *self._folder.glob(f"*/{CONFIG}")]
         found += self._folder.glob(f"*/*/{CONFIG}")
         self.names = sorted(
-            str(path.parent.relative_to(self._folder)) for path in found if path.is_file()
+            str(file.parent.relative_to(self._folder)) for file in found if file.is_file()
         )
-        """Folders of SAEs within; '.' is the place itself."""
+        """Relative folders of the SAEs; '.' is the folder itself."""
         if not self.names:
             raise FormatError(
-                f"--finetune {place} holds no SAE",
-                expected=f"{CONFIG} and {WEIGHTS}, in it or in folders called after hookpoints",
+                f"--finetune {path} holds no SAE",
+                expected=f"{CONFIG} and {WEIGHTS}, in it or in folders named after hookpoints",
             )
 
     def kinds(self, entries: Sequence[SaeEntry]) -> list[SaeConfig]:
-        """What each SAE of a run is, given what it would be without the weights.
+        """Return the configuration of each SAE of a run, from entries made of the options alone.
 
         Raises:
-            RunError: there is none for it, or several.
-            ConfigError: the options contradict it.
-            FormatError: its configuration is damaged.
+            RunError: a hookpoint has no pretrained SAE, or several.
+            ConfigError: the options contradict a pretrained SAE.
+            FormatError: a configuration file is damaged.
         """
         return [self._kind(*each) for each in zip(entries, self._assign(entries), strict=True)]
 
     def sources(self, entries: Sequence[SaeEntry]) -> tuple[PretrainedSource, ...]:
-        """What a run writes down of the weights that its SAEs begin with."""
+        """Return what run.json records of the weights: path, revision and digest."""
         return tuple(map(self._source, self._assign(entries)))
 
     def _assign(self, entries: Sequence[SaeEntry]) -> list[str]:
-        """Which SAE each begins with."""
+        """Return the folder of the pretrained SAE of each entry."""
         hookpoints = list(dict.fromkeys(entry.hookpoint for entry in entries))
         if "." not in self.names:
             return [self._name_of(entry.hookpoint, entry.setting) for entry in entries]
         if len(hookpoints) > 1:
             raise RunError(
-                f"--finetune {self._place} is one SAE, the run is of several hookpoints",
-                expected="one hookpoint, or a folder of SAEs called after hookpoints",
+                f"--finetune {self._path} is one SAE, the run is of several hookpoints",
+                expected="one hookpoint, or a folder of SAEs named after hookpoints",
                 got=", ".join(hookpoints),
                 remedy=f"--hookpoint {hookpoints[0]}, for instance",
             )
@@ -118,32 +117,32 @@ class PretrainedSaes:
             return below[0]
         several = f"several SAEs of {hookpoint}" if below else f"no SAE of {hookpoint}"
         raise RunError(
-            f"--finetune {self._place} holds {several}",
+            f"--finetune {self._path} holds {several}",
             expected=f"{hookpoint}/{CONFIG}",
             got=" | ".join(below or self.names),
-            remedy="name the folder of one" if below else "--hookpoint, or another place",
+            remedy="name the folder of one" if below else "--hookpoint, or another path",
         )
 
     def _kind(self, entry: SaeEntry, name: str) -> SaeConfig:
-        folder, place = self._folder / name, self._written(name)
-        require_norm(read_config(folder).normalize_decoder, place, entry.config, entry.options)
-        return require_compatible(read_sae_config(folder), place, entry.config, entry.options)
+        folder, path = self._folder / name, self._recorded_path(name)
+        require_norm(read_config(folder).normalize_decoder, path, entry.config, entry.options)
+        return require_compatible(read_sae_config(folder), path, entry.config, entry.options)
 
     def _source(self, name: str) -> PretrainedSource:
-        source = PretrainedSource(self._written(name), self._revision, FileDigest(0, ""))
+        source = PretrainedSource(self._recorded_path(name), self._revision, FileDigest(0, ""))
         path = folder_of(source) / WEIGHTS
         if not path.is_file():
             raise FormatError(f"{path.parent} holds no SAE", expected=f"{CONFIG} and {WEIGHTS}")
         return dataclasses.replace(source, file=digest_file(path))
 
-    def _written(self, name: str) -> str:
+    def _recorded_path(self, name: str) -> str:
         if self._repository is not None:
             return self._repository if name == "." else f"{self._repository}/{name}"
         return str((self._folder / name).resolve())
 
 
 def folder_of(source: PretrainedSource) -> Path:
-    """Where weights are on this machine; raises `RunError` if the Hub does not give them."""
+    """Return the local folder of weights, downloaded if necessary; raises `RunError`."""
     if source.revision is None:
         return Path(source.path)
     user, repository, *below = source.path.split("/")
@@ -152,77 +151,77 @@ def folder_of(source: PretrainedSource) -> Path:
 
 
 def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """Files of a repository of the Hub, in the Hub's own cache: the folder of their commit."""
+    """Download files of a repository of the Hub into the Hub's cache; return their folder."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the client and what it stands on raise anything
+    except Exception as error:  # the client and its HTTP library raise many types
         raise RunError(
-            f"--finetune {repository} is no folder here, and cannot be had from the Hub",
+            f"--finetune {repository} is no folder here, and cannot be downloaded from the Hub",
             got=f"{type(error).__name__}: {truncated_repr(str(error), 400)}",
-            remedy="look at its name, the network and HF_TOKEN; or download it and name the folder",
+            remedy="check its name, the network and HF_TOKEN; or download it and name the folder",
         ) from error
 
 
 def require_compatible(
-    found: SaeConfig, place: str, asked: SaeConfig, options: SaeOptions
+    found: SaeConfig, path: str, requested: SaeConfig, options: SaeOptions
 ) -> SaeConfig:
-    """What an SAE is that begins with the weights of another.
+    """Merge the configuration of pretrained weights with the options.
 
-    Sizes and kind are those of the weights. An option that is left at its default does not
-    contradict them. What only the loss has (Multi-TopK, prefixes, penalty) is as asked.
+    Sizes and activation are those of the weights; an option at its default does not contradict
+    them. Settings of the loss alone (Multi-TopK, prefixes, penalty) are those of the options.
 
     Args:
-        found: the SAE that there is.
-        place: where, for errors.
-        asked: what the options make, given the hookpoints' widths.
+        found: configuration of the pretrained SAE.
+        path: its path, for errors.
+        requested: configuration that the options and the hookpoints' widths give.
         options: the options.
 
     Raises:
-        ConfigError: they contradict each other.
+        ConfigError: the options contradict the weights.
     """
     defaults = SaeOptions()
     wrong = [
-        (name, getattr(found, name), getattr(asked, name))
+        (name, getattr(found, name), getattr(requested, name))
         for name in ("d_in", "width_out", "widths", "transcode", "skip_connection")
-        if getattr(found, name) != getattr(asked, name)
+        if getattr(found, name) != getattr(requested, name)
     ]
     wrong += [
         (f"--{name}", getattr(found, name), getattr(options, name))
         for name in ("k", "activation")
         if getattr(options, name) not in (getattr(defaults, name), getattr(found, name))
     ]
-    wrong += [  # these weights take raw rows, and are of the size that they are
+    wrong += [  # the weights apply to raw rows, at the scale that they have
         (f"--{name.replace('_', '-')}", getattr(defaults, name), getattr(options, name))
         for name in ("input_scale", "encoder_scale")
         if getattr(options, name) != getattr(defaults, name)
     ]
-    said = options.num_latents or options.expansion_factor != defaults.expansion_factor
-    if said and asked.num_latents != found.num_latents:
-        wrong.append(("--num-latents", found.num_latents, asked.num_latents))
+    explicit = options.num_latents or options.expansion_factor != defaults.expansion_factor
+    if explicit and requested.num_latents != found.num_latents:
+        wrong.append(("--num-latents", found.num_latents, requested.num_latents))
     if wrong:
         raise ConfigError(
-            f"the options contradict the SAE in {place}",
+            f"the options contradict the SAE in {path}",
             expected=", ".join(f"{name} {value}" for name, value, _ in wrong),
             got=", ".join(f"{name} {value}" for name, _, value in wrong),
-            remedy="leave out what it says itself: its sizes and kind (--transcode, "
-            "--skip-connection and --crosscode are to be said)",
+            remedy="leave out the options that its cfg.json gives: sizes and activation (but give "
+            "--transcode, --skip-connection and --crosscode)",
         )
     return dataclasses.replace(
         found,
-        multi_topk=asked.multi_topk,
-        matryoshka=asked.matryoshka,
-        sparsity=found.sparsity if options.sparsity is None else asked.sparsity,
-        bandwidth=found.bandwidth if options.bandwidth is None else asked.bandwidth,
+        multi_topk=requested.multi_topk,
+        matryoshka=requested.matryoshka,
+        sparsity=found.sparsity if options.sparsity is None else requested.sparsity,
+        bandwidth=found.bandwidth if options.bandwidth is None else requested.bandwidth,
     )
 
 
-def require_norm(unit_rows: bool, place: str, asked: SaeConfig, options: SaeOptions) -> None:
-    """Refuse to scale rows to norm 1 that are not meant to have it; raises `ConfigError`."""
-    if options.decoder_norm == "unit" and not unit_rows and not asked.transcode:
+def require_norm(unit_rows: bool, path: str, requested: SaeConfig, options: SaeOptions) -> None:
+    """Refuse --decoder-norm unit for a decoder of other norms; raises `ConfigError`."""
+    if options.decoder_norm == "unit" and not unit_rows and not requested.transcode:
         raise ConfigError(
-            f"the decoder rows in {place} are of any norm (normalize_decoder is false)",
+            f"the decoder rows in {path} are of any norm (normalize_decoder is false)",
             expected="--decoder-norm free or fold",
             got=options.decoder_norm,
         )
@@ -230,27 +229,27 @@ def require_norm(unit_rows: bool, place: str, asked: SaeConfig, options: SaeOpti
 
 @torch.no_grad()
 def load_pretrained(sae: Sae, entry: SaeEntry, source: PretrainedSource, config: FitConfig) -> None:
-    """Put weights into an SAE that is as a new one begins.
+    """Load pretrained weights into a new SAE.
 
     Args:
-        sae: it keeps its type and device.
-        entry: what it is.
-        source: the weights, as they were when the run began.
-        config: of the run: what is fresh.
+        sae: the SAE; it keeps its dtype and device.
+        entry: its entry in the run record.
+        source: path and digest of the weights, from the run record.
+        config: options of the run: --fresh-b-dec and --fresh-decoder.
 
     Raises:
-        RunError: they are not those that the run began with.
-        FormatError: they are damaged, or not finite.
+        RunError: the file differs from the one that the run started from.
+        FormatError: the weights are damaged, or not finite.
     """
     folder = folder_of(source)
     path = folder / WEIGHTS
     got: object = digest_file(path) if path.is_file() else "nothing"
     if got != source.file:
         raise RunError(
-            f"{path} is not what this run began with",
+            f"{path} differs from the file that this run started from",
             expected=source.file,
             got=got,
-            remedy="restore it, or begin another run",
+            remedy="restore it, or start another run",
         )
     require_header(path, tensors_of(entry.config))
     loaded = load_sae(folder).state_dict()
@@ -261,7 +260,7 @@ def load_pretrained(sae: Sae, entry: SaeEntry, source: PretrainedSource, config:
     sae.load_state_dict(loaded)
     if config.fresh_b_dec:
         sae.b_dec.copy_(b_dec)
-    if config.fresh_decoder:  # as a new SAE begins: see `Sae`
+    if config.fresh_decoder:  # the initial values of `Sae`
         if sae.transcode:
             sae.W_dec.zero_()
         else:
@@ -270,14 +269,14 @@ def load_pretrained(sae: Sae, entry: SaeEntry, source: PretrainedSource, config:
 
 
 def require_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check a safetensors file's sizes before anything of it is mapped.
+    """Check the header of a safetensors file before the file is mapped into memory.
 
     Args:
         path: the file.
-        shapes: of the tensors that it must hold, by the file's names.
+        shapes: shapes of the tensors that it must hold, by name.
 
     Raises:
-        FormatError: they are others, or the file is not as long as they need.
+        FormatError: other shapes, or a file that is too short for them.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -294,21 +293,21 @@ def require_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         ) from error
     entries = header if isinstance(header, dict) else {}
     for name, shape in shapes.items():
-        said = entries.get(name)
-        said = said if isinstance(said, dict) else {}
-        each = _BYTES.get(str(said.get("dtype")))
-        offsets = said.get("data_offsets")
+        found = entries.get(name)
+        found = found if isinstance(found, dict) else {}
+        itemsize = _BYTES.get(str(found.get("dtype")))
+        offsets = found.get("data_offsets")
         fits = (
-            each is not None
-            and said.get("shape") == list(shape)
+            itemsize is not None
+            and found.get("shape") == list(shape)
             and isinstance(offsets, list)
             and [type(offset) for offset in offsets] == [int, int]
             and 0 <= offsets[0] <= offsets[1] <= size - 8 - length
-            and offsets[1] - offsets[0] == math.prod(shape) * each
+            and offsets[1] - offsets[0] == math.prod(shape) * itemsize
         )
         if not fits:
             raise FormatError(
                 f"{path}: tensor {name}",
                 expected=f"{list(shape)} in {' | '.join(_BYTES)}, within {size:,} bytes",
-                got=truncated_repr(json.dumps(said), 200),
+                got=truncated_repr(json.dumps(found), 200),
             )

@@ -1,4 +1,4 @@
-"""What a call of `fit` did."""
+"""Summary of a call of `fit`, with a sentence on the bottleneck."""
 
 from __future__ import annotations
 
@@ -18,72 +18,72 @@ from saetrain.tracking.jsonl import METRICS, last_line, sae_metrics
 
 @dataclass(frozen=True)
 class FitSummary:
-    """What a call of `fit` did."""
+    """Result of a call of `fit`; printed, or written as JSON with --json."""
 
     run: str
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     new_steps: int
-    """Done by this call."""
+    """Steps done by this call."""
     rows: int
-    """Trained on in the whole run."""
+    """Rows of the whole run's steps."""
     rows_per_second: float
-    """In this call, for all SAEs together; 0 when nothing was left to do."""
+    """Rows per second of this call, each counted once for all SAEs; 0 if no step was left."""
     bytes_per_second: float
-    """Of rows on disk, likewise."""
+    """Bytes per second of rows on disk, likewise."""
     data_wait: float
     """Share of the time spent waiting for rows."""
     limit: str | None
-    """One sentence: what the limit was, and what would help; None when nothing was left to do."""
+    """One sentence on the bottleneck and its remedy; None if no step was left."""
     dead_after: int
     """Rows without firing after which a latent is dead."""
     saes: dict[str, dict[str, Any]]
-    """Last line of metrics.jsonl, by the SAE's name."""
+    """Metrics of the last line of metrics.jsonl, by the SAE's name."""
     held_out: dict[str, dict[str, Any]]
-    """Last validation, by the SAE's name; none without --val-every."""
+    """Last validation, by the SAE's name; empty without --val-every."""
     best: dict[str, Best]
     """With --save-best, each SAE's best validation, by name."""
     warnings: tuple[str, ...]
-    """What the user should know."""
+    """Warnings for the user."""
 
 
 def summarize_fit(
     root: Path,
     record: RunRecord,
     stream: ActivationStream,
-    tracked: Throughput,
+    throughput: Throughput,
     verify: Verify,
     first_step: int,
     steps: int,
     warnings: tuple[str, ...],
 ) -> FitSummary:
-    """What was done, by the files of a run that has come to its end.
+    """Summarize a finished run from its files and the stream's counters.
 
     Args:
         root: folder of the run.
-        record: what it is.
-        stream: what it was fed from.
-        tracked: how long it took.
-        verify: when shards were compared with their checksums.
-        first_step: steps done before.
-        steps: steps done now.
-        warnings: what the user should know besides.
+        record: the run's record.
+        stream: the stream that the run has read.
+        throughput: time and speed of this call.
+        verify: the option --verify.
+        first_step: steps done before this call.
+        steps: steps done after it.
+        warnings: warnings of the start.
 
     Raises:
         FormatError: metrics.jsonl is missing or damaged.
     """
     line = last_line(root / METRICS, key="saes")
-    if line is None:  # a finished run that lost it; one that trained just wrote it
+    if line is None:  # lost after the run had finished: training always writes it
         raise FormatError(f"{root / METRICS} is missing or empty", remedy="restore it from a copy")
     return FitSummary(
         run=str(root),
         steps=steps,
         new_steps=steps - first_step,
         rows=steps * record.plan.batch_size,
-        rows_per_second=tracked.rows_per_second,
-        bytes_per_second=tracked.rows_per_second * stream.row_bytes,
-        data_wait=tracked.data_wait,
-        limit=_limit(stream, tracked, verify) if steps > first_step else None,
+        rows_per_second=throughput.rows_per_second,
+        bytes_per_second=throughput.rows_per_second * stream.row_bytes,
+        data_wait=throughput.data_wait,
+        limit=_limit(stream, throughput, verify) if steps > first_step else None,
         dead_after=record.dead_after,
         saes=sae_metrics(root / METRICS, line, [entry.name for entry in record.saes]),
         held_out=(last_line(root / METRICS, key="val") or {"val": {}})["val"],
@@ -94,73 +94,76 @@ def summarize_fit(
 
 @dataclass(frozen=True)
 class Throughput:
-    """How long a call of `fit` took."""
+    """Time and speed of a call of `fit`."""
 
     seconds: float
-    """From its first step to its last line."""
+    """From the first step to the last line of metrics.jsonl."""
     rows_per_second: float
     data_wait: float
     """Share of the time spent waiting for rows."""
 
 
-def _limit(stream: ActivationStream, tracked: Throughput, verify: Verify) -> str:
+def _limit(stream: ActivationStream, throughput: Throughput, verify: Verify) -> str:
     waits = WaitTimes(
-        tracked.seconds, stream.seconds_waited, stream.seconds_to_first, stream.seconds_for_shards
+        throughput.seconds,
+        stream.seconds_waited,
+        stream.seconds_to_first,
+        stream.seconds_for_shards,
     )
-    return bottleneck_message(waits, tracked.rows_per_second * stream.row_bytes, verify)
+    return bottleneck_message(waits, throughput.rows_per_second * stream.row_bytes, verify)
 
 
 def _ended_early(record: RunRecord, steps: int) -> tuple[str, ...]:
-    """A warning if there were fewer rows than the harvest's goal promised."""
+    """Return a warning if the cache had fewer rows than the goal of its harvest."""
     if steps == record.steps:
         return ()
-    falls = any(_falls(entry.options) for entry in record.saes)
-    rate = "; the learning rate did not reach its end" if falls else ""
+    decays = any(_decays(entry.options) for entry in record.saes)
+    rate = "; the learning rate did not reach its end" if decays else ""
     return (
         f"the run ended after {steps:,} of {record.steps:,} planned steps: the text ended before "
         f"the harvest's goal, or filters dropped rows{rate}",
     )
 
 
-def _falls(options: SaeOptions) -> bool:
-    """Whether the learning rate ends lower than its peak."""
+def _decays(options: SaeOptions) -> bool:
+    """Return whether the schedule decays the learning rate."""
     signum = options.optimizer == "signum"
     return (options.lr_schedule or ("constant" if signum else "linear")) != "constant"
 
 
 def _bests(root: Path, record: RunRecord) -> dict[str, Best]:
-    """Each SAE's best validation, as the newest checkpoint names it."""
+    """Read each SAE's best validation from the newest checkpoint."""
     state = newest_state(root)
     saes = () if state is None else state.saes
     named = zip(record.saes, saes, strict=False)
     return {entry.name: sae.best for entry, sae in named if sae.best is not None}
 
 
-_DATA = 0.3  # of the time spent waiting: from here on, data are the limit
-_COMPUTE = 0.1  # up to here, compute is
+_DISK = 0.3  # share of time spent waiting for rows from which the disk is the limit
+_COMPUTE = 0.1  # share up to which compute is the limit
 
 
 @dataclass(frozen=True)
 class WaitTimes:
-    """Where the time of a run went, seconds."""
+    """Seconds that a run spent waiting, by cause."""
 
     all: float
-    """From start to end."""
+    """Seconds from start to end."""
     rows: float
-    """Waiting for rows, whatever the reason."""
+    """Seconds of waiting for rows, for any reason."""
     first: float
-    """Of that, before the first batch: files are compared, and memory is filled."""
+    """Seconds of that before the first batch: verification, and filling the buffer."""
     shards: float
-    """Of that, for shards of a harvest at work; in whole seconds."""
+    """Seconds of that spent on shards that a harvest had not written yet; whole seconds."""
 
 
 def bottleneck_message(waits: WaitTimes, bytes_per_second: float, verify: str) -> str:
-    """One sentence: what the limit was, and what would help.
+    """Name the bottleneck of a run in one sentence, and a remedy.
 
     Args:
-        waits: where the time went.
-        bytes_per_second: that were trained on.
-        verify: the option of `fit`.
+        waits: seconds of waiting, by cause.
+        bytes_per_second: bytes of rows trained on.
+        verify: the option --verify.
     """
     share = waits.rows / max(waits.all, 1e-9)
     speed = f"{format_bytes(bytes_per_second)}/s"
@@ -178,7 +181,7 @@ def bottleneck_message(waits: WaitTimes, bytes_per_second: float, verify: str) -
             f"The start was the limit ({waited}, most of it before the first step): {spared}"
             "a smaller --buffer-bytes or a longer run would help."
         )
-    if share < _DATA:
+    if share < _DISK:
         return (
             f"Disk and compute kept pace ({waited}): a faster disk helps by that much at most, "
             "then only a faster device."

@@ -1,4 +1,4 @@
-"""Harvests with several real processes: gloo, torchrun, SIGKILL."""
+"""Harvests of several processes under torchrun with gloo, also through SIGKILL."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from actcache.errors import ConfigError
 from actcache.harvester.run import harvest
 
 BIN = Path(sys.executable).parent
-SECONDS = 240  # timeout of a process
+SECONDS = 240  # timeout of a process that hangs
 
 Tree = Callable[[Path | str], dict[str, str]]
 
@@ -40,44 +40,44 @@ def test_a_process_started_alone_is_the_only_rank(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("0", "2"), ("2", "2"), ("x", "1"), ("", "2")])
-def test_an_incomplete_environment_is_refused(
+def test_incomplete_environment_variables_are_refused(
     rank: str, world_size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(ConfigError, match=r"(?s)which process this is.*torchrun"):
+    with pytest.raises(ConfigError, match=r"(?s)rank of this process.*torchrun"):
         World.from_environment()
 
 
-def test_a_single_process_runs_the_function_without_a_process_group() -> None:
+def test_a_single_process_acts_without_a_process_group() -> None:
     acted: list[str] = []
     World(0, 1).check_equal_then_run_on_rank_zero(b"x", lambda: acted.append("yes"))
     assert acted == ["yes"]
 
 
-CHECK_EQUAL = """
+ATTEMPT = """
 import os, sys
 from actcache.core.distributed import World
 
-ranks = World.from_environment()
+world = World.from_environment()
 
-def attempt(port, what, act):
+def attempt(port, value, act):
     os.environ["MASTER_PORT"] = port
     try:
-        ranks.check_equal_then_run_on_rank_zero(what, act)
+        world.check_equal_then_run_on_rank_zero(value, act)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return "equal"
 
 def write():
-    open("made", "a").write(f"by {ranks.rank}")
+    open("made", "a").write(f"by {world.rank}")
 
 def refuse():
     raise PermissionError("no such right")
 
 print(attempt(sys.argv[1], b"same", write))
-print(attempt(sys.argv[2], f"rank {ranks.rank}".encode(), write))
+print(attempt(sys.argv[2], f"rank {world.rank}".encode(), write))
 print(attempt(sys.argv[3], b"same", refuse))
 """
 
@@ -90,13 +90,13 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
-def test_rank_0_acts_once_if_all_ranks_are_equal_and_else_all_raise(
+def test_rank_zero_acts_once_if_all_ranks_are_equal_and_all_ranks_fail_if_not(
     tmp_path: Path,
 ) -> None:
     ports = free_ports(3)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", CHECK_EQUAL, *ports],
+            [sys.executable, "-c", ATTEMPT, *ports],
             env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -107,14 +107,14 @@ def test_rank_0_acts_once_if_all_ranks_are_equal_and_else_all_raise(
     outputs = [process.communicate(timeout=SECONDS)[0].splitlines() for process in processes]
     differ = "CacheMismatchError: the processes of this harvest would make different caches"
     assert outputs[0] == ["equal", differ, "PermissionError: no such right"]
-    left = "CacheMismatchError: rank 0 refused this harvest, so rank 1 leaves too"
-    assert outputs[1] == ["equal", differ, left]
+    ended = "CacheMismatchError: rank 0 refused this harvest, so rank 1 ends too"
+    assert outputs[1] == ["equal", differ, ended]
     assert (tmp_path / "made").read_text() == "by 0"
 
 
 @pytest.fixture
 def whole(options: Callable[..., Any], tmp_path: Path) -> Any:
-    """Options of a harvest of 150 shards that this process has completed."""
+    """A harvest of 150 shards, made without interruption by this process."""
     config = options(
         out=str(tmp_path / "whole"), max_tokens=16 * 300, shard_size=2, batch_size=2, seed=5
     )
@@ -123,7 +123,7 @@ def whole(options: Callable[..., Any], tmp_path: Path) -> Any:
 
 
 def command(config: Any, out: Path, processes: int | None = None) -> list[str]:
-    """Return the same harvest as a command line."""
+    """The same harvest as a command line."""
     given = [str(BIN / "actcache"), "harvest", config.model, config.dataset, "--out", str(out)]
     for hookpoint in config.hookpoint:
         given += ["--hookpoint", hookpoint]
@@ -146,8 +146,8 @@ def kill_half_way(arguments: list[str], out: Path, shards: int = 5, delay: float
     Args:
         arguments: the command.
         out: folder of its cache.
-        shards: number of published shards, earlier ones included.
-        delay: seconds between then and the kill.
+        shards: number of shards, with those of before the command.
+        delay: seconds between the last shard and the signal.
     """
     process = subprocess.Popen(
         arguments,
@@ -157,11 +157,11 @@ def kill_half_way(arguments: list[str], out: Path, shards: int = 5, delay: float
     )
     deadline = time.monotonic() + SECONDS
     while len(list(out.glob("shards/0*.json"))) < shards:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "the command ended before the signal"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(delay)
-    # torchrun's workers are in sessions of their own: killing its process group misses them.
+    # torchrun's workers are in sessions of their own, and outlive it otherwise.
     workers = descendants_of(process.pid)
     for pid in [process.pid, *workers]:
         with contextlib.suppress(ProcessLookupError):
@@ -172,14 +172,14 @@ def kill_half_way(arguments: list[str], out: Path, shards: int = 5, delay: float
 
 
 def descendants_of(parent: int) -> list[int]:
-    """Return the ids of all descendants of a process."""
+    """Return the process ids of all descendants of a process."""
     lists = Path(f"/proc/{parent}/task").glob("*/children")
     children = [int(pid) for text in lists for pid in text.read_text().split()]
     return [*children, *(pid for child in children for pid in descendants_of(child))]
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process exists and is not a zombie."""
+    """Return whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -191,9 +191,7 @@ def test_two_processes_write_the_same_bytes_as_one(whole: Any, tree: Tree, tmp_p
     assert tree(tmp_path / "two") == tree(whole.out)
 
 
-def test_two_processes_write_the_same_zarr_array_as_one(
-    whole: Any, tree: Tree, tmp_path: Path
-) -> None:
+def test_two_processes_write_one_zarr_array(whole: Any, tree: Tree, tmp_path: Path) -> None:
     one = dataclasses.replace(whole, out=str(tmp_path / "one"), backend="zarr", compress="zstd")
     harvest(one)
     arguments = command(whole, tmp_path / "two", processes=2)
@@ -201,7 +199,7 @@ def test_two_processes_write_the_same_zarr_array_as_one(
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
-def test_a_command_killed_five_times_and_resumed_ends_in_the_same_bytes(
+def test_a_command_killed_five_times_resumes_to_the_same_bytes(
     whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
@@ -216,7 +214,7 @@ def test_a_command_killed_five_times_and_resumed_ends_in_the_same_bytes(
     assert tree(out) == tree(whole.out)
 
 
-def test_a_harvest_of_one_process_killed_half_way_is_finished_by_three(
+def test_three_processes_finish_a_killed_harvest_of_one(
     whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
@@ -226,7 +224,7 @@ def test_a_harvest_of_one_process_killed_half_way_is_finished_by_three(
     assert tree(out) == tree(whole.out)
 
 
-def test_a_harvest_of_two_processes_killed_half_way_is_finished_by_one(
+def test_one_process_finishes_a_killed_harvest_of_two(
     whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
@@ -237,7 +235,7 @@ def test_a_harvest_of_two_processes_killed_half_way_is_finished_by_one(
     assert tree(out) == tree(whole.out)
 
 
-def test_an_extension_by_two_processes_killed_half_way_is_finished_by_one(
+def test_one_process_finishes_a_killed_extension_by_two(
     options: Callable[..., Any], tree: Tree, tmp_path: Path
 ) -> None:
     first = options(max_tokens=16 * 101, shard_size=2, batch_size=2, out=str(tmp_path / "one"))
@@ -253,7 +251,7 @@ def test_an_extension_by_two_processes_killed_half_way_is_finished_by_one(
     assert tree(out) == tree(first.out)
 
 
-def test_an_error_of_rank_0_ends_the_command_with_its_message(whole: Any, tree: Tree) -> None:
+def test_an_error_of_rank_zero_ends_the_command_with_its_message(whole: Any, tree: Tree) -> None:
     before = tree(whole.out)
     arguments = [*command(whole, Path(whole.out), processes=2), "--bos", "never"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -267,7 +265,7 @@ def test_an_error_of_rank_0_ends_the_command_with_its_message(whole: Any, tree: 
     ("number", "code", "word"),
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
 )
-def test_a_signal_stops_a_harvest_cleanly_with_a_message_how_to_resume(
+def test_a_signal_ends_a_harvest_cleanly_with_a_message_on_how_to_resume(
     number: signal.Signals, code: int, word: str, whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "stopped"
@@ -275,11 +273,11 @@ def test_a_signal_stops_a_harvest_cleanly_with_a_message_how_to_resume(
         command(whole, out),
         stderr=subprocess.PIPE,
         text=True,
-        # Background jobs of a shell inherit an ignored SIGINT.
+        # A shell starts background jobs with SIGINT ignored, which children inherit.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while len(list(out.glob("shards/0*.json"))) < 5:
-        assert process.poll() is None, "it ended before it could be stopped"
+        assert process.poll() is None, "the command ended before the signal"
         time.sleep(0.002)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=SECONDS)
@@ -293,7 +291,7 @@ def test_a_signal_stops_a_harvest_cleanly_with_a_message_how_to_resume(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_two_processes_cleanly_with_a_message_how_to_resume(
+def test_a_signal_to_torchrun_ends_two_processes_cleanly_with_the_message(
     number: signal.Signals, whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "stopped"
@@ -304,14 +302,14 @@ def test_a_signal_stops_two_processes_cleanly_with_a_message_how_to_resume(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while len(list(out.glob("shards/0*.json"))) < 5:
-        assert process.poll() is None, "it ended before it could be stopped"
+        assert process.poll() is None, "the command ended before the signal"
         time.sleep(0.002)
     workers = descendants_of(process.pid)
     process.send_signal(number)  # torchrun forwards it to its workers
     _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
     assert stderr.count("what was published stays; the same command goes on") == 2
-    assert "actcache_cli" not in stderr  # no traceback of this project; torchrun prints its own
+    assert "actcache_cli" not in stderr  # only torchrun prints a traceback
     assert not any(is_alive(pid) for pid in workers)
     assert 5 <= len(Cache.open(out).shards) < 150
     assert not list(out.rglob("*.partial-*"))
@@ -320,7 +318,7 @@ def test_a_signal_stops_two_processes_cleanly_with_a_message_how_to_resume(
 
 
 @pytest.mark.parametrize("processes", [None, 2])
-def test_of_two_simultaneous_commands_one_is_refused(
+def test_of_two_commands_at_once_one_harvests_and_the_other_is_refused(
     processes: int | None, whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "shared"
@@ -328,11 +326,11 @@ def test_of_two_simultaneous_commands_one_is_refused(
         subprocess.Popen(command(whole, out, processes), stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    errors = [process.communicate(timeout=SECONDS)[1] for process in both]
+    texts = [process.communicate(timeout=SECONDS)[1] for process in both]
     codes = [process.returncode for process in both]
     assert 0 in codes
-    # The slower command may start after the faster one has finished: both then return 0.
-    for code, text in zip(codes, errors, strict=True):
-        refused = 1 if processes else 12  # torchrun replaces every exit code by 1
+    # The slower one may start after the faster has finished, and has nothing to do.
+    for code, text in zip(codes, texts, strict=True):
+        refused = 1 if processes else 12  # torchrun swallows exit codes
         assert code == 0 or (code == refused and "another harvest is at work" in text)
     assert tree(out) == tree(whole.out)

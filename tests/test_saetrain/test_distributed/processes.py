@@ -1,18 +1,17 @@
-"""What each process of a test does: runs, one after another, as torchrun's children.
+"""Program that the tests start under torchrun: runs, one after another.
 
 `torchrun --no-python … python processes.py JOBS.json`: a list of jobs, each the options of a run
-and what is special about it:
+and what the test changes about it:
 
 - float64: weights of that type;
-- copy: [step, folder], where the run is copied to as it is when that checkpoint counts;
-- unreadable: [rank, step], whose batch that process cannot read;
-- damaged: a file, of which rank 0 flips a bit before it begins;
-- signal: [rank, step], in which that process is asked to stop by SIGTERM;
-- fails: the error that is expected, whose text every process writes to OUT.error.RANK; true for
-  being stopped, too.
+- copy: [step, folder]: once that checkpoint is final, the run is copied to the folder;
+- unreadable: [rank, step], whose batch that rank cannot read;
+- damaged: a file, in which rank 0 flips a bit before the run;
+- signal: [rank, step], in which that rank receives SIGTERM;
+- fails: an error or a stop is expected; every rank writes its text to OUT.error.RANK.
 
-Every process that comes to its end writes to OUT.told.RANK how many steps it has done, what it
-warns of, and whether it opened Weights & Biases.
+Every rank that finishes writes its new steps, its warnings and whether it opened Weights & Biases
+to OUT.result.RANK.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ from saetrain.model.sae import Sae
 RANK = os.environ.get("RANK", "0")
 
 
-def work(job: dict[str, Any]) -> None:
+def run_job(job: dict[str, Any]) -> None:
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in job["options"].items()}
     options["saes"] = tuple(SaeOptions(**sae) for sae in options.get("saes", ()))
     saetrain.training.init.build_sae = double if job.get("float64") else build_sae
     saetrain.distributed.coordinator.finalize_checkpoint = (
-        partial(commit, job["copy"]) if "copy" in job else REAL_COMMIT
+        partial(finalize, job["copy"]) if "copy" in job else REAL_FINALIZE
     )
     saetrain.distributed.coordinator.next = partial(next_batch, *job.get("unreadable", (-1, -1)))
     saetrain.training.loop.train_batch = partial(train_batch, *job.get("signal", (-1, -1)))
@@ -61,8 +60,8 @@ def work(job: dict[str, Any]) -> None:
     config = FitConfig(**options)
     if "fails" not in job:
         summary = saetrain.launch.run.fit(config)
-        told = {"new_steps": summary.new_steps, "warnings": summary.warnings, "wandb": opened}
-        Path(f"{config.out}.told.{RANK}").write_text(json.dumps(told))
+        result = {"new_steps": summary.new_steps, "warnings": summary.warnings, "wandb": opened}
+        Path(f"{config.out}.result.{RANK}").write_text(json.dumps(result))
         return
     try:
         saetrain.launch.run.fit(config)
@@ -70,18 +69,18 @@ def work(job: dict[str, Any]) -> None:
         text = f"{type(error).__name__} {error.exit_code}: {error}"
         Path(f"{config.out}.error.{RANK}").write_text(text)
     else:
-        raise AssertionError(f"it did not fail: {job}")
+        raise AssertionError(f"the job did not fail: {job}")
 
 
 def double(*arguments: Any, **options: Any) -> Sae:
     return build_sae(*arguments, **options | {"dtype": torch.float64})
 
 
-REAL_COMMIT = saetrain.runs.checkpoint.finalize_checkpoint
+REAL_FINALIZE = saetrain.runs.checkpoint.finalize_checkpoint
 
 
-def commit(copy: tuple[int, str], root: Path, step: int, *rest: Any) -> None:
-    REAL_COMMIT(root, step, *rest)
+def finalize(copy: tuple[int, str], root: Path, step: int, *rest: Any) -> None:
+    REAL_FINALIZE(root, step, *rest)
     if step == copy[0]:
         shutil.copytree(root, copy[1])
 
@@ -108,13 +107,12 @@ def next_batch(rank: int, step: int, stream: Any, end: None) -> Any:
     return batch
 
 
-def work_all(jobs: Path) -> None:
-    saetrain.distributed.process_group.HEARTBEAT_SECONDS = (
-        0.05  # whoever fails here stays: nobody need wait long for its end
-    )
+def run_all(jobs: Path) -> None:
+    # A rank that fails does not exit, so the others would wait 5 heartbeats for its end.
+    saetrain.distributed.process_group.HEARTBEAT_SECONDS = 0.05
     for job in json.loads(jobs.read_text()):
-        work(job)
+        run_job(job)
 
 
 if __name__ == "__main__":
-    work_all(Path(sys.argv[1]))
+    run_all(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""How far processes that share SAEs go ahead of each other."""
+"""Largest lead of a rank, stop requests, and the rank that reports the outcome."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from torch.distributed import HashStore
 
 import saetrain.distributed.process_group
+from actcache.core.distributed import World
 from actcache.errors import ConfigError, RunError
 from actcache.filesystem.atomic import FileDigest
 from saetrain.config.fit_config import FitConfig
@@ -22,36 +23,34 @@ from saetrain.distributed.coordinator import (
     reports_outcome,
     require_parallel_mode,
 )
-from saetrain.distributed.partition import MAX_LEAD_BYTES, max_lead_steps
 from saetrain.distributed.process_group import Failure, RemoteRankError, StoreGroup
 from saetrain.distributed.signals import RunStopped, StopRequested
 from saetrain.runs.checkpoint import SaeState, newest_step
 
-APART = 10
+MAX_LEAD = 10
 STEPS = 60
 
 
-def test_nobody_is_further_ahead_than_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rank_leads_by_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saetrain.distributed.process_group, "HEARTBEAT_SECONDS", 0.05)
-    store, asks, at = HashStore(), [0, 0, 0], [0, 0, 0]
-    assert max_lead_steps(1, MAX_LEAD_BYTES // APART) == APART
-    widest, turn, errors = [0], threading.Event(), []
+    store, next_steps, at = HashStore(), [0, 0, 0], [0, 0, 0]
+    largest, resume, errors = [0], threading.Event(), []
 
     def train(rank: int) -> None:
         try:
-            store_group = StoreGroup(store, rank, 3)
-            coordinator = ModuleParallelCoordinator(store_group)
-            coordinator.init_throttle(0, 1, MAX_LEAD_BYTES // APART)
+            group = StoreGroup(store, World(rank, 3))
+            coordinator = ModuleParallelCoordinator(group)
+            coordinator.start_throttle(0, MAX_LEAD)
             for step in range(STEPS):
                 if rank == 2 and step == 3:
-                    turn.wait(30)  # the others go as far as they may
-                asks[rank] = step  # others may hear of it before it returns
+                    resume.wait(30)  # the others lead as far as allowed
+                next_steps[rank] = step  # another rank may read it before `throttle` returns
                 coordinator.throttle(step)
                 at[rank] = step
-                widest[0] = max(widest[0], max(at) - min(asks))
-                if rank == 0 and step == APART:
-                    turn.set()
-            store_group.shutdown()
+                largest[0] = max(largest[0], max(at) - min(next_steps))
+                if rank == 0 and step == MAX_LEAD:
+                    resume.set()
+            group.shutdown()
         except BaseException as error:
             errors.append(error)
 
@@ -62,17 +61,17 @@ def test_nobody_is_further_ahead_than_is_stated(monkeypatch: pytest.MonkeyPatch)
         thread.join(60)
     assert not errors
     assert at == [STEPS - 1] * 3
-    assert APART - 3 <= widest[0] <= APART
+    assert MAX_LEAD - 3 <= largest[0] <= MAX_LEAD
 
 
-def test_several_processes_must_be_told_what_they_share() -> None:
+def test_several_processes_without_parallel_are_refused() -> None:
     config: Any = FitConfig(cache="cache", out="run")
     require_parallel_mode(1, config)
     with pytest.raises(ConfigError, match=r"4 processes(.|\n)*ddp(.|\n)*modules"):
         require_parallel_mode(4, config)
 
 
-def test_a_process_alone_does_everything() -> None:
+def test_a_single_process_trains_and_writes_all_saes() -> None:
     coordinator = Coordinator()
     assert coordinator.is_rank_zero
     assert coordinator.writes_saes
@@ -84,23 +83,22 @@ def test_a_process_alone_does_everything() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whoever_is_asked_to_stop_all_stop_before_the_same_step(
+def test_a_signal_to_one_rank_stops_all_ranks_before_the_same_step(
     seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also while some wait for others: for a checkpoint, or because they are too far ahead."""
+    """Also while ranks wait for a checkpoint, or because they lead by the limit."""
     monkeypatch.setattr(saetrain.distributed.process_group, "HEARTBEAT_SECONDS", 0.02)
     state = random.Random(seed)
     store, errors = HashStore(), []
     stopped: dict[int, tuple[int, signal.Signals]] = {}
-    slow, asked, at = state.randrange(3), state.randrange(3), state.randrange(1, 30)
-    apart, every = state.choice([(3, 1000), (1000, 7), (5, 7), (1000, 1000)])
+    slow, signalled, at = state.randrange(3), state.randrange(3), state.randrange(1, 30)
+    max_lead, every = state.choice([(3, 1000), (1000, 7), (5, 7), (1000, 1000)])
 
     def train(rank: int) -> None:
         try:
-            store_group = StoreGroup(store, rank, 3)
-            coordinator = ModuleParallelCoordinator(store_group)
-            coordinator.init_throttle(0, 1, MAX_LEAD_BYTES // max(apart, 8))
-            coordinator._max_lead = apart
+            group = StoreGroup(store, World(rank, 3))
+            coordinator = ModuleParallelCoordinator(group)
+            coordinator.start_throttle(0, max_lead)
             part = SaeState(FileDigest(0, ""), {}, FileDigest(0, ""))
             for step in range(10**6):
                 coordinator.throttle(step)
@@ -111,11 +109,11 @@ def test_whoever_is_asked_to_stop_all_stop_before_the_same_step(
                     coordinator.finalize_checkpoint(tmp_path, step, {}, {rank: part})
                     break
                 time.sleep(0.01 if rank == slow else 0.001)
-                if rank == asked and step == at:
+                if rank == signalled and step == at:
                     coordinator.stop_signals.received = signal.SIGINT
                 if (step + 1) % every == 0:
                     coordinator.finalize_checkpoint(tmp_path, step + 1, {}, {rank: part})
-            store_group.shutdown()
+            group.shutdown()
         except BaseException as error:
             errors.append(error)
 
@@ -133,11 +131,11 @@ def test_whoever_is_asked_to_stop_all_stop_before_the_same_step(
     assert newest_step(tmp_path) == step
 
 
-def test_one_process_alone_says_how_a_run_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped, error = RunStopped(signal.SIGTERM, 7), RunError("of its own")
-    other = RemoteRankError(Failure(1, 11, "of another one"))
+def test_one_rank_reports_the_outcome_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped, error = RunStopped(signal.SIGTERM, 7), RunError("an error of this rank")
+    other = RemoteRankError(Failure(1, 11, "an error of rank 1"))
     assert all(map(reports_outcome, (None, stopped, error)))
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        said = [reports_outcome(ending) for ending in (None, stopped, error, other)]
-        assert said == [rank == "0", rank == "0", True, False]
+        reports = [reports_outcome(outcome) for outcome in (None, stopped, error, other)]
+        assert reports == [rank == "0", rank == "0", True, False]

@@ -1,4 +1,4 @@
-"""What processes say to each other, and how they learn of each other's end."""
+"""Messages between ranks, the recorded failure, and detection of lost ranks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from torch.distributed import HashStore
 
 import saetrain.distributed.process_group
+from actcache.core.distributed import World
 from actcache.errors import ConfigError, CorruptShardError, RunError
 from saetrain.distributed.process_group import Failure, LostRankError, RemoteRankError, StoreGroup
 
@@ -20,30 +21,33 @@ SECONDS = 60
 
 
 @pytest.fixture
-def meet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[StoreGroup]]]:
-    """Processes of one run, as threads of this one: their names say that they are different."""
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[StoreGroup]]]:
+    """Connect ranks that are threads of this process."""
     monkeypatch.setattr(saetrain.distributed.process_group, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(saetrain.distributed.process_group, "MISSED_HEARTBEATS", 15)
     monkeypatch.setattr(
         saetrain.distributed.process_group, "EXIT_GRACE", 10_000
-    )  # nobody may end this process
+    )  # os._exit would end this process
     made: list[StoreGroup] = []
 
     def make(world_size: int) -> list[StoreGroup]:
         store = HashStore()
-        together = in_threads(
-            [lambda rank=rank: StoreGroup(store, rank, world_size) for rank in range(world_size)]
+        groups = in_threads(
+            [
+                lambda rank=rank: StoreGroup(store, World(rank, world_size))
+                for rank in range(world_size)
+            ]
         )
-        made.extend(together)
-        return together
+        made.extend(groups)
+        return groups
 
     yield make
-    for store_group in made:
-        store_group.close()
+    for group in made:
+        group.close()
 
 
 def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
-    """What each call gives, or raises, all of them at once."""
+    """Run calls in threads, and return the result or exception of each."""
     results: list[Any] = [None] * len(calls)
 
     def run(number: int) -> None:
@@ -68,125 +72,122 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_a_word_is_heard_by_all_and_taken_by_one(meet: Callable[[int], list[StoreGroup]]) -> None:
-    store_group = meet(3)
-    heard = in_threads(
+def test_get_leaves_a_key_and_pop_deletes_it(connect: Callable[[int], list[StoreGroup]]) -> None:
+    groups = connect(3)
+    results = in_threads(
         [
-            lambda: store_group[0].get("word"),
-            lambda: store_group[1].get("word"),
-            lambda: store_group[2].put("word", "of two"),
+            lambda: groups[0].get("key"),
+            lambda: groups[1].get("key"),
+            lambda: groups[2].put("key", "value"),
         ]
     )
-    assert heard == ["of two", "of two", None]
-    assert store_group[1].pop("word") == "of two"
-    assert not store_group[0].has("word")
+    assert results == ["value", "value", None]
+    assert groups[1].pop("key") == "value"
+    assert not groups[0].has("key")
 
 
-def test_those_who_differ_are_told_in_what(meet: Callable[[int], list[StoreGroup]]) -> None:
-    store_group = meet(2)
-    assert in_threads([lambda p=p: p.check_equal("steps", "4") for p in store_group]) == [
-        None,
-        None,
-    ]
-    zero, one = in_threads(
-        [
-            lambda: store_group[0].check_equal("places", "4"),
-            lambda: store_group[1].check_equal("places", "5"),
-        ]
-    )
-    assert isinstance(zero, RunError)
-    assert "differ in places" in str(zero)
-    assert "5 on rank 1" in str(zero)
-    assert isinstance(one, RunError)
+def test_a_barrier_waits_for_every_rank(connect: Callable[[int], list[StoreGroup]]) -> None:
+    groups, reached = connect(3), [0, 0, 0]
+
+    def pass_barriers(rank: int) -> None:
+        for number in range(5):
+            reached[rank] = number
+            groups[rank].barrier()
+            assert min(reached) >= number
+            groups[rank].barrier()
+
+    calls = [lambda rank=rank: pass_barriers(rank) for rank in range(3)]
+    assert in_threads(calls) == [None] * 3
 
 
-def test_the_first_error_is_told_once_and_ends_all_with_its_code(
-    meet: Callable[[int], list[StoreGroup]],
+def test_the_first_error_is_recorded_and_ends_all_ranks_with_its_code(
+    connect: Callable[[int], list[StoreGroup]],
 ) -> None:
-    store_group = meet(3)
+    groups = connect(3)
     error = CorruptShardError("shard 7 has changed\nmore")
-    assert store_group[1].report_failure(error) is error
-    late = store_group[2].report_failure(ConfigError("of its own"))
+    assert groups[1].report_failure(error) is error
+    late = groups[2].report_failure(ConfigError("a later error"))
     assert isinstance(late, RemoteRankError)
     assert late.exit_code == CorruptShardError.exit_code
     assert late.failure == Failure(1, CorruptShardError.exit_code, "shard 7 has changed")
     with pytest.raises(RemoteRankError, match="process 1 of this run has failed"):
-        store_group[0].get("a word that nobody says")
+        groups[0].get("a key that is never set")
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("gloo: Connection closed by peer"), KeyboardInterrupt()]
 )
-def test_a_collective_that_breaks_and_a_launcher_that_ends_all_are_not_the_cause(
-    error: BaseException, meet: Callable[[int], list[StoreGroup]]
+def test_a_broken_collective_and_a_signal_of_torchrun_are_not_the_cause(
+    error: BaseException, connect: Callable[[int], list[StoreGroup]]
 ) -> None:
-    store_group = meet(2)
-    store_group[1].report_failure(ConfigError("the cause"))
-    found = store_group[0].report_failure(error)
+    groups = connect(2)
+    groups[1].report_failure(ConfigError("the cause"))
+    found = groups[0].report_failure(error)
     assert isinstance(found, RemoteRankError)
     assert found.failure.what == "the cause"
 
 
-def test_an_interruption_of_a_process_whose_peers_are_well_is_its_own(
-    meet: Callable[[int], list[StoreGroup]],
+def test_an_interrupt_with_all_other_ranks_alive_is_the_failure(
+    connect: Callable[[int], list[StoreGroup]],
 ) -> None:
-    store_group = meet(2)
+    groups = connect(2)
     stop = KeyboardInterrupt()
-    assert store_group[0].report_failure(stop) is stop
+    assert groups[0].report_failure(stop) is stop
     with pytest.raises(RemoteRankError) as failed:
-        store_group[1].get("a word that nobody says")
+        groups[1].get("a key that is never set")
     assert failed.value.exit_code == 130
 
 
-def test_a_killed_process_of_this_machine_is_missed_at_once(
-    meet: Callable[[int], list[StoreGroup]], monkeypatch: pytest.MonkeyPatch
+def test_a_killed_process_of_this_machine_is_detected_by_its_token(
+    connect: Callable[[int], list[StoreGroup]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saetrain.distributed.process_group, "MISSED_HEARTBEATS", 10**9)
-    store_group = meet(2)
-    tell = "from saetrain.distributed.process_group import process_token as n; print(n())"
-    gone = subprocess.run([sys.executable, "-c", tell], capture_output=True, text=True, check=True)
-    store_group[0]._names[1] = gone.stdout.strip()
-    with pytest.raises(LostRankError, match="process 1 of this run is gone"):
-        store_group[0].get("a word that nobody says")
+    groups = connect(2)
+    code = "from saetrain.distributed.process_group import process_token as n; print(n())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    groups[0]._tokens[1] = ended.stdout.strip()
+    with pytest.raises(LostRankError, match="process 1 of this run has ended"):
+        groups[0].get("a key that is never set")
 
 
-def test_a_process_of_another_machine_is_given_up_when_it_gives_no_sign(
-    meet: Callable[[int], list[StoreGroup]],
+def test_a_rank_without_heartbeats_is_lost(
+    connect: Callable[[int], list[StoreGroup]],
 ) -> None:
-    store_group = meet(3)
-    store_group[1].close()
-    with pytest.raises(LostRankError) as gone:  # 0 looks after 1, and 2 hears of it
-        store_group[0].get("a word that nobody says")
-    assert gone.value.rank == 1
-    told = store_group[0].report_failure(gone.value)
-    assert told is gone.value
+    groups = connect(3)
+    groups[1].close()
+    with pytest.raises(LostRankError) as lost:  # rank 0 watches rank 1, and records the failure
+        groups[0].get("a key that is never set")
+    assert lost.value.rank == 1
+    reported = groups[0].report_failure(lost.value)
+    assert reported is lost.value
     with pytest.raises(RemoteRankError, match="process 0"):
-        store_group[2].get("a word that nobody says")
+        groups[2].get("a key that is never set")
 
 
-def test_who_has_left_is_not_missed(meet: Callable[[int], list[StoreGroup]]) -> None:
-    store_group = meet(3)
-    assert in_threads([p.shutdown for p in store_group]) == [None] * 3
-    for p in store_group:
+def test_a_rank_that_has_shut_down_is_not_lost(connect: Callable[[int], list[StoreGroup]]) -> None:
+    groups = connect(3)
+    assert in_threads([p.shutdown for p in groups]) == [None] * 3
+    for p in groups:
         p.check()
 
 
 HANG = """
-import sys, threading, time
-import saetrain.distributed.process_group
+import threading
 from torch.distributed import HashStore
+from actcache.core.distributed import World
+from saetrain.distributed import process_group
 from saetrain.distributed.process_group import StoreGroup
 
-saetrain.distributed.process_group.BEAT, saetrain.distributed.process_group.GRACE = 0.02, 5
+process_group.HEARTBEAT_SECONDS, process_group.EXIT_GRACE = 0.02, 5
 store = HashStore()
 first = []
-thread = threading.Thread(target=lambda: first.append(StoreGroup(store, 1, 2)))
+thread = threading.Thread(target=lambda: first.append(StoreGroup(store, World(1, 2))))
 thread.start()
-peers = StoreGroup(store, 0, 2)
+group = StoreGroup(store, World(0, 2))
 thread.join()
 first[0].close()
-peers.last_words = lambda error: print("last words:", error.exit_code)
-saetrain.distributed.process_group.BEATS = 3
+group.on_forced_exit = lambda error: print("forced exit:", error.exit_code)
+process_group.MISSED_HEARTBEATS = 3
 threading.Lock().acquire()
 lock = threading.Lock()
 lock.acquire()
@@ -194,9 +195,9 @@ lock.acquire()  # for ever
 """
 
 
-def test_a_process_that_hangs_while_another_is_gone_is_ended_with_the_error() -> None:
+def test_a_rank_that_hangs_after_another_is_lost_is_ended_with_the_error() -> None:
     command = [sys.executable, "-c", HANG]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == RunError.exit_code, done.stderr
-    assert "error: process 1 of this run is gone without a word" in done.stderr
-    assert "last words: 11" in done.stdout
+    assert "error: process 1 of this run has ended without an error message" in done.stderr
+    assert "forced exit: 11" in done.stdout

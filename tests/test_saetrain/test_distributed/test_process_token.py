@@ -1,4 +1,4 @@
-"""Whether a process is there."""
+"""Tokens of processes, and detection of their end."""
 
 from __future__ import annotations
 
@@ -8,34 +8,37 @@ import sys
 
 from saetrain.distributed.process_group import has_exited, process_token
 
-TELL = """
+PRINT = """
 from saetrain.distributed.process_group import process_token as n
 print(n(), flush=True)
 input()
 """
 
 
-def test_a_process_is_there_until_it_is_killed() -> None:
+def test_a_process_has_exited_once_it_is_killed() -> None:
     assert not has_exited(process_token())
     child = subprocess.Popen(
-        [sys.executable, "-c", TELL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PRINT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert child.stdout is not None
-    name = child.stdout.readline().strip()
-    assert not has_exited(name)
+    token = child.stdout.readline().strip()
+    assert not has_exited(token)
     child.send_signal(signal.SIGKILL)
-    child.stdout.read()  # at its end, the process is dead, though nobody has waited for it
-    while not has_exited(name):
+    child.stdout.read()  # at end of file the process is a zombie
+    while not has_exited(token):
         pass
     child.communicate()
-    assert has_exited(name)
+    assert has_exited(token)
 
 
-def test_another_process_of_the_same_number_is_not_taken_for_it() -> None:
+def test_another_process_with_the_same_id_does_not_count() -> None:
     *same, _ = process_token().split(" ")
     assert has_exited(" ".join([*same, "12"]))
 
 
-def test_of_another_machine_nothing_is_known() -> None:
+def test_a_process_of_another_machine_is_never_reported_as_exited() -> None:
     _, *rest = process_token().split(" ")
     assert not has_exited(" ".join(["elsewhere", *rest[:-1], "12"]))

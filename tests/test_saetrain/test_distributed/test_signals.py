@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, and how they ended."""
+"""Runs that a signal stops, and their exit.json."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
 
-class AtOnce(KeyboardInterrupt):
-    """What a signal raises where nobody listens."""
+class Interrupted(KeyboardInterrupt):
+    """Raised by the handlers that are installed before `fit`."""
 
     exit_code = 143
 
 
 @pytest.fixture(autouse=True)
-def _raising() -> Iterator[None]:
-    """Signals raise, as they do under the command line; never do they end the tests."""
+def _raising_handlers() -> Iterator[None]:
+    """Install handlers that raise, as the command line does."""
 
     def stop(*_: Any) -> None:
-        raise AtOnce
+        raise Interrupted
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
@@ -46,10 +46,10 @@ def _raising() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def ending(root: Path | str) -> tuple[int, str, int]:
-    told = json.loads((Path(root) / EXIT).read_text())
-    assert told.keys() == {"code", "reason", "step"}
-    return told["code"], told["reason"], told["step"]
+def exit_status(root: Path | str) -> tuple[int, str, int]:
+    status = json.loads((Path(root) / EXIT).read_text())
+    assert status.keys() == {"code", "reason", "step"}
+    return status["code"], status["reason"], status["step"]
 
 
 def send_in_step(monkeypatch: pytest.MonkeyPatch, at: int, *numbers: signal.Signals) -> None:
@@ -66,7 +66,7 @@ def send_in_step(monkeypatch: pytest.MonkeyPatch, at: int, *numbers: signal.Sign
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there(
+def test_a_signal_saves_at_the_next_step_and_the_run_resumes_from_it(
     options: Options,
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
@@ -84,11 +84,11 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_from_there(
     assert (caught.value.exit_code, caught.value.step) == (code, 7)
     assert f"fit: {number.name}: saving at the next step" in capfd.readouterr().err
     assert newest_step(root) == 7
-    assert ending(root) == (code, number.name, 7)
-    with pytest.raises(AtOnce):  # what was there before listens again
+    assert exit_status(root) == (code, number.name, 7)
+    with pytest.raises(Interrupted):  # the previous handler is restored
         os.kill(os.getpid(), number)
     assert fit(dataclasses.replace(stopped, resume=True)).new_steps == 5
-    assert ending(root) == (0, "finished", 12)
+    assert exit_status(root) == (0, "finished", 12)
     assert snapshot(Path(whole.out)) == snapshot(root)
 
 
@@ -98,10 +98,10 @@ def test_a_second_signal_ends_the_run_at_once(
 ) -> None:
     config = options(save_every=3)
     send_in_step(monkeypatch, 6, signal.SIGTERM, second)
-    with pytest.raises(AtOnce):
+    with pytest.raises(Interrupted):
         fit(config)
     assert newest_step(Path(config.out)) == 6
-    assert ending(config.out) == (143, "SIGTERM", 6)
+    assert exit_status(config.out) == (143, "SIGTERM", 6)
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(
@@ -109,22 +109,22 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(
 ) -> None:
     send_in_step(monkeypatch, 11, signal.SIGTERM)
     assert fit(options()).steps == 12
-    assert ending(options().out) == (0, "finished", 12)
+    assert exit_status(options().out) == (0, "finished", 12)
 
 
-def test_before_the_first_step_a_signal_ends_the_run_at_once(
+def test_a_signal_before_the_first_step_ends_the_run_at_once(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is nothing to save, and comparing all shards with their receipts may take minutes."""
+    """No step is done that could be saved, and verifying all shards may take minutes."""
     from actcache.stream.activation_stream import ActivationStream
 
     def take(stream: ActivationStream) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(ActivationStream, "__next__", take)
-    with pytest.raises(AtOnce):
+    with pytest.raises(Interrupted):
         fit(options())
-    assert ending(options().out) == (143, "SIGTERM", 0)
+    assert exit_status(options().out) == (143, "SIGTERM", 0)
 
 
 def test_a_run_that_waits_for_the_harvest_stops_without_another_step(
@@ -143,7 +143,7 @@ def test_a_run_that_waits_for_the_harvest_stops_without_another_step(
     with pytest.raises(RunStopped) as caught:
         fit(config)
     timer.join()
-    assert ending(config.out) == (143, "SIGTERM", caught.value.step)
+    assert exit_status(config.out) == (143, "SIGTERM", caught.value.step)
     assert 0 < caught.value.step < 10
     for receipt in late:
         (tmp_path / receipt.name).rename(receipt)
@@ -152,20 +152,20 @@ def test_a_run_that_waits_for_the_harvest_stops_without_another_step(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_stopped_before_it_has_begun_says_so_and_begins_later(
+def test_a_run_stopped_while_waiting_for_its_first_segment_writes_exit_json_and_starts_later(
     make_cache: Callable[..., Path],
     options: Options,
     tmp_path: Path,
     number: signal.Signals,
     code: int,
 ) -> None:
-    """A launcher swallows the code, and the first segment may be hours away."""
+    """A launcher swallows the exit code, and the first segment may take hours."""
 
-    class NotYet(KeyboardInterrupt):
+    class Stopped(KeyboardInterrupt):
         exit_code = code
 
     def stop(*_: Any) -> None:
-        raise NotYet
+        raise Stopped
 
     signal.signal(number, stop)
     path = make_cache()
@@ -175,28 +175,28 @@ def test_a_run_that_is_stopped_before_it_has_begun_says_so_and_begins_later(
     (path / "shards" / "END.json").rename(tmp_path / "END.json")
     timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
     timer.start()
-    with pytest.raises(NotYet):
+    with pytest.raises(Stopped):
         fit(config)
     timer.join()
-    assert ending(config.out) == (code, number.name, 0)
+    assert exit_status(config.out) == (code, number.name, 0)
     assert [found.name for found in Path(config.out).iterdir()] == [EXIT]
     (tmp_path / late.name).rename(late)
     (tmp_path / "END.json").rename(path / "shards" / "END.json")
     assert fit(config).steps == 2
-    assert ending(config.out) == (0, "finished", 2)
+    assert exit_status(config.out) == (0, "finished", 2)
 
 
-def test_a_signal_before_a_folder_was_looked_at_leaves_nothing_among_others_files(
+def test_a_signal_before_the_folder_check_writes_nothing_among_foreign_files(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any) -> None:
-        raise AtOnce
+        raise Interrupted
 
     monkeypatch.setattr("saetrain.launch.run.has_run", stop)
     root = Path(options().out)
     root.mkdir()
     (root / "notes").write_text("")
-    with pytest.raises(AtOnce):
+    with pytest.raises(Interrupted):
         fit(options())
     assert [found.name for found in root.iterdir()] == ["notes"]
 
@@ -212,7 +212,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_what_a_launcher_passes_on_is_the_same_signal_and_a_later_one_a_second() -> None:
+def test_a_signal_within_the_repeat_window_counts_as_the_first_and_a_later_one_as_second() -> None:
     with StopSignals() as stop_signals:
         stop_signals.repeat_window = 0.2
         stop_signals.install()
@@ -221,16 +221,16 @@ def test_what_a_launcher_passes_on_is_the_same_signal_and_a_later_one_a_second()
         stop_signals.install()
         assert stop_signals.received is signal.SIGINT
         time.sleep(0.2)
-        with pytest.raises(AtOnce):
+        with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGTERM)
     with StopSignals() as stop_signals:
         stop_signals.install()
         os.kill(os.getpid(), signal.SIGTERM)
-        stop_signals.ignore_further()  # all is saved
+        stop_signals.ignore_further()  # as after the last checkpoint
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_fit_in_another_thread_leaves_signals_alone(options: Options) -> None:
+def test_a_fit_outside_the_main_thread_installs_no_handlers(options: Options) -> None:
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(fit(options())))
     thread.start()
@@ -241,18 +241,18 @@ def test_a_fit_in_another_thread_leaves_signals_alone(options: Options) -> None:
 # --- exit.json -----------------------------------------------------------------------------------
 
 
-def test_an_error_is_told_with_its_code_and_the_step_that_is_saved(
+def test_exit_json_records_an_error_with_its_code_and_the_saved_step(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = options(lr=1e25)
     with pytest.raises(RunError):
         fit(config)
-    code, reason, step = ending(config.out)
+    code, reason, step = exit_status(config.out)
     assert (code, step) == (RunError.exit_code, 0)
     assert reason.startswith("NonFiniteError: the loss of layers.0 is not finite")
 
 
-def test_a_mistake_of_ours_is_told_with_code_1(
+def test_exit_json_records_an_unexpected_exception_with_code_1(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
@@ -262,10 +262,10 @@ def test_a_mistake_of_ours_is_told_with_code_1(
         patch.setattr(saetrain.training.step, "train_step", step)
         with pytest.raises(ValueError, match=r"^$"):
             fit(options())
-    assert ending(options().out) == (1, "ValueError", 0)
+    assert exit_status(options().out) == (1, "ValueError", 0)
 
 
-def test_a_call_that_is_killed_does_not_leave_the_word_of_the_one_before(
+def test_a_running_fit_has_removed_the_exit_json_of_the_call_before(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, seen = options(save_every=3), []
@@ -284,7 +284,7 @@ def test_a_call_that_is_killed_does_not_leave_the_word_of_the_one_before(
     assert not any(seen)
 
 
-def test_a_call_that_is_refused_the_folder_says_nothing_in_it(
+def test_a_fit_that_is_refused_writes_no_exit_json(
     options: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config, real = options(), saetrain.training.step.train_step

@@ -1,4 +1,4 @@
-"""Runs of several processes, real ones under torchrun with gloo: the same as those of one."""
+"""Runs of several processes under torchrun with gloo, compared with runs of one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from saetrain.tracking.jsonl import METRICS
 Snapshot = Callable[[Path], dict[str, bytes]]
 
 BIN = Path(sys.executable).parent
-SECONDS = 240  # until processes that hang are given up
+SECONDS = 240  # timeout of a torchrun that hangs
 HERE = Path(__file__).parent
 
 
@@ -41,8 +41,8 @@ def torchrun(processes: int, *command: str) -> list[str]:
     return [*launcher, str(processes), *command]
 
 
-def together(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Do jobs (see `processes.py`) in so many processes."""
+def run_jobs(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Run jobs (see `processes.py`) under torchrun."""
     path = folder / f"jobs-{processes}.json"
     path.write_text(json.dumps(jobs))
     command = torchrun(processes, sys.executable, str(HERE / "processes.py"), str(path))
@@ -55,7 +55,7 @@ def lines(root: Path) -> list[dict[str, Any]]:
 
 
 def numbers(root: Path) -> list[float]:
-    """All figures of metrics.jsonl."""
+    """Return all numbers of metrics.jsonl."""
 
     def below(value: Any) -> Iterator[float]:
         if isinstance(value, (dict, list)):
@@ -69,7 +69,7 @@ def numbers(root: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def base(cache_path: Path) -> dict[str, Any]:
-    """Eight steps an epoch of 48 rows: 2, 3 and 4 processes can share each batch."""
+    """Options of a run of eight steps an epoch; 2, 3 and 4 processes can share its batches."""
     return {
         "cache": str(cache_path),
         "num_latents": 48,
@@ -89,18 +89,18 @@ MIXED = [
     {"num_latents": n, "k": k, "lr": 0.01, "optimizer": name, "lr_warmup_steps": 4, "seed": seed}
     for n, k, name, seed in ((24, 2, "adam", 0), (96, 4, "signum", 1), (48, 3, "adam", 2))
 ]
-"""Three SAEs a hookpoint, of several widths."""
+"""Three SAEs per hookpoint, of several widths."""
 
 
 def modules(base: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
-    """A run of six SAEs that is validated and keeps its best."""
+    """Options of a run of six SAEs with validation and --save-best."""
     kept = {"num_latents", "k", "lr", "lr_warmup_steps"}
     grid = {name: value for name, value in base.items() if name not in kept}
     return grid | {"saes": MIXED, "out": str(out), "val_every": 5, "save_best": True} | more
 
 
 def few(base: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
-    """A run of two SAEs: fewer than three processes, of which one has nothing to train."""
+    """Options of a run of two SAEs: one of three processes has nothing to train."""
     return modules(base, out, **more) | {"saes": MIXED[:1]}
 
 
@@ -113,7 +113,7 @@ KINDS = [
     | {"lr_warmup_steps": 4, "seed": 0}
     for name in ("groupmax", "jumprelu", "relu", "gated")
 ]
-"""The other activations whose batches can be shared."""
+"""The other activations that --parallel ddp supports."""
 
 
 def kinds(base: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
@@ -122,16 +122,16 @@ def kinds(base: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
 
 BATCHES: dict[str, dict[str, Any]] = {
     "signum": {},
-    # With checkpoints in the middle of an update, and batches in parts.
+    # Checkpoints fall in the middle of an update, and batches are split.
     "adam": {"optimizer": "adam", "grad_acc_steps": 2, "micro_batch_size": 5, "grad_clip": 1.0}
     | {"decoder_norm": "fold", "k_anneal_steps": 8},
 }
-"""Options of runs whose batches are shared."""
+"""Options of runs with --parallel ddp."""
 
 
 @pytest.fixture(scope="module")
 def alone(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of one process: `modules`, copied `modules-9` at step 9; and in float64."""
+    """Make the runs of one process: `modules`, copied to `modules-9` at step 9; some in float64."""
     folder = tmp_path_factory.mktemp("alone")
     copy = [9, str(folder / "modules-9")]
     jobs = [{"options": modules(base, folder / "modules", parallel="modules"), "copy": copy}]
@@ -139,7 +139,7 @@ def alone(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
         options = base | more | {"out": str(folder / f"double-{name}"), "epochs": 7, "log_every": 1}
         jobs.append({"options": options, "float64": True})
     jobs.append({"options": kinds(base, folder / "kinds"), "float64": True})
-    together(1, jobs, folder)
+    run_jobs(1, jobs, folder)
     return folder
 
 
@@ -152,7 +152,7 @@ def alone(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
         pytest.param(4, True, marks=pytest.mark.soak),
     ],
 )
-def test_runs_of_several_processes_are_those_of_one_and_go_on_exactly(
+def test_runs_of_several_processes_equal_those_of_one_and_resume_exactly(
     processes: int,
     doubles: bool,
     base: dict[str, Any],
@@ -160,13 +160,13 @@ def test_runs_of_several_processes_are_those_of_one_and_go_on_exactly(
     snapshot: Snapshot,
     tmp_path: Path,
 ) -> None:
-    # Six SAEs, and a run that one process began, and this many go on with.
+    # Six SAEs; and a run that one process starts and several resume.
     at_9 = tmp_path / "modules-9"
-    taken_over = Path(shutil.copytree(alone / "modules-9", tmp_path / "taken-over"))
+    resumed = Path(shutil.copytree(alone / "modules-9", tmp_path / "resumed"))
     share = {"parallel": "modules"}
     jobs: list[dict[str, Any]] = [
         {"options": modules(base, tmp_path / "modules", **share), "copy": [9, str(at_9)]},
-        {"options": modules(base, taken_over, **share, resume=True)},
+        {"options": modules(base, resumed, **share, resume=True)},
         {"options": few(base, tmp_path / "few", **share)},
         {"options": few(base, tmp_path / "few", **share, resume=True, epochs=4, force_config=True)},
     ]
@@ -183,11 +183,11 @@ def test_runs_of_several_processes_are_those_of_one_and_go_on_exactly(
     jobs += [kind] * doubles
     refused = base | {"out": str(tmp_path / "refused"), "parallel": "ddp", "batch_size": 35}
     jobs.append({"options": refused, "fails": True})
-    together(processes, jobs, tmp_path)
+    run_jobs(processes, jobs, tmp_path)
 
     one = snapshot(alone / "modules")
     assert snapshot(tmp_path / "modules") == one
-    assert snapshot(taken_over) == one
+    assert snapshot(resumed) == one
     assert snapshot(at_9) == snapshot(alone / "modules-9")
     fit(FitConfig(**modules(base, at_9, resume=True) | {"saes": grid_of(MIXED)}))
     assert snapshot(at_9) == one
@@ -202,27 +202,27 @@ def test_runs_of_several_processes_are_those_of_one_and_go_on_exactly(
     for name in BATCHES:
         assert lines(alone / f"double-{name}")[-1]["step"] == 56
         dead = [line["saes"]["layers.0"]["dead_percent"] for line in lines(tmp_path / name)]
-        assert any(dead), "AuxK must be at work"
+        assert any(dead), "no latent is dead, so AuxK was not used"
         assert snapshot(tmp_path / f"{name}-9") == snapshot(tmp_path / name)
 
     for name in ["kinds", *(f"double-{name}" for name in BATCHES)] * doubles:
         expected, found = numbers(alone / name), numbers(tmp_path / name)
         assert found == pytest.approx(expected, rel=0, abs=1e-9)
 
-    told = [tmp_path / f"refused.error.{rank}" for rank in range(processes)]
-    assert [p.read_text().split()[:2] for p in told] == [["ConfigError", "2:"]] + [
-        ["PeerFailedError", "2:"]
+    errors = [tmp_path / f"refused.error.{rank}" for rank in range(processes)]
+    assert [p.read_text().split()[:2] for p in errors] == [["ConfigError", "2:"]] + [
+        ["RemoteRankError", "2:"]
     ] * (processes - 1)
-    assert "35 lanes cannot be divided" in told[0].read_text()
-    assert "1, 5, 7, 35 processes" in told[0].read_text()
+    assert "35 lanes cannot be divided" in errors[0].read_text()
+    assert "1, 5, 7, 35 processes" in errors[0].read_text()
     assert not (tmp_path / "refused").exists()
 
 
-# --- how they end ---------------------------------------------------------------------------------
+# --- exit ---------------------------------------------------------------------------------
 
 
-def command(processes: int, options: dict[str, Any]) -> list[str]:
-    """`saetrain fit` under torchrun."""
+def torchrun_fit(processes: int, options: dict[str, Any]) -> list[str]:
+    """Return the command line of `saetrain fit` under torchrun."""
     line = [str(BIN / "saetrain"), "fit", options["cache"]]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
@@ -232,7 +232,7 @@ def command(processes: int, options: dict[str, Any]) -> list[str]:
 
 
 def ranks_of(parent: int) -> dict[int, int]:
-    """Process ids of torchrun's children, by rank."""
+    """Return the process ids of torchrun's children, by rank."""
     found = {}
     for text in Path(f"/proc/{parent}/task").glob("*/children"):
         for pid in text.read_text().split():
@@ -241,9 +241,9 @@ def ranks_of(parent: int) -> dict[int, int]:
     return found
 
 
-def begin(processes: int, options: dict[str, Any]) -> subprocess.Popen[str]:
-    """A run that has made a checkpoint, and is at work."""
-    process = subprocess.Popen(command(processes, options), stderr=subprocess.PIPE, text=True)
+def start(processes: int, options: dict[str, Any]) -> subprocess.Popen[str]:
+    """Start a run, and wait for its first checkpoint."""
+    process = subprocess.Popen(torchrun_fit(processes, options), stderr=subprocess.PIPE, text=True)
     while not list(Path(options["out"]).glob("checkpoint-*.json")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -251,71 +251,71 @@ def begin(processes: int, options: dict[str, Any]) -> subprocess.Popen[str]:
     return process
 
 
-def ending(root: Path) -> dict[str, Any]:
-    """Contents of exit.json."""
-    told: dict[str, Any] = json.loads((root / "exit.json").read_text())
-    return told
+def exit_status(root: Path) -> dict[str, Any]:
+    """Return the contents of exit.json."""
+    status: dict[str, Any] = json.loads((root / "exit.json").read_text())
+    return status
 
 
 @pytest.mark.parametrize("parallel", ["modules", pytest.param("ddp", marks=pytest.mark.soak)])
-def test_a_rank_that_is_killed_ends_all_at_once_and_the_run_goes_on_exactly(
+def test_a_killed_rank_is_named_and_ends_all_ranks_and_the_run_resumes_exactly(
     parallel: str, base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
 ) -> None:
     run = base | {"parallel": parallel, "epochs": 12, "save_every": 5, "resume": True}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = begin(2, run | {"out": str(killed)})
+    process = start(2, run | {"out": str(killed)})
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert told.count("error: process 1 of this run is gone without a word") == 1
-    assert "guard.py" not in told  # no traceback of ours; torchrun prints one of its own
-    ended = ending(killed)
+    assert stderr.count("error: process 1 of this run has ended without an error message") == 1
+    assert "error_handling.py" not in stderr  # only torchrun prints a traceback
+    ended = exit_status(killed)
     assert ended["code"] == 11
-    assert ended["reason"].startswith("PeerGoneError: process 1 of this run is gone")
+    assert ended["reason"].startswith("LostRankError: process 1 of this run has ended")
     assert lines(killed)[-1]["step"] < 96
     finish(run, whole, killed, tmp_path)
-    assert ending(killed) == {"code": 0, "reason": "finished", "step": 96}
+    assert exit_status(killed) == {"code": 0, "reason": "finished", "step": 96}
     assert snapshot(killed) == snapshot(whole)
 
 
 @pytest.mark.parametrize("parallel", ["modules", pytest.param("ddp", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("to", ["torchrun", pytest.param("rank 1", marks=pytest.mark.soak)])
-def test_a_signal_stops_all_at_one_step_and_the_run_goes_on_exactly(
+def test_a_signal_stops_all_ranks_at_one_step_and_the_run_resumes_exactly(
     parallel: str, to: str, base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
 ) -> None:
     run = base | {"parallel": parallel, "epochs": 12, "keep_every": 5, "resume": True}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    process = begin(2, run | {"out": str(stopped), "save_every": 10_000})
+    process = start(2, run | {"out": str(stopped), "save_every": 10_000})
     if to == "torchrun":
         process.terminate()
     else:
         os.kill(ranks_of(process.pid)[1], signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    ended = ending(stopped)
+    ended = exit_status(stopped)
     assert (ended["code"], ended["reason"]) == (143, "SIGTERM")
     assert 0 < ended["step"] < 96
-    assert told.count(f"terminated: SIGTERM: step {ended['step']} is saved; --resume") == 1
-    assert "error: " not in told
-    assert "guard.py" not in told
+    assert stderr.count(f"terminated: SIGTERM: step {ended['step']} is saved; --resume") == 1
+    assert "error: " not in stderr
+    assert "error_handling.py" not in stderr
     finish(run | {"save_every": 10_000}, whole, stopped, tmp_path)
     assert snapshot(stopped) == snapshot(whole)
 
 
 def finish(run: dict[str, Any], whole: Path, broken: Path, folder: Path) -> None:
-    """Go on with a run, and make it in one go: SAEs by one process, shared batches by two."""
+    """Resume a run, and make a whole one: with one process, or two for --parallel ddp."""
     runs = [run | {"out": str(out)} for out in (whole, broken)]
     if run["parallel"] == "ddp":
-        together(2, [{"options": options} for options in runs], folder)
+        run_jobs(2, [{"options": options} for options in runs], folder)
     else:
         for options in runs:
             fit(FitConfig(**options))
 
 
-def test_runs_that_are_stopped_damaged_and_forced_go_on_as_those_of_one_process(
+def test_stopped_damaged_and_overridden_runs_resume_like_those_of_one_process(
     base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
 ) -> None:
-    """Two processes do what one does in test_stopping, test_exact, test_forcing, test_finetune."""
+    """Two processes repeat cases of test_signals, test_exact, test_overrides and test_finetune."""
     kept = base | {"keep_last": 2, "keep_every": 5, "resume": True, "val_every": 5}
     kept |= {"save_best": True, "optimizer": "adam", "input_scale": "rms"}
     kept |= {"encoder_scale": "auto", "wandb": "offline"}
@@ -338,18 +338,18 @@ def test_runs_that_are_stopped_damaged_and_forced_go_on_as_those_of_one_process(
             {"options": other},
             {"options": forced | {"parallel": parallel, "out": other["out"]}},
         ]
-    # What the runs of `modules` are fine-tuned from must be there before they are.
-    together(2, sorted(jobs, key=lambda job: "tuned" in job["options"]["out"]), tmp_path)
+    # The runs to fine-tune from must exist first.
+    run_jobs(2, sorted(jobs, key=lambda job: "tuned" in job["options"]["out"]), tmp_path)
 
     for parallel in ("ddp", "modules"):
-        said = [(tmp_path / f"{parallel}.error.{rank}").read_text() for rank in (0, 1)]
-        assert said[0] == said[1]
-        assert said[0].startswith("Stopped 143: SIGTERM: step ")
+        texts = [(tmp_path / f"{parallel}.error.{rank}").read_text() for rank in (0, 1)]
+        assert texts[0] == texts[1]
+        assert texts[0].startswith("RunStopped 143: SIGTERM: step ")
         if parallel == "ddp":
-            assert "step 7 is saved" in said[0]
-        zero, one = (told(tmp_path / parallel, rank) for rank in (0, 1))
+            assert "step 7 is saved" in texts[0]
+        zero, one = (result_of(tmp_path / parallel, rank) for rank in (0, 1))
         assert (zero["new_steps"], one["new_steps"]) == (3, 3)  # back to step 21
-        assert "going on from step 21" in " ".join(zero["warnings"])
+        assert "resuming from step 21" in " ".join(zero["warnings"])
         assert (zero["wandb"], one["wandb"]) == (["opened"], [])
         assert snapshot(tmp_path / parallel) == snapshot(tmp_path / f"{parallel}-whole")
         record = json.loads((tmp_path / f"{parallel}-forced" / "run.json").read_text())
@@ -368,7 +368,7 @@ def test_runs_that_are_stopped_damaged_and_forced_go_on_as_those_of_one_process(
         assert snapshot(shared) == snapshot(tmp_path / name)
         assert scales(shared) == scales(tmp_path / name)
 
-    # Another number of processes that share each batch is warned of, and written down.
+    # A changed number of processes with --parallel ddp gives a warning and a history entry.
     other = tmp_path / "ddp"
     for path in other.glob("checkpoint-00000002[1-9]*"):
         path.unlink()
@@ -381,9 +381,9 @@ def test_runs_that_are_stopped_damaged_and_forced_go_on_as_those_of_one_process(
     assert not fit(FitConfig(**kept | {"out": str(other)})).warnings
 
 
-def told(root: Path, rank: int) -> dict[str, Any]:
-    """What a process says at its end, see `processes.py`."""
-    found: dict[str, Any] = json.loads(Path(f"{root}.told.{rank}").read_text())
+def result_of(root: Path, rank: int) -> dict[str, Any]:
+    """Return what a rank wrote at its end, see `processes.py`."""
+    found: dict[str, Any] = json.loads(Path(f"{root}.result.{rank}").read_text())
     return found
 
 
@@ -400,14 +400,14 @@ def scales(root: Path) -> list[Any]:
     ],
     ids=" ".join,
 )
-def test_what_looks_at_a_whole_batch_is_refused_and_other_modules_learn_as_of_one_process(
+def test_ddp_refuses_batchtopk_and_trains_other_modules_like_one_process(
     names: tuple[str, ...],
     base: dict[str, Any],
     make_cache: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """In float64, in which the order of adding is seen from the tenth digit on only."""
+    """In float64, where the order of summation changes only digits from the tenth on."""
     wide = {"layers.0.mlp:in": 16, "layers.0.mlp": 12, "layers.1": 16}
     paired = base | {"cache": str(make_cache(hookpoints=wide)), "optimizer": "adam"}
     paired |= {"log_every": 1, "input_scale": "rms"}
@@ -425,7 +425,7 @@ def test_what_looks_at_a_whole_batch_is_refused_and_other_modules_learn_as_of_on
     ]
     whole = base | {"parallel": "ddp", "activation": "batchtopk", "out": str(tmp_path / "refused")}
     jobs.append({"options": whole, "fails": True})
-    together(2, jobs, tmp_path)
+    run_jobs(2, jobs, tmp_path)
     assert "chooses among a whole batch" in (tmp_path / "refused.error.0").read_text()
     assert not (tmp_path / "refused").exists()
     monkeypatch.setattr(saetrain.training.init, "build_sae", double)
@@ -436,7 +436,7 @@ def test_what_looks_at_a_whole_batch_is_refused_and_other_modules_learn_as_of_on
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "modules"])
-def test_what_one_rank_cannot_read_is_told_once_with_its_code(
+def test_a_read_error_of_one_rank_is_reported_once_with_its_code(
     parallel: str, base: dict[str, Any], cache_path: Path, tmp_path: Path
 ) -> None:
     cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
@@ -447,22 +447,22 @@ def test_what_one_rank_cannot_read_is_told_once_with_its_code(
     out = tmp_path / "run"
     options = base | {"parallel": parallel, "cache": str(cache), "out": str(out)}
     done = subprocess.run(
-        command(2, options), capture_output=True, text=True, timeout=SECONDS, check=False
+        torchrun_fit(2, options), capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1, done.stderr
-    assert "guard.py" not in done.stderr  # no traceback of ours; torchrun prints one of its own
+    assert "error_handling.py" not in done.stderr  # only torchrun prints a traceback
     assert json.loads((out / "exit.json").read_text())["code"] == 8
 
 
-def test_what_all_had_done_is_saved_before_rows_of_one_could_not_be_read_and_goes_on_exactly(
+def test_steps_before_a_read_error_of_one_rank_are_saved_and_the_run_resumes_exactly(
     base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
 ) -> None:
     jobs: list[dict[str, Any]] = []
     for parallel in ("ddp", "modules"):
         run = base | {"parallel": parallel, "epochs": 1, "resume": True}
         broken = run | {"out": str(tmp_path / parallel)}
-        # SAEs of several processes are saved as they last met, shared batches as far as they came.
+        # With modules the last common checkpoint is kept; with ddp all steps done are saved.
         step, saved = (5, 5) if parallel == "ddp" else (7, 6)
         copy = [saved, str(tmp_path / f"{parallel}-copy")]
         jobs += [
@@ -470,23 +470,25 @@ def test_what_all_had_done_is_saved_before_rows_of_one_could_not_be_read_and_goe
             {"options": broken},
             {"options": run | {"out": str(tmp_path / f"{parallel}-whole")}},
         ]
-    together(2, jobs, tmp_path)
+    run_jobs(2, jobs, tmp_path)
     for parallel in ("ddp", "modules"):
         found = snapshot(tmp_path / parallel)
         assert found == snapshot(tmp_path / f"{parallel}-whole")
-        told = [(tmp_path / f"{parallel}.error.{rank}").read_text().split()[:2] for rank in (0, 1)]
-        assert told == [["PeerFailedError", "8:"], ["CorruptShardError", "8:"]]
+        errors = [
+            (tmp_path / f"{parallel}.error.{rank}").read_text().split()[:2] for rank in (0, 1)
+        ]
+        assert errors == [["RemoteRankError", "8:"], ["CorruptShardError", "8:"]]
         assert (tmp_path / f"{parallel}-copy").is_dir()
 
 
-def test_several_processes_follow_a_harvest_as_one_does(
+def test_several_processes_follow_a_harvest_like_one(
     base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
 ) -> None:
     follow = base | {"follow": True, "segment_shards": 2, "val_fraction": 0, "epochs": 1}
     follow |= {"batch_size": 32, "pool_rows": 64}
     out = {kind: tmp_path / kind for kind in ("alone", "modules", "ddp")}
     share = [follow | {"parallel": kind, "out": str(out[kind])} for kind in ("modules", "ddp")]
-    together(2, [{"options": options} for options in share], tmp_path)
+    run_jobs(2, [{"options": options} for options in share], tmp_path)
     fit(FitConfig(**follow | {"out": str(out["alone"])}))
     assert snapshot(out["modules"]) == snapshot(out["alone"])
     assert numbers(out["ddp"]) == pytest.approx(numbers(out["alone"]), rel=1e-2)
@@ -496,12 +498,12 @@ def test_several_processes_follow_a_harvest_as_one_does(
         ).read_bytes()
 
 
-def test_processes_that_are_not_told_what_to_share_are_refused_once(
+def test_several_processes_without_parallel_report_one_error(
     base: dict[str, Any], tmp_path: Path
 ) -> None:
     options = base | {"out": str(tmp_path / "run")}
     done = subprocess.run(
-        command(2, options), capture_output=True, text=True, timeout=SECONDS, check=False
+        torchrun_fit(2, options), capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1

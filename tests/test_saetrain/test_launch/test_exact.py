@@ -95,7 +95,7 @@ def test_a_run_that_was_terminated_and_killed_ends_in_the_bytes_of_one_that_was_
         assert process.returncode == 128 + number, told
         done = newest_step(root) or 0
         assert 0 < done < 400
-        assert f"{number.name}: step {done} is saved; --resume goes on from there" in told
+        assert f"{number.name}: step {done} is saved; --resume continues from it" in told
         assert "Traceback" not in told
         ending = json.loads((root / EXIT).read_text())
         assert ending == {"code": 128 + number, "reason": number.name, "step": done}
@@ -187,7 +187,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
         assert max(bests) == sae.best.step <= 9
     assert {sae.step for sae in evaluate(root).saes} == {9}
     (root / "eval.json").unlink()
-    assert "checkpoint is damaged; going on from step 9" in capsys.readouterr().err
+    assert "checkpoint is damaged; resuming from step 9" in capsys.readouterr().err
     fit(go_on)  # nothing is damaged any more: the one that was is gone
     assert "damaged" not in capsys.readouterr().err
     found = snapshot(root)
@@ -208,7 +208,7 @@ def test_falling_back_is_in_the_summary_and_needs_one_to_fall_back_to(options: O
     assert summary.new_steps == 3
     (warning,) = summary.warnings
     assert "00000.safetensors is not what its checkpoint wrote" in warning
-    assert "going on from step 9" in warning
+    assert "resuming from step 9" in warning
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

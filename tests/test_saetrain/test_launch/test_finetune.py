@@ -168,7 +168,7 @@ def test_a_hookpoint_that_is_not_there_is_told_with_all_that_are(
     [
         ("{}/nothing/there", ConfigError, "is no folder, and no repository"),
         ("{}/cache", FormatError, "holds no SAE"),
-        ("some/repository", RunError, "cannot be had from the Hub"),
+        ("some/repository", RunError, "cannot be downloaded from the Hub"),
         ("https://example.org/x", ConfigError, "is no folder, and no repository"),
     ],
 )
@@ -258,7 +258,7 @@ def test_a_finetuned_run_that_was_stopped_equals_one_that_was_not(
     if stop_at == 1:
         kept = path.read_bytes()
         path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-        with pytest.raises(RunError, match="is not what this run began with"):
+        with pytest.raises(RunError, match="differs from the file that this run started from"):
             fit(stopped)
         path.write_bytes(kept)
     else:
@@ -441,7 +441,7 @@ def test_the_program_begins_with_a_repository_of_the_hub(
         }
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "layers.1 begins with someone/saes/layers.1 (40 latents, k 5)" in done.stderr
+    assert "layers.1 starts from someone/saes/layers.1 (40 latents, k 5)" in done.stderr
     record = read_run(Path(config.out))
     file = digest_file(published / "layers.1" / "sae.safetensors")
     assert record.origins == (PretrainedSource("someone/saes/layers.1", COMMIT, file),)

@@ -546,7 +546,7 @@ def test_a_checkpoint_at_another_place_of_the_segments_is_refused(
     state = json.loads(path.read_text())
     assert state["stream"] == {"epoch": 0, "segment": 1, "step": 5}
     path.write_text(json.dumps(state | {"stream": stream, "seal": None}))
-    with pytest.raises(FormatError, match="not of this run"):
+    with pytest.raises(FormatError, match="checkpoint of another run"):
         fit(config)
 
 
@@ -554,7 +554,7 @@ def test_a_run_that_lost_its_record_of_segments_is_refused(following: Options) -
     config = following(resume=True)
     fit(config)
     (Path(config.out) / SEGMENTS).unlink()
-    with pytest.raises(FormatError, match="not of this run"):
+    with pytest.raises(FormatError, match="checkpoint of another run"):
         fit(config)
 
 

@@ -1,4 +1,4 @@
-"""The sentence at the end of a run."""
+"""The sentence on the bottleneck at the end of a run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from saetrain.launch.summary import WaitTimes, bottleneck_message
         (WaitTimes(0, 0, 0, 0), "Compute was the limit (0% of the time"),
     ],
 )
-def test_the_limit_is_what_the_time_went_into(waits: WaitTimes, limit: str) -> None:
+def test_the_bottleneck_follows_from_the_seconds_of_waiting(waits: WaitTimes, limit: str) -> None:
     text = bottleneck_message(waits, 2.5e9, "first-read")
     assert text.startswith(limit)
     assert "at 2.5 GB/s" in text
     assert text.endswith(".")
 
 
-def test_what_would_help_is_not_what_is_done_already() -> None:
+def test_the_remedy_is_not_an_option_in_use_already() -> None:
     at_the_start = WaitTimes(100, 80, 70, 0)
     assert "--verify never" in bottleneck_message(at_the_start, 1.0, "first-read")
     assert "--verify never" not in bottleneck_message(at_the_start, 1.0, "never")

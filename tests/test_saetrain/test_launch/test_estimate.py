@@ -1,4 +1,4 @@
-"""Parameters and memory, against SAEs that are made and steps that are run."""
+"""Estimates of parameters and memory, compared with real SAEs and steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("optimizer", get_args(OptimizerName))
-def test_weights_and_optimiser_state_are_those_of_an_sae_in_training(
+def test_weights_and_optimizer_state_equal_those_of_a_trained_sae(
     make_trainee: Callable[..., Any], optimizer: OptimizerName
 ) -> None:
     trainer = make_trainee(16, 400, 4, optimizer=optimizer)
@@ -50,7 +50,7 @@ def test_weights_and_optimiser_state_are_those_of_an_sae_in_training(
     assert plan.parameters == 2 * 16 * 400 + 16 + 400
 
 
-def test_counting_parameters_makes_none() -> None:
+def test_counting_parameters_allocates_none() -> None:
     shapes = parameter_shapes(SaeConfig(2**16, 2**24, 32))
     assert sum(map(math.prod, shapes)) == 2**41 + 2**16 + 2**24
 
@@ -59,7 +59,7 @@ def test_counting_parameters_makes_none() -> None:
 @pytest.mark.parametrize(
     ("N", "D", "M", "K"), [(512, 64, 2048, 16), (64, 128, 4096, 8), (2048, 64, 256, 64)]
 )
-def test_a_step_holds_no_more_than_is_planned_nor_much_less(
+def test_a_step_holds_at_most_the_estimate_and_not_much_less(
     make_trainee: Callable[..., Any], N: int, D: int, M: int, K: int, optimizer: OptimizerName
 ) -> None:
     peak = peak_of_a_step(make_trainee(D, M, K, optimizer=optimizer), torch.randn(N, D))
@@ -68,7 +68,7 @@ def test_a_step_holds_no_more_than_is_planned_nor_much_less(
     assert 0.5 * planned <= peak <= planned
 
 
-def test_the_plan_knows_how_many_pre_activations_are_formed_at_once() -> None:
+def test_the_estimate_counts_the_pre_activations_that_are_formed_at_once() -> None:
     sizes, plain = SaeConfig(768, 2**17, 32), 2**15 * 2**17 * FLOAT
     by_cache, by_device = (step_bytes(sizes, "signum", 2**15, device=d) for d in ("cpu", "cuda"))
     assert by_cache <= by_device < plain / 4
@@ -97,7 +97,7 @@ KINDS: dict[str, dict[str, Any]] = {
 )
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nor_does_a_step_of_another_kind_or_with_folded_weights(
+def test_steps_of_other_activations_or_folded_weights_hold_at_most_the_estimate(
     kind: str, folded: bool, N: int, D: int, M: int, K: int
 ) -> None:
     sizes = SaeConfig(D, M, K, **KINDS[kind])
@@ -120,7 +120,7 @@ def test_nor_does_a_step_of_another_kind_or_with_folded_weights(
 
 
 def peak_of_a_step(trainer: Any, x: torch.Tensor) -> int:
-    """Bytes that a step holds at most, besides what it begins with."""
+    """Return the peak bytes that a step allocates."""
     for step in range(2):
         train_step(trainer, x, step, 0.0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -135,7 +135,7 @@ def peak_of_a_step(trainer: Any, x: torch.Tensor) -> int:
     return int(peak)
 
 
-def test_a_plan_lists_the_saes_that_the_run_then_has(options: Callable[..., FitConfig]) -> None:
+def test_an_estimate_lists_the_saes_of_the_run(options: Callable[..., FitConfig]) -> None:
     config = vary(options(), num_latents=(32, 48), seed=(0, 1), optimizer=("adam", "signum"))
     plan = estimate_fit(config, CPU)
     assert not Path(config.out).exists()
@@ -156,7 +156,7 @@ def test_a_plan_lists_the_saes_that_the_run_then_has(options: Callable[..., FitC
 
 def test_weights_in_bfloat16_take_half(options: Callable[..., FitConfig]) -> None:
     whole, half = estimate_fit(options(), CPU), estimate_fit(options(weights_dtype="bfloat16"), CPU)
-    norms = FLOAT * sum(sae.num_latents for sae in whole.saes)  # of signum, in float32 all the same
+    norms = FLOAT * sum(sae.num_latents for sae in whole.saes)  # signum keeps them in float32
     assert half.weights == whole.weights / 2
     assert half.optimizer_state == (whole.optimizer_state + norms) / 2
 
@@ -167,13 +167,13 @@ def test_weights_in_bfloat16_take_half(options: Callable[..., FitConfig]) -> Non
         ({}, 1),
         ({"activation": "batchtopk"}, 1),
         ({"optimizer": "muon"}, 1),
-        ({"activation": "relu"}, 0),  # autocast makes the cast itself
+        ({"activation": "relu"}, 0),  # autocast casts by itself
         ({"decoder_norm": "fold"}, 0),
         ({"weights_dtype": "bfloat16"}, 0),
     ],
     ids=str,
 )
-def test_under_autocast_the_encoder_is_kept_in_bfloat16_too(
+def test_with_autocast_the_weights_include_a_bfloat16_copy_of_the_encoder(
     changes: dict[str, Any], kept: int
 ) -> None:
     D, M = 16, 400
@@ -196,13 +196,15 @@ def test_under_autocast_the_encoder_is_kept_in_bfloat16_too(
     assert (bf16_copy_of(sae.W_enc) is not None) is bool(kept)
 
 
-def test_a_plan_refuses_what_fit_would_refuse(options: Callable[..., FitConfig]) -> None:
+def test_an_estimate_refuses_what_fit_refuses(
+    options: Callable[..., FitConfig],
+) -> None:
     for changes in ({"k": 49}, {"hookpoint": ("layers.7",)}, {"cache": "/nowhere"}):
         with pytest.raises(ActcacheError):
             estimate_fit(options(**changes), CPU)
 
 
-def test_a_plan_tells_the_learning_rate_of_its_steps_or_that_they_are_not_known_yet(
+def test_the_learning_rate_is_none_while_the_number_of_steps_is_unknown(
     options: Callable[..., FitConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saetrain.optim.schedule._ADAM_MOST", math.inf)

@@ -1,4 +1,4 @@
-"""Runs that are killed or damaged end in the bytes of one that was not; by real signals, too."""
+"""Killed and damaged runs end in the same bytes as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from saetrain.tracking.jsonl import METRICS, TIMINGS
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
-SECONDS = 120  # until a process that hangs is given up
+SECONDS = 120  # timeout of a process that hangs
 
 
 class Killed(BaseException):
-    """Stands for a signal."""
+    """Stands in for a signal."""
 
 
 def steps_in(path: Path) -> list[int]:
@@ -46,7 +46,7 @@ def steps_in(path: Path) -> list[int]:
 
 
 def kind(options: Options, name: str, **changes: Any) -> FitConfig:
-    """A run of 400 steps, of each kind that there is."""
+    """Return options of a run of 400 steps, of one of several kinds."""
     config = options(max_tokens=400 * 32, log_every=25, **changes)
     if name == "grid":
         return vary(config, optimizer=("signum", "adam"))
@@ -68,7 +68,7 @@ def start(config: FitConfig, file: Path) -> subprocess.Popen[str]:
 
 
 def strike(process: subprocess.Popen[str], root: Path, number: signal.Signals, beyond: int) -> str:
-    """Send a signal at a random moment after a checkpoint beyond a step; returns stderr."""
+    """Send a signal at a random time after a checkpoint beyond a step; return stderr."""
     deadline = time.monotonic() + SECONDS
     while (newest_step(root) if root.is_dir() else None) in (None, *range(beyond + 1)):
         assert process.poll() is None, process.communicate()
@@ -80,28 +80,28 @@ def strike(process: subprocess.Popen[str], root: Path, number: signal.Signals, b
 
 
 @pytest.mark.parametrize("name", ["single", "grid", "best"])
-def test_a_run_that_was_terminated_and_killed_ends_in_the_bytes_of_one_that_was_not(
+def test_a_run_that_was_terminated_and_killed_resumes_to_the_same_bytes(
     options: Options, snapshot: Snapshot, tmp_path: Path, name: str
 ) -> None:
     whole = kind(options, name, out=options().out + "-whole", save_every=100)
-    hit = kind(options, name, save_every=1)  # slow, so that a signal finds it at work
+    hit = kind(options, name, save_every=1)  # slow, so that a signal comes before the end
     fit(whole)
     root, file = Path(hit.out), tmp_path / "fit.json"
     number = {"single": signal.SIGTERM, "grid": signal.SIGINT}.get(name)
     done = 0
     if number is not None:
         process = start(dataclasses.replace(hit, save_every=10_000, keep_every=40), file)
-        told = strike(process, root, number, 0)
-        assert process.returncode == 128 + number, told
+        stderr = strike(process, root, number, 0)
+        assert process.returncode == 128 + number, stderr
         done = newest_step(root) or 0
         assert 0 < done < 400
-        assert f"{number.name}: step {done} is saved; --resume continues from it" in told
-        assert "Traceback" not in told
+        assert f"{number.name}: step {done} is saved; --resume continues from it" in stderr
+        assert "Traceback" not in stderr
         ending = json.loads((root / EXIT).read_text())
         assert ending == {"code": 128 + number, "reason": number.name, "step": done}
     process = start(hit, file)
-    told = strike(process, root, signal.SIGKILL, done)
-    assert process.returncode == -signal.SIGKILL, told
+    stderr = strike(process, root, signal.SIGKILL, done)
+    assert process.returncode == -signal.SIGKILL, stderr
     assert not (root / EXIT).exists()
     assert (newest_step(root) or 0) < 400
     fit(dataclasses.replace(hit, save_every=100, resume=True))
@@ -110,7 +110,7 @@ def test_a_run_that_was_terminated_and_killed_ends_in_the_bytes_of_one_that_was_
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["single", "grid", "best"])
-def test_a_run_killed_again_and_again_ends_in_the_bytes_of_one_that_was_not(
+def test_a_run_killed_many_times_resumes_to_the_same_bytes(
     options: Options, snapshot: Snapshot, tmp_path: Path, name: str
 ) -> None:
     whole = kind(options, name, out=options().out + "-whole", save_every=100)
@@ -137,7 +137,7 @@ def flip(path: Path) -> None:
 
 
 def damage(root: Path, how: str) -> None:
-    """Damage the newest checkpoint, which is of step 12."""
+    """Damage the newest checkpoint, of step 12."""
     if how == "tensors":
         flip(tensors_path(root, 12, 1))
     elif how == "missing":
@@ -155,7 +155,7 @@ def damage(root: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["tensors", "missing", "state", "cut", "best"])
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_one_before(
     options: Options,
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
@@ -167,7 +167,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     root = Path(config.out)
     expected = snapshot(root)
     damage(root, how)
-    go_on = dataclasses.replace(config, resume=True)
+    resume = dataclasses.replace(config, resume=True)
 
     def look(*_: Any) -> None:
         raise Killed
@@ -175,8 +175,8 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", look)
         with pytest.raises(Killed):
-            fit(go_on)
-    # All that came after step 9 is gone, and what lies there is that of step 9.
+            fit(resume)
+    # Files of later steps are removed; the exports are those of step 9.
     assert newest_step(root) == 9
     assert steps_in(root / METRICS)[-1] == steps_in(root / TIMINGS)[-1] + 1 == 9
     state = read_state(root, 9)
@@ -188,14 +188,16 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     assert {sae.step for sae in evaluate(root).saes} == {9}
     (root / "eval.json").unlink()
     assert "checkpoint is damaged; resuming from step 9" in capsys.readouterr().err
-    fit(go_on)  # nothing is damaged any more: the one that was is gone
+    fit(resume)  # the damaged checkpoint has been removed
     assert "damaged" not in capsys.readouterr().err
     found = snapshot(root)
     assert {name for name in expected if "000000006" in name} == set()
     assert expected == found
 
 
-def test_falling_back_is_in_the_summary_and_needs_one_to_fall_back_to(options: Options) -> None:
+def test_a_fallback_is_in_the_summary_and_fails_without_an_older_checkpoint(
+    options: Options,
+) -> None:
     config = options(resume=True)
     fit(config)
     flip(tensors_path(Path(config.out), 12, 0))
@@ -212,7 +214,7 @@ def test_falling_back_is_in_the_summary_and_needs_one_to_fall_back_to(options: O
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_a_run_that_follows_a_harvest_falls_back_into_a_segment_before(
+def test_a_run_with_follow_falls_back_to_an_earlier_segment(
     options: Options, snapshot: Snapshot, epochs: int
 ) -> None:
     config = options(follow=True, segment_shards=2, epochs=epochs, save_every=1, keep_last=99)
@@ -233,7 +235,7 @@ def checkpoints(root: Path) -> list[int]:
     return sorted(int(path.name[11:20]) for path in root.glob("checkpoint-*.json"))
 
 
-def test_checkpoints_are_kept_as_asked_and_change_nothing_else(
+def test_retention_options_keep_checkpoints_and_change_nothing_else(
     options: Options, snapshot: Snapshot
 ) -> None:
     plain = options(save_every=2)
@@ -249,10 +251,10 @@ def test_checkpoints_are_kept_as_asked_and_change_nothing_else(
     assert checkpoints(root) == [12]
 
 
-def test_an_older_checkpoint_is_as_good_as_it_was_when_it_was_the_newest(
+def test_a_run_resumes_exactly_from_any_older_checkpoint(
     options: Options, snapshot: Snapshot
 ) -> None:
-    """Also when the one that is best later has taken the place of the one that it names."""
+    """Also when a later best SAE has replaced the one that the checkpoint names."""
     common = {"keep_every": 3, "val_every": 2, "save_best": True, "optimizer": "adam"}
     config = options(**common)
     fit(config)

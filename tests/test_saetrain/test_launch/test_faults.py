@@ -1,4 +1,4 @@
-"""Runs whose cache fails under them: they stop with what they learnt, or only slow down."""
+"""Faults of the cache during a run: it stops with its steps saved, or slows down."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
 LONG = {"epochs": 30, "save_every": 10_000, "log_every": 7, "pool_rows": 64}
-"""A run in whose middle most of its rows are still to be read; nothing is saved by itself."""
+"""Options with which most rows are read late, and no checkpoint is due."""
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def own_cache(cache_path: Path, tmp_path: Path) -> Path:
 
 
 def act_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
-    """Do something to the cache in the middle of a run, before step `step` (from 0)."""
+    """Run a function on the cache before step `step` (from 0)."""
     real = saetrain.training.step.train_step
 
     def train_step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
@@ -61,13 +61,13 @@ def remove(path: Path) -> None:
 
 
 def shard_files(cache: Path) -> list[Path]:
-    """The rows of layers.1: whichever shards are held out, the others will be read."""
+    """Return the files with the rows of layers.1."""
     backend = BACKENDS["memmap"]
     return [backend.path(cache, "layers.1", shard) for shard in Cache.open(cache).shards]
 
 
 @pytest.mark.parametrize("fault", [damage, remove])
-def test_a_shard_that_changes_or_vanishes_stops_the_run_saved_and_once_mended_it_goes_on(
+def test_a_changed_or_missing_shard_stops_the_run_with_a_checkpoint_and_it_resumes_once_restored(
     fault: Callable[[Path], None],
     own_cache: Path,
     cache_path: Path,
@@ -94,7 +94,7 @@ def test_a_shard_that_changes_or_vanishes_stops_the_run_saved_and_once_mended_it
 
 
 @pytest.mark.parametrize("follow", [False, True])
-def test_the_command_names_a_shard_that_is_damaged_and_ends_with_code_8(
+def test_the_command_names_a_damaged_shard_and_exits_with_code_8(
     own_cache: Path, tmp_path: Path, follow: bool
 ) -> None:
     damage(shard_files(own_cache)[1])
@@ -105,12 +105,12 @@ def test_the_command_names_a_shard_that_is_damaged_and_ends_with_code_8(
     assert done.returncode == 8, done.stderr
     assert "layers.1/00001.safetensors differs from the receipt of shard 1" in done.stderr
     assert "Traceback" not in done.stderr
-    assert newest_step(tmp_path / "run") is None  # not one step was made of such rows
+    assert newest_step(tmp_path / "run") is None  # no step has used the damaged rows
     again = [*command, "--resume", "--verify", "never"]
     assert subprocess.run(again, capture_output=True).returncode == 0
 
 
-def test_verify_touches_no_byte_of_a_run(options: Options, snapshot: Snapshot) -> None:
+def test_verify_changes_no_byte_of_a_run(options: Options, snapshot: Snapshot) -> None:
     runs = []
     for verify in ("first-read", "always", "never"):
         config = options(verify=verify, out=f"{options().out}-{verify}")
@@ -119,7 +119,7 @@ def test_verify_touches_no_byte_of_a_run(options: Options, snapshot: Snapshot) -
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_a_slow_disk_only_slows(
+def test_a_slow_disk_changes_no_byte_of_a_run(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = {"pool_rows": 64}
@@ -136,7 +136,7 @@ def test_a_slow_disk_only_slows(
     assert snapshot(Path(whole.out)) == snapshot(Path(slow.out))
 
 
-def test_a_readers_exception_of_any_kind_is_raised_by_fit_with_its_own_traceback(
+def test_fit_raises_an_exception_of_the_reader_with_its_traceback(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, reads = VerifiedReader.load, 0
@@ -145,7 +145,7 @@ def test_a_readers_exception_of_any_kind_is_raised_by_fit_with_its_own_traceback
         nonlocal reads
         reads += 1
         if reads == 80:
-            raise OSError(5, "Input/output error") from ValueError("what the driver said")
+            raise OSError(5, "Input/output error") from ValueError("an error of the driver")
         real(self, *args)
 
     monkeypatch.setattr(VerifiedReader, "total_cost", load)
@@ -153,14 +153,14 @@ def test_a_readers_exception_of_any_kind_is_raised_by_fit_with_its_own_traceback
     with pytest.raises(OSError, match="Input/output error") as caught:
         fit(config)
     text = "".join(traceback.format_exception(caught.value))
-    assert "what the driver said" in text
-    assert re.search(r"in load\n", text)  # where it was raised, in the thread
-    assert re.search(r"in train\n", text)  # and where it surfaced
+    assert "an error of the driver" in text
+    assert re.search(r"in load\n", text)  # in the reader thread
+    assert re.search(r"in train\n", text)  # in the main thread
     saved = newest_step(Path(config.out))
     assert saved
 
 
-def test_a_checkpoint_that_cannot_be_saved_does_not_hide_what_happened_to_the_rows(
+def test_a_failed_checkpoint_does_not_hide_the_read_error(
     own_cache: Path,
     options: Options,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""`saetrain fit --follow`: the same run whenever the shards come, stopped or not."""
+"""`saetrain fit --follow`: the same run whenever shards are published, stopped or not."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
 EPOCH = 4 + 8 + 4 + 2
-"""Steps: shards 0 and 4 are held out, two shards a segment, the last shard is short."""
+"""Steps: shards 0 and 4 are held out, two shards per segment, the last shard is short."""
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Lines on stderr, without the one on how rows are read."""
+def stderr_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the lines on stderr, without the one on read settings."""
     lines = capsys.readouterr().err.splitlines()
     return [line for line in lines if "rows are mixed in memory" not in line]
 
@@ -56,12 +56,12 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(make_cache: Callable[..., Path]) -> Path:
-    """Seven shards of 128 rows, the last of 80; sealed. Nobody may change it."""
+    """Make a complete cache of seven shards of 128 rows, the last of 80, not to be changed."""
     return make_cache(shards=7, last_sequences=5)
 
 
 class Growing:
-    """A copy of a cache whose shards are published one after another."""
+    """Copy of a cache, of which shards are published one after another."""
 
     def __init__(self, whole: Path, root: Path) -> None:
         self.root, self._whole = root, whole
@@ -89,7 +89,7 @@ def growing(whole: Path, tmp_path: Path) -> Growing:
 
 @pytest.fixture
 def following(options: Options, whole: Path) -> Options:
-    """Options of a run that follows: segments of two shards, a quarter held out."""
+    """Return options with --follow: segments of two shards, a quarter held out."""
 
     def make(**changes: Any) -> FitConfig:
         base = {"cache": str(whole), "follow": True, "segment_shards": 2, "val_fraction": 0.25}
@@ -100,7 +100,7 @@ def following(options: Options, whole: Path) -> Options:
 
 @pytest.fixture
 def beside() -> Iterator[Callable[..., None]]:
-    """Publishes shards from a thread while the test goes on; ended with the test."""
+    """Publish shards from a thread during the test."""
     threads = []
 
     def start(work: Callable[[], None]) -> None:
@@ -117,7 +117,7 @@ def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
 
 
 class Killed(BaseException):
-    """Stands for a signal."""
+    """Stands in for a signal."""
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
@@ -136,7 +136,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
 @pytest.mark.parametrize("order", [ALL, (1, 0, 3, 2, 6, 4, 5, "END")], ids=["ascending", "ranks"])
-def test_a_run_beside_the_harvest_equals_one_after_it(
+def test_a_run_during_the_harvest_equals_one_after_it(
     whole: Path,
     growing: Growing,
     following: Options,
@@ -164,7 +164,7 @@ def test_a_run_beside_the_harvest_equals_one_after_it(
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 11, 12, 16, 17, 18, 25, 35])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes_after_the_cache_grew(
+def test_a_stopped_run_resumes_to_the_same_bytes_after_the_cache_has_grown(
     growing: Growing,
     following: Options,
     beside: Callable[..., None],
@@ -172,7 +172,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes_after_the_cache_grew(
     monkeypatch: pytest.MonkeyPatch,
     stop_at: int,
 ) -> None:
-    """In the middle of segments, at their ends, in the last one, in the second epoch."""
+    """Stopped inside segments, at their ends, in the last one, in the second epoch."""
     after = following(epochs=2, out=following().out + "-after")
     fit(after)
     config = following(epochs=2, cache=str(growing.root))
@@ -189,7 +189,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes_after_the_cache_grew(
 
 
 @pytest.mark.parametrize("stop_at", [None, 4, 17, 25])
-def test_an_extension_that_comes_after_a_runs_begin_is_no_part_of_it(
+def test_an_extension_made_after_the_start_is_no_part_of_a_run(
     make_cache: Callable[..., Path],
     growing: Growing,
     following: Options,
@@ -198,7 +198,7 @@ def test_an_extension_that_comes_after_a_runs_begin_is_no_part_of_it(
     monkeypatch: pytest.MonkeyPatch,
     stop_at: int | None,
 ) -> None:
-    """Whether it comes while the run waits, or while it is stopped."""
+    """Made while the run waits, or while it is stopped."""
     after = following(epochs=2, out=following().out + "-after")
     fit(after)
     longer = make_cache(shards=7, last_sequences=5, extended_by=30)
@@ -228,10 +228,10 @@ def test_an_extension_that_comes_after_a_runs_begin_is_no_part_of_it(
     assert only_changed(snapshot(Path(after.out)), snapshot(Path(config.out))) == []
 
 
-def test_a_run_of_one_segment_is_that_without_segments(
+def test_a_run_of_one_segment_equals_one_without_segments(
     whole: Path, options: Options, snapshot: Snapshot
 ) -> None:
-    """The rows that are left over at the end are the same, too."""
+    """The rows left over at the end are the same, too."""
     common = {"cache": str(whole), "val_fraction": 0.25, "epochs": 2}
     plain = options(**common, out=options().out + "-plain")
     config = options(**common, follow=True, segment_shards=99)
@@ -239,7 +239,7 @@ def test_a_run_of_one_segment_is_that_without_segments(
     fit(config)
     changed = only_changed(snapshot(Path(plain.out)), snapshot(Path(config.out)))
     state = [name for name in changed if name.startswith("checkpoint") and name.endswith(".json")]
-    assert changed == [*state, SEGMENTS]  # the place has a segment's number
+    assert changed == [*state, SEGMENTS]  # the position holds a segment's number
 
 
 def test_mean_variance_and_the_record_are_those_of_the_first_segment(
@@ -254,12 +254,10 @@ def test_mean_variance_and_the_record_are_those_of_the_first_segment(
     np.testing.assert_allclose(b_dec.numpy(), mean, rtol=1e-6)
 
 
-def test_every_segment_is_pinned_once_it_is_used_and_no_later_one(
-    growing: Growing, following: Options
-) -> None:
+def test_a_segment_is_pinned_when_it_is_first_used(growing: Growing, following: Options) -> None:
     growing.publish(*range(6))
     config = following(cache=str(growing.root), max_tokens=12 * 32)
-    assert fit(config).steps == 12  # two segments: what comes after is not waited for
+    assert fit(config).steps == 12  # two segments; later ones are not waited for
     cache = Cache.open(growing.root)
     assert json.loads((Path(config.out) / SEGMENTS).read_text()) == {
         "segments": [
@@ -270,7 +268,7 @@ def test_every_segment_is_pinned_once_it_is_used_and_no_later_one(
     }
 
 
-def test_more_tokens_than_rows_go_through_the_same_segments_again(
+def test_more_tokens_than_rows_repeat_the_same_segments(
     following: Options, snapshot: Snapshot
 ) -> None:
     epochs, tokens = (
@@ -280,10 +278,10 @@ def test_more_tokens_than_rows_go_through_the_same_segments_again(
     fit(epochs)
     fit(tokens)
     changed = only_changed(snapshot(Path(epochs.out)), snapshot(Path(tokens.out)))
-    assert changed == [f"checkpoint-{2 * EPOCH:09d}.json"]  # where an endless stream would go on
+    assert changed == [f"checkpoint-{2 * EPOCH:09d}.json"]  # the position of an endless stream
 
 
-def test_by_default_segments_fill_the_pool(options: Options, whole: Path) -> None:
+def test_by_default_segments_fill_the_shuffle_buffer(options: Options, whole: Path) -> None:
     config = options(cache=str(whole), follow=True, pool_rows=300, batch_size=2, max_tokens=2)
     fit(config)
     assert read_run(Path(config.out)).segment_shards == 3
@@ -301,7 +299,7 @@ def goal(root: Path, sequences: int | None) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
-def test_a_run_ends_with_the_text_and_says_what_was_planned(
+def test_a_run_ends_with_the_text_and_warns_of_the_planned_steps(
     growing: Growing, following: Options, optimizer: str, snapshot: Snapshot
 ) -> None:
     goal(growing.root, 8 * 8)
@@ -323,7 +321,7 @@ def test_a_run_ends_with_the_text_and_says_what_was_planned(
     assert only_changed(before, snapshot(Path(config.out))) == []
 
 
-def test_a_harvest_without_a_goal_needs_max_tokens_until_it_is_sealed(
+def test_a_harvest_without_a_goal_needs_max_tokens_until_it_is_complete(
     growing: Growing, following: Options
 ) -> None:
     goal(growing.root, None)
@@ -346,7 +344,7 @@ def test_a_batch_that_the_first_segment_cannot_fill_is_refused_before_waiting(
     assert not Path(config.out).exists()
 
 
-def test_a_short_last_segment_without_a_batch_is_passed_over_and_pinned(
+def test_a_last_segment_shorter_than_a_batch_is_skipped_and_pinned(
     following: Options, snapshot: Snapshot
 ) -> None:
     config = following(batch_size=96, epochs=2, log_every=1, save_every=1)
@@ -359,7 +357,7 @@ def test_a_short_last_segment_without_a_batch_is_passed_over_and_pinned(
 # --- waiting -------------------------------------------------------------------------------------
 
 
-def test_waiting_is_told_once_a_segment_and_a_harvest_at_work_is_not_missed(
+def test_waiting_prints_one_line_per_segment_and_no_warning_while_the_harvest_runs(
     growing: Growing,
     following: Options,
     beside: Callable[..., None],
@@ -386,13 +384,13 @@ def test_waiting_is_told_once_a_segment_and_a_harvest_at_work_is_not_missed(
 
     beside(harvest)
     fit(config)
-    lines = said(capsys)
+    lines = stderr_lines(capsys)
     assert lines[0] == "fit: waiting for shard 0 of the harvest"
     assert len(lines) <= 5
     assert all(line.startswith("fit: waiting for shard ") for line in lines)
 
 
-def test_a_cache_that_nobody_writes_is_told_once_and_waited_for(
+def test_a_cache_without_a_running_harvest_gives_one_warning(
     growing: Growing,
     following: Options,
     beside: Callable[..., None],
@@ -409,7 +407,7 @@ def test_a_cache_that_nobody_writes_is_told_once_and_waited_for(
 
     beside(harvest)
     assert fit(config).steps == EPOCH
-    first, second = said(capsys)
+    first, second = stderr_lines(capsys)
     assert first == "fit: waiting for shard 2 of the harvest"
     assert second.startswith(f"warning: no harvest is at work in {growing.root}; run its harvest")
 
@@ -418,13 +416,13 @@ def newest_step_of(root: Path) -> int | None:
     return newest_step(root) if root.is_dir() else None
 
 
-def test_what_is_done_is_saved_while_it_waits_and_a_stop_loses_nothing(
+def test_steps_are_saved_while_a_run_waits_so_that_a_stop_loses_none(
     growing: Growing, following: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     after = following(out=following().out + "-after", save_every=1000, log_every=1000)
     fit(after)
     config = following(cache=str(growing.root), save_every=1000, log_every=1000)
-    for there, done in (((0, 1), 3), ((2, 3), 11)):  # the last batch is held until more is known
+    for there, done in (((0, 1), 3), ((2, 3), 11)):  # the last batch waits for the next segment
         growing.publish(*there)
         with monkeypatch.context() as patch:
             real = saetrain.training.checkpointing.save
@@ -444,7 +442,7 @@ def test_what_is_done_is_saved_while_it_waits_and_a_stop_loses_nothing(
     assert only_changed(snapshot(Path(after.out)), snapshot(Path(config.out))) == []
 
 
-def test_a_stop_before_the_first_segment_leaves_nothing_behind_but_how_it_ended(
+def test_a_stop_before_the_first_segment_leaves_only_exit_json(
     growing: Growing, following: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(_: float) -> None:
@@ -457,7 +455,7 @@ def test_a_stop_before_the_first_segment_leaves_nothing_behind_but_how_it_ended(
     assert [path.name for path in Path(config.out).iterdir()] == ["exit.json"]
 
 
-def test_a_shard_taken_back_after_the_seal_is_told_and_waited_for(
+def test_a_shard_retracted_after_completion_gives_a_warning_and_is_waited_for(
     growing: Growing,
     following: Options,
     beside: Callable[..., None],
@@ -474,7 +472,7 @@ def test_a_shard_taken_back_after_the_seal_is_told_and_waited_for(
 
     beside(repair)
     fit(config)
-    first, second = said(capsys)
+    first, second = stderr_lines(capsys)
     assert first == "fit: waiting for shard 3 of the harvest"
     assert "no harvest is at work" in second
 
@@ -482,7 +480,7 @@ def test_a_shard_taken_back_after_the_seal_is_told_and_waited_for(
 # --- refusals ------------------------------------------------------------------------------------
 
 
-def test_a_segment_whose_receipts_changed_or_went_is_refused_by_its_number(
+def test_a_used_segment_with_changed_or_missing_receipts_is_refused_by_its_number(
     growing: Growing, following: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     growing.publish(*ALL)
@@ -534,7 +532,7 @@ def test_a_damaged_record_of_segments_is_refused(
 @pytest.mark.parametrize(
     "stream", [{"epoch": 0, "segment": 1, "step": 4}, {"epoch": 0, "step": 9}, {}], ids=str
 )
-def test_a_checkpoint_at_another_place_of_the_segments_is_refused(
+def test_a_checkpoint_at_another_position_is_refused(
     following: Options, monkeypatch: pytest.MonkeyPatch, stream: dict[str, int]
 ) -> None:
     config = following(resume=True)
@@ -558,7 +556,7 @@ def test_a_run_that_lost_its_record_of_segments_is_refused(following: Options) -
         fit(config)
 
 
-def test_following_is_part_of_what_a_run_is(following: Options) -> None:
+def test_follow_cannot_change_on_resume(following: Options) -> None:
     config = following()
     fit(config)
     other = dataclasses.replace(config, follow=False, segment_shards=None, resume=True)
@@ -575,7 +573,7 @@ def test_following_is_part_of_what_a_run_is(following: Options) -> None:
 # --- evaluation ----------------------------------------------------------------------------------
 
 
-def test_evaluation_uses_all_that_is_held_out_by_then(growing: Growing, following: Options) -> None:
+def test_evaluation_uses_all_shards_held_out_so_far(growing: Growing, following: Options) -> None:
     growing.publish(0, 1)
     config = following(cache=str(growing.root), max_tokens=4 * 32)
     fit(config)
@@ -596,15 +594,15 @@ def command(name: str, *words: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONWARNINGS": "ignore"},
-        # A shell starts its background jobs with SIGINT ignored, and they would pass it on.
+        # A shell starts background jobs with SIGINT ignored, which children inherit.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
-def test_the_commands_side_by_side_give_what_they_give_one_after_the_other(
+def test_concurrent_commands_give_the_same_bytes_as_consecutive_ones(
     tiny_model: Path, prose_file: Path, snapshot: Snapshot, tmp_path: Path
 ) -> None:
-    """And Ctrl-C ends a fit that waits: with its code, one line, and all that it had done."""
+    """Ctrl-C ends a waiting fit with its exit code, one line, and all steps saved."""
     cache, run = tmp_path / "cache", tmp_path / "run"
     harvest = ["harvest", tiny_model, prose_file, "--out", cache, "--ctx-len", 16, "--batch-size"]
     harvest += [2, "--shard-size", 4, "--hookpoint", "layers.1", "--max-tokens", 16 * 60]
@@ -624,12 +622,12 @@ def test_the_commands_side_by_side_give_what_they_give_one_after_the_other(
     fitting.send_signal(signal.SIGINT)
     _, err = fitting.communicate()
     assert fitting.returncode == 130, err
-    told = [line for line in err.splitlines() if "waiting" in line]
-    assert told[0] == "fit: waiting for shard 4 of the harvest"
+    waiting = [line for line in err.splitlines() if "waiting" in line]
+    assert waiting[0] == "fit: waiting for shard 4 of the harvest"
     assert err.count("no harvest is at work") == 1
-    assert newest_step(run) == 4  # 3 shards of 60 rows: 5 steps, the last of them held back
+    assert newest_step(run) == 4  # 3 shards of 60 rows: 5 steps, the last one waits
     again = command("saetrain", "fit", cache, "--out", run, *options, "--resume")
-    harvesting = command("actcache", *harvest)  # makes the shards without a receipt anew
+    harvesting = command("actcache", *harvest)  # writes the shards without a receipt again
     for process in (again, harvesting):
         out, err = process.communicate()
         assert process.returncode == 0, err

@@ -1,4 +1,4 @@
-"""What a run is, by its options and its cache."""
+"""Resolution of options and a cache into a run record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
-def test_patterns_choose_hookpoints_once_and_in_the_caches_order(options: Options) -> None:
+def test_patterns_select_hookpoints_once_in_the_order_of_the_cache(options: Options) -> None:
     config = options(hookpoint=("layers.1", "*", "layers.*"))
     fit(config)
     assert [entry.hookpoint for entry in read_run(Path(config.out)).saes] == [
@@ -30,10 +30,10 @@ def test_patterns_choose_hookpoints_once_and_in_the_caches_order(options: Option
     ]
 
 
-def test_dead_after_is_an_epochs_rows_or_the_runs_or_ten_million(
+def test_dead_after_is_the_rows_of_an_epoch_or_of_the_run_or_ten_million(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows that an epoch trains on: a latent that never fires in one epoch is dead after it."""
+    """A latent that never fires in one epoch of training rows is dead after it."""
     config = options(dead_after=None, batch_size=100, out=options().out + "-small")
     summary = fit(config)
     assert summary.steps * 100 == summary.dead_after == 300
@@ -44,7 +44,7 @@ def test_dead_after_is_an_epochs_rows_or_the_runs_or_ten_million(
     assert fit(options(dead_after=7, out=options().out + "-given")).dead_after == 7
 
 
-def test_default_learning_rates_follow_each_saes_own_width_and_the_runs_length(
+def test_default_learning_rates_depend_on_the_width_of_each_sae_and_the_steps(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
     path = make_cache(hookpoints={"layers.0": 16, "layers.1": 8})
@@ -64,12 +64,12 @@ def test_default_learning_rates_follow_each_saes_own_width_and_the_runs_length(
             assert entry.lr == default_lr(optimizer, 4 * width, width, 2)  # type: ignore[arg-type]
 
 
-def test_max_tokens_counts_instead_of_epochs_and_epochs_may_be_many(options: Options) -> None:
+def test_max_tokens_overrides_epochs(options: Options) -> None:
     assert fit(options(max_tokens=32 * 15 + 31, epochs=9)).steps == 15
     assert fit(options(epochs=2, out=options().out + "-two")).steps == 24
 
 
-def test_the_pool_of_rows_is_part_of_the_order(options: Options, snapshot: Snapshot) -> None:
+def test_the_size_of_the_buffer_changes_the_order(options: Options, snapshot: Snapshot) -> None:
     one, two = options(out=options().out + "1"), options(pool_rows=64)
     fit(one)
     fit(two)

@@ -1,4 +1,4 @@
-"""Runs that were stopped, killed or damaged, and go on."""
+"""Resume of runs that were stopped, killed or damaged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing in the project may catch it."""
+    """Stands in for a signal: no handler may catch it."""
 
 
 def metrics(root: Path) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
-    """Die in step `stop_at` (from 0), between the first hookpoint's update and the second's."""
+    """Raise in step `stop_at` (from 0), between the first hookpoint's update and the second's."""
     real = saetrain.training.step.train_step
 
     def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
@@ -58,7 +58,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
     ("stop_at", "save_every"), [(1, 3), (7, 3), (9, 3), (13, 7), (16, 5), (19, 1)]
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
+def test_a_stopped_run_resumes_to_the_same_bytes(
     options: Options,
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
@@ -67,7 +67,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
     save_every: int,
     device: str,
 ) -> None:
-    """Over an epoch's end (step 12), between lines of metrics (every 4 steps), with AuxK on."""
+    """Across an epoch (step 12), between lines of metrics (every 4 steps), with AuxK."""
     common = {"optimizer": optimizer, "max_tokens": 20 * 32, "save_every": save_every}
     common["device"] = device
     whole, stopped = options(**common, out=options().out + "-whole"), options(**common)
@@ -98,15 +98,15 @@ def test_lines_written_after_the_last_checkpoint_are_written_again(
     assert [line["step"] for line in metrics(root)] == [4, 8]  # the checkpoint is of step 6
     for name in (METRICS, TIMINGS):
         with (root / name).open("a") as file:
-            file.write('{"step": 1')  # as a kill in the middle of a write leaves it
+            file.write('{"step": 1')  # a partial line, as after a kill during a write
     fit(dataclasses.replace(stopped, resume=True))
     assert only_changed(snapshot(Path(whole.out)), snapshot(root)) == []
 
 
-def test_a_kill_before_or_after_any_rename_leaves_a_run_that_resumes_to_the_same(
+def test_a_run_killed_before_or_after_any_rename_resumes_to_the_same_bytes(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every file of a run appears by a rename; before it there is a partial file."""
+    """Every file of a run appears by an atomic rename of a partial file."""
     small = {"max_tokens": 4 * 32, "save_every": 2, "log_every": 3}
     whole = options(**small, out=options().out + "-whole")
     real, seen = os.replace, 0
@@ -144,7 +144,7 @@ def test_a_kill_before_or_after_any_rename_leaves_a_run_that_resumes_to_the_same
             assert only_changed(expected, snapshot(Path(config.out))) == [], (number, after)
 
 
-def test_a_kill_while_older_checkpoints_are_removed_leaves_a_run_that_resumes_to_the_same(
+def test_a_run_killed_while_it_removes_checkpoints_resumes_to_the_same_bytes(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, config = options(out=options().out + "-whole"), options()
@@ -166,7 +166,7 @@ def test_a_kill_while_older_checkpoints_are_removed_leaves_a_run_that_resumes_to
     assert only_changed(snapshot(Path(whole.out)), snapshot(Path(config.out))) == []
 
 
-def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(
+def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_room(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, config = options(out=options().out + "-whole"), options()
@@ -188,12 +188,12 @@ def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(
     assert only_changed(snapshot(Path(whole.out)), snapshot(Path(config.out))) == []
 
 
-def test_a_command_killed_by_the_system_resumes_to_the_bytes_of_one_that_was_not(
+def test_a_command_ended_by_sigkill_resumes_to_the_same_bytes(
     options: Options, snapshot: Snapshot
 ) -> None:
     long = {"max_tokens": 400 * 32, "save_every": 1000}
     whole = options(**long, out=options().out + "-whole")
-    killed = options(**long | {"save_every": 1})  # slow, so that the signal finds it at work
+    killed = options(**long | {"save_every": 1})  # slow, so that the signal comes before the end
     fit(whole)
     root = Path(killed.out)
     process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -206,15 +206,15 @@ def test_a_command_killed_by_the_system_resumes_to_the_bytes_of_one_that_was_not
     checkpoint = load_checkpoint(root)
     assert checkpoint is not None
     assert checkpoint[0].step < 400
-    go_on = [*command(dataclasses.replace(killed, save_every=1000)), "--resume"]
-    again = subprocess.run(go_on, capture_output=True, text=True)
+    resume = [*command(dataclasses.replace(killed, save_every=1000)), "--resume"]
+    again = subprocess.run(resume, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "finished, 400 steps" in again.stdout
     assert only_changed(snapshot(Path(whole.out)), snapshot(root)) == []
 
 
 def command(config: FitConfig) -> list[str]:
-    """The command line of a configuration."""
+    """Return the command line of a configuration."""
     program = str(Path(sys.executable).with_name("saetrain"))
     words = [program, "fit", config.cache]
     for field in dataclasses.fields(config):
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_refused_on_resume(options: Options) -> None:
     ],
     ids=str,
 )
-def test_a_checkpoint_whose_place_is_not_of_this_run_is_refused(
+def test_a_checkpoint_with_another_stream_position_is_refused(
     options: Options, change: dict[str, Any]
 ) -> None:
     config = options(resume=True)

@@ -1,4 +1,4 @@
-"""Which runs go on, and under which options."""
+"""Checks on resume: options, cache and library versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Snapshot = Callable[[Path], dict[str, bytes]]
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing in the project may catch it."""
+    """Stands in for a signal: no handler may catch it."""
 
 
 def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
@@ -31,7 +31,7 @@ def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
 
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
-    """Die in step `stop_at` (from 0), between the first hookpoint's update and the second's."""
+    """Raise in step `stop_at` (from 0), between the first hookpoint's update and the second's."""
     real = saetrain.training.step.train_step
 
     def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
@@ -42,7 +42,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
 
 
-def test_resume_begins_a_run_that_is_not_there_or_was_killed_at_its_first_file(
+def test_resume_starts_a_run_that_does_not_exist_or_was_killed_at_its_first_file(
     options: Options, snapshot: Snapshot
 ) -> None:
     one, two = options(out=options().out + "-1"), options(resume=True)
@@ -53,7 +53,7 @@ def test_resume_begins_a_run_that_is_not_there_or_was_killed_at_its_first_file(
     assert only_changed(snapshot(Path(one.out)), snapshot(Path(two.out))) == []
 
 
-def test_a_finished_run_finds_its_work_done(options: Options, snapshot: Snapshot) -> None:
+def test_resuming_a_finished_run_does_nothing(options: Options, snapshot: Snapshot) -> None:
     config = options()
     first = fit(config)
     before = snapshot(Path(config.out))
@@ -63,7 +63,7 @@ def test_a_finished_run_finds_its_work_done(options: Options, snapshot: Snapshot
     assert only_changed(before, snapshot(Path(config.out))) == []
 
 
-def test_a_run_goes_on_where_it_and_its_cache_were_moved_to(
+def test_a_run_resumes_after_it_and_its_cache_were_moved(
     options: Options, snapshot: Snapshot, cache_path: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     whole, config = options(out=options().out + "-whole"), options()
@@ -78,7 +78,7 @@ def test_a_run_goes_on_where_it_and_its_cache_were_moved_to(
     assert only_changed(snapshot(Path(whole.out)), snapshot(run)) == []
 
 
-def test_a_cache_that_has_grown_meanwhile_does_not_change_the_run(
+def test_shards_added_to_the_cache_do_not_change_a_resumed_run(
     make_cache: Callable[..., Path],
     options: Options,
     snapshot: Snapshot,
@@ -101,7 +101,7 @@ def test_a_cache_that_has_grown_meanwhile_does_not_change_the_run(
     assert only_changed(snapshot(Path(whole.out)), snapshot(Path(config.out))) == []
 
 
-def test_a_run_that_exists_is_refused_without_resume_and_stays(
+def test_an_existing_run_is_refused_without_resume_and_unchanged(
     options: Options, snapshot: Snapshot
 ) -> None:
     config = options()
@@ -112,7 +112,7 @@ def test_a_run_that_exists_is_refused_without_resume_and_stays(
     assert only_changed(before, snapshot(Path(config.out))) == []
 
 
-def test_other_options_are_refused_with_their_names(options: Options) -> None:
+def test_changed_options_are_refused_by_name(options: Options) -> None:
     fit(options())
     with pytest.raises(RunError) as caught:
         fit(options(resume=True, k=4, lr=0.02, optimizer="adam"))
@@ -138,7 +138,7 @@ def test_another_or_a_changed_cache_is_refused_on_resume(
         fit(config)
 
 
-def test_other_library_versions_are_told_when_a_run_goes_on(options: Options) -> None:
+def test_changed_library_versions_give_warnings_on_resume(options: Options) -> None:
     config = options(resume=True)
     assert fit(config).warnings == ()
     path = Path(config.out) / RUN
@@ -149,7 +149,7 @@ def test_other_library_versions_are_told_when_a_run_goes_on(options: Options) ->
     assert fit(config).warnings == (f"torch is {now} now; this run was begun with 0.1",)
 
 
-def test_a_run_records_where_its_cache_is_now_whatever_the_working_directory(
+def test_a_resumed_run_records_the_absolute_path_of_its_cache(
     make_cache: Callable[..., Path],
     options: Options,
     tmp_path: Path,

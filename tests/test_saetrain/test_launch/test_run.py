@@ -1,4 +1,4 @@
-"""Whole runs, what they leave and what they tell."""
+"""Whole runs: their files, metrics and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
-def test_a_run_leaves_what_it_promises(options: Options, cache_path: Path) -> None:
+def test_a_run_writes_its_files(options: Options, cache_path: Path) -> None:
     config = options(save_every=5)
     summary = fit(config)
     root, cache = Path(config.out), Cache.open(cache_path)
@@ -70,7 +70,7 @@ def test_a_run_leaves_what_it_promises(options: Options, cache_path: Path) -> No
     assert len(record.held_out) == 1
 
 
-def test_sparsify_loads_every_sae_of_a_run_at_once(options: Options, sparsify: ModuleType) -> None:
+def test_sparsify_loads_all_saes_of_a_run(options: Options, sparsify: ModuleType) -> None:
     config = options()
     fit(config)
     loaded = sparsify.SparseCoder.load_many(config.out, local=True)
@@ -104,7 +104,7 @@ def test_each_line_of_metrics_covers_the_steps_since_the_last(options: Options) 
 
 
 @BOTH_OPTIMIZERS
-def test_two_runs_differ_in_nothing_but_their_timings(
+def test_two_equal_runs_differ_only_in_their_timings(
     options: Options, snapshot: Snapshot, optimizer: str
 ) -> None:
     one, two = (options(out=options().out + name, optimizer=optimizer) for name in ("1", "2"))
@@ -123,7 +123,9 @@ def test_another_seed_gives_another_run(options: Options, snapshot: Snapshot) ->
     assert {"metrics.jsonl", "layers.0/sae.safetensors"} <= set(changed)
 
 
-def test_an_sae_does_not_depend_on_its_company(options: Options, snapshot: Snapshot) -> None:
+def test_an_sae_does_not_depend_on_other_saes_of_its_run(
+    options: Options, snapshot: Snapshot
+) -> None:
     both, alone = options(out=options().out + "-both"), options(hookpoint=("*.1",))
     fit(both)
     assert fit(alone).saes.keys() == {"layers.1"}
@@ -134,7 +136,7 @@ def test_an_sae_does_not_depend_on_its_company(options: Options, snapshot: Snaps
 
 @pytest.mark.parametrize("backend", ["memmap", "zarr"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3"])
-def test_a_run_learns_from_rows_of_8_bits_what_it_learns_from_exact_ones(
+def test_a_run_on_8_bit_rows_reaches_the_loss_of_one_on_exact_rows(
     dtype: str, backend: str, make_cache: Callable[..., Path], options: Options, tmp_path: Path
 ) -> None:
     exact = fit(options(epochs=4))
@@ -145,7 +147,7 @@ def test_a_run_learns_from_rows_of_8_bits_what_it_learns_from_exact_ones(
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [("signum", 0.02), ("adam", 0.01)])
-def test_it_learns_rows_that_are_sparse(
+def test_a_run_learns_sparse_rows(
     make_cache: Callable[..., Path], options: Options, optimizer: str, lr: float
 ) -> None:
     path = make_cache(shards=9, sequences=16, ctx_len=33, hookpoints={"layers.0": 24})
@@ -169,7 +171,7 @@ def test_it_learns_rows_that_are_sparse(
     assert held_out.fvu < 0.1
 
 
-def test_dead_latents_are_not_counted_before_they_can_be_known(options: Options) -> None:
+def test_dead_latents_are_null_before_dead_after_rows(options: Options) -> None:
     config = options(dead_after=129, log_every=1, save_every=100)
     fit(config)
     known = [line["saes"]["layers.0"]["dead_percent"] for line in metrics(Path(config.out))]
@@ -184,12 +186,12 @@ def test_a_full_disk_names_resume_as_the_remedy(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DiskFullError, match=r"the same command with --resume goes on"):
+    with pytest.raises(DiskFullError, match=r"the same command with --resume continues"):
         fit(options())
 
 
 @pytest.mark.parametrize("name", [METRICS, TIMINGS])
-def test_a_disk_that_is_full_when_a_line_is_written_is_told_as_such_with_the_file(
+def test_a_full_disk_during_a_line_of_metrics_is_reported_with_the_file(
     options: Options, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     def full(path: Path, _: int) -> None:
@@ -202,7 +204,7 @@ def test_a_disk_that_is_full_when_a_line_is_written_is_told_as_such_with_the_fil
     assert json.loads((Path(options().out) / "exit.json").read_text())["code"] == 10
 
 
-def test_how_rows_are_read_is_told_in_one_line_where_there_is_something_to_read(
+def test_one_line_reports_the_read_settings_if_steps_are_left(
     options: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = options(resume=True)
@@ -218,7 +220,7 @@ def test_how_rows_are_read_is_told_in_one_line_where_there_is_something_to_read(
 @BOTH_OPTIMIZERS
 @pytest.mark.parametrize(("save_every", "log_every"), [(1, 1000), (1, 1), (5, 3), (1000, 1000)])
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_a_row_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
+def test_a_row_that_is_not_finite_stops_the_run_and_reaches_no_checkpoint(
     make_cache: Callable[..., Path],
     options: Options,
     optimizer: str,
@@ -245,8 +247,8 @@ def test_a_row_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
     checkpoint = load_checkpoint(root)
     last_saved = poisoned // save_every * save_every
     assert (checkpoint[0].step if checkpoint else 0) == last_saved
-    told = f"Step {last_saved} is saved, from before" if checkpoint else "Nothing is saved yet"
-    assert told in str(caught.value)
+    saved = f"Step {last_saved} is saved, from before" if checkpoint else "Nothing is saved yet"
+    assert saved in str(caught.value)
     weights = checkpoint[1] if checkpoint else []
     weights += [load_file(file) for file in root.glob("layers.*/sae.safetensors")]
     assert all(torch.isfinite(t).all() for part in weights for t in part.values())
@@ -255,9 +257,7 @@ def test_a_row_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
 
 
 @pytest.mark.parametrize(("optimizer", "lr"), [("signum", 1e25), ("adam", 1e30)])
-def test_a_learning_rate_that_explodes_stops_the_run(
-    options: Options, optimizer: str, lr: float
-) -> None:
+def test_a_diverging_loss_stops_the_run(options: Options, optimizer: str, lr: float) -> None:
     config = options(optimizer=optimizer, lr=lr, lr_warmup_steps=0)
     with pytest.raises(RunError, match="not finite"):
         fit(config)

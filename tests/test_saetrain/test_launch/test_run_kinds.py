@@ -1,4 +1,4 @@
-"""Whole runs of every kind of SAE: through the command, interrupted, evaluated."""
+"""Whole runs of every kind of SAE: by the command, interrupted, evaluated."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="session")
 def paired(make_cache: Callable[..., Path]) -> Path:
-    """A module's input and output of another width, and another hookpoint, all of one origin."""
+    """Rows of a module's input and output and of another hookpoint, from the same latents."""
 
     def rows(hookpoint: str, shard: int, count: int, width: int) -> NDArray[np.float32]:
         state = np.random.RandomState([11, shard])
@@ -72,7 +72,7 @@ def kind_options(options: Options, paired: Path) -> Options:
 
 
 def words_of(config: FitConfig) -> list[str]:
-    """The command line of what a kind asks."""
+    """Return the command line of a kind."""
     words = ["fit", config.cache, "--out", config.out, "--device", "cpu", "--num-latents", "48"]
     words += ["--k", "3", "--batch-size", "32", "--lr", "0.01", "--log-every", "4", "--epochs", "4"]
     words += ["--dead-after", "64"]
@@ -100,11 +100,11 @@ def test_the_command_trains_and_evaluates_every_kind(kind_options: Options, kind
     (sae,) = json.loads(result.stdout)["saes"]
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     first, last = (json.loads(lines[i])["saes"][sae["hookpoint"]] for i in (0, -1))
-    assert last["fvu"] < 0.9 * first["fvu"]  # it learns
+    assert last["fvu"] < 0.9 * first["fvu"]  # the loss falls
     assert sae["fvu"] < 1
     assert 0 < sae["l0"] <= 48
     assert (sae["k"] is None) == (config.activation in ("jumprelu", "relu", "gated"))
-    assert sae["fvu"] == pytest.approx(last["fvu"], rel=0.5)  # it was saved
+    assert sae["fvu"] == pytest.approx(last["fvu"], rel=0.5)  # of the saved SAE
 
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -126,16 +126,16 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"optimizer": "muon", "decoder_norm": "free", "grad_acc_steps": 2},
     ),
 }
-"""A few kinds with options of `test_fit_recipes`."""
+"""A few kinds with options of `test_run_recipes`."""
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing in the project may catch it."""
+    """Stands in for a signal: no handler may catch it."""
 
 
 @EVERY_KIND
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
-def test_a_run_of_every_kind_that_is_stopped_and_resumed_leaves_the_same_bytes(
+def test_a_stopped_run_of_every_kind_resumes_to_the_same_bytes(
     kind_options: Options,
     snapshot: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
@@ -146,7 +146,7 @@ def test_a_run_of_every_kind_that_is_stopped_and_resumed_leaves_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_so_does_one_with_a_recipe_of_its_own(
+def test_a_stopped_run_with_other_options_resumes_to_the_same_bytes(
     kind_options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     kind, settings = RECIPES[name]
@@ -169,7 +169,7 @@ def stop_and_resume(
     kind: str,
     changes: dict[str, Any],
 ) -> Path:
-    """Compare a run with one that ended before its ninth step; its folder."""
+    """Compare a run with one stopped before its ninth step and resumed; return its folder."""
     changes = {"save_every": 5, **changes}
     whole = kind_options(kind, **changes, out=kind_options(kind).out + "-whole")
     stopped = kind_options(kind, **changes)
@@ -191,7 +191,7 @@ def stop_and_resume(
     return Path(whole.out)
 
 
-def test_a_threshold_of_batchtopk_is_learnt_saved_and_used(kind_options: Options) -> None:
+def test_the_threshold_of_batchtopk_is_trained_saved_and_used(kind_options: Options) -> None:
     adam = {"optimizer": "adam", "lr": 3e-3, "epochs": 20}
     config = kind_options("batchtopk", **adam, hookpoint=("layers.1",))
     fit(config)
@@ -203,13 +203,13 @@ def test_a_threshold_of_batchtopk_is_learnt_saved_and_used(kind_options: Options
     assert sae.k == 3
 
 
-def test_a_transcoder_reads_its_module_s_input_and_predicts_the_output(
+def test_a_transcoder_reads_the_input_of_a_module_and_predicts_its_output(
     kind_options: Options,
 ) -> None:
     config = kind_options("skip transcoder", hookpoint=(), lr=1e-30)
     fit(config)
     record = read_run(Path(config.out))
-    (entry,) = record.saes  # layers.1 has no input there, and no pattern asked for it
+    (entry,) = record.saes  # layers.1 has no input in the cache
     assert (entry.hookpoint, entry.reads, entry.predicts) == (OUT, (IN,), (OUT,))
     assert (entry.config.d_in, entry.config.width_out) == (16, 12)
     cache, folder = Cache.open(config.cache), Path(config.out) / OUT
@@ -223,7 +223,7 @@ def test_a_transcoder_reads_its_module_s_input_and_predicts_the_output(
     assert evaluation.fvu == pytest.approx(1, rel=1e-5)
 
 
-def test_held_out_fvu_of_a_transcoder_is_that_of_its_output(kind_options: Options) -> None:
+def test_the_held_out_fvu_of_a_transcoder_is_of_its_output(kind_options: Options) -> None:
     config = kind_options("transcoder", epochs=3)
     fit(config)
     record, cache = read_run(Path(config.out)), Cache.open(config.cache)
@@ -238,7 +238,7 @@ def test_held_out_fvu_of_a_transcoder_is_that_of_its_output(kind_options: Option
     assert evaluation.fvu == pytest.approx(error / variance, rel=1e-5)
 
 
-def test_a_crosscoder_reports_every_hookpoint_s_loss_and_decoder_norms(
+def test_a_crosscoder_logs_the_loss_and_decoder_norms_of_every_hookpoint(
     kind_options: Options, sparsify: ModuleType
 ) -> None:
     config = kind_options("crosscoder", epochs=3)
@@ -257,10 +257,10 @@ def test_a_crosscoder_reports_every_hookpoint_s_loss_and_decoder_norms(
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "skip transcoder", "gated crosscoder", "jumprelu"])
-def test_a_grid_of_a_kind_is_validated_as_it_is_saved_and_evaluated(
+def test_validation_of_a_grid_equals_evaluation_of_the_saved_saes(
     kind_options: Options, kind: str
 ) -> None:
-    """Thresholds for inference, a transcoder's output, each hookpoint of a crosscoder."""
+    """For inference thresholds, transcoder outputs, and each hookpoint of a crosscoder."""
     config = vary(kind_options(kind, val_every=4, save_best=True, optimizer="adam"), seed=(0, 1))
     summary = fit(config)
     saes = evaluate(Path(config.out), device="cpu").saes
@@ -273,7 +273,7 @@ def test_a_grid_of_a_kind_is_validated_as_it_is_saved_and_evaluated(
         assert sae.fvu == pytest.approx(summary.best[sae.name].fvu, rel=1e-5)
 
 
-def test_validations_do_not_touch_what_batchtopk_trains(kind_options: Options) -> None:
+def test_validation_does_not_change_the_training_of_batchtopk(kind_options: Options) -> None:
     plain = kind_options("batchtopk")
     validated = replace(plain, out=plain.out + "-validated", val_every=1)
     fit(plain)
@@ -283,7 +283,7 @@ def test_validations_do_not_touch_what_batchtopk_trains(kind_options: Options) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_grid_of_activations_has_each_in_its_folder_and_not_one_twice(
+def test_a_grid_of_activations_has_one_folder_each(
     kind_options: Options,
 ) -> None:
     config = vary(kind_options("batchtopk"), activation=("topk", "relu", "batchtopk"))
@@ -297,7 +297,7 @@ def test_a_grid_of_activations_has_each_in_its_folder_and_not_one_twice(
 
 
 @pytest.mark.parametrize("folded", [True, False])
-def test_decoder_norms_that_are_logged_are_those_that_are_saved(
+def test_logged_decoder_norms_are_those_of_the_saved_weights(
     kind_options: Options, folded: bool
 ) -> None:
     norm = "fold" if folded else "free"
@@ -309,7 +309,7 @@ def test_decoder_norms_that_are_logged_are_those_that_are_saved(
     assert bool((W_dec.norm(dim=1) - 1).abs().max() < 1e-5) is folded
 
 
-def test_a_threshold_of_batchtopk_is_that_of_the_last_k_when_k_fell_to_the_end(
+def test_the_threshold_of_batchtopk_follows_an_annealed_k(
     kind_options: Options,
 ) -> None:
     config = kind_options("batchtopk", hookpoint=("layers.1",), k_anneal_steps=10, lr=1e-3)
@@ -318,7 +318,7 @@ def test_a_threshold_of_batchtopk_is_that_of_the_last_k_when_k_fell_to_the_end(
     assert sae.l0 == pytest.approx(3, rel=0.35)
 
 
-def test_rows_that_are_not_finite_are_looked_for_in_all_that_an_sae_reads_and_predicts(
+def test_non_finite_rows_are_found_in_all_inputs_and_targets_of_an_sae(
     kind_options: Options, make_cache: Callable[..., Path]
 ) -> None:
     def rows(hookpoint: str, shard: int, count: int, width: int) -> NDArray[np.float32]:
@@ -335,7 +335,7 @@ def test_rows_that_are_not_finite_are_looked_for_in_all_that_an_sae_reads_and_pr
             fit(config)
 
 
-def test_kinds_that_the_cache_cannot_feed_are_refused(
+def test_kinds_without_their_hookpoints_in_the_cache_are_refused(
     kind_options: Options, options: Options
 ) -> None:
     with pytest.raises(HookpointError, match=r"--hookpoint layers\.1 --hookpoint layers\.1:in"):

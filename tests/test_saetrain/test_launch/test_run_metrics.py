@@ -1,4 +1,4 @@
-"""Whole runs: what metrics.jsonl says of each SAE besides its losses, and when."""
+"""Whole runs: the metrics of each SAE besides its losses, and their steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_learning_rate_and_k_are_those_of_the_last_step(options: Options) ->
     ("schedule", "lrs"),
     [(None, [0.01, 0.01, 0.01]), ("constant", [0.01, 0.01, 0.01]), ("linear", [0.01, 0.00625])],
 )
-def test_signums_learning_rate_is_the_one_that_it_used(
+def test_the_learning_rate_of_signum_is_that_of_its_update(
     options: Options, monkeypatch: pytest.MonkeyPatch, schedule: Any, lrs: list[float]
 ) -> None:
     used: list[float] = []
@@ -62,7 +62,7 @@ def test_signums_learning_rate_is_the_one_that_it_used(
 
 
 @pytest.mark.parametrize("clip", [None, 1e-4])
-def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(
+def test_the_gradient_norm_is_taken_before_clipping(
     options: Options, monkeypatch: pytest.MonkeyPatch, clip: float | None
 ) -> None:
     """Every second step ends an update; lines cover four steps, so two updates."""
@@ -92,12 +92,12 @@ def test_the_norm_is_that_of_the_gradient_before_it_is_clipped(
     assert min(found) > 1e-4
 
 
-def test_a_line_without_an_update_knows_no_norm(options: Options) -> None:
+def test_the_gradient_norm_is_null_on_a_line_without_an_update(options: Options) -> None:
     found = figures(options(optimizer="adam", grad_acc_steps=3, log_every=2))
     assert [line["grad_norm"] is None for line in found] == [True, False, False, True, False, False]
 
 
-def test_the_decoders_norms_are_those_of_the_weights_in_training(
+def test_the_decoder_norms_are_those_of_the_trained_weights(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last: dict[str, torch.Tensor] = {}
@@ -118,7 +118,7 @@ def test_the_decoders_norms_are_those_of_the_weights_in_training(
 @pytest.mark.parametrize(
     ("every", "at"), [(1, [2, 4, 6, 8, 10, 12]), (2, [4, 8, 12]), (4, [8, 12]), (0, [])]
 )
-def test_histograms_come_every_so_many_lines_and_with_the_last(
+def test_histograms_are_written_at_their_interval_and_on_the_last_line(
     options: Options, every: int, at: list[int]
 ) -> None:
     config = options(log_every=2, histogram_every=every)
@@ -130,13 +130,13 @@ def test_histograms_come_every_so_many_lines_and_with_the_last(
         assert histogram["never"] + sum(histogram["counts"]) == 48
 
 
-def test_whether_there_are_histograms_changes_nothing_else(options: Options) -> None:
+def test_histograms_change_no_other_metric(options: Options) -> None:
     with_them, without = options(histogram_every=1), options(histogram_every=0)
     first = figures(with_them)
     second = figures(FitConfig(**vars(without) | {"out": with_them.out + "-without"}))
     assert [{k: v for k, v in f.items() if k != "log10_density"} for f in first] == second
 
 
-def test_fewer_than_no_lines_are_refused(options: Options) -> None:
+def test_a_negative_interval_of_histograms_is_refused(options: Options) -> None:
     with pytest.raises(ConfigError, match="--histogram-every"):
         options(histogram_every=-1)

@@ -1,4 +1,4 @@
-"""Whole runs with every optimiser, schedule and recipe: exact when resumed, refused in words."""
+"""Whole runs with every optimizer and schedule: exact on resume; invalid options are refused."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Killed(BaseException):
-    """Stands for a signal."""
+    """Stands in for a signal."""
 
 
 @pytest.fixture(autouse=True)
 def _any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 products are right on any CPU, only slow where it has none."""
+    """Allow bfloat16 products on CPUs where they are slow."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
+def test_a_stopped_run_resumes_to_the_same_bytes(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The checkpoint is of step 13, between two batches of an update of three."""
@@ -92,7 +92,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "adam8bit", "muon"])
-def test_each_optimiser_learns_rows_that_are_sparse(
+def test_each_optimizer_learns_sparse_rows(
     make_cache: Callable[..., Path], options: Options, optimizer: str
 ) -> None:
     path = make_cache(shards=9, sequences=16, ctx_len=33, hookpoints={"layers.0": 24})
@@ -111,13 +111,13 @@ def test_each_optimiser_learns_rows_that_are_sparse(
     )
     fit(config)
     (held_out,) = evaluate(Path(config.out)).saes
-    assert held_out.fvu < 0.15  # of 0.5 untrained
+    assert held_out.fvu < 0.15  # 0.5 untrained
 
 
-def test_default_learning_rates_are_those_of_the_peers_in_a_long_run(
+def test_default_learning_rates_of_a_long_run_are_those_of_other_trainers(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saetrain.optim.schedule._LONG", 1)  # as the run of one step here
+    monkeypatch.setattr("saetrain.optim.schedule._LONG", 1)  # so that one step counts as a long run
     rates = {"signum": 5e-3, "adam": 2e-4, "adamw": 2e-4, "adam8bit": 2e-4}
     for optimizer, base in rates.items():
         config = options(lr=None, optimizer=optimizer, max_tokens=32, out=options().out + optimizer)
@@ -157,7 +157,7 @@ def test_weights_in_bfloat16_are_saved_so_and_float32_is_the_default(options: Op
         assert {tensor.dtype for tensor in weights.values()} == {dtype}
 
 
-def test_steps_that_fill_no_update_are_left_out(options: Options) -> None:
+def test_steps_that_fill_no_update_are_dropped(options: Options) -> None:
     assert fit(options(grad_acc_steps=5)).steps == 10  # of 12
 
 
@@ -173,7 +173,7 @@ def test_steps_that_fill_no_update_are_left_out(options: Options) -> None:
         ({"k_anneal_steps": 3, "k_start": 49}, r"--k-start is larger(.|\n)*<= 48"),
     ],
 )
-def test_what_does_not_fit_the_run_is_refused_before_it_begins(
+def test_options_longer_than_the_run_are_refused_before_the_start(
     options: Options, changes: dict[str, Any], words: str
 ) -> None:
     config = options(**changes)
@@ -182,7 +182,7 @@ def test_what_does_not_fit_the_run_is_refused_before_it_begins(
     assert not (Path(config.out) / "run.json").exists()
 
 
-def test_a_run_does_not_go_on_with_another_recipe(options: Options) -> None:
+def test_a_resume_with_other_training_options_is_refused(options: Options) -> None:
     config = options(optimizer="adam")
     fit(config)
     from actcache.errors import RunError
@@ -191,7 +191,7 @@ def test_a_run_does_not_go_on_with_another_recipe(options: Options) -> None:
         fit(dataclasses.replace(config, resume=True, lr_schedule="cosine"))
 
 
-def test_the_command_takes_all_of_it(options: Options, snapshot: Snapshot) -> None:
+def test_the_command_accepts_all_training_options(options: Options, snapshot: Snapshot) -> None:
     config = options(
         optimizer="muon",
         lr_schedule="cosine",

@@ -1,4 +1,4 @@
-"""With what SAEs begin."""
+"""Initial values of SAEs, and the variance of the loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Options = Callable[..., FitConfig]
 Rows = NDArray[np.float32]
 
 
-def test_b_dec_begins_at_the_mean_of_the_training_rows_alone(
+def test_b_dec_starts_at_the_mean_of_the_training_rows(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
     def rows(hookpoint: str, shard: int, count: int, width: int) -> Rows:
@@ -40,7 +40,7 @@ def test_b_dec_begins_at_the_mean_of_the_training_rows_alone(
 def test_the_loss_of_a_run_divides_by_the_variance_of_its_training_rows(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
-    """Were it the batch's, every batch of a cache of constant blocks would divide by almost 0."""
+    """Not by that of the batch, which is almost 0 for a cache of constant blocks."""
     path = make_cache(hookpoints={"layers.0": 16})
     config = options(cache=str(path), lr=1e-30, max_tokens=384, log_every=12, auxk_alpha=0.0)
     fvu = fit(config).saes["layers.0"]["fvu"]

@@ -1,4 +1,4 @@
-"""What is refused before a run begins, and leaves nothing behind."""
+"""Refusals before a run starts, which leave no file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
     ],
     ids=str,
 )
-def test_what_cannot_be_done_is_refused_and_leaves_nothing_behind(
+def test_invalid_options_are_refused_and_leave_no_file(
     options: Options, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     config = options(**changes)
@@ -64,7 +64,7 @@ def test_a_cache_without_a_complete_shard_is_refused(
             fit(options(cache=str(path), val_fraction=fraction))
 
 
-def test_a_cache_of_one_shard_is_refused_only_where_a_part_is_to_be_held_out(
+def test_a_cache_of_one_shard_is_refused_only_with_a_validation_fraction(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
     path = make_cache(shards=1)
@@ -73,7 +73,7 @@ def test_a_cache_of_one_shard_is_refused_only_where_a_part_is_to_be_held_out(
     assert fit(options(cache=str(path), val_fraction=0.0)).steps == 4
 
 
-def test_rows_that_do_not_vary_are_refused_and_leave_nothing_behind(
+def test_rows_that_do_not_vary_are_refused_and_leave_no_file(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
     def rows(hookpoint: str, shard: int, count: int, width: int) -> Rows:
@@ -114,12 +114,12 @@ def test_an_out_without_permission_is_refused(options: Options, tmp_path: Path) 
         fit(options(out=str(tmp_path / "locked" / "run")))
 
 
-def test_an_empty_folder_is_a_place_for_a_run(options: Options, tmp_path: Path) -> None:
+def test_a_run_starts_in_an_empty_folder(options: Options, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert fit(options(out=str(tmp_path / "empty"))).steps == 12
 
 
-def test_a_second_fit_in_the_folder_is_refused_by_the_name_of_the_first(
+def test_a_second_fit_in_the_folder_is_refused_with_the_process_of_the_first(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, real, refused = options(), saetrain.training.step.train_step, []
@@ -138,13 +138,13 @@ def test_a_second_fit_in_the_folder_is_refused_by_the_name_of_the_first(
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
     fit(config)
     assert refused == [4]
-    assert fit(dataclasses.replace(config, resume=True)).new_steps == 0  # the lock is free again
+    assert fit(dataclasses.replace(config, resume=True)).new_steps == 0  # the lock is released
 
 
-def test_two_that_begin_a_run_at_once_do_not_both_begin_it(
+def test_of_two_concurrent_starts_in_one_folder_the_slower_is_refused(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slower one finds that a run has been begun since it looked."""
+    """The other fit has written run.json after the check of the folder."""
     config, real = options(), saetrain.launch.setup.make_trainers
 
     def build(*arguments: Any) -> Any:
@@ -157,7 +157,7 @@ def test_two_that_begin_a_run_at_once_do_not_both_begin_it(
         fit(config)
 
 
-def test_a_folder_that_holds_nothing_but_a_lock_is_a_place_for_a_run(options: Options) -> None:
+def test_a_run_starts_in_a_folder_with_only_a_lock(options: Options) -> None:
     Path(options().out).mkdir()
     (Path(options().out) / "fit.lock").write_text("process 1 on a machine\n")
     assert fit(options()).steps == 12

@@ -1,4 +1,4 @@
-"""What a call of fit says it did."""
+"""The summary that a call of fit returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saetrain.tracking.jsonl import METRICS, TIMINGS
 Options = Callable[..., FitConfig]
 
 
-def test_a_finished_run_that_lost_its_metrics_says_so(options: Options) -> None:
+def test_a_finished_run_without_its_metrics_is_refused(options: Options) -> None:
     config = options(resume=True)
     fit(config)
     (Path(config.out) / METRICS).unlink()
@@ -25,7 +25,7 @@ def test_a_finished_run_that_lost_its_metrics_says_so(options: Options) -> None:
         fit(config)
 
 
-def test_a_cache_that_is_not_complete_is_told_with_the_numbers(
+def test_an_incomplete_cache_gives_a_warning_with_the_numbers_of_shards(
     make_cache: Callable[..., Path], options: Options
 ) -> None:
     path = make_cache(shards=4)
@@ -40,7 +40,9 @@ def test_a_cache_that_is_not_complete_is_told_with_the_numbers(
     assert record.steps == 2 * 128 // 32
 
 
-def test_a_run_says_what_its_limit_was_and_every_line_how_fast_it_was(options: Options) -> None:
+def test_a_summary_names_the_bottleneck_and_timings_the_speed(
+    options: Options,
+) -> None:
     config = options(resume=True)
     summary = fit(config)
     assert summary.limit is not None

@@ -22,13 +22,17 @@ from actcache.errors import ConfigError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import lanes_of_rank
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import SaeEntry
-from saetrain.distributed.metric_gathering import GatheringTracker, NullTracker, WorkerTracker
+from saetrain.distributed.metric_gathering import (
+    GatheringTracker,
+    NullTracker,
+    TrackerArgs,
+    WorkerTracker,
+)
 from saetrain.distributed.partition import SaeCost, max_lead_steps, partition
 from saetrain.distributed.process_group import Failure, RemoteRankError, StoreGroup, connect
 from saetrain.distributed.signals import REPEAT_WINDOW, RunStopped, StopRequested, StopSignals
 from saetrain.runs.checkpoint import NEWEST, RetentionPolicy, SaeState, finalize_checkpoint
-from saetrain.runs.record import RunRecord
+from saetrain.runs.record import RunRecord, SaeEntry
 from saetrain.tracking.jsonl import JsonlTracker
 
 if TYPE_CHECKING:
@@ -83,12 +87,10 @@ class Coordinator:
         """Return the indices of the SAEs that this process trains."""
         return list(range(len(entries)))
 
-    def make_tracker(
-        self, write: Callable[[], JsonlTracker], entries: Sequence[SaeEntry]
-    ) -> JsonlTracker:
-        """Make the tracker of this process; `write` makes the one that writes metrics.jsonl."""
+    def make_tracker(self, args: TrackerArgs, entries: Sequence[SaeEntry]) -> JsonlTracker:
+        """Make the tracker of this process, which writes metrics.jsonl or sends its metrics."""
         del entries
-        return write()
+        return JsonlTracker(*args)
 
     def init_throttle(self, step: int, record: RunRecord, cache: Cache) -> None:
         """Prepare `throttle` before the first step; `step` steps are done."""
@@ -215,12 +217,10 @@ class DdpCoordinator(MultiProcessCoordinator):
 
         init_collectives(self._store, self.batch_rank, self.batch_parts, device)
 
-    def make_tracker(
-        self, write: Callable[[], JsonlTracker], entries: Sequence[SaeEntry]
-    ) -> JsonlTracker:
+    def make_tracker(self, args: TrackerArgs, entries: Sequence[SaeEntry]) -> JsonlTracker:
         """Write metrics on rank 0 only: collectives have given every rank the same values."""
         del entries
-        return write() if self.is_rank_zero else NullTracker()
+        return JsonlTracker(*args) if self.is_rank_zero else NullTracker()
 
     def check_stop_request(self, done: int, waits: bool = False) -> None:
         """End a wait for rows: other ranks may have their rows, and wait in `next_batch`."""
@@ -296,13 +296,11 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
         self._max_lead, self._next = max_lead, step
         self.group.put(f"at/{self.group.rank}", str(step))
 
-    def make_tracker(
-        self, write: Callable[[], JsonlTracker], entries: Sequence[SaeEntry]
-    ) -> JsonlTracker:
+    def make_tracker(self, args: TrackerArgs, entries: Sequence[SaeEntry]) -> JsonlTracker:
         """Gather the metrics of all ranks on rank 0."""
         if not self.is_rank_zero:
             return WorkerTracker(self.group)
-        return GatheringTracker(write(), self.group, [entry.name for entry in entries])
+        return GatheringTracker(args, self.group, [entry.name for entry in entries])
 
     def throttle(self, step: int) -> None:
         """Publish the step, and wait while the last rank is too far behind."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from actcache.core.progress import Progress
 from saetrain.distributed.process_group import StoreGroup
-from saetrain.tracking.jsonl import JsonlTracker, MetricsSink
+from saetrain.tracking.jsonl import JsonlTracker
 
 Metrics = Mapping[str, Mapping[str, Any]]
 """By the SAE's name, values by the metric's name."""
+TrackerArgs = tuple[Path, int, int, int, int]
+"""Arguments of `JsonlTracker`."""
 
 
 class NullTracker(JsonlTracker):
@@ -76,52 +79,32 @@ class GatheringTracker(JsonlTracker):
     """Tracker of rank 0: writes each line once all ranks have sent their part of it.
 
     Args:
-        tracker: writes the lines.
+        args: arguments of `JsonlTracker`.
         group: the processes of the run.
         names: names of all SAEs, in the run's order.
     """
 
-    def __init__(self, tracker: JsonlTracker, group: StoreGroup, names: Sequence[str]) -> None:
-        self._tracker, self._group, self._names = tracker, group, names
-        self.bar = tracker.bar
+    def __init__(self, args: TrackerArgs, group: StoreGroup, names: Sequence[str]) -> None:
+        super().__init__(*args)
+        self._group, self._names = group, names
         self._pending: deque[tuple[Metrics, Callable[[Metrics], None]]] = deque()
         self._line = 0
 
     def log(self, step: int, metrics: Metrics, waited: float) -> None:
         """Queue a line of both files, and write all lines that are complete."""
-        self._add(metrics, lambda whole: self._tracker.log(step, whole, waited))
+        write = super().log
+        self._add(metrics, lambda whole: write(step, whole, waited))
 
     def log_held_out(self, step: int, figures: Metrics, rows: int) -> None:
         """Queue a line on held-out rows, and write all lines that are complete."""
-        self._add(figures, lambda whole: self._tracker.log_held_out(step, whole, rows))
-
-    @property
-    def seconds(self) -> float:
-        """Seconds from the start to the last line."""
-        return self._tracker.seconds
+        write = super().log_held_out
+        self._add(figures, lambda whole: write(step, whole, rows))
 
     def sync(self) -> None:
         """Wait for the ranks' parts of all queued lines, write them, and fsync."""
         while self._pending:
             self._write_first()
-        self._tracker.sync()
-
-    @property
-    def mirror(self) -> MetricsSink | None:
-        """Mirror of the wrapped tracker."""
-        return self._tracker.mirror
-
-    @mirror.setter
-    def mirror(self, mirror: MetricsSink | None) -> None:
-        self._tracker.mirror = mirror
-
-    def end(self) -> None:
-        """Finish the wrapped tracker at the end of the run."""
-        self._tracker.end()
-
-    def close(self) -> tuple[float, float]:
-        """Close the wrapped tracker."""
-        return self._tracker.close()
+        super().sync()
 
     def _add(self, own: Metrics, write: Callable[[Metrics], None]) -> None:
         self._pending.append((own, write))

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 REPEAT_WINDOW = 5.0
@@ -88,12 +88,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self._uninstall()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:

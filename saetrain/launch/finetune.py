@@ -9,16 +9,13 @@ from the files; optimizer states, dead latents and the order of rows are new.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from actcache.core.json_codec import decode_json, truncated_repr
+from actcache.core.json_codec import truncated_repr
 from actcache.errors import ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, digest_file
 from saetrain.config.fit_config import FitConfig
@@ -30,14 +27,11 @@ from saetrain.formats.sparsify import (
     load_sae,
     read_config,
     read_sae_config,
-    tensors_of,
 )
 from saetrain.model.sae import Sae
 from saetrain.runs.record import PretrainedSource
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_MAX_HEADER = 1 << 20
 
 
 class PretrainedSaes:
@@ -228,18 +222,17 @@ def require_norm(unit_rows: bool, path: str, requested: SaeConfig, options: SaeO
 
 
 @torch.no_grad()
-def load_pretrained(sae: Sae, entry: SaeEntry, source: PretrainedSource, config: FitConfig) -> None:
+def load_pretrained(sae: Sae, source: PretrainedSource, config: FitConfig) -> None:
     """Load pretrained weights into a new SAE.
 
     Args:
         sae: the SAE; it keeps its dtype and device.
-        entry: its entry in the run record.
         source: path and digest of the weights, from the run record.
         config: options of the run: --fresh-b-dec and --fresh-decoder.
 
     Raises:
         RunError: the file differs from the one that the run started from.
-        FormatError: the weights are damaged, or not finite.
+        FormatError: the weights are damaged, not finite, or of another shape.
     """
     folder = folder_of(source)
     path = folder / WEIGHTS
@@ -251,13 +244,17 @@ def load_pretrained(sae: Sae, entry: SaeEntry, source: PretrainedSource, config:
             got=got,
             remedy="restore it, or start another run",
         )
-    require_header(path, tensors_of(entry.config))
     loaded = load_sae(folder).state_dict()
     for name, tensor in loaded.items():
         if not bool(tensor.isfinite().all()):
             raise FormatError(f"{path}: tensor {name} is not finite")
     b_dec = sae.b_dec.clone()
-    sae.load_state_dict(loaded)
+    try:
+        sae.load_state_dict(loaded)
+    except RuntimeError as error:
+        raise FormatError(
+            f"{path} does not fit this run", got=truncated_repr(str(error))
+        ) from error
     if config.fresh_b_dec:
         sae.b_dec.copy_(b_dec)
     if config.fresh_decoder:  # the initial values of `Sae`
@@ -266,48 +263,3 @@ def load_pretrained(sae: Sae, entry: SaeEntry, source: PretrainedSource, config:
         else:
             sae.W_dec.copy_(sae.W_enc)
             sae.normalise_decoder()
-
-
-def require_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check the header of a safetensors file before the file is mapped into memory.
-
-    Args:
-        path: the file.
-        shapes: shapes of the tensors that it must hold, by name.
-
-    Raises:
-        FormatError: other shapes, or a file that is too short for them.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-        if not 0 < length <= min(_MAX_HEADER, size - 8):
-            raise FormatError(f"{path} is no safetensors file", expected="a header", got=length)
-        text = file.read(length)
-    try:
-        header = decode_json(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(
-            f"{path} is no safetensors file", got=truncated_repr(str(error))
-        ) from error
-    entries = header if isinstance(header, dict) else {}
-    for name, shape in shapes.items():
-        found = entries.get(name)
-        found = found if isinstance(found, dict) else {}
-        itemsize = _BYTES.get(str(found.get("dtype")))
-        offsets = found.get("data_offsets")
-        fits = (
-            itemsize is not None
-            and found.get("shape") == list(shape)
-            and isinstance(offsets, list)
-            and [type(offset) for offset in offsets] == [int, int]
-            and 0 <= offsets[0] <= offsets[1] <= size - 8 - length
-            and offsets[1] - offsets[0] == math.prod(shape) * itemsize
-        )
-        if not fits:
-            raise FormatError(
-                f"{path}: tensor {name}",
-                expected=f"{list(shape)} in {' | '.join(_BYTES)}, within {size:,} bytes",
-                got=truncated_repr(json.dumps(found), 200),
-            )

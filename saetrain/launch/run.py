@@ -1,159 +1,215 @@
-"""From options to a finished run: what it is, what is built for it, and how it goes."""
+"""`fit` from options to a finished run: start or resume it, set it up, train it, summarize it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from actcache.cache.reader import Cache
+from actcache.core.device import choose_device
 from actcache.core.progress import format_bytes
-from actcache.errors import DiskFullError
-from actcache.filesystem.atomic import DirectoryLock
+from actcache.errors import RunError
+from actcache.format.manifest import MANIFEST
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.memory_budget import extra_windows
-from actcache.stream.verified_reads import ProbeResult, probe_read_settings
+from actcache.stream.read_tuning import ProbeResult, probe_read_settings
 from saetrain.config.fit_config import FitConfig
-from saetrain.distributed.coordinator import Coordinator, init_coordinator, reports_outcome
-from saetrain.distributed.signals import StopSignals
-from saetrain.launch.exit_status import recorded_exit_status
-from saetrain.launch.resolve import budget_of
-from saetrain.launch.session import stopped_before_start, write_exit_status
-from saetrain.launch.setup import RunState, set_up_run
-from saetrain.launch.start import RunStart, commit_run_record, start_or_resume
-from saetrain.launch.summary import FitSummary, Throughput, summarize_fit
+from saetrain.launch.resolve import budget_of, resolve_run, resume_record, write_option_changes
+from saetrain.launch.session import EXIT, RunSession, run_session
+from saetrain.launch.setup import RunBroadcast, RunState, set_up_run
+from saetrain.launch.summary import FitSummary, summarize_fit
 from saetrain.model.hookpoint_io import hookpoints_of
-from saetrain.runs.record import LOCK, RunRecord
-from saetrain.tracking.jsonl import JsonlTracker
+from saetrain.runs.record import LOCK, RUN, RunRecord, check_same_cache, write_run
 from saetrain.tracking.wandb_mirror import open_wandb
 from saetrain.training.loop import train
 
 
 def fit(config: FitConfig) -> FitSummary:
-    """Train the SAEs of each hookpoint chosen from one pass over its rows, or go on with a run.
+    """Train the SAEs of each selected hookpoint from one pass over its rows, or resume a run.
 
-    SIGTERM and Ctrl-C let it save at the next step; a second one ends it at once.
+    SIGTERM and Ctrl-C save a checkpoint at the next step; a second one ends the run at once.
 
     Raises:
-        ActcacheError: one of its kinds, for anything a user can mend.
-        Stopped: a signal asked for it, and the steps before it are saved.
+        ActcacheError: one of its subclasses, for anything a user can mend.
+        RunStopped: a signal has stopped the run, and its steps are saved.
     """
-    root = Path(config.out)
-    lock = DirectoryLock(root, LOCK, "fit")
+    with run_session(config) as session:
+        run = start_or_resume(session)
+        set_up_run(session, run)
+        commit_run_record(session, run)
+        return _train(session, run)
 
-    def is_ours(error: BaseException | None) -> bool:
-        return (lock.held or stopped_before_start(root, error)) and reports_outcome(error)
 
-    def last_words(error: BaseException) -> None:
-        if is_ours(error):
-            write_exit_status(root, error)
+def start_or_resume(session: RunSession) -> RunState:
+    """Resolve the record of a new run, or read and check that of a run to resume.
 
-    try:
-        with (
-            StopSignals() as stop_signals,
-            recorded_exit_status(root, is_ours),
-            init_coordinator(config, stop_signals, last_words) as coordinator,
-        ):
-            run_start = start_or_resume(config, root, lock, coordinator)
-            run_state = set_up_run(
-                root,
-                run_start.record,
-                run_start.cache,
-                run_start.device,
-                coordinator,
-                run_start.begun,
+    Rank 0 does it and broadcasts the record. The run folder of a resumed run is locked from here
+    on, and exit.json of the call before is removed.
+
+    Raises:
+        ActcacheError: one of its subclasses: the options cannot be carried out.
+    """
+    config, coordinator = session.config, session.coordinator
+    if coordinator.is_rank_zero:
+        run = _resolve(session)
+        coordinator.check_supported(run.record)
+        coordinator.broadcast(RunBroadcast(run.resumed, run.record))
+    else:
+        received = coordinator.receive(RunBroadcast)
+        if received.resumed:
+            session.share_lock()
+        run = RunState(received.record, _open(config), _device(config), received.resumed)
+        check_same_cache(run.record, run.cache)
+    if run.record.extensions is not None:  # extensions made after the start are no part of the run
+        run.cache = run.cache.truncated_to(run.record.extensions)
+    return run
+
+
+def _resolve(session: RunSession) -> RunState:
+    config, root, parts = session.config, session.root, session.coordinator.batch_parts
+    cache, device = _open(config), _device(config)
+    if not has_run(config, root):
+        record = resolve_run(config, cache, device, parts)
+        warnings = () if config.follow else _missing_shards(cache)
+        return RunState(record, cache, device, warnings=warnings)
+    session.lock_run(resume=True)
+    record, changes, warnings = resume_record(config, cache, root, parts)
+    return RunState(record, cache, device, True, changes, warnings)
+
+
+def commit_run_record(session: RunSession, run: RunState) -> None:
+    """Write run.json once all ranks have built the run: a run that cannot be built leaves no file.
+
+    Raises:
+        RunError: another fit has started a run in the folder meanwhile.
+        CacheBusyError: another fit is just starting one.
+    """
+    root, coordinator = session.root, session.coordinator
+    coordinator.barrier()
+    if coordinator.is_rank_zero and run.resumed:
+        write_option_changes(root, run.record, run.step, run.changes)
+    elif coordinator.is_rank_zero:
+        session.lock_run(resume=False)
+        write_run(root, run.record)
+    coordinator.barrier()
+    session.share_lock()
+
+
+def _open(config: FitConfig) -> Cache:
+    return Cache.open(
+        config.cache,
+        block_cache=config.block_cache,
+        block_cache_bytes=config.block_cache_bytes,
+    )
+
+
+def _device(config: FitConfig) -> torch.device:
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: the encoder's product is most of a step
+    return device
+
+
+def _missing_shards(cache: Cache) -> tuple[str, ...]:
+    """Return a warning if the harvest of the cache has not finished."""
+    if cache.complete:
+        return ()
+    planned = "all of the text"  # a harvest without --max-tokens
+    if cache.end is not None:
+        planned = str(cache.end.last_shard + 1)
+    elif cache.manifest.plan.shards is not None:
+        planned = str(cache.manifest.plan.shards)
+    return (
+        f"{cache.root} is not complete: shards there {len(cache.shards)}, planned {planned}; the "
+        "run uses those that are there now (--follow waits for more)",
+    )
+
+
+def has_run(config: FitConfig, root: Path) -> bool:
+    """Return whether the folder holds a run to resume; raises `RunError` if it cannot be used."""
+    if (root / RUN).exists():
+        if not config.resume:
+            raise RunError(
+                f"{root} holds a run already", remedy="--resume to continue it, or another --out"
             )
-            commit_run_record(run_start, run_state.resume_point.step, root, lock, coordinator)
-            return _carry_out(config, root, run_start, run_state, coordinator)
-    except DiskFullError as error:
-        remedy = "free space; the same command with --resume goes on from what is saved"
-        raise DiskFullError(
-            error.what, expected=error.expected, got=error.got, remedy=remedy
-        ) from error
-    finally:
-        lock.release()
+        return True
+    if root.exists():
+        if not root.is_dir():
+            raise RunError(f"--out {root} is a file", expected="a new or empty folder")
+        # A run that was killed before or during its first write has not started.
+        names = {path.name for path in root.iterdir()} - {str(LOCK), EXIT}
+        if any(not name.startswith(f".{RUN}.") for name in names):
+            content = "a cache" if (root / MANIFEST).exists() else "other things"
+            raise RunError(f"--out {root} holds {content}", expected="a new or empty folder")
+    return False
 
 
-def _carry_out(
-    config: FitConfig,
-    root: Path,
-    run_start: RunStart,
-    run_state: RunState,
-    coordinator: Coordinator,
-) -> FitSummary:
-    """Train what is built to the run's end."""
-    record, resume_point, first_step = (
-        run_start.record,
-        run_state.resume_point,
-        run_state.resume_point.step,
-    )
-    stream, how_it_reads = _open_stream(config, run_start, run_state, coordinator)
-    coordinator.init_throttle(
-        first_step, record.plan.batch_size, _row_bytes(record, run_start.cache)
-    )
+def _train(session: RunSession, run: RunState) -> FitSummary:
+    """Train a run from its step to its end."""
+    root, record, coordinator = session.root, run.record, session.coordinator
+    first_step = run.step
+    stream, read_message = _open_stream(session, run)
+    coordinator.init_throttle(first_step, record, run.cache)
     tracker = coordinator.make_tracker(
-        lambda: JsonlTracker(
-            root, first_step, record.steps, record.plan.batch_size, stream.row_bytes
-        ),
-        record.saes,
+        (root, first_step, record.steps, record.plan.batch_size, stream.row_bytes), record.saes
     )
-    for warning in resume_point.warnings:
-        tracker.bar.print_line(f"warning: {warning}")
+    for warning in run.restore_warnings:
+        tracker.bar.say(f"warning: {warning}")
     if first_step == 0:
-        for sae, source in zip(record.saes, record.origins, strict=False):
+        for sae, origin in zip(record.saes, record.origins, strict=False):
             sizes = f"{sae.config.num_latents:,} latents, k {sae.config.k}"
-            tracker.bar.print_line(f"fit: {sae.name} begins with {source.path} ({sizes})")
+            tracker.bar.say(f"fit: {sae.name} starts from {origin.path} ({sizes})")
     if first_step < record.steps:
-        tracker.bar.print_line(how_it_reads)
+        tracker.bar.say(read_message)
     try:
         if coordinator.is_rank_zero:
-            tracker.mirror = open_wandb(root, record, tracker.bar.print_line)
+            tracker.mirror = open_wandb(root, record, tracker.bar.say)
         steps = train(
             root,
             record,
-            run_state.trainers,
+            run.trainers,
             stream,
             tracker,
             first_step,
-            run_state.segment_tracker,
-            run_state.validation,
+            run.segment_tracker,
+            run.validation,
             coordinator,
         )
         tracker.end()
     finally:
         stream.close()
         seconds = tracker.seconds
-        tracked = Throughput(seconds, *tracker.close())
-    coordinator.barrier()  # for the last line
-    warnings = (*run_start.warnings, *resume_point.warnings)
-    return summarize_fit(root, record, stream, tracked, config.verify, first_step, steps, warnings)
+        rows_per_second, data_wait = tracker.close()
+    coordinator.barrier()  # rank 0 has written the last line
+    return summarize_fit(session, run, stream, steps, seconds, rows_per_second, data_wait)
 
 
-def _open_stream(
-    config: FitConfig, run_start: RunStart, run_state: RunState, coordinator: Coordinator
-) -> tuple[ActivationStream, str]:
-    """The batches from where the run goes on, and a line on how they are read."""
-    record, cache, segment_tracker = run_start.record, run_start.cache, run_state.segment_tracker
-    hookpoints = hookpoints_of([trainer.entry for trainer in run_state.trainers])
+def _open_stream(session: RunSession, run: RunState) -> tuple[ActivationStream, str]:
+    """Open the stream at the run's step, and describe in one line how it is read."""
+    config, record, cache, coordinator = session.config, run.record, run.cache, session.coordinator
+    hookpoints = hookpoints_of([trainer.entry for trainer in run.trainers])
     probe = probe_read_settings(cache, hookpoints, record.plan)
-    budget = budget_of(config, cache, hookpoints)
+    segments = run.segment_tracker
     stream = ActivationStream(
         cache,
         hookpoints,
-        record.plan if segment_tracker is None else segment_tracker.plans,
-        epochs=None if segment_tracker is None else record.epochs,
+        record.plan if segments is None else segments.plans,
+        epochs=None if segments is None else record.epochs,
         verify=config.verify,
-        rank=coordinator.rank if coordinator.is_data_parallel else 0,
-        world_size=coordinator.world_size if coordinator.is_data_parallel else 1,
-        prefetch=budget.prefetch,
+        rank=coordinator.batch_rank,
+        world_size=coordinator.batch_parts,
+        prefetch=budget_of(config, cache, hookpoints).prefetch,
         reading=probe.reading,
-        device=run_start.device if run_start.device.type == "cuda" else None,
+        device=run.device if run.device.type == "cuda" else None,
     )
-    if run_state.resume_point.stream:
-        stream.load_state_dict(run_state.resume_point.stream)
-    return stream, _how_it_reads(record, probe, stream.row_bytes)
+    if run.stream_state:
+        stream.load_state_dict(run.stream_state)
+    return stream, _read_message(record, probe, stream.row_bytes)
 
 
-def _how_it_reads(record: RunRecord, probe: ProbeResult, row_bytes: int) -> str:
-    """One line: what is held, and how it is read."""
+def _read_message(record: RunRecord, probe: ProbeResult, row_bytes: int) -> str:
+    """Describe in one line the buffer and the settings of reads."""
     plan = record.plan
     pool = min(plan.window, plan.lane_rows) * plan.lanes
     speed = probe.why_not
@@ -164,9 +220,3 @@ def _how_it_reads(record: RunRecord, probe: ProbeResult, row_bytes: int) -> str:
         f"{probe.reading}, up to {extra_windows(plan.lanes)} of {plan.lanes} windows ahead "
         f"({speed})"
     )
-
-
-def _row_bytes(record: RunRecord, cache: Cache) -> int:
-    """Bytes of a row, of all hookpoints of the run."""
-    hookpoints = hookpoints_of(record.saes)
-    return sum(cache.row_dtype.row_bytes(cache.manifest.width(name)) for name in hookpoints)

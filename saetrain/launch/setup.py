@@ -105,8 +105,7 @@ def set_up_run(session: RunSession, run: RunState) -> None:
         for trainer in run.trainers:
             init_b_dec_at_median(trainer.sae, trainer.entry, first)
             if record.origins:
-                origin = record.origins[trainer.index]
-                load_pretrained(trainer.sae, trainer.entry, origin, record.options)
+                load_pretrained(trainer.sae, record.origins[trainer.index], record.options)
     options = record.options
     if options.val_every is not None and coordinator.writes_saes and run.step < record.steps:
         run.validation = Validation(

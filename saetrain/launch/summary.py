@@ -9,8 +9,9 @@ from typing import Any
 from actcache.core.progress import format_bytes
 from actcache.errors import FormatError
 from actcache.stream.activation_stream import ActivationStream
-from actcache.stream.verified_reads import Verify
 from saetrain.config.sae_options import SaeOptions
+from saetrain.launch.session import RunSession
+from saetrain.launch.setup import RunState
 from saetrain.runs.checkpoint import Best, newest_state
 from saetrain.runs.record import RunRecord
 from saetrain.tracking.jsonl import METRICS, last_line, sae_metrics
@@ -48,69 +49,51 @@ class FitSummary:
 
 
 def summarize_fit(
-    root: Path,
-    record: RunRecord,
+    session: RunSession,
+    run: RunState,
     stream: ActivationStream,
-    throughput: Throughput,
-    verify: Verify,
-    first_step: int,
     steps: int,
-    warnings: tuple[str, ...],
+    seconds: float,
+    rows_per_second: float,
+    data_wait: float,
 ) -> FitSummary:
     """Summarize a finished run from its files and the stream's counters.
 
     Args:
-        root: folder of the run.
-        record: the run's record.
+        session: the call of `fit`.
+        run: the run.
         stream: the stream that the run has read.
-        throughput: time and speed of this call.
-        verify: the option --verify.
-        first_step: steps done before this call.
-        steps: steps done after it.
-        warnings: warnings of the start.
+        steps: steps of the whole run.
+        seconds: seconds from the first step of this call to the last line of metrics.jsonl.
+        rows_per_second: speed in this call.
+        data_wait: share of the seconds spent waiting for rows.
 
     Raises:
         FormatError: metrics.jsonl is missing or damaged.
     """
-    line = last_line(root / METRICS, key="saes")
+    record, metrics = run.record, session.root / METRICS
+    line = last_line(metrics, key="saes")
     if line is None:  # lost after the run had finished: training always writes it
-        raise FormatError(f"{root / METRICS} is missing or empty", remedy="restore it from a copy")
+        raise FormatError(f"{metrics} is missing or empty", remedy="restore it from a copy")
+    bytes_per_second = rows_per_second * stream.row_bytes
+    first, shards = stream.seconds_to_first, stream.seconds_for_shards
+    waits = WaitTimes(seconds, stream.seconds_waited, first, shards)
+    limit = bottleneck_message(waits, bytes_per_second, session.config.verify)
     return FitSummary(
-        run=str(root),
+        run=str(session.root),
         steps=steps,
-        new_steps=steps - first_step,
+        new_steps=steps - run.step,
         rows=steps * record.plan.batch_size,
-        rows_per_second=throughput.rows_per_second,
-        bytes_per_second=throughput.rows_per_second * stream.row_bytes,
-        data_wait=throughput.data_wait,
-        limit=_limit(stream, throughput, verify) if steps > first_step else None,
+        rows_per_second=rows_per_second,
+        bytes_per_second=bytes_per_second,
+        data_wait=data_wait,
+        limit=limit if steps > run.step else None,
         dead_after=record.dead_after,
-        saes=sae_metrics(root / METRICS, line, [entry.name for entry in record.saes]),
-        held_out=(last_line(root / METRICS, key="val") or {"val": {}})["val"],
-        best=_bests(root, record),
-        warnings=(*warnings, *_ended_early(record, steps)),
+        saes=sae_metrics(metrics, line, [entry.name for entry in record.saes]),
+        held_out=(last_line(metrics, key="val") or {"val": {}})["val"],
+        best=_bests(session.root, record),
+        warnings=(*run.warnings, *run.restore_warnings, *_ended_early(record, steps)),
     )
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Time and speed of a call of `fit`."""
-
-    seconds: float
-    """From the first step to the last line of metrics.jsonl."""
-    rows_per_second: float
-    data_wait: float
-    """Share of the time spent waiting for rows."""
-
-
-def _limit(stream: ActivationStream, throughput: Throughput, verify: Verify) -> str:
-    waits = WaitTimes(
-        throughput.seconds,
-        stream.seconds_waited,
-        stream.seconds_to_first,
-        stream.seconds_for_shards,
-    )
-    return bottleneck_message(waits, throughput.rows_per_second * stream.row_bytes, verify)
 
 
 def _ended_early(record: RunRecord, steps: int) -> tuple[str, ...]:
@@ -176,9 +159,9 @@ def bottleneck_message(waits: WaitTimes, bytes_per_second: float, verify: str) -
     if waits.shards > waits.rows / 2:
         return f"The harvest was the limit ({waited}): this run was waiting for its shards."
     if waits.first > waits.rows / 2:
-        spared = "" if verify == "never" else "--verify never after `actcache verify`, "
+        verified = "" if verify == "never" else "--verify never after `actcache verify`, "
         return (
-            f"The start was the limit ({waited}, most of it before the first step): {spared}"
+            f"The start was the limit ({waited}, most of it before the first step): {verified}"
             "a smaller --buffer-bytes or a longer run would help."
         )
     if share < _DISK:

@@ -73,7 +73,7 @@ class PretrainedSaes:
                 expected=f"{CONFIG} and {WEIGHTS}, in it or in folders named after hookpoints",
             )
 
-    def kinds(self, entries: Sequence[SaeEntry]) -> list[SaeConfig]:
+    def configs(self, entries: Sequence[SaeEntry]) -> list[SaeConfig]:
         """Return the configuration of each SAE of a run, from entries made of the options alone.
 
         Raises:
@@ -81,7 +81,7 @@ class PretrainedSaes:
             ConfigError: the options contradict a pretrained SAE.
             FormatError: a configuration file is damaged.
         """
-        return [self._kind(*each) for each in zip(entries, self._assign(entries), strict=True)]
+        return [self._config(*each) for each in zip(entries, self._assign(entries), strict=True)]
 
     def sources(self, entries: Sequence[SaeEntry]) -> tuple[PretrainedSource, ...]:
         """Return what run.json records of the weights: path, revision and digest."""
@@ -117,7 +117,7 @@ class PretrainedSaes:
             remedy="name the folder of one" if below else "--hookpoint, or another path",
         )
 
-    def _kind(self, entry: SaeEntry, name: str) -> SaeConfig:
+    def _config(self, entry: SaeEntry, name: str) -> SaeConfig:
         folder, path = self._folder / name, self._recorded_path(name)
         require_norm(read_config(folder).normalize_decoder, path, entry.config, entry.options)
         return require_compatible(read_sae_config(folder), path, entry.config, entry.options)

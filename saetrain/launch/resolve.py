@@ -40,7 +40,7 @@ from saetrain.runs.segments import first_segment, require_batch
 from saetrain.tracking.wandb_mirror import new_id
 from saetrain.training.init import FirstRows, with_initial_scales
 
-Kinds = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
+ConfigsOf = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
 _DEAD_AFTER = 10_000_000
 
 
@@ -59,7 +59,7 @@ def resolve_run(
         ActcacheError: one of its subclasses: the options cannot be carried out with this cache.
     """
     origins = None if config.finetune is None else PretrainedSaes(config.finetune)
-    entries = sae_entries(config, cache, None if origins is None else origins.kinds)
+    entries = sae_entries(config, cache, None if origins is None else origins.configs)
     pool_rows = budget_of(config, cache, hookpoints_of(entries)).pool_rows
     make_order = _order_in_segments if config.follow else _order
     order = make_order(config, cache, pool_rows)
@@ -223,7 +223,7 @@ def resume_record(
             steps = whole_updates(config, record.steps)
         else:
             steps = planned_steps(config, record.plan.steps_per_epoch)
-        entries = sae_entries(config, cache, functools.partial(_kinds_of, record))
+        entries = sae_entries(config, cache, functools.partial(_resumed_configs, record))
         saes, done = with_default_lr(entries, steps), newest_step(root) or 0
         updated = apply_overrides(record, config, options, saes, steps, done)
     else:
@@ -236,7 +236,7 @@ def resume_record(
         if now.get(name) != then
     ]
     warnings = tuple(
-        f"{name} is {now.get(name)} now; this run was begun with {then}"
+        f"{name} is {now.get(name)} now; this run was started with {then}"
         for name, then in record.versions.items()
         if now.get(name) != then
     )
@@ -248,7 +248,7 @@ def resume_record(
     return updated, (*options.values(), *libraries, *shares), warnings
 
 
-def _kinds_of(record: RunRecord, entries: Sequence[SaeEntry]) -> list[SaeConfig]:
+def _resumed_configs(record: RunRecord, entries: Sequence[SaeEntry]) -> list[SaeConfig]:
     """Return the recorded configurations with the sparsity of new options, without the weights."""
     return [
         sae.config
@@ -296,14 +296,14 @@ def run_options(config: FitConfig) -> FitConfig:
 
 
 def sae_entries(
-    config: FitConfig, cache: Cache, kinds: Kinds | None = None
+    config: FitConfig, cache: Cache, configs_of: ConfigsOf | None = None
 ) -> tuple[SaeEntry, ...]:
     """List the SAEs of a run, by hookpoint; `with_default_lr` completes the learning rates.
 
     Args:
         config: the options.
         cache: the rows.
-        kinds: with --finetune, maps entries without weights to the configurations of the
+        configs_of: with --finetune, maps entries without weights to the configurations of the
             pretrained SAEs; None: read from the files.
     """
     hookpoints = assign_hookpoints(config, cache)
@@ -315,8 +315,8 @@ def sae_entries(
     )
     if config.finetune is None:
         return entries
-    kinds = kinds or PretrainedSaes(config.finetune).kinds
-    return tuple(map(_with_kind, entries, kinds(entries)))
+    configs_of = configs_of or PretrainedSaes(config.finetune).configs
+    return tuple(map(_with_config, entries, configs_of(entries)))
 
 
 def with_default_lr(entries: Sequence[SaeEntry], steps: int) -> tuple[SaeEntry, ...]:
@@ -344,11 +344,11 @@ def _default_lr(sizes: SaeConfig, options: SaeOptions, steps: int | None = None)
     return default_lr(options.optimizer, sizes.num_latents, sizes.d_in, steps)
 
 
-def _with_kind(entry: SaeEntry, kind: SaeConfig) -> SaeEntry:
+def _with_config(entry: SaeEntry, found: SaeConfig) -> SaeEntry:
     lr = entry.options.lr
     if lr is None:
-        lr = _default_lr(kind, entry.options)
-    return dataclasses.replace(entry, config=kind, lr=lr)
+        lr = _default_lr(found, entry.options)
+    return dataclasses.replace(entry, config=found, lr=lr)
 
 
 def _entry(

@@ -146,7 +146,7 @@ def test_changed_library_versions_give_warnings_on_resume(options: Options) -> N
     now = run["versions"]["torch"]
     run["versions"]["torch"] = "0.1"
     path.write_text(json.dumps(run))
-    assert fit(config).warnings == (f"torch is {now} now; this run was begun with 0.1",)
+    assert fit(config).warnings == (f"torch is {now} now; this run was started with 0.1",)
 
 
 def test_a_resumed_run_records_the_absolute_path_of_its_cache(

@@ -265,7 +265,7 @@ def test_changed_library_versions_are_recorded_with_the_step(begun: FitConfig) -
     now = run["versions"]["torch"]
     run["versions"]["torch"] = "0.1"
     path.write_text(json.dumps(run))
-    assert fit(begun).warnings == (f"torch is {now} now; this run was begun with 0.1",)
+    assert fit(begun).warnings == (f"torch is {now} now; this run was started with 0.1",)
     (change,) = read_run(Path(begun.out)).history
     assert (change.step, change.changes) == (12, (f"torch: 0.1 then, {now} now",))
     assert change.versions["torch"] == now

@@ -192,8 +192,8 @@ def test_runs_of_several_processes_equal_those_of_one_and_resume_exactly(
     fit(FitConfig(**modules(base, at_9, resume=True) | {"saes": grid_of(MIXED)}))
     assert snapshot(at_9) == one
     record = (tmp_path / "modules" / "run.json").read_text()
-    there, here = str(tmp_path / "modules"), str(alone / "modules")
-    assert record.replace(there, here) == (alone / "modules" / "run.json").read_text()
+    old_path, new_path = str(tmp_path / "modules"), str(alone / "modules")
+    assert record.replace(old_path, new_path) == (alone / "modules" / "run.json").read_text()
 
     for more in ({}, {"resume": True, "epochs": 4, "force_config": True}):
         fit(FitConfig(**few(base, tmp_path / "few-alone", **more) | {"saes": grid_of(MIXED[:1])}))

@@ -368,7 +368,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def hub(root: Path, repository: str) -> Iterator[tuple[str, list[str]]]:
     """Serve the Hub's download API locally, and record the requested files."""
     files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-    asked: list[str] = []
+    requested: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -388,8 +388,8 @@ def hub(root: Path, repository: str) -> Iterator[tuple[str, list[str]]]:
                         ]
                     ).encode()
             elif path.startswith(resolve) and path.removeprefix(resolve) in files:
-                asked.append(path.removeprefix(resolve))
-                body = files[asked[-1]]
+                requested.append(path.removeprefix(resolve))
+                body = files[requested[-1]]
                 headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
             else:
                 self.send_error(404)
@@ -408,7 +408,7 @@ def hub(root: Path, repository: str) -> Iterator[tuple[str, list[str]]]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requested
     finally:
         server.shutdown()
         thread.join()
@@ -422,7 +422,7 @@ def test_the_command_starts_from_a_repository_of_the_hub(
     program = str(Path(sys.executable).with_name("saetrain"))
     command = [program, "fit", config.cache, "--out", config.out, "--finetune", "someone/saes"]
     command += ["--batch-size", "32", "--device", "cpu", "--hookpoint", "layers.1", "--resume"]
-    with hub(published, "someone/saes") as (endpoint, asked):
+    with hub(published, "someone/saes") as (endpoint, requested):
         environment = os.environ | {
             "HF_ENDPOINT": endpoint,
             "HF_HUB_OFFLINE": "0",
@@ -435,5 +435,7 @@ def test_the_command_starts_from_a_repository_of_the_hub(
     record = read_run(Path(config.out))
     file = digest_file(published / "layers.1" / "sae.safetensors")
     assert record.origins == (PretrainedSource("someone/saes/layers.1", COMMIT, file),)
-    assert {name for name in asked if not name.endswith("cfg.json")} == {"layers.1/sae.safetensors"}
+    assert {name for name in requested if not name.endswith("cfg.json")} == {
+        "layers.1/sae.safetensors"
+    }
     assert (Path(config.out) / RUN).exists()

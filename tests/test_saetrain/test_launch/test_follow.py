@@ -364,10 +364,10 @@ def test_waiting_prints_one_line_per_segment_and_no_warning_while_the_harvest_ru
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    waited, tell = threading.Event(), HarvestWaitNotice.__call__
+    waited, notify = threading.Event(), HarvestWaitNotice.__call__
 
     def note(waiting: HarvestWaitNotice, shard: int) -> None:
-        tell(waiting, shard)
+        notify(waiting, shard)
         waited.set()
 
     monkeypatch.setattr(HarvestWaitNotice, "__call__", note)

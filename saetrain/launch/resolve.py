@@ -313,20 +313,22 @@ def sae_entries(
         for roles in hookpoints
         for setting, options in saes_at(config, roles.name).items()
     )
-    if config.finetune is None:
-        return entries
-    configs_of = configs_of or PretrainedSaes(config.finetune).configs
-    return tuple(map(_with_config, entries, configs_of(entries)))
+    if config.finetune is not None:
+        configs_of = configs_of or PretrainedSaes(config.finetune).configs
+        found = zip(entries, configs_of(entries), strict=False)  # a resume may have more
+        entries = tuple(dataclasses.replace(entry, config=sizes) for entry, sizes in found)
+    return with_default_lr(entries, None)
 
 
-def with_default_lr(entries: Sequence[SaeEntry], steps: int) -> tuple[SaeEntry, ...]:
-    """Fill in the default learning rates for a run of `steps` steps, where no --lr is given."""
-    return tuple(
-        dataclasses.replace(entry, lr=_default_lr(entry.config, entry.options, steps))
-        if entry.options.lr is None
-        else entry
-        for entry in entries
-    )
+def with_default_lr(entries: Sequence[SaeEntry], steps: int | None) -> tuple[SaeEntry, ...]:
+    """Fill in learning rates where no --lr is given, for a run of `steps` steps, if known."""
+
+    def fill_in(entry: SaeEntry) -> SaeEntry:
+        sizes, optimizer = entry.config, entry.options.optimizer
+        lr = default_lr(optimizer, sizes.num_latents, sizes.d_in, steps)
+        return dataclasses.replace(entry, lr=lr)
+
+    return tuple(entry if entry.options.lr is not None else fill_in(entry) for entry in entries)
 
 
 def steps_ahead(config: FitConfig, cache: Cache, pool_rows: int) -> int | None:
@@ -340,21 +342,10 @@ def steps_ahead(config: FitConfig, cache: Cache, pool_rows: int) -> int | None:
     )
 
 
-def _default_lr(sizes: SaeConfig, options: SaeOptions, steps: int | None = None) -> float:
-    return default_lr(options.optimizer, sizes.num_latents, sizes.d_in, steps)
-
-
-def _with_config(entry: SaeEntry, found: SaeConfig) -> SaeEntry:
-    lr = entry.options.lr
-    if lr is None:
-        lr = _default_lr(found, entry.options)
-    return dataclasses.replace(entry, config=found, lr=lr)
-
-
 def _entry(
     config: FitConfig, roles: HookpointRoles, cache: Cache, setting: str, options: SaeOptions
 ) -> SaeEntry:
-    """Resolve the configuration and learning rate of one SAE."""
+    """Resolve the configuration of one SAE; `with_default_lr` fills in lr 0."""
     width = cache.manifest.width
     inputs = roles.reads or (roles.name,)
     widths = tuple(width(name) for name in inputs)
@@ -378,7 +369,7 @@ def _entry(
         threshold=SaeConfig.threshold if options.threshold is None else options.threshold,
         bandwidth=SaeConfig.bandwidth if options.bandwidth is None else options.bandwidth,
     )
-    lr = options.lr if options.lr is not None else _default_lr(sizes, options)
+    lr = 0.0 if options.lr is None else options.lr
     return SaeEntry(
         roles.name, sizes, lr, options.seed, setting, options, roles.reads, roles.predicts
     )

@@ -30,7 +30,13 @@ from saetrain.distributed.metric_gathering import (
 )
 from saetrain.distributed.partition import SaeCost, max_lead_steps, partition
 from saetrain.distributed.process_group import Failure, RemoteRankError, StoreGroup, connect
-from saetrain.distributed.signals import REPEAT_WINDOW, RunStopped, StopRequested, StopSignals
+from saetrain.distributed.signals import (
+    REPEAT_WINDOW,
+    RunStopped,
+    StopRequested,
+    StopSignals,
+    exit_code_of,
+)
 from saetrain.runs.checkpoint import NEWEST, RetentionPolicy, SaeState, finalize_checkpoint
 from saetrain.runs.record import RunRecord, SaeEntry
 from saetrain.tracking.jsonl import JsonlTracker
@@ -240,7 +246,7 @@ class DdpCoordinator(MultiProcessCoordinator):
             pass
         except Exception as read_error:
             error = read_error
-        code = 0 if error is None else getattr(error, "exit_code", 1)
+        code = 0 if error is None else exit_code_of(error)
         if error is None and self.stop_is_requested():
             code = _SIGNAL + (self.stop_signals.received or 0)
         codes = all_gather_int(code)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from actcache.core.distributed import World
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.errors import ActcacheError, RunError
-from saetrain.distributed.signals import RunStopped
+from saetrain.distributed.signals import RunStopped, exit_code_of
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -171,9 +171,9 @@ class StoreGroup:
                 return cause
             if self._store.add("failures", 1) > 1:
                 return RemoteRankError(self._failure())
-            code = getattr(cause, "exit_code", 130 if isinstance(cause, KeyboardInterrupt) else 1)
             first_line = (str(cause) or type(cause).__name__).splitlines()[0]
-            self.put("failed", to_json(Failure(self.rank, int(code), first_line)).decode())
+            failure = Failure(self.rank, exit_code_of(cause), first_line)
+            self.put("failed", to_json(failure).decode())
             return cause
         return error
 
@@ -281,7 +281,7 @@ class StoreGroup:
                 self.on_forced_exit(cause)
                 print(f"error: {cause}", file=sys.stderr, flush=True)  # noqa: T201
             sys.stdout.flush()
-            os._exit(getattr(cause, "exit_code", 1))
+            os._exit(exit_code_of(cause))
 
 
 def _is_of_a_collective(error: BaseException) -> bool:

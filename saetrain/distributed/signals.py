@@ -52,6 +52,11 @@ class StopRequested(BaseException):
         super().__init__(signal_.name)
 
 
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of an exception: its `exit_code`, else 130 for Ctrl-C, else 1."""
+    return int(getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1))
+
+
 class StopSignals:
     """Handlers of SIGTERM and SIGINT, from `install` until the context is left.
 

@@ -13,7 +13,7 @@ from actcache.errors import RunError
 from actcache.format.manifest import MANIFEST
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.memory_budget import extra_windows
-from actcache.stream.read_tuning import ProbeResult, probe_read_settings
+from actcache.stream.verified_reads import ProbeResult, probe_read_settings
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.resolve import budget_of, resolve_run, resume_record, write_option_changes
 from saetrain.launch.session import EXIT, RunSession, run_session

@@ -16,7 +16,7 @@ from actcache.errors import ActcacheError, DiskFullError, RunError
 from actcache.filesystem.atomic import DirectoryLock, remove_partials, write_atomic
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator, init_coordinator, reports_outcome
-from saetrain.distributed.signals import RunStopped, StopSignals
+from saetrain.distributed.signals import RunStopped, StopSignals, exit_code_of
 from saetrain.runs.checkpoint import newest_step
 from saetrain.runs.record import LOCK, RUN
 
@@ -80,7 +80,8 @@ def run_session(config: FitConfig) -> Iterator[RunSession]:
     lock = DirectoryLock(root, LOCK, "fit")
 
     def record_exit(error: BaseException | None) -> None:
-        if (lock.held or stopped_before_start(root, error)) and reports_outcome(error):
+        started = lock.held and (root / RUN).exists()
+        if (started or stopped_before_start(root, error)) and reports_outcome(error):
             write_exit_status(root, error)
 
     try:
@@ -118,26 +119,17 @@ def stopped_before_start(root: Path, error: BaseException | None) -> bool:
 
 
 def write_exit_status(root: Path, error: BaseException | None) -> None:
-    """Write `exit.json`, if the run exists or a signal has ended it before its first file."""
-    exists = (root / RUN).exists()
-    if exists or stopped_before_start(root, error):
-        code, reason = (0, "finished") if error is None else (_code(error), _reason(error))
-        with suppress(ActcacheError, OSError):  # must not hide the error that ended the run
-            step = newest_step(root) if exists else None
-            write_atomic(root / EXIT, [to_json(ExitStatus(code, reason, step or 0))])
-
-
-def _code(error: BaseException) -> int:
-    code = getattr(error, "exit_code", None)  # of ActcacheError, RunStopped and the CLI's signals
-    if isinstance(code, int):
-        return code
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    """Write `exit.json` for a run that has ended with an error, or with None."""
+    code, reason = (0, "finished") if error is None else (exit_code_of(error), _reason(error))
+    with suppress(ActcacheError, OSError):  # must not hide the error that ended the run
+        step = newest_step(root) if (root / RUN).exists() else None
+        write_atomic(root / EXIT, [to_json(ExitStatus(code, reason, step or 0))])
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, RunStopped):
         return error.signal.name
     if isinstance(error, KeyboardInterrupt):
-        return "SIGTERM" if _code(error) == 143 else "SIGINT"
+        return "SIGTERM" if exit_code_of(error) == 143 else "SIGINT"
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")

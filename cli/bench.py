@@ -1,4 +1,4 @@
-"""`actcache bench`: how fast this machine reads a cache."""
+"""`actcache bench`: speed at which this machine reads a cache."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from .tables import table
 def run(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
     hookpoint: Annotated[
-        list[str] | None, typer.Option(help="Read this one; repeatable. Default: all together.")
+        list[str] | None,
+        typer.Option(help="Read this hookpoint; repeatable. Default: all together."),
     ] = None,
-    max_bytes: Annotated[int, typer.Option(min=1, help="Read shards up to so many bytes.")] = 2**30,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Limit on the bytes of shards.")] = 2**30,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 4096,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads that read. Default: by a short probe.")
+        int | None, typer.Option(min=1, help="Reading threads. Default: by a short probe.")
     ] = None,
     block_cache: BlockCache = None,
     block_cache_bytes: BlockCacheBytes = None,
@@ -41,7 +42,17 @@ def run(
         threads=threads,
     )
     if json:
-        print_json(dataclasses.asdict(found))
+        settings = found.reading
+        print_json(
+            dataclasses.asdict(found)
+            | {
+                "reading": {
+                    "threads": settings.threads,
+                    "piece": settings.max_read_bytes,
+                    "ahead": settings.readahead,
+                }
+            }
+        )
         return
     rows = [
         [speed.what, f"{format_bytes(speed.bytes_per_second)}/s", f"{speed.rows_per_second:,.0f}"]

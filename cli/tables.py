@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need, words to the left, numbers to the right."""
+    """Align columns: text to the left, numbers to the right."""
     columns = list(zip(header, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]

@@ -1,4 +1,4 @@
-"""Plots made of characters."""
+"""Plots from block characters, or ASCII where the encoding lacks them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ASCII_SHADES = " .+*#"
 
 
 def can_draw() -> bool:
-    """Whether stdout's encoding has block characters."""
+    """Return whether stdout's encoding has block characters."""
     try:
         BLOCKS.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -22,12 +22,12 @@ def can_draw() -> bool:
 
 
 def sparkline(counts: Sequence[int], columns: int) -> str:
-    """Counts as one line of bars; whatever is above 0 can be seen.
+    """Draw counts as one line of bars; every count above 0 is visible.
 
     Args:
         counts: one for each bin.
-        columns: most characters that the line may take. Bins share them evenly: each has the same
-            number of columns, or each column the same number of bins.
+        columns: largest number of characters. Each bin takes the same number of columns, or each
+            column the same number of bins.
     """
     blocks = BLOCKS if can_draw() else ASCII_BLOCKS
     bins = _regroup(counts, columns)
@@ -37,12 +37,12 @@ def sparkline(counts: Sequence[int], columns: int) -> str:
 
 
 def plot(counts: Sequence[int], edges: Sequence[float], columns: int, rows: int = 8) -> list[str]:
-    """A histogram of several lines: percent of all on the left, edges of bins below.
+    """Draw a histogram of several lines: percent of all on the left, edges of bins below.
 
     Args:
         counts: one for each bin.
-        edges: where bins begin and the last ends.
-        columns: width of the whole.
+        edges: edges of the bins, one more than counts.
+        columns: total width.
         rows: height of the bars.
     """
     blocks, margin = (BLOCKS if can_draw() else ASCII_BLOCKS), 7
@@ -71,7 +71,7 @@ def plot(counts: Sequence[int], edges: Sequence[float], columns: int, rows: int 
 
 
 def shade(value: float | None) -> str:
-    """A cosine as two characters: the nearer to 1 the darker; below 0 with a minus."""
+    """Draw a cosine as two characters: darker towards 1, with a minus below 0."""
     if value is None:
         return "  "
     shades = SHADES if can_draw() else ASCII_SHADES
@@ -80,7 +80,7 @@ def shade(value: float | None) -> str:
 
 
 def fit(text: str, columns: int) -> str:
-    """A name in so many columns; a long one loses its middle."""
+    """Fit a name into so many columns by cutting out its middle."""
     if len(text) <= columns:
         return text
     tail = (columns - 1) // 2
@@ -88,14 +88,14 @@ def fit(text: str, columns: int) -> str:
 
 
 def width_of(text: str) -> int:
-    """Columns that a text takes in a terminal."""
+    """Return the number of columns that a text takes in a terminal."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     marks = sum(unicodedata.combining(c) != 0 for c in text)
     return len(text) + wide - marks
 
 
 def _regroup(counts: Sequence[int], columns: int, widest: int = 4) -> list[int]:
-    """Bins for so many columns: each bin repeated, or as many added up, as goes evenly."""
+    """Repeat each bin, or sum up groups of bins, to fit so many columns evenly."""
     if not counts or columns <= 0:
         return []
     if len(counts) <= columns:

@@ -1,6 +1,7 @@
-"""A cache's rows as other trainers take them: shuffled, float32, resumable.
+"""Adapters that give a cache's rows to other trainers: shuffled, float32, resumable.
 
-`open_feed` makes a `Feed`; the rest turn it into what a trainer wants. No peer is imported here.
+`open_feed` creates a `Feed`; the classes convert it to the interfaces of NumPy, torch's DataLoader,
+SAELens and dictionary_learning. None of these trainers is imported.
 """
 
 from actcache.adapters.feed import Feed, open_feed

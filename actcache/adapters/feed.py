@@ -1,4 +1,4 @@
-"""From few arguments to rows in an order: what every adapter starts from."""
+"""`Feed`: the rows of a cache in a fixed order, from which every adapter starts."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from actcache.stream.verified_reads import Verify
 
 @dataclass(frozen=True, eq=False)
 class Feed:
-    """Rows of some hookpoints of a cache, aligned, in the order of a plan. Nothing is read yet."""
+    """Aligned rows of some hookpoints of a cache, in the order of a plan. Reading starts later."""
 
     cache: Cache
     hookpoints: tuple[str, ...]
-    """Which to read; nothing else is read."""
+    """Hookpoints to read; no others are read."""
     plan: OrderPlan
     epochs: int | None
     """Passes over the rows; None: endless."""
     held_out_shards: tuple[int, ...]
-    """Shards that are not among the plan's."""
+    """Shards that the plan leaves out."""
 
     def held_out(self, batch_size: int | None = None) -> Feed:
-        """The held-out rows, to evaluate on: one pass, in an order of their own.
+        """Return a feed of the held-out rows for evaluation: one epoch, in an order of its own.
 
-        As of all feeds, fewer than B + L rows are left out of the pass.
+        As in every feed, fewer than B + L rows are left out of an epoch.
 
         Args:
-            batch_size: rows of a batch; None: as in training, or all rows if they are fewer.
+            batch_size: rows of a batch; None: that of training, or all rows if they are fewer.
 
         Raises:
-            ConfigError: nothing was held out, or the batch is larger than what was.
+            ConfigError: no rows are held out, or they are fewer than a batch.
         """
         if not self.held_out_shards:
             raise ConfigError(
-                f"of {self.cache.root}, no rows were held out",
+                f"no rows of {self.cache.root} were held out",
                 remedy="open_feed with a val_fraction above 0",
             )
         shards = _with_rows(self.cache, self.held_out_shards)
@@ -58,7 +58,7 @@ class Feed:
         text: bool = False,
         verify: Verify = "first-read",
     ) -> ActivationStream:
-        """The rows as an `ActivationStream`, whose arguments these are."""
+        """Open the rows as an `ActivationStream`; the arguments are those of the stream."""
         return ActivationStream(
             self.cache,
             self.hookpoints,
@@ -83,19 +83,19 @@ def open_feed(
     pool_rows: int = POOL_ROWS,
     epochs: int | None = None,
 ) -> Feed:
-    """The training rows of a cache; `held_out` of what comes back has the others.
+    """Open a feed of the training rows of a cache; its `held_out` has the other rows.
 
-    Batches and split are those of `saetrain fit` with the same options, --pool-rows among them:
-    otherwise that takes its pool from a budget of bytes.
+    Batches and split are those of `saetrain fit` with the same options. Pass --pool-rows there too:
+    without it, `fit` derives the pool from a budget of bytes.
 
     Args:
-        cache: its folder, or the cache itself.
-        hookpoint: which activations, or several, whose rows are then aligned.
+        cache: folder of the cache, or an open `Cache`.
+        hookpoint: name of the hookpoint, or several, whose rows are then aligned.
         batch_size: rows of a global batch.
-        seed: of the order and of the held-out split.
+        seed: seed of the order and of the held-out split.
         val_fraction: share of the shards that is held out; 0: none.
-        pool_rows: rows held in memory, to be mixed; part of the order.
-        epochs: passes over the rows; None: endless, which is what other trainers expect.
+        pool_rows: rows held in memory for shuffling; the order depends on it.
+        epochs: passes over the rows; None: endless, as other trainers expect.
 
     Raises:
         EmptyCacheError: there is no cache, or it has too few shards to hold one out.

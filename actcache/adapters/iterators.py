@@ -1,4 +1,4 @@
-"""Iterators over a feed, in this process: for NumPy, SAELens and dictionary_learning.
+"""Iterators over a feed in the calling process, for NumPy, SAELens and dictionary_learning.
 
 Letters: B rows of a batch, D d_in.
 """
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 class Batches(ABC, Generic[T]):
-    """A feed's batches, each converted to float32: exact for every type of a cache.
+    """Batches of a feed, converted to float32, which is exact for every type on disk.
 
-    Reading ahead begins with the first batch. `close`, leaving the context, or forgetting the
-    iterator ends it.
+    Prefetch starts with the first batch. It ends with `close`, at the end of a `with` block, or
+    when the iterator is garbage-collected.
     """
 
     def __init__(self, feed: Feed) -> None:
@@ -41,7 +41,7 @@ class Batches(ABC, Generic[T]):
         return self
 
     def __next__(self) -> T:
-        """The next batch; a reader's error is raised here."""
+        """Return the next batch; an error of the reading threads is raised here."""
         return self._convert(next(self._stream))
 
     def __enter__(self) -> Self:
@@ -51,15 +51,15 @@ class Batches(ABC, Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Stop reading ahead. Taking another batch is then an error."""
+        """Stop the prefetch. Taking another batch is an error afterwards."""
         self._stream.close()
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch lies: save it beside the trainer's own state."""
+        """Return the position of the next batch, to be saved with the trainer's state."""
         return self._stream.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a state of the same feed. Only before the first batch is taken."""
+        """Resume from a state of the same feed. Only allowed before the first batch."""
         self._stream.load_state_dict(state)
 
 
@@ -76,14 +76,14 @@ class NumpyBatches(Batches[NDArray[np.float32]]):
 
 
 class HookpointBatches(Batches["dict[str, torch.Tensor]"]):
-    """Batches of several hookpoints, aligned, by name: what SAELens's `MultiSAETrainer` takes.
+    """Aligned batches of several hookpoints by name, for SAELens's `MultiSAETrainer`.
 
-    Row i is the same token at every hookpoint, as transcoders and crosscoders need it. Each float32
+    Row i is the same token at every hookpoint, as transcoders and crosscoders require. Each float32
     [B, D]
 
     Args:
         feed: the rows.
-        device: torch device to put them on.
+        device: torch device of the batches.
     """
 
     def __init__(self, feed: Feed, device: str | torch.device = "cpu") -> None:
@@ -95,14 +95,14 @@ class HookpointBatches(Batches["dict[str, torch.Tensor]"]):
 
 
 class SaeLensBatches(Batches["torch.Tensor"]):
-    """Batches of one hookpoint: the data provider of SAELens 6's `SAETrainer`. Each float32 [B, D]
+    """Batches of one hookpoint, for SAELens 6's `SAETrainer`. Each float32 [B, D]
 
-    `batch_size` is the trainer's `train_batch_size_samples`. An estimate of the activations' scale
-    (`normalize_activations`) takes its batches from here too, so that training begins after them.
+    `batch_size` is the trainer's `train_batch_size_samples`. The estimate of the activations' scale
+    (`normalize_activations`) consumes the first batches, and training starts after them.
 
     Args:
-        feed: the rows; endless, because the trainer counts its samples itself.
-        device: torch device to put them on.
+        feed: the rows; endless, since the trainer stops by its own count of samples.
+        device: torch device of the batches.
     """
 
     def __init__(self, feed: Feed, device: str | torch.device = "cpu") -> None:
@@ -117,12 +117,12 @@ class SaeLensBatches(Batches["torch.Tensor"]):
 class DictionaryLearningBuffer(SaeLensBatches):
     """Batches of one hookpoint: `data` for dictionary_learning's `trainSAE`. Each float32 [B, D]
 
-    Put them on the trainer's device: its first step expects them there.
+    Pass the trainer's device: its first step requires the batches there.
     """
 
     @property
     def config(self) -> dict[str, object]:
-        """What `trainSAE` saves under "buffer", by its own buffer's names as far as they apply."""
+        """Return the settings that `trainSAE` saves under "buffer", under its own names."""
         manifest = self.feed.cache.manifest
         name, plan = self._hookpoint, self.feed.plan
         return {
@@ -139,7 +139,7 @@ class DictionaryLearningBuffer(SaeLensBatches):
 
 
 def only_hookpoint(feed: Feed) -> str:
-    """The hookpoint of a feed that has one; raises `ConfigError` for another number."""
+    """Return the hookpoint of a feed; raise `ConfigError` if it has more than one."""
     if len(feed.hookpoints) != 1:
         raise ConfigError(
             "these batches are of one hookpoint",
@@ -151,10 +151,10 @@ def only_hookpoint(feed: Feed) -> str:
 
 
 def to_float32(batch: Batch, device: str | torch.device) -> dict[str, torch.Tensor]:
-    """A batch's rows by hookpoint, on a device. Each float32 [n, D]"""
+    """Convert a batch's rows by hookpoint on a device. Each float32 [n, D]"""
     import torch
 
     return {
-        name: rows.to(device).to(torch.float32)  # the fewer bytes travel
+        name: rows.to(device).to(torch.float32)  # copied in the smaller type first
         for name, rows in batch.activations.items()
     }

@@ -1,4 +1,4 @@
-"""A feed under torch's `DataLoader`, with or without worker processes.
+"""A feed for torch's `DataLoader`, with or without worker processes.
 
 Each worker reads only its own lanes, so that no row is read twice. Letters: B rows of a global
 batch, L lanes, b = B/L, R ranks, W workers of each, D d_in.
@@ -17,23 +17,23 @@ from actcache.errors import ConfigError, RunError
 from actcache.stream.order import lanes_of_rank
 
 Rows = torch.Tensor | dict[str, torch.Tensor]
-"""Rows of a hookpoint; of several, by name. Each float32 [n, D]"""
+"""Rows of one hookpoint, or of several by name. Each float32 [n, D]"""
 
 
 class CacheDataset(IterableDataset[Rows]):
-    """Batches for `DataLoader(dataset, batch_size=None, num_workers=W)`: they come ready-made.
+    """Complete batches for `DataLoader(dataset, batch_size=None, num_workers=W)`.
 
-    Without workers each is a whole batch of this rank, B/R rows. With W workers each is a part of
-    one, B/(R·W) rows, and W of them in a row have the rows of one batch, whatever W is; joined by
-    `join_parts` they have them in the same order too. `CacheDataLoader` does all of that.
+    Without workers each item is a batch of this rank, B/R rows. With W workers each item has
+    B/(R·W) rows, and W consecutive items have the rows of one batch; `join_parts` restores their
+    order. `CacheDataLoader` does all of that.
 
-    Iterating again begins again where `load_state_dict` said. What a `DataLoader` has handed out is
-    not known here, because workers read ahead: count it, and ask `state_after`.
+    A new iteration starts at the state of `load_state_dict`. Workers prefetch, so the dataset
+    cannot count the batches that the `DataLoader` returned: count them, and call `state_after`.
 
     Args:
-        feed: the rows; its `epochs` say when iteration ends.
-        rank: number of this process among those that share each global batch.
-        world_size: how many they are, R.
+        feed: the rows; iteration ends after its `epochs`.
+        rank: rank of this process.
+        world_size: number of processes that share each global batch, R.
 
     Raises:
         ConfigError: the lanes cannot be divided among the ranks; from iteration, among the workers.
@@ -42,17 +42,17 @@ class CacheDataset(IterableDataset[Rows]):
     def __init__(self, feed: Feed, rank: int = 0, world_size: int = 1) -> None:
         self.feed, self.rank, self.world_size = feed, rank, world_size
         self._epoch = self._step = 0
-        lanes_of_rank(feed.plan.lanes, rank, world_size)  # refused here, not by a worker
+        lanes_of_rank(feed.plan.lanes, rank, world_size)  # raised here instead of in a worker
 
     def __iter__(self) -> Iterator[Rows]:
-        """This worker's parts, or whole batches outside of workers."""
+        """Yield this worker's shares of the batches, or complete batches without workers."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         self.require_workers(workers)
         stream = self.feed.stream(
             epoch=self._epoch,
             step=self._step,
-            # Lanes l with l mod R·W = rank + R·worker: of this rank's, every W-th.
+            # Lanes l with l mod R·W = rank + R·worker: every W-th lane of this rank.
             rank=self.rank + self.world_size * worker,
             world_size=self.world_size * workers,
         )
@@ -62,38 +62,38 @@ class CacheDataset(IterableDataset[Rows]):
                 yield rows[self.feed.hookpoints[0]] if len(rows) == 1 else rows
 
     def require_workers(self, workers: int) -> None:
-        """Raise `ConfigError` unless so many workers, 0 for none, can share this rank's lanes."""
+        """Raise `ConfigError` unless the rank's lanes can be divided among the workers."""
         lanes = self.feed.plan.lanes // self.world_size
         if workers and lanes % workers:
-            able = [n for n in range(1, lanes + 1) if lanes % n == 0]
+            allowed = [n for n in range(1, lanes + 1) if lanes % n == 0]
             raise ConfigError(
                 f"{lanes} lanes cannot be divided among {workers} workers",
-                expected=f"num_workers 0, {', '.join(map(str, able))}",
+                expected=f"num_workers 0, {', '.join(map(str, allowed))}",
                 got=workers,
                 remedy="use one of these; lanes are the batch size's largest divisor up to 64",
             )
 
     def state_after(self, batches: int) -> dict[str, int]:
-        """Where the stream is after so many global batches since this dataset's beginning."""
+        """Return the state after so many global batches from this dataset's first one."""
         steps = self.feed.plan.steps_per_epoch
         epoch, step = divmod(self._epoch * steps + self._step + batches, steps)
         return {"epoch": epoch, "step": step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin where a state of the same feed says. Before workers are started."""
+        """Resume from a state of the same feed. Call it before the workers start."""
         self._epoch, self._step = state["epoch"], state["step"]
 
 
 class CacheDataLoader:
-    """This rank's batches, B/R rows each, read by worker processes: the same for any number.
+    """Batches of this rank, B/R rows each, read by worker processes; the same for any number.
 
-    The workers run from the first batch until `close`, the end of the feed, or until this is
-    forgotten.
+    The workers run from the first batch until `close`, the end of the feed, or until the loader is
+    garbage-collected.
 
     Args:
         dataset: the rows.
-        num_workers: processes, W; 0: none.
-        pin_memory: whether to copy rows to memory that a GPU takes them from faster.
+        num_workers: number of worker processes, W; 0: none.
+        pin_memory: whether rows are copied to pinned memory, for faster copies to a GPU.
 
     Raises:
         ConfigError: the lanes cannot be divided among the workers.
@@ -116,7 +116,7 @@ class CacheDataLoader:
         return self
 
     def __next__(self) -> Rows:
-        """The next batch; a worker's error is raised here."""
+        """Return the next batch; an error of a worker is raised here."""
         if self._closed:
             raise RunError("the batches are closed", remedy="make new ones from their state")
         if self._parts is None:
@@ -126,26 +126,26 @@ class CacheDataLoader:
         return join_parts(parts, self.dataset.feed.plan.rows_per_lane_and_batch)
 
     def close(self) -> None:
-        """End the workers. Taking another batch is then an error."""
+        """Stop the workers. Taking another batch is an error afterwards."""
         self._parts, self._closed = None, True
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch lies, for any number of workers and ranks."""
+        """Return the position of the next batch; valid for any number of workers and ranks."""
         return self.dataset.state_after(self._taken)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a state of the same feed. Only before the first batch is taken."""
+        """Resume from a state of the same feed. Only allowed before the first batch."""
         if self._taken:
             raise RunError("the batches have begun", remedy="load the state into new ones")
         self.dataset.load_state_dict(state)
 
 
 def join_parts(parts: list[Rows], rows_per_lane: int) -> Rows:
-    """The parts of one batch, worker after worker, to the batch as one process has it.
+    """Join the workers' shares of a batch in the row order of a single process.
 
     Args:
-        parts: what the workers gave. W of [n/W, D]
-        rows_per_lane: rows of a batch that a lane gives, b: the plan's `rows_per_lane_and_batch`.
+        parts: shares in the order of the workers. W of [n/W, D]
+        rows_per_lane: rows of a lane in a batch, b: the plan's `rows_per_lane_and_batch`.
 
     Returns:
         The rows, lane after lane. [n, D]
@@ -162,6 +162,6 @@ def join_parts(parts: list[Rows], rows_per_lane: int) -> Rows:
 def _join(parts: list[torch.Tensor], b: int) -> torch.Tensor:
     if len(parts) == 1:
         return parts[0]
-    lanes = [part.reshape(-1, b, part.shape[1]) for part in parts]  # W of [lanes of one, b, D]
-    # Worker w has the lanes w, w + W, ...: the first of each, then the second of each.
+    lanes = [part.reshape(-1, b, part.shape[1]) for part in parts]  # W of [lanes of a worker, b, D]
+    # Worker w has the lanes w, w + W, ...: take the first of each, then the second of each.
     return torch.stack(lanes, dim=1).flatten(0, 2)

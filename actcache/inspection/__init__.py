@@ -1,7 +1,8 @@
-"""What a cache holds, as facts: the command draws them, `--json` hands them on.
+"""Facts about a cache, for `actcache inspect` as text, JSON or an HTML page.
 
-Facts are frozen dataclasses of plain numbers and text, so that `dataclasses.asdict` is JSON. They
-come from receipts, statistics and logs; activations are read for `texts` alone, a row at a time.
+Facts are frozen dataclasses of plain numbers and text, so that `dataclasses.asdict` gives the JSON;
+`facts` formats them once for text and HTML. They come from receipts, statistics and logs. Only
+`samples` reads activations, one row at a time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which dimensions of a hookpoint stand out, and how alike the mean rows of hookpoints are.
+"""Outlier dimensions of a hookpoint, and cosines between the mean rows of hookpoints.
 
 D is the width. A few dimensions of a residual stream often hold most of its variance; an SAE spends
-its first latents on them. All figures come from the statistics that lie beside the rows.
+its first latents on them. All numbers come from the statistics files of the cache.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from actcache.format.statistics import Statistics
 OUTLIER = 6.0
 """A dimension is an outlier from this many times the median dimension's RMS or largest |x|."""
 LISTED = 10
-"""Dimensions named, of the largest RMS."""
+"""Number of dimensions listed, those of the largest RMS."""
 PROFILE_POINTS = 768
-"""Points that the RMS over all dimensions is drawn with."""
+"""Largest number of points of the plot of RMS by dimension."""
 COMPARED = 256
-"""Hookpoints whose means are compared: a matrix of more tells nobody anything."""
+"""Largest number of hookpoints whose means are compared: a larger matrix is unreadable."""
 
 Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One dimension, over the finite rows."""
+    """Statistics of one dimension over the finite rows."""
 
     dimension: int
     rms: float
@@ -47,24 +47,24 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The dimensions of one hookpoint."""
+    """Statistics of the dimensions of one hookpoint."""
 
     outliers: int
-    """How many are outliers."""
+    """Number of outliers."""
     median_rms: float
     """RMS of the median dimension."""
     largest: tuple[Dimension, ...]
     """Up to LISTED, by RMS, largest first."""
     profile_step: int
-    """Dimensions that each point of the profile stands for."""
+    """Number of dimensions that each point of the profile covers."""
     profile: tuple[float, ...]
     """Largest RMS of dimensions [i · step, (i + 1) · step)."""
 
 
 def describe(statistics: Statistics) -> Dimensions:
-    """The dimensions that stand out; of no finite row, all are 0."""
+    """Describe the largest dimensions and count outliers; all are 0 without a finite row."""
     count = max(statistics.count, 1)
-    with np.errstate(all="ignore"):  # statistics from elsewhere may hold anything
+    with np.errstate(all="ignore"):  # untrusted statistics may hold any value
         squares = np.maximum(statistics.total_squares, 0) / count  # [D]
         rms = np.nan_to_num(np.sqrt(squares), posinf=np.inf)
         variance = np.maximum(squares - np.square(statistics.mean), 0)
@@ -94,10 +94,10 @@ def describe(statistics: Statistics) -> Dimensions:
 
 
 def mean_cosines(means: Sequence[Vector]) -> tuple[tuple[float | None, ...], ...]:
-    """Cosine of the angle between the mean rows of every two hookpoints.
+    """Compute the cosine of the angle between the mean rows of every two hookpoints.
 
     Args:
-        means: mean row of each hookpoint; the first COMPARED are looked at. Each [D]
+        means: mean row of each hookpoint; only the first COMPARED are used. Each [D]
 
     Returns:
         A symmetric matrix; None between means of different widths, and where one is 0.
@@ -116,5 +116,5 @@ def _cosine(a: Vector, b: Vector) -> float | None:
 
 
 def _times_median(values: Vector) -> Vector:
-    """Each value over their median; where that is 0: infinite, but 0 of 0 is 0."""
+    """Divide values by their median. Division by 0 gives infinity, but 0 / 0 gives 0."""
     return np.nan_to_num(values / np.median(values), nan=0.0, posinf=np.inf)

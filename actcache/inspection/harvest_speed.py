@@ -1,7 +1,7 @@
-"""How fast a cache was harvested, from `logs/`: no part of the cache, and trusted with nothing.
+"""Speed of the harvest, read from `logs/`, which is outside the cache's format and untrusted.
 
-A log may be missing, cut in the middle of a line, or hold anything at all. What can be read is
-counted, what cannot is counted as that, and nothing is raised.
+A log may be missing, truncated, or hold arbitrary bytes. Valid entries are counted, invalid lines
+are counted as `unread`, and no error is raised.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from actcache.storage.preadv import read_exactly
 
 FOLDER = "logs"
 RANKS = 4096
-"""Logs read, those of the lowest ranks."""
+"""Largest number of logs that are read, those of the lowest ranks."""
 TAIL = 1 << 20
-"""Bytes read of each, from its end: some 8,000 shards."""
+"""Bytes read from the end of each log: about 8,000 shards."""
 _NAME = re.compile(r"harvest-rank([0-9]{1,6})\.jsonl")
-_LINE = 4096  # bytes that a line may have
-_SECONDS = 1e9  # a shard that took longer than 30 years was not harvested
+_LINE = 4096  # largest number of bytes of a line
+_SECONDS = 1e9  # larger values are invalid: 30 years for a shard
 
 
 @dataclass(frozen=True)
 class RankSpeed:
-    """What one process wrote, in all its runs, as far as its log tells."""
+    """Speed of one rank over all its runs, as far as its log has entries."""
 
     rank: int
     hosts: tuple[str, ...]
-    """Machines it ran on, the first three."""
+    """Host names, the first three."""
     shards: int
-    """Shards it published, of those that the cache has; made twice counts twice."""
+    """Number of published shards that the cache has; a shard made twice counts twice."""
     seconds: float
-    """Time between them, loading left out."""
+    """Time spent on them, without loading the model."""
     tokens_per_second: float
     bytes_per_second: float
     median_seconds: float
-    """Per shard."""
+    """Median time of a shard."""
     slowest_seconds: float
-    """Of one shard."""
+    """Longest time of a shard."""
     slowest_shard: int
     unread: int
-    """Lines of its log that are not an entry."""
+    """Number of invalid lines in the log."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,18 @@ class _Entry:
 def speed_by_rank(
     root: CachePath, receipts: Mapping[int, ShardReceipt], ctx_len: int
 ) -> tuple[RankSpeed, ...]:
-    """Speed of every process that left a log with an entry for one of these shards.
+    """Compute the speed of every rank whose log has an entry for one of these shards.
 
     Args:
-        root: the cache.
-        receipts: of the shards asked for.
+        root: folder of the cache.
+        receipts: receipts of the chosen shards.
         ctx_len: tokens of a sequence.
     """
-    found = (_of_rank(rank, path, receipts, ctx_len) for rank, path in _logs(root))
+    found = (_rank_speed(rank, path, receipts, ctx_len) for rank, path in _logs(root))
     return tuple(speed for speed in found if speed is not None)
 
 
-def _of_rank(
+def _rank_speed(
     rank: int, path: CachePath, receipts: Mapping[int, ShardReceipt], ctx_len: int
 ) -> RankSpeed | None:
     read = [_entry(line) for line in _lines(path)]
@@ -81,7 +81,7 @@ def _of_rank(
     seconds = sum(e.seconds for e in entries)
     if not entries or not seconds:
         return None
-    # How much was written is the receipts' word, not the log's.
+    # Bytes and tokens come from the receipts, which are verified, and not from the log.
     made = [receipts[e.shard] for e in entries]
     slowest = max(entries, key=lambda e: e.seconds)
     return RankSpeed(
@@ -100,7 +100,7 @@ def _of_rank(
 
 def _logs(root: CachePath) -> list[tuple[int, CachePath]]:
     folder = root / FOLDER
-    if folder.is_symlink():  # nothing outside the cache is read
+    if folder.is_symlink():  # no file outside the cache is read
         return []
     try:
         names = [path.name for path in folder.iterdir()]
@@ -111,15 +111,15 @@ def _logs(root: CachePath) -> list[tuple[int, CachePath]]:
 
 
 def _lines(path: CachePath) -> Iterator[bytes]:
-    """The last lines of a log, whole ones; none of what is not a plain file."""
+    """Yield the last complete lines of a log; none if it is not a regular file."""
     if not isinstance(path, Path):
         size = path.stat().st_size if path.is_file() else 0
         end = bytearray(min(TAIL, max(0, size)))
         read_exactly(path, memoryview(end), size - len(end))
-        yield from _whole_lines(bytes(end), cut=size > TAIL)
+        yield from _complete_lines(bytes(end), cut=size > TAIL)
         return
     try:
-        # A pipe must not be waited for, and a link not be followed.
+        # Do not block on a pipe, and do not follow a symlink.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return
@@ -131,15 +131,15 @@ def _lines(path: CachePath) -> Iterator[bytes]:
         tail = os.pread(fd, TAIL, begin)
     finally:
         os.close(fd)
-    yield from _whole_lines(tail, cut=begin > 0)
+    yield from _complete_lines(tail, cut=begin > 0)
 
 
-def _whole_lines(tail: bytes, *, cut: bool) -> Iterator[bytes]:
+def _complete_lines(tail: bytes, *, cut: bool) -> Iterator[bytes]:
     yield from (line for line in tail.split(b"\n")[1 if cut else 0 :] if line.strip())
 
 
 def _entry(line: bytes) -> _Entry | None:
-    """One line of a log; None if it is not one."""
+    """Parse one line of a log; None if it is invalid."""
     if len(line) > _LINE:
         return None
     try:

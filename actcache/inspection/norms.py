@@ -1,4 +1,4 @@
-"""How long a hookpoint's rows are: the part of the norm histogram that holds any."""
+"""Norm histogram of a hookpoint's rows, cut to the bins that have rows."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 from actcache.format.statistics import BINS_PER_OCTAVE, NORM_BINS
 
 MIN_EXPONENT = -32
-"""The first bin ends a quarter of an octave above 2^-32; it holds zero, too."""
+"""Exponent of the first bin: it ends a quarter of an octave above 2^-32, and includes zero."""
 
 
 @dataclass(frozen=True)
 class NormHistogram:
-    """Rows by Euclidean norm, in bins of a quarter of an octave, from the first that has any."""
+    """Rows by Euclidean norm, in bins of a quarter of an octave, from the first bin with rows."""
 
     first_bin: int
     """Number of the first bin here; bin b begins at 2^(b/4 - 32)."""
     counts: tuple[int, ...]
-    """Rows in each; empty where no row is finite."""
+    """Rows in each bin; empty if no row is finite."""
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Where the bins begin, and where the last one ends: one more than there are bins."""
+        """Edges of the bins: one more than the number of bins."""
         return tuple(edge(self.first_bin + i) for i in range(len(self.counts) + 1))
 
     def quantile(self, q: float) -> float:
-        """Norm that a fraction q of the rows stays below, as exact as the bins; NaN of nothing."""
+        """Return the norm below which a fraction q of the rows lies, interpolated; NaN if empty."""
         total = sum(self.counts)
         if total <= 0:
             return math.nan
@@ -43,7 +43,7 @@ class NormHistogram:
 
 
 def norm_histogram(counts: NDArray[np.int64]) -> NormHistogram:
-    """The part with rows of a whole histogram [NORM_BINS]; what is not a count is none."""
+    """Cut a histogram [NORM_BINS] to the bins with rows; negative counts are taken as 0."""
     counts = np.clip(counts, 0, None)
     filled = np.flatnonzero(counts)
     if not len(filled):
@@ -53,12 +53,12 @@ def norm_histogram(counts: NDArray[np.int64]) -> NormHistogram:
 
 
 def edge(number: float) -> float:
-    """Where a bin begins; between two bins, in proportion on the logarithmic scale."""
+    """Return the lower edge of a bin; fractions interpolate on the logarithmic scale."""
     return float(2.0 ** (min(max(number, 0), NORM_BINS) / BINS_PER_OCTAVE + MIN_EXPONENT))
 
 
 def span_of(norms: Iterable[NormHistogram]) -> tuple[int, int]:
-    """First bin, and the one after the last, that any of some histograms has."""
+    """Return the range of bins [first, end) that covers all of some histograms."""
     filled = [n for n in norms if n.counts]
     first = min((n.first_bin for n in filled), default=0)
     return first, max((n.first_bin + len(n.counts) for n in filled), default=first + 1)

@@ -1,4 +1,4 @@
-"""Text from a cache, made fit to be shown: whatever it holds, it moves no cursor and ends."""
+"""Escaping of untrusted text from a cache: no control characters, and a limited length."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ _NAMED = {" ": "·", "\n": "⏎", "\t": "⇥"}
 
 
 def printable(text: str, limit: int = 300) -> str:
-    r"""Text of at most `limit` characters, with escapes for all that does not print.
+    r"""Cut text to `limit` characters and escape those that are not printable.
 
     Control characters, escape sequences, marks that change the direction of writing and lone
-    surrogates become `\x1b` and the like; terminals, HTML and XML take what is left.
+    surrogates become escapes like `\x1b`. The result is safe for terminals, HTML and XML.
     """
     if len(text) > limit:
         text = text[: limit - 3] + "..."
@@ -19,7 +19,7 @@ def printable(text: str, limit: int = 300) -> str:
 
 
 def visible(token: str, limit: int = 60) -> str:
-    """The text of one token, with signs for spaces and ends of lines; else as `printable`."""
+    """Escape the text of one token, with visible signs for spaces, tabs and line ends."""
     return printable("".join(_NAMED.get(c, c) for c in token[: limit + 1]), limit)
 
 

@@ -1,7 +1,7 @@
-"""Rows in their text: single rows, and whole sequences with the norm of every token.
+"""Text of rows: random rows with their context, and sequences with the norm of every token.
 
-A shard's rows are shuffled, so those of one sequence lie anywhere in it: they are read one by one,
-which takes milliseconds and no memory, however large the shard is.
+The rows of a sequence are scattered over their shard by shuffling. They are read one by one, which
+takes milliseconds and little memory for any size of shard.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from actcache.core import rng
 
 State = Literal["kept", "left out", "padding"]
 
-_UNFINISHED = "\ufffd"  # what a tokenizer gives for a character whose other bytes are to come
-_PATIENCE = 8  # tokens that one character may be spread over
+_UNFINISHED = "\ufffd"  # decoded text of a character whose other bytes are in later tokens
+_MAX_TOKENS = 8  # largest number of tokens of one character
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row in its text."""
+    """One row with its token and the text around it."""
 
     shard: int
     row: int
     sequence: int
-    """Within the shard."""
+    """Number of the sequence within the shard."""
     position: int
     before: str
     token: str
@@ -45,11 +45,11 @@ class Token:
     position: int
     id: int
     text: str
-    """Its part of the text; a character of several tokens stands at the last of them."""
+    """Text of the token; a character of several tokens belongs to the last of them."""
     state: State
-    """kept; left out: by a filter, there is no row; padding: after the sequence's end."""
+    """kept; left out: a filter removed the row; padding: after the end of the sequence."""
     norm: float | None
-    """Euclidean norm of its row; None where there is none."""
+    """Euclidean norm of the row; None without a row."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class SequenceView:
 
     shard: int
     sequence: int
-    """Within the shard."""
+    """Number of the sequence within the shard."""
     number: int
-    """In the whole harvest."""
+    """Number of the sequence in the whole harvest."""
     hookpoint: str
     tokens: tuple[Token, ...]
 
@@ -72,14 +72,14 @@ def sample_rows(
     context: int = 12,
     shards: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """Random rows with the tokens around them.
+    """Choose random rows, and decode the tokens around them.
 
     Args:
         cache: an open cache.
-        count: how many rows.
-        tokenizer: anything with `decode`; None shows token ids.
-        context: tokens to show before and after.
-        shards: which shards; None: all.
+        count: number of rows.
+        tokenizer: object with `decode`; None: token ids are shown.
+        context: number of tokens before and after.
+        shards: numbers of the shards; None: all.
     """
     cache.require_shards()
     state = rng.stream("inspect", 0)
@@ -89,9 +89,9 @@ def sample_rows(
     for _ in range(count if shards else 0):
         shard = shards[state.randint(len(shards))]
         row = int(state.randint(cache.receipts[shard].rows))
-        words = cache.tokens(shard)
-        sequence, position = int(words.row_sequence[row]), int(words.row_position[row])
-        ids = words.tokens[sequence]
+        stored = cache.tokens(shard)
+        sequence, position = int(stored.row_sequence[row]), int(stored.row_position[row])
+        ids = stored.tokens[sequence]
         samples.append(
             Sample(
                 shard,
@@ -110,26 +110,26 @@ def sample_rows(
 def read_sequences(
     cache: Cache, hookpoint: str, tokenizer: Any, shards: Sequence[int] | None = None
 ) -> Iterator[SequenceView]:
-    """Sequences with the norms of a hookpoint, one after another, each read when it is asked for.
+    """Yield sequences with the norms of a hookpoint; each is read only when it is needed.
 
     Args:
         cache: an open cache.
-        hookpoint: whose rows' norms.
-        tokenizer: anything with `decode`; None shows token ids.
-        shards: which shards; None: all.
+        hookpoint: hookpoint whose norms are computed.
+        tokenizer: object with `decode`; None: token ids are shown.
+        shards: numbers of the shards; None: all.
     """
     cache.require_hookpoint(hookpoint)
     for shard in cache.shards if shards is None else shards:
-        words = cache.tokens(shard)
-        order = np.argsort(words.row_sequence, kind="stable")  # rows by sequence [N]
-        ends = np.cumsum(np.bincount(words.row_sequence, minlength=len(words.tokens)))
+        stored = cache.tokens(shard)
+        order = np.argsort(stored.row_sequence, kind="stable")  # rows by sequence [N]
+        ends = np.cumsum(np.bincount(stored.row_sequence, minlength=len(stored.tokens)))
         for sequence, rows in enumerate(np.split(order, ends[:-1])):
             yield SequenceView(
                 shard=shard,
                 sequence=sequence,
                 number=cache.receipts[shard].first_sequence + sequence,
                 hookpoint=hookpoint,
-                tokens=_tokens(cache, hookpoint, tokenizer, shard, sequence, words, rows),
+                tokens=_tokens(cache, hookpoint, tokenizer, shard, sequence, stored, rows),
             )
 
 
@@ -139,16 +139,16 @@ def _tokens(
     tokenizer: Any,
     shard: int,
     sequence: int,
-    words: ShardTokens,
+    stored: ShardTokens,
     rows: NDArray[np.int64],
 ) -> tuple[Token, ...]:
     norms = {
-        int(words.row_position[row]): _norm(cache, hookpoint, shard, int(row))
+        int(stored.row_position[row]): _norm(cache, hookpoint, shard, int(row))
         for row in np.sort(rows)
     }
-    ids = words.tokens[sequence]
-    length = int(words.lengths[sequence])
-    texts = pieces(tokenizer, ids[:length]) + [""] * (len(ids) - length)
+    ids = stored.tokens[sequence]
+    length = int(stored.lengths[sequence])
+    texts = token_texts(tokenizer, ids[:length]) + [""] * (len(ids) - length)
     return tuple(
         Token(
             position=position,
@@ -161,25 +161,25 @@ def _tokens(
     )
 
 
-def pieces(tokenizer: Any, ids: NDArray[np.int32]) -> list[str]:
-    """The text of every token: what it adds to the text of the tokens before it.
+def token_texts(tokenizer: Any, ids: NDArray[np.int32]) -> list[str]:
+    """Decode every token: the text that it adds to the tokens before it.
 
-    Tokens are not decoded alone: some tokenizers drop the space before the first word, and a
-    character may be spread over several tokens. Together the pieces are the text.
+    Tokens are not decoded alone: some tokenizers drop the space before the first word, and the
+    bytes of a character may be split over several tokens. The texts concatenate to the whole text.
     """
     if tokenizer is None:
         return [str(int(i)) for i in ids]
     texts = []
-    begin = end = 0  # tokens [begin, end) were told last: what comes next is decoded after them
-    for place in range(len(ids)):
-        told = _decode(tokenizer, ids[begin:end])
-        whole = _decode(tokenizer, ids[begin : place + 1])
-        if whole.endswith(_UNFINISHED) and place - end < _PATIENCE:
+    begin = end = 0  # tokens [begin, end) were decoded last: the next ones are decoded after them
+    for position in range(len(ids)):
+        before = _decode(tokenizer, ids[begin:end])
+        whole = _decode(tokenizer, ids[begin : position + 1])
+        if whole.endswith(_UNFINISHED) and position - end < _MAX_TOKENS:
             texts.append("")
             continue
-        texts.append(whole.removeprefix(told))
-        begin, end = end, place + 1
-    if len(ids) and end < len(ids):  # cut in the middle of a character
+        texts.append(whole.removeprefix(before))
+        begin, end = end, position + 1
+    if len(ids) and end < len(ids):  # the sequence ends within a character
         whole = _decode(tokenizer, ids[begin:])
         texts[-1] = whole.removeprefix(_decode(tokenizer, ids[begin:end]))
     return texts
@@ -190,7 +190,7 @@ def _decode(tokenizer: Any, ids: NDArray[np.int32]) -> str:
         return " ".join(str(int(i)) for i in ids)
     try:
         text: str = tokenizer.decode([int(i) for i in ids])
-    except (OverflowError, ValueError, IndexError, TypeError):  # ids that are none of its own
+    except (OverflowError, ValueError, IndexError, TypeError):  # ids outside the vocabulary
         return "".join(f"<{int(i)}>" for i in ids)
     return text
 

@@ -1,4 +1,4 @@
-"""What receipts say: rows left out, rows with numbers that need care, and one shard as it lies."""
+"""Facts from receipts: positions left out, non-finite and near-overflow rows, files of a shard."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from actcache.format.receipts import ShardReceipt
 from actcache.inspection.printable import printable
 
 CLASSES = 20
-"""Classes of left-out rows that are told apart; the rest stands together as 'others'."""
+"""Largest number of filters that are listed; the rest is summed up as 'others'."""
 LISTED = 100
-"""Shards listed of those with non-finite or near-overflow rows, the worst ones."""
+"""Largest number of listed shards with non-finite or near-overflow rows, the worst ones."""
 
 
 @dataclass(frozen=True)
@@ -24,67 +24,67 @@ class Excluded:
     """Token positions that one filter left out."""
 
     name: str
-    """Of the filter, as receipts have it."""
+    """Name of the filter in the receipts."""
     positions: int
     fraction: float
-    """Of all positions."""
+    """Share of all positions."""
 
 
 @dataclass(frozen=True)
-class Afflicted:
-    """One shard with rows that need care."""
+class BadShard:
+    """One shard with non-finite or near-overflow rows."""
 
     shard: int
     rows: int
     non_finite: dict[str, int]
-    """Rows with an infinity or NaN, by hookpoint; those without are left out."""
+    """Rows with an infinity or NaN, by hookpoint; only counts above 0."""
     near_overflow: dict[str, int]
-    """Finite rows near float16's overflow, by hookpoint; those without are left out."""
+    """Finite rows near float16's overflow, by hookpoint; only counts above 0."""
 
 
 @dataclass(frozen=True)
 class BadRows:
-    """Rows that need care, over all shards."""
+    """Non-finite and near-overflow rows of all shards."""
 
     non_finite: int
-    """Rows with an infinity or NaN, counted once for each hookpoint that has one."""
+    """Rows with an infinity or NaN, counted at every hookpoint."""
     near_overflow: int
-    """Finite rows with an |x| of half of float16's largest or more, counted likewise."""
+    """Finite rows with an |x| of half of float16's largest or more, counted at every hookpoint."""
     shards: int
-    """Shards that hold any such row."""
-    worst: tuple[Afflicted, ...]
-    """Up to LISTED of them, that with the most first."""
+    """Number of shards with such a row."""
+    worst: tuple[BadShard, ...]
+    """Up to LISTED of these shards, those with the most rows first."""
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A file of a shard, as its receipt promises it."""
+    """A file of a shard, as recorded in its receipt."""
 
     name: str
     bytes: int
     xxh3_128: str
     state: str
-    """there, missing, no plain file, or the size that it has instead. Its bytes are not read."""
+    """there, missing, no plain file, or its actual size. Its bytes are not read."""
 
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """One shard: what its receipt says, and whether its files are there."""
+    """Receipt of one shard, and the state of its files."""
 
     shard: int
     first_sequence: int
-    """Number, in the whole harvest, of its first sequence."""
+    """Number of its first sequence in the whole harvest."""
     sequences: int
     rows: int
     files: tuple[ShardFile, ...]
 
 
 def excluded(receipts: Iterable[ShardReceipt], tokens: int) -> tuple[Excluded, ...]:
-    """Positions left out by each filter, most first; filters that left out none are not listed.
+    """Count the positions left out by each filter, most first; zero counts are not listed.
 
     Args:
-        receipts: of the shards.
-        tokens: positions in them.
+        receipts: receipts of the shards.
+        tokens: number of positions in them.
     """
     counts: Counter[str] = Counter()
     for receipt in receipts:
@@ -96,14 +96,14 @@ def excluded(receipts: Iterable[ShardReceipt], tokens: int) -> tuple[Excluded, .
     return tuple(Excluded(printable(name, 40), n, n / max(tokens, 1)) for name, n in common)
 
 
-def afflictions(receipts: Iterable[ShardReceipt]) -> BadRows:
-    """Non-finite and near-overflow rows by shard."""
+def bad_rows(receipts: Iterable[ShardReceipt]) -> BadRows:
+    """Count non-finite and near-overflow rows by shard."""
     found = []
     for receipt in receipts:
         non_finite = {name: count for name, count in receipt.non_finite.items() if count}
         near = {name: count for name, count in receipt.near_overflow.items() if count}
         if non_finite or near:
-            found.append(Afflicted(receipt.shard, receipt.rows, non_finite, near))
+            found.append(BadShard(receipt.shard, receipt.rows, non_finite, near))
     worst = sorted(found, key=lambda a: (-_total(a.non_finite), -_total(a.near_overflow), a.shard))
     return BadRows(
         non_finite=sum(_total(a.non_finite) for a in found),
@@ -114,7 +114,7 @@ def afflictions(receipts: Iterable[ShardReceipt]) -> BadRows:
 
 
 def shard_facts(cache: Cache, shard: int) -> ShardFacts:
-    """What a published shard is."""
+    """Describe a published shard."""
     receipt = cache.receipts[shard]
     paths = data_paths(cache.root, cache.manifest, shard)
     files = [

@@ -1,11 +1,10 @@
-"""A cache, or some of its shards, summed up."""
+"""Summary of a cache, or of some of its shards."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -18,26 +17,26 @@ from actcache.inspection.dimensions import Dimensions, describe, mean_cosines
 from actcache.inspection.harvest_speed import RankSpeed, speed_by_rank
 from actcache.inspection.norms import NormHistogram, norm_histogram
 from actcache.inspection.printable import printable
-from actcache.inspection.shards import BadRows, Excluded, afflictions, excluded
+from actcache.inspection.shards import BadRows, Excluded, bad_rows, excluded
 
 
 @dataclass(frozen=True)
 class HookpointSummary:
-    """One hookpoint over the shards looked at. Norms are Euclidean, of finite rows."""
+    """One hookpoint over the chosen shards. Norms are Euclidean, of finite rows."""
 
     hookpoint: str
     rows: int
     width: int
     dtype: str
     bytes: int
-    """Of its files."""
+    """Bytes of its files."""
     mean_norm: float
     rms_norm: float
     max_norm: float
     abs_max: float
     """Largest |x|."""
     non_finite: int
-    """Rows that hold an infinity or NaN."""
+    """Rows with an infinity or NaN."""
     near_overflow: int
     """Finite rows with an |x| of half of float16's largest or more."""
     norms: NormHistogram
@@ -46,29 +45,29 @@ class HookpointSummary:
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """A cache, for people and programs."""
+    """Facts about a cache. Fields are the keys of `actcache inspect --json`."""
 
     cache: str
     cache_id: str
     model: str
     dataset: str
     text: str
-    """How text became sequences."""
+    """Description of how text became sequences."""
     filters: str
-    """Which rows were left out."""
+    """Description of the rows that were left out."""
     backend: str
-    """How the rows lie on disk."""
+    """Description of the storage on disk."""
     state: str
-    """complete, or what is missing."""
+    """complete, or a description of the missing shards and files."""
     complete: bool
     shards: int
     sequences: int
     tokens: int
     rows: int
     bytes: int
-    """Of all published files."""
+    """Bytes of all published files."""
     without_statistics: int
-    """Shards whose statistics are missing or damaged: norms and dimensions are without them."""
+    """Number of shards with missing or damaged statistics, which norms and dimensions omit."""
     hookpoints: tuple[HookpointSummary, ...]
     mean_cosines: tuple[tuple[float | None, ...], ...]
     """Cosine between the mean rows of every two of the first COMPARED hookpoints."""
@@ -77,36 +76,21 @@ class CacheSummary:
     afflictions: BadRows
     """Non-finite and near-overflow rows by shard."""
     speed: tuple[RankSpeed, ...]
-    """Of the harvest, by rank, as far as logs/ tells."""
+    """Speed of the harvest by rank, as far as logs/ has entries."""
 
 
-def inspect(cache: str | Path, shards: Sequence[int] | None = None) -> CacheSummary:
-    """Summarize a cache: what `actcache inspect` shows, as frozen dataclasses.
-
-    Args:
-        cache: folder or URL of the cache.
-        shards: shards to summarize; None: all.
-
-    Raises:
-        EmptyCacheError: no shard is complete.
-        ConfigError: a shard that was asked for is not there.
-        CorruptShardError: no shard has statistics that can be read.
-    """
-    return summarize(Cache.open(cache), shards)
-
-
-@np.errstate(all="ignore")  # a cache from elsewhere may say anything of its rows
+@np.errstate(all="ignore")  # statistics of an untrusted cache may hold any value
 def summarize(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary:
-    """All that `actcache inspect` shows.
+    """Collect the facts that `actcache inspect` shows.
 
     Args:
         cache: an open cache.
-        shards: which shards; None: all. Whether the cache is complete is told of all in any case.
+        shards: numbers of the shards; None: all. `complete` and `state` always cover all shards.
 
     Raises:
         EmptyCacheError: no shard is complete.
-        ConfigError: a shard that was asked for is not there.
-        CorruptShardError: no shard has statistics that can be read.
+        ConfigError: a given shard is not published.
+        CorruptShardError: no shard has readable statistics.
     """
     cache.require_shards()
     shards = cache.shards if shards is None else shards
@@ -166,13 +150,13 @@ def summarize(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary
         hookpoints=tuple(hookpoints),
         mean_cosines=mean_cosines([found.mean for found in statistics.values()]),
         excluded=excluded(receipts, sequences * identity.ctx_len),
-        afflictions=afflictions(receipts),
+        afflictions=bad_rows(receipts),
         speed=speed_by_rank(cache.root, {r.shard: r for r in receipts}, identity.ctx_len),
     )
 
 
 def require_published(cache: Cache, shards: Sequence[int]) -> None:
-    """Raise `ConfigError` unless all these shards are there."""
+    """Raise `ConfigError` unless all these shards are published."""
     for shard in shards:
         if shard not in cache.receipts:
             raise ConfigError(
@@ -180,12 +164,12 @@ def require_published(cache: Cache, shards: Sequence[int]) -> None:
                 expected=f"one of the {len(cache.shards)} published ones, "
                 f"{cache.shards[0]} to {cache.shards[-1]}",
                 got=shard,
-                remedy="it is yet to be harvested, or was taken back: run the harvest again",
+                remedy="it is not harvested yet, or was retracted: run the harvest again",
             )
 
 
 def _statistics(cache: Cache, shards: Sequence[int]) -> tuple[dict[str, Statistics], int]:
-    """Statistics by hookpoint, and how many shards have none that can be read."""
+    """Merge statistics by hookpoint, and count the shards whose statistics cannot be read."""
     merged: dict[str, Statistics] = {}
     failure: CorruptShardError | None = None
     unread = 0
@@ -193,7 +177,7 @@ def _statistics(cache: Cache, shards: Sequence[int]) -> tuple[dict[str, Statisti
     for shard in shards:
         try:
             found = cache.shard_statistics(shard)
-        except CorruptShardError as error:  # one opens this tool to find out about such things
+        except CorruptShardError as error:  # reported in the summary
             failure, unread = error, unread + 1
         else:
             for name, part in found.items():
@@ -253,10 +237,10 @@ def _state(cache: Cache, missing: int) -> str:
 
 
 def _extended(manifest: Manifest) -> str:
-    """Where earlier parts of an extended harvest ended."""
+    """Describe where earlier harvests of an extended cache ended."""
     ctx_len = manifest.identity.ctx_len
-    places = [f"{e.first_sequence * ctx_len:,}" for e in manifest.extensions]
-    return f"; extended after {', '.join(places)} tokens" if places else ""
+    ends = [f"{e.first_sequence * ctx_len:,}" for e in manifest.extensions]
+    return f"; extended after {', '.join(ends)} tokens" if ends else ""
 
 
 def _progress(cache: Cache) -> str:

@@ -1,4 +1,4 @@
-"""`actcache inspect`: what a cache holds."""
+"""`actcache inspect`: the command and its options."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 
 FEW_SEQUENCES = 8
-"""Sequences that --text shows where nobody can stop it."""
+"""Number of sequences that --text shows without a pager."""
 PAGE_SEQUENCES = 3
-"""Sequences on the page of --html."""
+"""Number of sequences on the page of --html."""
 MODEL_NAME = re.compile(r"(?!\.)[\w.-]{1,96}(/(?!\.)[\w.-]{1,96})?", re.ASCII)
-"""A name that a cache may give to load a tokenizer by: on a hub, or of a folder that is here."""
+"""Names from a cache that a tokenizer may be loaded by: on the hub, or a local folder."""
 SAMPLE_NORMS = 8
-"""Hookpoints whose norms stand beside a --sample."""
+"""Largest number of hookpoints whose norms are shown with a --sample."""
 
 
 @report_errors
 def run(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
     shard: Annotated[
-        int | None, typer.Option(min=0, help="This shard alone: its files, and all else of it.")
+        int | None, typer.Option(min=0, help="Only this shard, with its files.")
     ] = None,
     hookpoint: Annotated[
         str | None,
-        typer.Option(help="All about this hookpoint; --text shows its norms. Default: the first."),
+        typer.Option(help="This hookpoint in detail; --text shows its norms. Default: the first."),
     ] = None,
     text: Annotated[
         bool, typer.Option("--text", help="Page through sequences with the norm of every token.")
@@ -53,16 +53,16 @@ def run(
             f"{FEW_SEQUENCES}; --html: {PAGE_SEQUENCES}.",
         ),
     ] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Show this many rows in their text.")] = 0,
+    sample: Annotated[int, typer.Option(min=0, help="Show so many random rows with context.")] = 0,
     html: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write all of it, with plots, as one page."),
+        typer.Option(metavar="FILE", help="Write all facts, with plots, as one HTML page."),
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Model id or folder whose tokenizer decodes text; default: the one the cache "
-            "names."
+            help="Model id or folder of the tokenizer that decodes text; default: the one that the "
+            "cache names."
         ),
     ] = None,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file of that tokenizer.")] = None,
@@ -73,7 +73,7 @@ def run(
     block_cache_bytes: BlockCacheBytes = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what CACHE is of, whether it is complete, and what its activations are like."""
+    """Show the origin of CACHE, whether it is complete, and statistics of its activations."""
     import dataclasses
 
     from actcache.cache.reader import Cache
@@ -87,29 +87,29 @@ def run(
     shards = None if shard is None else [shard]
     summary = summarize(opened, shards)
     one = None if shard is None else shard_facts(opened, shard)
-    words = _tokenizer(opened, tokenizer, gguf_file) if sample or text or html else None
-    samples = sample_rows(opened, sample, words, shards=shards)
+    decoder = _tokenizer(opened, tokenizer, gguf_file) if sample or text or html else None
+    samples = sample_rows(opened, sample, decoder, shards=shards)
 
-    def readings(count: int | None) -> Iterator[SequenceView]:
+    def views(count: int | None) -> Iterator[SequenceView]:
         named = hookpoint or opened.hookpoints[0]
-        return itertools.islice(read_sequences(opened, named, words, shards), count)
+        return itertools.islice(read_sequences(opened, named, decoder, shards), count)
 
     if html is not None:
-        shown = list(readings(sequences or PAGE_SEQUENCES))
+        shown = list(views(sequences or PAGE_SEQUENCES))
         _write_page(html, render_page(summary, shown, shard=one))
     if json:
-        shown = list(readings(sequences or FEW_SEQUENCES)) if text else []
+        shown = list(views(sequences or FEW_SEQUENCES)) if text else []
         print_json(
             dataclasses.asdict(summary)
             | {"samples": [dataclasses.asdict(s) for s in samples]}
             | {"shard": None if one is None else dataclasses.asdict(one)}
-            | {"readings": [dataclasses.asdict(reading) for reading in shown]}
+            | {"readings": [dataclasses.asdict(view) for view in shown]}
         )
         return
-    if isinstance(sys.stdout, io.TextIOWrapper):  # text is of any script, the terminal may be not
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal's encoding may lack characters
         sys.stdout.reconfigure(errors="backslashreplace")
     if text:
-        _page_through(summary, hookpoint, readings, sequences)
+        _page_through(summary, hookpoint, views, sequences)
     elif html is None:
         print_summary(summary, shard=one, hookpoint=hookpoint, verbose=verbose)
     for s in samples:
@@ -119,18 +119,18 @@ def run(
 def _print_sample(s: Sample) -> None:
     norms = [f"{name} {norm:.4g}" for name, norm in list(s.norms.items())[:SAMPLE_NORMS]]
     more = [f"{len(s.norms) - len(norms)} more"] if len(s.norms) > len(norms) else []
-    place = f"shard {s.shard} row {s.row}: sequence {s.sequence}, position {s.position}"
-    print(f"\n{place}; {', '.join(norms + more)}")
+    position = f"shard {s.shard} row {s.row}: sequence {s.sequence}, position {s.position}"
+    print(f"\n{position}; {', '.join(norms + more)}")
     print(f"  {s.before!r} [{s.token!r}] {s.after!r}")
 
 
 def _page_through(
     summary: CacheSummary,
     hookpoint: str | None,
-    readings: Callable[[int | None], Iterator[SequenceView]],
+    views: Callable[[int | None], Iterator[SequenceView]],
     count: int | None,
 ) -> None:
-    """Sequences through a pager, as far as somebody reads; to a file or pipe, a few."""
+    """Show sequences in a pager on a terminal; print a few to a file or pipe."""
     import click
 
     from .sequences import LEGEND, draw
@@ -141,8 +141,8 @@ def _page_through(
     colour = pager and not os.environ.get("NO_COLOR")
     width = shutil.get_terminal_size((100, 24)).columns
     pages = (
-        draw(reading, median, width, colour=colour)
-        for reading in readings(count if count or pager else FEW_SEQUENCES)
+        draw(view, median, width, colour=colour)
+        for view in views(count if count or pager else FEW_SEQUENCES)
     )
     head = f"{chosen.hookpoint}: median norm of the cache {median:.4g}; {LEGEND}\n\n"
     if pager:
@@ -157,7 +157,7 @@ def _page_through(
 
 
 def _write_page(file: str, page: str) -> None:
-    """Write the page whole or not at all."""
+    """Write the page atomically."""
     from actcache.core.progress import format_bytes
     from actcache.filesystem.atomic import write_atomic
 
@@ -166,7 +166,7 @@ def _write_page(file: str, page: str) -> None:
 
 
 def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
-    """The tokenizer that made the cache, checked by fingerprint; None (and a word) without it."""
+    """Load the cache's tokenizer and check its fingerprint; None, with a notice, if unavailable."""
     from actcache.config import HarvestConfig
     from actcache.errors import ModelError
     from actcache.inspection.printable import printable
@@ -174,7 +174,7 @@ def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
 
     source = HarvestConfig(name or cache.manifest.model, "", "", gguf_file=gguf_file)
     try:
-        # A cache may say anything: what looks like no name is not looked for.
+        # The name comes from an untrusted cache: invalid names are not loaded.
         named = name is not None or MODEL_NAME.fullmatch(source.model)
         loaded = load_tokenizer(source) if named else None
     except ModelError:
@@ -182,11 +182,11 @@ def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
             raise
         loaded = None
     if loaded is None:
-        said = printable(source.model, 80)
-        print_stderr(f"no tokenizer {said} here: showing token ids; see --tokenizer")
+        shown = printable(source.model, 80)
+        print_stderr(f"no tokenizer {shown} here: showing token ids; see --tokenizer")
         return None
     identity = cache.manifest.identity
-    made_by = identity.tokenizer_fingerprint  # empty: the text came as token ids
+    made_by = identity.tokenizer_fingerprint  # empty: the dataset has token ids
     found = fingerprint_tokenizer(loaded, chat=identity.documents == "chat")
     if made_by and found != made_by:
         print_stderr("warning: this is not the tokenizer that made the cache")

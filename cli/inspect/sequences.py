@@ -1,46 +1,42 @@
-"""`actcache inspect --text`: sequences with the norm of every token under it."""
+"""`actcache inspect --text`: sequences with the norm of every token below it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+from actcache.inspection.printable import visible
+from actcache.inspection.samples import SequenceView, Token
 
 from ..terminal_plots import width_of
-
-if TYPE_CHECKING:
-    from actcache.inspection.samples import SequenceView, Token
-
 
 _GAP = "  "
 _RESET = "\x1b[0m"
 _LEFT_OUT = "\x1b[2m"  # faint
 _OCTAVES = [(-1.0, "\x1b[36m"), (0.5, ""), (1.0, "\x1b[33m"), (2.0, "\x1b[1;33m")]
-"""Colours by log2 of norm over the median norm, up to each bound."""
+"""Colours by the upper bound of log2(norm / median norm)."""
 _BEYOND = "\x1b[1;31m"
 LEGEND = "- left out by a filter; · space, ⏎ end of line"
 
 
-def draw(reading: SequenceView, median: float, width: int, *, colour: bool) -> str:
-    """One sequence: lines of tokens, with a line of norms below each.
+def draw(view: SequenceView, median: float, width: int, *, colour: bool) -> str:
+    """Render one sequence: lines of tokens, with a line of norms below each.
 
     Args:
-        reading: the sequence.
-        median: norm that colours are relative to.
+        view: the sequence.
+        median: median norm, which colours are relative to.
         width: columns to fill.
-        colour: mark tokens whose norms are far from the median, with escape sequences.
+        colour: mark tokens with norms far from the median by escape sequences.
     """
-    norms = [token.norm for token in reading.tokens if token.norm is not None]
-    out = sum(token.state == "left out" for token in reading.tokens)
-    padding = sum(token.state == "padding" for token in reading.tokens)
-    facts = [
-        f"shard {reading.shard}, sequence {reading.sequence} (of the harvest: {reading.number:,})"
-    ]
+    norms = [token.norm for token in view.tokens if token.norm is not None]
+    out = sum(token.state == "left out" for token in view.tokens)
+    padding = sum(token.state == "padding" for token in view.tokens)
+    facts = [f"shard {view.shard}, sequence {view.sequence} (of the harvest: {view.number:,})"]
     if norms:
-        facts.append(f"{reading.hookpoint} norms {min(norms):.4g} to {max(norms):.4g}")
+        facts.append(f"{view.hookpoint} norms {min(norms):.4g} to {max(norms):.4g}")
     facts.append(f"{len(norms):,} rows, {out:,} left out, {padding:,} padding")
     lines = ["; ".join(facts)]
-    for row in _rows(reading, width):
+    for row in _rows(view, width):
         cells = [_cell(token, median, colour) for token in row]
         lines += [_GAP.join(line).rstrip() for line in zip(*cells, strict=True)]
     if padding:
@@ -48,11 +44,11 @@ def draw(reading: SequenceView, median: float, width: int, *, colour: bool) -> s
     return "\n".join(lines) + "\n\n"
 
 
-def _rows(reading: SequenceView, width: int) -> Iterator[list[Token]]:
-    """The tokens, without padding, in lines that fit."""
+def _rows(view: SequenceView, width: int) -> Iterator[list[Token]]:
+    """Split the tokens, without padding, into lines that fit."""
     row: list[Token] = []
     taken = 0
-    for token in reading.tokens:
+    for token in view.tokens:
         if token.state == "padding":
             continue
         needed = max(map(width_of, _texts(token))) + len(_GAP)
@@ -66,7 +62,7 @@ def _rows(reading: SequenceView, width: int) -> Iterator[list[Token]]:
 
 
 def _cell(token: Token, median: float, colour: bool) -> tuple[str, str]:
-    """Token and norm, equally wide."""
+    """Pad token and norm to the same width."""
     text, norm = _texts(token)
     width = max(width_of(text), width_of(norm))
     cells = text + " " * (width - width_of(text)), norm + " " * (width - width_of(norm))
@@ -77,8 +73,6 @@ def _cell(token: Token, median: float, colour: bool) -> tuple[str, str]:
 
 
 def _texts(token: Token) -> tuple[str, str]:
-    from actcache.inspection.printable import visible
-
     return visible(token.text), "-" if token.norm is None else f"{token.norm:.4g}"
 
 

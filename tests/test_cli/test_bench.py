@@ -1,4 +1,4 @@
-"""`actcache bench`, through the program itself."""
+"""`actcache bench`, run as a subprocess."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, "bench", *arguments], capture_output=True, text=True)
 
 
-def test_a_caches_speed_is_shown_as_a_table_and_as_json(make_cache: Callable[..., Path]) -> None:
+def test_speeds_are_shown_as_a_table_and_as_json(make_cache: Callable[..., Path]) -> None:
     root = str(make_cache())
     shown = bench(root, "--hookpoint", "layers.1", "--threads", "2")
     assert shown.returncode == 0, shown.stderr
@@ -23,7 +23,8 @@ def test_a_caches_speed_is_shown_as_a_table_and_as_json(make_cache: Callable[...
     found = json.loads(bench(root, "--json").stdout)
     assert found["hookpoints"] == ["layers.0", "layers.1"]
     assert len(found["speeds"]) == 6
+    assert set(found["reading"]) == {"threads", "piece", "ahead"}
 
 
-def test_what_is_no_cache_is_refused_with_its_code(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_rejected_with_its_exit_code(tmp_path: Path) -> None:
     assert bench(str(tmp_path)).returncode == 9

@@ -1,4 +1,4 @@
-"""Plots made of characters."""
+"""Plots from characters."""
 
 import io
 import sys
@@ -12,7 +12,7 @@ def ascii_only(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
 
 
-def test_a_sparkline_is_as_high_as_its_counts_and_shows_the_least():
+def test_a_sparkline_is_proportional_and_shows_the_smallest_count():
     assert sparkline([0, 1, 400, 800], 4) == " ▁▄█"
 
 
@@ -23,7 +23,7 @@ def test_bins_share_the_columns_evenly():
 
 
 @pytest.mark.parametrize("counts", [[], [0, 0], [-5, -1]])
-def test_nothing_is_drawn_blank(counts):
+def test_empty_counts_are_drawn_blank(counts):
     assert sparkline(counts, 10).strip() == ""
     assert plot(counts, [1.0] * (len(counts) + 1), 40) == ["no finite rows"]
 
@@ -32,7 +32,7 @@ def test_counts_beyond_floating_point_are_drawn():
     assert sparkline([1, 2**70], 2) == "▁█"
 
 
-def test_where_blocks_cannot_be_printed_other_characters_stand(monkeypatch):
+def test_ascii_characters_replace_blocks_that_cannot_be_encoded(monkeypatch):
     ascii_only(monkeypatch)
     for text in (sparkline([0, 1, 400, 800], 4), shade(0.9), fit("layers.10.mlp", 8)):
         text.encode("ascii")
@@ -40,7 +40,7 @@ def test_where_blocks_cannot_be_printed_other_characters_stand(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120])
-def test_a_plot_stays_within_its_columns_and_names_its_edges(columns):
+def test_a_plot_fits_its_columns_and_labels_its_edges(columns):
     lines = plot([3, 9, 30, 2], [16.0, 19.03, 22.63, 26.91, 32.0], columns)
     assert max(map(len, lines)) <= columns
     assert len(lines) == 9
@@ -49,7 +49,7 @@ def test_a_plot_stays_within_its_columns_and_names_its_edges(columns):
     assert [edge in lines[-1] for edge in ("22.63", "32")] == [True, columns > 40]
 
 
-def test_a_long_name_loses_its_middle():
+def test_the_middle_of_a_long_name_is_cut_out():
     assert fit("layers.10", 9) == "layers.10"
     assert fit("layers.10.self_attn.q_proj", 11) == "layer…_proj"
 

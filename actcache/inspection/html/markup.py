@@ -1,7 +1,7 @@
-"""Markup in which nothing from outside can be anything but text.
+"""Markup in which untrusted text stays text.
 
-Elements are made by `tag`, and what is not `Markup` is escaped on its way in; so a page is
-well-formed XML, too, whatever the cache says.
+Elements are made by `tag`, which escapes every string that is not `Markup`. So a page is also
+well-formed XML for any content of the cache.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections.abc import Sequence
 from actcache.inspection.printable import printable
 
 _VOID = {"meta"}
-_LIMIT = 10_000  # characters that one piece of text may have
+_LIMIT = 10_000  # largest number of characters of one text
 
 
 class Markup(str):
-    """Text that is markup already."""
+    """Text that is already escaped."""
 
     __slots__ = ()
 
 
 def tag(name: str, /, *children: str, **attributes: object) -> Markup:
-    """One element.
+    """Build one element.
 
     Args:
-        name: of the element.
+        name: name of the element.
         children: elements, or text, which is escaped.
-        attributes: their values are escaped; an underscore in a name is a hyphen, one at its end
-            nothing (`class_`). None: no such attribute.
+        attributes: values are escaped; an underscore in a name becomes a hyphen, one at the end is
+            dropped (`class_`). None: the attribute is omitted.
     """
     pairs = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{_escaped(str(value))}"'
@@ -41,22 +41,22 @@ def tag(name: str, /, *children: str, **attributes: object) -> Markup:
 
 
 def join(*children: str) -> Markup:
-    """Elements and texts, one after another."""
+    """Concatenate elements and texts; texts are escaped."""
     return Markup("".join(c if isinstance(c, Markup) else _escaped(c) for c in children))
 
 
 def section(title: str, *children: Markup) -> Markup:
-    """A part of the page under a heading."""
+    """Build a section of the page under a heading."""
     return tag("section", tag("h2", title), *children)
 
 
 def scroll(child: Markup) -> Markup:
-    """What may be wider than the page."""
+    """Wrap an element that may be wider than the page in a scrolling box."""
     return tag("div", child, class_="scroll", tabindex=0)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """A table; columns that begin with a number stand right, others left."""
+    """Build a table; columns that start with a number are right-aligned, others left-aligned."""
     words = [bool(rows) and not _is_number(cell) for cell in (rows[0] if rows else header)]
     kinds = ["word" if word else None for word in words]
     head = tag("tr", *(tag("th", n, class_=k) for n, k in zip(header, kinds, strict=True)))
@@ -68,7 +68,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
 
 
 def _escaped(text: str) -> str:
-    lines = text.split("\n")  # ends of lines are harmless, and some text needs them
+    lines = text.split("\n")  # line ends are safe, and preformatted text needs them
     return html.escape("\n".join(printable(line, _LIMIT) for line in lines))
 
 

@@ -1,4 +1,4 @@
-"""Plots as SVG inside a page; colours are its style sheet's. Every plot has a title to be read out.
+"""Plots as SVG inside a page, coloured by its style sheet. Each has a title for screen readers.
 
 Coordinates are CSS pixels at full size; plots shrink with the page.
 """
@@ -9,15 +9,20 @@ import math
 from collections.abc import Sequence
 
 from actcache.inspection.dimensions import Dimensions
+from actcache.inspection.facts import format_number
 from actcache.inspection.html.markup import Markup, join, tag
 from actcache.inspection.norms import NormHistogram
 
 _LABELLED = 40
-"""Bars, lines or columns that are labelled one by one; of more, every so many."""
+"""Largest number of lines that are labelled one by one; of more, every n-th is labelled."""
+
+
+def _number(value: float) -> str:
+    return format_number(value, digits=3)
 
 
 def norm_plot(norms: NormHistogram, title: str) -> Markup:
-    """Norm histogram with its axis."""
+    """Draw a norm histogram with its axis."""
     width, height, left, bottom = 460, 170, 44, 24
     total, top = sum(norms.counts), max(norms.counts, default=0)
     if top <= 0:
@@ -27,11 +32,12 @@ def norm_plot(norms: NormHistogram, title: str) -> Markup:
     bars, edges = [], norms.edges
     for i, count in enumerate(norms.counts):
         x, tall = left + i * step, max(room * count / top, 1.0 if count else 0.0)
-        said = f"{number(edges[i])} to {number(edges[i + 1])}: {count:,} rows ({count / total:.2%})"
-        bars.append(_bar(x, 12 + room - tall, max(step - 1, 0.5), tall, said))
+        span = f"{_number(edges[i])} to {_number(edges[i + 1])}"
+        text = f"{span}: {count:,} rows ({count / total:.2%})"
+        bars.append(_bar(x, 12 + room - tall, max(step - 1, 0.5), tall, text))
     every = -(-len(edges) // 6)
     labels = [
-        _label(left + i * step, height - 8, number(edges[i]), anchor="middle")
+        _label(left + i * step, height - 8, _number(edges[i]), anchor="middle")
         for i in range(0, len(edges), every)
     ]
     labels.append(_label(left - 6, 20, f"{top / total:.1%}", anchor="end"))
@@ -40,7 +46,7 @@ def norm_plot(norms: NormHistogram, title: str) -> Markup:
 
 
 def norm_spark(norms: NormHistogram, first: int, end: int, title: str) -> Markup:
-    """Norm histogram without axis, on a scale from bin `first` to bin `end`: for a table."""
+    """Draw a norm histogram for a table: without axis, from bin `first` to bin `end`."""
     width, height = 180, 26
     step = width / max(end - first, 1)
     top = max(norms.counts, default=0)
@@ -53,7 +59,7 @@ def norm_spark(norms: NormHistogram, first: int, end: int, title: str) -> Markup
 
 
 def dimension_plot(dimensions: Dimensions, width_of_rows: int, title: str) -> Markup:
-    """RMS of every dimension on a logarithmic scale, outliers marked and named."""
+    """Draw the RMS of every dimension on a logarithmic scale, with outliers marked and labelled."""
     width, height, left, bottom = 460, 170, 44, 24
     finite = [rms for rms in dimensions.profile if 0 < rms < math.inf]
     if not finite:
@@ -83,15 +89,15 @@ def dimension_plot(dimensions: Dimensions, width_of_rows: int, title: str) -> Ma
         if not d.outlier:
             continue
         x, y = x_of(d.dimension + 0.5), y_of(d.rms)
-        said = tag("title", f"dimension {d.dimension}: RMS {number(d.rms)}, {number(d.ratio)}x")
-        parts.append(tag("circle", said, cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.5, class_="mark"))
+        text = tag("title", f"dimension {d.dimension}: RMS {_number(d.rms)}, {_number(d.ratio)}x")
+        parts.append(tag("circle", text, cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.5, class_="mark"))
         if all(abs(x - other) > 30 for other in taken):
             at = min(max(x, left + 14), width - 22)
             parts.append(_label(at, y - 7, str(d.dimension), anchor="middle", class_="mark-label"))
             taken.append(x)
     parts += [
-        _label(left - 6, 28, number(max(finite)), anchor="end"),
-        _label(left - 6, base, number(min(finite)), anchor="end"),
+        _label(left - 6, 28, _number(max(finite)), anchor="end"),
+        _label(left - 6, base, _number(min(finite)), anchor="end"),
         _label(left, height - 8, "0"),
         _label(width - 8, height - 8, str(width_of_rows - 1), anchor="end"),
     ]
@@ -99,7 +105,7 @@ def dimension_plot(dimensions: Dimensions, width_of_rows: int, title: str) -> Ma
 
 
 def heat_map(matrix: Sequence[Sequence[float | None]], names: Sequence[str], title: str) -> Markup:
-    """Cosines between all pairs of names."""
+    """Draw the cosines between all pairs of names."""
     n = len(names)
     cell = max(6.0, min(34.0, 620 / n))
     left = 8 + 7.2 * min(max(map(len, names)) + 5, 35)
@@ -115,11 +121,11 @@ def heat_map(matrix: Sequence[Sequence[float | None]], names: Sequence[str], tit
             if cell >= 16 or i % 5 == 0:
                 parts.append(_label(left + (i + 0.5) * cell, top - 6, str(i + 1), anchor="middle"))
         for j, cosine in enumerate(line):
-            said = "different widths" if cosine is None else f"{cosine:.3f}"
+            text = "different widths" if cosine is None else f"{cosine:.3f}"
             parts.append(
                 tag(
                     "rect",
-                    tag("title", f"{names[i]} ~ {names[j]}: {said}"),
+                    tag("title", f"{names[i]} ~ {names[j]}: {text}"),
                     x=f"{left + j * cell:.1f}",
                     y=f"{top + i * cell:.1f}",
                     width=f"{cell - 1:.1f}",
@@ -139,32 +145,27 @@ def heat_map(matrix: Sequence[Sequence[float | None]], names: Sequence[str], tit
 def bars(
     rows: Sequence[tuple[str, Sequence[tuple[str, float, str]]]], title: str, room: float = 420
 ) -> Markup:
-    """Horizontal bars, one a row.
+    """Draw horizontal bars, one per row.
 
     Args:
-        rows: (name, parts), a part being (class of its colour, length, what it says).
-        title: of the plot.
-        room: length of the longest bar.
+        rows: (name, segments), each segment (CSS class, length, label).
+        title: title of the plot.
+        room: width of the longest bar.
     """
-    top = max((sum(length for _, length, _ in parts) for _, parts in rows), default=0) or 1
+    top = max((sum(length for _, length, _ in bar) for _, bar in rows), default=0) or 1
     left = 12 + 7.2 * max((len(name) for name, _ in rows), default=0)
     shown = []
-    for i, (name, pieces) in enumerate(rows):
+    for i, (name, segments) in enumerate(rows):
         y, x = 4 + i * 24, left
         shown.append(_label(left - 8, y + 14, name, anchor="end"))
-        for kind, length, said in pieces:
+        for kind, length, label in segments:
             long = room * length / top
-            shown.append(_bar(x, y, long, 18, said, class_=kind))
+            shown.append(_bar(x, y, long, 18, label, class_=kind))
             x += long
-        said = "; ".join(said for _, length, said in pieces if length)
-        shown.append(_label(x + 8, y + 14, said))
+        text = "; ".join(label for _, length, label in segments if length)
+        shown.append(_label(x + 8, y + 14, text))
     longest = max((len("; ".join(s for _, _, s in p)) for _, p in rows), default=0)
     return _svg(left + room + 16 + 7 * longest, 8 + 24 * len(rows), title, *shown, class_="bars")
-
-
-def number(value: float) -> str:
-    """Three digits, without an exponent while that is readable."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _svg(width: float, height: float, title: str, *parts: Markup, class_: str = "plot") -> Markup:
@@ -181,9 +182,9 @@ def _svg(width: float, height: float, title: str, *parts: Markup, class_: str = 
 
 
 def _bar(
-    x: float, y: float, wide: float, tall: float, said: str = "", class_: str = "bar"
+    x: float, y: float, wide: float, tall: float, text: str = "", class_: str = "bar"
 ) -> Markup:
-    title = (tag("title", said),) if said else ()
+    title = (tag("title", text),) if text else ()
     return tag(
         "rect",
         *title,

@@ -35,7 +35,7 @@ def rows_of(batch: object) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ROW_DTYPES)
-def test_rows_of_every_type_come_as_float32_in_the_order_of_the_stream(
+def test_rows_of_every_type_are_float32_in_the_order_of_the_stream(
     dtype: str, kind: type, make_cache: Callable[..., Path]
 ) -> None:
     feed = open_feed(make_cache(dtype=dtype), "layers.0", batch_size=64, val_fraction=0, epochs=1)
@@ -53,7 +53,7 @@ def test_rows_of_every_type_come_as_float32_in_the_order_of_the_stream(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("taken", [0, 3, 8, 11])  # 8 steps an epoch
-def test_batches_go_on_exactly_from_a_state(kind: type, taken: int, feed: Feed) -> None:
+def test_resumed_batches_continue_exactly_from_a_state(kind: type, taken: int, feed: Feed) -> None:
     with kind(feed) as whole, kind(feed) as stopped, kind(feed) as resumed:
         expected = [rows_of(next(whole)) for _ in range(taken + 3)]
         for _ in range(taken):
@@ -79,7 +79,7 @@ def test_row_i_is_the_same_token_at_every_hookpoint(make_cache: Callable[..., Pa
 
 
 @pytest.mark.parametrize("kind", [NumpyBatches, SaeLensBatches, DictionaryLearningBuffer])
-def test_a_peer_that_takes_one_hookpoint_is_not_given_two(
+def test_an_iterator_of_one_hookpoint_rejects_two(
     kind: type, make_cache: Callable[..., Path]
 ) -> None:
     feed = open_feed(make_cache(), ("layers.0", "layers.1"), batch_size=64)
@@ -87,7 +87,7 @@ def test_a_peer_that_takes_one_hookpoint_is_not_given_two(
         kind(feed)
 
 
-def test_rows_are_put_on_the_device_that_is_asked_for(feed: Feed) -> None:
+def test_rows_are_placed_on_the_given_device(feed: Feed) -> None:
     with SaeLensBatches(feed, device="meta") as batches:
         batch = next(batches)
     assert batch.device.type == "meta"
@@ -98,7 +98,7 @@ def readers() -> set[threading.Thread]:
     return {t for t in threading.enumerate() if t.name == "actcache-reader"}
 
 
-def test_batches_that_are_forgotten_stop_reading(feed: Feed) -> None:
+def test_garbage_collected_batches_stop_the_prefetch(feed: Feed) -> None:
     before = readers()
     batches = NumpyBatches(feed)
     next(batches)
@@ -109,14 +109,14 @@ def test_batches_that_are_forgotten_stop_reading(feed: Feed) -> None:
     assert not reader.is_alive()
 
 
-def test_an_error_of_the_reader_reaches_the_trainer(feed: Feed) -> None:
+def test_a_read_error_is_raised_in_the_trainer(feed: Feed) -> None:
     for path in (feed.cache.root / "activations" / "layers.0").iterdir():
         path.unlink()
     with SaeLensBatches(feed) as batches, pytest.raises(CorruptShardError):
         next(batches)
 
 
-def test_closed_batches_give_no_more(feed: Feed) -> None:
+def test_closed_batches_raise(feed: Feed) -> None:
     batches = NumpyBatches(feed)
     next(batches)
     batches.close()

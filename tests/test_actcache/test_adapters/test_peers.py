@@ -1,4 +1,4 @@
-"""Peers train their own SAEs, in their own loops, on exactly the batches of our stream."""
+"""Other trainers run their own loops on exactly the batches of the stream."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = ["float32", "bfloat16", "int8"]
 
 @contextmanager
 def others_warnings() -> Iterator[None]:
-    """Warnings are errors here; what peers do at import and in their loops is theirs."""
+    """Ignore warnings of other trainers at import and in their loops; warnings are errors here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -42,7 +42,7 @@ def feed(make_cache: Callable[..., Path], request: pytest.FixtureRequest) -> Fee
 
 
 def truth(feed: Feed, count: int = STEPS) -> list[torch.Tensor]:
-    """The stream's own first batches. Each float32 [B, D]"""
+    """Return the first batches of the stream. Each float32 [B, D]"""
     with feed.stream() as stream:
         return [next(stream).activations["layers.0"].float() for _ in range(count)]
 
@@ -69,7 +69,7 @@ def saelens_config() -> Any:
 
 
 @pytest.mark.parametrize("feed", DTYPES, indirect=True)
-def test_saelens_trains_a_topk_sae_on_the_batches_of_our_stream(feed: Feed) -> None:
+def test_saelens_trains_a_topk_sae_on_the_batches_of_the_stream(feed: Feed) -> None:
     saelens()
     from sae_lens.training.sae_trainer import SAETrainer
 
@@ -121,7 +121,7 @@ def test_saelens_trains_several_saes_on_aligned_hookpoints(make_cache: Callable[
 
 
 @pytest.mark.parametrize("feed", DTYPES, indirect=True)
-def test_dictionary_learning_trains_a_topk_sae_on_the_batches_of_our_stream(
+def test_dictionary_learning_trains_a_topk_sae_on_the_batches_of_the_stream(
     feed: Feed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if "nnsight" not in sys.modules:  # imported for the type of an argument, never called here

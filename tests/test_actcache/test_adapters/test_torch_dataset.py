@@ -31,7 +31,7 @@ def feed(root: Path) -> Feed:
 
 @pytest.fixture(scope="module")
 def truth(feed: Feed) -> list[torch.Tensor]:
-    """The batches of one process."""
+    """Return the batches of a single process."""
     with feed.stream() as stream:
         return [batch.activations["layers.0"].float() for batch in stream]
 
@@ -44,7 +44,7 @@ def as_set(rows: torch.Tensor) -> set[bytes]:
     return {row.numpy().tobytes() for row in rows}
 
 
-def test_without_workers_a_loader_gives_the_streams_batches(
+def test_without_workers_a_loader_returns_the_streams_batches(
     feed: Feed, truth: list[torch.Tensor]
 ) -> None:
     loader = DataLoader(CacheDataset(feed), batch_size=None)
@@ -53,7 +53,7 @@ def test_without_workers_a_loader_gives_the_streams_batches(
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_the_workers_parts_in_a_row_are_the_batch_of_one_process(
+def test_consecutive_shares_of_the_workers_form_the_batch_of_one_process(
     workers: int, feed: Feed, truth: list[torch.Tensor]
 ) -> None:
     parts = list(DataLoader(CacheDataset(feed), batch_size=None, num_workers=workers))
@@ -66,7 +66,7 @@ def test_the_workers_parts_in_a_row_are_the_batch_of_one_process(
         assert torch.equal(joined, whole)
 
 
-def test_whole_batches_are_the_same_for_any_number_of_workers_and_ranks(
+def test_batches_are_the_same_for_any_number_of_workers_and_ranks(
     feed: Feed, truth: list[torch.Tensor]
 ) -> None:
     assert same(list(CacheDataLoader(CacheDataset(feed), 2)), truth)
@@ -78,7 +78,7 @@ def test_whole_batches_are_the_same_for_any_number_of_workers_and_ranks(
 
 
 @pytest.mark.parametrize(("taken", "workers", "then"), [(0, 0, 2), (3, 2, 0), (12, 0, 2)])
-def test_whole_batches_go_on_exactly_from_a_state_with_another_number_of_workers(
+def test_batches_resume_exactly_with_another_number_of_workers(
     taken: int, workers: int, then: int, root: Path
 ) -> None:
     feed = open_feed(root, "layers.0", batch_size=72, val_fraction=0, pool_rows=256)  # endless
@@ -100,7 +100,7 @@ def test_whole_batches_go_on_exactly_from_a_state_with_another_number_of_workers
         next(again)
 
 
-def test_a_state_is_not_loaded_into_batches_that_have_begun(feed: Feed) -> None:
+def test_a_state_cannot_be_loaded_after_the_first_batch(feed: Feed) -> None:
     batches = CacheDataLoader(CacheDataset(feed))
     next(batches)
     with pytest.raises(RunError, match="have begun"):
@@ -108,7 +108,7 @@ def test_a_state_is_not_loaded_into_batches_that_have_begun(feed: Feed) -> None:
     batches.close()
 
 
-def test_the_state_of_a_plain_loader_follows_from_what_was_counted(
+def test_the_state_of_a_plain_loader_follows_from_the_count_of_batches(
     feed: Feed, truth: list[torch.Tensor]
 ) -> None:
     dataset = CacheDataset(feed)
@@ -118,7 +118,7 @@ def test_the_state_of_a_plain_loader_follows_from_what_was_counted(
     assert same(list(DataLoader(dataset, batch_size=None)), truth[4:])
 
 
-def test_a_number_of_workers_that_cannot_share_the_lanes_is_refused_with_those_that_can(
+def test_workers_that_cannot_share_the_lanes_are_rejected_with_valid_numbers(
     feed: Feed,
 ) -> None:
     with pytest.raises(ConfigError, match="36 lanes cannot be divided among 5 workers") as caught:
@@ -130,7 +130,7 @@ def test_a_number_of_workers_that_cannot_share_the_lanes_is_refused_with_those_t
         CacheDataset(feed, 0, 7)
 
 
-def test_a_worker_of_such_a_number_raises_the_same_error(
+def test_iteration_in_such_a_worker_raises_the_same_error(
     feed: Feed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = SimpleNamespace(id=0, num_workers=5)
@@ -139,7 +139,7 @@ def test_a_worker_of_such_a_number_raises_the_same_error(
         next(iter(CacheDataset(feed)))
 
 
-def test_several_hookpoints_come_by_name(root: Path) -> None:
+def test_several_hookpoints_are_returned_by_name(root: Path) -> None:
     names = ("layers.0", "layers.1")
     feed = open_feed(root, names, batch_size=72, val_fraction=0, pool_rows=256, epochs=1)
     with feed.stream() as stream:
@@ -151,15 +151,13 @@ def test_several_hookpoints_come_by_name(root: Path) -> None:
         assert torch.equal(found[name], expected[name].float())
 
 
-def test_a_dataset_travels_to_workers_that_are_spawned(
-    feed: Feed, truth: list[torch.Tensor]
-) -> None:
+def test_a_dataset_is_pickled_to_spawned_workers(feed: Feed, truth: list[torch.Tensor]) -> None:
     dataset = pickle.loads(pickle.dumps(CacheDataset(feed)))
     assert same(list(DataLoader(dataset, batch_size=None)), truth)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_of_the_reader_reaches_the_trainer(
+def test_a_read_error_is_raised_in_the_trainer(
     workers: int, make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache()

@@ -1,4 +1,4 @@
-"""Dimensions that stand out, and cosines of means."""
+"""Outlier dimensions, and cosines of means."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def test_a_dimension_of_large_rms_is_an_outlier_with_its_share_of_the_variance(s
     assert found.largest[1].variance_share < 0.01
 
 
-def test_a_dimension_with_one_huge_value_is_an_outlier_whatever_its_rms(statistics_of):
+def test_a_dimension_with_one_huge_value_is_an_outlier_at_any_rms(statistics_of):
     rows = normal_rows()
     rows[0, 5] = 40
     found = describe(statistics_of(rows))
@@ -58,14 +58,14 @@ def test_rows_of_zeros_have_no_outliers_and_one_value_among_them_is_one(statisti
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e308, -1e308])
-def test_statistics_that_cannot_be_are_described_without_a_complaint(value, statistics_of):
+def test_invalid_statistics_are_described_without_an_error(value, statistics_of):
     whole = statistics_of(normal_rows())
     broken = dataclasses.replace(whole, total=np.full(20, value), total_squares=np.full(20, value))
     assert len(describe(broken).largest) == LISTED
     assert mean_cosines([broken.mean, whole.mean])[0][1] is None or abs(value) == 1e308
 
 
-def test_cosines_are_of_means_of_one_width():
+def test_cosines_compare_means_of_equal_width():
     a, b, other = np.array([1.0, 0.0]), np.array([3.0, 3.0]), np.array([1.0, 2.0, 3.0])
     found = mean_cosines([a, b, other, np.zeros(2)])
     assert found[0][1] == found[1][0] == pytest.approx(np.sqrt(0.5))

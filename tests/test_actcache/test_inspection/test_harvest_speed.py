@@ -1,4 +1,4 @@
-"""Logs of a harvest: nothing in them is trusted."""
+"""Logs of a harvest, which are untrusted."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def speeds(cache):
     return speed_by_rank(cache.root, cache.receipts, 17)
 
 
-def test_speed_is_what_receipts_say_was_written_over_the_time_that_the_log_says(cache):
+def test_speed_divides_the_receipts_sizes_by_the_logs_times(cache):
     log(cache, 0, entry(0, 1.0, rows=10**9), entry(2, 3.0))
     log(cache, 1, entry(1, 2.0, host="b"), entry(3, 2.0, host="c"))
     first, second = speeds(cache)
@@ -43,7 +43,7 @@ def test_speed_is_what_receipts_say_was_written_over_the_time_that_the_log_says(
     assert speed_by_rank(cache.root, {1: cache.receipts[1]}, 17)[0].rank == 1
 
 
-def test_no_logs_are_no_speed(cache):
+def test_a_cache_without_logs_has_no_speed(cache):
     assert speeds(cache) == ()
     log(cache, 0)
     assert speeds(cache) == ()
@@ -72,33 +72,33 @@ def test_no_logs_are_no_speed(cache):
         "A" * 10_000,
     ],
 )
-def test_a_line_that_is_no_entry_is_counted_and_skipped(cache, line):
+def test_an_invalid_line_is_counted_and_skipped(cache, line):
     log(cache, 0, entry(0, 1.0), line, entry(1, 1.0))
     (speed,) = speeds(cache)
     assert (speed.shards, speed.unread) == (2, 1)
 
 
-def test_entries_of_shards_that_are_not_there_do_not_count(cache):
+def test_entries_of_unpublished_shards_are_ignored(cache):
     log(cache, 0, entry(0, 1.0), entry(99, 5.0), entry(-1, 5.0))
     (speed,) = speeds(cache)
     assert (speed.shards, speed.seconds, speed.unread) == (1, 1.0, 0)
 
 
-def test_hosts_print_and_are_few(cache):
+def test_hosts_are_escaped_and_limited(cache):
     log(cache, 0, *(entry(0, 1.0, host=f"\x1b[2J\ud800{i}" + "A" * 500) for i in range(9)))
     (speed,) = speeds(cache)
     assert len(speed.hosts) == 3
     assert all(host.isprintable() and len(host) < 100 for host in speed.hosts)
 
 
-def test_of_a_long_log_the_end_is_read(cache):
+def test_only_the_end_of_a_long_log_is_read(cache):
     path = log(cache, 0, entry(0, 1.0))
     path.write_bytes(b"x" * (3 * TAIL) + b"\n" + path.read_bytes())
     (speed,) = speeds(cache)
     assert (speed.shards, speed.unread) == (1, 0)
 
 
-def test_neither_links_nor_pipes_nor_folders_are_read(cache, tmp_path):
+def test_symlinks_pipes_and_folders_are_not_read(cache, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     text = json.dumps(entry(0, 1.0))

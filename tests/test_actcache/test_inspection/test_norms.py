@@ -19,7 +19,7 @@ def histogram_of(statistics_of):
     return build
 
 
-def test_only_the_part_with_rows_is_kept_and_its_edges_hold_them(histogram_of):
+def test_only_bins_with_rows_are_kept_and_their_edges_enclose_the_norms(histogram_of):
     found = histogram_of([1.1, 1.1, 1.3, 5.0])
     assert sum(found.counts) == 4
     assert found.counts[0] == 2
@@ -36,13 +36,13 @@ def test_quantiles_are_within_a_bin_of_the_true_ones(histogram_of):
         assert found.quantile(q) / np.quantile(norms, q) == pytest.approx(1, abs=0.1)
 
 
-def test_a_histogram_of_nothing_has_no_bins_and_no_quantile():
+def test_an_empty_histogram_has_no_bins_and_no_quantile():
     empty = norm_histogram(np.zeros(NORM_BINS, dtype=np.int64))
     assert empty.counts == ()
     assert math.isnan(empty.quantile(0.5))
 
 
-def test_counts_that_cannot_be_are_no_rows():
+def test_negative_counts_are_ignored():
     counts = np.zeros(NORM_BINS, dtype=np.int64)
     counts[3], counts[200] = -(2**63), 2**63 - 1
     found = norm_histogram(counts)

@@ -1,4 +1,4 @@
-"""Text that moves no cursor."""
+"""Escaping of untrusted text."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from actcache.inspection.printable import printable, visible
 
 
 @pytest.mark.parametrize("text", ["plain", "größe 日本 ✓", 'quotes " and <tags>'])
-def test_what_prints_stays_as_it_is(text):
+def test_printable_text_is_unchanged(text):
     assert printable(text) == text
 
 
@@ -20,7 +20,7 @@ def test_what_prints_stays_as_it_is(text):
         ("\x00\x9b", "\\x00\\x9b"),
     ],
 )
-def test_what_does_not_print_is_escaped(text, shown):
+def test_unprintable_characters_are_escaped(text, shown):
     assert printable(text) == shown
     shown.encode()
 
@@ -29,7 +29,7 @@ def test_a_long_text_is_cut():
     assert printable("A" * 1000, 10) == "AAAAAAA..."
 
 
-def test_spaces_and_ends_of_lines_of_a_token_can_be_seen():
+def test_spaces_and_line_ends_of_a_token_are_visible():
     assert visible(" the\n\t") == "·the⏎⇥"
     assert visible("\x1b[31m") == "\\x1b[31m"
     assert len(visible(" " * 1000)) <= 60

@@ -1,4 +1,4 @@
-"""Rows and sequences in their text."""
+"""Samples of rows with their context, and sequences with norms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from actcache.cache.reader import Cache
 from actcache.errors import EmptyCacheError, HookpointError
-from actcache.inspection.samples import pieces, read_sequences, sample_rows
+from actcache.inspection.samples import read_sequences, sample_rows, token_texts
 
 
 class Letters:
@@ -24,7 +24,7 @@ class Letters:
         return "".join(f"<{i}>" for i in ids)
 
 
-def test_a_sample_shows_a_row_in_its_text(make_cache: Callable[..., Path]) -> None:
+def test_a_sample_has_the_text_around_its_row(make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache(shards=3))
     samples = sample_rows(cache, 20, Letters(), context=3)
     assert len({(s.shard, s.row) for s in samples}) > 15
@@ -55,7 +55,7 @@ def test_without_a_tokenizer_ids_are_shown(make_cache: Callable[..., Path]) -> N
     assert sample.token == str(words[sample.position])
 
 
-def test_only_shards_asked_for_are_sampled(make_cache: Callable[..., Path]) -> None:
+def test_only_the_given_shards_are_sampled(make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache(shards=3))
     assert {s.shard for s in sample_rows(cache, 10, None, shards=[2])} == {2}
     with pytest.raises(EmptyCacheError):
@@ -98,7 +98,7 @@ def test_a_sequence_has_the_norm_of_each_of_its_rows(
     assert json.dumps([dataclasses.asdict(r) for r in readings], allow_nan=False)
 
 
-def test_sequences_are_read_when_they_are_asked_for(
+def test_sequences_are_read_lazily(
     make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache.open(make_cache(shards=3))
@@ -131,30 +131,30 @@ def ids_of(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
 
 
-def test_a_character_of_several_tokens_stands_at_the_last_of_them() -> None:
-    assert pieces(Bytes(), ids_of("aß€b")) == ["a", "", "ß", "", "", "€", "b"]
+def test_a_character_of_several_tokens_belongs_to_the_last_of_them() -> None:
+    assert token_texts(Bytes(), ids_of("aß€b")) == ["a", "", "ß", "", "", "€", "b"]
 
 
-def test_the_pieces_are_the_text_wherever_it_is_cut() -> None:
+def test_token_texts_concatenate_to_the_text_at_any_length() -> None:
     ids = ids_of("größe 日本")
     for length in range(len(ids) + 1):
-        assert "".join(pieces(Bytes(), ids[:length])) == Bytes().decode(list(ids[:length]))
+        assert "".join(token_texts(Bytes(), ids[:length])) == Bytes().decode(list(ids[:length]))
 
 
-def test_bytes_that_never_become_a_character_are_shown_for_what_they_are() -> None:
-    found = pieces(Bytes(), np.full(40, 0xFF, dtype=np.int32))
+def test_invalid_bytes_are_shown_as_replacement_characters() -> None:
+    found = token_texts(Bytes(), np.full(40, 0xFF, dtype=np.int32))
     assert "".join(found) == "\ufffd" * 40
 
 
-def test_a_space_that_a_tokenizer_drops_at_the_beginning_is_kept_between_words() -> None:
-    assert pieces(Words(), np.array([0, 1, 1, 2])) == ["a", " b", " b", " c"]
+def test_spaces_between_words_are_kept_if_the_tokenizer_drops_the_first() -> None:
+    assert token_texts(Words(), np.array([0, 1, 1, 2])) == ["a", " b", " b", " c"]
 
 
-def test_ids_that_the_tokenizer_does_not_know_are_shown_as_numbers() -> None:
+def test_ids_outside_the_vocabulary_are_shown_as_numbers() -> None:
     class Narrow:
         def decode(self, ids: list[int]) -> Any:
             if min(ids, default=0) < 0:
                 raise OverflowError("can't convert negative int to unsigned")
             return "x" * len(ids)
 
-    assert "<-5>" in "".join(pieces(Narrow(), np.array([1, -5, 2])))
+    assert "<-5>" in "".join(token_texts(Narrow(), np.array([1, -5, 2])))

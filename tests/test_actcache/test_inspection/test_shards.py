@@ -1,11 +1,11 @@
-"""What receipts say."""
+"""Facts from receipts: positions left out, bad rows, files of a shard."""
 
 import dataclasses
 
 import pytest
 
 from actcache.cache.reader import Cache
-from actcache.inspection.shards import CLASSES, LISTED, afflictions, excluded, shard_facts
+from actcache.inspection.shards import CLASSES, LISTED, bad_rows, excluded, shard_facts
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def with_counts(receipt, shard, non_finite=0, near_overflow=0):
     )
 
 
-def test_every_class_of_left_out_rows_is_told_most_first(receipt):
+def test_left_out_positions_are_counted_by_filter_most_first(receipt):
     one = dataclasses.replace(receipt, dropped={"padding": 5, "skip_positions": 2, "new": 0})
     two = dataclasses.replace(receipt, dropped={"skip_positions": 10})
     found = excluded([one, two], tokens=100)
@@ -32,7 +32,7 @@ def test_every_class_of_left_out_rows_is_told_most_first(receipt):
     ]
 
 
-def test_classes_beyond_a_bound_stand_together_and_their_names_print(receipt):
+def test_filters_beyond_the_limit_are_summed_up_and_names_are_escaped(receipt):
     dropped = {f"\x1b[2J{i}" + "A" * 1000: 100 - i for i in range(50)}
     found = excluded([dataclasses.replace(receipt, dropped=dropped)], tokens=10_000)
     assert len(found) == CLASSES + 1
@@ -41,23 +41,23 @@ def test_classes_beyond_a_bound_stand_together_and_their_names_print(receipt):
     assert all(e.name.isprintable() and len(e.name) < 60 for e in found)
 
 
-def test_only_shards_with_rows_that_need_care_are_listed(receipt):
+def test_only_shards_with_bad_rows_are_listed(receipt):
     receipts = [with_counts(receipt, 0), with_counts(receipt, 1, 3), with_counts(receipt, 2, 1, 7)]
-    found = afflictions(receipts)
+    found = bad_rows(receipts)
     assert (found.non_finite, found.near_overflow, found.shards) == (4, 7, 2)
     assert [a.shard for a in found.worst] == [1, 2]
     assert found.worst[1].non_finite == {"layers.0": 1}
     assert found.worst[1].near_overflow == {"layers.1": 7}
 
 
-def test_of_many_such_shards_the_worst_are_listed_and_all_are_counted(receipt):
+def test_the_worst_of_many_bad_shards_are_listed_and_all_are_counted(receipt):
     receipts = [with_counts(receipt, n, non_finite=n) for n in range(LISTED + 50)]
-    found = afflictions(receipts)
+    found = bad_rows(receipts)
     assert found.shards == LISTED + 49
     assert [a.shard for a in found.worst] == list(range(LISTED + 49, 49, -1))
 
 
-def test_a_shard_is_told_with_its_files_and_whether_they_are_there(make_cache):
+def test_a_shard_is_described_with_the_state_of_its_files(make_cache):
     cache = Cache.open(make_cache(shards=3, sequences=8))
     root = cache.root
     (root / "activations/layers.0/00001.safetensors").unlink()

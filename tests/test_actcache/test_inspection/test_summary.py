@@ -24,7 +24,7 @@ def some_not_finite(hookpoint: str, shard: int, count: int, width: int) -> np.nd
     return rows
 
 
-def test_the_numbers_of_a_hookpoint_are_those_of_its_finite_rows(
+def test_norms_of_a_hookpoint_are_computed_from_its_finite_rows(
     make_cache: Callable[..., Path],
 ) -> None:
     widths = {"layers.0": 6, "layers.1": 10}
@@ -47,7 +47,7 @@ def test_the_numbers_of_a_hookpoint_are_those_of_its_finite_rows(
     assert [h.non_finite for h in summary.hookpoints] == [0, 1 + 2 + 3]
 
 
-def test_a_cache_is_summed_up(make_cache: Callable[..., Path]) -> None:
+def test_a_cache_is_summarised(make_cache: Callable[..., Path]) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=1)
     summary = summarize(Cache.open(root))
     assert (summary.shards, summary.sequences, summary.tokens) == (3, 9, 153)
@@ -63,7 +63,7 @@ def test_a_cache_is_summed_up(make_cache: Callable[..., Path]) -> None:
     assert json.loads(json.dumps(dataclasses.asdict(summary)))["cache"] == str(root)
 
 
-def test_what_is_missing_is_counted(make_cache: Callable[..., Path]) -> None:
+def test_missing_shards_are_counted(make_cache: Callable[..., Path]) -> None:
     root = make_cache(shards=4, end=False)
     receipt_path(root, 3).unlink()
     assert summarize(Cache.open(root)).state == "incomplete: 1 of 4 shards are missing"
@@ -74,7 +74,7 @@ def test_what_is_missing_is_counted(make_cache: Callable[..., Path]) -> None:
     assert (summary.complete, summary.state) == (False, "2 shards are missing")
 
 
-def test_a_harvest_without_a_goal_is_incomplete_until_it_is_sealed(
+def test_a_harvest_without_a_goal_is_incomplete_until_its_completion_marker(
     make_cache: Callable[..., Path],
 ) -> None:
     root = make_cache(shards=2, end=False)
@@ -83,26 +83,26 @@ def test_a_harvest_without_a_goal_is_incomplete_until_it_is_sealed(
     assert "has not reached the end of the text" in summarize(Cache.open(root)).state
 
 
-def test_a_text_that_ended_is_said_so(make_cache: Callable[..., Path]) -> None:
+def test_the_state_reports_a_text_that_ended(make_cache: Callable[..., Path]) -> None:
     root = make_cache(shards=2)
     end = json.loads((root / "shards" / "END.json").read_text())
     (root / "shards" / "END.json").write_text(json.dumps(end | {"reason": "text"}))
     assert summarize(Cache.open(root)).state == "complete (the text ended)"
 
 
-def test_a_cache_without_a_filter_says_none(make_cache: Callable[..., Path]) -> None:
+def test_a_cache_without_filters_reports_none(make_cache: Callable[..., Path]) -> None:
     summary = summarize(Cache.open(make_cache(shards=1, skip_positions=0)))
     assert summary.filters == "none"
 
 
-def test_a_cache_without_a_complete_shard_is_refused(make_cache: Callable[..., Path]) -> None:
+def test_a_cache_without_a_complete_shard_is_rejected(make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache(shards=0, end=False))
     with pytest.raises(EmptyCacheError, match="holds no complete shard"):
         summarize(cache)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")])
-def test_a_cache_without_all_its_files_is_not_called_complete(
+def test_a_cache_with_missing_files_is_incomplete(
     damage: Callable[[Path], object], make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache()
@@ -113,7 +113,7 @@ def test_a_cache_without_all_its_files_is_not_called_complete(
     assert "1 files are missing or cut: see actcache verify" in summary.state
 
 
-def test_one_shard_is_summed_up_by_itself(make_cache: Callable[..., Path]) -> None:
+def test_one_shard_is_summarised_alone(make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache(shards=3, hookpoints={"layers.1": 6}, rows=some_not_finite))
     parts = [summarize(cache, [shard]) for shard in cache.shards]
     assert [p.hookpoints[0].non_finite for p in parts] == [1, 2, 3]
@@ -125,7 +125,7 @@ def test_one_shard_is_summed_up_by_itself(make_cache: Callable[..., Path]) -> No
         summarize(cache, [3])
 
 
-def test_shards_whose_statistics_are_gone_are_left_out_and_counted(
+def test_shards_without_statistics_are_left_out_and_counted(
     make_cache: Callable[..., Path],
 ) -> None:
     cache = Cache.open(make_cache(shards=3))
@@ -140,7 +140,7 @@ def test_shards_whose_statistics_are_gone_are_left_out_and_counted(
         summarize(Cache.open(cache.root))
 
 
-def test_statistics_added_shard_by_shard_have_the_bits_of_those_added_at_once(
+def test_statistics_merged_shard_by_shard_equal_those_merged_at_once(
     make_cache: Callable[..., Path],
 ) -> None:
     cache = Cache.open(make_cache(shards=4))
@@ -151,7 +151,7 @@ def test_statistics_added_shard_by_shard_have_the_bits_of_those_added_at_once(
         assert found.abs_max == at_once.abs_max.max()
 
 
-def test_names_from_the_manifest_cannot_move_the_cursor_or_fill_the_screen(
+def test_names_from_the_manifest_are_escaped_and_cut(
     make_cache: Callable[..., Path],
 ) -> None:
     root = make_cache(shards=1)
@@ -165,7 +165,7 @@ def test_names_from_the_manifest_cannot_move_the_cursor_or_fill_the_screen(
     assert (summary.model + summary.dataset).isprintable()
 
 
-def test_all_of_it_is_json(make_cache: Callable[..., Path]) -> None:
+def test_a_summary_is_json(make_cache: Callable[..., Path]) -> None:
     summary = summarize(Cache.open(make_cache(shards=2)))
     again = json.loads(json.dumps(dataclasses.asdict(summary), allow_nan=False))
     assert again["hookpoints"][0]["norms"]["counts"] == list(summary.hookpoints[0].norms.counts)
@@ -174,7 +174,7 @@ def test_all_of_it_is_json(make_cache: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["memmap", "zarr"])
-def test_the_scales_of_8_bit_rows_belong_to_their_hookpoint(
+def test_scales_of_8_bit_rows_count_as_bytes_of_their_hookpoint(
     backend: str, make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache(shards=2, dtype="int8", backend=backend)

@@ -56,11 +56,13 @@ def cache(root: Path) -> Cache:
 
 @pytest.fixture
 def open_stream(cache: Cache) -> Iterator[Callable[..., ActivationStream]]:
-    """A factory of streams that are closed in the end."""
+    """Factory of streams that are closed after the test."""
     streams = []
 
-    def make(plan: OrderPlan = PLAN, hookpoints: object = None, **place: int) -> ActivationStream:
-        stream = ActivationStream(cache, hookpoints or cache.hookpoints, plan, **place)
+    def make(
+        plan: OrderPlan = PLAN, hookpoints: object = None, **position: int
+    ) -> ActivationStream:
+        stream = ActivationStream(cache, hookpoints or cache.hookpoints, plan, **position)
         streams.append(stream)
         return stream
 
@@ -69,7 +71,7 @@ def open_stream(cache: Cache) -> Iterator[Callable[..., ActivationStream]]:
         stream.close()
 
 
-def test_leaving_a_streams_context_ends_its_thread(cache: Cache) -> None:
+def test_leaving_a_streams_context_ends_its_threads(cache: Cache) -> None:
     before = threading.active_count()
     with ActivationStream(cache, ["layers.0"], PLAN) as stream:
         assert next(stream).step == 0
@@ -77,7 +79,7 @@ def test_leaving_a_streams_context_ends_its_thread(cache: Cache) -> None:
     assert threading.active_count() == before
 
 
-def test_a_stream_that_is_forgotten_ends_its_threads(cache: Cache) -> None:
+def test_a_garbage_collected_stream_ends_its_threads(cache: Cache) -> None:
     before = threading.active_count()
     stream: ActivationStream | None = ActivationStream(cache, ["layers.0"], PLAN)
     assert stream is not None
@@ -110,7 +112,7 @@ def plans(draw: st.DrawFn) -> OrderPlan:
 
 @settings(max_examples=25, deadline=None)
 @given(plans(), st.integers(0, 2), st.data())
-def test_any_plan_is_streamed_row_by_row_as_the_rule_says(
+def test_the_rows_of_any_plan_follow_the_rule(
     root: Path, plan: OrderPlan, epoch: int, data: st.DataObject
 ) -> None:
     cache = Cache.open(root)
@@ -150,7 +152,7 @@ def test_activations_are_the_rows_at_the_addresses_for_every_hookpoint(
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_batches_from_zarr_are_those_from_memmap(
+def test_batches_from_zarr_equal_those_from_memmap(
     compression: str, make_cache: Callable[..., Path], open_stream: Callable[..., ActivationStream]
 ) -> None:
     zarr = Cache.open(make_cache(backend="zarr", compression=compression, **SHAPE))
@@ -163,8 +165,8 @@ def test_batches_from_zarr_are_those_from_memmap(
     stream.close()
 
 
-def together(ranks: list[Batch], lanes: int) -> tuple[np.ndarray, torch.Tensor]:
-    """Addresses and rows of a global batch from its parts: lane l is of rank l mod W. [B, ...]"""
+def join_ranks(ranks: list[Batch], lanes: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Join the ranks' rows to a global batch: lane l belongs to rank l mod W. [B, ...]"""
     per_lane = len(ranks[0].addresses) * len(ranks) // lanes
     places = [(ranks[lane % len(ranks)], lane // len(ranks) * per_lane) for lane in range(lanes)]
     addresses = [rank.addresses[at : at + per_lane] for rank, at in places]
@@ -174,7 +176,7 @@ def together(ranks: list[Batch], lanes: int) -> tuple[np.ndarray, torch.Tensor]:
 
 @settings(max_examples=15, deadline=None)
 @given(plans(), st.integers(0, 2), st.data())
-def test_from_any_state_any_number_of_ranks_goes_on_with_the_batches_of_one_process(
+def test_any_number_of_ranks_resumes_with_the_batches_of_one_process(
     root: Path, plan: OrderPlan, epoch: int, data: st.DataObject
 ) -> None:
     cache, divisors = Cache.open(root), [n for n in range(1, 13) if plan.lanes % n == 0]
@@ -193,17 +195,17 @@ def test_from_any_state_any_number_of_ranks_goes_on_with_the_batches_of_one_proc
 
         (alone,), ranks = streams(1, place), streams(before, place)
         for taken in range(4):
-            if taken == 2:  # stopped, and begun again with another number
+            if taken == 2:  # stopped, and resumed with another number of ranks
                 states = [stream.state_dict() for stream in ranks]
                 assert states == [alone.state_dict()] * before
                 ranks = streams(after, states[-1])
             whole = next(alone)
-            addresses, rows = together([next(stream) for stream in ranks], plan.lanes)
+            addresses, rows = join_ranks([next(stream) for stream in ranks], plan.lanes)
             np.testing.assert_array_equal(addresses, whole.addresses)
             assert torch.equal(rows, whole.activations["layers.0"])
 
 
-def test_ranks_that_cannot_share_the_lanes_are_refused(
+def test_ranks_that_cannot_share_the_lanes_are_rejected(
     open_stream: Callable[..., ActivationStream],
 ) -> None:
     with pytest.raises(ConfigError, match="12 lanes cannot be divided among 5 processes"):
@@ -211,7 +213,7 @@ def test_ranks_that_cannot_share_the_lanes_are_refused(
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5, PLAN.steps_per_epoch, PLAN.steps_per_epoch + 2])
-def test_a_stream_made_from_the_state_goes_on_exactly_at_any_world_size(
+def test_a_stream_resumes_exactly_at_any_world_size(
     taken: int, open_stream: Callable[..., ActivationStream]
 ) -> None:
     whole = take(open_stream(), taken + 4)
@@ -245,7 +247,7 @@ for rank in range(world_size):
 """
 
 
-def test_other_processes_of_another_number_go_on_exactly_from_the_state_and_so_at_every_run(
+def test_another_number_of_other_processes_resumes_exactly_in_every_run(
     root: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     stopped, count, world_size = open_stream(), PLAN.steps_per_epoch, 3  # over the epoch's end
@@ -254,7 +256,7 @@ def test_other_processes_of_another_number_go_on_exactly_from_the_state_and_so_a
     task = json.dumps([str(root), dataclasses.asdict(PLAN), state, world_size, count])
 
     def elsewhere(seed: str, threads: str) -> list[object]:
-        """What a process of its own sees, of other hashes and numbers of threads."""
+        """Run in a subprocess with another hash seed and number of threads."""
         environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
         command = [sys.executable, "-c", ELSEWHERE, task]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -265,7 +267,7 @@ def test_other_processes_of_another_number_go_on_exactly_from_the_state_and_so_a
     whole = take(stopped, count)
     parts = [take(stream, count) for stream in ranks]
     for batch, *shares in zip(whole, *parts, strict=True):
-        np.testing.assert_array_equal(together(shares, PLAN.lanes)[0], batch.addresses)
+        np.testing.assert_array_equal(join_ranks(shares, PLAN.lanes)[0], batch.addresses)
     for part in parts:
         for batch in part:
             bits = batch.activations["layers.0"].float().numpy().tobytes()
@@ -275,7 +277,7 @@ def test_other_processes_of_another_number_go_on_exactly_from_the_state_and_so_a
     assert elsewhere("2", "2") == expected
 
 
-def test_the_state_counts_what_was_taken_and_not_what_was_read_ahead(
+def test_the_state_counts_batches_taken_and_not_prefetched(
     open_stream: Callable[..., ActivationStream],
 ) -> None:
     stream = open_stream()
@@ -284,7 +286,7 @@ def test_the_state_counts_what_was_taken_and_not_what_was_read_ahead(
     assert stream.state_dict() == {"epoch": 0, "step": 1}
 
 
-def test_a_state_is_not_loaded_into_a_stream_that_has_begun(
+def test_a_state_cannot_be_loaded_after_the_first_batch(
     open_stream: Callable[..., ActivationStream],
 ) -> None:
     stream = open_stream()
@@ -304,7 +306,7 @@ def test_held_out_shards_never_appear(
     assert seen.isdisjoint(held_out)
 
 
-def test_only_the_hookpoints_asked_for_are_read(
+def test_only_the_given_hookpoints_are_read(
     make_cache: Callable[..., Path],
 ) -> None:
     root = make_cache(hookpoints=HOOKPOINTS, sequences=4)
@@ -319,7 +321,7 @@ def test_only_the_hookpoints_asked_for_are_read(
 
 
 @pytest.mark.parametrize("backend", ["memmap", "zarr"])
-def test_hookpoints_read_aligned_from_one_plan_cost_their_own_bytes_and_no_others(
+def test_aligned_hookpoints_read_each_of_their_bytes_once_and_no_others(
     backend: str, make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths = {"layers.0": 6, "layers.1:in": 10, "layers.2": 8}
@@ -344,7 +346,7 @@ def test_hookpoints_read_aligned_from_one_plan_cost_their_own_bytes_and_no_other
     monkeypatch.setattr(os, "preadv", watched_preadv)
     stream = ActivationStream(cache, asked, plan, epochs=1, verify="never")
     batches = list(stream)
-    monkeypatch.undo()  # what the test itself reads is not counted
+    monkeypatch.undo()  # reads of the test itself are not counted
     assert sum(len(batch.addresses) for batch in batches) == 4 * 64
     for batch in batches:
         assert list(batch.activations) == asked
@@ -361,7 +363,7 @@ def test_hookpoints_read_aligned_from_one_plan_cost_their_own_bytes_and_no_other
     assert by_hookpoint == {"layers.0": 256 * 6 * 4, "layers.1:in": 0, "layers.2": 256 * 8 * 4}
 
 
-def test_a_hookpoint_that_the_cache_does_not_hold_is_refused_at_once(
+def test_an_unknown_hookpoint_is_rejected_immediately(
     open_stream: Callable[..., ActivationStream],
 ) -> None:
     with pytest.raises(HookpointError, match=r"layers\.7"):
@@ -369,7 +371,7 @@ def test_a_hookpoint_that_the_cache_does_not_hold_is_refused_at_once(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_error_of_the_reader_reaches_the_consumer_once_and_nothing_hangs(
+def test_a_read_error_is_raised_once_and_closes_the_stream(
     when: str, make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache(hookpoints=HOOKPOINTS, sequences=4)
@@ -385,7 +387,7 @@ def test_an_error_of_the_reader_reaches_the_consumer_once_and_nothing_hangs(
         next(stream)
 
 
-def test_closing_ends_the_thread_and_taking_more_is_an_error(
+def test_next_after_close_raises_and_the_thread_has_ended(
     open_stream: Callable[..., ActivationStream],
 ) -> None:
     def readers() -> set[threading.Thread]:
@@ -403,7 +405,9 @@ def test_closing_ends_the_thread_and_taking_more_is_an_error(
     assert readers() == before
 
 
-def test_batches_are_memory_of_their_own(open_stream: Callable[..., ActivationStream]) -> None:
+def test_writing_to_a_batch_does_not_change_later_batches(
+    open_stream: Callable[..., ActivationStream],
+) -> None:
     first, again = take(open_stream(), 8), take(open_stream(), 8)
     for batch in first:
         batch.activations["layers.0"].zero_()
@@ -415,10 +419,10 @@ def test_batches_are_memory_of_their_own(open_stream: Callable[..., ActivationSt
 @pytest.mark.parametrize(
     ("row_order", "least", "most"), [("shuffled", 1, 1.25), ("sequence", 2, 9)]
 )
-def test_rows_of_one_sequence_meet_in_a_batch_hardly_more_often_than_by_chance(
+def test_rows_of_a_sequence_share_a_batch_little_more_often_than_by_chance(
     row_order: str, least: float, most: float, cache: Cache
 ) -> None:
-    """bench_shuffle.py in small: 128 shards of 8 sequences of 32 rows, a pool of an eighth."""
+    """Small bench_shuffle.py: 128 shards of 8 sequences of 32 rows, a pool of an eighth."""
     identity = dataclasses.replace(cache.manifest.identity, row_order=row_order)
     kept, outliers = np.ones((8, 32), dtype=bool), np.zeros(256, dtype=bool)
     sequence_of = np.stack(
@@ -434,16 +438,16 @@ def test_rows_of_one_sequence_meet_in_a_batch_hardly_more_often_than_by_chance(
     assert least < np.mean(pairs) / by_chance < most
 
 
-def test_waiting_is_counted(open_stream: Callable[..., ActivationStream]) -> None:
+def test_waiting_time_is_counted(open_stream: Callable[..., ActivationStream]) -> None:
     stream = open_stream()
     take(stream, 1)
     assert stream.seconds_waited > 0
 
 
-def test_a_stream_whose_thread_is_gone_says_so_instead_of_waiting_for_ever(
+def test_a_stream_without_its_thread_raises_instead_of_waiting(
     open_stream: Callable[..., ActivationStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in the child of a process that forked."""
+    """Simulates a forked child process, in which the thread does not exist."""
     monkeypatch.setattr(BackgroundIterator, "_run", lambda _: None)
     monkeypatch.setattr("actcache.stream.activation_stream._TIMEOUT", 0.01)
     with pytest.raises(RunError, match="thread is gone"):
@@ -452,14 +456,14 @@ def test_a_stream_whose_thread_is_gone_says_so_instead_of_waiting_for_ever(
 
 @pytest.mark.parametrize("window", [1, 7])
 @pytest.mark.parametrize("verify", ["first-read", "never"])
-def test_batches_are_the_same_however_they_are_read(
+def test_batches_are_the_same_for_all_read_settings(
     window: int, verify: Verify, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, real = replace(PLAN, window=window), os.preadv
     state = np.random.RandomState(0)
 
     def preadv(*args: Any) -> int:
-        time.sleep(float(state.random_sample()) * 0.002)  # threads end in any order
+        time.sleep(float(state.random_sample()) * 0.002)  # threads finish in random order
         return real(*args)
 
     runs = []
@@ -483,7 +487,7 @@ def test_batches_are_the_same_however_they_are_read(
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("window", [1, 7])
-def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_any_of_it(
+def test_a_batch_buffer_is_not_recycled_while_it_is_referenced(
     window: int, dtype: str, make_cache: Callable[..., Path]
 ) -> None:
     root = make_cache(**(SHAPE | {"hookpoints": {"layers.0": 6}, "dtype": dtype}))
@@ -493,7 +497,7 @@ def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_any_of_it(
         views = []
         for batch in take(stream, 4 * plan.steps_per_epoch):
             whole = batch.activations["layers.0"]
-            # Nothing but one row of it is kept, in one of the ways in which that is done.
+            # Keep a view of one row, in one of three ways.
             kept = [whole[3], whole.numpy()[3], whole.view(-1)[18:24].detach()][batch.step % 3]
             views.append((batch.addresses[3], kept))
     for (shard, row), kept in views:
@@ -501,13 +505,15 @@ def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_any_of_it(
         np.testing.assert_array_equal(np.asarray(kept), truth.numpy())
 
 
-def test_memory_of_batches_is_used_again(cache: Cache) -> None:
+def test_batch_buffers_are_recycled(cache: Cache) -> None:
     with ActivationStream(cache, ["layers.0"], PLAN) as stream:
         places = {next(stream).activations["layers.0"].data_ptr() for _ in range(100)}
     assert len(places) <= PREFETCH_BATCHES + 4
 
 
-def test_zarr_in_order_is_memmap_in_order(make_cache: Callable[..., Path], cache: Cache) -> None:
+def test_unshuffled_batches_from_zarr_equal_those_from_memmap(
+    make_cache: Callable[..., Path], cache: Cache
+) -> None:
     zarr = Cache.open(make_cache(backend="zarr", compression="zstd", **SHAPE))
     plan = replace(PLAN, window=1)
     with (

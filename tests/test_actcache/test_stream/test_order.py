@@ -23,8 +23,8 @@ SMALL = OrderPlan(((0, 10), (2, 7)), block_rows=4, batch_size=4, lanes=2, window
 
 @st.composite
 def plans(draw: st.DrawFn) -> OrderPlan:
-    """Any plan of up to 200 rows: windows longer than lanes, blocks longer than shards, shards
-    that filters left without a row, all."""
+    """Generate plans of up to 200 rows, also with windows longer than lanes, blocks longer than
+    shards, and empty shards."""
     sizes = draw(st.lists(st.just(0) | st.integers(1, 50), min_size=1, max_size=4).filter(any))
     shards = tuple((3 * i + 1, n) for i, n in enumerate(sizes))
     lanes = draw(st.integers(1, min(8, sum(sizes))))
@@ -39,7 +39,7 @@ def plans(draw: st.DrawFn) -> OrderPlan:
 
 
 def spelled_out(plan: OrderPlan, epoch: int) -> np.ndarray:
-    """An epoch's batches, written from the design and not from the code. [steps, B, 2]"""
+    """Compute an epoch's batches independently, from the written rule. [steps, B, 2]"""
 
     def permuted(items: list, purpose: bytes, *numbers: int) -> list:
         key = [zlib.crc32(purpose), plan.seed, epoch, *numbers]
@@ -70,13 +70,13 @@ def epoch_of(plan: OrderPlan, epoch: int) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.integers(0, 5))
-def test_the_order_is_that_of_the_design(plan: OrderPlan, epoch: int) -> None:
+def test_the_order_follows_the_written_rule(plan: OrderPlan, epoch: int) -> None:
     np.testing.assert_array_equal(epoch_of(plan, epoch), spelled_out(plan, epoch))
 
 
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.integers(0, 5))
-def test_every_row_comes_once_an_epoch_but_for_fewer_than_a_batch(
+def test_every_row_is_read_once_an_epoch_except_for_fewer_than_a_batch(
     plan: OrderPlan, epoch: int
 ) -> None:
     rows = [tuple(address) for address in spelled_out(plan, epoch).reshape(-1, 2).tolist()]
@@ -86,7 +86,7 @@ def test_every_row_comes_once_an_epoch_but_for_fewer_than_a_batch(
     assert len(everything) - len(rows) < plan.batch_size + plan.lanes
 
 
-def test_seeds_and_epochs_give_other_orders_of_the_same_rows() -> None:
+def test_seeds_and_epochs_permute_the_same_rows_differently() -> None:
     def plan(seed: int) -> OrderPlan:
         return make_plan([(0, 64), (1, 64)], 8, 16, seed, pool_rows=64)
 
@@ -99,7 +99,7 @@ def test_seeds_and_epochs_give_other_orders_of_the_same_rows() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(0, 2**32 - 1), st.integers(0, 5))
 def test_epochs_of_any_plan_differ(data: st.DataObject, seed: int, epoch: int) -> None:
-    """Any that can: of a single block, in windows of one row, there is but one order."""
+    """Plans of a single block in windows of one row are excluded: they have only one order."""
     sizes = data.draw(
         st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(lambda n: sum(n) > 48)
     )
@@ -179,7 +179,7 @@ def test_ranks_share_the_lanes_evenly() -> None:
         assert all(lane % world_size == rank for rank, s in enumerate(shares) for lane in s)
 
 
-def test_processes_that_cannot_share_the_lanes_are_refused_with_those_that_can() -> None:
+def test_processes_that_cannot_share_the_lanes_are_rejected_with_valid_numbers() -> None:
     with pytest.raises(ConfigError, match=r"6 lanes .* 4 processes\n  expected: 1, 2, 3, 6"):
         lanes_of_rank(6, 0, 4)
 
@@ -194,7 +194,7 @@ def test_lanes_are_the_largest_divisor_of_the_batch_up_to_64(batch: int, pool: i
     assert plan.steps_per_epoch >= 1
 
 
-def test_a_batch_of_all_rows_is_one_step_and_a_larger_one_is_refused() -> None:
+def test_a_batch_of_all_rows_is_one_step_and_a_larger_one_is_rejected() -> None:
     assert make_plan([(0, 5), (1, 6)], 4, 11, 0).steps_per_epoch == 1
     with pytest.raises(ConfigError, match=r"(?s)batch is larger.*--batch-size <= 11.*got: +12"):
         make_plan([(0, 5), (1, 6)], 4, 12, 0)
@@ -221,13 +221,13 @@ def test_a_batch_of_all_rows_is_one_step_and_a_larger_one_is_refused() -> None:
         {"shards": ((-1, 30),)},
     ],
 )
-def test_a_plan_that_cannot_be_is_refused(change: dict) -> None:
+def test_an_invalid_plan_is_rejected(change: dict) -> None:
     with pytest.raises(FormatError):
         dataclasses.replace(SMALL, **change)
 
 
 @given(st.integers(2, 300), st.floats(0.003, 0.5), st.integers(0, 2**32 - 1), st.integers(0, 100))
-def test_held_out_shards_are_a_fraction_that_stays_where_it_is(
+def test_held_out_shards_are_a_fraction_and_stay_held_out_as_the_cache_grows(
     count: int, fraction: float, seed: int, more: int
 ) -> None:
     training, held_out = split_shards(range(count), fraction, seed)
@@ -246,23 +246,23 @@ def test_the_seed_decides_which_shards_are_held_out() -> None:
     assert split_shards(range(20), 0.1, 0)[1] == [0, 10]  # for ever
 
 
-def test_nothing_is_held_out_when_nothing_is_asked() -> None:
+def test_a_fraction_of_0_holds_out_no_shard() -> None:
     assert split_shards([0], 0.0, 0) == ([0], [])
 
 
-def test_a_held_out_part_of_one_shard_is_refused_with_a_remedy() -> None:
+def test_splitting_one_shard_is_rejected_with_a_remedy() -> None:
     with pytest.raises(EmptyCacheError, match=r"(?s)one shard.*remedy.*--shard-size.*--val-frac"):
         split_shards([0], 0.1, 0)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 0.51, 1.0, float("nan")])
-def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
+def test_a_fraction_out_of_range_is_rejected(fraction: float) -> None:
     with pytest.raises(ConfigError, match="--val-fraction is out of range"):
         split_shards(range(4), fraction, 0)
 
 
 @given(st.sets(st.integers(0, 30), min_size=2), st.sampled_from([0.5, 0.1]), st.integers(0, 9))
-def test_shards_of_an_unfinished_harvest_are_split_or_refused(
+def test_shards_of_an_unfinished_harvest_are_split_or_rejected(
     shards: set[int], fraction: float, seed: int
 ) -> None:
     try:

@@ -1,4 +1,4 @@
-"""Which rows are in which batch, for ever.
+"""The rows of every batch, fixed for all versions by a table.
 
 A run on disk holds its plan and goes on by it, so no version that reads the runs of earlier ones
 may change a line of the table. `python tests/test_actcache/test_order_table.py` writes it anew:
@@ -38,7 +38,7 @@ SMALL = {
     "by formula, a prime batch, the largest seed": make_plan(UNEVEN, 16, 37, 2**32 - 1),
     "second segment of a cache": CUT.plan(1, {3: 24, 4: 24, 5: 11}),
 }
-"""Plans of which every row of some epochs stands in the table."""
+"""Plans whose table has every row of some epochs."""
 
 LARGE = {
     "defaults, a million rows": make_plan([(s, 8176) for s in range(127)], 512, 8192, 0),
@@ -47,7 +47,7 @@ LARGE = {
         [(s, 65_472 - 999 * s) for s in range(10)], 128, 4096, 42
     ),
 }
-"""Plans of which the table has the first rows of some batches, and a digest of whole epochs."""
+"""Plans whose table has the first rows of some batches, and a digest of whole epochs."""
 
 EPOCHS = (0, 1, 5)
 SPLITS = [(2, 0.05, 0), (7, 0.5, 1), (20, 0.1, 0), (20, 0.1, 3), (128, 0.05, 2**32 - 1)]
@@ -60,7 +60,7 @@ def line(pairs: Iterable[Iterable[int]]) -> str:
 
 
 def streamed(plan: OrderPlan, epoch: int) -> Iterable[np.ndarray]:
-    """An epoch's batches as the stream itself makes them; it reads no hookpoint."""
+    """Return an epoch's batches of a stream that reads no hookpoint."""
     cache = Cache.open(ANY_CACHE)
     with ActivationStream(cache, [], plan, epoch=epoch, epochs=epoch + 1) as stream:
         yield from (batch.addresses for batch in stream)
@@ -109,17 +109,17 @@ def test_the_rows_of_every_batch_are_those_of_the_table(name: str, table: dict[s
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_stream_hands_out_the_rows_of_the_table(name: str, table: dict[str, Any]) -> None:
+def test_the_stream_returns_the_rows_of_the_table(name: str, table: dict[str, Any]) -> None:
     for epoch in EPOCHS:
         found = [line(batch) for batch in streamed(SMALL[name], epoch)]
         assert found == table["orders"][name]["epochs"][str(epoch)]
 
 
-def test_the_shards_held_out_are_those_of_the_table(table: dict[str, Any]) -> None:
+def test_the_held_out_shards_are_those_of_the_table(table: dict[str, Any]) -> None:
     assert [held_out(split) for split in SPLITS] == table["splits"]
 
 
-def test_the_table_knows_no_plan_but_these(table: dict[str, Any]) -> None:
+def test_the_table_has_exactly_these_plans(table: dict[str, Any]) -> None:
     assert list(table["orders"]) == [*SMALL, *LARGE]
 
 

@@ -16,7 +16,7 @@ from actcache.stream.segments import Segmentation, SegmentFollower
 
 
 def check_text(cache: Cache, batch: Batch) -> None:
-    """Compare a batch's text, row by row, with what the tokens files say of its addresses."""
+    """Compare a batch's tokens, row by row, with the tokens files at its addresses."""
     text = batch.text
     assert text is not None
     for i, (shard, row) in enumerate(batch.addresses):
@@ -30,7 +30,7 @@ def check_text(cache: Cache, batch: Batch) -> None:
 
 @pytest.mark.parametrize("shape", [{}, {"last_sequences": 3}, {"extended_by": 5}])
 @pytest.mark.parametrize("backend", ["memmap", "zarr"])
-def test_a_batch_says_which_tokens_its_rows_are(
+def test_a_batch_has_the_tokens_of_its_rows(
     backend: str, shape: dict[str, int], make_cache: Callable[..., Path]
 ) -> None:
     cache = Cache.open(make_cache(backend=backend, **shape))
@@ -56,7 +56,7 @@ def test_every_rank_has_the_text_of_its_own_rows(
             check_text(cache, next(stream))
 
 
-def test_segments_of_a_cache_that_grows_have_their_text(make_cache: Callable[..., Path]) -> None:
+def test_segments_of_a_growing_cache_have_their_text(make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache(shards=5, sequences=4, last_sequences=2))
     cut = Segmentation(2, block_rows=16, batch_size=24, seed=3, pool_rows=60, val_fraction=0.0)
     receipts, cache.receipts = cache.receipts, {}  # opened before anything was published
@@ -69,7 +69,7 @@ def test_segments_of_a_cache_that_grows_have_their_text(make_cache: Callable[...
         check_text(cache, batch)
 
 
-def test_the_same_batches_come_with_and_without_text(make_cache: Callable[..., Path]) -> None:
+def test_batches_are_the_same_with_and_without_text(make_cache: Callable[..., Path]) -> None:
     cache = Cache.open(make_cache())
     plan = make_plan([(s, 128) for s in cache.shards], 16, 24, 3, 100)
     with (
@@ -83,7 +83,7 @@ def test_the_same_batches_come_with_and_without_text(make_cache: Callable[..., P
             assert with_text.activations["layers.0"].equal(without.activations["layers.0"])
 
 
-def test_a_damaged_tokens_file_stops_a_stream_with_text_and_no_other(
+def test_a_damaged_tokens_file_stops_only_a_stream_with_text(
     make_cache: Callable[..., Path],
 ) -> None:
     cache = Cache.open(make_cache())
@@ -100,7 +100,7 @@ def test_a_damaged_tokens_file_stops_a_stream_with_text_and_no_other(
 
 
 @pytest.mark.parametrize(("shards_kept", "read"), [(0, 6), (1, 6), (2, 4), (4, 4)])
-def test_text_kept_in_memory_is_bounded_and_the_shard_used_last_stays_longest(
+def test_text_in_memory_is_bounded_and_the_least_recently_used_shard_is_dropped(
     shards_kept: int, read: int, make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache.open(make_cache())

@@ -38,7 +38,7 @@ def whole(make_cache: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def growing(whole: Path, tmp_path: Path) -> Path:
-    """A copy of the cache without receipts and seal."""
+    """Copy of the cache without receipts and completion marker."""
     root = shutil.copytree(whole, tmp_path / "cache")
     for path in (root / "shards").iterdir():
         path.unlink()
@@ -76,7 +76,7 @@ def epoch(number: int) -> list[tuple[int, int, int]]:
     return [(number, n, step) for n, count in enumerate(STEPS) for step in range(count)]
 
 
-def test_segments_come_in_turn_each_in_the_order_of_its_plan_and_epochs_permute_anew(
+def test_segments_follow_in_turn_in_the_order_of_their_plans_and_epochs_differ(
     whole: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     stream, cache = open_stream(whole), Cache.open(whole)
@@ -95,7 +95,7 @@ def test_segments_come_in_turn_each_in_the_order_of_its_plan_and_epochs_permute_
     assert not np.array_equal(batches[0].addresses, batches[sum(STEPS)].addresses)
 
 
-def test_a_stream_goes_on_exactly_from_any_state(
+def test_a_stream_resumes_exactly_from_any_state(
     whole: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     straight = open_stream(whole)
@@ -111,7 +111,7 @@ def test_a_stream_goes_on_exactly_from_any_state(
         next(stopped)
 
 
-def test_the_state_after_a_segment_does_not_tell_whether_another_follows(
+def test_the_state_after_a_segment_does_not_depend_on_later_segments(
     whole: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     stream = open_stream(whole)
@@ -136,7 +136,7 @@ def test_the_ranks_share_the_lanes_of_every_segment(
             np.testing.assert_array_equal(part, lanes[rank::world_size])
 
 
-def test_a_stream_of_some_epochs_marks_its_last_batch_and_ends(
+def test_a_stream_with_limited_epochs_marks_its_last_batch_and_ends(
     whole: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     batches = list(open_stream(whole, epochs=2))
@@ -149,7 +149,7 @@ def test_a_stream_of_some_epochs_marks_its_last_batch_and_ends(
     assert list(open_stream(whole, epochs=1, **stream.state_dict())) == []
 
 
-def test_a_segment_is_waited_for_and_begins_when_all_its_shards_are_there(
+def test_a_segment_starts_when_all_its_shards_are_published(
     whole: Path, growing: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     stream, heard = open_stream(growing), []
@@ -170,7 +170,7 @@ def test_a_segment_is_waited_for_and_begins_when_all_its_shards_are_there(
     assert stream.seconds_waited > 0.03
 
 
-def test_the_last_batch_of_a_segment_waits_until_it_is_known_whether_it_is_the_last(
+def test_the_last_batch_of_a_segment_is_delayed_until_its_mark_is_known(
     whole: Path, growing: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     publish(growing, whole, 0, 1)
@@ -188,7 +188,7 @@ def test_the_last_batch_of_a_segment_waits_until_it_is_known_whether_it_is_the_l
     assert 2 in heard
 
 
-def test_closing_a_stream_that_waits_ends_its_thread(
+def test_closing_a_waiting_stream_ends_its_thread(
     growing: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     before = threading.active_count()
@@ -204,7 +204,7 @@ def test_closing_a_stream_that_waits_ends_its_thread(
     assert threading.active_count() == before
 
 
-def test_a_damaged_receipt_reaches_the_consumer(
+def test_a_damaged_receipt_raises_in_the_consumer(
     whole: Path, growing: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
     publish(growing, whole, 0)
@@ -213,7 +213,7 @@ def test_a_damaged_receipt_reaches_the_consumer(
         next(open_stream(growing))
 
 
-def test_segments_with_fewer_rows_than_a_batch_are_passed_over(
+def test_segments_with_fewer_rows_than_a_batch_are_skipped(
     make_cache: Callable[..., Path],
 ) -> None:
     cache = Cache.open(
@@ -223,9 +223,7 @@ def test_segments_with_fewer_rows_than_a_batch_are_passed_over(
         assert {batch.segment for batch in stream} == {0}
 
 
-def test_a_cache_takes_in_what_was_published_since_and_keeps_its_order(
-    whole: Path, growing: Path
-) -> None:
+def test_refresh_adds_published_shards_in_order(whole: Path, growing: Path) -> None:
     cache = Cache.open(growing)
     assert cache.refresh(range(3)) == 0
     publish(growing, whole, 2, 0)

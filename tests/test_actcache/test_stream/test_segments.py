@@ -19,7 +19,7 @@ CUT = Segmentation(
 
 
 @given(st.integers(1, 9), st.integers(0, 40))
-def test_segments_cut_the_shards_up_without_gap_or_overlap(each: int, last: int) -> None:
+def test_segments_cover_the_shards_without_gap_or_overlap(each: int, last: int) -> None:
     cut = Segmentation(each, 4, 8, 0, 32, 0.0)
     segments = [cut.shards(number, last) for number in range(last + 2)]
     assert [shard for shards in segments for shard in shards] == list(range(last + 1))
@@ -29,7 +29,7 @@ def test_segments_cut_the_shards_up_without_gap_or_overlap(each: int, last: int)
 
 
 @given(st.integers(2, 60), st.sampled_from([0.0, 0.05, 0.25, 0.5]), st.integers(0, 9))
-def test_the_shards_held_out_are_those_of_a_run_that_does_not_follow(
+def test_held_out_shards_are_those_of_a_run_without_segments(
     count: int, fraction: float, seed: int
 ) -> None:
     cut = Segmentation(3, 4, 8, seed, 32, fraction)
@@ -44,7 +44,7 @@ def test_the_shards_held_out_are_those_of_a_run_that_does_not_follow(
     st.sampled_from([0.0, 0.1, 0.3, 0.5]),
     st.integers(0, 2**32 - 1),
 )
-def test_an_epoch_has_every_training_row_once_but_for_fewer_than_a_batch_a_segment(
+def test_an_epoch_has_every_training_row_once_except_for_fewer_than_a_batch_a_segment(
     sizes: list[int], each: int, fraction: float, seed: int
 ) -> None:
     cut = Segmentation(each, 4, 8, seed, 32, fraction)
@@ -59,7 +59,7 @@ def test_an_epoch_has_every_training_row_once_but_for_fewer_than_a_batch_a_segme
         assert len(everything) - len(seen) < 16  # B + L
 
 
-def test_a_segment_is_planned_by_itself_and_the_first_one_as_without_segments() -> None:
+def test_each_segment_has_its_own_plan_and_the_first_that_of_no_segments() -> None:
     training, _ = split_shards(range(3), 0.25, 5)
     assert CUT.plan(0, dict.fromkeys(range(3), 20)) == make_plan(
         [(s, 20) for s in training], 4, 8, 5, 32
@@ -70,14 +70,14 @@ def test_a_segment_is_planned_by_itself_and_the_first_one_as_without_segments() 
     assert (second.seed, second.lanes) == (6, 8)
 
 
-def test_seeds_of_segments_stay_seeds() -> None:
+def test_seeds_of_segments_stay_in_range() -> None:
     cut = Segmentation(1, 4, 8, 2**32 - 1, 32, 0.0)
     plan = cut.plan(1, {1: 20})
     assert plan is not None
     assert plan.seed == 0
 
 
-def test_a_segment_without_a_batch_to_train_on_has_no_plan() -> None:
+def test_a_segment_with_fewer_rows_than_a_batch_has_no_plan() -> None:
     assert CUT.plan(2, {6: 7}) is None
     assert CUT.plan(0, {}) is None
     held_out = Segmentation(1, 4, 8, 0, 32, 0.5)
@@ -88,7 +88,7 @@ def test_a_segment_without_a_batch_to_train_on_has_no_plan() -> None:
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.integers(1, 5))
-def test_an_epochs_steps_are_those_of_its_segments(sizes: list[int], each: int) -> None:
+def test_steps_of_an_epoch_are_summed_over_its_segments(sizes: list[int], each: int) -> None:
     cut = Segmentation(each, 4, 8, 0, 32, 0.0)
     expected = 0
     for start in range(0, len(sizes), each):
@@ -96,12 +96,12 @@ def test_an_epochs_steps_are_those_of_its_segments(sizes: list[int], each: int) 
     assert cut.steps(dict(enumerate(sizes))) == expected
 
 
-def test_a_fraction_out_of_range_is_refused() -> None:
+def test_a_fraction_out_of_range_is_rejected() -> None:
     with pytest.raises(ConfigError, match="--val-fraction"):
         Segmentation(2, 4, 8, 0, 32, 0.7).is_held_out(0)
 
 
-def test_by_default_a_segment_fills_the_pool_and_holds_64_batches(
+def test_a_default_segment_fills_the_pool_and_holds_64_batches(
     make_cache: Callable[..., Path],
 ) -> None:
     manifest = Cache.open(make_cache(shards=1)).manifest
@@ -110,7 +110,7 @@ def test_by_default_a_segment_fills_the_pool_and_holds_64_batches(
         assert default_shards_each(manifest, batch, pool) == expected
 
 
-def test_the_rows_of_a_goal_are_those_of_a_harvest_that_reaches_it(
+def test_goal_rows_are_those_of_a_complete_harvest(
     make_cache: Callable[..., Path],
 ) -> None:
     for last in (3, 8):

@@ -38,11 +38,11 @@ def small(make_cache):
 
 @pytest.fixture(scope="module")
 def deep(make_cache):
-    """As many hookpoints as a large model has layers."""
+    """Cache with as many hookpoints as a large model has layers."""
     return make_cache(shards=2, sequences=2, hookpoints={f"layers.{i}": 8 for i in range(50)})
 
 
-def afflicted_rows(hookpoint, shard, count, width):
+def bad_rows(hookpoint, shard, count, width):
     rows = np.random.RandomState(shard).standard_normal((count, width)).astype(np.float32)
     if hookpoint == "layers.0":
         rows[:shard, 0] = np.nan
@@ -60,7 +60,7 @@ def test_no_line_is_longer_than_the_terminal(how, which, columns, request):
     assert max(map(len, lines)) <= columns
 
 
-def test_the_first_screen_is_short_and_says_what_is_left_out_wrong_and_unlike(small):
+def test_the_default_output_is_short_and_has_all_facts(small):
     lines = run(small).stdout.splitlines()
     assert len(lines) < 30
     assert lines[0].startswith(f"cache    {small}")
@@ -75,7 +75,7 @@ def test_the_first_screen_is_short_and_says_what_is_left_out_wrong_and_unlike(sm
     assert re.search(r"layers\.0 \(1\) +1\.00", shown)
 
 
-def test_of_many_hookpoints_the_gist_is_told(deep):
+def test_many_hookpoints_are_summarised(deep):
     shown = run(deep).stdout
     assert len(shown.splitlines()) < 60
     assert "and 10 more hookpoints: --verbose, or --hookpoint NAME" in shown
@@ -86,7 +86,7 @@ def test_of_many_hookpoints_the_gist_is_told(deep):
     assert "more hookpoints" not in every
 
 
-def test_one_hookpoint_is_told_in_full(small):
+def test_one_hookpoint_is_shown_in_detail(small):
     shown = run(small, "--hookpoint", "layers.1").stdout
     assert "layers.1: norms of 384 finite rows, median" in shown
     assert "│" in shown
@@ -95,7 +95,7 @@ def test_one_hookpoint_is_told_in_full(small):
     assert "layers.7" in run(small, "--hookpoint", "layers.7", code=5).stderr
 
 
-def test_one_shard_is_told_with_its_files(small):
+def test_one_shard_is_shown_with_its_files(small):
     shown = run(small, "--shard", 1).stdout
     assert "shard 1 holds sequences 8 to 15 of the harvest" in shown
     assert re.search(r"activations/layers\.0 +[\d,]+  there +[0-9a-f]{32}", shown)
@@ -103,8 +103,8 @@ def test_one_shard_is_told_with_its_files(small):
     assert "has no shard 9" in run(small, "--shard", 9, code=2).stderr
 
 
-def test_shards_with_rows_that_need_care_are_listed(make_cache):
-    root = make_cache(shards=12, sequences=2, rows=afflicted_rows)
+def test_shards_with_bad_rows_are_listed(make_cache):
+    root = make_cache(shards=12, sequences=2, rows=bad_rows)
     shown = run(root, columns=120).stdout
     assert "66 non-finite rows, 66 near float16's overflow, in 11 of 12 shards" in shown
     assert re.search(r"shard +rows +non-finite +near overflow +where", shown)
@@ -114,7 +114,7 @@ def test_shards_with_rows_that_need_care_are_listed(make_cache):
     assert "more shards" not in run(root, "--verbose").stdout
 
 
-def test_speed_is_told_by_rank(make_cache):
+def test_speed_is_shown_by_rank(make_cache):
     root = make_cache(shards=4)
     (root / "logs").mkdir()
     for rank, seconds in [(0, 1.0), (1, 2.0)]:
@@ -132,7 +132,7 @@ def test_speed_is_told_by_rank(make_cache):
     assert "136 tokens/s" in run(root).stdout
 
 
-def test_a_partial_cache_is_shown_for_what_it_is(make_cache):
+def test_a_partial_cache_is_shown_as_incomplete(make_cache):
     root = make_cache(shards=4, end=False)
     receipt_path(root, 1).unlink()
     (root / "activations/layers.0/00002.safetensors").unlink()
@@ -152,7 +152,7 @@ def test_a_cache_of_one_shard_is_shown(make_cache):
     assert "cosine" not in shown
 
 
-def test_text_beside_norms_goes_to_a_pipe_in_part(small):
+def test_a_pipe_gets_only_the_first_sequences(small):
     shown = run(small, "--text", "--hookpoint", "layers.1").stdout
     assert shown.startswith("layers.1: median norm of the cache ")
     assert shown.count("layers.1 norms") == 8
@@ -164,7 +164,7 @@ def test_text_beside_norms_goes_to_a_pipe_in_part(small):
     assert run(small, "--text", "--shard", 2).stdout.count("shard 2, sequence") == 8
 
 
-def test_json_holds_all_of_it(small):
+def test_json_has_all_facts(small):
     shown = run(small, "--json", "--text", "--sequences", 1, "--sample", 1, "--shard", 1).stdout
     found = json.loads(shown)
     assert found["excluded"][0]["name"] == "skip_positions"
@@ -178,7 +178,7 @@ def test_json_holds_all_of_it(small):
     assert json.loads(run(small, "--json").stdout)["readings"] == []
 
 
-def test_html_is_one_file_and_nothing_else(small, tmp_path):
+def test_html_writes_a_single_file(small, tmp_path):
     result = run(small, "--html", tmp_path / "page.html", "--sequences", 2)
     assert result.stdout == ""
     assert f"{tmp_path / 'page.html'}: one page" in result.stderr
@@ -187,7 +187,7 @@ def test_html_is_one_file_and_nothing_else(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_names_in_a_manifest_neither_obey_nor_flood(make_cache):
+def test_names_in_a_manifest_are_escaped_and_cut(make_cache):
     root = make_cache(shards=1)
     assert MODEL_NAME.fullmatch("HuggingFaceTB/SmolLM2-135M")
     for name in ("../x", "/etc/x", "a/b/c", "a\n", ".x", "a/../b", ""):
@@ -202,7 +202,7 @@ def test_names_in_a_manifest_neither_obey_nor_flood(make_cache):
     assert len(run(root).output) < 10_000
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly(small):
+def test_a_closed_pipe_ends_the_command_without_an_error(small):
     shown = subprocess.run(
         f"{ACTCACHE} inspect {small} --text --sequences 24 | head -1",
         shell=True,
@@ -218,22 +218,22 @@ def test_on_a_terminal_a_pager_shows_every_sequence_in_colour(small, tmp_path):
     pager = tmp_path / "pager"
     pager.write_text(f"#!/bin/sh\ncat > {tmp_path}/paged\n")
     pager.chmod(0o755)
-    ours, theirs = pty.openpty()
+    terminal, child = pty.openpty()
     command = [ACTCACHE, "inspect", small, "--text"]
     env = os.environ | {"PAGER": str(pager), "TERM": "xterm", "COLUMNS": "80"}
     env.pop("NO_COLOR", None)
-    subprocess.run(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, check=True)
+    subprocess.run(command, stdin=child, stdout=child, stderr=child, env=env, check=True)
     paged = (tmp_path / "paged").read_text()
     assert paged.count("layers.0 norms") == 24
     env["NO_COLOR"] = "1"
-    subprocess.run(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, check=True)
+    subprocess.run(command, stdin=child, stdout=child, stderr=child, env=env, check=True)
     assert "\x1b" not in (tmp_path / "paged").read_text()
-    os.close(ours)
-    os.close(theirs)
+    os.close(terminal)
+    os.close(child)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e308, -1e308, 0.0, 5e-324])
-def test_statistics_that_lie_under_a_true_digest_are_shown_without_a_crash(
+def test_invalid_statistics_with_a_valid_digest_are_shown_without_a_crash(
     number, make_cache, tmp_path
 ):
     root = make_cache(shards=2)

@@ -1,4 +1,4 @@
-"""Sequences with norms under their tokens."""
+"""Sequences with norms below their tokens."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def reading(*tokens):
     return SequenceView(3, 2, 26, "layers.0", tuple(numbered))
 
 
-def test_every_norm_stands_under_its_token():
+def test_every_norm_is_below_its_token():
     page = draw(
         reading(("The", "left out", None), (" cat", "kept", 12.3456), ("\n", "kept", 100.0)),
         median=10,
@@ -29,7 +29,7 @@ def test_every_norm_stands_under_its_token():
     assert page.endswith("\n\n")
 
 
-def test_padding_is_said_once():
+def test_padding_is_shown_once():
     page = draw(
         reading(("a", "kept", 1.0), ("", "padding", None), ("", "padding", None)),
         1,
@@ -60,12 +60,12 @@ def test_only_norms_far_from_the_median_are_coloured():
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), 0.0])
-def test_norms_that_are_no_numbers_stand_out(norm):
+def test_non_finite_norms_are_highlighted(norm):
     assert "\x1b[1;31m" in draw(reading(("a", "kept", norm)), 10, 80, colour=True)
     draw(reading(("a", "kept", 1.0)), float("nan"), 80, colour=True)
 
 
-def test_escape_sequences_in_the_text_are_shown_and_not_obeyed():
+def test_escape_sequences_in_the_text_are_escaped():
     page = draw(reading(("\x1b[2Jx\u202e", "kept", 1.0)), 1, 80, colour=False)
     assert "\x1b" not in page
     assert "\\x1b[2Jx\\u202e" in page

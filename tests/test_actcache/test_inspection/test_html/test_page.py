@@ -1,4 +1,4 @@
-"""The page: well-formed, complete in itself, and safe whatever the cache says."""
+"""The HTML page: well-formed, self-contained, and safe for untrusted text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from actcache.inspection import (
 )
 from actcache.inspection.harvest_speed import RankSpeed
 from actcache.inspection.samples import Token
-from actcache.inspection.shards import Afflicted, BadRows, Excluded
+from actcache.inspection.shards import BadRows, BadShard, Excluded
 
 HOSTILE = "\"'><script src=//x>alert(1)</script><img onerror=x src=y>&\x1b[2J\x00\ud800\u202e"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -39,8 +39,8 @@ def cache(make_cache: Callable[..., Path]) -> Cache:
 
 @pytest.fixture(scope="module")
 def summary(cache: Cache) -> CacheSummary:
-    """With something in every section."""
-    near = Afflicted(1, 128, {"layers.0": 2}, {"layers.1": 40})
+    """Summary with content in every section."""
+    near = BadShard(1, 128, {"layers.0": 2}, {"layers.1": 40})
     speed = RankSpeed(0, ("a",), 3, 4.5, 1000.0, 5e6, 1.5, 2.0, 1, 0)
     return dataclasses.replace(
         summarize(cache),
@@ -51,7 +51,7 @@ def summary(cache: Cache) -> CacheSummary:
 
 @pytest.fixture(scope="module")
 def hostile(summary: CacheSummary, cache: Cache) -> tuple[CacheSummary, list[SequenceView]]:
-    """Markup in every text that there is."""
+    """Summary and sequences with markup in every text."""
     (near,) = summary.afflictions.worst
     changed = dataclasses.replace(
         summary,
@@ -77,7 +77,7 @@ def parsed(page: str) -> ET.Element:
     return ET.fromstring(page)
 
 
-def refuse_what_leads_outside(page: str) -> None:
+def require_self_contained(page: str) -> None:
     root = parsed(page)
     tags = {element.tag for element in root.iter()}
     assert not tags & {"script", "img", "link", "iframe", "object", "base", "a", "use", "form"}
@@ -93,12 +93,10 @@ def refuse_what_leads_outside(page: str) -> None:
     assert policy[0].get("content") == "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def test_the_page_is_well_formed_and_needs_nothing_else(
-    cache: Cache, summary: CacheSummary
-) -> None:
-    readings = list(islice(read_sequences(cache, "layers.0", None), 2))
-    page = render_page(summary, readings, shard_facts(cache, 1))
-    refuse_what_leads_outside(page)
+def test_the_page_is_well_formed_and_self_contained(cache: Cache, summary: CacheSummary) -> None:
+    views = list(islice(read_sequences(cache, "layers.0", None), 2))
+    page = render_page(summary, views, shard_facts(cache, 1))
+    require_self_contained(page)
     titles = [h2.text for h2 in parsed(page).iter("h2")]
     assert titles == [
         "Positions left out",
@@ -112,7 +110,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(
     ]
 
 
-def test_every_plot_has_a_title_to_be_read_out(summary: CacheSummary) -> None:
+def test_every_plot_has_a_title_for_screen_readers(summary: CacheSummary) -> None:
     plots = list(parsed(render_page(summary)).iter("svg"))
     assert len(plots) == 2 * 3 + 3  # two plots and a spark a hookpoint; cosines, shards, ranks
     for plot in plots:
@@ -121,11 +119,11 @@ def test_every_plot_has_a_title_to_be_read_out(summary: CacheSummary) -> None:
         assert plot[0].text
 
 
-def test_nothing_from_the_cache_or_its_text_becomes_markup(
+def test_text_from_the_cache_never_becomes_markup(
     hostile: tuple[CacheSummary, list[SequenceView]],
 ) -> None:
     page = render_page(*hostile)
-    refuse_what_leads_outside(page)
+    require_self_contained(page)
     text = "".join(parsed(page).itertext())
     assert text.count("<script src=//x>") >= 10
     assert "\x1b" not in page
@@ -133,19 +131,19 @@ def test_nothing_from_the_cache_or_its_text_becomes_markup(
 
 
 def test_the_norms_of_tokens_are_on_the_page(cache: Cache, summary: CacheSummary) -> None:
-    (reading,) = islice(read_sequences(cache, "layers.1", None), 1)
+    (view,) = islice(read_sequences(cache, "layers.1", None), 1)
     spans = [
         span
-        for span in parsed(render_page(summary, [reading])).iter("span")
+        for span in parsed(render_page(summary, [view])).iter("span")
         if "position" in span.get("title", "") and "id" in span.get("title", "")
     ]
     assert len(spans) == 17
     assert spans[0].get("class") == "out"
-    assert spans[0].get("title") == f"left out, position 0, id {reading.tokens[0].id}"
-    assert spans[3].get("title", "").startswith(f"norm {reading.tokens[3].norm:.4g}, position 3")
+    assert spans[0].get("title") == f"left out, position 0, id {view.tokens[0].id}"
+    assert spans[3].get("title", "").startswith(f"norm {view.tokens[3].norm:.4g}, position 3")
 
 
-def test_padding_is_said_once_and_long_sequences_are_cut(summary: CacheSummary) -> None:
+def test_padding_is_shown_once_and_long_sequences_are_cut(summary: CacheSummary) -> None:
     kept = [Token(i, 1, "x", "kept", 3.0) for i in range(5000)]
     padding = [Token(5000 + i, 0, "", "padding", None) for i in range(70)]
     page = render_page(summary, [SequenceView(0, 0, 0, "layers.0", (*kept, *padding))])
@@ -166,13 +164,13 @@ def test_a_page_of_thousands_of_hookpoints_is_bounded(summary: CacheSummary) -> 
     assert "2936 more are in the table" in page
 
 
-def test_a_cache_without_anything_to_tell_of_has_a_page(make_cache: Callable[..., Path]) -> None:
+def test_a_cache_without_finite_rows_has_a_page(make_cache: Callable[..., Path]) -> None:
     def broken(_: str, __: int, count: int, width: int) -> np.ndarray:
         return np.full((count, width), np.nan, dtype=np.float32)
 
     root = make_cache(shards=1, skip_positions=0, hookpoints={"layers.0": 4}, rows=broken)
     page = render_page(summarize(Cache.open(root)))
-    refuse_what_leads_outside(page)
+    require_self_contained(page)
     for word in ("None: every position is a row", "No finite rows", "136 non-finite rows"):
         assert word in page
 
@@ -182,7 +180,7 @@ def test_a_cache_without_anything_to_tell_of_has_a_page(make_cache: Callable[...
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
-    """Opens a file and returns what Chromium makes of it, as markup."""
+    """Open a file in Chromium and return the resulting markup."""
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
@@ -196,8 +194,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
             [*fixed, path.as_uri()], capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, done.stderr
-        complaints = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-        assert not complaints
+        errors = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+        assert not errors
         return done.stdout
 
     yield open_
@@ -216,11 +214,11 @@ def test_a_browser_shows_hostile_text_as_text(
 
 
 @pytest.mark.parametrize("width", [360, 1200])
-def test_a_browser_needs_no_scrolling_sideways_at_any_width(
+def test_the_page_fits_a_browser_window_of_any_width(
     width: int, browser: Callable[..., str], cache: Cache, summary: CacheSummary, tmp_path: Path
 ) -> None:
-    readings: list[Any] = list(islice(read_sequences(cache, "layers.0", None), 2))
-    page = render_page(summary, readings, shard_facts(cache, 1))
+    views: list[Any] = list(islice(read_sequences(cache, "layers.0", None), 2))
+    page = render_page(summary, views, shard_facts(cache, 1))
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     outer = tmp_path / "outer.html"
     outer.write_text(

@@ -1,4 +1,4 @@
-"""Plots: every one is XML with a title first, and shows what it was given."""
+"""Plots: XML with a title first, and with the given data."""
 
 from xml.etree import ElementTree as ET
 
@@ -21,7 +21,7 @@ def parsed(markup):
     return element
 
 
-def test_a_histogram_has_a_bar_for_every_bin_in_proportion_and_says_its_count():
+def test_a_histogram_has_a_proportional_bar_with_a_count_for_every_bin():
     bars = parsed(svg.norm_plot(NORMS, "norms")).findall("rect")
     assert len(bars) == 4
     heights = [float(bar.get("height")) for bar in bars]
@@ -31,13 +31,13 @@ def test_a_histogram_has_a_bar_for_every_bin_in_proportion_and_says_its_count():
     assert "50 rows" in bars[1].find("title").text
 
 
-def test_a_spark_lies_on_the_scale_of_all():
+def test_a_spark_uses_the_common_scale():
     bars = parsed(svg.norm_spark(NORMS, 124, 140, "x")).findall("rect")
     assert float(bars[0].get("x")) == pytest.approx(180 * 4 / 16, abs=0.1)
     assert span_of([NORMS, NormHistogram(0, ()), NormHistogram(120, (1,))]) == (120, 132)
 
 
-def test_dimensions_have_a_point_each_and_outliers_a_mark(statistics_of):
+def test_each_dimension_has_a_point_and_each_outlier_a_mark(statistics_of):
     rows = np.random.RandomState(0).standard_normal((50, 12)).astype("<f4")
     rows[:, 4] *= 50
     found = describe(statistics_of(rows))
@@ -55,7 +55,7 @@ def test_a_heat_map_has_a_cell_for_every_pair():
     assert cells[2].find("title").text == "b ~ a: different widths"
 
 
-def test_bars_are_as_long_as_their_parts_together():
+def test_bar_lengths_are_proportional_to_their_segments():
     rows = [
         ("a", [("warn", 1.0, "1 bad"), ("bar", 3.0, "3 near")]),
         ("b", [("bar", 2.0, "2 near")]),
@@ -65,12 +65,12 @@ def test_bars_are_as_long_as_their_parts_together():
 
 
 @pytest.mark.parametrize("norms", [NormHistogram(0, ()), NormHistogram(0, (0, 0))])
-def test_nothing_is_drawn_as_words(norms):
+def test_an_empty_histogram_is_described_by_text(norms):
     assert "No finite rows" in svg.norm_plot(norms, "x")
     parsed(svg.norm_spark(norms, 0, 1, "x"))
 
 
-def test_statistics_that_cannot_be_are_drawn_all_the_same(statistics_of):
+def test_invalid_statistics_are_drawn_without_an_error(statistics_of):
     whole = statistics_of(np.ones((3, 4)))
     for value in (np.nan, np.inf, 0.0):
         whole.total_squares[:] = value

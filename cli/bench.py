@@ -42,17 +42,9 @@ def run(
         threads=threads,
     )
     if json:
-        settings = found.reading
-        print_json(
-            dataclasses.asdict(found)
-            | {
-                "reading": {
-                    "threads": settings.threads,
-                    "piece": settings.max_read_bytes,
-                    "ahead": settings.readahead,
-                }
-            }
-        )
+        facts = dataclasses.asdict(found)
+        keys = "threads", "piece", "ahead"
+        print_json(facts | {"reading": dict(zip(keys, facts["reading"].values(), strict=True))})
         return
     rows = [
         [speed.what, f"{format_bytes(speed.bytes_per_second)}/s", f"{speed.rows_per_second:,.0f}"]

@@ -28,10 +28,14 @@ class Batches(ABC, Generic[T]):
 
     Prefetch starts with the first batch. It ends with `close`, at the end of a `with` block, or
     when the iterator is garbage-collected.
+
+    Args:
+        feed: the rows.
+        device: torch device of the batches.
     """
 
-    def __init__(self, feed: Feed) -> None:
-        self.feed = feed
+    def __init__(self, feed: Feed, device: str | torch.device = "cpu") -> None:
+        self.feed, self.device = feed, device
         self._stream = feed.stream()
 
     @abstractmethod
@@ -80,15 +84,7 @@ class HookpointBatches(Batches["dict[str, torch.Tensor]"]):
 
     Row i is the same token at every hookpoint, as transcoders and crosscoders require. Each float32
     [B, D]
-
-    Args:
-        feed: the rows.
-        device: torch device of the batches.
     """
-
-    def __init__(self, feed: Feed, device: str | torch.device = "cpu") -> None:
-        super().__init__(feed)
-        self.device = device
 
     def _convert(self, batch: Batch) -> dict[str, torch.Tensor]:
         return to_float32(batch, self.device)
@@ -106,8 +102,7 @@ class SaeLensBatches(Batches["torch.Tensor"]):
     """
 
     def __init__(self, feed: Feed, device: str | torch.device = "cpu") -> None:
-        super().__init__(feed)
-        self.device = device
+        super().__init__(feed, device)
         self._hookpoint = only_hookpoint(feed)
 
     def _convert(self, batch: Batch) -> torch.Tensor:

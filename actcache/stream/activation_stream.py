@@ -125,20 +125,10 @@ class BatchBuilder:
 
         Args:
             position: position of the first batch.
-            epochs: number of epochs, the last batch is then marked; None: endless.
+            epochs: number of epochs; None: endless.
             threads: executor that loads windows.
             stop: ends the iteration, also while it waits for a shard.
         """
-        items = self._endless(position, epochs, threads, stop)
-        return items if epochs is None else _mark_last(items)
-
-    def _endless(
-        self,
-        position: StreamPosition,
-        epochs: int | None,
-        threads: Executor,
-        stop: threading.Event,
-    ) -> Iterator[tuple[Batch, StreamPosition]]:
         epoch, segment, step = position
         while not stop.is_set() and epoch != epochs:
             for number, plan in self.plans.iter_plans(segment, stop):
@@ -339,7 +329,8 @@ class ActivationStream:
         def make(
             threads: Executor, stop: threading.Event
         ) -> Iterator[tuple[Batch, StreamPosition]]:
-            return builder.batches(position, epochs, threads, stop)
+            batches = builder.batches(position, epochs, threads, stop)
+            return batches if epochs is None else _mark_last(batches)
 
         items = BackgroundIterator(make, self._prefetch, self._threads)
         weakref.finalize(self, items.stop).atexit = False  # `prefetcher` stops it at exit

@@ -1,7 +1,7 @@
-"""Options of a training run, as frozen dataclasses with the rules beside them.
+"""Options of a training run, as frozen dataclasses with their validation.
 
-`sae` describes one SAE, `sae_options` how one is trained, `fit_config` a whole run, and `grid`
-expands options that are given several times. None of it imports torch: `--help` reads it.
+`sae` describes one SAE, `sae_options` how it is trained, `fit_config` a whole run, and `grid`
+expands options that are given several times. No module here imports torch, so `--help` is fast.
 """
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""The list of a run's SAEs: every combination of the options given several times, and their names.
+"""Expansion of options that are given several times into the named SAEs of a run.
 
-Nothing here imports torch: the command line reads it.
+Imports no torch: the command line reads it.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from saetrain.config.sae_options import HookpointOverride, SaeOptions
 _HINTS = get_type_hints(SaeOptions)
 
 FIELDS = tuple(field.name for field in dataclasses.fields(SaeOptions))
-"""Options of one SAE, in order."""
+"""Names of the options of one SAE, in order."""
 
 AXES = tuple(name for name in FIELDS if get_origin(_HINTS[name]) is not tuple)
-"""Those that may be given several times. One that is a list is given its one value so."""
+"""Names of the options that may be given several times: all but those whose value is a list."""
 
 _LABELS: dict[str, str] = {
     field.name: field.metadata["label"]
     for field in dataclasses.fields(SaeOptions)
     if field.metadata["label"] is not None
 }
-"""What stands before a value in a folder's name, where it is not the option's own name."""
+"""Labels of options in folder names, where they differ from the option's own name."""
 
 
 def grid(**values: Any) -> tuple[SaeOptions, ...]:
-    """Every combination of options of which some have several values; the last varies fastest.
+    """Expand options with several values into all combinations; the last option varies fastest.
 
     Args:
-        values: for each option a value, or several; none leaves the default.
+        values: for each option its value, or a list or tuple of values. Options that are not
+            given keep their default.
 
     Raises:
-        ConfigError: a value stands twice, or SAEs would be the same in all but name.
-        TypeError: there is no such option.
+        ConfigError: a value is repeated, or two combinations describe the same SAE.
+        TypeError: an option does not exist.
     """
     axes = {name: _several(name, values[name]) for name in FIELDS if name in values}
     if unknown := values.keys() - axes.keys():
-        raise TypeError(f"no options of an SAE: {sorted(unknown)}")
+        raise TypeError(f"unknown options of an SAE: {sorted(unknown)}")
     combinations = itertools.product(*axes.values())
     saes = tuple(SaeOptions(**dict(zip(axes, chosen, strict=True))) for chosen in combinations)
     require_different(saes)
@@ -53,7 +54,7 @@ def grid(**values: Any) -> tuple[SaeOptions, ...]:
 
 
 def vary(config: FitConfig, **values: Any) -> FitConfig:
-    """A configuration with every combination of some options' values, and else as it is.
+    """Return the configuration with every combination of the given options' values.
 
     `vary(FitConfig(cache, out, k=32), lr=(1e-3, 3e-4), seed=(0, 1))` trains four SAEs at each
     hookpoint. See `grid`.
@@ -67,54 +68,53 @@ def _several(name: str, value: Any) -> tuple[Any, ...]:
         return (value,)
     if not value or len(set(value)) < len(value):
         raise ConfigError(
-            f"{option(name)} needs values that differ", expected="each of them once", got=value
+            f"{option(name)} needs distinct values", expected="each value once", got=value
         )
     return tuple(value)
 
 
 def require_different(saes: Sequence[SaeOptions]) -> None:
-    """Refuse a list that holds the same SAE twice; raises `ConfigError`."""
+    """Reject a list that contains the same SAE twice; raises `ConfigError`."""
     for sae in saes:
         same = [other for other in saes if _effective(other) == _effective(sae)]
         if len(same) > 1:
             raise ConfigError(
                 "two SAEs of the run would be the same",
                 expected="options that differ"
-                + (" (--expansion-factor means nothing beside --num-latents)" * _by_width(same))
-                + (" (--k means nothing where --sparsity decides)" * _by_k(same)),
+                + " (--num-latents overrides --expansion-factor)"
+                * _differ(same, "expansion_factor")
+                + " (--k is unused with --sparsity)" * _differ(same, "k"),
                 got=f"{len(same)} times {sae}",
-                remedy="leave one of them out",
+                remedy="omit one of them",
             )
 
 
-def _by_width(saes: Sequence[SaeOptions]) -> bool:
-    return len({sae.expansion_factor for sae in saes}) > 1
-
-
-def _by_k(saes: Sequence[SaeOptions]) -> bool:
-    return len({sae.k for sae in saes}) > 1
+def _differ(saes: Iterable[SaeOptions], name: str) -> bool:
+    return len({getattr(sae, name) for sae in saes}) > 1
 
 
 def _effective(sae: SaeOptions) -> SaeOptions:
-    """The options without those that mean nothing beside others."""
-    void: dict[str, Any] = {} if sae.num_latents is None else {"expansion_factor": 1}
+    """Return the options with those set to 1 that have no effect beside others."""
+    unused: dict[str, Any] = {} if sae.num_latents is None else {"expansion_factor": 1}
     if sae.activation in PENALISED:
-        void["k"] = 1
-    return dataclasses.replace(sae, **void)
+        unused["k"] = 1
+    return dataclasses.replace(sae, **unused)
 
 
 def saes_at(config: FitConfig, hookpoint: str) -> dict[str, SaeOptions]:
-    """The SAEs of a hookpoint, by what tells each from the others: '' if there is only one.
+    """Return the SAEs of a hookpoint by their folder name below it: '' if there is only one.
+
+    A folder name, such as k32-lr1e-3, lists the options in which the SAEs differ.
 
     Raises:
-        ConfigError: two overrides set the same option, or two SAEs are the same.
+        ConfigError: two overrides set the same option, or two SAEs are equal.
     """
     plain = config.saes or (config.sae,)
     require_different(plain)
     overridden = [_overridden(sae, config.hookpoints, hookpoint) for sae in plain]
-    different = {_effective(sae): sae for sae in reversed(overridden)}  # the first of the same
-    saes = list(reversed(different.values()))
-    varying = [name for name in FIELDS if len({getattr(sae, name) for sae in saes}) > 1]
+    distinct = {_effective(sae): sae for sae in reversed(overridden)}  # the first of equal ones
+    saes = list(reversed(distinct.values()))
+    varying = [name for name in FIELDS if _differ(saes, name)]
     return {_setting(sae, varying): sae for sae in saes}
 
 
@@ -122,7 +122,7 @@ def _overridden(
     sae: SaeOptions, overrides: Mapping[str, HookpointOverride], hookpoint: str
 ) -> SaeOptions:
     changes: dict[str, Any] = {}
-    said_by: dict[str, str] = {}
+    pattern_of: dict[str, str] = {}
     for pattern, override in overrides.items():
         if not fnmatchcase(hookpoint, pattern):
             continue
@@ -130,34 +130,34 @@ def _overridden(
         if "expansion_factor" in given:
             given["num_latents"] = None
         for name, value in given.items():
-            if name in changes:  # which one wins must not hang on their order in a file
+            if name in changes:  # the result must not depend on their order in a file
                 raise ConfigError(
                     f"two patterns set {name} of {hookpoint}",
                     expected="one of them",
-                    got=f"{said_by[name]!r} and {pattern!r}",
+                    got=f"{pattern_of[name]!r} and {pattern!r}",
                 )
-            changes[name], said_by[name] = value, pattern
+            changes[name], pattern_of[name] = value, pattern
     return dataclasses.replace(sae, **changes)
 
 
 def require_overrides_used(config: FitConfig, hookpoints: Iterable[str]) -> None:
-    """Refuse an override that is of no hookpoint of the run; raises `HookpointError`."""
+    """Reject an override that matches no hookpoint of the run; raises `HookpointError`."""
     names = list(hookpoints)
     for pattern in config.hookpoints:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise HookpointError(
-                f"no hookpoint of the run matches {pattern!r}, the pattern of an override",
+                f"the override pattern {pattern!r} matches no hookpoint of the run",
                 expected=" | ".join(names),
                 got=pattern,
             )
 
 
 def _setting(sae: SaeOptions, varying: Sequence[str]) -> str:
-    """A folder's name such as k32-lr1e-3-seed0."""
-    return "-".join(_part(name, getattr(sae, name)) for name in varying)
+    """Return a folder name such as k32-lr1e-3-seed0."""
+    return "-".join(_component(name, getattr(sae, name)) for name in varying)
 
 
-def _part(name: str, value: Any) -> str:
+def _component(name: str, value: Any) -> str:
     label = _LABELS.get(name, name.replace("_", "-"))
     if isinstance(value, bool):
         return label if value else f"no-{label}"
@@ -171,7 +171,7 @@ def _part(name: str, value: Any) -> str:
 
 
 def short_number(value: float) -> str:
-    """A number as people write it, and no two alike: 0.5, 3e-4, 1e10."""
+    """Format a number in short, distinct notation: 0.5, 3e-4, 1e10."""
     if value == 0 or 0.1 <= abs(value) < 1e6:
         return repr(value).removesuffix(".0")
     sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
@@ -181,12 +181,12 @@ def short_number(value: float) -> str:
 
 
 def option(name: str) -> str:
-    """An option's name on the command line."""
+    """Return an option's name on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def values_of(config: FitConfig) -> dict[str, Any]:
-    """Every option's value, and a list where the run's SAEs have several."""
+    """Return every option's value by name; a list where the run's SAEs have several values."""
     found = {
         f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "saes"
     }

@@ -1,4 +1,4 @@
-"""What one sparse autoencoder is, and which combinations cannot be built."""
+"""Architecture of one sparse autoencoder: the fields of `cfg.json` and their validation."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ from actcache.errors import ConfigError
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """One sparse autoencoder, transcoder or crosscoder: the contents of `cfg.json`."""
+    """Architecture of an SAE, transcoder or crosscoder: the contents of `cfg.json`."""
 
     d_in: int
-    """Width of what is encoded, D; of a crosscoder, of all its hookpoints together."""
+    """Width of the input, D; for a crosscoder, the sum over its hookpoints."""
     num_latents: int
-    """Latents, M."""
+    """Number of latents, M."""
     k: int
-    """Latents that may be active at once, K; unused where a penalty makes latents sparse."""
+    """Number of latents that may be active at once, K; unused with jumprelu, relu and gated."""
     activation: ActivationName = "topk"
-    """How latents become active."""
+    """Activation function of the latents."""
     multi_topk: bool = False
-    """Whether the loss of 4k latents is trained on too, at 1/8."""
+    """Whether to add the loss of the reconstruction from 4k latents, with weight 1/8."""
     matryoshka: tuple[int, ...] = ()
-    """Numbers of first latents that must reconstruct alone, rising; M itself goes without saying"""
+    """Sizes of the nested dictionaries that must reconstruct alone, ascending; M is implied."""
     transcode: bool = False
-    """Whether it predicts other rows than those it reads; b_dec is then not taken from them, and
+    """Whether the target differs from the input. b_dec is then not subtracted from the input, and
     decoder rows may have any norm."""
     skip_connection: bool = False
-    """Whether it has a linear path from input to output beside its latents."""
+    """Whether a linear map from input to output is added to the reconstruction."""
     d_out: int | None = None
-    """Width of what is predicted; null: d_in."""
+    """Width of the output; null: d_in."""
     widths: tuple[int, ...] = ()
-    """Widths of a crosscoder's hookpoints, in order; none: it is no crosscoder."""
+    """Widths of a crosscoder's hookpoints, in order; empty for other SAEs."""
     sparsity: float = 0.0
-    """Weight of the penalty: on L0 (jumprelu), or on L1 in roots of the variance (relu, gated)."""
+    """Weight of the penalty: on L0 (jumprelu), or on L1 in units of the rows' standard deviation
+    (relu, gated)."""
     threshold: float = 0.01
-    """Where jumprelu's thresholds begin, in roots of the variance."""
+    """Initial threshold of jumprelu, in units of the rows' standard deviation."""
     bandwidth: float = 0.05
-    """Width of the window in which jumprelu's thresholds feel a gradient, in the same unit."""
+    """Width of the window around jumprelu's threshold in which it has a gradient, same unit."""
 
     @property
     def width_out(self) -> int:
-        """Width of what is predicted."""
+        """Width of the output: `d_out`, or `d_in` if that is None."""
         return self.d_in if self.d_out is None else self.d_out
 
     def __post_init__(self) -> None:
-        """Refuse sizes and combinations that cannot be built."""
+        """Reject invalid sizes and combinations."""
         require_sae(self)
 
 
@@ -55,7 +56,7 @@ ActivationName = Literal["topk", "batchtopk", "groupmax", "jumprelu", "relu", "g
 
 
 def require_sae(sae: SaeConfig) -> None:
-    """Refuse sizes and combinations that cannot be built."""
+    """Reject invalid sizes and combinations; raises `ConfigError`."""
     if min(sae.d_in, sae.num_latents, sae.k, sae.width_out, *sae.widths, 1) < 1:
         raise ConfigError("an SAE's sizes must be positive", got=sae)
     if sae.k > sae.num_latents and sae.activation not in PENALISED:
@@ -67,30 +68,30 @@ def require_sae(sae: SaeConfig) -> None:
         )
     if sae.activation == "groupmax" and sae.num_latents % sae.k:
         raise ConfigError(
-            "--activation groupmax takes one latent of each of k equal groups",
-            expected=f"a number of latents that --k {sae.k} divides",
+            "--activation groupmax selects one latent from each of k equal groups",
+            expected=f"a number of latents divisible by --k {sae.k}",
             got=sae.num_latents,
             remedy="another --k or --num-latents",
         )
     if sae.multi_topk and sae.activation != "topk":
         raise ConfigError(
-            "--multi-topk goes with --activation topk",
+            "--multi-topk needs --activation topk",
             got=sae.activation,
-            remedy="leave one of them out",
+            remedy="omit one of them",
         )
-    rising = (0, *sae.matryoshka, sae.num_latents)
-    if any(low >= high for low, high in pairwise(rising)):
+    sizes = (0, *sae.matryoshka, sae.num_latents)
+    if any(low >= high for low, high in pairwise(sizes)):
         raise ConfigError(
-            "--matryoshka takes rising numbers of latents",
-            expected=f"1 to {sae.num_latents - 1}, each larger than the one before",
+            "--matryoshka takes ascending numbers of latents",
+            expected=f"1 to {sae.num_latents - 1}, each larger than the previous",
             got=list(sae.matryoshka),
             remedy="another order, or more --num-latents",
         )
     if sae.multi_topk and sae.matryoshka:
         raise ConfigError(
-            "--multi-topk and --matryoshka are two ways to train one dictionary at many sizes",
+            "--multi-topk and --matryoshka are mutually exclusive",
             expected="one of them",
-            remedy="leave one of them out",
+            remedy="omit one of them",
         )
     if sae.widths and (sum(sae.widths) != sae.d_in or sae.transcode):
         raise ConfigError(
@@ -99,7 +100,7 @@ def require_sae(sae: SaeConfig) -> None:
             got=sae,
         )
     if sae.d_out not in (None, sae.d_in) and not sae.transcode:
-        raise ConfigError("an autoencoder's output is as wide as its input", got=sae)
+        raise ConfigError("an autoencoder's output must be as wide as its input", got=sae)
     for name in ("sparsity", "threshold"):
         value = getattr(sae, name)
         if not 0 <= value < float("inf"):
@@ -109,8 +110,7 @@ def require_sae(sae: SaeConfig) -> None:
 
 
 PENALISED = {"jumprelu": 1e-3, "relu": 3e-2, "gated": 3e-2}
-"""Activations that a penalty makes sparse instead of k, and the penalty's weight by default."""
-
+"""Activations made sparse by a penalty instead of k, with the penalty's default weight."""
 
 ANNEALED = ("topk", "batchtopk")
-"""Activations whose k may fall in a run."""
+"""Activations that support --k-anneal-steps."""

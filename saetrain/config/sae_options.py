@@ -1,4 +1,4 @@
-"""How one SAE is trained: its options, with the rules that they must keep."""
+"""Options that describe one SAE and its optimiser, with their validation."""
 
 from __future__ import annotations
 
@@ -12,146 +12,150 @@ from saetrain.config.sae import ANNEALED, PENALISED, ActivationName, SaeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SaeOptions:
-    """Options of one SAE of a run; those of the stream that feeds all SAEs are in `FitConfig`.
+    """Options of one SAE of a run. Options shared by all SAEs of a run are in `FitConfig`.
 
-    Each of these options may be given several times, but for those that are flags or lists by
-    themselves: a run trains every combination, at every hookpoint. A new field here needs nothing
-    else for that.
+    Each option that is neither a flag nor a list may be given several times on the command line;
+    the run trains every combination at every hookpoint. This holds for new fields, too.
     """
 
     expansion_factor: int = option(32, group=MAIN, label="x")
-    """Latents as a multiple of the activations' width."""
+    """Number of latents, as a multiple of the activations' width."""
 
     num_latents: int | None = option(None, group=MAIN, label="latents")
-    """Latents, instead of --expansion-factor."""
+    """Number of latents, instead of --expansion-factor."""
 
     k: int = option(32, group=MAIN)
-    """Latents that may be active at once; with batchtopk, on average over a batch. jumprelu, relu
-    and gated have none: --sparsity decides."""
+    """Number of latents that may be active at once; with batchtopk, on average over a batch. Unused
+    by jumprelu, relu and gated, which have --sparsity."""
 
     activation: ActivationName = option("topk", group=MAIN)
-    """topk: the k largest of a row. batchtopk: the k times rows largest of a batch; a threshold
-    after training. groupmax: the largest of each of k groups. jumprelu: those above a learnt
-    threshold, with a penalty on their number. relu: those above 0, with a penalty on their sum.
-    gated: relu, with magnitudes apart from the choice of latents."""
+    """Which latents are active. topk: the k largest of a row. batchtopk: the k x rows largest of a
+    batch; after training, those above a threshold. groupmax: the largest of each of k groups.
+    jumprelu: those above a learnt threshold, with a penalty on L0. relu: those above 0, with a
+    penalty on L1. gated: relu, with a separate gate that selects latents."""
 
     sparsity: float | None = option(None, group="SAE", on_resume="forced")
-    """Weight of the penalty that makes latents sparse: for jumprelu on their number (default 1e-3),
-    for relu and gated on the sum of their activations in roots of the rows' variance (default
-    3e-2). Beside the FVU, whatever the scale of the rows."""
+    """Weight of the sparsity penalty, added to the FVU: for jumprelu on L0 (default 1e-3), for relu
+    and gated on L1 in units of the rows' standard deviation (default 3e-2). It does not depend on
+    the scale of the rows."""
 
     sparsity_warmup_steps: int | None = option(None, group="SAE", on_resume="forced")
-    """Steps in which the penalty rises from 0 to --sparsity. Default: a twentieth of the run."""
+    """Steps over which the penalty rises linearly from 0 to --sparsity. Default: 1/20 of the
+    run."""
 
     threshold: float | None = option(None, group="SAE")
-    """jumprelu: where the thresholds begin, in roots of the rows' variance. Default: 0.01."""
+    """With jumprelu: initial threshold, in units of the rows' standard deviation. Default: 0.01."""
 
     bandwidth: float | None = option(None, group="SAE")
-    """jumprelu: width of the window around a threshold that receives a gradient, in the same unit.
-    Default: 0.05."""
+    """With jumprelu: width of the window around a threshold in which it has a gradient, in units of
+    the rows' standard deviation. Default: 0.05."""
 
     multi_topk: bool = option(False, group="SAE")
-    """With topk: train on the reconstruction from 4k latents too, at 1/8 of the weight."""
+    """With topk: add the loss of the reconstruction from 4k latents, with weight 1/8."""
 
     matryoshka: tuple[int, ...] = option((), group="SAE")
-    """Number of first latents that must reconstruct by themselves; repeatable, rising."""
+    """Size of a nested dictionary (the first latents) that must reconstruct alone; repeatable, in
+    ascending order. Default: none."""
 
     optimizer: OptimizerName = option("adam", group="Optimiser")
-    """adam, adamw. adam8bit: moments in 8 bits, needs bitsandbytes ([quantized]). muon: Muon for
-    matrices, Adam for the rest. signum: schedule-free SignSGD, momentum 0.95; half of Adam's
-    state."""
+    """Optimiser. adam8bit: Adam with moments in 8 bits; needs bitsandbytes ([quantized]). muon:
+    Muon for matrices, Adam for other weights. signum: schedule-free SignSGD with momentum 0.95,
+    with half of Adam's state."""
 
     lr: float | None = option(None, group=MAIN, on_resume="forced")
-    """Learning rate, the peak where it changes. Default for adam, adamw and adam8bit: 2e-4 /
-    sqrt(latents / 2^14), times sqrt(2^17 / steps) in a run of fewer steps than 2^17, at most
-    0.24 / sqrt(width of the rows); for signum 5e-3 / sqrt(latents / 2^14); for muon 2e-3."""
+    """Peak learning rate. Default for adam, adamw and adam8bit: 2e-4 / sqrt(latents / 2^14), times
+    sqrt(2^17 / steps) in a run of fewer than 2^17 steps, at most 0.24 / sqrt(width of the rows);
+    for signum: 5e-3 / sqrt(latents / 2^14); for muon: 2e-3."""
 
     lr_schedule: LrSchedule | None = option(None, group="Schedule", on_resume="forced")
-    """Schedule after the warm-up. stable-then-decay: constant, then linear over --lr-decay-steps.
-    Default: linear; for signum none, not even a warm-up: being schedule-free, it needs neither."""
+    """Learning rate schedule after the warm-up. stable-then-decay: constant, then linear decay over
+    --lr-decay-steps. Default: linear; for signum constant without warm-up, as it is
+    schedule-free."""
 
     lr_warmup_steps: int | None = option(None, group="Schedule", on_resume="forced", label="warmup")
-    """Steps of linear warm-up; for signum only with --lr-schedule. Default: a twentieth of the run,
-    at most 1000."""
+    """Steps of linear learning rate warm-up; for signum only with --lr-schedule. Default: 1/20 of
+    the run, at most 1000."""
 
     lr_decay_steps: int | None = option(None, group="Schedule", on_resume="forced")
-    """Steps of the decay that ends the run, with --lr-schedule stable-then-decay. Default: a fifth
-    of the run."""
+    """With --lr-schedule stable-then-decay: steps of the final decay. Default: 1/5 of the run."""
 
     lr_end: float = option(0.0, group="Schedule", on_resume="forced")
-    """Final learning rate, as a share of its peak."""
+    """Final learning rate, as a fraction of the peak."""
 
     weight_decay: float | None = option(None, group="Optimiser", on_resume="forced")
-    """Decoupled weight decay of adamw (default 0.01) and of muon's matrices (0.1)."""
+    """Decoupled weight decay of adamw (default: 0.01) and of muon's matrices (default: 0.1)."""
 
     grad_clip: float | None = option(None, group="Optimiser", on_resume="forced")
-    """Largest norm of an SAE's gradient, over all its weights; a larger one is scaled down. Not
-    for signum, which uses signs only."""
+    """Maximum norm of an SAE's gradient over all its weights; a larger one is scaled down. Not for
+    signum, which uses signs only. Default: no clipping."""
 
     decoder_norm: DecoderNorm = option("unit", group="SAE", on_resume="forced")
-    """unit: decoder rows are scaled to norm 1 before every step (not a transcoder's, which are
-    free). fold: they are free, latents are chosen by activation times norm, and the norm is folded
-    into the encoder when it is saved: rows of norm 1, the same function. free: rows of any norm,
-    saved so."""
+    """Norm of decoder rows. unit: scale rows to norm 1 before every step (except a transcoder's,
+    which are unconstrained). fold: unconstrained; latents are selected by activation times norm,
+    and saving folds the norm into the encoder, so that saved rows have norm 1 and the function is
+    the same. free: unconstrained, and saved as they are."""
 
     b_dec_init: BDecInit = option("mean", group="Initialisation", label="b-dec")
-    """Initial b_dec: the mean of all training rows, the geometric median of the first 2,048, or
-    zeros."""
+    """Initial b_dec: the mean of all training rows, the geometric median of the first 2,048 rows,
+    or zeros."""
 
     input_scale: InputScale = option("none", group="Initialisation", label="input")
-    """Scale of rows in training, from the statistics of all training rows. rms: their numbers have
-    a mean square of 1. unit: their squared norms have a mean of 1. What is saved takes rows as they
-    are in the cache: the scale is folded into it."""
+    """Scaling of rows in training, computed from the statistics of all training rows. rms: elements
+    have mean square 1. unit: rows have mean squared norm 1. The scale is folded into the saved
+    weights, so a saved SAE takes rows as they are in the cache."""
 
     encoder_scale: str = option("1", group="Initialisation", label="encoder")
-    """Factor on the encoder's initial weights: a number; or auto: the one with the least error on
-    the first 2,048 rows, found by trial and written to run.json."""
+    """Factor on the encoder's initial weights. auto: the factor with the least error on the first
+    2,048 rows, found by search and written to run.json."""
 
     k_anneal_steps: int = option(0, group="SAE", on_resume="forced")
-    """Steps in which k falls linearly from --k-start to --k, with topk and batchtopk. The saved
-    k is always --k."""
+    """With topk and batchtopk: steps over which k falls linearly from --k-start to --k. The saved k
+    is always --k. 0: off."""
 
     k_start: int | None = option(None, group="SAE", on_resume="forced")
-    """Initial k, with --k-anneal-steps. Default: ten times the activations' width, or all
-    latents."""
+    """With --k-anneal-steps: initial k. Default: ten times the activations' width, or all latents
+    if there are fewer."""
 
     auxk_alpha: float = option(1 / 32, group="SAE", on_resume="forced", label="auxk")
-    """Weight of AuxK, the loss of the residual as predicted by dead latents. 0: off."""
+    """Weight of the AuxK loss, in which dead latents predict the residual. 0: off."""
 
     seed: int = option(0, group="Initialisation")
-    """Seed of the weights; the first one is that of the order of rows and of the held-out split,
-    too, unless --data-seed is given."""
+    """Random seed of the initial weights. The first one also seeds the order of rows and the
+    held-out split, unless --data-seed is given."""
 
     def __post_init__(self) -> None:
-        """Reject numbers that no SAE can have."""
-        # One spelling of each number: 1 and 1.0 would be two SAEs. The class is frozen.
+        """Reject invalid values and combinations."""
+        # Normalise the number: "1" and "1.0" would be two SAEs. The class is frozen.
         object.__setattr__(self, "encoder_scale", scale(self.encoder_scale))
         require_options(self)
 
 
 @dataclass(frozen=True)
 class HookpointOverride:
-    """Options that replace the run's own for the SAEs of some hookpoints."""
+    """Options that replace those of the run for the SAEs of matching hookpoints."""
 
     k: int | None = None
-    """Latents that may be active at once."""
+    """Number of latents that may be active at once."""
     lr: float | None = None
     """Learning rate."""
     expansion_factor: int | None = None
-    """Latents as a multiple of the activations' width."""
+    """Number of latents, as a multiple of the activations' width."""
     num_latents: int | None = None
-    """Latents."""
+    """Number of latents."""
 
     def __post_init__(self) -> None:
-        """Reject a width that is given twice; `SaeOptions` checks the rest."""
-        require_override(self)
+        """Reject a width that is given twice. `SaeOptions` checks the values."""
+        if self.expansion_factor is not None and self.num_latents is not None:
+            raise ConfigError(
+                "expansion-factor and num-latents of a hookpoint are mutually exclusive",
+                expected="one of them",
+                got=f"{self.expansion_factor} and {self.num_latents}",
+            )
 
 
 OptimizerName = Literal["signum", "adam", "adamw", "adam8bit", "muon"]
 LrSchedule = Literal["constant", "linear", "cosine", "stable-then-decay"]
 DecoderNorm = Literal["unit", "fold", "free"]
-
-
 InputScale = Literal["none", "rms", "unit"]
 BDecInit = Literal["mean", "geometric-median", "zeros"]
 
@@ -204,7 +208,7 @@ class SaeEntry:
 
 
 def require_options(options: SaeOptions) -> None:
-    """Reject numbers that no SAE can have."""
+    """Reject invalid values and combinations; raises `ConfigError`."""
     _require_positive(options, "expansion_factor", "num_latents", "k", "lr_decay_steps", "k_start")
     if options.lr is not None and not 0 < options.lr < float("inf"):
         raise ConfigError("--lr is out of range", expected="> 0", got=options.lr)
@@ -218,22 +222,22 @@ def require_options(options: SaeOptions) -> None:
 
 
 def _require_activation(options: SaeOptions) -> None:
-    """Refuse options that an activation lacks; what depends on widths, `SaeConfig` refuses."""
+    """Reject options that the activation does not have. `SaeConfig` checks widths."""
     for name in ("sparsity", "sparsity_warmup_steps"):
         value = getattr(options, name)
         if value is not None and options.activation not in PENALISED:
             raise ConfigError(
-                f"--activation {options.activation} is sparse by --k, and has no penalty",
+                f"--activation {options.activation} is made sparse by --k and has no penalty",
                 expected="no --" + name.replace("_", "-"),
                 got=value,
-                remedy=f"leave it out, or --activation {' | '.join(PENALISED)}",
+                remedy=f"omit it, or --activation {' | '.join(PENALISED)}",
             )
     for name in ("threshold", "bandwidth"):
         if getattr(options, name) is not None and options.activation != "jumprelu":
             raise ConfigError(
-                f"--{name} is for --activation jumprelu",
+                f"--{name} needs --activation jumprelu",
                 got=options.activation,
-                remedy="leave one of them out",
+                remedy="omit one of them",
             )
     for name in ("sparsity", "threshold", "bandwidth"):
         value = getattr(options, name)
@@ -242,29 +246,29 @@ def _require_activation(options: SaeOptions) -> None:
     if options.sparsity_warmup_steps is not None and options.sparsity_warmup_steps < 0:
         raise ConfigError("--sparsity-warmup-steps is negative", got=options.sparsity_warmup_steps)
     if options.k_anneal_steps and options.activation not in ANNEALED:
-        why = "has groups that --k makes" if options.activation == "groupmax" else "has no k"
+        why = "divides latents into k groups" if options.activation == "groupmax" else "has no k"
         raise ConfigError(
-            f"--k-anneal-steps lets k fall, and --activation {options.activation} {why}",
+            f"--k-anneal-steps decreases k, but --activation {options.activation} {why}",
             expected=f"--activation {' | '.join(ANNEALED)}",
             got=options.k_anneal_steps,
-            remedy="leave --k-anneal-steps out",
+            remedy="omit --k-anneal-steps",
         )
 
 
 def _require_recipe(options: SaeOptions) -> None:
-    """Refuse optimisers, schedules and recipes that contradict themselves."""
+    """Reject contradictory options of the optimiser and the schedules."""
     if options.lr_decay_steps is not None and options.lr_schedule != "stable-then-decay":
         raise ConfigError(
-            "--lr-decay-steps is for --lr-schedule stable-then-decay",
+            "--lr-decay-steps needs --lr-schedule stable-then-decay",
             got=options.lr_schedule,
-            remedy="linear and cosine fall from the warm-up on",
+            remedy="linear and cosine decay from the end of the warm-up",
         )
     if not 0 <= options.lr_end <= 1:
         raise ConfigError("--lr-end is out of range", expected="0 to 1", got=options.lr_end)
     falls = options.optimizer != "signum" if options.lr_schedule is None else True
     if options.lr_end and (not falls or options.lr_schedule == "constant"):
         raise ConfigError(
-            "--lr-end is for a learning rate that falls",
+            "--lr-end needs a learning rate that decays",
             got=f"--optimizer {options.optimizer}, --lr-schedule {options.lr_schedule}",
             remedy="--lr-schedule linear, cosine or stable-then-decay",
         )
@@ -275,39 +279,33 @@ def _require_recipe(options: SaeOptions) -> None:
             )
         if options.optimizer not in ("adamw", "muon"):
             raise ConfigError(
-                "--weight-decay is for adamw and muon", got=f"--optimizer {options.optimizer}"
+                "--weight-decay needs adamw or muon", got=f"--optimizer {options.optimizer}"
             )
     if options.grad_clip is not None:
         if not 0 < options.grad_clip < float("inf"):
             raise ConfigError("--grad-clip is out of range", expected="> 0", got=options.grad_clip)
         if options.optimizer == "signum":
             raise ConfigError(
-                "--grad-clip does nothing for signum, which takes signs of gradients",
-                remedy="leave it out, or another --optimizer",
+                "--grad-clip has no effect on signum, which takes signs of gradients",
+                remedy="omit it, or another --optimizer",
             )
     if options.k_anneal_steps < 0:
         raise ConfigError("--k-anneal-steps is negative", got=options.k_anneal_steps)
     if options.k_start is not None:
         if not options.k_anneal_steps:
-            raise ConfigError("--k-start is for a run with --k-anneal-steps", got=options.k_start)
+            raise ConfigError("--k-start needs --k-anneal-steps", got=options.k_start)
         if options.k_start < options.k:
             raise ConfigError(
                 "--k-start is smaller than --k", expected=f">= {options.k}", got=options.k_start
             )
 
 
-def require_override(override: HookpointOverride) -> None:
-    """Reject a width that is given twice; `require_options` checks the rest."""
-    if override.expansion_factor is not None and override.num_latents is not None:
-        raise ConfigError(
-            "expansion-factor and num-latents of a hookpoint exclude each other",
-            expected="one of them",
-            got=f"{override.expansion_factor} and {override.num_latents}",
-        )
-
-
 def scale(text: str) -> str:
-    """A number above 0 in the shortest spelling, or auto; raises `ConfigError`."""
+    """Normalise an encoder scale: 'auto', or a positive number in its shortest spelling.
+
+    Raises:
+        ConfigError: the text is neither.
+    """
     if text == "auto":
         return text
     try:
@@ -316,7 +314,7 @@ def scale(text: str) -> str:
         scale = -1.0
     if not 0 < scale < float("inf"):
         raise ConfigError(
-            "--encoder-scale is neither a scale nor auto", expected="auto, or > 0", got=text
+            "--encoder-scale is neither a number nor auto", expected="auto, or > 0", got=text
         )
     return repr(scale).removesuffix(".0")
 
@@ -335,4 +333,4 @@ def _require_seed(option: str, seed: int) -> None:
 
 
 ONE_PASS = ("signum", "adam", "adamw")
-"""Optimisers whose steps are `saetrain.optim.fused`."""
+"""Optimisers implemented in `saetrain.optim.fused`."""

@@ -24,10 +24,10 @@ def config(**options: object) -> HarvestConfig:
         ({"layer_stride": 0}, r"--layer-stride is too small"),
         ({"seed": -1}, r"--seed is too small"),
         ({"seed": 2**32}, r"--seed is too large"),
-        ({"ctx_len": 8, "skip_positions": 8}, r"(?s)--skip-positions leaves no row.*--ctx-len 8"),
+        ({"ctx_len": 8, "skip_positions": 8}, r"(?s)--skip-positions drops every row.*--ctx-len 8"),
         ({"max_tokens": 1023}, r"(?s)--max-tokens is less than one sequence.*--ctx-len 1024"),
-        ({"hookpoint": ("a",), "layers": (1,)}, r"(?s)--hookpoint excludes.*remedy"),
-        ({"hookpoint": ("a",), "layer_stride": 2}, r"--hookpoint excludes"),
+        ({"hookpoint": ("a",), "layers": (1,)}, r"(?s)--hookpoint cannot be combined.*remedy"),
+        ({"hookpoint": ("a",), "layer_stride": 2}, r"--hookpoint cannot be combined"),
         ({"layers": (1,), "layer_stride": 2}, r"--layers and --layer-stride"),
         ({"layers": (1, -1)}, r"--layers counts from 0"),
         ({"streaming": True}, r"(?s)--streaming needs --max-tokens.*remedy"),
@@ -38,23 +38,23 @@ def config(**options: object) -> HarvestConfig:
         ({"chat_column": "a", "text_column": "b"}, r"--text-column and --chat-column"),
         (
             {"mix": ("other",), "weight": (1.0,)},
-            r"(?s)--weight is given.*2 weights.*1 weights",
+            r"(?s)--weight must be given.*2 weights.*1 weights",
         ),
-        ({"weight": (1.0,)}, r"(?s)--weight is given once.*--mix"),
-        ({"mix": ("other",), "weight": (1.0, 0.0)}, r"--weight is not above 0"),
+        ({"weight": (1.0,)}, r"(?s)--weight must be given once.*--mix"),
+        ({"mix": ("other",), "weight": (1.0, 0.0)}, r"--weight must be above 0"),
         ({"mix": ("a", "data")}, r"(?s)data is mixed with itself.*repeated"),
         (
             {"load_in": "8bit", "batch_size": 4, "shard_size": 6},
-            r"(?s)a shard is made of whole batches.*--batch-size 4.*got: +6",
+            r"(?s)needs shards of whole batches.*--batch-size 4.*got: +6",
         ),
         (
             {"load_in": "8bit", "batch_size": 4, "max_tokens": 4095},
-            r"(?s)--max-tokens is less than one batch.*--batch-size 4 x --ctx-len 1024",
+            r"(?s)needs --max-tokens of at least one batch.*--batch-size 4 x --ctx-len 1024",
         ),
         ({"load_in": "4bit", "gguf_file": "a.gguf"}, r"--load-in 4bit with --gguf-file"),
         (
             {"device_map": "auto", "device": "cuda:1"},
-            r"(?s)--device-map auto chooses.*got: +--device cuda:1.*--max-memory",
+            r"(?s)--device-map auto cannot be combined.*got: +--device cuda:1.*--max-memory",
         ),
         ({"max_memory": ("0=1GiB",)}, r"need --device-map auto"),
         ({"offload_folder": "there"}, r"need --device-map auto"),
@@ -65,9 +65,7 @@ def config(**options: object) -> HarvestConfig:
         ({"compress": "zstd"}, r"(?s)--compress zstd needs --backend zarr.*got.*memmap"),
     ],
 )
-def test_options_that_cannot_be_carried_out_are_refused_by_name(
-    options: dict, message: str
-) -> None:
+def test_the_error_for_an_invalid_option_names_it(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         config(**options)
     assert caught.value.exit_code == 2
@@ -80,7 +78,7 @@ def test_the_defaults_and_the_limits_are_accepted() -> None:
     config(ctx_len=2, skip_positions=1, max_tokens=2, batch_size=1, shard_size=1, seed=2**32 - 1)
 
 
-def test_the_goal_is_in_whole_sequences_and_with_8_bits_in_whole_batches() -> None:
+def test_the_goal_is_rounded_down_to_sequences_and_in_8_bits_to_batches() -> None:
     sizes = {"ctx_len": 16, "batch_size": 4, "max_tokens": 16 * 11 + 15}
     assert config().goal is None
     assert config(**sizes).goal == config(**sizes, load_in="4bit").goal == 11
@@ -88,7 +86,7 @@ def test_the_goal_is_in_whole_sequences_and_with_8_bits_in_whole_batches() -> No
     assert config(load_in="8bit", batch_size=4, shard_size=8, max_tokens=4096).goal == 4
 
 
-def test_memory_is_given_by_device() -> None:
+def test_max_memory_is_parsed_by_device() -> None:
     given = config(device_map="auto", max_memory=("0=60GiB", "cpu=1.5GB"))
     assert given.budgets == {0: "60GiB", "cpu": "1.5GB"}
 

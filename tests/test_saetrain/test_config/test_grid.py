@@ -106,9 +106,12 @@ def test_numbers_in_names_are_short_and_no_two_alike() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"k": (32, 32)}, "--k needs values that differ"),
-        ({"k": ()}, "--k needs values that differ"),
-        ({"num_latents": 64, "expansion_factor": (1, 2)}, "means nothing beside --num-latents"),
+        ({"k": (32, 32)}, "--k needs distinct values"),
+        ({"k": ()}, "--k needs distinct values"),
+        (
+            {"num_latents": 64, "expansion_factor": (1, 2)},
+            "--num-latents overrides --expansion-factor",
+        ),
         ({"lr": (1e-3, -1.0)}, "--lr is out of range"),
     ],
     ids=str,
@@ -126,7 +129,7 @@ def test_options_beside_a_list_of_saes_are_refused() -> None:
     assert dataclasses.replace(config, data_seed=9).order_seed == 9
 
 
-def test_overrides_are_of_the_hookpoints_that_they_match() -> None:
+def test_overrides_apply_to_the_hookpoints_that_match_their_pattern() -> None:
     config = vary(FitConfig("c", "r", num_latents=64), k=(2, 4), lr=(1e-3, 1e-2))
     overrides = {
         "layers.1*": HookpointOverride(k=8),
@@ -140,12 +143,12 @@ def test_overrides_are_of_the_hookpoints_that_they_match() -> None:
     assert saes_at(config, "layers.12") == {"": expected}
 
 
-def test_two_patterns_that_say_the_same_option_of_a_hookpoint_are_refused(options: Options) -> None:
-    """Which of them wins would hang on the order of keys in a file."""
+def test_two_patterns_that_set_one_option_of_a_hookpoint_are_rejected(options: Options) -> None:
+    """Otherwise the result would depend on the order of keys in the file."""
     config = options(hookpoints={"layers.*": HookpointOverride(k=2), "*.1": HookpointOverride(k=4)})
     with pytest.raises(ConfigError, match=r"two patterns set k of layers\.1(.|\n)*'\*\.1'"):
         fit(config)
-    with pytest.raises(HookpointError, match=r"matches 'layers\.7'"):
+    with pytest.raises(HookpointError, match=r"the override pattern 'layers\.7'"):
         fit(options(hookpoints={"layers.7": HookpointOverride(k=2)}))
     assert not Path(config.out).exists()
 

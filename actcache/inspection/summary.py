@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -77,6 +78,21 @@ class CacheSummary:
     """Non-finite and near-overflow rows by shard."""
     speed: tuple[RankSpeed, ...]
     """Speed of the harvest by rank, as far as logs/ has entries."""
+
+
+def inspect(cache: str | Path, shards: Sequence[int] | None = None) -> CacheSummary:
+    """Summarize a cache: what `actcache inspect` shows, as frozen dataclasses.
+
+    Args:
+        cache: folder or URL of the cache.
+        shards: shards to summarize; None: all.
+
+    Raises:
+        EmptyCacheError: no shard is complete.
+        ConfigError: a shard that was asked for is not there.
+        CorruptShardError: no shard has statistics that can be read.
+    """
+    return summarize(Cache.open(cache), shards)
 
 
 @np.errstate(all="ignore")  # statistics of an untrusted cache may hold any value

@@ -1,13 +1,13 @@
-"""sparsify's checkpoints, our native ones: `cfg.json` beside `sae.safetensors`.
+"""The export format: sparsify's checkpoints, `cfg.json` and `sae.safetensors`.
 
-Tensors `encoder.weight` [M, D], `encoder.bias` [M], `W_dec` [M, E], `b_dec` [E], of a skip
-transcoder `W_skip` [E, D]; E is D but for transcoders. The keys of cfg.json are those of sparsify
-1.3.3, whose loader drops others.
+Tensors: `encoder.weight` [M, D], `encoder.bias` [M], `W_dec` [M, E], `b_dec` [E], and `W_skip`
+[E, D] of a skip transcoder. E equals D except in transcoders. The keys of cfg.json are those of
+sparsify 1.3.3, whose loader ignores others.
 
-What sparsify cannot express has further keys and tensors: `threshold` [M] (jumprelu) or [] float64
-(batchtopk), `r_mag` and `b_mag` [M] (gated). It knows no such `activation`, and refuses the file;
-so it does where an output is not as wide as its input, by the shapes. A crosscoder with TopK loads
-there as an autoencoder of its hookpoints' rows side by side, which is what it is.
+Features that sparsify lacks have additional keys and tensors: `threshold` [M] (jumprelu) or []
+float64 (batchtopk), `r_mag` and `b_mag` [M] (gated). sparsify rejects such a file by its
+`activation`, and by the shapes if E differs from D. A crosscoder with TopK loads in sparsify as an
+autoencoder of its hookpoints' rows side by side.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _TENSORS = {
     "activation.r_mag": "r_mag",
     "activation.b_mag": "b_mag",
 }
-"""Our parameter to its name in the file."""
+"""Maps names in `Sae.state_dict()` to names in the file."""
 
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """Contents of cfg.json, sparsify's defaults where a key is missing."""
+    """Contents of cfg.json; a missing key has sparsify's default."""
 
     d_in: int
     activation: ActivationName = "topk"
@@ -59,7 +59,7 @@ class SparsifyConfig:
     skip_connection: bool = False
     transcode: bool = False
 
-    # Ours, written where they say something.
+    # Additional keys, written only if they differ from the default.
     d_out: int | None = None
     matryoshka: tuple[int, ...] = ()
     sparsity: float = 0.0
@@ -67,57 +67,63 @@ class SparsifyConfig:
     bandwidth: float = SaeConfig.bandwidth
     widths: tuple[int, ...] = ()
     hookpoints: tuple[str, ...] = ()
-    """Of a transcoder or crosscoder: what it reads, side by side."""
+    """Hookpoints that a transcoder or crosscoder reads, side by side."""
 
 
-_OURS = ("d_out", "matryoshka", "sparsity", "threshold", "bandwidth", "widths", "hookpoints")
+_ADDITIONAL = ("d_out", "matryoshka", "sparsity", "threshold", "bandwidth", "widths", "hookpoints")
 
 
 def save_sae(
-    folder: Path,
+    folder: str | Path,
     config: SaeConfig,
     weights: Mapping[str, Tensor],
     reads: tuple[str, ...] = (),
     unit_rows: bool = True,
 ) -> FileDigest:
-    """Write a checkpoint, which sparsify loads if it knows the kind.
+    """Write an SAE in the export format.
 
     Args:
-        folder: made when missing.
-        config: sizes and kind.
-        weights: W_enc [M, D], b_enc [M], W_dec [M, E], b_dec [E], and what else the kind has.
-        reads: hookpoints that it reads, if the folder's name does not say it.
-        unit_rows: whether whoever trains them on is to keep decoder rows at norm 1; of a
-            transcoder's, nobody does.
+        folder: created if missing.
+        config: kind and sizes.
+        weights: W_enc [M, D], b_enc [M], W_dec [M, E], b_dec [E], and further tensors of the kind.
+        reads: hookpoints that it reads, unless the folder is named after the only one.
+        unit_rows: `normalize_decoder` of cfg.json: keep decoder rows at norm 1 in further training
+            (ignored for transcoders).
 
     Returns:
-        What its weights' file must be.
+        Digest of the weights file.
     """
+    folder = Path(folder)
     tensors = {
-        theirs: weights[ours].detach().cpu().contiguous()
-        for ours, theirs in _TENSORS.items()
-        if ours in weights
+        stored: weights[name].detach().cpu().contiguous()
+        for name, stored in _TENSORS.items()
+        if name in weights
     }
-    said = asdict(config) | {"hookpoints": reads, "normalize_decoder": unit_rows}
-    said["expansion_factor"] = max(1, config.num_latents // config.d_in)
-    cfg = SparsifyConfig(**said)
+    values = asdict(config) | {"hookpoints": reads, "normalize_decoder": unit_rows}
+    values["expansion_factor"] = max(1, config.num_latents // config.d_in)
+    cfg = SparsifyConfig(**values)
     default = SparsifyConfig(config.d_in)
     keys = {
         key: value
         for key, value in asdict(cfg).items()
-        if key not in _OURS or value != getattr(default, key)
+        if key not in _ADDITIONAL or value != getattr(default, key)
     }
-    receipt = write_atomic(folder / WEIGHTS, [save(tensors)])
+    digest = write_atomic(folder / WEIGHTS, [save(tensors)])
     write_atomic(folder / CONFIG, [to_json(keys)])
-    return receipt
+    return digest
 
 
-def load_sae(folder: Path, device: torch.device | str = "cpu") -> Sae:
-    """Read a checkpoint of ours or of sparsify's, to be used (`Sae.eval`).
+def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
+    """Load an SAE saved by `save_sae` or sparsify, in evaluation mode.
+
+    Args:
+        folder: folder of cfg.json and sae.safetensors.
+        device: device of its weights.
 
     Raises:
-        FormatError: a file is missing, damaged, or of a kind of SAE that is not read here.
+        FormatError: a file is missing or damaged, or the kind of SAE is unknown.
     """
+    folder = Path(folder)
     config = read_sae_config(folder)
     path = folder / WEIGHTS
     try:
@@ -125,21 +131,21 @@ def load_sae(folder: Path, device: torch.device | str = "cpu") -> Sae:
     except (OSError, SafetensorError) as error:
         raise FormatError(f"cannot read {path}", got=str(error)) from error
     shapes = _shapes(config)
-    for ours, shape in shapes.items():
-        theirs = _TENSORS[ours]
-        got = tuple(tensors[theirs].shape) if theirs in tensors else "nothing"
+    for name, shape in shapes.items():
+        stored = _TENSORS[name]
+        got = tuple(tensors[stored].shape) if stored in tensors else "nothing"
         if got != shape:
-            raise FormatError(f"{path}: tensor {theirs}", expected=shape, got=got)
-    for theirs in map(_TENSORS.__getitem__, shapes):
-        if not (dtype := tensors[theirs].dtype).is_floating_point:
-            raise FormatError(f"{path}: type of {theirs}", expected="floats", got=dtype)
-    sae = build_sae(config, device=device, dtype=tensors["encoder.weight"].dtype)
-    sae.load_state_dict({ours: tensors[_TENSORS[ours]] for ours in shapes})
+            raise FormatError(f"{path}: tensor {stored}", expected=shape, got=got)
+    dtype = tensors["encoder.weight"].dtype
+    if not dtype.is_floating_point:
+        raise FormatError(f"{path} holds weights of another dtype", expected="floats", got=dtype)
+    sae = build_sae(config, device=device, dtype=dtype)
+    sae.load_state_dict({name: tensors[_TENSORS[name]] for name in shapes})
     return sae.eval()
 
 
 def _shapes(config: SaeConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of an SAE, by our names. Known without making one."""
+    """Return the shape of every tensor of an SAE, by its name in `Sae.state_dict()`."""
     D, E, M = config.d_in, config.width_out, config.num_latents
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (M, D),
@@ -156,20 +162,25 @@ def _shapes(config: SaeConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def tensors_of(config: SaeConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an SAE's file, by its name in the file."""
+    return {_TENSORS[name]: shape for name, shape in _shapes(config).items()}
+
+
 def read_config(folder: Path) -> SparsifyConfig:
-    """The cfg.json of a checkpoint, key by key; raises `FormatError`."""
+    """Read cfg.json as it is; raises `FormatError`."""
     path = folder / CONFIG
     try:
         obj = read_json(path)
     except OSError as error:
         raise FormatError(f"{folder} holds no SAE", expected=f"{CONFIG} and {WEIGHTS}") from error
-    if isinstance(obj, dict):  # other versions of sparsify write keys that mean nothing here
+    if isinstance(obj, dict):  # ignore keys of other versions of sparsify
         obj = {key: obj[key] for key in obj if key in SparsifyConfig.__dataclass_fields__}
     return parse_dataclass(SparsifyConfig, obj, str(path))
 
 
 def read_sae_config(folder: Path) -> SaeConfig:
-    """The kind and sizes of the SAE in a folder; raises `FormatError`."""
+    """Read the kind and sizes of the SAE in a folder; raises `FormatError`."""
     cfg = read_config(folder)
     try:
         return SaeConfig(
@@ -177,7 +188,7 @@ def read_sae_config(folder: Path) -> SaeConfig:
             cfg.num_latents or cfg.d_in * cfg.expansion_factor,
             cfg.k,
             activation=cfg.activation,
-            # sparsify has it with groupmax too; it was for training only
+            # In sparsify, groupmax may have it too; it affects only training.
             multi_topk=cfg.multi_topk and cfg.activation == "topk" and not cfg.matryoshka,
             matryoshka=cfg.matryoshka,
             transcode=cfg.transcode,
@@ -190,7 +201,7 @@ def read_sae_config(folder: Path) -> SaeConfig:
         )
     except ConfigError as error:
         raise FormatError(
-            f"{folder / CONFIG} holds an SAE that cannot be: {error.what}",
+            f"{folder / CONFIG} holds an impossible SAE: {error.what}",
             expected=error.expected,
             got=error.got,
         ) from error

@@ -155,16 +155,16 @@ def _train(session: RunSession, run: RunState) -> FitSummary:
         (root, first_step, record.steps, record.plan.batch_size, stream.row_bytes), record.saes
     )
     for warning in run.restore_warnings:
-        tracker.bar.say(f"warning: {warning}")
+        tracker.bar.print_line(f"warning: {warning}")
     if first_step == 0:
         for sae, origin in zip(record.saes, record.origins, strict=False):
             sizes = f"{sae.config.num_latents:,} latents, k {sae.config.k}"
-            tracker.bar.say(f"fit: {sae.name} starts from {origin.path} ({sizes})")
+            tracker.bar.print_line(f"fit: {sae.name} starts from {origin.path} ({sizes})")
     if first_step < record.steps:
-        tracker.bar.say(read_message)
+        tracker.bar.print_line(read_message)
     try:
         if coordinator.is_rank_zero:
-            tracker.mirror = open_wandb(root, record, tracker.bar.say)
+            tracker.mirror = open_wandb(root, record, tracker.bar.print_line)
         steps = train(
             root,
             record,

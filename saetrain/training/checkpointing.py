@@ -82,7 +82,7 @@ class Checkpointer:
 
     def save_after_read_error(self, done: int, position: dict[str, int]) -> None:
         """Save the steps before rows that could not be read, and print which step is saved."""
-        say = self._tracker.bar.say
+        say = self._tracker.bar.print_line
         try:
             self.save_while_waiting(done, position)
         except ActcacheError as error:  # the read error is the one to raise

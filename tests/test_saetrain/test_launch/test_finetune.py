@@ -1,4 +1,4 @@
-"""Runs that begin with weights from runs, from sparsify, from the Hub."""
+"""Runs initialised from weights of runs, of sparsify, and of the Hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.config.sae_options import SaeOptions
 from saetrain.launch.estimate import estimate_fit
-from saetrain.launch.finetune import require_header
 from saetrain.launch.run import fit
 from saetrain.runs.record import RUN, PretrainedSource, read_run
 
@@ -38,11 +37,11 @@ Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
 NOTHING = {"lr": 1e-30, "max_tokens": 32, "auxk_alpha": 0.0}
-"""One step that changes nothing, so that what is saved is what a run began with."""
+"""Options of one step that changes nothing: the exports are the initial weights."""
 
 
 class Killed(BaseException):
-    """Stands for a signal."""
+    """Stands in for a signal."""
 
 
 def weights(root: Path | str, name: str = "layers.0") -> dict[str, torch.Tensor]:
@@ -50,14 +49,14 @@ def weights(root: Path | str, name: str = "layers.0") -> dict[str, torch.Tensor]
     return tensors
 
 
-def unsaid(options: Options, **changes: Any) -> FitConfig:
-    """Options that leave sizes to the SAEs that are there."""
+def no_sizes(options: Options, **changes: Any) -> FitConfig:
+    """Return options without sizes, which the pretrained SAEs give."""
     return options(**{"num_latents": None, "k": 32} | changes)
 
 
 @pytest.fixture(scope="module")
 def first(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two SAEs of 48 latents and k 3, which keeps its best ones. Nobody may change it."""
+    """Make a run of two SAEs of 48 latents and k 3 with --save-best. Tests must not change it."""
     out = tmp_path_factory.mktemp("first") / "run"
     small = {"batch_size": 32, "lr": 0.01, "val_every": 5, "save_best": True, "device": "cpu"}
     fit(FitConfig(num_latents=48, k=3, cache=str(cache_path), out=str(out), **small))  # type: ignore[arg-type]
@@ -66,7 +65,7 @@ def first(cache_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory, sparsify: ModuleType) -> Path:
-    """What sparsify leaves: an SAE of 40 latents and k 5 for each hookpoint, and other files."""
+    """Make a folder of sparsify: per hookpoint an SAE of 40 latents and k 5, and other files."""
     root = tmp_path_factory.mktemp("published")
     for seed, hookpoint in enumerate(("layers.0", "layers.1")):
         torch.manual_seed(seed)
@@ -82,7 +81,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, sparsify: ModuleType) ->
 
 
 class Bomb:
-    """Ends the tests when it is unpickled."""
+    """Exit the process when unpickled."""
 
     def __reduce__(self) -> Any:
         return os._exit, (77,)
@@ -92,11 +91,11 @@ class Bomb:
 
 
 @pytest.mark.parametrize("source", ["run", "published"])
-def test_a_run_begins_with_the_weights_of_each_hookpoint(
+def test_a_run_starts_from_the_weights_of_each_hookpoint(
     options: Options, first: Path, published: Path, source: str
 ) -> None:
     root = first if source == "run" else published
-    config = unsaid(options, finetune=str(root), decoder_norm="free", optimizer="adam", **NOTHING)
+    config = no_sizes(options, finetune=str(root), decoder_norm="free", optimizer="adam", **NOTHING)
     fit(config)
     record = read_run(Path(config.out))
     latents, k = (48, 3) if source == "run" else (40, 5)
@@ -110,22 +109,20 @@ def test_a_run_begins_with_the_weights_of_each_hookpoint(
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
-def test_one_saes_folder_and_its_best_one_serve_one_hookpoint(
-    options: Options, first: Path
-) -> None:
+def test_the_folder_of_one_sae_initialises_any_one_hookpoint(options: Options, first: Path) -> None:
     (best,) = (first / "layers.0").glob("best-*")
-    for place in (first / "layers.0", best):
-        out = f"{options().out}-{place.name}"
-        config = unsaid(options, finetune=str(place), out=out, hookpoint=("layers.1",), **NOTHING)
+    for path in (first / "layers.0", best):
+        out = f"{options().out}-{path.name}"
+        config = no_sizes(options, finetune=str(path), out=out, hookpoint=("layers.1",), **NOTHING)
         config = dataclasses.replace(config, decoder_norm="free", optimizer="adam")
-        fit(config)  # of another hookpoint: who names one SAE means it
-        assert torch.equal(weights(out, "layers.1")["W_dec"], weights(place, ".")["W_dec"])
+        fit(config)  # of another hookpoint
+        assert torch.equal(weights(out, "layers.1")["W_dec"], weights(path, ".")["W_dec"])
     with pytest.raises(RunError, match=r"is one SAE(.|\n)*layers\.0, layers\.1(.|\n)*--hookpoint"):
-        fit(unsaid(options, finetune=str(best)))
+        fit(no_sizes(options, finetune=str(best)))
     assert not Path(options().out).exists()
 
 
-def test_a_grid_begins_with_the_same_grid_or_with_one_sae_each(
+def test_a_grid_starts_from_the_same_grid_or_from_one_sae_per_hookpoint(
     options: Options, first: Path
 ) -> None:
     grid = vary(options(), k=(2, 3), seed=(0, 1))
@@ -139,55 +136,55 @@ def test_a_grid_begins_with_the_same_grid_or_with_one_sae_each(
         read_run(Path(again.out)).saes, read_run(Path(again.out)).origins, strict=True
     ):
         assert source.path == str(Path(grid.out) / entry.name)
-    rates = vary(unsaid(options, finetune=str(first), out=options().out + "-r"), lr=(0.01, 0.02))
+    rates = vary(no_sizes(options, finetune=str(first), out=options().out + "-r"), lr=(0.01, 0.02))
     fit(rates)
     assert {source.path for source in read_run(Path(rates.out)).origins} == {
         str(first / "layers.0"),
         str(first / "layers.1"),
     }
     with pytest.raises(RunError, match=r"several SAEs of layers\.0(.|\n)*k2-seed0 \| (.|\n)*name"):
-        fit(unsaid(options, finetune=grid.out, out=options().out + "-none"))
+        fit(no_sizes(options, finetune=grid.out, out=options().out + "-none"))
 
 
-def test_a_hookpoint_that_is_not_there_is_told_with_all_that_are(
+def test_a_missing_hookpoint_is_refused_with_a_list_of_those_present(
     options: Options, first: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(first, tmp_path / "copy")
     (tmp_path / "copy" / "layers.1").rename(tmp_path / "copy" / "layers.7")
     with pytest.raises(RunError) as caught:
-        fit(unsaid(options, finetune=str(tmp_path / "copy")))
-    told = str(caught.value)
-    assert "no SAE of layers.1" in told
-    assert "layers.0 | " in told
-    assert "layers.7" in told
+        fit(no_sizes(options, finetune=str(tmp_path / "copy")))
+    text = str(caught.value)
+    assert "no SAE of layers.1" in text
+    assert "layers.0 | " in text
+    assert "layers.7" in text
     assert not Path(options().out).exists()
 
 
 @pytest.mark.parametrize(
-    ("place", "error", "words"),
+    ("path", "error", "words"),
     [
         ("{}/nothing/there", ConfigError, "is no folder, and no repository"),
         ("{}/cache", FormatError, "holds no SAE"),
-        ("some/repository", RunError, "cannot be had from the Hub"),
+        ("some/repository", RunError, "cannot be downloaded from the Hub"),
         ("https://example.org/x", ConfigError, "is no folder, and no repository"),
     ],
 )
-def test_a_place_without_saes_is_refused(
-    options: Options, tmp_path: Path, place: str, error: type[ActcacheError], words: str
+def test_a_path_without_saes_is_refused(
+    options: Options, tmp_path: Path, path: str, error: type[ActcacheError], words: str
 ) -> None:
     (tmp_path / "cache").mkdir()
     with pytest.raises(error, match=words):
-        fit(unsaid(options, finetune=place.format(tmp_path)))
+        fit(no_sizes(options, finetune=path.format(tmp_path)))
     assert not Path(options().out).exists()
 
 
 # --- what begins anew ----------------------------------------------------------------------------
 
 
-def test_b_dec_and_decoder_begin_anew_where_asked(
+def test_fresh_b_dec_and_fresh_decoder_use_the_initial_values(
     options: Options, published: Path, cache_path: Path
 ) -> None:
-    config = unsaid(options, finetune=str(published), decoder_norm="free", **NOTHING)
+    config = no_sizes(options, finetune=str(published), decoder_norm="free", **NOTHING)
     fresh = dataclasses.replace(config, optimizer="adam", fresh_b_dec=True, fresh_decoder=True)
     fit(fresh)
     old, new = weights(published), weights(fresh.out)
@@ -201,20 +198,22 @@ def test_b_dec_and_decoder_begin_anew_where_asked(
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "jumprelu", "gated", "relu"])
-def test_every_kind_keeps_its_kind_and_all_its_tensors(options: Options, activation: str) -> None:
-    begun = options(activation=activation, out=options().out + "-first")
-    fit(begun)
-    config = unsaid(options, finetune=begun.out, decoder_norm="free", optimizer="adam", **NOTHING)
+def test_every_activation_keeps_all_its_tensors(options: Options, activation: str) -> None:
+    trained = options(activation=activation, out=options().out + "-first")
+    fit(trained)
+    config = no_sizes(
+        options, finetune=trained.out, decoder_norm="free", optimizer="adam", **NOTHING
+    )
     fit(config)
     assert read_run(Path(config.out)).saes[0].config.activation == activation
-    old, new = weights(begun.out), weights(config.out)
+    old, new = weights(trained.out), weights(config.out)
     assert old.keys() == new.keys()
-    # A batch's threshold is an average that every batch moves.
+    # The threshold of BatchTopK is an average that every batch changes.
     same = [name for name in old if activation != "batchtopk" or name != "threshold"]
     assert all(torch.equal(old[name], new[name]) for name in same)
 
 
-def test_a_run_that_goes_on_learning_is_better_from_the_start(
+def test_a_finetuned_run_has_a_lower_loss_from_the_first_line(
     options: Options, first: Path
 ) -> None:
     def first_fvu(config: FitConfig) -> float:
@@ -223,14 +222,14 @@ def test_a_run_that_goes_on_learning_is_better_from_the_start(
         return float(json.loads(line)["saes"]["layers.0"]["fvu"])
 
     new = first_fvu(options(out=options().out + "-new"))
-    assert first_fvu(unsaid(options, finetune=str(first))) < 0.9 * new
+    assert first_fvu(no_sizes(options, finetune=str(first))) < 0.9 * new
 
 
 # --- exact, all the same -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop_at", [1, 7])
-def test_a_finetuned_run_that_was_stopped_equals_one_that_was_not(
+def test_a_stopped_finetuned_run_resumes_to_the_same_bytes(
     options: Options,
     first: Path,
     snapshot: Snapshot,
@@ -238,10 +237,10 @@ def test_a_finetuned_run_that_was_stopped_equals_one_that_was_not(
     stop_at: int,
     tmp_path: Path,
 ) -> None:
-    """Before its first checkpoint it needs its source again; after it, no more."""
+    """It reads the pretrained weights again before its first checkpoint, and not after it."""
     source = shutil.copytree(first, tmp_path / "source")
-    whole = unsaid(options, finetune=str(source), out=options().out + "-whole")
-    stopped = unsaid(options, finetune=str(source), resume=True)
+    whole = no_sizes(options, finetune=str(source), out=options().out + "-whole")
+    stopped = no_sizes(options, finetune=str(source), resume=True)
     fit(whole)
     real = saetrain.training.step.train_step
 
@@ -258,7 +257,7 @@ def test_a_finetuned_run_that_was_stopped_equals_one_that_was_not(
     if stop_at == 1:
         kept = path.read_bytes()
         path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-        with pytest.raises(RunError, match="is not what this run began with"):
+        with pytest.raises(RunError, match="differs from the file that this run started from"):
             fit(stopped)
         path.write_bytes(kept)
     else:
@@ -268,10 +267,8 @@ def test_a_finetuned_run_that_was_stopped_equals_one_that_was_not(
     assert fit(dataclasses.replace(stopped, lr=0.5, force_config=True)).new_steps == 0
 
 
-def test_the_plan_of_a_run_has_the_sizes_of_what_it_begins_with(
-    options: Options, first: Path
-) -> None:
-    plan = estimate_fit(unsaid(options, finetune=str(first)), torch.device("cpu"))
+def test_the_estimate_has_the_sizes_of_the_pretrained_saes(options: Options, first: Path) -> None:
+    plan = estimate_fit(no_sizes(options, finetune=str(first)), torch.device("cpu"))
     assert [(sae.num_latents, sae.k) for sae in plan.saes] == [(48, 3)] * 2
 
 
@@ -297,11 +294,11 @@ def test_options_that_contradict_the_weights_are_refused(
     if "saes" in changes:
         config = FitConfig(options().cache, options().out, finetune=str(first), **changes)
     else:
-        config = unsaid(options, finetune=str(first), **changes)
+        config = no_sizes(options, finetune=str(first), **changes)
     with pytest.raises(ConfigError, match=rf"contradict the SAE in (.|\n)*{words}"):
         fit(config)
     assert not Path(options().out).exists()
-    assert fit(options(finetune=str(first))).steps == 12  # who says what is so is not refused
+    assert fit(options(finetune=str(first))).steps == 12  # equal options are accepted
 
 
 def test_rows_of_another_width_are_refused(
@@ -309,25 +306,25 @@ def test_rows_of_another_width_are_refused(
 ) -> None:
     cache = make_cache(hookpoints={"layers.0": 8})
     with pytest.raises(ConfigError, match=r"d_in 16(.|\n)*d_in 8"):
-        fit(unsaid(options, finetune=str(first), cache=str(cache)))
+        fit(no_sizes(options, finetune=str(first), cache=str(cache)))
 
 
-def test_decoder_rows_of_any_norm_are_not_scaled_unasked(options: Options) -> None:
-    begun = options(decoder_norm="free", out=options().out + "-free")
-    fit(begun)
+def test_decoder_rows_of_other_norms_are_refused_with_unit_norm(options: Options) -> None:
+    trained = options(decoder_norm="free", out=options().out + "-free")
+    fit(trained)
     with pytest.raises(ConfigError, match=r"of any norm(.|\n)*--decoder-norm free or fold"):
-        fit(unsaid(options, finetune=begun.out))
-    assert fit(unsaid(options, finetune=begun.out, decoder_norm="fold")).steps == 12
+        fit(no_sizes(options, finetune=trained.out))
+    assert fit(no_sizes(options, finetune=trained.out, decoder_norm="fold")).steps == 12
 
 
 @pytest.mark.parametrize("option", ["fresh_b_dec", "fresh_decoder"])
-def test_what_is_fresh_needs_something_that_is_not(option: str) -> None:
-    with pytest.raises(ConfigError, match="needs --finetune"):
+def test_fresh_options_need_finetune(option: str) -> None:
+    with pytest.raises(ConfigError, match="is for --finetune"):
         FitConfig("c", "r", **{option: True})
 
 
 def header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Write a file's header anew."""
+    """Replace the header of a safetensors file."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     entries = json.loads(data[8 : 8 + length])
@@ -352,21 +349,14 @@ def header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     ],
     ids=["cut", "empty", "length", "pickle", "shape", "offsets", "type", "lacks", "nan", "missing"],
 )
-def test_damaged_weights_are_refused_before_anything_is_mapped(
+def test_damaged_weights_are_refused(
     options: Options, first: Path, tmp_path: Path, damage: Callable[[Path], object]
 ) -> None:
     source = shutil.copytree(first, tmp_path / "source")
     damage(source / "layers.1" / "sae.safetensors")
     with pytest.raises(FormatError, match=r"layers\.1"):
-        fit(unsaid(options, finetune=str(source)))
+        fit(no_sizes(options, finetune=str(source)))
     assert not Path(options().out).exists()
-
-
-def test_a_sound_header_passes(first: Path) -> None:
-    path = first / "layers.0" / "sae.safetensors"
-    require_header(path, {"W_dec": (48, 16), "b_dec": (16,)})
-    with pytest.raises(FormatError, match="tensor W_dec"):
-        require_header(path, {"W_dec": (48, 17)})
 
 
 # --- the Hub -------------------------------------------------------------------------------------
@@ -376,9 +366,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextlib.contextmanager
 def hub(root: Path, repository: str) -> Iterator[tuple[str, list[str]]]:
-    """The Hub, as far as downloads ask it, on this machine; and the files it was asked for."""
+    """Serve the Hub's download API locally, and record the requested files."""
     files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-    asked: list[str] = []
+    requested: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -398,8 +388,8 @@ def hub(root: Path, repository: str) -> Iterator[tuple[str, list[str]]]:
                         ]
                     ).encode()
             elif path.startswith(resolve) and path.removeprefix(resolve) in files:
-                asked.append(path.removeprefix(resolve))
-                body = files[asked[-1]]
+                requested.append(path.removeprefix(resolve))
+                body = files[requested[-1]]
                 headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
             else:
                 self.send_error(404)
@@ -418,21 +408,21 @@ def hub(root: Path, repository: str) -> Iterator[tuple[str, list[str]]]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requested
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
 
 
-def test_the_program_begins_with_a_repository_of_the_hub(
+def test_the_command_starts_from_a_repository_of_the_hub(
     options: Options, published: Path, tmp_path: Path
 ) -> None:
     config = options()
     program = str(Path(sys.executable).with_name("saetrain"))
     command = [program, "fit", config.cache, "--out", config.out, "--finetune", "someone/saes"]
     command += ["--batch-size", "32", "--device", "cpu", "--hookpoint", "layers.1", "--resume"]
-    with hub(published, "someone/saes") as (endpoint, asked):
+    with hub(published, "someone/saes") as (endpoint, requested):
         environment = os.environ | {
             "HF_ENDPOINT": endpoint,
             "HF_HUB_OFFLINE": "0",
@@ -441,9 +431,11 @@ def test_the_program_begins_with_a_repository_of_the_hub(
         }
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "layers.1 begins with someone/saes/layers.1 (40 latents, k 5)" in done.stderr
+    assert "layers.1 starts from someone/saes/layers.1 (40 latents, k 5)" in done.stderr
     record = read_run(Path(config.out))
     file = digest_file(published / "layers.1" / "sae.safetensors")
     assert record.origins == (PretrainedSource("someone/saes/layers.1", COMMIT, file),)
-    assert {name for name in asked if not name.endswith("cfg.json")} == {"layers.1/sae.safetensors"}
+    assert {name for name in requested if not name.endswith("cfg.json")} == {
+        "layers.1/sae.safetensors"
+    }
     assert (Path(config.out) / RUN).exists()

@@ -45,7 +45,8 @@ def plot(counts: Sequence[int], edges: Sequence[float], columns: int, rows: int 
         columns: total width.
         rows: height of the bars.
     """
-    blocks, margin = (BLOCKS if can_draw() else ASCII_BLOCKS), 7
+    blocks, bar = (BLOCKS, "│") if can_draw() else (ASCII_BLOCKS, "|")
+    margin = 7
     bins = _regroup(counts, columns - margin, widest=8)
     top, total = max(bins, default=0), sum(counts)
     if top <= 0:
@@ -57,7 +58,7 @@ def plot(counts: Sequence[int], edges: Sequence[float], columns: int, rows: int 
             height = 0 if n <= 0 else max(1, round(8 * rows * n / top))
             bars += blocks[min(8, max(0, height - 8 * row))]
         share = f"{top / total:.1%}" if row == rows - 1 else ("0" if row == 0 else "")
-        lines.append(f"{share:>{margin - 2}} {_bar()}{bars}".rstrip())
+        lines.append(f"{share:>{margin - 2}} {bar}{bars}".rstrip())
     axis = [" "] * (columns - margin)
     per_edge = max(len(bins), 1) / max(len(edges) - 1, 1)  # columns from one edge to the next
     free = 0
@@ -102,7 +103,3 @@ def _regroup(counts: Sequence[int], columns: int, widest: int = 4) -> list[int]:
         return [n for n in counts for _ in range(min(columns // len(counts), widest))]
     size = -(-len(counts) // columns)
     return [sum(counts[i : i + size]) for i in range(0, len(counts), size)]
-
-
-def _bar() -> str:
-    return "│" if can_draw() else "|"

@@ -110,7 +110,7 @@ def summarize(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary
     """
     cache.require_shards()
     shards = cache.shards if shards is None else shards
-    require_published(cache, shards)
+    _require_published(cache, shards)
     manifest = cache.manifest
     identity, receipts = manifest.identity, [cache.receipts[shard] for shard in shards]
     sequences = sum(receipt.sequences for receipt in receipts)
@@ -171,7 +171,7 @@ def summarize(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary
     )
 
 
-def require_published(cache: Cache, shards: Sequence[int]) -> None:
+def _require_published(cache: Cache, shards: Sequence[int]) -> None:
     """Raise `ConfigError` unless all these shards are published."""
     for shard in shards:
         if shard not in cache.receipts:
@@ -248,15 +248,12 @@ def _storage(manifest: Manifest) -> str:
 
 
 def _state(cache: Cache, missing: int) -> str:
+    """Describe whether a cache is complete, and where earlier harvests of it ended."""
+    manifest = cache.manifest
+    ends = [f"{e.first_sequence * manifest.identity.ctx_len:,}" for e in manifest.extensions]
+    extended = f"; extended after {', '.join(ends)} tokens" if ends else ""
     broken = f"; {missing} files are missing or cut: see actcache verify" if missing else ""
-    return _progress(cache) + _extended(cache.manifest) + broken
-
-
-def _extended(manifest: Manifest) -> str:
-    """Describe where earlier harvests of an extended cache ended."""
-    ctx_len = manifest.identity.ctx_len
-    ends = [f"{e.first_sequence * ctx_len:,}" for e in manifest.extensions]
-    return f"; extended after {', '.join(ends)} tokens" if ends else ""
+    return _progress(cache) + extended + broken
 
 
 def _progress(cache: Cache) -> str:

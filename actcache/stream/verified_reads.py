@@ -95,7 +95,9 @@ class VerifiedReader:
         if self._verify == "always":
             for shard in {span.shard for span in spans}:
                 for hookpoint in out:
-                    self._forget(hookpoint, shard)
+                    with self._locks[hookpoint, shard]:
+                        for name in self._cache.files_of(hookpoint, shard):
+                            self._versions.pop(f"{shard}/{name}", None)
         memory = [
             (hookpoint, part, view, rows.parts[part])
             for hookpoint, rows in out.items()
@@ -143,11 +145,6 @@ class VerifiedReader:
     def _is_current(self, hookpoint: str, shard: int) -> bool:
         files = self._cache.files_of(hookpoint, shard).items()
         return all(self._versions.get(f"{shard}/{name}") == _version(path) for name, path in files)
-
-    def _forget(self, hookpoint: str, shard: int) -> None:
-        with self._locks[hookpoint, shard]:
-            for name in self._cache.files_of(hookpoint, shard):
-                self._versions.pop(f"{shard}/{name}", None)
 
 
 def _version(path: CachePath) -> _Version:

@@ -71,10 +71,10 @@ def test_batches_are_the_same_for_any_number_of_workers_and_ranks(
 ) -> None:
     assert same(list(CacheDataLoader(CacheDataset(feed), 2)), truth)
     for rank in range(2):
-        ours = [b.reshape(36, 2, 16)[rank::2].reshape(36, 16) for b in truth]  # L, b, D
+        expected = [b.reshape(36, 2, 16)[rank::2].reshape(36, 16) for b in truth]  # L, b, D
         dataset = CacheDataset(feed, rank=rank, world_size=2)
-        assert same(list(CacheDataLoader(dataset)), ours)
-        assert same(list(CacheDataLoader(dataset, 2)), ours)
+        assert same(list(CacheDataLoader(dataset)), expected)
+        assert same(list(CacheDataLoader(dataset, 2)), expected)
 
 
 @pytest.mark.parametrize(("taken", "workers", "then"), [(0, 0, 2), (3, 2, 0), (12, 0, 2)])

@@ -1,8 +1,8 @@
 """The rows of every batch, fixed for all versions by a table.
 
-A run on disk holds its plan and goes on by it, so no version that reads the runs of earlier ones
-may change a line of the table. `python tests/test_actcache/test_order_table.py` writes it anew:
-never, unless the format of runs changes.
+A run on disk is resumed with its plan, so no version that reads runs of earlier ones may change a
+line of the table. `python tests/test_actcache/test_stream/test_order_table.py` rewrites it: only if
+the format of runs changes.
 """
 
 from __future__ import annotations

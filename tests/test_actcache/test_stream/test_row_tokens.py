@@ -73,11 +73,11 @@ def test_batches_are_the_same_with_and_without_text(make_cache: Callable[..., Pa
     cache = Cache.open(make_cache())
     plan = make_plan([(s, 128) for s in cache.shards], 16, 24, 3, 100)
     with (
-        ActivationStream(cache, ["layers.0"], plan, text=True) as told,
+        ActivationStream(cache, ["layers.0"], plan, text=True) as with_tokens,
         ActivationStream(cache, ["layers.0"], plan) as plain,
     ):
         for _ in range(plan.steps_per_epoch):
-            with_text, without = next(told), next(plain)
+            with_text, without = next(with_tokens), next(plain)
             assert without.text is None
             np.testing.assert_array_equal(with_text.addresses, without.addresses)
             assert with_text.activations["layers.0"].equal(without.activations["layers.0"])
@@ -93,10 +93,10 @@ def test_a_damaged_tokens_file_stops_only_a_stream_with_text(
     with ActivationStream(cache, ["layers.0"], plan) as plain:
         next(plain)
     with (
-        ActivationStream(cache, ["layers.0"], plan, text=True) as told,
-        pytest.raises(CorruptShardError, match="differs from the receipt of shard 1"),
+        ActivationStream(cache, ["layers.0"], plan, text=True) as with_tokens,
+        pytest.raises(CorruptShardError, match="not what the receipt of shard 1 promises"),
     ):
-        next(told)
+        next(with_tokens)
 
 
 @pytest.mark.parametrize(("shards_kept", "read"), [(0, 6), (1, 6), (2, 4), (4, 4)])

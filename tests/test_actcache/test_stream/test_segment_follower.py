@@ -152,21 +152,21 @@ def test_a_stream_with_limited_epochs_marks_its_last_batch_and_ends(
 def test_a_segment_starts_when_all_its_shards_are_published(
     whole: Path, growing: Path, open_stream: Callable[..., ActivationStream]
 ) -> None:
-    stream, heard = open_stream(growing), []
+    stream, waited_for = open_stream(growing), []
     pending: dict[int, list[int | str]] = {0: [1, 0], 2: [4, 3, 2], 5: ["END"]}
 
     def wait(shard: int) -> None:
-        if not heard or heard[-1] != shard:
-            heard.append(shard)
-        if pending[shard]:  # it may be told of the same shard once more after that has come
+        if not waited_for or waited_for[-1] != shard:
+            waited_for.append(shard)
+        if pending[shard]:  # may be called again for the same shard after it was published
             publish(growing, whole, pending[shard].pop(0))
 
     stream.on_wait = wait
     assert [place(next(stream)) for _ in range(2 * sum(STEPS))] == [*epoch(0), *epoch(1)]
-    assert heard[0] == 0
-    assert 2 in heard
-    assert heard[-1] == 5
-    assert sorted(heard) == heard
+    assert waited_for[0] == 0
+    assert 2 in waited_for
+    assert waited_for[-1] == 5
+    assert sorted(waited_for) == waited_for
     assert stream.seconds_waited > 0.03
 
 
@@ -177,15 +177,15 @@ def test_the_last_batch_of_a_segment_is_delayed_until_its_mark_is_known(
     endless, ending = open_stream(growing), open_stream(growing, epochs=1)
     assert [place(next(endless)) for _ in range(5)] == epoch(0)[:5]
     assert [place(next(ending)) for _ in range(4)] == epoch(0)[:4]
-    heard = []
+    waited_for = []
 
     def wait(shard: int) -> None:
-        heard.append(shard)
+        waited_for.append(shard)
         publish(growing, whole, 2, 3)
 
     ending.on_wait = wait
     assert place(next(ending)) == (0, 0, 4)
-    assert 2 in heard
+    assert 2 in waited_for
 
 
 def test_closing_a_waiting_stream_ends_its_thread(

@@ -37,7 +37,7 @@ def test_more_tokens_need_extend_which_goes_on_where_the_harvest_ended(harvest, 
     assert "wrote 3 shards" in harvest(10).stdout
     refused = harvest(30, code=7)
     assert "planned_sequences: 10, not 30" in refused.stderr
-    assert "or add --extend, to go on with more tokens" in refused.stderr
+    assert "or add --extend, to continue with more tokens" in refused.stderr
     extended = harvest(30, "--extend")
     assert "wrote 5 shards, 300 rows" in extended.stdout
     assert "; complete, 450 rows in 8 shards" in extended.stdout

@@ -406,7 +406,7 @@ def test_a_folder_with_other_files_is_not_changed(source: Path, tmp_path: Path) 
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(CacheMismatchError, match="holds other things"):
+    with pytest.raises(CacheMismatchError, match="holds other files"):
         run(source, out)
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 

@@ -239,7 +239,7 @@ def test_an_invalid_manifest_is_refused_and_its_path_named(
 
 def test_an_edited_identity_does_not_match_the_cache_id(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(edited(manifest, "identity/seed", 5)))
-    with pytest.raises(FormatError, match="cache id is not that of the manifest's identity"):
+    with pytest.raises(FormatError, match="cache id is not the digest of the manifest's identity"):
         read(tmp_path)
 
 

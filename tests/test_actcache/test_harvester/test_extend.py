@@ -367,7 +367,7 @@ def test_a_cache_opens_while_it_is_being_extended(
     answers = iter([old, new])
     assert read_cache_state(root)[0] == new
     answers = iter([old, old])
-    with pytest.raises(FormatError, match="seals extensions that are not there"):
+    with pytest.raises(FormatError, match="counts extensions that do not exist"):
         read_cache_state(root)
 
 
@@ -402,12 +402,12 @@ def test_the_end_marker_is_invalid_once_an_extension_is_published(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cache_id": "00"}, "belongs elsewhere"),
-        ({"number": 2}, "belongs elsewhere"),
+        ({"cache_id": "00"}, "belongs to another cache"),
+        ({"number": 2}, "belongs to another cache"),
         ({"first_shard": 2}, "does not begin where"),
         ({"first_sequence": 9}, "does not begin where"),
-        ({"planned_sequences": 10}, "no further"),
-        ({"planned_sequences": -1}, "no further"),
+        ({"planned_sequences": 10}, "not beyond"),
+        ({"planned_sequences": -1}, "not beyond"),
         ({"planned_sequences": "19"}, "another type"),
         ({"more": 1}, "other keys"),
     ],
@@ -430,7 +430,7 @@ def test_extensions_with_gaps_or_symbolic_links_are_refused(
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
     path = root / "extensions" / "00001.json"
     path.rename(path.with_name("00002.json"))
-    with pytest.raises(FormatError, match=r"(?s)not the extension that comes next.*00001\.json"):
+    with pytest.raises(FormatError, match=r"(?s)not the next extension.*00001\.json"):
         Cache.open(root)
     path.with_name("00002.json").rename(tmp_path / "00001.json")
     path.symlink_to(tmp_path / "00001.json")

@@ -337,7 +337,7 @@ def test_a_folder_that_is_not_a_cache_is_refused_and_unchanged(
     options: Options, tmp_path: Path
 ) -> None:
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(CacheMismatchError, match=r"(?s)holds other things.*another folder"):
+    with pytest.raises(CacheMismatchError, match=r"(?s)holds other files.*another folder"):
         harvest(options(out=str(tmp_path)))
     with pytest.raises(CacheMismatchError, match="is a file"):
         harvest(options(out=str(tmp_path / "notes")))

@@ -104,5 +104,5 @@ def test_ranges_that_are_not_contiguous_are_refused(
 def test_a_goal_that_is_not_larger_is_refused(goal: int) -> None:
     with pytest.raises(FormatError, match="not beyond"):
         ShardPlan(4, (ShardRange(0, 0, 10), ShardRange(3, 10, goal)))
-    with pytest.raises(FormatError, match="after all of the text"):
+    with pytest.raises(FormatError, match="after the end of the dataset"):
         ShardPlan(4, (ShardRange(0, 0, None), ShardRange(3, 10, 20)))

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -118,7 +118,7 @@ def _of_run(path: Path) -> Options:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    kinds = {
+    kinds: dict[str, Callable[[Path], object]] = {
         ".toml": lambda path: tomllib.loads(path.read_text(encoding="utf-8")),
         ".yaml": _yaml,
         ".yml": _yaml,

@@ -1,4 +1,4 @@
-"""`actcache convert`: the same rows in another backend or type."""
+"""`actcache convert`: rewrite a cache in another backend, compression or dtype."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from .error_handling import print_json
 
 
 def run(config: ConvertConfig, as_json: bool) -> None:
-    """Copy the cache SOURCE into another backend, compression or type, shard by shard.
+    """Copy the cache SOURCE into another backend, compression or dtype, shard by shard.
 
-    Every file is checked as it is read. After a kill, the same command resumes. An unfinished
-    source is converted as far as it goes, and the rest by converting again.
+    Every file is checked against its receipt as it is read. The same command resumes an interrupted
+    conversion. Of an unfinished source, the existing shards are converted; run the command again
+    for later ones.
     """
     import dataclasses
 

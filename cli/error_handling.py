@@ -1,4 +1,4 @@
-"""What stands between a command and the user: errors as text, codes as promised."""
+"""Error messages and exit codes of the commands, and their output on stdout and stderr."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from actcache.errors import ActcacheError
 
 P = ParamSpec("P")
 
-INTERRUPTED = 130  # what shells say of a command stopped by Ctrl-C
-TERMINATED = 143  # and of one that SIGTERM ended, as schedulers send it
+INTERRUPTED = 130  # exit code of shells for SIGINT (Ctrl-C): 128 + 2
+TERMINATED = 143  # exit code of shells for SIGTERM, which schedulers send: 128 + 15
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as an exception: whatever Ctrl-C would clean up is cleaned up."""
+    """Exception raised on SIGTERM, so that it runs the same clean-up as Ctrl-C."""
 
     exit_code = TERMINATED
 
 
 def report_errors(run: Callable[P, None]) -> Callable[P, None]:
-    """Print errors that a user can mend as text, without a traceback, and exit with their code."""
+    """Decorate a command: print expected errors without a traceback and exit with their code."""
 
     @functools.wraps(run)
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -37,14 +37,14 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
             print_stderr(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt as stop:
-            code = getattr(stop, "exit_code", INTERRUPTED)  # of fit's `RunStopped`, too
-            what = "terminated" if code == TERMINATED else "interrupted"
-            how = str(stop) or "what was published stays; the same command resumes (fit: --resume)"
-            print_stderr(f"{what}: {how}")
+            code = getattr(stop, "exit_code", INTERRUPTED)  # `RunStopped` of fit has one, too
+            reason = "terminated" if code == TERMINATED else "interrupted"
+            advice = str(stop) or "published files remain; the same command resumes (fit: --resume)"
+            print_stderr(f"{reason}: {advice}")
             raise typer.Exit(code) from None
-        except BrokenPipeError:  # `| head` has seen enough: click ends quietly, with code 1
+        except BrokenPipeError:  # a closed pipe, such as `| head`: click exits silently with code 1
             raise
-        except OSError as error:  # a folder without permission, a disk that fails
+        except OSError as error:  # for example a folder without permission or a failing disk
             print_stderr(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
             raise typer.Exit(1) from None
         except (MemoryError, RuntimeError) as error:
@@ -61,7 +61,7 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on the CPU or a GPU. Torch is not imported to find out."""
+    """Return whether the error means that CPU or GPU memory is exhausted. Imports no torch."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -74,19 +74,19 @@ def _terminate(_number: int, _frame: object) -> None:
 
 
 def print_stderr(text: str) -> None:
-    """Tell the user something beside the command's own output: on stderr."""
+    """Print a message to stderr, separate from the command's output."""
     print(text, file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
-    """Print a command's machine-readable result: one strict JSON document on stdout."""
+    """Print a command's result to stdout as one strict JSON document."""
     import json
 
     print(json.dumps(_strict(value), indent=2, allow_nan=False))
 
 
 def _strict(value: Any) -> Any:
-    """The value with null for what JSON has no number for: NaN and infinities."""
+    """Replace NaN and infinities, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""`saetrain eval`: a run on its held-out rows."""
+"""`saetrain eval`: evaluate the SAEs of a run on its held-out rows."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .tables import table
 def run(
     run: Annotated[str, typer.Argument(help="Folder of the run.")],
     cache: Annotated[
-        str | None, typer.Option(help="Where the cache is now. Default: where it was.")
+        str | None, typer.Option(help="Folder or URL of the cache. Default: the one in run.json.")
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Torch device. auto: cuda where there is one, else cpu.")
+        str, typer.Option(help="Torch device. auto: cuda if there is a GPU, else cpu.")
     ] = "auto",
     block_cache: BlockCache = None,
     block_cache_bytes: BlockCacheBytes = None,
     best: Annotated[
-        bool, typer.Option("--best", help="Evaluate the best ones, which fit --save-best kept.")
+        bool, typer.Option("--best", help="Evaluate the SAEs saved by fit --save-best instead.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print held-out FVU, L0 and dead latents of every SAE of RUN, and write RUN/eval.json.
 
-    With --best, RUN/eval-best.json.
+    With --best, the file is RUN/eval-best.json.
     """
     import dataclasses
     from pathlib import Path
@@ -68,8 +68,8 @@ def run(
     ]
     print(table(header, rows))
     for sae in evaluation.saes:
-        for name, part in sae.parts.items():
-            print(f"{sae.name} at {name}: FVU {part.fvu:.4f}, norm {part.decoder_norm:.3f}")
+        for name, output in sae.parts.items():
+            print(f"{sae.name} at {name}: FVU {output.fvu:.4f}, norm {output.decoder_norm:.3f}")
     print(
         f"{evaluation.rows:,} held-out rows; dead: not fired in the last "
         f"{evaluation.dead_after:,} rows of training; fired: on held-out rows; rows/s: of training"
@@ -79,5 +79,5 @@ def run(
             f"step {evaluation.step:,} of {evaluation.steps:,}: the run is unfinished; "
             f"saetrain fit ... --out {run} --resume resumes"
         )
-    where = f"{run}/{header[0].upper()}" + ("/best-STEP" if best else "")
-    print(f"SAEs in {where}, this table in {run}/{BEST_EVALUATION if best else EVALUATION}")
+    path = f"{run}/{header[0].upper()}" + ("/best-STEP" if best else "")
+    print(f"SAEs in {path}, this table in {run}/{BEST_EVALUATION if best else EVALUATION}")

@@ -14,16 +14,16 @@ from .tables import table
 
 
 def run(config: FitConfig, plan: bool, as_json: bool) -> None:
-    """Train SAEs at each hookpoint of CACHE, all from one pass over its rows.
+    """Train SAEs at each hookpoint of CACHE from one stream of its rows.
 
-    Options of an SAE may be given several times (--k 16 --k 32 --seed 0 --seed 1): every
+    Options of an SAE may be given several times (--k 16 --k 32 --seed 0 --seed 1). Every
     combination is trained.
     """
     import os
 
-    leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    is_rank_zero = os.environ.get("RANK", "0") == "0"  # torchrun sets RANK
     if plan:
-        if leads:
+        if is_rank_zero:
             print_estimate(config, as_json)
         return
     import dataclasses
@@ -40,7 +40,7 @@ def run(config: FitConfig, plan: bool, as_json: bool) -> None:
         if reports_outcome(error):
             raise
         raise typer.Exit(error.exit_code) from None
-    if not leads:
+    if not is_rank_zero:
         return
     for warning in summary.warnings:
         print_stderr(f"warning: {warning}")
@@ -61,24 +61,24 @@ def run(config: FitConfig, plan: bool, as_json: bool) -> None:
         rows = [[*row, f"{b.fvu:.4f}", f"{b.step:,}"] for row, b in zip(rows, best, strict=True)]
     print("training rows, last steps:")
     print(table(header, rows))
-    did = "nothing left to do"
+    work = "nothing left to do"
     if summary.new_steps:
-        did = (
+        work = (
             f"{summary.new_steps:,} steps at {summary.rows_per_second:,.0f} rows/s, "
             f"{format_bytes(summary.bytes_per_second)}/s, "
             f"{summary.data_wait:.0%} of the time waiting for rows"
         )
-    whole = f"{summary.steps:,} steps of {summary.rows // summary.steps:,} rows"
-    print(f"{summary.run}: {did}; finished, {whole}")
+    total = f"{summary.steps:,} steps of {summary.rows // summary.steps:,} rows"
+    print(f"{summary.run}: {work}; finished, {total}")
     if summary.limit is not None:
         print(summary.limit)
 
 
 def heading(names: Iterable[str]) -> str:
-    """What the first column of a table of SAEs is: a hookpoint, where each has one SAE."""
+    """Return the heading of the column of SAE names, which are hookpoints if each has one SAE."""
     return "SAE" if any("/" in name for name in names) else "hookpoint"
 
 
-def format_number(value: float | None, form: str) -> str:
-    """A number of a table, or a dash where it is not known."""
-    return "-" if value is None else format(value, form)
+def format_number(value: float | None, spec: str) -> str:
+    """Format a number for a table; None becomes a dash."""
+    return "-" if value is None else format(value, spec)

@@ -1,7 +1,7 @@
-"""The command line of `saetrain fit`: options that may be given several times, and a file of them.
+"""Command line of `saetrain fit`: repeatable options of an SAE, and --config files.
 
-As `options`, but what belongs to one SAE becomes a list, --config fills in what the command line
-leaves out, so no option is required on the command line itself.
+It is generated from `FitConfig` as in `options`, with two differences: options of one SAE become
+lists, and --config supplies options that the command line omits, so none is required there.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from saetrain.config.grid import AXES
 from .options import field_docs, flag, frozen, option_fields, parameter
 
 _FIRST = ("cache", "out", "hookpoint")
-"""What the help begins with."""
+"""Options that the help lists first."""
 
 
 def fit_command(run: Callable[[FitConfig, bool, bool], None]) -> Callable[..., None]:
-    """A function for typer, which calls `run(config, plan, json)`."""
+    """Build a function that typer turns into a command; it calls `run(config, plan, json)`."""
     docs, hints = field_docs(FitConfig), get_type_hints(FitConfig)
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("ctx", keyword, annotation=typer.Context)]
@@ -33,13 +33,13 @@ def fit_command(run: Callable[[FitConfig, bool, bool], None]) -> Callable[..., N
         made = parameter(fields[name], hints[name], docs[name], positional=name == "cache")
         hint, info = get_args(made.annotation)
         default: Any = None if made.default is inspect.Parameter.empty else made.default
-        if hint is bool:  # the command line can switch off what a file switches on
+        if hint is bool:  # so that the command line can override a file with False
             switch = name.replace("_", "-")
             both, group = f"--{switch}/--no-{switch}", info.rich_help_panel
             info = typer.Option(both, help=docs[name], rich_help_panel=group)
         if is_repeatable(name):
             info.help = f"{docs[name]} Repeatable."
-            hint = list[_item(hint)]  # type: ignore[misc]
+            hint = list[_item_type(hint)]  # type: ignore[misc]
             default = None if default is None else [default]
         if default is None:
             hint = hint | None
@@ -70,7 +70,7 @@ def fit_command(run: Callable[[FitConfig, bool, bool], None]) -> Callable[..., N
 
 
 _FLAGS = {
-    "plan": "Print the SAEs with their parameters and memory, and train nothing.",
+    "plan": "Print the SAEs with their parameters and memory, without training.",
     "json": "Print a machine-readable summary.",
 }
 
@@ -80,21 +80,22 @@ _CONFIG = Annotated[
         metavar="FILE",
         rich_help_panel=MAIN,
         help="TOML or YAML file with options by name, or the run.json of a run. The command line "
-        "wins. [hookpoints.PATTERN] in it: k, lr, num-latents or expansion-factor of some.",
+        "overrides it. A table [hookpoints.PATTERN] sets k, lr, num-latents or expansion-factor of "
+        "matching hookpoints.",
     ),
 ]
 
 
 def is_repeatable(name: str) -> bool:
-    """Whether an option may be given several times, for as many SAEs. A flag may not."""
+    """Return whether an option may be given several times, once for each SAE. Flags may not."""
     return name in AXES and get_type_hints(FitConfig)[name] is not bool
 
 
-def _item(hint: Any) -> Any:
-    """The type of one of several values, as typer takes it."""
+def _item_type(hint: Any) -> Any:
+    """Return the type of one value of a repeatable option, as typer accepts it in a list."""
     if type(None) in get_args(hint):
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
-    if get_origin(hint) is Literal:  # not within a list
+    if get_origin(hint) is Literal:  # typer rejects Literal in a list
         return enum.StrEnum("Choice", {choice: choice for choice in get_args(hint)})
     return hint
 

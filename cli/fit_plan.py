@@ -1,4 +1,4 @@
-"""`saetrain fit --plan`: the SAEs of a run, before it is begun."""
+"""`saetrain fit --plan`: sizes and memory of the SAEs of a run, without training it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .tables import table
 
 
 def print_estimate(config: FitConfig, as_json: bool) -> None:
-    """Print the SAEs that the options mean, their parameters and their memory."""
+    """Print the SAEs that the options describe, with their parameters and memory."""
     import dataclasses
 
     from actcache.core.device import choose_device
@@ -32,9 +32,9 @@ def _table(plan: Any) -> str:
     header = ["SAE", "d_in", "latents", "k", "optimizer", "lr", "seed", "parameters"]
     header += ["weights", "optimizer state", "gradients", "activations"]
 
-    def sizes(of: Any) -> list[str]:
-        found = (of.weights, of.optimizer_state, of.gradients, of.activations)
-        return [f"{of.parameters:,}", *map(format_bytes, found)]
+    def sizes(sae: Any) -> list[str]:
+        memory = (sae.weights, sae.optimizer_state, sae.gradients, sae.activations)
+        return [f"{sae.parameters:,}", *map(format_bytes, memory)]
 
     rows = [
         [
@@ -59,6 +59,6 @@ def _notes(plan: Any) -> list[str]:
     fits = "fits" if plan.total <= plan.free else "does not fit"
     return [
         f"{format_bytes(plan.total)} on the device, of which {format_bytes(plan.free)} are free: "
-        f"{fits}. SAEs step one after another: gradients and activations are the largest one's",
-        f"{format_bytes(plan.rows)} of rows are mixed in memory, once for all SAEs",
+        f"{fits}. SAEs step in turn, so gradients and activations are those of the largest",
+        f"{format_bytes(plan.rows)} of rows in the shuffle buffer, shared by all SAEs",
     ]

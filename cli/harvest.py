@@ -1,4 +1,4 @@
-"""`actcache harvest`: run a model once and leave its activations in a cache."""
+"""`actcache harvest`: run a model once and write its activations to a cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .error_handling import print_json, print_stderr
 def run(config: HarvestConfig, as_json: bool) -> None:
     """Run MODEL over DATASET once and write its activations to a cache.
 
-    Alone, or on several processes: torchrun --no-python --nproc_per_node N actcache harvest ...
+    On several GPUs: torchrun --no-python --nproc_per_node N actcache harvest ...
     """
     import dataclasses
 

@@ -1,4 +1,4 @@
-"""`actcache hookpoints`: what can be hooked in a model."""
+"""`actcache hookpoints`: list the modules of a model that can be harvested."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from .error_handling import print_json, report_errors
 def run(
     model: Annotated[str, typer.Argument(help="Model id or folder.")],
     pattern: Annotated[
-        str | None, typer.Argument(help="Only names that match this; ':in' at the end for inputs.")
+        str | None,
+        typer.Argument(
+            help="Name or fnmatch pattern; a final ':in' selects inputs. Default: all modules."
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="GGUF file within MODEL.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Revision (branch, tag or commit) on the Hub.")
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="Name of a GGUF file in MODEL.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the repository's Python code.")
+        bool,
+        typer.Option("--trust-remote-code", help="Run Python code from the model's repository."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`saetrain kernels`: which path the training step's functions take."""
+"""`saetrain kernels`: report the backend that each function of the training step uses."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from .tables import table
 @report_errors
 def run(
     explain: Annotated[
-        bool, typer.Option("--explain", help="Print the path of each function; the default.")
+        bool,
+        typer.Option("--explain", help="Print the backend of each function. This is the default."),
     ] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is a GPU.")] = "",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "float64"],
-        typer.Option(help="Of the products; with --autocast of a run, bfloat16."),
+        typer.Option(help="Dtype of matrix products; bfloat16 for a run with --autocast."),
     ] = "float32",
     tokens: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8192,
     d_in: Annotated[int, typer.Option(min=1, help="Width of a row.")] = 768,
-    num_latents: Annotated[int, typer.Option(min=1, help="Latents.")] = 24576,
-    k: Annotated[int, typer.Option(min=1, help="Latents of a row.")] = 32,
+    num_latents: Annotated[int, typer.Option(min=1, help="Number of latents.")] = 24576,
+    k: Annotated[int, typer.Option(min=1, help="Active latents of a row.")] = 32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say which path each kernel takes; $SAETRAIN_KERNELS forces reference, torch or triton."""
+    """Print each kernel's backend; $SAETRAIN_KERNELS forces reference, torch or triton."""
     del explain
     import torch
 
@@ -40,7 +41,7 @@ def run(
         kind = torch.device(device)
         choices = explain_kernels(kind, getattr(torch, dtype), (tokens, d_in, num_latents, k))
     except (RuntimeError, ValueError) as error:
-        raise ConfigError("no path can be chosen", got=str(error).splitlines()[0]) from error
+        raise ConfigError("no backend can be chosen", got=str(error).splitlines()[0]) from error
     if json:
         print_json([choice._asdict() for choice in choices])
         return

@@ -18,7 +18,7 @@ from .options import GroupedCommand, command
 
 
 def _app(text: str) -> typer.Typer:
-    """Build a program with plain help: rich text would cost a tenth of a second at every start."""
+    """Build a program with plain help. Rich text would add 0.1 s to every start."""
     app = typer.Typer(
         help=text,
         no_args_is_help=True,
@@ -34,13 +34,13 @@ def _app(text: str) -> typer.Typer:
             typer.Option("--version", help="Show the version.", is_eager=True, callback=_version),
         ] = False,
     ) -> None:
-        del version  # its callback has done the work
+        del version  # handled by its callback
 
     return app
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         print(version("actcache"))
@@ -55,19 +55,19 @@ def _add(app: typer.Typer, name: str, run: Callable[..., None], *example: str) -
 
 def actcache_app() -> typer.Typer:
     """Build the program `actcache`."""
-    app = _app("Harvest a model's activations once, and look at them.")
-    of_harvest = ["model", "dataset"]
+    app = _app("Harvest a model's activations into a cache, and inspect it.")
+    positional = ["model", "dataset"]
     _add(
         app,
         "harvest",
-        report_errors(command(HarvestConfig, harvest.run, of_harvest)),
+        report_errors(command(HarvestConfig, harvest.run, positional)),
         "actcache harvest HuggingFaceTB/SmolLM2-135M text.jsonl --layers 9 \\",
         "    --ctx-len 256 --max-tokens 10000000 --out cache",
     )
     _add(
         app,
         "plan",
-        report_errors(command(PlanConfig, plan.run, of_harvest)),
+        report_errors(command(PlanConfig, plan.run, positional)),
         "actcache plan HuggingFaceTB/SmolLM2-135M text.jsonl --layers 9 --ctx-len 256",
     )
     _add(

@@ -1,7 +1,7 @@
-"""A command line made of a configuration: each field is an option, its docstring the help.
+"""Command lines generated from configurations: each field is an option, its docstring the help.
 
-So an option is written down once, where the library reads it. Only the standard library, typer and
-the configuration's own module are imported: `--help` must not wait for torch.
+An option is thus defined once, in its configuration. Imports only the standard library, typer and
+the configuration's module, so that `--help` does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ C = TypeVar("C")
 OTHER = "Other options"
 """Heading of options that belong to no group, such as --help."""
 
-_PLAIN_TYPES = {
+_TYPE_NAMES = {
     "<str>": "TEXT",
     "<list[str]>": "TEXT",
     "<int>": "INTEGER",
@@ -33,17 +33,17 @@ _PLAIN_TYPES = {
     "<int range>": "INTEGER",
     "<float>": "NUMBER",
 }
-"""Types of options that are declared without a `metavar`, as the help prints them."""
+"""Names in the help of the types of options without a `metavar`."""
 
 
 def command(
     config_class: type[C], run: Callable[[C, bool], None], positional: Sequence[str]
 ) -> Callable[..., None]:
-    """A function whose signature typer turns into options, and which calls `run(config, json)`.
+    """Build a function that typer turns into a command, and which calls `run(config, json)`.
 
     Args:
         config_class: a dataclass of str, int, float, bool, Literal, None-able and tuple fields.
-        run: the command; its second argument is `--json`.
+        run: implementation of the command; its second argument is `--json`.
         positional: fields that are arguments instead of options.
     """
     docs = field_docs(config_class)
@@ -59,14 +59,14 @@ def command(
         as_json = values.pop("json")
         run(config_class(**{k: frozen(v, hints[k]) for k, v in values.items()}), as_json)
 
-    del invoke.__wrapped__  # typer would look through it, at the signature of `run`
+    del invoke.__wrapped__  # typer would follow it to the signature of `run`
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {p.name: p.annotation for p in parameters}
     return invoke
 
 
 def flag(name: str, text: str) -> inspect.Parameter:
-    """Make an on/off option of the command itself, which is no field of a configuration."""
+    """Build an on/off option that belongs to the command, not to a configuration."""
     annotation = Annotated[bool, typer.Option(f"--{name}", help=text)]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation
@@ -94,7 +94,7 @@ def field_docs(config_class: type[Any]) -> dict[str, str]:
 
 
 def option_fields(config_class: type[Any]) -> list[dataclasses.Field[Any]]:
-    """List the fields that are options: all but those declared `hidden`."""
+    """Return the fields that are options: all but those declared `hidden`."""
     fields = dataclasses.fields(config_class)
     return [field for field in fields if field.metadata.get("option", True)]
 
@@ -102,7 +102,7 @@ def option_fields(config_class: type[Any]) -> list[dataclasses.Field[Any]]:
 def parameter(
     field: dataclasses.Field[Any], hint: Any, doc: str, positional: bool
 ) -> inspect.Parameter:
-    """Describe a field to typer, as an option or an argument."""
+    """Build the typer option or argument of a configuration field."""
     name = field.name
     kind = inspect.Parameter.KEYWORD_ONLY
     annotation: Any
@@ -126,7 +126,7 @@ def parameter(
 
 
 def type_name(hint: Any) -> str | None:
-    """Name a type as people do: INTEGER, NUMBER, TEXT, a|b|c. None for a flag."""
+    """Return the name of a type in the help: INTEGER, NUMBER, TEXT, a|b|c; None for a flag."""
     if get_origin(hint) is Literal:
         return "|".join(get_args(hint))
     if args := [arg for arg in get_args(hint) if arg not in (type(None), ...)]:
@@ -135,7 +135,7 @@ def type_name(hint: Any) -> str | None:
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose help lists its options under the headings of their groups."""
+    """Typer command whose help lists options under the headings of their groups."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section for each group."""
@@ -144,9 +144,9 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl(records)
 
     def groups(self, ctx: Any) -> dict[str, list[tuple[str, str]]]:
-        """List (name and type, help) of every parameter under its heading, the main options first.
+        """Return (name and type, help) of every parameter by heading, the main options first.
 
-        docs/cli.md is made from the same list.
+        docs/cli.md is generated from the same lists.
         """
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], MAIN: []}
         for param in self.get_params(ctx):
@@ -156,8 +156,8 @@ class GroupedCommand(TyperCommand):
                     heading, name = "Arguments", name.partition(" <")[0].upper()
                 else:
                     heading = getattr(param, "rich_help_panel", None) or OTHER
-                    for python, plain in _PLAIN_TYPES.items():
-                        name = name.replace(python, plain)
+                    for click_type, type_text in _TYPE_NAMES.items():
+                        name = name.replace(click_type, type_text)
                     name = re.sub(r"<([^<>]+)>", r"\1", name)
                 groups.setdefault(heading, []).append((name, text))
         others = groups.pop(OTHER, [])
@@ -167,7 +167,7 @@ class GroupedCommand(TyperCommand):
 
 
 def frozen(value: Any, hint: Any) -> Any:
-    """Convert a parsed value to what the configuration holds: lists become tuples."""
+    """Convert a parsed value to the type of its field: lists become tuples."""
     if get_origin(hint) is tuple:
         return tuple(value or ())
     if isinstance(hint, types.UnionType) and value is None:
@@ -179,14 +179,15 @@ BlockCache = Annotated[
     str | None,
     typer.Option(
         metavar="DIR",
-        help="With a URL: folder for blocks that were fetched. Default: $ACTCACHE_BLOCK_CACHE, or "
-        "actcache/blocks in the user's folder for caches.",
+        help="With a URL: folder that caches fetched blocks. Default: $ACTCACHE_BLOCK_CACHE, or "
+        "actcache/blocks in the user's cache folder.",
     ),
 ]
 BlockCacheBytes = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Bytes that it may hold. Default: $ACTCACHE_BLOCK_CACHE_BYTES, or 16 GiB.",
+        help="Largest size of the block cache, in bytes. Default: $ACTCACHE_BLOCK_CACHE_BYTES, or "
+        "16 GiB.",
     ),
 ]

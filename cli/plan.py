@@ -1,4 +1,4 @@
-"""`actcache plan`: what a harvest will make and take."""
+"""`actcache plan`: estimate the size, memory and time of a harvest."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .tables import table
 
 
 def run(config: PlanConfig, as_json: bool) -> None:
-    """Tell what a harvest with these options will write and need, without running it.
+    """Estimate the size, memory and time of a harvest with these options, without running it.
 
-    Takes the arguments of actcache harvest, of which --out may be left out.
+    Takes the arguments of actcache harvest; --out may be omitted.
     """
     import dataclasses
 

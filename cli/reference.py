@@ -1,4 +1,4 @@
-"""Render docs/cli.md, the reference of every command, from the parsers that `--help` is made of.
+"""Generate docs/cli.md, the reference of every command, from the parsers that print `--help`.
 
 python -m actcache_cli.reference > docs/cli.md
 """
@@ -47,7 +47,7 @@ def _section(name: str, command: GroupedCommand) -> str:
 
 
 def _cell(text: str) -> str:
-    """Escape what a Markdown table or HTML would take for markup."""
+    """Escape characters that are markup in Markdown tables or HTML."""
     text = re.sub(r"\s+", " ", text).replace("|", "\\|")
     return re.sub(r"([*<])", r"\\\1", text) if "`" not in text else text
 

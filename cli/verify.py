@@ -1,4 +1,4 @@
-"""`actcache verify`: every byte of a cache against its receipts."""
+"""`actcache verify`: check every byte of a cache against its receipts, and repair it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="[-- MODEL DATASET OPTIONS]",
-            help="With --repair: the harvest command that made the cache, without --out.",
+            help="With --repair: arguments of the harvest command that wrote the cache, without "
+            "--out.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Check sizes and headers only.")] = False,
@@ -32,23 +33,24 @@ def run(
         bool,
         typer.Option(
             "--repair",
-            help="Take damaged shards back, and make them again if a harvest command follows; "
-            "what comes out must be what they were.",
+            help="Retract damaged shards; if a harvest command follows, harvest them again. The "
+            "result must equal the original shards.",
         ),
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Files read at once. Default: one per core.")
+        int | None,
+        typer.Option(min=1, help="Number of files read in parallel. Default: one per core."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check every file of CACHE against its receipts and name what is damaged or missing."""
+    """Check every file of CACHE against its receipts and list damaged and missing files."""
     import dataclasses
 
     from actcache.cache.repair import retract_damaged
     from actcache.cache.verify import verify
 
     if harvest and not repair:
-        raise ConfigError("a harvest command is for --repair", got=" ".join(harvest))
+        raise ConfigError("a harvest command needs --repair", got=" ".join(harvest))
     if repair:
         reject_url(cache, "CACHE with --repair", "files are published by renaming them")
     config = _harvest_config([*harvest, "--out", cache]) if harvest else None
@@ -58,14 +60,14 @@ def run(
     if config is not None and any(damage.shard is not None for damage in found.damages):
         _require_same(config)
     retracted = retract_damaged(found) if repair else []
-    whole = found.is_sound
+    is_sound = found.is_sound
     if repair and config is not None and not (found.is_sound and found.complete):
-        whole = _make_again(config, retracted)
+        is_sound = _harvest_again(config, retracted)
     elif repair and (found.damages or found.retracted):
-        print_stderr("run the harvest command again: it makes what is missing, and only that")
+        print_stderr("run the harvest command again: it writes only the missing shards")
     if json:
-        print_json(dataclasses.asdict(found) | {"sound": whole})
-    if not whole:
+        print_json(dataclasses.asdict(found) | {"sound": is_sound})
+    if not is_sound:
         raise typer.Exit(CorruptShardError.exit_code)
 
 
@@ -74,18 +76,18 @@ def _harvest_config(arguments: list[str]) -> HarvestConfig:
     configs: list[HarvestConfig] = []
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-    def keep(config: HarvestConfig, _json: bool) -> None:
+    def collect(config: HarvestConfig, _json: bool) -> None:
         configs.append(config)
 
-    app.command()(command(HarvestConfig, keep, ["model", "dataset"]))
+    app.command()(command(HarvestConfig, collect, ["model", "dataset"]))
     app(args=arguments, prog_name="actcache verify CACHE --repair --", standalone_mode=False)
-    if not configs:  # --help, which has been printed
+    if not configs:  # --help has been printed
         raise typer.Exit
     return configs[0]
 
 
 def _require_same(config: HarvestConfig) -> None:
-    """A shard that is taken back is gone: first see that this command makes it again."""
+    """Check, before shards are retracted, that this harvest command writes the same cache."""
     from pathlib import Path
 
     from actcache.format.manifest import MANIFEST
@@ -95,8 +97,8 @@ def _require_same(config: HarvestConfig) -> None:
         require_same_harvest(config, Path(config.out))
 
 
-def _make_again(config: HarvestConfig, retracted: list[int]) -> bool:
-    """Run the harvest over what is missing; whether all is there again."""
+def _harvest_again(config: HarvestConfig, retracted: list[int]) -> bool:
+    """Harvest the missing shards; return whether the cache is complete."""
     from actcache.harvester.run import harvest
 
     summary = harvest(config)
@@ -104,7 +106,7 @@ def _make_again(config: HarvestConfig, retracted: list[int]) -> bool:
         print_stderr(f"warning: {warning}")
     numbers = ", ".join(map(str, retracted)) or "none"
     print_stderr(
-        f"{summary.cache}: took back shards {numbers}; made {summary.new_shards} shards again"
+        f"{summary.cache}: retracted shards {numbers}; harvested {summary.new_shards} shards again"
     )
     return summary.complete
 
@@ -116,9 +118,9 @@ def _print(found: Verification) -> None:
         print(f"{damage.file}\n  expected: {damage.expected}\n  got:      {damage.got}")
     if found.leftovers:
         shown = ", ".join(found.leftovers[:5]) + (", ..." if len(found.leftovers) > 5 else "")
-        print(f"{len(found.leftovers)} files belong to no receipt, and are left alone: {shown}")
+        print(f"{len(found.leftovers)} files belong to no receipt and are ignored: {shown}")
     if found.retracted:
-        print(f"shards that wait to be made again: {', '.join(map(str, found.retracted))}")
+        print(f"retracted shards to harvest again: {', '.join(map(str, found.retracted))}")
     how = "sizes and headers" if found.quick else "every byte"
     state = "sound" if found.is_sound else f"{len(found.damages)} findings"
     state += "" if found.complete else ", incomplete"

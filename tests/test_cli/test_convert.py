@@ -19,7 +19,7 @@ def source(make_cache):
     return make_cache(shards=4, dtype="bfloat16")
 
 
-def test_a_conversion_ends_with_one_line_of_what_was_written_where(source, tmp_path):
+def test_convert_prints_one_summary_line(source, tmp_path):
     out = tmp_path / "out"
     (line,) = run("convert", source, "--out", out, "--dtype", "int8").stdout.splitlines()
     assert line.startswith(f"{out}: converted 4 shards, 512 rows x 2 hookpoints, ")
@@ -30,12 +30,12 @@ def test_a_conversion_ends_with_one_line_of_what_was_written_where(source, tmp_p
     assert "rows were rounded to bfloat16 before" in run("inspect", out).stdout
 
 
-def test_of_an_unfinished_source_it_says_so(make_cache, tmp_path):
+def test_convert_reports_an_unfinished_source(make_cache, tmp_path):
     printed = run("convert", make_cache(end=False), "--out", tmp_path / "out").stdout
     assert "incomplete, as the source is: convert again later" in printed
 
 
-def test_it_speaks_json(source, tmp_path):
+def test_convert_prints_json(source, tmp_path):
     out, how = tmp_path / "out", ["--backend", "zarr", "--compress", "zstd", "--json"]
     summary = json.loads(run("convert", source, "--out", out, *how).stdout)
     assert summary["complete"]
@@ -43,7 +43,7 @@ def test_it_speaks_json(source, tmp_path):
     assert summary["cache"] == str(out)
 
 
-def test_a_damaged_source_ends_it_with_its_code(source, tmp_path):
+def test_a_damaged_source_gives_the_exit_code_of_corruption(source, tmp_path):
     (source / "tokens" / "00002.safetensors").unlink()
     failed = run("convert", source, "--out", tmp_path / "out", code=8)
     assert "tokens/00002.safetensors" in failed.stderr

@@ -1,4 +1,4 @@
-"""What stands between a command and the user."""
+"""Error messages, exit codes and JSON output of the commands."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ def raiser(error):
     return run
 
 
-def test_every_kind_of_error_has_an_exit_code_of_its_own():
+def test_every_error_class_has_a_distinct_exit_code():
     kinds = errors.ActcacheError.__subclasses__()
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes)
@@ -26,13 +26,13 @@ def test_every_kind_of_error_has_an_exit_code_of_its_own():
 
 
 @pytest.mark.parametrize("kind", errors.ActcacheError.__subclasses__())
-def test_an_error_of_ours_is_printed_whole_and_exits_with_its_code(kind, capsys):
+def test_an_actcache_error_is_printed_in_full_and_exits_with_its_code(kind, capsys):
     with pytest.raises(typer.Exit) as exit_:
         raiser(kind("this is wrong", expected=1, got=2, remedy="do that"))()
     assert exit_.value.exit_code == kind.exit_code
-    told = capsys.readouterr().err
-    for part in ("error: this is wrong", "expected: 1", "got:      2", "remedy:   do that"):
-        assert part in told
+    stderr = capsys.readouterr().err
+    for line in ("error: this is wrong", "expected: 1", "got:      2", "remedy:   do that"):
+        assert line in stderr
 
 
 def test_an_operating_system_error_names_the_file(capsys):
@@ -42,19 +42,19 @@ def test_an_operating_system_error_names_the_file(capsys):
     assert capsys.readouterr().err == "error: Permission denied: /some/file\n"
 
 
-def test_an_interruption_says_how_to_go_on(capsys):
+def test_an_interrupt_prints_how_to_resume(capsys):
     with pytest.raises(typer.Exit) as exit_:
         raiser(KeyboardInterrupt())()
     assert exit_.value.exit_code == INTERRUPTED
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
 
 
-def test_a_mistake_of_ours_keeps_its_traceback():
+def test_an_unexpected_error_keeps_its_traceback():
     with pytest.raises(AssertionError):
         raiser(AssertionError("a bug"))()
 
 
-def test_emit_prints_one_json_document(capsys):
+def test_print_json_prints_one_document(capsys):
     print_json({"a": [1, 2.5, None]})
     assert capsys.readouterr().out == '{\n  "a": [\n    1,\n    2.5,\n    null\n  ]\n}\n'
 
@@ -67,15 +67,15 @@ def test_emit_prints_one_json_document(capsys):
         type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
     ],
 )
-def test_running_out_of_memory_is_told_with_a_remedy(error, capsys):
+def test_an_out_of_memory_error_is_printed_with_a_remedy(error, capsys):
     with pytest.raises(typer.Exit) as exit_:
         raiser(error)()
     assert exit_.value.exit_code == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: out of memory")
-    assert "--batch-size" in told
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: out of memory")
+    assert "--batch-size" in stderr
 
 
-def test_emit_has_null_for_what_json_has_no_number_for(capsys):
+def test_print_json_replaces_nan_and_infinities_by_null(capsys):
     print_json({"a": (float("nan"), 1.0), "b": {"c": float("-inf")}})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.0], "b": {"c": None}}

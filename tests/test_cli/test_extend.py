@@ -1,4 +1,4 @@
-"""`actcache harvest --extend` as a user runs it, and what becomes of runs on the cache."""
+"""`actcache harvest --extend`, and runs trained on a cache that is then extended."""
 
 import json
 
@@ -22,7 +22,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def harvest(tiny_model, prose_file, cache):
-    """Harvests so many sequences, with further options."""
+    """Run a harvest of the given number of sequences, with further options."""
     command = ["harvest", tiny_model, prose_file, "--out", cache, "--ctx-len", 16]
     command += ["--batch-size", 2, "--shard-size", 4, "--hookpoint", "layers.1"]
 
@@ -33,7 +33,7 @@ def harvest(tiny_model, prose_file, cache):
     return make
 
 
-def test_more_tokens_need_extend_which_goes_on_where_the_harvest_ended(harvest, cache):
+def test_extend_continues_a_finished_harvest(harvest, cache):
     assert "wrote 3 shards" in harvest(10).stdout
     refused = harvest(30, code=7)
     assert "planned_sequences: 10, not 30" in refused.stderr
@@ -48,17 +48,17 @@ def test_more_tokens_need_extend_which_goes_on_where_the_harvest_ended(harvest, 
     assert "sound; every byte" in run(actcache_app, "verify", cache).stdout
 
 
-def test_a_text_that_has_ended_cannot_be_extended_and_that_is_said(harvest, cache, tree):
+def test_extending_an_exhausted_text_prints_a_warning(harvest, cache, tree):
     harvest(None)
     before = tree(cache)
     for goal in (None, 100_000):
-        told = harvest(goal, "--extend")
-        assert "warning: --extend: the text has " in told.stderr
-        assert "nothing left to do; complete" in told.stdout
+        result = harvest(goal, "--extend")
+        assert "warning: --extend: the text has " in result.stderr
+        assert "nothing left to do; complete" in result.stdout
     assert tree(cache) == before
 
 
-def test_runs_on_a_cache_stay_what_they_are_when_it_is_extended(harvest, cache, tmp_path):
+def test_extending_a_cache_does_not_change_existing_runs(harvest, cache, tmp_path):
     harvest(50)
     fit = ["fit", cache, "--expansion-factor", 2, "--k", 4, "--batch-size", 32]
     fit += ["--val-fraction", 0.2, "--out"]
@@ -72,13 +72,13 @@ def test_runs_on_a_cache_stay_what_they_are_when_it_is_extended(harvest, cache, 
         set(json.loads((tmp_path / name / "run.json").read_text())["held_out"])
         for name in ("old", "new")
     )
-    # The split goes by number: no shard changes sides, and the new ones are divided alike.
+    # The split depends on the shard number: existing shards keep their side.
     assert old == {shard for shard in new if shard < 13}
     assert len(Cache.open(cache).shards) == 23
     assert len(new) > len(old)
 
 
-def test_repair_of_an_extended_cache_takes_the_last_command(harvest, cache, tree):
+def test_repair_of_an_extended_cache_needs_the_last_harvest_command(harvest, cache, tree):
     harvest(10)
     harvest(30, "--extend")
     before = tree(cache)

@@ -1,4 +1,4 @@
-"""`saetrain fit` with options given several times, --plan and --config, as a user gives them."""
+"""`saetrain fit` with repeated options, --plan and --config."""
 
 import json
 
@@ -14,7 +14,7 @@ from saetrain.config.sae_options import HookpointOverride
 
 
 def parse(*arguments):
-    """What a command line makes of a configuration, --plan and --json."""
+    """Parse arguments; returns the configuration, --plan and --json."""
     seen = []
     app = typer.Typer()
     app.command()(fit_command(lambda *given: seen.append(given)))
@@ -46,7 +46,7 @@ def test_a_bare_command_line_gives_the_defaults():
     assert parse("c", "--out", "r") == (FitConfig("c", "r"), False, False)
 
 
-def test_repeated_options_make_a_grid():
+def test_repeated_options_give_a_grid():
     arguments = ["c", "--out", "r", "--k", 16, "--k", 32, "--lr", "1e-3", "--lr", "3e-4"]
     arguments += ["--seed", 0, "--seed", 1]
     config, _, _ = parse(*arguments, "--optimizer", "adam", "--batch-size", 8)
@@ -62,7 +62,7 @@ def test_every_option_of_an_sae_is_repeatable_but_flags():
     assert not any(is_repeatable(name) for name in ("batch_size", "hookpoint", "out"))
 
 
-def test_a_file_fills_in_what_the_command_line_does_not_say(tmp_path):
+def test_a_file_supplies_options_that_the_command_line_omits(tmp_path):
     path = tmp_path / "fit.toml"
     path.write_text(
         'cache = "c"\nk = [16, 32]\nfollow = true\njson = true\nbatch-size = 8\n'
@@ -79,19 +79,21 @@ def test_a_file_fills_in_what_the_command_line_does_not_say(tmp_path):
     assert config == FitConfig("other", "r", k=32, batch_size=8, hookpoints=overrides)
 
 
-def test_a_default_given_on_the_command_line_wins_over_the_file(tmp_path):
+def test_a_default_given_on_the_command_line_overrides_the_file(tmp_path):
     path = tmp_path / "fit.yaml"
     path.write_text("k: 64\nbatch-size: 8\n")
     config, _, _ = parse("c", "--config", path, "--out", "r", "--k", 32, "--batch-size", 4096)
     assert config == FitConfig("c", "r")
 
 
-def test_what_is_missing_or_unknown_is_told_with_its_code(run, tmp_path, make_cache):
+def test_missing_and_unknown_options_give_the_exit_code_of_bad_configuration(
+    run, tmp_path, make_cache
+):
     assert "--out is missing" in run("fit", code=2)
     (tmp_path / "fit.toml").write_text("kk = 3\n")
-    told = run("fit", "--config", tmp_path / "fit.toml", code=2)
-    assert "kk" in told
-    assert "perhaps k" in told
+    printed = run("fit", "--config", tmp_path / "fit.toml", code=2)
+    assert "kk" in printed
+    assert "perhaps k" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -108,13 +110,13 @@ def test_plan_prints_the_saes_and_their_memory_and_trains_nothing(run, tmp_path)
     assert len({len(row) for row in rows[:5]} | {len(header)}) == 1
     assert "are free: fits" in plan
     assert not out.exists()
-    told = json.loads(run("fit", "--out", out, "--k", 2, "--k", 4, "--plan", "--json"))
-    assert [sae["name"] for sae in told["saes"]] == [row.split()[0] for row in rows[:4]]
-    assert told["parameters"] == 4 * (2 * 16 * 32 + 16 + 32)
+    printed = json.loads(run("fit", "--out", out, "--k", 2, "--k", 4, "--plan", "--json"))
+    assert [sae["name"] for sae in printed["saes"]] == [row.split()[0] for row in rows[:4]]
+    assert printed["parameters"] == 4 * (2 * 16 * 32 + 16 + 32)
     assert not out.exists()
 
 
-def test_a_grid_is_fitted_resumed_evaluated_and_told_under_its_names(run, tmp_path):
+def test_a_grid_is_fitted_resumed_and_evaluated_under_its_names(run, tmp_path):
     out = tmp_path / "run"
     shown = run("fit", "--out", out, "--k", 2, "--k", 4)
     assert "SAE" in shown
@@ -122,14 +124,14 @@ def test_a_grid_is_fitted_resumed_evaluated_and_told_under_its_names(run, tmp_pa
     assert all(name in shown for name in names)
     assert "nothing left to do" in run("fit", "--out", out, "--k", 2, "--k", 4, "--resume")
     assert "--k: [2, 4] then, 2 now" in run("fit", "--out", out, "--k", 2, "--resume", code=11)
-    told = json.loads(run("fit", "--out", out, "--k", 2, "--k", 4, "--resume", "--json"))
-    assert list(told["saes"]) == names
+    printed = json.loads(run("fit", "--out", out, "--k", 2, "--k", 4, "--resume", "--json"))
+    assert list(printed["saes"]) == names
     header, *rows = run("eval", out).splitlines()
     assert header.split()[0] == "SAE"
     assert [row.split()[0] for row in rows[:4]] == names
 
 
-def test_run_json_goes_on_with_its_run_or_begins_another(run, tmp_path):
+def test_run_json_as_config_resumes_its_run_or_starts_another(run, tmp_path):
     out = tmp_path / "run"
     run("fit", "--out", out, "--k", 2, "--k", 4)
     app, file = saetrain_app(), str(out / "run.json")
@@ -141,7 +143,7 @@ def test_run_json_goes_on_with_its_run_or_begins_another(run, tmp_path):
         assert (out / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
-def test_validations_and_best_ones_are_told(run, tmp_path):
+def test_fit_prints_validations_and_best_saes(run, tmp_path):
     out = tmp_path / "run"
     shown = run("fit", "--out", out, "--val-every", 4, "--save-best", "--k", 2)
     header, *rows = shown.splitlines()[1:]

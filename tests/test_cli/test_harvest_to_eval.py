@@ -1,4 +1,4 @@
-"""The commands, one after another, as a user runs them."""
+"""The commands in sequence, from `actcache harvest` to `saetrain eval`."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from actcache_cli.main import actcache_app, saetrain_app
 
 
 def run(app, *arguments):
-    runner = CliRunner(env={"COLUMNS": "200"})  # wide: what is looked for stands on one line
+    runner = CliRunner(env={"COLUMNS": "200"})  # wide, so that the expected text is on one line
     result = runner.invoke(app(), [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -21,7 +21,7 @@ def run(app, *arguments):
 
 @pytest.fixture(scope="module")
 def folders(tiny_model, prose_file, tmp_path_factory):
-    """A cache and a run, made by the commands; what they printed the first time."""
+    """Create a cache and a run with the commands; returns their output, too."""
     root = tmp_path_factory.mktemp("commands")
     harvest = ["harvest", tiny_model, prose_file, "--out", root / "cache", "--ctx-len", 16]
     harvest += ["--batch-size", 2, "--shard-size", 8, "--hookpoint", "layers.1"]
@@ -32,7 +32,7 @@ def folders(tiny_model, prose_file, tmp_path_factory):
     return root, harvest, fit, printed
 
 
-def test_harvest_ends_with_one_line_of_what_was_written_where(folders):
+def test_harvest_prints_one_summary_line(folders):
     root, _, _, (printed, _) = folders
     (line,) = printed.splitlines()
     assert line.startswith(f"{root / 'cache'}: wrote ")
@@ -40,12 +40,12 @@ def test_harvest_ends_with_one_line_of_what_was_written_where(folders):
         assert word in line
 
 
-def test_harvest_run_again_finds_its_work_done(folders):
+def test_a_finished_harvest_is_not_repeated(folders):
     _, harvest, _, _ = folders
     assert "nothing left to do; complete" in run(actcache_app, *harvest)
 
 
-def test_harvest_speaks_json(folders):
+def test_harvest_prints_json(folders):
     root, harvest, _, _ = folders
     summary = json.loads(run(actcache_app, *harvest, "--json"))
     assert summary["complete"]
@@ -53,20 +53,20 @@ def test_harvest_speaks_json(folders):
     assert summary["cache"] == str(root / "cache")
 
 
-def test_a_text_that_ends_before_the_goal_is_said_and_nothing_is_repeated(folders, tmp_path):
+def test_harvest_reports_a_text_that_ends_before_the_goal(folders, tmp_path):
     root, harvest, *_ = folders
     harvest = [tmp_path if word == root / "cache" else word for word in harvest]
     for did in ("wrote ", "nothing left to do"):
         printed = run(actcache_app, *harvest, "--max-tokens", 10**6)
         assert did in printed
         assert "; complete: the text ended before --max-tokens, " in printed
-    # The other harvest was asked for all of the text.
+    # The other harvest had no --max-tokens.
     all_of_it, short_of_goal = Cache.open(root / "cache"), Cache.open(tmp_path)
     assert short_of_goal.end == all_of_it.end
     assert short_of_goal.digest(short_of_goal.shards) == all_of_it.digest(all_of_it.shards)
 
 
-def test_a_plan_tells_what_the_harvest_then_writes(folders):
+def test_plan_prints_the_sizes_that_the_harvest_writes(folders):
     root, harvest, *_ = folders
     shown = run(actcache_app, "plan", *harvest[1:])
     cache = Cache.open(root / "cache")
@@ -87,7 +87,7 @@ def test_a_plan_tells_what_the_harvest_then_writes(folders):
     assert told["hookpoints"] == bytes_of
 
 
-def test_a_plan_that_is_measured_tells_the_time(folders, tmp_path):
+def test_plan_with_measure_prints_the_time(folders, tmp_path):
     _, harvest, *_ = folders
     arguments = [
         tmp_path / "new" if harvest[i - 1] == "--out" else a for i, a in enumerate(harvest)
@@ -98,7 +98,7 @@ def test_a_plan_that_is_measured_tells_the_time(folders, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_pipelines_and_filters_are_options_and_are_shown(tiny_model, prose_file, tmp_path):
+def test_inspect_shows_the_pipeline_and_filters(tiny_model, prose_file, tmp_path):
     harvest = ["harvest", tiny_model, prose_file, "--out", tmp_path / "cache", "--ctx-len", 32]
     harvest += ["--layers", 0, "--pipeline", "truncate", "--exclude-special", "--exclude-tokens", 7]
     harvest += ["--exclude-tokens", "</s>", "--max-norm-ratio", 3, "--batch-size", 4]
@@ -122,7 +122,7 @@ def test_hookpoints_lists_names_and_widths(tiny_model):
     assert {"name": "layers.0", "width": 32, "reason": ""} in listed
 
 
-def test_inspect_shows_what_the_cache_is_of_and_each_hookpoint(folders, tiny_model):
+def test_inspect_shows_the_source_and_each_hookpoint(folders, tiny_model):
     root, *_ = folders
     shown = run(actcache_app, "inspect", root / "cache", "--sample", 2, "--tokenizer", tiny_model)
     for word in (
@@ -138,14 +138,14 @@ def test_inspect_shows_what_the_cache_is_of_and_each_hookpoint(folders, tiny_mod
     assert shown.count("\nshard ") == 2
 
 
-def test_inspect_without_a_tokenizer_shows_token_ids_and_says_so(folders):
+def test_inspect_without_a_tokenizer_shows_token_ids_and_a_warning(folders):
     root, *_ = folders
     result = CliRunner().invoke(actcache_app(), ["inspect", str(root / "cache"), "--sample", "1"])
     assert result.exit_code == 0
     assert "showing token ids" in result.stderr
 
 
-def test_inspect_speaks_json(folders):
+def test_inspect_prints_json(folders):
     root, *_ = folders
     summary = json.loads(run(actcache_app, "inspect", root / "cache", "--json"))
     assert summary["complete"]
@@ -153,14 +153,14 @@ def test_inspect_speaks_json(folders):
     assert all(h["rows"] == summary["rows"] and h["non_finite"] == 0 for h in summary["hookpoints"])
 
 
-def test_fit_prints_every_sae_and_where_the_run_is(folders):
+def test_fit_prints_every_sae_and_the_folder_of_the_run(folders):
     root, _, _, (_, printed) = folders
     assert f"{root / 'run'}: " in printed
     assert "layers.1.mlp" in printed
     assert "dead % (" in printed
 
 
-def test_a_run_that_exists_is_refused_without_resume_and_finished_with(folders):
+def test_fit_needs_resume_for_an_existing_run(folders):
     _, _, fit, _ = folders
     result = CliRunner().invoke(saetrain_app(), [str(a) for a in fit])
     assert result.exit_code == 11
@@ -168,7 +168,7 @@ def test_a_run_that_exists_is_refused_without_resume_and_finished_with(folders):
     assert "nothing left to do" in run(saetrain_app, *fit, "--resume")
 
 
-def test_eval_prints_the_table_of_held_out_rows_and_writes_it(folders):
+def test_eval_prints_and_writes_the_table_of_held_out_rows(folders):
     root, *_ = folders
     shown = run(saetrain_app, "eval", root / "run")
     header, *rows = shown.splitlines()
@@ -180,9 +180,7 @@ def test_eval_prints_the_table_of_held_out_rows_and_writes_it(folders):
     assert written["saes"] == json.loads(run(saetrain_app, "eval", root / "run", "--json"))["saes"]
 
 
-def test_eval_of_an_unfinished_run_says_so_and_shows_dashes_for_what_is_not_known(
-    folders, tmp_path, monkeypatch
-):
+def test_eval_of_an_unfinished_run_shows_dashes_for_unknown_values(folders, tmp_path, monkeypatch):
     _, _, fit, _ = folders
     fit = [a if a != folders[0] / "run" else tmp_path / "run" for a in fit] + ["--save-every", 1]
     real = saetrain.training.step.train_step
@@ -202,12 +200,12 @@ def test_eval_of_an_unfinished_run_says_so_and_shows_dashes_for_what_is_not_know
     assert (row[5], row[7]) == ("-", "-")
 
 
-def test_fit_tells_warnings_on_stderr(folders, tmp_path):
+def test_fit_prints_warnings_on_stderr(folders, tmp_path):
     root, _, fit, _ = folders
     copy = shutil.copytree(root / "cache", tmp_path / "cache")
     (copy / "shards" / "END.json").unlink()
-    places = {root / "cache": copy, root / "run": tmp_path / "run"}
-    fit = [str(places.get(a, a)) for a in fit]
+    paths = {root / "cache": copy, root / "run": tmp_path / "run"}
+    fit = [str(paths.get(a, a)) for a in fit]
     result = CliRunner().invoke(saetrain_app(), fit)
     assert result.exit_code == 0, result.output
     assert "warning: " in result.stderr

@@ -1,4 +1,4 @@
-"""`saetrain kernels`, as a user calls it."""
+"""`saetrain kernels`."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_the_table_has_a_line_for_every_function() -> None:
     assert [line.split()[0] for line in lines[1:]] == list(paths())
 
 
-def test_the_path_depends_on_the_shape_and_the_device() -> None:
+def test_the_backend_depends_on_the_shape_and_the_device() -> None:
     assert paths("--num-latents", "18432")["topk"] == ("torch", "tiles of 64")
     assert paths("--num-latents", "500")["topk"] == ("torch", "torch.topk")
     assert "256 tokens at once" in paths("--num-latents", "18432")["product"][1]
     assert "in pieces of 64" in paths()["scatter_outer"][1]
 
 
-def test_a_gpu_that_is_not_here_is_explained_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_of_an_absent_gpu_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saetrain.kernels.backends._has_triton", lambda: True)
     found = paths("--device", "cuda")
     assert found["topk"][0] == found["scatter_outer"][0] == found["adam_update_"][0] == "triton"
@@ -49,7 +49,7 @@ def test_a_gpu_that_is_not_here_is_explained_too(monkeypatch: pytest.MonkeyPatch
     assert "tiles of 32" in found["topk"][1]
 
 
-def test_what_triton_leaves_to_others_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallbacks_from_triton_to_torch_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saetrain.kernels.backends._has_triton", lambda: True)
     assert paths("--device", "cuda", "--k", "1025")["topk"] == ("torch", "torch.topk")
     wide = paths("--device", "cuda", "--dtype", "float64")
@@ -58,7 +58,7 @@ def test_what_triton_leaves_to_others_is_said(monkeypatch: pytest.MonkeyPatch) -
     assert "three passes" in paths("--device", "cuda", "--d-in", "5000")["signum_update_"][1]
 
 
-def test_what_the_variable_forces_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_forced_backend_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAETRAIN_KERNELS", "reference")
     assert paths()["topk"][0] == "reference"
     monkeypatch.setenv("SAETRAIN_KERNELS", "cuda")
@@ -67,7 +67,7 @@ def test_what_the_variable_forces_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert "SAETRAIN_KERNELS='cuda'" in done.output
 
 
-def test_more_latents_of_a_row_than_there_are_are_refused() -> None:
+def test_k_above_the_number_of_latents_is_rejected() -> None:
     done = run("--k", "9", "--num-latents", "8")
     assert done.exit_code != 0
     assert "--k is above --num-latents" in done.output

@@ -44,14 +44,14 @@ def test_help_imports_nothing_heavy(program, command):
 
 
 @pytest.mark.parametrize("app", [actcache_app, saetrain_app])
-def test_both_programs_tell_their_version(app):
+def test_both_programs_print_their_version(app):
     result = CliRunner().invoke(app(), ["--version"])
     assert result.exit_code == 0
     assert result.stdout.strip() == version("actcache")
 
 
 @pytest.mark.parametrize(
-    ("app", "arguments", "code", "words"),
+    ("app", "arguments", "code", "fragments"),
     [
         (actcache_app, ["inspect", "/nowhere"], 9, ["/nowhere is not a cache", "remedy"]),
         (actcache_app, ["harvest", "m", "d", "--out", "o", "--ctx-len", "1"], 2, ["--ctx-len"]),
@@ -63,13 +63,13 @@ def test_both_programs_tell_their_version(app):
         (saetrain_app, ["eval", "/nowhere"], 11, ["/nowhere is not a run"]),
     ],
 )
-def test_bad_input_is_told_on_stderr_and_by_the_exit_code(
-    app, arguments, code, words, tmp_path, monkeypatch
+def test_invalid_input_is_reported_on_stderr_and_by_the_exit_code(
+    app, arguments, code, fragments, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app(), arguments)
     assert result.exit_code == code
     assert result.stderr.startswith("error: ")
-    assert all(word in result.stderr for word in words)
+    assert all(fragment in result.stderr for fragment in fragments)
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())

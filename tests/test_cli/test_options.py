@@ -1,4 +1,4 @@
-"""Options made of configurations."""
+"""Command lines generated from configurations."""
 
 import dataclasses
 
@@ -19,13 +19,13 @@ def test_every_field_of_a_configuration_has_its_docstring_as_help(config_class):
 
 
 def parse(config_class, positional, arguments):
-    """What a command line makes of a configuration."""
-    seen = []
+    """Parse arguments; returns the configuration and --json."""
+    parsed = []
     app = typer.Typer()
-    app.command()(command(config_class, lambda *given: seen.append(given), positional))
+    app.command()(command(config_class, lambda *given: parsed.append(given), positional))
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    return seen[0]
+    return parsed[0]
 
 
 def test_a_bare_command_line_gives_the_defaults():
@@ -34,7 +34,7 @@ def test_a_bare_command_line_gives_the_defaults():
     assert not as_json
 
 
-def test_every_kind_of_option_reaches_its_field():
+def test_options_of_every_type_set_their_fields():
     arguments = ["m", "d", "--out", "o", "--layers", "3", "--layers", "7", "--keep-order"]
     arguments += ["--bos", "never", "--max-tokens", "5000", "--dtype", "float32", "--json"]
     config, as_json = parse(HarvestConfig, ["model", "dataset"], arguments)
@@ -52,7 +52,7 @@ def test_every_kind_of_option_reaches_its_field():
     assert as_json
 
 
-def test_fit_takes_floats_and_repeated_hookpoints():
+def test_fit_parses_floats_and_repeated_hookpoints():
     arguments = ["c", "--out", "r", "--lr", "0.01", "--hookpoint", "a", "--hookpoint", "b.*"]
     config, _ = parse(FitConfig, ["cache"], arguments)
     assert config == FitConfig("c", "r", lr=0.01, hookpoint=("a", "b.*"))

@@ -1,4 +1,4 @@
-"""Help of every command, and docs/cli.md, which is made of the same lists."""
+"""Help of every command, and docs/cli.md, which is generated from the same lists."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def help_of(name: str) -> str:
     return command.get_help(typer.Context(command, info_name=name))
 
 
-def test_the_reference_page_is_what_the_parsers_give() -> None:
+def test_the_reference_page_is_up_to_date() -> None:
     assert PAGE.read_text() == reference(), "python -m actcache_cli.reference > docs/cli.md"
 
 
@@ -38,7 +38,7 @@ def test_help_ends_with_an_example_of_the_command(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_prints_types_as_people_write_them(name: str) -> None:
+def test_help_prints_no_python_type_names(name: str) -> None:
     assert not re.search(r"<(str|int|float|list|.*\|)", help_of(name))
 
 

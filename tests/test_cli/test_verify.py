@@ -1,4 +1,4 @@
-"""`actcache verify` as a user runs it."""
+"""`actcache verify`."""
 
 import json
 
@@ -32,13 +32,13 @@ def damage(cache):
     path.write_bytes(path.read_bytes()[:-1] + b"?")
 
 
-def test_a_sound_cache_is_one_line(cache):
+def test_verify_of_a_sound_cache_prints_one_line(cache):
     (line,) = run("verify", cache).stdout.splitlines()
     assert line.startswith(f"{cache}: sound; every byte of 9 files in 3 shards, ")
     assert "sizes and headers of 9 files" in run("verify", cache, "--quick").stdout
 
 
-def test_damage_is_named_with_expected_and_got_and_the_exit_code_says_so(cache):
+def test_damage_is_printed_with_expected_and_got_and_gives_its_exit_code(cache):
     damage(cache)
     lines = run("verify", cache, "--threads", 2, code=8).stdout.splitlines()
     assert lines[0] == "activations/layers.1/00001.safetensors"
@@ -48,7 +48,7 @@ def test_damage_is_named_with_expected_and_got_and_the_exit_code_says_so(cache):
     assert run("verify", cache, "--quick").exit_code == 0
 
 
-def test_verify_speaks_json(cache):
+def test_verify_prints_json(cache):
     assert json.loads(run("verify", cache, "--json").stdout)["sound"]
     damage(cache)
     (cache / "notes").write_text("x")
@@ -58,17 +58,17 @@ def test_verify_speaks_json(cache):
     assert found["leftovers"] == ["notes"]
 
 
-def test_repair_with_the_harvest_command_makes_the_damaged_shards_again(cache, harvest, tree):
+def test_repair_with_the_harvest_command_rewrites_damaged_shards(cache, harvest, tree):
     before = tree(cache)
     damage(cache)
     result = run("verify", cache, "--repair", "--", *harvest)
-    assert "took back shards 1; made 1 shards again" in result.stderr
+    assert "retracted shards 1; harvested 1 shards again" in result.stderr
     assert tree(cache) == before
     assert run("verify", cache, "--repair", "--", *harvest).stderr == ""
 
 
 @pytest.mark.parametrize("wrong", ["model", "text"])
-def test_a_repair_with_another_command_takes_nothing_back(
+def test_a_repair_with_another_command_retracts_nothing(
     wrong, cache, harvest, tree, make_model, tmp_path
 ):
     damage(cache)
@@ -83,19 +83,19 @@ def test_a_repair_with_another_command_takes_nothing_back(
     assert tree(cache) == before
 
 
-def test_repair_alone_takes_shards_back_and_says_how_to_go_on(cache, harvest, tree):
+def test_repair_without_a_command_retracts_shards_and_prints_the_next_step(cache, harvest, tree):
     before = tree(cache)
     damage(cache)
     assert "run the harvest command again" in run("verify", cache, "--repair", code=8).stderr
     assert "2 shards are missing" not in run("inspect", cache).stdout
     assert "1 shards are missing" in run("inspect", cache).stdout
     waiting = run("verify", cache, code=8).stdout
-    assert "shards that wait to be made again: 1" in waiting
+    assert "retracted shards to harvest again: 1" in waiting
     assert "wrote 1 shards" in run("harvest", *harvest, "--out", cache).stdout
     assert tree(cache) == before
 
 
-def test_a_harvest_command_that_cannot_be_is_refused_before_anything_is_taken_back(cache, tree):
+def test_an_invalid_harvest_command_is_rejected_before_shards_are_retracted(cache, tree):
     damage(cache)
     before = tree(cache)
     run("verify", cache, "--repair", "--", "model", "data.txt", "--no-such-option", code=2)
@@ -104,16 +104,16 @@ def test_a_harvest_command_that_cannot_be_is_refused_before_anything_is_taken_ba
     assert tree(cache) == before
 
 
-def test_no_cache_is_told(tmp_path):
+def test_a_folder_without_a_cache_is_reported(tmp_path):
     assert "is not a cache" in run("verify", tmp_path, code=9).stderr
 
 
-def test_verify_says_when_a_cache_is_not_complete(cache):
+def test_verify_reports_an_incomplete_cache(cache):
     (cache / "shards" / "END.json").unlink()
     assert f"{cache}: sound, incomplete; " in run("verify", cache).stdout
 
 
-def test_a_repair_without_a_command_says_how_to_go_on_whatever_is_damaged(harvest, tmp_path):
+def test_repair_without_a_command_prints_the_next_step_for_any_damage(harvest, tmp_path):
     root = tmp_path / "zarr"
     run("harvest", *harvest, "--out", root, "--backend", "zarr")
     (root / "activations" / "layers.1" / "zarr.json").unlink()

@@ -1,11 +1,11 @@
-"""How long does the sparse decoder take, forward and backward, and against what?
+"""Time of the sparse decoder, forward and backward, against other implementations.
 
     python benchmarks/bench_decoder.py [--device cuda] [--rounds 30]
 
 Needs torch; triton on CUDA; measures sparsify's decoder as well if that is installed. Every result
-is first checked against the float64 reference. Contenders take turns, so that a slow minute of the
-machine meets all of them. Latents are drawn with density 1 / (2 sqrt(m M)): a few are hit often
-and many rarely, as in training. Letters: N tokens, D d_in, M num_latents, K k.
+is first checked against the float64 reference. Implementations are timed in turns, so that a slow
+minute of the machine affects all of them. Latents are drawn with density 1 / (2 sqrt(m M)): a few
+fire often and many rarely, as in training. Letters: N tokens, D d_in, M num_latents, K k.
 """
 
 import argparse
@@ -43,7 +43,7 @@ Results = tuple[Tensor, ...]
 
 
 class Inputs(NamedTuple):
-    """One problem: acts [N, K], indices [N, K], W [M, D], b_dec [D], dY [N, D]."""
+    """Inputs of one size: acts [N, K], indices [N, K], W [M, D], b_dec [D], dY [N, D]."""
 
     acts: Tensor
     indices: Tensor
@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """One line of the table: what is computed, by which path, and how."""
+    """One line of the table: the primitive, its backend, and the function to time."""
 
     question: str
     path: str
@@ -125,7 +125,7 @@ def measure(
 
 
 def primitive_contenders(inputs: Inputs) -> list[Contender]:
-    """Each primitive by each of our paths; the sort that two of them share stands apart."""
+    """Return each primitive in each of our backends, and the sort that two of them share."""
     acts, indices, W, _, dY = inputs
     M = len(W)
     pairs = sort_pairs(indices, M)
@@ -182,7 +182,7 @@ def dense_decode(acts: Tensor, indices: Tensor, W: Tensor, b_dec: Tensor) -> Ten
 def sparsify_decode() -> Decoder | None:
     """Return sparsify's own choice of decoder, or None where it is not installed."""
     if not torch.cuda.is_available():
-        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify asks for it on a CPU
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify needs it on a CPU
     try:
         from sparsify.utils import decoder_impl
     except ImportError:

@@ -1,9 +1,9 @@
-"""What does each type on disk cost, in bytes, in error and in time?
+"""Cost of each storage dtype: bytes, error, time.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_dtypes.py [--work FOLDER] [--tokens 16384]
 
 SmolLM2-135M over real prose, in float32 throughout, every position kept. The rows of each
-hookpoint are then stored in each type, in memory, and read back. Error: FVU against the float32
+hookpoint are then stored in each dtype, in memory, and read back. Error: FVU against the float32
 rows, a ratio of sums around their mean, over all positions and without position 0. Time: from
 float32 to stored and back to float32, in turns with a plain copy of the float32 rows.
 
@@ -109,7 +109,7 @@ def print_times(x: torch.Tensor, repeats: int) -> None:
 
 
 def decode(row_dtype: RowDtype, stored: StoredRows) -> torch.Tensor:
-    """What `fit` does with a batch: the rows, then float32."""
+    """Decode a batch as `fit` does: the rows, then their conversion to float32."""
     return row_dtype.to_torch(stored).float()
 
 

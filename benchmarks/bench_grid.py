@@ -1,14 +1,14 @@
-"""What do many SAEs in one pass cost, against what they would compute alone?
+"""Overhead of training many SAEs in one pass, against their own steps alone.
 
     python benchmarks/bench_grid.py [--smoke] [--pairs 20] [--work FOLDER]
 
 Eight SAEs (two k, two learning rates, two seeds) of one hookpoint, fed by one stream. (1) Bytes:
 one epoch with one SAE and with all eight, counted by the kernel (`rchar` of /proc/self/io), over
 the bytes of the rows. (2) Time: blocks of steps of the whole pass (the stream, the copy to the
-device, every SAE's step) over the sum of the eight SAEs' own steps on rows that lie ready on the
-device, in turns, the median of the pairs' ratios. Batches that the stream made ahead while it was
-not its turn are thrown away before a block of the pass begins. The processor's time, of all
-threads, stands beside the clock's: it says the same on a machine that is shared. Exit status 1 if a
+device, every SAE's step) over the sum of the eight SAEs' own steps on rows already on the
+device, in turns, the median of the pairs' ratios. Batches that the stream prefetched during the
+other block are dropped before a block of the pass begins. CPU time of all threads is printed beside
+wall time: it does not depend on other load of the machine. Exit status 1 if a
 goal (the bytes of one pass, within 2%; 1.02 times the time) is missed; not with --smoke, whose
 steps are too small.
 """
@@ -46,7 +46,7 @@ GOAL = 1.02
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """Sizes of the measurement."""
 
     rows: int
     width: int
@@ -133,7 +133,7 @@ def trainees_of(
 
 
 def plan_of(cache: Cache, sizes: Sizes) -> OrderPlan:
-    """All shards; a pool of 1/8 of the rows."""
+    """Order over all shards, with a shuffle buffer of 1/8 of the rows."""
     shards = [(shard, cache.receipts[shard].rows) for shard in cache.shards]
     return make_plan(shards, cache.manifest.block_rows, sizes.batch, 0, cache.rows // 8)
 
@@ -141,7 +141,7 @@ def plan_of(cache: Cache, sizes: Sizes) -> OrderPlan:
 def open_stream(
     cache: Cache, sizes: Sizes, device: torch.device, epochs: int | None = None
 ) -> ActivationStream:
-    """As `fit` opens it, for files that were verified."""
+    """Open the stream as `fit` does, for files that were verified."""
     return ActivationStream(
         cache,
         cache.hookpoints,

@@ -1,15 +1,15 @@
-"""How fast is a harvest, against the model alone, SAELens, and the disk? Does its memory grow?
+"""Throughput of a harvest against the bare model, SAELens and the disk, and its peak memory.
 
     python benchmarks/bench_harvest.py [--smoke] [--work FOLDER]
 
-Four questions, one table each. (1) Tokens per second against the bare forward pass, cut at the last
-hookpoint: batches of the same shape, hooks that drop what they see. (2) Against SAELens's
-CacheActivationsRunner on the same tokens and weights at two hookpoints, which it takes in two runs.
-(3) Bytes per second against writing the same bytes once with fsync, with a model that costs
-nothing. (4) The peak memory of a process that writes 10, 100 and 1,000 shards.
+Four measurements, one table each. (1) Tokens per second against the bare forward pass, cut at the
+last hookpoint: batches of the same shape, hooks that drop their activations. (2) Against SAELens's
+CacheActivationsRunner on the same tokens and weights at two hookpoints, which it needs two runs
+for. (3) Bytes per second against writing the same bytes once with fsync, with a model that takes no
+time. (4) The peak memory of a process that writes 10, 100 and 1,000 shards.
 
-Contenders take turns and write fresh files each time; medians. Loading the model is never counted.
-(1) and (2) also tell the CPU time of all threads, which says the same on a machine that is shared.
+Alternatives are timed in turns and write fresh files each time; medians. Loading the model is not
+counted. (1) and (2) also give the CPU time of all threads, which does not depend on other load.
 Letters: B sequences of a batch, C context length, D width.
 """
 
@@ -61,7 +61,7 @@ _RAW = 16 * _CHUNK  # more than caches hold: the rows of a harvest come from mem
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """Sizes of the measurement."""
 
     batches: int
     """Forward passes of (1) and (2)."""
@@ -235,7 +235,7 @@ class Times:
         self.cpu.append(time.process_time() - cpu)
 
     def warm(self) -> Times:
-        """All but the first."""
+        """Return all results but the first, which warms up."""
         return Times(self.wall[1:], self.cpu[1:])
 
 
@@ -246,7 +246,7 @@ class BareModel:
         self._base = model.base_model
 
     def __call__(self, batches: Tensor) -> None:
-        """One pass over batches [n, B, C]."""
+        """Run the model once over batches [n, B, C]."""
         left = 0
 
         def drop(*_: Any) -> None:

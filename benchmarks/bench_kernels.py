@@ -1,16 +1,16 @@
-"""How long does each stage of a training step take, and how near is it to what must be?
+"""Time of each stage of a TopK training step, against sparsify and the hardware's floor.
 
     python benchmarks/bench_kernels.py [--smoke] [--rounds 15] [--sizes 0 1] [--device cuda]
 
 Encoder and selection, decode, backward, update, and the whole step, of our kernels against
 sparsify's installed package and a dense step by autograd (with Adam), all from the same weights and
-rows; contenders take turns. "floor" is the larger of operations over the rate of a large product
-and bytes over the rate of a large copy, both measured in the same run; of the step, the sum of its
-stages'. GB are what a step takes beyond what it holds between steps.
-Latents fire uniformly, or (zipf) in proportion to 1 / rank: a few at nearly every token.
-On CUDA rows and both weights' copies are bfloat16; what `saetrain fit` does is bench_train_step's.
-Needs torch, triton on CUDA, and sparsify for its columns; runs from a plain checkout.
-Letters: N tokens, D d_in, M num_latents, K k.
+rows; implementations are timed in turns. "floor" is the larger of operations over the rate of a
+large product and bytes over the rate of a large copy, both measured in the same run; of the step,
+the sum of its stages'. GB is the memory of a step beyond what it holds between steps. Latents fire
+uniformly, or (zipf) in proportion to 1 / rank: a few at nearly every token. On CUDA rows and copies
+of both weights are bfloat16; bench_train_step.py measures `saetrain fit`. Needs torch, triton on
+CUDA, and sparsify for its columns; runs from a plain checkout. Letters: N tokens, D d_in, M
+num_latents, K k.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one size, firing and optimiser."""
+    """Results for one size, firing distribution and optimiser."""
 
     problem: Problem
     dead_tracker: Firing
@@ -92,7 +92,7 @@ class Figures:
 
 
 def main() -> None:
-    """Measure everything asked for; print ceilings, goals, and last one table."""
+    """Run the selected measurements; print ceilings, goals, and last one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
@@ -236,7 +236,7 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
 
 
 def goals(found: list[Figures]) -> list[str]:
-    """Each goal of each size: what was reached, and whether that meets it."""
+    """Return each goal of each size with the measured ratio and whether it is met."""
     lines = []
     for figures in found:
         D, M, K = figures.problem.sizes[1:]
@@ -261,12 +261,12 @@ def goals(found: list[Figures]) -> list[str]:
 
 
 def told(what: str, reached: str, aim: float, met: bool) -> str:
-    """One goal in words."""
+    """Format one goal."""
     return f"goal {aim:.2f}, {'met' if met else 'MISSED'}: {reached} at {what}"
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
-    """By side, of those that were timed."""
+    """Return results by implementation, of those that were timed."""
     return {name: statistics.median(each) for name, each in times.items() if each}
 
 

@@ -1,4 +1,4 @@
-"""How long does a training step of each kind of SAE take, beside that of plain TopK?
+"""Time of a training step of each kind of SAE, relative to plain TopK.
 
     python benchmarks/bench_kinds.py [--pairs 11] [--threads 1] [--smoke]
 

@@ -1,24 +1,24 @@
-"""Does ours learn as well as the best of its peers on the same rows?
+"""Held-out FVU of our SAEs against those of sparsify and SAELens, trained on the same rows.
 
     python benchmarks/bench_quality.py [--work FOLDER] [--expansion 4 --expansion 8] [--smoke]
 
 SmolLM2-135M's `layers.9` over real prose, context 256, position 0 dropped, bf16 rows. Ours (through
 `saetrain fit` itself), sparsify's `SparseCoder` with Adam in the order of sparsify's own trainer,
 and SAELens's TopK in its own trainer take the very same rows in the very same order, with equal
-latents, k and steps. Each has its own initialisation, loss and schedule and the scale of rows that
-it trains best on, and the best of the same five learning rates by the first seed, which is then
+latents, k and steps. Each has its own initialisation, loss and schedule, the scale of rows with
+which it trains best, and the best of the same five learning rates by the first seed, which is then
 trained at three seeds. Ours is tuned with Muon and rows scaled to a mean square of 1. Beside them,
 without any tuning: our defaults.
 
-Products are in bfloat16 on all sides, as sparsify asks for on CUDA (--no-bfloat16: in float32). All
+Products are in bfloat16 on all sides, as sparsify has them on CUDA (--no-bfloat16: in float32). All
 are judged alike, on held-out rows in float32: FVU, a ratio of sums around the training rows'
-mean; L0; and dead, latents that fire on none of these rows. A seed decides the weights, the order
-of rows, and which shards are held out.
+mean; L0; and dead, latents that fire on none of these rows. A seed determines the weights, the
+order of rows, and which shards are held out.
 
-Every training's result is a file in FOLDER/results: killed, the same command goes on, and two of
-them with different --expansion may share a folder. Exit status 1 if a goal is missed (FVU at most
-1.00 times the best peer's, dead no more than its; our defaults at most 1.02 times); not with
---smoke, whose rows are random.
+The result of each training is a file in FOLDER/results: the same command resumes after a kill, and
+two commands with different --expansion may share a folder. Exit status 1 if a goal is missed (FVU
+at most 1.00 times the best library's, dead no more than its; our defaults at most 1.02 times); not
+with --smoke, whose rows are random.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ BATCHES_FOR_NORM = 16
 
 @dataclass(frozen=True)
 class Form:
-    """What all sides are given alike."""
+    """Settings shared by all libraries."""
 
     work: Path
     hookpoint: str
@@ -81,7 +81,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Job:
-    """One training."""
+    """Settings of one training run."""
 
     side: str
     num_latents: int
@@ -165,7 +165,7 @@ def smoke_cache(work: Path) -> Path:
 
 
 def train_all(cache: Cache, form: Form, num_latents: int) -> Found:
-    """By side: the first seed at every rate, then the best rate at every seed."""
+    """Train all: each side with the first seed at every rate, then its best rate at every seed."""
     found: Found = {}
     for side in SIDES:
         rates = (None,) if side == DEFAULT else form.rates
@@ -219,14 +219,14 @@ def train_ours(cache: Cache, form: Form, job: Job, plan: OrderPlan) -> tuple[flo
     )
     fit(config)
     record = read_run(out)
-    assert record.plan == plan  # the rows of the peers, in their order
+    assert record.plan == plan  # same rows in the same order as the other libraries
     sae = load_sae(out / form.hookpoint)
     shutil.rmtree(out)
     return record.saes[0].lr, published(sae)
 
 
 def train_peer(cache: Cache, form: Form, job: Job, plan: OrderPlan) -> tuple[float, Published]:
-    """A peer's step on the batches of our stream."""
+    """Train another library's SAE on the batches of our stream."""
     steps = form.epochs * plan.steps_per_epoch
     setting = Setting(
         cache.manifest.width(form.hookpoint),
@@ -247,7 +247,7 @@ def train_peer(cache: Cache, form: Form, job: Job, plan: OrderPlan) -> tuple[flo
 
 
 def contender(cache: Cache, form: Form, side: str, setting: Setting, plan: OrderPlan) -> Contender:
-    """The peer of a side."""
+    """Build the trainer of another library."""
     if side == "SAELens TopK":
         return sae_lens(setting, list(islice(batches(cache, form, plan), BATCHES_FOR_NORM)))
     return sparsify(setting)
@@ -269,7 +269,7 @@ def judge(
     run: Published,
     lr: float,
 ) -> Figures:
-    """Held-out figures of an SAE, whoever has trained it."""
+    """Held-out figures of an SAE, from any library."""
     errors, active, rows, fired = [], 0, 0, torch.zeros((), dtype=torch.bool)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for shard in held_out:
@@ -297,12 +297,12 @@ def mean_dead(found: Found, side: str) -> float:
 
 
 def best_peer(found: Found) -> str:
-    """The tuned peer of the least FVU."""
+    """Return the tuned library with the lowest FVU."""
     return min(PEERS, key=lambda side: mean_fvu(found, side))
 
 
 def goals_met(found: Found) -> bool:
-    """Whether ours is as good as the best peer, tuned and by default."""
+    """Return whether ours is as good as the best other library, tuned and by default."""
     peer = best_peer(found)
     theirs = mean_fvu(found, peer)
     return (

@@ -1,19 +1,20 @@
-"""How well is a batch mixed, and what is that worth?
+"""Shuffle quality of batches, and its effect on held-out FVU.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_shuffle.py [--widths 576 768 2048 4096] [--seeds 3]
     OMP_NUM_THREADS=1 python benchmarks/bench_shuffle.py --quality [--work FOLDER] [--seeds 4]
 
 The first counts, in every batch of an epoch over 4M rows in sequences of 512, the pairs of rows
 that are of the same sequence, relative to what a uniform shuffle of all rows has on average. Only
-row numbers move: ours are those of the writer's `RowLayout` and of `ActivationStream` (which reads
-no hookpoint), SAELens's those of its own `mixing_buffer` over sequences in their order, as its
-store hands them over. Our pools are those of `saetrain fit` by default, 2^19 rows or 4 GiB; SAELens
-has a buffer of 2^19 rows, and its own default.
+row numbers are shuffled: ours are those of the writer's `RowLayout` and of `ActivationStream`
+(which reads no hookpoint), SAELens's those of its own `mixing_buffer` over sequences in their
+order, as its store returns them. Our shuffle buffers are those of `saetrain fit` by default, 2^19
+rows or 4 GiB; SAELens has a buffer of 2^19 rows, and its own default.
 
 The second trains on SmolLM2-135M's rows (see bench_quality.py) for one epoch, from the same start,
 in the order of our stream and in perfect shuffles of the same training rows in memory, and compares
-held-out FVU. There are two of these for each seed: what they differ by is chance. With the default
-pool all rows are in it, so a pool of an eighth of them is tried too, and the order of the text.
+held-out FVU. There are two of these for each seed; their difference measures chance. The
+default buffer holds all rows, so a buffer of an eighth of them is tried too, and the order of the
+text.
 
 Exit status 1 if a goal is missed: 1.25 at defaults; a mean FVU within 0.5%.
 
@@ -112,7 +113,7 @@ def readers(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Reader
 
 
 def relative_pairs(sequences: Longs, rows: int, per_sequence: int = T) -> float:
-    """Pairs of a batch that are of one sequence [B], over what a uniform shuffle leads to."""
+    """Pairs of rows from one sequence in each batch [B], relative to a uniform shuffle."""
     held = np.bincount(sequences)
     found = int((held * (held - 1) // 2).sum())
     n = len(sequences)
@@ -126,7 +127,7 @@ def cut(rows: Longs, batch: int) -> Iterator[Longs]:
 
 
 def uniform(count: int, batch: int, seed: int) -> Iterator[Longs]:
-    """What everything is measured by."""
+    """Yield batches of a uniform shuffle, the reference for all other orders."""
     yield from cut(np.random.RandomState(seed).permutation(count * T) // T, batch)
 
 
@@ -145,7 +146,7 @@ def synthetic(count: int, width: int, row_order: RowOrder) -> Manifest:
 
 
 def default_pool(manifest: Manifest, batch: int) -> int:
-    """Rows that fit holds unless it is told otherwise, of one hookpoint."""
+    """Rows in the default shuffle buffer of `fit` for one hookpoint."""
     return plan_memory(None, manifest, [manifest.identity.hookpoints[0].name], batch).pool_rows
 
 

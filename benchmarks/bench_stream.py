@@ -1,16 +1,16 @@
-"""How fast are batches, against the disk and against the streaming libraries in use?
+"""Throughput of batches, against the disk and against other streaming libraries.
 
     python benchmarks/bench_stream.py [--smoke] [--work FOLDER]
 
 Three tables. (1) `ActivationStream` to batches on the CPU over `preadv` of the same files from
 front to back, 4 MiB at a time: into one buffer, which stays in the processor's cache, and into as
-much memory as the batches take. In order (a pool of one row: nothing is mixed in memory) and mixed
-(a pool of 1/8 of the rows, filled within the time that is measured); both backends; from the page
+much memory as the batches take. In order (a buffer of one row: no shuffling in memory) and shuffled
+(a buffer of 1/8 of the rows, filled within the measured time); both backends; from the page
 cache and, after `posix_fadvise`, from the disk. (2) Against the readers of SAELens, litdata and
 MosaicML streaming, by the row. (3) Where there is a GPU: batches on it over the larger of the time
 to read the files and the time to copy as much from pinned memory, which an ideal stream would
-take. Files are freshly written for each table, contenders take turns, and the tables show medians;
-each takes one epoch, its start included.
+take. Files are freshly written for each table, alternatives are timed in turns, and the tables show
+medians of one epoch, its start included.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PIECE = 4 << 20
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """Sizes of the measurement."""
 
     rows: int
     peer_rows: int
@@ -161,7 +161,7 @@ def stream(
 def take_turns(
     acts: dict[str, Callable[[], float]], rounds: int, cold: Sequence[Path] | None = None
 ) -> dict[str, list[float]]:
-    """What each act gives in every round but the first; `cold` files are dropped before each."""
+    """Run all in turns; return their results without the first round. Uncaches `cold` files."""
     found: dict[str, list[float]] = {name: [] for name in acts}
     for number in range(rounds + 1):
         for name, act in acts.items():

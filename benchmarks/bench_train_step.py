@@ -1,21 +1,20 @@
-"""How long does a whole training step take, and in how much memory? Ours against others'.
+"""Time and memory of a whole training step, ours against other libraries.
 
     python benchmarks/bench_train_step.py [--pairs 20] [--threads 2] [--sizes 0 1] [--smoke]
 
 All train from the same start on the same rows with the same optimiser: forward, backward, update,
 unit norm, dead-latent counts; ours is what `saetrain fit` does. Weights are float32; on CUDA our
 product is TF32, while sparsify's forward pass is bfloat16 by its own autocast. "ours, bfloat16" has
---autocast; "dense" is SAELens's way, top-k acts in a dense matrix and autograd, in our trainer, on
-CUDA in bfloat16. AuxK is on, and no latent dead yet.
-Contenders take turns, so that a slow minute of the machine meets all of them. Milliseconds are the
-clock's; with --threads 1, on a CPU, the thread's own, which other programs on the machine do not
-change. On CUDA, "one graph" is --cuda-graphs: the whole step recorded once and replayed, and so are
-eight small SAEs on the same rows; what a graph keeps is not in its peak. "floor" is the sum over
-stages of the larger of operations over the rate of a large product and bytes over that of a large
-copy, both measured in the same run, in bfloat16 on CUDA and float32 on a CPU. Memory is what torch
-allocates in a step beyond weights and optimiser state, at its peak, gradients that are kept for the
-next step included. Needs torch, triton on CUDA, and for its side sparsify; runs from a plain
-checkout. Letters: N tokens, D d_in, M num_latents, K k.
+--autocast; "dense" is SAELens's method, top-k acts in a dense matrix and autograd, in our trainer,
+on CUDA in bfloat16. AuxK is on, and no latent dead yet. Implementations are timed in turns, so that
+a slow minute of the machine affects all of them. Milliseconds are wall time; with --threads 1, on a
+CPU, the thread's CPU time. On CUDA, "one graph" is --cuda-graphs: the whole step recorded once and
+replayed, and so are eight small SAEs on the same rows; what a graph keeps is not in its peak.
+"floor" is the sum over stages of the larger of operations over the rate of a large product and
+bytes over that of a large copy, both measured in the same run, in bfloat16 on CUDA and float32 on a
+CPU. Memory is what torch allocates in a step beyond weights and optimiser state, at its peak,
+gradients that are kept for the next step included. Needs torch, triton on CUDA, and for its side
+sparsify; runs from a plain checkout. Letters: N tokens, D d_in, M num_latents, K k.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def compare(
     pairs: int,
     clock: Callable[[], float],
 ) -> list[list[str]]:
-    """The table's lines of one size and optimiser; who finds too little memory has none."""
+    """Return the table's lines of one size and optimiser, without sides that run out of memory."""
     times = interleave(made, x, pairs, clock)
     lines = []
     for name, taken in times.items():
@@ -151,7 +150,7 @@ def setting_of(size: Sizes, optimizer: OptimizerName, device: torch.device) -> S
 
 
 def contenders(setting: Setting, x: Tensor) -> dict[str, Contender]:
-    """By name; without sparsify where it is not installed, and graphs where there is no CUDA."""
+    """Return sides by name, without sparsify if not installed and graphs without CUDA."""
     mean, variance = moments(x)
     made = {
         "ours": ours(setting, mean, variance),
@@ -181,7 +180,7 @@ def moments(x: Tensor) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def latents_hit(x: Tensor, size: Sizes) -> int:
-    """How many latents some row of x activates, before the first step."""
+    """Count the latents that any row of x activates before the first step."""
     _, D, M, K = size
     indices = Sae(D, M, K, device=x.device)(x).top_indices
     assert indices is not None

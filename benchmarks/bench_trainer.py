@@ -1,13 +1,13 @@
-"""What does the trainer add to the bare training step?
+"""Overhead of the trainer over the bare training step.
 
     python benchmarks/bench_trainer.py [--smoke] [--pairs 20] [--work FOLDER]
 
-A real `fit` over a cache that lies in memory: the loop, the stream with its thread, copies and
+A real `fit` over a cache in memory: the loop, the stream with its thread, copies and
 casts, the log with its files. After every block of its steps the same number of bare steps is made
-by an SAE of the same kind and size, on rows that lie ready in float32: forward, backward, update,
-unit norm, and what is counted. They take turns so that a slow minute of the machine meets both.
-Batches that the stream made ahead while it was not its turn are thrown away before a block of the
-trainer begins. The processor's time, of all threads, stands beside the clock's. Exit status 1 if
+by an SAE of the same kind and size, on rows already in float32: forward, backward, update,
+unit norm, and counters. They are timed in turns, so that a slow minute of the machine affects both.
+Batches that the stream prefetched during the other block are dropped before a block of the trainer
+begins. CPU time of all threads is printed beside wall time. Exit status 1 if
 the goal (1.03) is missed; not with --smoke, whose steps are too small.
 """
 
@@ -43,7 +43,7 @@ WIDTH, K = 576, 32
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """Sizes of the measurement."""
 
     rows: int
     num_latents: int

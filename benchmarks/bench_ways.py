@@ -1,12 +1,12 @@
-"""How far a reader walks: product files, and changes of file, on the ways through the code.
+"""Length of the main call paths: product files, and changes of file.
 
     python benchmarks/bench_ways.py [--show]
 
-Three ways are followed by `sys.setprofile` on one thread: from `harvest()` to the first forward
+Three call paths are traced by `sys.setprofile` on one thread: from `harvest()` to the first forward
 pass of the model with weights, from `fit()` to `train()`, and one TopK step with AuxK. A change of
 file is a call into a function of another product file than the last call. Calls in loops count too,
-so the figures belong to this cache: a tiny Llama, 640 tokens in 20 shards, one hookpoint. Each way
-is walked once beforehand, so that nothing is imported on it.
+so the figures belong to this cache: a tiny Llama, 640 tokens in 20 shards, one hookpoint. Each path
+is run once beforehand, so that imports are not counted.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Way:
 
 
 def make_model(folder: Path) -> None:
-    """Save a Llama of two layers of width 16, and a tokenizer of 60 words."""
+    """Save a Llama of two layers of width 16, and a tokenizer of 60 tokens."""
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,4 +1,4 @@
-"""What a machine can do at most, and what a TopK training step must do at least.
+"""Measured rates of a machine, and the minimal work of a TopK training step.
 
 Letters: N tokens, D d_in, M num_latents, K k.
 """
@@ -22,7 +22,7 @@ STAGES = ("encoder + selection", "decode", "backward", "update")
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine can do at most, as measured."""
+    """Highest measured rates of this machine."""
 
     operations: float
     """A second, of a large product."""
@@ -66,17 +66,17 @@ class Work:
     bytes: float
 
     def floor(self, operations_a_second: float, bytes_a_second: float) -> float:
-        """Milliseconds under which no program can do it."""
+        """Return the minimal time of the work in milliseconds."""
         return 1e3 * max(self.operations / operations_a_second, self.bytes / bytes_a_second)
 
 
 def work_of(
     sizes: tuple[int, int, int, int], dtype: torch.dtype, optimizer: OptimizerName, hit: int
 ) -> dict[str, Work]:
-    """The least work of each stage.
+    """Return the minimal work of each stage.
 
     Selection needs no [N, M] buffer, so none is counted. Gradients of the weights are float32 and
-    written whole, for whoever adds them up over ranks or measures their norm.
+    written whole, so that they can be summed over ranks or measured by norm.
 
     Args:
         sizes: (N, D, M, K).

@@ -1,4 +1,4 @@
-"""Imported before saetrain: finds it beside this folder where it is not installed."""
+"""Import path of the checkout, for benchmarks that run without an installed package."""
 
 import sys
 from importlib.util import find_spec

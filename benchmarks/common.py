@@ -1,4 +1,4 @@
-"""What the benchmarks share: real rows of a real model."""
+"""Rows of a real model, shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def synthetic_manifest(
     skip_positions: int = 1,
     seed: int = 0,
 ) -> Manifest:
-    """What a harvest of so many full shards says of itself; bfloat16, memmap."""
+    """Manifest of a harvest of the given number of full shards, in bfloat16 with memmap."""
     identity = Identity(
         model_fingerprint="0" * 32,
         model_dtype="bfloat16",
@@ -99,7 +99,7 @@ def synthetic_manifest(
 def real_cache(
     work: Path, hookpoints: Sequence[str], max_tokens: int, options: Sequence[str] = ()
 ) -> Path:
-    """Harvest SmolLM2-135M over `prose` through the command itself; nothing if it is there.
+    """Harvest SmolLM2-135M over `prose` with the command, unless the cache exists.
 
     It runs in bfloat16 unless the options say otherwise.
     """

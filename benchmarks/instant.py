@@ -1,7 +1,7 @@
-"""A language model that costs nothing: its layers hand out the same numbers again and again.
+"""A language model without computation: its layers return constant tensors.
 
-What is left of a harvest then is the harvest. The numbers are normal with a few large dimensions,
-as activations are; no two layers give the same.
+This isolates the other costs of a harvest. The numbers are normal with a few large dimensions, as
+activations are; no two layers return the same.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Layer(nn.Module):
 
 
 class InstantModel(PreTrainedModel):  # type: ignore[misc]
-    """Each layer returns a tensor that it made at its first call. [B, C, D]"""
+    """Layer that returns the tensor created at its first call. [B, C, D]"""
 
     config_class = InstantConfig
     base_model_prefix = ""

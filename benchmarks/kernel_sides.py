@@ -1,6 +1,6 @@
 """A TopK training step in stages: of our kernels, of sparsify's package, and by dense autograd.
 
-All three begin with the same weights and are given the same rows. On CUDA weights are float32 and
+All three start from the same weights and take the same rows. On CUDA weights are float32 and
 products bfloat16, as sparsify's autocast has them; on a CPU all is float32. Needs torch, triton on
 CUDA, and for its side sparsify. Letters: N tokens, D d_in, M num_latents, K k.
 """
@@ -33,7 +33,7 @@ EPS = 1e-8
 
 @dataclass(frozen=True)
 class Problem:
-    """What every side is given."""
+    """Inputs of every side."""
 
     sizes: tuple[int, int, int, int]
     """(N, D, M, K)."""
@@ -51,7 +51,7 @@ class Problem:
 
     @property
     def variance(self) -> Tensor:
-        """What the loss is divided by."""
+        """Denominator of the loss."""
         return (self.x - self.x.mean(0)).square().sum()
 
 
@@ -74,15 +74,15 @@ def make_problem(
 
 
 class Side(Protocol):
-    """One contender. A stage may be called again and again, once `step` has been."""
+    """Implementation to time. Stages may be called repeatedly after the first `step`."""
 
     name: str
 
     def stages(self) -> dict[str, Callable[[], object]]:
-        """What there is to be timed, by name."""
+        """Functions to time, by name."""
 
     def step(self) -> Tensor:
-        """One whole step; its loss."""
+        """Run one whole step; return its loss."""
 
 
 class Ours:
@@ -178,7 +178,7 @@ class Sparsify:
 
     def __init__(self, problem: Problem, optimizer: OptimizerName) -> None:
         if not problem.x.is_cuda:
-            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify asks for it on a CPU
+            os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify needs it on a CPU
         from sparsify import SparseCoder, SparseCoderConfig
 
         _, D, M, K = problem.sizes
@@ -303,7 +303,7 @@ class Dense:
 
 
 def make_sides(problem: Problem, optimizer: OptimizerName) -> list[Callable[[], Side]]:
-    """How each side is made, ours first; sparsify's only where it is installed."""
+    """Return constructors of the sides, ours first; sparsify's only if it is installed."""
     makers: list[Callable[[], Side]] = [lambda: Ours(problem, optimizer)]
     if find_spec("sparsify") is not None:
         makers.append(lambda: Sparsify(problem, optimizer))

@@ -1,4 +1,4 @@
-"""Where a benchmark ran, and its table. Needs torch alone."""
+"""Description of the machine, and the table of a benchmark. Needs torch only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def machine(*packages: str, device: torch.device | None = None) -> str:
-    """One line: processor or GPU, cores, versions of Python, torch and the packages named.
+    """Return one line: CPU or GPU, cores, versions of Python, torch and the named packages.
 
     Args:
         packages: beside torch.

@@ -1,7 +1,7 @@
-"""One training step of ours and of others', from the same start, ready to be compared.
+"""Training steps of ours and of other libraries, from the same start, for comparison.
 
-A contender is a pair: `step(x, number)` trains on rows x [N, D] in float32, and `finish()` gives
-what the library would publish, as a function from rows to reconstructions [N, D] and activations of
+Each is a pair: `step(x, number)` trains on rows x [N, D] in float32, and `finish()` returns the SAE
+that the library would publish, as a function from rows to reconstructions [N, D] and activations of
 all latents [N, M]. Each is trained as its own library trains it.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify asks for it on a CPU
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify needs it on a CPU
 
 from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import OptimizerName, SaeOptions
@@ -48,7 +48,7 @@ def sparsify_lr(optimizer: OptimizerName, num_latents: int) -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """What both sides are given alike."""
+    """Settings shared by both sides."""
 
     d_in: int
     num_latents: int
@@ -155,7 +155,7 @@ def _exported(trainer: SaeTrainer) -> Published:
 
 
 def entry_of(sizes: SaeConfig, lr: float) -> Any:
-    """What a run says of its SAE, as far as a step asks; without all that a run needs."""
+    """Entry of an SAE with the fields that a training step reads, without a run."""
     return SimpleNamespace(
         name="rows",
         hookpoint="rows",
@@ -233,7 +233,7 @@ def _sparsify_optimizers(setting: Setting, sae: torch.nn.Module) -> tuple[list[A
 
 
 def sae_lens(setting: Setting, first: Sequence[Tensor]) -> Contender:
-    """SAELens's TopK in its own trainer, scaled as it scales by what `first` batches [N, D] say.
+    """Build SAELens's TopK in its own trainer, scaled by the norms of the `first` batches [N, D].
 
     The schedule is its tutorial's: constant, and a linear decay to 0 over the last fifth.
     """

@@ -20,7 +20,7 @@ CTX = 512
 
 
 def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 128) -> None:
-    """One hookpoint in bfloat16, in sequences of 512 rows; fresh files.
+    """Write one hookpoint in bfloat16, in sequences of 512 rows, to fresh files.
 
     Args:
         root: a folder that does not exist.

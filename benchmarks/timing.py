@@ -1,4 +1,4 @@
-"""How long one run takes, to its end on the device."""
+"""Time of one call, up to its completion on the device."""
 
 from __future__ import annotations
 

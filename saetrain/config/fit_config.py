@@ -9,13 +9,8 @@ from typing import Literal
 from actcache.core.options import MAIN, hidden, option
 from actcache.errors import ConfigError
 from actcache.filesystem.paths import reject_url
-from saetrain.config.sae_options import (
-    ONE_PASS,
-    HookpointOverride,
-    SaeOptions,
-    _require_positive,
-    _require_seed,
-)
+from saetrain.config.sae import flag, require_range
+from saetrain.config.sae_options import ONE_PASS, HookpointOverride, SaeOptions
 
 WeightsDtype = Literal["float32", "bfloat16"]
 WandbMode = Literal["disabled", "offline", "online"]
@@ -282,8 +277,9 @@ def require_run(run: FitConfig) -> None:
     reject_url(run.out, "--out", "files are published by renaming them")
     if run.follow:
         reject_url(run.cache, "CACHE with --follow", "a running harvest writes to a local folder")
-    _require_positive(
+    require_range(
         run,
+        ">= 1",
         "batch_size",
         "epochs",
         "max_tokens",
@@ -303,14 +299,11 @@ def require_run(run: FitConfig) -> None:
     )
     _require_kinds(run)
     _require_graphs(run)
-    if run.data_seed is not None:
-        _require_seed("--data-seed", run.data_seed)
-    if run.histogram_every < 0:
-        raise ConfigError("--histogram-every is negative", got=run.histogram_every)
+    require_range(run, "0 to 2**32 - 1", "data_seed")
+    require_range(run, ">= 0", "histogram_every")
     for name in ("fresh_b_dec", "fresh_decoder"):
         if getattr(run, name) and run.finetune is None:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} needs --finetune", remedy="add it, or omit this option")
+            raise ConfigError(f"{flag(name)} needs --finetune", remedy=f"omit {flag(name)}")
     if run.force_config and not run.resume:
         raise ConfigError("--force-config needs --resume", remedy="add --resume")
     if run.save_best and run.val_every is None:

@@ -14,7 +14,7 @@ from typing import Any, get_origin, get_type_hints
 
 from actcache.errors import ConfigError, HookpointError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import PENALISED
+from saetrain.config.sae import PENALISED, flag
 from saetrain.config.sae_options import HookpointOverride, SaeOptions
 
 _HINTS = get_type_hints(SaeOptions)
@@ -68,7 +68,7 @@ def _several(name: str, value: Any) -> tuple[Any, ...]:
         return (value,)
     if not value or len(set(value)) < len(value):
         raise ConfigError(
-            f"{option(name)} needs distinct values", expected="each value once", got=value
+            f"{flag(name)} needs distinct values", expected="each value once", got=value
         )
     return tuple(value)
 
@@ -178,11 +178,6 @@ def short_number(value: float) -> str:
     assert isinstance(exponent, int)
     mantissa = str(digits[0]) + ("." + "".join(map(str, digits[1:])) if digits[1:] else "")
     return f"{'-' * sign}{mantissa}e{exponent + len(digits) - 1}"
-
-
-def option(name: str) -> str:
-    """Return an option's name on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def values_of(config: FitConfig) -> dict[str, Any]:

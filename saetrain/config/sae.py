@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -101,12 +103,30 @@ def require_sae(sae: SaeConfig) -> None:
         )
     if sae.d_out not in (None, sae.d_in) and not sae.transcode:
         raise ConfigError("an autoencoder's output must be as wide as its input", got=sae)
-    for name in ("sparsity", "threshold"):
-        value = getattr(sae, name)
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"--{name} is out of range", expected=">= 0", got=value)
-    if not 0 < sae.bandwidth < float("inf"):
-        raise ConfigError("--bandwidth is out of range", expected="> 0", got=sae.bandwidth)
+    require_range(sae, ">= 0", "sparsity", "threshold")
+    require_range(sae, "> 0", "bandwidth")
+
+
+_RANGES: dict[str, Callable[[float], bool]] = {
+    ">= 1": lambda x: x >= 1,
+    ">= 0": lambda x: 0 <= x < math.inf,
+    "> 0": lambda x: 0 < x < math.inf,
+    "0 to 1": lambda x: 0 <= x <= 1,
+    "0 to 2**32 - 1": lambda x: 0 <= x < 2**32,
+}
+
+
+def require_range(options: object, expected: str, *names: str) -> None:
+    """Reject options outside a range, one of the keys of `_RANGES`. None is accepted."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not _RANGES[expected](value):
+            raise ConfigError(f"{flag(name)} is out of range", expected=expected, got=value)
+
+
+def flag(name: str) -> str:
+    """Return an option's name on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 PENALISED = {"jumprelu": 1e-3, "relu": 3e-2, "gated": 3e-2}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from actcache.core.options import MAIN, option
 from actcache.errors import ConfigError
-from saetrain.config.sae import ANNEALED, PENALISED, ActivationName, SaeConfig
+from saetrain.config.sae import ANNEALED, PENALISED, ActivationName, flag, require_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,63 +160,16 @@ InputScale = Literal["none", "rms", "unit"]
 BDecInit = Literal["mean", "geometric-median", "zeros"]
 
 
-@dataclass(frozen=True)
-class SaeEntry:
-    """One SAE of a run."""
-
-    hookpoint: str
-    """Hookpoint it is trained on; "crosscoder" for a crosscoder."""
-    config: SaeConfig
-    """Its kind and sizes."""
-    lr: float
-    """Its peak learning rate."""
-    seed: int
-    """Seed of its weights."""
-    setting: str = ""
-    """Name of its options among the run's SAEs of this hookpoint, such as k32-lr1e-3; empty if it
-    is the only one."""
-    options: SaeOptions = field(default_factory=SaeOptions)
-    """Its options, as given by the user."""
-    reads: tuple[str, ...] = ()
-    """Hookpoints whose rows it reads, side by side; empty: `hookpoint`."""
-    predicts: tuple[str, ...] = ()
-    """Hookpoints whose rows it predicts; empty: those it reads."""
-    scales: tuple[float, ...] = ()
-    """With --input-scale, the factor of each hookpoint's rows in training."""
-    encoder_scale: float = 1.0
-    """Factor of its initial encoder weights."""
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Hookpoints whose rows it reads."""
-        return self.reads or (self.hookpoint,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Hookpoints whose rows it predicts."""
-        return self.predicts or self.sources
-
-    @property
-    def hookpoints(self) -> tuple[str, ...]:
-        """Hookpoints whose rows form its batch, in order."""
-        return (*self.sources, *self.predicts)
-
-    @property
-    def name(self) -> str:
-        """Name in the run, which is also its folder: HOOKPOINT or HOOKPOINT/SETTING."""
-        return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
-
-
 def require_options(options: SaeOptions) -> None:
     """Reject invalid values and combinations; raises `ConfigError`."""
-    _require_positive(options, "expansion_factor", "num_latents", "k", "lr_decay_steps", "k_start")
-    if options.lr is not None and not 0 < options.lr < float("inf"):
-        raise ConfigError("--lr is out of range", expected="> 0", got=options.lr)
-    if not 0 <= options.auxk_alpha < float("inf"):
-        raise ConfigError("--auxk-alpha is out of range", expected=">= 0", got=options.auxk_alpha)
-    _require_seed("--seed", options.seed)
-    if options.lr_warmup_steps is not None and options.lr_warmup_steps < 0:
-        raise ConfigError("--lr-warmup-steps is negative", got=options.lr_warmup_steps)
+    sizes = ("expansion_factor", "num_latents", "k", "lr_decay_steps", "k_start")
+    require_range(options, ">= 1", *sizes)
+    require_range(options, ">= 0", "lr_warmup_steps", "sparsity_warmup_steps", "k_anneal_steps")
+    require_range(options, ">= 0", "sparsity", "threshold", "bandwidth")
+    require_range(options, ">= 0", "auxk_alpha", "weight_decay")
+    require_range(options, "> 0", "lr", "grad_clip")
+    require_range(options, "0 to 1", "lr_end")
+    require_range(options, "0 to 2**32 - 1", "seed")
     _require_activation(options)
     _require_recipe(options)
 
@@ -228,7 +181,7 @@ def _require_activation(options: SaeOptions) -> None:
         if value is not None and options.activation not in PENALISED:
             raise ConfigError(
                 f"--activation {options.activation} is made sparse by --k and has no penalty",
-                expected="no --" + name.replace("_", "-"),
+                expected=f"no {flag(name)}",
                 got=value,
                 remedy=f"omit it, or --activation {' | '.join(PENALISED)}",
             )
@@ -239,12 +192,6 @@ def _require_activation(options: SaeOptions) -> None:
                 got=options.activation,
                 remedy="omit one of them",
             )
-    for name in ("sparsity", "threshold", "bandwidth"):
-        value = getattr(options, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ConfigError(f"--{name} is out of range", expected=">= 0", got=value)
-    if options.sparsity_warmup_steps is not None and options.sparsity_warmup_steps < 0:
-        raise ConfigError("--sparsity-warmup-steps is negative", got=options.sparsity_warmup_steps)
     if options.k_anneal_steps and options.activation not in ANNEALED:
         why = "divides latents into k groups" if options.activation == "groupmax" else "has no k"
         raise ConfigError(
@@ -263,8 +210,6 @@ def _require_recipe(options: SaeOptions) -> None:
             got=options.lr_schedule,
             remedy="linear and cosine decay from the end of the warm-up",
         )
-    if not 0 <= options.lr_end <= 1:
-        raise ConfigError("--lr-end is out of range", expected="0 to 1", got=options.lr_end)
     falls = options.optimizer != "signum" if options.lr_schedule is None else True
     if options.lr_end and (not falls or options.lr_schedule == "constant"):
         raise ConfigError(
@@ -272,25 +217,14 @@ def _require_recipe(options: SaeOptions) -> None:
             got=f"--optimizer {options.optimizer}, --lr-schedule {options.lr_schedule}",
             remedy="--lr-schedule linear, cosine or stable-then-decay",
         )
-    if options.weight_decay is not None:
-        if not 0 <= options.weight_decay < float("inf"):
-            raise ConfigError(
-                "--weight-decay is out of range", expected=">= 0", got=options.weight_decay
-            )
-        if options.optimizer not in ("adamw", "muon"):
-            raise ConfigError(
-                "--weight-decay needs adamw or muon", got=f"--optimizer {options.optimizer}"
-            )
-    if options.grad_clip is not None:
-        if not 0 < options.grad_clip < float("inf"):
-            raise ConfigError("--grad-clip is out of range", expected="> 0", got=options.grad_clip)
-        if options.optimizer == "signum":
-            raise ConfigError(
-                "--grad-clip has no effect on signum, which takes signs of gradients",
-                remedy="omit it, or another --optimizer",
-            )
-    if options.k_anneal_steps < 0:
-        raise ConfigError("--k-anneal-steps is negative", got=options.k_anneal_steps)
+    if options.weight_decay is not None and options.optimizer not in ("adamw", "muon"):
+        got = f"--optimizer {options.optimizer}"
+        raise ConfigError("--weight-decay needs adamw or muon", got=got)
+    if options.grad_clip is not None and options.optimizer == "signum":
+        raise ConfigError(
+            "--grad-clip has no effect on signum, which takes signs of gradients",
+            remedy="omit it, or another --optimizer",
+        )
     if options.k_start is not None:
         if not options.k_anneal_steps:
             raise ConfigError("--k-start needs --k-anneal-steps", got=options.k_start)
@@ -317,19 +251,6 @@ def scale(text: str) -> str:
             "--encoder-scale is neither a number nor auto", expected="auto, or > 0", got=text
         )
     return repr(scale).removesuffix(".0")
-
-
-def _require_positive(options: object, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} is too small", expected=">= 1", got=value)
-
-
-def _require_seed(option: str, seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"{option} is out of range", expected="0 to 2**32 - 1", got=seed)
 
 
 ONE_PASS = ("signum", "adam", "adamw")

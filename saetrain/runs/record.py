@@ -1,13 +1,13 @@
-"""`run.json`: the record of a run, written at its start and checked whenever it is resumed.
+"""`run.json`: what a run is, written once at its start and checked whenever it goes on.
 
-It is written again only when a run resumes with a cache that was moved, other libraries, or options
-changed by `--force-config`; `history` then records the step.
+It is written again only when a run goes on with a cache that was moved, with other libraries, or
+with options that `--force-config` lets through; `history` then says since when.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from actcache.cache.reader import Cache
@@ -18,117 +18,166 @@ from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.stream.order import OrderPlan
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.grid import option, values_of
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.grid import values_of
+from saetrain.config.sae import SaeConfig, flag
+from saetrain.config.sae_options import SaeOptions
 
 RUN = "run.json"
 LOCK = Path("fit.lock")
-"""Lock file in a run's folder, held by the processes that train it."""
+"""Held by the processes that are at work in a run, within its folder."""
 FORMAT_VERSION = 1
 
 FREE_ON_RESUME = frozenset(names_on_resume(FitConfig, "free"))
-"""Options that may change when a run is resumed: they do not affect its results."""
+"""Options that may change between a run and its resumption: they do not affect its results."""
+
+
+@dataclass(frozen=True)
+class SaeEntry:
+    """One SAE of a run."""
+
+    hookpoint: str
+    """Hookpoint it is trained on; of a crosscoder, its name."""
+    config: SaeConfig
+    """Its sizes."""
+    lr: float
+    """Its peak learning rate."""
+    seed: int
+    """Seed of its weights."""
+    setting: str = ""
+    """What tells it from the run's other SAEs of its hookpoint, such as k32-lr1e-3; empty where
+    there are no others."""
+    options: SaeOptions = field(default_factory=SaeOptions)
+    """Its options, as given."""
+    reads: tuple[str, ...] = ()
+    """Hookpoints whose rows it reads, side by side; none: the one it is called after."""
+    predicts: tuple[str, ...] = ()
+    """Hookpoints whose rows it predicts; none: those it reads."""
+    scales: tuple[float, ...] = ()
+    """With --input-scale, what the rows of each of its hookpoints are multiplied by in training."""
+    encoder_scale: float = 1.0
+    """What its encoder's weights were multiplied by at the start."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Hookpoints it reads."""
+        return self.reads or (self.hookpoint,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Hookpoints it predicts."""
+        return self.predicts or self.sources
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Hookpoints whose rows it is given, in order."""
+        return (*self.sources, *self.predicts)
+
+    @property
+    def name(self) -> str:
+        """Its name in the run, and its folder: HOOKPOINT, or HOOKPOINT/SETTING."""
+        return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
 
 
 @dataclass(frozen=True)
 class PretrainedSource:
-    """Pretrained weights from which an SAE started (--finetune)."""
+    """Weights that an SAE began with."""
 
     path: str
-    """Absolute path of a folder, or USER/REPO/FOLDER on the Hub."""
+    """Folder, absolute, or USER/REPO/FOLDER of the Hub."""
     revision: str | None
-    """Commit of the repository; null for a local folder."""
+    """Commit of the repository; null of a folder."""
     file: FileDigest
-    """Digest of sae.safetensors."""
+    """Of sae.safetensors."""
 
 
 @dataclass(frozen=True)
 class OptionChange:
-    """Options and libraries that changed when a run was resumed."""
+    """What has changed in a run since it began."""
 
     step: int
-    """Steps done at the change."""
+    """Steps done by then."""
     changes: tuple[str, ...]
-    """Changes in the form "--lr: 0.01 then, 0.02 now"."""
+    """Options and libraries, as "--lr: 0.01 then, 0.02 now"."""
     versions: dict[str, str]
-    """Library versions from this step on."""
+    """Libraries from then on."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that determines a run's results. Contents of run.json."""
+    """All that decides a run's results, and what it was made with."""
 
     format_version: int
     cache: str
-    """Absolute path or URL of the cache when the run was last started."""
+    """Folder of the cache when the run was last started, absolute, or its URL."""
     cache_id: str
     """Id of the cache."""
     receipts_digest: str
-    """Digest over the receipts of training and held-out shards. With --follow, only of the first
-    segment; segments.json pins the others when they are first used."""
+    """Digest over the receipts of the training shards and the held-out ones (with --follow: of the
+    first segment; the others are pinned in segments.json as they are used)."""
     held_out: tuple[int, ...]
-    """Shards that are never trained on; with --follow, those of the first segment."""
+    """Shards that are never trained on (with --follow: those of the first segment)."""
     plan: OrderPlan
-    """Training shards and the order of their rows; with --follow, those of the first segment."""
+    """Training shards and the order of their rows (with --follow: those of the first segment)."""
     steps: int
-    """Steps of the whole run. With --follow an upper bound: the text may end before its goal."""
+    """Steps of the whole run; with --follow at most: the text may end before its goal."""
     dead_after: int
     """Rows without firing after which a latent is dead."""
     saes: tuple[SaeEntry, ...]
-    """The SAEs; an index of an SAE refers to this order."""
+    """The SAEs, in order."""
     options: FitConfig
-    """The options as given by the user."""
+    """The options as given."""
     versions: dict[str, str]
-    """Library versions at the start of the run."""
+    """Libraries that the run began with."""
     segment_shards: int | None = None
-    """With --follow, shards per segment; null: the run uses only the shards of `plan`."""
+    """Shards of a segment, with --follow; null: the run uses the shards of `plan` alone."""
     extensions: int | None = None
-    """With --follow, number of extensions of the cache at the start; later ones are not used."""
+    """Extensions that the cache had, with --follow: the run goes to the goal of then."""
     pool_rows: int | None = None
-    """Rows of the shuffle buffer; null in runs from before --buffer-bytes."""
+    """Rows that are mixed in memory; null in a run from before --buffer-bytes."""
     wandb_id: str | None = None
-    """Run id at Weights & Biases; null until it is first logged there."""
+    """Its id at Weights & Biases; null until it is first logged there."""
     origins: tuple[PretrainedSource, ...] = ()
-    """With --finetune, the pretrained weights of each SAE."""
+    """With --finetune, what each SAE began with."""
     history: tuple[OptionChange, ...] = ()
-    """Changes when it was resumed. `options`, `saes`, `steps` and `dead_after` are current."""
+    """What changed when it went on. `options`, `saes`, `steps`, `dead_after` are those of now."""
     batch_parts: int = 1
-    """Processes that share each batch (--parallel ddp). Another number rounds sums differently."""
+    """Processes that share each batch (--parallel ddp): sums are rounded otherwise by another
+    number of them."""
 
     def __post_init__(self) -> None:
-        """Raise `FormatError` for a record of another format version."""
+        """Refuse a record of another version."""
         if self.format_version != FORMAT_VERSION:
             raise FormatError(
                 "the run has another format version",
                 expected=FORMAT_VERSION,
                 got=self.format_version,
-                remedy="install the version of actcache that started it",
+                remedy="install the version of actcache that began it",
             )
 
     @property
     def training_shards(self) -> list[int]:
-        """Shards that are trained on and give the mean and variance of the loss.
+        """Numbers of the shards that are trained on, and give mean and variance.
 
-        With --follow, those of the first segment, so that later shards do not change the loss.
+        With --follow, those of the first segment: what comes later must not change the loss.
         """
         return [shard for shard, _ in self.plan.shards]
 
     @property
     def epochs(self) -> int | None:
-        """Epochs after which the run ends; None if --max-tokens gives its length."""
+        """Epochs after which it ends; None where its steps alone say it."""
         return self.options.epochs if self.options.max_tokens is None else None
 
 
 def write_run(root: Path, record: RunRecord) -> None:
-    """Write run.json atomically."""
+    """Lay down what the run is."""
     write_atomic(root / RUN, [to_json(record)])
 
 
 def read_run(root: Path) -> RunRecord:
-    """Read the record of the run in a folder.
+    """The record of the run in a folder.
 
     Raises:
-        RunError: the folder holds no run.
+        RunError: there is no run.
         FormatError: its record is damaged.
     """
     path = root / RUN
@@ -153,18 +202,20 @@ def _parse(obj: object, path: Path) -> RunRecord:
     assert isinstance(obj, dict)
     if all("options" in sae for sae in obj["saes"]):
         return record
-    # Records from before grids: every SAE has the options of the run.
+    # From before a run could have several SAEs of a hookpoint: they have the run's own options.
     saes = tuple(dataclasses.replace(sae, options=record.options.sae) for sae in record.saes)
     return dataclasses.replace(record, saes=saes)
 
 
 def absolute_cache(cache: str) -> str:
-    """Return a cache's path independent of the working directory; a URL is unchanged."""
-    return cache if is_url(cache) else str(Path(cache).resolve())
+    """Where a cache is, whatever the working directory."""
+    if is_url(cache):
+        return cache
+    return str(Path(cache).resolve())
 
 
 def receipts_digest(cache: Cache, training: list[int], held_out: list[int]) -> str:
-    """Return one digest over the receipts of all shards that a run uses.
+    """One digest over all shards that a run uses.
 
     Raises:
         CacheMismatchError: the cache no longer holds one of them.
@@ -172,22 +223,22 @@ def receipts_digest(cache: Cache, training: list[int], held_out: list[int]) -> s
     shards = [*training, *held_out]
     if missing := sorted(set(shards) - set(cache.shards)):
         raise CacheMismatchError(
-            f"{cache.root} no longer holds all shards of this run",
+            f"{cache.root} no longer holds all the shards of this run",
             expected=f"{len(shards)} shards",
             got=f"without {missing[:8]}",
-            remedy="harvest again: the same command restores them",
+            remedy="harvest them again: the same command restores them",
         )
     return cache.digest(shards)
 
 
 def check_same_cache(record: RunRecord, cache: Cache) -> None:
-    """Raise `CacheMismatchError` for another cache, or if the run's shards have changed."""
+    """Refuse another cache, or one whose shards have changed; raises `CacheMismatchError`."""
     if record.cache_id != cache.manifest.cache_id:
         raise CacheMismatchError(
             f"{cache.root} is not the cache of this run",
             expected=f"cache id {record.cache_id}",
             got=cache.manifest.cache_id,
-            remedy="give the path of this run's cache",
+            remedy="name the right folder",
         )
     digest = receipts_digest(cache, record.training_shards, list(record.held_out))
     if digest != record.receipts_digest:
@@ -195,15 +246,15 @@ def check_same_cache(record: RunRecord, cache: Cache) -> None:
             f"the shards of {cache.root} have changed since this run began",
             expected=f"receipts digest {record.receipts_digest}",
             got=digest,
-            remedy="restore the cache, or start another run",
+            remedy="restore the cache, or begin another run",
         )
 
 
 def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:
-    """Return the options that affect results and differ, described by field: old and new value."""
+    """Options that touch a run's results and are others now: both values in words, by field."""
     old, new = values_of(record.options), values_of(now)
     changed = {
-        name: f"{option(name)}: {old[name]!r} then, {new[name]!r} now"
+        name: f"{flag(name)}: {old[name]!r} then, {new[name]!r} now"
         for name in old
         if name not in FREE_ON_RESUME and old[name] != new[name]
     }
@@ -213,11 +264,11 @@ def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:
 
 
 def check_same_run(record: RunRecord, now: RunRecord) -> None:
-    """Raise `RunError` if options that affect a run's results have changed."""
+    """Refuse to go on with options that would give other results; raises `RunError`."""
     if changed := changed_options(record, now.options):
         raise RunError(
-            f"{now.options.out} was started with other options",
+            f"{now.options.out} was begun with other options",
             got="\n            ".join(changed.values()),
-            remedy="repeat the options of its start (run.json lists them), or choose another "
-            "--out; --force-config allows some changes, see --help",
+            remedy="repeat the options of its start (they stand in run.json), or choose another "
+            "--out; --force-config lets some of them through, see --help",
         )

@@ -326,7 +326,7 @@ def test_validation_without_rows_and_save_best_without_validation_raise_errors()
         FitConfig("c", "r", save_best=True)
     with pytest.raises(ConfigError, match=r"held out(.|\n)*--val-fraction above 0"):
         FitConfig("c", "r", val_every=5, val_fraction=0.0)
-    with pytest.raises(ConfigError, match="--val-rows is too small"):
+    with pytest.raises(ConfigError, match="--val-rows is out of range"):
         FitConfig("c", "r", val_every=5, val_rows=0)
 
 

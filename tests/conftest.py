@@ -1,7 +1,7 @@
-"""Builders that both suites share: synthetic caches, a tiny model with its tokenizer, prose,
+"""Fixtures shared by all tests: synthetic caches, a tiny model with its tokenizer, prose,
 digests of a folder.
 
-Nothing heavy is imported before a test asks for it.
+Heavy packages are imported only inside the fixtures that need them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CACHES = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep Hugging Face off the network, and out of the user's own folders."""
+    """Keep Hugging Face off the network, and out of the user's folders."""
     folder = tempfile.TemporaryDirectory(prefix="actcache-tests-", ignore_cleanup_errors=True)
     config.stash[CACHES] = folder
     os.environ |= {
@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
-        "SPARSIFY_DISABLE_TRITON": "1",  # it asks for it on a CPU, when it is imported
+        "SPARSIFY_DISABLE_TRITON": "1",  # needed on a CPU, at import
     }
 
 
@@ -46,7 +46,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def structured_rows(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
-    """Rows that a sparse autoencoder can learn: few of 24 directions each, a mean, some noise."""
+    """Return rows that an SAE can learn: few of 24 directions each, a mean, and noise."""
     name = [ord(c) for c in hookpoint]
     directions = np.random.RandomState([7, *name]).standard_normal((CODES, width))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -60,7 +60,7 @@ def structured_rows(hookpoint: str, shard: int, count: int, width: int) -> np.nd
 
 @pytest.fixture(scope="session")
 def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A factory of small caches, written as the harvest writes them but without a model."""
+    """Factory of small caches, written as a harvest writes them but without a model."""
 
     def make(
         path: Path | None = None,
@@ -194,7 +194,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def whole_text(tokens: np.ndarray) -> Any:
-    """Sequences without padding, each from a document of its own. tokens [S, C] int32"""
+    """Sequences without padding, each from its own document. tokens [S, C] int32"""
     from actcache.cache.writer import ShardText
 
     count, ctx_len = tokens.shape
@@ -203,7 +203,7 @@ def whole_text(tokens: np.ndarray) -> Any:
 
 
 def encode(rows: np.ndarray, dtype: str) -> Any:
-    """float32 rows as they lie on disk (bfloat16 by truncation, as uint16)."""
+    """Convert float32 rows to the bytes on disk (bfloat16 by truncation, as uint16)."""
     from actcache.storage import ROW_DTYPES, StoredRows
 
     if dtype == "bfloat16":
@@ -245,7 +245,7 @@ def prose_file(prose: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def make_tokenizer(prose: list[str]) -> Callable[..., Any]:
-    """A factory of byte-level BPE tokenizers, trained on the prose."""
+    """Factory of byte-level BPE tokenizers, trained on the prose."""
 
     def make(*, adds_bos: bool = True, bos: bool = True, eos: bool = True) -> Any:
         from tokenizers import ByteLevelBPETokenizer
@@ -274,7 +274,7 @@ def make_tokenizer(prose: list[str]) -> Callable[..., Any]:
 def make_model(
     make_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """A factory of tiny random Llamas on disk, each with a tokenizer."""
+    """Factory of tiny random Llamas on disk, each with a tokenizer."""
 
     def make(
         *,
@@ -320,7 +320,7 @@ def tiny_model(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, str]]:
-    """Digest of every file below a folder by its relative path, all but what is in logs/."""
+    """Return the digest of every file below a folder by relative path, without logs/."""
     from actcache.filesystem.atomic import digest_file
 
     def digests(root: str | Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The wheel, the arrows between packages, and what stands in the tree."""
+"""Contents of the wheel, and imports allowed between packages."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HOUSE = {"actcache": "actcache", "saetrain": "saetrain", "cli": "actcache_cli"}
-"""Folder to the name that it is installed and imported under."""
+"""Import name of each package folder."""
 
 MAY_IMPORT = {
     "actcache": {"actcache"},
@@ -22,7 +22,7 @@ MAY_IMPORT = {
 
 
 def imports_of(path):
-    """Full names of the modules that a file imports, relative ones left out."""
+    """Return full names of the modules that a file imports, without relative imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -35,7 +35,7 @@ def sources(folder):
 
 
 @pytest.mark.parametrize("folder", HOUSE)
-def test_imports_follow_the_arrows_of_the_design(folder):
+def test_packages_import_only_allowed_packages(folder):
     ours = {*HOUSE.values(), "cli"}
     for path in sources(folder):
         found = {name.partition(".")[0] for name in imports_of(path)} & ours
@@ -43,7 +43,7 @@ def test_imports_follow_the_arrows_of_the_design(folder):
 
 
 @pytest.mark.parametrize(
-    ("place", "allowed"),
+    ("path", "allowed"),
     [
         ("saetrain/kernels", {"torch", "triton", "saetrain.kernels"}),
         ("saetrain/model/activations", {"torch", "saetrain.kernels", "saetrain.model.activations"}),
@@ -53,16 +53,16 @@ def test_imports_follow_the_arrows_of_the_design(folder):
         ),
     ],
 )
-def test_kernels_and_sae_run_where_nothing_but_torch_is_installed(place, allowed):
-    files = [ROOT / place] if place.endswith(".py") else sources(place)
-    for path in files:
-        for name in imports_of(path):
+def test_kernels_and_sae_import_torch_only(path, allowed):
+    files = [ROOT / path] if path.endswith(".py") else sources(path)
+    for file in files:
+        for name in imports_of(file):
             known = name.partition(".")[0] in sys.stdlib_module_names
-            assert known or any(name == a or name.startswith(f"{a}.") for a in allowed), path
+            assert known or any(name == a or name.startswith(f"{a}.") for a in allowed), file
 
 
-def test_a_training_step_runs_where_nothing_but_torch_and_numpy_is_installed():
-    """As on a machine that is lent for a benchmark, from a plain checkout."""
+def test_a_training_step_needs_torch_and_numpy_only():
+    """Check a plain checkout on a machine without the other dependencies."""
     others = {"xxhash", "zarr", "safetensors", "transformers", "huggingface_hub", "typer", "tqdm"}
     program = f"""
 import sys
@@ -73,13 +73,13 @@ import saetrain.optim, saetrain.training.step
 
 
 @pytest.mark.parametrize("module", ["config", "format/manifest", "errors", "core/json_codec"])
-def test_what_help_needs_imports_the_standard_library_only(module):
+def test_modules_of_help_import_the_standard_library_only(module):
     for name in imports_of(ROOT / "actcache" / f"{module}.py"):
         top = name.partition(".")[0]
         assert top in sys.stdlib_module_names or top == "actcache"
 
 
-def test_the_wheel_holds_exactly_the_three_packages_and_their_data(tmp_path):
+def test_the_wheel_contains_exactly_the_three_packages_and_their_data(tmp_path):
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
     # A copy of the tree: the build leaves folders of its own behind.
     listed = subprocess.run(

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import SaeEntry
-from saetrain.runs.record import RunRecord
+from saetrain.runs.record import RunRecord, SaeEntry
 from saetrain.tracking import EDGES
 from saetrain.tracking.jsonl import METRICS, TIMINGS, read_lines
 

@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_grid.py"
 
 
-def test_the_benchmark_of_grids_prints_both_tables(tmp_path):
+def test_bench_grid_prints_both_tables(tmp_path):
     command = [sys.executable, str(SCRIPT), "--smoke", "--pairs", "3", "--work", str(tmp_path)]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)

@@ -1,4 +1,4 @@
-"""`benchmarks/bench_kernels.py` runs where there is no GPU; its times are not asserted."""
+"""`benchmarks/bench_kernels.py` runs without a GPU; its times are not asserted."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ def bench(monkeypatch):
     return module
 
 
-def test_the_benchmark_of_kernels_checks_every_side_and_prints_one_table_last():
+def test_bench_kernels_checks_every_side_and_prints_one_table_last():
     command = [sys.executable, str(FOLDER / "bench_kernels.py")]
     command += ["--smoke", "--rounds", "3", "--sizes", "1", "--device", "cpu"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -42,14 +42,14 @@ def test_the_benchmark_of_kernels_checks_every_side_and_prints_one_table_last():
     assert sum("whole step, adam" in row[2] and float(row[6]) > 0 for row in rows[2:]) == 2
 
 
-def test_a_side_that_computes_something_else_stops_the_benchmark(bench):
+def test_a_side_with_a_different_loss_stops_the_benchmark(bench):
     bench.check_losses({"ours": 1.0, "dense": 1.01})
     for other in (1.1, float("nan")):
         with pytest.raises(SystemExit, match="first loss of dense"):
             bench.check_losses({"ours": 1.0, "dense": other})
 
 
-def test_the_goals_are_told_as_met_or_missed(bench):
+def test_goals_are_reported_as_met_or_missed(bench):
     size = (8192, 4096, 131072, 64)
     problem = bench.Problem(size, *(torch.zeros(1) for _ in range(3)))
     times = {

@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_kinds.py"
 
 
-def test_the_benchmark_of_kinds_has_a_line_for_each_and_ends_in_its_table():
+def test_bench_kinds_prints_a_line_for_each_kind():
     command = [sys.executable, str(SCRIPT), "--smoke", "--pairs", "3"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)

@@ -1,4 +1,4 @@
-"""`benchmarks/bench_quality.py` trains every side, judges all alike, and goes on where it was."""
+"""`benchmarks/bench_quality.py` trains and evaluates every side, and resumes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def run(work: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=env)
 
 
-def test_the_benchmark_of_quality_tells_all_sides_and_trains_nothing_twice(tmp_path: Path) -> None:
+def test_bench_quality_prints_all_sides_and_trains_nothing_twice(tmp_path: Path) -> None:
     pytest.importorskip("sparsify", reason="the extra `peers` is not installed")
     pytest.importorskip("sae_lens", reason="the extra `peers` is not installed")
     first = run(tmp_path)
@@ -41,7 +41,7 @@ def test_the_benchmark_of_quality_tells_all_sides_and_trains_nothing_twice(tmp_p
     lost = next(iter(sorted(results)))
     (tmp_path / "results" / lost).unlink()
     second = run(tmp_path)
-    # Before it stands what sparsify says when it is imported.
+    # sparsify prints a message at import, before this.
     assert second.stdout.partition("synthetic")[2] == first.stdout.partition("synthetic")[2]
     assert re.findall(r"^(\S+): Figures", second.stderr, re.M) == [lost.removesuffix(".json")]
     assert (tmp_path / "results" / lost).read_text() == results[lost]

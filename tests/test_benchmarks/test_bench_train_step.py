@@ -1,4 +1,4 @@
-"""`benchmarks/bench_train_step.py` runs small, and where nothing is installed but torch."""
+"""`benchmarks/bench_train_step.py` runs at small size, and with torch as the only package."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ import torch
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_the_benchmark_of_the_step_compares_all_sides_and_prints_its_table_last():
+def test_bench_train_step_compares_all_sides_and_prints_its_table_last():
     command = [sys.executable, str(FOLDER / "bench_train_step.py")]
     command += ["--smoke", "--pairs", "3", "--sizes", "1", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -40,8 +40,8 @@ def bench(monkeypatch):
     return module
 
 
-def test_what_is_one_graph_is_recorded_before_it_is_timed(bench, monkeypatch):
-    """A CPU has none, so that this is about who is asked for what, and when."""
+def test_a_cuda_graph_is_captured_before_it_is_timed(bench, monkeypatch):
+    """Check the order of calls with a fake graph, as a CPU has no CUDA graphs."""
     import saetrain.training.cuda_graphs
 
     log, steps = [], 4

@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_trainer.py"
 
 
-def test_the_benchmark_of_the_trainer_has_a_line_for_each_optimiser(tmp_path):
+def test_bench_trainer_prints_a_line_for_each_optimiser(tmp_path):
     command = [sys.executable, str(SCRIPT), "--smoke", "--pairs", "3", "--work", str(tmp_path)]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)

@@ -1,4 +1,4 @@
-"""The list of SAEs and their names; company changes nothing in any of them."""
+"""SAEs of a grid: names, and equality with single runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Snapshot = Callable[[Path], dict[str, bytes]]
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing in the project may catch it."""
+    """Exception that the project must not catch, in place of a signal."""
 
 
 # --- the list, and its names ---------------------------------------------------------------------
@@ -41,7 +41,7 @@ def named(**values: Any) -> list[str]:
     return list(saes_at(vary(FitConfig("c", "r"), **values), "layers.0"))
 
 
-def test_a_grid_is_every_combination_and_the_last_option_varies_fastest() -> None:
+def test_a_grid_has_every_combination_and_the_last_option_varies_fastest() -> None:
     assert [(sae.k, sae.lr) for sae in grid(lr=(1e-3, 3e-4), k=(16, 32))] == [
         (16, 1e-3),
         (16, 3e-4),
@@ -51,7 +51,7 @@ def test_a_grid_is_every_combination_and_the_last_option_varies_fastest() -> Non
     assert grid(k=7) == (SaeOptions(k=7),)
 
 
-def test_names_say_what_varies_and_nothing_else() -> None:
+def test_names_contain_only_the_options_that_vary() -> None:
     assert named(k=(16, 32), lr=(1e-3, 3e-4), seed=(0, 1))[:3] == [
         "k16-lr1e-3-seed0",
         "k16-lr1e-3-seed1",
@@ -86,7 +86,7 @@ def test_every_option_of_an_sae_can_be_an_axis_and_is_in_the_name(axis: str) -> 
     assert all(name and "/" not in name for name in names)
 
 
-def test_numbers_in_names_are_short_and_no_two_alike() -> None:
+def test_numbers_in_names_are_short_and_distinct() -> None:
     assert [short_number(x) for x in (1e-3, 3e-4, 0.5, 2.5e-4, 0.01, 1.0, 0.0, 1e10, 12.5)] == [
         "1e-3",
         "3e-4",
@@ -104,7 +104,7 @@ def test_numbers_in_names_are_short_and_no_two_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"k": (32, 32)}, "--k needs distinct values"),
         ({"k": ()}, "--k needs distinct values"),
@@ -116,12 +116,12 @@ def test_numbers_in_names_are_short_and_no_two_alike() -> None:
     ],
     ids=str,
 )
-def test_a_grid_of_the_same_saes_is_refused(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_a_grid_with_equal_saes_is_rejected(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         grid(**values)
 
 
-def test_options_beside_a_list_of_saes_are_refused() -> None:
+def test_sae_options_beside_a_list_of_saes_are_rejected() -> None:
     with pytest.raises(ConfigError, match="saes and options of one SAE"):
         FitConfig("c", "r", k=7, saes=grid(lr=(1e-3, 3e-4)))
     config = FitConfig("c", "r", saes=grid(k=(7, 8), seed=(5, 6)))
@@ -159,10 +159,8 @@ def test_two_patterns_that_set_one_option_of_a_hookpoint_are_rejected(options: O
 AXES_OF_TEN = {"k": (3, 5), "lr": (0.01, 0.002), "optimizer": ("signum", "adam")}
 
 
-def test_a_grid_run_equals_the_single_runs_one_after_another(
-    options: Options, tmp_path: Path
-) -> None:
-    """Every SAE: its files, its state in the checkpoint, its figures in every line."""
+def test_a_grid_run_equals_the_single_runs(options: Options, tmp_path: Path) -> None:
+    """Compare each SAE's files, its checkpoint and its metrics in every line."""
     config = vary(options(num_latents=None), expansion_factor=(2, 4), seed=(1, 0), **AXES_OF_TEN)
     overrides = {"layers.1": HookpointOverride(k=4)}
     config = dataclasses.replace(config, hookpoints=overrides)
@@ -197,9 +195,7 @@ def test_a_grid_run_equals_the_single_runs_one_after_another(
             assert line["saes"][entry.name] == its_line["saes"][entry.hookpoint]
 
 
-def test_a_run_of_one_sae_is_as_it_was_and_the_first_seed_is_that_of_the_order(
-    options: Options, snapshot: Snapshot
-) -> None:
+def test_the_first_seed_is_that_of_the_order_of_rows(options: Options, snapshot: Snapshot) -> None:
     one, two = options(out=options().out + "1", seed=7), options(seed=7, data_seed=7)
     several = vary(options(out=options().out + "3"), seed=(7, 8))
     for config in (one, two, several):
@@ -214,7 +210,7 @@ def test_a_run_of_one_sae_is_as_it_was_and_the_first_seed_is_that_of_the_order(
 
 
 @pytest.mark.parametrize("stop_at", [1, 7, 11])
-def test_a_grid_that_was_stopped_and_resumed_equals_one_that_was_not(
+def test_a_resumed_grid_ends_in_the_same_bytes(
     options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     whole = vary(options(out=options().out + "-whole", save_every=5), **AXES_OF_TEN)
@@ -235,7 +231,7 @@ def test_a_grid_that_was_stopped_and_resumed_equals_one_that_was_not(
     assert snapshot(Path(whole.out)) == snapshot(Path(stopped.out))
 
 
-def test_another_grid_is_refused_on_resume_by_name(options: Options) -> None:
+def test_resuming_with_another_grid_is_rejected(options: Options) -> None:
     config = vary(options(resume=True), k=(3, 4), seed=(0, 1))
     fit(config)
     with pytest.raises(RunError, match=r"--k: \[3, 4\] then, \[3, 5\] now") as caught:
@@ -249,7 +245,7 @@ def test_another_grid_is_refused_on_resume_by_name(options: Options) -> None:
         fit(dataclasses.replace(config, hookpoints={"layers.0": HookpointOverride(k=2)}))
 
 
-def test_the_list_of_saes_is_in_run_json_and_those_of_before_grids_are_read(
+def test_run_json_lists_the_saes_and_older_files_without_the_list_are_read(
     options: Options,
 ) -> None:
     config = vary(options(optimizer="adam", auxk_alpha=0.5), k=(3, 4))
@@ -271,9 +267,7 @@ def test_the_list_of_saes_is_in_run_json_and_those_of_before_grids_are_read(
     assert (old.options.optimizer, old.options.auxk_alpha) == ("adam", 0.5)
 
 
-def test_sparsify_loads_the_grid_of_a_hookpoint_at_once(
-    options: Options, sparsify: ModuleType
-) -> None:
+def test_sparsify_loads_all_saes_of_a_hookpoint(options: Options, sparsify: ModuleType) -> None:
     config = vary(options(hookpoint=("layers.1",)), k=(3, 4))
     fit(config)
     loaded = sparsify.SparseCoder.load_many(f"{config.out}/layers.1", local=True)
@@ -314,9 +308,7 @@ def bytes_read(config: FitConfig, monkeypatch: pytest.MonkeyPatch) -> int:
     return sum(read)
 
 
-def test_many_saes_read_the_bytes_of_one_pass(
-    options: Options, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_saes_read_the_rows_once(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     one = options(verify="never", out=options().out + "1")
     many = vary(options(verify="never"), k=(3, 4, 5, 6), seed=(0, 1))
     once = 3 * 128 * 2 * 16 * 4  # rows of the training shards at two hookpoints
@@ -325,7 +317,7 @@ def test_many_saes_read_the_bytes_of_one_pass(
 
 
 class Conversions(TorchDispatchMode):
-    """Counts copies of batches to another type or device."""
+    """Count copies of batches to another dtype or device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -338,7 +330,7 @@ class Conversions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2, 3)])
-def test_rows_go_to_the_device_once_for_each_batch_and_hookpoint(
+def test_rows_are_copied_to_the_device_once_per_batch_and_hookpoint(
     make_cache: Callable[..., Path],
     options: Options,
     monkeypatch: pytest.MonkeyPatch,
@@ -357,7 +349,7 @@ def test_rows_go_to_the_device_once_for_each_batch_and_hookpoint(
     assert counts == [2] * 12
 
 
-def test_recipes_of_a_grid_are_each_saes_own(options: Options) -> None:
+def test_each_sae_of_a_grid_has_its_own_recipe(options: Options) -> None:
     axes = {"decoder_norm": ("unit", "fold", "free"), "k_anneal_steps": (0, 6)}
     config = vary(options(optimizer="adam", hookpoint=("layers.1",), grad_acc_steps=2), **axes)
     fit(config)

@@ -106,7 +106,10 @@ INVALID_RUNS = [
     ({"activation": "relu", "sparsity": -0.1}, "--sparsity is out of range"),
     ({"activation": "relu", "threshold": 0.1}, "--threshold needs --activation jumprelu"),
     ({"bandwidth": 0.1}, "--bandwidth needs --activation jumprelu"),
-    ({"activation": "relu", "sparsity_warmup_steps": -1}, "--sparsity-warmup-steps is out of range"),
+    (
+        {"activation": "relu", "sparsity_warmup_steps": -1},
+        "--sparsity-warmup-steps is out of range",
+    ),
     ({"skip_connection": True}, r"copy its input(.|\n)*add --transcode"),
     ({"crosscode": True, "transcode": True}, "mutually exclusive"),
     ({"activation": "relu", "k_anneal_steps": 5}, r"has no k(.|\n)*topk \| batchtopk"),

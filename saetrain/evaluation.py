@@ -17,12 +17,13 @@ from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MANIFEST
 from saetrain.config.sae import PENALISED
+from saetrain.config.sae_options import SaeEntry
 from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
 from saetrain.kernels.sums import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
 from saetrain.runs.checkpoint import SaeState, best_folder, newest_state
-from saetrain.runs.record import RunRecord, SaeEntry, check_same_cache, read_run
+from saetrain.runs.record import RunRecord, check_same_cache, read_run
 from saetrain.runs.segments import has_ended, held_out_shards, read_used
 from saetrain.tracking.jsonl import METRICS, TIMINGS, last_line, number_of, sae_metrics
 from saetrain.training.metrics import fired

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from actcache.core.options import MAIN, option
 from actcache.errors import ConfigError
-from saetrain.config.sae import ANNEALED, PENALISED, ActivationName, flag, require_range
+from saetrain.config.sae import ANNEALED, PENALISED, ActivationName, SaeConfig, flag, require_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +158,53 @@ LrSchedule = Literal["constant", "linear", "cosine", "stable-then-decay"]
 DecoderNorm = Literal["unit", "fold", "free"]
 InputScale = Literal["none", "rms", "unit"]
 BDecInit = Literal["mean", "geometric-median", "zeros"]
+
+
+@dataclass(frozen=True)
+class SaeEntry:
+    """One SAE of a run."""
+
+    hookpoint: str
+    """Hookpoint it is trained on; of a crosscoder, its name."""
+    config: SaeConfig
+    """Its sizes."""
+    lr: float
+    """Its peak learning rate."""
+    seed: int
+    """Seed of its weights."""
+    setting: str = ""
+    """What tells it from the run's other SAEs of its hookpoint, such as k32-lr1e-3; empty where
+    there are no others."""
+    options: SaeOptions = field(default_factory=SaeOptions)
+    """Its options, as given."""
+    reads: tuple[str, ...] = ()
+    """Hookpoints whose rows it reads, side by side; none: the one it is called after."""
+    predicts: tuple[str, ...] = ()
+    """Hookpoints whose rows it predicts; none: those it reads."""
+    scales: tuple[float, ...] = ()
+    """With --input-scale, what the rows of each of its hookpoints are multiplied by in training."""
+    encoder_scale: float = 1.0
+    """What its encoder's weights were multiplied by at the start."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Hookpoints it reads."""
+        return self.reads or (self.hookpoint,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Hookpoints it predicts."""
+        return self.predicts or self.sources
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Hookpoints whose rows it is given, in order."""
+        return (*self.sources, *self.predicts)
+
+    @property
+    def name(self) -> str:
+        """Its name in the run, and its folder: HOOKPOINT, or HOOKPOINT/SETTING."""
+        return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
 
 
 def require_options(options: SaeOptions) -> None:

@@ -22,6 +22,7 @@ from actcache.errors import ConfigError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import lanes_of_rank
 from saetrain.config.fit_config import FitConfig
+from saetrain.config.sae_options import SaeEntry
 from saetrain.distributed.metric_gathering import (
     GatheringTracker,
     NullTracker,
@@ -38,7 +39,7 @@ from saetrain.distributed.signals import (
     exit_code_of,
 )
 from saetrain.runs.checkpoint import NEWEST, RetentionPolicy, SaeState, finalize_checkpoint
-from saetrain.runs.record import RunRecord, SaeEntry
+from saetrain.runs.record import RunRecord
 from saetrain.tracking.jsonl import JsonlTracker
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from actcache.errors import ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, digest_file
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae_options import SaeEntry, SaeOptions
 from saetrain.formats.sparsify import (
     CONFIG,
     WEIGHTS,
@@ -29,7 +29,7 @@ from saetrain.formats.sparsify import (
     read_sae_config,
 )
 from saetrain.model.sae import Sae
-from saetrain.runs.record import PretrainedSource, SaeEntry
+from saetrain.runs.record import PretrainedSource
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 

@@ -19,7 +19,7 @@ from actcache.stream.segments import Segmentation, default_shards_each, goal_row
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import require_overrides_used, saes_at
 from saetrain.config.sae import PENALISED, SaeConfig
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae_options import SaeEntry, SaeOptions
 from saetrain.launch.finetune import PretrainedSaes
 from saetrain.model.hookpoint_io import HookpointRoles, assign_hookpoints, hookpoints_of
 from saetrain.optim import default_lr
@@ -28,7 +28,6 @@ from saetrain.runs.overrides import apply_overrides, with_history_entry
 from saetrain.runs.record import (
     FORMAT_VERSION,
     RunRecord,
-    SaeEntry,
     absolute_cache,
     changed_options,
     check_same_cache,

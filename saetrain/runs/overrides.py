@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from actcache.core.options import names_on_resume
 from actcache.errors import RunError
 from saetrain.config.fit_config import FitConfig
-from saetrain.runs.record import OptionChange, RunRecord, SaeEntry
+from saetrain.config.sae_options import SaeEntry
+from saetrain.runs.record import OptionChange, RunRecord
 
 OVERRIDABLE = frozenset(names_on_resume(FitConfig, "forced"))
 """Fields of the options that --force-config lets change. Of hookpoints, only lr: a changed k or

@@ -7,7 +7,7 @@ with options that `--force-config` lets through; `history` then says since when.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
@@ -19,8 +19,8 @@ from actcache.filesystem.paths import is_url
 from actcache.stream.order import OrderPlan
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import values_of
-from saetrain.config.sae import SaeConfig, flag
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae import flag
+from saetrain.config.sae_options import SaeEntry
 
 RUN = "run.json"
 LOCK = Path("fit.lock")
@@ -29,53 +29,6 @@ FORMAT_VERSION = 1
 
 FREE_ON_RESUME = frozenset(names_on_resume(FitConfig, "free"))
 """Options that may change between a run and its resumption: they do not affect its results."""
-
-
-@dataclass(frozen=True)
-class SaeEntry:
-    """One SAE of a run."""
-
-    hookpoint: str
-    """Hookpoint it is trained on; of a crosscoder, its name."""
-    config: SaeConfig
-    """Its sizes."""
-    lr: float
-    """Its peak learning rate."""
-    seed: int
-    """Seed of its weights."""
-    setting: str = ""
-    """What tells it from the run's other SAEs of its hookpoint, such as k32-lr1e-3; empty where
-    there are no others."""
-    options: SaeOptions = field(default_factory=SaeOptions)
-    """Its options, as given."""
-    reads: tuple[str, ...] = ()
-    """Hookpoints whose rows it reads, side by side; none: the one it is called after."""
-    predicts: tuple[str, ...] = ()
-    """Hookpoints whose rows it predicts; none: those it reads."""
-    scales: tuple[float, ...] = ()
-    """With --input-scale, what the rows of each of its hookpoints are multiplied by in training."""
-    encoder_scale: float = 1.0
-    """What its encoder's weights were multiplied by at the start."""
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Hookpoints it reads."""
-        return self.reads or (self.hookpoint,)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Hookpoints it predicts."""
-        return self.predicts or self.sources
-
-    @property
-    def hookpoints(self) -> tuple[str, ...]:
-        """Hookpoints whose rows it is given, in order."""
-        return (*self.sources, *self.predicts)
-
-    @property
-    def name(self) -> str:
-        """Its name in the run, and its folder: HOOKPOINT, or HOOKPOINT/SETTING."""
-        return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
 
 
 @dataclass(frozen=True)

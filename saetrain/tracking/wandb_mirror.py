@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from saetrain.config.fit_config import FitConfig
-from saetrain.runs.record import RunRecord, SaeEntry
+from saetrain.config.sae_options import SaeEntry
+from saetrain.runs.record import RunRecord
 from saetrain.tracking import EDGES
 from saetrain.tracking.jsonl import METRICS, TIMINGS, read_lines
 

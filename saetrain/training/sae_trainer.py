@@ -25,8 +25,8 @@ from saetrain.training.metrics import (
 from saetrain.training.step_settings import StepSettings
 
 if TYPE_CHECKING:
+    from saetrain.config.sae_options import SaeEntry
     from saetrain.runs.checkpoint import Best
-    from saetrain.runs.record import SaeEntry
 
 
 V = TypeVar("V")

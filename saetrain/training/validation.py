@@ -18,10 +18,10 @@ from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, RunError
 from actcache.stream.order import Span
 from actcache.stream.verified_reads import VerifiedReader, Verify
+from saetrain.config.sae_options import SaeEntry
 from saetrain.kernels.sums import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
-from saetrain.runs.record import SaeEntry
 from saetrain.training.checkpointing import save_best
 from saetrain.training.non_finite import require_finite_loss
 from saetrain.training.sae_trainer import SaeTrainer

@@ -81,9 +81,9 @@ def make_trainee() -> Callable[..., Any]:
     import torch
 
     from saetrain.config.sae import SaeConfig
+    from saetrain.config.sae_options import SaeEntry
     from saetrain.model.sae import Sae
     from saetrain.optim import make_optimizer
-    from saetrain.runs.record import SaeEntry
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
     from saetrain.training.sae_trainer import SaeTrainer
     from saetrain.training.step_settings import StepSettings

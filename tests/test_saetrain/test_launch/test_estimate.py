@@ -16,14 +16,14 @@ from actcache.errors import ActcacheError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import OptimizerName, SaeOptions
+from saetrain.config.sae_options import OptimizerName, SaeEntry, SaeOptions
 from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.launch.estimate import FLOAT, estimate_fit, estimate_sae, parameter_shapes, step_bytes
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
 from saetrain.model.losses import FVU_ONLY, make_loss_config
 from saetrain.optim import default_lr, make_optimizer
-from saetrain.runs.record import SaeEntry, read_run
+from saetrain.runs.record import read_run
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import accumulate_gradient, train_step

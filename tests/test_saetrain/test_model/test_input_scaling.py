@@ -17,11 +17,12 @@ from torch.func import functional_call
 from actcache.cache.reader import Cache
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
+from saetrain.config.sae_options import SaeEntry
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
 from saetrain.model.input_scaling import input_scaling, scale_of
-from saetrain.runs.record import SaeEntry, read_run
+from saetrain.runs.record import read_run
 from saetrain.tracking.jsonl import METRICS
 
 Options = Callable[..., FitConfig]

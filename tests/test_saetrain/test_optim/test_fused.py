@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saetrain.config.sae import SaeConfig
+from saetrain.config.sae_options import SaeEntry
 from saetrain.kernels.on_torch import update
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
@@ -17,7 +18,6 @@ from saetrain.optim.adam import Adam
 from saetrain.optim.fused import FusedOptimizer
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.signum import Signum
-from saetrain.runs.record import SaeEntry
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step

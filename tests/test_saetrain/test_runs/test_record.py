@@ -15,11 +15,10 @@ from actcache.cache.reader import Cache
 from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.stream.order import OrderPlan
 from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import HookpointOverride, SaeOptions
+from saetrain.config.sae_options import HookpointOverride, SaeEntry, SaeOptions
 from saetrain.runs.record import (
     RUN,
     RunRecord,
-    SaeEntry,
     check_same_cache,
     check_same_run,
     read_run,

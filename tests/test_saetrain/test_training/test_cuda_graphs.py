@@ -24,14 +24,14 @@ import saetrain.training.cuda_graphs
 from actcache.errors import ConfigError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae_options import SaeEntry, SaeOptions
 from saetrain.kernels import backends, matmul
 from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
 from saetrain.optim import Schedule, make_optimizer
-from saetrain.runs.record import SaeEntry, read_run
+from saetrain.runs.record import read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from saetrain.config.sae import SaeConfig
+from saetrain.config.sae_options import SaeEntry
 from saetrain.model.activations import BatchTopK, JumpRelu, Latents
 from saetrain.model.decoder_norm import fold, folded_losses
 from saetrain.model.factory import build_sae
 from saetrain.model.losses import LossConfig, OutputSlice, compute_losses, make_loss_config
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
-from saetrain.runs.record import SaeEntry
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import accumulate_gradient, train_step

@@ -24,6 +24,7 @@ from actcache.errors import RunError
 from actcache.stream.order import batch_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, SaeConfig
+from saetrain.config.sae_options import SaeEntry
 from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
@@ -31,7 +32,7 @@ from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.runs.checkpoint import load_checkpoint
-from saetrain.runs.record import SaeEntry, read_run
+from saetrain.runs.record import read_run
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.non_finite import ROWS, NonFiniteError
 from saetrain.training.sae_trainer import SaeTrainer

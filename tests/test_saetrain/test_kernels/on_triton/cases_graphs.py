@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae_options import SaeEntry, SaeOptions
 from saetrain.kernels import backends as paths
 from saetrain.kernels import matmul as product
 from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
 from saetrain.optim import Schedule, make_optimizer
-from saetrain.runs.record import SaeEntry
 from saetrain.training.cuda_graphs import CudaGraphs, GraphedSteps
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from saetrain.config.sae import SaeConfig
+from saetrain.config.sae_options import SaeEntry
 from saetrain.kernels.bf16_copy import bf16_copy_of
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
-from saetrain.runs.record import SaeEntry
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step

@@ -191,7 +191,7 @@ def measure(
         def alone() -> None:
             for step in range(sizes.block):
                 for trainer in trainers:
-                    train_step(trainer, ready, step, trainer.entry.options.auxk_alpha)
+                    train_step(trainer, ready, step)
 
         for pair in range(-1, pairs):  # the first one warms up
             took = {}

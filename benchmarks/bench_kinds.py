@@ -115,14 +115,14 @@ def maker(
         MeanMeter(x.device, loss_config.names),
         float((x - x.mean(0)).pow(2).sum() / len(x)),
         loss_config,
-        StepSettings(compile=compiled),
+        StepSettings(compile=compiled, auxk_alpha=1 / 32),
     )
 
     def step(number: int) -> None:
         if dead:
             dead_tracker.rows_since.zero_()
             dead_tracker.rows_since[:dead] = 1
-        train_step(trainer, x, number, 1 / 32)
+        train_step(trainer, x, number)
 
     return step
 

@@ -14,7 +14,7 @@ import checkout  # noqa: F401  saetrain, from a plain checkout too
 import torch
 from timing import milliseconds
 
-from saetrain.kernels.matmul import Product
+from saetrain.kernels.dense import Product
 
 OptimizerName = Literal["signum", "adam"]
 STAGES = ("encoder + selection", "decode", "backward", "update")

@@ -97,7 +97,7 @@ def ours(
     """Our step. b_dec begins at `mean` [D]; the loss divides by `variance`."""
     trainer = _trainee(setting, mean, variance, autocast, sae_type)
     # AuxK as by default; no latent is dead before 10 million rows.
-    return lambda x, step: train_step(trainer, x, step, 1 / 32), lambda: _exported(trainer)
+    return lambda x, step: train_step(trainer, x, step), lambda: _exported(trainer)
 
 
 def ours_together(
@@ -145,7 +145,7 @@ def _trainee(
         DeadLatentTracker(s.num_latents, 10_000_000, s.device),
         MeanMeter(s.device),
         variance,
-        settings=StepSettings(autocast=autocast),
+        settings=StepSettings(autocast=autocast, auxk_alpha=1 / 32),
     )
 
 

@@ -19,7 +19,7 @@ from actcache.format.manifest import MANIFEST
 from saetrain.config.sae import PENALISED
 from saetrain.config.sae_options import SaeEntry
 from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
-from saetrain.kernels.sums import total
+from saetrain.kernels import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
 from saetrain.runs.checkpoint import SaeState, best_folder, newest_state

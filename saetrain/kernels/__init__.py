@@ -1,11 +1,12 @@
-"""Sparse encoder and decoder of a TopK autoencoder; needs torch alone, and triton on CUDA.
+"""Sparse and dense encoders, decoders and weight updates of an SAE, with their gradients.
 
-See README.md beside this file for what is computed, and how accurately.
+`reference`, `on_torch` and `on_triton` are three backends with the same functions; `backends`
+selects one by the tensor's device. This package needs torch alone, and triton on CUDA. README.md
+beside this file states the formulas and how accurate the results are.
 """
 
 from saetrain.kernels.autoencode import Autoencoded, WeightRows, autoencode
-from saetrain.kernels.backends import select_backend
-from saetrain.kernels.bf16_copy import keep_bf16_copy
+from saetrain.kernels.backends import backend_of, select_backend, total
 from saetrain.kernels.decode import sparse_decode
 from saetrain.kernels.dense import dense_decode, dense_encode
 from saetrain.kernels.encode import (
@@ -16,20 +17,28 @@ from saetrain.kernels.encode import (
     topk_selector,
 )
 from saetrain.kernels.grad_memory import release_gradient
+from saetrain.kernels.on_torch.update import normalise_rows_, project_
 from saetrain.kernels.prefix_groups import PrefixGroups, Selector
-from saetrain.kernels.reference import adam_numbers
 from saetrain.kernels.selection import batch_topk, group_max, topk
-from saetrain.kernels.update import adam_update_, normalise_rows_, project_, signum_update_
+from saetrain.kernels.update import (
+    UpdateOptions,
+    adam_numbers,
+    adam_update_,
+    keep_bf16_copy,
+    signum_update_,
+)
 
 __all__ = [
     "Autoencoded",
     "Encoded",
     "PrefixGroups",
     "Selector",
+    "UpdateOptions",
     "WeightRows",
     "adam_numbers",
     "adam_update_",
     "autoencode",
+    "backend_of",
     "batch_topk",
     "dense_decode",
     "dense_encode",
@@ -46,4 +55,5 @@ __all__ = [
     "sparse_encode_by",
     "topk",
     "topk_selector",
+    "total",
 ]

@@ -1,11 +1,11 @@
-"""Encoder and decoder as one, so that one backward pass forms both weights' gradients together.
+"""Encoder and decoder in one function, so that one backward pass forms both weights' gradients.
 
-Apart, the encoder and the decoder each write a gradient, every reconstruction that is trained on
-adds a dense one of W_dec, and every use of some rows of a weight (AuxK) a dense one of that.
-Here whatever is made of the weights comes from one function, and is added before it is dense.
+In two functions, the encoder and the decoder each write a gradient, every reconstruction that is
+trained on adds a dense one of W_dec, and every use of some rows of a weight (AuxK) adds a dense one
+of that. Here all results come from one function, and gradients are added before they are dense.
 
-Letters: N tokens, D d_in, E width of the output, M num_latents, K slots, P pieces, A rows. Derived
-in README.md. A second derivative is not defined, and asking for one raises.
+Letters: N tokens, D d_in, E width of the output, M num_latents, K slots, P groups, A rows. Derived
+in README.md. A second derivative is not defined, and requesting one raises.
 """
 
 from typing import Any, NamedTuple
@@ -16,21 +16,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
-from saetrain.kernels.backends import backend_module, select_backend
-from saetrain.kernels.encode import (
-    centred,
-    check_encode,
-    check_vector,
-    gradient_of_subtracted,
-    select_acts,
-    through_relu,
-)
+from saetrain.kernels.backends import Primitives, backend_of
+from saetrain.kernels.dense import centred, check_encode, check_vector, gradient_of_subtracted
 from saetrain.kernels.prefix_groups import PrefixGroups, Selector
 from saetrain.kernels.sorted_pairs import SharedSortedPairs
 
 
 class WeightRows(NamedTuple):
-    """Of some latents, what belongs to them.
+    """The weights of some latents.
 
     Attributes:
         W_enc: [A, D].
@@ -44,13 +37,13 @@ class WeightRows(NamedTuple):
 
 
 class Autoencoded(NamedTuple):
-    """What `autoencode` gives.
+    """The results of `autoencode`.
 
     Attributes:
         reconstructions: P of them, [N, E]; the last is that of all pairs.
-        top_acts: [N, K], at least zero; with pieces, in their order.
+        top_acts: [N, K], at least zero; with groups, in their order.
         top_indices: [N, K] int64, the latents they belong to.
-        rows: of the weights, if they were asked for.
+        rows: the requested rows of the weights, if any.
     """
 
     reconstructions: tuple[Tensor, ...]
@@ -71,7 +64,7 @@ def autoencode(
     prefix_groups: PrefixGroups | None = None,
     rows: Tensor | None = None,
 ) -> Autoencoded:
-    """Encode, and decode what was selected: all of it, and the first pieces alone.
+    """Encode, and decode the selected latents: all of them, and each prefix of the groups.
 
     The product, the selection and all types are as in `sparse_encode` and `sparse_decode`.
 
@@ -79,49 +72,38 @@ def autoencode(
         x: [N, D], cast to the dtype of W_enc.
         W_enc: [M, D].
         b_enc: [M].
-        subtracted: from x, [D]; None: nothing (a transcoder's input has another mean).
+        subtracted: subtracted from x, [D]; None: nothing (a transcoder's input has another mean).
         W_dec: [M, E], in the dtype of W_enc.
         b_dec: [E].
-        selector: selects; `topk_selector` or `selector`.
-        prefix_groups: split the pairs: reconstruction j is made of pieces 0 to j. None: one.
-        rows: latents whose weights are wanted besides, [A] int64, none twice. Gradients of these
-            rows join the weights' own; `W_enc[rows]` would add a dense gradient of its own.
+        selector: from `topk_selector` or `make_selector`.
+        prefix_groups: split of the pairs: reconstruction j sums groups 0 to j. None: one group.
+        rows: latents whose weights are returned too, [A] int64, none twice. Gradients of these
+            rows are added to the weights' own; `W_enc[rows]` would add a dense gradient.
 
     Returns:
         Differentiable once with respect to x and all weights, through reconstructions, rows, and
         positive top_acts.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit, or what `selector` says.
+        ValueError: the shapes or dtypes do not fit, or the selector refuses them.
     """
     _check(x, W_enc, b_enc, subtracted, W_dec, b_dec)
-    dtype, path = W_enc.dtype, select_backend(W_enc)
+    dtype, ops = W_enc.dtype, backend_of(W_enc)
     x, b_enc, b_dec = x.to(dtype), b_enc.to(dtype), b_dec.to(dtype)
     subtracted = None if subtracted is None else subtracted.to(dtype)
     if prefix_groups is not None:
         selector = prefix_groups.grouped(selector)
-    if path == "reference":
+    if ops is reference:
         acts, indices, outs = reference.autoencode(
-            x, W_enc, b_enc, subtracted, W_dec, b_dec, selector, prefix_groups
+            x, W_enc, b_enc, subtracted, W_dec, b_dec, selector, prefix_groups, ops
         )
         found = None if rows is None else WeightRows(W_enc[rows], b_enc[rows], W_dec[rows])
         return Autoencoded(outs, acts, indices, found)
     shared: list[SharedSortedPairs] = []
     # b_dec may be what is subtracted, too: its two gradients are added in this order.
-    inputs = (
-        x,
-        W_enc,
-        b_enc,
-        W_dec,
-        b_dec,
-        subtracted,
-        rows,
-        selector,
-        prefix_groups,
-        shared,
-        path,
-    )
-    acts, indices, *others = _Autoencode.apply(*inputs)  # type: ignore[no-untyped-call]
+    inputs = (x, W_enc, b_enc, W_dec, b_dec, subtracted)
+    how = (rows, selector, prefix_groups, shared, ops)
+    acts, indices, *others = _Autoencode.apply(*inputs, *how)  # type: ignore[no-untyped-call]
     shared[0].attach_to(indices)
     P = 1 if prefix_groups is None else prefix_groups.number
     found = None if rows is None else WeightRows(*others[P:])
@@ -142,24 +124,23 @@ class _Autoencode(Function):
         selector: Selector,
         prefix_groups: PrefixGroups | None,
         shared: list[SharedSortedPairs],
-        path: str,
+        ops: Primitives,
     ) -> tuple[Tensor, ...]:
-        acts, indices = select_acts(x, W_enc, b_enc, subtracted, selector)  # [N, K]
+        values, indices = selector(centred(x, subtracted), W_enc, b_enc, ops)  # [N, K]
+        acts = torch.relu(values).to(W_enc.dtype)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, subtracted, W_dec, acts, indices, rows)
-        ctx.pairs, ctx.path = SharedSortedPairs(indices, len(W_enc)), path
+        ctx.ops = ops
         ctx.bags = None if prefix_groups is None else prefix_groups.bags(indices)
         ctx.number = 1 if prefix_groups is None else prefix_groups.number
-        shared.append(ctx.pairs)
-        out = backend_module(path).gather_sum(acts, indices, W_dec, bags=ctx.bags)  # [N * P, E]
-        outs = (
-            [out.add_(b_dec)]
-            if prefix_groups is None
-            else _running_sums(out, prefix_groups.number, b_dec)
-        )
+        out = ops.gather_sum(acts, indices, W_dec, bags=ctx.bags)  # [N * P, E]
+        outs = [out.add_(b_dec)] if ctx.number == 1 else _running_sums(out, ctx.number, b_dec)
         if rows is not None:
-            outs += [weight.index_select(0, rows) for weight in (W_enc, b_enc, W_dec)]
+            outs += W_enc.index_select(0, rows), b_enc.index_select(0, rows)
+            outs.append(W_dec.index_select(0, rows))
+        ctx.pairs = SharedSortedPairs(indices, len(W_enc))
+        shared.append(ctx.pairs)
         return acts, indices, *outs
 
     @staticmethod
@@ -169,16 +150,16 @@ class _Autoencode(Function):
     ) -> tuple[Tensor | None, ...]:
         x, W_enc, subtracted, W_dec, acts, indices, rows = ctx.saved_tensors
         need_x, need_W_enc, need_b_enc, need_W_dec, need_b_dec, need_sub, *_ = ctx.needs_input_grad
-        ops, bags, M = backend_module(ctx.path), ctx.bags, len(W_enc)
-        dY = _of_pieces(gradients[: ctx.number])  # [N * P, E]
+        ops, bags, M = ctx.ops, ctx.bags, len(W_enc)
+        dY = _gradient_of_bags(gradients[: ctx.number])  # [N * P, E]
+        x = centred(x, subtracted)
         reached = dY is not None or d_acts is not None
         of_latents = need_W_enc or need_b_enc or need_sub or need_W_dec
         pairs = ctx.pairs.get() if reached and of_latents else None
         if dY is not None and (need_x or need_W_enc or need_b_enc or need_sub):
-            in_order = (pairs,) if ctx.path == "torch" and pairs is not None else ()  # gains by it
-            of_outs = ops.gather_dot(dY, indices, W_dec, *in_order, bags=bags)  # [N, K]
+            of_outs = ops.gather_dot(dY, indices, W_dec, pairs, bags)  # [N, K]
             d_acts = of_outs if d_acts is None else d_acts + of_outs
-        g = None if d_acts is None else through_relu(d_acts, acts)  # [N, K]
+        g = None if d_acts is None else d_acts.masked_fill(acts <= 0, 0)  # [N, K]
 
         dx = dW_enc = db_enc = d_sub = dW_dec = db_dec = None
         if need_x and g is not None:
@@ -186,39 +167,38 @@ class _Autoencode(Function):
         if need_b_dec and dY is not None:
             db_dec = dY.view(len(x), ctx.number, W_dec.shape[1])[:, 0].sum(dim=0)  # [E]
         if need_W_enc and need_W_dec and dY is not None and g is not None:
-            read = centred(x, subtracted)
-            of_weights = ops.weight_gradients(acts, dY, g, read, indices, M, pairs, bags=bags)
+            of_weights = ops.weight_gradients(acts, dY, g, x, indices, M, pairs, bags=bags)
             dW_dec, dW_enc, db_enc = of_weights  # [M, E], [M, D], [M]
         else:
             if need_W_dec and dY is not None:
                 dW_dec = ops.scatter_outer(acts, indices, dY, M, pairs, bags)
             if need_W_enc and g is not None:
-                dW_enc = ops.scatter_outer(g, indices, centred(x, subtracted), M, pairs)
+                dW_enc = ops.scatter_outer(g, indices, x, M, pairs)
             if (need_b_enc or need_sub) and g is not None:
                 db_enc = ops.scatter_sum(g, indices, M, pairs)
         if need_sub and db_enc is not None:
             d_sub = gradient_of_subtracted(db_enc, W_enc)  # [D]
         if rows is not None:
-            d_rows = WeightRows(*gradients[ctx.number :])  # type: ignore[arg-type]
-            dW_enc = _joined(dW_enc, rows, d_rows.W_enc if need_W_enc else None, M)
-            db_enc = _joined(db_enc, rows, d_rows.b_enc if need_b_enc else None, M)
-            dW_dec = _joined(dW_dec, rows, d_rows.W_dec if need_W_dec else None, M)
+            of_W_enc, of_b_enc, of_W_dec = gradients[ctx.number :]
+            dW_enc = _add_rows(dW_enc, rows, of_W_enc if need_W_enc else None, M)
+            db_enc = _add_rows(db_enc, rows, of_b_enc if need_b_enc else None, M)
+            dW_dec = _add_rows(dW_dec, rows, of_W_dec if need_W_dec else None, M)
         return dx, dW_enc, db_enc if need_b_enc else None, dW_dec, db_dec, d_sub, *(None,) * 5
 
 
 def _running_sums(out: Tensor, number: int, b_dec: Tensor) -> list[Tensor]:
-    """Reconstructions [N, E] from the sums over bags, [N * P, E]."""
+    """Compute the reconstructions [N, E] from the sums over bags, [N * P, E]."""
     so_far, sums = b_dec, []
-    for piece in out.view(len(out) // number, number, len(b_dec)).unbind(1):
-        so_far = so_far + piece
+    for of_group in out.view(len(out) // number, number, len(b_dec)).unbind(1):
+        so_far = so_far + of_group
         sums.append(so_far)
     return sums
 
 
-def _of_pieces(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
-    """Gradient of the sum over each bag, [N * P, E].
+def _gradient_of_bags(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Compute the gradient of the sum over each bag, [N * P, E].
 
-    Piece i is in reconstructions i to P - 1, and has the sum of their gradients.
+    Group i is in reconstructions i to P - 1, so its gradient is the sum of theirs.
     """
     if len(gradients) == 1:
         return gradients[0]
@@ -228,15 +208,17 @@ def _of_pieces(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
     N, E = like.shape
     dY = torch.empty(N, len(gradients), E, dtype=like.dtype, device=like.device)
     so_far = torch.zeros_like(like)
-    for piece in reversed(range(len(gradients))):
-        if (gradient := gradients[piece]) is not None:
+    for group in reversed(range(len(gradients))):
+        if (gradient := gradients[group]) is not None:
             so_far = so_far + gradient
-        dY[:, piece] = so_far
+        dY[:, group] = so_far
     return dY.flatten(0, 1)
 
 
-def _joined(gradient: Tensor | None, rows: Tensor, of_rows: Tensor | None, M: int) -> Tensor | None:
-    """A weight's gradient and that of some of its rows; each is added to once, in place."""
+def _add_rows(
+    gradient: Tensor | None, rows: Tensor, of_rows: Tensor | None, M: int
+) -> Tensor | None:
+    """Add the gradient of some rows to the weight's gradient, in place."""
     if of_rows is None:
         return gradient
     if gradient is None:

@@ -1,4 +1,4 @@
-"""Which implementation serves a tensor: chosen at call time, by its device."""
+"""The backend that serves a tensor, selected at call time, and what depends on the device alone."""
 
 import os
 from functools import cache
@@ -9,19 +9,21 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from saetrain.kernels.prefix_groups import Bags
-from saetrain.kernels.sorted_pairs import SortedPairs
+from saetrain.kernels.sorted_pairs import Bags, SortedPairs
 
 VARIABLE = "SAETRAIN_KERNELS"
 BACKENDS = ("reference", "torch", "triton")
 _MODULES = {"reference": "reference", "torch": "on_torch", "triton": "on_triton"}
+_CHUNK = 4096
+"""Numbers that torch sums in one thread, whatever the number of threads."""
 
 
 class Primitives(Protocol):
-    """What `reference`, `on_torch` and `on_triton` all define, with the same results.
+    """The functions that `reference`, `on_torch` and `on_triton` define, with the same results.
 
     The floating arguments of one call share a dtype, which is also the result's. With `bags`, their
-    number B stands for N in the decoder's rows: those of out, and of dY.
+    number B replaces N in the decoder's rows: those of out, and of dY. `pairs` are the sorted pairs
+    of `indices`; None: a function that needs them sorts.
     """
 
     def gather_sum(
@@ -34,10 +36,10 @@ class Primitives(Protocol):
         dY: Tensor,
         indices: Tensor,
         W: Tensor,
-        *pairs: SortedPairs,
+        pairs: SortedPairs | None = None,
         bags: Bags | None = None,
     ) -> Tensor:
-        """[N, D], [N, K], [M, D] -> [N, K]. Only `on_torch` takes pairs, and gains by them."""
+        """[N, D], [N, K], [M, D] -> [N, K]. `pairs` only make `on_torch` faster."""
 
     def scatter_outer(
         self,
@@ -51,11 +53,7 @@ class Primitives(Protocol):
         """[N, K], [N, K], [N, D] -> [M, D]."""
 
     def scatter_sum(
-        self,
-        values: Tensor,
-        indices: Tensor,
-        num_latents: int,
-        pairs: SortedPairs | None = None,
+        self, values: Tensor, indices: Tensor, num_latents: int, pairs: SortedPairs | None = None
     ) -> Tensor:
         """[N, K], [N, K] -> [M]."""
 
@@ -82,28 +80,28 @@ class Primitives(Protocol):
     def group_max(self, pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """[N, M] -> [N, K], [N, K] int64."""
 
-    def signum_update_(self, y: Tensor, z: Tensor, grad: Tensor, **options: Any) -> None:
-        """In place; see `saetrain.kernels.reference`, so for the options."""
+    def signum_update_(self, y: Tensor, z: Tensor, grad: Tensor, options: Any) -> None:
+        """Update in place by `saetrain.kernels.update.UpdateOptions`."""
 
-    def adam_update_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, **options: Any) -> None:
-        """In place; see `saetrain.kernels.reference`, so for the options."""
+    def adam_update_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Any) -> None:
+        """Update in place by `saetrain.kernels.update.UpdateOptions`."""
 
 
-def select_backend(tensor: Tensor, path: str | None = None) -> str:
-    """Return "reference", "torch" or "triton": the path that would serve `tensor` now.
+def select_backend(tensor: Tensor, backend: str | None = None) -> str:
+    """Return the name of the backend that serves `tensor`: "reference", "torch" or "triton".
 
-    The environment variable SAETRAIN_KERNELS forces one of them, and `path` comes before it.
+    The argument `backend` forces one, else the environment variable SAETRAIN_KERNELS does.
     Without both a CUDA tensor takes "triton" if that is installed, and everything else "torch".
 
     Raises:
-        ValueError: what is forced names no path, or one that cannot serve this tensor here.
+        ValueError: the forced name is no backend, or cannot serve this tensor here.
     """
-    forced = os.environ.get(VARIABLE, "") if path is None else path
+    forced = os.environ.get(VARIABLE, "") if backend is None else backend
     if not forced:
         return "triton" if tensor.is_cuda and _has_triton() else "torch"
     if forced not in BACKENDS:
         raise ValueError(
-            f"{VARIABLE}={forced!r} names no path of saetrain.kernels: expected one of "
+            f"{VARIABLE}={forced!r} names no backend of saetrain.kernels: expected one of "
             f"{', '.join(BACKENDS)}; unset it to choose by the tensor's device"
         )
     if forced == "triton" and not _has_triton():
@@ -119,17 +117,35 @@ def select_backend(tensor: Tensor, path: str | None = None) -> str:
     return forced
 
 
-def backend_module(path: str) -> Primitives:
-    """Return the module that implements `path`. Triton is imported here, and not before."""
-    return cast("Primitives", import_module(f"saetrain.kernels.{_MODULES[path]}"))
+@cache
+def backend_module(backend: str) -> Primitives:
+    """Return the module that implements a backend. Triton is imported here, and not before."""
+    return cast("Primitives", import_module(f"saetrain.kernels.{_MODULES[backend]}"))
+
+
+def backend_of(tensor: Tensor, backend: str | None = None) -> Primitives:
+    """Return the module that serves `tensor`; see `select_backend`."""
+    return backend_module(select_backend(tensor, backend))
 
 
 def host_can_read(tensor: Tensor) -> bool:
-    """Whether the host can look at a tensor's numbers without waiting for a device.
+    """Return whether the host can read a tensor's numbers without waiting for a device.
 
-    Called by this module's name, so that tests can go a device's ways on a CPU.
+    Callers use `backends.host_can_read`, so that tests can replace it and run a device's branches
+    on a CPU.
     """
     return tensor.device.type == "cpu"
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum a vector [N]; the bits do not depend on the number of threads.
+
+    On a CPU torch splits a long sum among threads, so chunks of 4,096 numbers are summed first. On
+    a device the sum is one launch.
+    """
+    if not host_can_read(values):
+        return values.sum()
+    return torch.stack([chunk.sum() for chunk in torch.split(values, _CHUNK)]).sum()
 
 
 @cache

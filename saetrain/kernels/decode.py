@@ -1,7 +1,7 @@
 """The sparse decoder, and its gradients.
 
 Letters: N tokens, D d_in, M num_latents, K k. Gradients are derived in README.md. A second
-derivative is not defined, and asking for one raises.
+derivative is not defined, and requesting one raises.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
-from saetrain.kernels.backends import backend_module, select_backend
-from saetrain.kernels.encode import check_vector
+from saetrain.kernels.backends import Primitives, backend_of
+from saetrain.kernels.dense import check_vector
 from saetrain.kernels.sorted_pairs import SharedSortedPairs
 
 
@@ -36,13 +36,13 @@ def sparse_decode(
         ValueError: the shapes or the dtype of the indices do not fit.
     """
     _check_decode(top_acts, top_indices, W_dec, b_dec)
-    path = select_backend(W_dec)
+    ops = backend_of(W_dec)
     top_acts = top_acts.to(W_dec.dtype)
     b_dec = None if b_dec is None else b_dec.to(W_dec.dtype)
-    if path == "reference":
+    if ops is reference:
         return reference.sparse_decode(top_acts, top_indices, W_dec, b_dec)
     pairs = SharedSortedPairs.of(top_indices, len(W_dec))
-    inputs = (top_acts, top_indices, W_dec, b_dec, pairs, path)
+    inputs = (top_acts, top_indices, W_dec, b_dec, pairs, ops)
     out: Tensor = _SparseDecode.apply(*inputs)  # type: ignore[no-untyped-call]
     return out
 
@@ -56,26 +56,24 @@ class _SparseDecode(Function):
         W_dec: Tensor,
         b_dec: Tensor | None,
         pairs: SharedSortedPairs,
-        path: str,
+        ops: Primitives,
     ) -> Tensor:
         ctx.save_for_backward(top_acts, top_indices, W_dec)
-        ctx.pairs, ctx.path = pairs, path
-        out = backend_module(path).gather_sum(top_acts, top_indices, W_dec)  # [N, D]
+        ctx.pairs, ctx.ops = pairs, ops
+        out = ops.gather_sum(top_acts, top_indices, W_dec)  # [N, D]
         return out if b_dec is None else out.add_(b_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         top_acts, top_indices, W_dec = ctx.saved_tensors
-        ops = backend_module(ctx.path)
         d_acts = dW = db = None
         need_acts, _, need_W, *_ = ctx.needs_input_grad
         pairs = ctx.pairs.get() if need_W else None
         if need_acts:
-            in_order = (pairs,) if ctx.path == "torch" else ()  # which gains by it
-            d_acts = ops.gather_dot(dY, top_indices, W_dec, *in_order)  # [N, K]
+            d_acts = ctx.ops.gather_dot(dY, top_indices, W_dec, pairs)  # [N, K]
         if need_W:
-            dW = ops.scatter_outer(top_acts, top_indices, dY, W_dec.shape[0], pairs)  # [M, D]
+            dW = ctx.ops.scatter_outer(top_acts, top_indices, dY, W_dec.shape[0], pairs)  # [M, D]
         if ctx.needs_input_grad[3]:
             db = dY.sum(dim=0)  # [D]
         return d_acts, None, dW, db, None, None

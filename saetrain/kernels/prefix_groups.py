@@ -1,8 +1,8 @@
-"""A split of the pairs into ordered pieces, so that one pass gives several reconstructions.
+"""A split of the pairs into ordered groups, so that one pass gives several reconstructions.
 
-Reconstruction j sums the pairs of pieces 0 to j. A *bag* is one token's pairs of one piece: bag
-n·P + i, of token n and piece i. Slots are brought into order of pieces, so that a bag is a stretch
-of the flattened [N, K] arrays. Letters: N tokens, M num_latents, K slots, P pieces.
+Reconstruction j sums the pairs of groups 0 to j. A *bag* is one token's pairs of one group: bag
+n·P + i, of token n and group i. Slots are ordered by group, so that a bag is a contiguous range of
+the flattened [N, K] arrays. Letters: N tokens, M num_latents, K slots, P groups.
 """
 
 from __future__ import annotations
@@ -10,35 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Selector = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Rows [N, D], b_dec taken from them, W_enc and b_enc, to values and latents [N, K]."""
+from saetrain.kernels.backends import Primitives
+from saetrain.kernels.sorted_pairs import Bags
 
-
-class Bags(NamedTuple):
-    """The pairs of each token, piece by piece.
-
-    Attributes:
-        bag: [N, K] int64, not falling: the bag of each pair.
-        offsets: [N*P+1] int64; bag b owns the pairs offsets[b] to offsets[b+1].
-    """
-
-    bag: Tensor
-    offsets: Tensor
+Selector = Callable[[Tensor, Tensor, Tensor, Primitives], tuple[Tensor, Tensor]]
+"""Select latents: rows x - b_dec [N, D], W_enc, b_enc and the backend to values and latents
+[N, K]."""
 
 
 @dataclass(frozen=True)
 class PrefixGroups:
-    """How pairs are split: piece i holds those from bounds[i-1] up to, not including, bounds[i].
+    """Bounds of the groups: group i holds the pairs from bounds[i-1] to bounds[i], exclusive.
 
     Attributes:
         by: what is compared with the bounds: a pair's "latent", or its "rank" among its token's
             pairs, the strongest having rank 0.
-        bounds: P - 1 numbers in order; two that are equal have an empty piece between them.
+        bounds: P - 1 numbers in order; two that are equal have an empty group between them.
     """
 
     by: Literal["latent", "rank"]
@@ -46,27 +38,27 @@ class PrefixGroups:
 
     @property
     def number(self) -> int:
-        """P."""
+        """Number of groups, P."""
         return len(self.bounds) + 1
 
     def grouped(self, selector: Selector) -> Selector:
-        """The same selection, its slots in order of pieces."""
-        return partial(self._arranged, selector=selector)
+        """Return the same selection with its slots ordered by group."""
+        return partial(self._select, selector)
 
     def bags(self, indices: Tensor) -> Bags:
-        """Of latents [N, K] that an arranged selection gave. Nothing here waits for the device."""
+        """Find the bags of latents [N, K] of a grouped selection; never waits for the device."""
         bag = self._bag(indices)  # [N, K]
         bounds = torch.arange(len(indices) * self.number + 1, device=bag.device)
         return Bags(bag, torch.searchsorted(bag.flatten(), bounds))
 
-    def _arranged(
-        self, x: Tensor, W: Tensor, b: Tensor, *, selector: Selector
+    def _select(
+        self, selector: Selector, x: Tensor, W: Tensor, b: Tensor, ops: Primitives
     ) -> tuple[Tensor, Tensor]:
-        values, indices = selector(x, W, b)
+        values, indices = selector(x, W, b, ops)
         if self.by == "rank":
             values, order = values.sort(dim=1, descending=True, stable=True)
             return values, indices.gather(1, order)
-        # Rows stand one after the other, so one short sort of all bags orders each of them.
+        # Rows lie one after the other, so one short sort of all bags orders each of them.
         order = torch.sort(self._bag(indices).flatten().to(torch.int32), stable=True).indices
         return values.flatten()[order].view_as(values), indices.flatten()[order].view_as(indices)
 

@@ -1,17 +1,17 @@
-"""The truth that every faster path is compared with: plain PyTorch, slow and wasteful.
+"""The reference that every faster backend is compared with: plain PyTorch, slow and wasteful.
 
 Letters: N tokens, D d_in, M num_latents, K k. Every function is differentiable by autograd.
-Sums of bfloat16 and float16 are formed in float32 and rounded once.
+Sums of bfloat16 and float16 are formed in float32 and rounded once. `pairs` are accepted for the
+common signature; nothing is sorted here.
 """
-
-import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from saetrain.kernels.prefix_groups import Bags, PrefixGroups
-from saetrain.kernels.sorted_pairs import SortedPairs
+from saetrain.kernels.backends import Primitives
+from saetrain.kernels.prefix_groups import PrefixGroups, Selector
+from saetrain.kernels.sorted_pairs import Bags, SortedPairs
+from saetrain.kernels.update import UpdateOptions, adam_numbers
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -19,7 +19,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None) -> Tensor:
-    """out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W.
+    """Compute out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W.
 
     With `bags`, out has a row for each of them, the sum over its pairs: [N*P, D].
     """
@@ -32,12 +32,15 @@ def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = Non
 
 
 def gather_dot(
-    dY: Tensor, indices: Tensor, W: Tensor, *pairs: SortedPairs, bags: Bags | None = None
+    dY: Tensor,
+    indices: Tensor,
+    W: Tensor,
+    pairs: SortedPairs | None = None,
+    bags: Bags | None = None,
 ) -> Tensor:
-    """out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
+    """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
 
-    With `bags`, dY has a row for each of them, [N*P, D]. `pairs` are accepted for the sake of one
-    signature.
+    With `bags`, dY has a row for each of them, [N*P, D].
     """
     del pairs
     wide = _wide(W.dtype)
@@ -46,7 +49,7 @@ def gather_dot(
 
 
 def _of_pairs(dY: Tensor, bags: Bags | None) -> Tensor:
-    """The row of dY that belongs to each pair: [N, K, D], or [N, 1, D] if all of a token's do."""
+    """Return the row of dY of each pair: [N, K, D], or [N, 1, D] if a token has only one."""
     return dY.unsqueeze(1) if bags is None else dY[bags.bag]
 
 
@@ -58,10 +61,9 @@ def scatter_outer(
     pairs: SortedPairs | None = None,
     bags: Bags | None = None,
 ) -> Tensor:
-    """out[m] = sum over (n, k) with indices[n, k] = m of acts[n, k] * dY[n]: [M, D].
+    """Compute out[m] = sum over (n, k) with indices[n, k] = m of acts[n, k] * dY[n]: [M, D].
 
-    With `bags`, dY has a row for each of them, [N*P, D]. `pairs` is accepted for the sake of one
-    signature; nothing is sorted here.
+    With `bags`, dY has a row for each of them, [N*P, D].
     """
     del pairs
     wide = _wide(dY.dtype)
@@ -81,18 +83,18 @@ def weight_gradients(
     dtype: torch.dtype | None = None,
     bags: Bags | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dW_dec [M, E], dW_enc [M, D] and db_enc [M], of `dtype`; None: that of dY.
+    """Compute dW_dec [M, E], dW_enc [M, D] and db_enc [M], of `dtype`; None: that of dY.
 
     Args:
         acts: activations, [N, K].
         dY: gradient of the output, [N, E]; with `bags`, of the sum over each, [N*P, E].
         g: gradient of the activations through the ReLU, [N, K].
-        x: what the encoder multiplied, [N, D].
+        x: rows that the encoder multiplied, [N, D].
         indices: latents, [N, K] int64.
         num_latents: M.
-        pairs: accepted for the sake of one signature.
+        pairs: ignored.
         dtype: of the results.
-        bags: to which dY has a row each.
+        bags: bags whose rows dY has; None: a row for each token.
     """
     dtype = dtype or dY.dtype
     acts, dY, g, x = (tensor.to(_wide(tensor.dtype)) for tensor in (acts, dY, g, x))
@@ -106,10 +108,7 @@ def weight_gradients(
 def scatter_sum(
     values: Tensor, indices: Tensor, num_latents: int, pairs: SortedPairs | None = None
 ) -> Tensor:
-    """out[m] = sum of values[n, k] over (n, k) with indices[n, k] = m: [M].
-
-    `pairs` is accepted for the sake of one signature; nothing is sorted here.
-    """
+    """Compute out[m] = sum of values[n, k] over (n, k) with indices[n, k] = m: [M]."""
     del pairs
     wide = _wide(values.dtype)
     out = torch.zeros(num_latents, dtype=wide, device=values.device)
@@ -119,7 +118,7 @@ def scatter_sum(
 def sparse_decode(
     top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None
 ) -> Tensor:
-    """`saetrain.kernels.sparse_decode`, differentiated by autograd."""
+    """Compute `saetrain.kernels.sparse_decode`, differentiated by autograd."""
     out = gather_sum(top_acts, top_indices, W_dec)  # [N, D]
     return out if b_dec is None else out + b_dec
 
@@ -129,20 +128,13 @@ def sparse_encode(
     W_enc: Tensor,
     b_enc: Tensor,
     b_dec: Tensor | None,
-    selector: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    selector: Selector,
+    ops: Primitives,
 ) -> tuple[Tensor, Tensor]:
-    """`saetrain.kernels.encode`, differentiated by autograd.
-
-    Args:
-        x: [N, D].
-        W_enc: [M, D].
-        b_enc: [M].
-        b_dec: [D], or None.
-        selector: from x - b_dec, W_enc, b_enc to the values selected and their latents, [N, S].
-    """
+    """Compute `saetrain.kernels.sparse_encode_by`, differentiated by autograd; `ops` selects."""
     centred = x if b_dec is None else x - b_dec  # [N, D]
     with torch.no_grad():
-        values, top_indices = selector(centred, W_enc, b_enc)  # [N, S]
+        values, top_indices = selector(centred, W_enc, b_enc, ops)  # [N, S]
     pre_acts = torch.nn.functional.linear(centred, W_enc, b_enc)  # [N, M]
     top_acts = torch.relu(pre_acts.gather(1, top_indices)) * (values > 0)  # [N, S]
     # A NaN is not greater than 0, and must not be lost.
@@ -157,66 +149,59 @@ def autoencode(
     subtracted: Tensor | None,
     W_dec: Tensor,
     b_dec: Tensor,
-    selector: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    selector: Selector,
     prefix_groups: PrefixGroups | None,
+    ops: Primitives,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """`saetrain.kernels.autoencode`, differentiated by autograd.
+    """Compute `saetrain.kernels.autoencode`, differentiated by autograd; `ops` selects.
 
-    Args:
-        x: [N, D].
-        W_enc: [M, D].
-        b_enc: [M].
-        subtracted: [D], or None.
-        W_dec: [M, E].
-        b_dec: [E].
-        selector: as `sparse_encode` has it, arranged if there are pieces.
-        prefix_groups: whose running sums are the reconstructions; None: all in one.
+    `selector` is grouped already. Returns top_acts, top_indices and the reconstructions.
     """
-    top_acts, top_indices = sparse_encode(x, W_enc, b_enc, subtracted, selector)
+    top_acts, top_indices = sparse_encode(x, W_enc, b_enc, subtracted, selector, ops)
     if prefix_groups is None:
         return top_acts, top_indices, (sparse_decode(top_acts, top_indices, W_dec, b_dec),)
-    piece = prefix_groups.bags(top_indices).bag % prefix_groups.number  # [N, K]
+    group = prefix_groups.bags(top_indices).bag % prefix_groups.number  # [N, K]
     return (
         top_acts,
         top_indices,
         tuple(
-            sparse_decode(torch.where(piece <= last, top_acts, 0), top_indices, W_dec, b_dec)
+            sparse_decode(torch.where(group <= last, top_acts, 0), top_indices, W_dec, b_dec)
             for last in range(prefix_groups.number)
         ),
     )
 
 
 def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
-    """`saetrain.kernels.dense_encode`, differentiated by autograd."""
+    """Compute `saetrain.kernels.dense_encode`, differentiated by autograd."""
     return torch.nn.functional.linear(x if b_dec is None else x - b_dec, W_enc, b_enc)
 
 
 def dense_decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """`saetrain.kernels.dense_decode`, differentiated by autograd."""
+    """Compute `saetrain.kernels.dense_decode`, differentiated by autograd."""
     return acts @ W_dec + b_dec
 
 
 # Selections. A row with a NaN anywhere gives NaN for all its values, so that its loss is not finite
-# and the step is not made; its indices lie in [0, M) all the same.
+# and the step is skipped; its indices lie in [0, M) all the same.
 
 
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in any order: values [N, k], indices [N, k] int64.
+    """Select the k largest of each row, in any order: values [N, k], indices [N, k] int64.
 
-    Which of equal values are taken is not said.
+    Of equal values, any may be taken.
     """
     values, indices = torch.topk(pre_acts, k, dim=-1, sorted=False)
     return _spoiled(pre_acts, values), indices
 
 
 def batch_topk_threshold(pre_acts: Tensor, count: int) -> Tensor:
-    """The count-th largest of all N*M values, no dimensions; NaN if there is one among them."""
+    """Find the count-th largest of all N*M values, no dimensions; NaN if any of them is."""
     smallest = torch.topk(pre_acts.flatten(), count, sorted=True).values[-1]
     return torch.where(pre_acts.isnan().any(), torch.nan, smallest)
 
 
 def group_max(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The largest of each of k groups of M/k neighbours, the first of equals, in their order.
+    """Select the largest of each of k groups of M/k neighbours, the first of equals, in order.
 
     Values [N, k], indices [N, k] int64. A group with a NaN gives NaN.
     """
@@ -229,36 +214,11 @@ def _spoiled(pre_acts: Tensor, values: Tensor) -> Tensor:
     return torch.where(pre_acts.isnan().any(dim=1, keepdim=True), torch.nan, values)
 
 
-# Updates of a weight matrix, and what keeps its rows at norm 1.
-#
-# With `unit`, the rows of `w` have norm 1 before and after: the gradient's part along its row,
-# which would only change the norm, is taken out, w is updated, and its rows are divided by their
-# norm plus the dtype's eps. `norms` [M] is then written with these divisors, so that norms * w is
-# the weight before the division. Without `unit` any shape will do, and `norms` is not written.
-# `squares`, float32 [rows] of a matrix, is written with the squared norm of each row of the
-# gradient, after that projection; `ok` does not touch it. `bf16_copy`, bfloat16 of the shape of
-# `w`, is written with the new w. Where the flag `ok` (bool, no dimensions, on the device) is false,
-# nothing else changes by a bit; None is true. `grad` may be overwritten. `numbers`, float32 on the
-# device, holds what changes from step to step, so that a recorded step (a CUDA graph) reads it
-# anew; where it is given, the arguments that it stands for are not looked at.
+# Updates of a weight in place; `UpdateOptions` describes the options. `grad` may be overwritten.
 
 
-def signum_update_(
-    y: Tensor,
-    z: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    mix: float,
-    momentum: float,
-    unit: bool,
-    norms: Tensor | None = None,
-    squares: Tensor | None = None,
-    bf16_copy: Tensor | None = None,
-    ok: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """One step of schedule-free SignSGD, in place.
+def signum_update_(y: Tensor, z: Tensor, grad: Tensor, options: UpdateOptions) -> None:
+    """Make one step of schedule-free SignSGD, in place.
 
     x = lerp(y, z, 1 - 1/momentum); z -= lr * sign(grad); x = lerp(x, z, mix);
     y = lerp(x, z, 1 - momentum), with lerp(a, b, t) = a + t (b - a). The sign of 0 and of
@@ -268,47 +228,21 @@ def signum_update_(
         y: where gradients are taken, [M, D] or another shape.
         z: where sign steps go, as y.
         grad: of y, as y.
-        lr: learning rate.
-        mix: share of the new z in the average x.
-        momentum: of the schedule-free scheme.
-        unit: see above; so with `norms`, `squares`, `bf16_copy`, `ok` and `numbers`.
-        norms: [M].
-        squares: [M] float32.
-        bf16_copy: as y, bfloat16.
-        ok: bool, no dimensions.
-        numbers: lr and mix. [2]
+        options: lr, mix and momentum, and the common ones.
     """
-    g = _projected(y, grad, squares, unit)
+    g, numbers = _projected(y, grad, options), options.numbers
     wide_y, wide_z = y.to(g.dtype), z.to(g.dtype)
-    x = torch.lerp(wide_y, wide_z, 1 - 1 / momentum)
-    rate, share = (lr, mix) if numbers is None else numbers.to(g.dtype).unbind()
-    new_z = wide_z - rate * g.sign()
-    x = torch.lerp(x, new_z, share)
-    new_y = torch.lerp(x, new_z, 1 - momentum)
-    _write(ok, (z, new_z))
-    _write_weight(y, new_y, unit, norms, bf16_copy, ok)
+    x = torch.lerp(wide_y, wide_z, 1 - 1 / options.momentum)
+    lr, mix = (options.lr, options.mix) if numbers is None else numbers.to(g.dtype).unbind()
+    new_z = wide_z - lr * g.sign()
+    x = torch.lerp(x, new_z, mix)
+    new_y = torch.lerp(x, new_z, 1 - options.momentum)
+    _write(options.ok, (z, new_z))
+    _write_weight(y, new_y, options)
 
 
-def adam_update_(
-    w: Tensor,
-    m: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    unit: bool,
-    norms: Tensor | None = None,
-    squares: Tensor | None = None,
-    bf16_copy: Tensor | None = None,
-    ok: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """One step of Adam, with decoupled weight decay (0: none), in place.
+def adam_update_(w: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: UpdateOptions) -> None:
+    """Make one step of Adam, with decoupled weight decay (0: none), in place.
 
     w -= lr * weight_decay * w; m = lerp(m, grad, 1 - beta1); v = beta2 v + (1 - beta2) grad²;
     w -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps).
@@ -318,78 +252,47 @@ def adam_update_(
         m: mean of the gradient, as w.
         v: mean of its square, as w.
         grad: of w, as w.
-        lr: learning rate.
-        beta1: how much of m stays.
-        beta2: how much of v stays.
-        eps: added to the root.
-        weight_decay: share of w per step and learning rate.
-        step: its number, from 1.
-        unit: see above; so with `norms`, `squares`, `bf16_copy`, `ok` and `numbers`.
-        norms: [M].
-        squares: [M] float32.
-        bf16_copy: as w, bfloat16.
-        ok: bool, no dimensions.
-        numbers: what `adam_numbers` makes of lr, weight_decay, the betas and step. [5]
+        options: lr, the betas, eps, weight_decay and step, and the common ones.
     """
-    g = _projected(w, grad, squares, unit)
+    g, o = _projected(w, grad, options), options
     keep, rate, root_v, _, _ = (
-        adam_numbers(lr, weight_decay, beta1, beta2, step)
-        if numbers is None
-        else numbers.to(g.dtype).unbind()
+        adam_numbers(o.lr, o.weight_decay, o.beta1, o.beta2, o.step)
+        if o.numbers is None
+        else o.numbers.to(g.dtype).unbind()
     )
     wide_w = w.to(g.dtype) * keep
-    new_m = torch.lerp(m.to(g.dtype), g, 1 - beta1)
-    new_v = beta2 * v.to(g.dtype) + (1 - beta2) * g * g
-    root = new_v.sqrt() / root_v + eps
+    new_m = torch.lerp(m.to(g.dtype), g, 1 - o.beta1)
+    new_v = o.beta2 * v.to(g.dtype) + (1 - o.beta2) * g * g
+    root = new_v.sqrt() / root_v + o.eps
     new_w = wide_w - rate * new_m / root
-    _write(ok, (m, new_m), (v, new_v))
-    _write_weight(w, new_w, unit, norms, bf16_copy, ok)
+    _write(o.ok, (m, new_m), (v, new_v))
+    _write_weight(w, new_w, o)
 
 
-def adam_numbers(
-    lr: float, weight_decay: float, beta1: float, beta2: float, step: int
-) -> tuple[float, float, float, float, float]:
-    """What of a step of Adam changes from step to step, in float64: 1 - beta2 is small.
-
-    Returns:
-        Share of w that stays, lr / (1 - beta1^step), sqrt(1 - beta2^step); and lr and step
-        themselves, which is what torch's own kernel takes.
-    """
-    root_v = math.sqrt(1 - beta2**step)
-    return 1 - lr * weight_decay, lr / (1 - beta1**step), root_v, lr, float(step)
-
-
-def _projected(w: Tensor, grad: Tensor, squares: Tensor | None, unit: bool) -> Tensor:
-    """The gradient without its part along w's rows, if these are of norm 1; its rows' squares."""
+def _projected(w: Tensor, grad: Tensor, options: UpdateOptions) -> Tensor:
+    """Remove the gradient's component along w's rows, if these have norm 1; write its squares."""
     g = grad.to(_wide(w.dtype))
-    if unit:
+    if options.unit:
         wide = w.to(g.dtype)
         g = g - (g * wide).sum(dim=1, keepdim=True) * wide
-    if squares is not None:
-        squares.copy_(g.square().sum(dim=1))
+    if options.squares is not None:
+        options.squares.copy_(g.square().sum(dim=1))
     return g
 
 
-def _write_weight(
-    w: Tensor,
-    new: Tensor,
-    unit: bool,
-    norms: Tensor | None,
-    bf16_copy: Tensor | None,
-    ok: Tensor | None,
-) -> None:
-    if unit:
+def _write_weight(w: Tensor, new: Tensor, options: UpdateOptions) -> None:
+    if options.unit:
         divisor = new.norm(dim=1, keepdim=True) + torch.finfo(w.dtype).eps  # [M, 1]
         new = new / divisor
-        if norms is not None:
-            _write(ok, (norms, divisor.squeeze(1)))
-    _write(ok, (w, new))
-    if bf16_copy is not None:
-        _write(ok, (bf16_copy, w))
+        if options.norms is not None:
+            _write(options.ok, (options.norms, divisor.squeeze(1)))
+    _write(options.ok, (w, new))
+    if options.bf16_copy is not None:
+        _write(options.ok, (options.bf16_copy, w))
 
 
 def _write(ok: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> None:
-    """Overwrite each first tensor by the second, where `ok`."""
+    """Overwrite each first tensor by the second where `ok`."""
     for old, new in pairs:
         new = new.to(old.dtype)
         old.copy_(new if ok is None else torch.where(ok, new, old))

@@ -1,6 +1,6 @@
-"""The (latent, token) pairs of a batch, sorted by latent.
+"""The (latent, token) pairs of a batch: sorted by latent, and grouped by token.
 
-Letters: N tokens, M num_latents, K k.
+Letters: N tokens, M num_latents, K k, P groups.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,25 @@ class SortedPairs(NamedTuple):
     """All N*K pairs in order of latent, and within a latent in order of (token, slot).
 
     Attributes:
-        order: [N*K] int64, where each pair stands in the flattened [N, K] arrays.
+        order: [N*K] int64, position of each pair in the flattened [N, K] arrays.
         token: [N*K] int64, each pair's token.
         offsets: [M+1] int64; latent m owns the pairs offsets[m] to offsets[m+1].
     """
 
     order: Tensor
     token: Tensor
+    offsets: Tensor
+
+
+class Bags(NamedTuple):
+    """The pairs of each token, group by group; see `saetrain.kernels.prefix_groups`.
+
+    Attributes:
+        bag: [N, K] int64, not falling: the bag of each pair.
+        offsets: [N*P+1] int64; bag b owns the pairs offsets[b] to offsets[b+1].
+    """
+
+    bag: Tensor
     offsets: Tensor
 
 
@@ -39,11 +51,11 @@ def sort_pairs(indices: Tensor, num_latents: int) -> SortedPairs:
 
 
 class SharedSortedPairs:
-    """The sorted pairs of one tensor of indices, sorted when they are first asked for.
+    """The sorted pairs of one tensor of indices, sorted on first use.
 
-    The encoder leaves this on the indices that it returns (`share`), so that its backward pass and
-    those of all decoders of the same indices sort once together. Indices that were written to in
-    between are sorted anew: torch counts what is written to a tensor.
+    The encoder attaches this to the indices that it returns, so that its backward pass and those of
+    all decoders of the same indices share one sort. Indices that were written to in between
+    (torch's version counter of the tensor has changed) are sorted again.
     """
 
     def __init__(self, indices: Tensor, num_latents: int) -> None:
@@ -52,19 +64,19 @@ class SharedSortedPairs:
         self._pairs: SortedPairs | None = None
 
     def get(self) -> SortedPairs:
-        """Sorted, now at the latest."""
+        """Return the sorted pairs, sorting them if necessary."""
         if self._pairs is None or self._indices._version != self._version:
             self._version = self._indices._version
             self._pairs = sort_pairs(self._indices, self._num_latents)
         return self._pairs
 
     def attach_to(self, indices: Tensor) -> None:
-        """Let whoever is given this tensor, the same object, find the pairs."""
+        """Store this object on the Python tensor `indices`, where `of` finds it."""
         setattr(indices, _NAME, self)
 
     @staticmethod
     def of(indices: Tensor, num_latents: int) -> "SharedSortedPairs":
-        """Those that were left on these indices; else new ones."""
+        """Return the object attached to these indices, or a new one."""
         found = getattr(indices, _NAME, None)
         if isinstance(found, SharedSortedPairs) and found._num_latents == num_latents:
             return found

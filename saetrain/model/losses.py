@@ -1,4 +1,4 @@
-"""What training minimises.
+"""The losses that training minimises.
 
 All losses are divided by the variance of the cache, a constant of the run, never by that of the
 batch: so a batch of easy rows does not weigh more than one of hard rows, and losses of different
@@ -10,7 +10,7 @@ own variance and their mean is the loss, so that late layers do not drown early 
 - Multi-TopK, the same, section 4: FVU(k) + FVU(4k)/8, so that more latents than k do no harm.
 - Matryoshka: Bussmann, Nabeshima, Karvonen and Nanda, "Learning multi-level features with
   Matryoshka sparse autoencoders" (2025): Σ over prefixes of the FVU from their latents alone.
-- Penalties on L0 or L1, and the gate's own reconstruction: see `saetrain.model.activations`.
+- Penalties on L0 or L1, and the reconstruction of a gate: see `saetrain.model.activations`.
 
 Letters: N tokens, D d_in, E width of the output, M num_latents, K k, A dead latents.
 """
@@ -29,35 +29,35 @@ from saetrain.config.sae import SaeConfig
 from saetrain.kernels import (
     PrefixGroups,
     WeightRows,
+    backend_of,
+    backends,
     dense_decode,
     dense_encode,
     sparse_decode,
-    topk,
+    total,
 )
-from saetrain.kernels import backends as paths
-from saetrain.kernels.sums import total
 from saetrain.model.activations import Latents, TopK
 from saetrain.model.sae import Sae, SaeOutput
 
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """A hookpoint of a crosscoder: its own columns of what is predicted."""
+    """The columns of the target that belong to one hookpoint of a crosscoder."""
 
     name: str
     """Hookpoint."""
     width: int
-    """Its columns."""
+    """Number of columns."""
     variance: float
     """Mean of ‖x - mean‖² over its training rows."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Additions to the FVU of one SAE."""
+    """The losses of one SAE beside FVU and AuxK."""
 
     multi_topk: bool = False
-    """Train on the reconstruction from 4k latents too."""
+    """Minimise the error of the reconstruction from 4k latents too."""
     prefixes: tuple[int, ...] = ()
     """Numbers of first latents that must reconstruct alone; without M."""
     sparsity: float = 0.0
@@ -65,17 +65,17 @@ class LossConfig:
     warmup: int = 0
     """Steps in which that weight rises from 0."""
     parts: tuple[OutputSlice, ...] = ()
-    """Of a crosscoder, at least two; none: what is predicted is one hookpoint's."""
+    """Hookpoints of a crosscoder, at least two; empty: the target is one hookpoint."""
     gated: bool = False
-    """Whether the activation has a gate that must reconstruct by itself."""
+    """Whether the activation has a gate whose own reconstruction is minimised."""
 
     def sparsity_at(self, step: int) -> float:
-        """Weight of the penalty in a step (from 0)."""
+        """Return the weight of the penalty in a step (from 0)."""
         return self.sparsity * min(1.0, (step + 1) / max(1, self.warmup))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the losses are called, in the order of `Losses.terms`."""
+        """Names of the losses, in the order of `Losses.terms`."""
         names = [f"fvu/{part.name}" for part in self.parts]
         names += ["multi_topk_fvu"] * self.multi_topk
         names += [f"fvu_{prefix}" for prefix in self.prefixes]
@@ -85,16 +85,16 @@ class LossConfig:
 
 
 FVU_ONLY = LossConfig()
-"""The FVU, and AuxK."""
+"""FVU and AuxK alone."""
 
 
 def make_loss_config(
     config: SaeConfig, warmup: int, parts: tuple[OutputSlice, ...] = ()
 ) -> LossConfig:
-    """What an SAE of this kind is trained on.
+    """Build the losses of an SAE from its configuration.
 
     Args:
-        config: its kind.
+        config: configuration of the SAE.
         warmup: steps in which a penalty rises.
         parts: hookpoints of a crosscoder.
     """
@@ -118,11 +118,11 @@ class LossTerm(NamedTuple):
 
     value: Tensor
     weight: float
-    """In what is minimised; 0: it is only logged."""
+    """Weight in the minimised sum; 0: the loss is only logged."""
 
 
 class Losses(NamedTuple):
-    """Losses of one batch, and what the step needs besides."""
+    """Losses of one batch, and its forward pass."""
 
     fvu: Tensor
     """Fraction of variance unexplained: Σ‖x - x̂‖² / (N · variance)."""
@@ -131,10 +131,10 @@ class Losses(NamedTuple):
     output: SaeOutput
     """The forward pass."""
     terms: tuple[LossTerm, ...] = ()
-    """Others, as `LossConfig.names` calls them."""
+    """Other losses, named by `LossConfig.names`."""
 
     def total(self, auxk_alpha: float) -> Tensor:
-        """What is minimised."""
+        """Compute the minimised sum."""
         loss = self.fvu + auxk_alpha * self.auxk
         for term in self.terms:
             if term.weight:
@@ -149,22 +149,22 @@ def compute_losses(
     dead: Tensor | None,
     loss_config: LossConfig = FVU_ONLY,
     step: int = 0,
-    turn: Tensor | None = None,
+    step_tensor: Tensor | None = None,
 ) -> Losses:
-    """Forward pass and losses of a batch.
+    """Run the forward pass of a batch and compute its losses.
 
     Args:
         sae: the autoencoder.
         rows: activations in its type, [N, D]; of a transcoder, inputs and outputs [N, D + E].
-        variance: mean of ‖y - mean‖² over the cache's training rows of what is predicted.
+        variance: mean of ‖y - mean‖² over the cache's training rows of the target.
         dead: which latents are dead, bool [M]; None leaves AuxK out.
-        loss_config: what is trained on besides.
-        step: its number, from 0, for the warm-up of a penalty.
-        turn: the same where the device reads it; see `list_dead`.
+        loss_config: losses beside FVU and AuxK.
+        step: number of the step, from 0, for the warm-up of a penalty.
+        step_tensor: the same number where the device reads it; see `list_dead`.
     """
     x, y = sae.split(rows)
     parts = loss_config.parts or (OutputSlice("", sae.d_out, variance),)
-    now = step if turn is None else turn
+    now = step if step_tensor is None else step_tensor
     listed = None if dead is None else list_dead(dead, _k_aux(sae), now)
     indices = None if listed is None else listed.indices
     output, terms, weights = _forward(sae, x, y, parts, loss_config, indices)
@@ -185,39 +185,39 @@ def compute_losses(
 
 
 class DeadLatents(NamedTuple):
-    """Dead latents in a list, which may be longer than they are many."""
+    """A list of dead latents, which may hold others too."""
 
     indices: Tensor
-    """int64 [A]"""
+    """Latents of the list. int64 [A]"""
     number: Tensor | int
-    """All dead latents, in the list or not."""
+    """Number of dead latents, in the list or not."""
     listed: Tensor | None = None
-    """Which of the list are dead; None: all. bool [A]"""
+    """Which latents of the list are dead; None: all. bool [A]"""
 
 
 def list_dead(dead: Tensor, k_aux: int, step: int | Tensor) -> DeadLatents | None:
-    """The dead latents, for AuxK to choose among; None: there is none.
+    """List the dead latents, from which AuxK selects; None: there is none.
 
-    On the CPU they are all listed. On a device that would make the host wait until they are
-    counted; there the list has room for 8 k_aux, and where more are dead, each step lists those
-    that follow on the last step's, so that every one gets its turn.
+    On the CPU all are listed. On a device the host would have to wait for their number;
+    there the list has 8 k_aux entries, and where more are dead, each step lists the next ones, in
+    rotation.
 
     Args:
         dead: bool. [M]
         k_aux: latents that reconstruct a residual.
-        step: its number, from 0; or int64 on the device, no dimensions.
+        step: number of the step, from 0; or int64 on the device, no dimensions.
     """
-    if paths.host_can_read(dead):
+    if backends.host_can_read(dead):
         indices = dead.nonzero().squeeze(1)
         return DeadLatents(indices, len(indices)) if len(indices) else None
     return list_dead_in(dead, min(len(dead), DEAD_LIST_FACTOR * k_aux), step)
 
 
 def list_dead_in(dead: Tensor, room: int, step: int | Tensor) -> DeadLatents:
-    """A list of fixed length: dead latents first. Nothing here waits for the device."""
+    """Make a list of fixed length, dead latents first. Nothing here waits for the device."""
     M = len(dead)
-    turn = (torch.arange(M, device=dead.device) - step * room) % M
-    indices = torch.where(dead, turn, M).topk(room, largest=False).indices  # [A]
+    rank = (torch.arange(M, device=dead.device) - step * room) % M
+    indices = torch.where(dead, rank, M).topk(room, largest=False).indices  # [A]
     return DeadLatents(indices, dead.sum(), dead[indices])
 
 
@@ -229,33 +229,34 @@ def auxk_loss(
     parts: tuple[OutputSlice, ...],
     weights: WeightRows | None = None,
 ) -> Tensor:
-    """Fraction of the variance in the residual after the strongest dead latents predicted it.
+    """Compute the fraction of variance that the residual's prediction by dead latents leaves.
 
     Gao et al. (2024), appendix A.2: k_aux = E/2 dead latents reconstruct e = y - x̂ without bias.
     With fewer than k_aux dead latents the loss is scaled down by their number over k_aux. Only the
     dead latents' pre-activations are computed, and the gradient reaches their encoder rows.
-    Whatever the activation, dead latents go through ReLU and top k_aux here.
+    Whatever the activation of the SAE, dead latents take ReLU and top k_aux.
 
     Args:
         sae: the autoencoder.
         x: activations. [N, D]
         residual: y - x̂, detached. [N, E]
         dead: the dead latents, A of them listed.
-        parts: of what is predicted.
-        weights: of the latents in that list, where the forward pass gave them.
+        parts: hookpoints of the target.
+        weights: weights of the listed latents, if the forward pass returned them.
     """
     k_aux, indices = _k_aux(sae), dead.indices
     if weights is None:
         weights = WeightRows(sae.W_enc[indices], sae.b_enc[indices], sae.W_dec[indices])
     W_enc, b_enc, W_dec = weights  # [A, D], [A], [A, E]
-    pre_acts = torch.relu(dense_encode(x, W_enc, b_enc, sae.subtracted))  # [N, A]
+    ops = backend_of(W_enc)
+    pre_acts = torch.relu(dense_encode(x, W_enc, b_enc, sae.subtracted, ops))  # [N, A]
     if dead.listed is not None:
         pre_acts = torch.where(dead.listed, pre_acts, 0)
-    top = topk(pre_acts.detach(), min(k_aux, len(indices)))[1]  # [N, k_aux]
+    top = ops.topk(pre_acts.detach(), min(k_aux, len(indices)))[1]  # [N, k_aux]
     top_acts = pre_acts.gather(1, top)
     if len(indices) <= DEAD_LIST_FACTOR * k_aux:  # so many of them that products take less time
         acts = torch.zeros_like(pre_acts).scatter(1, top, top_acts)  # [N, A]
-        predicted = dense_decode(acts, W_dec, torch.zeros_like(residual[0]))  # [N, E]
+        predicted = dense_decode(acts, W_dec, torch.zeros_like(residual[0]), ops)  # [N, E]
     else:
         predicted = sparse_decode(top_acts, top, W_dec)
     error = _fvus(predicted - residual, parts)
@@ -277,10 +278,10 @@ def _forward(
     loss_config: LossConfig,
     rows: Tensor | None,
 ) -> tuple[SaeOutput, list[LossTerm], WeightRows | None]:
-    """The forward pass, the losses that need more of it than its result, and weights of `rows`.
+    """Run the forward pass, and compute its extra losses and the weights of the latents `rows`.
 
-    Sparse latents are encoded and decoded once, whatever is trained on: there is one backward pass,
-    which forms one gradient of each weight. Dense ones leave the rows to others.
+    Sparse latents are encoded and decoded once, whatever the losses: one backward pass
+    forms one gradient of each weight. For dense latents no weights are returned.
     """
     selector = sae.activation.selector()
     if selector is None:
@@ -304,7 +305,7 @@ def _forward(
 def _dense_matryoshka(
     sae: Sae, x: Tensor, y: Tensor, parts: tuple[OutputSlice, ...], prefixes: tuple[int, ...]
 ) -> tuple[SaeOutput, list[LossTerm]]:
-    """Every latent is encoded once, and decoded once: prefixes are running sums of their pieces."""
+    """Encode and decode every latent once; the prefixes' reconstructions are running sums."""
     if not prefixes:
         return sae(x), []
     top_acts, _, pre_acts = sae.encode(x)
@@ -312,27 +313,24 @@ def _dense_matryoshka(
     terms = []
     widths = [high - low for low, high in pairwise((0, *prefixes, sae.num_latents))]
     # Split once: each slice would have a gradient as large as the whole.
-    prefix_groups = zip(
-        torch.split(top_acts, widths, dim=1), torch.split(sae.W_dec, widths), strict=True
-    )
-    for acts, W_dec in prefix_groups:
+    groups = zip(torch.split(top_acts, widths, dim=1), torch.split(sae.W_dec, widths), strict=True)
+    for acts, W_dec in groups:
         so_far = dense_decode(acts, W_dec, so_far)
         terms.append(LossTerm(_mean(_fvus(y - so_far, parts)), 1.0))
-    terms.pop()  # of all latents, which is the FVU
+    terms.pop()  # the last is of all latents: the FVU
     return SaeOutput(so_far, top_acts, None, pre_acts), terms
 
 
 def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[OutputSlice, ...]) -> Tensor:
-    """Mean over rows of what the activation makes latents sparse with.
+    """Average the activation's penalty over rows.
 
-    A crosscoder's latent has the sum of its rows' norms at each hookpoint (Lindsey et al., 2024).
+    A crosscoder's latent weighs as the sum of its decoder rows' norms at each hookpoint (Lindsey et
+    al., 2024).
     """
-    prefix_groups = torch.split(sae.W_dec, [part.width for part in parts], dim=1)
-    norms = sum(
-        (piece.norm(dim=1) for piece in prefix_groups), start=torch.zeros_like(sae.b_enc)
-    )  # [M]
+    columns = torch.split(sae.W_dec, [part.width for part in parts], dim=1)
+    norms = sum((W.norm(dim=1) for W in columns), start=torch.zeros_like(sae.b_enc))  # [M]
     latents = Latents(output.top_acts, output.top_indices, output.pre_acts)
-    of_rows = sae.activation.penalty(latents, norms)  # [N], of autocast's type under it
+    of_rows = sae.activation.penalty(latents, norms)  # [N], in autocast's type under autocast
     assert of_rows is not None
     mean = total(of_rows.to(norms.dtype)) / len(of_rows)
     return mean if sae.activation.counts else mean / unit
@@ -341,7 +339,7 @@ def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[OutputSlice,
 def _gate_fvu(
     sae: Sae, x: Tensor, y: Tensor, output: SaeOutput, parts: tuple[OutputSlice, ...]
 ) -> Tensor:
-    """What the gate alone leaves unexplained, through a decoder that does not feel it."""
+    """Compute the FVU of the gate's own reconstruction, through a detached decoder."""
     acts = sae.activation.gate(Latents(output.top_acts, output.top_indices, output.pre_acts))
     assert acts is not None
     predicted = dense_decode(acts, sae.W_dec.detach(), sae.b_dec.detach())  # [N, E]
@@ -351,14 +349,12 @@ def _gate_fvu(
 
 
 def _fvus(error: Tensor, parts: tuple[OutputSlice, ...]) -> list[Tensor]:
-    """Squared error [N, E] of each part over the variance of as many rows."""
-    prefix_groups = (
-        torch.split(error, [part.width for part in parts], dim=1) if parts[1:] else (error,)
-    )
-    return [
-        total(piece.pow(2).sum(dim=1)) / (len(error) * part.variance)
-        for piece, part in zip(prefix_groups, parts, strict=True)
-    ]
+    """Divide the squared error [N, E] of each part by the variance of as many rows."""
+    columns = torch.split(error, [part.width for part in parts], dim=1) if parts[1:] else (error,)
+    fvus = []
+    for of_part, part in zip(columns, parts, strict=True):
+        fvus.append(total(of_part.pow(2).sum(dim=1)) / (len(error) * part.variance))
+    return fvus
 
 
 def _mean(values: list[Tensor]) -> Tensor:

@@ -1,4 +1,8 @@
-"""Optimisers behind one small protocol: step, state as tensors and numbers, weights to export."""
+"""Optimisers with one protocol: step, state as tensors and numbers, weights to export.
+
+`adam` and `signum` are fused optimisers of our own (`fused`), `muon` and `adam8bit` wrap those of
+other packages (`torch_optimizers`), and `schedule` sets their learning rates.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from saetrain.model.decoder_norm import unit_rows
 from saetrain.model.sae import Sae
 from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
-from saetrain.optim.conditional import conditional_step
+from saetrain.optim.fused import conditional_step
 from saetrain.optim.muon import Muon
 from saetrain.optim.schedule import Schedule, default_lr, make_schedule, warmup_steps
 from saetrain.optim.signum import Signum
@@ -27,42 +31,42 @@ __all__ = [
 ]
 
 _WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.1}
-"""Where there is any: torch's default, and sparsify's."""
+"""Default weight decay of the optimisers that have one: torch's, and sparsify's."""
 
 
 class Optimizer(Protocol):
-    """What the trainer asks of an optimiser. Parameters go by name throughout."""
+    """The interface of an optimiser to the trainer. State is keyed by parameter names."""
 
     @property
     def is_fused(self) -> bool:
-        """Whether a step itself projects gradients, keeps rows at norm 1 and measures gradients.
+        """Whether a step projects gradients, keeps rows at norm 1 and returns the gradient's norm.
 
-        It then returns their norm. Else whoever calls it does all that.
+        Otherwise the caller does all that.
         """
 
     def step(self, step: int) -> Tensor | None:
-        """Update the parameters from their gradients, and drop these."""
+        """Update the parameters from their gradients, and drop the gradients."""
 
     def masked_step(self, step: int, ok: Tensor) -> Tensor | None:
-        """The same where the flag `ok` (bool, on the parameters' device) is true; else nothing."""
+        """Make a step where the flag `ok` (bool, on the parameters' device) is true."""
 
     def drop_gradients(self) -> None:
         """Drop the gradients without an update."""
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of step `step` (from 0)."""
+        """Return the learning rate of step `step` (from 0)."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All tensors of the state, by name."""
+        """Return all tensors of the state, by name."""
 
     def state_numbers(self) -> dict[str, float]:
-        """All numbers of the state, by name."""
+        """Return all numbers of the state, by name."""
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Put back what `state_tensors` and `state_numbers` gave."""
+        """Load the results of `state_tensors` and `state_numbers`."""
 
     def weights_to_export(self) -> dict[str, Tensor]:
-        """The weights to evaluate and publish, which may differ from the ones being trained."""
+        """Return the weights to evaluate and save, which may differ from the trained ones."""
 
 
 def make_optimizer(
@@ -76,20 +80,20 @@ def make_optimizer(
     weight_decay: float | None = None,
     decoder_norm: DecoderNorm = "unit",
 ) -> Optimizer:
-    """An optimiser over all parameters of an SAE.
+    """Build an optimiser over all parameters of an SAE.
 
     Args:
-        name: which.
-        sae: whose parameters.
+        name: its name on the command line.
+        sae: the SAE.
         lr: peak learning rate.
-        warmup: steps of warm-up, unless `schedule` says it; signum has none.
-        steps: steps of the whole run, likewise.
-        schedule: None: none for signum, else linear decay to 0.
-        weight_decay: of adamw, and of muon's matrices; None: 0.01 and 0.1.
-        decoder_norm: that of the SAE's `StepSettings`.
+        warmup: steps of warm-up, without a `schedule`; signum has none.
+        steps: steps of the whole run, without a `schedule`.
+        schedule: learning rate over the run; None: constant for signum, else linear decay to 0.
+        weight_decay: for adamw, and for muon's matrices; None: 0.01 and 0.1.
+        decoder_norm: as in the SAE's `StepSettings`.
 
     Raises:
-        ConfigError: a library that it needs is missing, or cannot run on the SAE's device.
+        ConfigError: a required library is missing, or cannot run on the SAE's device.
     """
     parameters = dict(sae.named_parameters())
     unit = unit_rows(sae, decoder_norm)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,19 +15,20 @@ _UNIT = "unit_rows"
 
 
 class Adam(FusedOptimizer):
-    """Adam over named parameters; with `weight_decay`, AdamW. On a CPU, the bits of torch's.
+    """Adam over named parameters; with `weight_decay`, AdamW. On a CPU, bit-identical to torch's.
 
     Args:
         parameters: by name.
         lr: peak learning rate.
-        warmup: steps of warm-up, unless `schedule` says it.
-        steps: steps of the whole run, likewise; then the rate falls linearly to 0.
+        warmup: steps of warm-up, without a `schedule`.
+        steps: steps of the whole run, without a `schedule`: the rate falls linearly to 0.
         schedule: share of the peak in each step.
         weight_decay: decoupled, a share of the weights per step and learning rate; None: Adam.
-        unit: the matrix whose rows have norm 1, and keep it; None: none.
+        unit: the matrix whose rows keep norm 1; None: none.
     """
 
     NUMBERS = 5
+    UPDATE = staticmethod(adam_update_)
 
     def __init__(
         self,
@@ -46,26 +45,24 @@ class Adam(FusedOptimizer):
         assert schedule is not None or steps > 0
         self._lr, self._weight_decay = lr, weight_decay or 0.0
         self._schedule = schedule or Schedule("linear", warmup, steps)
-        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
-        self._steps: dict[str, int] = {}
         self._refused: Tensor | None = None
-        """Steps of these that a flag on the device has forbidden."""
+        """How many of the counted steps a flag on the device has refused."""
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of step `step` (from 0)."""
+        """Return the learning rate of step `step` (from 0)."""
         return self._lr * self._schedule.factor(step)
 
     def masked_step(self, step: int, ok: Tensor) -> Tensor:
-        """Update where `ok` is true, else leave weights and state as they are, bit for bit."""
+        """Update where `ok` is true, else leave weights and state unchanged, bit for bit."""
         if self._refused is None:
             self._refused = torch.zeros((), device=ok.device)
-        self._refused += ~ok  # in place: a recorded step must find it again
+        self._refused += ~ok  # in place: a recorded step reads this address
         return super().masked_step(step, ok)
 
     def advance(self, step: int) -> tuple[float, ...]:
         """Count a step of all parameters with a gradient; see `saetrain.kernels.adam_numbers`.
 
-        Of all parameters, where the device reads numbers: these are the same for all of them.
+        Where the device reads the numbers, which all parameters share, it counts for all of them.
         """
         for name, parameter in self._parameters.items():
             if parameter.grad is not None or self._on_device is not None:
@@ -83,9 +80,9 @@ class Adam(FusedOptimizer):
         return adam_numbers(lr, decay, beta1, beta2, max({1, *steps}))
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Both moments and the number of steps, by parameter; named as torch's."""
+        """Return both moments and the number of steps, by parameter; named as torch's."""
         tensors: dict[str, Tensor] = {}
-        for name, (mean, square) in self._moments.items():
+        for name, (mean, square) in self._state.items():
             steps = torch.tensor(float(self._steps[name]))
             steps = steps if self._refused is None else steps - self._refused
             of_one = {"step": steps, "exp_avg": mean, "exp_avg_sq": square}
@@ -93,15 +90,15 @@ class Adam(FusedOptimizer):
         return tensors
 
     def state_numbers(self) -> dict[str, float]:
-        """Whether the rows that keep norm 1 have it: in older checkpoints, only after them."""
+        """Return a mark that the rows of `unit` have norm 1; older checkpoints lack it."""
         return {} if self._unit is None else {_UNIT: 1.0}
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Put the state back, after the weights."""
+        """Load the state, after the weights."""
         for name in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
             device = self._parameters[name].device
             mean, square = (tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq"))
-            self._moments[name] = mean.to(device), square.to(device)
+            self._state[name] = mean.to(device), square.to(device)
             self._steps[name] = int(tensors[f"{name}.step"])
         self._refused = None
         if self._unit is not None and tensors and _UNIT not in numbers:
@@ -109,13 +106,9 @@ class Adam(FusedOptimizer):
                 normalise_rows_(self._parameters[self._unit])
 
     def weights_to_export(self) -> dict[str, Tensor]:
-        """The parameters themselves."""
+        """Return the parameters themselves."""
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
 
-    def _update(
-        self, name: str, parameter: torch.nn.Parameter, gradient: Tensor, options: dict[str, Any]
-    ) -> None:
-        if name not in self._moments:
-            self._moments[name] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        moments = self._moments[name]
-        adam_update_(parameter, *moments, gradient, step=self._steps[name], **options)
+    def _initial_state(self, name: str, parameter: torch.nn.Parameter) -> tuple[Tensor, ...]:
+        del name
+        return torch.zeros_like(parameter), torch.zeros_like(parameter)

@@ -16,7 +16,7 @@ from saetrain.optim.schedule import Schedule
 from saetrain.optim.torch_optimizers import TorchOptimizer
 
 _TABLES = ("qmap1", "qmap2")
-"""bitsandbytes' own constants, not state."""
+"""Constants that bitsandbytes keeps in its state; they are not saved."""
 
 
 class Adam8bit(TorchOptimizer):
@@ -25,7 +25,7 @@ class Adam8bit(TorchOptimizer):
     Args:
         parameters: by name.
         lr: peak learning rate.
-        schedule: its share in each step.
+        schedule: share of the peak in each step.
 
     Raises:
         ConfigError: bitsandbytes is not installed, or cannot make a step on this device.
@@ -37,17 +37,17 @@ class Adam8bit(TorchOptimizer):
         super().__init__(parameters, lr, schedule, [self._adam])
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and the scales of their blocks, by parameter."""
+        """Return moments and the scales of their blocks, by parameter."""
         tensors = super().state_tensors()
         return {n: t for n, t in tensors.items() if n.rpartition(".")[2] not in _TABLES}
 
     def state_numbers(self) -> dict[str, float]:
-        """Steps that each parameter has had."""
+        """Return the number of steps of each parameter."""
         states = {name: self._state(parameter) for name, parameter in self._parameters.items()}
         return {f"{name}.step": float(s["step"]) for name, s in states.items() if s}  # type: ignore[arg-type]
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Put moments, scales and counters back."""
+        """Load moments, scales and counters."""
         (group,) = self._adam.param_groups
         for index, (name, parameter) in enumerate(self._parameters.items()):
             if f"{name}.step" in numbers:
@@ -59,7 +59,7 @@ class Adam8bit(TorchOptimizer):
 def _make(parameters: list[torch.nn.Parameter], lr: float) -> Any:
     try:
         import bitsandbytes.optim
-    except Exception as error:  # a library that it loads may be missing, which it tells in any way
+    except Exception as error:  # a missing shared library raises errors of any type
         raise ConfigError(
             "--optimizer adam8bit needs bitsandbytes",
             got=f"{type(error).__name__}: {error}",
@@ -70,10 +70,10 @@ def _make(parameters: list[torch.nn.Parameter], lr: float) -> Any:
 
 
 def _try_out(like: torch.nn.Parameter) -> None:
-    """Make one step of a small matrix where the weights are: better now than after the first batch.
+    """Make one step of a small matrix on the weights' device, so that an error comes at once.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the step fails, or does not move the weights.
     """
     trial = torch.nn.Parameter(torch.zeros(64, 64, device=like.device, dtype=like.dtype))
     trial.grad = torch.ones_like(trial)

@@ -1,99 +1,141 @@
-"""What Signum and Adam share: all of a step in one pass over each weight and its state.
+"""The base of Signum and Adam, whose step makes one pass over each weight and its state.
 
-The pass takes from the gradient of one matrix what is parallel to its rows of norm 1, measures it,
-updates, divides the rows by their norm, and writes a copy in bfloat16 if one is kept
-(`saetrain.kernels.bf16_copy`). Apart, these read and write the matrix again and again. Letters:
-M rows, D columns.
+The pass projects the gradient of a matrix with rows of norm 1, measures it, updates, divides the
+rows by their norm, and writes a copy in bfloat16 if one is kept (`saetrain.kernels.update`). As
+separate passes, these read and write the matrix again and again. Letters: M rows, D columns.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from saetrain.kernels import release_gradient
-from saetrain.kernels.sums import total
+from saetrain.kernels import UpdateOptions, backend_of, backends, release_gradient, total
 
 Parameters = dict[str, torch.nn.Parameter]
 
 
+class Maskable(Protocol):
+    """The methods of an optimiser that `conditional_step` calls."""
+
+    def step(self, step: int) -> Tensor | None:
+        """Update, and drop the gradients."""
+
+    def masked_step(self, step: int, ok: Tensor) -> Tensor | None:
+        """Update where `ok` is true, and drop the gradients."""
+
+    def drop_gradients(self) -> None:
+        """Drop the gradients without an update."""
+
+
+def conditional_step(ok: Tensor, optimizer: Maskable, step: int) -> Tensor | None:
+    """Make step `step` (from 0) if the flag `ok` (bool, no dimensions) is true.
+
+    If it is false, no bit of weights or state changes. On a CPU the host reads the flag; on a GPU
+    that would make it wait, so the update itself is masked by the flag on the device.
+
+    Returns:
+        The result of the step, see `saetrain.optim.Optimizer`; None if the host skipped it.
+    """
+    if not backends.host_can_read(ok):
+        return optimizer.masked_step(step, ok)
+    if bool(ok):
+        return optimizer.step(step)
+    optimizer.drop_gradients()
+    return None
+
+
 class FusedOptimizer:
-    """Named parameters, and what is done to each of them; see `saetrain.optim.Optimizer`.
+    """Named parameters, their state, and the update of each; see `saetrain.optim.Optimizer`.
 
     Args:
         parameters: by name.
-        unit: the matrix whose rows have norm 1, and keep it; None: none.
+        unit: the matrix whose rows keep norm 1; None: none.
     """
 
     is_fused = True
-    NUMBERS: int
-    """As many as `count` gives."""
+    NUMBERS: ClassVar[int]
+    """How many numbers `advance` returns."""
+    UPDATE: ClassVar[Callable[..., None]]
+    """The update of one parameter: `saetrain.kernels.signum_update_` or `adam_update_`."""
 
     def __init__(self, parameters: Parameters, unit: str | None) -> None:
         self._parameters, self._unit = parameters, unit
+        self._state: dict[str, tuple[Tensor, ...]] = {}
+        """State tensors of each parameter that has been updated, in the order of `UPDATE`."""
+        self._steps: dict[str, int] = {}
+        """Adam: updates of each parameter."""
+        self._norms: Tensor | None = None
+        """Signum: last divisors of the rows of `unit`. [M]"""
         self._on_device: Tensor | None = None
         self._host_scalars: dict[str, Any] = {}
-        """Options of the updates of the step that was counted last."""
+        """Scalar options of the updates of the last step that `advance` counted."""
 
     def bind_step_scalars(self, numbers: Tensor) -> None:
-        """Let all steps from now on read there, on the device, what changes from step to step.
+        """Make all later steps read the numbers that change from step to step on the device.
 
-        Whoever calls `step` or `masked_step` then calls `count` before, and writes there what it
-        gives. A step that is recorded as a CUDA graph holds no number of its own.
+        Before each `step` or `masked_step`, the caller then calls `advance` and writes its result
+        there. So a step that is recorded as a CUDA graph contains none of these numbers.
 
         Args:
-            numbers: float32; what kernels call so, and room behind it. [NUMBERS or more]
+            numbers: float32, the `numbers` of `UpdateOptions`. [NUMBERS or more]
         """
         self._on_device = numbers[: self.NUMBERS]
 
     def advance(self, step: int) -> tuple[float, ...]:
-        """Count step `step` (from 0) on the host; its numbers that change. [NUMBERS]"""
+        """Count step `step` (from 0) on the host, and return its numbers. [NUMBERS]"""
         raise NotImplementedError
 
-    def step(self, step: int) -> Tensor:
-        """Update, and return the norm of the gradient, projected as it is used."""
-        return self._step(step, None)
-
     def masked_step(self, step: int, ok: Tensor) -> Tensor:
-        """Update where `ok` is true, else leave weights and state as they are, bit for bit.
+        """Update where `ok` is true, else leave weights and state unchanged, bit for bit.
 
-        What the host counts counts on: after such a step, the run ends.
+        Host-side step counters still advance; a refused step always ends the run, so this is
+        harmless.
         """
-        return self._step(step, ok)
+        return self.step(step, ok)
 
     def drop_gradients(self) -> None:
-        """Forget them without an update."""
+        """Drop the gradients without an update."""
         for parameter in self._parameters.values():
             release_gradient(parameter)
 
     @torch.no_grad()
-    def _step(self, step: int, ok: Tensor | None) -> Tensor:
-        numbers = self._on_device
+    def step(self, step: int, ok: Tensor | None = None) -> Tensor:
+        """Update, and return the norm of the projected gradient."""
+        ops, numbers = backend_of(next(iter(self._parameters.values()))), self._on_device
         if numbers is None:
             self.advance(step)
-        else:  # counted already, of all of them
+        else:  # the caller has counted the step of every parameter
             assert all(p.grad is not None for p in self._parameters.values())
-        now = self._host_scalars | {"numbers": numbers}
         squares = []
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
+            if name not in self._state:
+                self._state[name] = self._initial_state(name, parameter)
+            unit, of_rows = name == self._unit, None
             if parameter.ndim == 2:
                 wide = torch.promote_types(parameter.dtype, torch.float32)
-                rows = torch.empty(len(parameter), dtype=wide, device=parameter.device)  # [M]
-                options = {"unit": name == self._unit, "squares": rows, "ok": ok}
+                of_rows = torch.empty(len(parameter), dtype=wide, device=parameter.device)  # [M]
+                squares.append(of_rows)
             else:
-                rows = parameter.grad.double().square().flatten()
-                options = {"unit": False, "ok": ok}
-            self._update(name, parameter, parameter.grad, now | options)
-            squares.append(rows.double())
+                squares.append(parameter.grad.double().square().flatten())
+            options = UpdateOptions(
+                **self._host_scalars,
+                unit=unit,
+                step=self._steps.get(name, 1),
+                norms=self._norms if unit else None,
+                squares=of_rows,
+                ok=ok,
+                numbers=numbers,
+            )
+            self.UPDATE(parameter, *self._state[name], parameter.grad, options, ops)
         self.drop_gradients()
-        return total(torch.cat(squares)).sqrt()
+        return total(torch.cat(squares).double()).sqrt()
 
-    def _update(
-        self, name: str, parameter: torch.nn.Parameter, gradient: Tensor, options: dict[str, Any]
-    ) -> None:
-        """Update one parameter and its state."""
+    def _initial_state(self, name: str, parameter: torch.nn.Parameter) -> tuple[Tensor, ...]:
+        """Create the state of a parameter before its first update."""
         raise NotImplementedError

@@ -24,8 +24,8 @@ class Muon(TorchOptimizer):
     Args:
         parameters: by name.
         lr: peak learning rate of both.
-        schedule: its share in each step.
-        weight_decay: of the matrices, decoupled.
+        schedule: share of the peak in each step.
+        weight_decay: decoupled weight decay of the matrices.
 
     Raises:
         ConfigError: this torch has no Muon.
@@ -51,6 +51,6 @@ class Muon(TorchOptimizer):
             adjust_lr_fn="match_rms_adamw",
         )
         kinds = {p.device.type for p in others.values()}
-        self._counts_on_device = kinds in ({"cpu"}, {"cuda"})  # those of torch's fused kernels
+        self._counts_on_device = kinds in ({"cpu"}, {"cuda"})  # as torch's fused kernels do
         adam = torch.optim.Adam(others.values(), lr=lr, fused=self._counts_on_device or None)
         super().__init__(parameters, lr, schedule, [muon, adam])

@@ -1,4 +1,4 @@
-"""Learning rates: how large by default, and how they change over a run."""
+"""Learning rates: the default, and how they change over a run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _WARMUP_MOST = 1000
 def default_lr(
     optimizer: OptimizerName, num_latents: int, d_in: int, steps: int | None = None
 ) -> float:
-    """Learning rate, the peak of a schedule; after sparsify in a long run.
+    """Return the default learning rate, the peak of a schedule; sparsify's in a long run.
 
     signum: 5e-3 / sqrt(M / 2^14), whatever the run's length: being schedule-free, it averages.
-    Adam's kinds: 2e-4 / sqrt(M / 2^14) from 2^17 steps on, and with the root of what is missing to
-    these more: the root leads from what short runs were found to want (benchmarks/README.md) to
+    Adam's kinds: 2e-4 / sqrt(M / 2^14) from 2^17 steps on, and in a shorter run sqrt(2^17 / steps)
+    times that: the root leads from the best rates of short runs (benchmarks/README.md) to
     sparsify's rate for long ones. At most 0.24 / sqrt(D), which is 1e-2 at the width where that was
-    tried: no step is to be as long as rows are. muon: 2e-3; its updates are scaled by the shape
+    tried: no step should be as long as rows are. muon: 2e-3; its updates are scaled by the shape
     of the matrix already.
 
     Args:
-        optimizer: whose.
+        optimizer: name of the optimiser.
         num_latents: width of the SAE, M.
         d_in: width of the rows, D.
         steps: steps of the whole run; None: a long one.
@@ -41,13 +41,13 @@ def default_lr(
     return min(_ADAM_MOST / math.sqrt(d_in), _ADAM / narrow * math.sqrt(missing))
 
 
-def warmup_steps(asked: int | None, steps: int) -> int:
-    """Steps of warm-up: as asked, else a twentieth of the run's `steps`, at most 1000."""
-    return min(_WARMUP_MOST, steps // 20) if asked is None else asked
+def warmup_steps(option: int | None, steps: int) -> int:
+    """Return the steps of warm-up: the option, else a twentieth of the run, at most 1000."""
+    return min(_WARMUP_MOST, steps // 20) if option is None else option
 
 
 def warmup_then_decay(step: int, warmup: int, steps: int) -> float:
-    """Factor of the learning rate in a step: linear up to 1, then linear down to 0.
+    """Return the factor of the learning rate in a step: linear up to 1, then linear down to 0.
 
     Args:
         step: number of the step, from 0.
@@ -64,7 +64,7 @@ class Schedule:
     """The learning rate over a run, as a share of its peak."""
 
     shape: LrSchedule
-    """What follows the warm-up."""
+    """Shape after the warm-up."""
     warmup: int
     """Steps of linear warm-up, from 0."""
     steps: int
@@ -72,10 +72,10 @@ class Schedule:
     decay: int | None = None
     """Steps of the decay at the end, stable-then-decay only; None: a fifth of the run."""
     end: float = 0.0
-    """What the decay ends at, one step after the run's last."""
+    """Factor at the end of the decay, one step after the run's last."""
 
     def factor(self, step: int) -> float:
-        """Share of the peak in a step, from 0."""
+        """Return the share of the peak in a step, from 0."""
         if step < self.warmup:
             return step / self.warmup
         if self.shape == "constant":
@@ -92,10 +92,10 @@ class Schedule:
 
 
 def make_schedule(options: FitConfig, steps: int) -> Schedule | None:
-    """The schedule that the options of a run ask for; None: the optimiser's own.
+    """Build the schedule of a run's options; None: the optimiser's own.
 
     Args:
-        options: of the run.
+        options: options of the run.
         steps: steps of the whole run.
     """
     shape = options.lr_schedule

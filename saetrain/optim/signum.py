@@ -3,18 +3,16 @@
 Steepest descent in the L∞ norm (Bernstein et al., "signSGD", 2018) inside the schedule-free scheme
 (Defazio et al., "The road less scheduled", 2024), on the CPU with the bits of the `schedulefree`
 package. It keeps two points: y, where gradients are taken (the live parameters), and z, where sign
-steps go. The point to evaluate is their average x = lerp(y, z, 1 - 1/β). It is computed aside:
-switching the live weights to x and back does not return the same bits.
+steps go. The point to evaluate is their average x = lerp(y, z, 1 - 1/β). It is computed in new
+tensors: switching the live weights to x and back does not restore the same bits.
 
 A matrix whose rows keep norm 1 is divided by their norms as soon as it is updated. The average is
-drawn from y before that, norms * y: drawn from y of norm 1, it costs 1% of FVU.
+computed from y before that, norms * y: computed from y of norm 1, it costs 1% of FVU.
 
-It needs no schedule: averaging does what a decay is for. Given one, sign steps are scaled by it.
+It needs no schedule: averaging replaces the decay. With a schedule, sign steps are scaled by it.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +31,12 @@ class Signum(FusedOptimizer):
     Args:
         parameters: by name.
         lr: learning rate, the peak where there is a schedule.
-        schedule: its share in each step; None: 1.
-        unit: the matrix whose rows have norm 1, and keep it; None: none.
+        schedule: share of the peak in each step; None: 1.
+        unit: the matrix whose rows keep norm 1; None: none.
     """
 
     NUMBERS = 2
+    UPDATE = staticmethod(signum_update_)
 
     def __init__(
         self,
@@ -49,13 +48,10 @@ class Signum(FusedOptimizer):
     ) -> None:
         super().__init__(parameters, unit)
         self._lr, self._schedule = lr, schedule
-        self._z: dict[str, Tensor] = {}
-        self._norms: Tensor | None = None
-        """What the rows were last divided by. [M]"""
         self._numbers: dict[str, float] = {}
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of step `step` (from 0)."""
+        """Return the learning rate of step `step` (from 0)."""
         if self._schedule is None:
             return self._lr
         # A warm-up counts from 1: the average's weights are squares of the largest rate so far, and
@@ -64,67 +60,61 @@ class Signum(FusedOptimizer):
         return self._lr * self._schedule.factor(step + 1 if warming else step)
 
     def advance(self, step: int) -> tuple[float, ...]:
-        """Count a step; its learning rate, and its share of the average."""
+        """Count a step, and return its learning rate and its share of the average."""
         lr = self.learning_rate(step)
         mix = self._count(lr)
         self._host_scalars = {"lr": lr, "mix": mix, "momentum": MOMENTUM}
         return lr, mix
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The points z, by parameter, and the norms."""
-        tensors = {name: self._z[name] for name in self._parameters if name in self._z}
+        """Return the points z, by parameter, and the norms."""
+        tensors = {name: self._state[name][0] for name in self._parameters if name in self._state}
         return tensors if self._norms is None else tensors | {f"{self._unit}{_NORMS}": self._norms}
 
     def state_numbers(self) -> dict[str, float]:
-        """What the average is weighted with."""
+        """Return the numbers that weight the average."""
         return dict(self._numbers)
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Put z, the norms and the weights of the average back, after the parameters.
+        """Load z, the norms and the weights of the average, after the parameters.
 
-        Rows that were not yet divided by their norms when they were saved, are now: of a run that
-        an earlier version began, or that goes on with another `unit`. Other rows than `unit`'s are
-        multiplied by them.
+        Rows of `unit` that were saved without norms are divided by their norms now: the run was
+        started by an earlier version, or is resumed with another `unit`. Rows of another matrix
+        with saved norms are multiplied by them.
         """
         divided = False
         for name, tensor in tensors.items():
             parameter = self._parameters[name.removesuffix(_NORMS)]
             if name in self._parameters:
-                self._z[name] = tensor.to(parameter.device)
+                self._state[name] = (tensor.to(parameter.device),)
             elif name == f"{self._unit}{_NORMS}":
                 self._norms, divided = tensor.to(parameter.device), True
             else:
                 parameter.mul_(tensor.to(parameter.device).unsqueeze(1))
-        if self._unit is not None and self._z and not divided:
+        if self._unit is not None and self._state and not divided:
             self._norms = self._ones()
             normalise_rows_(self._parameters[self._unit], self._norms)
         self._numbers |= numbers
 
     @torch.no_grad()
     def weights_to_export(self) -> dict[str, Tensor]:
-        """The averages x; before the first step, the parameters."""
+        """Return the averages x; before the first step, the parameters."""
         exported = {}
         for name, parameter in self._parameters.items():
-            y, z = parameter.detach(), self._z.get(name, parameter)
+            y, (z,) = parameter.detach(), self._state.get(name, (parameter,))
             if name == self._unit and self._norms is not None:
                 y = (y * self._norms.unsqueeze(1)).to(y.dtype)
             exported[name] = torch.lerp(y, z.detach(), 1 - 1 / MOMENTUM)
         return exported
 
-    def _update(
-        self, name: str, parameter: torch.nn.Parameter, gradient: Tensor, options: dict[str, Any]
-    ) -> None:
-        if name not in self._z:
-            self._z[name] = parameter.detach().clone()
-        if name == self._unit:
-            if self._norms is None:
-                self._norms = self._ones()
-            options["norms"] = self._norms
-        signum_update_(parameter, self._z[name], gradient, **options)
+    def _initial_state(self, name: str, parameter: torch.nn.Parameter) -> tuple[Tensor, ...]:
+        if name == self._unit and self._norms is None:
+            self._norms = self._ones()
+        return (parameter.detach().clone(),)
 
     def _ones(self) -> Tensor:
-        """Norms of rows that were not divided by any. [M]"""
+        """Create the norms of rows that have not been divided. [M]"""
         assert self._unit is not None
         W = self._parameters[self._unit]
         wide = torch.promote_types(W.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""torch's optimisers behind our protocol: a schedule, a state by name, an update under a flag."""
+"""Adapter from torch's optimisers to `saetrain.optim.Optimizer`: schedule, named state, flag."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from saetrain.kernels import release_gradient
-from saetrain.optim.conditional import zero_gradients_unless
 from saetrain.optim.fused import Parameters
 from saetrain.optim.schedule import Schedule
 
@@ -18,10 +17,10 @@ class TorchOptimizer:
     """One or several of torch's optimisers over named parameters; see `saetrain.optim.Optimizer`.
 
     Args:
-        parameters: all of them, by name.
-        lr: peak learning rate of all of them.
-        schedule: its share in each step.
-        inner: which together update every parameter once.
+        parameters: all parameters, by name.
+        lr: peak learning rate of all parameters.
+        schedule: share of the peak in each step.
+        inner: torch's optimisers, which together update every parameter once.
     """
 
     is_fused = False
@@ -41,17 +40,19 @@ class TorchOptimizer:
         self._set_lr(step)
         for optimizer in self._inner:
             optimizer.step()
-        for parameter in self._parameters.values():  # fused and foreign kernels are not counted
+        for parameter in self._parameters.values():  # torch counts no write of fused kernels
             increment_version(parameter)
         self.drop_gradients()
 
     @torch.no_grad()
     def masked_step(self, step: int, ok: Tensor) -> None:
-        """Update where `ok` is true, else leave weights and state as they are, bit for bit.
+        """Update where `ok` is true, else leave weights and state unchanged, bit for bit.
 
-        A counter that torch keeps on the CPU counts on: looking at `ok` there would be a wait.
+        A counter that torch keeps on the CPU still advances: to read `ok`, the host would wait.
         """
-        zero_gradients_unless(ok, self._parameters.values())
+        for parameter in self._parameters.values():
+            if parameter.grad is not None:  # no NaN reaches any state
+                parameter.grad = torch.where(ok, parameter.grad, 0.0)
         tensors = [*self._parameters.values(), *self.state_tensors().values()]
         kept = [(tensor, tensor.clone()) for tensor in tensors if tensor.device == ok.device]
         self.step(step)
@@ -59,16 +60,16 @@ class TorchOptimizer:
             torch.where(ok, tensor, before, out=tensor)
 
     def drop_gradients(self) -> None:
-        """Forget them without an update."""
+        """Drop the gradients without an update."""
         for parameter in self._parameters.values():
             release_gradient(parameter)
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of step `step` (from 0)."""
+        """Return the learning rate of step `step` (from 0)."""
         return self._lr * self._schedule.factor(step)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state, by parameter."""
+        """Return every tensor of the state, by parameter."""
         return {
             f"{name}.{key}": value
             for name, parameter in self._parameters.items()
@@ -77,21 +78,21 @@ class TorchOptimizer:
         }
 
     def state_numbers(self) -> dict[str, float]:
-        """Nothing: the learning rate follows from the step."""
+        """Return nothing: the learning rate follows from the step."""
         return {}
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Put the state back."""
+        """Load the state."""
         del numbers
         for name, value in tensors.items():
             key, _, entry = name.rpartition(".")
             parameter = self._parameters[key]
-            # torch counts steps on the CPU, but for its fused kernels.
+            # torch counts steps on the CPU, except in its fused kernels.
             device = "cpu" if entry == "step" and not self._counts_on_device else parameter.device
             self._state(parameter)[entry] = value.to(device)
 
     def weights_to_export(self) -> dict[str, Tensor]:
-        """The parameters themselves."""
+        """Return the parameters themselves."""
         return {name: parameter.detach() for name, parameter in self._parameters.items()}
 
     _counts_on_device = False
@@ -102,9 +103,9 @@ class TorchOptimizer:
                 group["lr"] = self.learning_rate(step)
 
     def _state(self, parameter: torch.nn.Parameter) -> dict[str, object]:
-        """The part of the state that is of one parameter."""
+        """Return torch's state of one parameter."""
         for optimizer in self._inner:
             if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
                 state: dict[str, object] = optimizer.state[parameter]
                 return state
-        raise AssertionError("a parameter that nobody updates")
+        raise AssertionError("a parameter that no optimiser updates")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saetrain.kernels.sums import total
+from saetrain.kernels import total
 from saetrain.model.losses import Losses, OutputSlice
 from saetrain.tracking import EDGES
 

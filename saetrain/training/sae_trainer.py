@@ -112,13 +112,13 @@ class SaeTrainer:
         self.latent_stats.count_replayed(rows)
         self.meter.count_replayed()
 
-    def uses_auxk(self, step: int, rows: int, auxk_alpha: float) -> bool:
+    def uses_auxk(self, step: int, rows: int) -> bool:
         """Return whether AuxK applies in step `step` (from 0) of `rows` rows a process.
 
         It does once latents may be dead.
         """
         rows *= 1 if self.ddp is None else world_size()
-        return auxk_alpha > 0 and self.dead_tracker.may_be_dead(step * rows)
+        return self.settings.auxk_alpha > 0 and self.dead_tracker.may_be_dead(step * rows)
 
     def export_weights(self) -> dict[str, Tensor]:
         """Return the weights as they are saved and validated, and the activation's buffers."""

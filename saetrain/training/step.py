@@ -1,4 +1,4 @@
-"""One step: a batch for every SAE, and an update where it is due."""
+"""One training step: a batch for every SAE, and an update where it is due."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError
-from saetrain.kernels import keep_bf16_copy
-from saetrain.kernels.sums import total
+from saetrain.kernels import keep_bf16_copy, total
+from saetrain.kernels.dense import has_bfloat16_products
 from saetrain.model.activations import TopK
 from saetrain.model.activations.compiled import missing_compiler
 from saetrain.model.decoder_norm import folded_losses
 from saetrain.model.hookpoint_io import rows_of
-from saetrain.model.losses import LossConfig, Losses, LossTerm, compute_losses
+from saetrain.model.losses import Losses, LossTerm, compute_losses
 from saetrain.model.sae import Sae, SaeOutput
 from saetrain.optim import conditional_step
 from saetrain.training.sae_trainer import SaeTrainer
@@ -25,145 +25,119 @@ from saetrain.training.step_settings import StepSettings
 
 if TYPE_CHECKING:
     from actcache.stream.activation_stream import Batch
-    from saetrain.training.ddp import DdpStep
 
 
 def train_batch(groups: dict[str, list[SaeTrainer]], batch: Batch, step: int) -> None:
-    """One update of every SAE. Rows go to the device once for each hookpoint."""
+    """Make one step of every SAE. Rows are copied to the device once for each hookpoint."""
     for group in groups.values():
         train_on_rows(group, rows_of(group[0].entry, batch.activations), step)
 
 
 def train_on_rows(group: list[SaeTrainer], rows: Tensor, step: int) -> None:
-    """One update of every SAE that is fed with these rows, in any type, on any device."""
+    """Make one step of every SAE that reads these rows, of any type and on any device."""
     weights = group[0].sae.W_enc
-    # In their own type, which is smaller; there into that of the weights.
+    # Copied in their own type, which is smaller, and cast on the device.
     x = rows.to(weights.device, non_blocking=True).to(weights.dtype)
     for trainer in group:
-        train_step(trainer, x, step, trainer.entry.options.auxk_alpha)
+        train_step(trainer, x, step)
 
 
-def train_step(trainer: SaeTrainer, rows: Tensor, step: int, auxk_alpha: float) -> None:
-    """One batch for one SAE, its rows in any type, on any device; and an update, if it is due.
+def train_step(trainer: SaeTrainer, rows: Tensor, step: int) -> None:
+    """Train one SAE on one batch of any type, on any device, and update it if that is due.
 
     Nothing here makes the host wait for the device.
     """
-    sae, settings, shared, clock = trainer.sae, trainer.settings, trainer.ddp, trainer.device_step
-    if (k := settings.k(step)) is not None:
+    sae, settings = trainer.sae, trainer.settings
+    k, k_changes = settings.k(step), settings.changes_k(step)
+    first_step, ends = settings.first_step_of_update(step), settings.ends_update(step)
+    if k is not None:
         sae.k = k
-    if settings.begins_update(step):
-        # Later on, an optimiser of one pass leaves its rows so.
+    if step == first_step:
+        # After the first step, a fused optimiser keeps the rows at norm 1 itself.
         if settings.decoder_norm == "unit" and (step == 0 or not trainer.optimizer.is_fused):
             sae.normalise_decoder()
         sae.activation.project()
     x = rows.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype, non_blocking=True)
     if trainer.scaling is not None:
         x = x * trainer.scaling.rows
-    dead = trainer.dead_tracker.dead() if trainer.uses_auxk(step, len(rows), auxk_alpha) else None
-    losses = accumulate_gradient(
-        sae,
-        x,
-        trainer.variance,
-        dead,
-        trainer.loss_config,
-        step,
-        auxk_alpha,
-        settings,
-        shared,
-        clock,
-    )
-    loss = losses.total(auxk_alpha)
-    now = step if clock is None else clock
-    finite = trainer.guard.check(loss if shared is None else shared.all_mean(loss), now)
-    if settings.ends_update(step):
-        _update(trainer, step, finite)
-    if shared is not None:
-        shared.count(losses, trainer.dead_tracker, trainer.latent_stats, trainer.meter)
+    losses = accumulate_gradient(trainer, x, step)
+    loss = losses.total(settings.auxk_alpha)
+    now = step if trainer.device_step is None else trainer.device_step
+    finite = trainer.guard.check(loss if trainer.ddp is None else trainer.ddp.all_mean(loss), now)
+    if ends:
+        _update(trainer, first_step, now, finite)
+    if trainer.ddp is not None:
+        trainer.ddp.count(losses, trainer.dead_tracker, trainer.latent_stats, trainer.meter)
         return
-    sae.activation.observe(losses.output.top_acts, anew=settings.changes_k(step))
-    trainer.dead_tracker.add((losses.output.top_acts, losses.output.top_indices))
-    trainer.latent_stats.add_latents(losses.output.top_acts, losses.output.top_indices)
+    top_acts, top_indices = losses.output.top_acts, losses.output.top_indices
+    sae.activation.observe(top_acts, anew=k_changes)
+    trainer.dead_tracker.add((top_acts, top_indices))
+    trainer.latent_stats.add_latents(top_acts, top_indices)
     trainer.meter.add(losses)
 
 
-def _update(trainer: SaeTrainer, step: int, finite: Tensor) -> None:
-    """Change the weights by their gradient, unless `finite` says that it must not reach them."""
-    settings, optimizer = trainer.settings, trainer.optimizer
-    begun = settings.first_step_of_update(step)
-    if optimizer.is_fused and settings.grad_clip is None:
-        norm = conditional_step(finite, optimizer, begun)
-    else:
-        norm = _measure(trainer)
-        if settings.grad_clip is not None:
-            finite = trainer.guard.check(
-                norm, step if trainer.device_step is None else trainer.device_step
-            )
-        conditional_step(finite, optimizer, begun)
+def _update(trainer: SaeTrainer, first_step: int, now: int | Tensor, finite: Tensor) -> None:
+    """Update the weights from their gradient where the flag `finite` is true.
+
+    Args:
+        trainer: the SAE.
+        first_step: first step of the update, whose learning rate it takes.
+        now: number of this step; with --cuda-graphs, where the device reads it.
+        finite: bool, on the device, no dimensions.
+    """
+    settings, optimizer, sae = trainer.settings, trainer.optimizer, trainer.sae
+    norm = None
+    if not optimizer.is_fused or settings.grad_clip is not None:
+        if settings.decoder_norm == "unit":
+            sae.remove_parallel_gradient()
+        if settings.grad_clip is None:
+            norm = gradient_norm(p.grad for p in sae.parameters() if p.grad is not None)
+        else:
+            norm = clip_gradient(sae.parameters(), settings.grad_clip)
+            finite = trainer.guard.check(norm, now)
+    of_fused = conditional_step(finite, optimizer, first_step)
+    norm = of_fused if norm is None else norm
     if norm is not None:
         trainer.latent_stats.add_gradient(norm)
 
 
-def _measure(trainer: SaeTrainer) -> Tensor:
-    """Project the gradient, and bound it if that is asked for; its norm before."""
-    sae, settings = trainer.sae, trainer.settings
-    if settings.decoder_norm == "unit":
-        sae.remove_parallel_gradient()
-    if settings.grad_clip is not None:
-        return clip_gradient(sae.parameters(), settings.grad_clip)
-    return gradient_norm(p.grad for p in sae.parameters() if p.grad is not None)
+def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
+    """Add the gradient of a batch to that of the weights, and return the losses.
 
-
-def accumulate_gradient(
-    sae: Sae,
-    x: Tensor,
-    variance: float,
-    dead: Tensor | None,
-    loss_config: LossConfig,
-    step: int,
-    auxk_alpha: float,
-    settings: StepSettings,
-    shared: DdpStep | None = None,
-    turn: Tensor | None = None,
-) -> Losses:
-    """Add a batch's gradient to the weights', and return its losses.
-
-    A loss is a mean over rows, so that of a batch is the mean of its parts', weighted by their
-    rows, and so is its gradient. (BatchTopK chooses among a whole batch; `FitConfig` refuses it in
-    parts.)
+    A loss is a mean over rows, so that of a batch is the mean of those of its parts, weighted by
+    their rows, and so is its gradient. (BatchTopK selects from a whole batch; `FitConfig` refuses
+    it in parts.) With --parallel ddp the gradient is that of the rows of all processes, and the
+    losses are those of this one.
 
     Args:
-        sae: the autoencoder.
-        x: activations in its type, [N, D]; of a transcoder, inputs and outputs [N, D + E].
-        variance: what the losses divide by.
-        dead: which latents are dead, bool [M]; None leaves AuxK out.
-        loss_config: what is trained on besides.
-        step: its number, from 0.
-        auxk_alpha: weight of AuxK.
-        settings: says the parts, the precision and the batches of an update.
-        shared: with --parallel ddp, what makes the gradient that of all processes' rows; the losses
-            stay those of these.
-        turn: the step's number where the device reads it; None: the device is told `step`.
+        trainer: the SAE and how its steps are made.
+        x: scaled rows in the type of the weights, [N, D]; of a transcoder, inputs and outputs
+            [N, D + E].
+        step: number of the step, from 0.
 
     Returns:
         The losses, without their graph. Of dense activations [N, M], `output` keeps only whether
-        they are above 0: all of them would take the memory that parts of a batch spare.
+        they are above 0: all of them would take the memory that parts of a batch save.
     """
+    sae, settings, ddp = trainer.sae, trainer.settings, trainer.ddp
+    dead = trainer.dead_tracker.dead() if trainer.uses_auxk(step, len(x)) else None
     if isinstance(sae.activation, TopK):
         sae.activation.chunk_latents = settings.chunk_latents
     sae.activation.compiles = settings.compile
     refresh_bf16_copies(sae, settings)
     losses_of = folded_losses if settings.decoder_norm == "fold" else compute_losses
-    if shared is not None:
-        losses_of = partial(shared.forward, losses_of)
+    if ddp is not None:
+        losses_of = partial(ddp.forward, losses_of)
+    given = (trainer.variance, dead, trainer.loss_config, step, trainer.device_step)
     parts = torch.split(x, settings.micro_batch_size or len(x))
     losses = []
     for number, part in enumerate(parts, 1):
         # Processes exchange gradients once a batch, with its last part.
-        with nullcontext() if shared is None or number == len(parts) else shared.no_sync():
+        with nullcontext() if ddp is None or number == len(parts) else ddp.no_sync():
             with _precision(settings, x.device):
-                of_part = losses_of(sae, part, variance, dead, loss_config, step, turn)
+                of_part = losses_of(sae, part, *given)
             share = len(part) / len(x)
-            loss = of_part.total(auxk_alpha)
+            loss = of_part.total(settings.auxk_alpha)
             torch.autograd.backward(loss * (share / settings.grad_acc_steps))
         losses.append(_without_graph(of_part))
     if len(losses) == 1:
@@ -172,14 +146,14 @@ def accumulate_gradient(
 
 
 def refresh_bf16_copies(sae: Sae, settings: StepSettings) -> None:
-    """Where products in bfloat16 take a copy of a weight, make it right; it nearly always is."""
-    # Dense activations leave the cast to autocast, and folded weights are made anew.
+    """Bring the bfloat16 copy of the encoder up to date; it nearly always is."""
+    # Dense activations leave the cast to autocast, and folded weights are no parameters.
     if settings.autocast and settings.decoder_norm != "fold" and sae.activation.k:
         keep_bf16_copy(sae.W_enc)
 
 
 def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Scale the gradient of all parameters together to norm `topk_selector`, if it is longer.
+    """Scale the gradient of all parameters together to norm `largest`, if it is longer.
 
     Returns:
         Its norm before, on the device: not finite where the gradient is not.
@@ -193,15 +167,13 @@ def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Norm of the gradient of all parameters together, on the device."""
+    """Compute the norm of the gradient of all parameters together, on the device."""
     return torch.stack([_square(g) for g in gradients]).sum().sqrt()
 
 
 def require_bfloat16_products(device: torch.device) -> None:
-    """Raise `ConfigError` if a CPU would only imitate bfloat16, which is slower than float32."""
-    if device.type != "cpu":
-        return
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    """Raise `ConfigError` if a CPU would only emulate bfloat16, which is slower than float32."""
+    if device.type == "cpu" and not has_bfloat16_products():
         raise ConfigError(
             "--autocast needs a device with products in bfloat16",
             expected="a GPU, or a CPU with AVX512-BF16 or AMX",
@@ -211,7 +183,7 @@ def require_bfloat16_products(device: torch.device) -> None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise `ConfigError` if torch.compile lacks what it needs on a device."""
+    """Raise `ConfigError` if torch.compile lacks a compiler for a device."""
     if (missing := missing_compiler(device)) is not None:
         raise ConfigError(
             "--compile needs what torch.compile makes programs with",
@@ -222,7 +194,7 @@ def require_compiler(device: torch.device) -> None:
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Squared norm; its bits do not depend on the number of threads."""
+    """Compute the squared norm; its bits do not depend on the number of threads."""
     rows = gradient if gradient.ndim > 1 else gradient.unsqueeze(1)
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return total(torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square())
@@ -244,7 +216,7 @@ def _without_graph(losses: Losses) -> Losses:
 
 
 def _mean(parts: Sequence[Losses], shares: Sequence[float]) -> Losses:
-    """The losses of a batch from those of its parts."""
+    """Average the losses of the parts of a batch."""
 
     def mean(values: Iterable[Tensor]) -> Tensor:
         return torch.stack([v * share for v, share in zip(values, shares, strict=True)]).sum()

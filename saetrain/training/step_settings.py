@@ -34,6 +34,8 @@ class StepSettings:
     """Latents whose pre-activations are computed at once; None: all."""
     compile: bool = False
     """Run dense activations through torch.compile."""
+    auxk_alpha: float = 0.0
+    """Weight of AuxK; 0: AuxK is off."""
 
     def begins_update(self, step: int) -> bool:
         """Return whether this step's batch is the first of its update."""
@@ -60,7 +62,11 @@ class StepSettings:
 
 
 def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
-    """Derive the settings of an SAE of these sizes from the options of its run.
+    """Derive the settings of an SAE of these sizes from its options.
+
+    Args:
+        options: options of the run, with those of the SAE in them.
+        sizes: configuration of the SAE.
 
     Raises:
         ConfigError: --k-start is larger than the number of latents.
@@ -83,4 +89,5 @@ def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
         autocast=options.autocast,
         chunk_latents=options.chunk_latents,
         compile=options.compile,
+        auxk_alpha=options.auxk_alpha,
     )

@@ -185,10 +185,10 @@ def test_eval_of_an_unfinished_run_shows_dashes_for_unknown_values(folders, tmp_
     fit = [a if a != folders[0] / "run" else tmp_path / "run" for a in fit] + ["--save-every", 1]
     real = saetrain.training.step.train_step
 
-    def step(trainer, rows, number, alpha):
+    def step(trainer, rows, number):
         if number == 2:
             raise KeyboardInterrupt
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
     result = CliRunner().invoke(saetrain_app(), [str(a) for a in fit])

@@ -119,6 +119,48 @@ def make_trainee() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def accumulate() -> Callable[..., Any]:
+    """A function that adds the gradient of a batch to an SAE's weights and returns the losses."""
+    import torch
+
+    from saetrain.config.sae import SaeConfig
+    from saetrain.model.losses import FVU_ONLY
+    from saetrain.optim import make_optimizer
+    from saetrain.runs.record import SaeEntry
+    from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+    from saetrain.training.sae_trainer import SaeTrainer
+    from saetrain.training.step import accumulate_gradient
+    from saetrain.training.step_settings import StepSettings
+
+    def call(
+        sae: Any,
+        x: Any,
+        *,
+        variance: float = 1.0,
+        dead: Any = None,
+        loss_config: Any = FVU_ONLY,
+        step: int = 0,
+        **settings: Any,
+    ) -> Any:
+        tracker = DeadLatentTracker(sae.num_latents, 0, torch.device("cpu"))
+        trainer = SaeTrainer(
+            SaeEntry("layers.0", SaeConfig(sae.d_in, sae.num_latents, sae.k or 1), 0.1, seed=0),
+            sae,
+            make_optimizer("adam", sae, 0.1, 0, 50),
+            tracker,
+            MeanMeter(torch.device("cpu")),
+            variance,
+            loss_config,
+            StepSettings(**settings),
+        )
+        if dead is not None:
+            tracker.rows_since.copy_(torch.where(dead, 0, -1))
+        return accumulate_gradient(trainer, x, step)
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def sparsify() -> ModuleType:
     """The sparsify package."""
     import sparsify

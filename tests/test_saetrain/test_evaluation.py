@@ -132,10 +132,10 @@ def stop(monkeypatch: pytest.MonkeyPatch, config: Any, at: int) -> None:
     """Run until step `at` (from 0) and raise KeyboardInterrupt in it."""
     real = saetrain.training.step.train_step
 
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         if number == at:
             raise KeyboardInterrupt
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)

@@ -1,6 +1,6 @@
-"""The kernels in PyTorch's own operators: the path on the CPU, and the fallback anywhere.
+"""The backend in PyTorch's own operators: the default on the CPU, and the fallback anywhere.
 
-Every function has its twin of the same name and signature in `saetrain.kernels.reference`.
+`saetrain.kernels.reference` has every function under the same name and signature.
 """
 
 from saetrain.kernels.on_torch.decode import (

@@ -1,90 +1,57 @@
-"""Updates of weights in place, some rows at a time, so that what is in between stays in cache.
+"""Updates of weights in place, some rows at a time, so that intermediate results stay in cache.
 
 Letters: M num_latents, D d_in.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from saetrain.kernels import backends as paths
+from saetrain.kernels import backends
+from saetrain.kernels.update import UpdateOptions
 
 _BYTES = 1 << 20
-"""Of each tensor at once, for each thread of a CPU: more, and it leaves the thread's cache; less,
-and threads wait more for each other."""
+"""Bytes of each tensor at once, for each thread of a CPU: more, and they leave the thread's cache;
+less, and threads wait more for each other."""
 _LANES = 16
-"""Rows at once are a multiple of this: torch rounds numbers otherwise that are left over when a
-processor has taken as many as it can at once, and where these are must not hang on the parts."""
+"""Rows at once are a multiple of this: torch rounds the numbers after the last full vector of the
+processor differently, and which these are must not depend on the split."""
 
 
 @torch.no_grad()
-def signum_update_(
-    y: Tensor,
-    z: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    mix: float,
-    momentum: float,
-    unit: bool,
-    norms: Tensor | None = None,
-    squares: Tensor | None = None,
-    bf16_copy: Tensor | None = None,
-    ok: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """One step of schedule-free SignSGD; see `saetrain.kernels.reference`."""
-    go = _goes(ok)
+def signum_update_(y: Tensor, z: Tensor, grad: Tensor, options: UpdateOptions) -> None:
+    """Make one step of schedule-free SignSGD; see `saetrain.kernels.reference`."""
+    momentum, numbers = options.momentum, options.numbers
+    go = _may_update(options.ok)
     for part in _parts(y):
-        g = _project(y, grad, part, unit, squares)
+        g = _project(y, grad, part, options)
         if not go:
             continue
-        kept = _kept(ok, (y, z, norms, bf16_copy), part)
+        kept = _kept(options.ok, (y, z, options.norms, options.bf16_copy), part)
         of_y, of_z = y[part], z[part]
         if numbers is None:
             of_y.lerp_(of_z, 1 - 1 / momentum)  # the average
-            of_z.add_(g.sign_(), alpha=-lr)
-            of_y.lerp_(of_z, mix)
+            of_z.add_(g.sign_(), alpha=-options.lr)
+            of_y.lerp_(of_z, options.mix)
             of_y.lerp_(of_z, 1 - momentum)
         else:
             _sign_step(of_y, of_z, g, momentum, numbers)
-        _finish(y, part, unit, norms, bf16_copy)
-        _put_back(ok, kept)
+        _finish(y, part, options, kept)
 
 
 @torch.no_grad()
-def adam_update_(
-    w: Tensor,
-    m: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    unit: bool,
-    norms: Tensor | None = None,
-    squares: Tensor | None = None,
-    bf16_copy: Tensor | None = None,
-    ok: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """One step of Adam, decoupled weight decay; see `saetrain.kernels.reference`."""
-    go = _goes(ok)
+def adam_update_(w: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: UpdateOptions) -> None:
+    """Make one step of Adam, decoupled weight decay; see `saetrain.kernels.reference`."""
+    go = _may_update(options.ok)
     for part in _parts(w):
-        g = _project(w, grad, part, unit, squares)
+        g = _project(w, grad, part, options)
         if not go:
             continue
-        kept = _kept(ok, (w, m, v, norms, bf16_copy), part)
-        if numbers is None:
-            rate: float | Tensor = lr
-            count = torch.full((), float(step), device=w.device)  # no copy from the host
+        kept = _kept(options.ok, (w, m, v, options.norms, options.bf16_copy), part)
+        lr: float | Tensor = options.lr
+        if options.numbers is None:
+            count = torch.full((), float(options.step), device=w.device)  # no copy from the host
         else:
-            rate, count = numbers[3], numbers[4]
+            lr, count = options.numbers[3], options.numbers[4]
         torch._fused_adamw_(
             [w[part]],
             [g],
@@ -92,22 +59,22 @@ def adam_update_(
             [v[part]],
             [],
             [count],
-            lr=rate,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
+            lr=lr,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            weight_decay=options.weight_decay,
+            eps=options.eps,
             amsgrad=False,
             maximize=False,
         )
-        _finish(w, part, unit, norms, bf16_copy)
-        _put_back(ok, kept)
+        _finish(w, part, options, kept)
 
 
 def _sign_step(y: Tensor, z: Tensor, g: Tensor, momentum: float, numbers: Tensor) -> None:
-    """A step of signum at the rate and with the share that lie on the device; `g` is overwritten.
+    """Make a step of signum with lr and mix read on the device; `g` is overwritten.
 
-    A tensor beside one in bfloat16 would be rounded to that, so all is done in float32 here.
+    torch would round a scalar tensor to bfloat16 beside a bfloat16 tensor, so this is computed in
+    float32.
     """
     wide_y, wide_z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y, z))
     lr, mix = numbers.to(wide_y.dtype).unbind()
@@ -115,12 +82,12 @@ def _sign_step(y: Tensor, z: Tensor, g: Tensor, momentum: float, numbers: Tensor
     wide_z.sub_(g.sign_().to(wide_z.dtype) * lr)
     wide_y.lerp_(wide_z, mix)
     wide_y.lerp_(wide_z, 1 - momentum)
-    y.copy_(wide_y)  # nothing, where they are the same
+    y.copy_(wide_y)  # no copy, where they are the same tensor
     z.copy_(wide_z)
 
 
 def normalise_rows_(w: Tensor, norms: Tensor | None = None) -> None:
-    """Divide each row by its norm plus the type's eps, in place, and write these divisors. [M]"""
+    """Divide each row in place by its norm plus the type's eps, and write these divisors. [M]"""
     for part in _parts(w):
         rows = w[part]
         divisor = rows.norm(dim=1, keepdim=True) + torch.finfo(w.dtype).eps
@@ -130,59 +97,59 @@ def normalise_rows_(w: Tensor, norms: Tensor | None = None) -> None:
 
 
 def project_(w: Tensor, grad: Tensor) -> None:
-    """Take from each row g of the gradient what is parallel to the row w, of norm 1: (g·w) w."""
+    """Remove the component along the row w, of norm 1, from each row g of the gradient: (g·w) w."""
     for part in _parts(w):
         rows, g = w[part], grad[part]
         parallel = (g * rows).sum(dim=1, keepdim=True)
         g.addcmul_(parallel, rows, value=-1)
 
 
-def _parts(tensor: Tensor) -> Iterator[slice]:
-    """Rows that are worked on together: on CUDA, all of them."""
+def _parts(tensor: Tensor) -> list[slice]:
+    """Return the ranges of rows that are updated together: on CUDA, all of them."""
     rows = len(tensor)
     each = rows
     if tensor.device.type == "cpu" and rows:
         size = _BYTES * torch.get_num_threads()
         each = size * rows // max(1, tensor.numel() * tensor.element_size())
         each = max(_LANES, each // _LANES * _LANES)
-    for first in range(0, rows, max(1, each)):
-        yield slice(first, first + each)
+    each = max(1, each)
+    return [*map(slice, range(0, rows, each), range(each, rows + each, each))]
 
 
-def _project(w: Tensor, grad: Tensor, part: slice, unit: bool, squares: Tensor | None) -> Tensor:
+def _project(w: Tensor, grad: Tensor, part: slice, options: UpdateOptions) -> Tensor:
+    """Project the rows of a part of the gradient if they are to keep norm 1; write its squares."""
     g = grad[part]
-    if unit:
+    if options.unit:
         project_(w[part], g)
-    if squares is not None:
+    if options.squares is not None:
         wide = torch.promote_types(g.dtype, torch.float32)
-        squares[part] = torch.linalg.vector_norm(g, dim=1, dtype=wide).square_()
+        options.squares[part] = torch.linalg.vector_norm(g, dim=1, dtype=wide).square_()
     return g
 
 
-def _finish(
-    w: Tensor, part: slice, unit: bool, norms: Tensor | None, bf16_copy: Tensor | None
-) -> None:
-    if unit:
-        normalise_rows_(w[part], None if norms is None else norms[part])
-    if bf16_copy is not None:
-        bf16_copy[part] = w[part]
-
-
-def _goes(ok: Tensor | None) -> bool:
-    """False where the host knows, without waiting, that nothing is to change."""
-    return ok is None or not paths.host_can_read(ok) or bool(ok)
+def _may_update(ok: Tensor | None) -> bool:
+    """Return False where the host can read, without waiting, that nothing is to change."""
+    return ok is None or not backends.host_can_read(ok) or bool(ok)
 
 
 def _kept(
     ok: Tensor | None, tensors: tuple[Tensor | None, ...], part: slice
 ) -> list[tuple[Tensor, Tensor]]:
-    """What a flag on a device may ask back: each part and a copy of it."""
-    if ok is None or paths.host_can_read(ok):
+    """Copy what a false flag on a device would restore: pairs of a part and its copy."""
+    if ok is None or backends.host_can_read(ok):
         return []
     return [(t[part], t[part].clone()) for t in tensors if t is not None]
 
 
-def _put_back(ok: Tensor | None, kept: list[tuple[Tensor, Tensor]]) -> None:
+def _finish(
+    w: Tensor, part: slice, options: UpdateOptions, kept: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Normalise the rows, write the bfloat16 copy, and restore `kept` where the flag is false."""
+    if options.unit:
+        norms = options.norms
+        normalise_rows_(w[part], None if norms is None else norms[part])
+    if options.bf16_copy is not None:
+        options.bf16_copy[part] = w[part]
     for tensor, before in kept:
-        assert ok is not None
-        torch.where(ok, tensor, before, out=tensor)
+        assert options.ok is not None
+        torch.where(options.ok, tensor, before, out=tensor)

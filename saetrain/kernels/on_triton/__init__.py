@@ -1,10 +1,10 @@
-"""The kernels' path on CUDA. Triton is imported below here, and nowhere else.
+"""The backend on CUDA, in Triton, which only this package imports.
 
-Every function has its twin of the same name and signature in `saetrain.kernels.reference`; one idea
-a file, its device code and what launches it side by side. Floating arguments of one call share a
-dtype. Nothing waits for the device, nothing is tuned or compiled anew when the number of tokens
-changes, and no floating sum depends on the order in which programs run. Indices are not checked:
-one outside [0, M) reads foreign memory.
+`saetrain.kernels.reference` has every function under the same name and signature. Each file holds
+one kernel and the function that launches it. Floating arguments of one call share a dtype. Nothing
+waits for the device, nothing is tuned or compiled again when the number of tokens changes, and no
+floating sum depends on the order in which programs run. Indices are not checked: one outside [0, M)
+reads other memory.
 """
 
 from saetrain.kernels.on_triton.batch_topk import batch_topk_threshold

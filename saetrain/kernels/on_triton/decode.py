@@ -1,9 +1,9 @@
 """Sparse decode: each token's weighted sum of the K rows of W that it uses.
 
-Letters: N tokens, D d_in, M num_latents, K k. A program makes one block of columns of one token's
-row. Programs run through all tokens for the first block of columns before they begin the second
-(the grid's first axis is the fastest), and the block is so narrow that these columns of all of W
-lie in the second-level cache: N·K rows are read from there, and W comes from memory once.
+Letters: N tokens, D d_in, M num_latents, K k. A program computes one block of columns of one
+token's row. Programs run through all tokens for the first block of columns before they begin the
+second (the grid's first axis is the fastest), and the block is so narrow that these columns of all
+of W fit the second-level cache: N·K rows are read from there, and W is read from memory once.
 """
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from saetrain.kernels.on_triton.launch import columns, device_of, power_of_two, wide
-from saetrain.kernels.prefix_groups import Bags
+from saetrain.kernels.sorted_pairs import Bags
 
-ROWS = 8  # of W that a program has under way at once
+ROWS = 8  # rows of W that a program loads at once
 CACHE = 2**25  # bytes of a Hopper chip's cache that a block of columns may fill, of 50 MB or more
 
 
@@ -24,7 +24,7 @@ CACHE = 2**25  # bytes of a Hopper chip's cache that a block of columns may fill
 def gather_sum_kernel(
     acts,  # [N, K]
     indices,  # [N, K] int64
-    offsets,  # [N+1] int64 of bags, in N's place their number; None: K pairs each
+    offsets,  # [N+1] int64 of bags, whose number replaces N; None: K pairs each
     W,  # [M, D]
     out,  # [N, D]
     K,
@@ -33,7 +33,7 @@ def gather_sum_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (token, block of D)."""
+    """Compute one (token, block of D) per program."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = d < D
@@ -57,7 +57,7 @@ def gather_sum_kernel(
 
 
 def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None) -> Tensor:
-    """out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W.
+    """Compute out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W.
 
     With `bags`, out has a row for each of them, the sum over its pairs.
     """
@@ -87,5 +87,5 @@ def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = Non
 
 
 def cached_bytes(rows: int) -> int:
-    """Bytes of each row, 256 to 1024, so that `rows` pieces of them fit the cache."""
+    """Return the bytes of a row, 256 to 1024, of which `rows` times as many fit the cache."""
     return min(1024, max(256, power_of_two(CACHE // rows + 1) // 2))

@@ -1,9 +1,9 @@
 """Gradient of the activations: each token's products with the K rows of W that it uses.
 
 Letters: N tokens, D d_in, M num_latents, K k, B blocks of columns. As in decoding, programs take
-one block of columns of W after the other, so that it comes from memory once. Products over a block
-are written apart, [B, N, K], and added in order of blocks by a second launch: D·e/256 to D·e/1024
-numbers per pair instead of D read from memory, e bytes each.
+one block of columns of W after the other, so that it is read from memory once. Products over a
+block are written separately, [B, N, K], and added in order of blocks by a second launch: D·e/256 to
+D·e/1024 numbers per pair instead of D read from memory, e bytes each.
 """
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
@@ -15,17 +15,16 @@ from torch import Tensor
 
 from saetrain.kernels.on_triton.decode import ROWS, cached_bytes
 from saetrain.kernels.on_triton.launch import columns, device_of, power_of_two, wide
-from saetrain.kernels.prefix_groups import Bags
-from saetrain.kernels.sorted_pairs import SortedPairs
+from saetrain.kernels.sorted_pairs import Bags, SortedPairs
 
-SUMS = 512  # that a program of the second launch makes
+SUMS = 512  # results of a program of the second launch
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def gather_dot_kernel(
     dY,  # [N, D]
     indices,  # [N, K] int64
-    offsets,  # [N+1] int64 of bags, in N's place their number; None: K pairs each
+    offsets,  # [N+1] int64 of bags, whose number replaces N; None: K pairs each
     W,  # [M, D]
     out,  # [B, N, K]
     pairs,  # N*K
@@ -35,7 +34,7 @@ def gather_dot_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (token, block of D)."""
+    """Compute one (token, block of D) per program."""
     n = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -66,24 +65,27 @@ def add_blocks_kernel(
     blocks,
     BLOCK: tl.constexpr,
 ):
-    """One program per BLOCK of the results."""
+    """Add the blocks of BLOCK results per program."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_out = i < count
-    here = parts + i
-    total = tl.load(here, mask=in_out, other=0.0)
+    position = parts + i
+    total = tl.load(position, mask=in_out, other=0.0)
     for _ in range(1, blocks):
-        here += count
-        total += tl.load(here, mask=in_out, other=0.0)
+        position += count
+        total += tl.load(position, mask=in_out, other=0.0)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=in_out)
 
 
 def gather_dot(
-    dY: Tensor, indices: Tensor, W: Tensor, *pairs: SortedPairs, bags: Bags | None = None
+    dY: Tensor,
+    indices: Tensor,
+    W: Tensor,
+    pairs: SortedPairs | None = None,
+    bags: Bags | None = None,
 ) -> Tensor:
-    """out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
+    """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
 
-    With `bags`, dY has a row for each of them. `pairs` are taken for the sake of one signature;
-    nothing is gained by them here.
+    With `bags`, dY has a row for each of them. `pairs` are accepted for the common signature.
     """
     del pairs
     N, K = indices.shape

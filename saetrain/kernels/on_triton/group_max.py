@@ -1,7 +1,7 @@
 """The largest of each of K groups of neighbouring latents.
 
-A number's key (`keys`) in the high half of an integer, and how far it stands before column 2^31 in
-the low half: the largest such integer is that of the first of a group's largest numbers, or of its
+An integer holds a number's key (`keys`) in its high half, and 2^31 minus its column in the
+low half: the largest such integer is that of the first of a group's largest numbers, or of its
 first NaN. A row is read once.
 
 Letters: N tokens, M num_latents, K k, S = M/K latents of a group.
@@ -17,7 +17,7 @@ from torch import Tensor
 from saetrain.kernels.on_triton.keys import DTYPES, ordered
 from saetrain.kernels.on_triton.launch import device_of, power_of_two
 
-BLOCK = 2048  # numbers that a program has under way
+BLOCK = 2048  # numbers that a program loads at once
 
 
 @triton.jit
@@ -32,19 +32,19 @@ def group_max_kernel(
     BLOCK_S: tl.constexpr,
     FAR: tl.constexpr,  # 2^31, beyond every column
 ):
-    """One program per (token, GROUPS groups)."""
+    """Search one (token, GROUPS groups) per program."""
     n = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     best = tl.zeros([GROUPS], dtype=tl.int64)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         column = group[:, None] * S + s[None, :]
-        there = (group[:, None] < K) & (s[None, :] < S)
-        x = tl.load(pre_acts + n * M + column, mask=there, other=0.0)
+        valid = (group[:, None] < K) & (s[None, :] < S)
+        x = tl.load(pre_acts + n * M + column, mask=valid, other=0.0)
         x = x.to(tl.float32)
         x = tl.where(x == 0.0, 0.0, x)  # -0 is as large as 0
         rank = ordered(x).to(tl.int64) * FAR + (FAR - 1 - column)
-        best = tl.maximum(best, tl.max(tl.where(there, rank, -1), axis=1))
+        best = tl.maximum(best, tl.max(tl.where(valid, rank, -1), axis=1))
     column = FAR - 1 - best % FAR
     value = tl.load(pre_acts + n * M + column, mask=group < K, other=0.0)
     tl.store(values + n * K + group, value, mask=group < K)
@@ -52,9 +52,9 @@ def group_max_kernel(
 
 
 def group_max(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The largest of each of k groups of M/k neighbours, the first of equals, in their order.
+    """Select the largest of each of k groups of M/k neighbours, the first of equals, in order.
 
-    Values [N, k], indices [N, k] int64. A group with a NaN gives NaN. float64 is left to torch.
+    Values [N, k], indices [N, k] int64. A group with a NaN gives NaN. For float64, torch selects.
     """
     N, M = pre_acts.shape
     size = M // k

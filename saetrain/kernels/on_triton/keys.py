@@ -1,8 +1,8 @@
 """Floating numbers as unsigned integers in the same order.
 
 A positive number's bits, read as an integer, grow with it; a negative one's fall. So the key of a
-number is its bits with the sign bit set, or, of a negative one, with all bits turned round. Every
-NaN has the largest key. No number has key 0, which is what padding gets: it is below -inf.
+number is its bits with the sign bit set, or, of a negative one, with all bits inverted. Every
+NaN has the largest key. No number has key 0, the key of padding: it is below -inf.
 """
 # Triton's decorator and pointer arguments have no types that mypy could check.
 # mypy: allow-untyped-decorators, disable-error-code="no-untyped-def"
@@ -16,20 +16,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def bits_of(dtype: torch.dtype) -> int:
-    """How many bits a key has: 32 or 16."""
+    """Return the number of bits of a key: 32 or 16."""
     return dtype.itemsize * 8
 
 
 @triton.jit
 def is_nan(x):
-    """Where x is NaN, in float32: Triton's interpreter compares bfloat16 by its bits."""
+    """Mark where x is NaN, in float32: Triton's interpreter compares bfloat16 by its bits."""
     x = x.to(tl.float32)
     return x != x
 
 
 @triton.jit
 def ordered(x):
-    """Keys of x as uint32; those of 16-bit numbers are below 2^16."""
+    """Compute the keys of x as uint32; those of 16-bit numbers are below 2^16."""
     if x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         key = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -42,7 +42,7 @@ def ordered(x):
 
 
 def number_of(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """The number whose key, int64, is given."""
+    """Compute the number that has this key, int64."""
     if dtype == torch.float32:
         bits = torch.where(key >> 31 != 0, key - 2**31, 2**32 - 1 - key)
         signed = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)

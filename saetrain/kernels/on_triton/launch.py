@@ -1,8 +1,8 @@
-"""What every launch needs: the tensor's device, the dtype of sums, and a width of columns.
+"""Parameters of a launch: the tensor's device, the dtype of sums, and the width of a block.
 
 A warp reads 512 bytes at once, 16 by each of its 32 threads. Where a program has a block of
-columns of 512 bytes times its number of warps, each thread holds the same columns of every row
-that the block holds, and sums over rows stay in its registers: no shared memory, no barrier.
+columns of 512 bytes times its number of warps, each thread has the same columns of every row
+of the block, and sums over rows stay in its registers: no shared memory, no barrier.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,22 +16,22 @@ WARP_BYTES = 512
 
 
 def wide(dtype: torch.dtype) -> tl.dtype:
-    """The dtype in which sums are formed."""
+    """Return the dtype in which sums are formed."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def power_of_two(number: int) -> int:
-    """The next one, from `number` on."""
+    """Return the smallest power of two that is at least `number`."""
     return int(triton.next_power_of_2(number))
 
 
 def columns(width: int, dtype: torch.dtype, most_bytes: int) -> tuple[int, int]:
-    """How many columns a program takes of rows of `width`, and with how many warps.
+    """Return how many columns of a row a program takes, and with how many warps.
 
     Args:
         width: columns of a row.
-        dtype: of the row's numbers.
-        most_bytes: of a row in one program, a power of two.
+        dtype: type of the row's numbers.
+        most_bytes: largest part of a row in one program, a power of two.
     """
     block = min(power_of_two(width), most_bytes // dtype.itemsize)
     block = max(block, 16)
@@ -39,5 +39,5 @@ def columns(width: int, dtype: torch.dtype, most_bytes: int) -> tuple[int, int]:
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

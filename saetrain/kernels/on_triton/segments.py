@@ -2,17 +2,17 @@
 
     dW_dec[m] = Σ a·dY[n]      dW_enc[m] = Σ g·x[n]      db_enc[m] = Σ g
 
-over the pairs (n, k) with indices[n, k] = m, which lie side by side once sorted. One program makes
+over the pairs (n, k) with indices[n, k] = m, which are neighbours once sorted. One program computes
 one block of columns of both rows of one latent, in the order of its pairs, and writes them, zeros
-for a latent that was not hit. The block is so narrow that its columns of all of x and dY lie in the
-second-level cache, from where N·K rows of each are read.
+for a latent that was not hit. The block is so narrow that its columns of all of x and dY fit the
+second-level cache, from which N·K rows of each are read.
 
-A latent that owns more than CHUNK pairs would make its program the last to finish. Its pairs are
-summed by the chunks of CHUNK positions that they lie in, each by a program of its own, and the sums
-of chunks are added in their order by a second launch. A chunk holds pairs of two such latents at
-most (a third, between them, would own fewer than a chunk): that of its first position and that of
-its last, hence two sums a chunk, 2·N·K/CHUNK rows in all, and nothing to be counted on the host.
-PIECE pairs are summed apart before they join a total.
+The program of a latent that owns more than CHUNK pairs would finish last. Its pairs are summed by
+the chunks of CHUNK positions that contain them, each chunk by its own program, and the sums of
+chunks are added in their order by a second launch. A chunk has pairs of at most two such latents (a
+third, between them, would own fewer than a chunk): that of its first position and that of its last.
+So there are two sums a chunk, 2·N·K/CHUNK rows in all, which the host allocates without counting.
+PIECE pairs are summed apart before they are added to a total.
 
 Letters: N tokens, D d_in, E width of the output, M num_latents, K k, C chunks, cdiv(N·K, CHUNK).
 """
@@ -25,23 +25,22 @@ import triton.language as tl
 from torch import Tensor
 
 from saetrain.kernels.on_triton.launch import columns, device_of, wide
-from saetrain.kernels.prefix_groups import Bags
-from saetrain.kernels.sorted_pairs import SortedPairs, sort_pairs
+from saetrain.kernels.sorted_pairs import Bags, SortedPairs, sort_pairs
 
-PIECE = 64  # pairs whose sum is formed apart before it joins a total
+PIECE = 64  # pairs that are summed apart before they are added to a total
 CHUNK = 256  # positions that one program sums of a latent that owns more
-ROWS = 4  # of each matrix that a program has under way at once; most latents own few
-ROW_BYTES = 512  # of each row in one program: of 32,768 rows, 16 MB
+ROWS = 4  # rows of each matrix that a program loads at once; most latents own few pairs
+ROW_BYTES = 512  # bytes of each row in one program: of 32,768 rows, 16 MB
 
 
 @triton.jit(do_not_specialize=["count", "chunks"])
 def segments_kernel(
     acts,  # [N, K]
     dY,  # [N, E]
-    g,  # [N, K], or None with all that is of it: dW_dec alone
+    g,  # [N, K]; None (and x, dW_enc, db_enc None): compute dW_dec alone
     x,  # [N, D]
     indices,  # [N, K] int64
-    bag,  # [N, K] int64: rows of dY, if not tokens
+    bag,  # [N, K] int64: row of dY of each pair; None: its token
     order,  # [N*K] int64
     token,  # [N*K] int64
     offsets,  # [M+1] int64
@@ -61,7 +60,7 @@ def segments_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (edge of a chunk or latent, block of E and D); chunks first: the longest."""
+    """Sum one (edge of a chunk or latent, block of E and D) per program; long chunks first."""
     number = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_chunk = number < 2 * chunks
@@ -74,13 +73,13 @@ def segments_kernel(
         m = number - 2 * chunks
     first = tl.load(offsets + m)
     end = tl.load(offsets + m + 1)
-    mine = end - first <= CHUNK
+    owned_here = end - first <= CHUNK
     if in_chunk:
         # One latent may have both edges; it is summed at the first.
-        mine = (end - first > CHUNK) & ((first > begin) | (number % 2 == 0))
+        owned_here = (end - first > CHUNK) & ((first > begin) | (number % 2 == 0))
         first = tl.maximum(first, begin)
         end = tl.minimum(end, stop)
-    end = tl.where(mine, end, first)
+    end = tl.where(owned_here, end, first)
 
     total_dec = tl.zeros([BLOCK_D], dtype=WIDE)
     total_enc = tl.zeros([BLOCK_D], dtype=WIDE)
@@ -107,9 +106,9 @@ def segments_kernel(
         total_dec += sum_dec
         total_enc += sum_enc
 
-    mask_dec = d < tl.where(mine, E, 0)
-    mask_enc = d < tl.where(mine, D, 0)
-    first_block = mine & (tl.program_id(1) == 0)
+    mask_dec = d < tl.where(owned_here, E, 0)
+    mask_enc = d < tl.where(owned_here, D, 0)
+    first_block = owned_here & (tl.program_id(1) == 0)
     if in_chunk:
         tl.store(part_dec + number * E + d, total_dec, mask=mask_dec)
         if g is not None:
@@ -140,7 +139,7 @@ def add_chunks_kernel(
     CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (chunk, block of E and D): the latent whose last pair lies in it."""
+    """Add the chunks of the latent that ends in a (chunk, block of E and D), one per program."""
     closing = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin = closing * CHUNK
@@ -178,7 +177,7 @@ def scatter_sum_kernel(
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per latent; BLOCK sums side by side, then one over them."""
+    """Sum one latent per program: BLOCK sums side by side, then one over them."""
     m = tl.program_id(0).to(tl.int64)
     first = tl.load(offsets + m)
     end = tl.load(offsets + m + 1)
@@ -202,19 +201,10 @@ def weight_gradients(
     dtype: torch.dtype | None = None,
     bags: Bags | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both weights' gradients in one pass over the pairs: dW_dec [M, E], dW_enc [M, D], db_enc [M].
+    """Compute dW_dec [M, E], dW_enc [M, D] and db_enc [M] in one pass over the pairs.
 
-    Args:
-        acts: activations, [N, K].
-        dY: gradient of the output, [N, E]; with `bags`, of the sum over each, [N*P, E].
-        g: gradient of the activations through the ReLU, [N, K].
-        x: what the encoder multiplied, [N, D].
-        indices: latents, [N, K] int64.
-        num_latents: M.
-        pairs: `indices`, if sorted already.
-        dtype: of the results; None: that of dY. What weights in float32 want of factors in
-            bfloat16 is float32: sums are formed in it.
-        bags: to which dY has a row each.
+    See `saetrain.kernels.reference`. Results in float32 lose nothing of factors in bfloat16: sums
+    are formed in it.
     """
     dtype = dtype or dY.dtype
     dW_dec = torch.empty(num_latents, dY.shape[1], dtype=dtype, device=dY.device)
@@ -235,9 +225,9 @@ def scatter_outer(
     pairs: SortedPairs | None = None,
     bags: Bags | None = None,
 ) -> Tensor:
-    """out[m] = sum over (n, k) with indices[n, k] = m of acts[n, k] * dY[n]: [M, D].
+    """Compute out[m] = sum over (n, k) with indices[n, k] = m of acts[n, k] * dY[n]: [M, D].
 
-    Pass `pairs` if `indices` has been sorted already. With `bags`, dY has a row for each of them.
+    `pairs` are the sorted pairs of `indices`. With `bags`, dY has a row for each of them.
     """
     out = torch.empty(num_latents, dY.shape[1], dtype=dY.dtype, device=dY.device)
     if indices.numel() == 0 or out.numel() == 0:
@@ -250,10 +240,7 @@ def scatter_outer(
 def scatter_sum(
     values: Tensor, indices: Tensor, num_latents: int, pairs: SortedPairs | None = None
 ) -> Tensor:
-    """out[m] = sum of values[n, k] over (n, k) with indices[n, k] = m: [M].
-
-    Pass `pairs` if `indices` has been sorted already.
-    """
+    """Compute out[m] = sum of values[n, k] over (n, k) with indices[n, k] = m: [M]."""
     if indices.numel() == 0:
         return torch.zeros(num_latents, dtype=values.dtype, device=values.device)
     pairs = sort_pairs(indices, num_latents) if pairs is None else pairs

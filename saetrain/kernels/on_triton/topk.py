@@ -1,15 +1,15 @@
-"""The k largest of each row, exactly, in two small selections instead of a large one.
+"""Exact selection of the k largest of each row, in two small selections instead of a large one.
 
 A row is cut into tiles of T neighbours. The k largest lie within the k tiles whose maxima are
-largest: a tile outside these has k larger maxima, or equal ones, above all that it holds. So one
+largest: a tile outside these has k larger or equal maxima above all its numbers. So one
 pass over the row finds the tiles' maxima, k tiles are selected by them, and k values among the
 k·T in these tiles. Rows that are too wide even so select their tiles in the same way.
 
-A selection looks at numbers as integers of the same order (`keys`). It finds the k-th largest key
+A selection compares numbers as integers of the same order (`keys`). It finds the k-th largest key
 bit by bit: a bit is set if k keys or more are at least as large with it. All larger keys are
-selected, and the first of the equal ones that are still wanted; a running count tells each where
-it goes. A NaN has the largest key, so that its tile is among the selected ones and it is seen; then
-all values of its row are NaN. Padding has a key below all numbers', and there are k numbers.
+selected, and then the first of the equal ones until valid are k; a running count gives each its
+slot. A NaN has the largest key, so its tile is among the selected ones and it is found; then
+all values of its row are NaN. Padding has a key below all numbers', and valid are k numbers.
 
 Letters: N tokens, M num_latents, K k, T width of a tile.
 """
@@ -42,22 +42,22 @@ def tile_maxima_kernel(
     TILES: tl.constexpr,
     T: tl.constexpr,
 ):
-    """One program per (row, TILES tiles)."""
+    """Find the maxima of one (row, TILES tiles) per program."""
     n = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     column = tile[:, None] * T + tl.arange(0, T)[None, :]
     x = tl.load(numbers + n * M + column, mask=column < M, other=float("-inf"))
-    spoiled = tl.max(is_nan(x).to(tl.int32), axis=1)
+    has_nan = tl.max(is_nan(x).to(tl.int32), axis=1)
     largest = tl.max(tl.where(is_nan(x), float("-inf"), x.to(tl.float32)), axis=1)
-    largest = tl.where(spoiled > 0, float("nan"), largest)
+    largest = tl.where(has_nan > 0, float("nan"), largest)
     tl.store(maxima + n * tiles + tile, largest.to(maxima.dtype.element_ty), mask=tile < tiles)
 
 
 @triton.jit
 def select_kernel(
     numbers,  # [N, M]
-    tiles,  # [N, K] int32: to select within these tiles; None: within all of the row
-    values,  # [N, K], or None: not wanted
+    tiles,  # [N, K] int32: tiles to select within; None: the whole row
+    values,  # [N, K], or None: write no values
     selected,  # [N, K] int64 or int32
     M,
     K,
@@ -65,19 +65,19 @@ def select_kernel(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row."""
+    """Select from one row per program."""
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     if tiles is None:
         column = i
-        there = i < M
+        valid = i < M
     else:
-        there = i // T < K
-        tile = tl.load(tiles + n * K + i // T, mask=there, other=0)
+        valid = i // T < K
+        tile = tl.load(tiles + n * K + i // T, mask=valid, other=0)
         column = tile * T + i % T
-        there = there & (column < M)
-    x = tl.load(numbers + n * M + column, mask=there, other=0.0)
-    key = tl.where(there, ordered(x), 0)
+        valid = valid & (column < M)
+    x = tl.load(numbers + n * M + column, mask=valid, other=0.0)
+    key = tl.where(valid, ordered(x), 0)
 
     least = tl.full([], 0, dtype=tl.uint32)  # the K-th largest key
     for step in range(BITS):
@@ -94,18 +94,18 @@ def select_kernel(
     nth_larger = running % 2048
     nth_equal = running // 2048
     chosen = (larger > 0) | ((equal > 0) & (nth_equal <= K - larger_count))
-    place = tl.where(larger > 0, nth_larger, larger_count + nth_equal) - 1
-    tl.store(selected + n * K + place, column.to(selected.dtype.element_ty), mask=chosen)
+    slot = tl.where(larger > 0, nth_larger, larger_count + nth_equal) - 1
+    tl.store(selected + n * K + slot, column.to(selected.dtype.element_ty), mask=chosen)
     if values is not None:
-        spoiled = tl.sum((there & is_nan(x)).to(tl.int32), axis=0) > 0
-        value = tl.where(spoiled, float("nan"), x.to(tl.float32))
-        tl.store(values + n * K + place, value.to(values.dtype.element_ty), mask=chosen)
+        has_nan = tl.sum((valid & is_nan(x)).to(tl.int32), axis=0) > 0
+        value = tl.where(has_nan, float("nan"), x.to(tl.float32))
+        tl.store(values + n * K + slot, value.to(values.dtype.element_ty), mask=chosen)
 
 
 def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in any order: values [N, k], indices [N, k] int64.
+    """Select the k largest of each row, in any order: values [N, k], indices [N, k] int64.
 
-    Which of equal values are taken is not said, but is the same every time. A row with a NaN gives
+    Of equal values, the same are taken every time. A row with a NaN gives
     NaN for all its values. Beyond k = 1024, and for float64, `torch.topk` selects.
     """
     N, M = pre_acts.shape
@@ -122,7 +122,7 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def tile_maxima(numbers: Tensor, width: int) -> Tensor:
-    """The largest of every `width` neighbours in each row, NaN if there is one: [N, tiles]."""
+    """Find the maximum of every `width` neighbours in each row, or NaN: [N, tiles]."""
     N, M = numbers.shape
     tiles = triton.cdiv(M, width)
     maxima = torch.empty(N, tiles, dtype=numbers.dtype, device=numbers.device)
@@ -135,13 +135,13 @@ def tile_maxima(numbers: Tensor, width: int) -> Tensor:
 
 
 def tile_width(num_latents: int, k: int) -> int:
-    """T: 8 to 64, the power of two nearest to what makes both selections equally large."""
+    """Return T: 8 to 64, the power of two that makes both selections most nearly equally large."""
     balanced = round(math.log2(max(1.0, num_latents / k)) / 2)
     return min(max(1 << balanced, WIDTHS[0]), WIDTHS[1], WIDEST // power_of_two(k))
 
 
 def _select(numbers: Tensor, values: Tensor | None, selected: Tensor) -> None:
-    """Write the columns of each row's largest numbers, and these, if wanted."""
+    """Write the columns of each row's largest numbers, and the numbers unless `values` is None."""
     N, M = numbers.shape
     k = selected.shape[1]
     width = tile_width(M, k)

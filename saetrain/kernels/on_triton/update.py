@@ -1,15 +1,15 @@
 """One optimiser step of a weight matrix in one pass over memory, rows kept at unit norm.
 
-For each row: take from the gradient its part along the row, update, divide the row by its norm, and
-write it again in bfloat16. Done apart, these read and write the matrix five times. Where the flag
-`ok` on the device is false nothing is stored, so that the host need not look at it.
+For each row: remove the gradient's component along the row, update, divide the row by its norm, and
+write it again in bfloat16. As separate passes, these read and write the matrix five times. Where
+the flag `ok` on the device is false nothing is stored, so that the host need not read it.
 
 One program has one row. Up to BLOCK columns it stays in the program's registers from the one load
-to the one store; a wider one is gone through three times, for the product with the gradient, for
-the new norm, and to be stored: nothing is stored before all of it is known. Without unit rows
-(`unit` false, biases) elements have nothing to do with each other, and rows are of BLOCK elements.
+to the one store; a wider one is read three times, for the product with the gradient, for
+the new norm, and for the store: nothing is stored before all of it is known. Without unit rows
+(`unit` false, biases) elements are independent, and rows are of FLAT elements.
 
-What is computed stands in `saetrain.kernels.reference`, which float64 is left to.
+`saetrain.kernels.reference` defines the results, and computes them in float64.
 
 Letters: M rows, D columns.
 """
@@ -23,20 +23,21 @@ from torch import Tensor
 
 from saetrain.kernels import reference
 from saetrain.kernels.on_triton.launch import device_of, power_of_two
+from saetrain.kernels.update import UpdateOptions, adam_numbers
 
 BLOCK = 4096  # columns in the registers of 8 warps, 16 of each matrix to a thread
-FLAT = 1024  # elements of a program where rows do not count
+FLAT = 1024  # elements of a program where rows do not matter
 
 
 @triton.jit
 def _lerp(a, b, t):
-    """Linear interpolation a + t (b - a), from the nearer end."""
+    """Interpolate linearly, a + t (b - a), from the nearer end."""
     return tl.where(t < 0.5, a + t * (b - a), b - (1.0 - t) * (b - a))
 
 
 @triton.jit
 def _sign_step(y, z, grad, lr, to_x, mix, to_y):
-    """New y and z of schedule-free SignSGD."""
+    """Compute the new y and z of schedule-free SignSGD."""
     x = _lerp(y, z, to_x)
     z -= lr * ((grad > 0).to(tl.float32) - (grad < 0).to(tl.float32))
     x = _lerp(x, z, mix)
@@ -45,7 +46,7 @@ def _sign_step(y, z, grad, lr, to_x, mix, to_y):
 
 @triton.jit
 def _adam_step(w, m, v, grad, keep, rate, to_m, beta2, to_v, root_v, eps):
-    """New w, m and v of Adam; all but eps as `adam_update_` derives them."""
+    """Compute the new w, m and v of Adam; `adam_update_` derives all scalars but eps."""
     m = _lerp(m, grad, to_m)
     v = beta2 * v + to_v * grad * grad
     w = w * keep - rate * m / (tl.sqrt_rn(v) / root_v + eps)
@@ -62,7 +63,7 @@ def update_kernel(
     squares,  # [M] float32, or None
     bf16_copy,  # [M, D] bfloat16, or None
     ok,  # bool, or None
-    numbers,  # float32 [2] of signum, [5] of Adam; None: they are among a to g
+    numbers,  # float32 [2] of signum, [5] of Adam; None: a to g hold them
     count,  # M*D
     D,
     a,  # of the optimiser: see its launcher
@@ -77,7 +78,7 @@ def update_kernel(
     PASSES: tl.constexpr,  # 1: the row fits the block; 3
     BLOCK: tl.constexpr,
 ):
-    """One program per row."""
+    """Update one row per program."""
     row = tl.program_id(0).to(tl.int64)
     if numbers is not None:
         a = tl.load(numbers)
@@ -86,7 +87,7 @@ def update_kernel(
         else:
             b = tl.load(numbers + 1)
             f = tl.load(numbers + 2)
-    written = count  # elements that may be
+    written = count  # elements that are stored
     if ok is not None:
         written = tl.where(tl.load(ok) != 0, count, 0)
     along = tl.zeros([BLOCK], dtype=tl.float32)
@@ -104,11 +105,11 @@ def update_kernel(
     for turn in tl.static_range(2 if PASSES == 3 else 1):
         for start in range(0, D, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            place = row * D + i
-            mask = (i < D) & (place < count)
-            old = tl.load(w + place, mask=mask, other=0.0).to(tl.float32)
-            one = tl.load(first + place, mask=mask, other=0.0).to(tl.float32)
-            slope = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+            position = row * D + i
+            mask = (i < D) & (position < count)
+            old = tl.load(w + position, mask=mask, other=0.0).to(tl.float32)
+            one = tl.load(first + position, mask=mask, other=0.0).to(tl.float32)
+            slope = tl.load(grad + position, mask=mask, other=0.0).to(tl.float32)
             if UNIT:
                 if PASSES == 1:
                     parallel = tl.sum(old * slope, axis=0)
@@ -116,7 +117,7 @@ def update_kernel(
             if second is None:
                 new, one = _sign_step(old, one, slope, a, b, c, d)
             else:
-                two = tl.load(second + place, mask=mask, other=0.0).to(tl.float32)
+                two = tl.load(second + position, mask=mask, other=0.0).to(tl.float32)
                 new, one, two = _adam_step(old, one, two, slope, a, b, c, d, e, f, g)
             if UNIT and PASSES == 1:
                 divisor = tl.sqrt_rn(tl.sum(tl.where(mask, new * new, 0.0), axis=0)) + tiny
@@ -124,123 +125,64 @@ def update_kernel(
                 length += tl.where(mask, new * new, 0.0)
                 gradient += tl.where(mask, slope * slope, 0.0)
             if turn == 1 or PASSES == 1:
-                keep = (i < D) & (place < written)
+                keep = (i < D) & (position < written)
                 if UNIT:
                     new = new / divisor
-                tl.store(w + place, new.to(w.dtype.element_ty), mask=keep)
-                tl.store(first + place, one.to(first.dtype.element_ty), mask=keep)
+                tl.store(w + position, new.to(w.dtype.element_ty), mask=keep)
+                tl.store(first + position, one.to(first.dtype.element_ty), mask=keep)
                 if second is not None:
-                    tl.store(second + place, two.to(second.dtype.element_ty), mask=keep)
+                    tl.store(second + position, two.to(second.dtype.element_ty), mask=keep)
                 if bf16_copy is not None:
                     rounded = new.to(w.dtype.element_ty).to(bf16_copy.dtype.element_ty)
-                    tl.store(bf16_copy + place, rounded, mask=keep)
+                    tl.store(bf16_copy + position, rounded, mask=keep)
         if UNIT and (turn == 0 and PASSES == 3):
             divisor = tl.sqrt_rn(tl.sum(length, axis=0)) + tiny
     if squares is not None:
         tl.store(squares + row, tl.sum(gradient, axis=0))
-    if UNIT and norms is not None:  # noqa: SIM102 # what is known to the compiler, then what is not
-        # No mask: triton 3.2's interpreter takes a false one of no dimensions for none.
+    if UNIT and norms is not None:  # noqa: SIM102 # known to the compiler, then at run time
+        # No mask: triton 3.2's interpreter ignores a false one of no dimensions.
         if written > 0:
             tl.store(norms + row, divisor.to(norms.dtype.element_ty))
 
 
-def signum_update_(
-    y: Tensor,
-    z: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    mix: float,
-    momentum: float,
-    unit: bool,
-    norms: Tensor | None = None,
-    squares: Tensor | None = None,
-    bf16_copy: Tensor | None = None,
-    ok: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """One step of schedule-free SignSGD, in place; see `saetrain.kernels.reference`."""
+def signum_update_(y: Tensor, z: Tensor, grad: Tensor, options: UpdateOptions) -> None:
+    """Make one step of schedule-free SignSGD, in place; see `saetrain.kernels.reference`."""
     if y.dtype == torch.float64:
-        reference.signum_update_(
-            y,
-            z,
-            grad,
-            lr=lr,
-            mix=mix,
-            momentum=momentum,
-            unit=unit,
-            norms=norms,
-            squares=squares,
-            bf16_copy=bf16_copy,
-            ok=ok,
-            numbers=numbers,
-        )
+        reference.signum_update_(y, z, grad, options)
         return
-    scalars = (lr, 1 - 1 / momentum, mix, 1 - momentum, 0.0, 0.0, 0.0)
-    _launch((y, z, None, grad), scalars, unit, (norms, squares, bf16_copy, ok, numbers))
+    momentum = options.momentum
+    scalars = (options.lr, 1 - 1 / momentum, options.mix, 1 - momentum, 0.0, 0.0, 0.0)
+    _launch(y, z, None, grad, scalars, options)
 
 
-def adam_update_(
-    w: Tensor,
-    m: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    unit: bool,
-    norms: Tensor | None = None,
-    squares: Tensor | None = None,
-    bf16_copy: Tensor | None = None,
-    ok: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """One step of Adam, in place; see `saetrain.kernels.reference`."""
+def adam_update_(w: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: UpdateOptions) -> None:
+    """Make one step of Adam, in place; see `saetrain.kernels.reference`."""
     if w.dtype == torch.float64:
-        reference.adam_update_(
-            w,
-            m,
-            v,
-            grad,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            step=step,
-            unit=unit,
-            norms=norms,
-            squares=squares,
-            bf16_copy=bf16_copy,
-            ok=ok,
-            numbers=numbers,
-        )
+        reference.adam_update_(w, m, v, grad, options)
         return
-    keep, rate, root_v, _, _ = reference.adam_numbers(lr, weight_decay, beta1, beta2, step)
-    scalars = (keep, rate, 1 - beta1, beta2, 1 - beta2, root_v, eps)
-    _launch((w, m, v, grad), scalars, unit, (norms, squares, bf16_copy, ok, numbers))
+    o, beta1, beta2 = options, options.beta1, options.beta2
+    keep, rate, root_v, _, _ = adam_numbers(o.lr, o.weight_decay, beta1, beta2, o.step)
+    _launch(w, m, v, grad, (keep, rate, 1 - beta1, beta2, 1 - beta2, root_v, o.eps), o)
 
 
 def _launch(
-    matrices: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    w: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    grad: Tensor,
     scalars: tuple[float, ...],
-    unit: bool,
-    options: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    options: UpdateOptions,
 ) -> None:
-    """`matrices`: weight, states, gradient; `options`: norms, squares, shadow, ok, numbers.
+    """Launch the update of a weight `w` with its state.
 
-    All but the gradient must be contiguous: they are written, and `numbers` is walked along.
+    All tensors but the gradient must be contiguous: they are written, or indexed directly.
     """
-    w, first, second, grad = matrices
-    norms, squares, bf16_copy, ok, numbers = options
+    unit, squares = options.unit, options.squares
     count = w.numel()
     if count == 0:
         return
-    for tensor in (w, first, second, norms, squares, bf16_copy, numbers):
+    outputs = (options.norms, squares, options.bf16_copy)
+    for tensor in (w, first, second, *outputs, options.numbers):
         assert tensor is None or tensor.is_contiguous()
     by_rows = unit or squares is not None
     rows = w.shape[0] if by_rows else triton.cdiv(count, FLAT)
@@ -253,11 +195,11 @@ def _launch(
             first,
             second,
             grad.contiguous(),
-            norms if unit else None,
+            options.norms if unit else None,
             squares,
-            bf16_copy,
-            ok,
-            numbers,
+            options.bf16_copy,
+            options.ok,
+            options.numbers,
             count,
             width,
             *scalars,

@@ -218,10 +218,10 @@ def test_a_resumed_grid_ends_in_the_same_bytes(
     fit(whole)
     real = saetrain.training.step.train_step
 
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         if number == stop_at and trainer.entry.name == "layers.1/k3-adam-lr2e-3":
             raise Killed
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)

@@ -56,11 +56,11 @@ def send_in_step(monkeypatch: pytest.MonkeyPatch, at: int, *numbers: signal.Sign
     """Send signals in step `at` (from 0), between the first hookpoint's update and the second's."""
     real = saetrain.training.step.train_step
 
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         if number == at and trainer.entry.hookpoint == "layers.1":
             for sent in numbers:
                 os.kill(os.getpid(), sent)
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
 
@@ -255,7 +255,7 @@ def test_exit_json_records_an_error_with_its_code_and_the_saved_step(
 def test_exit_json_records_an_unexpected_exception_with_code_1(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         raise ValueError
 
     with monkeypatch.context() as patch:
@@ -289,12 +289,12 @@ def test_a_fit_that_is_refused_writes_no_exit_json(
 ) -> None:
     config, real = options(), saetrain.training.step.train_step
 
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         if number == 4:
             with pytest.raises(CacheBusyError):
                 fit(dataclasses.replace(config, resume=True))
             assert not (Path(config.out) / EXIT).exists()
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
     fit(config)

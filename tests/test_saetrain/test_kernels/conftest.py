@@ -16,14 +16,15 @@ from saetrain.kernels import (
     PrefixGroups,
     autoencode,
     batch_topk,
+    grad_memory,
     group_max,
     make_selector,
+    on_torch,
     reference,
     sparse_decode,
     sparse_encode,
     topk_selector,
 )
-from saetrain.kernels import grad_memory as spare
 
 VAST = 1 << 24  # numbers
 UNRESERVED = 0x4000 if sys.platform == "linux" else 0  # mmap.MAP_NORESERVE, from Python 3.13 on
@@ -348,7 +349,8 @@ def poison(monkeypatch):
         (torch, "empty_like"),
         (torch, "empty_strided"),
         (torch.Tensor, "new_empty"),
-        (spare._ReusableMemory, "take"),
+        (on_torch.decode, "reuse_memory"),
+        (grad_memory, "reuse_memory"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 

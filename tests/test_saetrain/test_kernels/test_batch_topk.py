@@ -13,7 +13,7 @@ def path(request):
 
 
 def dense(pre_acts, k, path):
-    values, indices = batch_topk(pre_acts, k, path=path)
+    values, indices = batch_topk(pre_acts, k, backend=path)
     return torch.zeros_like(pre_acts).scatter_add(1, indices, values)
 
 
@@ -38,12 +38,12 @@ def test_a_row_may_take_all_that_there_is(row, path):
 def test_a_nan_anywhere_is_reported(path):
     rows = torch.randn(30, 200, generator=torch.Generator().manual_seed(1))
     rows[4, 199] = torch.nan
-    assert batch_topk(rows, 2, path=path)[0].isnan().any()
+    assert batch_topk(rows, 2, backend=path)[0].isnan().any()
 
 
 def test_slots_are_no_more_than_the_fullest_row_needs(path):
     rows = torch.randn(40, 100, generator=torch.Generator().manual_seed(2))
-    values, _ = batch_topk(rows, 5, path=path)
+    values, _ = batch_topk(rows, 5, backend=path)
     assert values.shape[1] == (largest(rows, 5) > 0).sum(1).max()
 
 
@@ -58,5 +58,5 @@ def test_the_threshold_is_the_value_at_its_rank(path):
 
 def test_on_a_device_rows_have_room_for_eight_times_k_and_nobody_waits():
     """Meta tensors hold no numbers: whoever would look at one raises."""
-    values, indices = batch_topk(torch.empty(30, 200, device="meta"), 6, path="torch")
+    values, indices = batch_topk(torch.empty(30, 200, device="meta"), 6, backend="torch")
     assert values.shape == indices.shape == (30, 48)

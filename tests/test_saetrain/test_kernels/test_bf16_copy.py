@@ -8,12 +8,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saetrain.kernels import adam_update_, keep_bf16_copy, signum_update_
-from saetrain.kernels.bf16_copy import bf16_copy_of
-from saetrain.kernels.matmul import Product
+from saetrain.kernels import (
+    UpdateOptions,
+    adam_update_,
+    backend_of,
+    keep_bf16_copy,
+    signum_update_,
+)
+from saetrain.kernels.dense import Product
+from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
-from saetrain.training import step as gradient
+from saetrain.training import step as step_module
 from saetrain.training.step import train_step
 from saetrain.training.step_settings import StepSettings
 
@@ -98,13 +104,14 @@ def test_after_any_other_write_it_is_not_used_until_it_is_made_right(name):
     assert bf16_copy_of(W).data_ptr() == memory
 
 
-def update(kind, W, **options):
+def update(kind, W, backend=None, **options):
     generator = torch.Generator().manual_seed(1)
     first, grad = (torch.randn(M, D, generator=generator) for _ in range(2))
+    ops = backend_of(W, backend)
     if kind == "signum":
-        signum_update_(W, first, grad, **SIGNUM, **options)
+        signum_update_(W, first, grad, UpdateOptions(**SIGNUM, **options), ops)
         return first
-    adam_update_(W, first, first.square(), grad, **ADAM, **options)
+    adam_update_(W, first, first.square(), grad, UpdateOptions(**ADAM, **options), ops)
     return first
 
 
@@ -116,7 +123,7 @@ def test_an_update_writes_it_and_is_a_write_by_every_path(kind, unit, path):
     W, norms = kept(), torch.ones(M)
     before, version, counted = W.detach().clone(), W._version, norms._version
     with torch.no_grad():
-        state = update(kind, W, unit=unit, path=path, norms=norms)
+        state = update(kind, W, backend=path, unit=unit, norms=norms)
     assert not torch.equal(W, before)
     assert torch.equal(bf16_copy_of(W), W.detach().bfloat16())
     assert W._version > version
@@ -192,11 +199,11 @@ def test_steps_under_autocast_cast_no_weight_and_are_the_same_bits(
     for keeps in (True, False):
         with monkeypatch.context() as patch:
             if not keeps:
-                patch.setattr(gradient, "keep_bf16_copy", lambda _: None)
+                patch.setattr(step_module, "keep_bf16_copy", lambda _: None)
             trainer = make_trainee(D, M, K, optimizer=optimizer, autocast=True, **settings)
             for step, x in enumerate(batches(torch.float32)[:6]):
                 with Casts() if keeps and step else contextlib.nullcontext() as casts:
-                    train_step(trainer, x, step, 0.0)
+                    train_step(trainer, x, step)
                 assert casts is None or casts.count == each
             found.append(trainer.state()[0])
             assert (bf16_copy_of(trainer.sae.W_enc) is not None) is (keeps and not each)
@@ -205,8 +212,8 @@ def test_steps_under_autocast_cast_no_weight_and_are_the_same_bits(
 
 def test_without_autocast_a_step_keeps_none(make_trainee, batches):
     trainer = make_trainee(D, M, K)
-    train_step(trainer, batches(torch.float32)[0], 0, 0.0)
+    train_step(trainer, batches(torch.float32)[0], 0)
     assert bf16_copy_of(trainer.sae.W_enc) is None
     trainer.settings = StepSettings(autocast=True)
-    train_step(trainer, batches(torch.float32)[1], 1, 0.0)
+    train_step(trainer, batches(torch.float32)[1], 1)
     assert bf16_copy_of(trainer.sae.W_enc) is not None

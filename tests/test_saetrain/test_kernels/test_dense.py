@@ -55,7 +55,7 @@ def test_rows_without_a_gradient_cost_no_product(monkeypatch):
     given = leaves(7, 37, 19, torch.float32)
     products = []
     true = torch.Tensor.__matmul__
-    monkeypatch.setattr("saetrain.kernels.matmul.by_onednn", lambda *_: False)
+    monkeypatch.setattr("saetrain.kernels.dense.by_onednn", lambda *_: False)
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(a) or true(a, b))
     out = dense_encode(given["rows"].detach(), given["W"], given["b"], given["b_dec"])
     out.sum().backward()

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from saetrain.kernels import (
-    encode,
     group_max,
     make_selector,
     sparse_decode,
     sparse_encode,
     sparse_encode_by,
 )
-from saetrain.kernels.encode import tokens_at_once
+from saetrain.kernels.dense import tokens_at_once
 
 N, D, M, K = 70, 33, 4500, 8
 
@@ -55,12 +54,12 @@ def test_more_may_be_selected_than_a_chunk_holds(problem):
 
 
 def test_tokens_are_encoded_some_at_a_time(problem, monkeypatch):
-    monkeypatch.setattr(encode, "_LEAST", 16)
-    monkeypatch.setattr(encode, "_BYTES", 1)
+    monkeypatch.setattr(dense, "_LEAST", 16)
+    monkeypatch.setattr(dense, "_BYTES", 1)
     assert tokens_at_once(N, problem[1]) == 16
     assert_close(dense(sparse_encode(*problem, K)), truth(*problem))
     by_token = sparse_encode_by(*problem, make_selector(lambda p: group_max(p, 9), by_token=True))
-    monkeypatch.setattr(encode, "_BYTES", 1 << 30)
+    monkeypatch.setattr(dense, "_BYTES", 1 << 30)
     assert tokens_at_once(N, problem[1]) == N
     at_once = sparse_encode_by(*problem, make_selector(lambda p: group_max(p, 9)))
     assert torch.equal(by_token.top_indices, at_once.top_indices)

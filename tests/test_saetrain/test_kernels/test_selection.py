@@ -26,7 +26,7 @@ def make(N, M, dtype=torch.float32, seed=0):
 
 def check(pre_acts, k, path):
     """The values are the largest, as many of each; each index holds its value and comes once."""
-    values, indices = topk(pre_acts, k, path=path)
+    values, indices = topk(pre_acts, k, backend=path)
     assert values.shape == indices.shape == (len(pre_acts), k)
     assert values.dtype == pre_acts.dtype
     assert indices.dtype == torch.int64
@@ -70,7 +70,7 @@ def test_tiles_are_what_is_tested_here_where_a_row_is_long():
 def test_a_nan_is_reported_by_its_whole_row_and_by_no_other(place, number, path):
     rows = make(3, 5003, number)
     rows[1, place] = NAN
-    values, indices = topk(rows, 32, path=path)
+    values, indices = topk(rows, 32, backend=path)
     assert values[1].isnan().all()
     assert not values[[0, 2]].isnan().any()
     assert indices.min() >= 0
@@ -78,7 +78,7 @@ def test_a_nan_is_reported_by_its_whole_row_and_by_no_other(place, number, path)
 
 
 def test_a_row_of_nothing_but_nan_has_indices_in_range(path):
-    values, indices = topk(torch.full((2, 5003), NAN), 32, path=path)
+    values, indices = topk(torch.full((2, 5003), NAN), 32, backend=path)
     assert values.isnan().all()
     assert indices.min() >= 0
     assert indices.max() < 5003
@@ -89,12 +89,12 @@ def test_rows_of_a_larger_matrix_are_selected_from(path):
 
 
 def test_no_tokens_give_nothing(path):
-    values, indices = topk(torch.empty(0, 5003), 32, path=path)
+    values, indices = topk(torch.empty(0, 5003), 32, backend=path)
     assert values.shape == indices.shape == (0, 32)
 
 
 def test_two_selections_have_the_same_bits(path):
     rows = make(4, 5003).round(decimals=1)  # many are equal
-    (values, indices), (again, places) = topk(rows, 32, path=path), topk(rows, 32, path=path)
+    (values, indices), (again, places) = topk(rows, 32, backend=path), topk(rows, 32, backend=path)
     assert torch.equal(values, again)
     assert torch.equal(indices, places)

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from saetrain.kernels import backends as paths
-from saetrain.kernels.sums import total
+from saetrain.kernels import backends, total
 
 
 @pytest.fixture
@@ -36,6 +35,6 @@ def test_every_term_of_total_has_gradient_one() -> None:
 
 
 def test_on_a_device_it_is_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "host_can_read", lambda _: False)
+    monkeypatch.setattr(backends, "host_can_read", lambda _: False)
     values = torch.rand(100_000)
     assert torch.equal(total(values), values.sum())

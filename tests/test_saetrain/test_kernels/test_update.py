@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from saetrain.kernels import adam_update_, reference, signum_update_
+from saetrain.kernels import (
+    UpdateOptions,
+    adam_numbers,
+    adam_update_,
+    backend_of,
+    reference,
+    signum_update_,
+)
 from saetrain.kernels.on_torch import update
 
 SIGNUM = {"lr": 0.01, "mix": 0.3, "momentum": 0.95}
@@ -24,7 +31,8 @@ def problem(states, shape=(37, 19), dtype=torch.float32, seed=0):
 
 def call(kind, ops, tensors, **options):
     function = getattr(ops, f"{kind}_update_")
-    function(*tensors, **(SIGNUM if kind == "signum" else ADAM), **options)
+    scalars = SIGNUM if kind == "signum" else ADAM
+    function(*tensors, UpdateOptions(**scalars, **options))
 
 
 def outputs(shape, dtype=torch.float32):
@@ -99,14 +107,15 @@ def test_numbers_on_the_device_stand_for_those_that_are_told(ops, kind, states, 
     told = [SIGNUM["lr"], SIGNUM["mix"]]
     if kind == "adam":
         given = (ADAM[name] for name in ("lr", "weight_decay", "beta1", "beta2", "step"))
-        told = reference.adam_numbers(*given)
+        told = adam_numbers(*given)
     wrong = {"lr": 9.0, "mix": 0.9} if kind == "signum" else {"lr": 9.0, "step": 100}
     options = SIGNUM if kind == "signum" else ADAM
     ours, truth = problem(states, dtype=number), problem(states, dtype=number)
     got, want = outputs((37, 19), torch.float32), outputs((37, 19), torch.float32)
     function = getattr(ops, f"{kind}_update_")
     numbers = torch.tensor(told, dtype=torch.float32)
-    function(*ours, **options | wrong, unit=unit, ok=ok, numbers=numbers, **got)
+    given = options | wrong | got
+    function(*ours, UpdateOptions(**given, unit=unit, ok=ok, numbers=numbers))
     call(kind, reference, truth, unit=unit, ok=ok, **want)
     near = 2**-5 if number == torch.bfloat16 else 1e-6  # torch's path projects in bfloat16
     for mine, theirs in zip(ours[:-1], truth[:-1], strict=True):
@@ -127,9 +136,10 @@ def test_the_public_functions_take_the_path_of_the_weights(monkeypatch):
         options = SIGNUM if name == "signum" else ADAM
         by_variable, by_argument = problem(states), problem(states)
         monkeypatch.setenv("SAETRAIN_KERNELS", "reference")
-        function(*by_variable, unit=True, **options)
+        function(*by_variable, UpdateOptions(unit=True, **options))
         monkeypatch.delenv("SAETRAIN_KERNELS")
-        function(*by_argument, unit=True, path="reference", **options)
+        forced = backend_of(by_argument[0], "reference")
+        function(*by_argument, UpdateOptions(unit=True, **options), forced)
         assert torch.equal(by_variable[0], by_argument[0])
 
 
@@ -143,5 +153,5 @@ def test_adam_is_torchs():
         grad = problem(3, seed=step)[-1]
         peer.grad = grad.clone()
         adam.step()
-        adam_update_(w, m, v, grad, unit=False, **ADAM | {"step": step})
+        adam_update_(w, m, v, grad, UpdateOptions(**ADAM | {"step": step}))
     torch.testing.assert_close(w, peer.data, rtol=1e-6, atol=1e-7)

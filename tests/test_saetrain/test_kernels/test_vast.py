@@ -8,7 +8,7 @@ Letters: N tokens, D d_in, M num_latents, K k.
 import pytest
 import torch
 
-from saetrain.kernels import batch_topk, on_torch
+from saetrain.kernels import UpdateOptions, batch_topk, on_torch
 from saetrain.kernels.on_torch import update
 from saetrain.kernels.sorted_pairs import sort_pairs
 
@@ -84,10 +84,11 @@ def test_the_last_rows_of_weights_are_updated(lazily, monkeypatch, optimizer, un
         matrix[-rows:] = some
     for matrices in (vast, few):
         if optimizer == "signum":
-            on_torch.signum_update_(*matrices, lr=0.1, mix=0.2, momentum=0.9, unit=unit)
+            options = UpdateOptions(lr=0.1, mix=0.2, momentum=0.9, unit=unit)
+            on_torch.signum_update_(*matrices, options)
         else:
             numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
-            on_torch.adam_update_(*matrices, **numbers, step=2, unit=unit)
+            on_torch.adam_update_(*matrices, UpdateOptions(**numbers, step=2, unit=unit))
     for got, expected in zip(vast, few, strict=True):
         assert torch.equal(got[-rows:], expected)
 

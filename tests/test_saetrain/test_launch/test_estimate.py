@@ -17,16 +17,16 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import OptimizerName, SaeEntry, SaeOptions
-from saetrain.kernels.bf16_copy import bf16_copy_of
+from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.estimate import FLOAT, estimate_fit, estimate_sae, parameter_shapes, step_bytes
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
-from saetrain.model.losses import FVU_ONLY, make_loss_config
+from saetrain.model.losses import make_loss_config
 from saetrain.optim import default_lr, make_optimizer
 from saetrain.runs.record import read_run
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer
-from saetrain.training.step import accumulate_gradient, train_step
+from saetrain.training.step import train_step
 from saetrain.training.step_settings import StepSettings
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_weights_and_optimizer_state_equal_those_of_a_trained_sae(
     make_trainee: Callable[..., Any], optimizer: OptimizerName
 ) -> None:
     trainer = make_trainee(16, 400, 4, optimizer=optimizer)
-    train_step(trainer, torch.randn(32, 16), 0, 0.0)
+    train_step(trainer, torch.randn(32, 16), 0)
     entry = SaeEntry(
         "layers.0", SaeConfig(16, 400, 4), 0.1, 0, options=SaeOptions(optimizer=optimizer)
     )
@@ -122,9 +122,9 @@ def test_steps_of_other_activations_or_folded_weights_hold_at_most_the_estimate(
 def peak_of_a_step(trainer: Any, x: torch.Tensor) -> int:
     """Return the peak bytes that a step allocates."""
     for step in range(2):
-        train_step(trainer, x, step, 0.0)
+        train_step(trainer, x, step)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        train_step(trainer, x.bfloat16(), 2, 0.0)
+        train_step(trainer, x.bfloat16(), 2)
     assert seen.profiler is not None
     assert seen.profiler.kineto_results is not None
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -174,7 +174,7 @@ def test_weights_in_bfloat16_take_half(options: Callable[..., FitConfig]) -> Non
     ids=str,
 )
 def test_with_autocast_the_weights_include_a_bfloat16_copy_of_the_encoder(
-    changes: dict[str, Any], kept: int
+    changes: dict[str, Any], kept: int, accumulate: Callable[..., Any]
 ) -> None:
     D, M = 16, 400
     own = {n: changes[n] for n in ("optimizer", "decoder_norm") if n in changes}
@@ -188,11 +188,9 @@ def test_with_autocast_the_weights_include_a_bfloat16_copy_of_the_encoder(
     )
     assert under.weights - plain.weights == kept * 2 * M * D
     assert under.optimizer_state == plain.optimizer_state
-    settings = {"autocast": True, "decoder_norm": own.get("decoder_norm", "unit")}
     sae = build_sae(sizes, dtype=getattr(torch, dtype))
-    accumulate_gradient(
-        sae, torch.randn(8, D).to(sae.W_enc), 1.0, None, FVU_ONLY, 0, 0.0, StepSettings(**settings)
-    )
+    norm = own.get("decoder_norm", "unit")
+    accumulate(sae, torch.randn(8, D).to(sae.W_enc), autocast=True, decoder_norm=norm)
     assert (bf16_copy_of(sae.W_enc) is not None) is bool(kept)
 
 

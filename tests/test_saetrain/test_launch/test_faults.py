@@ -42,10 +42,10 @@ def act_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) 
     """Run a function on the cache before step `step` (from 0)."""
     real = saetrain.training.step.train_step
 
-    def train_step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def train_step(trainer: Any, rows: Any, number: int) -> None:
         if number == step and trainer.entry.hookpoint == "layers.0":
             act()
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", train_step)
 

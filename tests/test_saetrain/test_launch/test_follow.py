@@ -123,10 +123,10 @@ class Killed(BaseException):
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
     real = saetrain.training.step.train_step
 
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         if number == stop_at and trainer.entry.hookpoint == "layers.1":
             raise Killed
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
 

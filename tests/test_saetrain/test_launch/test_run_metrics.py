@@ -50,12 +50,12 @@ def test_the_learning_rate_of_signum_is_that_of_its_update(
         used.append(last[-1])
         return real(trainer)
 
-    def update(*tensors: Any, **arguments: Any) -> None:
-        last.append(arguments["lr"])
-        signum_update_(*tensors, **arguments)
+    def update(*arguments: Any) -> None:
+        last.append(arguments[3].lr)
+        signum_update_(*arguments)
 
     monkeypatch.setattr(SaeTrainer, "state", state)
-    monkeypatch.setattr("saetrain.optim.signum.signum_update_", update)
+    monkeypatch.setattr("saetrain.optim.signum.Signum.UPDATE", staticmethod(update))
     found = figures(options(hookpoint=("layers.0",), lr_schedule=schedule, save_every=4))
     assert [line["lr"] for line in found] == used
     assert [line["lr"] for line in found[: len(lrs)]] == pytest.approx(lrs)

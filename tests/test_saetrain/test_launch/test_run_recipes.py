@@ -73,10 +73,10 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     fit(whole)
     real = saetrain.training.step.train_step
 
-    def step(trainer: Any, rows: Tensor, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Tensor, number: int) -> None:
         if number == 16 and trainer.entry.hookpoint == "layers.1":
             raise Killed
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)
@@ -134,8 +134,8 @@ def test_annealing_trains_at_the_k_of_each_step_and_saves_the_last(
 ) -> None:
     real, seen = saetrain.training.step.train_step, []
 
-    def step(trainer: Any, rows: Tensor, number: int, alpha: float) -> None:
-        real(trainer, rows, number, alpha)
+    def step(trainer: Any, rows: Tensor, number: int) -> None:
+        real(trainer, rows, number)
         seen.append(trainer.sae.k)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)

@@ -124,7 +124,7 @@ def test_a_second_fit_in_the_folder_is_refused_with_the_process_of_the_first(
 ) -> None:
     config, real, refused = options(), saetrain.training.step.train_step, []
 
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         if number == 4 and not refused:
             before = snapshot(Path(config.out))
             with pytest.raises(
@@ -133,7 +133,7 @@ def test_a_second_fit_in_the_folder_is_refused_with_the_process_of_the_first(
                 fit(dataclasses.replace(config, resume=True))
             assert only_changed(before, snapshot(Path(config.out))) == []
             refused.append(number)
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
     fit(config)

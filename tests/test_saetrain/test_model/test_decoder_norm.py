@@ -107,12 +107,12 @@ def test_rows_are_free_in_training_and_their_gradient_is_whole(
         trainer.sae.W_dec.mul_(2)
     with monkeypatch.context() as patch:
         patch.setattr(trainer.optimizer, "step", spy)
-        train_step(trainer, rows(), 0, 0.0)
+        train_step(trainer, rows(), 0)
     assert torch.equal(trainer.sae.W_dec, 2 * before)
     assert along[0] > 1e-4
     trainer.optimizer.drop_gradients()
     for step in range(5):
-        train_step(trainer, rows(), step, 0.0)
+        train_step(trainer, rows(), step)
     assert float((trainer.sae.W_dec.detach().norm(dim=1) - 2).abs().max()) > 1e-3
 
 

@@ -18,19 +18,17 @@ from saetrain.model import losses
 from saetrain.model.activations import Activation, BatchTopK, GroupMax, TopK
 from saetrain.model.losses import FVU_ONLY, LossConfig
 from saetrain.model.sae import Sae
-from saetrain.training.step import accumulate_gradient
-from saetrain.training.step_settings import StepSettings
 
 N, D, E, M, K = 24, 10, 14, 40, 4
 MATRYOSHKA = LossConfig(prefixes=(3, 20))
 MULTI_TOPK = LossConfig(multi_topk=True)
 DEAD = torch.isin(torch.arange(M), torch.tensor([0, 7, 8, 21, 39]))  # [M]
 RECIPES = {
-    "plain": StepSettings(),
-    "micro-batches": StepSettings(micro_batch_size=10),
-    "accumulated": StepSettings(grad_acc_steps=2, micro_batch_size=10),
-    "folded": StepSettings(decoder_norm="fold"),
-    "autocast": StepSettings(autocast=True),
+    "plain": {},
+    "micro-batches": {"micro_batch_size": 10},
+    "accumulated": {"grad_acc_steps": 2, "micro_batch_size": 10},
+    "folded": {"decoder_norm": "fold"},
+    "autocast": {"autocast": True},
 }
 
 
@@ -49,29 +47,37 @@ def rows(width: int = D) -> Tensor:
 
 
 def gradients(
-    sae: Sae, x: Tensor, loss_config: LossConfig, settings: StepSettings
+    accumulate: Callable[..., Any],
+    sae: Sae,
+    x: Tensor,
+    loss_config: LossConfig,
+    settings: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """Of two batches, added up."""
+    """Add up the gradients of two batches."""
     sae.zero_grad()
     for step in range(2):
-        accumulate_gradient(sae, x, 2.5, DEAD, loss_config, step, 0.5, settings)
+        given = {"dead": DEAD, "loss_config": loss_config, "step": step, "auxk_alpha": 0.5}
+        accumulate(sae, x, variance=2.5, **given, **settings)
     return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("loss_config", [FVU_ONLY, MATRYOSHKA, MULTI_TOPK])
 @pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES.keys())
 def test_rows_of_dead_latents_have_the_gradient_that_indexing_gives(
-    monkeypatch: pytest.MonkeyPatch, loss_config: LossConfig, settings: StepSettings
+    monkeypatch: pytest.MonkeyPatch,
+    loss_config: LossConfig,
+    settings: dict[str, Any],
+    accumulate: Callable[..., Any],
 ) -> None:
     sae = make()
-    found = gradients(sae, rows(), loss_config, settings)
+    found = gradients(accumulate, sae, rows(), loss_config, settings)
     forward: Callable[..., Any] = losses._forward
 
     def without_rows(*arguments: Any) -> Any:
         return *forward(*arguments[:-1], None)[:-1], None
 
     monkeypatch.setattr(losses, "_forward", without_rows)
-    want = gradients(sae, rows(), loss_config, settings)
+    want = gradients(accumulate, sae, rows(), loss_config, settings)
     assert found.keys() == want.keys() == dict(sae.named_parameters()).keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, want[name], msg=lambda m, n=name: f"{n}: {m}")
@@ -96,28 +102,35 @@ KINDS: dict[str, tuple[Callable[[], Sae], LossConfig, int]] = {
 
 @pytest.mark.parametrize(("build", "loss_config", "width"), KINDS.values(), ids=KINDS.keys())
 def test_a_step_multiplies_by_the_encoder_once_and_sorts_once(
-    monkeypatch: pytest.MonkeyPatch, build: Callable[[], Sae], loss_config: LossConfig, width: int
+    monkeypatch: pytest.MonkeyPatch,
+    build: Callable[[], Sae],
+    loss_config: LossConfig,
+    width: int,
+    accumulate: Callable[..., Any],
 ) -> None:
     sorts, products, sort, product = [], [], pairs.sort_pairs, encode.Product
     for module in (pairs, on_torch.decode):
         monkeypatch.setattr(module, "sort_pairs", lambda *a: sorts.append(1) or sort(*a))
     monkeypatch.setattr(encode, "Product", lambda *a: products.append(1) or product(*a))
-    accumulate_gradient(build(), rows(width), 2.5, None, loss_config, 0, 0.0, StepSettings())
+    accumulate(build(), rows(width), variance=2.5, loss_config=loss_config)
     assert sum(sorts) == 1
     assert sum(products) == 1
 
 
 @pytest.mark.parametrize(("build", "loss_config", "width"), KINDS.values(), ids=KINDS.keys())
 def test_losses_and_gradients_are_those_of_the_reference(
-    monkeypatch: pytest.MonkeyPatch, build: Callable[[], Sae], loss_config: LossConfig, width: int
+    monkeypatch: pytest.MonkeyPatch,
+    build: Callable[[], Sae],
+    loss_config: LossConfig,
+    width: int,
+    accumulate: Callable[..., Any],
 ) -> None:
     results = []
     for path in ("torch", "reference"):
         monkeypatch.setenv("SAETRAIN_KERNELS", path)
         sae = build()
-        found = accumulate_gradient(
-            sae, rows(width), 2.5, DEAD, loss_config, 0, 0.5, StepSettings()
-        )
+        given = {"dead": DEAD, "loss_config": loss_config, "auxk_alpha": 0.5}
+        found = accumulate(sae, rows(width), variance=2.5, **given)
         named = {"fvu": found.fvu, "auxk": found.auxk}
         named |= {str(n): term.value for n, term in enumerate(found.terms)}
         results.append(named | {n: p.grad for n, p in sae.named_parameters() if p.grad is not None})

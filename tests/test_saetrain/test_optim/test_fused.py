@@ -87,8 +87,8 @@ def test_steps_of_one_pass_are_those_of_three_to_rounding(
     one, three = (make(optimizer, torch.float64, apart, grad_clip=clip) for apart in (False, True))
     drawn_too_late = 0.0
     for step, x in enumerate(batches(torch.float64)[:STEPS]):
-        train_step(one, x, step, 0.0)
-        train_step(three, x, step, 0.0)
+        train_step(one, x, step)
+        train_step(three, x, step)
         assert rows_of_norm_1(one.sae.W_dec)
         ours, theirs = (t.optimizer.weights_to_export() for t in (one, three))
         if optimizer == "adam":  # no average: the weights, of norm 1 now
@@ -187,7 +187,7 @@ def test_a_run_that_normalised_before_its_steps_goes_on_as_it_would_have(
     old, new = (make(optimizer, torch.float64, apart) for apart in (True, False))
     rows = batches(torch.float64)
     for step in range(done):
-        train_step(old, rows[step], step, 0.0)
+        train_step(old, rows[step], step)
     tensors, numbers = old.state()
     assert not rows_of_norm_1(tensors["sae.W_dec"])
     assert not any(
@@ -198,8 +198,8 @@ def test_a_run_that_normalised_before_its_steps_goes_on_as_it_would_have(
     for step in range(done, STEPS):
         ours, theirs = (t.optimizer.weights_to_export()["W_dec"] for t in (new, old))
         close(ours, theirs if optimizer == "signum" else theirs / theirs.norm(dim=1, keepdim=True))
-        train_step(old, rows[step], step, 0.0)
-        train_step(new, rows[step], step, 0.0)
+        train_step(old, rows[step], step)
+        train_step(new, rows[step], step)
     close(new.sae.W_enc, old.sae.W_enc)
     assert {"optimizer.W_dec.norms", "optimizer.unit_rows"} & {*new.state()[0], *new.state()[1]}
 
@@ -215,7 +215,7 @@ def test_a_run_that_is_forced_to_another_decoder_norm_exports_the_same_at_first(
     )
     rows = batches(torch.float64)
     for step in range(5):
-        train_step(begun, rows[step], step, 0.0)
+        train_step(begun, rows[step], step)
     tensors, numbers = begun.state()
     forced.load_state({name: t.detach().clone() for name, t in tensors.items()}, dict(numbers))
     ours, theirs = (t.optimizer.weights_to_export()["W_dec"] for t in (forced, begun))
@@ -223,7 +223,7 @@ def test_a_run_that_is_forced_to_another_decoder_norm_exports_the_same_at_first(
         theirs = theirs / theirs.norm(dim=1, keepdim=True)
     close(ours, theirs)
     for step in range(5, 8):
-        train_step(forced, rows[step], step, 0.0)
+        train_step(forced, rows[step], step)
     assert rows_of_norm_1(forced.sae.W_dec) is (to == "unit")
 
 

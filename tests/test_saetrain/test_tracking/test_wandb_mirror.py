@@ -114,10 +114,10 @@ def expected(root: Path, names: dict[str, str]) -> list[dict[str, Any]]:
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
     real = saetrain.training.step.train_step
 
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         if number == stop_at:
             raise Killed
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", step)
 

@@ -40,9 +40,9 @@ def test_nothing_is_saved_after_a_loss_that_was_not_finite(
     """signum keeps the weights finite, because sign(NaN) is 0."""
     trainer = make_trainee(D, M, K, optimizer=optimizer)
     rows = batches(torch.float32)[0].clone()
-    train_step(trainer, rows, 0, 0.0)
+    train_step(trainer, rows, 0)
     rows[3, 5] = value
-    train_step(trainer, rows, 1, 0.0)
+    train_step(trainer, rows, 1)
     with pytest.raises(RunError, match=r"loss of layers\.0 is not finite by step 2"):
         checkpointer(tmp_path, trainer).save(2, STREAM)
     assert not list(tmp_path.iterdir())
@@ -56,7 +56,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     name: str,
 ) -> None:
     trainer = make_trainee(D, M, K)
-    train_step(trainer, batches(torch.float32)[0], 0, 0.0)
+    train_step(trainer, batches(torch.float32)[0], 0)
     with torch.no_grad():
         trainer.sae.get_parameter(name).view(-1)[-1] = math.inf
     with pytest.raises(RunError, match="not finite"):

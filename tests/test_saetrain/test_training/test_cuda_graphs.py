@@ -25,8 +25,8 @@ from actcache.errors import ConfigError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import SaeEntry, SaeOptions
-from saetrain.kernels import backends, matmul
-from saetrain.kernels.bf16_copy import bf16_copy_of
+from saetrain.kernels import backends, dense
+from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
@@ -48,7 +48,7 @@ def device_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Take the code paths of a device where those of a CPU differ."""
     monkeypatch.setenv("SAETRAIN_KERNELS", request.param)
     monkeypatch.setattr(backends, "host_can_read", lambda _: False)
-    monkeypatch.setattr(matmul, "by_onednn", lambda *_: False)
+    monkeypatch.setattr(dense, "by_onednn", lambda *_: False)
     # Fewer list slots than dead latents.
     monkeypatch.setattr(saetrain.model.losses, "DEAD_LIST_FACTOR", 2)
 
@@ -71,14 +71,13 @@ def make(
     **kind: Any,
 ) -> SaeTrainer:
     config = SaeConfig(D, M, K, **kind)
-    how = StepSettings(**settings or {})
+    how = StepSettings(**settings or {}, auxk_alpha=alpha)
     sae = build_sae(config, device=device, dtype=dtype)
     loss_config = make_loss_config(config, warmup)
-    options = SaeOptions(auxk_alpha=alpha)
     schedule = schedule or Schedule("linear", 3, STEPS + 2)
     where = torch.device(device)
     return SaeTrainer(
-        SaeEntry(hookpoint, config, lr, 0, options=options),
+        SaeEntry(hookpoint, config, lr, 0),
         sae,
         make_optimizer(
             optimizer,  # type: ignore[arg-type]
@@ -228,10 +227,14 @@ def test_the_tape_detects_a_scalar_fixed_by_the_host(
     pairs = [[make(optimizer, **kind)] for _ in range(2)]
     both = [steps_of(pairs[0], tape.TapeRecorder(), NEVER), steps_of(pairs[1], tape.TapeRecorder())]
     if number == "numbers":
-        module = getattr(saetrain.optim, optimizer)
-        real = getattr(module, f"{optimizer}_update_")
-        fixed = lambda *tensors, numbers, **options: real(*tensors, **options)  # noqa: E731
-        monkeypatch.setattr(module, f"{optimizer}_update_", fixed)
+        kind = type(pairs[0][0].optimizer)
+        real = kind.UPDATE
+
+        def without_numbers(*tensors: Any) -> None:
+            *given, options, ops = tensors
+            real(*given, dataclasses.replace(options, numbers=None), ops)
+
+        monkeypatch.setattr(kind, "UPDATE", staticmethod(without_numbers))
     else:
         for (trainer,) in pairs:
             trainer.device_step = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,10 @@ def batches(dtype: torch.dtype = torch.float64) -> Tensor:
 def make(make_trainee: Callable[..., SaeTrainer]) -> Callable[..., SaeTrainer]:
     """Trainees with dead latents from the third batch on, and a recipe."""
 
-    def build(dtype: torch.dtype = torch.float64, **settings: Any) -> SaeTrainer:
+    def build(
+        dtype: torch.dtype = torch.float64, auxk_alpha: float = 0.0, **settings: Any
+    ) -> SaeTrainer:
+        settings["auxk_alpha"] = auxk_alpha
         trainer = make_trainee(
             D, M, K, dtype=dtype, optimizer="adam", dead_after=2 * N, variance=2.0, **settings
         )
@@ -42,8 +46,9 @@ def make(make_trainee: Callable[..., SaeTrainer]) -> Callable[..., SaeTrainer]:
 def run(
     trainer: SaeTrainer, rows: Tensor, count: int = STEPS, alpha: float = 1.0
 ) -> dict[str, float]:
+    trainer.settings = dataclasses.replace(trainer.settings, auxk_alpha=alpha)
     for step in range(count):
-        train_step(trainer, rows[step], step, alpha)
+        train_step(trainer, rows[step], step)
     return trainer.meter.pop_means()
 
 
@@ -83,7 +88,7 @@ def test_no_more_rows_than_a_micro_batch_are_in_a_forward_pass(
 
     monkeypatch.setattr(trainer.sae, "autoencode", spy)
     monkeypatch.setattr(torch.autograd, "backward", note)
-    train_step(trainer, batches()[0], 0, 0.0)
+    train_step(trainer, batches()[0], 0)
     assert sizes == [7] * 8 + [4]
     assert alive == ["forward", "backward"] * 9  # the graph of one part is gone before the next
 
@@ -97,12 +102,12 @@ def test_accumulated_batches_make_the_step_of_their_union(
     union = make()
     start = acc.sae.W_enc.detach().clone()
     for step in range(STEPS):
-        train_step(acc, rows[step], step, 0.0)
+        train_step(acc, rows[step], step)
         if step < 2:
             assert torch.equal(acc.sae.W_enc, start)
     # Adam's schedule takes the step of the first batch of an update.
     for step, batch in ((0, rows[:3]), (3, rows[3:])):
-        train_step(union, batch.reshape(3 * N, D), step, 0.0)
+        train_step(union, batch.reshape(3 * N, D), step)
     assert_same_weights(acc, union)
     assert acc.meter.steps == STEPS
     assert acc.meter.pop_means()["fvu"] == pytest.approx(union.meter.pop_means()["fvu"], rel=1e-9)
@@ -112,9 +117,9 @@ def test_batches_that_wait_for_their_update_are_part_of_the_state(
     make: Callable[..., SaeTrainer],
 ) -> None:
     rows = batches(torch.float32)
-    ours, resumed = (make(torch.float32, grad_acc_steps=4) for _ in range(2))
+    ours, resumed = (make(torch.float32, 1.0, grad_acc_steps=4) for _ in range(2))
     for step in range(2):
-        train_step(ours, rows[step], step, 1.0)
+        train_step(ours, rows[step], step)
     tensors, numbers = ours.state()
     assert {name for name in tensors if name.startswith("gradient.")} == {
         "gradient.W_enc",
@@ -124,8 +129,8 @@ def test_batches_that_wait_for_their_update_are_part_of_the_state(
     }
     resumed.load_state({name: t.detach().clone() for name, t in tensors.items()}, dict(numbers))
     for step in range(2, 4):
-        train_step(ours, rows[step], step, 1.0)
-        train_step(resumed, rows[step], step, 1.0)
+        train_step(ours, rows[step], step)
+        train_step(resumed, rows[step], step)
     (expected, _), (got, _) = ours.state(), resumed.state()
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
@@ -160,7 +165,7 @@ def test_a_step_clips_the_gradient_that_the_optimiser_gets(
         norms.append(float(torch.cat(gradients).norm()))
 
     monkeypatch.setattr(trainer.optimizer, "step", spy)
-    train_step(trainer, batches()[0], 0, 0.0)
+    train_step(trainer, batches()[0], 0)
     assert norms[0] == pytest.approx(1e-3, rel=1e-2)
 
 
@@ -182,13 +187,13 @@ def test_a_gradient_that_overflows_under_a_finite_loss_reaches_no_weight(
 ) -> None:
     trainer = make(torch.float32, grad_clip=1.0)
     rows = batches(torch.float32)
-    train_step(trainer, rows[0], 0, 0.0)
+    train_step(trainer, rows[0], 0)
     trainer.sae.normalise_decoder()
     before = [p.detach().clone() for p in trainer.sae.parameters()]
     assert trainer.sae.W_enc.grad is None
     trainer.sae.W_enc.grad = torch.full_like(trainer.sae.W_enc, 1e30)  # its square is not finite
     monkeypatch.setattr(Sae, "normalise_decoder", lambda _: None)
-    train_step(trainer, rows[1], 1, 0.0)
+    train_step(trainer, rows[1], 1)
     assert trainer.guard.first_bad() == 1
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.sae.parameters(), strict=True))
 

@@ -119,10 +119,10 @@ def test_a_run_killed_before_its_first_checkpoint_restarts_with_the_same_weights
     fit(whole)
     real = saetrain.training.step.train_step
 
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         if number == 2:
             raise Killed
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)

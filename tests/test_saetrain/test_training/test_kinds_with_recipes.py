@@ -5,6 +5,7 @@ Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -92,8 +93,9 @@ def make(
 
 
 def run(trainer: SaeTrainer, rows: Tensor, count: int = STEPS) -> dict[str, float]:
+    trainer.settings = dataclasses.replace(trainer.settings, auxk_alpha=1.0)
     for step in range(count):
-        train_step(trainer, rows[step], step, 1.0)
+        train_step(trainer, rows[step], step)
     return trainer.meter.pop_means()
 
 
@@ -132,8 +134,8 @@ def test_of_dense_activations_a_batch_in_parts_keeps_only_whether_they_are_activ
     config = config_of("gated")
     trainer, x = make(config), batches(config)[0]
     dense = trainer.sae(x)
-    given = (trainer.loss_config, 0, 0.0, StepSettings(micro_batch_size=7))
-    output = accumulate_gradient(trainer.sae, x, VARIANCE, None, *given).output
+    trainer.settings = StepSettings(micro_batch_size=7)
+    output = accumulate_gradient(trainer, x, 0).output
     assert torch.equal(output.top_acts, dense.top_acts > 0)
     assert (output.top_indices, output.pre_acts) == (None, None)
 
@@ -147,7 +149,7 @@ def test_an_update_of_three_batches_has_the_mean_of_their_gradients(kind: str) -
     alone.sae.activation.project()
     rows, gradients = batches(config), []
     for step in range(2):
-        train_step(trainer, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step)
     found = {name: p.grad for name, p in trainer.sae.named_parameters()}
     for step in range(2):
         sae = alone.sae
@@ -171,7 +173,7 @@ def test_thresholds_are_projected_when_an_update_begins_and_not_between_its_batc
     for step, expected in ((0, 0.0), (1, -0.5)):  # no update is made before step 2
         with torch.no_grad():
             threshold.fill_(-0.5)
-        train_step(trainer, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step)
         assert (threshold == expected).all()
 
 
@@ -230,7 +232,7 @@ def test_k_that_falls_is_the_k_that_chooses(kind: str) -> None:
     trainer, rows = make(config, decoder_norm="fold", **settings), batches(config)
     trainer.sae.b_enc.data.fill_(3.0)  # latents enough that are positive
     for step, k in enumerate(ks):
-        train_step(trainer, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step)
         assert trainer.sae.k == trainer.sae.activation.k == k
         assert trainer.meter.pop_means()["l0"] == k
 
@@ -248,7 +250,7 @@ def test_a_threshold_of_batchtopk_starts_over_when_k_changes() -> None:
 
     trainer.sae.activation.observe = spy  # type: ignore[method-assign]
     for step in range(STEPS):
-        train_step(trainer, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step)
         threshold = float(trainer.sae.get_buffer("activation.threshold"))
         if step <= 3:
             assert threshold == cuts[-1]
@@ -331,7 +333,7 @@ def test_a_term_that_is_not_finite_reaches_no_weight_though_the_fvu_is() -> None
         trainer.sae.get_parameter("activation.r_mag").fill_(-100.0)
     trainer.sae.normalise_decoder()
     before = {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
-    train_step(trainer, rows[0], 0, 0.0)
+    train_step(trainer, rows[0], 0)
     losses = trainer.meter.pop_means()
     assert math.isfinite(losses["fvu"])
     assert not math.isfinite(losses["gate_fvu"])

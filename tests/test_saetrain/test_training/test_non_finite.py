@@ -25,7 +25,7 @@ from actcache.stream.order import batch_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, SaeConfig
 from saetrain.config.sae_options import SaeEntry
-from saetrain.kernels.bf16_copy import bf16_copy_of
+from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
@@ -84,12 +84,12 @@ def test_from_a_step_that_is_not_finite_on_weights_and_state_stay_bit_for_bit(
     rows = batches(6)
     rows[3, 7, 2] = value
     for step in range(3):
-        train_step(trainer, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step)
     assert trainer.guard.first_bad() is None
     before = bits(trainer)
     assert ("bf16_copy" in before) is (autocast and norm == "unit")
     for step in range(3, 6):
-        train_step(trainer, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step)
         assert bits(trainer) == before
     assert trainer.guard.first_bad() == 3
 
@@ -100,12 +100,12 @@ def test_one_bad_batch_of_an_update_or_part_of_a_batch_skips_the_update(
 ) -> None:
     trainer, rows = make_trainee(D, M, K, **settings), batches(6)
     for step in range(3):
-        train_step(trainer, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step)
     before, rows[4, 20, 0] = bits(trainer), math.nan
     if "micro_batch_size" in settings:
         rows[3] = rows[4]
     for step in range(3, 6):
-        train_step(trainer, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step)
     assert bits(trainer) == before
     assert trainer.guard.first_bad() == (3 if "micro_batch_size" in settings else 4)
 
@@ -128,6 +128,7 @@ def test_a_step_never_waits_for_the_device(
         grad_clip=clip,
         grad_acc_steps=2,
         micro_batch_size=9,
+        auxk_alpha=0.1,
     )
     sae = Sae(D, M, K, device=device)
     entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
@@ -135,7 +136,7 @@ def test_a_step_never_waits_for_the_device(
     dead_tracker, meter = DeadLatentTracker(M, 10**9, device), MeanMeter(device)
     trainer = SaeTrainer(entry, sae, update, dead_tracker, meter, 1.0, settings=settings)
     for step in range(6):
-        train_step(trainer, torch.zeros(N, D, device=device), step, 0.1)
+        train_step(trainer, torch.zeros(N, D, device=device), step)
     with pytest.raises((RuntimeError, NotImplementedError)):
         trainer.guard.first_bad()  # logging reads it
 
@@ -154,7 +155,7 @@ def test_a_step_of_another_activation_never_waits_for_the_device(
     settings = StepSettings(micro_batch_size=9, grad_clip=1.0)
     trainer = SaeTrainer(entry, sae, update, dead_tracker, meter, 1.0, loss_config, settings)
     for step in range(2):
-        train_step(trainer, torch.zeros(N, D, device=device), step, 0.0)
+        train_step(trainer, torch.zeros(N, D, device=device), step)
 
 
 @pytest.mark.gpu
@@ -174,16 +175,16 @@ def test_a_step_on_a_gpu_never_waits_and_a_bad_batch_changes_no_bit(
     rows = batches(6).to(device)
     rows[4, 7, 2] = math.nan
     for step in range(2):  # warm-up: compilation and allocation
-        train_step(trainer, rows[step], step, 0.0)
+        train_step(trainer, rows[step], step)
     try:
         torch.cuda.set_sync_debug_mode("error")
         for step in range(2, 4):
-            train_step(trainer, rows[step], step, 0.0)
+            train_step(trainer, rows[step], step)
         torch.cuda.set_sync_debug_mode("default")
         before = {n: t.detach().cpu().numpy().tobytes() for n, t in trainer.state()[0].items()}
         torch.cuda.set_sync_debug_mode("error")
         for step in range(4, 6):
-            train_step(trainer, rows[step], step, 0.0)
+            train_step(trainer, rows[step], step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     after = {n: t.detach().cpu().numpy().tobytes() for n, t in trainer.state()[0].items()}
@@ -260,8 +261,8 @@ def test_the_rows_of_a_later_epoch_and_segment_are_named(
     class Spoil:
         step = 0
 
-    def train_step(trainer: Any, rows: Tensor, number: int, alpha: float) -> None:
-        real(trainer, rows * math.nan if number == Spoil.step else rows, number, alpha)
+    def train_step(trainer: Any, rows: Tensor, number: int) -> None:
+        real(trainer, rows * math.nan if number == Spoil.step else rows, number)
 
     monkeypatch.setattr(saetrain.training.step, "train_step", train_step)
     cache = Cache.open(options().cache)

@@ -23,15 +23,18 @@ def test_training_continues_bit_for_bit_from_loaded_state(
     make_trainee: Callable[..., SaeTrainer],
     optimizer: str,
 ) -> None:
-    ours, resumed = (make_trainee(D, M, K, optimizer=optimizer, dead_after=3 * N) for _ in range(2))
+    ours, resumed = (
+        make_trainee(D, M, K, optimizer=optimizer, dead_after=3 * N, auxk_alpha=1.0)
+        for _ in range(2)
+    )
     rows = batches(torch.float32)
     for step in range(7):
-        train_step(ours, rows[step], step, 1.0)
+        train_step(ours, rows[step], step)
     tensors, numbers = ours.state()
     resumed.load_state({name: t.detach().clone() for name, t in tensors.items()}, dict(numbers))
     for step in range(7, 14):
-        train_step(ours, rows[step], step, 1.0)
-        train_step(resumed, rows[step], step, 1.0)
+        train_step(ours, rows[step], step)
+        train_step(resumed, rows[step], step)
     (expected, numbers), (got, numbers_again) = ours.state(), resumed.state()
     assert numbers == numbers_again
     assert expected.keys() == got.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -60,7 +61,8 @@ class Peer:
 
 
 def our_step(trainer: SaeTrainer, x: Tensor, step: int, alpha: float = 0.0) -> dict[str, float]:
-    train_step(trainer, x, step, alpha)
+    trainer.settings = dataclasses.replace(trainer.settings, auxk_alpha=alpha)
+    train_step(trainer, x, step)
     return trainer.meter.pop_means()
 
 
@@ -149,7 +151,7 @@ def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
 
     monkeypatch.setattr(trainer.sae, "autoencode", spy)
     for step, x in enumerate(batches(torch.float32)[:10]):
-        train_step(trainer, x, step, 0.0)
+        train_step(trainer, x, step)
     assert len(deviations) == 10
     assert max(deviations) < 1e-6
 
@@ -174,7 +176,7 @@ def test_an_optimiser_sees_no_gradient_along_a_decoder_row_but_where_it_projects
         along.append(float((gradient * W_dec).sum(dim=1).abs().max() / gradient.abs().max()))
 
     monkeypatch.setattr(trainer.optimizer, "step", spy)
-    train_step(trainer, batches(torch.float64)[0], 0, 0.0)
+    train_step(trainer, batches(torch.float64)[0], 0)
     assert along[0] < 1e-12
 
 
@@ -186,8 +188,8 @@ def test_rows_of_any_type_train_as_the_same_numbers_in_the_weights_type(
 ) -> None:
     rows = batches(torch.float32)[0].to(dtype)
     ours, same = make_trainee(D, M, K), make_trainee(D, M, K)
-    train_step(ours, rows, 0, 0.0)
-    train_step(same, rows.float(), 0, 0.0)
+    train_step(ours, rows, 0)
+    train_step(same, rows.float(), 0)
     assert torch.equal(ours.sae.W_enc, same.sae.W_enc)
     assert torch.equal(ours.meter.sums, same.meter.sums)
 

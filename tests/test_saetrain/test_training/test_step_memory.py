@@ -5,6 +5,7 @@ Letters: N tokens, D d_in, M num_latents, K k.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from saetrain.kernels import encode
-from saetrain.kernels import matmul as product
-from saetrain.kernels.encode import tokens_at_once
+from saetrain.kernels import dense
+from saetrain.kernels.dense import tokens_at_once
 from saetrain.kernels.on_torch import update
 from saetrain.model.activations import Activation, BatchTopK, GroupMax, TopK
 from saetrain.model.losses import LossConfig
@@ -34,17 +34,18 @@ PER_LATENT = 64 * M * BYTES
 
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_BYTES", 1 << 21)
+    monkeypatch.setattr(dense, "_BYTES", 1 << 21)
     monkeypatch.setattr(update, "_BYTES", 1 << 18)
 
 
 def allocations(trainer: SaeTrainer, auxk_alpha: float = 0.0) -> list[int]:
     """Bytes that one step takes (+) and gives back (-), in order; after two steps."""
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    trainer.settings = dataclasses.replace(trainer.settings, auxk_alpha=auxk_alpha)
     for step in range(2):
-        train_step(trainer, x, step, auxk_alpha)
+        train_step(trainer, x, step)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        train_step(trainer, x, 2, auxk_alpha)
+        train_step(trainer, x, 2)
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
@@ -89,7 +90,7 @@ def test_whatever_is_trained_on_each_weight_has_one_gradient(
     name: str,
     loss_config: LossConfig,
 ) -> None:
-    monkeypatch.setattr(product, "_MANY", 0)  # nor an order of W for the product, as large
+    monkeypatch.setattr(dense, "_MANY", 0)  # nor an order of W for the product, as large
     trainer = make_trainee(D, M, K, dead_after=N)
     trainer.sae.activation = activation(K)
     trainer.loss_config, trainer.meter = (

@@ -252,10 +252,10 @@ def test_a_resumed_run_keeps_the_same_best_saes(
     fit(whole)
     real = saetrain.training.step.train_step
 
-    def step(trainer: Any, rows: Any, number: int, alpha: float) -> None:
+    def step(trainer: Any, rows: Any, number: int) -> None:
         if number == stop_at and trainer.entry.name == "layers.1/lr0.1":
             raise Killed
-        real(trainer, rows, number, alpha)
+        real(trainer, rows, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(saetrain.training.step, "train_step", step)

@@ -12,9 +12,8 @@ import torch
 
 from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import SaeEntry, SaeOptions
-from saetrain.kernels import backends as paths
-from saetrain.kernels import matmul as product
-from saetrain.kernels.bf16_copy import bf16_copy_of
+from saetrain.kernels import backends, dense
+from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
 from saetrain.optim import Schedule, make_optimizer
@@ -65,8 +64,8 @@ def recorder(device, tape, monkeypatch):
         return made.tape.note(lambda: real(function, *args, **kwargs), tensors)
 
     monkeypatch.setattr(InterpretedFunction, "run", noted)
-    monkeypatch.setattr(paths, "host_can_read", lambda _: False)
-    monkeypatch.setattr(product, "by_onednn", lambda *_: False)
+    monkeypatch.setattr(backends, "host_can_read", lambda _: False)
+    monkeypatch.setattr(dense, "by_onednn", lambda *_: False)
     return made
 
 

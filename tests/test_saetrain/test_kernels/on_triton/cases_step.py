@@ -5,7 +5,7 @@ import torch
 
 from saetrain.config.sae import SaeConfig
 from saetrain.config.sae_options import SaeEntry
-from saetrain.kernels.bf16_copy import bf16_copy_of
+from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
@@ -44,7 +44,7 @@ def in_bfloat16(W):
 
 def run(trainer, batches):
     for step, x in enumerate(batches):
-        train_step(trainer, x, step, 0.0)
+        train_step(trainer, x, step)
     return trainer
 
 
@@ -75,7 +75,7 @@ def test_under_autocast_every_step_leaves_a_right_copy_of_the_encoder(optimizer,
     memory = None
     for step, x in enumerate(rows(4, device)):
         before = trainer.sae.W_enc.detach().clone()
-        train_step(trainer, x, step, 0.0)
+        train_step(trainer, x, step)
         assert not torch.equal(trainer.sae.W_enc, before)
         copy = bf16_copy_of(trainer.sae.W_enc)
         assert torch.equal(copy, in_bfloat16(trainer.sae.W_enc.detach()))
@@ -88,7 +88,7 @@ def test_an_update_is_a_write_that_torch_counts(optimizer, device):
     trainer = run(trainee_on(device, optimizer), rows(1, device))
     tensors = {**trainer.optimizer.state_tensors(), **dict(trainer.sae.named_parameters())}
     before = {n: (t, t._version) for n, t in tensors.items() if not n.endswith("step")}
-    train_step(trainer, rows(2, device)[1], 1, 0.0)
+    train_step(trainer, rows(2, device)[1], 1)
     assert all(tensor._version > version for tensor, version in before.values())
 
 
@@ -107,7 +107,7 @@ def test_a_bad_batch_changes_no_bit_of_weights_state_norms_or_copy(optimizer, de
     before, bad = bits(), rows(1, device)[0]
     bad[3, 4] = torch.nan
     for step in (2, 3):
-        train_step(trainer, bad, step, 0.0)
+        train_step(trainer, bad, step)
         bad = rows(1, device)[0]
     after = bits()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

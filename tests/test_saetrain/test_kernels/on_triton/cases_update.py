@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from saetrain.kernels import on_triton, reference
+from saetrain.kernels import UpdateOptions, adam_numbers, on_triton, reference
 from saetrain.kernels.on_triton.update import BLOCK
 
 SHAPES = [(1, 1), (5, 7), (3, 96), (2, 1025), (2, BLOCK + 3)]
@@ -34,9 +34,9 @@ def beside(shape, device):
 def step(ops, name, tensors, **options):
     if name == "signum":
         w, z, _, grad = tensors
-        ops.signum_update_(w, z, grad, **SIGNUM, **options)
+        ops.signum_update_(w, z, grad, UpdateOptions(**SIGNUM, **options))
         return [w, z]
-    ops.adam_update_(*tensors, **ADAM, **options)
+    ops.adam_update_(*tensors, UpdateOptions(**ADAM, **options))
     return tensors[:3]
 
 
@@ -95,7 +95,7 @@ def on_device(optimizer, device):
         told, wrong = [SIGNUM["lr"], SIGNUM["mix"]], {"lr": 9.0, "mix": 0.9}
     else:
         given = (ADAM[name] for name in ("lr", "weight_decay", "beta1", "beta2", "step"))
-        told, wrong = reference.adam_numbers(*given), {"lr": 9.0, "step": 100}
+        told, wrong = adam_numbers(*given), {"lr": 9.0, "step": 100}
     return torch.tensor(told, dtype=torch.float32, device=device), wrong
 
 
@@ -148,15 +148,17 @@ def test_float64_takes_the_reference(optimizer, device):
 def test_the_sign_of_nothing_and_of_nan_is_nothing(device):
     y, z = torch.ones(1, 3, device=device), torch.ones(1, 3, device=device)
     grad = torch.tensor([[0.0, math.nan, -2.0]], device=device)
-    on_triton.signum_update_(y, z, grad, lr=0.5, mix=1.0, momentum=0.9, unit=False)
+    options = UpdateOptions(lr=0.5, mix=1.0, momentum=0.9)
+    on_triton.signum_update_(y, z, grad, options)
     assert z.tolist() == [[1.0, 1.0, 1.5]]
 
 
 def test_a_gradient_that_is_not_contiguous_is_taken(device):
     w, m, v, grad = make((6, 40), torch.float32, device)
     before = w.clone()
-    on_triton.adam_update_(w, m, v, grad.t().contiguous().t(), **ADAM, unit=True)
+    options = UpdateOptions(**ADAM, unit=True)
+    on_triton.adam_update_(w, m, v, grad.t().contiguous().t(), options)
     want = make((6, 40), torch.float32, device)
-    on_triton.adam_update_(*want, **ADAM, unit=True)
+    on_triton.adam_update_(*want, options)
     assert torch.equal(w, want[0])
     assert not torch.equal(w, before)

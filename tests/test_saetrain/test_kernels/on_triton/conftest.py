@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saetrain.kernels.prefix_groups import Bags
+from saetrain.kernels import UpdateOptions
+from saetrain.kernels.sorted_pairs import Bags
 
 OLD_NUMPY = ("-W", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 """What triton 3.2's interpreter asks of NumPy, which does it until 2.3."""
@@ -188,14 +189,17 @@ class Step(NamedTuple):
         adam = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
         for unit in (True, False):
             more = {"unit": unit, "squares": squares, "bf16_copy": bf16_copy}
-            ops.signum_update_(*state[:3], **signum, **more, norms=squares.clone())
-            ops.adam_update_(*state, **adam, **more, step=2, ok=self.ok)
+            options = UpdateOptions(**signum, **more, norms=squares.clone())
+            ops.signum_update_(*state[:3], options)
+            ops.adam_update_(*state, UpdateOptions(**adam, **more, step=2, ok=self.ok))
             # As a step is recorded.
             numbers = torch.empty(5, device=self.W.device)
-            ops.signum_update_(*state[:3], **signum, **more, norms=squares, numbers=numbers)
-            ops.adam_update_(*state, **adam, **more, step=2, ok=self.ok, numbers=numbers)
-        ops.signum_update_(*bias[:3], **signum, unit=False)
-        ops.adam_update_(*bias, **adam, step=2, unit=False)
+            options = UpdateOptions(**signum, **more, norms=squares, numbers=numbers)
+            ops.signum_update_(*state[:3], options)
+            options = UpdateOptions(**adam, **more, step=2, ok=self.ok, numbers=numbers)
+            ops.adam_update_(*state, options)
+        ops.signum_update_(*bias[:3], UpdateOptions(**signum))
+        ops.adam_update_(*bias, UpdateOptions(**adam, step=2))
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from saetrain.kernels import UpdateOptions
+
 pytest.importorskip("triton")
 
 SIZES = [(8192, 768, 24576, 32), (8192, 2048, 65536, 128), (32768, 4096, 131072, 64)]
@@ -153,6 +155,7 @@ def test_nothing_waits_for_the_device_and_no_product_of_pairs_and_columns_is_mad
         ops().batch_topk_threshold(step.pre_acts, N * K)
     assert made.total < N * M * 2 // 16
     with allocations() as made:
-        ops().signum_update_(step.W, step.W, step.W, lr=1.0, mix=1.0, momentum=0.9, unit=True)
+        options = UpdateOptions(lr=1.0, mix=1.0, momentum=0.9, unit=True)
+        ops().signum_update_(step.W, step.W, step.W, options)
     assert made.total == 0
     assert launches

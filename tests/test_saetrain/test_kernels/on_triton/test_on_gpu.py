@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from saetrain.kernels import reference, select_backend, sparse_decode, sparse_encode
+from saetrain.kernels import UpdateOptions, reference, select_backend, sparse_decode, sparse_encode
 from saetrain.kernels.backends import backend_module
 
 pytestmark = [
@@ -141,8 +141,8 @@ def test_a_step_of_the_optimisers_matches_the_reference_at_size(ops, shape):
     results = []
     for path in (ops, reference):
         tensors = [t.clone() for t in (w, z, w, z, v.square())]
-        path.signum_update_(*tensors[:2], grad.clone(), **signum)
-        path.adam_update_(*tensors[2:], grad.clone(), **adam, unit=True)
+        path.signum_update_(*tensors[:2], grad.clone(), UpdateOptions(**signum))
+        path.adam_update_(*tensors[2:], grad.clone(), UpdateOptions(**adam, unit=True))
         results.append(tensors)
     for got, want in zip(*results, strict=True):
         assert (got - want).norm() <= 1e-6 * want.norm()
@@ -198,7 +198,7 @@ def test_offsets_past_two_to_the_thirty_one_reach_the_right_rows(ops):
     for outer in ops.weight_gradients(acts, dY, acts, dY, last, M)[:2]:
         assert bool((outer[-1] == 1).all())
         assert not outer[:-1].any()
-    ops.signum_update_(W, W.clone(), W, lr=1.0, mix=1.0, momentum=0.9, unit=False)
+    ops.signum_update_(W, W.clone(), W, UpdateOptions(lr=1.0, mix=1.0, momentum=0.9))
     assert bool((W[-1] < 3).all())
 
 

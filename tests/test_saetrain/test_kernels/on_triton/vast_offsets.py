@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from saetrain.kernels import on_triton, reference
+from saetrain.kernels import UpdateOptions, on_triton, reference
 from saetrain.kernels.on_triton import batch_topk
 from saetrain.kernels.sorted_pairs import SortedPairs, sort_pairs
 
@@ -182,10 +182,12 @@ def test_weights_are_updated(lazily, only, unit):
     signum = {"lr": 0.1, "mix": 0.2, "momentum": 0.9, "unit": unit}
     adam = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "step": 2}
     only(-2, -1)  # without unit rows, a program has 1024 elements
-    on_triton.signum_update_(w, m, grad, **signum, bf16_copy=bf16_copy)
-    on_triton.adam_update_(w, m, v, grad, **adam, unit=unit, bf16_copy=bf16_copy)
-    reference.signum_update_(want[0], want[1], want[2].clone(), **signum)
-    reference.adam_update_(want[0], want[1], want[3], want[2].clone(), **adam, unit=unit)
+    on_triton.signum_update_(w, m, grad, UpdateOptions(**signum, bf16_copy=bf16_copy))
+    options = UpdateOptions(**adam, unit=unit, bf16_copy=bf16_copy)
+    on_triton.adam_update_(w, m, v, grad, options)
+    reference.signum_update_(want[0], want[1], want[2].clone(), UpdateOptions(**signum))
+    options = UpdateOptions(**adam, unit=unit)
+    reference.adam_update_(want[0], want[1], want[3], want[2].clone(), options)
     for got, expected in zip(matrices, want, strict=True):
         torch.testing.assert_close(got[-1:], expected, rtol=2**-5, atol=2**-5)
     assert torch.equal(bf16_copy[-1], w[-1])

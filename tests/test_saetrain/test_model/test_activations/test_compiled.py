@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +15,7 @@ from saetrain.config.sae import SaeConfig
 from saetrain.model.activations import compiled
 from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
-from saetrain.training.step import accumulate_gradient, require_compiler
-from saetrain.training.step_settings import StepSettings
+from saetrain.training.step import require_compiler
 
 D, M = 11, 30
 pytestmark = pytest.mark.skipif(
@@ -25,8 +27,10 @@ CONFIGS = {
 }
 
 
-def gradients(config: SaeConfig, rows: int, settings: StepSettings) -> dict[str, Tensor]:
-    """Of every parameter, and the losses, of a batch that is the same at every call."""
+def gradients(
+    accumulate: Callable[..., Any], config: SaeConfig, rows: int, compiles: bool
+) -> dict[str, Tensor]:
+    """Compute the gradient of every parameter, and the loss, of the same batch at every call."""
     generator = torch.Generator().manual_seed(rows)
     sae = build_sae(config, dtype=torch.float64)
     with torch.no_grad():
@@ -34,19 +38,23 @@ def gradients(config: SaeConfig, rows: int, settings: StepSettings) -> dict[str,
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(0.4 * noise.abs())
     x = torch.randn(rows, D, generator=generator, dtype=torch.float64)
-    losses = accumulate_gradient(sae, x, 7.5, None, make_loss_config(config, 0), 0, 0.0, settings)
+    losses = accumulate(
+        sae, x, variance=7.5, loss_config=make_loss_config(config, 0), compile=compiles
+    )
     found = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None}
     return found | {"loss": losses.total(0.0)}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_compiled_losses_and_every_gradient_are_the_same_but_for_rounding(kind: str) -> None:
+def test_compiled_losses_and_every_gradient_are_the_same_but_for_rounding(
+    kind: str, accumulate: Callable[..., Any]
+) -> None:
     config = CONFIGS[kind]
     known = None
     for rows in (13, 64, 5):
-        found = gradients(config, rows, StepSettings(compile=True))
-        expected = gradients(config, rows, StepSettings())
+        found = gradients(accumulate, config, rows, True)
+        expected = gradients(accumulate, config, rows, False)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")

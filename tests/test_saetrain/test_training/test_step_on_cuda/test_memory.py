@@ -5,6 +5,7 @@ Letters: N tokens, D d_in, M num_latents, K k.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -53,11 +54,12 @@ class Counted:
 @pytest.fixture
 def count(cuda: Any, make_trainee_on: Callable[..., Any]) -> Callable[..., Counted]:
     def run(optimizer: str, settings: StepSettings, auxk_alpha: float = 0.0) -> Counted:
+        settings = dataclasses.replace(settings, auxk_alpha=auxk_alpha)
         trainer = make_trainee_on(D, M, K, optimizer=optimizer, settings=settings)
         with cuda.building():
             rows = torch.empty(N, D, dtype=torch.bfloat16)
         with cuda.counted(rows, *trainer.sae.parameters()) as device:
-            return Counted(device, lambda step: train_step(trainer, rows, step, auxk_alpha))
+            return Counted(device, lambda step: train_step(trainer, rows, step))
 
     return run
 

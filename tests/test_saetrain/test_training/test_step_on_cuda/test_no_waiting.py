@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from actcache.stream.activation_stream import Batch
-from saetrain.kernels import adam_update_, signum_update_
+from saetrain.kernels import UpdateOptions, adam_update_, backend_of, signum_update_
 from saetrain.model.losses import OutputSlice
 from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_batch, train_step
@@ -76,13 +76,14 @@ def steps(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Three steps, with dead latents from the second on; whatever waits raises."""
 
     def run(trainer: SaeTrainer, path: str, auxk_alpha: float = 1 / 32) -> None:
+        trainer.settings = dataclasses.replace(trainer.settings, auxk_alpha=auxk_alpha)
         if path == "torch":  # the other is what a device gets by itself
             monkeypatch.setenv("SAETRAIN_KERNELS", path)
         with cuda.building():
             rows = torch.empty(N, width(trainer), dtype=torch.bfloat16)
         with cuda.watched():
             for step in range(3):
-                train_step(trainer, rows, step, auxk_alpha)
+                train_step(trainer, rows, step)
         assert bool(cuda.launches) == (path == "triton")
 
     return run
@@ -142,13 +143,13 @@ def test_an_update_under_a_flag_waits_for_nothing(cuda: Any, path: str, unit: bo
         options |= {
             "bf16_copy": torch.empty(40, D, dtype=torch.bfloat16),
             "unit": unit,
-            "path": path,
         }
         options |= {"ok": torch.empty((), dtype=torch.bool), "lr": 1e-3}
     adam = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
     with cuda.watched():
-        signum_update_(w, first, grad, mix=0.1, momentum=0.95, **options)
-        adam_update_(w, first, second, grad, **adam, **options)
+        ops = backend_of(w, path)
+        signum_update_(w, first, grad, UpdateOptions(mix=0.1, momentum=0.95, **options), ops)
+        adam_update_(w, first, second, grad, UpdateOptions(**adam, **options), ops)
 
 
 def test_rows_go_to_the_device_once_for_all_saes_and_nobody_waits_for_them(
@@ -156,8 +157,7 @@ def test_rows_go_to_the_device_once_for_all_saes_and_nobody_waits_for_them(
 ) -> None:
     group = [make_trainee_on(), make_trainee_on(optimizer="adam")]
     for trainer in group:
-        options = dataclasses.replace(trainer.entry.options, auxk_alpha=1 / 32)
-        trainer.entry = dataclasses.replace(trainer.entry, options=options)
+        trainer.settings = dataclasses.replace(trainer.settings, auxk_alpha=1 / 32)
     rows = torch.zeros(N, D, dtype=torch.bfloat16)
     batch = Batch(0, 0, {"layers.0": rows}, np.zeros((N, 2), dtype=np.int64))
     with cuda.watched(rows) as device:

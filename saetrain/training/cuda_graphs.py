@@ -78,8 +78,7 @@ class GraphedSteps:
             train_batch(self._groups, batch, step)
             return
         use_auxk = tuple(
-            t.uses_auxk(step, len(self._rows[t.entry.hookpoint]))
-            for t in self._trainers
+            t.uses_auxk(step, len(self._rows[t.entry.hookpoint])) for t in self._trainers
         )
         if use_auxk != self._use_auxk:  # the recorded step differs from now on
             self._use_auxk, self._warmed, self._replay = use_auxk, 0, None

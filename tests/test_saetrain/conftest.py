@@ -124,9 +124,9 @@ def accumulate() -> Callable[..., Any]:
     import torch
 
     from saetrain.config.sae import SaeConfig
+    from saetrain.config.sae_options import SaeEntry
     from saetrain.model.losses import FVU_ONLY
     from saetrain.optim import make_optimizer
-    from saetrain.runs.record import SaeEntry
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
     from saetrain.training.sae_trainer import SaeTrainer
     from saetrain.training.step import accumulate_gradient

@@ -125,7 +125,7 @@ def update_kernel(
                 length += tl.where(mask, new * new, 0.0)
                 gradient += tl.where(mask, slope * slope, 0.0)
             if turn == 1 or PASSES == 1:
-                keep = (i < D) & (position < written)
+                keep = mask & (written > 0)
                 if UNIT:
                     new = new / divisor
                 tl.store(w + position, new.to(w.dtype.element_ty), mask=keep)

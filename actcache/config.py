@@ -260,7 +260,8 @@ class HarvestConfig:
                     expected=f"--shard-size a multiple of --batch-size {self.batch_size}",
                     got=self.shard_size,
                 )
-            if self.goal == 0:
+            whole_batch = self.batch_size * self.ctx_len
+            if self.max_tokens is not None and self.max_tokens < whole_batch:
                 raise ConfigError(
                     "--load-in 8bit needs --max-tokens of at least one batch",
                     expected=f">= --batch-size {self.batch_size} x --ctx-len {self.ctx_len}",
@@ -282,14 +283,6 @@ class HarvestConfig:
                     expected="DEVICE=SIZE, such as 0=60GiB or cpu=200GiB",
                     got=budget,
                 )
-
-    @property
-    def goal(self) -> int | None:
-        """Sequences in --max-tokens; with --load-in 8bit, rounded down to whole batches."""
-        if self.max_tokens is None:
-            return None
-        sequences = self.max_tokens // self.ctx_len
-        return sequences - (sequences % self.batch_size if self.load_in == "8bit" else 0)
 
     @property
     def budgets(self) -> dict[int | str, str]:

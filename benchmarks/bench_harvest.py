@@ -46,8 +46,7 @@ from report import machine, print_table
 from torch import Tensor
 
 from actcache.config import HarvestConfig
-from actcache.core.device import peak_memory
-from actcache.core.distributed import World
+from actcache.core.process import World, peak_memory
 from actcache.core.progress import format_bytes
 from actcache.harvester.job import HarvestJob, prepare_job
 from actcache.harvester.run import HarvestSummary, run_job

@@ -34,7 +34,7 @@ from torch import Tensor
 from actcache.cache.reader import Cache
 from actcache.stream.activation_stream import ActivationStream, Batch
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import OptimizerName
+from saetrain.config.sae import OptimizerName
 from saetrain.launch.run import fit
 
 GOAL = 1.03

@@ -20,8 +20,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify needs it on a CPU
 
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import OptimizerName, SaeOptions
+from saetrain.config.sae import OptimizerName, SaeConfig, SaeOptions
 from saetrain.kernels import Autoencoded, PrefixGroups, Selector
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer

@@ -14,7 +14,7 @@ def print_estimate(config: FitConfig, as_json: bool) -> None:
     """Print the SAEs that the options describe, with their parameters and memory."""
     import dataclasses
 
-    from actcache.core.device import choose_device
+    from actcache.core.process import choose_device
     from saetrain.launch.estimate import estimate_fit
 
     plan = estimate_fit(config, choose_device(config.device))

@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 
 from actcache.cache.reader import Cache
-from actcache.core.device import choose_device
 from actcache.core.json_codec import to_json
+from actcache.core.process import choose_device
 from actcache.core.progress import Progress
 from actcache.errors import EmptyCacheError, FormatError, RunError
 from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MANIFEST
-from saetrain.config.sae import PENALISED
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import PENALISED, SaeEntry
 from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
 from saetrain.kernels import total
 from saetrain.model.hookpoint_io import rows_of

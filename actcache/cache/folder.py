@@ -103,9 +103,10 @@ def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> di
         rows: rows at each hookpoint.
     """
     identity = manifest.identity
+    tokens = token_tensors(sequences, identity.ctx_len, rows)
+    statistics = statistics_tensors(identity.hookpoints)
     sizes = BACKENDS[manifest.backend].sizes(manifest, rows)
-    sizes["tokens"] = safetensors_io.size(token_tensors(sequences, identity.ctx_len, rows))
-    sizes["stats"] = safetensors_io.size(statistics_tensors(identity.hookpoints))
+    sizes |= {"tokens": safetensors_io.size(tokens), "stats": safetensors_io.size(statistics)}
     zeros = dict.fromkeys((h.name for h in identity.hookpoints), 0)
     receipt = ShardReceipt(
         cache_id=manifest.cache_id,

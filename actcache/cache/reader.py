@@ -31,7 +31,6 @@ from actcache.format.statistics import Statistics, merge
 from actcache.storage import (
     BACKENDS,
     ROW_DTYPES,
-    Array,
     CompressedExtent,
     RowDtype,
     StoredRows,
@@ -248,7 +247,7 @@ class Cache:
         path = tokens_path(self.root, shard)
         self._check(path, receipt, "tokens")
         extents = self.locate_tokens(shard).values()
-        text = ShardTokens(*(safetensors_io.read(extent) for extent in extents))
+        text = ShardTokens(*safetensors_io.read(extents))
         _check_range(path, "lengths", text.lengths, identity.ctx_len + 1)
         _check_range(path, "row_sequence", text.row_sequence, receipt.sequences)
         _check_range(path, "row_position", text.row_position, identity.ctx_len)
@@ -362,19 +361,18 @@ def symlinked_dirs(root: CachePath, manifest: Manifest) -> list[Path]:
 def _parse_statistics(
     hookpoint: str, extents: dict[str, TensorExtent], receipt: ShardReceipt
 ) -> Statistics:
-    def tensor(key: str) -> Array:
-        return safetensors_io.read(extents[f"{hookpoint}/{key}"])
-
-    norm_total, norm_max = (float(x) for x in tensor("norm_sum_max"))
+    keys = ("sum", "sum_squares", "abs_max", "norm_sum_max", "norm_histogram")
+    tensors = safetensors_io.read([extents[f"{hookpoint}/{key}"] for key in keys])
+    total, total_squares, abs_max, (norm_total, norm_max), norm_histogram = tensors
     non_finite = receipt.non_finite[hookpoint]
     return Statistics(
         count=receipt.rows - non_finite,
-        total=tensor("sum"),
-        total_squares=tensor("sum_squares"),
-        abs_max=tensor("abs_max"),
-        norm_total=norm_total,
-        norm_max=norm_max,
-        norm_histogram=tensor("norm_histogram"),
+        total=total,
+        total_squares=total_squares,
+        abs_max=abs_max,
+        norm_total=float(norm_total),
+        norm_max=float(norm_max),
+        norm_histogram=norm_histogram,
         non_finite=non_finite,
         near_overflow=receipt.near_overflow[hookpoint],
     )

@@ -291,7 +291,7 @@ def _content(cache: Cache, shard: int, name: str, *, quick: bool) -> None:
     receipt = cache.receipts[shard]
     for hookpoint in () if quick else cache.hookpoints:
         finite = receipt.rows - receipt.non_finite[hookpoint]
-        counted = int(safetensors_io.read(extents[f"{hookpoint}/norm_histogram"]).sum())
+        counted = int(safetensors_io.read([extents[f"{hookpoint}/norm_histogram"]])[0].sum())
         if counted != finite:
             raise CorruptShardError(
                 f"statistics of {hookpoint} against the receipt",

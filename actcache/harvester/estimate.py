@@ -24,8 +24,7 @@ from actcache.cache.folder import other_files, require_chunks, shard_bytes
 from actcache.cache.reader import Cache
 from actcache.cache.writer import files_at_once, kept_positions
 from actcache.config import HarvestConfig, PlanConfig
-from actcache.core.device import peak_memory
-from actcache.core.distributed import World
+from actcache.core.process import World, peak_memory
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.format.manifest import Identity, Manifest

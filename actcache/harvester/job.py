@@ -18,9 +18,8 @@ from actcache.cache.folder import (
     require_room,
 )
 from actcache.config import HarvestConfig
-from actcache.core.device import input_device, require_whole_machine
-from actcache.core.distributed import World
 from actcache.core.json_codec import to_json
+from actcache.core.process import World, require_whole_machine
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.errors import CacheMismatchError
 from actcache.filesystem.atomic import DirectoryLock
@@ -30,9 +29,11 @@ from actcache.harvester.resolve import (
     ResolvedHarvest,
     build_identity,
     build_manifest,
+    goal_sequences,
     planned_sequences,
     resolve,
 )
+from actcache.model.hooks import input_device
 from actcache.model.loading import dtype_name, fingerprint_model, load_model
 
 
@@ -104,7 +105,7 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
         for name, version in existing.versions.items()
         if manifest.versions.get(name) != version
     )
-    goal = config.goal
+    goal = goal_sequences(config)
     if config.extend and planned == existing.plan.goal and planned != goal:
         warnings += (f"--extend: the text has {planned:,} sequences, all of them planned already",)
     return HarvestJob(

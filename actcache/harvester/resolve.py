@@ -218,13 +218,21 @@ def excluded_tokens(tokens: tuple[str, ...], tokenizer: Any, vocab_size: int) ->
     return tuple(sorted(ids))
 
 
+def goal_sequences(config: HarvestConfig) -> int | None:
+    """Return the sequences in --max-tokens, with --load-in 8bit rounded down to whole batches."""
+    if config.max_tokens is None:
+        return None
+    sequences = config.max_tokens // config.ctx_len
+    return sequences - (sequences % config.batch_size if config.load_in == "8bit" else 0)
+
+
 def planned_sequences(config: HarvestConfig, resolved: ResolvedHarvest) -> int:
     """Return the number of sequences to harvest: the goal, or fewer if the text is shorter.
 
     Raises:
         DatasetError: the text is shorter than one sequence.
     """
-    goal, pipeline = config.goal, resolved.pipeline
+    goal, pipeline = goal_sequences(config), resolved.pipeline
     assumed = goal is not None and is_assumed_long_enough(goal, resolved.source, pipeline)
     limit = 1 if assumed else goal
     count = count_sequences(resolved.source, resolved.tokenizer, pipeline, limit)

@@ -35,7 +35,7 @@ from actcache.cache.writer import (
     row_norms,
 )
 from actcache.config import HarvestConfig
-from actcache.core.distributed import World
+from actcache.core.process import World
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence
 from actcache.filesystem.atomic import as_disk_full_error

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actcache.core.device import input_device
 from actcache.errors import HookpointError, ModelError
 from actcache.format.manifest import INPUT, Hookpoint
 
@@ -81,6 +80,19 @@ def _site(name: str, shapes: list[tuple[int, ...] | None]) -> HookSite:
         text = ", ".join(map(str, shape))
         return HookSite(name, None, f"has shape [{text}], not [batch, ctx, width]")
     return HookSite(name, shape[2], "")
+
+
+def input_device(model: Any) -> torch.device:
+    """Return the device of a model's input tokens; meta for a model without weights.
+
+    With --device-map, offloaded weights are on the meta device, so accelerate's hook is consulted
+    for the device of execution.
+    """
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    first: torch.device = next(model.parameters()).device
+    return first
 
 
 def _forward_probe(model: Any, shapes: dict[str, list[Any]]) -> None:

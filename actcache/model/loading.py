@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from actcache.config import HarvestConfig
-from actcache.core.device import choose_device
+from actcache.core.process import choose_device
 from actcache.errors import ModelError
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -135,15 +135,18 @@ def locate(path: CachePath, expected: Mapping[str, Spec]) -> list[TensorExtent]:
     return extents
 
 
-def read(extent: TensorExtent) -> Array:
-    """Read a whole tensor into new memory."""
-    with _opened(extent.path) as file:
-        file.seek(extent.offset)
-        data = file.read(extent.bytes)
-    if len(data) != extent.bytes:
-        raise _corrupt(extent.path, f"{extent.bytes} bytes of data", f"{len(data)}")
-    array: Array = np.frombuffer(data, dtype=extent.storage).reshape(extent.shape).copy()
-    return array
+def read(extents: Iterable[TensorExtent]) -> list[Array]:
+    """Read whole tensors of one file into new memory."""
+    first, *_ = extents = list(extents)
+    path, arrays = first.path, []
+    with _opened(path) as file:
+        for extent in extents:
+            file.seek(extent.offset)
+            data = file.read(extent.bytes)
+            if len(data) != extent.bytes:
+                raise _corrupt(path, f"{extent.bytes} bytes of data", f"{len(data)}")
+            arrays.append(np.frombuffer(data, extent.storage).reshape(extent.shape).copy())
+    return arrays
 
 
 def _opened(path: CachePath) -> BinaryIO:
@@ -192,7 +195,7 @@ class MemmapBackend:
     def sizes(self, manifest: Manifest, rows: int) -> dict[str, int]:
         """Compute the bytes of a shard's files, by the names of `files`."""
         return {
-            f"{VALUES}/{h.name}": size(_tensors(manifest, h.name, rows))
+            f"{VALUES}/{h.name}": size(_tensors(manifest, h.width, rows))
             for h in manifest.identity.hookpoints
         }
 
@@ -213,11 +216,14 @@ class MemmapBackend:
         Raises:
             CorruptShardError: the file is missing or has another shape, type or size.
         """
-        path, expected = self.path(root, hookpoint, shard), _tensors(manifest, hookpoint, rows)
+        path, expected = (
+            self.path(root, hookpoint, shard),
+            _tensors(manifest, manifest.width(hookpoint), rows),
+        )
         extents = locate(path, expected)
         return extents[list(expected).index(part)]
 
 
-def _tensors(manifest: Manifest, hookpoint: str, rows: int) -> dict[str, Spec]:
-    parts = ROW_DTYPES[manifest.identity.dtype].parts(manifest.width(hookpoint))
+def _tensors(manifest: Manifest, width: int, rows: int) -> dict[str, Spec]:
+    parts = ROW_DTYPES[manifest.identity.dtype].parts(width)
     return {name: ((rows, *part.shape), part.storage, part.tag) for name, part in parts.items()}

@@ -9,8 +9,7 @@ from typing import Literal
 from actcache.core.options import MAIN, hidden, option
 from actcache.errors import ConfigError
 from actcache.filesystem.paths import reject_url
-from saetrain.config.sae import flag, require_range
-from saetrain.config.sae_options import ONE_PASS, HookpointOverride, SaeOptions
+from saetrain.config.sae import ONE_PASS, HookpointOverride, SaeOptions, flag, require_range
 
 WeightsDtype = Literal["float32", "bfloat16"]
 WandbMode = Literal["disabled", "offline", "online"]

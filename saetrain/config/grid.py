@@ -14,8 +14,7 @@ from typing import Any, get_origin, get_type_hints
 
 from actcache.errors import ConfigError, HookpointError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import PENALISED, flag
-from saetrain.config.sae_options import HookpointOverride, SaeOptions
+from saetrain.config.sae import PENALISED, HookpointOverride, SaeOptions, flag
 
 _HINTS = get_type_hints(SaeOptions)
 

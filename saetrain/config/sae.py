@@ -1,13 +1,18 @@
-"""Architecture of one sparse autoencoder: the fields of `cfg.json` and their validation."""
+"""One SAE of a run: its architecture, its options, and the rules that both must keep.
+
+`SaeConfig` is what `cfg.json` holds, `SaeOptions` how the SAE is trained, `SaeEntry` both with the
+hookpoints and the name that the run gives it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from actcache.core.options import MAIN, option
 from actcache.errors import ConfigError
 
 
@@ -134,3 +139,297 @@ PENALISED = {"jumprelu": 1e-3, "relu": 3e-2, "gated": 3e-2}
 
 ANNEALED = ("topk", "batchtopk")
 """Activations that support --k-anneal-steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeOptions:
+    """Options of one SAE of a run. Options shared by all SAEs of a run are in `FitConfig`.
+
+    Each option that is neither a flag nor a list may be given several times on the command line;
+    the run trains every combination at every hookpoint. This holds for new fields, too.
+    """
+
+    expansion_factor: int = option(32, group=MAIN, label="x")
+    """Number of latents, as a multiple of the activations' width."""
+
+    num_latents: int | None = option(None, group=MAIN, label="latents")
+    """Number of latents, instead of --expansion-factor."""
+
+    k: int = option(32, group=MAIN)
+    """Number of latents that may be active at once; with batchtopk, on average over a batch. Unused
+    by jumprelu, relu and gated, which have --sparsity."""
+
+    activation: ActivationName = option("topk", group=MAIN)
+    """Which latents are active. topk: the k largest of a row. batchtopk: the k x rows largest of a
+    batch; after training, those above a threshold. groupmax: the largest of each of k groups.
+    jumprelu: those above a learnt threshold, with a penalty on L0. relu: those above 0, with a
+    penalty on L1. gated: relu, with a separate gate that selects latents."""
+
+    sparsity: float | None = option(None, group="SAE", on_resume="forced")
+    """Weight of the sparsity penalty, added to the FVU: for jumprelu on L0 (default 1e-3), for relu
+    and gated on L1 in units of the rows' standard deviation (default 3e-2). It does not depend on
+    the scale of the rows."""
+
+    sparsity_warmup_steps: int | None = option(None, group="SAE", on_resume="forced")
+    """Steps over which the penalty rises linearly from 0 to --sparsity. Default: 1/20 of the
+    run."""
+
+    threshold: float | None = option(None, group="SAE")
+    """With jumprelu: initial threshold, in units of the rows' standard deviation. Default: 0.01."""
+
+    bandwidth: float | None = option(None, group="SAE")
+    """With jumprelu: width of the window around a threshold in which it has a gradient, in units of
+    the rows' standard deviation. Default: 0.05."""
+
+    multi_topk: bool = option(False, group="SAE")
+    """With topk: add the loss of the reconstruction from 4k latents, with weight 1/8."""
+
+    matryoshka: tuple[int, ...] = option((), group="SAE")
+    """Size of a nested dictionary (the first latents) that must reconstruct alone; repeatable, in
+    ascending order. Default: none."""
+
+    optimizer: OptimizerName = option("adam", group="Optimiser")
+    """Optimiser. adam8bit: Adam with moments in 8 bits; needs bitsandbytes ([quantized]). muon:
+    Muon for matrices, Adam for other weights. signum: schedule-free SignSGD with momentum 0.95,
+    with half of Adam's state."""
+
+    lr: float | None = option(None, group=MAIN, on_resume="forced")
+    """Peak learning rate. Default for adam, adamw and adam8bit: 2e-4 / sqrt(latents / 2^14), times
+    sqrt(2^17 / steps) in a run of fewer than 2^17 steps, at most 0.24 / sqrt(width of the rows);
+    for signum: 5e-3 / sqrt(latents / 2^14); for muon: 2e-3."""
+
+    lr_schedule: LrSchedule | None = option(None, group="Schedule", on_resume="forced")
+    """Learning rate schedule after the warm-up. stable-then-decay: constant, then linear decay over
+    --lr-decay-steps. Default: linear; for signum constant without warm-up, as it is
+    schedule-free."""
+
+    lr_warmup_steps: int | None = option(None, group="Schedule", on_resume="forced", label="warmup")
+    """Steps of linear learning rate warm-up; for signum only with --lr-schedule. Default: 1/20 of
+    the run, at most 1000."""
+
+    lr_decay_steps: int | None = option(None, group="Schedule", on_resume="forced")
+    """With --lr-schedule stable-then-decay: steps of the final decay. Default: 1/5 of the run."""
+
+    lr_end: float = option(0.0, group="Schedule", on_resume="forced")
+    """Final learning rate, as a fraction of the peak."""
+
+    weight_decay: float | None = option(None, group="Optimiser", on_resume="forced")
+    """Decoupled weight decay of adamw (default: 0.01) and of muon's matrices (default: 0.1)."""
+
+    grad_clip: float | None = option(None, group="Optimiser", on_resume="forced")
+    """Maximum norm of an SAE's gradient over all its weights; a larger one is scaled down. Not for
+    signum, which uses signs only. Default: no clipping."""
+
+    decoder_norm: DecoderNorm = option("unit", group="SAE", on_resume="forced")
+    """Norm of decoder rows. unit: scale rows to norm 1 before every step (except a transcoder's,
+    which are unconstrained). fold: unconstrained; latents are selected by activation times norm,
+    and saving folds the norm into the encoder, so that saved rows have norm 1 and the function is
+    the same. free: unconstrained, and saved as they are."""
+
+    b_dec_init: BDecInit = option("mean", group="Initialisation", label="b-dec")
+    """Initial b_dec: the mean of all training rows, the geometric median of the first 2,048 rows,
+    or zeros."""
+
+    input_scale: InputScale = option("none", group="Initialisation", label="input")
+    """Scaling of rows in training, computed from the statistics of all training rows. rms: elements
+    have mean square 1. unit: rows have mean squared norm 1. The scale is folded into the saved
+    weights, so a saved SAE takes rows as they are in the cache."""
+
+    encoder_scale: str = option("1", group="Initialisation", label="encoder")
+    """Factor on the encoder's initial weights. auto: the factor with the least error on the first
+    2,048 rows, found by search and written to run.json."""
+
+    k_anneal_steps: int = option(0, group="SAE", on_resume="forced")
+    """With topk and batchtopk: steps over which k falls linearly from --k-start to --k. The saved k
+    is always --k. 0: off."""
+
+    k_start: int | None = option(None, group="SAE", on_resume="forced")
+    """With --k-anneal-steps: initial k. Default: ten times the activations' width, or all latents
+    if there are fewer."""
+
+    auxk_alpha: float = option(1 / 32, group="SAE", on_resume="forced", label="auxk")
+    """Weight of the AuxK loss, in which dead latents predict the residual. 0: off."""
+
+    seed: int = option(0, group="Initialisation")
+    """Random seed of the initial weights. The first one also seeds the order of rows and the
+    held-out split, unless --data-seed is given."""
+
+    def __post_init__(self) -> None:
+        """Reject invalid values and combinations."""
+        # Normalise the number: "1" and "1.0" would be two SAEs. The class is frozen.
+        object.__setattr__(self, "encoder_scale", scale(self.encoder_scale))
+        require_options(self)
+
+
+@dataclass(frozen=True)
+class HookpointOverride:
+    """Options that replace those of the run for the SAEs of matching hookpoints."""
+
+    k: int | None = None
+    """Number of latents that may be active at once."""
+    lr: float | None = None
+    """Learning rate."""
+    expansion_factor: int | None = None
+    """Number of latents, as a multiple of the activations' width."""
+    num_latents: int | None = None
+    """Number of latents."""
+
+    def __post_init__(self) -> None:
+        """Reject a width that is given twice. `SaeOptions` checks the values."""
+        if self.expansion_factor is not None and self.num_latents is not None:
+            raise ConfigError(
+                "expansion-factor and num-latents of a hookpoint are mutually exclusive",
+                expected="one of them",
+                got=f"{self.expansion_factor} and {self.num_latents}",
+            )
+
+
+OptimizerName = Literal["signum", "adam", "adamw", "adam8bit", "muon"]
+LrSchedule = Literal["constant", "linear", "cosine", "stable-then-decay"]
+DecoderNorm = Literal["unit", "fold", "free"]
+InputScale = Literal["none", "rms", "unit"]
+BDecInit = Literal["mean", "geometric-median", "zeros"]
+
+
+@dataclass(frozen=True)
+class SaeEntry:
+    """One SAE of a run."""
+
+    hookpoint: str
+    """Hookpoint it is trained on; of a crosscoder, its name."""
+    config: SaeConfig
+    """Its sizes."""
+    lr: float
+    """Its peak learning rate."""
+    seed: int
+    """Seed of its weights."""
+    setting: str = ""
+    """What tells it from the run's other SAEs of its hookpoint, such as k32-lr1e-3; empty where
+    there are no others."""
+    options: SaeOptions = field(default_factory=SaeOptions)
+    """Its options, as given."""
+    reads: tuple[str, ...] = ()
+    """Hookpoints whose rows it reads, side by side; none: the one it is called after."""
+    predicts: tuple[str, ...] = ()
+    """Hookpoints whose rows it predicts; none: those it reads."""
+    scales: tuple[float, ...] = ()
+    """With --input-scale, what the rows of each of its hookpoints are multiplied by in training."""
+    encoder_scale: float = 1.0
+    """What its encoder's weights were multiplied by at the start."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Hookpoints it reads."""
+        return self.reads or (self.hookpoint,)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Hookpoints it predicts."""
+        return self.predicts or self.sources
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Hookpoints whose rows it is given, in order."""
+        return (*self.sources, *self.predicts)
+
+    @property
+    def name(self) -> str:
+        """Its name in the run, and its folder: HOOKPOINT, or HOOKPOINT/SETTING."""
+        return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
+
+
+def require_options(options: SaeOptions) -> None:
+    """Reject invalid values and combinations; raises `ConfigError`."""
+    sizes = ("expansion_factor", "num_latents", "k", "lr_decay_steps", "k_start")
+    require_range(options, ">= 1", *sizes)
+    require_range(options, ">= 0", "lr_warmup_steps", "sparsity_warmup_steps", "k_anneal_steps")
+    require_range(options, ">= 0", "sparsity", "threshold", "bandwidth")
+    require_range(options, ">= 0", "auxk_alpha", "weight_decay")
+    require_range(options, "> 0", "lr", "grad_clip")
+    require_range(options, "0 to 1", "lr_end")
+    require_range(options, "0 to 2**32 - 1", "seed")
+    _require_activation(options)
+    _require_recipe(options)
+
+
+def _require_activation(options: SaeOptions) -> None:
+    """Reject options that the activation does not have. `SaeConfig` checks widths."""
+    for name in ("sparsity", "sparsity_warmup_steps"):
+        value = getattr(options, name)
+        if value is not None and options.activation not in PENALISED:
+            raise ConfigError(
+                f"--activation {options.activation} is made sparse by --k and has no penalty",
+                expected=f"no {flag(name)}",
+                got=value,
+                remedy=f"omit it, or --activation {' | '.join(PENALISED)}",
+            )
+    for name in ("threshold", "bandwidth"):
+        if getattr(options, name) is not None and options.activation != "jumprelu":
+            raise ConfigError(
+                f"--{name} needs --activation jumprelu",
+                got=options.activation,
+                remedy="omit one of them",
+            )
+    if options.k_anneal_steps and options.activation not in ANNEALED:
+        why = "divides latents into k groups" if options.activation == "groupmax" else "has no k"
+        raise ConfigError(
+            f"--k-anneal-steps decreases k, but --activation {options.activation} {why}",
+            expected=f"--activation {' | '.join(ANNEALED)}",
+            got=options.k_anneal_steps,
+            remedy="omit --k-anneal-steps",
+        )
+
+
+def _require_recipe(options: SaeOptions) -> None:
+    """Reject contradictory options of the optimiser and the schedules."""
+    if options.lr_decay_steps is not None and options.lr_schedule != "stable-then-decay":
+        raise ConfigError(
+            "--lr-decay-steps needs --lr-schedule stable-then-decay",
+            got=options.lr_schedule,
+            remedy="linear and cosine decay from the end of the warm-up",
+        )
+    falls = options.optimizer != "signum" if options.lr_schedule is None else True
+    if options.lr_end and (not falls or options.lr_schedule == "constant"):
+        raise ConfigError(
+            "--lr-end needs a learning rate that decays",
+            got=f"--optimizer {options.optimizer}, --lr-schedule {options.lr_schedule}",
+            remedy="--lr-schedule linear, cosine or stable-then-decay",
+        )
+    if options.weight_decay is not None and options.optimizer not in ("adamw", "muon"):
+        got = f"--optimizer {options.optimizer}"
+        raise ConfigError("--weight-decay needs adamw or muon", got=got)
+    if options.grad_clip is not None and options.optimizer == "signum":
+        raise ConfigError(
+            "--grad-clip has no effect on signum, which takes signs of gradients",
+            remedy="omit it, or another --optimizer",
+        )
+    if options.k_start is not None:
+        if not options.k_anneal_steps:
+            raise ConfigError("--k-start needs --k-anneal-steps", got=options.k_start)
+        if options.k_start < options.k:
+            raise ConfigError(
+                "--k-start is smaller than --k", expected=f">= {options.k}", got=options.k_start
+            )
+
+
+def scale(text: str) -> str:
+    """Normalise an encoder scale: 'auto', or a positive number in its shortest spelling.
+
+    Raises:
+        ConfigError: the text is neither.
+    """
+    if text == "auto":
+        return text
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = -1.0
+    if not 0 < scale < float("inf"):
+        raise ConfigError(
+            "--encoder-scale is neither a number nor auto", expected="auto, or > 0", got=text
+        )
+    return repr(scale).removesuffix(".0")
+
+
+ONE_PASS = ("signum", "adam", "adamw")
+"""Optimisers implemented in `saetrain.optim.fused`."""

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actcache.cache.reader import Cache
-from actcache.core.distributed import World
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
+from actcache.core.process import World
 from actcache.errors import ConfigError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import lanes_of_rank
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeEntry
 from saetrain.distributed.metric_gathering import (
     GatheringTracker,
     NullTracker,

@@ -23,8 +23,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actcache.core.distributed import World
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
+from actcache.core.process import World
 from actcache.errors import ActcacheError, RunError
 from saetrain.distributed.signals import RunStopped, exit_code_of
 

@@ -16,8 +16,7 @@ import torch
 from actcache.cache.reader import Cache
 from actcache.stream.memory_budget import MemoryBudget
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import PENALISED, SaeConfig
-from saetrain.config.sae_options import OptimizerName, SaeEntry
+from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry
 from saetrain.kernels.dense import tokens_at_once
 from saetrain.launch.resolve import budget_of, sae_entries, steps_ahead, with_default_lr
 from saetrain.model.factory import build_sae

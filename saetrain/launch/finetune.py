@@ -19,8 +19,7 @@ from actcache.core.json_codec import truncated_repr
 from actcache.errors import ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, digest_file
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeEntry, SaeOptions
+from saetrain.config.sae import SaeConfig, SaeEntry, SaeOptions
 from saetrain.formats.sparsify import (
     CONFIG,
     WEIGHTS,

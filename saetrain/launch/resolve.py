@@ -18,8 +18,7 @@ from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import require_overrides_used, saes_at
-from saetrain.config.sae import PENALISED, SaeConfig
-from saetrain.config.sae_options import SaeEntry, SaeOptions
+from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry, SaeOptions
 from saetrain.launch.finetune import PretrainedSaes
 from saetrain.model.hookpoint_io import HookpointRoles, assign_hookpoints, hookpoints_of
 from saetrain.optim import default_lr

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from actcache.cache.reader import Cache
-from actcache.core.device import choose_device
+from actcache.core.process import choose_device
 from actcache.core.progress import format_bytes
 from actcache.errors import RunError
 from actcache.format.manifest import MANIFEST

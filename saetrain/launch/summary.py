@@ -9,7 +9,7 @@ from typing import Any
 from actcache.core.progress import format_bytes
 from actcache.errors import FormatError
 from actcache.stream.activation_stream import ActivationStream
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae import SaeOptions
 from saetrain.launch.session import RunSession
 from saetrain.launch.setup import RunState
 from saetrain.runs.checkpoint import Best, newest_state

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from saetrain.config.sae_options import DecoderNorm
+from saetrain.config.sae import DecoderNorm
 from saetrain.model.losses import Losses, compute_losses
 from saetrain.model.sae import Sae
 

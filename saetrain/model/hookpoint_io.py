@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from actcache.cache.reader import Cache
     from actcache.format.statistics import Statistics
     from saetrain.config.fit_config import FitConfig
-    from saetrain.config.sae_options import SaeEntry
+    from saetrain.config.sae import SaeEntry
 
 
 CROSSCODER = "crosscoder"

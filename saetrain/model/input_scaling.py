@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from actcache.format.statistics import Statistics
-    from saetrain.config.sae_options import InputScale, SaeEntry
+    from saetrain.config.sae import InputScale, SaeEntry
 
 
 _OF_LATENTS = ("b_enc", "activation.threshold", "activation.b_mag")

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from saetrain.config.sae_options import DecoderNorm, OptimizerName
+from saetrain.config.sae import DecoderNorm, OptimizerName
 from saetrain.model.decoder_norm import unit_rows
 from saetrain.model.sae import Sae
 from saetrain.optim.adam import Adam

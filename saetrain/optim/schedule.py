@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import LrSchedule, OptimizerName
+from saetrain.config.sae import LrSchedule, OptimizerName
 
 _SIGNUM, _ADAM, _MUON = 5e-3, 2e-4, 2e-3
 _LONG = 2**17

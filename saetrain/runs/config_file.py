@@ -24,7 +24,7 @@ from actcache.core.json_codec import parse_value, read_json
 from actcache.errors import ConfigError, FormatError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import AXES, values_of, vary
-from saetrain.config.sae_options import HookpointOverride
+from saetrain.config.sae import HookpointOverride
 
 Options = dict[str, Any]
 """Values by field name; a list where an option of a single SAE has several values."""

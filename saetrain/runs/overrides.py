@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from actcache.core.options import names_on_resume
 from actcache.errors import RunError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeEntry
 from saetrain.runs.record import OptionChange, RunRecord
 
 OVERRIDABLE = frozenset(names_on_resume(FitConfig, "forced"))

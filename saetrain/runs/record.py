@@ -19,8 +19,7 @@ from actcache.filesystem.paths import is_url
 from actcache.stream.order import OrderPlan
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import values_of
-from saetrain.config.sae import flag
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeEntry, flag
 
 RUN = "run.json"
 LOCK = Path("fit.lock")

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from actcache.core.device import peak_memory
 from actcache.core.json_codec import decode_json, truncated_repr
+from actcache.core.process import peak_memory
 from actcache.core.progress import Progress
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import as_disk_full_error, write_atomic

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeEntry
 from saetrain.runs.record import RunRecord
 from saetrain.tracking import EDGES
 from saetrain.tracking.jsonl import METRICS, TIMINGS, read_lines

@@ -20,7 +20,7 @@ from actcache.format.statistics import Statistics
 from actcache.stream.order import OrderPlan, Span, batch_rows
 from actcache.stream.verified_reads import VerifiedReader
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeEntry
 from saetrain.model.factory import build_sae
 from saetrain.model.hookpoint_io import TargetStats, rows_of, target_stats
 from saetrain.model.input_scaling import input_scaling, scale_of

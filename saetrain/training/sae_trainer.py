@@ -25,7 +25,7 @@ from saetrain.training.metrics import (
 from saetrain.training.step_settings import StepSettings
 
 if TYPE_CHECKING:
-    from saetrain.config.sae_options import SaeEntry
+    from saetrain.config.sae import SaeEntry
     from saetrain.runs.checkpoint import Best
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import DecoderNorm
+from saetrain.config.sae import DecoderNorm, SaeConfig
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, RunError
 from actcache.stream.order import Span
 from actcache.stream.verified_reads import VerifiedReader, Verify
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeEntry
 from saetrain.kernels import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae

@@ -10,7 +10,7 @@ from actcache_cli.fit_options import fit_command, is_repeatable
 from actcache_cli.main import saetrain_app
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import AXES, grid
-from saetrain.config.sae_options import HookpointOverride
+from saetrain.config.sae import HookpointOverride
 
 
 def parse(*arguments):

@@ -80,8 +80,7 @@ def make_trainee() -> Callable[..., Any]:
     """A factory of `SaeTrainer` objects."""
     import torch
 
-    from saetrain.config.sae import SaeConfig
-    from saetrain.config.sae_options import SaeEntry
+    from saetrain.config.sae import SaeConfig, SaeEntry
     from saetrain.model.sae import Sae
     from saetrain.optim import make_optimizer
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
@@ -123,8 +122,7 @@ def accumulate() -> Callable[..., Any]:
     """A function that adds the gradient of a batch to an SAE's weights and returns the losses."""
     import torch
 
-    from saetrain.config.sae import SaeConfig
-    from saetrain.config.sae_options import SaeEntry
+    from saetrain.config.sae import SaeConfig, SaeEntry
     from saetrain.model.losses import FVU_ONLY
     from saetrain.optim import make_optimizer
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter

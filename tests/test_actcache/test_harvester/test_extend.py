@@ -18,7 +18,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
-from actcache.core.distributed import World
+from actcache.core.process import World
 from actcache.errors import CacheMismatchError, DiskFullError, FormatError
 from actcache.format.manifest import read_manifest, with_extension
 from actcache.format.receipts import read_cache_state, read_end, receipt_path

@@ -20,7 +20,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
 from actcache.core import rng
-from actcache.core.distributed import World
+from actcache.core.process import World
 from actcache.errors import (
     ActcacheError,
     CacheMismatchError,

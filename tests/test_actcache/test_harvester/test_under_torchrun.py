@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from actcache.cache.reader import Cache
-from actcache.core.distributed import World
+from actcache.core.process import World
 from actcache.errors import ConfigError
 from actcache.harvester.run import harvest
 
@@ -58,7 +58,7 @@ def test_a_single_process_acts_without_a_process_group() -> None:
 
 ATTEMPT = """
 import os, sys
-from actcache.core.distributed import World
+from actcache.core.process import World
 
 world = World.from_environment()
 

@@ -13,10 +13,9 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig
-from actcache.core.device import input_device
 from actcache.errors import CacheMismatchError, ConfigError, ModelError
 from actcache.harvester.run import harvest
-from actcache.model.hooks import ActivationCapture, discover_sites, match
+from actcache.model.hooks import ActivationCapture, discover_sites, input_device, match
 from actcache.model.loading import (
     dtype_name,
     fingerprint_model,

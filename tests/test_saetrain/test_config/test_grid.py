@@ -19,7 +19,7 @@ from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, HookpointError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import AXES, grid, saes_at, short_number, vary
-from saetrain.config.sae_options import HookpointOverride, SaeOptions
+from saetrain.config.sae import HookpointOverride, SaeOptions
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import load_checkpoint

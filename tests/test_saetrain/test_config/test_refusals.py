@@ -8,8 +8,7 @@ import pytest
 
 from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae import SaeConfig, SaeOptions
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 2), (4, 0, 2), (4, 8, 0), (-4, 8, 2)])

@@ -36,7 +36,7 @@ import saetrain.training.loop
 from actcache.errors import ActcacheError, CorruptShardError
 from actcache.stream.activation_stream import Batch
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae import SaeOptions
 from saetrain.distributed.signals import RunStopped
 from saetrain.model.factory import build_sae
 from saetrain.model.sae import Sae

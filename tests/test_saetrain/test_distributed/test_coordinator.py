@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import HashStore
 
 import saetrain.distributed.process_group
-from actcache.core.distributed import World
+from actcache.core.process import World
 from actcache.errors import ConfigError, RunError
 from actcache.filesystem.atomic import FileDigest
 from saetrain.config.fit_config import FitConfig

@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import HashStore
 
 import saetrain.distributed.process_group
-from actcache.core.distributed import World
+from actcache.core.process import World
 from actcache.errors import ConfigError, CorruptShardError, RunError
 from saetrain.distributed.process_group import Failure, LostRankError, RemoteRankError, StoreGroup
 
@@ -174,7 +174,7 @@ def test_a_rank_that_has_shut_down_is_not_lost(connect: Callable[[int], list[Sto
 HANG = """
 import threading
 from torch.distributed import HashStore
-from actcache.core.distributed import World
+from actcache.core.process import World
 from saetrain.distributed import process_group
 from saetrain.distributed.process_group import StoreGroup
 

@@ -19,7 +19,7 @@ import torch
 
 import saetrain.training.init
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae import SaeOptions
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae
 from saetrain.model.sae import Sae

@@ -15,8 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from actcache.errors import ActcacheError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import OptimizerName, SaeEntry, SaeOptions
+from saetrain.config.sae import OptimizerName, SaeConfig, SaeEntry, SaeOptions
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.estimate import FLOAT, estimate_fit, estimate_sae, parameter_shapes, step_bytes
 from saetrain.launch.run import fit

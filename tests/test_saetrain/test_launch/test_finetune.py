@@ -28,7 +28,7 @@ from actcache.errors import ActcacheError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import digest_file
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
-from saetrain.config.sae_options import SaeOptions
+from saetrain.config.sae import SaeOptions
 from saetrain.launch.estimate import estimate_fit
 from saetrain.launch.run import fit
 from saetrain.runs.record import RUN, PretrainedSource, read_run

@@ -16,8 +16,7 @@ from torch.func import functional_call
 
 from actcache.cache.reader import Cache
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.kernels.on_torch import update
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer

@@ -7,7 +7,7 @@ import torch
 from transformers import get_linear_schedule_with_warmup
 
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae_options import LrSchedule, OptimizerName
+from saetrain.config.sae import LrSchedule, OptimizerName
 from saetrain.optim import default_lr
 from saetrain.optim.schedule import Schedule, make_schedule, warmup_steps, warmup_then_decay
 

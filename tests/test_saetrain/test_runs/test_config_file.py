@@ -12,7 +12,7 @@ import pytest
 from actcache.errors import ConfigError, FormatError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import FIELDS, grid, vary
-from saetrain.config.sae_options import HookpointOverride
+from saetrain.config.sae import HookpointOverride
 from saetrain.launch.run import fit
 from saetrain.runs.config_file import make_config, merge, read_options
 from saetrain.runs.record import read_run

@@ -16,7 +16,7 @@ from actcache.errors import CacheMismatchError, ConfigError, RunError
 from actcache_cli.options import field_docs
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
-from saetrain.config.sae_options import HookpointOverride, SaeOptions
+from saetrain.config.sae import HookpointOverride, SaeOptions
 from saetrain.launch.run import fit
 from saetrain.optim import default_lr
 from saetrain.runs.checkpoint import tensors_path

@@ -14,8 +14,7 @@ import pytest
 from actcache.cache.reader import Cache
 from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.stream.order import OrderPlan
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import HookpointOverride, SaeEntry, SaeOptions
+from saetrain.config.sae import HookpointOverride, SaeConfig, SaeEntry, SaeOptions
 from saetrain.runs.record import (
     RUN,
     RunRecord,

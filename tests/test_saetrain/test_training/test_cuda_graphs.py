@@ -23,8 +23,7 @@ import saetrain.model.losses
 import saetrain.training.cuda_graphs
 from actcache.errors import ConfigError, RunError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeEntry, SaeOptions
+from saetrain.config.sae import SaeConfig, SaeEntry, SaeOptions
 from saetrain.kernels import backends, dense
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.run import fit

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.model.activations import BatchTopK, JumpRelu, Latents
 from saetrain.model.decoder_norm import fold, folded_losses
 from saetrain.model.factory import build_sae

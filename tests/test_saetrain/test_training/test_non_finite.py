@@ -23,8 +23,7 @@ from actcache.cache.reader import Cache
 from actcache.errors import RunError
 from actcache.stream.order import batch_rows
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import PENALISED, SaeConfig
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.factory import build_sae

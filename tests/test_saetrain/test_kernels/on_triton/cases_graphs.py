@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeEntry, SaeOptions
+from saetrain.config.sae import SaeConfig, SaeEntry, SaeOptions
 from saetrain.kernels import backends, dense
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.factory import build_sae

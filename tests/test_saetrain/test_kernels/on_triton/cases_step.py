@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from saetrain.config.sae import SaeConfig
-from saetrain.config.sae_options import SaeEntry
+from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer

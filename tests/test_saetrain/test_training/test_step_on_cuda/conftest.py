@@ -274,8 +274,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 @pytest.fixture
 def make_trainee_on(cuda: Cuda) -> Callable[..., Any]:
     """A factory of SAEs in training on the device, of any kind and with any recipe."""
-    from saetrain.config.sae import SaeConfig
-    from saetrain.config.sae_options import SaeEntry
+    from saetrain.config.sae import SaeConfig, SaeEntry
     from saetrain.model.factory import build_sae
     from saetrain.model.losses import OutputSlice, make_loss_config
     from saetrain.optim import make_optimizer

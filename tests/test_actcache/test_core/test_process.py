@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from actcache.core.device import choose_device, input_device, require_whole_machine
+from actcache.core.process import choose_device, require_whole_machine
 from actcache.errors import ConfigError
+from actcache.model.hooks import input_device
 
 
 def test_an_unusable_device_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Rank and world size of this process under torchrun, and the start of a harvest on all ranks."""
+"""This process: its rank and world size under torchrun, its torch device, its peak memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from actcache.errors import CacheMismatchError, ConfigError
 
@@ -84,3 +87,41 @@ class World:
                 )
         finally:
             dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the torch device that --device names; raises `ConfigError` if it is unusable."""
+    if name == "auto":
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()  # fails on meta, which computes nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            "--device cannot be used", expected="cpu, cuda, cuda:N or auto", got=f"{name} ({error})"
+        ) from error
+    return device
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory of this process, bytes.
+
+    Read from /proc, since `getrusage` of a forked process starts at its parent's peak.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("Linux reports VmHWM for every process")
+
+
+def require_whole_machine() -> None:
+    """Raise `ConfigError` if --device-map is combined with several processes on this machine."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    if processes != "1":
+        raise ConfigError(
+            "--device-map auto uses every GPU of the machine",
+            expected="one process per machine",
+            got=f"{processes} processes",
+            remedy="torchrun --nproc_per_node 1, or start without torchrun",
+        )

@@ -30,9 +30,8 @@ from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
 from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import StepSettings
 
 SIZE, SMOKE = (2048, 576, 4608, 32), (64, 24, 320, 4)
 DEAD = {SIZE: 2000, SMOKE: 100}

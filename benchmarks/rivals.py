@@ -26,9 +26,8 @@ from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.training.cuda_graphs import GraphedSteps, GraphRecorder
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 from saetrain.training.step import train_batch, train_step
-from saetrain.training.step_settings import StepSettings
 
 Step = Callable[[Tensor, int], None]
 Published = Callable[[Tensor], tuple[Tensor, Tensor]]

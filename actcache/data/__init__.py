@@ -4,7 +4,4 @@
 and cuts them to `ctx_len` tokens.
 """
 
-__all__ = [
-    "datasets",
-    "sequences",
-]
+__all__ = ["datasets", "sequences"]

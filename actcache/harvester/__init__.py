@@ -5,9 +5,4 @@ the folder and loads the weights, `run` is the loop over shards, and `estimate` 
 time without a harvest.
 """
 
-__all__ = [
-    "estimate",
-    "job",
-    "resolve",
-    "run",
-]
+__all__ = ["estimate", "job", "resolve", "run"]

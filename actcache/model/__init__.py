@@ -4,7 +4,4 @@
 tokenizer; `hooks` finds the hookpoints and captures their activations.
 """
 
-__all__ = [
-    "hooks",
-    "loading",
-]
+__all__ = ["hooks", "loading"]

@@ -4,8 +4,4 @@
 that are given several times. No module here imports torch, so `--help` is fast.
 """
 
-__all__ = [
-    "fit_config",
-    "grid",
-    "sae",
-]
+__all__ = ["fit_config", "grid", "sae"]

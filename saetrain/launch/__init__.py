@@ -6,12 +6,4 @@ into a run record, `setup` builds the SAEs and restores a checkpoint, `finetune`
 SAEs, `estimate` computes what `--plan` prints, and `summary` what is printed at the end.
 """
 
-__all__ = [
-    "estimate",
-    "finetune",
-    "resolve",
-    "run",
-    "session",
-    "setup",
-    "summary",
-]
+__all__ = ["estimate", "finetune", "resolve", "run", "session", "setup", "summary"]

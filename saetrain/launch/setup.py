@@ -34,9 +34,8 @@ from saetrain.training.cuda_graphs import require_cuda_graphs
 from saetrain.training.ddp import DdpStep
 from saetrain.training.init import FirstRows, init_b_dec_at_median, initial_sae
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, make_step_settings
 from saetrain.training.step import require_bfloat16_products, require_compiler
-from saetrain.training.step_settings import make_step_settings
 from saetrain.training.validation import Validation
 
 

@@ -5,10 +5,4 @@ run that follows a harvest, `config_file` reads options from TOML, YAML or run.j
 `overrides` changes options of an existing run.
 """
 
-__all__ = [
-    "checkpoint",
-    "config_file",
-    "overrides",
-    "record",
-    "segments",
-]
+__all__ = ["checkpoint", "config_file", "overrides", "record", "segments"]

@@ -4,13 +4,7 @@
 Biases.
 """
 
-__all__ = [
-    "BINS_PER_DECADE",
-    "DECADES",
-    "EDGES",
-    "jsonl",
-    "wandb_mirror",
-]
+__all__ = ["BINS_PER_DECADE", "DECADES", "EDGES", "jsonl", "wandb_mirror"]
 
 BINS_PER_DECADE = 4
 DECADES = 8

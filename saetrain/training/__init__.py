@@ -1,10 +1,10 @@
 """Training steps of one process.
 
-`loop` is the training loop, `step` one update, `sae_trainer` the state of one SAE in training,
-`step_settings` the settings of its steps, and `init` the starting values of its weights. `metrics`
-accumulates losses and latent counts, `validation` measures held-out rows, `checkpointing` saves,
-`non_finite` reports losses that are not finite, `ddp` shares each batch among ranks, and
-`cuda_graphs` replays recorded steps.
+`loop` is the training loop, `step` one update, `sae_trainer` the state of one SAE in training with
+the settings of its steps, and `init` the starting values of its weights. `metrics` accumulates
+losses and latent counts, `validation` measures held-out rows, `checkpointing` saves, `non_finite`
+reports losses that are not finite, `ddp` shares each batch among ranks, and `cuda_graphs` replays
+recorded steps.
 """
 
 __all__ = [
@@ -17,6 +17,5 @@ __all__ = [
     "non_finite",
     "sae_trainer",
     "step",
-    "step_settings",
     "validation",
 ]

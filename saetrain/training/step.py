@@ -20,8 +20,7 @@ from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.losses import Losses, LossTerm, compute_losses
 from saetrain.model.sae import Sae, SaeOutput
 from saetrain.optim import conditional_step
-from saetrain.training.sae_trainer import SaeTrainer
-from saetrain.training.step_settings import StepSettings
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 
 if TYPE_CHECKING:
     from actcache.stream.activation_stream import Batch

@@ -84,8 +84,7 @@ def make_trainee() -> Callable[..., Any]:
     from saetrain.model.sae import Sae
     from saetrain.optim import make_optimizer
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-    from saetrain.training.sae_trainer import SaeTrainer
-    from saetrain.training.step_settings import StepSettings
+    from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 
     def make(
         d_in: int = 16,
@@ -126,9 +125,8 @@ def accumulate() -> Callable[..., Any]:
     from saetrain.model.losses import FVU_ONLY
     from saetrain.optim import make_optimizer
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-    from saetrain.training.sae_trainer import SaeTrainer
+    from saetrain.training.sae_trainer import SaeTrainer, StepSettings
     from saetrain.training.step import accumulate_gradient
-    from saetrain.training.step_settings import StepSettings
 
     def call(
         sae: Any,

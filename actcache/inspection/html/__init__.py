@@ -4,8 +4,4 @@
 tags.
 """
 
-__all__ = [
-    "markup",
-    "page",
-    "svg",
-]
+__all__ = ["markup", "page", "svg"]

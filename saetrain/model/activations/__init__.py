@@ -13,13 +13,4 @@ from saetrain.model.activations.jumprelu import JumpRelu
 from saetrain.model.activations.relu import Relu
 from saetrain.model.activations.topk import TopK
 
-__all__ = [
-    "Activation",
-    "BatchTopK",
-    "Gated",
-    "GroupMax",
-    "JumpRelu",
-    "Latents",
-    "Relu",
-    "TopK",
-]
+__all__ = ["Activation", "BatchTopK", "Gated", "GroupMax", "JumpRelu", "Latents", "Relu", "TopK"]

@@ -20,8 +20,8 @@ from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.training import step as step_module
+from saetrain.training.sae_trainer import StepSettings
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import StepSettings
 
 N, D, M, K = 64, 16, 96, 4
 SIGNUM = {"lr": 0.01, "mix": 0.3, "momentum": 0.95}

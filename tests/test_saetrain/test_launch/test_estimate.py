@@ -24,9 +24,8 @@ from saetrain.model.losses import make_loss_config
 from saetrain.optim import default_lr, make_optimizer
 from saetrain.runs.record import read_run
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import StepSettings
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,8 @@ from saetrain.optim.fused import FusedOptimizer
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.signum import Signum
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import StepSettings
 
 M, D, K, STEPS = 64, 16, 4, 20
 SCHEDULE = Schedule("linear", 0, 2 * STEPS)

@@ -33,9 +33,8 @@ from saetrain.optim import Schedule, make_optimizer
 from saetrain.runs.record import read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, by_hookpoint
 from saetrain.training.step import train_batch
-from saetrain.training.step_settings import StepSettings
 
 N, D, M, K = 64, 16, 64, 4
 STEPS = 14

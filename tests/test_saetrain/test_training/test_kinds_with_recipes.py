@@ -21,9 +21,8 @@ from saetrain.model.losses import LossConfig, OutputSlice, compute_losses, make_
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 from saetrain.training.step import accumulate_gradient, train_step
-from saetrain.training.step_settings import StepSettings
 
 N, D, E, M, K = 24, 10, 6, 36, 3
 STEPS = 6

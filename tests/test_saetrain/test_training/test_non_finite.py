@@ -34,9 +34,8 @@ from saetrain.runs.checkpoint import load_checkpoint
 from saetrain.runs.record import read_run
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.non_finite import ROWS, NonFiniteError
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import StepSettings
 
 Options = Callable[..., FitConfig]
 

@@ -9,7 +9,7 @@ import pytest
 from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
-from saetrain.training.step_settings import StepSettings, make_step_settings
+from saetrain.training.sae_trainer import StepSettings, make_step_settings
 
 
 def annealed(**options: int) -> StepSettings:

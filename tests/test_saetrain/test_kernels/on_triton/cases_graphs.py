@@ -18,9 +18,8 @@ from saetrain.model.losses import make_loss_config
 from saetrain.optim import Schedule, make_optimizer
 from saetrain.training.cuda_graphs import CudaGraphs, GraphedSteps
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 from saetrain.training.step import train_batch
-from saetrain.training.step_settings import StepSettings
 
 N, D, M, K, STEPS = 6, 8, 12, 2, 7
 KINDS = [  # each is slow to interpret

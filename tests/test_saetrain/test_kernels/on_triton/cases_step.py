@@ -8,9 +8,8 @@ from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.sae import Sae
 from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import StepSettings
 
 N, D, M, K = 12, 12, 20, 3
 

@@ -279,8 +279,7 @@ def make_trainee_on(cuda: Cuda) -> Callable[..., Any]:
     from saetrain.model.losses import OutputSlice, make_loss_config
     from saetrain.optim import make_optimizer
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-    from saetrain.training.sae_trainer import SaeTrainer
-    from saetrain.training.step_settings import StepSettings
+    from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 
     def make(
         d_in: int = 64,

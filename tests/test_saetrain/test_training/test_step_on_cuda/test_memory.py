@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from saetrain.training.sae_trainer import StepSettings
 from saetrain.training.step import train_step
-from saetrain.training.step_settings import StepSettings
 
 pytest.importorskip("triton")
 

@@ -17,9 +17,8 @@ from torch import Tensor
 from actcache.stream.activation_stream import Batch
 from saetrain.kernels import UpdateOptions, adam_update_, backend_of, signum_update_
 from saetrain.model.losses import OutputSlice
-from saetrain.training.sae_trainer import SaeTrainer
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 from saetrain.training.step import train_batch, train_step
-from saetrain.training.step_settings import StepSettings
 
 pytest.importorskip("triton")
 

@@ -23,3 +23,5 @@ __all__ = [
     "SaeLensBatches",
     "open_feed",
 ]
+
+LoaderDataset, WholeBatches = CacheDataset, CacheDataLoader  # their former names

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import secrets
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -36,7 +38,6 @@ from saetrain.runs.record import (
     write_run,
 )
 from saetrain.runs.segments import first_segment, require_batch
-from saetrain.tracking.wandb_mirror import new_id
 from saetrain.training.init import FirstRows, with_initial_scales
 
 ConfigsOf = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
@@ -91,7 +92,7 @@ def resolve_run(
         segment_shards=order.segment_shards,
         extensions=len(cache.manifest.extensions) if config.follow else None,
         pool_rows=pool_rows,
-        wandb_id=new_id(config),
+        wandb_id=_new_wandb_id(config),
         origins=() if origins is None else origins.sources(entries),
         batch_parts=batch_parts,
     )
@@ -215,7 +216,7 @@ def resume_record(
     record = read_run(root)
     check_same_cache(record, cache)
     options = changed_options(record, config)
-    record = dataclasses.replace(record, wandb_id=record.wandb_id or new_id(config))
+    record = dataclasses.replace(record, wandb_id=record.wandb_id or _new_wandb_id(config))
     updated = dataclasses.replace(record, options=config)
     if options and config.force_config:
         if config.follow:
@@ -372,3 +373,11 @@ def _entry(
     return SaeEntry(
         roles.name, sizes, lr, options.seed, setting, options, roles.reads, roles.predicts
     )
+
+
+def _new_wandb_id(options: FitConfig) -> str | None:
+    """Return a new run id for W&B, or None without --wandb."""
+    if options.wandb == "disabled":
+        return None
+    letters = string.ascii_lowercase + string.digits
+    return "".join(secrets.choice(letters) for _ in range(8))

@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import secrets
-import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,14 +26,6 @@ _FINISH_SECONDS = 60
 _UPLOAD_SECONDS = 600
 _SET_ASIDE = "resumed-run"
 """Prefix that replaces offline-run in an offline folder once a later one holds its lines."""
-
-
-def new_id(options: FitConfig) -> str | None:
-    """Return a new run id for W&B, or None without --wandb."""
-    if options.wandb == "disabled":
-        return None
-    letters = string.ascii_lowercase + string.digits
-    return "".join(secrets.choice(letters) for _ in range(8))
 
 
 def open_wandb(

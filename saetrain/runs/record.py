@@ -1,7 +1,7 @@
-"""`run.json`: what a run is, written once at its start and checked whenever it goes on.
+"""`run.json`: the record of a run, written at its start and checked whenever it is resumed.
 
-It is written again only when a run goes on with a cache that was moved, with other libraries, or
-with options that `--force-config` lets through; `history` then says since when.
+It is written again only when a run resumes with a cache that was moved, other libraries, or options
+changed by `--force-config`; `history` then records the step.
 """
 
 from __future__ import annotations
@@ -23,113 +23,112 @@ from saetrain.config.sae import SaeEntry, flag
 
 RUN = "run.json"
 LOCK = Path("fit.lock")
-"""Held by the processes that are at work in a run, within its folder."""
+"""Lock file in a run's folder, held by the processes that train it."""
 FORMAT_VERSION = 1
 
 FREE_ON_RESUME = frozenset(names_on_resume(FitConfig, "free"))
-"""Options that may change between a run and its resumption: they do not affect its results."""
+"""Options that may change when a run is resumed: they do not affect its results."""
 
 
 @dataclass(frozen=True)
 class PretrainedSource:
-    """Weights that an SAE began with."""
+    """Pretrained weights from which an SAE started (--finetune)."""
 
     path: str
-    """Folder, absolute, or USER/REPO/FOLDER of the Hub."""
+    """Absolute path of a folder, or USER/REPO/FOLDER on the Hub."""
     revision: str | None
-    """Commit of the repository; null of a folder."""
+    """Commit of the repository; null for a local folder."""
     file: FileDigest
-    """Of sae.safetensors."""
+    """Digest of sae.safetensors."""
 
 
 @dataclass(frozen=True)
 class OptionChange:
-    """What has changed in a run since it began."""
+    """Options and libraries that changed when a run was resumed."""
 
     step: int
-    """Steps done by then."""
+    """Steps done at the change."""
     changes: tuple[str, ...]
-    """Options and libraries, as "--lr: 0.01 then, 0.02 now"."""
+    """Changes in the form "--lr: 0.01 then, 0.02 now"."""
     versions: dict[str, str]
-    """Libraries from then on."""
+    """Library versions from this step on."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that decides a run's results, and what it was made with."""
+    """Everything that determines a run's results. Contents of run.json."""
 
     format_version: int
     cache: str
-    """Folder of the cache when the run was last started, absolute, or its URL."""
+    """Absolute path or URL of the cache when the run was last started."""
     cache_id: str
     """Id of the cache."""
     receipts_digest: str
-    """Digest over the receipts of the training shards and the held-out ones (with --follow: of the
-    first segment; the others are pinned in segments.json as they are used)."""
+    """Digest over the receipts of training and held-out shards. With --follow, only of the first
+    segment; segments.json pins the others when they are first used."""
     held_out: tuple[int, ...]
-    """Shards that are never trained on (with --follow: those of the first segment)."""
+    """Shards that are never trained on; with --follow, those of the first segment."""
     plan: OrderPlan
-    """Training shards and the order of their rows (with --follow: those of the first segment)."""
+    """Training shards and the order of their rows; with --follow, those of the first segment."""
     steps: int
-    """Steps of the whole run; with --follow at most: the text may end before its goal."""
+    """Steps of the whole run. With --follow an upper bound: the text may end before its goal."""
     dead_after: int
     """Rows without firing after which a latent is dead."""
     saes: tuple[SaeEntry, ...]
-    """The SAEs, in order."""
+    """The SAEs; an index of an SAE refers to this order."""
     options: FitConfig
-    """The options as given."""
+    """The options as given by the user."""
     versions: dict[str, str]
-    """Libraries that the run began with."""
+    """Library versions at the start of the run."""
     segment_shards: int | None = None
-    """Shards of a segment, with --follow; null: the run uses the shards of `plan` alone."""
+    """With --follow, shards per segment; null: the run uses only the shards of `plan`."""
     extensions: int | None = None
-    """Extensions that the cache had, with --follow: the run goes to the goal of then."""
+    """With --follow, number of extensions of the cache at the start; later ones are not used."""
     pool_rows: int | None = None
-    """Rows that are mixed in memory; null in a run from before --buffer-bytes."""
+    """Rows of the shuffle buffer; null in runs from before --buffer-bytes."""
     wandb_id: str | None = None
-    """Its id at Weights & Biases; null until it is first logged there."""
+    """Run id at Weights & Biases; null until it is first logged there."""
     origins: tuple[PretrainedSource, ...] = ()
-    """With --finetune, what each SAE began with."""
+    """With --finetune, the pretrained weights of each SAE."""
     history: tuple[OptionChange, ...] = ()
-    """What changed when it went on. `options`, `saes`, `steps`, `dead_after` are those of now."""
+    """Changes when it was resumed. `options`, `saes`, `steps` and `dead_after` are current."""
     batch_parts: int = 1
-    """Processes that share each batch (--parallel ddp): sums are rounded otherwise by another
-    number of them."""
+    """Processes that share each batch (--parallel ddp). Another number rounds sums differently."""
 
     def __post_init__(self) -> None:
-        """Refuse a record of another version."""
+        """Raise `FormatError` for a record of another format version."""
         if self.format_version != FORMAT_VERSION:
             raise FormatError(
                 "the run has another format version",
                 expected=FORMAT_VERSION,
                 got=self.format_version,
-                remedy="install the version of actcache that began it",
+                remedy="install the version of actcache that started it",
             )
 
     @property
     def training_shards(self) -> list[int]:
-        """Numbers of the shards that are trained on, and give mean and variance.
+        """Shards that are trained on and give the mean and variance of the loss.
 
-        With --follow, those of the first segment: what comes later must not change the loss.
+        With --follow, those of the first segment, so that later shards do not change the loss.
         """
         return [shard for shard, _ in self.plan.shards]
 
     @property
     def epochs(self) -> int | None:
-        """Epochs after which it ends; None where its steps alone say it."""
+        """Epochs after which the run ends; None if --max-tokens gives its length."""
         return self.options.epochs if self.options.max_tokens is None else None
 
 
 def write_run(root: Path, record: RunRecord) -> None:
-    """Lay down what the run is."""
+    """Write run.json atomically."""
     write_atomic(root / RUN, [to_json(record)])
 
 
 def read_run(root: Path) -> RunRecord:
-    """The record of the run in a folder.
+    """Read the record of the run in a folder.
 
     Raises:
-        RunError: there is no run.
+        RunError: the folder holds no run.
         FormatError: its record is damaged.
     """
     path = root / RUN
@@ -154,20 +153,18 @@ def _parse(obj: object, path: Path) -> RunRecord:
     assert isinstance(obj, dict)
     if all("options" in sae for sae in obj["saes"]):
         return record
-    # From before a run could have several SAEs of a hookpoint: they have the run's own options.
+    # Records from before grids: every SAE has the options of the run.
     saes = tuple(dataclasses.replace(sae, options=record.options.sae) for sae in record.saes)
     return dataclasses.replace(record, saes=saes)
 
 
 def absolute_cache(cache: str) -> str:
-    """Where a cache is, whatever the working directory."""
-    if is_url(cache):
-        return cache
-    return str(Path(cache).resolve())
+    """Return a cache's path independent of the working directory; a URL is unchanged."""
+    return cache if is_url(cache) else str(Path(cache).resolve())
 
 
 def receipts_digest(cache: Cache, training: list[int], held_out: list[int]) -> str:
-    """One digest over all shards that a run uses.
+    """Return one digest over the receipts of all shards that a run uses.
 
     Raises:
         CacheMismatchError: the cache no longer holds one of them.
@@ -175,22 +172,22 @@ def receipts_digest(cache: Cache, training: list[int], held_out: list[int]) -> s
     shards = [*training, *held_out]
     if missing := sorted(set(shards) - set(cache.shards)):
         raise CacheMismatchError(
-            f"{cache.root} no longer holds all the shards of this run",
+            f"{cache.root} no longer holds all shards of this run",
             expected=f"{len(shards)} shards",
             got=f"without {missing[:8]}",
-            remedy="harvest them again: the same command restores them",
+            remedy="harvest again: the same command restores them",
         )
     return cache.digest(shards)
 
 
 def check_same_cache(record: RunRecord, cache: Cache) -> None:
-    """Refuse another cache, or one whose shards have changed; raises `CacheMismatchError`."""
+    """Raise `CacheMismatchError` for another cache, or if the run's shards have changed."""
     if record.cache_id != cache.manifest.cache_id:
         raise CacheMismatchError(
             f"{cache.root} is not the cache of this run",
             expected=f"cache id {record.cache_id}",
             got=cache.manifest.cache_id,
-            remedy="name the right folder",
+            remedy="give the path of this run's cache",
         )
     digest = receipts_digest(cache, record.training_shards, list(record.held_out))
     if digest != record.receipts_digest:
@@ -198,12 +195,12 @@ def check_same_cache(record: RunRecord, cache: Cache) -> None:
             f"the shards of {cache.root} have changed since this run began",
             expected=f"receipts digest {record.receipts_digest}",
             got=digest,
-            remedy="restore the cache, or begin another run",
+            remedy="restore the cache, or start another run",
         )
 
 
 def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:
-    """Options that touch a run's results and are others now: both values in words, by field."""
+    """Return the options that affect results and differ, described by field: old and new value."""
     old, new = values_of(record.options), values_of(now)
     changed = {
         name: f"{flag(name)}: {old[name]!r} then, {new[name]!r} now"
@@ -216,11 +213,11 @@ def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:
 
 
 def check_same_run(record: RunRecord, now: RunRecord) -> None:
-    """Refuse to go on with options that would give other results; raises `RunError`."""
+    """Raise `RunError` if options that affect a run's results have changed."""
     if changed := changed_options(record, now.options):
         raise RunError(
-            f"{now.options.out} was begun with other options",
+            f"{now.options.out} was started with other options",
             got="\n            ".join(changed.values()),
-            remedy="repeat the options of its start (they stand in run.json), or choose another "
-            "--out; --force-config lets some of them through, see --help",
+            remedy="repeat the options of its start (run.json lists them), or choose another "
+            "--out; --force-config allows some changes, see --help",
         )

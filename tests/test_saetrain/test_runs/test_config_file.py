@@ -1,8 +1,9 @@
-"""Options from TOML and YAML, and what is refused of them."""
+"""Options from TOML, YAML and run.json, and errors in them."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def written(folder: Path, text: str, suffix: str = ".toml") -> Path:
 
 
 @pytest.mark.parametrize(("text", "suffix"), [(TOML, ".toml"), (YAML, ".yaml"), (YAML, ".yml")])
-def test_both_languages_say_the_same(tmp_path: Path, text: str, suffix: str) -> None:
+def test_toml_and_yaml_give_the_same_options(tmp_path: Path, text: str, suffix: str) -> None:
     config = make_config(read_options(written(tmp_path, text, suffix)))
     assert config == FitConfig(
         "c",
@@ -74,10 +75,10 @@ def test_both_languages_say_the_same(tmp_path: Path, text: str, suffix: str) -> 
 @pytest.mark.parametrize("suffix", [".toml", ".yaml"])
 @pytest.mark.parametrize("hyphens", [True, False])
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
-def test_every_option_of_the_command_line_may_stand_in_a_file(
+def test_every_option_of_the_command_line_can_be_given_in_a_file(
     tmp_path: Path, suffix: str, hyphens: bool, activation: str
 ) -> None:
-    """Of an activation that has it: some lack k, some a penalty."""
+    """With an activation that has the option: some lack k, some a penalty."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(FitConfig):
         if field.name not in ("saes", "hookpoints"):
@@ -90,20 +91,16 @@ def test_every_option_of_the_command_line_may_stand_in_a_file(
     values |= {"activation": activation, "crosscode": False}  # --transcode is given
     values |= {"weights_dtype": "bfloat16", "weight_decay": 0.25, "grad_clip": 0.25}
     for field in dataclasses.fields(FitConfig):
-        if (
-            field.name != "hookpoints"
-            and "int" in str(field.type)
-            and not isinstance(field.default, bool)
-        ):
+        if re.search(r"\bint\b", str(field.type)) and not isinstance(field.default, bool):
             values[field.name] = 3
     values["matryoshka"] = [3, 4]
     penalised = {"sparsity": 0.25, "threshold": 0.25, "bandwidth": 0.25}
     penalised |= {"sparsity_warmup_steps": 3}
     no_k = {"k_anneal_steps", "k_start", "chunk_latents"}
-    # Graphs have no part in an update of 3 batches, nor in --parallel ddp.
+    # --cuda-graphs excludes --grad-acc-steps 3 and --parallel ddp.
     lacking = {"topk": {*penalised, "compile"}, "jumprelu": no_k}[activation] | {"cuda_graphs"}
     values |= penalised
-    # pool_rows says the same as --buffer-bytes
+    # pool_rows excludes --buffer-bytes
     values = {name: v for name, v in values.items() if name not in {"pool_rows", *lacking}}
 
     def key(name: str) -> str:
@@ -120,13 +117,13 @@ def test_every_option_of_the_command_line_may_stand_in_a_file(
     assert all(getattr(config, name) == value for name, value in expected.items())
 
 
-def test_so_may_graphs_which_do_not_go_with_all_of_them(tmp_path: Path) -> None:
+def test_cuda_graphs_can_be_given_in_a_file(tmp_path: Path) -> None:
     text = "cache = 'a'\nout = 'b'\ncuda-graphs = true\n"
     assert make_config(read_options(written(tmp_path, text, ".toml"))).cuda_graphs
 
 
 @pytest.mark.parametrize(
-    ("text", "suffix", "words"),
+    ("text", "suffix", "message"),
     [
         ("bacth-size = 3", ".toml", r"unknown key(.|\n)*bacth-size(.|\n)*perhaps batch-size"),
         ("seeds: 3", ".yaml", "perhaps seed"),
@@ -136,8 +133,8 @@ def test_so_may_graphs_which_do_not_go_with_all_of_them(tmp_path: Path) -> None:
         ("[hookpoints.'a']\nk = 'x'", ".toml", r"'a': k has another type"),
         ("[hookpoints.'a']\nk = [1, 2]", ".toml", r"'a': k has another type"),
         ("[hookpoints.'a']\nnum-latents = 3\nexpansion-factor = 4", ".toml", "mutually exclusive"),
-        ("hookpoints = 3", ".toml", "is no table"),
-        ("hookpoints: {a: 3}", ".yaml", "is no table"),
+        ("hookpoints = 3", ".toml", "is not a table"),
+        ("hookpoints: {a: 3}", ".yaml", "is not a table"),
         ("k = 'x'", ".toml", r"fit\.toml: k has another type(.|\n)*int"),
         ("k = 1.5", ".toml", "another type"),
         ("k = true", ".toml", "another type"),
@@ -150,42 +147,42 @@ def test_so_may_graphs_which_do_not_go_with_all_of_them(tmp_path: Path) -> None:
         ("k = []", ".toml", "--k needs distinct values"),
         ("batch-size = 3\nbatch_size = 3", ".toml", "twice"),
         ("k = 3\nk = 4", ".toml", "is damaged"),
-        ("k: 3\nk: 4", ".yaml", r"is damaged(.|\n)*k: stands twice"),
-        ("hookpoints: {a: {k: 3, k: 4}}", ".yaml", "stands twice"),
+        ("k: 3\nk: 4", ".yaml", r"is damaged(.|\n)*duplicate key k"),
+        ("hookpoints: {a: {k: 3, k: 4}}", ".yaml", "duplicate key k"),
         ("k: [", ".yaml", "is damaged"),
         ("k = ", ".toml", "is damaged"),
         ("!!python/object/apply:os.system ['true']", ".yaml", "is damaged"),
-        ("- k", ".yaml", "holds no options"),
-        ("k: 3", ".ini", r"of no kind(.|\n)*\.toml"),
+        ("- k", ".yaml", "holds no mapping of options"),
+        ("k: 3", ".ini", r"unknown file type(.|\n)*\.toml"),
         ("{", ".json", "is damaged"),
     ],
 )
-def test_what_a_file_may_not_say_is_refused_by_its_place(
-    tmp_path: Path, text: str, suffix: str, words: str
+def test_an_error_in_a_file_names_its_place(
+    tmp_path: Path, text: str, suffix: str, message: str
 ) -> None:
     path = written(tmp_path, text, suffix)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         make_config({"cache": "c", "out": "r"} | read_options(path))
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_raises_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml cannot be read"):
         read_options(tmp_path / "none.toml")
 
 
-def test_what_neither_file_nor_command_line_says_is_told() -> None:
+def test_options_missing_in_file_and_command_line_raise_an_error() -> None:
     with pytest.raises(ConfigError, match="CACHE is missing"):
         make_config({"out": "r"})
     with pytest.raises(ConfigError, match="--out is missing"):
         make_config({"cache": "c"})
 
 
-def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
+def test_an_empty_file_gives_no_options(tmp_path: Path) -> None:
     assert read_options(written(tmp_path, "", ".yaml")) == {}
     assert read_options(written(tmp_path, "", ".toml")) == {}
 
 
-def test_the_command_line_wins_over_lists_and_hookpoints_too() -> None:
+def test_the_command_line_wins_over_lists_and_hookpoint_overrides() -> None:
     overrides = {
         "a": HookpointOverride(k=2, lr=0.5),
         "b": HookpointOverride(num_latents=4),
@@ -203,7 +200,7 @@ def test_the_command_line_wins_over_lists_and_hookpoints_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "taken_back"),
+    ("given", "replaced"),
     [
         ("expansion_factor", "num_latents"),
         ("num_latents", "expansion_factor"),
@@ -212,13 +209,13 @@ def test_the_command_line_wins_over_lists_and_hookpoints_too() -> None:
         ("pool_rows", "buffer_bytes"),
     ],
 )
-def test_an_option_of_the_line_takes_back_the_one_that_says_the_same(
-    given: str, taken_back: str
+def test_an_option_of_the_command_line_replaces_its_alternative_in_the_file(
+    given: str, replaced: str
 ) -> None:
-    assert merge({taken_back: 64, given: 32}, {given: 8}) == {given: 8, "hookpoints": {}}
+    assert merge({replaced: 64, given: 32}, {given: 8}) == {given: 8, "hookpoints": {}}
 
 
-def test_run_json_is_a_file_of_the_runs_options(options: Options, tmp_path: Path) -> None:
+def test_run_json_gives_the_options_of_the_run(options: Options, tmp_path: Path) -> None:
     overrides = {"layers.1": HookpointOverride(k=4)}
     config = dataclasses.replace(
         vary(options(resume=True), lr=(0.01, 0.002), seed=(0, 1)), hookpoints=overrides
@@ -236,13 +233,13 @@ def test_run_json_is_a_file_of_the_runs_options(options: Options, tmp_path: Path
         read_options(path)
 
 
-def test_run_json_of_saes_that_are_no_grid_is_refused(options: Options) -> None:
+def test_run_json_of_saes_that_are_no_grid_raises_an_error(options: Options) -> None:
     config = vary(options(), k=(3, 4), seed=(0, 1))
     fit(dataclasses.replace(config, saes=config.saes[:3]))
     with pytest.raises(ConfigError, match="not every combination"):
         read_options(Path(config.out) / "run.json")
 
 
-def test_plain_json_is_read_too(tmp_path: Path) -> None:
+def test_json_objects_of_options_are_read(tmp_path: Path) -> None:
     assert read_options(written(tmp_path, '{"batch-size": 4}', ".json")) == {"batch_size": 4}
     assert set(FIELDS) < {field.name for field in dataclasses.fields(FitConfig)}

@@ -1,4 +1,4 @@
-"""What --force-config lets through, what it refuses, and what is written."""
+"""--force-config: allowed changes, refused changes, and the history in run.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from saetrain.tracking.jsonl import METRICS
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
-LET_THROUGH: dict[str, dict[str, Any]] = {
+ALLOWED: dict[str, dict[str, Any]] = {
     "lr": {"lr": 0.001},
     "lr_schedule": {"lr_schedule": "cosine"},
     "lr_warmup_steps": {"lr_warmup_steps": 9},
@@ -60,7 +60,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def begun(options: Options, template: Path) -> FitConfig:
-    """A run of 24 steps of which 12 are done, with a schedule that hangs on its length."""
+    """A run of 24 steps, of which 12 are done, with a schedule that depends on its length."""
     config = options(epochs=2, optimizer="adamw", auxk_alpha=0.5, keep_every=12, resume=True)
     if not template.exists():
         fit(dataclasses.replace(config, out=str(template)))
@@ -70,26 +70,26 @@ def begun(options: Options, template: Path) -> FitConfig:
     return config
 
 
-def test_every_option_that_is_let_through_is_tested_and_in_the_help() -> None:
+def test_every_overridable_option_is_tested_and_in_the_help() -> None:
     elsewhere = {"sparsity", "sparsity_warmup_steps", "cuda_graphs", "chunk_latents", "compile"}
-    # which have tests of their own
-    assert LET_THROUGH.keys() | elsewhere == OVERRIDABLE
+    # tested separately
+    assert ALLOWED.keys() | elsewhere == OVERRIDABLE
     help_ = field_docs(FitConfig)["force_config"]
     for name in OVERRIDABLE - {"hookpoints"}:
         assert name.replace("_", "-") in help_
 
 
-@pytest.mark.parametrize("name", LET_THROUGH)
-def test_what_changes_no_shape_is_let_through_and_holds_from_the_checkpoint_on(
+@pytest.mark.parametrize("name", ALLOWED)
+def test_an_allowed_change_takes_effect_from_the_checkpoint_on(
     begun: FitConfig, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     import torch
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    root, changes = Path(begun.out), LET_THROUGH[name]
+    root, changes = Path(begun.out), ALLOWED[name]
     before = read_run(root)
     now = dataclasses.replace(begun, **changes)
-    with pytest.raises(RunError, match=r"begun with other options(.|\n)*--force-config"):
+    with pytest.raises(RunError, match=r"started with other options(.|\n)*--force-config"):
         fit(now)
     assert read_run(root) == before
     lines = (root / METRICS).read_text().splitlines()[:3]
@@ -100,10 +100,10 @@ def test_what_changes_no_shape_is_let_through_and_holds_from_the_checkpoint_on(
     assert record.options == now
     (change,) = record.history
     assert (change.step, change.versions) == (12, record.versions)
-    words = "; ".join(change.changes)
-    assert all(f"--{option.replace('_', '-')}: " in words for option in changes)
-    # From now on, these are its options: the old ones are refused, these need no force. And the
-    # history decides the bytes: the same once more from the same checkpoint.
+    described = "; ".join(change.changes)
+    assert all(f"--{option.replace('_', '-')}: " in described for option in changes)
+    # Now the old options raise an error, and the new ones need no --force-config. Resuming from the
+    # same checkpoint gives the same bytes.
     done = snapshot(root)
     with pytest.raises(RunError):
         fit(begun)
@@ -114,7 +114,7 @@ def test_what_changes_no_shape_is_let_through_and_holds_from_the_checkpoint_on(
     assert snapshot(root) == done
 
 
-def test_the_weight_of_a_penalty_and_its_rise_are_let_through(options: Options) -> None:
+def test_the_penalty_and_its_warmup_may_change(options: Options) -> None:
     config = options(activation="relu", sparsity=0.1, keep_every=6, resume=True)
     fit(config)
     root = Path(config.out)
@@ -134,7 +134,7 @@ def test_the_weight_of_a_penalty_and_its_rise_are_let_through(options: Options) 
 @pytest.mark.parametrize(
     ("activation", "changes"), [("topk", {"chunk_latents": 7}), ("gated", {"compile": True})]
 )
-def test_what_rounds_otherwise_is_let_through(
+def test_options_that_change_rounding_may_change(
     options: Options, monkeypatch: pytest.MonkeyPatch, activation: Any, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("saetrain.model.activations.gated.compiled", lambda function: function)
@@ -148,8 +148,8 @@ def test_what_rounds_otherwise_is_let_through(
     assert change.startswith(f"--{next(iter(changes)).replace('_', '-')}: ")
 
 
-def test_forcing_does_what_it_says(begun: FitConfig, options: Options) -> None:
-    """A longer run is as long, and a learning rate of nearly nothing changes nearly nothing."""
+def test_changed_length_and_learning_rate_take_effect(begun: FitConfig, options: Options) -> None:
+    """The run gets longer, and with lr 1e-30 the FVU stays constant."""
     longer = dataclasses.replace(begun, epochs=5, lr=1e-30, weight_decay=0.0, force_config=True)
     summary = fit(longer)
     assert (summary.steps, summary.new_steps) == (60, 48)
@@ -181,7 +181,7 @@ def test_forcing_does_what_it_says(begun: FitConfig, options: Options) -> None:
     ],
     ids=str,
 )
-def test_what_changes_shapes_names_or_order_is_refused_and_leaves_the_run_as_it_is(
+def test_changed_shapes_names_or_order_raise_an_error_and_leave_the_run_unchanged(
     begun: FitConfig, snapshot: Snapshot, changes: dict[str, Any]
 ) -> None:
     root = Path(begun.out)
@@ -189,7 +189,7 @@ def test_what_changes_shapes_names_or_order_is_refused_and_leaves_the_run_as_it_
     if "saes" in changes:
         defaults = {f.name: f.default for f in dataclasses.fields(SaeOptions)}
         changes = defaults | changes
-    with pytest.raises(RunError, match=r"--force-config cannot go on(.|\n)*then, (.|\n)* now"):
+    with pytest.raises(RunError, match=r"--force-config cannot resume (.|\n)*then, (.|\n)* now"):
         fit(dataclasses.replace(begun, **changes, force_config=True))
     after = snapshot(root)
     assert {k: v for k, v in after.items() if k != "exit.json"} == {
@@ -198,13 +198,13 @@ def test_what_changes_shapes_names_or_order_is_refused_and_leaves_the_run_as_it_
     assert (root / RUN).read_bytes() == record
 
 
-def test_a_run_cannot_be_made_shorter_than_it_is(begun: FitConfig) -> None:
+def test_a_run_cannot_be_made_shorter_than_the_steps_done(begun: FitConfig) -> None:
     with pytest.raises(RunError, match=r"the 12 steps that are done(.|\n)*11 steps"):
         fit(dataclasses.replace(begun, max_tokens=11 * 32, force_config=True))
     assert fit(dataclasses.replace(begun, max_tokens=13 * 32, force_config=True)).new_steps == 1
 
 
-def test_an_option_that_is_in_the_saes_names_stays(options: Options) -> None:
+def test_an_option_in_the_names_of_saes_may_not_change(options: Options) -> None:
     config = vary(options(epochs=2), lr=(0.01, 0.02))
     fit(config)
     other = vary(options(epochs=2, resume=True, force_config=True), lr=(0.01, 0.03))
@@ -214,7 +214,7 @@ def test_an_option_that_is_in_the_saes_names_stays(options: Options) -> None:
     assert fit(both).steps == 36
 
 
-def test_the_length_of_a_run_that_follows_a_harvest_stays(options: Options) -> None:
+def test_the_length_of_a_run_with_follow_may_not_change(options: Options) -> None:
     config = options(follow=True, resume=True)
     fit(config)
     with pytest.raises(RunError, match="--epochs: 1 then, 2 now"):
@@ -222,26 +222,26 @@ def test_the_length_of_a_run_that_follows_a_harvest_stays(options: Options) -> N
     assert fit(dataclasses.replace(config, lr=0.5, force_config=True)).new_steps == 0
 
 
-def test_another_cache_is_refused_all_the_same(
+def test_another_cache_raises_an_error_with_force_config(
     begun: FitConfig, make_cache: Callable[..., Path]
 ) -> None:
     with pytest.raises(CacheMismatchError):
         fit(dataclasses.replace(begun, cache=str(make_cache(seed=1)), force_config=True))
 
 
-def test_force_without_resume_is_refused() -> None:
+def test_force_config_without_resume_raises_an_error() -> None:
     with pytest.raises(ConfigError, match="--force-config needs --resume"):
         FitConfig("c", "r", force_config=True)
 
 
-def test_a_finished_run_that_nothing_is_left_to_do_in_keeps_its_record(begun: FitConfig) -> None:
+def test_a_finished_run_keeps_its_record(begun: FitConfig) -> None:
     fit(begun)
     before = read_run(Path(begun.out))
     assert fit(dataclasses.replace(begun, lr=0.5, force_config=True)).new_steps == 0
     assert read_run(Path(begun.out)) == before
 
 
-def test_a_change_after_the_step_that_a_run_falls_back_to_is_in_force_from_there(
+def test_falling_back_to_an_older_checkpoint_moves_later_changes_to_its_step(
     begun: FitConfig,
 ) -> None:
     root = Path(begun.out)
@@ -257,13 +257,13 @@ def test_a_change_after_the_step_that_a_run_falls_back_to_is_in_force_from_there
     assert [change.step for change in read_run(root).history] == [12, 15]
 
 
-def test_other_libraries_are_written_down_with_the_step(begun: FitConfig) -> None:
+def test_changed_library_versions_are_recorded_with_the_step(begun: FitConfig) -> None:
     path = Path(begun.out) / RUN
     run = json.loads(path.read_text())
     now = run["versions"]["torch"]
     run["versions"]["torch"] = "0.1"
     path.write_text(json.dumps(run))
-    assert fit(begun).warnings == (f"torch is {now} now; this run was begun with 0.1",)
+    assert fit(begun).warnings == (f"torch is {now} now; this run was started with 0.1",)
     (change,) = read_run(Path(begun.out)).history
     assert (change.step, change.changes) == (12, (f"torch: 0.1 then, {now} now",))
     assert change.versions["torch"] == now
@@ -272,7 +272,7 @@ def test_other_libraries_are_written_down_with_the_step(begun: FitConfig) -> Non
     assert (first, second.changes) == (change, ("--epochs: 2 then, 3 now",))
 
 
-def test_a_default_learning_rate_follows_the_steps_that_are_forced(
+def test_a_default_learning_rate_is_recomputed_from_the_new_steps(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saetrain.optim.schedule._ADAM_MOST", math.inf)

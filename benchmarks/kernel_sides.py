@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from saetrain.kernels import reference, select_backend
 from saetrain.kernels.backends import backend_module
 from saetrain.kernels.sorted_pairs import sort_pairs
+from saetrain.kernels.update import UpdateOptions
 
 Firing = Literal["uniform", "zipf"]
 LR = 1e-4
@@ -157,15 +158,23 @@ class Ours:
         ok = self.loss.isfinite()
         bf16_copies = [*self.bf16_copy, None, None] if self.bf16_copy is not self.W else [None] * 4
         for place, w in enumerate([*self.W, *self.b]):
-            options = {"unit": place == 1, "bf16_copy": bf16_copies[place], "ok": ok, "lr": LR}
+            options = UpdateOptions(
+                lr=LR,
+                unit=place == 1,
+                mix=1 / self.number,
+                momentum=MOMENTUM,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                eps=EPS,
+                step=self.number,
+                bf16_copy=bf16_copies[place],
+                ok=ok,
+            )
             grad, first = self.gradients[place], self.first[place]
             if self.optimizer == "signum":
-                mix = 1 / self.number
-                self._op("signum_update_")(w, first, grad, mix=mix, momentum=MOMENTUM, **options)
-                continue
-            adam = {"beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "weight_decay": 0.0}
-            second = self.second[place]
-            self._op("adam_update_")(w, first, second, grad, step=self.number, **adam, **options)
+                self._op("signum_update_")(w, first, grad, options)
+            else:
+                self._op("adam_update_")(w, first, self.second[place], grad, options)
 
     def _op(self, name: str) -> Any:
         return getattr(self.ops, name, None) or getattr(reference, name)

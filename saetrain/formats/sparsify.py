@@ -136,10 +136,9 @@ def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
         got = tuple(tensors[stored].shape) if stored in tensors else "nothing"
         if got != shape:
             raise FormatError(f"{path}: tensor {stored}", expected=shape, got=got)
-    dtype = tensors["encoder.weight"].dtype
-    if not dtype.is_floating_point:
-        raise FormatError(f"{path} holds weights of another dtype", expected="floats", got=dtype)
-    sae = build_sae(config, device=device, dtype=dtype)
+        if not (dtype := tensors[stored].dtype).is_floating_point:
+            raise FormatError(f"{path}: dtype of {stored}", expected="floats", got=dtype)
+    sae = build_sae(config, device=device, dtype=tensors["encoder.weight"].dtype)
     sae.load_state_dict({name: tensors[_TENSORS[name]] for name in shapes})
     return sae.eval()
 
@@ -160,11 +159,6 @@ def _shapes(config: SaeConfig) -> dict[str, tuple[int, ...]]:
     if config.activation == "gated":
         shapes |= {"activation.r_mag": (M,), "activation.b_mag": (M,)}
     return shapes
-
-
-def tensors_of(config: SaeConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of an SAE's file, by its name in the file."""
-    return {_TENSORS[name]: shape for name, shape in _shapes(config).items()}
 
 
 def read_config(folder: Path) -> SparsifyConfig:

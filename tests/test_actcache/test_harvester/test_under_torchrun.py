@@ -282,7 +282,7 @@ def test_a_signal_ends_a_harvest_cleanly_with_a_message_on_how_to_resume(
     process.send_signal(number)
     _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode == code
-    assert f"{word}: what was published stays" in stderr
+    assert f"{word}: published files remain" in stderr
     assert "Traceback" not in stderr
     assert 5 <= len(Cache.open(out).shards) < 150
     assert not list(out.rglob("*.partial-*"))
@@ -308,7 +308,7 @@ def test_a_signal_to_torchrun_ends_two_processes_cleanly_with_the_message(
     process.send_signal(number)  # torchrun forwards it to its workers
     _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
-    assert stderr.count("what was published stays; the same command goes on") == 2
+    assert stderr.count("published files remain; the same command resumes") == 2
     assert "actcache_cli" not in stderr  # only torchrun prints a traceback
     assert not any(is_alive(pid) for pid in workers)
     assert 5 <= len(Cache.open(out).shards) < 150
@@ -332,5 +332,5 @@ def test_of_two_commands_at_once_one_harvests_and_the_other_is_refused(
     # The slower one may start after the faster has finished, and has nothing to do.
     for code, text in zip(codes, texts, strict=True):
         refused = 1 if processes else 12  # torchrun swallows exit codes
-        assert code == 0 or (code == refused and "another harvest is at work" in text)
+        assert code == 0 or (code == refused and "another harvest is running" in text)
     assert tree(out) == tree(whole.out)

@@ -365,6 +365,6 @@ def test_device_map_auto_is_refused_with_several_processes_per_machine(
 ) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"(?s)--device-map auto takes every GPU.*nproc_per_node"):
+    with pytest.raises(ConfigError, match=r"(?s)--device-map auto uses every GPU.*nproc_per_node"):
         harvest(options(device_map="auto"))
     assert not Path(options().out).exists()

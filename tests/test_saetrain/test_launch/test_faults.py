@@ -103,7 +103,7 @@ def test_the_command_names_a_damaged_shard_and_exits_with_code_8(
     command += ["--batch-size", "32", "--device", "cpu", *(["--follow"] if follow else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 8, done.stderr
-    assert "layers.1/00001.safetensors is not what the receipt of shard 1 promises" in done.stderr
+    assert "layers.1/00001.safetensors differs from the receipt of shard 1" in done.stderr
     assert "Traceback" not in done.stderr
     assert newest_step(tmp_path / "run") is None  # no step has used the damaged rows
     again = [*command, "--resume", "--verify", "never"]
@@ -148,7 +148,7 @@ def test_fit_raises_an_exception_of_the_reader_with_its_traceback(
             raise OSError(5, "Input/output error") from ValueError("an error of the driver")
         real(self, *args)
 
-    monkeypatch.setattr(VerifiedReader, "total_cost", load)
+    monkeypatch.setattr(VerifiedReader, "load", load)
     config = options(**LONG)
     with pytest.raises(OSError, match="Input/output error") as caught:
         fit(config)

@@ -319,7 +319,7 @@ def test_decoder_rows_of_other_norms_are_refused_with_unit_norm(options: Options
 
 @pytest.mark.parametrize("option", ["fresh_b_dec", "fresh_decoder"])
 def test_fresh_options_need_finetune(option: str) -> None:
-    with pytest.raises(ConfigError, match="is for --finetune"):
+    with pytest.raises(ConfigError, match="needs --finetune"):
         FitConfig("c", "r", **{option: True})
 
 

@@ -292,7 +292,7 @@ def test_a_grid_of_activations_has_one_folder_each(
     assert names == [f"{OUT}/topk", f"{OUT}/relu", f"{OUT}/batchtopk"]
     plan = estimate_fit(config, torch.device("cpu"))
     assert [(sae.name, sae.k) for sae in plan.saes] == list(zip(names, (3, None, 3), strict=True))
-    with pytest.raises(ConfigError, match="--k means nothing"):
+    with pytest.raises(ConfigError, match="--k is unused with --sparsity"):
         vary(kind_options("relu"), k=(3, 4))
 
 

@@ -26,8 +26,8 @@ from rivals import entry_of
 
 from saetrain.config.sae import SaeConfig
 from saetrain.model.activations.compiled import missing_compiler
-from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
+from saetrain.model.sae import build_sae
 from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings

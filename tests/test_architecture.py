@@ -62,7 +62,6 @@ NOUNS = {
     "sharding",
     "checkpointing",
     "metric_gathering",
-    "input_scaling",
     "error_handling",
 }
 """Names in -ing that are nouns of the field; no other module ends so."""

@@ -25,8 +25,7 @@ from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import ConfigError, FormatError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from saetrain.config.sae import ActivationName, SaeConfig
-from saetrain.model.factory import build_sae
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, build_sae
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"

@@ -19,8 +19,8 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry
 from saetrain.kernels.dense import tokens_at_once
 from saetrain.launch.resolve import budget_of, sae_entries, steps_ahead, with_default_lr
-from saetrain.model.factory import build_sae
 from saetrain.model.hookpoint_io import hookpoints_of
+from saetrain.model.sae import build_sae
 
 FLOAT = 4  # bytes
 

@@ -1,16 +1,8 @@
-"""The SAE as a torch module, and what its training minimises.
+"""The SAE as a torch module, and the losses that training minimises.
 
-`sae` is the module, `activations` its sparse activations, `factory` builds one from its
-configuration, `losses` computes what is minimised, `decoder_norm` and `input_scaling` handle the
-scale of weights and rows, and `hookpoint_io` selects what an SAE reads and predicts.
+`sae` defines the module and builds it from a configuration, `activations` has its sparse
+activations, `losses` computes the losses, `weight_scales` folds decoder norms and input scales into
+the saved weights, and `hookpoint_io` selects the hookpoints that an SAE reads and predicts.
 """
 
-__all__ = [
-    "activations",
-    "decoder_norm",
-    "factory",
-    "hookpoint_io",
-    "input_scaling",
-    "losses",
-    "sae",
-]
+__all__ = ["activations", "hookpoint_io", "losses", "sae", "weight_scales"]

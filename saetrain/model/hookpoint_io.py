@@ -1,4 +1,4 @@
-"""Which hookpoints an SAE reads and predicts, and how their rows lie side by side.
+"""Selection of the hookpoints that an SAE reads and predicts, and concatenation of their rows.
 
 Letters: N tokens, D d_in, E width of the output.
 """
@@ -26,22 +26,26 @@ if TYPE_CHECKING:
 
 
 CROSSCODER = "crosscoder"
-"""Name of an SAE that belongs to no hookpoint alone, and its folder."""
+"""Name of a crosscoder, which has several hookpoints, and of its folder."""
 
 
 class HookpointRoles(NamedTuple):
-    """One SAE's hookpoints."""
+    """Input and target hookpoints of one SAE."""
 
     name: str
-    """What it is called in its run."""
+    """Name of the SAE in its run."""
     reads: tuple[str, ...]
-    """Hookpoints it reads; none: the one it is called after."""
+    """Hookpoints it reads; empty: the hookpoint `name`."""
     predicts: tuple[str, ...]
-    """Hookpoints it predicts; none: those it reads."""
+    """Hookpoints it predicts; empty: those it reads."""
 
 
 def assign_hookpoints(config: FitConfig, cache: Cache) -> list[HookpointRoles]:
-    """The SAEs of a run, in the cache's order of hookpoints; raises `HookpointError`."""
+    """List the SAEs of a run with their hookpoints, in the cache's order.
+
+    Raises:
+        HookpointError: the cache does not hold the hookpoints that the options select.
+    """
     if config.transcode:
         return [
             HookpointRoles(name, (name + INPUT,), (name,)) for name in _with_input(config, cache)
@@ -59,7 +63,7 @@ def assign_hookpoints(config: FitConfig, cache: Cache) -> list[HookpointRoles]:
 
 
 def _with_input(config: FitConfig, cache: Cache) -> list[str]:
-    """Hookpoints that were chosen and whose module's input is there too."""
+    """List the selected hookpoints whose module's input is in the cache too."""
     outputs = [name for name in cache.hookpoints if not name.endswith(INPUT)]
     pairs = [name for name in outputs if name + INPUT in cache.hookpoints]
     for name in config.hookpoint:
@@ -80,7 +84,7 @@ def _no_input(cache: Cache, name: str) -> HookpointError:
 
 
 def _choose(config: FitConfig, cache: Cache, names: Sequence[str]) -> list[str]:
-    """Hookpoints that the patterns mean, in the cache's order."""
+    """List the hookpoints that match the patterns, in the cache's order."""
     patterns = config.hookpoint or ("*",)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -93,12 +97,12 @@ def _choose(config: FitConfig, cache: Cache, names: Sequence[str]) -> list[str]:
 
 
 def hookpoints_of(entries: Iterable[SaeEntry]) -> list[str]:
-    """Every hookpoint that SAEs need, once, in order."""
+    """List the hookpoints of all SAEs in order, without duplicates."""
     return list(dict.fromkeys(name for entry in entries for name in entry.hookpoints))
 
 
 def rows_of(entry: SaeEntry, activations: Mapping[str, Tensor]) -> Tensor:
-    """An SAE's rows of a batch: [N, D], or a transcoder's [N, D + E]."""
+    """Concatenate an SAE's rows of a batch: [N, D], or for a transcoder [N, D + E]."""
     names = entry.hookpoints
     if len(names) == 1:
         return activations[names[0]]
@@ -106,27 +110,27 @@ def rows_of(entry: SaeEntry, activations: Mapping[str, Tensor]) -> Tensor:
 
 
 class TargetStats(NamedTuple):
-    """What is known beforehand of the rows an SAE is trained on, scaled as it is given them."""
+    """Statistics of the rows that an SAE is trained on, after their input scale."""
 
     mean: NDArray[np.float64]
-    """Mean row of what it predicts. [E]"""
+    """Mean target row. [E]"""
     variance: float
-    """Mean of ‖y - mean‖² of what it predicts."""
+    """Variance of the target: mean of ‖y - mean‖²."""
     unit: float
-    """Root of that of what it reads: the unit of its pre-activations."""
+    """Root of the variance of the input: the unit of the pre-activations."""
     parts: tuple[OutputSlice, ...]
-    """Hookpoints of a crosscoder; of others, none."""
+    """Columns of each hookpoint of a crosscoder; empty for other SAEs."""
 
 
 def target_stats(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) -> TargetStats:
-    """What an SAE's training rows are like.
+    """Compute the statistics of an SAE's training rows from those of its hookpoints.
 
     Args:
         entry: the SAE.
-        statistics_of: of a hookpoint's training rows.
+        statistics_of: returns the statistics of a hookpoint's training rows.
 
     Raises:
-        RunError: the rows of a hookpoint do not vary.
+        RunError: the rows of a hookpoint have no variance.
     """
     known = {name: statistics_of(name) for name in entry.hookpoints}
     scales = dict(zip(entry.hookpoints, entry.scales or (1.0,) * len(known), strict=True))

@@ -1,13 +1,14 @@
 """The losses that training minimises.
 
 All losses are divided by the variance of the cache, a constant of the run, never by that of the
-batch: so a batch of easy rows does not weigh more than one of hard rows, and losses of different
-batches, ranks and runs can be compared. Of a crosscoder, each hookpoint's error is divided by its
-own variance and their mean is the loss, so that late layers do not drown early ones.
+batch: so every row has the same weight, and losses of different batches, ranks and runs can be
+compared. A crosscoder's loss is the mean over hookpoints of the error divided by the hookpoint's
+own variance, so that layers of large norm do not dominate.
 
 - FVU, and AuxK with any activation: Gao et al., "Scaling and evaluating sparse autoencoders"
   (2024).
-- Multi-TopK, the same, section 4: FVU(k) + FVU(4k)/8, so that more latents than k do no harm.
+- Multi-TopK, the same, section 4: FVU(k) + FVU(4k)/8, so that reconstructions with
+  more than k latents stay good.
 - Matryoshka: Bussmann, Nabeshima, Karvonen and Nanda, "Learning multi-level features with
   Matryoshka sparse autoencoders" (2025): Σ over prefixes of the FVU from their latents alone.
 - Penalties on L0 or L1, and the reconstruction of a gate: see `saetrain.model.activations`.
@@ -67,7 +68,7 @@ class LossConfig:
     parts: tuple[OutputSlice, ...] = ()
     """Hookpoints of a crosscoder, at least two; empty: the target is one hookpoint."""
     gated: bool = False
-    """Whether the activation has a gate whose own reconstruction is minimised."""
+    """Minimise the error of the gate's own reconstruction too (gated activation)."""
 
     def sparsity_at(self, step: int) -> float:
         """Return the weight of the penalty in a step (from 0)."""
@@ -157,10 +158,10 @@ def compute_losses(
         sae: the autoencoder.
         rows: activations in its type, [N, D]; of a transcoder, inputs and outputs [N, D + E].
         variance: mean of ‖y - mean‖² over the cache's training rows of the target.
-        dead: which latents are dead, bool [M]; None leaves AuxK out.
+        dead: mask of dead latents, bool [M]; None: no AuxK.
         loss_config: losses beside FVU and AuxK.
         step: number of the step, from 0, for the warm-up of a penalty.
-        step_tensor: the same number where the device reads it; see `list_dead`.
+        step_tensor: the same number as a tensor on the device; see `list_dead`.
     """
     x, y = sae.split(rows)
     parts = loss_config.parts or (OutputSlice("", sae.d_out, variance),)
@@ -169,10 +170,10 @@ def compute_losses(
     indices = None if listed is None else listed.indices
     output, terms, weights = _forward(sae, x, y, parts, loss_config, indices)
     residual = y - output.reconstruction  # [N, E]
-    by_part = _fvus(residual, parts)
-    fvu = _mean(by_part)
+    fvus = _fvus(residual, parts)
+    fvu = _mean(fvus)
     if loss_config.parts:
-        terms = [*(LossTerm(value, 0.0) for value in by_part), *terms]
+        terms = [*(LossTerm(value, 0.0) for value in fvus), *terms]
     aux = fvu.new_zeros(())
     if listed is not None:
         aux = auxk_loss(sae, x, residual.detach(), listed, parts, weights)
@@ -185,26 +186,26 @@ def compute_losses(
 
 
 class DeadLatents(NamedTuple):
-    """A list of dead latents, which may hold others too."""
+    """Candidates for AuxK: dead latents, filled up with others if the list has a fixed length."""
 
     indices: Tensor
     """Latents of the list. int64 [A]"""
     number: Tensor | int
-    """Number of dead latents, in the list or not."""
+    """Total number of dead latents, including those not listed."""
     listed: Tensor | None = None
     """Which latents of the list are dead; None: all. bool [A]"""
 
 
 def list_dead(dead: Tensor, k_aux: int, step: int | Tensor) -> DeadLatents | None:
-    """List the dead latents, from which AuxK selects; None: there is none.
+    """List the dead latents, from which AuxK selects; None if there are none.
 
-    On the CPU all are listed. On a device the host would have to wait for their number;
-    there the list has 8 k_aux entries, and where more are dead, each step lists the next ones, in
+    On the CPU all are listed. On a GPU reading their number would synchronise host and device, so
+    the list has a fixed length of 8 k_aux; if more are dead, each step lists the next ones, in
     rotation.
 
     Args:
         dead: bool. [M]
-        k_aux: latents that reconstruct a residual.
+        k_aux: number of latents that reconstruct a residual.
         step: number of the step, from 0; or int64 on the device, no dimensions.
     """
     if backends.host_can_read(dead):
@@ -213,11 +214,11 @@ def list_dead(dead: Tensor, k_aux: int, step: int | Tensor) -> DeadLatents | Non
     return list_dead_in(dead, min(len(dead), DEAD_LIST_FACTOR * k_aux), step)
 
 
-def list_dead_in(dead: Tensor, room: int, step: int | Tensor) -> DeadLatents:
-    """Make a list of fixed length, dead latents first. Nothing here waits for the device."""
+def list_dead_in(dead: Tensor, length: int, step: int | Tensor) -> DeadLatents:
+    """List `length` latents, dead ones first, without synchronising with the device."""
     M = len(dead)
-    rank = (torch.arange(M, device=dead.device) - step * room) % M
-    indices = torch.where(dead, rank, M).topk(room, largest=False).indices  # [A]
+    rank = (torch.arange(M, device=dead.device) - step * length) % M
+    indices = torch.where(dead, rank, M).topk(length, largest=False).indices  # [A]
     return DeadLatents(indices, dead.sum(), dead[indices])
 
 
@@ -229,7 +230,7 @@ def auxk_loss(
     parts: tuple[OutputSlice, ...],
     weights: WeightRows | None = None,
 ) -> Tensor:
-    """Compute the fraction of variance that the residual's prediction by dead latents leaves.
+    """Compute the fraction of the residual's variance that dead latents leave unexplained.
 
     Gao et al. (2024), appendix A.2: k_aux = E/2 dead latents reconstruct e = y - x̂ without bias.
     With fewer than k_aux dead latents the loss is scaled down by their number over k_aux. Only the
@@ -254,16 +255,16 @@ def auxk_loss(
         pre_acts = torch.where(dead.listed, pre_acts, 0)
     top = ops.topk(pre_acts.detach(), min(k_aux, len(indices)))[1]  # [N, k_aux]
     top_acts = pre_acts.gather(1, top)
-    if len(indices) <= DEAD_LIST_FACTOR * k_aux:  # so many of them that products take less time
+    if len(indices) <= DEAD_LIST_FACTOR * k_aux:  # dense products are faster
         acts = torch.zeros_like(pre_acts).scatter(1, top, top_acts)  # [N, A]
         predicted = dense_decode(acts, W_dec, torch.zeros_like(residual[0]), ops)  # [N, E]
     else:
         predicted = sparse_decode(top_acts, top, W_dec)
     error = _fvus(predicted - residual, parts)
     if isinstance(dead.number, int):
-        return _mean([min(1.0, dead.number / k_aux) * of_part for of_part in error])
+        return _mean([min(1.0, dead.number / k_aux) * fvu for fvu in error])
     scale = (dead.number / k_aux).clamp(max=1.0)
-    return _mean([scale * of_part for of_part in error])
+    return _mean([scale * fvu for fvu in error])
 
 
 def _k_aux(sae: Sae) -> int:
@@ -280,8 +281,8 @@ def _forward(
 ) -> tuple[SaeOutput, list[LossTerm], WeightRows | None]:
     """Run the forward pass, and compute its extra losses and the weights of the latents `rows`.
 
-    Sparse latents are encoded and decoded once, whatever the losses: one backward pass
-    forms one gradient of each weight. For dense latents no weights are returned.
+    Sparse latents are encoded and decoded once for all losses, so that one backward pass computes
+    one gradient of each weight. For dense latents no weights are returned.
     """
     selector = sae.activation.selector()
     if selector is None:
@@ -317,22 +318,21 @@ def _dense_matryoshka(
     for acts, W_dec in groups:
         so_far = dense_decode(acts, W_dec, so_far)
         terms.append(LossTerm(_mean(_fvus(y - so_far, parts)), 1.0))
-    terms.pop()  # the last is of all latents: the FVU
+    terms.pop()  # the last reconstruction is from all latents: its error is the FVU
     return SaeOutput(so_far, top_acts, None, pre_acts), terms
 
 
 def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[OutputSlice, ...]) -> Tensor:
     """Average the activation's penalty over rows.
 
-    A crosscoder's latent weighs as the sum of its decoder rows' norms at each hookpoint (Lindsey et
-    al., 2024).
+    A latent's weight is the sum over hookpoints of its decoder row's norm (Lindsey et al., 2024).
     """
     columns = torch.split(sae.W_dec, [part.width for part in parts], dim=1)
     norms = sum((W.norm(dim=1) for W in columns), start=torch.zeros_like(sae.b_enc))  # [M]
     latents = Latents(output.top_acts, output.top_indices, output.pre_acts)
-    of_rows = sae.activation.penalty(latents, norms)  # [N], in autocast's type under autocast
-    assert of_rows is not None
-    mean = total(of_rows.to(norms.dtype)) / len(of_rows)
+    per_row = sae.activation.penalty(latents, norms)  # [N], in autocast's dtype under autocast
+    assert per_row is not None
+    mean = total(per_row.to(norms.dtype)) / len(per_row)
     return mean if sae.activation.counts else mean / unit
 
 
@@ -349,11 +349,11 @@ def _gate_fvu(
 
 
 def _fvus(error: Tensor, parts: tuple[OutputSlice, ...]) -> list[Tensor]:
-    """Divide the squared error [N, E] of each part by the variance of as many rows."""
+    """Compute each hookpoint's FVU: its squared error, of [N, E], over N times its variance."""
     columns = torch.split(error, [part.width for part in parts], dim=1) if parts[1:] else (error,)
     fvus = []
-    for of_part, part in zip(columns, parts, strict=True):
-        fvus.append(total(of_part.pow(2).sum(dim=1)) / (len(error) * part.variance))
+    for column, part in zip(columns, parts, strict=True):
+        fvus.append(total(column.pow(2).sum(dim=1)) / (len(error) * part.variance))
     return fvus
 
 

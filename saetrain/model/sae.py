@@ -1,21 +1,21 @@
-"""The sparse autoencoder: encode, decode, and what keeps its decoder rows at unit norm.
+"""The sparse autoencoder: encoding, decoding and unit-norm decoder rows.
 
 TopK SAE of Gao et al., "Scaling and evaluating sparse autoencoders" (2024), section 2.3:
 
     z = TopK(ReLU(W_enc (x - b_dec) + b_enc)),    x̂ = W_decᵀ z + b_dec
 
-or another activation (`saetrain.model.activations`) in TopK's place. It reads and predicts
+or another activation (`saetrain.model.activations`) instead of TopK. Variants:
 
-- the same rows, an autoencoder; of several hookpoints side by side, a crosscoder (Lindsey et al.,
-  "Sparse crosscoders for cross-layer features and model diffing", 2024);
-- a module's input and output, a transcoder (Dunefsky, Chlenski and Nanda, "Transcoders find
-  interpretable LLM feature circuits", 2024): b_dec belongs to the output alone, is not taken from
-  the input, and the decoder begins at zero, its rows of any norm;
-- that with a linear path beside the latents, a skip transcoder (Paulo, Shabalin and Belrose,
-  "Transcoders beat sparse autoencoders for interpretability", 2025): x̂ has + W_skip x.
+- an autoencoder reconstructs the rows that it reads; a crosscoder (Lindsey et al., "Sparse
+  crosscoders for cross-layer features and model diffing", 2024) those of several hookpoints,
+  concatenated;
+- a transcoder (Dunefsky, Chlenski and Nanda, "Transcoders find interpretable LLM feature
+  circuits", 2024) reads a module's input and predicts its output: b_dec is not subtracted from the
+  input, and the decoder starts at zero, its rows of any norm;
+- a skip transcoder (Paulo, Shabalin and Belrose, "Transcoders beat sparse autoencoders for
+  interpretability", 2025) adds a linear path: x̂ has + W_skip x.
 
-Imports torch, `saetrain.kernels` and `saetrain.model.activations` only.
-Letters: N tokens, D d_in, E width of the output (D but for transcoders), M num_latents, K k.
+Letters: N tokens, D d_in, E width of the output (D except for transcoders), M num_latents, K k.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from saetrain.config.sae import SaeConfig
 from saetrain.kernels import (
     Autoencoded,
     PrefixGroups,
@@ -35,40 +36,50 @@ from saetrain.kernels import (
     project_,
     sparse_decode,
 )
-from saetrain.model.activations import Activation, Latents, TopK
+from saetrain.model.activations import (
+    Activation,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    JumpRelu,
+    Latents,
+    Relu,
+    TopK,
+)
 
 
 class SaeOutput(NamedTuple):
-    """What a forward pass gives."""
+    """Result of a forward pass."""
 
     reconstruction: Tensor
     """x̂. [N, E]"""
     top_acts: Tensor
-    """Activations of the chosen latents, not negative. [N, K]; of all, where top_indices is None:
-    [N, M]"""
+    """Activations of the selected latents, not negative, [N, K]; of all latents, [N, M], where
+    top_indices is None."""
     top_indices: Tensor | None
-    """Their numbers, int64. [N, K]"""
+    """Indices of the selected latents, int64. [N, K]"""
     pre_acts: Tensor | None = None
-    """What dense activations were made of. [N, M]"""
+    """Pre-activations; dense activations only. [N, M]"""
 
 
 class Sae(nn.Module):
     """A sparse autoencoder, TopK unless another activation is given.
 
-    Weights begin as in sparsify: encoder rows uniform in ±1/sqrt(D), decoder rows the same at unit
-    norm (a transcoder's zero), biases zero; set `b_dec` to the data's mean before training.
+    Weights are initialised as in sparsify: encoder rows uniform in ±1/sqrt(D), decoder rows the
+    same scaled to unit norm (zero for a transcoder), biases zero. Callers set `b_dec` to the data's
+    mean before training.
 
     Args:
-        d_in: width of the activations, D.
-        num_latents: latents, M.
-        k: latents that may be active at once, K; says nothing where a penalty decides.
-        activation: TopK with this k if None; else one with this k, or none.
-        d_out: width of what is predicted, E; D if None.
-        transcode: whether that are other rows than those it reads.
-        skip_connection: whether there is a linear path beside the latents.
-        seed: seed of the initial weights, drawn on the CPU whatever the device.
-        device: where the weights live.
-        dtype: their type.
+        d_in: width of the rows it reads, D.
+        num_latents: number of latents, M.
+        k: largest number of active latents per row, K; unused with a sparsity penalty.
+        activation: an activation with this k, or with k = 0; None: TopK.
+        d_out: width of the predicted rows, E; None: D.
+        transcode: predict other rows than it reads.
+        skip_connection: add a linear path from input to output.
+        seed: seed of the initial weights, always drawn on the CPU.
+        device: device of the weights.
+        dtype: type of the weights.
     """
 
     def __init__(
@@ -108,7 +119,7 @@ class Sae(nn.Module):
 
     @property
     def k(self) -> int:
-        """Latents that may be active at once: the activation's."""
+        """Largest number of active latents per row, K; 0 with a sparsity penalty."""
         return self.activation.k
 
     @k.setter
@@ -118,27 +129,28 @@ class Sae(nn.Module):
 
     @property
     def subtracted(self) -> Tensor | None:
-        """What is taken from rows before they are encoded: b_dec, but not by a transcoder."""
+        """Bias that is subtracted from rows before encoding: b_dec; None for a transcoder."""
         return None if self.transcode else self.b_dec
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What is read [N, D] and what is to be predicted [N, E].
+        """Split rows into the encoder's input [N, D] and the target [N, E].
 
-        A transcoder's rows [N, D + E] hold both side by side, another's [N, D] are both.
+        A transcoder's rows [N, D + E] are the concatenation of both. For other SAEs input and
+        target are the same rows [N, D].
         """
         if not self.transcode:
             return rows, rows
         return rows[:, : self.d_in], rows[:, self.d_in :]
 
     def encode(self, x: Tensor) -> Latents:
-        """Latents of rows x [N, D]."""
+        """Compute the latents of rows x [N, D]."""
         latents: Latents = self.activation.encode(x, self)
         return latents
 
     def decode(
         self, top_acts: Tensor, top_indices: Tensor | None, x: Tensor | None = None
     ) -> Tensor:
-        """Reconstruction [N, E] from latents, and from rows x [N, D] if there is a skip."""
+        """Reconstruct rows [N, E] from latents; a skip connection also needs the input x [N, D]."""
         if top_indices is not None:
             out = sparse_decode(top_acts, top_indices, self.W_dec, self.b_dec)
         else:
@@ -149,7 +161,7 @@ class Sae(nn.Module):
         return out + x @ self.W_skip.T
 
     def forward(self, x: Tensor) -> SaeOutput:
-        """Encode and decode x [N, D], in the weights' type."""
+        """Encode and decode x [N, D], which has the weights' dtype."""
         if (selector := self.activation.selector()) is not None:
             coded = self.autoencode(x, selector)
             return SaeOutput(coded.reconstructions[0], coded.top_acts, coded.top_indices)
@@ -168,9 +180,9 @@ class Sae(nn.Module):
 
         Args:
             x: rows, [N, D].
-            selector: how latents are selected: the activation's, mostly.
-            prefix_groups: whose running sums are reconstructions, too.
-            rows: latents whose weights are wanted besides, [A] int64.
+            selector: selection of the latents, usually the activation's.
+            prefix_groups: groups of latents whose running sums are returned as reconstructions.
+            rows: latents whose weights are returned too, [A] int64.
         """
         weights = (self.W_enc, self.b_enc, self.subtracted, self.W_dec, self.b_dec)
         coded = autoencode(x, *weights, selector, prefix_groups=prefix_groups, rows=rows)
@@ -182,19 +194,63 @@ class Sae(nn.Module):
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
-        """Give every decoder row unit Euclidean norm; not a transcoder's."""
+        """Scale every decoder row to unit Euclidean norm; do nothing for a transcoder."""
         if self.transcode:
             return
         normalise_rows_(self.W_dec)
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Take from W_dec's gradient what would only change the norm of its rows.
+        """Remove the component of W_dec's gradient that is parallel to its rows.
 
         With unit rows w and gradient g: g - (g·w) w. Bricken et al., "Towards monosemanticity"
-        (2023), appendix on training. Nothing is taken from a transcoder's.
+        (2023), appendix on training. A transcoder's gradient is left unchanged.
         """
         if self.transcode:
             return
         assert self.W_dec.grad is not None
         project_(self.W_dec, self.W_dec.grad)
+
+
+def build_sae(
+    config: SaeConfig,
+    *,
+    unit: float = 1.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Sae:
+    """Build an SAE with initial weights from its configuration.
+
+    Args:
+        config: configuration.
+        unit: root of the variance of the rows it reads: JumpReLU's thresholds are multiples of it.
+        seed: seed of the initial weights.
+        device: device of the weights.
+        dtype: type of the weights.
+    """
+    k, M = config.k, config.num_latents
+    activation: Activation = TopK(k)
+    if config.activation == "batchtopk":
+        activation = BatchTopK(k, device)
+    elif config.activation == "groupmax":
+        activation = GroupMax(k)
+    elif config.activation == "jumprelu":
+        threshold, bandwidth = config.threshold * unit, config.bandwidth * unit
+        activation = JumpRelu(M, threshold, bandwidth, device=device, dtype=dtype)
+    elif config.activation == "relu":
+        activation = Relu()
+    elif config.activation == "gated":
+        activation = Gated(M, device=device, dtype=dtype)
+    return Sae(
+        config.d_in,
+        M,
+        k,
+        activation=activation,
+        d_out=config.d_out,
+        transcode=config.transcode,
+        skip_connection=config.skip_connection,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )

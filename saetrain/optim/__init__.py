@@ -1,7 +1,8 @@
-"""Optimisers with one protocol: step, state as tensors and numbers, weights to export.
+"""Optimisers behind the protocol `Optimizer`, and learning-rate schedules.
 
-`adam` and `signum` are fused optimisers of our own (`fused`), `muon` and `adam8bit` wrap those of
-other packages (`torch_optimizers`), and `schedule` sets their learning rates.
+`adam` and `signum` implement fused updates (base class in `fused`), `muon` and `adam8bit` wrap
+optimisers of other packages (base class in `torch_optimizers`), and `schedule` computes learning
+rates.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Protocol
 from torch import Tensor
 
 from saetrain.config.sae import DecoderNorm, OptimizerName
-from saetrain.model.decoder_norm import unit_rows
 from saetrain.model.sae import Sae
+from saetrain.model.weight_scales import unit_rows
 from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
 from saetrain.optim.fused import conditional_step
@@ -35,20 +36,20 @@ _WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.1}
 
 
 class Optimizer(Protocol):
-    """The interface of an optimiser to the trainer. State is keyed by parameter names."""
+    """Interface of an optimiser. Its state is keyed by parameter names."""
 
     @property
     def is_fused(self) -> bool:
         """Whether a step projects gradients, keeps rows at norm 1 and returns the gradient's norm.
 
-        Otherwise the caller does all that.
+        If not, the caller does these.
         """
 
     def step(self, step: int) -> Tensor | None:
         """Update the parameters from their gradients, and drop the gradients."""
 
     def masked_step(self, step: int, ok: Tensor) -> Tensor | None:
-        """Make a step where the flag `ok` (bool, on the parameters' device) is true."""
+        """Update as `step` does if the flag `ok` (bool, on the parameters' device) is true."""
 
     def drop_gradients(self) -> None:
         """Drop the gradients without an update."""
@@ -83,11 +84,11 @@ def make_optimizer(
     """Build an optimiser over all parameters of an SAE.
 
     Args:
-        name: its name on the command line.
+        name: name of the optimiser on the command line.
         sae: the SAE.
         lr: peak learning rate.
         warmup: steps of warm-up, without a `schedule`; signum has none.
-        steps: steps of the whole run, without a `schedule`.
+        steps: total steps of the run, without a `schedule`.
         schedule: learning rate over the run; None: constant for signum, else linear decay to 0.
         weight_decay: for adamw, and for muon's matrices; None: 0.01 and 0.1.
         decoder_norm: as in the SAE's `StepSettings`.

@@ -21,11 +21,10 @@ from actcache.stream.order import OrderPlan, Span, batch_rows
 from actcache.stream.verified_reads import VerifiedReader
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeEntry
-from saetrain.model.factory import build_sae
 from saetrain.model.hookpoint_io import TargetStats, rows_of, target_stats
-from saetrain.model.input_scaling import input_scaling, scale_of
 from saetrain.model.losses import FVU_ONLY, LossConfig, compute_losses
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, build_sae
+from saetrain.model.weight_scales import input_scaling, scale_of
 
 ROWS = 2048
 """Rows of the run's first batches that initialisation reads."""

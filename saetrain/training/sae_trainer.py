@@ -12,10 +12,9 @@ from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import DecoderNorm, SaeConfig
 from saetrain.distributed.collectives import world_size
-from saetrain.model.decoder_norm import fold
-from saetrain.model.input_scaling import InputScaling, input_scaling
 from saetrain.model.losses import FVU_ONLY, LossConfig
 from saetrain.model.sae import Sae
+from saetrain.model.weight_scales import InputScaling, fold, input_scaling
 from saetrain.optim import Optimizer
 from saetrain.training.ddp import DdpStep
 from saetrain.training.metrics import (

@@ -15,10 +15,10 @@ from saetrain.kernels import keep_bf16_copy, total
 from saetrain.kernels.dense import has_bfloat16_products
 from saetrain.model.activations import TopK
 from saetrain.model.activations.compiled import missing_compiler
-from saetrain.model.decoder_norm import folded_losses
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.losses import Losses, LossTerm, compute_losses
 from saetrain.model.sae import Sae, SaeOutput
+from saetrain.model.weight_scales import folded_losses
 from saetrain.optim import conditional_step
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 
@@ -69,7 +69,7 @@ def train_step(trainer: SaeTrainer, rows: Tensor, step: int) -> None:
         trainer.ddp.count(losses, trainer.dead_tracker, trainer.latent_stats, trainer.meter)
         return
     top_acts, top_indices = losses.output.top_acts, losses.output.top_indices
-    sae.activation.observe(top_acts, anew=k_changes)
+    sae.activation.observe(top_acts, k_changed=k_changes)
     trainer.dead_tracker.add((top_acts, top_indices))
     trainer.latent_stats.add_latents(top_acts, top_indices)
     trainer.meter.add(losses)

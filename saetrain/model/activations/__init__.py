@@ -1,8 +1,8 @@
-"""How latents become active: one file for each way, behind one small protocol. Needs torch alone.
+"""Sparse activation functions, one a file, with the base class `Activation`.
 
-An activation turns rows into latents, given the encoder's weights. Where each row has as many
-active latents they come sparse, [N, K] with their numbers, through `saetrain.kernels`; where their
-number varies, dense, [N, M].
+An activation computes latents from rows and the encoder's weights. If every row has the same number
+of active latents, they are sparse, [N, K] with their indices, computed by `saetrain.kernels`;
+otherwise they are dense, [N, M].
 """
 
 from saetrain.model.activations.base import Activation, Latents

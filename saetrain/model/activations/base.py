@@ -1,4 +1,4 @@
-"""What an autoencoder and its losses ask of an activation.
+"""Base class of the activations, and the latents that they return.
 
 Letters: N tokens, D d_in, M num_latents, K k, S slots.
 """
@@ -16,15 +16,15 @@ class Latents(NamedTuple):
     """The latents of a batch."""
 
     top_acts: Tensor
-    """Activations, not negative; [N, S], or of all latents, [N, M], where top_indices is None."""
+    """Activations, not negative: [N, S], or of all latents [N, M] where top_indices is None."""
     top_indices: Tensor | None
-    """Their numbers, int64. [N, S]"""
+    """Indices of the latents, int64. [N, S]"""
     pre_acts: Tensor | None = None
-    """What a penalty is taken of, with its gradient; only if dense. [N, M]"""
+    """Pre-activations, differentiable, for the penalty; dense activations only. [N, M]"""
 
 
 class Encoder(Protocol):
-    """The weights that an activation is given: those of a `Sae`."""
+    """Weights of a `Sae` that an activation reads."""
 
     W_enc: nn.Parameter
     """[M, D]"""
@@ -33,60 +33,60 @@ class Encoder(Protocol):
 
     @property
     def subtracted(self) -> Tensor | None:
-        """What is taken from rows before they are encoded: b_dec [D], or nothing."""
+        """Bias that is subtracted from rows before encoding: b_dec [D], or None."""
 
 
 class Activation(nn.Module):
-    """Base of all activations; without parameters or penalty, override `selector` or `encode`."""
+    """Base class, without parameters or penalty; subclasses override `selector` or `encode`."""
 
     k = 0
-    """Latents that may be active at once; 0 where a penalty decides."""
+    """Largest number of active latents per row; 0 with a sparsity penalty."""
 
     compiles = False
-    """Whether what it does to [N, M] numbers is compiled; for those that say so."""
+    """Run the element-wise operations through torch.compile; read by JumpReLU and gated."""
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
-        """Latents of rows x [N, D]; sparse unless an activation does it itself."""
+        """Compute the latents of rows x [N, D]; sparse, by `selector`, unless overridden."""
         selector = self.selector()
         assert selector is not None
         W_enc, b_enc, b_dec = encoder.W_enc, encoder.b_enc, encoder.subtracted
         return Latents(*sparse_encode_by(x, W_enc, b_enc, b_dec, selector))
 
     def selector(self) -> Selector | None:
-        """How latents are selected where they come sparse; else None."""
+        """Return the selection of sparse latents; None: latents are dense."""
         return None
 
     def project(self) -> None:
-        """Bring parameters back to where they mean something. Before each step."""
+        """Project parameters back into their valid range. Called before each step."""
 
-    def observe(self, top_acts: Tensor, anew: bool = False) -> None:
-        """Learn from a batch's activations what is not learnt by gradient. After each step.
+    def observe(self, top_acts: Tensor, k_changed: bool = False) -> None:
+        """Update buffers from a batch's activations. Called after each step.
 
         Args:
-            top_acts: as `Latents` has them.
-            anew: whether k is another than before, so that what was learnt is void.
+            top_acts: activations, as in `Latents`.
+            k_changed: k differs from the last step's: earlier statistics are discarded.
         """
-        del top_acts, anew
+        del top_acts, k_changed
 
     def penalty(self, latents: Latents, norms: Tensor) -> Tensor | None:
-        """What makes latents sparse, of each row: [N], or None if nothing has to.
+        """Compute each row's sparsity penalty, [N]; None: the activation has no penalty.
 
         Args:
-            latents: what `encode` gave.
-            norms: of the decoder's rows. [M]
+            latents: result of `encode`.
+            norms: norms of the decoder's rows. [M]
         """
         del latents, norms
         return None
 
     counts = False
-    """Whether the penalty is a number of latents, and not in the unit of the rows."""
+    """Whether the penalty is a number of latents (L0); otherwise it has the unit of the rows."""
 
     def gate(self, latents: Latents) -> Tensor | None:
-        """Activations [N, M] that must reconstruct by themselves through a frozen decoder."""
+        """Return gate activations [N, M], trained with a frozen decoder; None: no gate."""
         del latents
         return None
 
 
 def pre_activations(x: Tensor, encoder: Encoder) -> Tensor:
-    """(x - b_dec) W_encᵀ + b_enc: [N, M]."""
+    """Compute (x - b_dec) W_encᵀ + b_enc. [N, M]"""
     return dense_encode(x, encoder.W_enc, encoder.b_enc, encoder.subtracted)

@@ -1,8 +1,7 @@
-"""What stands between the products of dense activations, as few kernels, by torch.compile.
+"""Compilation of the element-wise operations of dense activations by torch.compile.
 
-A jump or a gate goes over [N, M] numbers about ten times forward and backward, each time through
-memory. Compiled, it is two or three times. Whatever N and M are, a function is compiled once in a
-process.
+Uncompiled, JumpReLU and gated read or write [N, M] numbers in memory about ten times, forward and
+backward; compiled, two or three times. Each function is compiled once per process, for all N and M.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ F = TypeVar("F", bound=Callable[..., object])
 
 @cache
 def compiled(function: F) -> F:
-    """`function` compiled, for tensors of any sizes; one for the whole process."""
+    """Compile a function for tensors of any size, once per process."""
     made: F = torch.compile(function, dynamic=True)  # type: ignore[assignment]
     return made
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile needs on a device and does not find, in words; None: nothing."""
+    """Name what torch.compile lacks on a device (a compiler or triton); None: nothing."""
     if device.type != "cpu":
         return None if find_spec("triton") else "the package triton"
     named = [environ["CXX"]] if environ.get("CXX") else ["g++", "clang++"]

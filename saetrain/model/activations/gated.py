@@ -1,12 +1,12 @@
-"""Gated: one path decides which latents are active, another how strongly.
+"""Gated: one path selects the active latents, another computes their magnitudes.
 
 Rajamanoharan et al., "Improving dictionary learning with gated sparse autoencoders" (2024). With
-c = x - b_dec, and the two paths sharing their directions:
+c = x - b_dec, and W_enc shared by both paths:
 
     π = W_enc c + b_enc,    z = H(π) ReLU(exp(r_mag) · (W_enc c) + b_mag)
 
-The step has no gradient. L1, λ Σ_m ReLU(π_m) ‖W_dec,m‖, shrinks the deciding path alone, and a
-reconstruction from ReLU(π) through a decoder that this loss must not move keeps it to its work.
+The step function H has no gradient. The gate is trained by L1, λ Σ_m ReLU(π_m) ‖W_dec,m‖, and by
+the error of a reconstruction from ReLU(π) through a detached decoder.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Gated(Activation):
     """Latents whose gate is above 0. The encoder's b_enc is the gate's bias.
 
     Args:
-        num_latents: latents, M.
-        device: where the parameters live.
-        dtype: their type.
+        num_latents: number of latents, M.
+        device: device of the parameters.
+        dtype: type of the parameters.
     """
 
     def __init__(
@@ -39,25 +39,25 @@ class Gated(Activation):
         self.b_mag = nn.Parameter(torch.zeros(num_latents, device=device, dtype=dtype))  # [M]
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
-        """Dense: [N, M]; one product serves both paths."""
+        """Compute dense latents [N, M] from one matrix product for both paths."""
         pre_acts = pre_activations(x, encoder)  # [N, M]
-        acts = (compiled(_pass) if self.compiles else _pass)(
+        acts = (compiled(_gated) if self.compiles else _gated)(
             pre_acts, encoder.b_enc, self.r_mag, self.b_mag
         )
         return Latents(acts, None, pre_acts)
 
     def penalty(self, latents: Latents, norms: Tensor) -> Tensor:
-        """Σ_m ReLU(π_m) ‖W_dec,m‖ of each row. [N]"""
+        """Compute Σ_m ReLU(π_m) ‖W_dec,m‖ of each row. [N]"""
         assert latents.pre_acts is not None
         return torch.relu(latents.pre_acts) @ norms
 
     def gate(self, latents: Latents) -> Tensor:
-        """ReLU(π). [N, M]"""
+        """Compute ReLU(π). [N, M]"""
         assert latents.pre_acts is not None
         return torch.relu(latents.pre_acts)
 
 
-def _pass(pre_acts: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
-    """Magnitudes where the gate is open. [N, M]"""
+def _gated(pre_acts: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
+    """Compute the magnitudes, and 0 where the gate is closed. [N, M]"""
     magnitudes = (pre_acts - b_enc) * r_mag.exp() + b_mag
     return torch.relu(magnitudes) * (pre_acts > 0)

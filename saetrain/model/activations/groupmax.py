@@ -1,7 +1,7 @@
-"""GroupMax: the latents are K groups of M/K neighbours, and each group's largest is active.
+"""GroupMax: the largest latent of each of K groups of M/K adjacent latents.
 
-A maxout (Goodfellow et al., "Maxout networks", 2013) that keeps the winner's number; as an SAE's
-activation it is sparsify's. No selection across a row is needed, so it is cheaper than TopK.
+A maxout (Goodfellow et al., "Maxout networks", 2013) that keeps the index of the maximum; sparsify
+uses it as an SAE's activation. No selection across a row is needed, so it is cheaper than TopK.
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ class GroupMax(Activation):
         self.k = k
 
     def selector(self) -> Selector:
-        """Each group's largest, in the groups' order."""
+        """Return the selection of each group's largest latent, in the groups' order."""
         return make_selector(partial(group_max, k=self.k), by_token=True)

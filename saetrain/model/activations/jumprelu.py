@@ -1,4 +1,4 @@
-"""JumpReLU: a latent is active above a threshold of its own, and there keeps its value.
+"""JumpReLU: a latent keeps its value above its own learnt threshold, and is 0 below.
 
 Rajamanoharan et al., "Jumping ahead: improving reconstruction fidelity with JumpReLU sparse
 autoencoders" (2024): z = p H(p - θ), with the penalty λ Σ_m H(p_m - θ_m) on L0. Neither has a
@@ -6,8 +6,8 @@ gradient to θ; the paper's straight-through estimate, with a rectangle of width
 
     ∂z/∂θ = -(θ/ε) rect((p - θ)/ε),    ∂H/∂θ = -(1/ε) rect((p - θ)/ε).
 
-The gradient to p is that of z alone, H(p - θ). θ itself is the parameter, kept from falling below
-0 before each step; the paper trains its logarithm.
+The gradient to p is that of z alone, H(p - θ). The parameter is θ, clamped at 0 before each step;
+the paper trains log θ.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from saetrain.model.activations.compiled import compiled
 
 
 class JumpRelu(Activation):
-    """Latents above their thresholds.
+    """The latents above their thresholds.
 
     Args:
-        num_latents: latents, M.
-        threshold: where all thresholds begin.
+        num_latents: number of latents, M.
+        threshold: initial value of all thresholds.
         bandwidth: ε, in the unit of the pre-activations.
-        device: where the thresholds live.
-        dtype: their type.
+        device: device of the thresholds.
+        dtype: type of the thresholds.
     """
 
     counts = True
@@ -51,7 +51,7 @@ class JumpRelu(Activation):
         self.threshold = nn.Parameter(full)  # [M]
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
-        """Dense: [N, M]."""
+        """Compute dense latents. [N, M]"""
         pre_acts = pre_activations(x, encoder)
         acts = (compiled(_jump) if self.compiles else _jump)(
             pre_acts, self.threshold, self.bandwidth
@@ -60,11 +60,11 @@ class JumpRelu(Activation):
 
     @torch.no_grad()
     def project(self) -> None:
-        """No threshold below 0: negative pre-activations would pass."""
+        """Clamp thresholds at 0, since negative pre-activations would exceed a lower one."""
         self.threshold.clamp_(min=0)
 
     def penalty(self, latents: Latents, norms: Tensor) -> Tensor:
-        """L0 of each row, with the gradient to the thresholds alone. [N]"""
+        """Compute L0 of each row, with a gradient to the thresholds only. [N]"""
         del norms
         assert latents.pre_acts is not None
         return (compiled(_count) if self.compiles else _count)(
@@ -73,17 +73,17 @@ class JumpRelu(Activation):
 
 
 def _jump(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """Activations. [N, M]"""
+    """Compute activations. [N, M]"""
     return _Jump.apply(pre_acts, threshold, bandwidth)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _count(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """How many are active, in each row. [N]"""
+    """Count the active latents of each row. [N]"""
     return _Count.apply(pre_acts, threshold, bandwidth)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _window(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """rect((p - θ)/ε) as bool. [N, M]"""
+    """Compute rect((p - θ)/ε) as bool. [N, M]"""
     return ((pre_acts - threshold) / bandwidth).abs() < 0.5
 
 
@@ -92,7 +92,7 @@ class _Jump(Function):
     def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre_acts, threshold)
         ctx.bandwidth = bandwidth
-        # Averaged weights (schedule-free) may hold a threshold just below 0.
+        # Averaged weights (schedule-free) may contain a threshold slightly below 0.
         return torch.relu(pre_acts) * (pre_acts > threshold)
 
     @staticmethod
@@ -100,8 +100,8 @@ class _Jump(Function):
     def backward(ctx: Any, d_acts: Tensor) -> tuple[Tensor | None, ...]:
         pre_acts, threshold = ctx.saved_tensors
         d_pre = d_acts * ((pre_acts > threshold) & (pre_acts > 0))  # [N, M]
-        felt = (d_acts * _window(pre_acts, threshold, ctx.bandwidth)).sum(dim=0)  # [M]
-        return d_pre, -(threshold / ctx.bandwidth) * felt, None
+        in_window = (d_acts * _window(pre_acts, threshold, ctx.bandwidth)).sum(dim=0)  # [M]
+        return d_pre, -(threshold / ctx.bandwidth) * in_window, None
 
 
 class _Count(Function):

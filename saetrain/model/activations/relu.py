@@ -1,8 +1,8 @@
 """ReLU with an L1 penalty: the "standard" SAE.
 
-Bricken et al., "Towards monosemanticity" (2023); the penalty with the decoder's norms, so that
-short activations and long rows gain nothing, after Conerly et al., "Update on how we train SAEs"
-(2024): λ Σ_m z_m ‖W_dec,m‖.
+Bricken et al., "Towards monosemanticity" (2023). The penalty is weighted by the norms of the
+decoder's rows, so that scaling activations down and rows up does not reduce it: Conerly et al.,
+"Update on how we train SAEs" (2024), λ Σ_m z_m ‖W_dec,m‖.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from saetrain.model.activations.base import Activation, Encoder, Latents, pre_ac
 
 
 class Relu(Activation):
-    """All latents above 0."""
+    """The latents above 0."""
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
-        """Dense: [N, M]."""
+        """Compute dense latents. [N, M]"""
         return Latents(torch.relu(pre_activations(x, encoder)), None)
 
     def penalty(self, latents: Latents, norms: Tensor) -> Tensor:
-        """Σ_m z_m ‖W_dec,m‖ of each row. [N]"""
+        """Compute Σ_m z_m ‖W_dec,m‖ of each row. [N]"""
         return latents.top_acts @ norms

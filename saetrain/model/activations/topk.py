@@ -11,9 +11,9 @@ from saetrain.model.activations.base import Activation
 
 
 class TopK(Activation):
-    """The k largest latents of each row, of which fewer may be positive.
+    """The k largest latents of each row; those that are not positive are 0.
 
-    `chunk_latents` says of how many latents pre-activations are formed at once; None: of all.
+    `chunk_latents` is the number of latents whose pre-activations are computed at once; None: all.
     """
 
     def __init__(self, k: int) -> None:
@@ -22,9 +22,9 @@ class TopK(Activation):
         self.chunk_latents: int | None = None
 
     def selector(self) -> Selector:
-        """The k largest, in no order."""
+        """Return the selection of the k largest latents, unordered."""
         return self.selector_of(self.k)
 
     def selector_of(self, slots: int) -> Selector:
-        """As many of each row, in no order."""
+        """Return the selection of the `slots` largest latents of each row, unordered."""
         return topk_selector(slots, self.chunk_latents)

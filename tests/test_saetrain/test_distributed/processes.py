@@ -38,8 +38,7 @@ from actcache.stream.activation_stream import Batch
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeOptions
 from saetrain.distributed.signals import RunStopped
-from saetrain.model.factory import build_sae
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, build_sae
 
 RANK = os.environ.get("RANK", "0")
 

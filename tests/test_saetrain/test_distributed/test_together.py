@@ -21,8 +21,7 @@ import saetrain.training.init
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeOptions
 from saetrain.launch.run import fit
-from saetrain.model.factory import build_sae
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, build_sae
 from saetrain.tracking.jsonl import METRICS
 
 Snapshot = Callable[[Path], dict[str, bytes]]

@@ -21,8 +21,7 @@ from saetrain.formats.sparsify import (
     read_sae_config,
     save_sae,
 )
-from saetrain.model.factory import build_sae
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, build_sae
 
 D, M, K = 8, 20, 3
 

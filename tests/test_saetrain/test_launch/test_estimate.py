@@ -19,8 +19,8 @@ from saetrain.config.sae import OptimizerName, SaeConfig, SaeEntry, SaeOptions
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.estimate import FLOAT, estimate_fit, estimate_sae, parameter_shapes, step_bytes
 from saetrain.launch.run import fit
-from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
+from saetrain.model.sae import build_sae
 from saetrain.optim import default_lr, make_optimizer
 from saetrain.runs.record import read_run
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from saetrain.config.sae import SaeConfig
 from saetrain.model.activations import BatchTopK, Gated, JumpRelu
-from saetrain.model.factory import build_sae
 from saetrain.model.losses import LossConfig, OutputSlice, compute_losses, make_loss_config
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, build_sae
 
 N, D, E, M, K = 13, 11, 7, 30, 3
 VARIANCE, ALPHA = 7.5, 0.25

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from saetrain.config.sae import SaeConfig
 from saetrain.model.activations import BatchTopK
-from saetrain.model.factory import build_sae
 from saetrain.model.losses import compute_losses, make_loss_config
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, build_sae
 
 N, D, M, K = 24, 10, 36, 3
 STEPS, LR = 40, 0.01

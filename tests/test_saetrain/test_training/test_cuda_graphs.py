@@ -27,8 +27,8 @@ from saetrain.config.sae import SaeConfig, SaeEntry, SaeOptions
 from saetrain.kernels import backends, dense
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.run import fit
-from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
+from saetrain.model.sae import build_sae
 from saetrain.optim import Schedule, make_optimizer
 from saetrain.runs.record import read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs

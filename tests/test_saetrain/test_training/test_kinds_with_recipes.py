@@ -15,10 +15,9 @@ from torch import Tensor
 
 from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.model.activations import BatchTopK, JumpRelu, Latents
-from saetrain.model.decoder_norm import fold, folded_losses
-from saetrain.model.factory import build_sae
 from saetrain.model.losses import LossConfig, OutputSlice, compute_losses, make_loss_config
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, build_sae
+from saetrain.model.weight_scales import fold, folded_losses
 from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings
@@ -242,9 +241,9 @@ def test_a_threshold_of_batchtopk_starts_over_when_k_changes() -> None:
     rows, cuts = batches(config), []
     observe = trainer.sae.activation.observe
 
-    def spy(top_acts: Tensor, anew: bool = False) -> None:
+    def spy(top_acts: Tensor, k_changed: bool = False) -> None:
         cuts.append(float(top_acts[top_acts > 0].min()))
-        observe(top_acts, anew)
+        observe(top_acts, k_changed)
 
     trainer.sae.activation.observe = spy  # type: ignore[method-assign]
     for step in range(STEPS):

@@ -26,9 +26,8 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.run import fit
-from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, build_sae
 from saetrain.optim import make_optimizer
 from saetrain.runs.checkpoint import load_checkpoint
 from saetrain.runs.record import read_run

@@ -13,8 +13,8 @@ import torch
 from saetrain.config.sae import SaeConfig, SaeEntry, SaeOptions
 from saetrain.kernels import backends, dense
 from saetrain.kernels.update import bf16_copy_of
-from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
+from saetrain.model.sae import build_sae
 from saetrain.optim import Schedule, make_optimizer
 from saetrain.training.cuda_graphs import CudaGraphs, GraphedSteps
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter

@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 from actcache.errors import ConfigError
 from saetrain.config.sae import SaeConfig
 from saetrain.model.activations import compiled
-from saetrain.model.factory import build_sae
 from saetrain.model.losses import make_loss_config
+from saetrain.model.sae import build_sae
 from saetrain.training.step import require_compiler
 
 D, M = 11, 30

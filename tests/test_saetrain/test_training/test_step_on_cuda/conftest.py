@@ -275,8 +275,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 def make_trainee_on(cuda: Cuda) -> Callable[..., Any]:
     """A factory of SAEs in training on the device, of any kind and with any recipe."""
     from saetrain.config.sae import SaeConfig, SaeEntry
-    from saetrain.model.factory import build_sae
     from saetrain.model.losses import OutputSlice, make_loss_config
+    from saetrain.model.sae import build_sae
     from saetrain.optim import make_optimizer
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
     from saetrain.training.sae_trainer import SaeTrainer, StepSettings

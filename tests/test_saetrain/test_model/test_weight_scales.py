@@ -15,9 +15,9 @@ from actcache.core.json_codec import read_json
 from saetrain.config.fit_config import FitConfig
 from saetrain.formats.sparsify import load_sae
 from saetrain.launch.run import fit
-from saetrain.model.decoder_norm import fold, folded_losses
 from saetrain.model.losses import compute_losses
 from saetrain.model.sae import Sae
+from saetrain.model.weight_scales import fold, folded_losses
 from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
 

@@ -100,7 +100,7 @@ def test_the_wheel_contains_exactly_the_three_packages_and_their_data(tmp_path):
         names = archive.namelist()
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(HOUSE.values())
-    data = ("saetrain/kernels/README.md", "actcache/inspection/html/page.css", "actcache/py.typed")
+    data = ("actcache/inspection/html/page.css", "actcache/py.typed")
     for needed in data:
         assert needed in names
     for folder, package in HOUSE.items():

@@ -1,8 +1,8 @@
 """Sparse and dense encoders, decoders and weight updates of an SAE, with their gradients.
 
 `reference`, `on_torch` and `on_triton` are three backends with the same functions; `backends`
-selects one by the tensor's device. This package needs torch alone, and triton on CUDA. README.md
-beside this file states the formulas and how accurate the results are.
+selects one by the tensor's device. It needs torch alone, and triton on CUDA. docs/kernels.md states
+the formulas and the accuracy of the results.
 """
 
 from saetrain.kernels.autoencode import Autoencoded, WeightRows, autoencode

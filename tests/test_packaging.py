@@ -49,7 +49,7 @@ def test_packages_import_only_allowed_packages(folder):
         ("saetrain/model/activations", {"torch", "saetrain.kernels", "saetrain.model.activations"}),
         (
             "saetrain/model/sae.py",
-            {"torch", "safetensors", "saetrain.kernels", "saetrain.model.activations"},
+            {"torch", "saetrain.config.sae", "saetrain.kernels", "saetrain.model.activations"},
         ),
     ],
 )

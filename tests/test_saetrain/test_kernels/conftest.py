@@ -1,4 +1,4 @@
-"""The cases that every path of the kernels is held to, and how they are measured.
+"""Cases that every backend of the kernels is tested with, and comparisons of their results.
 
 Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 """
@@ -62,7 +62,7 @@ class Case:
         return Inputs(indices=self.indices(generator).to(device), **floats)
 
     def indices(self, generator):
-        """[N, K]; "spread" repeats latents within and across rows by chance."""
+        """Draw indices [N, K]; "spread" repeats latents within and across rows by chance."""
         indices = torch.randint(self.M, (self.N, self.K), generator=generator)
         if self.hits == "repeated":
             indices[::2] = indices[::2, :1]
@@ -110,7 +110,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Coding:
-    """What `autoencode` is asked for."""
+    """Sizes and arguments of a call of `autoencode`."""
 
     name: str
     N: int
@@ -125,7 +125,7 @@ class Coding:
 
     def selector(self):
         def repeated(pre_acts):
-            """Its two best latents, in turn."""
+            """Select the two largest latents of a row alternately."""
             indices = pre_acts.topk(2).indices.repeat(1, self.K)[:, : self.K]
             return pre_acts.gather(1, indices), indices
 
@@ -144,7 +144,7 @@ class Coding:
         }[self.select]
 
     def inputs(self, dtype, device):
-        """By name; None is subtracted where the widths differ."""
+        """Draw the inputs, by name; `subtracted` is None where the widths differ."""
         generator = torch.Generator().manual_seed(3)
         sizes = {
             "x": (self.N, self.D),
@@ -161,14 +161,14 @@ class Coding:
         return made if self.D == self.E else made | {"subtracted": None}
 
     def results(self, inputs):
-        """All outputs, what the backward pass is given, and every gradient, by name."""
+        """Return all outputs and gradients, by name."""
         like = inputs["x"]
         rows = torch.tensor(self.rows, device=like.device) if self.rows else None
         coded = autoencode(
             **inputs, selector=self.selector(), prefix_groups=self.prefix_groups, rows=rows
         )
         acts, indices = coded.top_acts, coded.top_indices
-        # Slots are in no order, so the dense activations decide what gradient a slot receives.
+        # Slots are unordered, so gradients are defined on the dense activations.
         dense = torch.zeros(self.N, self.M, dtype=like.dtype, device=like.device)
         given = {"dense acts": dense.scatter_add(1, indices, acts)}
         given |= {f"out {n}": out for n, out in enumerate(coded.reconstructions)}
@@ -194,7 +194,7 @@ BY_LATENT = PrefixGroups("latent", (4, 4, 11))
 CODINGS = (
     Coding("one_of_everything", N=1, D=1, E=1, M=1, K=1, rows=(0,)),
     Coding("odd_widths", **ODD),
-    Coding("rows_that_fire_or_not", **ODD, rows=(18, 2, 7, 0)),
+    Coding("rows_active_or_not", **ODD, rows=(18, 2, 7, 0)),
     Coding("k_is_one", N=9, D=20, E=20, M=30, K=1, rows=(3,)),
     Coding("wider_output", N=6, D=13, E=41, M=19, K=5, rows=(1, 4), prefix_groups=BY_LATENT),
     Coding("narrower_output", N=6, D=41, E=13, M=19, K=5, rows=(1, 4)),
@@ -203,9 +203,9 @@ CODINGS = (
     Coding("groups", N=7, D=37, E=37, M=20, K=5, select="groups", prefix_groups=BY_LATENT),
     Coding("chunks_of_latents", **ODD, select="chunks"),
     Coding("all_acts_zero", **ODD, select="silent", rows=(0, 5), prefix_groups=BY_LATENT),
-    Coding("an_empty_piece", **ODD, prefix_groups=BY_LATENT, rows=(18, 2)),
-    Coding("first_and_last_piece_empty", **ODD, prefix_groups=PrefixGroups("latent", (0, 9, 19))),
-    Coding("one_piece", **ODD, prefix_groups=PrefixGroups("latent", ())),
+    Coding("an_empty_group", **ODD, prefix_groups=BY_LATENT, rows=(18, 2)),
+    Coding("first_and_last_group_empty", **ODD, prefix_groups=PrefixGroups("latent", (0, 9, 19))),
+    Coding("one_group", **ODD, prefix_groups=PrefixGroups("latent", ())),
     Coding("the_strongest_first", **ODD, prefix_groups=PrefixGroups("rank", (2,)), rows=(18, 2)),
     Coding("no_more_than_the_strongest", **ODD, prefix_groups=PrefixGroups("rank", (5,))),
     Coding("hot_latents", N=300, D=6, E=6, M=9, K=3, select="hot", prefix_groups=BY_LATENT),
@@ -245,10 +245,9 @@ def assert_primitive_matches():
 
 
 def check_primitive(ops, primitive, inputs):
-    """Hold every row to the reference in float64, relative to the size of what it sums.
+    """Compare every row with the reference in float64, relative to the sum of absolute values.
 
-    That size is the same sum over absolute values: exactly zero where nothing is summed, and
-    there the result must be zero too.
+    That sum is exactly zero where nothing is summed, and there the result must be zero too.
     """
     got = inputs.call(ops, primitive)
     wide = inputs.map(torch.Tensor.double)
@@ -264,9 +263,9 @@ def check_primitive(ops, primitive, inputs):
 
 @pytest.fixture
 def decode_results(monkeypatch):
-    def run(path, inputs):
-        """Output and gradients by name, through `path`."""
-        monkeypatch.setenv("SAETRAIN_KERNELS", path)
+    def run(backend, inputs):
+        """Return output and gradients of a backend, by name."""
+        monkeypatch.setenv("SAETRAIN_KERNELS", backend)
         top_acts, W_dec, b_dec = leaves(inputs.acts, inputs.W, inputs.b_dec)
         out = sparse_decode(top_acts, inputs.indices, W_dec, b_dec)
         out.backward(inputs.dY)
@@ -282,13 +281,13 @@ def decode_results(monkeypatch):
 
 @pytest.fixture
 def encode_results(monkeypatch):
-    def run(path, inputs):
-        """Activations as a dense [N, M] and gradients by name, through `path`."""
-        monkeypatch.setenv("SAETRAIN_KERNELS", path)
+    def run(backend, inputs):
+        """Return activations, as a dense [N, M], and gradients of a backend, by name."""
+        monkeypatch.setenv("SAETRAIN_KERNELS", backend)
         x, W_enc, b_enc, b_dec = leaves(inputs.dY, inputs.W, inputs.b_enc, inputs.b_dec)
         k = min(inputs.acts.shape[1], len(W_enc))
         top_acts, top_indices = sparse_encode(x, W_enc, b_enc, b_dec, k)
-        # Slots are in no order, so the dense activations decide what gradient a slot receives.
+        # Slots are unordered, so gradients are defined on the dense activations.
         dense = torch.zeros(len(x), len(W_enc), dtype=x.dtype, device=x.device)
         dense.scatter_(1, top_indices, top_acts.detach())
         top_acts.backward((top_acts.detach() + 1.0) * (top_indices % 7 - 3))
@@ -305,9 +304,9 @@ def encode_results(monkeypatch):
 
 @pytest.fixture
 def autoencode_results(monkeypatch):
-    def run(path, coding, dtype, device, *frozen):
-        """Outputs and gradients by name, through `path`; `frozen` inputs want no gradient."""
-        monkeypatch.setenv("SAETRAIN_KERNELS", path)
+    def run(backend, coding, dtype, device, *frozen):
+        """Return outputs and gradients of a backend, by name; `frozen` inputs require none."""
+        monkeypatch.setenv("SAETRAIN_KERNELS", backend)
         inputs = coding.inputs(dtype, device)
         for name in frozen:
             inputs[name] = inputs[name].detach()
@@ -339,10 +338,10 @@ def assert_same_results():
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Fresh memory holds NaN, and -1 for a whole number: what nobody writes cannot pass.
+    """Fill allocated memory with NaN, integers with -1, so that tests detect unwritten results.
 
-    It is the memory of results, of whatever a kernel needs besides, and what gradients are given
-    back to. Vast tensors of the host, of which a test touches little, stay untouched.
+    This includes results, scratch memory of kernels and recycled memory of gradients. Very large
+    tensors of the host, of which a test writes little, are not filled.
     """
     for owner, name in (
         (torch, "empty"),
@@ -369,7 +368,7 @@ def poisoned(make):
 
 @pytest.fixture
 def lazily():
-    """A factory of tensors of zeros that take memory where they are written, and only there."""
+    """Return a function that makes tensors of zeros whose memory is allocated when written."""
 
     def make(*shape, dtype):
         size = math.prod(shape) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Encoder and decoder as one, against the reference and against the two apart.
+"""`autoencode` compared with the reference, and with encoder and decoder called separately.
 
 Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 """
@@ -33,7 +33,7 @@ def test_every_output_and_gradient_matches_the_reference(
 
 
 def test_in_bfloat16_every_sum_is_rounded_once(make_coding, autoencode_results):
-    """Of all latents, as rounding may choose others of them."""
+    """Select all latents, as rounding may change the selection."""
     coding = make_coding("all of them", 40, D, D, 5, 5, rows=(0, 3))
     exact = {n: t.bfloat16().double() for n, t in coding.inputs(torch.float64, "cpu").items()}
     want = coding.results({n: t.requires_grad_() for n, t in exact.items()})
@@ -50,13 +50,13 @@ def test_every_output_and_gradient_has_the_same_bits_twice(coding, autoencode_re
 
 
 @pytest.mark.parametrize("wanted", NAMES)
-def test_what_alone_wants_a_gradient_gets_the_same(
+def test_an_input_that_alone_requires_a_gradient_has_the_same_one(
     wanted, make_coding, autoencode_results, assert_same_results
 ):
     coding = make_coding("alone", N, D, D, M, K, prefix_groups=TWO, rows=(18, 2))
-    others = set(NAMES) - {wanted}
+    frozen = set(NAMES) - {wanted}
     want = autoencode_results("reference", coding, torch.float64, "cpu")
-    got = autoencode_results("torch", coding, torch.float64, "cpu", *others)
+    got = autoencode_results("torch", coding, torch.float64, "cpu", *frozen)
     gradients = {name for name in want if name.startswith("gradient")}
     assert_same_results(
         got,
@@ -77,7 +77,7 @@ def by_torch(monkeypatch):
 
 
 @pytest.mark.usefixtures("by_torch")
-def test_without_pieces_it_has_the_bits_of_encoder_and_decoder_apart():
+def test_without_prefix_groups_it_has_the_bits_of_separate_encoder_and_decoder():
     together, apart = leaves(), leaves()
     out = autoencode(*together, topk_selector(K)).reconstructions[0]
     x, W_enc, b_enc, subtracted, W_dec, b_dec = apart
@@ -91,7 +91,7 @@ def test_without_pieces_it_has_the_bits_of_encoder_and_decoder_apart():
 
 
 @pytest.mark.usefixtures("by_torch")
-def test_rows_have_the_bits_of_indexing_and_so_has_a_b_dec_that_is_subtracted_too():
+def test_weight_rows_and_a_subtracted_b_dec_have_the_bits_of_indexing():
     results = []
     for together in (True, False):
         x, W_enc, b_enc, _, W_dec, b_dec = inputs = leaves()
@@ -110,7 +110,7 @@ def test_rows_have_the_bits_of_indexing_and_so_has_a_b_dec_that_is_subtracted_to
 
 @pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("prefix_groups", [None, TWO, PrefixGroups("rank", (2,))])
-def test_the_pairs_are_sorted_once_for_it_and_all_decoders_of_its_indices(
+def test_pairs_are_sorted_once_for_autoencode_and_all_decoders_of_its_indices(
     monkeypatch, prefix_groups
 ):
     calls = []
@@ -125,7 +125,7 @@ def test_the_pairs_are_sorted_once_for_it_and_all_decoders_of_its_indices(
 
 
 @pytest.mark.usefixtures("by_torch")
-def test_nothing_wider_than_the_rows_is_kept_for_the_backward_pass():
+def test_the_backward_pass_saves_nothing_wider_than_the_rows():
     saved = []
 
     def keep(tensor):
@@ -138,7 +138,7 @@ def test_nothing_wider_than_the_rows_is_kept_for_the_backward_pass():
 
 
 @pytest.mark.usefixtures("by_torch")
-def test_no_tokens_leave_gradients_of_zeros():
+def test_without_tokens_gradients_are_zero():
     inputs = leaves()
     inputs[0] = inputs[0][:0]
     coded = autoencode(*inputs, topk_selector(K), prefix_groups=TWO)
@@ -162,7 +162,7 @@ def test_under_autocast_all_but_the_product_keeps_the_dtype_of_the_weights():
 
 
 @pytest.mark.usefixtures("by_torch")
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_raises():
     inputs = leaves()
     out = autoencode(*inputs, topk_selector(K)).reconstructions[0]
     (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
@@ -170,9 +170,11 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("path", ["reference", "torch"])
-def test_a_row_with_a_nan_is_reported_by_every_reconstruction_and_no_other_row(path, monkeypatch):
-    monkeypatch.setenv("SAETRAIN_KERNELS", path)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_row_with_a_nan_gives_nan_in_every_reconstruction_and_no_other_row_does(
+    backend, monkeypatch
+):
+    monkeypatch.setenv("SAETRAIN_KERNELS", backend)
     inputs = leaves()
     inputs[0].data[4, 1] = torch.nan
     coded = autoencode(*inputs, topk_selector(K), prefix_groups=PrefixGroups("rank", (2,)))
@@ -182,7 +184,7 @@ def test_a_row_with_a_nan_is_reported_by_every_reconstruction_and_no_other_row(p
 
 
 @pytest.mark.parametrize(
-    ("place", "shape", "match"),
+    ("name", "shape", "match"),
     [
         (0, (N, D + 1), r"x must be \[tokens, 37\]"),
         (3, (D + 1,), r"subtracted must be \[37\], got shape \(38,\)"),
@@ -190,14 +192,14 @@ def test_a_row_with_a_nan_is_reported_by_every_reconstruction_and_no_other_row(p
         (5, (M,), r"b_dec must be \[37\], got shape \(19,\)"),
     ],
 )
-def test_inputs_of_other_shapes_are_refused_by_name(place, shape, match):
+def test_inputs_of_other_shapes_raise_with_their_name(name, shape, match):
     inputs = leaves()
-    inputs[place] = torch.zeros(shape)
+    inputs[name] = torch.zeros(shape)
     with pytest.raises(ValueError, match=match):
         autoencode(*inputs, topk_selector(K))
 
 
-def test_a_decoder_of_another_dtype_is_refused():
+def test_a_decoder_of_another_dtype_raises():
     inputs = leaves()
     inputs[4] = inputs[4].double()
     with pytest.raises(ValueError, match=r"got shape .* in torch\.float64"):

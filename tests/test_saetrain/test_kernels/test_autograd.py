@@ -1,4 +1,4 @@
-"""The public functions: gradients by finite differences, dtypes, refusals.
+"""Public functions: gradients by finite differences, dtypes, errors.
 
 Letters: N tokens, D d_in, M num_latents, K k.
 """
@@ -17,7 +17,7 @@ def make(*shape, dtype=torch.float64, seed=0):
 
 
 def make_weights(dtype=torch.float64):
-    """W [M, D], b_enc [M] and b_dec [D]."""
+    """Make W [M, D], b_enc [M] and b_dec [D]."""
     return make(M, D, dtype=dtype, seed=1), make(M, dtype=dtype, seed=2), make(D, dtype=dtype)
 
 
@@ -26,19 +26,19 @@ def make_indices():
 
 
 @pytest.fixture(params=["reference", "torch"], autouse=True)
-def path(request, monkeypatch):
+def backend(request, monkeypatch):
     monkeypatch.setenv("SAETRAIN_KERNELS", request.param)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_gradients_of_decoding_are_those_of_finite_differences(bias):
+def test_gradients_of_decoding_match_finite_differences(bias):
     W_dec, _, b_dec = make_weights()
     inputs = (make(N, K), make_indices(), W_dec, b_dec if bias else None)
     assert torch.autograd.gradcheck(sparse_decode, inputs)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_gradients_of_encoding_are_those_of_finite_differences(bias):
+def test_gradients_of_encoding_match_finite_differences(bias):
     x = make(N, D, seed=3)
     W_enc, b_enc, b_dec = make_weights()
     b_dec = b_dec if bias else None
@@ -55,7 +55,7 @@ def test_the_gradients_of_encoding_are_those_of_finite_differences(bias):
     assert torch.autograd.gradcheck(top_acts, (x, W_enc, b_enc, b_dec))
 
 
-def test_a_latent_that_is_selected_but_off_gets_no_gradient():
+def test_a_selected_latent_that_is_not_active_has_no_gradient():
     x, W_enc = torch.ones(1, 2), torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
     top_acts, _ = sparse_encode(x, W_enc, torch.zeros(2), None, k=2)
     assert sorted(top_acts.tolist()[0]) == [0.0, 1.0]
@@ -63,7 +63,7 @@ def test_a_latent_that_is_selected_but_off_gets_no_gradient():
     assert W_enc.grad.tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
-def test_encoding_in_bfloat16_matches_float64_where_nothing_is_tied():
+def test_encoding_in_bfloat16_matches_float64_without_ties():
     x = torch.tensor([[3.0, -2.0, 5.0, 7.0], [1.0, 6.0, -4.0, 2.0]])
     W_enc = torch.eye(4) * 0.5
     results = []
@@ -78,7 +78,7 @@ def test_encoding_in_bfloat16_matches_float64_where_nothing_is_tied():
     assert results[0] == results[1]
 
 
-def test_a_second_derivative_is_refused(monkeypatch):
+def test_a_second_derivative_raises(monkeypatch):
     monkeypatch.setenv("SAETRAIN_KERNELS", "torch")
     top_acts = make(N, K)
     out = sparse_decode(top_acts, make_indices(), make_weights()[0])
@@ -87,7 +87,7 @@ def test_a_second_derivative_is_refused(monkeypatch):
         grad.sum().backward()
 
 
-def test_nothing_of_size_tokens_by_latents_is_kept_for_the_backward_pass(monkeypatch):
+def test_the_backward_pass_saves_nothing_of_size_tokens_by_latents(monkeypatch):
     monkeypatch.setenv("SAETRAIN_KERNELS", "torch")
     saved = []
 
@@ -100,7 +100,7 @@ def test_nothing_of_size_tokens_by_latents_is_kept_for_the_backward_pass(monkeyp
     assert sorted(saved) == sorted([(N, D), (M, D), (D,), (N, K), (N, K)])
 
 
-def test_only_what_asks_for_a_gradient_gets_one():
+def test_only_inputs_that_require_a_gradient_have_one():
     W, b_enc, b_dec = make_weights()
     x = make(N, D).detach()
     top_acts, top_indices = sparse_encode(x, W.detach(), b_enc, b_dec.detach(), K)
@@ -111,7 +111,7 @@ def test_only_what_asks_for_a_gradient_gets_one():
     assert b_dec.grad is None
 
 
-def test_inputs_of_a_narrower_dtype_take_the_dtype_of_the_weights():
+def test_inputs_of_a_narrower_dtype_are_cast_to_the_dtype_of_the_weights():
     W, b_enc, b_dec = make_weights(torch.float32)
     x = make(N, D, dtype=torch.bfloat16)
     top_acts, top_indices = sparse_encode(x, W, b_enc, b_dec, K)
@@ -136,12 +136,12 @@ def test_under_autocast_all_but_the_product_keeps_the_dtype_of_the_weights():
 
 
 @pytest.mark.parametrize("k", [0, M + 1])
-def test_k_outside_one_to_num_latents_is_refused(k):
+def test_k_outside_one_to_num_latents_raises(k):
     with pytest.raises(ValueError, match=f"k must be 1 to num_latents = {M}, got {k}"):
         sparse_encode(make(N, D), *make_weights(), k)
 
 
-def test_inputs_of_other_shapes_are_refused_by_name():
+def test_inputs_of_other_shapes_raise_with_their_name():
     W, b_enc, b_dec = make_weights()
     indices = make_indices()
     with pytest.raises(ValueError, match=r"x must be \[tokens, 5\].*flatten"):
@@ -160,6 +160,6 @@ def test_inputs_of_other_shapes_are_refused_by_name():
         sparse_decode(make(N, K), indices.int(), W)
 
 
-def test_a_latent_that_does_not_exist_is_refused_on_the_cpu():
+def test_an_index_out_of_range_raises_on_the_cpu():
     with pytest.raises((RuntimeError, IndexError), match=rf"\b{M}\b"):
         sparse_decode(make(1, 1), torch.tensor([[M]]), make_weights()[0])

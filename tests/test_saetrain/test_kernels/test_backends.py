@@ -9,29 +9,29 @@ from saetrain.kernels.backends import BACKENDS, backend_module
 
 
 @pytest.fixture(autouse=True)
-def no_forced_path(monkeypatch):
+def no_forced_backend(monkeypatch):
     monkeypatch.delenv("SAETRAIN_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_a_cpu_tensor_takes_the_torch_path():
+def test_a_cpu_tensor_selects_the_torch_backend():
     assert select_backend(torch.zeros(1)) == "torch"
 
 
-@pytest.mark.parametrize("path", ["reference", "torch"])
-def test_the_variable_forces_a_path(monkeypatch, path):
-    monkeypatch.setenv("SAETRAIN_KERNELS", path)
-    assert select_backend(torch.zeros(1)) == path
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_the_variable_forces_a_backend(monkeypatch, backend):
+    monkeypatch.setenv("SAETRAIN_KERNELS", backend)
+    assert select_backend(torch.zeros(1)) == backend
 
 
-def test_the_variable_counts_at_each_call(monkeypatch):
+def test_the_variable_is_read_at_each_call(monkeypatch):
     monkeypatch.setenv("SAETRAIN_KERNELS", "reference")
     assert select_backend(torch.zeros(1)) == "reference"
     monkeypatch.setenv("SAETRAIN_KERNELS", "torch")
     assert select_backend(torch.zeros(1)) == "torch"
 
 
-def test_an_unknown_path_is_refused_by_name(monkeypatch):
+def test_an_unknown_backend_raises_with_its_name(monkeypatch):
     monkeypatch.setenv("SAETRAIN_KERNELS", "cuda")
     with pytest.raises(ValueError, match=r"SAETRAIN_KERNELS='cuda'.*reference, torch, triton"):
         sparse_decode(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1))
@@ -46,23 +46,23 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
     assert select_backend(torch.zeros(1)) == "triton"
 
 
-def test_triton_that_is_not_installed_is_refused(monkeypatch):
+def test_triton_that_is_not_installed_raises(monkeypatch):
     monkeypatch.setattr("saetrain.kernels.backends._has_triton", lambda: False)
     monkeypatch.setenv("SAETRAIN_KERNELS", "triton")
     with pytest.raises(ValueError, match="triton is not installed"):
         select_backend(torch.zeros(1))
 
 
-@pytest.mark.parametrize("path", BACKENDS)
-def test_every_path_has_every_primitive(path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_has_every_primitive(backend):
     pytest.importorskip("triton")
-    ops = backend_module(path)
+    ops = backend_module(backend)
     for name in ("gather_sum", "gather_dot", "scatter_outer", "scatter_sum"):
         assert callable(getattr(ops, name))
 
 
 def test_the_package_works_where_only_torch_is_installed():
-    """Nothing of triton, and nothing of the rest of saetrain, is imported on the CPU."""
+    """Check that triton and the rest of saetrain are not imported on the CPU."""
     program = """
 import sys
 sys.modules["triton"] = None

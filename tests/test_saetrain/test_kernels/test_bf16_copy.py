@@ -69,7 +69,7 @@ WRITES = {
 }
 
 
-def test_a_copy_has_the_bits_of_a_cast_and_goes_with_its_weight():
+def test_a_copy_has_the_bits_of_a_cast_and_is_freed_with_its_weight():
     W = kept()
     copy = bf16_copy_of(W)
     assert torch.equal(copy, W.detach().bfloat16())
@@ -82,7 +82,7 @@ def test_a_copy_has_the_bits_of_a_cast_and_goes_with_its_weight():
     assert gone() is None
 
 
-def test_nothing_is_kept_unasked_or_where_nothing_would_be_cast():
+def test_there_is_no_copy_by_default_or_where_no_cast_is_needed():
     assert bf16_copy_of(weight()) is None
     for dtype in (torch.bfloat16, torch.float64):
         W = weight(dtype)
@@ -91,7 +91,7 @@ def test_nothing_is_kept_unasked_or_where_nothing_would_be_cast():
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_after_any_other_write_it_is_not_used_until_it_is_made_right(name):
+def test_after_any_other_write_the_copy_is_not_used_until_it_is_renewed(name):
     W = kept()
     memory, before = bf16_copy_of(W).data_ptr(), W.detach().clone()
     with torch.no_grad():
@@ -117,13 +117,15 @@ def update(kind, W, backend=None, **options):
 
 @pytest.mark.parametrize("kind", ["signum", "adam"])
 @pytest.mark.parametrize("unit", [True, False])
-@pytest.mark.parametrize("path", ["torch", "reference"])
-def test_an_update_writes_it_and_is_a_write_by_every_path(kind, unit, path):
-    """torch's own fused Adam is none: nothing of it is counted."""
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_an_update_writes_the_copy_and_increments_the_version_with_every_backend(
+    kind, unit, backend
+):
+    """Check the version counter, which torch's own fused Adam does not increment."""
     W, norms = kept(), torch.ones(M)
     before, version, counted = W.detach().clone(), W._version, norms._version
     with torch.no_grad():
-        state = update(kind, W, backend=path, unit=unit, norms=norms)
+        state = update(kind, W, backend=backend, unit=unit, norms=norms)
     assert not torch.equal(W, before)
     assert torch.equal(bf16_copy_of(W), W.detach().bfloat16())
     assert W._version > version
@@ -132,7 +134,7 @@ def test_an_update_writes_it_and_is_a_write_by_every_path(kind, unit, path):
 
 
 @pytest.mark.parametrize("kind", ["signum", "adam"])
-def test_an_update_that_is_refused_leaves_it_as_it_is_right_or_not(kind):
+def test_a_skipped_update_keeps_a_copy_valid_or_invalid_as_it_is(kind):
     W = kept()
     with torch.no_grad():
         update(kind, W, unit=True, ok=torch.tensor(False))
@@ -147,7 +149,7 @@ def product_of(W, x):
         return Product(W, torch.zeros(len(W)), len(x))(x)
 
 
-def test_a_product_takes_it_while_it_is_right():
+def test_a_product_reads_the_copy_while_it_is_valid():
     W, x = kept(), torch.randn(N, D, generator=torch.Generator().manual_seed(2))
     expected = product_of(weight(), x)
     assert torch.equal(product_of(W, x), expected)
@@ -160,7 +162,7 @@ def test_a_product_takes_it_while_it_is_right():
     assert torch.equal(product_of(W, x), 2 * expected)
 
 
-def test_without_autocast_no_product_takes_it():
+def test_without_autocast_no_product_reads_the_copy():
     W, x = kept(), torch.randn(N, D)
     bf16_copy_of(W).zero_()
     with torch.no_grad():
@@ -168,7 +170,7 @@ def test_without_autocast_no_product_takes_it():
 
 
 class Casts(TorchDispatchMode):
-    """Counts casts of whole weights."""
+    """A mode that counts casts of whole weights."""
 
     count = 0
 
@@ -192,7 +194,7 @@ class Casts(TorchDispatchMode):
     ids=str,
 )
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
-def test_steps_under_autocast_cast_no_weight_and_are_the_same_bits(
+def test_steps_under_autocast_cast_no_weight_and_have_the_same_bits(
     make_trainee, batches, monkeypatch, optimizer, settings, each
 ):
     found = []
@@ -210,7 +212,7 @@ def test_steps_under_autocast_cast_no_weight_and_are_the_same_bits(
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
 
 
-def test_without_autocast_a_step_keeps_none(make_trainee, batches):
+def test_without_autocast_a_step_keeps_no_copy(make_trainee, batches):
     trainer = make_trainee(D, M, K)
     train_step(trainer, batches(torch.float32)[0], 0)
     assert bf16_copy_of(trainer.sae.W_enc) is None

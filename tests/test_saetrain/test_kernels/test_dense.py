@@ -10,7 +10,7 @@ BOUND = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}
 
 
 def leaves(N, D, M, dtype):
-    """Inputs of either: rows, weight, what is added to a product, and what is taken from rows."""
+    """Make inputs of both functions: rows, weight, added bias, subtracted bias."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"rows": (N, D), "W": (M, D), "b": (M,), "b_dec": (D,), "acts": (N, M)}
     made = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
@@ -18,7 +18,7 @@ def leaves(N, D, M, dtype):
 
 
 def results(ops, given, *, subtracts=True):
-    """Output and gradient of everything, by name, of both functions."""
+    """Return outputs and all gradients of both functions, by name."""
     found = {}
     b_dec = given["b_dec"] if subtracts else None
     out = ops.dense_encode(given["rows"], given["W"], given["b"], b_dec)
@@ -51,7 +51,7 @@ def test_outputs_and_every_gradient_match_the_reference(sizes, of, subtracts):
         assert (got[name].double() - value).norm() <= BOUND[of] * value.norm(), name
 
 
-def test_rows_without_a_gradient_cost_no_product(monkeypatch):
+def test_rows_that_require_no_gradient_cost_no_product(monkeypatch):
     given = leaves(7, 37, 19, torch.float32)
     products = []
     true = torch.Tensor.__matmul__
@@ -82,7 +82,7 @@ def test_two_runs_give_the_same_bits():
     assert all(first[n] is None or torch.equal(first[n], second[n]) for n in first)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_match_raise():
     given = leaves(7, 37, 19, torch.float32)
     with pytest.raises(ValueError, match="x must be"):
         dense_encode(given["acts"], given["W"], given["b"], None)

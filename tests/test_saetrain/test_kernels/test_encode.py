@@ -1,4 +1,4 @@
-"""What the encoder forms at once, and that no result depends on it.
+"""Chunks of tokens and latents that the encoder computes at once, and equal results for all.
 
 Letters: N tokens, D d_in, M num_latents, K k.
 """
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from saetrain.kernels import (
+    dense,
     group_max,
     make_selector,
     sparse_decode,
@@ -26,38 +27,38 @@ def problem():
     return x, W, b_enc, b_dec
 
 
-def dense(encoded):
-    """[N, M] in any order of slots."""
+def scattered(encoded):
+    """Scatter latents to [N, M], whatever the order of slots."""
     return torch.zeros(len(encoded.top_acts), M).scatter(1, encoded.top_indices, encoded.top_acts)
 
 
-def truth(x, W, b_enc, b_dec, k=K):
+def reference(x, W, b_enc, b_dec, k=K):
     pre_acts = (x.double() - b_dec.double()) @ W.double().T + b_enc.double()
     values, indices = pre_acts.topk(k)
     return torch.zeros(len(x), M, dtype=torch.float64).scatter(1, indices, values.relu())
 
 
 def assert_close(got, want):
-    """Relative error of each row."""
+    """Check the relative error of each row."""
     assert bool(((got - want).norm(dim=1) <= 1e-6 * want.norm(dim=1)).all())
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 7, 1000, 4499, 4500, 9999])
 def test_chunks_of_latents_are_merged_exactly(problem, chunk):
-    assert_close(dense(sparse_encode(*problem, K, chunk)), truth(*problem))
+    assert_close(scattered(sparse_encode(*problem, K, chunk)), reference(*problem))
 
 
 def test_more_may_be_selected_than_a_chunk_holds(problem):
     encoded = sparse_encode(*problem, 300, 40)
-    assert_close(dense(encoded), truth(*problem, 300))
+    assert_close(scattered(encoded), reference(*problem, 300))
     assert all(len(set(row.tolist())) == 300 for row in encoded.top_indices)
 
 
-def test_tokens_are_encoded_some_at_a_time(problem, monkeypatch):
+def test_tokens_are_encoded_in_chunks(problem, monkeypatch):
     monkeypatch.setattr(dense, "_LEAST", 16)
     monkeypatch.setattr(dense, "_BYTES", 1)
     assert tokens_at_once(N, problem[1]) == 16
-    assert_close(dense(sparse_encode(*problem, K)), truth(*problem))
+    assert_close(scattered(sparse_encode(*problem, K)), reference(*problem))
     by_token = sparse_encode_by(*problem, make_selector(lambda p: group_max(p, 9), by_token=True))
     monkeypatch.setattr(dense, "_BYTES", 1 << 30)
     assert tokens_at_once(N, problem[1]) == N
@@ -67,7 +68,7 @@ def test_tokens_are_encoded_some_at_a_time(problem, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [None, 6, 1000])
-def test_a_token_with_a_nan_is_reported_and_no_other(problem, chunk):
+def test_a_token_with_a_nan_gives_nan_and_no_other_does(problem, chunk):
     problem[0][5, 2] = torch.nan
     top_acts, top_indices = sparse_encode(*problem, K, chunk)
     assert top_acts[5].isnan().all()
@@ -77,7 +78,7 @@ def test_a_token_with_a_nan_is_reported_and_no_other(problem, chunk):
     assert top_indices.max() < M
 
 
-def test_a_nan_in_one_latents_weights_is_reported_by_every_token(problem):
+def test_a_nan_in_one_latents_weights_gives_nan_for_every_token(problem):
     problem[1][4321, 0] = torch.nan
     for chunk in (None, 6, 1000):
         assert sparse_encode(*problem, K, chunk).top_acts.isnan().all()
@@ -88,18 +89,18 @@ def test_under_autocast_the_product_alone_is_in_bfloat16(problem):
         encoded = sparse_encode(*problem, K)
     assert encoded.top_acts.dtype == torch.float32
     assert torch.equal(encoded.top_acts, encoded.top_acts.bfloat16().float())
-    want = truth(*problem).topk(K).values  # values alone: near ties, others are selected
+    want = reference(*problem).topk(K).values  # values alone: near ties, others are selected
     got = encoded.top_acts.double().sort(dim=1, descending=True).values
     assert (got - want).norm() < 1e-2 * want.norm()
 
 
 @pytest.mark.parametrize("chunk", [0, -3])
-def test_a_chunk_of_nothing_is_refused(problem, chunk):
+def test_an_empty_chunk_raises(problem, chunk):
     with pytest.raises(ValueError, match="chunk_latents must be 1 or more"):
         sparse_encode(*problem, K, chunk)
 
 
-def test_encoder_and_decoder_sort_once_together(problem, monkeypatch):
+def test_encoder_and_decoder_share_one_sort(problem, monkeypatch):
     calls = []
     sort = torch.sort
     monkeypatch.setattr(torch, "sort", lambda *a, **o: calls.append(1) or sort(*a, **o))
@@ -112,8 +113,8 @@ def test_encoder_and_decoder_sort_once_together(problem, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [torch.float32, torch.bfloat16], ids=str)
-def test_a_latent_that_fires_8192_times_loses_no_digits(number):
-    """It is summed in pieces: in one run, float32 is off by more than 1e-6 here."""
+def test_a_latent_active_for_8192_tokens_loses_no_digits(number):
+    """Check the sum in pieces: one float32 sum has an error above 1e-6 here."""
     generator = torch.Generator().manual_seed(1)
     tokens, width = 8192, 17
     indices = torch.randint(50, (tokens, 3), generator=generator)
@@ -131,7 +132,7 @@ def test_a_latent_that_fires_8192_times_loses_no_digits(number):
     assert not W.grad[50:].any()
 
 
-def test_on_a_device_pre_activations_of_at_most_a_gibibyte_are_formed_at_once():
+def test_on_a_device_at_most_a_gibibyte_of_pre_activations_is_computed_at_once():
     def at_once(tokens, latents, of):
         return tokens_at_once(tokens, torch.empty(latents, 1, dtype=of, device="meta"), "cuda")
 

@@ -14,19 +14,19 @@ def parameter_with_gradient():
     return W
 
 
-def test_a_gradient_that_is_dropped_makes_room_for_the_next():
+def test_memory_of_a_released_gradient_is_recycled_for_the_next():
     W = parameter_with_gradient()
-    place = W.grad.data_ptr()
+    address = W.grad.data_ptr()
     W.grad.fill_(torch.nan)
     release_gradient(W)
     assert W.grad is None
     again = parameter_with_gradient()
-    assert again.grad.data_ptr() == place
+    assert again.grad.data_ptr() == address
     assert again.grad.sum() == 4 * 16
     release_gradient(again)
 
 
-def test_a_gradient_that_is_not_dropped_is_never_written_to():
+def test_a_gradient_that_is_not_released_is_never_overwritten():
     first, second = parameter_with_gradient(), parameter_with_gradient()
     assert first.grad.data_ptr() != second.grad.data_ptr()
     first.grad = None  # as an optimiser of torch's does: nothing is kept
@@ -34,7 +34,7 @@ def test_a_gradient_that_is_not_dropped_is_never_written_to():
     assert third.grad.data_ptr() != second.grad.data_ptr()
 
 
-def test_a_gradient_of_others_is_dropped_and_not_kept():
+def test_memory_allocated_elsewhere_is_released_and_not_recycled():
     W = torch.nn.Parameter(torch.ones(SHAPE))
     W.grad = torch.ones(SHAPE)
     held = W.grad
@@ -43,15 +43,15 @@ def test_a_gradient_of_others_is_dropped_and_not_kept():
     assert held.sum() == held.numel()
 
 
-def test_the_place_of_a_gradient_that_is_gone_may_be_that_of_others():
+def test_the_address_of_a_freed_gradient_may_belong_to_another_tensor():
     free_memory()
     for _ in range(8):
         lent = parameter_with_gradient()
-        place = lent.grad.data_ptr()
+        address = lent.grad.data_ptr()
         lent.grad = None
         W = torch.nn.Parameter(torch.ones(SHAPE))
         tried = [torch.ones(SHAPE) for _ in range(8)]
-        W.grad = next((grad for grad in tried if grad.data_ptr() == place), tried[0])
+        W.grad = next((grad for grad in tried if grad.data_ptr() == address), tried[0])
         held = W.grad
         release_gradient(W)
         assert reuse_memory(SHAPE, W).data_ptr() != held.data_ptr()
@@ -59,9 +59,9 @@ def test_the_place_of_a_gradient_that_is_gone_may_be_that_of_others():
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4)])
-def test_small_memory_is_left_to_malloc(shape):
+def test_small_memory_is_not_recycled(shape):
     assert reuse_memory(shape, torch.ones(1)).shape == shape
 
 
-def test_dropping_no_gradient_does_nothing():
+def test_releasing_no_gradient_does_nothing():
     release_gradient(torch.nn.Parameter(torch.ones(2)))

@@ -1,4 +1,4 @@
-"""The path of PyTorch's own operators against the reference."""
+"""The torch backend compared with the reference."""
 
 import torch
 
@@ -17,14 +17,14 @@ def test_each_primitive_gives_the_same_bits_twice(inputs, primitive):
     assert torch.equal(first, inputs.call(on_torch, primitive))
 
 
-def test_each_primitive_takes_tensors_that_are_not_contiguous(
+def test_each_primitive_accepts_tensors_that_are_not_contiguous(
     case, primitive, assert_primitive_matches
 ):
     inputs = case.inputs(torch.float32, "cpu").map(lambda tensor: tensor.t().contiguous().t())
     assert_primitive_matches(on_torch, primitive, inputs)
 
 
-def test_each_primitive_takes_no_tokens_at_all(dtype, primitive, make_empty):
+def test_each_primitive_accepts_an_empty_batch(dtype, primitive, make_empty):
     inputs = make_empty(dtype)
     got = inputs.call(on_torch, primitive)
     assert (
@@ -39,7 +39,7 @@ def test_each_primitive_takes_no_tokens_at_all(dtype, primitive, make_empty):
     assert not got.any()
 
 
-def test_sorting_beforehand_changes_no_bit(inputs):
+def test_presorted_pairs_change_no_bit(inputs):
     num_latents = len(inputs.W)
     pairs = sort_pairs(inputs.indices, num_latents)
     outer = (inputs.acts, inputs.indices, inputs.dY, num_latents)

@@ -1,12 +1,11 @@
-"""That what a kernel forgets to write is seen, on every path."""
+"""The fixture that fills allocated memory, so that tests detect unwritten results."""
 
 import pytest
 import torch
 
-from saetrain.kernels import release_gradient
-from saetrain.kernels.grad_memory import reuse_memory
+from saetrain.kernels import grad_memory, release_gradient
 
-LARGE = (1 << 10, 1 << 10)  # bytes that are used again
+LARGE = (1 << 10, 1 << 10)  # enough bytes to be recycled
 
 
 @pytest.mark.parametrize(
@@ -16,22 +15,22 @@ LARGE = (1 << 10, 1 << 10)  # bytes that are used again
         lambda: torch.empty((3, 5), dtype=torch.bfloat16),
         lambda: torch.empty_like(torch.ones(3)),
         lambda: torch.ones(3).new_empty(4),
-        lambda: reuse_memory(LARGE, torch.ones(1)),
+        lambda: grad_memory.reuse_memory(LARGE, torch.ones(1)),
     ],
 )
-def test_fresh_memory_holds_no_number(make):
+def test_allocated_floats_are_nan(make):
     assert bool(make().isnan().all())
 
 
-def test_fresh_whole_numbers_are_no_latent():
+def test_allocated_integers_are_no_valid_index():
     assert torch.empty(7, dtype=torch.int64).tolist() == [-1] * 7
 
 
-def test_memory_of_a_gradient_holds_no_number_when_it_is_used_again():
+def test_recycled_memory_of_a_gradient_is_nan():
     parameter = torch.nn.Parameter(torch.zeros(LARGE))
-    parameter.grad = reuse_memory(LARGE, parameter).fill_(2.0)
-    place = parameter.grad.data_ptr()
+    parameter.grad = grad_memory.reuse_memory(LARGE, parameter).fill_(2.0)
+    address = parameter.grad.data_ptr()
     release_gradient(parameter)
-    again = reuse_memory(LARGE, parameter)
-    assert again.data_ptr() == place
+    again = grad_memory.reuse_memory(LARGE, parameter)
+    assert again.data_ptr() == address
     assert bool(again.isnan().all())

@@ -1,4 +1,4 @@
-"""The reference against loops over numbers and dense formulas, in float64."""
+"""The reference compared with loops over numbers and dense formulas, in float64."""
 
 import torch
 
@@ -6,7 +6,7 @@ from saetrain.kernels import reference
 
 
 def dense_acts(inputs):
-    """[N, M]: acts of repeated latents add up."""
+    """Scatter activations to [N, M]; those of repeated latents are added."""
     dense = torch.zeros(len(inputs.acts), len(inputs.W), dtype=torch.float64)
     for n, row in enumerate(inputs.indices.tolist()):
         for k, m in enumerate(row):

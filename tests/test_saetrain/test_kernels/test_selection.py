@@ -1,4 +1,4 @@
-"""Selections, on each path that runs here: `torch.topk`'s set, but among equal values.
+"""Selections of the CPU's backends compared with `torch.topk`, except among equal values.
 
 Letters: N tokens, M num_latents, K k.
 """
@@ -16,7 +16,7 @@ SIZES += [(5003, 32), (8192, 1), (70_000, 512), (65_536, 512), (2048, 2048), (10
 
 
 @pytest.fixture(params=["reference", "torch"])
-def path(request):
+def backend(request):
     return request.param
 
 
@@ -24,9 +24,9 @@ def make(N, M, dtype=torch.float32, seed=0):
     return torch.randn(N, M, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def check(pre_acts, k, path):
-    """The values are the largest, as many of each; each index holds its value and comes once."""
-    values, indices = topk(pre_acts, k, backend=path)
+def check(pre_acts, k, backend):
+    """Check that values are the k largest, and indices theirs, without duplicates."""
+    values, indices = topk(pre_acts, k, backend=backend)
     assert values.shape == indices.shape == (len(pre_acts), k)
     assert values.dtype == pre_acts.dtype
     assert indices.dtype == torch.int64
@@ -38,12 +38,12 @@ def check(pre_acts, k, path):
 
 @pytest.mark.parametrize("number", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "K"), SIZES)
-def test_the_k_largest_of_each_row_are_selected(M, K, number, path):
-    check(make(3, M, number), K, path)
+def test_the_k_largest_of_each_row_are_selected(M, K, number, backend):
+    check(make(3, M, number), K, backend)
 
 
 @pytest.mark.parametrize("number", DTYPES, ids=str)
-def test_rows_of_a_kind_are_selected_from_as_any_others(number, path):
+def test_special_rows_are_selected_from_correctly(number, backend):
     rows = make(10, 5003, number)
     rows[0] = 0.25
     rows[1] = rows[1].abs().neg() - 1
@@ -55,10 +55,10 @@ def test_rows_of_a_kind_are_selected_from_as_any_others(number, path):
     rows[7] = -torch.arange(5003)
     rows[8, 64:96] = 100.0  # all in one tile
     rows[9, 3::64] = 100.0  # one in every tile
-    check(rows, 32, path)
+    check(rows, 32, backend)
 
 
-def test_tiles_are_what_is_tested_here_where_a_row_is_long():
+def test_long_rows_are_selected_from_by_tiles():
     assert tile_of(make(1, 4608), 32) == 32
     assert tile_of(make(1, 65_536), 32) == 64
     assert tile_of(make(1, 65_536), 512) == 32
@@ -66,35 +66,38 @@ def test_tiles_are_what_is_tested_here_where_a_row_is_long():
 
 
 @pytest.mark.parametrize("number", DTYPES, ids=str)
-@pytest.mark.parametrize("place", [0, 2500, 4991, 5002])
-def test_a_nan_is_reported_by_its_whole_row_and_by_no_other(place, number, path):
+@pytest.mark.parametrize("column", [0, 2500, 4991, 5002])
+def test_a_nan_gives_nan_for_its_whole_row_and_no_other(column, number, backend):
     rows = make(3, 5003, number)
-    rows[1, place] = NAN
-    values, indices = topk(rows, 32, backend=path)
+    rows[1, column] = NAN
+    values, indices = topk(rows, 32, backend=backend)
     assert values[1].isnan().all()
     assert not values[[0, 2]].isnan().any()
     assert indices.min() >= 0
     assert indices.max() < 5003
 
 
-def test_a_row_of_nothing_but_nan_has_indices_in_range(path):
-    values, indices = topk(torch.full((2, 5003), NAN), 32, backend=path)
+def test_a_row_of_nothing_but_nan_has_indices_in_range(backend):
+    values, indices = topk(torch.full((2, 5003), NAN), 32, backend=backend)
     assert values.isnan().all()
     assert indices.min() >= 0
     assert indices.max() < 5003
 
 
-def test_rows_of_a_larger_matrix_are_selected_from(path):
-    check(make(4, 9000)[:, 11:5014], 32, path)
+def test_rows_of_a_larger_matrix_are_selected_from(backend):
+    check(make(4, 9000)[:, 11:5014], 32, backend)
 
 
-def test_no_tokens_give_nothing(path):
-    values, indices = topk(torch.empty(0, 5003), 32, backend=path)
+def test_no_tokens_give_nothing(backend):
+    values, indices = topk(torch.empty(0, 5003), 32, backend=backend)
     assert values.shape == indices.shape == (0, 32)
 
 
-def test_two_selections_have_the_same_bits(path):
+def test_two_selections_have_the_same_bits(backend):
     rows = make(4, 5003).round(decimals=1)  # many are equal
-    (values, indices), (again, places) = topk(rows, 32, backend=path), topk(rows, 32, backend=path)
+    (values, indices), (again, indices_again) = (
+        topk(rows, 32, backend=backend),
+        topk(rows, 32, backend=backend),
+    )
     assert torch.equal(values, again)
-    assert torch.equal(indices, places)
+    assert torch.equal(indices, indices_again)

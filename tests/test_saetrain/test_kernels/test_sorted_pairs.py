@@ -10,7 +10,7 @@ def test_pairs_are_in_order_of_latent_and_then_of_token():
     assert pairs.offsets.tolist() == [0, 3, 4, 4, 4, 6, 6]
 
 
-def test_no_pairs_leave_every_latent_empty():
+def test_without_pairs_every_segment_is_empty():
     pairs = sort_pairs(torch.empty(0, 3, dtype=torch.int64), num_latents=2)
     assert pairs.order.tolist() == []
     assert pairs.offsets.tolist() == [0, 0, 0]
@@ -28,7 +28,7 @@ def make_indices():
     return torch.randint(11, (50, 4), generator=torch.Generator().manual_seed(0))
 
 
-def test_pairs_that_are_shared_are_found_on_the_same_indices_only():
+def test_shared_pairs_belong_to_one_tensor_of_indices():
     indices = make_indices()
     once = SharedSortedPairs(indices, 11)
     once.attach_to(indices)
@@ -38,7 +38,7 @@ def test_pairs_that_are_shared_are_found_on_the_same_indices_only():
     assert SharedSortedPairs.of(indices[:, :2], 11) is not once
 
 
-def test_pairs_are_sorted_once_and_anew_when_the_indices_are_written_to():
+def test_pairs_are_sorted_once_and_again_after_a_write_to_the_indices():
     indices = make_indices()
     once = SharedSortedPairs(indices, 11)
     assert once.get() is once.get()

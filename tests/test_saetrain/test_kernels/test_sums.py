@@ -34,7 +34,7 @@ def test_every_term_of_total_has_gradient_one() -> None:
     assert torch.equal(values.grad, torch.ones(5000))
 
 
-def test_on_a_device_it_is_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_device_total_is_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "host_can_read", lambda _: False)
     values = torch.rand(100_000)
     assert torch.equal(total(values), values.sum())

@@ -1,4 +1,4 @@
-"""Updates in place against the reference. Letters: M num_latents, D d_in."""
+"""Updates in place compared with the reference. Letters: M num_latents, D d_in."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ KINDS = [("signum", 2), ("adam", 3)]
 
 
 def problem(states, shape=(37, 19), dtype=torch.float32, seed=0):
-    """Weights with rows of norm 1, the state, and the gradient; v is not negative."""
+    """Make weights with rows of norm 1, the state, and the gradient; v is not negative."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=generator).to(dtype) for _ in range(states + 1)]
     if len(shape) == 2:
@@ -52,7 +52,7 @@ def parts(request, monkeypatch):
 @pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize(("kind", "states"), KINDS)
 @pytest.mark.usefixtures("parts")
-def test_an_update_is_that_of_the_reference(kind, states, unit, number):
+def test_an_update_matches_the_reference(kind, states, unit, number):
     ours, truth = problem(states, dtype=number), problem(states, dtype=torch.float64)
     if kind == "signum":  # a gradient that is 0 moves nothing; others are not near it
         for tensors in (ours, truth):
@@ -84,7 +84,7 @@ def test_a_step_of_signum_in_parts_is_the_same_bit_for_bit(monkeypatch):
 @pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize(("kind", "states"), KINDS)
 @pytest.mark.parametrize("ops", [reference, update], ids=["reference", "torch"])
-def test_where_the_flag_is_false_only_the_gradients_norms_are_written(ops, kind, states, unit):
+def test_if_ok_is_false_only_the_gradients_norms_are_written(ops, kind, states, unit):
     tensors, found = problem(states), outputs((37, 19))
     tensors[-1][5, 5] = torch.nan
     before = [tensor.clone() for tensor in tensors[:-1]]
@@ -101,19 +101,19 @@ def test_where_the_flag_is_false_only_the_gradients_norms_are_written(ops, kind,
 @pytest.mark.parametrize("ops", [reference, update], ids=["reference", "torch"])
 @pytest.mark.parametrize("ok", [None, True])
 @pytest.mark.usefixtures("parts")
-def test_numbers_on_the_device_stand_for_those_that_are_told(ops, kind, states, unit, number, ok):
-    """What is told besides is not looked at."""
+def test_numbers_on_the_device_replace_the_arguments(ops, kind, states, unit, number, ok):
+    """Check that the arguments they replace are ignored."""
     ok = None if ok is None else torch.tensor(ok)
-    told = [SIGNUM["lr"], SIGNUM["mix"]]
+    given_numbers = [SIGNUM["lr"], SIGNUM["mix"]]
     if kind == "adam":
         given = (ADAM[name] for name in ("lr", "weight_decay", "beta1", "beta2", "step"))
-        told = adam_numbers(*given)
+        given_numbers = adam_numbers(*given)
     wrong = {"lr": 9.0, "mix": 0.9} if kind == "signum" else {"lr": 9.0, "step": 100}
     options = SIGNUM if kind == "signum" else ADAM
     ours, truth = problem(states, dtype=number), problem(states, dtype=number)
     got, want = outputs((37, 19), torch.float32), outputs((37, 19), torch.float32)
     function = getattr(ops, f"{kind}_update_")
-    numbers = torch.tensor(told, dtype=torch.float32)
+    numbers = torch.tensor(given_numbers, dtype=torch.float32)
     given = options | wrong | got
     function(*ours, UpdateOptions(**given, unit=unit, ok=ok, numbers=numbers))
     call(kind, reference, truth, unit=unit, ok=ok, **want)
@@ -124,14 +124,14 @@ def test_numbers_on_the_device_stand_for_those_that_are_told(ops, kind, states, 
 
 
 @pytest.mark.parametrize(("kind", "states"), KINDS)
-def test_a_vector_is_updated_too(kind, states):
+def test_a_vector_can_be_updated(kind, states):
     ours, truth = problem(states, (23,)), problem(states, (23,), torch.float64)
     call(kind, update, ours, unit=False)
     call(kind, reference, truth, unit=False)
     torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-6, atol=1e-7)
 
 
-def test_the_public_functions_take_the_path_of_the_weights(monkeypatch):
+def test_the_public_functions_select_the_backend_of_the_weights(monkeypatch):
     for name, function, states in (("signum", signum_update_, 2), ("adam", adam_update_, 3)):
         options = SIGNUM if name == "signum" else ADAM
         by_variable, by_argument = problem(states), problem(states)
@@ -143,15 +143,15 @@ def test_the_public_functions_take_the_path_of_the_weights(monkeypatch):
         assert torch.equal(by_variable[0], by_argument[0])
 
 
-def test_adam_is_torchs():
-    """Three steps without projection, against torch's AdamW."""
+def test_adam_equals_torchs():
+    """Compare three steps without projection with torch's AdamW."""
     w, m, v, _ = problem(3)
     m.zero_(), v.zero_()
-    peer = torch.nn.Parameter(w.clone())
-    adam = torch.optim.AdamW([peer], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    parameter = torch.nn.Parameter(w.clone())
+    adam = torch.optim.AdamW([parameter], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
     for step in range(1, 4):
         grad = problem(3, seed=step)[-1]
-        peer.grad = grad.clone()
+        parameter.grad = grad.clone()
         adam.step()
         adam_update_(w, m, v, grad, UpdateOptions(**ADAM | {"step": step}))
-    torch.testing.assert_close(w, peer.data, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(w, parameter.data, rtol=1e-6, atol=1e-7)

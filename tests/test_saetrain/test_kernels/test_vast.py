@@ -1,6 +1,6 @@
-"""Sizes past 2^31 on torch's path, over tensors that take memory only where they are written.
+"""Sizes above 2^31 with the torch backend, on tensors whose memory is allocated when written.
 
-What would write or sort all of them is tested for its types on "meta", or is marked `soak`.
+Functions that would write or sort all numbers are tested on "meta", or marked `soak`.
 
 Letters: N tokens, D d_in, M num_latents, K k.
 """
@@ -38,7 +38,7 @@ def test_rows_of_weights_are_gathered(lazily, last, in_order):
 
 @pytest.mark.soak
 def test_rows_of_a_gradient_are_written(last):
-    """4 GB, all of them."""
+    """Write all rows, 4 GB."""
     got = on_torch.scatter_outer(ones(1, 1), last, ones(1, D), M)
     assert got.numel() > LIMIT
     assert bool((got[-1] == 1).all())
@@ -47,7 +47,7 @@ def test_rows_of_a_gradient_are_written(last):
 
 @pytest.mark.soak
 def test_more_pairs_are_gathered(lazily):
-    """17 GB are read, and none of them is there."""
+    """Read 17 GB of zeros that are never allocated."""
     N, K = 2, 2**30 + 4
     acts, indices = lazily(N, K, dtype=BF16), lazily(N, K, dtype=torch.int64)
     acts[-1, -4:], indices[-1, -4:] = 1.0, 2
@@ -73,7 +73,7 @@ def test_the_largest_of_more_pre_acts_are_selected(lazily):
 @pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
 def test_the_last_rows_of_weights_are_updated(lazily, monkeypatch, optimizer, unit):
-    """The last part that is worked on; that parts go round all rows is another test's."""
+    """Update the last part only; `test_parts_cover_all_rows` covers the others."""
     parts = update._parts
     monkeypatch.setattr(update, "_parts", lambda tensor: list(parts(tensor))[-1:])
     rows = 16
@@ -93,7 +93,7 @@ def test_the_last_rows_of_weights_are_updated(lazily, monkeypatch, optimizer, un
         assert torch.equal(got[-rows:], expected)
 
 
-def test_parts_go_round_all_rows(lazily):
+def test_parts_cover_all_rows(lazily):
     tensor = lazily(M, D, dtype=BF16)
     parts = list(update._parts(tensor))
     assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
@@ -102,7 +102,7 @@ def test_parts_go_round_all_rows(lazily):
     assert tensor[parts[-1]].storage_offset() > LIMIT
 
 
-def test_places_of_more_pairs_have_64_bits():
+def test_offsets_of_more_pairs_have_64_bits():
     indices = torch.empty(LIMIT // 8 + 1, 8, device="meta", dtype=torch.int64)
     pairs = sort_pairs(indices, 3)
     assert pairs.order.shape == pairs.token.shape == (LIMIT + 8,)

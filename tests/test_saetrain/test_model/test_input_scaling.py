@@ -1,4 +1,4 @@
-"""Rows scaled in training, and weights that take them raw."""
+"""Input scales folded into the saved weights. Letters: D d_in, M num_latents, K k."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def random_sae(config: SaeConfig, seed: int = 0) -> Any:
 @pytest.mark.parametrize(
     "activation", ["topk", "batchtopk", "groupmax", "jumprelu", "relu", "gated"]
 )
-def test_the_weights_for_raw_rows_are_the_same_function_with_the_same_decoder(
+def test_weights_for_unscaled_rows_compute_the_same_function_with_the_same_decoder(
     activation: Any,
 ) -> None:
     config, scale = SaeConfig(D, M, K, activation=activation), 0.03
@@ -65,7 +65,7 @@ def test_the_weights_for_raw_rows_are_the_same_function_with_the_same_decoder(
 
 
 @pytest.mark.parametrize("kind", ["transcoder", "transcoder with a skip", "crosscoder"])
-def test_each_hookpoint_has_a_scale_of_its_own(kind: str) -> None:
+def test_each_hookpoint_has_its_own_scale(kind: str) -> None:
     config = SaeConfig(D, M, K, transcode=True, d_out=4, skip_connection="skip" in kind)
     widths = (D, 4)
     if kind == "crosscoder":
@@ -84,14 +84,14 @@ def test_each_hookpoint_has_a_scale_of_its_own(kind: str) -> None:
     torch.testing.assert_close(raw.top_acts, scaled.top_acts)
 
 
-def test_a_weight_of_unknown_unit_is_not_let_through() -> None:
+def test_a_weight_of_unknown_unit_raises() -> None:
     scaling = input_scaling(SaeEntry("h", SaeConfig(D, M, K), 1.0, 0, scales=(2.0,)), CPU)
     assert scaling is not None
     with pytest.raises(AssertionError, match="novel"):
         scaling.fold_into({"novel": torch.zeros(1)})
 
 
-def test_scales_are_of_the_root_mean_square_of_the_training_rows(
+def test_scales_normalise_the_root_mean_square_of_the_training_rows(
     options: Options, cache_path: Path
 ) -> None:
     cache = Cache.open(cache_path)
@@ -112,11 +112,11 @@ def test_scales_are_of_the_root_mean_square_of_the_training_rows(
 
 
 @pytest.mark.parametrize("settings", [{}, {"decoder_norm": "fold"}, {"activation": "batchtopk"}])
-def test_a_run_does_not_depend_on_the_unit_of_its_rows_and_what_it_saves_takes_them_raw(
+def test_a_run_is_independent_of_the_unit_of_its_rows_and_saves_weights_for_unscaled_rows(
     options: Options, make_cache: Callable[..., Path], settings: dict[str, Any]
 ) -> None:
-    """Rows 64 times as large, a power of 2: the same numbers, bit for bit, but for the unit."""
-    found, saved = [], []
+    """Scale rows by 64, a power of 2: results are bit for bit the same except for the unit."""
+    logged, saved = [], []
     for times in (1.0, 64.0):
 
         def rows(_: str, shard: int, count: int, width: int, times: float = times) -> Any:
@@ -138,15 +138,15 @@ def test_a_run_does_not_depend_on_the_unit_of_its_rows_and_what_it_saves_takes_t
         fit(config)
         root = Path(config.out)
         lines = [json.loads(line) for line in (root / METRICS).read_text().splitlines()]
-        found.append([line["saes"] for line in lines if "saes" in line])
+        logged.append([line["saes"] for line in lines if "saes" in line])
         (held_out,) = [line["val"] for line in lines if "val" in line]
         for figure in evaluate(root).saes:
             assert figure.fvu == pytest.approx(held_out[figure.name]["fvu"], rel=1e-3)
-            last = found[-1][-1][figure.name]["fvu"]
+            last = logged[-1][-1][figure.name]["fvu"]
             assert figure.fvu == pytest.approx(last, rel=0.5)  # not off by a scale
             assert figure.fvu < 1
         saved.append(load_file(root / "layers.0" / "sae.safetensors"))
-    assert found[0] == found[1]
+    assert logged[0] == logged[1]
     small, large = saved
     assert torch.equal(small["encoder.weight"], large["encoder.weight"])
     assert torch.equal(small["W_dec"], large["W_dec"])

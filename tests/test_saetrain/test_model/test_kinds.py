@@ -43,7 +43,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def make(config: SaeConfig) -> Sae:
-    """An SAE in float64 whose every parameter is random."""
+    """Build an SAE in float64 with random parameters."""
     sae = build_sae(config, dtype=torch.float64)
     with torch.no_grad():
         for seed, (name, parameter) in enumerate(sae.named_parameters()):
@@ -57,7 +57,7 @@ def rows_for(config: SaeConfig) -> Tensor:
     return torch.randn(N, width, generator=generator(99), dtype=torch.float64)
 
 
-def objective_for(config: SaeConfig) -> LossConfig:
+def loss_config_for(config: SaeConfig) -> LossConfig:
     parts = (OutputSlice("a", 5, 3.0), OutputSlice("b", 6, 4.5)) if config.widths else ()
     return make_loss_config(config, 0, parts)
 
@@ -65,12 +65,12 @@ def objective_for(config: SaeConfig) -> LossConfig:
 # --- the formulas, densely -----------------------------------------------------------------------
 
 
-def keep(pre_acts: Tensor, chosen: Tensor) -> Tensor:
-    return torch.where(chosen, pre_acts.relu(), 0)
+def keep(pre_acts: Tensor, selected: Tensor) -> Tensor:
+    return torch.where(selected, pre_acts.relu(), 0)
 
 
 def plain_acts(sae: Sae, config: SaeConfig, pre: Tensor) -> Tensor:
-    """z. [N, M]; a straight-through estimate is written as what it adds: its slope times θ - θ."""
+    """Compute z [N, M]; straight-through estimates are a term: the slope times θ - θ.detach()."""
     if config.activation == "topk":
         return keep(pre, pre >= pre.sort(dim=1, descending=True).values[:, K - 1 : K])
     if config.activation == "batchtopk":
@@ -97,7 +97,7 @@ def jump(sae: Sae, pre: Tensor) -> tuple[Tensor, float, Tensor]:
 
 
 def plain_penalty(sae: Sae, config: SaeConfig, pre: Tensor, parts: list[slice]) -> Tensor:
-    """Summed over the batch."""
+    """Compute the penalty, summed over the batch."""
     if config.activation == "jumprelu":
         theta, width, window = jump(sae, pre)
         slope = -(window / width).detach()
@@ -107,7 +107,7 @@ def plain_penalty(sae: Sae, config: SaeConfig, pre: Tensor, parts: list[slice]) 
 
 
 def plain_loss(sae: Sae, config: SaeConfig, rows: Tensor, dead: Tensor | None) -> Tensor:
-    loss_config = objective_for(config)
+    loss_config = loss_config_for(config)
     x, y = (rows[:, :D], rows[:, D:]) if config.transcode else (rows, rows)
     pre = (x if config.transcode else x - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [N, M]
     parts, variances = [slice(None)], [VARIANCE]
@@ -149,7 +149,7 @@ def plain_loss(sae: Sae, config: SaeConfig, rows: Tensor, dead: Tensor | None) -
 def assert_equal_with_gradients(config: SaeConfig, dead: Tensor | None) -> None:
     sae, rows = make(config), rows_for(config)
     names, parameters = zip(*sae.named_parameters(), strict=True)
-    ours = compute_losses(sae, rows, VARIANCE, dead, objective_for(config)).total(ALPHA)
+    ours = compute_losses(sae, rows, VARIANCE, dead, loss_config_for(config)).total(ALPHA)
     plain = plain_loss(sae, config, rows, dead)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
     found = torch.autograd.grad(ours, parameters, allow_unused=True)
@@ -165,7 +165,7 @@ def assert_equal_with_gradients(config: SaeConfig, dead: Tensor | None) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_loss_and_all_gradients_of_every_activation_in_every_shape_are_the_formulas(
+def test_loss_and_all_gradients_of_every_activation_and_shape_match_the_formulas(
     activation: str, shape: str
 ) -> None:
     config = SaeConfig(D, M, K, activation=activation, **CONFIGS[activation], **SHAPES[shape])  # type: ignore[arg-type]
@@ -175,20 +175,20 @@ def test_loss_and_all_gradients_of_every_activation_in_every_shape_are_the_formu
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_prefixes_go_with_every_activation_and_shape(activation: str, shape: str) -> None:
+def test_prefixes_work_with_every_activation_and_shape(activation: str, shape: str) -> None:
     config = SaeConfig(D, M, K, activation=activation, **CONFIGS[activation], **SHAPES[shape])  # type: ignore[arg-type]
     assert_equal_with_gradients(replace(config, matryoshka=(4, 19)), DEAD)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_multi_topk_reaches_the_encoder_too(shape: str) -> None:
-    """In sparsify it does not: pre_acts have no gradient there."""
+def test_multi_topk_has_a_gradient_to_the_encoder(shape: str) -> None:
+    """Check a difference from sparsify, where pre_acts have no gradient."""
     assert_equal_with_gradients(SaeConfig(D, M, K, multi_topk=True, **SHAPES[shape]), DEAD)
 
 
 @pytest.mark.parametrize("path", ["reference", "torch"])
 @pytest.mark.parametrize("activation", ["batchtopk", "groupmax"])
-def test_selections_have_the_same_gradients_on_every_path_of_the_kernels(
+def test_selections_have_the_same_gradients_with_every_backend(
     activation: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAETRAIN_KERNELS", path)
@@ -198,7 +198,9 @@ def test_selections_have_the_same_gradients_on_every_path_of_the_kernels(
 # --- what each activation promises besides -------------------------------------------------------
 
 
-def test_batchtopk_gives_a_row_as_many_latents_as_it_needs_beyond_four_times_k() -> None:
+def test_batchtopk_activates_more_than_four_times_k_latents_in_a_row_if_they_are_the_largest() -> (
+    None
+):
     sae = make(SaeConfig(D, M, K, activation="batchtopk"))
     rows = rows_for(SaeConfig(D, M, K)) * 0.01
     with torch.no_grad():
@@ -236,7 +238,7 @@ def test_the_threshold_of_batchtopk_is_a_running_mean_of_smallest_activations() 
     assert float(activation.threshold) == pytest.approx(2.1)
 
 
-def test_batchtopk_after_training_treats_every_row_by_itself() -> None:
+def test_batchtopk_after_training_is_independent_of_the_batch() -> None:
     sae = make(SaeConfig(D, M, K, activation="batchtopk")).eval()
     assert isinstance(sae.activation, BatchTopK)
     sae.activation.threshold.fill_(0.8)
@@ -249,7 +251,7 @@ def test_batchtopk_after_training_treats_every_row_by_itself() -> None:
     torch.testing.assert_close(output.reconstruction, alone)
 
 
-def test_thresholds_of_jumprelu_stay_at_zero_or_above_and_let_nothing_negative_through() -> None:
+def test_thresholds_of_jumprelu_are_clamped_at_zero_and_activations_are_not_negative() -> None:
     sae = make(SaeConfig(D, M, K, activation="jumprelu"))
     assert isinstance(sae.activation, JumpRelu)
     with torch.no_grad():
@@ -259,7 +261,7 @@ def test_thresholds_of_jumprelu_stay_at_zero_or_above_and_let_nothing_negative_t
     assert (sae.activation.threshold == 0).all()
 
 
-def test_jumprelu_begins_at_its_threshold_in_the_unit_of_the_rows() -> None:
+def test_jumprelu_starts_at_its_threshold_in_the_unit_of_the_rows() -> None:
     config = SaeConfig(D, M, K, activation="jumprelu", threshold=0.5, bandwidth=0.25)
     activation = build_sae(config, unit=8.0).activation
     assert isinstance(activation, JumpRelu)
@@ -280,9 +282,7 @@ def test_a_penalty_rises_over_its_warm_up_and_is_logged_unweighted() -> None:
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
 @pytest.mark.parametrize("activation", ["relu", "gated", "jumprelu"])
-def test_the_penalty_weighs_the_same_whatever_the_scale_of_the_rows(
-    activation: str, scale: float
-) -> None:
+def test_the_penalty_is_independent_of_the_scale_of_the_rows(activation: str, scale: float) -> None:
     config = SaeConfig(D, M, K, activation=activation, sparsity=0.3)  # type: ignore[arg-type]
     sae, rows = make(config), rows_for(config)
     once = compute_losses(sae, rows, VARIANCE, None, make_loss_config(config, 0)).total(0.0)
@@ -296,10 +296,10 @@ def test_the_penalty_weighs_the_same_whatever_the_scale_of_the_rows(
     torch.testing.assert_close(once, rescaled)
 
 
-def test_a_crosscoder_weighs_its_hookpoints_alike_and_reports_each() -> None:
+def test_a_crosscoder_weights_its_hookpoints_equally_and_logs_each() -> None:
     config = SaeConfig(D, M, K, widths=(5, 6))
     sae, rows = make(config), rows_for(config)
-    loss_config = objective_for(config)
+    loss_config = loss_config_for(config)
     losses = compute_losses(sae, rows, VARIANCE, None, loss_config)
     error = (rows - sae(rows).reconstruction).pow(2)
     parts = [error[:, :5].sum() / (N * 3.0), error[:, 5:].sum() / (N * 4.5)]
@@ -309,7 +309,7 @@ def test_a_crosscoder_weighs_its_hookpoints_alike_and_reports_each() -> None:
     torch.testing.assert_close(losses.fvu, (parts[0] + parts[1]) / 2)
 
 
-def test_a_transcoder_begins_with_a_decoder_of_zeros_and_keeps_its_norms() -> None:
+def test_a_transcoder_starts_with_a_zero_decoder_and_its_rows_are_not_normalised() -> None:
     sae = build_sae(SaeConfig(D, M, K, transcode=True, d_out=E))
     assert sae.W_dec.shape == (M, E)
     assert (sae.W_dec == 0).all()
@@ -322,7 +322,7 @@ def test_a_transcoder_begins_with_a_decoder_of_zeros_and_keeps_its_norms() -> No
     assert (sae.W_dec.grad == 1).all()
 
 
-def test_batchtopk_has_no_more_slots_than_the_fullest_row_needs() -> None:
+def test_batchtopk_has_as_many_slots_as_the_fullest_row() -> None:
     sae, rows = make(SaeConfig(D, M, K, activation="batchtopk")), rows_for(SaeConfig(D, M, K))
     top_acts = sae(rows).top_acts
     assert top_acts.shape[1] == (top_acts > 0).sum(dim=1).max()

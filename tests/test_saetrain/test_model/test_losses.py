@@ -39,7 +39,7 @@ def dead_mask(*latents: int) -> torch.Tensor:
 
 
 def plain_auxk(sae: Sae, x: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-    """The formula of Gao et al. written densely, over all latents at once."""
+    """Compute the formula of Gao et al. densely, over all latents at once."""
     pre_acts = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()  # [N, M]
     z = torch.zeros_like(pre_acts).scatter(1, *reversed(pre_acts.topk(K, dim=1)))
     residual = (x - (z @ sae.W_dec + sae.b_dec)).detach()  # [N, D]
@@ -60,16 +60,14 @@ def gradients(loss: torch.Tensor, sae: Sae) -> dict[str, torch.Tensor]:
     }
 
 
-def test_fvu_is_the_squared_error_over_the_variance_of_as_many_rows(
-    sae: Sae, x: torch.Tensor
-) -> None:
+def test_fvu_is_the_squared_error_over_n_times_the_variance(sae: Sae, x: torch.Tensor) -> None:
     losses = compute_losses(sae, x, VARIANCE, None)
     expected = (x - sae(x).reconstruction).pow(2).sum() / (N * VARIANCE)
     torch.testing.assert_close(losses.fvu, expected)
     assert losses.auxk == 0
 
 
-def test_the_loss_divides_by_the_variance_it_is_given_and_not_by_the_batchs(
+def test_the_loss_is_divided_by_the_given_variance_and_not_by_the_batchs(
     sae: Sae, x: torch.Tensor
 ) -> None:
     dead = dead_mask(1, 2, 3, 4, 5, 6)
@@ -89,7 +87,7 @@ def test_the_loss_divides_by_the_variance_it_is_given_and_not_by_the_batchs(
     [dead_mask(*range(8, 28)), dead_mask(2, 11, 29), dead_mask(17), dead_mask(*range(M))],
     ids=["more than k_aux", "fewer than k_aux", "one", "all"],
 )
-def test_auxk_and_every_gradient_of_it_equal_the_plain_formula(
+def test_auxk_and_all_its_gradients_equal_the_dense_formula(
     sae: Sae, x: torch.Tensor, dead: torch.Tensor
 ) -> None:
     ours, plain = compute_losses(sae, x, VARIANCE, dead).auxk, plain_auxk(sae, x, dead)
@@ -99,9 +97,7 @@ def test_auxk_and_every_gradient_of_it_equal_the_plain_formula(
         torch.testing.assert_close(gradient, expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_auxk_reaches_the_encoder_and_decoder_rows_of_dead_latents_and_no_others(
-    sae: Sae, x: torch.Tensor
-) -> None:
+def test_auxk_has_gradients_to_the_weights_of_dead_latents_only(sae: Sae, x: torch.Tensor) -> None:
     dead = dead_mask(3, 9, 12, 20, 21)
     found = gradients(compute_losses(sae, x, VARIANCE, dead).auxk, sae)
     for name in ("W_enc", "b_enc", "W_dec"):
@@ -109,8 +105,8 @@ def test_auxk_reaches_the_encoder_and_decoder_rows_of_dead_latents_and_no_others
         assert torch.equal(reached, dead), name
 
 
-def test_auxk_does_not_pull_at_what_left_the_residual(sae: Sae, x: torch.Tensor) -> None:
-    """The residual is a target: were it not detached, living latents would feel AuxK too."""
+def test_auxk_has_no_gradient_through_the_residual(sae: Sae, x: torch.Tensor) -> None:
+    """Check that the residual is detached: other latents have no gradient of AuxK."""
     dead = dead_mask(0, 1, 2)
     with torch.no_grad():
         sae.b_enc[dead] = -100.0  # dead latents predict nothing, so AuxK is the residual itself
@@ -138,7 +134,7 @@ def test_without_dead_latents_auxk_is_zero(
     (losses.fvu + losses.auxk / 32).backward()
 
 
-def test_a_list_of_fixed_length_holds_the_dead_first_and_gives_all_their_turn() -> None:
+def test_a_list_of_fixed_length_has_dead_latents_first_and_lists_all_in_rotation() -> None:
     dead, seen = dead_mask(*range(0, M, 2)), set()
     for step in range(M // 3 + 1):
         listed = list_dead_in(dead, 3, step)
@@ -152,10 +148,10 @@ def test_a_list_of_fixed_length_holds_the_dead_first_and_gives_all_their_turn() 
 
 
 @pytest.mark.parametrize("dead", [dead_mask(2, 11, 29), dead_mask(*range(8, 28)), dead_mask()])
-def test_auxk_of_a_list_with_room_to_spare_is_that_of_the_dead(
+def test_auxk_of_a_list_longer_than_the_number_of_dead_latents_uses_dead_ones_only(
     sae: Sae, x: torch.Tensor, dead: torch.Tensor
 ) -> None:
-    """So it is done on a GPU."""
+    """Check the list of fixed length that is used on a GPU."""
     parts = (OutputSlice("", D, VARIANCE),)
     residual = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(5))
     padded = auxk_loss(sae, x, residual, list_dead_in(dead, M, 4), parts)

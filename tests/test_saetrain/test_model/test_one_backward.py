@@ -1,4 +1,4 @@
-"""Sparse latents are encoded, decoded and differentiated once, whatever is trained on.
+"""One encoding, decoding and backward pass of sparse latents for all losses.
 
 Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 """
@@ -63,7 +63,7 @@ def gradients(
 
 @pytest.mark.parametrize("loss_config", [FVU_ONLY, MATRYOSHKA, MULTI_TOPK])
 @pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES.keys())
-def test_rows_of_dead_latents_have_the_gradient_that_indexing_gives(
+def test_weight_rows_of_dead_latents_have_the_gradient_of_indexing(
     monkeypatch: pytest.MonkeyPatch,
     loss_config: LossConfig,
     settings: dict[str, Any],
@@ -118,7 +118,7 @@ def test_a_step_multiplies_by_the_encoder_once_and_sorts_once(
 
 
 @pytest.mark.parametrize(("build", "loss_config", "width"), KINDS.values(), ids=KINDS.keys())
-def test_losses_and_gradients_are_those_of_the_reference(
+def test_losses_and_gradients_match_the_reference(
     monkeypatch: pytest.MonkeyPatch,
     build: Callable[[], Sae],
     loss_config: LossConfig,
@@ -126,21 +126,21 @@ def test_losses_and_gradients_are_those_of_the_reference(
     accumulate: Callable[..., Any],
 ) -> None:
     results = []
-    for path in ("torch", "reference"):
-        monkeypatch.setenv("SAETRAIN_KERNELS", path)
+    for backend in ("torch", "reference"):
+        monkeypatch.setenv("SAETRAIN_KERNELS", backend)
         sae = build()
         given = {"dead": DEAD, "loss_config": loss_config, "auxk_alpha": 0.5}
         found = accumulate(sae, rows(width), variance=2.5, **given)
         named = {"fvu": found.fvu, "auxk": found.auxk}
         named |= {str(n): term.value for n, term in enumerate(found.terms)}
         results.append(named | {n: p.grad for n, p in sae.named_parameters() if p.grad is not None})
-    ours, truth = results
-    assert ours.keys() == truth.keys()
+    ours, reference = results
+    assert ours.keys() == reference.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(value, truth[name], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(value, reference[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_every_sparse_activation_says_how_it_selects_and_batchtopk_only_in_training() -> None:
+def test_every_sparse_activation_has_a_selector_and_batchtopk_only_in_training() -> None:
     for activation in (TopK(K), BatchTopK(K), GroupMax(K)):
         assert activation.selector() is not None
         assert (activation.eval().selector() is None) == isinstance(activation, BatchTopK)

@@ -1,4 +1,4 @@
-"""The module against sparsify's. Letters: N tokens, D d_in, M num_latents, K k."""
+"""The SAE module compared with sparsify's. Letters: N tokens, D d_in, M num_latents, K k."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def batch(seed: int = 4) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
 @pytest.mark.parametrize("d_in", [1, 5, 16, 100, 576])
-def test_initial_weights_are_the_peers_bit_for_bit(
+def test_initial_weights_equal_sparsifys_bit_for_bit(
     make_peer: Callable[..., Any], d_in: int, seed: int
 ) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        peer = make_peer(d_in, 96, 4)
+        sparse_coder = make_peer(d_in, 96, 4)
     sae = Sae(d_in, 96, 4, seed=seed)
-    assert torch.equal(sae.W_enc, peer.encoder.weight)
-    assert torch.equal(sae.W_dec, peer.W_dec)
-    assert torch.equal(sae.b_enc, peer.encoder.bias)
-    assert torch.equal(sae.b_dec, peer.b_dec)
+    assert torch.equal(sae.W_enc, sparse_coder.encoder.weight)
+    assert torch.equal(sae.W_dec, sparse_coder.W_dec)
+    assert torch.equal(sae.b_enc, sparse_coder.encoder.bias)
+    assert torch.equal(sae.b_dec, sparse_coder.b_dec)
 
 
-def test_initial_decoder_rows_have_unit_norm_and_the_encoder_s_directions() -> None:
+def test_initial_decoder_rows_have_unit_norm_and_the_encoders_directions() -> None:
     sae = Sae(D, M, K)
     assert sae.W_dec.norm(dim=1).sub(1).abs().max() < 1e-6
     cosine = torch.nn.functional.cosine_similarity(sae.W_enc, sae.W_dec)
@@ -49,21 +49,21 @@ def test_initial_decoder_rows_have_unit_norm_and_the_encoder_s_directions() -> N
     assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
 
 
-def test_building_leaves_the_global_random_state_alone() -> None:
+def test_building_does_not_change_the_global_random_state() -> None:
     before = torch.get_rng_state()
     Sae(D, M, K, seed=9)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_forward_pass_is_the_peers(make_peer: Callable[..., Any]) -> None:
-    sae, peer = Sae(D, M, K, dtype=torch.float64), make_peer(D, M, K, dtype=torch.float64)
+def test_the_forward_pass_equals_sparsifys(make_peer: Callable[..., Any]) -> None:
+    sae, sparse_coder = Sae(D, M, K, dtype=torch.float64), make_peer(D, M, K, dtype=torch.float64)
     randomised(sae)
     with torch.no_grad():
-        peer.encoder.weight.copy_(sae.W_enc)
-        peer.encoder.bias.copy_(sae.b_enc)
-        peer.W_dec.copy_(sae.W_dec)
-        peer.b_dec.copy_(sae.b_dec)
-    ours, theirs = sae(batch()), peer(batch())
+        sparse_coder.encoder.weight.copy_(sae.W_enc)
+        sparse_coder.encoder.bias.copy_(sae.b_enc)
+        sparse_coder.W_dec.copy_(sae.W_dec)
+        sparse_coder.b_dec.copy_(sae.b_dec)
+    ours, theirs = sae(batch()), sparse_coder(batch())
     torch.testing.assert_close(ours.reconstruction, theirs.sae_out, rtol=1e-12, atol=1e-12)
     # Neither orders the K latents of a row.
     ours_order, theirs_order = ours.top_indices.sort(), theirs.latent_indices.sort()
@@ -74,7 +74,7 @@ def test_the_forward_pass_is_the_peers(make_peer: Callable[..., Any]) -> None:
     )
 
 
-def test_the_forward_pass_is_its_formula_with_few_latents_active() -> None:
+def test_the_forward_pass_equals_its_formula_with_few_latents_active() -> None:
     sae = Sae(D, M, K, dtype=torch.float64)
     randomised(sae)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_the_forward_pass_is_its_formula_with_few_latents_active() -> None:
     assert (sae(x).top_acts >= 0).all()
 
 
-def test_normalising_gives_unit_rows_and_keeps_a_zero_row_finite() -> None:
+def test_normalising_gives_unit_rows_and_a_zero_row_stays_finite() -> None:
     sae = Sae(D, M, K)
     randomised(sae)
     with torch.no_grad():
@@ -99,19 +99,19 @@ def test_normalising_gives_unit_rows_and_keeps_a_zero_row_finite() -> None:
     assert norms[torch.arange(M) != 3].sub(1).abs().max() < 1e-6
 
 
-def test_the_parallel_part_of_the_gradient_is_taken_out_as_the_peer_does(
+def test_the_parallel_component_of_the_gradient_is_removed_as_in_sparsify(
     make_peer: Callable[..., Any],
 ) -> None:
-    sae, peer = Sae(D, M, K, dtype=torch.float64), make_peer(D, M, K, dtype=torch.float64)
+    sae, sparse_coder = Sae(D, M, K, dtype=torch.float64), make_peer(D, M, K, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(M, D, generator=generator, dtype=torch.float64)
     sae.W_dec.grad = gradient.clone()
     with torch.no_grad():
-        peer.W_dec.copy_(sae.W_dec)
-    peer.W_dec.grad = gradient.clone()
+        sparse_coder.W_dec.copy_(sae.W_dec)
+    sparse_coder.W_dec.grad = gradient.clone()
     sae.remove_parallel_gradient()
-    peer.remove_gradient_parallel_to_decoder_directions()
-    torch.testing.assert_close(sae.W_dec.grad, peer.W_dec.grad)
+    sparse_coder.remove_gradient_parallel_to_decoder_directions()
+    torch.testing.assert_close(sae.W_dec.grad, sparse_coder.W_dec.grad)
     assert (sae.W_dec.grad * sae.W_dec).sum(dim=1).abs().max() < 1e-12
     # What is taken out is parallel: along each row's own direction and nothing else.
     taken = gradient - sae.W_dec.grad

@@ -1,4 +1,4 @@
-"""What is saved is the function that was trained. N, D, M, K as ever."""
+"""Decoder norms folded into the weights. Letters: N tokens, D d_in, M num_latents, K k."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VARIANCE = 2.5
 
 
 def free_sae() -> Sae:
-    """Decoder rows of norm 0.2 to 3, so that the fold changes which latents are chosen."""
+    """Build an SAE with decoder rows of norm 0.2 to 3: the fold changes the selection."""
     sae = Sae(D, M, K, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -42,14 +42,14 @@ def rows() -> Tensor:
 
 
 def plain_error(sae: Sae, x: Tensor) -> Tensor:
-    """Squared error when latents are chosen by activation times norm; no fold anywhere. [N]"""
+    """Compute the squared error with selection by activation times norm, without a fold. [N]"""
     acts = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)  # [N, M]
-    chosen = (acts * sae.W_dec.norm(dim=1)).topk(K, dim=1).indices
-    kept = torch.zeros_like(acts).scatter(1, chosen, acts.gather(1, chosen))
+    selected = (acts * sae.W_dec.norm(dim=1)).topk(K, dim=1).indices
+    kept = torch.zeros_like(acts).scatter(1, selected, acts.gather(1, selected))
     return (x - kept @ sae.W_dec - sae.b_dec).pow(2).sum(dim=1)
 
 
-def test_the_folded_loss_and_its_gradients_are_those_of_a_choice_by_activation_times_norm() -> None:
+def test_folded_loss_and_gradients_equal_selection_by_activation_times_norm() -> None:
     ours, plain, x = free_sae(), free_sae(), rows()
     losses = folded_losses(ours, x, VARIANCE, None)
     losses.fvu.backward()
@@ -65,7 +65,7 @@ def test_the_folded_loss_and_its_gradients_are_those_of_a_choice_by_activation_t
         assert float(compute_losses(ours, x, VARIANCE, None).fvu) != pytest.approx(fvu)
 
 
-def test_the_fold_has_rows_of_norm_1_and_the_function_that_was_trained() -> None:
+def test_folding_gives_unit_rows_and_keeps_the_function() -> None:
     free, unit, x = free_sae(), Sae(D, M, K, dtype=torch.float64), rows()
     unit.load_state_dict(fold(dict(free.state_dict())))
     torch.testing.assert_close(unit.W_dec.norm(dim=1), torch.ones(M, dtype=torch.float64))
@@ -73,34 +73,34 @@ def test_the_fold_has_rows_of_norm_1_and_the_function_that_was_trained() -> None
     torch.testing.assert_close(error, plain_error(free, x), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the peer's own imports
-def test_it_is_saelens_topk_with_rescaled_activations() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by imports of SAELens
+def test_folding_equals_saelens_topk_with_rescaled_activations() -> None:
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 
     config = TopKTrainingSAEConfig(
         d_in=D, d_sae=M, k=K, dtype="float64", rescale_acts_by_decoder_norm=True
     )
-    peer, ours, x = TopKTrainingSAE(config), free_sae(), rows()
+    theirs_sae, ours, x = TopKTrainingSAE(config), free_sae(), rows()
     with torch.no_grad():
-        peer.W_enc.copy_(ours.W_enc.T)
-        peer.W_dec.copy_(ours.W_dec)
-        peer.b_enc.copy_(ours.b_enc)
-        peer.b_dec.copy_(ours.b_dec)
+        theirs_sae.W_enc.copy_(ours.W_enc.T)
+        theirs_sae.W_dec.copy_(ours.W_dec)
+        theirs_sae.b_enc.copy_(ours.b_enc)
+        theirs_sae.b_dec.copy_(ours.b_dec)
     reconstruction = folded_losses(ours, x, VARIANCE, None).output.reconstruction
-    torch.testing.assert_close(reconstruction, peer(x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(reconstruction, theirs_sae(x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["fold", "free"])
-def test_rows_are_free_in_training_and_their_gradient_is_whole(
+def test_free_rows_keep_their_norm_and_the_parallel_gradient(
     make_trainee: Callable[..., SaeTrainer], norm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainee(D, M, K, dtype=torch.float64, decoder_norm=norm)
-    along = []
+    parallel = []
 
     def spy(_: int) -> None:
         gradient = trainer.sae.W_dec.grad
         assert gradient is not None
-        along.append(float((gradient * trainer.sae.W_dec.detach()).sum(dim=1).abs().max()))
+        parallel.append(float((gradient * trainer.sae.W_dec.detach()).sum(dim=1).abs().max()))
 
     before = trainer.sae.W_dec.detach().clone()
     with torch.no_grad():
@@ -109,14 +109,14 @@ def test_rows_are_free_in_training_and_their_gradient_is_whole(
         patch.setattr(trainer.optimizer, "step", spy)
         train_step(trainer, rows(), 0)
     assert torch.equal(trainer.sae.W_dec, 2 * before)
-    assert along[0] > 1e-4
+    assert parallel[0] > 1e-4
     trainer.optimizer.drop_gradients()
     for step in range(5):
         train_step(trainer, rows(), step)
     assert float((trainer.sae.W_dec.detach().norm(dim=1) - 2).abs().max()) > 1e-3
 
 
-def test_a_run_saves_unit_rows_when_it_folds_and_says_when_they_are_free(
+def test_a_run_that_folds_saves_unit_rows_and_cfg_json_records_free_ones(
     options: Callable[..., FitConfig], sparsify: Any
 ) -> None:
     for norm in ("unit", "fold", "free"):

@@ -1,7 +1,7 @@
-"""Training of every kind against the peers': equal weights and batches, float64, step by step.
+"""Training of every kind compared step by step with SAELens and sparsify, in float64.
 
-Both sides take plain Adam steps on what they minimise, so that the objective alone is compared:
-the peers' clipping and our projections of the decoder are left out.
+Both sides start from equal weights, read equal batches and take plain Adam steps on their losses,
+so that the losses alone are compared, without gradient clipping and projections of the decoder.
 Letters: N tokens, D d_in, M num_latents, K k.
 """
 
@@ -28,7 +28,7 @@ NO_VARIANCE = 1.0  # SAELens divides by nothing
 
 
 def batches(width: int = D) -> Tensor:
-    """Rows that are sparse combinations of M directions. [STEPS, N, D]"""
+    """Generate rows that are sparse combinations of M directions. [STEPS, N, D]"""
     generator = torch.Generator().manual_seed(11)
     directions = torch.randn(M, width, generator=generator, dtype=torch.float64)
     codes = torch.rand(STEPS, N, M, generator=generator, dtype=torch.float64)
@@ -48,10 +48,13 @@ def make(config: SaeConfig) -> Sae:
 
 
 def follow(
-    ours: Sae, loss: Callable[[Tensor, int], Tensor], theirs: nn.Module, peer: Callable[..., Tensor]
+    ours: Sae,
+    loss: Callable[[Tensor, int], Tensor],
+    theirs: nn.Module,
+    their_loss: Callable[..., Tensor],
 ) -> tuple[list[float], list[float]]:
-    """Losses of both sides over all steps."""
-    sides: list[tuple[Any, Any]] = [(ours, loss), (theirs, peer)]
+    """Train both sides and return their losses of all steps."""
+    sides: list[tuple[Any, Any]] = [(ours, loss), (theirs, their_loss)]
     histories: list[list[float]] = [[], []]
     for (module, minimised), history in zip(sides, histories, strict=True):
         adam = torch.optim.Adam(module.parameters(), lr=LR)
@@ -68,7 +71,7 @@ def follow(
 
 
 def lens(architecture: str, ours: Sae, **options: Any) -> Any:
-    """SAELens's training SAE with the weights of ours."""
+    """Build SAELens's training SAE with the weights of ours."""
     with warnings.catch_warnings():  # what it imports warns of its own imports
         warnings.simplefilter("ignore")
         pytest.importorskip("sae_lens", reason="the extra `peers` is not installed")
@@ -147,7 +150,7 @@ def assert_followed(ours: list[float], theirs: list[float]) -> None:
 
 
 def test_relu_follows_the_standard_sae_of_saelens() -> None:
-    """The same objective, with ours in roots of the variance, here 1."""
+    """Compare the same loss; our penalty is divided by the root of the variance, here 1."""
     config = SaeConfig(D, M, K, activation="relu", sparsity=0.2)
     ours = make(config)
     theirs = lens("standard", ours, l1_coefficient=0.2)
@@ -156,7 +159,7 @@ def test_relu_follows_the_standard_sae_of_saelens() -> None:
 
 
 def test_jumprelu_follows_saelens_to_its_thresholds() -> None:
-    """The same objective ("step"). SAELens's thresholds are float32; here it is given float64."""
+    """Compare the same loss ("step"), with SAELens's thresholds in float64, not float32."""
     config = SaeConfig(D, M, K, activation="jumprelu", sparsity=0.1, threshold=0.1, bandwidth=0.3)
     ours = make(config)
     theirs = lens(
@@ -205,7 +208,7 @@ def test_batchtopk_and_its_prefixes_follow_saelens_to_the_threshold(
 
 
 def test_auxk_follows_saelens_where_dead_latents_are_positive() -> None:
-    """Elsewhere SAELens lets negative pre-activations of dead latents predict, and we do not."""
+    """Compare where SAELens's AuxK, which has no ReLU, equals ours."""
     config = SaeConfig(D, M, K, activation="batchtopk")
     ours = make(config)
     theirs = lens(
@@ -276,9 +279,9 @@ KINDS_OF_SPARSIFY: dict[str, dict[str, Any]] = {
 
 
 def sparsify_pair(sparsify: ModuleType, config: SaeConfig) -> tuple[Sae, Any]:
-    """Ours and sparsify's with equal weights."""
+    """Build our SAE and sparsify's with equal weights."""
     ours = make(config)
-    peer_config = sparsify.SparseCoderConfig(
+    sparsify_config = sparsify.SparseCoderConfig(
         num_latents=M,
         k=K,
         activation=config.activation,
@@ -286,7 +289,7 @@ def sparsify_pair(sparsify: ModuleType, config: SaeConfig) -> tuple[Sae, Any]:
         skip_connection=config.skip_connection,
         multi_topk=config.multi_topk,
     )
-    theirs = sparsify.SparseCoder(D, peer_config, dtype=torch.float64)
+    theirs = sparsify.SparseCoder(D, sparsify_config, dtype=torch.float64)
     with torch.no_grad():
         theirs.encoder.weight.copy_(ours.W_enc)
         theirs.encoder.bias.copy_(ours.b_enc)
@@ -329,7 +332,7 @@ def test_every_kind_of_sparsify_has_its_losses_step_by_step(
 
 
 def test_multi_topk_has_the_loss_of_sparsify(sparsify: ModuleType) -> None:
-    """Of one batch: there it has no gradient to the encoder, so what follows differs."""
+    """Compare one batch: sparsify has no gradient to the encoder, so later steps differ."""
     config = SaeConfig(D, M, K, multi_topk=True)
     ours, theirs = sparsify_pair(sparsify, config)
     rows = batches()[0]

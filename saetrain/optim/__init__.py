@@ -40,7 +40,7 @@ class Optimizer(Protocol):
 
     @property
     def is_fused(self) -> bool:
-        """Whether a step projects gradients, keeps rows at norm 1 and returns the gradient's norm.
+        """True if a step projects gradients, keeps rows at norm 1 and returns the gradient's norm.
 
         If not, the caller does these.
         """

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-Work = Callable[[], None]
+Thunk = Callable[[], None]
 aten = torch.ops.aten
 WAITS = {
     aten._local_scalar_dense,
@@ -128,11 +128,11 @@ class TapeRecorder:
         self.calls = 0
         """Number of calls of the last recording."""
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Thunk) -> None:
         """Run the work."""
         work()
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Thunk) -> Thunk:
         """Record the work and undo its effects."""
         tape = self.tape = Tape()
         with tape:

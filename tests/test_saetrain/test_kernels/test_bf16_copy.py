@@ -153,7 +153,7 @@ def test_a_product_reads_the_copy_while_it_is_valid():
     W, x = kept(), torch.randn(N, D, generator=torch.Generator().manual_seed(2))
     expected = product_of(weight(), x)
     assert torch.equal(product_of(W, x), expected)
-    bf16_copy_of(W).zero_()  # nobody else would
+    bf16_copy_of(W).zero_()  # no other code does
     assert not product_of(W, x).any()
     assert not product_of(W[4:8], x).any()
     assert product_of(W.detach().clone(), x).any()

@@ -1,4 +1,4 @@
-"""One encoding, decoding and backward pass of sparse latents for all losses.
+"""Losses of sparse latents, which share one encoding, decoding and backward pass.
 
 Letters: N tokens, D d_in, E width of the output, M num_latents, K k.
 """

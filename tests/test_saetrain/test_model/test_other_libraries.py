@@ -184,9 +184,9 @@ DEAD = torch.isin(torch.arange(M), torch.tensor([1, 30]))  # [M]
 def test_batchtopk_and_its_prefixes_follow_saelens_to_the_threshold(
     prefixes: tuple[int, ...],
 ) -> None:
-    """Without decoder norms in the activations. Two differences, both stated: our threshold begins
-    at the first batch's value and theirs at 0, which fades by 1 - FORGET a step; and AuxK, compared
-    apart, passes dead pre-activations through ReLU here."""
+    """Compare without decoder norms in the activations and without AuxK (see
+    `test_auxk_follows_saelens_where_dead_latents_are_positive`). Our threshold starts at the first
+    batch's value and theirs at 0: the difference decays by 1 - FORGET per step."""
     config = SaeConfig(D, M, K, activation="batchtopk", matryoshka=prefixes)
     ours = make(config)
     options: dict[str, Any] = {"matryoshka_widths": [*prefixes, M]} if prefixes else {}
@@ -242,9 +242,8 @@ def test_auxk_follows_saelens_where_dead_latents_are_positive() -> None:
 def test_gated_follows_saelens_but_freezes_the_decoder_of_the_gate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The paper's reconstruction from the gate does not move the decoder; SAELens's does. Both have
-    the same loss, so the first step's are compared as they are, and all of them with SAELens's
-    decoder frozen there."""
+    """Compare the first loss, and all losses with SAELens's decoder detached in the gate's
+    reconstruction. The paper detaches it, as we do; SAELens does not."""
     config = SaeConfig(D, M, K, activation="gated", sparsity=0.1)
     ours = make(config)
     theirs = lens("gated", ours, l1_coefficient=0.1)
@@ -302,8 +301,8 @@ def sparsify_pair(sparsify: ModuleType, config: SaeConfig) -> tuple[Sae, Any]:
 def test_every_kind_of_sparsify_has_its_losses_step_by_step(
     sparsify: ModuleType, kind: str
 ) -> None:
-    """On the same denominator, which is the batch's own variance there. A transcoder's targets are
-    a fixed function of its inputs."""
+    """Compare losses divided by the batch's own variance, as sparsify does. A transcoder's targets
+    are a fixed function of its inputs."""
     config = SaeConfig(D, M, K, **KINDS_OF_SPARSIFY[kind])
     ours, theirs = sparsify_pair(sparsify, config)
     mixing = torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -47,7 +47,7 @@ def gradients(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_compiled_losses_and_every_gradient_are_the_same_but_for_rounding(
+def test_compiled_losses_and_gradients_are_equal_up_to_rounding(
     kind: str, accumulate: Callable[..., Any]
 ) -> None:
     config = CONFIGS[kind]
@@ -59,12 +59,12 @@ def test_compiled_losses_and_every_gradient_are_the_same_but_for_rounding(
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
         known = known or dict(counters["stats"])
-        assert dict(counters["stats"]) == known  # other rows compile nothing anew
+        assert dict(counters["stats"]) == known  # other rows compile nothing again
     assert known is not None
     assert known["unique_graphs"] > 0
 
 
-def test_without_a_compiler_the_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_option_raises_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"--compile(.|\n)*C\+\+ compiler \(no-such-compiler\)"):
         require_compiler(torch.device("cpu"))

@@ -132,11 +132,10 @@ def _select_by(
     """Select from the pre-activations of some tokens at a time, or of all."""
     del ops
     rows = tokens_at_once(len(x), W) if by_token else len(x)
-    product, found = Product(W, b, rows), []
-    for part in torch.split(x, rows) if by_token else (x,):
-        pre_acts = product(part)
-        found.append(select(pre_acts))
-    return _concatenated(found)
+    product = Product(W, b, rows)
+    # No name for the pre-activations: those of one part are freed before the next are computed.
+    parts = torch.split(x, rows) if by_token else (x,)
+    return _concatenated([select(product(part)) for part in parts])
 
 
 def _concatenated(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -156,11 +155,9 @@ def _select_topk(
         )
     if chunk is None or chunk >= len(W) or ops is reference:
         rows = tokens_at_once(len(x), W)
-        product, found = Product(W, b, rows), []
-        for tokens in torch.split(x, rows):
-            pre_acts = product(tokens)
-            found.append(ops.topk(pre_acts, k))  # relu keeps the order: it may follow
-        return _concatenated(found)
+        product = Product(W, b, rows)
+        # relu keeps the order, so it may follow the selection.
+        return _concatenated([ops.topk(product(part), k) for part in torch.split(x, rows)])
     # The k largest of all latents are among the k largest of each chunk of them.
     kept: tuple[Tensor, Tensor] | None = None
     for first in range(0, len(W), chunk):

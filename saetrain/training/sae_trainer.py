@@ -35,7 +35,7 @@ class StepSettings:
     """Settings of one SAE's steps. A step is one batch; steps are counted from 0."""
 
     decoder_norm: DecoderNorm = "unit"
-    """See `saetrain.model.decoder_norm`."""
+    """See `saetrain.model.weight_scales`."""
     k_start: int = 0
     """k of the first step, if k is annealed."""
     k_end: int = 0

@@ -15,7 +15,16 @@ SIDES = ["ours, tuned", "ours, defaults", "sparsify, Adam", "SAELens TopK"]
 
 def run(work: Path) -> subprocess.CompletedProcess[str]:
     script = BENCHMARKS / "bench_quality.py"
-    command = [sys.executable, str(script), "--smoke", "--seeds", "2", "--work", str(work)]
+    command = [
+        sys.executable,
+        str(script),
+        "--smoke",
+        "--no-bfloat16",
+        "--seeds",
+        "2",
+        "--work",
+        str(work),
+    ]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=True, env=env)
 

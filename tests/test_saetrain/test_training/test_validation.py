@@ -324,7 +324,9 @@ def test_a_kill_before_or_after_any_write_or_removal_loses_no_best_sae(
 def test_validation_without_rows_and_save_best_without_validation_raise_errors() -> None:
     with pytest.raises(ConfigError, match=r"--save-best needs validations(.|\n)*--val-every"):
         FitConfig("c", "r", save_best=True)
-    with pytest.raises(ConfigError, match=r"held out(.|\n)*--val-fraction above 0"):
+    with pytest.raises(
+        ConfigError, match=r"--val-every needs held-out rows(.|\n)*--val-fraction above 0"
+    ):
         FitConfig("c", "r", val_every=5, val_fraction=0.0)
     with pytest.raises(ConfigError, match="--val-rows is out of range"):
         FitConfig("c", "r", val_every=5, val_rows=0)

@@ -9,7 +9,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Align columns: text to the left, numbers to the right."""
     columns = list(zip(header, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
-    numeric = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+    numeric = [all(c == "-" or c.lstrip("-.")[:1].isdigit() for c in col[1:]) for col in columns]
     lines = []
     for row in (header, *rows):
         cells = [
@@ -18,7 +18,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def _is_number(cell: str) -> bool:
-    return cell == "-" or cell.lstrip("-.")[:1].isdigit()

@@ -112,12 +112,13 @@ def verify(
         names = [str(folder.relative_to(require_local(root))) for folder in linked]
         damages = [Finding(name, None, "a folder", "a symbolic link") for name in names]
         return _found(root, quick, damages)
-    if about_backend := _documents(root, manifest):  # every shard depends on them
-        return _found(root, quick, about_backend)
+    if damages := _documents(root, manifest):  # every shard depends on them
+        return _found(root, quick, damages)
     receipts, damages = _receipts(root, manifest)
     end, about_end = _end(root, manifest, receipts, {d.shard for d in damages})
     cache = Cache(root, manifest, receipts, end)
-    damages = sorted([*damages, *_data(cache, quick, threads)], key=_order)
+    damages += _data(cache, quick, threads)
+    damages.sort(key=lambda found: (-1 if found.shard is None else found.shard, found.file))
     return _found(root, quick, [*about_end, *damages], cache)
 
 
@@ -136,10 +137,6 @@ def _found(
         retracted=tuple(retracted_shards(root)) if cache else (),
         leftovers=tuple(_leftovers(cache)) if cache else (),
     )
-
-
-def _order(damage: Finding) -> tuple[int, str]:
-    return (-1 if damage.shard is None else damage.shard, damage.file)
 
 
 def _damage(file: str, shard: int | None, error: ActcacheError) -> Finding:

@@ -227,14 +227,14 @@ def _info(entry: Mapping[str, Any]) -> Info:
 
 def _version(entry: Mapping[str, Any]) -> str | None:
     for keys in (_STRONG, _WEAK):
-        found = [f"{key}={_plain(entry[key])}" for key in keys if entry.get(key) is not None]
+        values = {key: entry[key] for key in keys if entry.get(key) is not None}
+        found = [
+            f"{key}={repr(v.timestamp()) if isinstance(v, datetime) else v}"
+            for key, v in values.items()
+        ]
         if found:
             return ";".join([*found, f"size={entry.get('size')}"])
     return None
-
-
-def _plain(value: Any) -> str:
-    return repr(value.timestamp()) if isinstance(value, datetime) else str(value)
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,13 +15,9 @@ def printable(text: str, limit: int = 300) -> str:
         text = text[: limit - 3] + "..."
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def visible(token: str, limit: int = 60) -> str:
     """Escape the text of one token, with visible signs for spaces, tabs and line ends."""
     return printable("".join(_NAMED.get(c, c) for c in token[: limit + 1]), limit)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")

@@ -62,7 +62,7 @@ def write(path: Path, tensors: Mapping[str, tuple[Array, str | None]]) -> FileDi
     specs: dict[str, Spec] = {}
     for name, (array, tag) in tensors.items():
         assert array.flags.c_contiguous
-        storage = _little(array.dtype)
+        storage = array.dtype.newbyteorder("<").str
         specs[name] = (array.shape, storage, tag or _TAGS[storage])
     parts = [array.reshape(-1).view(np.uint8).data for array, _ in tensors.values()]
     return write_atomic(path, [_header(specs), *parts])
@@ -151,10 +151,6 @@ def read(extents: Iterable[TensorExtent]) -> list[Array]:
 
 def _opened(path: CachePath) -> BinaryIO:
     return path.open("rb") if isinstance(path, Path) else require_remote(path).open()
-
-
-def _little(dtype: np.dtype[np.generic]) -> str:
-    return dtype.newbyteorder("<").str
 
 
 def _corrupt(path: CachePath, expected: object, got: object) -> CorruptShardError:

@@ -114,7 +114,8 @@ def saes_at(config: FitConfig, hookpoint: str) -> dict[str, SaeOptions]:
     distinct = {_effective(sae): sae for sae in reversed(overridden)}  # the first of equal ones
     saes = list(reversed(distinct.values()))
     varying = [name for name in FIELDS if _differ(saes, name)]
-    return {_setting(sae, varying): sae for sae in saes}
+    # Such as k32-lr1e-3-seed0.
+    return {"-".join(_component(n, getattr(sae, n)) for n in varying): sae for sae in saes}
 
 
 def _overridden(
@@ -149,11 +150,6 @@ def require_overrides_used(config: FitConfig, hookpoints: Iterable[str]) -> None
                 expected=" | ".join(names),
                 got=pattern,
             )
-
-
-def _setting(sae: SaeOptions, varying: Sequence[str]) -> str:
-    """Return a folder name such as k32-lr1e-3-seed0."""
-    return "-".join(_component(name, getattr(sae, name)) for name in varying)
 
 
 def _component(name: str, value: Any) -> str:

@@ -132,10 +132,11 @@ def _select_by(
     """Select from the pre-activations of some tokens at a time, or of all."""
     del ops
     rows = tokens_at_once(len(x), W) if by_token else len(x)
-    product = Product(W, b, rows)
-    # No name for the pre-activations: those of one part are freed before the next are computed.
-    parts = torch.split(x, rows) if by_token else (x,)
-    return _concatenated([select(product(part)) for part in parts])
+    product, found = Product(W, b, rows), []
+    for part in torch.split(x, rows) if by_token else (x,):
+        # Without a name, the pre-activations of a part are freed before the next are computed.
+        found.append(select(product(part)))  # noqa: PERF401
+    return _concatenated(found)
 
 
 def _concatenated(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -155,9 +156,10 @@ def _select_topk(
         )
     if chunk is None or chunk >= len(W) or ops is reference:
         rows = tokens_at_once(len(x), W)
-        product = Product(W, b, rows)
-        # relu keeps the order, so it may follow the selection.
-        return _concatenated([ops.topk(product(part), k) for part in torch.split(x, rows)])
+        product, found = Product(W, b, rows), []
+        for tokens in torch.split(x, rows):
+            found.append(ops.topk(product(tokens), k))  # noqa: PERF401  relu may follow: same order
+        return _concatenated(found)
     # The k largest of all latents are among the k largest of each chunk of them.
     kept: tuple[Tensor, Tensor] | None = None
     for first in range(0, len(W), chunk):

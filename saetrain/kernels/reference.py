@@ -191,7 +191,8 @@ def topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Of equal values, any may be taken.
     """
     values, indices = torch.topk(pre_acts, k, dim=-1, sorted=False)
-    return _spoiled(pre_acts, values), indices
+    spoiled = pre_acts.isnan().any(dim=1, keepdim=True)
+    return torch.where(spoiled, torch.nan, values), indices
 
 
 def batch_topk_threshold(pre_acts: Tensor, count: int) -> Tensor:
@@ -208,10 +209,6 @@ def group_max(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     size = pre_acts.shape[1] // k
     values, within = pre_acts.view(len(pre_acts), k, size).max(dim=-1)  # [N, k]
     return values, within + size * torch.arange(k, device=within.device)
-
-
-def _spoiled(pre_acts: Tensor, values: Tensor) -> Tensor:
-    return torch.where(pre_acts.isnan().any(dim=1, keepdim=True), torch.nan, values)
 
 
 # Updates of a weight in place; `UpdateOptions` describes the options. `grad` may be overwritten.

@@ -57,10 +57,6 @@ class StepSettings:
     auxk_alpha: float = 0.0
     """Weight of AuxK; 0: AuxK is off."""
 
-    def begins_update(self, step: int) -> bool:
-        """Return whether this step's batch is the first of its update."""
-        return step % self.grad_acc_steps == 0
-
     def ends_update(self, step: int) -> bool:
         """Return whether this step's batch is the last of its update."""
         return (step + 1) % self.grad_acc_steps == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -133,7 +133,8 @@ def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
     for number, part in enumerate(parts, 1):
         # Processes exchange gradients once a batch, with its last part.
         with nullcontext() if ddp is None or number == len(parts) else ddp.no_sync():
-            with _precision(settings, x.device):
+            autocast = partial(torch.autocast, x.device.type, torch.bfloat16)
+            with autocast() if settings.autocast else nullcontext():
                 of_part = losses_of(sae, part, *given)
             share = len(part) / len(x)
             loss = of_part.total(settings.auxk_alpha)
@@ -197,10 +198,6 @@ def _square(gradient: Tensor) -> Tensor:
     rows = gradient if gradient.ndim > 1 else gradient.unsqueeze(1)
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return total(torch.linalg.vector_norm(rows, dim=1, dtype=dtype).square())
-
-
-def _precision(settings: StepSettings, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16) if settings.autocast else nullcontext()
 
 
 def _without_graph(losses: Losses) -> Losses:

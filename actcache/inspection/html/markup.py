@@ -57,8 +57,10 @@ def scroll(child: Markup) -> Markup:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
     """Build a table; columns that start with a number are right-aligned, others left-aligned."""
-    words = [bool(rows) and not _is_number(cell) for cell in (rows[0] if rows else header)]
-    kinds = ["word" if word else None for word in words]
+    numeric = [
+        not isinstance(c, Markup) and c.lstrip("-")[:1].isdigit() for c in (rows or [header])[0]
+    ]
+    kinds = [None if number or not rows else "word" for number in numeric]
     head = tag("tr", *(tag("th", n, class_=k) for n, k in zip(header, kinds, strict=True)))
     lines = [
         tag("tr", *(tag("td", cell, class_=k) for cell, k in zip(row, kinds, strict=True)))
@@ -70,7 +72,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
 def _escaped(text: str) -> str:
     lines = text.split("\n")  # line ends are safe, and preformatted text needs them
     return html.escape("\n".join(printable(line, _LIMIT) for line in lines))
-
-
-def _is_number(cell: str) -> bool:
-    return not isinstance(cell, Markup) and cell.lstrip("-")[:1].isdigit()

@@ -11,8 +11,7 @@ import torch
 from actcache.errors import CorruptShardError
 from actcache.filesystem.atomic import digest_file
 from actcache.format.manifest import Manifest, read_manifest
-from actcache.storage import BACKENDS, ROW_DTYPES, TensorExtent
-from actcache.storage import safetensors_io as safetensors_file
+from actcache.storage import BACKENDS, ROW_DTYPES, TensorExtent, safetensors_io
 
 BACKEND = BACKENDS["memmap"]
 
@@ -48,7 +47,7 @@ def test_written_rows_are_located_and_opened_by_the_safetensors_library(
     for part, array in stored.parts.items():
         extent = BACKEND.locate(tmp_path, manifest, "layers.0", 1, 5, part)
         assert isinstance(extent, TensorExtent)
-        np.testing.assert_array_equal(safetensors_file.read(extent), array)
+        np.testing.assert_array_equal(safetensors_io.read([extent])[0], array)
 
 
 def test_rows_of_another_shape_or_type_are_refused(

@@ -43,9 +43,9 @@ def put_header(path: Path, header: object, length: int | None = None) -> None:
 
 def test_tensors_are_found_and_read_back(path: Path) -> None:
     rows, ids = locate(path, EXPECTED)
-    np.testing.assert_array_equal(read(rows), ROWS)
-    np.testing.assert_array_equal(read(ids), IDS)
-    read(rows)[:] = 0  # memory of its own, and writable
+    np.testing.assert_array_equal(read([rows])[0], ROWS)
+    np.testing.assert_array_equal(read([ids])[0], IDS)
+    read([rows])[0][:] = 0  # memory of its own, and writable
 
 
 def test_the_data_begin_on_a_page(path: Path) -> None:
@@ -79,8 +79,8 @@ def test_a_tensor_without_elements_is_stored(tmp_path: Path) -> None:
     empty = np.empty((0, 4), dtype="<f4")
     write(tmp_path / "x", {"rows": (empty, None), "ids": (IDS, None)})
     rows, ids = locate(tmp_path / "x", EXPECTED | {"rows": ((0, 4), "<f4", "F32")})
-    assert read(rows).shape == (0, 4)
-    np.testing.assert_array_equal(read(ids), IDS)
+    assert read([rows])[0].shape == (0, 4)
+    np.testing.assert_array_equal(read([ids])[0], IDS)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_file_truncated_after_locate_is_refused(path: Path) -> None:
     rows, _ = locate(path, EXPECTED)
     os.truncate(path, 4100)
     with pytest.raises(CorruptShardError, match="48 bytes of data"):
-        read(rows)
+        read([rows])
 
 
 def test_a_missing_file_is_refused_with_a_remedy(tmp_path: Path) -> None:

@@ -45,7 +45,6 @@ def test_k_starts_at_k_start_and_is_constant_without_annealing() -> None:
 def test_all_batches_of_an_update_have_the_same_k() -> None:
     settings = annealed(k=3, k_anneal_steps=4, k_start=11, grad_acc_steps=2)
     assert [settings.k(step) for step in range(6)] == [11, 11, 7, 7, 3, 3]
-    assert [settings.begins_update(step) for step in range(4)] == [True, False, True, False]
     assert [settings.ends_update(step) for step in range(4)] == [False, True, False, True]
 
 

@@ -245,6 +245,10 @@ class Shell:
 
     def run(self, command: str) -> str:
         """What it prints, if it succeeds."""
+        if assigned := re.fullmatch(r"(\w+)=\$\(echo (\S+)\)", command):
+            (found,) = self.folder.glob(assigned[2])
+            self.variables[assigned[1]] = str(found.relative_to(self.folder))
+            return ""
         assigned = re.fullmatch(r"(\w+)=(\S+)", command)
         if assigned:
             self.variables[assigned[1]] = assigned[2]

@@ -78,14 +78,6 @@ def test_the_defaults_and_the_limits_are_accepted() -> None:
     config(ctx_len=2, skip_positions=1, max_tokens=2, batch_size=1, shard_size=1, seed=2**32 - 1)
 
 
-def test_the_goal_is_rounded_down_to_sequences_and_in_8_bits_to_batches() -> None:
-    sizes = {"ctx_len": 16, "batch_size": 4, "max_tokens": 16 * 11 + 15}
-    assert config().goal is None
-    assert config(**sizes).goal == config(**sizes, load_in="4bit").goal == 11
-    assert config(**sizes, load_in="8bit").goal == 8
-    assert config(load_in="8bit", batch_size=4, shard_size=8, max_tokens=4096).goal == 4
-
-
 def test_max_memory_is_parsed_by_device() -> None:
     given = config(device_map="auto", max_memory=("0=60GiB", "cpu=1.5GB"))
     assert given.budgets == {0: "60GiB", "cpu": "1.5GB"}

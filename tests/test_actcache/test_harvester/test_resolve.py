@@ -22,6 +22,7 @@ from actcache.harvester.resolve import (
     choose_hookpoints,
     choose_pipeline,
     excluded_tokens,
+    goal_sequences,
     needs_tokenizer,
     planned_sequences,
     probe_model,
@@ -364,3 +365,15 @@ def test_a_model_that_fails_on_the_meta_device_is_probed_with_its_weights(
     assert again == sites
     assert has_weights
     assert next(model.parameters()).device.type == "cpu"
+
+
+def test_the_goal_is_rounded_down_to_sequences_and_in_8_bits_to_batches() -> None:
+    sizes = {"ctx_len": 16, "batch_size": 4, "max_tokens": 16 * 11 + 15}
+
+    def goal(**options: Any) -> int | None:
+        return goal_sequences(HarvestConfig("m", "d", "o", **options))
+
+    assert goal() is None
+    assert goal(**sizes) == goal(**sizes, load_in="4bit") == 11
+    assert goal(**sizes, load_in="8bit") == 8
+    assert goal(load_in="8bit", batch_size=4, shard_size=8, max_tokens=4096) == 4

@@ -17,6 +17,7 @@ from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import FileDigest
 from actcache.format.manifest import Hookpoint
 from actcache.format.receipts import FILTERS, ShardReceipt
+from actcache.harvester.resolve import goal_sequences
 from actcache.storage import ROW_DTYPES
 from actcache.storage.safetensors_io import ALIGNMENT
 from actcache.stream.order import POOL_ROWS, Epoch, make_plan
@@ -27,8 +28,8 @@ PAGE = (ROOT / "docs" / "scale.md").read_text()
 TOKENS, D, HOOKPOINTS, GPUS, SEQUENCES = 10**10, 4096, 32, 64, 64
 POINTS = tuple(Hookpoint(f"layers.{n}", D) for n in range(HOOKPOINTS))
 CONFIG = HarvestConfig("m", "d", "o", max_tokens=TOKENS)
-assert CONFIG.goal is not None
-PLANNED = CONFIG.goal
+PLANNED = goal_sequences(CONFIG)
+assert PLANNED is not None
 SHARDS = -(-PLANNED // SEQUENCES)
 PER_SEQUENCE = CONFIG.ctx_len - CONFIG.skip_positions
 ROWS = PLANNED * PER_SEQUENCE

@@ -36,7 +36,8 @@ def problem(device):
     generator = torch.Generator().manual_seed(7)
     indices = torch.randint(M, (N, K), generator=generator)
     indices[:, 0] = 30  # more than a chunk of pairs
-    _, indices = PIECES.grouped(lambda *_: (indices, indices))(indices, indices, indices)
+    selector = PIECES.grouped(lambda *_: (indices, indices))
+    _, indices = selector(indices, indices, indices, on_torch)
     sizes = ((N, K), (N * P, E), (N, K), (N, D), (M, E))
     floats = [torch.randn(*size, generator=generator).double().to(device) for size in sizes]
     indices = indices.to(device)

@@ -94,13 +94,14 @@ class Cache:
             RemoteError: the store does not respond, or denies access.
         """
         root = open_path(root, block_cache, block_cache_bytes)
-        if linked := symlinked_dirs(root, read_manifest(root)):
+        manifest = read_manifest(root)
+        if linked := symlinked_dirs(root, manifest):
             raise FormatError(
                 f"{linked[0]} is a symbolic link",
                 expected="a folder, since files outside the cache's folder are not read",
                 remedy="replace the link by the folder itself, or a bind mount",
             )
-        return cls(root, *receipts_module.read_cache_state(root))
+        return cls(root, *receipts_module.read_cache_state(root, manifest))
 
     @property
     def hookpoints(self) -> list[str]:
@@ -259,11 +260,11 @@ class Cache:
         self.require_shards()
         chosen = self.shards if shards is None else shards
         self.fetch_statistics(chosen)
-        return merge(self._statistics(shard, [hookpoint])[hookpoint] for shard in chosen)
+        return merge([found[hookpoint] for found in self._statistics(chosen, [hookpoint])])
 
     def shard_statistics(self, shard: int) -> dict[str, Statistics]:
         """Read the statistics of one shard at every hookpoint."""
-        return self._statistics(shard, self.hookpoints)
+        return self._statistics([shard], self.hookpoints)[0]
 
     def fetch_statistics(self, shards: Sequence[int]) -> None:
         """Prefetch the statistics files of shards if the cache is behind a URL."""
@@ -271,11 +272,19 @@ class Cache:
             for _ in prefetch_files(statistics_path(self.root, shard) for shard in shards):
                 pass
 
-    def _statistics(self, shard: int, hookpoints: Sequence[str]) -> dict[str, Statistics]:
-        receipt = self.receipts[shard]
-        self._check(statistics_path(self.root, shard), receipt, "stats")
-        extents = self.locate_statistics(shard)
-        return {name: _parse_statistics(name, extents, receipt) for name in hookpoints}
+    def _statistics(
+        self, shards: Sequence[int], hookpoints: Sequence[str]
+    ) -> list[dict[str, Statistics]]:
+        """Read the statistics of each shard, by hookpoint."""
+        expected = statistics_tensors(self.manifest.identity.hookpoints)
+        paths = [statistics_path(self.root, shard) for shard in shards]
+        found = []
+        for shard, path in zip(shards, paths, strict=True):
+            receipt = self.receipts[shard]
+            self._check(path, receipt, "stats")
+            extents = dict(zip(expected, safetensors_io.locate(path, expected), strict=True))
+            found.append({name: _parse_statistics(name, extents, receipt) for name in hookpoints})
+        return found
 
     def check_file(self, shard: int, name: str) -> CachePath:
         """Compare a shard's file, by logical name, with its receipt, once per `Cache`.

@@ -167,15 +167,19 @@ def _is_extended(root: CachePath, manifest: Manifest) -> bool:
 
 
 def read_cache_state(
-    root: CachePath,
+    root: CachePath, manifest: Manifest | None = None
 ) -> tuple[Manifest, dict[int, ShardReceipt], CompletionMarker | None]:
     """Read a consistent manifest, receipts and seal, even while a harvest extends the cache.
+
+    Args:
+        root: folder of the cache.
+        manifest: its manifest, if it has just been read.
 
     Raises:
         EmptyCacheError: there is no manifest.
         FormatError: the manifest, a receipt or the seal is damaged.
     """
-    manifest = read_manifest(root)
+    manifest = manifest or read_manifest(root)
     while True:
         try:
             return manifest, read_receipts(root, manifest), read_end(root, manifest)

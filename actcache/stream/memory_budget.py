@@ -64,7 +64,7 @@ def plan_memory(
     """
     row_dtype = ROW_DTYPES[manifest.identity.dtype]
     widths = [manifest.width(name) for name in hookpoints]
-    row = sum(row_dtype.row_bytes(width) for width in widths)
+    row = sum(map(row_dtype.row_bytes, widths))
     # 8-bit rows are decoded to float32, in addition to the batch of stored rows.
     decoded = sum(4 * width for width in widths) if row_dtype.decodes else 0
     batch = batch_size * (row + decoded + _ROW_OVERHEAD)

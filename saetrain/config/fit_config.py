@@ -254,6 +254,8 @@ class FitConfig(SaeOptions):
 
     def of(self, sae: SaeOptions) -> FitConfig:
         """Return this configuration reduced to one of its SAEs."""
+        if not self.saes and not self.hookpoints:
+            return self
         return dataclasses.replace(self, saes=(), **vars(sae))
 
     def _take_first(self) -> None:

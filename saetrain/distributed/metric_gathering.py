@@ -33,10 +33,7 @@ class NullTracker(JsonlTracker):
     def log_held_out(self, step: int, figures: Metrics, rows: int) -> None:
         """Discard a line on held-out rows."""
 
-    @property
-    def seconds(self) -> float:
-        """Return 0: nothing is measured."""
-        return 0.0
+    seconds = rows_per_second = data_wait = 0.0  # nothing is measured
 
     def sync(self) -> None:
         """Return at once: no line is pending."""
@@ -44,9 +41,8 @@ class NullTracker(JsonlTracker):
     def end(self) -> None:
         """Return at once: nothing is open."""
 
-    def close(self) -> tuple[float, float]:
-        """Return zeros: nothing is measured."""
-        return 0.0, 0.0
+    def close(self) -> None:
+        """Return at once: nothing is open."""
 
 
 class WorkerTracker(NullTracker):

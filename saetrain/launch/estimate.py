@@ -18,9 +18,10 @@ from actcache.stream.memory_budget import MemoryBudget
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry
 from saetrain.kernels.dense import tokens_at_once
-from saetrain.launch.resolve import budget_of, sae_entries, steps_ahead, with_default_lr
+from saetrain.launch.resolve import sae_entries, steps_ahead, with_default_lr
 from saetrain.model.hookpoint_io import hookpoints_of
 from saetrain.model.sae import build_sae
+from saetrain.training.row_stream import budget_of
 
 FLOAT = 4  # bytes
 

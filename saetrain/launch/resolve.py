@@ -15,7 +15,6 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError
-from actcache.stream.memory_budget import PREFETCH_BATCHES, MemoryBudget, plan_memory
 from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
 from saetrain.config.fit_config import FitConfig
@@ -39,6 +38,7 @@ from saetrain.runs.record import (
 )
 from saetrain.runs.segments import first_segment, require_batch
 from saetrain.training.init import FirstRows, with_initial_scales
+from saetrain.training.row_stream import budget_of
 
 ConfigsOf = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
 _DEAD_AFTER = 10_000_000
@@ -185,13 +185,6 @@ def whole_updates(config: FitConfig, steps: int) -> int:
                 f"{name} is longer than the run", expected=f"<= {whole or steps}", got=value
             )
     return whole
-
-
-def budget_of(config: FitConfig, cache: Cache, hookpoints: list[str]) -> MemoryBudget:
-    """Return the rows of the shuffle buffer, and the batches to prefetch."""
-    if config.pool_rows is not None:
-        return MemoryBudget(config.pool_rows, PREFETCH_BATCHES)
-    return plan_memory(config.buffer_bytes, cache.manifest, hookpoints, config.batch_size)
 
 
 def resume_record(

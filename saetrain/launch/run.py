@@ -8,21 +8,16 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.core.process import choose_device
-from actcache.core.progress import format_bytes
 from actcache.errors import RunError
 from actcache.format.manifest import MANIFEST
-from actcache.stream.activation_stream import ActivationStream
-from actcache.stream.memory_budget import extra_windows
-from actcache.stream.verified_reads import ProbeResult, probe_read_settings
 from saetrain.config.fit_config import FitConfig
-from saetrain.launch.resolve import budget_of, resolve_run, resume_record, write_option_changes
+from saetrain.launch.resolve import resolve_run, resume_record, write_option_changes
 from saetrain.launch.session import EXIT, RunSession, run_session
-from saetrain.launch.setup import RunBroadcast, RunState, set_up_run
+from saetrain.launch.setup import RunBroadcast, set_up_run
 from saetrain.launch.summary import FitSummary, summarize_fit
-from saetrain.model.hookpoint_io import hookpoints_of
-from saetrain.runs.record import LOCK, RUN, RunRecord, check_same_cache, write_run
-from saetrain.tracking.wandb_mirror import open_wandb
+from saetrain.runs.record import LOCK, RUN, check_same_cache, write_run
 from saetrain.training.loop import train
+from saetrain.training.run_state import RunState
 
 
 def fit(config: FitConfig) -> FitSummary:
@@ -38,7 +33,8 @@ def fit(config: FitConfig) -> FitSummary:
         run = start_or_resume(session)
         set_up_run(session, run)
         commit_run_record(session, run)
-        return _train(session, run)
+        result = train(session.root, config, run, session.coordinator)
+        return summarize_fit(session, run, result)
 
 
 def start_or_resume(session: RunSession) -> RunState:
@@ -143,80 +139,3 @@ def has_run(config: FitConfig, root: Path) -> bool:
             content = "a cache" if (root / MANIFEST).exists() else "other things"
             raise RunError(f"--out {root} holds {content}", expected="a new or empty folder")
     return False
-
-
-def _train(session: RunSession, run: RunState) -> FitSummary:
-    """Train a run from its step to its end."""
-    root, record, coordinator = session.root, run.record, session.coordinator
-    first_step = run.step
-    stream, read_message = _open_stream(session, run)
-    coordinator.init_throttle(first_step, record, run.cache)
-    tracker = coordinator.make_tracker(
-        (root, first_step, record.steps, record.plan.batch_size, stream.row_bytes), record.saes
-    )
-    for warning in run.restore_warnings:
-        tracker.bar.print_line(f"warning: {warning}")
-    if first_step == 0:
-        for sae, origin in zip(record.saes, record.origins, strict=False):
-            sizes = f"{sae.config.num_latents:,} latents, k {sae.config.k}"
-            tracker.bar.print_line(f"fit: {sae.name} starts from {origin.path} ({sizes})")
-    if first_step < record.steps:
-        tracker.bar.print_line(read_message)
-    try:
-        if coordinator.is_rank_zero:
-            tracker.mirror = open_wandb(root, record, tracker.bar.print_line)
-        steps = train(
-            root,
-            record,
-            run.trainers,
-            stream,
-            tracker,
-            first_step,
-            run.segment_tracker,
-            run.validation,
-            coordinator,
-        )
-        tracker.end()
-    finally:
-        stream.close()
-        seconds = tracker.seconds
-        rows_per_second, data_wait = tracker.close()
-    coordinator.barrier()  # rank 0 has written the last line
-    return summarize_fit(session, run, stream, steps, seconds, rows_per_second, data_wait)
-
-
-def _open_stream(session: RunSession, run: RunState) -> tuple[ActivationStream, str]:
-    """Open the stream at the run's step, and describe in one line how it is read."""
-    config, record, cache, coordinator = session.config, run.record, run.cache, session.coordinator
-    hookpoints = hookpoints_of([trainer.entry for trainer in run.trainers])
-    probe = probe_read_settings(cache, hookpoints, record.plan)
-    segments = run.segment_tracker
-    stream = ActivationStream(
-        cache,
-        hookpoints,
-        record.plan if segments is None else segments.plans,
-        epochs=None if segments is None else record.epochs,
-        verify=config.verify,
-        rank=coordinator.batch_rank,
-        world_size=coordinator.batch_parts,
-        prefetch=budget_of(config, cache, hookpoints).prefetch,
-        reading=probe.reading,
-        device=run.device if run.device.type == "cuda" else None,
-    )
-    if run.stream_state:
-        stream.load_state_dict(run.stream_state)
-    return stream, _read_message(record, probe, stream.row_bytes)
-
-
-def _read_message(record: RunRecord, probe: ProbeResult, row_bytes: int) -> str:
-    """Describe in one line the buffer and the settings of reads."""
-    plan = record.plan
-    pool = min(plan.window, plan.lane_rows) * plan.lanes
-    speed = probe.why_not
-    if probe.bytes_per_second is not None:
-        speed = f"{format_bytes(probe.bytes_per_second)}/s in a probe"
-    return (
-        f"fit: {pool:,} rows are mixed in memory ({format_bytes(pool * row_bytes)}); read by "
-        f"{probe.reading}, up to {extra_windows(plan.lanes)} of {plan.lanes} windows ahead "
-        f"({speed})"
-    )

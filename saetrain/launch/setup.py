@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,39 +34,10 @@ from saetrain.training.cuda_graphs import require_cuda_graphs
 from saetrain.training.ddp import DdpStep
 from saetrain.training.init import FirstRows, init_b_dec_at_median, initial_sae
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
+from saetrain.training.run_state import RunState
 from saetrain.training.sae_trainer import SaeTrainer, make_step_settings
 from saetrain.training.step import require_bfloat16_products, require_compiler
 from saetrain.training.validation import Validation
-
-
-@dataclass
-class RunState:
-    """A run between its start and its training: its record, and the objects built for it."""
-
-    record: RunRecord
-    cache: Cache
-    """The cache, cut off after the last extension that the run uses."""
-    device: torch.device
-    """Device of this process."""
-    resumed: bool = False
-    """Whether the run was started by an earlier call."""
-    changes: tuple[str, ...] = ()
-    """On rank 0, what has changed since the run was last started."""
-    warnings: tuple[str, ...] = ()
-    """On rank 0, warnings of the start."""
-
-    step: int = 0
-    """Steps done before this call."""
-    stream_state: dict[str, int] = field(default_factory=dict)
-    """State of the stream in the restored checkpoint; empty at step 0."""
-    restore_warnings: tuple[str, ...] = ()
-    """On rank 0, a warning if a newer checkpoint is damaged."""
-    trainers: list[SaeTrainer] = field(default_factory=list)
-    """The SAEs that this process trains."""
-    segment_tracker: SegmentTracker | None = None
-    """With --follow, the segments of the harvest."""
-    validation: Validation | None = None
-    """Held-out rows, if this process validates."""
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import Any
 
 from actcache.core.progress import format_bytes
 from actcache.errors import FormatError
-from actcache.stream.activation_stream import ActivationStream
 from saetrain.config.sae import SaeOptions
 from saetrain.launch.session import RunSession
-from saetrain.launch.setup import RunState
 from saetrain.runs.checkpoint import Best, newest_state
 from saetrain.runs.record import RunRecord
 from saetrain.tracking.jsonl import METRICS, last_line, sae_metrics
+from saetrain.training.run_state import RunState, TrainResult, WaitTimes
 
 
 @dataclass(frozen=True)
@@ -48,25 +47,8 @@ class FitSummary:
     """Warnings for the user."""
 
 
-def summarize_fit(
-    session: RunSession,
-    run: RunState,
-    stream: ActivationStream,
-    steps: int,
-    seconds: float,
-    rows_per_second: float,
-    data_wait: float,
-) -> FitSummary:
-    """Summarize a finished run from its files and the stream's counters.
-
-    Args:
-        session: the call of `fit`.
-        run: the run.
-        stream: the stream that the run has read.
-        steps: steps of the whole run.
-        seconds: seconds from the first step of this call to the last line of metrics.jsonl.
-        rows_per_second: speed in this call.
-        data_wait: share of the seconds spent waiting for rows.
+def summarize_fit(session: RunSession, run: RunState, result: TrainResult) -> FitSummary:
+    """Summarize a finished run from its files and the result of this call.
 
     Raises:
         FormatError: metrics.jsonl is missing or damaged.
@@ -75,18 +57,16 @@ def summarize_fit(
     line = last_line(metrics, key="saes")
     if line is None:  # lost after the run had finished: training always writes it
         raise FormatError(f"{metrics} is missing or empty", remedy="restore it from a copy")
-    bytes_per_second = rows_per_second * stream.row_bytes
-    first, shards = stream.seconds_to_first, stream.seconds_for_shards
-    waits = WaitTimes(seconds, stream.seconds_waited, first, shards)
-    limit = bottleneck_message(waits, bytes_per_second, session.config.verify)
+    steps = result.steps
+    limit = bottleneck_message(result.waits, result.bytes_per_second, session.config.verify)
     return FitSummary(
         run=str(session.root),
         steps=steps,
         new_steps=steps - run.step,
         rows=steps * record.plan.batch_size,
-        rows_per_second=rows_per_second,
-        bytes_per_second=bytes_per_second,
-        data_wait=data_wait,
+        rows_per_second=result.rows_per_second,
+        bytes_per_second=result.bytes_per_second,
+        data_wait=result.data_wait,
         limit=limit if steps > run.step else None,
         dead_after=record.dead_after,
         saes=sae_metrics(metrics, line, [entry.name for entry in record.saes]),
@@ -124,20 +104,6 @@ def _bests(root: Path, record: RunRecord) -> dict[str, Best]:
 
 _DISK = 0.3  # share of time spent waiting for rows from which the disk is the limit
 _COMPUTE = 0.1  # share up to which compute is the limit
-
-
-@dataclass(frozen=True)
-class WaitTimes:
-    """Seconds that a run spent waiting, by cause."""
-
-    all: float
-    """Seconds from start to end."""
-    rows: float
-    """Seconds of waiting for rows, for any reason."""
-    first: float
-    """Seconds of that before the first batch: verification, and filling the buffer."""
-    shards: float
-    """Seconds of that spent on shards that a harvest had not written yet; whole seconds."""
 
 
 def bottleneck_message(waits: WaitTimes, bytes_per_second: float, verify: str) -> str:

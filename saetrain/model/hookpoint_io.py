@@ -132,22 +132,23 @@ def target_stats(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) ->
     Raises:
         RunError: the rows of a hookpoint have no variance.
     """
-    known = {name: statistics_of(name) for name in entry.hookpoints}
-    scales = dict(zip(entry.hookpoints, entry.scales or (1.0,) * len(known), strict=True))
-    for name, statistics in known.items():
-        if not statistics.variance > 0:
+    names, sources, targets = entry.hookpoints, entry.sources, entry.targets
+    means, variances = {}, {}
+    for name, scale in zip(names, entry.scales or (1.0,) * len(names), strict=True):
+        statistics = statistics_of(name)
+        variance = statistics.variance
+        if not variance > 0:
             raise RunError(
                 f"the training rows of {name} do not vary",
                 expected="a variance above 0",
-                got=statistics.variance,
+                got=variance,
                 remedy="leave this hookpoint out",
             )
-    targets = entry.targets
-    variances = {name: known[name].variance * scales[name] ** 2 for name in known}
-    parts = tuple(OutputSlice(name, len(known[name].mean), variances[name]) for name in targets)
+        means[name], variances[name] = statistics.mean * scale, variance * scale**2
+    parts = tuple([OutputSlice(name, len(means[name]), variances[name]) for name in targets])
     return TargetStats(
-        mean=np.concatenate([known[name].mean * scales[name] for name in targets]),
-        variance=sum(part.variance for part in parts),
-        unit=float(np.sqrt(sum(variances[name] for name in entry.sources))),
+        mean=np.concatenate([means[name] for name in targets]),
+        variance=sum(variances[name] for name in targets),
+        unit=float(np.sqrt(sum(variances[name] for name in sources))),
         parts=parts if len(parts) > 1 else (),
     )

@@ -117,6 +117,16 @@ class JsonlTracker:
         """Seconds from the start to the last line."""
         return self._last - self._began
 
+    @property
+    def rows_per_second(self) -> float:
+        """Rows per second from the start to the last line."""
+        return self._rows_per_second(self._last_step, self.seconds)
+
+    @property
+    def data_wait(self) -> float:
+        """Share of these seconds spent waiting for rows."""
+        return self._waited / max(self.seconds, 1e-9)
+
     def sync(self) -> None:
         """Flush all lines to disk, which must precede the checkpoint of their step."""
         for file in self._files.values():
@@ -127,15 +137,13 @@ class JsonlTracker:
         if self.mirror is not None:
             self.mirror.end()
 
-    def close(self) -> tuple[float, float]:
-        """Close all outputs; return rows per second and the share of time waited for rows."""
+    def close(self) -> None:
+        """Close all outputs."""
         if self.mirror is not None:
             self.mirror.close()
         self.bar.close()
         for file in self._files.values():
             file.close()
-        rate = self._rows_per_second(self._last_step, self.seconds)
-        return rate, self._waited / max(self.seconds, 1e-9)
 
     def _rows_per_second(self, step: int, seconds: float) -> float:
         return (step - self._first_step) * self._batch_size / max(seconds, 1e-9)

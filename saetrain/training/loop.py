@@ -3,49 +3,36 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from actcache.stream.activation_stream import ActivationStream, Batch
+from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator
 from saetrain.distributed.process_group import LostRankError
 from saetrain.distributed.signals import RunStopped, StopRequested
-from saetrain.runs.record import RunRecord
-from saetrain.runs.segments import HarvestWaitNotice, SegmentTracker, plan_of_step
+from saetrain.runs.segments import HarvestWaitNotice, plan_of_step
 from saetrain.tracking.jsonl import JsonlTracker
+from saetrain.tracking.wandb_mirror import open_wandb
 from saetrain.training.checkpointing import Checkpointer
 from saetrain.training.cuda_graphs import with_cuda_graphs
 from saetrain.training.non_finite import require_finite_loss, with_row_addresses
-from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint
+from saetrain.training.row_stream import open_stream
+from saetrain.training.run_state import RunState, TrainResult, WaitTimes
+from saetrain.training.sae_trainer import by_hookpoint
 from saetrain.training.step import train_batch
-from saetrain.training.validation import Validation, validate
+from saetrain.training.validation import validate
 
 
-def train(
-    root: Path,
-    record: RunRecord,
-    trainers: list[SaeTrainer],
-    stream: ActivationStream,
-    tracker: JsonlTracker,
-    first_step: int,
-    segment_tracker: SegmentTracker | None = None,
-    validation: Validation | None = None,
-    coordinator: Coordinator | None = None,
-) -> int:
-    """Train from `first_step` to the run's last step, or to the end of its data.
+def train(root: Path, config: FitConfig, run: RunState, coordinator: Coordinator) -> TrainResult:
+    """Train from the run's step to its last one, or to the end of its data.
 
     Args:
         root: folder of the run.
-        record: the run's record.
-        trainers: the SAEs of this process.
-        stream: positioned at the batch of `first_step`.
-        tracker: receives metrics.
-        first_step: steps done.
-        segment_tracker: with --follow, pins the segments used of a cache that is being harvested.
-        validation: held-out rows, if the run validates.
-        coordinator: the processes of the run; None: this one alone.
-
-    Returns:
-        Steps done in the whole run.
+        config: the options of this call.
+        run: its record, and the SAEs of this process.
+        coordinator: the processes of the run.
 
     Raises:
         RunStopped: a signal requested it; the steps before it are saved.
@@ -54,11 +41,17 @@ def train(
         CorruptShardError: a shard has changed or is missing; the steps before it are saved, as
             they are for any other read error.
     """
-    coordinator = coordinator or Coordinator()
-    checkpointer = Checkpointer(root, trainers, tracker, coordinator, record.options, first_step)
+    record, trainers, validation, segments = (
+        run.record,
+        run.trainers,
+        run.validation,
+        run.segment_tracker,
+    )
     groups, options = by_hookpoint(trainers), record.options
-    done, position = first_step, stream.state_dict()
     make_step = with_cuda_graphs(groups) if options.cuda_graphs else train_batch
+    stream, read_message = open_stream(config, run, coordinator)
+    coordinator.init_throttle(run.step, record, run.cache)
+    done, position = run.step, stream.state_dict()
 
     def on_wait(shard: int) -> None:
         notice(shard)
@@ -66,15 +59,20 @@ def train(
         checkpointer.save_while_waiting(done, position)
         coordinator.check_stop_request(done, waits=True)
 
-    if segment_tracker is not None:
-        notice = HarvestWaitNotice(
-            stream.cache, segment_tracker.plans.segmentation.shards_each, tracker.bar
-        )
-        stream.on_wait = on_wait
-    plan_of = functools.partial(plan_of_step, record, segment_tracker)
-    with with_row_addresses(root, stream.cache, plan_of):
+    plan_of = functools.partial(plan_of_step, record, segments)
+    with (
+        stream,
+        _open_tracker(root, run, coordinator, stream.row_bytes, read_message) as tracker,
+        with_row_addresses(root, stream.cache, plan_of),
+    ):
+        checkpointer = Checkpointer(root, trainers, tracker, coordinator, options, done)
+        if segments is not None:
+            notice = HarvestWaitNotice(
+                stream.cache, segments.plans.segmentation.shards_each, tracker.bar
+            )
+            stream.on_wait = on_wait
         try:
-            for step in range(first_step, record.steps):
+            for step in range(run.step, record.steps):
                 coordinator.throttle(step)
                 coordinator.check_stop_request(done)
                 batch = _next_batch(coordinator, stream, checkpointer, done, position)
@@ -82,8 +80,8 @@ def train(
                     break
                 # Not earlier: before the first batch there is nothing to save.
                 coordinator.stop_signals.install()
-                if segment_tracker is not None:
-                    segment_tracker.pin(batch)
+                if segments is not None:
+                    segments.pin(batch)
                 make_step(groups, batch, step)
                 done, position = step + 1, stream.state_dict()
                 last = done == record.steps or batch.last
@@ -106,7 +104,19 @@ def train(
         except StopRequested as stop:
             checkpointer.save(done, position)
             raise RunStopped(stop.signal, done) from None
-    return done
+    coordinator.barrier()  # rank 0 has written the last line
+    return TrainResult(
+        steps=done,
+        rows_per_second=tracker.rows_per_second,
+        bytes_per_second=tracker.rows_per_second * stream.row_bytes,
+        data_wait=tracker.data_wait,
+        waits=WaitTimes(
+            all=tracker.seconds,
+            rows=stream.seconds_waited,
+            first=stream.seconds_to_first,
+            shards=stream.seconds_for_shards,
+        ),
+    )
 
 
 def _next_batch(
@@ -124,3 +134,29 @@ def _next_batch(
     except Exception:
         checkpointer.save_after_read_error(done, position)
         raise
+
+
+@contextmanager
+def _open_tracker(
+    root: Path, run: RunState, coordinator: Coordinator, row_bytes: int, read_message: str
+) -> Iterator[JsonlTracker]:
+    """Open the metrics of the run, print what it starts with, and at the end close them."""
+    record = run.record
+    tracker = coordinator.make_tracker(
+        (root, run.step, record.steps, record.plan.batch_size, row_bytes), record.saes
+    )
+    for warning in run.restore_warnings:
+        tracker.bar.print_line(f"warning: {warning}")
+    if run.step == 0:
+        for sae, origin in zip(record.saes, record.origins, strict=False):
+            sizes = f"{sae.config.num_latents:,} latents, k {sae.config.k}"
+            tracker.bar.print_line(f"fit: {sae.name} starts from {origin.path} ({sizes})")
+    if run.step < record.steps:
+        tracker.bar.print_line(read_message)
+    try:
+        if coordinator.is_rank_zero:
+            tracker.mirror = open_wandb(root, record, tracker.bar.print_line)
+        yield tracker
+        tracker.end()
+    finally:
+        tracker.close()

@@ -16,7 +16,7 @@ def run(*arguments: str) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_forced_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SAETRAIN_KERNELS", raising=False)
 
 

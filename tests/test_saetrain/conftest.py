@@ -76,7 +76,7 @@ def batches() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def make_trainee() -> Callable[..., Any]:
+def make_trainer() -> Callable[..., Any]:
     """A factory of `SaeTrainer` objects."""
     import torch
 
@@ -165,7 +165,7 @@ def sparsify() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def make_peer(sparsify: ModuleType) -> Callable[..., Any]:
+def make_sparse_coder(sparsify: ModuleType) -> Callable[..., Any]:
     """A factory of sparsify's SparseCoder."""
 
     def make(d_in: int, num_latents: int, k: int, **arguments: Any) -> Any:

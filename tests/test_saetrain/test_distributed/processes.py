@@ -53,7 +53,7 @@ def run_job(job: dict[str, Any]) -> None:
     saetrain.distributed.coordinator.next = partial(next_batch, *job.get("unreadable", (-1, -1)))
     saetrain.training.loop.train_batch = partial(train_batch, *job.get("signal", (-1, -1)))
     opened: list[str] = []
-    saetrain.launch.run.open_wandb = lambda *_: opened.append("opened")
+    saetrain.training.loop.open_wandb = lambda *_: opened.append("opened")
     if "damaged" in job and RANK == "0":
         flip(Path(job["damaged"]))
     config = FitConfig(**options)

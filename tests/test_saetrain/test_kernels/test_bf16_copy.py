@@ -195,14 +195,14 @@ class Casts(TorchDispatchMode):
 )
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
 def test_steps_under_autocast_cast_no_weight_and_have_the_same_bits(
-    make_trainee, batches, monkeypatch, optimizer, settings, each
+    make_trainer, batches, monkeypatch, optimizer, settings, each
 ):
     found = []
     for keeps in (True, False):
         with monkeypatch.context() as patch:
             if not keeps:
                 patch.setattr(step_module, "keep_bf16_copy", lambda _: None)
-            trainer = make_trainee(D, M, K, optimizer=optimizer, autocast=True, **settings)
+            trainer = make_trainer(D, M, K, optimizer=optimizer, autocast=True, **settings)
             for step, x in enumerate(batches(torch.float32)[:6]):
                 with Casts() if keeps and step else contextlib.nullcontext() as casts:
                     train_step(trainer, x, step)
@@ -212,8 +212,8 @@ def test_steps_under_autocast_cast_no_weight_and_have_the_same_bits(
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
 
 
-def test_without_autocast_a_step_keeps_no_copy(make_trainee, batches):
-    trainer = make_trainee(D, M, K)
+def test_without_autocast_a_step_keeps_no_copy(make_trainer, batches):
+    trainer = make_trainer(D, M, K)
     train_step(trainer, batches(torch.float32)[0], 0)
     assert bf16_copy_of(trainer.sae.W_enc) is None
     trainer.settings = StepSettings(autocast=True)

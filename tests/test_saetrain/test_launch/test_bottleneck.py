@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from saetrain.launch.summary import WaitTimes, bottleneck_message
+from saetrain.launch.summary import bottleneck_message
+from saetrain.training.run_state import WaitTimes
 
 
 @pytest.mark.parametrize(

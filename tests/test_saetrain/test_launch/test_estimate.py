@@ -32,9 +32,9 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("optimizer", get_args(OptimizerName))
 def test_weights_and_optimizer_state_equal_those_of_a_trained_sae(
-    make_trainee: Callable[..., Any], optimizer: OptimizerName
+    make_trainer: Callable[..., Any], optimizer: OptimizerName
 ) -> None:
-    trainer = make_trainee(16, 400, 4, optimizer=optimizer)
+    trainer = make_trainer(16, 400, 4, optimizer=optimizer)
     train_step(trainer, torch.randn(32, 16), 0)
     entry = SaeEntry(
         "layers.0", SaeConfig(16, 400, 4), 0.1, 0, options=SaeOptions(optimizer=optimizer)
@@ -58,9 +58,9 @@ def test_counting_parameters_allocates_none() -> None:
     ("N", "D", "M", "K"), [(512, 64, 2048, 16), (64, 128, 4096, 8), (2048, 64, 256, 64)]
 )
 def test_a_step_holds_at_most_the_estimate_and_not_much_less(
-    make_trainee: Callable[..., Any], N: int, D: int, M: int, K: int, optimizer: OptimizerName
+    make_trainer: Callable[..., Any], N: int, D: int, M: int, K: int, optimizer: OptimizerName
 ) -> None:
-    peak = peak_of_a_step(make_trainee(D, M, K, optimizer=optimizer), torch.randn(N, D))
+    peak = peak_of_a_step(make_trainer(D, M, K, optimizer=optimizer), torch.randn(N, D))
     gradients = sum(map(math.prod, parameter_shapes(SaeConfig(D, M, K)))) * FLOAT
     planned = gradients + step_bytes(SaeConfig(D, M, K), optimizer, N)
     assert 0.5 * planned <= peak <= planned

@@ -29,11 +29,11 @@ def batch(seed: int = 4) -> torch.Tensor:
 @pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
 @pytest.mark.parametrize("d_in", [1, 5, 16, 100, 576])
 def test_initial_weights_equal_sparsifys_bit_for_bit(
-    make_peer: Callable[..., Any], d_in: int, seed: int
+    make_sparse_coder: Callable[..., Any], d_in: int, seed: int
 ) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sparse_coder = make_peer(d_in, 96, 4)
+        sparse_coder = make_sparse_coder(d_in, 96, 4)
     sae = Sae(d_in, 96, 4, seed=seed)
     assert torch.equal(sae.W_enc, sparse_coder.encoder.weight)
     assert torch.equal(sae.W_dec, sparse_coder.W_dec)
@@ -55,8 +55,11 @@ def test_building_does_not_change_the_global_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_forward_pass_equals_sparsifys(make_peer: Callable[..., Any]) -> None:
-    sae, sparse_coder = Sae(D, M, K, dtype=torch.float64), make_peer(D, M, K, dtype=torch.float64)
+def test_the_forward_pass_equals_sparsifys(make_sparse_coder: Callable[..., Any]) -> None:
+    sae, sparse_coder = (
+        Sae(D, M, K, dtype=torch.float64),
+        make_sparse_coder(D, M, K, dtype=torch.float64),
+    )
     randomised(sae)
     with torch.no_grad():
         sparse_coder.encoder.weight.copy_(sae.W_enc)
@@ -100,9 +103,12 @@ def test_normalising_gives_unit_rows_and_a_zero_row_stays_finite() -> None:
 
 
 def test_the_parallel_component_of_the_gradient_is_removed_as_in_sparsify(
-    make_peer: Callable[..., Any],
+    make_sparse_coder: Callable[..., Any],
 ) -> None:
-    sae, sparse_coder = Sae(D, M, K, dtype=torch.float64), make_peer(D, M, K, dtype=torch.float64)
+    sae, sparse_coder = (
+        Sae(D, M, K, dtype=torch.float64),
+        make_sparse_coder(D, M, K, dtype=torch.float64),
+    )
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(M, D, generator=generator, dtype=torch.float64)
     sae.W_dec.grad = gradient.clone()

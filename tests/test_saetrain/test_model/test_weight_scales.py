@@ -92,9 +92,9 @@ def test_folding_equals_saelens_topk_with_rescaled_activations() -> None:
 
 @pytest.mark.parametrize("norm", ["fold", "free"])
 def test_free_rows_keep_their_norm_and_the_parallel_gradient(
-    make_trainee: Callable[..., SaeTrainer], norm: Any, monkeypatch: pytest.MonkeyPatch
+    make_trainer: Callable[..., SaeTrainer], norm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainee(D, M, K, dtype=torch.float64, decoder_norm=norm)
+    trainer = make_trainer(D, M, K, dtype=torch.float64, decoder_norm=norm)
     parallel = []
 
     def spy(_: int) -> None:

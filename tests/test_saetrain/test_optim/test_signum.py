@@ -46,7 +46,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def make_peer_optimizer(sparsify: ModuleType) -> Callable[[dict[str, nn.Parameter]], Any]:
+def make_sparsify_optimizer(sparsify: ModuleType) -> Callable[[dict[str, nn.Parameter]], Any]:
     from sparsify.sign_sgd import SignSGD
 
     def make(parameters: dict[str, nn.Parameter]) -> Any:
@@ -58,10 +58,10 @@ def make_peer_optimizer(sparsify: ModuleType) -> Callable[[dict[str, nn.Paramete
 
 
 def test_the_trained_and_the_exported_weights_are_the_peers_bit_for_bit(
-    make_peer_optimizer: Callable[..., Any],
+    make_sparsify_optimizer: Callable[..., Any],
 ) -> None:
     ours, theirs = parameters(), parameters()
-    signum, peer = Signum(ours, LR), make_peer_optimizer(theirs)
+    signum, peer = Signum(ours, LR), make_sparsify_optimizer(theirs)
     for step in range(30):
         give_gradients(ours, step)
         give_gradients(theirs, step)

@@ -32,13 +32,13 @@ def checkpointer(root: Path, trainer: SaeTrainer) -> Checkpointer:
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
 def test_nothing_is_saved_after_a_loss_that_was_not_finite(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., SaeTrainer],
+    make_trainer: Callable[..., SaeTrainer],
     tmp_path: Path,
     optimizer: str,
     value: float,
 ) -> None:
     """signum keeps the weights finite, because sign(NaN) is 0."""
-    trainer = make_trainee(D, M, K, optimizer=optimizer)
+    trainer = make_trainer(D, M, K, optimizer=optimizer)
     rows = batches(torch.float32)[0].clone()
     train_step(trainer, rows, 0)
     rows[3, 5] = value
@@ -51,11 +51,11 @@ def test_nothing_is_saved_after_a_loss_that_was_not_finite(
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
 def test_weights_that_are_not_finite_are_not_saved(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., SaeTrainer],
+    make_trainer: Callable[..., SaeTrainer],
     tmp_path: Path,
     name: str,
 ) -> None:
-    trainer = make_trainee(D, M, K)
+    trainer = make_trainer(D, M, K)
     train_step(trainer, batches(torch.float32)[0], 0)
     with torch.no_grad():
         trainer.sae.get_parameter(name).view(-1)[-1] = math.inf

@@ -26,14 +26,14 @@ def batches(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 @pytest.fixture
-def make(make_trainee: Callable[..., SaeTrainer]) -> Callable[..., SaeTrainer]:
+def make(make_trainer: Callable[..., SaeTrainer]) -> Callable[..., SaeTrainer]:
     """Trainees with dead latents from the third batch on, and a recipe."""
 
     def build(
         dtype: torch.dtype = torch.float64, auxk_alpha: float = 0.0, **settings: Any
     ) -> SaeTrainer:
         settings["auxk_alpha"] = auxk_alpha
-        trainer = make_trainee(
+        trainer = make_trainer(
             D, M, K, dtype=dtype, optimizer="adam", dead_after=2 * N, variance=2.0, **settings
         )
         with torch.no_grad():

@@ -61,7 +61,7 @@ def bits(trainer: SaeTrainer) -> dict[str, bytes]:
 @pytest.mark.parametrize("device_flag", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_from_a_step_that_is_not_finite_on_weights_and_state_stay_bit_for_bit(
-    make_trainee: Callable[..., SaeTrainer],
+    make_trainer: Callable[..., SaeTrainer],
     optimizer: str,
     value: float,
     device_flag: bool,
@@ -77,7 +77,7 @@ def test_from_a_step_that_is_not_finite_on_weights_and_state_stay_bit_for_bit(
         )
     # The other optimisers normalise the decoder before the loss is known.
     norm = "unit" if optimizer in ("signum", "adam", "adamw") else "free"
-    trainer = make_trainee(D, M, K, optimizer=optimizer, decoder_norm=norm, autocast=autocast)
+    trainer = make_trainer(D, M, K, optimizer=optimizer, decoder_norm=norm, autocast=autocast)
     rows = batches(6)
     rows[3, 7, 2] = value
     for step in range(3):
@@ -93,9 +93,9 @@ def test_from_a_step_that_is_not_finite_on_weights_and_state_stay_bit_for_bit(
 
 @pytest.mark.parametrize("settings", [{"grad_acc_steps": 3}, {"micro_batch_size": 9}])
 def test_one_bad_batch_of_an_update_or_part_of_a_batch_skips_the_update(
-    make_trainee: Callable[..., SaeTrainer], settings: dict[str, Any]
+    make_trainer: Callable[..., SaeTrainer], settings: dict[str, Any]
 ) -> None:
-    trainer, rows = make_trainee(D, M, K, **settings), batches(6)
+    trainer, rows = make_trainer(D, M, K, **settings), batches(6)
     for step in range(3):
         train_step(trainer, rows[step], step)
     before, rows[4, 20, 0] = bits(trainer), math.nan

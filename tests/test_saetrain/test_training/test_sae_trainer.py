@@ -20,11 +20,11 @@ BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 @BOTH_OPTIMIZERS
 def test_training_continues_bit_for_bit_from_loaded_state(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., SaeTrainer],
+    make_trainer: Callable[..., SaeTrainer],
     optimizer: str,
 ) -> None:
     ours, resumed = (
-        make_trainee(D, M, K, optimizer=optimizer, dead_after=3 * N, auxk_alpha=1.0)
+        make_trainer(D, M, K, optimizer=optimizer, dead_after=3 * N, auxk_alpha=1.0)
         for _ in range(2)
     )
     rows = batches(torch.float32)

@@ -69,14 +69,14 @@ def our_step(trainer: SaeTrainer, x: Tensor, step: int, alpha: float = 0.0) -> d
 @pytest.fixture
 def make_pair(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., SaeTrainer],
-    make_peer: Callable[..., Any],
+    make_trainer: Callable[..., SaeTrainer],
+    make_sparse_coder: Callable[..., Any],
     sparsify: ModuleType,
 ) -> Callable[[str, torch.dtype], tuple[SaeTrainer, Peer]]:
     """Ours and the peer's, with equal weights, b_dec at the first batch's mean."""
 
     def make(optimizer: str, dtype: torch.dtype) -> tuple[SaeTrainer, Peer]:
-        trainer = make_trainee(
+        trainer = make_trainer(
             D,
             M,
             K,
@@ -89,7 +89,7 @@ def make_pair(
         )
         with torch.no_grad():
             trainer.sae.b_dec.copy_(batches(dtype)[0].mean(dim=0))
-        return trainer, Peer(make_peer(D, M, K, dtype=dtype), trainer, optimizer)
+        return trainer, Peer(make_sparse_coder(D, M, K, dtype=dtype), trainer, optimizer)
 
     return make
 
@@ -138,11 +138,11 @@ def test_the_first_step_in_float32_has_the_peers_loss_and_update(
 @BOTH_OPTIMIZERS
 def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., SaeTrainer],
+    make_trainer: Callable[..., SaeTrainer],
     optimizer: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trainer = make_trainee(D, M, K, optimizer=optimizer, lr=0.1)
+    trainer = make_trainer(D, M, K, optimizer=optimizer, lr=0.1)
     deviations, autoencode = [], trainer.sae.autoencode
 
     def spy(*arguments: Any) -> Any:
@@ -161,13 +161,13 @@ def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
 )
 def test_an_optimiser_sees_no_gradient_along_a_decoder_row_but_where_it_projects_itself(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., SaeTrainer],
+    make_trainer: Callable[..., SaeTrainer],
     monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
     clip: float | None,
 ) -> None:
     """A gradient that is to be clipped has to be measured before the one pass."""
-    trainer = make_trainee(D, M, K, optimizer=optimizer, dtype=torch.float64, grad_clip=clip)
+    trainer = make_trainer(D, M, K, optimizer=optimizer, dtype=torch.float64, grad_clip=clip)
     along = []
 
     def spy(_: int) -> None:
@@ -183,11 +183,11 @@ def test_an_optimiser_sees_no_gradient_along_a_decoder_row_but_where_it_projects
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rows_of_any_type_train_as_the_same_numbers_in_the_weights_type(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., SaeTrainer],
+    make_trainer: Callable[..., SaeTrainer],
     dtype: torch.dtype,
 ) -> None:
     rows = batches(torch.float32)[0].to(dtype)
-    ours, same = make_trainee(D, M, K), make_trainee(D, M, K)
+    ours, same = make_trainer(D, M, K), make_trainer(D, M, K)
     train_step(ours, rows, 0)
     train_step(same, rows.float(), 0)
     assert torch.equal(ours.sae.W_enc, same.sae.W_enc)
@@ -196,9 +196,9 @@ def test_rows_of_any_type_train_as_the_same_numbers_in_the_weights_type(
 
 def test_auxk_begins_when_latents_are_dead_and_revives_them(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., SaeTrainer],
+    make_trainer: Callable[..., SaeTrainer],
 ) -> None:
-    trainer = make_trainee(D, M, K, dead_after=2 * N, lr=0.02)
+    trainer = make_trainer(D, M, K, dead_after=2 * N, lr=0.02)
     with torch.no_grad():
         trainer.sae.b_enc[M // 2 :] = -0.7  # never among the strongest at first
     auxk, dead = [], []
@@ -213,9 +213,9 @@ def test_auxk_begins_when_latents_are_dead_and_revives_them(
 
 def test_with_auxk_off_dead_latents_cost_nothing_and_feel_nothing(
     batches: Callable[[torch.dtype], Tensor],
-    make_trainee: Callable[..., SaeTrainer],
+    make_trainer: Callable[..., SaeTrainer],
 ) -> None:
-    trainer = make_trainee(D, M, K, dead_after=1)
+    trainer = make_trainer(D, M, K, dead_after=1)
     with torch.no_grad():
         trainer.sae.b_enc[7] = -100.0
     before = trainer.sae.W_enc[7].detach().clone()

@@ -61,9 +61,9 @@ def peak(taken: list[int]) -> int:
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
 def test_a_step_forms_no_row_for_each_pair_and_no_pre_act_for_all_tokens(
-    make_trainee: Callable[..., Any], optimizer: str
+    make_trainer: Callable[..., Any], optimizer: str
 ) -> None:
-    trainer = make_trainee(D, M, K, optimizer=optimizer)
+    trainer = make_trainer(D, M, K, optimizer=optimizer)
     at_once = tokens_at_once(N, trainer.sae.W_enc) * M * BYTES
     assert at_once == ALL_PRE_ACTS // 16
     taken = allocations(trainer)
@@ -84,14 +84,14 @@ OF_TOPK = {"multi_topk and auxk": MULTI_TOPK, "multi_topk": MULTI_TOPK}
     + [(TopK, *item) for item in OF_TOPK.items()],
 )
 def test_whatever_is_trained_on_each_weight_has_one_gradient(
-    make_trainee: Callable[..., Any],
+    make_trainer: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     activation: type[Activation],
     name: str,
     loss_config: LossConfig,
 ) -> None:
     monkeypatch.setattr(dense, "_MANY", 0)  # nor an order of W for the product, as large
-    trainer = make_trainee(D, M, K, dead_after=N)
+    trainer = make_trainer(D, M, K, dead_after=N)
     trainer.sae.activation = activation(K)
     trainer.loss_config, trainer.meter = (
         loss_config,
@@ -106,10 +106,10 @@ def test_whatever_is_trained_on_each_weight_has_one_gradient(
 
 
 def test_gradients_are_written_where_the_last_steps_were(
-    make_trainee: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saetrain.kernels.grad_memory._LEAST", 1)
-    taken = allocations(make_trainee(D, M, K))
+    taken = allocations(make_trainer(D, M, K))
     assert taken.count(WEIGHTS) <= 1  # in the order of a product's own
     at_once = ALL_PRE_ACTS // 16
     assert peak(taken) <= 1.25 * at_once + WEIGHTS // 2 + PER_TOKEN + PER_LATENT
@@ -117,10 +117,10 @@ def test_gradients_are_written_where_the_last_steps_were(
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
 def test_under_autocast_no_step_makes_a_copy_of_the_encoder(
-    make_trainee: Callable[..., Any], optimizer: str
+    make_trainer: Callable[..., Any], optimizer: str
 ) -> None:
     """One is kept. oneDNN makes its own of that, in its order and in memory of its own."""
-    trainer = make_trainee(D, M, K, optimizer=optimizer, autocast=True)
+    trainer = make_trainer(D, M, K, optimizer=optimizer, autocast=True)
     taken, in_bfloat16 = allocations(trainer), WEIGHTS // 2
     assert in_bfloat16 not in taken
     at_once = tokens_at_once(N, trainer.sae.W_enc) * M * BYTES
@@ -128,9 +128,9 @@ def test_under_autocast_no_step_makes_a_copy_of_the_encoder(
     assert peak(taken) <= max(1.25 * at_once + in_bfloat16, 2 * WEIGHTS) + room
 
 
-def test_with_chunks_of_latents_no_pre_acts_are_wider(make_trainee: Callable[..., Any]) -> None:
+def test_with_chunks_of_latents_no_pre_acts_are_wider(make_trainer: Callable[..., Any]) -> None:
     chunk = 256
-    trainer = make_trainee(D, M, K, chunk_latents=chunk)
+    trainer = make_trainer(D, M, K, chunk_latents=chunk)
     taken = allocations(trainer)
     assert max(taken) <= max(N * chunk * BYTES, WEIGHTS)
     assert peak(taken) <= 2 * WEIGHTS + WEIGHTS // 2 + PER_TOKEN + PER_LATENT

@@ -48,7 +48,11 @@ def extra_windows(lanes: int) -> int:
 
 
 def plan_memory(
-    buffer_bytes: int | None, manifest: Manifest, hookpoints: list[str], batch_size: int
+    buffer_bytes: int | None,
+    manifest: Manifest,
+    hookpoints: list[str],
+    batch_size: int,
+    pool_rows: int | None = None,
 ) -> MemoryBudget:
     """Divide a budget of bytes between windows and queued batches.
 
@@ -58,10 +62,13 @@ def plan_memory(
         manifest: manifest of the cache.
         hookpoints: hookpoints that are streamed together.
         batch_size: rows of a batch.
+        pool_rows: rows of the windows, if they are given instead of bytes.
 
     Raises:
         ConfigError: the budget does not hold the rows of one batch beside the queued batches.
     """
+    if pool_rows is not None:
+        return MemoryBudget(pool_rows, PREFETCH_BATCHES)
     row_dtype = ROW_DTYPES[manifest.identity.dtype]
     widths = [manifest.width(name) for name in hookpoints]
     row = sum(map(row_dtype.row_bytes, widths))

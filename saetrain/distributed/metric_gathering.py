@@ -33,7 +33,7 @@ class NullTracker(JsonlTracker):
     def log_held_out(self, step: int, figures: Metrics, rows: int) -> None:
         """Discard a line on held-out rows."""
 
-    seconds = rows_per_second = data_wait = 0.0  # nothing is measured
+    seconds = rows_per_second = 0.0  # nothing is measured
 
     def sync(self) -> None:
         """Return at once: no line is pending."""

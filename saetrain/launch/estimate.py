@@ -13,15 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from actcache.cache.reader import Cache
-from actcache.stream.memory_budget import MemoryBudget
+from actcache.stream.memory_budget import plan_memory
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry
 from saetrain.kernels.dense import tokens_at_once
-from saetrain.launch.resolve import sae_entries, steps_ahead, with_default_lr
+from saetrain.launch.resolve import open_cache, sae_entries, steps_ahead, with_default_lr
 from saetrain.model.hookpoint_io import hookpoints_of
 from saetrain.model.sae import build_sae
-from saetrain.training.row_stream import budget_of
 
 FLOAT = 4  # bytes
 
@@ -77,14 +75,12 @@ def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
     Raises:
         ActcacheError: one of its subclasses, for options that `fit` would refuse.
     """
-    cache = Cache.open(
-        config.cache,
-        block_cache=config.block_cache,
-        block_cache_bytes=config.block_cache_bytes,
-    )
+    cache = open_cache(config)
     entries = sae_entries(config, cache)
     hookpoints = hookpoints_of(entries)
-    budget: MemoryBudget = budget_of(config, cache, hookpoints)
+    budget = plan_memory(
+        config.buffer_bytes, cache.manifest, hookpoints, config.batch_size, config.pool_rows
+    )
     steps = steps_ahead(config, cache, budget.pool_rows)
     if steps is not None:
         entries = with_default_lr(entries, steps)

@@ -15,6 +15,7 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError
+from actcache.stream.memory_budget import plan_memory
 from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
 from saetrain.config.fit_config import FitConfig
@@ -38,10 +39,15 @@ from saetrain.runs.record import (
 )
 from saetrain.runs.segments import first_segment, require_batch
 from saetrain.training.init import FirstRows, with_initial_scales
-from saetrain.training.row_stream import budget_of
 
 ConfigsOf = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
 _DEAD_AFTER = 10_000_000
+
+
+def open_cache(config: FitConfig) -> Cache:
+    """Open the cache of a run's options."""
+    block_cache, size = config.block_cache, config.block_cache_bytes
+    return Cache.open(config.cache, block_cache=block_cache, block_cache_bytes=size)
 
 
 def resolve_run(
@@ -60,7 +66,10 @@ def resolve_run(
     """
     origins = None if config.finetune is None else PretrainedSaes(config.finetune)
     entries = sae_entries(config, cache, None if origins is None else origins.configs)
-    pool_rows = budget_of(config, cache, hookpoints_of(entries)).pool_rows
+    names, rows = hookpoints_of(entries), config.pool_rows
+    pool_rows = plan_memory(
+        config.buffer_bytes, cache.manifest, names, config.batch_size, rows
+    ).pool_rows
     make_order = _order_in_segments if config.follow else _order
     order = make_order(config, cache, pool_rows)
     steps = planned_steps(config, order.epoch_steps)

@@ -11,7 +11,7 @@ from actcache.core.process import choose_device
 from actcache.errors import RunError
 from actcache.format.manifest import MANIFEST
 from saetrain.config.fit_config import FitConfig
-from saetrain.launch.resolve import resolve_run, resume_record, write_option_changes
+from saetrain.launch.resolve import open_cache, resolve_run, resume_record, write_option_changes
 from saetrain.launch.session import EXIT, RunSession, run_session
 from saetrain.launch.setup import RunBroadcast, set_up_run
 from saetrain.launch.summary import FitSummary, summarize_fit
@@ -55,7 +55,7 @@ def start_or_resume(session: RunSession) -> RunState:
         received = coordinator.receive(RunBroadcast)
         if received.resumed:
             session.share_lock()
-        run = RunState(received.record, _open(config), _device(config), received.resumed)
+        run = RunState(received.record, open_cache(config), _device(config), received.resumed)
         check_same_cache(run.record, run.cache)
     if run.record.extensions is not None:  # extensions made after the start are no part of the run
         run.cache = run.cache.truncated_to(run.record.extensions)
@@ -64,7 +64,7 @@ def start_or_resume(session: RunSession) -> RunState:
 
 def _resolve(session: RunSession) -> RunState:
     config, root, parts = session.config, session.root, session.coordinator.batch_parts
-    cache, device = _open(config), _device(config)
+    cache, device = open_cache(config), _device(config)
     if not has_run(config, root):
         record = resolve_run(config, cache, device, parts)
         warnings = () if config.follow else _missing_shards(cache)
@@ -90,14 +90,6 @@ def commit_run_record(session: RunSession, run: RunState) -> None:
         write_run(root, run.record)
     coordinator.barrier()
     session.share_lock()
-
-
-def _open(config: FitConfig) -> Cache:
-    return Cache.open(
-        config.cache,
-        block_cache=config.block_cache,
-        block_cache_bytes=config.block_cache_bytes,
-    )
 
 
 def _device(config: FitConfig) -> torch.device:

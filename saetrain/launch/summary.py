@@ -13,7 +13,7 @@ from saetrain.launch.session import RunSession
 from saetrain.runs.checkpoint import Best, newest_state
 from saetrain.runs.record import RunRecord
 from saetrain.tracking.jsonl import METRICS, last_line, sae_metrics
-from saetrain.training.run_state import RunState, TrainResult, WaitTimes
+from saetrain.training.run_state import RunState, TrainResult
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def summarize_fit(session: RunSession, run: RunState, result: TrainResult) -> Fi
     line = last_line(metrics, key="saes")
     if line is None:  # lost after the run had finished: training always writes it
         raise FormatError(f"{metrics} is missing or empty", remedy="restore it from a copy")
-    steps = result.steps
-    limit = bottleneck_message(result.waits, result.bytes_per_second, session.config.verify)
+    steps, limit = result.steps, bottleneck_message(result, session.config.verify)
     return FitSummary(
         run=str(session.root),
         steps=steps,
@@ -106,25 +105,18 @@ _DISK = 0.3  # share of time spent waiting for rows from which the disk is the l
 _COMPUTE = 0.1  # share up to which compute is the limit
 
 
-def bottleneck_message(waits: WaitTimes, bytes_per_second: float, verify: str) -> str:
-    """Name the bottleneck of a run in one sentence, and a remedy.
-
-    Args:
-        waits: seconds of waiting, by cause.
-        bytes_per_second: bytes of rows trained on.
-        verify: the option --verify.
-    """
-    share = waits.rows / max(waits.all, 1e-9)
-    speed = f"{format_bytes(bytes_per_second)}/s"
+def bottleneck_message(result: TrainResult, verify: str) -> str:
+    """Name the bottleneck of a run in one sentence, and a remedy that suits the option --verify."""
+    share, speed = result.data_wait, f"{format_bytes(result.bytes_per_second)}/s"
     waited = f"{share:.0%} of the time went into waiting for rows, at {speed}"
     if share <= _COMPUTE:
         return (
             f"Compute was the limit ({waited}): a faster device, fewer latents or fewer SAEs at "
             "once would help, a faster disk would not."
         )
-    if waits.shards > waits.rows / 2:
+    if result.shard_wait > share / 2:
         return f"The harvest was the limit ({waited}): this run was waiting for its shards."
-    if waits.first > waits.rows / 2:
+    if result.first_wait > share / 2:
         verified = "" if verify == "never" else "--verify never after `actcache verify`, "
         return (
             f"The start was the limit ({waited}, most of it before the first step): {verified}"

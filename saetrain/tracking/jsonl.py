@@ -122,11 +122,6 @@ class JsonlTracker:
         """Rows per second from the start to the last line."""
         return self._rows_per_second(self._last_step, self.seconds)
 
-    @property
-    def data_wait(self) -> float:
-        """Share of these seconds spent waiting for rows."""
-        return self._waited / max(self.seconds, 1e-9)
-
     def sync(self) -> None:
         """Flush all lines to disk, which must precede the checkpoint of their step."""
         for file in self._files.values():

@@ -1,25 +1,30 @@
-"""The training loop: read a batch, step, log, validate, save."""
+"""The training loop: open rows and logs; read a batch, step, log, validate, save."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from actcache.core.progress import format_bytes
 from actcache.stream.activation_stream import ActivationStream, Batch
+from actcache.stream.memory_budget import extra_windows, plan_memory
+from actcache.stream.verified_reads import ProbeResult, probe_read_settings
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator
 from saetrain.distributed.process_group import LostRankError
 from saetrain.distributed.signals import RunStopped, StopRequested
+from saetrain.model.hookpoint_io import hookpoints_of
+from saetrain.runs.record import RunRecord
 from saetrain.runs.segments import HarvestWaitNotice, plan_of_step
 from saetrain.tracking.jsonl import JsonlTracker
 from saetrain.tracking.wandb_mirror import open_wandb
 from saetrain.training.checkpointing import Checkpointer
 from saetrain.training.cuda_graphs import with_cuda_graphs
 from saetrain.training.non_finite import require_finite_loss, with_row_addresses
-from saetrain.training.row_stream import open_stream
-from saetrain.training.run_state import RunState, TrainResult, WaitTimes
+from saetrain.training.run_state import RunState, TrainResult
 from saetrain.training.sae_trainer import by_hookpoint
 from saetrain.training.step import train_batch
 from saetrain.training.validation import validate
@@ -41,15 +46,10 @@ def train(root: Path, config: FitConfig, run: RunState, coordinator: Coordinator
         CorruptShardError: a shard has changed or is missing; the steps before it are saved, as
             they are for any other read error.
     """
-    record, trainers, validation, segments = (
-        run.record,
-        run.trainers,
-        run.validation,
-        run.segment_tracker,
-    )
+    record, trainers, segments = run.record, run.trainers, run.segment_tracker
     groups, options = by_hookpoint(trainers), record.options
     make_step = with_cuda_graphs(groups) if options.cuda_graphs else train_batch
-    stream, read_message = open_stream(config, run, coordinator)
+    stream, read_message = _open_stream(config, run, coordinator)
     coordinator.init_throttle(run.step, record, run.cache)
     done, position = run.step, stream.state_dict()
 
@@ -94,9 +94,9 @@ def train(root: Path, config: FitConfig, run: RunState, coordinator: Coordinator
                         require_finite_loss(root, trainer, figures["fvu"] + figures["auxk"], done)
                         metrics[trainer.entry.name] = figures
                     tracker.log(done, metrics, stream.seconds_waited)
-                if validation is not None and (done % (options.val_every or 1) == 0 or last):
-                    found = validate(root, groups, validation, done, options.save_best)
-                    tracker.log_held_out(done, found, validation.rows)
+                if run.validation and (done % (options.val_every or 1) == 0 or last):
+                    found = validate(root, groups, run.validation, done, options.save_best)
+                    tracker.log_held_out(done, found, run.validation.rows)
                 if checkpointer.is_due(done) or last:
                     checkpointer.save(done, position)
                 if last:
@@ -105,17 +105,14 @@ def train(root: Path, config: FitConfig, run: RunState, coordinator: Coordinator
             checkpointer.save(done, position)
             raise RunStopped(stop.signal, done) from None
     coordinator.barrier()  # rank 0 has written the last line
+    seconds = tracker.seconds or math.inf
     return TrainResult(
-        steps=done,
-        rows_per_second=tracker.rows_per_second,
-        bytes_per_second=tracker.rows_per_second * stream.row_bytes,
-        data_wait=tracker.data_wait,
-        waits=WaitTimes(
-            all=tracker.seconds,
-            rows=stream.seconds_waited,
-            first=stream.seconds_to_first,
-            shards=stream.seconds_for_shards,
-        ),
+        done,
+        tracker.rows_per_second,
+        tracker.rows_per_second * stream.row_bytes,
+        data_wait=stream.seconds_waited / seconds,
+        first_wait=stream.seconds_to_first / seconds,
+        shard_wait=stream.seconds_for_shards / seconds,
     )
 
 
@@ -134,6 +131,46 @@ def _next_batch(
     except Exception:
         checkpointer.save_after_read_error(done, position)
         raise
+
+
+def _open_stream(
+    config: FitConfig, run: RunState, coordinator: Coordinator
+) -> tuple[ActivationStream, str]:
+    """Open the stream at the run's step, and describe in one line how it is read."""
+    record, cache, segments = run.record, run.cache, run.segment_tracker
+    hookpoints = hookpoints_of([trainer.entry for trainer in run.trainers])
+    probe = probe_read_settings(cache, hookpoints, record.plan)
+    stream = ActivationStream(
+        cache,
+        hookpoints,
+        record.plan if segments is None else segments.plans,
+        epochs=None if segments is None else record.epochs,
+        verify=config.verify,
+        rank=coordinator.batch_rank,
+        world_size=coordinator.batch_parts,
+        prefetch=plan_memory(
+            config.buffer_bytes, cache.manifest, hookpoints, config.batch_size, config.pool_rows
+        ).prefetch,
+        reading=probe.reading,
+        device=run.device if run.device.type == "cuda" else None,
+    )
+    if run.stream_state:
+        stream.load_state_dict(run.stream_state)
+    return stream, _read_message(record, probe, stream.row_bytes)
+
+
+def _read_message(record: RunRecord, probe: ProbeResult, row_bytes: int) -> str:
+    """Describe in one line the buffer and the settings of reads."""
+    plan = record.plan
+    pool = min(plan.window, plan.lane_rows) * plan.lanes
+    speed = probe.why_not
+    if probe.bytes_per_second is not None:
+        speed = f"{format_bytes(probe.bytes_per_second)}/s in a probe"
+    return (
+        f"fit: {pool:,} rows are mixed in memory ({format_bytes(pool * row_bytes)}); read by "
+        f"{probe.reading}, up to {extra_windows(plan.lanes)} of {plan.lanes} windows ahead "
+        f"({speed})"
+    )
 
 
 @contextmanager

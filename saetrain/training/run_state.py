@@ -47,20 +47,6 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class WaitTimes:
-    """Seconds that a run spent waiting, by cause."""
-
-    all: float
-    """Seconds from the first step of this call to the last line of metrics.jsonl."""
-    rows: float
-    """Seconds of waiting for rows, for any reason."""
-    first: float
-    """Seconds of that before the first batch: verification, and filling the buffer."""
-    shards: float
-    """Seconds of that spent on shards that a harvest had not written yet; whole seconds."""
-
-
-@dataclass(frozen=True)
 class TrainResult:
     """What a call of `train` has done."""
 
@@ -71,5 +57,8 @@ class TrainResult:
     bytes_per_second: float
     """Bytes per second of rows on disk, likewise."""
     data_wait: float
-    """Share of the time spent waiting for rows."""
-    waits: WaitTimes
+    """Share of the time spent waiting for rows, for any reason."""
+    first_wait: float
+    """Share before the first batch: verification, and filling the buffer."""
+    shard_wait: float
+    """Share spent on shards that a harvest had not written yet."""

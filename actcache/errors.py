@@ -105,3 +105,9 @@ class RemoteError(ActcacheError):
     """The object store behind a URL does not respond, or denies access."""
 
     exit_code = 13
+
+
+class FileSystemError(ActcacheError):
+    """The file system of a folder lacks what the work needs, such as locks."""
+
+    exit_code = 14

@@ -31,7 +31,7 @@ from actcache.cache.writer import publish_checked_receipt, write_statistics
 from actcache.config import ConvertConfig
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, ConfigError
-from actcache.filesystem.atomic import DirectoryLock, FileDigest, write_atomic
+from actcache.filesystem.atomic import DirectoryLock, FileDigest, rooted, write_atomic
 from actcache.format import receipts as receipts_module
 from actcache.format.dtypes import ScaledRowDtype
 from actcache.format.manifest import (
@@ -81,7 +81,7 @@ def convert(config: ConvertConfig) -> ConversionSummary:
         ConfigError: rows do not fit float16; their shard is not published.
         ActcacheError: a subclass, for other errors of the user.
     """
-    source, root = Cache.open(config.source), Path(config.out)
+    source, root = Cache.open(config.source), rooted(config.out)
     source.require_shards()
     if isinstance(source.root, Path):
         _refuse_same_folder(source.root, root)

@@ -408,7 +408,8 @@ def _found(path: CachePath, size: int) -> object:
     if not path.is_file() or path.is_symlink():
         return "no plain file"
     found = path.stat().st_size  # checked first, so that an inflated file is not read
-    return digest_file(path) if found == size else f"{found} bytes"
+    local = path if isinstance(path, Path) else require_remote(path)
+    return digest_file(local) if found == size else f"{found} bytes"
 
 
 def _check_range(path: CachePath, name: str, numbers: NDArray[np.int32], end: int) -> None:

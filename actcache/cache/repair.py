@@ -9,7 +9,7 @@ from actcache.cache.folder import data_paths, discard
 from actcache.cache.verify import SEAL, Finding, Verification
 from actcache.core.json_codec import to_json
 from actcache.errors import CorruptShardError, FormatError
-from actcache.filesystem.atomic import DirectoryLock, digest_file, fsync_dir, write_atomic
+from actcache.filesystem.atomic import DirectoryLock, digest_file, fsync_dir, rooted, write_atomic
 from actcache.format.manifest import Manifest, read_manifest
 from actcache.format.receipts import (
     FOLDER,
@@ -33,7 +33,7 @@ def retract_damaged(found: Verification) -> list[int]:
         CorruptShardError: a file is damaged that no harvest can write again; nothing was changed.
         CacheBusyError: a harvest is running in the cache; nothing was changed.
     """
-    root = Path(found.cache)
+    root = rooted(found.cache)
     strays = {f"{FOLDER}/{p.name}" for n, p in receipt_files(root) if p != receipt_path(root, n)}
     made_anew = {SEAL, *strays, *_document_names(root)}
     for damage in found.damages:

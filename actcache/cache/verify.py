@@ -18,7 +18,7 @@ from actcache.cache.reader import Cache, symlinked_dirs
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
 from actcache.filesystem.atomic import digest_file
-from actcache.filesystem.paths import CachePath, open_path, require_local
+from actcache.filesystem.paths import CachePath, open_path, require_local, require_remote
 from actcache.format.manifest import (
     EXTENSIONS,
     MANIFEST,
@@ -260,7 +260,8 @@ def _file(
         if found.st_size != promised.bytes:
             return Finding(file, shard, f"{promised.bytes} bytes", f"{found.st_size} bytes")
         if advance is not None:
-            got = digest_file(path, advance)
+            local = path if isinstance(path, Path) else require_remote(path)
+            got = digest_file(local, advance)
             if got != promised:
                 return Finding(
                     file, shard, f"XXH3-128 {promised.xxh3_128}", f"XXH3-128 {got.xxh3_128}"

@@ -1,9 +1,9 @@
 """File access: atomic writes and locks on local disks, and cached reads from object stores.
 
-`atomic` writes a file so that it appears complete or not at all, and locks a folder. `paths` is the
-common interface to folders and URLs; `urls` opens a URL, through `object_store` (requests with
-retries), `block_cache` (fetched blocks, kept on this machine) and `remote_path` (a store's files
-as paths).
+`atomic` opens the files of a folder without following links, writes a file so that it appears
+complete or not at all, and locks a folder. `paths` is the common interface to folders and URLs;
+`urls` opens a URL, through `object_store` (requests with retries), `block_cache` (fetched blocks,
+kept on this machine) and `remote_path` (a store's files as paths).
 """
 
 __all__ = ["atomic", "block_cache", "object_store", "paths", "remote_path", "urls"]

@@ -1,33 +1,260 @@
-"""Atomic publication of files, and the lock that admits one writer to a folder.
+"""Access to the files of a folder: opened without following links, published by atomic rename.
 
-A file is written under a partial name, synced, renamed, and its folder is synced. Space is reserved
-first and filled with `pwrite`: on a full disk a writable map is killed by SIGBUS, whereas a failed
-reservation raises an error.
+A `RootedPath` lies within a folder that the user named, its root. The root may lie behind links;
+below it every folder is opened relative to the descriptor of the one before, with O_NOFOLLOW, and a
+file must be a plain one: links, pipes and devices are neither read, written, replaced nor deleted.
+Of any other `Path`, the folder that holds the file counts as the root.
+
+A file is written under an unpredictable partial name, synced, renamed, and its folder is synced.
+Space is reserved first and filled with `pwrite`: on a full disk a writable map is killed by
+SIGBUS, whereas a failed reservation raises an error.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
+import secrets
 import socket
+import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
+from typing import IO, Any, ClassVar, Protocol
 
 import xxhash
 
-from actcache.errors import CacheBusyError, DiskFullError
-from actcache.filesystem.paths import CachePath, require_remote
+from actcache.errors import CacheBusyError, DiskFullError, FileSystemError, FormatError
 
 LOCK = Path("logs") / "harvest.lock"
 _LOCK_ATTEMPTS = 5
 _LOCK_PAUSE = 0.02  # seconds between attempts: `is_unlocked` holds the lock for an instant
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _PARTIAL = ".partial-"
+_MOST_HOLDER = 200  # bytes of a lock file that an error quotes
 _PIECE = 1 << 20  # bytes read and hashed at a time
 _CHUNK = 16 << 20  # bytes written and hashed at a time: small enough to stay in cache
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_MODES = {
+    "r": 0,
+    "w": os.O_CREAT | os.O_TRUNC,
+    "a": os.O_CREAT | os.O_APPEND,
+    "x": os.O_CREAT | os.O_EXCL,
+}
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class RootedPath(PosixPath):
+    """A path whose methods that open, list or delete follow no link below its root.
+
+    Made by `rooted`. Paths derived from it, such as `path / name`, have the same root.
+    """
+
+    __slots__ = ()
+    _depth: ClassVar[int] = 0
+    """Number of components of the root."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the root with the path."""
+        return _restored, (self._depth, str(self))
+
+    def open(  # type: ignore[override]
+        self,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> IO[Any]:
+        """Open a plain file; raises `FormatError` for anything else."""
+        writes = os.O_WRONLY if mode[0] != "r" else os.O_RDONLY
+        flags = _MODES[mode[0]] | (os.O_RDWR if "+" in mode else writes)
+        return os.fdopen(open_file(self, flags), mode, buffering, encoding, errors, newline)
+
+    def iterdir(self) -> Generator[RootedPath, None, None]:
+        """List the folder; raises `FormatError` if it is a link."""
+        folder = _open_folder(self)
+        try:
+            names = os.listdir(folder)  # noqa: PTH208 (of a descriptor)
+        finally:
+            os.close(folder)
+        return (self / name for name in names)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete a plain file; raises `FormatError` for anything else."""
+        try:
+            folder = _open_folder(self, self.parts[:-1])
+            try:
+                _require_plain(self, folder)
+                os.unlink(self.name, dir_fd=folder)
+            finally:
+                os.close(folder)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def rmdir(self) -> None:
+        """Delete an empty folder; raises an error if it is a link."""
+        folder = _open_folder(self, self.parts[:-1])
+        try:
+            os.rmdir(self.name, dir_fd=folder)
+        finally:
+            os.close(folder)
+
+    def mkdir(
+        self,
+        mode: int = 0o777,
+        parents: bool = False,  # noqa: ARG002
+        exist_ok: bool = False,
+    ) -> None:
+        """Create the folder, and missing ones above it whether or not `parents` is set."""
+        if not exist_ok and self.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self))
+        os.close(_open_folder(self, create=True, mode=mode))
+
+
+@functools.cache
+def _of_depth(depth: int) -> type[RootedPath]:
+    # A class for each number of components, so that pathlib itself hands the root on.
+    return type("RootedPath", (RootedPath,), {"_depth": depth, "__slots__": ()})
+
+
+def _restored(depth: int, path: str) -> RootedPath:
+    return _of_depth(depth)(path)
+
+
+def rooted(folder: str | Path) -> RootedPath:
+    """Return a folder as the root of the paths below it; a path that has a root keeps it."""
+    if isinstance(folder, RootedPath):
+        return folder
+    return _of_depth(len(Path(folder).parts))(folder)
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a plain file and return its descriptor.
+
+    Args:
+        path: the file.
+        flags: those of `os.open`. New files have mode 0o644.
+
+    Raises:
+        FormatError: the file, or a folder below the root, is a link, or the file is no plain one.
+        OSError: it cannot be opened.
+    """
+    folder = _open_folder(path, path.parts[:-1])
+    try:
+        # Looked at first, since opening a device can act on it.
+        _require_plain(path, folder)
+        fd = os.open(path.name, flags | _PLAIN, 0o644, dir_fd=folder)
+    except OSError as error:
+        raise _of_path(error, path) from None
+    finally:
+        os.close(folder)
+    if not stat.S_ISREG((found := os.fstat(fd)).st_mode):  # it was exchanged meanwhile
+        os.close(fd)
+        raise _refused(path, found.st_mode)
+    return fd
+
+
+def require_plain(root: Path, names: Iterable[str]) -> None:
+    """Raise `FormatError` if a name below a folder, or a folder above it, is a link or a device.
+
+    A command calls it before its work, so that a link is refused before hours are spent.
+
+    Args:
+        root: the folder.
+        names: paths within it, of files and folders; those that do not exist are accepted.
+    """
+    top = rooted(root)
+    for name in names:
+        path = top / name
+        for part in (*reversed(path.parents), path):
+            if len(part.parts) <= len(top.parts):
+                continue
+            try:
+                mode = part.lstat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                break
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise _refused(part, mode)
+
+
+def _open_folder(
+    path: Path, parts: tuple[str, ...] | None = None, *, create: bool = False, mode: int = 0o777
+) -> int:
+    """Open a folder, following no link below the root; return its descriptor.
+
+    Args:
+        path: a path; it decides the root.
+        parts: components of the folder; None: those of the path.
+        create: create missing folders and sync those that hold them, so that a power loss keeps
+            the names of their files.
+        mode: mode of created folders.
+    """
+    parts = path.parts if parts is None else parts
+    depth = min(path._depth, len(parts)) if isinstance(path, RootedPath) else len(parts)
+    top = Path(*parts[:depth])
+    if create:
+        _make_folder(top, mode)
+    fd = os.open(top, _FOLDER)
+    try:
+        for name in parts[depth:]:
+            if create:
+                with suppress(FileExistsError):
+                    os.mkdir(name, mode, dir_fd=fd)
+                    os.fsync(fd)
+            inner = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+    except OSError as error:
+        os.close(fd)
+        for end in range(depth + 1, len(parts) + 1):
+            with suppress(OSError):
+                folder = Path(*parts[:end])
+                if stat.S_ISLNK(found := folder.lstat().st_mode):
+                    raise _refused(type(path)(folder), found) from None
+        raise _of_path(error, Path(*parts)) from None
+    return fd
+
+
+def _require_plain(path: Path, folder: int) -> None:
+    """Raise `FormatError` if `path`, whose folder is open, exists and is no plain file."""
+    with suppress(FileNotFoundError):
+        found = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode):
+            raise _refused(path, found.st_mode)
+
+
+def _of_path(error: OSError, path: Path) -> OSError:
+    """Return an error of a system call relative to a folder, with the whole path."""
+    return OSError(error.errno, error.strerror, str(path))
+
+
+def _refused(path: Path, mode: int) -> FormatError:
+    kind = _KINDS.get(stat.S_IFMT(mode), "a device")
+    root = Path(*path.parts[: path._depth]) if isinstance(path, RootedPath) else path.parent
+    remedy = f"remove it, if it is not yours: nothing was written to {root}"
+    if stat.S_ISLNK(mode):
+        remedy = (
+            f"put all of {root} where the link points to (that folder itself may be a link), or "
+            "mount the other disk there: mount --bind"
+        )
+    return FormatError(
+        f"{path} is {kind}",
+        expected=f"plain files and folders: nothing outside {root} is read or written",
+        got=kind,
+        remedy=remedy,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +275,19 @@ def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
 
     Raises:
         DiskFullError: the disk or the quota is full; nothing is left behind.
+        FormatError: `path` is there and no plain file, or a folder below the root is a link.
     """
     buffers = [memoryview(part).cast("B") for part in parts if len(part)]
     size = sum(len(buffer) for buffer in buffers)
-    # Containers that share a folder may share process numbers too.
-    writer = f"{os.uname().nodename}-{os.getpid()}"
-    partial = path.with_name(f".{path.name}{_PARTIAL}{writer}")
+    partial = f".{path.name}{_PARTIAL}{secrets.token_hex(8)}"
     digest = xxhash.xxh3_128()
     try:
-        _make_folder(path.parent)
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        folder = _open_folder(path, path.parts[:-1], create=True)
+    except OSError as error:
+        raise as_disk_full_error(error, path, size) from error
+    try:
+        _require_plain(path, folder)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _PLAIN, 0o644, dir_fd=folder)
         try:
             if size:
                 os.posix_fallocate(fd, 0, size)
@@ -71,12 +301,15 @@ def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
             os.fsync(fd)
         finally:
             os.close(fd)
-        os.replace(partial, path)  # noqa: PTH105 (tests patch os.replace)
-        fsync_dir(path.parent)
+        os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise as_disk_full_error(error, path, size) from error
+        if not isinstance(error, FileExistsError):  # else the partial file is not ours
+            with suppress(OSError):
+                os.unlink(partial, dir_fd=folder)
+        raise as_disk_full_error(_of_path(error, path), path, size) from error
+    finally:
+        os.close(folder)
     return FileDigest(size, digest.hexdigest())
 
 
@@ -98,10 +331,10 @@ def as_disk_full_error(error: OSError, path: Path, size: int) -> Exception:
     )
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, mode: int) -> None:
     """Create a folder and sync its new parents, so that a power loss keeps its files' names."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode, parents=True, exist_ok=True)
     for created in missing:
         fsync_dir(created.parent)
 
@@ -114,7 +347,7 @@ def _pwrite_all(fd: int, chunk: memoryview, offset: int) -> None:
 
 def fsync_dir(folder: Path) -> None:
     """Sync a folder, which makes the names in it durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fd = _open_folder(folder)
     try:
         os.fsync(fd)
     finally:
@@ -124,18 +357,55 @@ def fsync_dir(folder: Path) -> None:
 def remove_partials(root: Path) -> int:
     """Delete partial files below `root` that killed writers left; return their number.
 
-    Call it under the folder's lock: a partial file of a live writer would be deleted too.
+    Links are left alone, and hidden folders, none of which is ours. Call it under the folder's
+    lock: a partial file of a live writer would be deleted too.
     """
-    partials = [p for p in root.rglob(f".*{_PARTIAL}*") if p.is_file() and not p.is_symlink()]
-    for partial in partials:
-        partial.unlink(missing_ok=True)
-    return len(partials)
+    removed = 0
+    for _, folders, names, folder in os.fwalk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") or _PARTIAL not in name:
+                continue
+            with suppress(FileNotFoundError):
+                if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                    os.unlink(name, dir_fd=folder)
+                    removed += 1
+    return removed
 
 
-def digest_file(path: CachePath, advance: Callable[[int], None] = lambda _: None) -> FileDigest:
-    """Compute size and digest of a file; call `advance` with the bytes of every chunk read."""
+def open_log(path: Path) -> IO[bytes]:
+    """Open a log for appending, unbuffered: after a write fails, closing must not retry it.
+
+    Of a file with several names (hard links), such as that of a copy by `cp -al`, an own copy is
+    made first, so that the other names keep their content.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    fd = open_file(path, flags)
+    if os.fstat(fd).st_nlink > 1:
+        os.close(fd)
+        with os.fdopen(open_file(path), "rb") as file:
+            write_atomic(path, [file.read()])
+        fd = open_file(path, flags)
+    return os.fdopen(fd, "ab", 0)
+
+
+class Digestible(Protocol):
+    """A file that computes its own digest: a `RemotePath`."""
+
+    def digest(self, advance: Callable[[int], None]) -> tuple[int, str]:
+        """Compute size and XXH3-128."""
+
+
+def digest_file(
+    path: Path | Digestible, advance: Callable[[int], None] = lambda _: None
+) -> FileDigest:
+    """Compute size and digest of a file; call `advance` with the bytes of every chunk read.
+
+    Raises:
+        FormatError: it is below a root, and a link or no plain file.
+    """
     if not isinstance(path, Path):
-        return FileDigest(*require_remote(path).digest(advance))
+        return FileDigest(*path.digest(advance))
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         # One reused buffer: allocating a fresh one for each read costs as much as the read.
@@ -161,7 +431,7 @@ class DirectoryLock:
     """
 
     def __init__(self, root: Path, path: Path = LOCK, work: str = "harvest") -> None:
-        self._root, self._path, self._work = root, root / path, work
+        self._root, self._path, self._work = root, rooted(root) / path, work
         self._fd: int | None = None
 
     @property
@@ -174,19 +444,22 @@ class DirectoryLock:
 
         Raises:
             CacheBusyError: another one holds it.
+            FileSystemError: the file system has no locks.
+            FormatError: the lock file, or its folder, is a link.
         """
         holder_id = f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n"
         record = holder_id.encode()
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._open(os.O_CREAT)
-            assert self._fd is not None
-            _take_alone(self._fd)
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, record, 0)
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
+            self._fd = open_file(self._path, os.O_RDWR | os.O_CREAT)
+            _take_alone(self._fd, self._path)
+            if os.fstat(self._fd).st_nlink == 1:  # else it is another file, too
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, record, 0)
+            _flock(self._fd, fcntl.LOCK_SH, self._path)
         except BlockingIOError as error:
-            holder = self._path.read_text(errors="replace").strip()
+            assert self._fd is not None
+            holder = os.pread(self._fd, _MOST_HOLDER, 0).decode(errors="replace").strip()
             self.release()
             raise CacheBusyError(
                 f"another {self._work} is running in {self._root}",
@@ -203,9 +476,8 @@ class DirectoryLock:
     def acquire_shared(self) -> None:
         """Join the lock that rank 0 of this harvest holds."""
         if self._fd is None:
-            self._open()
-            assert self._fd is not None
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
+            self._fd = open_file(self._path, os.O_RDWR)
+            _flock(self._fd, fcntl.LOCK_SH, self._path)
 
     def release(self) -> None:
         """Release the lock if it is held."""
@@ -213,17 +485,14 @@ class DirectoryLock:
             os.close(self._fd)
             self._fd = None
 
-    def _open(self, create: int = 0) -> None:
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | create, 0o644)
-
 
 def is_unlocked(root: Path, path: Path = LOCK) -> bool:
     """Return whether no process holds the lock of a folder; False if that cannot be determined."""
     try:
-        fd = os.open(root / path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_file(rooted(root) / path)
     except FileNotFoundError:
         return True
-    except OSError:
+    except (OSError, FormatError):
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,10 +503,37 @@ def is_unlocked(root: Path, path: Path = LOCK) -> bool:
     return True
 
 
-def _take_alone(fd: int) -> None:
+def _take_alone(fd: int, path: Path) -> None:
     for _ in range(_LOCK_ATTEMPTS - 1):
         with suppress(BlockingIOError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
             return
         time.sleep(_LOCK_PAUSE)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+
+
+def _flock(fd: int, operation: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise FileSystemError(
+            f"{path} cannot be locked: its file system has no locks",
+            expected="a file system with flock(), so that two processes never write to one folder",
+            got=f"{error.strerror} on {_file_system(path)}",
+            remedy="put the folder on a local disk, or have the file system mounted with locks "
+            "(Lustre: -o flock; NFS: version 4, or a running lock service)",
+        ) from error
+
+
+def _file_system(path: Path) -> str:
+    """Describe the file system of a path as Linux lists it."""
+    place, found = str(path.resolve()), (0, "an unknown file system")
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+            before, after = line.split(" - ", 1)
+            point = before.split()[4]
+            if f"{place}/".startswith(f"{point.rstrip('/')}/"):
+                found = max(found, (len(point), f"{after.split()[0]} at {point}"))
+    return found[1]

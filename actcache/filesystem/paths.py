@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from actcache.errors import ConfigError
+from actcache.filesystem.atomic import RootedPath, rooted
 
 if TYPE_CHECKING:
     from actcache.filesystem.remote_path import RemotePath
@@ -58,15 +59,17 @@ def is_url(where: object) -> bool:
 
 def open_path(
     where: str | CachePath, block_cache: str | None = None, block_cache_bytes: int | None = None
-) -> Path | RemotePath:
-    """Return the path of a folder or URL; see `urls.open_url`."""
+) -> RootedPath | RemotePath:
+    """Return the path of a folder, as the root of those below it, or of a URL (`urls.open_url`)."""
     if isinstance(where, str) and is_url(where):
         from actcache.filesystem.urls import open_url
 
         return open_url(where, block_cache, block_cache_bytes)
     from actcache.filesystem.remote_path import RemotePath
 
-    return where if isinstance(where, RemotePath) else Path(str(where))
+    if isinstance(where, RemotePath):
+        return where
+    return rooted(where if isinstance(where, Path) else str(where))
 
 
 def require_remote(path: CachePath) -> RemotePath:

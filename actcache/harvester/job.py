@@ -22,7 +22,7 @@ from actcache.core.json_codec import to_json
 from actcache.core.process import World, require_whole_machine
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.errors import CacheMismatchError
-from actcache.filesystem.atomic import DirectoryLock
+from actcache.filesystem.atomic import DirectoryLock, rooted
 from actcache.format.manifest import MANIFEST, Identity, Manifest, read_manifest
 from actcache.format.receipts import CompletionMarker, ShardReceipt, read_cache_state
 from actcache.harvester.resolve import (
@@ -77,7 +77,7 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
     Raises:
         ActcacheError: an option, the model, the text or the folder does not allow the harvest.
     """
-    root = Path(config.out)
+    root = rooted(config.out)
     require_cache_folder(root)
     if config.device_map == "auto":
         require_whole_machine()

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from actcache.errors import CorruptShardError
+from actcache.filesystem.atomic import open_file
 from actcache.filesystem.paths import CachePath, require_remote
 
 WHOLE = 1 << 62
@@ -36,6 +37,7 @@ def preadv_into(
 
     Raises:
         CorruptShardError: the file is gone, or ends early.
+        FormatError: it is a link, or below one.
     """
     if not isinstance(path, Path):
         require_remote(path).read_into(views, offset)
@@ -43,8 +45,8 @@ def preadv_into(
     left = deque(views)
     end = offset + sum(map(len, views))
     try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError as error:
+        fd = open_file(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptShardError(
             f"{path} is gone",
             expected="the file that existed when the cache was opened",
@@ -70,11 +72,11 @@ def preadv_into(
 
 
 def readahead(path: CachePath, offset: int, length: int) -> None:
-    """Call posix_fadvise(WILLNEED) for a range of a local file; errors are ignored."""
+    """Call posix_fadvise(WILLNEED) for a range of a local file, ignoring errors of the system."""
     if not isinstance(path, Path):
         return
     with suppress(OSError):
-        fd = os.open(path, os.O_RDONLY)
+        fd = open_file(path)
         try:
             os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
         finally:

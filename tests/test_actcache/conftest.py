@@ -82,14 +82,12 @@ class Faults:
         """
         counter = iter(range(10**9))
         with self._monkeypatch.context() as patched:
-            # Names of partial files hold a process id: simulate that of another process.
-            patched.setattr(os, "getpid", lambda: 10**6 + number)
             for name in self.CALLS:
                 real = getattr(os, name)
 
-                def call(*args: Any, name: str = name, real: Any = real) -> Any:
+                def call(*args: Any, name: str = name, real: Any = real, **named: Any) -> Any:
                     if next(counter) != number:
-                        return real(*args)
+                        return real(*args, **named)
                     if name == "pwrite":
                         fd, data, offset = args
                         real(fd, data[: len(data) // 2], offset)

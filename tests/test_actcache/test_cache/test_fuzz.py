@@ -223,7 +223,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
         def checked(real: Callable[..., Any]) -> Callable[..., Any]:
             def call(path: Any, *rest: Any, **named: Any) -> Any:
                 if not isinstance(path, int):
-                    found = os.path.abspath(path)  # noqa: PTH100 (without following links)
+                    folder = named.get("dir_fd")
+                    base = "" if folder is None else os.readlink(f"/proc/self/fd/{folder}")  # noqa: PTH115
+                    found = os.path.abspath(os.path.join(base, path))  # noqa: PTH100, PTH118 (without following links)
                     if not (found + os.sep).startswith(inside + os.sep) or os.path.islink(found):  # noqa: PTH114
                         raise Escape(f"{path} was opened")
                 return real(path, *rest, **named)

@@ -101,9 +101,10 @@ def test_the_receipt_comes_after_every_file(
     published: list[str] = []
     replace = os.replace
 
-    def record(source: Path, target: Path) -> None:
-        published.append(str(target.relative_to(root)))
-        replace(source, target)
+    def record(source: str, target: str, **folders: int) -> None:
+        folder = Path(f"/proc/self/fd/{folders['dst_dir_fd']}").resolve()
+        published.append(str((folder / target).relative_to(root.resolve())))
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "replace", record)
     receipt = publish_shard(root, read_manifest(root), shard)

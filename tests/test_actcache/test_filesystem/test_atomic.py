@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,19 @@ import numpy as np
 import pytest
 import xxhash
 
-from actcache.errors import DiskFullError
+from actcache.errors import ActcacheError, DiskFullError, FileSystemError, FormatError
 from actcache.filesystem import atomic
-from actcache.filesystem.atomic import digest_file, remove_partials, write_atomic
+from actcache.filesystem.atomic import (
+    DirectoryLock,
+    digest_file,
+    is_unlocked,
+    open_file,
+    open_log,
+    remove_partials,
+    require_plain,
+    rooted,
+    write_atomic,
+)
 
 CALLS = ("posix_fallocate", "pwrite", "fsync", "replace")
 
@@ -60,21 +74,25 @@ def test_data_is_synced_before_the_name_and_the_name_before_the_return(
     for name in CALLS:
         real = getattr(os, name)
 
-        def record(*args: Any, name: str = name, real: Any = real) -> Any:
+        def record(*args: Any, name: str = name, real: Any = real, **named: Any) -> Any:
             is_folder = name == "fsync" and os.path.isdir(f"/proc/self/fd/{args[0]}")  # noqa: PTH112
             calls.append(f"{name} folder" if is_folder else name)
-            return real(*args)
+            return real(*args, **named)
 
         monkeypatch.setattr(os, name, record)
     write_atomic(tmp_path / "x", [b"data"])
     assert calls == ["posix_fallocate", "pwrite", "fsync", "replace", "fsync folder"]
 
 
-def test_a_new_folder_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[Path] = []
-    monkeypatch.setattr(atomic, "fsync_dir", synced.append)
-    write_atomic(tmp_path / "a" / "b" / "x", [b"1"])
-    assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
+@pytest.mark.parametrize("root", [Path, rooted])
+def test_a_new_folder_is_synced_too(
+    root: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[Path] = set()
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.add(Path(f"/proc/self/fd/{fd}").resolve()))
+    write_atomic(root(tmp_path) / "a" / "b" / "x", [b"1"])
+    folders = {path for path in synced if path.is_dir()}
+    assert folders == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -85,7 +103,7 @@ def test_a_full_disk_raises_disk_full_error_and_leaves_no_file(
     path = tmp_path / "x"
     path.write_bytes(b"old")
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **named: Any) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, call, fail)
@@ -114,7 +132,7 @@ def test_a_killed_writer_leaves_the_old_file_and_a_partial_one(
     path = tmp_path / "sub" / "x"
     write_atomic(path, [b"old"])
 
-    def crash(*_: Any) -> None:
+    def crash(*_: Any, **named: Any) -> None:
         raise Crash
 
     with monkeypatch.context() as patched:
@@ -139,3 +157,177 @@ def test_remove_partials_deletes_partial_files_only(tmp_path: Path) -> None:
     (root / ".x.partial-1").write_text("")
     assert remove_partials(root) == 1
     assert outside.exists()
+
+
+def test_hidden_folders_are_not_searched_for_partial_files(tmp_path: Path) -> None:
+    foreign = tmp_path / ".ipynb_checkpoints" / ".notes.partial-1"
+    foreign.parent.mkdir()
+    foreign.write_text("")
+    assert remove_partials(tmp_path) == 0
+    assert foreign.exists()
+
+
+# Files below a root.
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with the file a/b, behind a link, beside the file victim."""
+    (tmp_path / "real" / "a").mkdir(parents=True)
+    (tmp_path / "real" / "a" / "b").write_bytes(b"inside")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "b").write_bytes(b"precious")
+    (tmp_path / "root").symlink_to("real")
+    return rooted(tmp_path / "root")
+
+
+def test_paths_keep_their_root_through_pathlib_and_pickle(root: Path) -> None:
+    path = root / "a" / "b"
+    same = (root.joinpath("a", "b"), path.with_name("b"), pickle.loads(pickle.dumps(path)))
+    for each in (*same, path.parent / "b", next((root / "a").iterdir())):
+        assert each == path
+        assert type(each) is type(rooted(each)) is type(root)
+    assert path == Path(path)
+    assert hash(path) == hash(Path(path))
+
+
+def test_the_root_itself_may_be_a_link(root: Path) -> None:
+    path = root / "a" / "b"
+    assert path.read_bytes() == b"inside"
+    assert path.read_text() == "inside"
+    assert write_atomic(root / "a" / "c" / "d", [b"new"]) == digest_file(root / "a" / "c" / "d")
+    assert sorted(each.name for each in (root / "a").iterdir()) == ["b", "c"]
+    (root / "a" / "c" / "d").unlink()
+    (root / "a" / "c").rmdir()
+    assert [each.name for each in root.iterdir()] == ["a"]
+
+
+def made_link(path: Path, outside: Path) -> None:
+    path.symlink_to(outside)
+
+
+def made_pipe(path: Path, _: Path) -> None:
+    os.mkfifo(path)
+
+
+OPERATIONS: dict[str, Callable[[Path], object]] = {
+    "read": lambda path: path.read_bytes(),
+    "digest": digest_file,
+    "publish": lambda path: write_atomic(path, [b"x"]),
+    "log": open_log,
+    "delete": lambda path: path.unlink(),
+    "delete if there": lambda path: path.unlink(missing_ok=True),
+    "descriptor": lambda path: open_file(path, os.O_RDWR | os.O_CREAT),
+    "write": lambda path: path.write_bytes(b"x"),
+    "lock": lambda path: DirectoryLock(
+        path.parents[1], path.relative_to(path.parents[1])
+    ).acquire(),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_operation_follows_a_link_in_place_of_a_folder(
+    operation: str, root: Path, tmp_path: Path
+) -> None:
+    (root / "linked").symlink_to(tmp_path / "outside")
+    with pytest.raises(FormatError, match=r"(?s)linked is a symbolic link.*remedy.*mount --bind"):
+        OPERATIONS[operation](root / "linked" / "b")
+    assert (tmp_path / "outside" / "b").read_bytes() == b"precious"
+    assert os.listdir(tmp_path / "outside") == ["b"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("make", [made_link, made_pipe])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_operation_touches_a_link_or_pipe_in_place_of_a_file(
+    operation: str, make: Callable[[Path, Path], None], root: Path, tmp_path: Path
+) -> None:
+    path = root / "a" / "special"
+    make(path, tmp_path / "outside" / "b")
+    before = path.lstat()
+    with pytest.raises(FormatError, match=r"special is a (symbolic link|pipe)"):
+        OPERATIONS[operation](path)
+    assert path.lstat() == before
+    assert (tmp_path / "outside" / "b").read_bytes() == b"precious"
+    assert sorted(os.listdir(root / "a")) == ["b", "special"]  # noqa: PTH208
+
+
+def test_a_folder_that_is_a_link_is_not_listed(root: Path, tmp_path: Path) -> None:
+    (root / "linked").symlink_to(tmp_path / "outside")
+    with pytest.raises(FormatError, match="linked is a symbolic link"):
+        (root / "linked").iterdir()
+
+
+def test_errors_of_the_system_name_the_whole_path(root: Path) -> None:
+    for path in (root / "a" / "none", root / "none" / "b"):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(root))):
+            path.read_bytes()
+    with pytest.raises(NotADirectoryError, match="a/b"):
+        (root / "a" / "b" / "c").read_bytes()
+
+
+def test_partial_names_cannot_be_foreseen(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: set[str] = set()
+
+    def fail(source: str, *_: Any, **named: Any) -> None:
+        names.add(source)
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "replace", fail)
+    for _ in range(10):
+        with pytest.raises(OSError, match="broken"):
+            write_atomic(root / "x", [b"1"])
+    assert len(names) == 10
+    assert all(re.fullmatch(r"\.x\.partial-[0-9a-f]{16}", name) for name in names)
+
+
+def test_a_taken_partial_name_is_not_opened(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: "0")
+    (root / ".x.partial-0").symlink_to(tmp_path / "outside" / "b")
+    with pytest.raises(FileExistsError):
+        write_atomic(root / "x", [b"1"])
+    assert (root / ".x.partial-0").is_symlink()
+    assert (tmp_path / "outside" / "b").read_bytes() == b"precious"
+
+
+def test_require_plain_names_the_first_link_of_a_path(root: Path, tmp_path: Path) -> None:
+    require_plain(root, ["a", "a/b", "none", "none/at/all"])
+    (root / "linked").symlink_to(tmp_path / "outside")
+    with pytest.raises(FormatError, match="linked is a symbolic link"):
+        require_plain(root, ["a/b", "linked/b"])
+
+
+def test_a_log_with_several_names_is_copied_before_it_grows(root: Path, tmp_path: Path) -> None:
+    os.link(tmp_path / "outside" / "b", root / "log")
+    with open_log(root / "log") as file:
+        file.write(b" line")
+    assert (root / "log").read_bytes() == b"precious line"
+    assert (tmp_path / "outside" / "b").read_bytes() == b"precious"
+
+
+def test_a_lock_file_with_several_names_keeps_its_content(root: Path, tmp_path: Path) -> None:
+    (root / "logs").mkdir()
+    os.link(tmp_path / "outside" / "b", root / atomic.LOCK)
+    lock = DirectoryLock(root)
+    lock.acquire()
+    assert not is_unlocked(root)
+    lock.release()
+    assert (tmp_path / "outside" / "b").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(
+        FileSystemError, match=r"(?s)has no locks.* at /.*remedy.*local disk"
+    ) as got:
+        DirectoryLock(tmp_path).acquire()
+    assert str(tmp_path) in str(got.value)
+    assert got.value.exit_code not in (0, ActcacheError.exit_code)
+    assert not is_unlocked(tmp_path)

@@ -234,9 +234,9 @@ def test_the_manifest_is_written_first_and_the_end_marker_last(
     published: list[str] = []
     replace = os.replace
 
-    def record(source: Path, target: Path) -> None:
-        published.append(Path(target).name)
-        replace(source, target)
+    def record(source: str, target: str, **folders: int) -> None:
+        published.append(target)
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "replace", record)
     harvest(options())
@@ -374,9 +374,10 @@ def test_zarr_json_is_written_before_the_first_chunk(
     published: list[str] = []
     replace = os.replace
 
-    def record(source: Path, target: Path) -> None:
-        published.append(str(Path(target).relative_to(options().out)))
-        replace(source, target)
+    def record(source: str, target: str, **folders: int) -> None:
+        folder = Path(f"/proc/self/fd/{folders['dst_dir_fd']}").resolve()
+        published.append(str((folder / target).relative_to(Path(options().out).resolve())))
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "replace", record)
     harvest(options(**ZARR))
@@ -491,15 +492,15 @@ def test_a_full_disk_leaves_a_valid_cache_and_the_harvest_resumes_later(
 def test_a_disk_that_is_full_for_the_log_is_reported_alike(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = Path.open
+    opened = os.open
 
-    def refuse(path: Path, *rest: Any, **named: Any) -> Any:
-        if path.suffix == ".jsonl" and path.parent.name == "logs":
+    def refuse(path: Any, *rest: Any, **named: Any) -> int:
+        if path == "harvest-rank0.jsonl":
             raise OSError(errno.ENOSPC, "No space left on device")
         return opened(path, *rest, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", refuse)
+        patched.setattr(os, "open", refuse)
         with pytest.raises(DiskFullError, match=r"(?s)harvest-rank0\.jsonl.*same command again"):
             harvest(options())
     assert harvest(options()).complete

@@ -111,10 +111,10 @@ def test_a_run_killed_before_or_after_any_rename_resumes_to_the_same_bytes(
     whole = options(**small, out=options().out + "-whole")
     real, seen = os.replace, 0
 
-    def count(source: Any, target: Any) -> None:
+    def count(*names: Any, **folders: Any) -> None:
         nonlocal seen
         seen += 1
-        real(source, target)
+        real(*names, **folders)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", count)
@@ -127,11 +127,11 @@ def test_a_run_killed_before_or_after_any_rename_resumes_to_the_same_bytes(
             config = options(**small, out=f"{options().out}-{number}-{after}", resume=True)
             left = number
 
-            def die(source: Any, target: Any, after: bool = after) -> None:
+            def die(*names: Any, after: bool = after, **folders: Any) -> None:
                 nonlocal left
                 if left == 0 and not after:
                     raise Killed
-                real(source, target)
+                real(*names, **folders)
                 if left == 0:
                     raise Killed
                 left -= 1

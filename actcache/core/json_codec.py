@@ -3,6 +3,9 @@
 Every JSON file of this project (manifest, receipt, run, training state) goes through
 `parse_dataclass`. Each dataclass checks ranges and relations of its fields in its own
 `__post_init__`, which raises `FormatError`.
+
+A sealed file has one more key, `seal`: the digest of all its other bytes. `to_json` adds it and
+`read_json` compares and removes it, so that no dataclass has such a field.
 """
 
 from __future__ import annotations
@@ -11,11 +14,14 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import stat
 import types
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import xxhash
 
 from actcache.errors import FormatError
 from actcache.filesystem.paths import CachePath
@@ -28,6 +34,10 @@ MAX_JSON_BYTES = 64 << 20
 NOT_SERIALIZED = {"beside": True}
 """Field metadata: the field is derived, so `to_json` and `parse_dataclass` leave it out."""
 
+SEAL = "seal"
+"""Key of a sealed file's digest: XXH3 128-bit of the file without the digest's own digits."""
+
+_SEAL = re.compile("[0-9a-f]{32}")
 _MAX_INT = 2**53
 """Largest integer magnitude that every JSON reader represents exactly."""
 
@@ -182,7 +192,13 @@ def _parse_scalar(hint: Any, obj: Any) -> Any:
     raise _InvalidError(" has another type", hint.__name__, truncated_repr(obj))
 
 
-def read_json(path: CachePath, limit: int = MAX_JSON_BYTES, *, links: bool = True) -> object:
+def read_json(
+    path: CachePath,
+    limit: int = MAX_JSON_BYTES,
+    *,
+    links: bool = True,
+    sealed: bool | Callable[[object], bool] = False,
+) -> object:
     """Decode a JSON file.
 
     Args:
@@ -190,9 +206,12 @@ def read_json(path: CachePath, limit: int = MAX_JSON_BYTES, *, links: bool = Tru
         limit: largest size, bytes.
         links: follow a symbolic link. Files of a cache are read with False: a copied cache must
             not make this process read outside the cache's folder.
+        sealed: require the seal, compare it, and leave it out of the result. A function decides by
+            the decoded JSON, where the file itself holds its format's version.
 
     Raises:
-        FormatError: the path is no plain file, larger than `limit` bytes, or not JSON.
+        FormatError: the path is no plain file, larger than `limit` bytes, or not JSON; its seal is
+            missing or is not the digest of the file.
         OSError: the file cannot be read.
     """
     found = path.stat() if links else path.lstat()
@@ -202,11 +221,41 @@ def read_json(path: CachePath, limit: int = MAX_JSON_BYTES, *, links: bool = Tru
     if size > limit:
         raise FormatError(f"{path} is too large", expected=f"<= {limit} bytes", got=f"{size} bytes")
     try:
-        return decode_json(path.read_bytes())
+        text = path.read_bytes()
+        obj = decode_json(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{path} is not JSON", got=str(error), remedy="it is damaged; restore it from a copy"
         ) from error
+    if sealed(obj) if callable(sealed) else sealed:
+        return _without_seal(path, text, obj)
+    return obj
+
+
+def _without_seal(path: CachePath, text: bytes, obj: object) -> object:
+    """Compare the seal of a decoded file with its text, and return the other keys."""
+    seal = obj.get(SEAL) if isinstance(obj, dict) else None
+    if not isinstance(seal, str) or not _SEAL.fullmatch(seal):
+        raise FormatError(
+            f"{path} has no seal",
+            expected=f"the key {SEAL!r}, a digest of the file",
+            got=truncated_repr(seal),
+            remedy="it is damaged; restore it from a copy",
+        )
+    if (got := _digest_without(text, seal)) != seal:
+        raise FormatError(
+            f"{path} differs from its seal",
+            expected=f"XXH3-128 {seal}",
+            got=f"XXH3-128 {got}",
+            remedy="it is damaged; restore it from a copy",
+        )
+    assert isinstance(obj, dict)
+    return {key: value for key, value in obj.items() if key != SEAL}
+
+
+def _digest_without(text: bytes, seal: str) -> str:
+    """Compute the digest of a file's text without the digits of its seal."""
+    return xxhash.xxh3_128_hexdigest(text.replace(seal.encode(), b"", 1))
 
 
 def decode_json(text: bytes) -> object:
@@ -221,14 +270,26 @@ def decode_json(text: bytes) -> object:
     )
 
 
-def to_json(obj: Any) -> bytes:
-    """Encode a dataclass (or plain object) as JSON: sorted keys, two spaces, final newline."""
+def to_json(obj: Any, *, sealed: bool = False) -> bytes:
+    """Encode a dataclass (or plain object) as JSON: sorted keys, two spaces, final newline.
+
+    Args:
+        obj: a dataclass, or what `json` encodes. Sealed: one that becomes a JSON object.
+        sealed: add the key `seal` (see `SEAL`), which `read_json` compares.
+    """
     plain = obj
     if dataclasses.is_dataclass(obj):
         derived = {f.name for f in dataclasses.fields(obj) if f.metadata == NOT_SERIALIZED}
         values = dataclasses.asdict(obj)  # type: ignore[arg-type]
         plain = {name: value for name, value in values.items() if name not in derived}
-    return (json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    if sealed:
+        plain = {**plain, SEAL: ""}
+    text = (json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    if not sealed:
+        return text
+    empty = f'\n  "{SEAL}": "'.encode()  # two spaces: no key of an inner object
+    before, _, after = text.partition(empty)
+    return before + empty + xxhash.xxh3_128_hexdigest(text).encode() + after
 
 
 def _refuse_constant(text: str) -> object:

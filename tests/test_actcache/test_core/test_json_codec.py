@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -188,3 +189,44 @@ def test_a_value_nested_too_deeply_to_show_is_refused() -> None:
         deep = [deep]
     with pytest.raises(FormatError, match="nested too deeply to show"):
         parse_dataclass(Inner, {"width": deep}, "here")
+
+
+SEALED = {"name": "x", "seals": 1, "inner": {"seal": "", "zeal": "0" * 32}, "numbers": [1, -2.5]}
+
+
+def test_a_sealed_file_is_read_without_its_seal(tmp_path: Path) -> None:
+    path = tmp_path / "sealed.json"
+    path.write_bytes(to_json(SEALED, sealed=True))
+    assert json.loads(path.read_bytes())["inner"] == SEALED["inner"]
+    assert read_json(path, sealed=True) == SEALED
+    assert read_json(path, sealed=lambda obj: "seal" in obj) == SEALED  # type: ignore[operator]
+
+
+def test_every_flipped_bit_of_a_sealed_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "sealed.json"
+    text = to_json(SEALED, sealed=True)
+    for bit in range(8 * len(text)):
+        flipped = bytearray(text)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(FormatError, match=re.escape(str(path))):
+            read_json(path, sealed=True)
+
+
+@pytest.mark.parametrize("text", [to_json(SEALED), b'{"seal": null}', b'{"seal": ""}', b"[]"])
+def test_a_file_without_a_seal_is_refused_where_one_is_required(
+    text: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "open.json"
+    path.write_bytes(text)
+    with pytest.raises(FormatError, match="has no seal"):
+        read_json(path, sealed=True)
+
+
+def test_a_removed_or_added_byte_breaks_the_seal(tmp_path: Path) -> None:
+    path = tmp_path / "sealed.json"
+    text = to_json(SEALED, sealed=True)
+    for changed in (text[:-1], text + b"\n", text.replace(b'"x"', b' "x"')):
+        path.write_bytes(changed)
+        with pytest.raises(FormatError, match="differs from its seal"):
+            read_json(path, sealed=True)

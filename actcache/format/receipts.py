@@ -182,7 +182,8 @@ def read_cache_state(
     manifest = manifest or read_manifest(root)
     while True:
         try:
-            return manifest, read_receipts(root, manifest), read_end(root, manifest)
+            end = read_end(root, manifest)  # first: its shards were published before it
+            return manifest, read_receipts(root, manifest), end
         except FormatError:
             later = read_manifest(root)
             if later == manifest:

@@ -17,7 +17,7 @@ from actcache.errors import CorruptShardError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import CachePath, CachePathT
 from actcache.format.dtypes import ROW_DTYPES, VALUES, RowComponent, StoredRows
-from actcache.format.manifest import Manifest
+from actcache.format.manifest import Manifest, read_manifest
 from actcache.storage import blosc
 from actcache.storage.blosc import CompressedExtent
 from actcache.storage.safetensors_io import TensorExtent
@@ -97,12 +97,14 @@ class ZarrBackend:
     ) -> TensorExtent | CompressedExtent:
         """Locate one component of the rows, checking `zarr.json` and the chunk's size.
 
+        An extension that is newer than `manifest` may have lengthened the array.
+
         Raises:
             CorruptShardError: `zarr.json` does not fit the manifest, or the chunk is missing or
                 has another size.
         """
         folder, each = _folder(root, hookpoint, part), _parts(manifest, hookpoint)[part]
-        _check_document(folder / DOCUMENT, _documents(manifest, hookpoint, part))
+        _check_live_document(root, folder / DOCUMENT, manifest, hookpoint, part)
         path = _chunk(folder, shard, 1 + len(each.shape))
         size = _plain_size(path, (path, *(p for p in path.parents if folder in p.parents)))
         if rows > manifest.shard_rows:
@@ -175,6 +177,22 @@ def _check_document(path: CachePath, accepted: tuple[bytes, ...]) -> bytes:
         expected = f"the {len(accepted[-1])} bytes that follow from the manifest"
         raise _corrupt(path, expected, "other bytes")
     return found
+
+
+def _check_live_document(
+    root: CachePath, path: CachePath, manifest: Manifest, hookpoint: str, part: str
+) -> None:
+    """Check a `zarr.json` that a harvest may rewrite meanwhile, when it extends the cache."""
+    while True:
+        try:
+            _check_document(path, _documents(manifest, hookpoint, part))
+        except CorruptShardError:
+            later = read_manifest(root)
+            if later == manifest or later.truncated_to(len(manifest.extensions)) != manifest:
+                raise
+            manifest = later
+        else:
+            return
 
 
 def _plain_size(path: CachePath, links: tuple[CachePath, ...]) -> int:

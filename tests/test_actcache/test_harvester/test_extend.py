@@ -290,6 +290,22 @@ def test_an_extension_with_an_outdated_zarr_json_is_read_and_repaired(options: O
     assert [d.file for d in verify(root).damages] == ["activations/layers.0/zarr.json"]
 
 
+@STORAGES
+def test_a_cache_opened_before_an_extension_reads_its_shards_after_it(
+    storage: dict[str, str], options: Options
+) -> None:
+    root = Path(harvest(options(**tokens(10), **storage)).cache)
+    opened = Cache.open(root)
+    before = {shard: opened.read("layers.0", shard).values.tobytes() for shard in (0, 1, 2)}
+    opened = Cache.open(root)
+    for goal in (13, 19):
+        harvest(options(**tokens(goal), **storage, extend=True))
+    shortened = Cache.open(root).truncated_to(0)
+    for cache in (opened, shortened, shortened.truncated_to(0)):
+        read = {shard: cache.read("layers.0", shard).values.tobytes() for shard in cache.shards}
+        assert read == before
+
+
 def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list[HarvestSummary]:
     """Run some ranks of a harvest in this process, one after another."""
 
@@ -444,7 +460,7 @@ def test_extensions_with_gaps_or_symbolic_links_are_refused(
 def test_a_missing_extension_is_reported(make_cache: Callable[..., Path]) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
     (root / "extensions" / "00001.json").unlink()
-    with pytest.raises(FormatError, match="does not agree with the manifest"):
+    with pytest.raises(FormatError, match="counts extensions that do not exist"):
         Cache.open(root)
     assert not verify(root).is_sound
 

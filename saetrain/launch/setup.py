@@ -26,6 +26,7 @@ from saetrain.runs.checkpoint import (
     load_checkpoint,
     load_parts,
     remove_others,
+    tensors_path,
 )
 from saetrain.runs.record import RunRecord
 from saetrain.runs.segments import SegmentTracker
@@ -36,6 +37,7 @@ from saetrain.training.init import FirstRows, init_b_dec_at_median, initial_sae
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.run_state import RunState
 from saetrain.training.sae_trainer import SaeTrainer, make_step_settings
+from saetrain.training.state_layout import require_state
 from saetrain.training.step import require_bfloat16_products, require_compiler
 from saetrain.training.validation import Validation
 
@@ -198,10 +200,10 @@ def _load_state(root: Path, run: RunState, state: State, tensors: list[dict[str,
         raise _foreign_checkpoint(root, expected, got)
     for trainer in run.trainers:
         part, sae = tensors[trainer.index], state.saes[trainer.index]
-        try:
-            trainer.load_state(part, sae.numbers)
-        except (KeyError, RuntimeError) as error:
-            raise _foreign_checkpoint(root, f"the state of {trainer.entry}", error) from error
+        path = tensors_path(root, state.step, trainer.index)
+        rows = state.step * record.plan.batch_size
+        require_state(trainer, part, sae.numbers, path, state.step, rows)
+        trainer.load_state(part, sae.numbers)
         trainer.best = sae.best
     run.step, run.stream_state = state.step, state.stream
 

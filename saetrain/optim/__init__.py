@@ -17,6 +17,7 @@ from saetrain.model.weight_scales import unit_rows
 from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
 from saetrain.optim.fused import conditional_step
+from saetrain.optim.layout import StateLayout
 from saetrain.optim.muon import Muon
 from saetrain.optim.schedule import Schedule, default_lr, make_schedule, warmup_steps
 from saetrain.optim.signum import Signum
@@ -63,8 +64,11 @@ class Optimizer(Protocol):
     def state_numbers(self) -> dict[str, float]:
         """Return all numbers of the state, by name."""
 
+    def state_layout(self) -> StateLayout:
+        """Return what a saved state must hold after an update; see `saetrain.optim.layout`."""
+
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Load the results of `state_tensors` and `state_numbers`."""
+        """Load the results of `state_tensors` and `state_numbers`, of the layout's shapes."""
 
     def weights_to_export(self) -> dict[str, Tensor]:
         """Return the weights to evaluate and save, which may differ from the trained ones."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saetrain.kernels import adam_numbers, adam_update_, normalise_rows_
 from saetrain.optim.fused import FusedOptimizer, Parameters
+from saetrain.optim.layout import COUNTER, StateLayout, spec_of
 from saetrain.optim.schedule import Schedule
 
 BETAS = (0.9, 0.999)
@@ -92,6 +93,15 @@ class Adam(FusedOptimizer):
     def state_numbers(self) -> dict[str, float]:
         """Return a mark that the rows of `unit` have norm 1; older checkpoints lack it."""
         return {} if self._unit is None else {_UNIT: 1.0}
+
+    def state_layout(self) -> StateLayout:
+        """Return the shapes of both moments and the counter of each parameter."""
+        tensors = {}
+        for name, parameter in self._parameters.items():
+            moment = spec_of(parameter)
+            of_one = {"step": COUNTER, "exp_avg": moment, "exp_avg_sq": moment}
+            tensors |= {f"{name}.{key}": spec for key, spec in of_one.items()}
+        return StateLayout(tensors, optional_numbers=frozenset({_UNIT}))
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
         """Load the state, after the weights."""

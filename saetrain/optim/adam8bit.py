@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actcache.errors import ConfigError
 from saetrain.optim.fused import Parameters
+from saetrain.optim.layout import StateLayout, spec_of
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.torch_optimizers import TorchOptimizer
 
@@ -46,14 +47,27 @@ class Adam8bit(TorchOptimizer):
         states = {name: self._state(parameter) for name, parameter in self._parameters.items()}
         return {f"{name}.step": float(s["step"]) for name, s in states.items() if s}  # type: ignore[arg-type]
 
+    def state_layout(self) -> StateLayout:
+        """Return the shapes that bitsandbytes gives to the state of these parameters.
+
+        Call it before the state is loaded: it resets the state.
+        """
+        for index, parameter in enumerate(self._parameters.values()):
+            self._init_state(index, parameter)
+        tensors = {name: spec_of(tensor) for name, tensor in self.state_tensors().items()}
+        return StateLayout(tensors, frozenset(f"{name}.step" for name in self._parameters))
+
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
         """Load moments, scales and counters."""
-        (group,) = self._adam.param_groups
         for index, (name, parameter) in enumerate(self._parameters.items()):
             if f"{name}.step" in numbers:
-                self._adam.init_state(group, parameter, 0, index)  # the tables
+                self._init_state(index, parameter)  # the tables
                 self._state(parameter)["step"] = int(numbers[f"{name}.step"])
         super().load_state(tensors, {})
+
+    def _init_state(self, index: int, parameter: torch.nn.Parameter) -> None:
+        (group,) = self._adam.param_groups
+        self._adam.init_state(group, parameter, 0, index)
 
 
 def _make(parameters: list[torch.nn.Parameter], lr: float) -> Any:

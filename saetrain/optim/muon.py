@@ -12,6 +12,7 @@ import torch
 
 from actcache.errors import ConfigError
 from saetrain.optim.fused import Parameters
+from saetrain.optim.layout import COUNTER, StateLayout, spec_of
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.torch_optimizers import TorchOptimizer
 
@@ -54,3 +55,13 @@ class Muon(TorchOptimizer):
         self._counts_on_device = kinds in ({"cpu"}, {"cuda"})  # as torch's fused kernels do
         adam = torch.optim.Adam(others.values(), lr=lr, fused=self._counts_on_device or None)
         super().__init__(parameters, lr, schedule, [muon, adam])
+
+    def state_layout(self) -> StateLayout:
+        """Return the shapes of the matrices' momentum, and of Adam's state of the others."""
+        tensors = {}
+        for name, parameter in self._parameters.items():
+            like = spec_of(parameter)
+            of_one = {"step": COUNTER, "exp_avg": like, "exp_avg_sq": like}
+            of_one = {"momentum_buffer": like} if parameter.ndim == 2 else of_one
+            tensors |= {f"{name}.{key}": spec for key, spec in of_one.items()}
+        return StateLayout(tensors)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saetrain.kernels import normalise_rows_, signum_update_
 from saetrain.optim.fused import FusedOptimizer, Parameters
+from saetrain.optim.layout import StateLayout, TensorSpec, spec_of
 from saetrain.optim.schedule import Schedule
 
 MOMENTUM = 0.95
@@ -74,6 +75,17 @@ class Signum(FusedOptimizer):
     def state_numbers(self) -> dict[str, float]:
         """Return the numbers that weight the average."""
         return dict(self._numbers)
+
+    def state_layout(self) -> StateLayout:
+        """Return the shapes of the points z; the norms of a matrix depend on its `unit`."""
+        named = self._parameters.items()
+        norms = {
+            f"{name}{_NORMS}": TensorSpec((len(p),), torch.promote_types(p.dtype, torch.float32))
+            for name, p in named
+            if p.ndim == 2
+        }
+        numbers = frozenset({"k", "lr_max", "weight_sum"})
+        return StateLayout({name: spec_of(p) for name, p in named}, numbers, norms)
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:

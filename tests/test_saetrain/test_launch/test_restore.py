@@ -288,5 +288,5 @@ def test_a_checkpoint_of_another_run_is_refused(
         path.unlink()
     for path in Path(foreign.out).glob("checkpoint-*"):
         shutil.copy(path, config.out)
-    with pytest.raises(FormatError, match="checkpoint of another run"):
+    with pytest.raises(FormatError, match="of another run"):
         fit(config)

@@ -171,7 +171,8 @@ def restore_checkpoint(session: RunSession, run: RunState) -> None:
         _load_state(root, run, *checkpoint)
     coordinator.barrier()  # every rank has read its checkpoint: the others can be removed
     if coordinator.is_rank_zero and step is not None:
-        keep = RetentionPolicy(record.options.keep_last, record.options.keep_every)
+        options = record.options
+        keep = RetentionPolicy(options.keep_last, options.keep_every, options.save_every)
         remove_others(root, step, keep)
     coordinator.barrier()
     if not coordinator.writes_saes:

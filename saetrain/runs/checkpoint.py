@@ -77,11 +77,20 @@ class RetentionPolicy:
     """Number of newest checkpoints to keep."""
     every: int | None = None
     """Keep also every checkpoint whose step is a multiple of this."""
+    interval: int = 1
+    """Steps between scheduled checkpoints (--save-every)."""
 
     def choose(self, steps: Collection[int]) -> set[int]:
-        """Return those of the given steps whose checkpoints are kept."""
-        kept = set(sorted(steps)[-self.last :])
-        return kept | {step for step in steps if self.is_due(step)}
+        """Return those of the given steps whose checkpoints are kept.
+
+        A checkpoint between two scheduled ones, which a signal or a wait has made, is kept only as
+        the newest. So the result at a scheduled step does not depend on interruptions.
+        """
+        newest = max(steps, default=0)
+        scheduled = [s for s in sorted(steps) if s % self.interval == 0 or self.is_due(s)]
+        before = [step for step in scheduled if step < newest]
+        last = before[max(0, len(before) - self.last + 1) :]
+        return {newest, *last, *filter(self.is_due, steps)}
 
     def is_due(self, step: int) -> bool:
         """Return whether `every` requires a checkpoint at this step."""

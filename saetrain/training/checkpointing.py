@@ -50,7 +50,7 @@ class Checkpointer:
     ) -> None:
         self._root, self._trainers, self._tracker = root, trainers, tracker
         self._coordinator, self._every = coordinator, options.save_every
-        self._keep = RetentionPolicy(options.keep_last, options.keep_every)
+        self._keep = RetentionPolicy(options.keep_last, options.keep_every, options.save_every)
         self._saved = saved
 
     def is_due(self, done: int) -> bool:

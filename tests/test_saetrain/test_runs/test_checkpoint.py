@@ -190,6 +190,28 @@ def test_the_policy_keeps_the_newest_checkpoints_and_multiples_of_a_step(
     assert kept_steps(tmp_path) == expected
 
 
+@pytest.mark.parametrize("last", [1, 2, 3, 9])
+@pytest.mark.parametrize("every", [None, 6])
+def test_the_checkpoints_kept_do_not_depend_on_interruptions(last: int, every: int | None) -> None:
+    keep = RetentionPolicy(last, every, 4)
+    due = [step for step in range(1, 31) if step % 4 == 0 or keep.is_due(step) or step == 30]
+
+    def kept(stops: set[int]) -> list[set[int]]:
+        """Return what is kept at each scheduled step of a run that was stopped at some steps."""
+        on_disk: set[int] = set()
+        found = []
+        for step in sorted({*due, *stops}):
+            on_disk = keep.choose(on_disk | {step})
+            assert step in on_disk
+            assert len(on_disk) >= min(last, 1 + sum(s < step for s in due))
+            if step in due:
+                found.append(on_disk)
+        return found
+
+    for stops in ({7}, {7, 9, 10, 11}, {1, 2, 3}, {29}, set(range(1, 31))):
+        assert kept(stops) == kept(set())
+
+
 def test_best_steps_are_those_named_by_any_undamaged_checkpoint(tmp_path: Path) -> None:
     for step, best in ((3, 2), (6, 2), (9, 8), (12, 11)):
         bests = [Best(best, 0.5, EXPORTS[0]), None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +13,8 @@ from typing import Any, ParamSpec
 
 import typer
 
-from actcache.errors import ActcacheError
+from actcache.core.terminal import OutputClosedError, escape_controls, make_streams_safe
+from actcache.errors import ActcacheError, DiskFullError, RunError
 
 P = ParamSpec("P")
 
@@ -26,47 +29,133 @@ class Terminated(KeyboardInterrupt):
 
 
 def report_errors(run: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a command: print expected errors without a traceback and exit with their code."""
+    """Decorate a command: print expected errors without a traceback and exit with their code.
+
+    What the command prints, results and messages alike, is escaped: see `SafeStream`.
+    """
 
     @functools.wraps(run)
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
         before = signal.signal(signal.SIGTERM, _terminate)
+        streams = make_streams_safe()
         try:
-            run(*args, **kwargs)
-        except ActcacheError as error:
-            print_stderr(f"error: {error}")
-            raise typer.Exit(error.exit_code) from None
+            try:
+                run(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except OutputClosedError:  # such as `| head`: click exits with code 1 and says nothing
+            raise
         except KeyboardInterrupt as stop:
             code = getattr(stop, "exit_code", INTERRUPTED)  # `RunStopped` of fit has one, too
             reason = "terminated" if code == TERMINATED else "interrupted"
             advice = str(stop) or "published files remain; the same command resumes (fit: --resume)"
             print_stderr(f"{reason}: {advice}")
             raise typer.Exit(code) from None
-        except BrokenPipeError:  # a closed pipe, such as `| head`: click exits silently with code 1
-            raise
-        except OSError as error:  # for example a folder without permission or a failing disk
-            print_stderr(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
-            raise typer.Exit(1) from None
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except Exception as error:
+            known = as_known_error(error)
+            if known is None:
                 raise
-            print_stderr(
-                f"error: out of memory\n  got:      {error}\n  remedy:   a smaller --batch-size"
-            )
-            raise typer.Exit(1) from None
+            print_stderr(f"error: {known}")
+            raise typer.Exit(known.exit_code) from None
         finally:
+            sys.stdout, sys.stderr = streams
             signal.signal(signal.SIGTERM, before)
 
     return call
 
 
+def as_known_error(error: Exception) -> ActcacheError | None:
+    """Return the message and exit code of a failure of every day; None for a defect of ours."""
+    if isinstance(error, ActcacheError):
+        return error
+    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+        return _of_operating_system(error)
+    if _is_out_of_memory(error):
+        return ActcacheError(
+            "out of memory",
+            got=str(error).partition("\n")[0],
+            remedy="a smaller --batch-size, fewer or narrower SAEs or hookpoints at once, or a "
+            "machine with more memory",
+        )
+    if isinstance(error, RecursionError):
+        return ActcacheError(
+            "a value of a file or of an option is nested too deeply", remedy="make it flatter"
+        )
+    if type(error).__name__ in _OF_STORE:
+        return RunError(
+            "the connection between the processes of this run has ended",
+            got=error,
+            remedy="see the first error of the other processes and of torchrun; the same command "
+            "resumes (fit: --resume)",
+        )
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return ActcacheError(
+            "the system allows no more threads",
+            got=error,
+            remedy="raise the limit (ulimit -u, or pids.max of the container)",
+        )
+    return None
+
+
+_OF_STORE = ("DistError", "DistNetworkError", "DistStoreError", "DistBackendError")
+"""Errors of torch's store and collectives, by name: this module does not import torch."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    errno.ENOSPC: "free space and run the same command again: what is published stays valid",
+    errno.EDQUOT: "the quota is used up: delete files, and run the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), and run the same command again",
+    errno.EROFS: "the file system is read-only: name a folder that can be written to",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "the system has too many open files: end other programs",
+    errno.ENOLCK: "use a file system with locks",
+    errno.ENAMETOOLONG: "a shorter name",
+    errno.ELOOP: "name the folder itself: its links form a circle, or links are not followed here",
+} | dict.fromkeys(
+    (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EHOSTDOWN),
+    "the disk or network share fails or has gone: check that it is mounted, and run the same "
+    "command again",
+)
+
+
+def _of_operating_system(error: OSError) -> ActcacheError:
+    """Describe an error of the operating system: what it says, the file, what helps."""
+    files = [os.fsdecode(name) for name in (error.filename, error.filename2) if _is_name(name)]
+    what = ": ".join([error.strerror or str(error) or type(error).__name__, " -> ".join(files)])
+    kind = DiskFullError if error.errno in _FULL else ActcacheError
+    return kind(what.rstrip(": "), remedy=_REMEDIES.get(error.errno or 0))
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str | bytes) and len(name) > 0
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate",
+    "unable to allocate",
+    "bad_alloc",
+    "storage size calculation overflowed",
+    "numel: integer multiplication overflow",
+    "overflow when unpacking long",
+    "int too large to convert",
+    "int too big to convert",
+    "array is too big",
+    "maximum allowed dimension exceeded",
+)
+"""Parts of the messages of torch, NumPy, C++ and CUDA for memory that is not there."""
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     """Return whether the error means that CPU or GPU memory is exhausted. Imports no torch."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "not enough memory" in str(error)
-    )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    kinds = (RuntimeError, OverflowError, ValueError, TypeError, OSError)
+    text = str(error).lower()
+    return isinstance(error, kinds) and any(part in text for part in _OUT_OF_MEMORY)
 
 
 def _terminate(_number: int, _frame: object) -> None:
@@ -75,14 +164,15 @@ def _terminate(_number: int, _frame: object) -> None:
 
 def print_stderr(text: str) -> None:
     """Print a message to stderr, separate from the command's output."""
-    print(text, file=sys.stderr)
+    print(escape_controls(text), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
     """Print a command's result to stdout as one strict JSON document."""
     import json
 
-    print(json.dumps(_strict(value), indent=2, allow_nan=False))
+    text = json.dumps(_strict(value), indent=2, allow_nan=False)
+    print(text.replace("\x7f", "\\u007f"))  # the only control character that `json` leaves as it is
 
 
 def _strict(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from actcache.config import ConvertConfig, HarvestConfig, PlanConfig
+from actcache.core.terminal import make_streams_safe, reserve_standard_files
 
 from . import bench, convert, fit, harvest, hookpoints, kernels, plan, verify
 from . import eval as eval_
@@ -99,9 +100,16 @@ def saetrain_app() -> typer.Typer:
 
 def actcache() -> None:
     """Run the console script `actcache`."""
-    actcache_app()()
+    _run(actcache_app)
 
 
 def saetrain() -> None:
     """Run the console script `saetrain`."""
-    saetrain_app()()
+    _run(saetrain_app)
+
+
+def _run(app: Callable[[], typer.Typer]) -> None:
+    """Run a program whose output, usage errors and tracebacks included, is escaped."""
+    reserve_standard_files()
+    make_streams_safe()
+    app()()

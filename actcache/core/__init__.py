@@ -2,7 +2,8 @@
 
 `json_codec` parses JSON into frozen dataclasses, `options` declares the options of a command,
 `process` holds rank, world size and device of this process, `progress` draws progress bars and
-formats sizes, and `rng` derives NumPy's frozen random streams from a seed and a purpose.
+formats sizes, `rng` derives NumPy's frozen random streams from a seed and a purpose, and `terminal`
+escapes what is printed.
 """
 
-__all__ = ["json_codec", "options", "process", "progress", "rng"]
+__all__ = ["json_codec", "options", "process", "progress", "rng", "terminal"]

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from actcache.core.terminal import escape_controls
+
 
 class Progress:
     """A tqdm bar with amount, rate, time left, and bytes per second if bytes are reported.
@@ -23,7 +25,7 @@ class Progress:
     def __init__(
         self, what: str, total: int | None, unit: str, *, initial: int = 0, show: bool | None = None
     ) -> None:
-        show = sys.stderr.isatty() if show is None else show
+        show = sys.stderr is not None and sys.stderr.isatty() if show is None else show
         self._what = what
         self._bytes = 0
         self._began = time.monotonic()
@@ -51,13 +53,14 @@ class Progress:
     def wait(self, what: str, *, begins: bool) -> None:
         """Show a wait at the end of the bar; without a bar, print one line when the wait begins."""
         if not self._bar.disable:
-            self._bar.set_postfix_str(what)
+            self._bar.set_postfix_str(escape_controls(what))
         elif begins:
             self.print_line(f"{self._what}: {what}")
 
     def print_line(self, text: str) -> None:
         """Print a line on stderr, above the bar if there is one."""
-        tqdm.write(text, file=sys.stderr)
+        if sys.stderr is not None:
+            tqdm.write(escape_controls(text), file=sys.stderr)
 
     def close(self) -> None:
         """Leave the finished bar on the screen."""

@@ -233,7 +233,7 @@ def _load(
 ) -> Any:
     import datasets
 
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         if folder is not None and (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import re
@@ -106,8 +105,6 @@ def run(
             | {"readings": [dataclasses.asdict(view) for view in shown]}
         )
         return
-    if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal's encoding may lack characters
-        sys.stdout.reconfigure(errors="backslashreplace")
     if text:
         _page_through(summary, hookpoint, views, sequences)
     elif html is None:
@@ -137,7 +134,7 @@ def _page_through(
 
     chosen = next(h for h in summary.hookpoints if hookpoint in (None, h.hookpoint))
     median = chosen.norms.quantile(0.5)
-    pager = sys.stdin.isatty() and sys.stdout.isatty()
+    pager = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     colour = pager and not os.environ.get("NO_COLOR")
     width = shutil.get_terminal_size((100, 24)).columns
     pages = (

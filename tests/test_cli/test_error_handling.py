@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 import typer
@@ -42,6 +43,61 @@ def test_an_operating_system_error_names_the_file(capsys):
     assert capsys.readouterr().err == "error: Permission denied: /some/file\n"
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_a_quota_and_a_limit_of_file_size_have_the_code_of_a_full_disk(number, capsys):
+    with pytest.raises(typer.Exit) as exit_:
+        raiser(OSError(number, "no room", "/some/file"))()
+    assert exit_.value.exit_code == errors.DiskFullError.exit_code
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: no room: /some/file\n  remedy: ")
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.EMFILE]
+)
+def test_a_file_system_that_is_gone_or_read_only_is_a_sentence_with_a_remedy(number, capsys):
+    with pytest.raises(typer.Exit) as exit_:
+        raiser(OSError(number, os.strerror(number), "/some/file"))()
+    assert exit_.value.exit_code == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"error: {os.strerror(number)}: /some/file\n  remedy: ")
+
+
+@pytest.mark.parametrize("name", ["DistStoreError", "DistNetworkError"])
+def test_a_store_that_is_gone_is_a_sentence(name, capsys):
+    with pytest.raises(typer.Exit) as exit_:
+        raiser(type(name, (RuntimeError,), {})("Connection reset by peer"))()
+    assert exit_.value.exit_code == errors.RunError.exit_code
+    assert "Connection reset by peer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RecursionError(), RuntimeError("can't start new thread")])
+def test_deep_values_and_a_limit_of_threads_are_sentences(error, capsys):
+    with pytest.raises(typer.Exit):
+        raiser(error)()
+    assert "remedy" in capsys.readouterr().err
+
+
+def test_a_pipe_that_breaks_elsewhere_than_behind_stdout_is_not_silent(capsys):
+    with pytest.raises(typer.Exit):
+        raiser(BrokenPipeError(errno.EPIPE, "Broken pipe"))()
+    assert capsys.readouterr().err == "error: Broken pipe\n"
+
+
+def test_errors_and_results_are_escaped(capsys):
+    @report_errors
+    def run():
+        print("\x1b[2Jresult")
+        raise errors.FormatError("\x1b]0;title\x07", got="\u202e")
+
+    with pytest.raises(typer.Exit):
+        run()
+    assert capsys.readouterr() == (
+        "\\x1b[2Jresult\n",
+        "error: \\x1b]0;title\\x07\n  got:      \\u202e\n",
+    )
+
+
 def test_an_interrupt_prints_how_to_resume(capsys):
     with pytest.raises(typer.Exit) as exit_:
         raiser(KeyboardInterrupt())()
@@ -64,7 +120,16 @@ def test_print_json_prints_one_document(capsys):
     [
         MemoryError("Unable to allocate 8 TiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
+        RuntimeError("numel: integer multiplication overflow"),
+        RuntimeError("Overflow when unpacking long long"),
+        RuntimeError("std::bad_alloc"),
+        OverflowError("Python int too large to convert to C long"),
+        ValueError("array is too big; `arr.size * arr.dtype.itemsize` is larger than the maximum"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
         type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
+        type("AcceleratorError", (RuntimeError,), {})("CUDA error: out of memory"),
     ],
 )
 def test_an_out_of_memory_error_is_printed_with_a_remedy(error, capsys):

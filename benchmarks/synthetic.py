@@ -52,6 +52,5 @@ def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 1
         values = (random & 0x80FF) | 0x3F00  # bfloat16 numbers between 0.5 and 2
         stored = {HOOKPOINT: StoredRows({"activations": values.astype("<u2")})}
         publish_shard(root, manifest, ShardData(shard, text, kept, dropped, stored, {}))
-    write_completion_marker(
-        root, CompletionMarker(manifest.cache_id, shards - 1, sequences * shards, "goal", 0)
-    )
+    end = CompletionMarker(manifest.cache_id, shards - 1, sequences * shards, "goal", 0)
+    write_completion_marker(root, manifest, end)

@@ -81,6 +81,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         compression: str = "none",
         extended_by: int = 0,
         most_rows: Mapping[int, int] | None = None,
+        format_version: int | None = None,
     ) -> Path:
         """Write a cache and return its folder.
 
@@ -102,6 +103,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             compression: none, or zstd with zarr.
             extended_by: sequences by which the harvest is extended, in shards of their own.
             most_rows: rows that filters leave of a shard, by its number; of others, all.
+            format_version: of the cache; by default the newest.
         """
         from actcache.cache.folder import publish_extension
         from actcache.cache.writer import ShardData, kept_positions, publish_shard
@@ -148,7 +150,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             seed=seed,
         )
         manifest = Manifest(
-            format_version=FORMAT_VERSION,
+            format_version=format_version or FORMAT_VERSION,
             cache_id=identity.digest(),
             identity=identity,
             model="synthetic",
@@ -163,7 +165,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             block_rows=block_rows,
             versions={"actcache": "0"},
         )
-        write_atomic(root / "manifest.json", [to_json(manifest)])
+        write_atomic(root / "manifest.json", [to_json(manifest, sealed=manifest.is_sealed)])
         BACKENDS[backend].initialize(root, manifest)
         if extended_by:
             manifest = with_extension(manifest, total + extended_by)
@@ -187,7 +189,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             end_receipt = CompletionMarker(
                 manifest.cache_id, shards - 1, total, "goal", len(manifest.extensions)
             )
-            write_completion_marker(root, end_receipt)
+            write_completion_marker(root, manifest, end_receipt)
         return root
 
     return make

@@ -35,6 +35,7 @@ from actcache.filesystem.atomic import DirectoryLock, FileDigest, rooted, write_
 from actcache.format import receipts as receipts_module
 from actcache.format.dtypes import ScaledRowDtype
 from actcache.format.manifest import (
+    FORMAT_VERSION,
     MANIFEST,
     DiskDtype,
     Identity,
@@ -93,8 +94,8 @@ def convert(config: ConvertConfig) -> ConversionSummary:
         create_or_resume(
             root, _with_published_extensions(root, manifest), lock, partial(_require_room, source)
         )
-        _extend(root, manifest)
-        return _finish(source, root, manifest)
+        existing = _extend(root, manifest)
+        return _finish(source, root, existing)
     finally:
         lock.release()
 
@@ -110,11 +111,17 @@ def _with_published_extensions(root: Path, manifest: Manifest) -> Manifest:
     return shortened if shortened.extensions == existing else manifest
 
 
-def _extend(root: Path, manifest: Manifest) -> None:
-    """Publish the extensions that the source has and the new cache lacks."""
+def _extend(root: Path, manifest: Manifest) -> Manifest:
+    """Publish the extensions that the source has and the new cache lacks.
+
+    Returns:
+        The manifest in the folder, which may be of an earlier format version.
+    """
     existing = read_manifest(root)
+    full = dataclasses.replace(existing, extensions=manifest.extensions)
     for number in range(len(existing.extensions) + 1, len(manifest.extensions) + 1):
-        publish_extension(root, manifest.truncated_to(number))
+        publish_extension(root, full.truncated_to(number))
+    return full
 
 
 def converted_manifest(manifest: Manifest, config: ConvertConfig) -> Manifest:
@@ -150,6 +157,7 @@ def converted_manifest(manifest: Manifest, config: ConvertConfig) -> Manifest:
     cache_id = identity.digest()
     return dataclasses.replace(
         manifest,
+        format_version=FORMAT_VERSION,
         identity=identity,
         cache_id=cache_id,
         extensions=tuple(dataclasses.replace(e, cache_id=cache_id) for e in manifest.extensions),
@@ -254,7 +262,7 @@ def _seal(source: Cache, root: Path, manifest: Manifest) -> bool:
         return False
     end = dataclasses.replace(source.end, cache_id=manifest.cache_id)
     if receipts_module.read_end(root, manifest) != end:
-        write_completion_marker(root, end)
+        write_completion_marker(root, manifest, end)
     return True
 
 

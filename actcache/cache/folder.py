@@ -119,7 +119,7 @@ def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> di
         near_overflow=zeros,
         files={name: FileDigest(size, "0" * 32) for name, size in sizes.items()},
     )
-    return sizes | {"receipt": len(to_json(receipt))}
+    return sizes | {"receipt": len(to_json(receipt, sealed=manifest.is_sealed))}
 
 
 def bytes_to_come(manifest: Manifest, published: Collection[int]) -> int:
@@ -149,7 +149,9 @@ def other_files(manifest: Manifest) -> dict[str, int]:
     root = Path()
     documents = BACKENDS[manifest.backend].metadata_files(root, manifest)
     end = CompletionMarker(manifest.cache_id, 0, manifest.planned_sequences or 1, "goal", 0)
-    return {MANIFEST: len(to_json(manifest)), END: len(to_json(end))} | {
+    sealed = manifest.is_sealed
+    own = {MANIFEST: to_json(manifest, sealed=sealed), END: to_json(end, sealed=sealed)}
+    return {name: len(text) for name, text in own.items()} | {
         str(path): len(accepted[-1]) for path, accepted in documents.items()
     }
 
@@ -215,7 +217,7 @@ def create_or_resume(
             path.unlink(missing_ok=True)
         existing = None
     if existing is None:
-        write_atomic(root / MANIFEST, [to_json(manifest)])
+        write_atomic(root / MANIFEST, [to_json(manifest, sealed=manifest.is_sealed)])
         existing = manifest.truncated_to(0)
     BACKENDS[existing.backend].initialize(root, existing)
 
@@ -314,7 +316,8 @@ def publish_extension(root: Path, manifest: Manifest) -> None:
     backend metadata is rewritten, the next harvest rewrites it.
     """
     last = manifest.extensions[-1]
-    write_atomic(extension_path(root, last.number), [to_json(last)])
+    text = to_json(last, sealed=manifest.is_sealed)
+    write_atomic(extension_path(root, last.number), [text])
     BACKENDS[manifest.backend].initialize(root, manifest)
 
 

@@ -94,7 +94,8 @@ def retract(root: Path, manifest: Manifest, shard: int, files: Mapping[str, Path
     plain = {n: file for n, file in files.items() if file.is_file() and not file.is_symlink()}
     found = {name: digest_file(file) for name, file in plain.items()}
     record = Retraction(manifest.cache_id, shard, promised, found)
-    write_atomic(retraction_path(root, shard), [to_json(record)])
+    text = to_json(record, sealed=manifest.is_sealed)
+    write_atomic(retraction_path(root, shard), [text])
     path.unlink()
     fsync_dir(path.parent)  # the receipt's removal is durable before any file is deleted
     discard(files)

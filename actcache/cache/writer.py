@@ -170,7 +170,7 @@ def publish_checked_receipt(root: Path, manifest: Manifest, receipt: ShardReceip
     """Publish the receipt of a written shard, after `check_restored` if it was retracted."""
     paths = data_paths(root, manifest, receipt.shard)
     restored = check_restored(root, manifest, receipt, paths)
-    publish_receipt(root, receipt)
+    publish_receipt(root, manifest, receipt)
     if restored:
         forget(root, receipt.shard)
 

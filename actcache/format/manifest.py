@@ -2,7 +2,9 @@
 
 `Identity` holds every setting that decides which numbers the cache contains; the cache id is its
 digest. Settings that may differ between two copies of the same numbers (backend, shard size,
-library versions, names) are fields of `Manifest`. Imports the standard library only.
+library versions, names) are fields of `Manifest`.
+
+From version 2 on, every JSON file of a cache is sealed (`actcache.core.json_codec`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from actcache.filesystem.paths import CachePath, CachePathT
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version of new caches. Those of version 1 have no seals, and are resumed and extended so."""
+_SEALED_FROM = 2
 MANIFEST = "manifest.json"
 MAX_SHARDS = 1 << 22
 """Bound on the memory that per-shard records take."""
@@ -306,10 +310,10 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Check ranges and relations, and the cache id against the identity."""
-        if self.format_version != FORMAT_VERSION:
+        if not 1 <= self.format_version <= FORMAT_VERSION:
             raise FormatError(
                 "the cache has another format version",
-                expected=FORMAT_VERSION,
+                expected=f"1 to {FORMAT_VERSION}",
                 got=self.format_version,
                 remedy="install the version of actcache that wrote it",
             )
@@ -343,6 +347,11 @@ class Manifest:
                 got=self.cache_id,
                 remedy="the manifest was edited or damaged; restore it from a copy",
             )
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the cache's JSON files are sealed: those of version 1 are not."""
+        return self.format_version >= _SEALED_FROM
 
     @cached_property
     def file_names(self) -> frozenset[str]:
@@ -399,12 +408,17 @@ def read_first_manifest(root: CachePath) -> Manifest:
     """Read the manifest without its extensions; raises as `read_manifest`."""
     path = root / MANIFEST
     try:
-        return parse_manifest(read_json(path, links=False), str(path))
+        return parse_manifest(read_json(path, links=False, sealed=_is_sealed), str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise EmptyCacheError(
             f"{root} is not a cache: it holds no {MANIFEST}",
             remedy=f"actcache harvest MODEL DATASET --out {root}",
         ) from error
+
+
+def _is_sealed(obj: object) -> bool:
+    """Return whether a decoded manifest must have a seal: unless it is of version 1, exactly."""
+    return not (isinstance(obj, dict) and obj.get("format_version") == 1)
 
 
 def extension_path(root: CachePathT, number: int) -> CachePathT:
@@ -428,7 +442,7 @@ def read_extension(path: CachePath, manifest: Manifest) -> Manifest:
     Raises:
         FormatError: the file is damaged, or is not the next extension.
     """
-    obj = read_json(path, _MAX_EXTENSION_BYTES, links=False)
+    obj = read_json(path, _MAX_EXTENSION_BYTES, links=False, sealed=manifest.is_sealed)
     extension = parse_dataclass(Extension, obj, str(path))
     expected = extension_path(path.parents[1], len(manifest.extensions) + 1).name
     if path.name != expected:

@@ -86,14 +86,15 @@ def receipt_path(root: CachePathT, shard: int) -> CachePathT:
     return root / FOLDER / f"{shard:05d}.json"
 
 
-def publish_receipt(root: Path, receipt: ShardReceipt) -> None:
+def publish_receipt(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
     """Publish a shard by writing its receipt, after all its files are in place."""
-    write_atomic(receipt_path(root, receipt.shard), [to_json(receipt)])
+    text = to_json(receipt, sealed=manifest.is_sealed)
+    write_atomic(receipt_path(root, receipt.shard), [text])
 
 
-def write_completion_marker(root: Path, end: CompletionMarker) -> None:
-    """Write the seal of a complete harvest."""
-    write_atomic(root / FOLDER / END, [to_json(end)])
+def write_completion_marker(root: Path, manifest: Manifest, end: CompletionMarker) -> None:
+    """Write END.json, which completes a harvest."""
+    write_atomic(root / FOLDER / END, [to_json(end, sealed=manifest.is_sealed)])
 
 
 def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
@@ -104,7 +105,7 @@ def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
     """
     path = root / FOLDER / END
     try:
-        obj = read_json(path, _MAX_BYTES, links=False)
+        obj = read_json(path, _MAX_BYTES, links=False, sealed=manifest.is_sealed)
     except (FileNotFoundError, NotADirectoryError):
         return None
     end = parse_dataclass(CompletionMarker, obj, str(path))
@@ -222,7 +223,7 @@ def read_receipt(path: CachePath, manifest: Manifest) -> ShardReceipt:
     Raises:
         FormatError: it is damaged, belongs to another cache or shard, or contradicts the manifest.
     """
-    obj = read_json(path, _MAX_BYTES, links=False)
+    obj = read_json(path, _MAX_BYTES, links=False, sealed=manifest.is_sealed)
     receipt = parse_dataclass(ShardReceipt, obj, str(path))
     _check_owner(path, receipt.cache_id, manifest.cache_id)
     if path.name != f"{receipt.shard:05d}.json":
@@ -320,7 +321,7 @@ def read_retraction(root: Path, manifest: Manifest, shard: int) -> Retraction | 
     """
     path = retraction_path(root, shard)
     try:
-        obj = read_json(path, _MAX_RETRACTION_BYTES, links=False)
+        obj = read_json(path, _MAX_RETRACTION_BYTES, links=False, sealed=manifest.is_sealed)
     except FileNotFoundError:
         return None
     record = parse_dataclass(Retraction, obj, str(path))

@@ -294,7 +294,7 @@ def _mark_complete(job: HarvestJob, count: int, *, is_goal: bool) -> CompletionM
     reached = is_goal or (job.goal is not None and count >= job.goal)
     reason: Literal["goal", "text"] = "goal" if reached else "text"
     marker = CompletionMarker(manifest.cache_id, last, count, reason, len(manifest.extensions))
-    write_completion_marker(job.root, marker)
+    write_completion_marker(job.root, manifest, marker)
     return marker
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 import saetrain.training.checkpointing
 import saetrain.training.step
 from actcache.cache.reader import Cache
+from actcache.core.json_codec import to_json
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.stream.order import split_shards
 from saetrain.evaluation import EVALUATION, evaluate
@@ -100,7 +101,8 @@ def test_the_cache_may_be_moved_but_not_replaced(
     with pytest.raises(CacheMismatchError):
         evaluate(Path(config.out), str(make_cache(seed=3)))
     receipt = there / "shards" / "00002.json"
-    receipt.write_text(receipt.read_text().replace('"xxh3_128": "', '"xxh3_128": "f', 1))
+    text = receipt.read_text().replace('"xxh3_128": "', '"xxh3_128": "f', 1)
+    receipt.write_bytes(to_json(json.loads(text), sealed=True))
     with pytest.raises(CacheMismatchError, match="have changed"):
         evaluate(Path(config.out), str(there))
 

@@ -435,7 +435,7 @@ def test_options_that_cannot_be_combined_are_refused(source: Path, tmp_path: Pat
     with pytest.raises(ConfigError, match="zstd needs --backend zarr"):
         run(source, tmp_path / "out", compress="zstd")
     manifest = dataclasses.replace(read_manifest(source), planned_sequences=None)
-    (source / "manifest.json").write_bytes(to_json(manifest))
+    (source / "manifest.json").write_bytes(to_json(manifest, sealed=True))
     with pytest.raises(ConfigError, match="need a planned number of sequences"):
         run(source, tmp_path / "out", backend="zarr")
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import tempfile
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from actcache.cache.reader import Cache
 from actcache.cache.verify import verify
@@ -175,13 +177,26 @@ def mutate(path: Path, data: bytes, state: random.Random) -> None:
     elif path.suffix not in (".json", ".safetensors") or state.random() < 0.4:
         path.write_bytes(state.choice(BYTES)(data, state))
     else:
-        path.write_bytes((changed_json if path.suffix == ".json" else changed_header)(data, state))
+        if path.suffix != ".json":
+            path.write_bytes(changed_header(data, state))
+            return
+        text = changed_json(data, state)
+        path.write_bytes(resealed(text) if state.random() < 0.7 else text)
 
 
 def restore(path: Path, data: bytes) -> None:
     if path.is_symlink():
         path.unlink()
     path.write_bytes(data)
+
+
+def resealed(text: bytes) -> bytes:
+    """Correct the seal of a mutated file, so that its contents are what must be refused."""
+    found = re.search(rb'"seal": "([0-9a-f]{32})"', text)
+    if found is None:
+        return text
+    before, after = text[: found.start(1)], text[found.end(1) :]
+    return before + xxhash.xxh3_128_hexdigest(before + after).encode() + after
 
 
 def consistent(root: Path) -> None:
@@ -191,10 +206,11 @@ def consistent(root: Path) -> None:
         identity = dict(manifest["identity"])
         identity["hookpoints"] = tuple(Hookpoint(**h) for h in identity["hookpoints"])
         cache_id = Identity(**identity).digest()
-        (root / "manifest.json").write_text(json.dumps(manifest | {"cache_id": cache_id}))
+        text = json.dumps(manifest | {"cache_id": cache_id}).encode()
+        (root / "manifest.json").write_bytes(resealed(text))
         for path in [*(root / "shards").iterdir(), *root.glob("extensions/*")]:
             obj = json.loads(path.read_bytes())
-            path.write_text(json.dumps(obj | {"cache_id": cache_id}))
+            path.write_bytes(resealed(json.dumps(obj | {"cache_id": cache_id}).encode()))
     except (ActcacheError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass  # then it stays inconsistent, which is hostile too
 

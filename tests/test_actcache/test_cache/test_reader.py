@@ -192,7 +192,7 @@ def test_a_file_truncated_during_reading_is_detected(root: Path) -> None:
 
 def rewrite_receipt(root: Path, shard: int, **changes: object) -> None:
     path = receipt_path(root, shard)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(to_json(json.loads(path.read_text()) | changes, sealed=True))
 
 
 def test_a_receipt_with_another_row_count_than_the_file_is_refused(root: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_receipt_cannot_cause_a_large_allocation(root: Path) -> None:
         sequences_per_shard=2**21,
         planned_sequences=None,
     )
-    write_atomic(root / "manifest.json", [to_json(huge)])
+    write_atomic(root / "manifest.json", [to_json(huge, sealed=True)])
     for shard in (1, 2):
         receipt_path(root, shard).unlink()
     (root / "shards" / "END.json").unlink()
@@ -242,8 +242,10 @@ def test_row_addresses_outside_the_shard_are_refused(tensor: str, value: int, ro
     file = safetensors_file.write(
         tokens_path(root, 1), {name: (array, None) for name, array in words.items()}
     )
-    receipt = cache.receipts[1]
-    publish_receipt(root, dataclasses.replace(receipt, files=receipt.files | {"tokens": file}))
+    receipt = dataclasses.replace(
+        cache.receipts[1], files=cache.receipts[1].files | {"tokens": file}
+    )
+    publish_receipt(root, cache.manifest, receipt)
     with pytest.raises(CorruptShardError, match=f"holds {tensor} out of range"):
         Cache.open(root).tokens(1)
 

@@ -17,6 +17,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
+from actcache.core.json_codec import to_json
 from actcache.errors import (
     CacheBusyError,
     CacheMismatchError,
@@ -25,6 +26,7 @@ from actcache.errors import (
     FormatError,
 )
 from actcache.filesystem.atomic import DirectoryLock, digest_file
+from actcache.format.manifest import read_manifest
 from actcache.format.receipts import publish_receipt, receipt_path, retraction_path
 from actcache.harvester import run as run_module
 from actcache.harvester.run import harvest
@@ -56,7 +58,8 @@ def flip(path: Path, offset: int = -1) -> None:
 
 
 def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change keys of a sealed file, and seal it again."""
+    path.write_bytes(to_json(json.loads(path.read_text()) | changes, sealed=True))
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -266,7 +269,8 @@ def damage_in_every_way(root: Path) -> None:
     os.truncate(root / "stats/00000.safetensors", 10)
     receipt = Cache.open(root).receipts[1]
     lie = dataclasses.replace(receipt.files["tokens"], xxh3_128="0" * 32)
-    publish_receipt(root, dataclasses.replace(receipt, files=receipt.files | {"tokens": lie}))
+    wrong = dataclasses.replace(receipt, files=receipt.files | {"tokens": lie})
+    publish_receipt(root, read_manifest(root), wrong)
     receipt_path(root, 2).write_text("[]")
     (root / "shards/END.json").write_text("?")
 

@@ -1,6 +1,7 @@
 """The committed caches under `tests/golden/`, examples of docs/format.md.
 
-Should the format change on purpose: `python tests/test_actcache/test_golden.py` writes them anew.
+Should the format change on purpose: `python tests/test_actcache/test_format/test_golden.py` writes
+them anew.
 """
 
 import shutil
@@ -16,7 +17,6 @@ from actcache.cache.writer import ShardData, ShardText, kept_positions, publish_
 from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.format.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     Hookpoint,
     Identity,
@@ -28,15 +28,17 @@ from actcache.storage import BACKENDS, ROW_DTYPES
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CACHES = {
-    "v1": ("memmap", "none", "bfloat16", 0),
-    "v1-zarr": ("zarr", "none", "bfloat16", 0),
-    "v1-zarr-zstd": ("zarr", "zstd", "bfloat16", 0),
-    "v1-int8": ("memmap", "none", "int8", 0),
-    "v1-zarr-fp8": ("zarr", "none", "float8_e4m3", 0),
-    "v1-zarr-extended": ("zarr", "none", "bfloat16", 5),
+    "v1": (1, "memmap", "none", "bfloat16", 0),
+    "v1-zarr": (1, "zarr", "none", "bfloat16", 0),
+    "v1-zarr-zstd": (1, "zarr", "zstd", "bfloat16", 0),
+    "v1-int8": (1, "memmap", "none", "int8", 0),
+    "v1-zarr-fp8": (1, "zarr", "none", "float8_e4m3", 0),
+    "v1-zarr-extended": (1, "zarr", "none", "bfloat16", 5),
+    "v2": (2, "memmap", "none", "bfloat16", 0),
+    "v2-zarr-extended": (2, "zarr", "none", "bfloat16", 5),
 }
-"""By folder: backend, compression, type, and number of sequences of the extension. The
-compressed bytes are those of constraints.txt's blosc."""
+"""By folder: format version, backend, compression, type, and number of sequences of the extension.
+The compressed bytes are those of constraints.txt's blosc."""
 HOOKPOINTS = {"layers.0": 6, "layers.1.mlp:in": 10}
 
 
@@ -55,7 +57,7 @@ def value(hookpoint, sequence, position, dtype):
     return row * 2.0**position
 
 
-def write_golden(root, backend, compression, dtype, more):
+def write_golden(root, version, backend, compression, dtype, more):
     identity = Identity(
         model_fingerprint="0" * 32,
         model_dtype="bfloat16",
@@ -83,7 +85,7 @@ def write_golden(root, backend, compression, dtype, more):
         seed=7,
     )
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=version,
         cache_id=identity.digest(),
         identity=identity,
         model="golden-model",
@@ -98,7 +100,7 @@ def write_golden(root, backend, compression, dtype, more):
         block_rows=4,
         versions={"actcache": "0.1.0"},
     )
-    write_atomic(root / MANIFEST, [to_json(manifest)])
+    write_atomic(root / MANIFEST, [to_json(manifest, sealed=manifest.is_sealed)])
     BACKENDS[backend].initialize(root, manifest)
     if more:
         manifest = with_extension(manifest, 10 + more)
@@ -119,9 +121,8 @@ def write_golden(root, backend, compression, dtype, more):
             rows[name] = row_dtype.from_torch(torch.tensor(np.array(exact), dtype=torch.float32))
         publish_shard(root, manifest, ShardData(shard, text, kept, dropped, rows, {}))
     extensions = len(manifest.extensions)
-    write_completion_marker(
-        root, CompletionMarker(manifest.cache_id, len(shards) - 1, 10 + more, "goal", extensions)
-    )
+    end = CompletionMarker(manifest.cache_id, len(shards) - 1, 10 + more, "goal", extensions)
+    write_completion_marker(root, manifest, end)
 
 
 def files_below(root):
@@ -139,7 +140,7 @@ def test_the_writer_reproduces_the_golden_cache_byte_for_byte(name, tmp_path):
 def test_the_reader_returns_every_row_of_the_golden_cache(hookpoint, name):
     cache = Cache.open(GOLDEN / name)
     assert cache.complete
-    assert cache.rows == 3 * (10 + CACHES[name][3])
+    assert cache.rows == 3 * (10 + CACHES[name][4])
     for shard in cache.shards:
         words = cache.tokens(shard)
         rows = cache.row_dtype.to_float32(cache.read(hookpoint, shard))
@@ -147,7 +148,7 @@ def test_the_reader_returns_every_row_of_the_golden_cache(hookpoint, name):
             rows, words.row_sequence, words.row_position, strict=True
         ):
             first = cache.receipts[shard].first_sequence
-            expected = value(hookpoint, first + int(sequence), int(position), CACHES[name][2])
+            expected = value(hookpoint, first + int(sequence), int(position), CACHES[name][3])
             np.testing.assert_array_equal(row, expected)
             assert position >= 1
 
@@ -155,13 +156,20 @@ def test_the_reader_returns_every_row_of_the_golden_cache(hookpoint, name):
 @pytest.mark.parametrize("golden", CACHES)
 def test_the_golden_receipts_match_their_files(golden):
     cache = Cache.open(GOLDEN / golden)
-    backend = BACKENDS[CACHES[golden][0]]
+    backend = BACKENDS[CACHES[golden][1]]
     for shard, receipt in cache.receipts.items():
         paths = {
             "tokens": cache.root / "tokens" / f"{shard:05d}.safetensors",
             "stats": cache.root / "stats" / f"{shard:05d}.safetensors",
         } | backend.files(cache.root, cache.manifest, shard)
         assert {name: digest_file(path) for name, path in paths.items()} == receipt.files
+
+
+@pytest.mark.parametrize("name", ["v2", "v2-zarr-extended"])
+def test_seals_change_neither_the_rows_nor_what_identifies_them(name):
+    new, old = (Cache.open(GOLDEN / version) for version in (name, name.replace("v2", "v1")))
+    assert new.manifest.cache_id == old.manifest.cache_id
+    assert new.digest(new.shards) == old.digest(old.shards)
 
 
 if __name__ == "__main__":

@@ -195,8 +195,13 @@ def edited(manifest: Manifest, path: str, value: object) -> dict:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
+        ("format_version", 0),
         ("format_version", 2),
+        ("format_version", 3),
         ("format_version", "1"),
+        ("format_version", True),
+        ("format_version", 1.0),
+        ("seal", "0" * 32),
         ("cache_id", "00" * 16),
         ("unknown", 1),
         ("identity", []),
@@ -232,13 +237,15 @@ def edited(manifest: Manifest, path: str, value: object) -> dict:
 def test_an_invalid_manifest_is_refused_and_its_path_named(
     path: str, value: object, manifest: Manifest, tmp_path: Path
 ) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(edited(manifest, path, value)))
+    obj = edited(dataclasses.replace(manifest, format_version=1), path, value)
+    (tmp_path / "manifest.json").write_text(json.dumps(obj))
     with pytest.raises(FormatError, match=r"manifest\.json"):
         read(tmp_path)
 
 
 def test_an_edited_identity_does_not_match_the_cache_id(manifest: Manifest, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(edited(manifest, "identity/seed", 5)))
+    text = to_json(edited(manifest, "identity/seed", 5), sealed=True)
+    (tmp_path / "manifest.json").write_bytes(text)
     with pytest.raises(FormatError, match="cache id is not the digest of the manifest's identity"):
         read(tmp_path)
 

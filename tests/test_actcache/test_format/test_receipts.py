@@ -49,7 +49,7 @@ def test_a_cache_without_receipts_has_no_shard(tmp_path: Path, manifest: Manifes
 def test_shards_beyond_five_digits_are_found_in_order(root: Path, manifest: Manifest) -> None:
     first = read_receipts(root, manifest)[0]
     obj = json.loads(to_json(first)) | {"shard": 123456, "first_sequence": 2 * 123456}
-    receipt_path(root, 123456).write_text(json.dumps(obj))
+    receipt_path(root, 123456).write_bytes(to_json(obj, sealed=True))
     endless = dataclasses.replace(manifest, planned_sequences=None)
     assert list(read_receipts(root, endless)) == [0, 1, 2, 123456]
     with pytest.raises(FormatError, match="sequences"):  # beyond the goal there is no shard
@@ -57,7 +57,9 @@ def test_shards_beyond_five_digits_are_found_in_order(root: Path, manifest: Mani
 
 
 @pytest.mark.parametrize("hookpoints", [1, 30, 400])
-def test_a_receipt_stays_below_4_kb_and_240_bytes_a_file(hookpoints: int, tmp_path: Path) -> None:
+def test_a_receipt_stays_below_4_kb_and_240_bytes_a_file(
+    hookpoints: int, manifest: Manifest, tmp_path: Path
+) -> None:
     names = [f"layers.{n}.self_attn.o_proj:in" for n in range(hookpoints)]
     file = FileDigest(4 << 30, "f" * 32)
     files = {f"activations/{name}": file for name in names} | {"tokens": file, "stats": file}
@@ -72,13 +74,13 @@ def test_a_receipt_stays_below_4_kb_and_240_bytes_a_file(hookpoints: int, tmp_pa
         near_overflow=dict.fromkeys(names, 2**20),
         files=files,
     )
-    publish_receipt(tmp_path, receipt)
+    publish_receipt(tmp_path, manifest, receipt)
     assert receipt_path(tmp_path, 99_999).stat().st_size < 4_000 + 240 * len(files)
 
 
 def change(root: Path, number: int, **changes: object) -> None:
     path = receipt_path(root, number)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(to_json(json.loads(path.read_text()) | changes, sealed=True))
 
 
 DROPPED = dict.fromkeys(FILTERS, 0) | {"skip_positions": 2}
@@ -163,7 +165,7 @@ def test_a_receipt_under_the_name_of_another_shard_is_refused(root: Path) -> Non
 )
 def test_an_invalid_seal_is_refused_and_its_path_named(root: Path, changes: dict) -> None:
     path = root / "shards" / "END.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(to_json(json.loads(path.read_text()) | changes, sealed=True))
     with pytest.raises(FormatError, match=r"END\.json"):
         Cache.open(root)
 
@@ -171,7 +173,8 @@ def test_an_invalid_seal_is_refused_and_its_path_named(root: Path, changes: dict
 def test_a_seal_over_a_huge_number_of_shards_is_read_quickly(
     root: Path, manifest: Manifest
 ) -> None:
-    write_completion_marker(root, CompletionMarker(manifest.cache_id, 2**52, 2**53, "goal", 0))
+    end = CompletionMarker(manifest.cache_id, 2**52, 2**53, "goal", 0)
+    write_completion_marker(root, manifest, end)
     with pytest.raises(FormatError, match="goal of the harvest"):
         Cache.open(root)
 
@@ -198,6 +201,8 @@ def test_a_seal_that_does_not_agree_with_the_goal_is_refused(
 ) -> None:
     root = make_cache(shards=2, sequences=8)
     path = root / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"planned_sequences": planned}))
+    path.write_bytes(
+        to_json(json.loads(path.read_text()) | {"planned_sequences": planned}, sealed=True)
+    )
     with pytest.raises(FormatError):
         Cache.open(root)

@@ -18,6 +18,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
+from actcache.core.json_codec import to_json
 from actcache.core.process import World
 from actcache.errors import CacheMismatchError, DiskFullError, FormatError
 from actcache.format.manifest import read_manifest, with_extension
@@ -433,7 +434,7 @@ def test_an_extension_that_does_not_follow_is_refused_with_its_path(
 ) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
     path = root / "extensions" / "00001.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(to_json(json.loads(path.read_text()) | changes, sealed=True))
     with pytest.raises(FormatError, match=message) as refused:
         Cache.open(root)
     assert str(path) in str(refused.value)
@@ -471,7 +472,9 @@ def test_an_end_marker_with_another_number_of_extensions_is_reported(
 ) -> None:
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
     path = root / "shards" / "END.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"extensions": extensions}))
+    path.write_bytes(
+        to_json(json.loads(path.read_text()) | {"extensions": extensions}, sealed=True)
+    )
     assert [d.file for d in verify(root).damages] == ["shards/END.json"]
 
 
@@ -481,7 +484,7 @@ def test_a_short_shard_before_an_extension_has_a_fixed_length(
     root = make_cache(shards=3, sequences=4, last_sequences=2, extended_by=9)
     path = receipt_path(root, 2)
     receipt = json.loads(path.read_text())
-    path.write_text(json.dumps(receipt | {"sequences": 1}))
+    path.write_bytes(to_json(receipt | {"sequences": 1}, sealed=True))
     with pytest.raises(FormatError, match="sequences"):
         Cache.open(root)
 

@@ -20,6 +20,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
 from actcache.core import rng
+from actcache.core.json_codec import to_json
 from actcache.core.process import World
 from actcache.errors import (
     ActcacheError,
@@ -323,7 +324,7 @@ def test_resuming_with_other_library_versions_warns(options: Options) -> None:
     path = Path(options().out, "manifest.json")
     manifest = json.loads(path.read_text())
     manifest["versions"] |= {"torch": "1.0", "gone": "3"}
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(changed := to_json(manifest, sealed=True))
     receipt_path(Path(options().out), 1).unlink()
     summary = harvest(options())
     assert summary.complete
@@ -332,7 +333,7 @@ def test_resuming_with_other_library_versions_warns(options: Options) -> None:
     assert first != second
     torch_now = metadata.version("torch")  # torch.__version__ may say more: +cu130
     assert second == f"torch is {torch_now} now; this cache was begun with 1.0"
-    assert json.loads(path.read_text()) == manifest
+    assert path.read_bytes() == changed
 
 
 def test_a_folder_that_is_not_a_cache_is_refused_and_unchanged(

@@ -79,14 +79,14 @@ def test_a_harvest_without_a_goal_is_incomplete_until_its_completion_marker(
 ) -> None:
     root = make_cache(shards=2, end=False)
     manifest = dataclasses.replace(read_manifest(root), planned_sequences=None)
-    (root / "manifest.json").write_bytes(to_json(manifest))
+    (root / "manifest.json").write_bytes(to_json(manifest, sealed=True))
     assert "has not reached the end of the text" in summarize(Cache.open(root)).state
 
 
 def test_the_state_reports_a_text_that_ended(make_cache: Callable[..., Path]) -> None:
     root = make_cache(shards=2)
     end = json.loads((root / "shards" / "END.json").read_text())
-    (root / "shards" / "END.json").write_text(json.dumps(end | {"reason": "text"}))
+    (root / "shards" / "END.json").write_bytes(to_json(end | {"reason": "text"}, sealed=True))
     assert summarize(Cache.open(root)).state == "complete (the text ended)"
 
 
@@ -158,7 +158,7 @@ def test_names_from_the_manifest_are_escaped_and_cut(
     hostile = dataclasses.replace(
         read_manifest(root), model="\x1b[2Jgone", dataset="A" * 10**6, split="\u202etxt"
     )
-    (root / "manifest.json").write_bytes(to_json(hostile))
+    (root / "manifest.json").write_bytes(to_json(hostile, sealed=True))
     summary = summarize(Cache.open(root))
     assert summary.model.startswith("\\x1b[2Jgone")
     assert len(summary.dataset) <= 300

@@ -195,7 +195,7 @@ def test_names_in_a_manifest_are_escaped_and_cut(make_cache):
     hostile = "\x1b]0;owned\x07\x1b[2J" + "A" * 10**6
     manifest = read_manifest(root)
     manifest = dataclasses.replace(manifest, model=hostile, dataset=hostile, split=hostile)
-    (root / "manifest.json").write_bytes(to_json(manifest))
+    (root / "manifest.json").write_bytes(to_json(manifest, sealed=True))
     result = run(root, "--text")
     assert "\x1b" not in result.output
     assert len(result.output) < 10_000

@@ -25,6 +25,7 @@ import saetrain.runs.segments
 import saetrain.training.checkpointing
 import saetrain.training.step
 from actcache.cache.reader import Cache
+from actcache.core.json_codec import to_json
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import DirectoryLock
 from saetrain.config.fit_config import FitConfig
@@ -291,7 +292,7 @@ def test_by_default_segments_fill_the_shuffle_buffer(options: Options, whole: Pa
 
 
 def edit(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_bytes(to_json(json.loads(path.read_text()) | fields, sealed=True))
 
 
 def goal(root: Path, sequences: int | None) -> None:
@@ -492,7 +493,8 @@ def test_a_used_segment_with_changed_or_missing_receipts_is_refused_by_its_numbe
     later, receipt = (growing.root / "shards" / f"0000{n}.json" for n in (5, 3))
     later.unlink()  # not used yet
     text = receipt.read_text()
-    receipt.write_text(text.replace('"xxh3_128": "', '"xxh3_128": "0', 1))
+    text = text.replace('"xxh3_128": "', '"xxh3_128": "0', 1)
+    receipt.write_bytes(to_json(json.loads(text), sealed=True))
     for work in (lambda: fit(config), lambda: evaluate(Path(config.out))):
         with pytest.raises(CacheMismatchError, match=r"segment 1 \(shards 2 to 3\) .* has changed"):
             work()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import saetrain.training.step
+from actcache.core.json_codec import to_json
 from actcache.errors import CacheMismatchError, EmptyCacheError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
@@ -130,7 +131,8 @@ def test_another_or_a_changed_cache_is_refused_on_resume(
         fit(dataclasses.replace(config, cache=str(make_cache(seed=1))))
     receipt = own / "shards" / "00001.json"
     text = receipt.read_text()
-    receipt.write_text(text.replace('"xxh3_128": "', '"xxh3_128": "0', 1))
+    text = text.replace('"xxh3_128": "', '"xxh3_128": "0', 1)
+    receipt.write_bytes(to_json(json.loads(text), sealed=True))
     with pytest.raises(CacheMismatchError, match="have changed since this run began"):
         fit(config)
     receipt.unlink()

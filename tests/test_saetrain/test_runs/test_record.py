@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from actcache.cache.reader import Cache
+from actcache.core.json_codec import to_json
 from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.stream.order import OrderPlan
 from saetrain.config.sae import HookpointOverride, SaeConfig, SaeEntry, SaeOptions
@@ -104,7 +105,8 @@ def test_a_changed_receipt_of_a_shard_in_use_raises_an_error(
     record: RunRecord, own_cache: Path, shard: int
 ) -> None:
     path = own_cache / "shards" / f"{shard:05d}.json"
-    path.write_text(path.read_text().replace('"xxh3_128": "', '"xxh3_128": "0', 1))
+    text = path.read_text().replace('"xxh3_128": "', '"xxh3_128": "0', 1)
+    path.write_bytes(to_json(json.loads(text), sealed=True))
     with pytest.raises(CacheMismatchError, match="have changed since this run began"):
         check_same_cache(record, Cache.open(own_cache))
 

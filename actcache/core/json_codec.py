@@ -21,8 +21,6 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import xxhash
-
 from actcache.errors import FormatError
 from actcache.filesystem.paths import CachePath
 
@@ -232,6 +230,14 @@ def read_json(
     return obj
 
 
+def sealed_unless(key: str, value: object) -> Callable[[object], bool]:
+    """Return the argument `sealed` of `read_json` for files that have no seal if `key` is `value`.
+
+    Whatever else the file holds, such as a damaged key, it must be sealed.
+    """
+    return lambda obj: not (isinstance(obj, dict) and key in obj and obj[key] == value)
+
+
 def _without_seal(path: CachePath, text: bytes, obj: object) -> object:
     """Compare the seal of a decoded file with its text, and return the other keys."""
     seal = obj.get(SEAL) if isinstance(obj, dict) else None
@@ -255,7 +261,13 @@ def _without_seal(path: CachePath, text: bytes, obj: object) -> object:
 
 def _digest_without(text: bytes, seal: str) -> str:
     """Compute the digest of a file's text without the digits of its seal."""
-    return xxhash.xxh3_128_hexdigest(text.replace(seal.encode(), b"", 1))
+    return _digest(text.replace(seal.encode(), b"", 1))
+
+
+def _digest(text: bytes) -> str:
+    import xxhash  # --help reads this module, and needs the standard library only
+
+    return xxhash.xxh3_128_hexdigest(text)
 
 
 def decode_json(text: bytes) -> object:
@@ -289,7 +301,7 @@ def to_json(obj: Any, *, sealed: bool = False) -> bytes:
         return text
     empty = f'\n  "{SEAL}": "'.encode()  # two spaces: no key of an inner object
     before, _, after = text.partition(empty)
-    return before + empty + xxhash.xxh3_128_hexdigest(text).encode() + after
+    return before + empty + _digest(text).encode() + after
 
 
 def _refuse_constant(text: str) -> object:

@@ -23,6 +23,7 @@ class ActcacheError(Exception):
         self.what = _bounded(what)
         self.expected = None if expected is None else _bounded(str(expected))
         self.got = None if got is None else _bounded(str(got))
+        self.remedy = remedy
         lines = [self.what]
         lines += [f"  expected: {self.expected}"] if self.expected is not None else []
         lines += [f"  got:      {self.got}"] if self.got is not None else []
@@ -69,6 +70,10 @@ class CacheMismatchError(ActcacheError):
     """The folder holds another cache or run than the command describes."""
 
     exit_code = 7
+
+
+class RestoreError(CacheMismatchError):
+    """A damaged shard cannot be made again in the same bytes here; it is left as it is."""
 
 
 class CorruptShardError(ActcacheError):

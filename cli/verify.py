@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from actcache.config import HarvestConfig
-from actcache.errors import ConfigError, CorruptShardError
+from actcache.errors import ActcacheError, ConfigError, CorruptShardError
 from actcache.filesystem.paths import reject_url
 
 from .error_handling import print_json, print_stderr, report_errors
@@ -33,8 +34,8 @@ def run(
         bool,
         typer.Option(
             "--repair",
-            help="Retract damaged shards; if a harvest command follows, harvest them again. The "
-            "result must equal the original shards.",
+            help="Retract damaged shards; if a harvest command follows, harvest them again. What "
+            "it does not make in the original bytes is left as it is.",
         ),
     ] = False,
     threads: Annotated[
@@ -57,11 +58,12 @@ def run(
     found = verify(cache, quick=quick, threads=threads)
     if not json:
         _print(found)
-    if config is not None and any(damage.shard is not None for damage in found.damages):
+    to_harvest = config is not None and not (found.is_sound and found.complete)
+    if config is not None and to_harvest:
         _require_same(config)
     retracted = retract_damaged(found) if repair else []
     is_sound = found.is_sound
-    if repair and config is not None and not (found.is_sound and found.complete):
+    if config is not None and to_harvest:
         is_sound = _harvest_again(config, retracted)
     elif repair and (found.damages or found.retracted):
         print_stderr("run the harvest command again: it writes only the missing shards")
@@ -98,10 +100,22 @@ def _require_same(config: HarvestConfig) -> None:
 
 
 def _harvest_again(config: HarvestConfig, retracted: list[int]) -> bool:
-    """Harvest the missing shards; return whether the cache is complete."""
+    """Harvest the missing shards; return whether the cache is complete.
+
+    Shards that a failed harvest did not come to are reinstated as they were.
+    """
+    from pathlib import Path
+
+    from actcache.cache.restore import reinstate_all
+    from actcache.format.manifest import read_manifest
     from actcache.harvester.run import harvest
 
-    summary = harvest(config)
+    try:
+        summary = harvest(config)
+    except BaseException:
+        with contextlib.suppress(ActcacheError, OSError):  # the harvest's error says more
+            reinstate_all(Path(config.out), read_manifest(Path(config.out)))
+        raise
     for warning in summary.warnings:
         print_stderr(f"warning: {warning}")
     numbers = ", ".join(map(str, retracted)) or "none"

@@ -165,7 +165,8 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             block_rows=block_rows,
             versions={"actcache": "0"},
         )
-        write_atomic(root / "manifest.json", [to_json(manifest, sealed=manifest.is_sealed)])
+        text = to_json(manifest, sealed=manifest.format_version > 1)
+        write_atomic(root / "manifest.json", [text])
         BACKENDS[backend].initialize(root, manifest)
         if extended_by:
             manifest = with_extension(manifest, total + extended_by)

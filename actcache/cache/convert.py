@@ -27,10 +27,11 @@ from actcache.cache.folder import (
     tokens_path,
 )
 from actcache.cache.reader import Cache
-from actcache.cache.writer import publish_checked_receipt, write_statistics
+from actcache.cache.restore import write_folder
+from actcache.cache.writer import publish_written, write_statistics
 from actcache.config import ConvertConfig
 from actcache.core.progress import Progress
-from actcache.errors import ActcacheError, ConfigError
+from actcache.errors import ActcacheError, ConfigError, RestoreError
 from actcache.filesystem.atomic import DirectoryLock, FileDigest, rooted, write_atomic
 from actcache.format import receipts as receipts_module
 from actcache.format.dtypes import ScaledRowDtype
@@ -192,17 +193,23 @@ def _finish(source: Cache, root: Path, manifest: Manifest) -> ConversionSummary:
     waiting = [receipt for shard, receipt in source.receipts.items() if shard not in done]
     total = sum(_bytes(receipt) for receipt in waiting)
     bar = Progress("convert", total, "B")
-    fresh = []
+    fresh, failed = [], []
     try:
         for receipt in waiting:
             try:
                 made = _convert_shard(source, receipt, root, manifest, bar)
+            except RestoreError as error:  # the cache is as it was: go on with the others
+                failed.append(error)
             except ActcacheError:
-                discard(data_paths(root, manifest, receipt.shard))
+                folder = write_folder(root, manifest, receipt.shard)
+                discard(data_paths(folder, manifest, receipt.shard))
                 raise
-            fresh.append(made)
+            else:
+                fresh.append(made)
     finally:
         bar.close()
+    if failed:
+        raise failed[0]
     return ConversionSummary(
         source=str(source.root),
         cache=str(root),
@@ -224,6 +231,7 @@ def _convert_shard(
     shard, row_dtype = receipt.shard, ROW_DTYPES[manifest.identity.dtype]
     statistics: dict[str, Statistics] = {}
     files: dict[str, FileDigest] = {}
+    folder = write_folder(root, manifest, shard)
     for hookpoint in source.hookpoints:
         # The file is compared with its receipt first; the second read hits the page cache.
         for name in (names := source.files_of(hookpoint, shard)):
@@ -234,13 +242,13 @@ def _convert_shard(
             rows = row_dtype.from_torch(tensor)
             check_overflow(tensor, rows, row_dtype, hookpoint)
         statistics[hookpoint] = compute(rows, row_dtype)
-        written = BACKENDS[manifest.backend].write(root, manifest, hookpoint, shard, rows)
+        written = BACKENDS[manifest.backend].write(folder, manifest, hookpoint, shard, rows)
         files |= written
         read = sum(receipt.files[name].bytes for name in names)
         bar.advance(read, sum(file.bytes for file in written.values()))
     text = source.check_file(shard, "tokens").read_bytes()
-    files["tokens"] = write_atomic(tokens_path(root, shard), [text])
-    files["stats"] = write_statistics(root, shard, statistics)
+    files["tokens"] = write_atomic(tokens_path(folder, shard), [text])
+    files["stats"] = write_statistics(folder, shard, statistics)
     made = dataclasses.replace(
         receipt,
         cache_id=manifest.cache_id,
@@ -248,7 +256,7 @@ def _convert_shard(
         near_overflow={name: found.near_overflow for name, found in statistics.items()},
         files=files,
     )
-    publish_checked_receipt(root, manifest, made)
+    publish_written(root, manifest, made, folder)
     bar.advance(receipt.files["tokens"].bytes + receipt.files["stats"].bytes)
     return made
 

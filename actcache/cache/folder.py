@@ -24,6 +24,7 @@ from actcache.filesystem.atomic import (
 from actcache.filesystem.paths import CachePathT
 from actcache.format.manifest import (
     MANIFEST,
+    SEALED_FROM,
     Hookpoint,
     Manifest,
     differences,
@@ -45,6 +46,8 @@ from actcache.format.statistics import NORM_BINS
 from actcache.storage import BACKENDS, ROW_DTYPES, blosc, safetensors_io
 from actcache.storage.safetensors_io import Spec
 
+RESTORED = ".restored-"
+"""Prefix of the folder below which a retracted shard is written until it is compared."""
 _BLOCK = 4096  # bytes of a block of most file systems
 _BLOCK_BYTES = 1 << 20
 _SHARDS = 128
@@ -119,7 +122,7 @@ def shard_bytes(manifest: Manifest, shard: int, sequences: int, rows: int) -> di
         near_overflow=zeros,
         files={name: FileDigest(size, "0" * 32) for name, size in sizes.items()},
     )
-    return sizes | {"receipt": len(to_json(receipt, sealed=manifest.is_sealed))}
+    return sizes | {"receipt": len(to_json(receipt, sealed=manifest.format_version >= SEALED_FROM))}
 
 
 def bytes_to_come(manifest: Manifest, published: Collection[int]) -> int:
@@ -149,7 +152,7 @@ def other_files(manifest: Manifest) -> dict[str, int]:
     root = Path()
     documents = BACKENDS[manifest.backend].metadata_files(root, manifest)
     end = CompletionMarker(manifest.cache_id, 0, manifest.planned_sequences or 1, "goal", 0)
-    sealed = manifest.is_sealed
+    sealed = manifest.format_version >= SEALED_FROM
     own = {MANIFEST: to_json(manifest, sealed=sealed), END: to_json(end, sealed=sealed)}
     return {name: len(text) for name, text in own.items()} | {
         str(path): len(accepted[-1]) for path, accepted in documents.items()
@@ -209,15 +212,19 @@ def create_or_resume(
     # Check again: until the lock was acquired, another process could write or publish.
     drop_restored_records(root, _published(root, manifest, extend))
     remove_partials(root)
+    for folder in root.glob(f"{RESTORED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
     existing = read_manifest(root) if (root / MANIFEST).exists() else None
-    if existing is not None and _different(manifest, existing, extend):
+    if existing is not None and different_fields(manifest, existing, extend=extend):
         # A harvest that published nothing left it, such as one that ran out of memory at its first
         # batch; the next attempt needs other options.
         for path in (*BACKENDS[existing.backend].metadata_files(root, existing), root / MANIFEST):
             path.unlink(missing_ok=True)
         existing = None
     if existing is None:
-        write_atomic(root / MANIFEST, [to_json(manifest, sealed=manifest.is_sealed)])
+        write_atomic(
+            root / MANIFEST, [to_json(manifest, sealed=manifest.format_version >= SEALED_FROM)]
+        )
         existing = manifest.truncated_to(0)
     BACKENDS[existing.backend].initialize(root, existing)
 
@@ -229,7 +236,7 @@ def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardR
     existing, receipts, _ = read_cache_state(root)
     sealed = (root / FOLDER / END).exists()  # a void seal counts too
     kept = receipts or retracted_shards(root) or sealed or existing.extensions
-    if kept and (different := _different(manifest, existing, extend)):
+    if kept and (different := different_fields(manifest, existing, extend=extend)):
         remedy = "choose another --out, or repeat the options that it was made with"
         if manifest.cache_id == existing.cache_id and _goes_beyond(manifest, existing):
             remedy += "; or add --extend, to continue with more tokens"
@@ -242,7 +249,7 @@ def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardR
     return receipts
 
 
-def _different(manifest: Manifest, existing: Manifest, extend: bool) -> list[str]:
+def different_fields(manifest: Manifest, existing: Manifest, *, extend: bool) -> list[str]:
     """List the fields that prevent resuming in the folder; with --extend, the goal may differ."""
     if extend and existing.plan.goal is not None:
         manifest = dataclasses.replace(manifest, planned_sequences=existing.plan.goal)
@@ -316,7 +323,7 @@ def publish_extension(root: Path, manifest: Manifest) -> None:
     backend metadata is rewritten, the next harvest rewrites it.
     """
     last = manifest.extensions[-1]
-    text = to_json(last, sealed=manifest.is_sealed)
+    text = to_json(last, sealed=manifest.format_version >= SEALED_FROM)
     write_atomic(extension_path(root, last.number), [text])
     BACKENDS[manifest.backend].initialize(root, manifest)
 

@@ -34,6 +34,7 @@ from actcache.format.receipts import (
     ShardReceipt,
     read_end,
     read_receipt,
+    read_retraction,
     receipt_files,
     receipt_path,
     retracted_shards,
@@ -117,7 +118,7 @@ def verify(
     receipts, damages = _receipts(root, manifest)
     end, about_end = _end(root, manifest, receipts, {d.shard for d in damages})
     cache = Cache(root, manifest, receipts, end)
-    damages += _data(cache, quick, threads)
+    damages += [*_records(root, manifest), *_data(cache, quick, threads)]
     damages.sort(key=lambda found: (-1 if found.shard is None else found.shard, found.file))
     return _found(root, quick, [*about_end, *damages], cache)
 
@@ -170,6 +171,20 @@ def _receipts(root: CachePath, manifest: Manifest) -> tuple[dict[int, ShardRecei
         except OSError as error:
             damages.append(_unreadable(f"{FOLDER}/{path.name}", shard, error))
     return receipts, damages
+
+
+def _records(root: CachePath, manifest: Manifest) -> list[Finding]:
+    """Check the records of retracted shards, which say what a repair must make again."""
+    damages = []
+    for shard in retracted_shards(root) if isinstance(root, Path) else ():
+        file = str(retraction_path(root, shard).relative_to(root))
+        try:
+            read_retraction(require_local(root), manifest, shard)
+        except FormatError as error:
+            damages.append(_damage(file, shard, error))
+        except OSError as error:
+            damages.append(_unreadable(file, shard, error))
+    return damages
 
 
 def _unreadable(file: str, shard: int | None, error: OSError) -> Finding:
@@ -307,7 +322,8 @@ def _leftovers(cache: Cache) -> list[str]:
     known |= {*BACKENDS[manifest.backend].metadata_files(root, manifest), *extension_files(root)}
     for shard, path in receipt_files(root):
         known |= {path, *data_paths(root, manifest, shard).values()}
-    known |= {retraction_path(root, shard) for shard in retracted_shards(root)}
+    for shard in retracted_shards(root):
+        known |= {retraction_path(root, shard), *data_paths(root, manifest, shard).values()}
     left = []
     for name, folders, files in os.walk(root):
         folder = Path(name)

@@ -18,19 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.cache.folder import data_paths, discard, statistics_path, tokens_path
+from actcache.cache.folder import statistics_path, tokens_path
+from actcache.cache.restore import publish_restored, write_folder
 from actcache.core import rng
-from actcache.errors import CacheMismatchError
 from actcache.filesystem.atomic import FileDigest
-from actcache.format.manifest import Identity, Manifest, library_versions
-from actcache.format.receipts import (
-    FILTERS,
-    ShardReceipt,
-    forget,
-    publish_receipt,
-    read_retraction,
-    retraction_path,
-)
+from actcache.format.manifest import Identity, Manifest
+from actcache.format.receipts import FILTERS, ShardReceipt, publish_receipt
 from actcache.format.statistics import Statistics, merge, parts
 from actcache.storage import (
     BACKENDS,
@@ -122,7 +115,7 @@ def publish_shard(
     Raises:
         DiskFullError: the disk is full; the cache stays valid without this shard.
         ConfigError: rows that the norm filter keeps do not fit float16.
-        CacheMismatchError: the shard was retracted and the new files differ; they are deleted.
+        RestoreError: the shard was retracted and the new files differ; nothing was replaced.
     """
     identity, shard = manifest.identity, filled.shard
     row_dtype, backend = ROW_DTYPES[identity.dtype], BACKENDS[manifest.backend]
@@ -133,24 +126,25 @@ def publish_shard(
     pool = workers or WriterPool()
     files: dict[str, FileDigest] = {}
     statistics: dict[str, Statistics] = {}
+    folder = write_folder(root, manifest, shard)
 
     def write_text() -> None:
         rows = {"row_sequence": layout.sequence, "row_position": layout.position}
         arrays: dict[str, Array] = vars(filled.text) | rows
         tensors = {name: (array, None) for name, array in arrays.items()}
-        files["tokens"] = safetensors_io.write(tokens_path(root, shard), tensors)
+        files["tokens"] = safetensors_io.write(tokens_path(folder, shard), tensors)
 
     def write_rows(name: str) -> None:
         rows = pool.gather(filled.rows[name], layout.source, row_dtype)
         if identity.max_norm_ratio is not None:  # capture did not check rows that it may drop
             check_infinite(rows, row_dtype, name)
         found = parts(rows, row_dtype, pool.blocks)  # runs while the file is written
-        files.update(backend.write(root, manifest, name, shard, rows))
+        files.update(backend.write(folder, manifest, name, shard, rows))
         statistics[name] = merge(found)
 
     pool.do([*(partial(write_rows, name) for name in filled.rows), write_text])
     in_order = {name: statistics[name] for name in filled.rows}
-    files["stats"] = write_statistics(root, shard, in_order)
+    files["stats"] = write_statistics(folder, shard, in_order)
     receipt = ShardReceipt(
         cache_id=manifest.cache_id,
         shard=shard,
@@ -162,66 +156,16 @@ def publish_shard(
         near_overflow={name: statistic.near_overflow for name, statistic in statistics.items()},
         files=files,
     )
-    publish_checked_receipt(root, manifest, receipt)
+    publish_written(root, manifest, receipt, folder)
     return receipt
 
 
-def publish_checked_receipt(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
-    """Publish the receipt of a written shard, after `check_restored` if it was retracted."""
-    paths = data_paths(root, manifest, receipt.shard)
-    restored = check_restored(root, manifest, receipt, paths)
-    publish_receipt(root, manifest, receipt)
-    if restored:
-        forget(root, receipt.shard)
-
-
-def check_restored(
-    root: Path, manifest: Manifest, made: ShardReceipt, files: Mapping[str, Path]
-) -> bool:
-    """Require that a retracted shard has been restored to its recorded bytes.
-
-    Each file must equal the one of the old receipt or the one that was on disk, since damage does
-    not turn a file into the result of another run of the model.
-
-    Returns:
-        Whether the shard was retracted.
-
-    Raises:
-        CacheMismatchError: a file differs; the shard's files are deleted.
-        FormatError: the retraction record is damaged.
-    """
-    record = read_retraction(root, manifest, made.shard)
-    if record is None:
-        return False
-    different = {
-        name: (record.promised.get(name) or record.found.get(name), file)
-        for name, file in made.files.items()
-        if file not in (record.promised.get(name), record.found.get(name))
-    }
-    if not different:
-        return True
-    discard(files)
-    name, (expected, got) = next(iter(different.items()))
-    raise CacheMismatchError(
-        f"shard {made.shard} of {root} cannot be restored here: this machine makes other bytes of "
-        f"{len(different)} of its {len(made.files)} files. Nothing of it was published",
-        expected=f"{name} {expected}",
-        got=f"{got}; {_versions(manifest)}",
-        remedy="repeat the harvest command on the kind of device and with the library versions "
-        f"that made the cache, or restore the shard from a copy. "
-        f"{retraction_path(root, made.shard)} keeps what it was; without "
-        "that record the harvest publishes what it makes, and runs on this cache refuse it",
-    )
-
-
-def _versions(manifest: Manifest) -> str:
-    now = library_versions(manifest.compression)
-    changed = [
-        f"{name} is {now.get(name)}, was {version}"
-        for name, version in manifest.versions.items()
-        if now.get(name) != version
-    ]
-    return ", ".join(changed) or "library versions are those of the manifest, so not the device"
+def publish_written(root: Path, manifest: Manifest, receipt: ShardReceipt, folder: Path) -> None:
+    """Publish a shard whose files were written below `folder`, the result of `write_folder`."""
+    if folder == root:
+        publish_receipt(root, manifest, receipt)
+    else:
+        publish_restored(root, manifest, receipt, folder)
 
 
 def write_statistics(root: Path, shard: int, statistics: Mapping[str, Statistics]) -> FileDigest:

@@ -20,7 +20,13 @@ from functools import cached_property
 from itertools import count, islice, pairwise
 from typing import Literal, TypeVar
 
-from actcache.core.json_codec import NOT_SERIALIZED, parse_dataclass, read_json, to_json
+from actcache.core.json_codec import (
+    NOT_SERIALIZED,
+    parse_dataclass,
+    read_json,
+    sealed_unless,
+    to_json,
+)
 from actcache.errors import EmptyCacheError, FormatError
 from actcache.filesystem.paths import CachePath, CachePathT
 
@@ -28,12 +34,14 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 2
 """Version of new caches. Those of version 1 have no seals, and are resumed and extended so."""
-_SEALED_FROM = 2
+SEALED_FROM = 2
+"""First version whose JSON files are sealed."""
 MANIFEST = "manifest.json"
 MAX_SHARDS = 1 << 22
 """Bound on the memory that per-shard records take."""
 EXTENSIONS = "extensions"
 INPUT = ":in"
+_UNLESS_VERSION_1 = sealed_unless("format_version", 1)
 _EXTENSION_NAME = re.compile(r"[0-9]{5,9}\.json")
 _MAX_EXTENSION_BYTES = 4096
 
@@ -348,11 +356,6 @@ class Manifest:
                 remedy="the manifest was edited or damaged; restore it from a copy",
             )
 
-    @property
-    def is_sealed(self) -> bool:
-        """Whether the cache's JSON files are sealed: those of version 1 are not."""
-        return self.format_version >= _SEALED_FROM
-
     @cached_property
     def file_names(self) -> frozenset[str]:
         """Logical file names that the receipt of every shard lists."""
@@ -408,17 +411,12 @@ def read_first_manifest(root: CachePath) -> Manifest:
     """Read the manifest without its extensions; raises as `read_manifest`."""
     path = root / MANIFEST
     try:
-        return parse_manifest(read_json(path, links=False, sealed=_is_sealed), str(path))
+        return parse_manifest(read_json(path, links=False, sealed=_UNLESS_VERSION_1), str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise EmptyCacheError(
             f"{root} is not a cache: it holds no {MANIFEST}",
             remedy=f"actcache harvest MODEL DATASET --out {root}",
         ) from error
-
-
-def _is_sealed(obj: object) -> bool:
-    """Return whether a decoded manifest must have a seal: unless it is of version 1, exactly."""
-    return not (isinstance(obj, dict) and obj.get("format_version") == 1)
 
 
 def extension_path(root: CachePathT, number: int) -> CachePathT:
@@ -442,7 +440,9 @@ def read_extension(path: CachePath, manifest: Manifest) -> Manifest:
     Raises:
         FormatError: the file is damaged, or is not the next extension.
     """
-    obj = read_json(path, _MAX_EXTENSION_BYTES, links=False, sealed=manifest.is_sealed)
+    obj = read_json(
+        path, _MAX_EXTENSION_BYTES, links=False, sealed=manifest.format_version >= SEALED_FROM
+    )
     extension = parse_dataclass(Extension, obj, str(path))
     expected = extension_path(path.parents[1], len(manifest.extensions) + 1).name
     if path.name != expected:

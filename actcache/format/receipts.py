@@ -15,7 +15,7 @@ from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import CachePath, CachePathT, prefetch_files
-from actcache.format.manifest import Manifest, read_manifest
+from actcache.format.manifest import SEALED_FROM, Manifest, read_manifest
 
 FOLDER = "shards"
 END = "END.json"
@@ -88,13 +88,13 @@ def receipt_path(root: CachePathT, shard: int) -> CachePathT:
 
 def publish_receipt(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
     """Publish a shard by writing its receipt, after all its files are in place."""
-    text = to_json(receipt, sealed=manifest.is_sealed)
+    text = to_json(receipt, sealed=manifest.format_version >= SEALED_FROM)
     write_atomic(receipt_path(root, receipt.shard), [text])
 
 
 def write_completion_marker(root: Path, manifest: Manifest, end: CompletionMarker) -> None:
     """Write END.json, which completes a harvest."""
-    write_atomic(root / FOLDER / END, [to_json(end, sealed=manifest.is_sealed)])
+    write_atomic(root / FOLDER / END, [to_json(end, sealed=manifest.format_version >= SEALED_FROM)])
 
 
 def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
@@ -104,8 +104,12 @@ def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
         FormatError: it is damaged, belongs to another cache, or contradicts the manifest's plan.
     """
     path = root / FOLDER / END
+    if not path.exists() and not path.is_symlink():
+        return None
     try:
-        obj = read_json(path, _MAX_BYTES, links=False, sealed=manifest.is_sealed)
+        obj = read_json(
+            path, _MAX_BYTES, links=False, sealed=manifest.format_version >= SEALED_FROM
+        )
     except (FileNotFoundError, NotADirectoryError):
         return None
     end = parse_dataclass(CompletionMarker, obj, str(path))
@@ -223,15 +227,20 @@ def read_receipt(path: CachePath, manifest: Manifest) -> ShardReceipt:
     Raises:
         FormatError: it is damaged, belongs to another cache or shard, or contradicts the manifest.
     """
-    obj = read_json(path, _MAX_BYTES, links=False, sealed=manifest.is_sealed)
+    obj = read_json(path, _MAX_BYTES, links=False, sealed=manifest.format_version >= SEALED_FROM)
     receipt = parse_dataclass(ShardReceipt, obj, str(path))
+    _check_receipt(path, receipt, manifest)
+    return receipt
+
+
+def _check_receipt(path: CachePath, receipt: ShardReceipt, manifest: Manifest) -> None:
+    """Check a receipt against the name of its file and the manifest; raises `FormatError`."""
     _check_owner(path, receipt.cache_id, manifest.cache_id)
     if path.name != f"{receipt.shard:05d}.json":
         raise FormatError(
             f"{path} is the receipt of another shard", expected=path.name, got=receipt.shard
         )
     _check_against(manifest, receipt, path)
-    return receipt
 
 
 def digest(receipts: list[ShardReceipt]) -> str:
@@ -286,7 +295,7 @@ class Retraction:
     """Record `shards/NNNNN.retracted.json` of a damaged shard whose receipt was withdrawn.
 
     It keeps the digests that the shard must have when it is harvested again, so that a repair
-    cannot change a cache that runs are pinned to.
+    cannot change a cache that runs are pinned to. The shard's files stay in place.
     """
 
     cache_id: str
@@ -295,6 +304,10 @@ class Retraction:
     """Digests by the shard's receipt; empty if the receipt could not be read."""
     found: dict[str, FileDigest]
     """Digests of the files on disk: the right ones if only the receipt was damaged."""
+    receipt: ShardReceipt | None = None
+    """The receipt; null if it could not be read, and in records of earlier versions."""
+    seal_found: str | None = None
+    """What was found as the seal of a receipt that could not be read."""
 
 
 def retraction_path(root: CachePathT, shard: int) -> CachePathT:
@@ -321,7 +334,9 @@ def read_retraction(root: Path, manifest: Manifest, shard: int) -> Retraction | 
     """
     path = retraction_path(root, shard)
     try:
-        obj = read_json(path, _MAX_RETRACTION_BYTES, links=False, sealed=manifest.is_sealed)
+        obj = read_json(
+            path, _MAX_RETRACTION_BYTES, links=False, sealed=manifest.format_version >= SEALED_FROM
+        )
     except FileNotFoundError:
         return None
     record = parse_dataclass(Retraction, obj, str(path))
@@ -331,6 +346,8 @@ def read_retraction(root: Path, manifest: Manifest, shard: int) -> Retraction | 
             expected=f"shard {shard} of {manifest.cache_id}",
             got=f"shard {record.shard} of {record.cache_id}",
         )
+    if record.receipt is not None:
+        _check_receipt(receipt_path(root, shard), record.receipt, manifest)
     return record
 
 

@@ -13,6 +13,7 @@ import torch
 from actcache.cache.folder import (
     _goes_beyond,
     create_or_resume,
+    different_fields,
     require_cache_folder,
     require_chunks,
     require_room,
@@ -141,13 +142,19 @@ def require_same_harvest(config: HarvestConfig, root: Path) -> None:
         ActcacheError: the harvest could not run at all.
     """
     existing = read_manifest(root)
-    _, identity = _load_and_identify(config, resolve(config))
-    if identity.digest() != existing.cache_id:
+    resolved = resolve(config)
+    planned = planned_sequences(config, resolved)
+    model, identity = _load_and_identify(config, resolved)
+    manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
+    if config.shard_size is None:
+        manifest = _with_existing_shard_size(root, manifest, extend=config.extend)
+    if different := different_fields(manifest, existing, extend=config.extend):
         raise CacheMismatchError(
             f"these arguments are not those of the harvest that made {root}; nothing was done",
             expected=f"id {existing.cache_id} ({existing.model} on {existing.dataset})",
-            got=f"id {identity.digest()}",
-            remedy="repeat model, text and options of that harvest",
+            got="\n            ".join([f"id {identity.digest()}", *different]),
+            remedy="repeat model, text and options of that harvest; after --extend, with the "
+            "--max-tokens of the last one",
         )
 
 

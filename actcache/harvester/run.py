@@ -38,6 +38,7 @@ from actcache.config import HarvestConfig
 from actcache.core.process import World
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence
+from actcache.errors import RestoreError
 from actcache.filesystem.atomic import as_disk_full_error
 from actcache.format.manifest import Identity, with_extension
 from actcache.format.receipts import CompletionMarker, ShardReceipt, write_completion_marker
@@ -95,6 +96,8 @@ def run_job(job: HarvestJob) -> HarvestSummary:
     if marker is None or len(job.published) <= marker.last_shard or job.extend_to is not None:
         job = _harvest_ranges(job, log)
     seconds = time.monotonic() - began
+    if log.not_restored:
+        raise _restore_error(log.not_restored)
     new_receipts, marker = log.receipts, job.marker
     tokens = sum(receipt.sequences for receipt in new_receipts) * job.manifest.identity.ctx_len
     return HarvestSummary(
@@ -116,6 +119,15 @@ def run_job(job: HarvestJob) -> HarvestSummary:
             *_file_warnings(job),
         ),
     )
+
+
+def _restore_error(errors: list[RestoreError]) -> RestoreError:
+    """Combine the errors of all shards that could not be restored; the others are published."""
+    first = errors[0]
+    what = first.what
+    if len(errors) > 1:
+        what = f"{len(errors)} shards cannot be restored. The first of them: {what}"
+    return RestoreError(what, expected=first.expected, got=first.got, remedy=first.remedy)
 
 
 def _text_warnings(job: HarvestJob) -> tuple[str, ...]:
@@ -213,10 +225,10 @@ def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
                 continue
             captured = capture_shard(job, shard, sequences, capture, bar, next(buffers))
             if writing is not None:
-                log.add(writing.result())
+                log.add_result(writing)
             writing = publisher.submit(publish_shard, job.root, manifest, captured, workers)
         if writing is not None:
-            log.add(writing.result())
+            log.add_result(writing)
     bar.close()
     return count
 
@@ -303,8 +315,16 @@ class HarvestLog:
 
     def __init__(self, root: Path, rank: int) -> None:
         self.receipts: list[ShardReceipt] = []
+        self.not_restored: list[RestoreError] = []
         self._path = root / "logs" / f"harvest-rank{rank}.jsonl"
         self._last = time.monotonic()
+
+    def add_result(self, writing: Future[ShardReceipt]) -> None:
+        """Wait for a shard and record it. One that cannot be restored is recorded as such."""
+        try:
+            self.add(writing.result())
+        except RestoreError as error:
+            self.not_restored.append(error)
 
     def add(self, receipt: ShardReceipt) -> None:
         """Record a published shard."""

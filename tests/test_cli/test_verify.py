@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from actcache.errors import DiskFullError
 from actcache_cli.main import actcache_app
 
 
@@ -67,7 +68,7 @@ def test_repair_with_the_harvest_command_rewrites_damaged_shards(cache, harvest,
     assert run("verify", cache, "--repair", "--", *harvest).stderr == ""
 
 
-@pytest.mark.parametrize("wrong", ["model", "text"])
+@pytest.mark.parametrize("wrong", ["model", "text", "goal", "shard size"])
 def test_a_repair_with_another_command_retracts_nothing(
     wrong, cache, harvest, tree, make_model, tmp_path
 ):
@@ -76,10 +77,23 @@ def test_a_repair_with_another_command_retracts_nothing(
     other = tmp_path / "other.txt"
     other.write_text("another text " * 300)
     model, text, *options = harvest
-    command = [make_model(seed=9), text] if wrong == "model" else [model, other]
+    command = {"model": [make_model(seed=9), text], "text": [model, other]}.get(wrong, harvest[:2])
+    options += {"goal": ["--max-tokens", 640], "shard size": ["--shard-size", 4]}.get(wrong, [])
     stderr = run("verify", cache, "--repair", "--", *command, *options, code=7).stderr
     assert "nothing was done" in stderr
     run("verify", cache, "--repair", "--", "no-such-model", text, *options, code=4)
+    assert tree(cache) == before
+
+
+def test_a_failed_repair_leaves_the_cache_as_it_was(cache, harvest, tree, monkeypatch):
+    damage(cache)
+    before = tree(cache)
+
+    def full(*_):
+        raise DiskFullError("no room")
+
+    monkeypatch.setattr("actcache.harvester.run.capture_shard", full)
+    run("verify", cache, "--repair", "--", *harvest, code=10)
     assert tree(cache) == before
 
 

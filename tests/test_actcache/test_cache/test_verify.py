@@ -20,19 +20,22 @@ from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
 from actcache.errors import (
     CacheBusyError,
-    CacheMismatchError,
     CorruptShardError,
     EmptyCacheError,
     FormatError,
+    RestoreError,
 )
 from actcache.filesystem.atomic import DirectoryLock, digest_file
 from actcache.format.manifest import read_manifest
 from actcache.format.receipts import publish_receipt, receipt_path, retraction_path
+from actcache.harvester import resolve
 from actcache.harvester import run as run_module
 from actcache.harvester.run import harvest
 
 Options = Callable[..., HarvestConfig]
 Tree = Callable[[Path | str], dict[str, str]]
+
+VERSIONS = pytest.mark.parametrize("version", [1, 2], ids="v{}".format)
 
 DATA = [
     "activations/layers.0/00001.safetensors",
@@ -51,10 +54,19 @@ def named(root: Path, **given: Any) -> list[str]:
     return [damage.file for damage in verify(root, **given).damages]
 
 
+def files_below(root: Path, folder: str) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in sorted((root / folder).rglob("*")) if p.is_file()}
+
+
 def flip(path: Path, offset: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(data)
+
+
+def write_version(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make harvests write caches of an earlier format version."""
+    monkeypatch.setattr(resolve, "FORMAT_VERSION", version)
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -304,32 +316,112 @@ def test_a_damaged_seal_alone_is_rewritten(options: Options, tree: Tree) -> None
     assert tree(root) == whole
 
 
-def test_a_shard_that_cannot_be_restored_is_not_published_and_reported(
-    options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = Path(harvest(options()).cache)
-    whole = tree(root)
-    flip(root / "activations/layers.0/00001.safetensors")
+def other_machine(patched: pytest.MonkeyPatch) -> None:
+    """Give the model's activations other last digits, as another processor would."""
     run = run_module.ActivationCapture.run
 
     def other(*batch: Any) -> Any:
         return {name: x + 1e-3 for name, x in run(*batch).items()}
 
-    edit(root / "manifest.json", versions={"torch": "1.0"})
-    manifest = tree(root)["manifest.json"]
+    patched.setattr(run_module.ActivationCapture, "run", other)
+
+
+@VERSIONS
+def test_what_cannot_be_restored_is_left_as_it_is_and_the_rest_repaired(
+    version: int, options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(version, monkeypatch)
+    root = Path(harvest(options()).cache)
+    whole = tree(root)
+    lost = [f"activations/layers.0/0000{shard}.safetensors" for shard in (0, 1)]
+    for file in [*lost, "tokens/00001.safetensors", "tokens/00002.safetensors"]:
+        flip(root / file)
+    (root / "shards/END.json").write_text("?")
+    damaged = tree(root)
     with monkeypatch.context() as patched:
-        patched.setattr(run_module.ActivationCapture, "run", other)
+        other_machine(patched)
         for _ in range(2):  # the first try takes nothing from the second
-            with pytest.raises(
-                CacheMismatchError,
-                match=r"(?s)shard 1 of .* cannot be restored.*torch is .*, was 1\.0.*remedy",
-            ):
+            with pytest.raises(RestoreError, match=r"(?s)^2 shards cannot.* 1 of its 4 files"):
                 repair(options())
-            assert not receipt_path(root, 1).exists()
-            assert not list(root.rglob("00001.safetensors"))
-            assert (verify(root).retracted, Cache.open(root).shards) == ((1,), [0, 2])
+            assert tree(root) == whole | {file: damaged[file] for file in lost}
+            assert (named(root), verify(root).complete) == (lost, True)
     repair(options())
-    assert tree(root) == whole | {"manifest.json": manifest}
+    assert tree(root) == whole
+
+
+@VERSIONS
+@pytest.mark.parametrize("backend", ["memmap", "zarr"])
+def test_sound_rows_outlast_a_repair_by_a_machine_that_makes_others(
+    backend: str, version: int, options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(version, monkeypatch)
+    root = Path(harvest(options(backend=backend)).cache)
+    whole = tree(root)
+    flip(root / "tokens/00001.safetensors")
+    other_machine(monkeypatch)
+    repair(options(backend=backend))
+    assert tree(root) == whole
+
+
+@VERSIONS
+@pytest.mark.parametrize("file", ["activations/layers.0", "tokens", "stats"])
+def test_a_shard_whose_receipt_and_file_are_damaged_is_restored(
+    file: str, version: int, options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version(version, monkeypatch)
+    root = Path(harvest(options()).cache)
+    whole = tree(root)
+    flip(root / file / "00001.safetensors")
+    receipt = receipt_path(root, 1)
+    if version > 1:
+        flip(receipt, receipt.read_bytes().index(b'"xxh3_128": "') + 14)
+    else:  # readable: the rows of one file are proved by the statistics
+        text = json.loads(receipt.read_text())
+        text["files"]["activations/layers.0"]["xxh3_128"] = "0" * 32
+        receipt.write_bytes(to_json(text))
+    repair(options())
+    assert tree(root) == whole
+
+
+def test_a_shard_without_a_readable_receipt_stays_retracted_where_others_bytes_are_made(
+    options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(harvest(options()).cache)
+    whole = tree(root)
+    flip(receipt_path(root, 1))
+    with monkeypatch.context() as patched:
+        other_machine(patched)
+        with pytest.raises(RestoreError, match=r"(?s)shard 1.*receipt was damaged.*retracted"):
+            repair(options())
+    assert (verify(root).retracted, Cache.open(root).shards) == ((1,), [0, 2])
+    data = {name: digest for name, digest in tree(root).items() if not name.startswith("shards/")}
+    assert data.items() <= whole.items()
+    assert harvest(options()).complete
+    assert tree(root) == whole
+
+
+def test_a_damaged_record_is_found_and_made_again(options: Options, tree: Tree) -> None:
+    root = Path(harvest(options()).cache)
+    whole = tree(root)
+    flip(root / "activations/layers.0/00001.safetensors")
+    retract_damaged(verify(root))
+    flip(retraction_path(root, 1), 20)
+    assert "shards/00001.retracted.json" in named(root)
+    with pytest.raises(FormatError, match=r"00001\.retracted\.json"):
+        harvest(options())
+    repair(options())  # the rows are proved by the statistics
+    assert tree(root) == whole
+
+
+def test_shards_beyond_the_plan_are_not_retracted(
+    make_cache: Callable[..., Path], tree: Tree
+) -> None:
+    root = make_cache(shards=3, sequences=4, extended_by=9)
+    (root / "extensions" / "00001.json").unlink()
+    before = tree(root)
+    with pytest.raises(CorruptShardError, match="cannot be repaired"):
+        retract_damaged(verify(root))
+    assert tree(root) == before
 
 
 @pytest.mark.parametrize("file", ["tokens/00001.safetensors", "shards/00001.json"])
@@ -446,9 +538,10 @@ def test_damaged_scales_are_named_and_retracted(
     found = verify(root)
     assert [d.file for d in found.damages] == ["scales/layers.0/c/1", "scales/layers.1/c/2"]
     assert found.leftovers == ()
+    data = files_below(root, "scales")
     assert retract_damaged(found) == [1, 2]
-    left = sorted(str(p.relative_to(root)) for p in root.rglob("c/*") if p.is_file())
-    assert left == ["scales/layers.0/c/0", "scales/layers.1/c/0"]
+    assert files_below(root, "scales") == data
+    assert verify(root).leftovers == ()
 
 
 def test_a_wrong_metadata_file_of_scales_is_named(make_cache: Callable[..., Path]) -> None:

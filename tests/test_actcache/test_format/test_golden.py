@@ -100,7 +100,7 @@ def write_golden(root, version, backend, compression, dtype, more):
         block_rows=4,
         versions={"actcache": "0.1.0"},
     )
-    write_atomic(root / MANIFEST, [to_json(manifest, sealed=manifest.is_sealed)])
+    write_atomic(root / MANIFEST, [to_json(manifest, sealed=manifest.format_version > 1)])
     BACKENDS[backend].initialize(root, manifest)
     if more:
         manifest = with_extension(manifest, 10 + more)

@@ -133,6 +133,8 @@ def _print(found: Verification) -> None:
     if found.leftovers:
         shown = ", ".join(found.leftovers[:5]) + (", ..." if len(found.leftovers) > 5 else "")
         print(f"{len(found.leftovers)} files belong to no receipt and are ignored: {shown}")
+    for note in found.notes:
+        print(f"note: {note}")
     if found.retracted:
         print(f"retracted shards to harvest again: {', '.join(map(str, found.retracted))}")
     how = "sizes and headers" if found.quick else "every byte"

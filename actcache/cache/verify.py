@@ -22,6 +22,7 @@ from actcache.filesystem.paths import CachePath, open_path, require_local, requi
 from actcache.format.manifest import (
     EXTENSIONS,
     MANIFEST,
+    SEALED_FROM,
     Manifest,
     extension_files,
     read_extension,
@@ -44,6 +45,10 @@ from actcache.storage import BACKENDS, safetensors_io
 
 SEAL = f"{FOLDER}/{END}"
 """Path of the seal, as in findings."""
+NO_SEALS = (
+    "format version 1: manifest.json, extensions, receipts and END.json have no seals, so some "
+    "changes in them are not found; actcache convert makes a cache of version 2"
+)
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}
 
 
@@ -77,7 +82,9 @@ class Verification:
     retracted: tuple[int, ...]
     """Retracted shards that have not been harvested again."""
     leftovers: tuple[str, ...]
-    """Files without a receipt. Harmless; a running harvest has some."""
+    """Files without a receipt, and those of others. Harmless; a running harvest has some."""
+    notes: tuple[str, ...]
+    """What the format of the cache does not protect against."""
 
     @property
     def is_sound(self) -> bool:
@@ -100,6 +107,33 @@ def verify(
         EmptyCacheError: there is no manifest.
     """
     root = open_path(root, block_cache_bytes=0)
+    state = _read_state(root)
+    # A harvest at work may publish between two reads. Damage is what a second look finds too.
+    while state.damages and (later := _read_state(root)) != state:
+        state = later
+    if state.manifest is None:
+        return _found(root, quick, state.damages)
+    cache = Cache(root, state.manifest, state.receipts, state.end)
+    damages = [*_records(root, state.manifest), *_data(cache, quick, threads)]
+    damages += [damage for damage in state.damages if damage.file != SEAL]
+    damages.sort(key=lambda found: (-1 if found.shard is None else found.shard, found.file))
+    about_end = [damage for damage in state.damages if damage.file == SEAL]
+    return _found(root, quick, [*about_end, *damages], cache)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the JSON files of a cache say, and the damage found in them."""
+
+    manifest: Manifest | None
+    """None: it, or what every shard depends on, is damaged, so nothing else can be checked."""
+    receipts: dict[int, ShardReceipt]
+    end: CompletionMarker | None
+    damages: list[Finding]
+
+
+def _read_state(root: CachePath) -> _State:
+    """Read manifest, extensions, END.json and receipts, in this order; see `read_cache_state`."""
     file = MANIFEST
     try:
         manifest = read_first_manifest(root)
@@ -107,20 +141,19 @@ def verify(
         for path in extension_files(root):
             file = f"{EXTENSIONS}/{path.name}"
             manifest = read_extension(path, manifest)
-    except FormatError as error:  # without the manifest nothing else can be checked
-        return _found(root, quick, [_damage(file, None, error)])
+    except FormatError as error:
+        return _State(None, {}, None, [_damage(file, None, error)])
     if linked := symlinked_dirs(root, manifest):
         names = [str(folder.relative_to(require_local(root))) for folder in linked]
         damages = [Finding(name, None, "a folder", "a symbolic link") for name in names]
-        return _found(root, quick, damages)
-    if damages := _documents(root, manifest):  # every shard depends on them
-        return _found(root, quick, damages)
+        return _State(None, {}, None, damages)
+    if damages := _documents(root, manifest):
+        return _State(None, {}, None, damages)
+    end, about_end = _read_end(root, manifest)
     receipts, damages = _receipts(root, manifest)
-    end, about_end = _end(root, manifest, receipts, {d.shard for d in damages})
-    cache = Cache(root, manifest, receipts, end)
-    damages += [*_records(root, manifest), *_data(cache, quick, threads)]
-    damages.sort(key=lambda found: (-1 if found.shard is None else found.shard, found.file))
-    return _found(root, quick, [*about_end, *damages], cache)
+    if end is not None:
+        about_end = _compare_end(end, manifest, receipts, {d.shard for d in damages})
+    return _State(manifest, receipts, end, [*about_end, *damages])
 
 
 def _found(
@@ -137,6 +170,7 @@ def _found(
         damages=tuple(damages),
         retracted=tuple(retracted_shards(root)) if cache else (),
         leftovers=tuple(_leftovers(cache)) if cache else (),
+        notes=(NO_SEALS,) if cache and cache.manifest.format_version < SEALED_FROM else (),
     )
 
 
@@ -148,13 +182,18 @@ def _damage(file: str, shard: int | None, error: ActcacheError) -> Finding:
 
 
 def _documents(root: CachePath, manifest: Manifest) -> list[Finding]:
-    """Compare the backend's metadata files with the contents that follow from the manifest."""
+    """Compare the backend's metadata files with the contents that follow from the manifest.
+
+    They are published before the first shard: until then they may be missing.
+    """
     damages = []
     for path, accepted in BACKENDS[manifest.backend].metadata_files(root, manifest).items():
         wanted = f"the {len(accepted[-1])} bytes that follow from the manifest"
         file = str(path.relative_to(root))
         if path.is_symlink() or not path.is_file():
-            damages.append(Finding(file, None, wanted, "no plain file"))
+            is_missing = not path.is_symlink() and not path.exists()
+            if not is_missing or receipt_files(root):
+                damages.append(Finding(file, None, wanted, "no plain file"))
         elif path.stat().st_size not in map(len, accepted) or path.read_bytes() not in accepted:
             damages.append(Finding(file, None, wanted, "other bytes"))
     return damages
@@ -191,23 +230,27 @@ def _unreadable(file: str, shard: int | None, error: OSError) -> Finding:
     return Finding(file, shard, "a file that can be read", error.strerror or str(error))
 
 
-def _end(
-    root: CachePath, manifest: Manifest, receipts: dict[int, ShardReceipt], damaged: set[int | None]
-) -> tuple[CompletionMarker | None, list[Finding]]:
-    """Check the seal against the plan and the receipts, and list the missing receipts."""
+def _read_end(root: CachePath, manifest: Manifest) -> tuple[CompletionMarker | None, list[Finding]]:
     try:
-        end = read_end(root, manifest)
+        return read_end(root, manifest), []
     except FormatError as error:
         return None, [_damage(SEAL, None, error)]
     except OSError as error:
         return None, [_unreadable(SEAL, None, error)]
-    if end is None:
-        return None, []
+
+
+def _compare_end(
+    end: CompletionMarker,
+    manifest: Manifest,
+    receipts: dict[int, ShardReceipt],
+    damaged: set[int | None],
+) -> list[Finding]:
+    """Check END.json against the plan and the receipts, and list the missing receipts."""
     numbers = sorted(receipts.keys() | {shard for shard in damaged if shard is not None})
     last = manifest.plan.shards_of(end.sequences) - 1
     if end.last_shard != last or (numbers and numbers[-1] > last):
         wanted = max([last, *numbers])
-        return end, [Finding(SEAL, None, f"last_shard {wanted}", f"{end.last_shard}")]
+        return [Finding(SEAL, None, f"last_shard {wanted}", f"{end.last_shard}")]
     missing = [
         _missing(begin, stop - 1)
         for begin, stop in zip([0, *(n + 1 for n in numbers)], [*numbers, last + 1], strict=True)
@@ -215,8 +258,8 @@ def _end(
     ]
     sequences = sum(receipt.sequences for receipt in receipts.values())
     if len(receipts) == last + 1 and sequences != end.sequences:
-        return end, [Finding(SEAL, None, f"{sequences} sequences", f"{end.sequences}")]
-    return end, missing
+        return [Finding(SEAL, None, f"{sequences} sequences", f"{end.sequences}")]
+    return missing
 
 
 def _missing(first: int, last: int) -> Finding:

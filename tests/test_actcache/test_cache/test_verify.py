@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from actcache.cache import verify as verify_module
 from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
-from actcache.cache.verify import verify
+from actcache.cache.verify import NO_SEALS, verify
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
 from actcache.errors import (
@@ -31,6 +32,7 @@ from actcache.format.receipts import publish_receipt, receipt_path, retraction_p
 from actcache.harvester import resolve
 from actcache.harvester import run as run_module
 from actcache.harvester.run import harvest
+from actcache.storage import zarr
 
 Options = Callable[..., HarvestConfig]
 Tree = Callable[[Path | str], dict[str, str]]
@@ -246,6 +248,82 @@ def test_leftovers_are_listed_and_not_deleted(root: Path, tree: Tree) -> None:
         "tokens/00007.safetensors",
     )
     assert tree(root) == before
+
+
+def test_files_of_other_programs_are_listed_and_left_alone(root: Path, tree: Tree) -> None:
+    files = [".nfs0000", "shards/.ipynb_checkpoints/00001-checkpoint.json", "extensions/.DS_Store"]
+    for file in files:
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text("{")
+    before = tree(root)
+    found = verify(root)
+    assert (found.is_sound, list(found.leftovers)) == (True, sorted(files))
+    flip(root / DATA[0])
+    retract_damaged(verify(root))
+    assert {name: before[name] for name in files}.items() <= tree(root).items()
+
+
+def test_a_cache_without_seals_is_sound_with_a_note(make_cache: Callable[..., Path]) -> None:
+    found = verify(make_cache(format_version=1))
+    assert (found.is_sound, found.notes) == (True, (NO_SEALS,))
+
+
+def test_a_harvest_killed_before_its_first_zarr_json_is_incomplete_and_resumes(
+    options: Options, tree: Tree, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = options(backend="zarr")
+    for calls in (0, 1):  # of two arrays
+        with monkeypatch.context() as patched:
+            write = zarr.write_atomic
+            turns = [write, killed] if calls else [killed]
+            patched.setattr(zarr, "write_atomic", lambda *given, turns=turns: turns.pop(0)(*given))
+            with pytest.raises(KeyboardInterrupt):
+                harvest(config)
+        found = verify(config.out)
+        assert (found.is_sound, found.complete) == (True, False)
+    assert harvest(config).complete
+    assert tree(config.out) == tree(harvest(options(backend="zarr", out=str(tmp_path / "w"))).cache)
+
+
+@pytest.mark.parametrize("backend", ["memmap", "zarr"])
+@pytest.mark.parametrize("moment", ["extension_files", "receipt_files", "read_end"])
+def test_a_cache_that_is_extended_during_a_look_is_sound(
+    moment: str, backend: str, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(harvest(options(backend=backend)).cache)
+    read = getattr(verify_module, moment)
+
+    def then_extended(*given: Any) -> Any:
+        found = read(*given)
+        monkeypatch.setattr(verify_module, moment, read)
+        harvest(options(backend=backend, max_tokens=16 * 14, extend=True))
+        return found
+
+    monkeypatch.setattr(verify_module, moment, then_extended)
+    found = verify(root)
+    assert (found.is_sound, found.complete) == (True, True)
+
+
+def test_a_harvest_that_ends_during_a_look_is_sound(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(harvest(options()).cache)
+    receipt_path(root, 2).unlink()
+    (root / "shards/END.json").unlink()
+    read = verify_module.receipt_files
+
+    def then_finished(*given: Any) -> Any:
+        found = read(*given)
+        monkeypatch.setattr(verify_module, "receipt_files", read)
+        harvest(options())
+        return found
+
+    monkeypatch.setattr(verify_module, "receipt_files", then_finished)
+    assert verify(root).is_sound
+    assert Cache.open(root).complete
 
 
 def test_an_io_error_is_a_finding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
 from saetrain.kernels import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
-from saetrain.runs.checkpoint import SaeState, best_folder, newest_state
+from saetrain.runs.checkpoint import SaeState, best_folder, newest_state, own_names
+from saetrain.runs.own_files import require_plain
 from saetrain.runs.record import RunRecord, check_same_cache, read_run
 from saetrain.runs.segments import has_ended, held_out_shards, read_used
 from saetrain.tracking.jsonl import METRICS, TIMINGS, last_line, number_of, sae_metrics
@@ -119,6 +120,7 @@ def evaluate(
     """
     root = Path(run)
     record = read_run(root)
+    require_plain(root, own_names(root, [sae.name for sae in record.saes]))
     folder = cache_folder or record.cache
     if not is_url(folder) and not (Path(folder) / MANIFEST).exists():
         raise EmptyCacheError(

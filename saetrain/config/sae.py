@@ -7,13 +7,15 @@ hookpoints and the name that the run gives it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
 from actcache.core.options import MAIN, option
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, FormatError
+from actcache.format.manifest import Hookpoint
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,19 @@ class SaeConfig:
         require_sae(self)
 
 
+MAX_SIZE = 2**31 - 1
+"""Largest width or number of latents: kernels index with 32 bits."""
+LARGEST = 1e30
+"""Bound on factors: squares of larger ones overflow float32 in any loss."""
+
 ActivationName = Literal["topk", "batchtopk", "groupmax", "jumprelu", "relu", "gated"]
 
 
 def require_sae(sae: SaeConfig) -> None:
     """Reject invalid sizes and combinations; raises `ConfigError`."""
-    if min(sae.d_in, sae.num_latents, sae.k, sae.width_out, *sae.widths, 1) < 1:
-        raise ConfigError("an SAE's sizes must be positive", got=sae)
+    sizes = (sae.d_in, sae.num_latents, sae.k, sae.width_out, *sae.widths)
+    if not all(1 <= size <= MAX_SIZE for size in sizes):
+        raise ConfigError("an SAE's sizes are out of range", expected=f"1 to {MAX_SIZE}", got=sae)
     if sae.k > sae.num_latents and sae.activation not in PENALISED:
         raise ConfigError(
             "--k is larger than the number of latents",
@@ -86,8 +94,7 @@ def require_sae(sae: SaeConfig) -> None:
             got=sae.activation,
             remedy="omit one of them",
         )
-    sizes = (0, *sae.matryoshka, sae.num_latents)
-    if any(low >= high for low, high in pairwise(sizes)):
+    if any(low >= high for low, high in pairwise((0, *sae.matryoshka, sae.num_latents))):
         raise ConfigError(
             "--matryoshka takes ascending numbers of latents",
             expected=f"1 to {sae.num_latents - 1}, each larger than the previous",
@@ -108,14 +115,16 @@ def require_sae(sae: SaeConfig) -> None:
         )
     if sae.d_out not in (None, sae.d_in) and not sae.transcode:
         raise ConfigError("an autoencoder's output must be as wide as its input", got=sae)
-    require_range(sae, ">= 0", "sparsity", "threshold")
-    require_range(sae, "> 0", "bandwidth")
+    require_range(sae, "0 to 1e30", "sparsity", "threshold")
+    require_range(sae, "> 0, at most 1e30", "bandwidth")
 
 
 _RANGES: dict[str, Callable[[float], bool]] = {
     ">= 1": lambda x: x >= 1,
     ">= 0": lambda x: 0 <= x < math.inf,
     "> 0": lambda x: 0 < x < math.inf,
+    "0 to 1e30": lambda x: 0 <= x <= LARGEST,
+    "> 0, at most 1e30": lambda x: 0 < x <= LARGEST,
     "0 to 1": lambda x: 0 <= x <= 1,
     "0 to 2**32 - 1": lambda x: 0 <= x < 2**32,
 }
@@ -317,6 +326,10 @@ class SaeEntry:
     encoder_scale: float = 1.0
     """What its encoder's weights were multiplied by at the start."""
 
+    def __post_init__(self) -> None:
+        """Refuse names that, as folder names, could leave the run, and numbers out of range."""
+        require_entry(self)
+
     @property
     def sources(self) -> tuple[str, ...]:
         """Hookpoints it reads."""
@@ -336,6 +349,34 @@ class SaeEntry:
     def name(self) -> str:
         """Its name in the run, and its folder: HOOKPOINT, or HOOKPOINT/SETTING."""
         return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
+
+
+_SETTING = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
+"""Name of a folder: no separator, and not '..'."""
+_MOST_SETTING = 200
+_RESERVED = re.compile(r"best-[0-9]+|.*\.(json|jsonl|safetensors|lock)")
+"""Names of a run's other files and folders."""
+
+
+def require_entry(entry: SaeEntry) -> None:
+    """Raise `FormatError` for names that are no folder of a run, or numbers out of range."""
+    for name in (entry.hookpoint, *entry.reads, *entry.predicts):
+        Hookpoint(name, 1)
+    setting = entry.setting
+    if setting and (not _SETTING.fullmatch(setting) or len(setting) > _MOST_SETTING):
+        raise FormatError("not a setting's name", expected=_SETTING.pattern, got=repr(setting))
+    for name in (entry.hookpoint, setting):
+        if _RESERVED.fullmatch(name):
+            raise FormatError("an SAE has the name of another file of a run", got=repr(name))
+    scales = (*entry.scales, entry.encoder_scale)
+    if not (0 <= entry.lr < math.inf and all(0 < scale < math.inf for scale in scales)):
+        got = f"lr {entry.lr}, scales {scales}"
+        raise FormatError("numbers of an SAE out of range", expected="above 0", got=got)
+    if len(entry.scales) not in (0, len(entry.hookpoints)):
+        expected = f"none or {len(entry.hookpoints)}"
+        raise FormatError("scales of other hookpoints", expected=expected, got=len(entry.scales))
+    if not 0 <= entry.seed < 2**32:
+        raise FormatError("a seed out of range", expected="0 to 2**32 - 1", got=entry.seed)
 
 
 def require_options(options: SaeOptions) -> None:

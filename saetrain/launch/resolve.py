@@ -24,8 +24,9 @@ from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry, SaeOptions
 from saetrain.launch.finetune import PretrainedSaes
 from saetrain.model.hookpoint_io import HookpointRoles, assign_hookpoints, hookpoints_of
 from saetrain.optim import default_lr
-from saetrain.runs.checkpoint import newest_step
+from saetrain.runs.checkpoint import newest_step, own_names
 from saetrain.runs.overrides import apply_overrides, with_history_entry
+from saetrain.runs.own_files import require_plain
 from saetrain.runs.record import (
     FORMAT_VERSION,
     RunRecord,
@@ -216,6 +217,7 @@ def resume_record(
     """
     config = run_options(config)
     record = read_run(root)
+    require_plain(root, own_names(root, [sae.name for sae in record.saes]))
     check_same_cache(record, cache)
     options = changed_options(record, config)
     record = dataclasses.replace(record, wandb_id=record.wandb_id or _new_wandb_id(config))

@@ -15,6 +15,7 @@ from saetrain.launch.resolve import open_cache, resolve_run, resume_record, writ
 from saetrain.launch.session import EXIT, RunSession, run_session
 from saetrain.launch.setup import RunBroadcast, set_up_run
 from saetrain.launch.summary import FitSummary, summarize_fit
+from saetrain.runs.own_files import FOREIGN
 from saetrain.runs.record import LOCK, RUN, check_same_cache, write_run
 from saetrain.training.loop import train
 from saetrain.training.run_state import RunState
@@ -127,7 +128,7 @@ def has_run(config: FitConfig, root: Path) -> bool:
             raise RunError(f"--out {root} is a file", expected="a new or empty folder")
         # A run that was killed before or during its first write has not started.
         names = {path.name for path in root.iterdir()} - {str(LOCK), EXIT}
-        if any(not name.startswith(f".{RUN}.") for name in names):
+        if any(not name.startswith((f".{RUN}.", *FOREIGN)) for name in names):
             content = "a cache" if (root / MANIFEST).exists() else "other things"
             raise RunError(f"--out {root} holds {content}", expected="a new or empty folder")
     return False

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,14 @@ from torch import Tensor
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
+from saetrain.runs.own_files import is_plain, remove_sae_folder
 
 _FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
 _BEST = re.compile(r"best-([0-9]{9,})")
+_OWN = re.compile(
+    _FILE.pattern + r"|(run|segments|exit|eval|eval-best)\.json|(metrics|timings)\.jsonl|fit\.lock"
+)
+_SAE_FILES = ("cfg.json", "sae.safetensors")
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def remove_others(root: Path, step: int, keep: RetentionPolicy = NEWEST) -> None
     """Remove checkpoints newer than `step`, older ones not kept, and incomplete ones."""
     found = _files(root)
     kept = keep.choose({of for path, of in found if path.suffix == ".json" and of <= step})
-    others = sorted(path for path, of in found if of not in kept)
+    others = sorted(path for path, of in found if of not in kept and is_plain(path))
     for other in sorted(others, key=lambda path: path.suffix != ".json"):  # .json files first
         other.unlink()
 
@@ -192,13 +197,32 @@ def best_steps(root: Path, sae: int) -> set[int]:
 
 
 def remove_other_bests(sae: Path, steps: Collection[int | None]) -> None:
-    """Remove an SAE's best-STEP folders except those of `steps`, also incomplete ones."""
-    for folder in sorted(sae.iterdir()) if sae.is_dir() else ():
+    """Remove an SAE's best-STEP folders except those of `steps`, also incomplete ones.
+
+    Links, and folders that hold anything else, stay.
+    """
+    for folder in sorted(sae.iterdir()) if sae.is_dir() and not sae.is_symlink() else ():
         match = _BEST.fullmatch(folder.name)
         if match and int(match[1]) not in steps:
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
+            remove_sae_folder(folder)
+
+
+def own_names(root: Path, saes: Iterable[str]) -> list[str]:
+    """List the names below RUN that a run reads, writes or removes.
+
+    Args:
+        root: folder of the run.
+        saes: names of its SAEs.
+    """
+    names = [path.name for path in root.iterdir() if _OWN.fullmatch(path.name)]
+    for sae in saes:
+        names.append(sae)
+        folder = root / sae
+        if folder.is_dir() and not folder.is_symlink():
+            bests = [path.name for path in folder.iterdir() if _BEST.fullmatch(path.name)]
+            folders = [sae, *(f"{sae}/{best}" for best in bests)]
+            names += [f"{folder}/{file}" for folder in folders for file in _SAE_FILES]
+    return names
 
 
 def state_path(root: Path, step: int) -> Path:

@@ -7,16 +7,19 @@ changed by `--force-config`; `history` then records the step.
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.core.options import names_on_resume
-from actcache.errors import CacheMismatchError, FormatError, RunError
+from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import is_url
-from actcache.stream.order import OrderPlan
+from actcache.format.manifest import MAX_SHARDS
+from actcache.stream.order import OrderPlan, default_lanes, split_shards
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import values_of
 from saetrain.config.sae import SaeEntry, flag
@@ -104,6 +107,7 @@ class RunRecord:
                 got=self.format_version,
                 remedy="install the version of actcache that started it",
             )
+        _require_ranges(self)
 
     @property
     def training_shards(self) -> list[int]:
@@ -117,6 +121,36 @@ class RunRecord:
     def epochs(self) -> int | None:
         """Epochs after which the run ends; None if --max-tokens gives its length."""
         return self.options.epochs if self.options.max_tokens is None else None
+
+
+_MOST = 2**53
+_WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def _require_ranges(record: RunRecord) -> None:
+    """Raise `FormatError` for numbers and names of a record that cannot be."""
+    for name, value, least, most in (
+        ("steps", record.steps, 1, _MOST),
+        ("dead_after", record.dead_after, 1, _MOST),
+        ("segment_shards", record.segment_shards, 1, MAX_SHARDS),
+        ("extensions", record.extensions, 0, MAX_SHARDS),
+        ("pool_rows", record.pool_rows, 1, _MOST),
+        ("batch_parts", record.batch_parts, 1, _MOST),
+    ):
+        if value is not None and not least <= value <= most:
+            raise FormatError(f"{name} is out of range", expected=f"{least} to {most}", got=value)
+    used = Counter([*record.training_shards, *record.held_out])
+    if not used or max(used.values()) > 1 or not 0 <= min(used) <= max(used) < MAX_SHARDS:
+        raise FormatError(
+            "shards occur twice, or are out of range", got=f"{used.most_common(3)} of {len(used)}"
+        )
+    names = Counter(sae.name for sae in record.saes)
+    if not names or max(names.values()) > 1:
+        raise FormatError("a run needs SAEs of different names", got=names.most_common(3))
+    if record.wandb_id is not None and not _WANDB_ID.fullmatch(record.wandb_id):
+        raise FormatError("wandb_id is no id", expected=_WANDB_ID.pattern, got=record.wandb_id)
+    if len(record.origins) not in (0, len(record.saes)):
+        raise FormatError("origins of other SAEs", expected=len(names), got=len(record.origins))
 
 
 def write_run(root: Path, record: RunRecord) -> None:
@@ -133,10 +167,17 @@ def read_run(root: Path) -> RunRecord:
     """
     path = root / RUN
     try:
-        record = _parse(read_json(path), path)
+        record = _parse(read_json(path, links=False), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(
             f"{root} is not a run: it holds no {RUN}", remedy=f"saetrain fit CACHE --out {root}"
+        ) from error
+    except ConfigError as error:
+        raise FormatError(
+            f"{path} holds options that cannot be: {error.what}",
+            expected=error.expected,
+            got=error.got,
+            remedy="restore it from a copy",
         ) from error
     shards = record.segment_shards
     if (shards is not None) != record.options.follow or (shards is not None and shards < 1):
@@ -189,6 +230,7 @@ def check_same_cache(record: RunRecord, cache: Cache) -> None:
             got=cache.manifest.cache_id,
             remedy="give the path of this run's cache",
         )
+    _require_derived(record, cache)
     digest = receipts_digest(cache, record.training_shards, list(record.held_out))
     if digest != record.receipts_digest:
         raise CacheMismatchError(
@@ -197,6 +239,38 @@ def check_same_cache(record: RunRecord, cache: Cache) -> None:
             got=digest,
             remedy="restore the cache, or start another run",
         )
+
+
+def _require_derived(record: RunRecord, cache: Cache) -> None:
+    """Raise `FormatError` if values of a record contradict its options or its cache."""
+    plan, options, width = record.plan, record.options, cache.manifest.width
+    shards = {shard: rows for shard, rows in plan.shards if shard in cache.receipts}
+    found = {
+        "plan.batch_size": (plan.batch_size, options.batch_size),
+        "plan.seed": (plan.seed, options.order_seed),
+        "plan.block_rows": (plan.block_rows, cache.manifest.block_rows),
+        "plan.lanes": (plan.lanes, default_lanes(plan.batch_size)),
+        "rows of shards": (shards, {shard: cache.receipts[shard].rows for shard in shards}),
+    }
+    if record.segment_shards is None:
+        used = sorted([*record.training_shards, *record.held_out])
+        split = split_shards(used, options.val_fraction, options.order_seed)
+        found["held_out"] = ((record.training_shards, list(record.held_out)), split)
+    for sae in record.saes:
+        for name in sae.hookpoints:
+            cache.require_hookpoint(name)
+        sizes = sum(map(width, sae.sources)), sum(map(width, sae.targets))
+        found[f"widths of {sae.name}"] = ((sae.config.d_in, sae.config.width_out), sizes)
+    if options.dead_after is not None:
+        found["dead_after"] = (record.dead_after, options.dead_after)
+    for name, (recorded, expected) in found.items():
+        if recorded != expected:
+            raise FormatError(
+                f"{RUN} contradicts its own options or {cache.root}: {name}",
+                expected=expected,
+                got=recorded,
+                remedy="it was edited or damaged: restore it from a copy",
+            )
 
 
 def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:

@@ -47,7 +47,7 @@ def record(own_cache: Path, options: Callable[..., Any]) -> RunRecord:
         held_out=tuple(HELD_OUT),
         plan=OrderPlan(((1, 128), (2, 128)), 16, 32, 32, 8, 0),
         steps=8,
-        dead_after=256,
+        dead_after=64,
         saes=(SaeEntry("layers.0", SaeConfig(16, 48, 3), 0.01, 0),),
         options=options(hookpoint=("layers.0",), num_latents=None),
         versions={"torch": "2"},
@@ -89,6 +89,101 @@ def test_a_damaged_record_raises_an_error(
     (tmp_path / RUN).write_text(damage(json.loads((tmp_path / RUN).read_text())))
     with pytest.raises(FormatError):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hookpoint": "../outside/layers.0"},
+        {"hookpoint": "/tmp"},
+        {"hookpoint": ".."},
+        {"hookpoint": ""},
+        {"hookpoint": "layers.0/more"},
+        {"hookpoint": "run.json"},
+        {"setting": ".."},
+        {"setting": "../k3"},
+        {"setting": "a/b"},
+        {"setting": "best-000000003"},
+        {"setting": "cfg.json"},
+        {"setting": "a\u0000b"},
+        {"setting": "k" * 300},
+        {"reads": ["../x"]},
+        {"predicts": ["x/../y"]},
+        {"lr": -0.1},
+        {"scales": [0.0]},
+        {"scales": [1.0, 1.0]},
+        {"encoder_scale": -1.0},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_names_that_are_no_folders_of_the_run_and_numbers_out_of_range_are_refused(
+    record: RunRecord, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    write_run(tmp_path, record)
+    run = json.loads((tmp_path / RUN).read_text())
+    run["saes"][0] |= change
+    (tmp_path / RUN).write_text(json.dumps(run))
+    with pytest.raises(FormatError, match=r"run\.json: saes\[0\]"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"dead_after": 0},
+        {"batch_parts": 0},
+        {"held_out": [1]},
+        {"held_out": [0, 0]},
+        {"held_out": [-1]},
+        {"wandb_id": "../../x"},
+        {"saes": []},
+    ],
+    ids=str,
+)
+def test_a_record_that_cannot_be_is_refused(
+    record: RunRecord, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    write_run(tmp_path, record)
+    run = json.loads((tmp_path / RUN).read_text())
+    (tmp_path / RUN).write_text(json.dumps(run | change))
+    with pytest.raises(FormatError, match=r"run\.json"):
+        read_run(tmp_path)
+
+
+def test_two_saes_of_one_name_and_impossible_options_are_refused(
+    record: RunRecord, tmp_path: Path
+) -> None:
+    write_run(tmp_path, record)
+    run = json.loads((tmp_path / RUN).read_text())
+    (tmp_path / RUN).write_text(json.dumps(run | {"saes": run["saes"] * 2}))
+    with pytest.raises(FormatError, match="different names"):
+        read_run(tmp_path)
+    (tmp_path / RUN).write_text(json.dumps(run | {"options": run["options"] | {"k": 0}}))
+    with pytest.raises(FormatError, match=r"run\.json holds options that cannot be: --k"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan": OrderPlan(((1, 128), (2, 127)), 16, 32, 32, 8, 0)},
+        {"plan": OrderPlan(((1, 128), (2, 128)), 8, 32, 32, 8, 0)},
+        {"plan": OrderPlan(((1, 128), (2, 128)), 16, 64, 64, 8, 0)},
+        {"plan": OrderPlan(((1, 128), (2, 128)), 16, 32, 16, 8, 0)},
+        {"plan": OrderPlan(((1, 128), (2, 128)), 16, 32, 32, 8, 1)},
+        {"plan": OrderPlan(((0, 128), (2, 128)), 16, 32, 32, 8, 0), "held_out": (1,)},
+        {"dead_after": 65},
+        {"saes": (SaeEntry("layers.0", SaeConfig(17, 48, 3), 0.01, 0),)},
+    ],
+    ids=str,
+)
+def test_values_that_contradict_the_options_or_the_cache_are_refused(
+    record: RunRecord, own_cache: Path, change: dict[str, Any]
+) -> None:
+    with pytest.raises(FormatError, match="contradicts its own options"):
+        check_same_cache(dataclasses.replace(record, **change), Cache.open(own_cache))
 
 
 def test_a_moved_cache_with_more_shards_is_accepted(record: RunRecord, own_cache: Path) -> None:

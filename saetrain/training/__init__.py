@@ -17,6 +17,7 @@ __all__ = [
     "non_finite",
     "run_state",
     "sae_trainer",
+    "state_layout",
     "step",
     "validation",
 ]

@@ -82,9 +82,17 @@ def test_only_plain_files_are_read(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["layers.0", "layers.0/cfg.json", "layers.0/sae.safetensors", "metrics.jsonl"]
-    + ["checkpoint-000000012.00000.safetensors", "checkpoint-000000012.json", "run.json"]
-    + ["layers.0/best-000000999", "segments.json"],
+    [
+        "layers.0",
+        "layers.0/cfg.json",
+        "layers.0/sae.safetensors",
+        "layers.0/best-000000999",
+        "metrics.jsonl",
+        "checkpoint-000000012.00000.safetensors",
+        "checkpoint-000000012.json",
+        "run.json",
+        "segments.json",
+    ],
 )
 def test_a_link_in_place_of_a_file_of_a_run_is_refused_and_what_it_points_to_stays(
     options: Options, tmp_path: Path, name: str

@@ -16,6 +16,8 @@ from actcache.errors import EmptyCacheError, FormatError, RunError
 from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MANIFEST
+from actcache.stream.order import Span
+from actcache.stream.verified_reads import VerifiedReader
 from saetrain.config.sae import PENALISED, SaeEntry
 from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
 from saetrain.kernels import total
@@ -117,6 +119,7 @@ def evaluate(
         EmptyCacheError: the cache is missing.
         CacheMismatchError: it is another cache, or its shards have changed.
         FormatError: a file of the run is damaged.
+        CorruptShardError: held-out rows or statistics differ from their receipts.
     """
     root = Path(run)
     record = read_run(root)
@@ -278,7 +281,7 @@ def _load(
 def squared_errors(
     saes: list[Sae], cache: Cache, entry: SaeEntry, shards: list[int]
 ) -> list[tuple[list[float], float, torch.Tensor]]:
-    """Run SAEs over whole shards, reading each row once.
+    """Run SAEs over whole shards, comparing each file with its receipt before its first rows.
 
     Args:
         saes: SAEs that read and predict the same hookpoints.
@@ -289,17 +292,22 @@ def squared_errors(
     Returns:
         For each SAE, Σ‖y - ŷ‖² at each predicted hookpoint, the number of active latents summed
         over rows, and which latents fired, bool [M].
+
+    Raises:
+        CorruptShardError: a file is missing, or differs from its receipt.
     """
     widths = [cache.manifest.width(name) for name in entry.targets]
     errors, active = [[0.0] * len(widths) for _ in saes], [0.0] * len(saes)
     alive = [torch.zeros_like(sae.b_enc, dtype=torch.bool) for sae in saes]
+    row_dtype, names = cache.row_dtype, dict.fromkeys(entry.hookpoints)
+    reader = VerifiedReader(cache, "first-read")
     bar = Progress(entry.hookpoint, sum(cache.receipts[s].rows for s in shards), "rows")
     for shard in shards:
         for start in range(0, cache.receipts[shard].rows, _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, cache.receipts[shard].rows - start)
-            names = dict.fromkeys(entry.hookpoints)
-            stored = {name: cache.read(name, shard, start, count) for name in names}
-            loaded = {name: cache.row_dtype.to_torch(rows) for name, rows in stored.items()}
+            stored = {name: row_dtype.empty(count, cache.manifest.width(name)) for name in names}
+            reader.load([Span(shard, start, count)], stored)
+            loaded = {name: row_dtype.to_torch(rows) for name, rows in stored.items()}
             rows = rows_of(entry, loaded).to(saes[0].W_enc.device)  # [n, D]
             for i, sae in enumerate(saes):
                 x, y = sae.split(rows.to(sae.W_enc.dtype))

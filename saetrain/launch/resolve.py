@@ -76,7 +76,7 @@ def resolve_run(
     steps = planned_steps(config, order.epoch_steps)
     epoch_steps = steps if order.epoch_steps is None else order.epoch_steps
     training = [shard for shard, _ in order.plan.shards]
-    first = FirstRows(cache, order.plan)
+    first = FirstRows(cache, order.plan, config.verify)
     statistics_of = functools.cache(lambda name: cache.statistics(name, training))
 
     def with_scales(entry: SaeEntry) -> SaeEntry:

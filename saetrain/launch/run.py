@@ -8,7 +8,7 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.core.process import choose_device
-from actcache.errors import RunError
+from actcache.errors import CorruptShardError, RunError
 from actcache.format.manifest import MANIFEST
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.resolve import open_cache, resolve_run, resume_record, write_option_changes
@@ -101,13 +101,23 @@ def _device(config: FitConfig) -> torch.device:
 
 
 def _missing_shards(cache: Cache) -> tuple[str, ...]:
-    """Return a warning if the harvest of the cache has not finished."""
+    """Return a warning if the harvest of the cache has not finished.
+
+    Raises:
+        CorruptShardError: it had finished, and a shard was lost or taken back since.
+    """
     if cache.complete:
         return ()
-    planned = "all of the text"  # a harvest without --max-tokens
     if cache.end is not None:
-        planned = str(cache.end.last_shard + 1)
-    elif cache.manifest.plan.shards is not None:
+        missing = sorted(set(range(cache.end.last_shard + 1)) - set(cache.shards))
+        raise CorruptShardError(
+            f"the harvest of {cache.root} was complete, and shards are gone since",
+            expected=f"receipts of shards 0 to {cache.end.last_shard}",
+            got=f"without {missing[:8]}, {len(missing)} in all",
+            remedy="actcache verify CACHE --repair, the harvest command again, or restore a copy",
+        )
+    planned = "all of the text"  # a harvest without --max-tokens
+    if cache.manifest.plan.shards is not None:
         planned = str(cache.manifest.plan.shards)
     return (
         f"{cache.root} is not complete: shards there {len(cache.shards)}, planned {planned}; the "

@@ -73,7 +73,7 @@ def set_up_run(session: RunSession, run: RunState) -> None:
     if run.resumed:
         restore_checkpoint(session, run)
     if run.step == 0:
-        first = FirstRows(cache, record.plan)
+        first = FirstRows(cache, record.plan, session.config.verify)
         for trainer in run.trainers:
             init_b_dec_at_median(trainer.sae, trainer.entry, first)
             if record.origins:

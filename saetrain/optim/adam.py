@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saetrain.kernels import adam_numbers, adam_update_, normalise_rows_
 from saetrain.optim.fused import FusedOptimizer, Parameters
-from saetrain.optim.layout import COUNTER, StateLayout, spec_of
+from saetrain.optim.layout import COUNTER, StateLayout, TensorSpec, spec_of
 from saetrain.optim.schedule import Schedule
 
 BETAS = (0.9, 0.999)
@@ -96,7 +96,7 @@ class Adam(FusedOptimizer):
 
     def state_layout(self) -> StateLayout:
         """Return the shapes of both moments and the counter of each parameter."""
-        tensors = {}
+        tensors: dict[str, TensorSpec] = {}
         for name, parameter in self._parameters.items():
             moment = spec_of(parameter)
             of_one = {"step": COUNTER, "exp_avg": moment, "exp_avg_sq": moment}

@@ -12,7 +12,7 @@ import torch
 
 from actcache.errors import ConfigError
 from saetrain.optim.fused import Parameters
-from saetrain.optim.layout import COUNTER, StateLayout, spec_of
+from saetrain.optim.layout import COUNTER, StateLayout, TensorSpec, spec_of
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.torch_optimizers import TorchOptimizer
 
@@ -58,7 +58,7 @@ class Muon(TorchOptimizer):
 
     def state_layout(self) -> StateLayout:
         """Return the shapes of the matrices' momentum, and of Adam's state of the others."""
-        tensors = {}
+        tensors: dict[str, TensorSpec] = {}
         for name, parameter in self._parameters.items():
             like = spec_of(parameter)
             of_one = {"step": COUNTER, "exp_avg": like, "exp_avg_sq": like}

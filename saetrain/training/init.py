@@ -18,7 +18,7 @@ from torch import Tensor
 from actcache.cache.reader import Cache
 from actcache.format.statistics import Statistics
 from actcache.stream.order import OrderPlan, Span, batch_rows
-from actcache.stream.verified_reads import VerifiedReader
+from actcache.stream.verified_reads import VerifiedReader, Verify
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeEntry
 from saetrain.model.hookpoint_io import TargetStats, rows_of, target_stats
@@ -39,10 +39,16 @@ class FirstRows:
     Args:
         cache: the run's cache.
         plan: order of the run's rows; with --follow, of its first segment.
+        verify: when to compare files with their receipts. The stream compares them too, but only
+            after run.json has recorded what was found on these rows.
+
+    Raises:
+        CorruptShardError: a file is missing, or differs from its receipt.
     """
 
-    def __init__(self, cache: Cache, plan: OrderPlan) -> None:
+    def __init__(self, cache: Cache, plan: OrderPlan, verify: Verify = "first-read") -> None:
         self._cache, self._plan = cache, plan
+        self._reader = VerifiedReader(cache, verify)
 
     def of(self, entry: SaeEntry, device: torch.device) -> Tensor:
         """Return an SAE's rows, scaled as in training. float32 [N, D], a transcoder's [N, D + E]"""
@@ -61,8 +67,7 @@ class FirstRows:
     def _read(self, hookpoint: str) -> Tensor:
         row_dtype = self._cache.row_dtype
         stored = row_dtype.empty(len(self._spans), self._cache.manifest.width(hookpoint))
-        # The stream verifies these files before the first step.
-        VerifiedReader(self._cache, "never").load(self._spans, {hookpoint: stored})
+        self._reader.load(self._spans, {hookpoint: stored})
         return row_dtype.to_torch(stored).float()
 
 

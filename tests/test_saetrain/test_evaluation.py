@@ -18,7 +18,13 @@ import saetrain.training.checkpointing
 import saetrain.training.step
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
-from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
+from actcache.errors import (
+    CacheMismatchError,
+    ConfigError,
+    CorruptShardError,
+    FormatError,
+    RunError,
+)
 from actcache.stream.order import split_shards
 from saetrain.evaluation import EVALUATION, evaluate
 from saetrain.launch.run import fit
@@ -269,3 +275,27 @@ def test_held_out_rows_that_are_not_finite_raise_an_error(
     fit(config)
     with pytest.raises(RunError, match=r"layers\.0 cannot be evaluated on"):
         evaluate(Path(config.out))
+
+
+def flip(path: Path, at: int = -5) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("backend", ["memmap", "zarr"])
+def test_held_out_rows_and_statistics_that_differ_from_their_receipts_are_refused(
+    make_cache: Callable[..., Path], options: Callable[..., Any], backend: str
+) -> None:
+    config = options(cache=str(make_cache(backend=backend)), hookpoint=("layers.0",))
+    fit(config)
+    evaluation = evaluate(config.out)
+    cache, (held_out,) = Cache.open(config.cache), read_run(Path(config.out)).held_out
+    (rows,) = cache.files_of("layers.0", held_out).values()
+    assert isinstance(rows, Path)
+    for path in (rows, Path(config.cache) / "stats" / f"{held_out:05d}.safetensors"):
+        flip(path)
+        with pytest.raises(CorruptShardError, match=path.name):
+            evaluate(config.out)
+        flip(path)
+    assert evaluate(config.out).saes == evaluation.saes

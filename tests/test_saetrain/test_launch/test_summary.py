@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actcache.errors import FormatError
+from actcache.errors import CorruptShardError, FormatError
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.run import fit
 from saetrain.runs.record import read_run
@@ -38,6 +38,17 @@ def test_an_incomplete_cache_gives_a_warning_with_the_numbers_of_shards(
     record = read_run(Path(config.out))
     assert sorted([*record.training_shards, *record.held_out]) == [0, 1, 2]
     assert record.steps == 2 * 128 // 32
+
+
+def test_a_sealed_cache_that_lost_a_receipt_is_refused(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    path = make_cache(shards=4)
+    (path / "shards" / "00002.json").unlink()
+    config = options(cache=str(path))
+    with pytest.raises(CorruptShardError, match=r"was complete(.|\n)*without \[2\], 1 in all"):
+        fit(config)
+    assert not Path(config.out).exists()
 
 
 def test_a_summary_names_the_bottleneck_and_timings_the_speed(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import saetrain.training.init
 import saetrain.training.step
 from actcache.cache.reader import Cache
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, CorruptShardError
 from actcache.stream.order import batch_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.run import fit
@@ -109,6 +109,21 @@ def test_the_encoder_scale_is_recorded_and_lowers_the_first_fvu(options: Options
     given = repr(read_run(Path(found.out)).saes[0].encoder_scale)
     same = dataclasses.replace(plain, encoder_scale=given, out=plain.out + "-given")
     assert fit(same).saes["layers.0"] == after["layers.0"]
+
+
+@pytest.mark.parametrize("option", [{"encoder_scale": "auto"}, {"b_dec_init": "geometric-median"}])
+def test_nothing_is_chosen_on_first_rows_that_differ_from_their_receipts(
+    options: Options, make_cache: Callable[..., Path], option: dict[str, Any]
+) -> None:
+    config = options(cache=str(make_cache()), hookpoint=("layers.0",), val_fraction=0, **option)
+    for path in (Path(config.cache) / "activations" / "layers.0").iterdir():
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(CorruptShardError, match="differs from the receipt"):
+        fit(config)
+    if option.keys() == {"encoder_scale"}:  # run.json would hold the scale
+        assert not (Path(config.out) / "run.json").exists()
 
 
 def test_a_run_killed_before_its_first_checkpoint_restarts_with_the_same_weights(

@@ -13,7 +13,7 @@ from actcache.core.json_codec import to_json
 from actcache.core.process import choose_device
 from actcache.core.progress import Progress
 from actcache.errors import EmptyCacheError, FormatError, RunError
-from actcache.filesystem.atomic import digest_file, write_atomic
+from actcache.filesystem.atomic import digest_file, rooted, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MANIFEST
 from actcache.stream.order import Span
@@ -121,7 +121,7 @@ def evaluate(
         FormatError: a file of the run is damaged.
         CorruptShardError: held-out rows or statistics differ from their receipts.
     """
-    root = Path(run)
+    root = rooted(run)
     record = read_run(root)
     require_plain(root, own_names(root, [sae.name for sae in record.saes]))
     folder = cache_folder or record.cache

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from actcache.core.json_codec import to_json
 from actcache.errors import ActcacheError, DiskFullError, RunError
-from actcache.filesystem.atomic import DirectoryLock, remove_partials, write_atomic
+from actcache.filesystem.atomic import DirectoryLock, remove_partials, rooted, write_atomic
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator, init_coordinator, reports_outcome
 from saetrain.distributed.signals import RunStopped, StopSignals, exit_code_of
@@ -76,7 +76,7 @@ class RunSession:
 @contextmanager
 def run_session(config: FitConfig) -> Iterator[RunSession]:
     """Handle signals, connect the processes, and at the end write exit.json and free the lock."""
-    root = Path(config.out)
+    root = rooted(config.out)
     lock = DirectoryLock(root, LOCK, "fit")
 
     def record_exit(error: BaseException | None) -> None:

@@ -15,7 +15,7 @@ from actcache.core.json_codec import decode_json, truncated_repr
 from actcache.core.process import peak_memory
 from actcache.core.progress import Progress
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import as_disk_full_error, write_atomic
+from actcache.filesystem.atomic import as_disk_full_error, open_log, write_atomic
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -55,8 +55,7 @@ class JsonlTracker:
         self._files = {}
         for name in (METRICS, TIMINGS):
             truncate_after(root / name, step)
-            # Unbuffered: after a write to a full disk fails, close() must not retry it.
-            self._files[name] = (root / name).open("ab", buffering=0)
+            self._files[name] = open_log(root / name)
         self.bar = Progress("fit", steps * batch_size, "rows", initial=step * batch_size)
         self._began = self._last = time.monotonic()
         self._first_step = self._last_step = step

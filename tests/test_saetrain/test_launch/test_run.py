@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from actcache.cache.reader import Cache
 from actcache.errors import DiskFullError, RunError
+from actcache.filesystem.atomic import open_log
 from actcache.stream.order import batch_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
@@ -194,11 +195,10 @@ def test_a_full_disk_names_resume_as_the_remedy(
 def test_a_full_disk_during_a_line_of_metrics_is_reported_with_the_file(
     options: Options, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    def full(path: Path, _: int) -> None:
-        if path.name == name:
-            path.symlink_to("/dev/full")
+    def full(path: Path) -> IO[bytes]:
+        return Path("/dev/full").open("ab", 0) if path.name == name else open_log(path)
 
-    monkeypatch.setattr("saetrain.tracking.jsonl.truncate_after", full)
+    monkeypatch.setattr("saetrain.tracking.jsonl.open_log", full)
     with pytest.raises(DiskFullError, match=rf"no room to write .*{name}(.|\n)*with --resume"):
         fit(options(save_every=100))
     assert json.loads((Path(options().out) / "exit.json").read_text())["code"] == 10

@@ -6,6 +6,7 @@ Letters: S sequences of a shard, C context length, N rows, D width.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,15 @@ from actcache.filesystem.atomic import (
     LOCK,
     DirectoryLock,
     FileDigest,
+    is_stray,
     remove_partials,
+    require_plain,
+    require_plain_entries,
     write_atomic,
 )
 from actcache.filesystem.paths import CachePathT
 from actcache.format.manifest import (
+    EXTENSIONS,
     MANIFEST,
     SEALED_FROM,
     Hookpoint,
@@ -51,6 +56,7 @@ RESTORED = ".restored-"
 _BLOCK = 4096  # bytes of a block of most file systems
 _BLOCK_BYTES = 1 << 20
 _SHARDS = 128
+_OURS = re.compile(r"[0-9]{5,}(\..*)?|[0-9]+|c|(END|zarr)\.json|harvest-rank[0-9]+\.jsonl")
 _MAX_SHARD_BYTES = 4 << 30
 
 
@@ -209,9 +215,9 @@ def create_or_resume(
         coming = with_extension(coming, manifest.plan.goal)
     check_room(root, coming, receipts)
     lock.acquire()
+    remove_partials(root)
     # Check again: until the lock was acquired, another process could write or publish.
     drop_restored_records(root, _published(root, manifest, extend))
-    remove_partials(root)
     for folder in root.glob(f"{RESTORED}*"):
         shutil.rmtree(folder, ignore_errors=True)
     existing = read_manifest(root) if (root / MANIFEST).exists() else None
@@ -257,19 +263,37 @@ def different_fields(manifest: Manifest, existing: Manifest, *, extend: bool) ->
 
 
 def require_cache_folder(root: Path) -> None:
-    """Raise `CacheMismatchError` unless a path is free, an empty folder, or a cache."""
-    if root.is_file():
+    """Check a folder before the work: it must be missing, empty, or a cache without links.
+
+    Raises:
+        CacheMismatchError: it is a file, or holds other files.
+        FormatError: a file or folder that a harvest reads or writes is a link or a device, or the
+            manifest is damaged.
+    """
+    if root.exists() and not root.is_dir():
         raise CacheMismatchError(f"--out {root} is a file", expected="a folder, or nothing yet")
-    if not root.is_dir() or (root / MANIFEST).exists():
+    if not root.is_dir():
         return
-    # Left by a harvest that was killed before or while it wrote the manifest.
-    leftovers = (LOCK.parts[0], f".{MANIFEST}.")
-    if any(not path.name.startswith(leftovers) for path in root.iterdir()):
+    require_plain(root, [MANIFEST, EXTENSIONS, str(LOCK)])
+    if (root / MANIFEST).exists():
+        _require_plain_files(root, read_manifest(root))
+        return
+    # The lock is left by a harvest that was killed before it wrote the manifest.
+    if any(path.name != LOCK.parts[0] and not is_stray(path.name) for path in root.iterdir()):
         raise CacheMismatchError(
             f"--out {root} holds other files and no {MANIFEST}",
             expected="an empty folder, or a cache",
             remedy="choose another folder",
         )
+
+
+def _require_plain_files(root: Path, manifest: Manifest) -> None:
+    """Raise `FormatError` if a file of a cache, or its folder, is a link or a device."""
+    paths = {*data_paths(root, manifest, 0).values(), extension_path(root, 1), root / LOCK}
+    paths |= {root / FOLDER / END, *BACKENDS[manifest.backend].metadata_files(root, manifest)}
+    require_plain(root, sorted(str(path.relative_to(root)) for path in paths))
+    for folder in sorted({path.parent for path in paths}):
+        require_plain_entries(folder, _OURS)
 
 
 def _goes_beyond(manifest: Manifest, existing: Manifest) -> bool:

@@ -327,7 +327,7 @@ def _file(
         _content(cache, shard, name, quick=advance is None)
     except (FileNotFoundError, NotADirectoryError):
         return Finding(file, shard, f"{promised.bytes} bytes", "nothing")
-    except CorruptShardError as error:
+    except (CorruptShardError, FormatError) as error:
         return _damage(file, shard, error)
     except OSError as error:  # such as an I/O error of a failing disk
         return _unreadable(file, shard, error)

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import functools
 import os
+import re
 import secrets
 import socket
 import stat
@@ -46,6 +47,7 @@ _MODES = {
     "a": os.O_CREAT | os.O_APPEND,
     "x": os.O_CREAT | os.O_EXCL,
 }
+_STRAYS = ("lost+found", "Thumbs.db", "desktop.ini", "@eaDir", "__MACOSX")
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
@@ -187,6 +189,30 @@ def require_plain(root: Path, names: Iterable[str]) -> None:
                 break
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise _refused(part, mode)
+
+
+def require_plain_entries(folder: Path, names: re.Pattern[str]) -> None:
+    """Raise `FormatError` if an entry of a folder with such a name is a link or a device."""
+    try:
+        fd = _open_folder(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if not names.fullmatch(entry.name):
+                    continue
+                if not entry.is_file(follow_symlinks=False):
+                    mode = entry.stat(follow_symlinks=False).st_mode
+                    if not stat.S_ISDIR(mode):
+                        raise _refused(folder / entry.name, mode)
+    finally:
+        os.close(fd)
+
+
+def is_stray(name: str) -> bool:
+    """Return whether notebooks, file managers and file systems leave files of such a name."""
+    return name.startswith(".") or name in _STRAYS
 
 
 def _open_folder(

@@ -79,17 +79,17 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
         ActcacheError: an option, the model, the text or the folder does not allow the harvest.
     """
     root = rooted(config.out)
+    lock = DirectoryLock(root)
     require_cache_folder(root)
     if config.device_map == "auto":
         require_whole_machine()
     resolved = resolve(config)
-    planned = planned_sequences(config, resolved)
+    goal, planned = goal_sequences(config), planned_sequences(config, resolved)
     model, identity = _load_and_identify(config, resolved)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
     if config.shard_size is None:
         manifest = _with_existing_shard_size(root, manifest, extend=config.extend)
     require_chunks(manifest)
-    lock = DirectoryLock(root)
     try:
         ranks.check_equal_then_run_on_rank_zero(
             to_json(manifest),
@@ -106,7 +106,6 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
         for name, version in existing.versions.items()
         if manifest.versions.get(name) != version
     )
-    goal = goal_sequences(config)
     if config.extend and planned == existing.plan.goal and planned != goal:
         warnings += (f"--extend: the text has {planned:,} sequences, all of them planned already",)
     return HarvestJob(

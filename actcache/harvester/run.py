@@ -39,7 +39,7 @@ from actcache.core.process import World
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence
 from actcache.errors import RestoreError
-from actcache.filesystem.atomic import as_disk_full_error
+from actcache.filesystem.atomic import as_disk_full_error, open_log
 from actcache.format.manifest import Identity, with_extension
 from actcache.format.receipts import CompletionMarker, ShardReceipt, write_completion_marker
 from actcache.harvester.job import HarvestJob, prepare_job
@@ -341,8 +341,8 @@ class HarvestLog:
         line = json.dumps(entry) + "\n"
         try:
             self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(line)
+            with open_log(self._path) as file:
+                file.write(line.encode())
         except OSError as error:
             raise as_disk_full_error(error, self._path, len(line)) from error
         self.receipts.append(receipt)

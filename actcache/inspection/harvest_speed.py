@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from actcache.errors import FormatError
+from actcache.filesystem.atomic import open_file
 from actcache.filesystem.paths import CachePath
 from actcache.format.receipts import ShardReceipt
 from actcache.inspection.printable import printable
@@ -100,11 +101,9 @@ def _rank_speed(
 
 def _logs(root: CachePath) -> list[tuple[int, CachePath]]:
     folder = root / FOLDER
-    if folder.is_symlink():  # no file outside the cache is read
-        return []
     try:
         names = [path.name for path in folder.iterdir()]
-    except OSError:
+    except (OSError, FormatError):  # absent, or a link
         return []
     ranks = sorted((int(m[1]), name) for name in names if (m := _NAME.fullmatch(name)))
     return [(rank, folder / name) for rank, name in ranks[:RANKS]]
@@ -119,15 +118,11 @@ def _lines(path: CachePath) -> Iterator[bytes]:
         yield from _complete_lines(bytes(end), cut=size > TAIL)
         return
     try:
-        # Do not block on a pipe, and do not follow a symlink.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+        fd = open_file(path)
+    except (OSError, FormatError):
         return
     try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            return
-        begin = max(0, found.st_size - TAIL)
+        begin = max(0, os.fstat(fd).st_size - TAIL)
         tail = os.pread(fd, TAIL, begin)
     finally:
         os.close(fd)

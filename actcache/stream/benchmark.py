@@ -12,6 +12,7 @@ from pathlib import Path
 
 from actcache.cache.reader import Cache
 from actcache.errors import EmptyCacheError
+from actcache.filesystem.atomic import open_file
 from actcache.filesystem.paths import CachePath, require_remote
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import POOL_ROWS, OrderPlan, make_plan
@@ -132,7 +133,7 @@ def _drop_page_cache(files: Sequence[CachePath]) -> None:
             require_remote(path).forget()
             continue
         with suppress(OSError):
-            fd = os.open(path, os.O_RDONLY)
+            fd = open_file(path)
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:

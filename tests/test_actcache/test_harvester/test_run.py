@@ -5,7 +5,9 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -29,9 +31,11 @@ from actcache.errors import (
     DatasetError,
     DiskFullError,
     EmptyCacheError,
+    FormatError,
     HookpointError,
 )
 from actcache.format.receipts import receipt_path
+from actcache.harvester import job as job_module
 from actcache.harvester import resolve
 from actcache.harvester import run as run_module
 from actcache.harvester.run import HarvestSummary, harvest
@@ -345,6 +349,70 @@ def test_a_folder_that_is_not_a_cache_is_refused_and_unchanged(
     with pytest.raises(CacheMismatchError, match="is a file"):
         harvest(options(out=str(tmp_path / "notes")))
     assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+
+
+LINKED = (
+    "activations",
+    "activations/layers.0",
+    "tokens",
+    "stats",
+    "shards",
+    "logs",
+    "extensions",
+    "manifest.json",
+    "shards/END.json",
+    "shards/00001.json",
+    "tokens/00001.safetensors",
+    "logs/harvest.lock",
+    "logs/harvest-rank0.jsonl",
+)
+
+
+@pytest.mark.parametrize("make", ["link", "pipe"])
+def test_links_and_pipes_of_a_cache_are_refused_before_the_model_is_loaded(
+    make: str, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, elsewhere = Path(harvest(options()).cache), tmp_path / "elsewhere"
+    whole = {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    monkeypatch.setattr(job_module, "resolve", None)
+    for name in LINKED:
+        path, kept = root / name, root / "kept"
+        if path.exists():
+            path.rename(kept)
+        if make == "link":
+            path.symlink_to(elsewhere)
+            kind = "a symbolic link"
+        else:
+            os.mkfifo(path)
+            kind = "a pipe"
+        with pytest.raises(FormatError, match=rf"(?s){re.escape(name)} is {kind}.*remedy"):
+            harvest(options())
+        assert not elsewhere.exists()
+        assert stat.S_IFMT(path.lstat().st_mode) in (stat.S_IFLNK, stat.S_IFIFO)
+        path.unlink()
+        if kept.exists():
+            kept.rename(path)
+    assert whole == {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_files_of_notebooks_and_file_systems_are_left_alone(options: Options) -> None:
+    root = Path(options().out)
+    strays = [".ipynb_checkpoints/x.json", ".nfs0001", "Thumbs.db", "lost+found/x"]
+    strays += [f"{folder}/.nfs0002" for folder in ("shards", "tokens", "activations/layers.0")]
+    strays += ["shards/.ipynb_checkpoints/00000.json", "activations/.ipynb_checkpoints/x"]
+    for stray in strays[:4]:
+        (root / stray).parent.mkdir(parents=True, exist_ok=True)
+        (root / stray).write_text("theirs")
+    harvest(options())
+    for stray in strays[4:]:
+        (root / stray).parent.mkdir(parents=True, exist_ok=True)
+        (root / stray).write_text("theirs")
+    receipt_path(root, 1).unlink()
+    assert harvest(options()).complete
+    checked = verify(root)
+    assert checked.is_sound
+    assert sorted(checked.leftovers) == sorted(strays)
+    assert all((root / stray).read_text() == "theirs" for stray in strays)
 
 
 @pytest.mark.parametrize("storage", [ZARR, ZSTD], ids=["zarr", "zstd"])

@@ -6,7 +6,6 @@ import errno
 import functools
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec
@@ -14,18 +13,13 @@ from typing import Any, ParamSpec
 import typer
 
 from actcache.core.terminal import OutputClosedError, escape_controls, make_streams_safe
+from actcache.core.watchdog import handled_signals
 from actcache.errors import ActcacheError, DiskFullError, RunError
 
 P = ParamSpec("P")
 
 INTERRUPTED = 130  # exit code of shells for SIGINT (Ctrl-C): 128 + 2
 TERMINATED = 143  # exit code of shells for SIGTERM, which schedulers send: 128 + 15
-
-
-class Terminated(KeyboardInterrupt):
-    """Exception raised on SIGTERM, so that it runs the same clean-up as Ctrl-C."""
-
-    exit_code = TERMINATED
 
 
 def report_errors(run: Callable[P, None]) -> Callable[P, None]:
@@ -36,13 +30,13 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(run)
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
-        before = signal.signal(signal.SIGTERM, _terminate)
         streams = make_streams_safe()
         try:
-            try:
-                run(*args, **kwargs)
-            finally:
-                sys.stdout.flush()
+            with handled_signals():
+                try:
+                    run(*args, **kwargs)
+                finally:
+                    sys.stdout.flush()
         except OutputClosedError:  # such as `| head`: click exits with code 1 and says nothing
             raise
         except KeyboardInterrupt as stop:
@@ -59,7 +53,6 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(known.exit_code) from None
         finally:
             sys.stdout, sys.stderr = streams
-            signal.signal(signal.SIGTERM, before)
 
     return call
 
@@ -156,10 +149,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     kinds = (RuntimeError, OverflowError, ValueError, TypeError, OSError)
     text = str(error).lower()
     return isinstance(error, kinds) and any(part in text for part in _OUT_OF_MEMORY)
-
-
-def _terminate(_number: int, _frame: object) -> None:
-    raise Terminated
 
 
 def print_stderr(text: str) -> None:

@@ -2,8 +2,17 @@
 
 `json_codec` parses JSON into frozen dataclasses, `options` declares the options of a command,
 `process` holds rank, world size and device of this process, `progress` draws progress bars and
-formats sizes, `rng` derives NumPy's frozen random streams from a seed and a purpose, and `terminal`
-escapes what is printed.
+formats sizes, `rendezvous` connects processes, `rng` derives NumPy's frozen random streams from a
+seed and a purpose, `terminal` escapes what is printed, and `watchdog` handles signals.
 """
 
-__all__ = ["json_codec", "options", "process", "progress", "rng", "terminal"]
+__all__ = [
+    "json_codec",
+    "options",
+    "process",
+    "progress",
+    "rendezvous",
+    "rng",
+    "terminal",
+    "watchdog",
+]

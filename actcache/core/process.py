@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from actcache.errors import CacheMismatchError, ConfigError
+from actcache.core.rendezvous import gather, open_store
+from actcache.errors import CacheMismatchError, ConfigError, RunError
+
+_agreements = itertools.count()  # one process may do several harvests
+_LEAVING = 30.0  # seconds in which the other ranks read the outcome, before rank 0 goes on
 
 
 @dataclass(frozen=True)
@@ -46,47 +51,51 @@ class World:
         """Require equal bytes on every rank, then run a function on rank 0, then return on all.
 
         Args:
-            value: compared by its digest, in an all-gather over gloo.
-            act: run on rank 0 only, while the other ranks wait for a broadcast.
+            value: compared by its digest, through the store of torchrun or of rank 0.
+            act: run on rank 0 only, while the other ranks wait for its outcome.
 
         Raises:
             CacheMismatchError: the bytes differ, and `act` was not run; or it failed on rank 0.
+            RunError: a rank does not join within `JOIN_SECONDS`.
             Exception: on rank 0, the exception of `act`.
         """
         if self.world_size == 1:
             act()
             return
-        import torch.distributed as dist
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        dist.init_process_group("gloo")
+        every = range(self.world_size)
+        work = f"harvest on rank {self.rank}"
+        store = open_store(self.rank, self.world_size, work)
+        keys = PrefixStore(f"agreement {next(_agreements)}", store)
+        digest = hashlib.blake2b(value, digest_size=16).hexdigest()
+        keys.set(f"digest/{self.rank}", digest)
+        digests = gather(keys, "digest", every, work)
         try:
-            digest = hashlib.blake2b(value, digest_size=16).hexdigest()
-            digests: list[Any] = [None] * self.world_size
-            dist.all_gather_object(digests, digest)
             if digests != [digest] * self.world_size:
                 raise CacheMismatchError(
                     "the processes of this harvest would make different caches",
                     expected="equal models, texts and options on every rank",
-                    got=f"rank {self.rank} has {digest}",
+                    got=f"rank {self.rank} has {digest}, others have {set(digests) - {digest}}",
                     remedy="do all nodes see the same files and library versions?",
                 )
-            failure: Exception | None = None
             if self.rank == 0:
                 try:
                     act()
-                except Exception as error:  # raised after the broadcast
-                    failure = error
-            failed: list[Any] = [failure is not None]
-            dist.broadcast_object_list(failed, src=0)
-            if failure is not None:
-                raise failure
-            if failed[0]:
+                except BaseException:
+                    keys.set("acted/0", "failed")
+                    raise
+                keys.set("acted/0", "")
+            elif gather(keys, "acted", [0], work) != [""]:
                 raise CacheMismatchError(
                     f"rank 0 refused this harvest, so rank {self.rank} ends too",
                     remedy="the error of rank 0 gives the reason",
                 )
         finally:
-            dist.destroy_process_group()
+            keys.set(f"left/{self.rank}", "")
+            if self.rank == 0:  # it may hold the store
+                with suppress(RunError):
+                    gather(keys, "left", every, work, _LEAVING)
 
 
 def choose_device(name: str) -> torch.device:

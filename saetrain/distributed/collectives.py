@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
+_SPINS = 200  # looks at a collective before the first pause
+_PAUSE, _LONGEST_PAUSE = 5e-5, 100  # seconds, growing up to so many times as much
 _TIMEOUT = timedelta(days=30)
 """A harvest may be waited for in a collective. `StoreGroup` detects lost ranks."""
 
@@ -24,9 +28,24 @@ def init_collectives(store: Store, rank: int, world_size: int, device: torch.dev
     )
 
 
-def all_gather_int(number: int) -> list[int]:
-    """All-gather a number below 256, by rank. It is exchanged on CPUs, so that no GPU waits."""
-    return [int(n) for n in all_gather(torch.tensor(number, dtype=torch.uint8))]
+def all_gather_int(number: int, while_waiting: Callable[[], None]) -> list[int]:
+    """All-gather a number below 256, by rank. It is exchanged on CPUs, so that no GPU waits.
+
+    Args:
+        number: of this rank.
+        while_waiting: called again and again until all ranks have taken part.
+    """
+    value = torch.tensor(number, dtype=torch.uint8)
+    gathered = [torch.empty_like(value) for _ in range(world_size())]
+    work = dist.all_gather(gathered, value, async_op=True)
+    spins = 0
+    while not work.is_completed():  # `wait` would not return on a signal
+        spins += 1
+        if spins > _SPINS:
+            while_waiting()
+            time.sleep(min(spins - _SPINS, _LONGEST_PAUSE) * _PAUSE)
+    work.wait()  # raises the error of a failed all-gather
+    return [int(n) for n in gathered]
 
 
 def world_size() -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.core.process import World
+from actcache.core.rendezvous import FIRST_NOTICE, ranks
 from actcache.errors import ConfigError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import lanes_of_rank
@@ -202,7 +203,7 @@ class DdpCoordinator(MultiProcessCoordinator):
         self, group: StoreGroup, store: Store, stop_signals: StopSignals | None = None
     ) -> None:
         super().__init__(group, stop_signals)
-        self._store = store
+        self._store, self._batches = store, 0
         self.writes_saes = self.is_rank_zero
         self.batch_rank, self.batch_parts = group.rank, group.world_size
 
@@ -250,7 +251,7 @@ class DdpCoordinator(MultiProcessCoordinator):
         code = 0 if error is None else exit_code_of(error)
         if error is None and self.stop_is_requested():
             code = _SIGNAL + (self.stop_signals.received or 0)
-        codes = all_gather_int(code)
+        codes = all_gather_int(code, self._wait_for_batches())
         if error is not None:
             raise error
         for rank, code in enumerate(codes):
@@ -259,6 +260,29 @@ class DdpCoordinator(MultiProcessCoordinator):
         if any(codes):
             raise StopRequested(_signal_of([code - _SIGNAL for code in codes]))
         return batch
+
+    def _wait_for_batches(self) -> Callable[[], None]:
+        """Return what to do while others have no batch yet: pass on a signal, report the wait."""
+        self._batches += 1
+        notice, is_sent = self.group.notice(), False
+
+        def whom() -> str:
+            late = [
+                r
+                for r in range(self.batch_parts)
+                if not self.group.has(f"waits/{self._batches}/{r}")
+            ]
+            return f"{ranks(late)}, whose rows are not there yet" if late else "the exchange"
+
+        def poll() -> None:
+            nonlocal is_sent
+            self.stop_is_requested()
+            if notice.seconds > FIRST_NOTICE / 2 and not is_sent:
+                is_sent = True
+                self.group.put(f"waits/{self._batches}/{self.batch_rank}", "")
+            notice.update(whom)
+
+        return poll
 
 
 class ModuleParallelCoordinator(MultiProcessCoordinator):
@@ -315,12 +339,20 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
         self._next = step
         if step % max(1, self._max_lead // 4) == 0:
             self.group.put(f"at/{self.group.rank}", str(step))
-        while step > self._limit:
-            at = [int(self.group.get(f"at/{rank}")) for rank in range(self.group.world_size)]
-            self._limit = min(at) + self._max_lead
-            if step > self._limit:
-                self.group.poll()
+        if step > self._limit:
+            self._wait_for_the_last(step)
         self._next = step + 1  # any later wait comes after this step
+
+    def _wait_for_the_last(self, step: int) -> None:
+        notice = self.group.notice()
+        while True:
+            at = [int(self.group.get(f"at/{rank}")) for rank in range(self.group.world_size)]
+            last = min(at)
+            self._limit = last + self._max_lead
+            if step <= self._limit:
+                return
+            self.group.poll()
+            notice.update(f"rank {at.index(last)}, which is at step {last:,}")
 
     def check_stop_request(self, done: int, waits: bool = False) -> None:
         """After a stop request, gather the step that each rank can stop before; take the last."""

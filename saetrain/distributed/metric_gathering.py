@@ -124,5 +124,5 @@ class GatheringTracker(JsonlTracker):
 class _NullProgress(Progress):
     """Progress bar that prints nothing."""
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Discard a line."""

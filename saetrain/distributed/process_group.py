@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.core.process import World
+from actcache.core.rendezvous import WaitNotice, gather, open_store
 from actcache.errors import ActcacheError, RunError
 from saetrain.distributed.signals import RunStopped, exit_code_of
 
@@ -38,8 +38,8 @@ MISSED_HEARTBEATS = 30
 """Heartbeats of its own after which a rank declares an unchanged neighbour lost."""
 EXIT_GRACE = 20
 """Heartbeats in which the main thread must end once another process has failed."""
-JOIN_TIMEOUT = timedelta(minutes=10)
-"""Time in which all processes must have started."""
+JOIN_SECONDS = 600.0
+"""Seconds in which all processes must have started."""
 
 _POLL_SECONDS = 0.005  # between two reads of the store
 _connections = itertools.count()
@@ -100,13 +100,13 @@ class StoreGroup:
         self.on_forced_exit: Callable[[BaseException], None] = lambda _: None
         """Called with the error before `os._exit` ends a main thread that hangs."""
         self._store, self._interval = store, HEARTBEAT_SECONDS
+        self._work = f"fit on rank {self.rank}"
         self._error: ActcacheError | None = None
         self._barriers = 0
         self._ended = threading.Event()
         self._heartbeat = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self.put(f"token/{self.rank}", process_token())
-        join = JOIN_TIMEOUT.total_seconds()
-        self._tokens = [self._get_within(f"token/{r}", join) for r in range(self.world_size)]
+        self._tokens = gather(store, "token", range(self.world_size), self._work, JOIN_SECONDS)
         self._heartbeat.start()
 
     def put(self, key: str, value: str) -> None:
@@ -116,13 +116,23 @@ class StoreGroup:
     def get(self, key: str) -> str:
         """Wait until a key is set, and return its value.
 
+        Its last part is the rank that sets it; without one, rank 0 does. A long wait is reported.
+
         Raises:
             RemoteRankError: another rank has failed meanwhile.
             LostRankError: another rank has ended meanwhile, without an error.
         """
+        notice = WaitNotice(self._work)
         while not self.has(key):
             self.poll()
+            rank = key.rpartition("/")[2]
+            setter = rank if rank.isdecimal() else "0"
+            notice.update(f"rank {setter} ({key})")
         return self._get(key)
+
+    def notice(self) -> WaitNotice:
+        """Return a report of a wait that begins now."""
+        return WaitNotice(self._work)
 
     def poll(self) -> None:
         """Sleep until the next read of the store; raises the errors of `get`."""
@@ -209,10 +219,9 @@ class StoreGroup:
         while not self.has(key):
             if time.monotonic() > deadline:
                 raise RunError(
-                    "not all processes of this run have started",
-                    expected=f"{self.world_size} in {seconds:.0f} s",
-                    got=f"no key {key} of one of them",
-                    remedy="was torchrun started on every machine?",
+                    "a process of this run does not answer",
+                    expected=f"{key} within {seconds:.0f} s",
+                    remedy="see the errors of the other processes",
                 )
             time.sleep(_POLL_SECONDS)
         return self._get(key)
@@ -305,9 +314,8 @@ def connect(world: World) -> Iterator[tuple[StoreGroup, Store]]:
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
-    store, _, _ = next(rendezvous("env://"))
+    store = open_store(world.rank, world.world_size, f"fit on rank {world.rank}", JOIN_SECONDS)
     store = PrefixStore(f"run {next(_connections)}", store)  # one process may do several runs
     group = StoreGroup(PrefixStore("group", store), world)
     stopped: RunStopped | None = None

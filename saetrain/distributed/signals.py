@@ -15,6 +15,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from actcache.core.watchdog import mark_handled
+
 REPEAT_WINDOW = 5.0
 """Seconds in which a signal may reach a process under torchrun twice: a scheduler signals all
 processes, and torchrun forwards its own signal to them."""
@@ -97,6 +99,7 @@ class StopSignals:
         self._uninstall()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        mark_handled()
         now = time.monotonic()
         if self.received is not None:
             if now >= self._ignored_until:  # a second signal has the effect it had before `install`

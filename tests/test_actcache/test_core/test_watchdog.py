@@ -1,0 +1,94 @@
+"""Signals that reach a process whose main thread waits in native code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from actcache.core import watchdog
+from actcache.core.watchdog import Terminated, handled_signals
+
+SECONDS = 60
+
+STUCK = """
+import ctypes, signal, sys, threading
+from actcache.core import watchdog
+
+watchdog.GRACE_SECONDS = 0.5
+with watchdog.handled_signals():
+    if sys.argv[1] == "patient":
+        signal.signal(signal.SIGTERM, lambda *_: watchdog.mark_handled())
+    threading.Timer(0.5, print, ["ready"], {"flush": True}).start()  # the lock is taken by then
+    lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(128)
+    lock(mutex)
+    lock(mutex)  # for ever: no signal ends it
+"""
+
+
+def stuck(kind: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, kind],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_process_that_waits_in_native_code_is_ended_with_a_sentence(
+    number: signal.Signals, code: int
+) -> None:
+    process = stuck("impatient")
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == code
+    assert "waiting in native code" in stderr
+    assert "the same command resumes" in stderr
+
+
+def test_a_handler_that_saves_first_is_given_time_until_a_second_signal() -> None:
+    process = stuck("patient")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_raises_in_the_main_thread_and_handlers_are_restored(
+    number: signal.Signals, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "GRACE_SECONDS", 0.1)
+    before = signal.getsignal(number)
+
+    def run() -> None:
+        with handled_signals():
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                time.sleep(0.5)  # clean-up may take longer than the grace
+
+    with pytest.raises(kind):
+        run()
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with handled_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

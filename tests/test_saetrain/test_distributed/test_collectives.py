@@ -1,0 +1,52 @@
+"""The all-gather before each step, which is polled so that signals are handled meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from saetrain.distributed import collectives
+
+
+class Work:
+    """An all-gather that takes 500 looks."""
+
+    def __init__(self, gathered: list[Any]) -> None:
+        self.gathered, self.looks = gathered, 0
+
+    def is_completed(self) -> bool:
+        self.looks += 1
+        return self.looks > 500
+
+    def wait(self) -> None:
+        for rank, tensor in enumerate(self.gathered):
+            tensor.fill_(rank + 1)
+
+
+class Heard(BaseException):
+    """What the handler of a signal raises."""
+
+
+@pytest.fixture(autouse=True)
+def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_gather(gathered: list[Any], _value: Any, *, async_op: bool) -> Work:
+        assert async_op
+        return Work(gathered)
+
+    monkeypatch.setattr(collectives.dist, "all_gather", all_gather)
+    monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 2)
+
+
+def test_an_all_gather_calls_back_while_other_ranks_are_late() -> None:
+    calls: list[None] = []
+    assert collectives.all_gather_int(1, lambda: calls.append(None)) == [1, 2]
+    assert len(calls) > 100
+
+
+def test_an_all_gather_ends_when_a_signal_raises() -> None:
+    def heard() -> None:
+        raise Heard
+
+    with pytest.raises(Heard):
+        collectives.all_gather_int(1, heard)

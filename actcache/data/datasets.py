@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from actcache.config import HarvestConfig
+from actcache.data.watched_file import MappedFiles, WatchedFile
 from actcache.errors import DatasetError
-from actcache.filesystem.atomic import digest_file
 
 Kind = Literal["text", "chat", "ids"]
 Record = Any
@@ -135,8 +137,10 @@ class Mixture:
 class TokenFile:
     """A file of token ids without document boundaries."""
 
-    ids: np.memmap[Any, Any]
-    """All token ids, in file order."""
+    count: int
+    """Number of token ids."""
+    read: Callable[[int, int], NDArray[Any]]
+    """Function from a first index and a number to so many token ids, in file order."""
     path: Path
     fingerprint: str
     """Digest of the file and of --bin-dtype."""
@@ -192,37 +196,56 @@ def _open_file(path: Path, config: HarvestConfig) -> IndexedDocuments | Document
         _refuse_table_options(path, config)
     if suffix == ".bin":
         return _open_bin(path, config)
-    fingerprint = digest_file(path).xxh3_128
     if suffix == ".txt":
+        data = path.read_bytes()
         try:
-            text = path.read_text(encoding="utf-8")
+            text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise DatasetError(f"{path} is not UTF-8 text", got=str(error)) from error
-        column = Column("", "text")
-        return IndexedDocuments(lambda _: [text], 1, column, fingerprint, size)
+        fingerprint = xxhash.xxh3_128(data).hexdigest()
+        return IndexedDocuments(lambda _: [text], 1, Column("", "text"), fingerprint, len(data))
     if suffix not in _TABLES:
         raise DatasetError(
             f"unknown file type: {path}",
             expected="a .jsonl, .json, .csv, .parquet, .txt or .bin file",
             got=suffix or "no suffix",
         )
+    file = WatchedFile(path, held=False)
+    fingerprint = file.digest
     table = _load(config, builder=_TABLES[suffix], fingerprint=fingerprint)
+    try:
+        file.check()
+    except DatasetError:
+        _forget(table)
+        raise
     if config.split != "train":  # a slice, such as train[:10%]
         fingerprint = f"{fingerprint}-{config.split}"
-    return _from_table(table, config, fingerprint, size)
+    return _from_table(table, config, fingerprint, size, file.check)
+
+
+def _forget(table: Any) -> None:
+    """Remove what `datasets` has kept under a digest of a file that changed meanwhile."""
+    for file in getattr(table, "cache_files", ()):
+        shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
 
 
 def _open_bin(path: Path, config: HarvestConfig) -> TokenFile:
     dtype = np.dtype(config.bin_dtype).newbyteorder("<")
-    if path.stat().st_size % dtype.itemsize:
+    file = WatchedFile(path, held=True)
+    if file.bytes % dtype.itemsize:
         raise DatasetError(
             f"{path} is not a whole number of token ids",
             expected=f"a multiple of {dtype.itemsize} bytes ({config.bin_dtype})",
-            got=f"{path.stat().st_size} bytes",
+            got=f"{file.bytes} bytes",
             remedy="name the right type with --bin-dtype",
         )
-    fingerprint = f"{digest_file(path).xxh3_128}-{config.bin_dtype}"
-    return TokenFile(np.memmap(path, dtype=dtype, mode="r"), path, fingerprint)
+
+    def read(first: int, number: int) -> NDArray[Any]:
+        found = file.read(first * dtype.itemsize, number * dtype.itemsize)
+        return np.frombuffer(found, dtype)
+
+    fingerprint = f"{file.digest}-{config.bin_dtype}"
+    return TokenFile(file.bytes // dtype.itemsize, read, path, fingerprint)
 
 
 def _load(
@@ -296,7 +319,11 @@ def _column(config: HarvestConfig) -> Column:
 
 
 def _from_table(
-    table: Any, config: HarvestConfig, fingerprint: str | None, size: int | None = None
+    table: Any,
+    config: HarvestConfig,
+    fingerprint: str | None,
+    size: int | None = None,
+    check_file: Callable[[], None] = lambda: None,
 ) -> IndexedDocuments | DocumentStream:
     if hasattr(table, "keys"):  # a DatasetDict from save_to_disk
         if config.split not in table:
@@ -313,13 +340,17 @@ def _from_table(
     if table.column_names is not None and column.name not in table.column_names:
         raise _no_column(config, column, table.column_names)
     if config.streaming:
-        return _from_stream(table, config, column, fingerprint)
+        return _from_stream(table, config, column, fingerprint, check_file)
     if len(table) == 0:
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
     table = table.select_columns([column.name])
+    mapped = MappedFiles(Path(file["filename"]) for file in table.cache_files)
 
     def fetch(indices: list[int]) -> Any:
-        return table[indices][column.name]
+        mapped.check()
+        records = table[indices][column.name]
+        mapped.check()
+        return records
 
     documents = IndexedDocuments(fetch, len(table), column, fingerprint or "", size)
     if fingerprint is None:
@@ -328,14 +359,21 @@ def _from_table(
 
 
 def _from_stream(
-    table: Any, config: HarvestConfig, column: Column, fingerprint: str | None
+    table: Any,
+    config: HarvestConfig,
+    column: Column,
+    fingerprint: str | None,
+    check_file: Callable[[], None],
 ) -> DocumentStream:
     if hasattr(table, "to_iterable_dataset"):  # loaded from a local folder
+        check_file = MappedFiles(Path(file["filename"]) for file in table.cache_files).check
         table = table.to_iterable_dataset()
 
     def walk() -> Iterator[Record]:
         rows = enumerate(table)
+        check_file()
         while (item := _next_row(rows, config)) is not None:
+            check_file()
             index, row = item
             if column.name not in row:
                 raise _no_column(config, column, row)

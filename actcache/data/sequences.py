@@ -37,6 +37,7 @@ from actcache.data.datasets import (
 from actcache.errors import DatasetError
 
 Ids = NDArray[np.int64]
+_IDS_AT_ONCE = 1 << 17  # token ids read from a file at once
 _BATCH = 256  # documents tokenised at once, and sequences between two updates of a progress bar
 
 
@@ -125,7 +126,7 @@ def count_sequences(
 ) -> int:
     """Count the sequences of the text, up to `limit`."""
     if isinstance(source, TokenFile):
-        count = len(source.ids) // pipeline.text_tokens
+        count = source.count // pipeline.text_tokens
         return count if limit is None else min(count, limit)
     count = 0
     bar = Progress("count", None if limit is None else limit * pipeline.ctx_len, "tok")
@@ -150,8 +151,13 @@ def _check_vocabulary(ids: Ids, pipeline: SequencePipeline) -> None:
 
 def _cut_file(source: TokenFile, pipeline: SequencePipeline) -> Iterator[_Piece]:
     size = pipeline.text_tokens
-    for start in range(0, len(source.ids) - size + 1, size):
-        yield _Piece(source.ids[start : start + size].astype(np.int64), 0, start)
+    count = source.count // size
+    at_once = max(1, _IDS_AT_ONCE // size)
+    for first in range(0, count, at_once):
+        number = min(at_once, count - first)
+        ids = source.read(first * size, number * size).astype(np.int64).reshape(number, size)
+        for sequence, row in enumerate(ids, start=first):
+            yield _Piece(row, 0, sequence * size)
 
 
 def _pack(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:

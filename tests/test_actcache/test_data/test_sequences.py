@@ -47,7 +47,8 @@ def documents(*texts: str) -> IndexedDocuments:
 
 
 def token_file(ids: list[int], dtype: str = "<u2") -> TokenFile:
-    return TokenFile(np.array(ids, dtype=dtype), Path("x.bin"), "")  # type: ignore[arg-type]
+    array = np.array(ids, dtype=dtype)
+    return TokenFile(len(ids), lambda first, n: array[first : first + n], Path("x.bin"), "")
 
 
 def pipeline(kind: Any = "pack", ctx_len: int = 4, **changes: Any) -> SequencePipeline:

@@ -105,6 +105,21 @@ class RootedPath(PosixPath):
             if not missing_ok:
                 raise
 
+    def replace(self, target: str | os.PathLike[str]) -> RootedPath:
+        """Rename the file to `target`, absent or a plain file; return the new path."""
+        new = target if isinstance(target, RootedPath) else type(self)(target)
+        source = _open_folder(self, self.parts[:-1])
+        try:
+            folder = _open_folder(new, new.parts[:-1])
+            try:
+                _require_plain(new, folder)
+                os.replace(self.name, new.name, src_dir_fd=source, dst_dir_fd=folder)
+            finally:
+                os.close(folder)
+        finally:
+            os.close(source)
+        return new
+
     def rmdir(self) -> None:
         """Delete an empty folder; raises an error if it is a link."""
         folder = _open_folder(self, self.parts[:-1])
@@ -142,12 +157,13 @@ def rooted(folder: str | Path) -> RootedPath:
     return _of_depth(len(Path(folder).parts))(folder)
 
 
-def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
     """Open a plain file and return its descriptor.
 
     Args:
         path: the file.
-        flags: those of `os.open`. New files have mode 0o644.
+        flags: those of `os.open`.
+        mode: mode of a new file.
 
     Raises:
         FormatError: the file, or a folder below the root, is a link, or the file is no plain one.
@@ -157,7 +173,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
     try:
         # Looked at first, since opening a device can act on it.
         _require_plain(path, folder)
-        fd = os.open(path.name, flags | _PLAIN, 0o644, dir_fd=folder)
+        fd = os.open(path.name, flags | _PLAIN, mode, dir_fd=folder)
     except OSError as error:
         raise _of_path(error, path) from None
     finally:

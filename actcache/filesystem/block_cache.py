@@ -1,18 +1,25 @@
 """On-disk LRU cache of blocks of remote files, shared by processes and bounded in bytes.
 
-One file per block: its digest, then its bytes. A block is written under a partial name and renamed,
-so that a killed process leaves no incomplete block; its digest is checked on reading, so that a
-power loss leaves none either, without a sync per block. Abandoned partial files are deleted later.
+One file per block: its digest, then its bytes. A block is written under an unpredictable partial
+name and renamed, so that a killed process leaves no incomplete block; its digest is checked on
+reading, so that a power loss leaves none either, without a sync per block. Abandoned partial files
+are deleted later.
 
 The lock file holds an upper bound on the bytes of all files: every block is added at its full size
 before it is written, and the number is lowered only by listing the folder. So a process that dies
-can only make the bound too high.
+can only make the bound too high. Whoever cannot have the lock within seconds reads without the
+cache.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
+import secrets
+import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +28,8 @@ from pathlib import Path
 
 import xxhash
 
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, FormatError
+from actcache.filesystem.atomic import open_file, rooted
 
 DEFAULT_BYTES = 16 << 30
 FOLDER_VARIABLE = "ACTCACHE_BLOCK_CACHE"
@@ -30,6 +38,9 @@ BYTES_VARIABLE = "ACTCACHE_BLOCK_CACHE_BYTES"
 _DIGEST = 16  # bytes of XXH3-128
 _LOCK = "lock"
 _PARTIAL = ".partial-"
+_BLOCK_NAME = re.compile(r"[0-9a-z]+-[0-9]+")
+_REFUSALS = (OSError, FormatError)
+_PATIENCE = 10.0  # seconds to wait for the lock, which is held for much less
 _ABANDONED = 600.0  # seconds after which a partial file counts as abandoned
 _SLACK = 10  # an eviction frees 1/10 of the capacity, as listing all files is slow
 
@@ -46,19 +57,21 @@ class BlockCache:
     """
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
-        self.folder, self.most_bytes = folder, most_bytes
+        self.folder, self.most_bytes = rooted(folder), most_bytes
         self._counted = False
         if not most_bytes:
             return
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._locked():
                 pass
-        except OSError as error:
+        except BlockingIOError:  # a warning has been printed
+            return
+        except _REFUSALS as error:
             raise ConfigError(
                 f"blocks of remote files cannot be cached in {folder}",
                 expected="a writable folder",
-                got=error.strerror or str(error),
+                got=(isinstance(error, OSError) and error.strerror) or error,
                 remedy=f"--block-cache or ${FOLDER_VARIABLE}: another folder; or "
                 f"--block-cache-bytes 0",
             ) from error
@@ -71,7 +84,7 @@ class BlockCache:
             with self._path(name).open("rb", buffering=0) as file:
                 data = file.read(_DIGEST + size + 1)
                 os.utime(file.fileno())
-        except OSError:
+        except _REFUSALS:
             return None
         if (
             len(data) != _DIGEST + size
@@ -91,8 +104,7 @@ class BlockCache:
         if size > self.most_bytes:
             return
         path = self._path(name)
-        thread = f"{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}"
-        partial = path.with_name(f"{_PARTIAL}{name}-{thread}")
+        partial = path.with_name(f"{_PARTIAL}{name}-{secrets.token_hex(8)}")
         try:
             path.parent.mkdir(exist_ok=True, mode=0o700)
             if not self._reserve(partial, size):
@@ -104,13 +116,13 @@ class BlockCache:
                         left = left[file.write(left) :]
             with self._locked():  # a process that lists the folder sees exactly one name
                 partial.replace(path)
-        except OSError:  # the cache is optional: reading continues without it
-            with suppress(OSError):
+        except _REFUSALS:  # the cache is optional: reading continues without it
+            with suppress(*_REFUSALS):
                 partial.unlink()
 
     def drop(self, name: str) -> None:
         """Delete a block."""
-        with suppress(OSError):
+        with suppress(*_REFUSALS):
             self._path(name).unlink()
 
     def _path(self, name: str) -> Path:
@@ -128,24 +140,29 @@ class BlockCache:
                 return False
             os.ftruncate(fd, 0)
             os.pwrite(fd, str(total + size).encode(), 0)
-            with partial.open("wb") as file:
+            with partial.open("xb") as file:
                 file.truncate(size)
         return True
 
     def _make_room(self, size: int) -> int:
-        """Delete the least recently used blocks; return the bytes of the remaining ones."""
+        """Delete the least recently used blocks; return the bytes of the remaining ones.
+
+        Files with other names, and links, are not ours and stay.
+        """
         found: list[tuple[int, int, Path]] = []
         total, now = 0, time.time()
-        for path in self.folder.glob("??/*"):
+        for path in self._files():
             try:
-                known = path.stat()
+                known = path.lstat()
+                if not stat.S_ISREG(known.st_mode):
+                    continue
                 if path.name.startswith(_PARTIAL):
                     if now - known.st_mtime > _ABANDONED:
                         path.unlink()
                         continue
                 else:
                     found.append((known.st_mtime_ns, known.st_size, path))
-            except OSError:
+            except _REFUSALS:
                 continue
             total += known.st_size
         if total + size <= self.most_bytes:
@@ -154,19 +171,67 @@ class BlockCache:
         for _, each, path in sorted(found):
             if total <= aim:
                 break
-            with suppress(OSError):
+            with suppress(*_REFUSALS):
                 path.unlink()
                 total -= each
         return total
 
+    def _files(self) -> Iterator[Path]:
+        """List the blocks and the partial ones."""
+        for folder in self.folder.iterdir():
+            if len(folder.name) != 2:
+                continue
+            with suppress(*_REFUSALS):
+                for path in folder.iterdir():
+                    name = path.name.removeprefix(_PARTIAL)
+                    if name.startswith(folder.name) and _BLOCK_NAME.match(name):
+                        yield path
+
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        path = self.folder / _LOCK
+        fd = open_file(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink > 1:  # writing to it would change another file
+                raise OSError(errno.EMLINK, "the lock file has several names", str(path))
+            if not _lock_within(fd, _PATIENCE):
+                self._give_up(path)
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
             yield fd
         finally:
             os.close(fd)  # releases the lock
+
+    def _give_up(self, path: Path) -> None:
+        """Stop using the folder, and print a warning once."""
+        if self.most_bytes:
+            self.most_bytes = 0
+            sys.stderr.write(
+                f"warning: {path} has been locked by another process for {_PATIENCE:.0f} s; "
+                "continuing without the block cache\n"
+            )
+
+
+def _lock_within(fd: int, seconds: float) -> bool:
+    """Take the lock of a descriptor, waiting so long; return whether it is taken.
+
+    A thread waits in the kernel, which is fair; attempts at intervals starve beside other waiters.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        twin, taken = os.dup(fd), threading.Event()
+    else:
+        return True
+
+    def take() -> None:
+        try:
+            fcntl.flock(twin, fcntl.LOCK_EX)
+            taken.set()
+        finally:
+            os.close(twin)  # the lock goes with it if `fd` has been closed meanwhile
+
+    threading.Thread(target=take, name="actcache-lock", daemon=True).start()
+    return taken.wait(seconds)
 
 
 def open_blocks(folder: str | None, most_bytes: int | None) -> BlockCache:

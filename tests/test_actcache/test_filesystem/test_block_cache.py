@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from actcache.errors import ConfigError
+from actcache.filesystem import block_cache
 from actcache.filesystem.block_cache import BlockCache, open_blocks
 
 OVERHEAD = 16  # bytes of a block's digest
@@ -20,6 +22,7 @@ OVERHEAD = 16  # bytes of a block's digest
 WRITER = """
 import sys
 from pathlib import Path
+from actcache.filesystem import block_cache
 from actcache.filesystem.block_cache import BlockCache
 cache = BlockCache(Path(sys.argv[1]), int(sys.argv[2]))
 print("begun", flush=True)
@@ -147,3 +150,57 @@ def test_the_environment_sets_folder_and_capacity(
     monkeypatch.setenv("ACTCACHE_BLOCK_CACHE_BYTES", "many")
     with pytest.raises(ConfigError, match="ACTCACHE_BLOCK_CACHE_BYTES"):
         open_blocks(None, None)
+
+
+@pytest.mark.parametrize("make", [Path.symlink_to, Path.hardlink_to])
+def test_a_lock_that_is_another_file_is_refused(
+    make: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "blocks").mkdir()
+    make(tmp_path / "blocks" / "lock", tmp_path / "victim")
+    with pytest.raises(ConfigError, match=r"(?s)cannot be cached.*remedy.*another folder"):
+        BlockCache(tmp_path / "blocks", 10_000)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_lock_that_stays_taken_ends_the_use_of_the_folder_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(block_cache, "_PATIENCE", 0.05)
+    cache = BlockCache(tmp_path, 10_000)
+    cache.put("aa-0", b"kept")
+    with (tmp_path / "lock").open("a") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        cache.put("aa-1", b"not kept")
+        cache.put("aa-2", b"not kept")
+        assert cache.get("aa-0", 4) is None
+        warning = capsys.readouterr().err
+        assert warning.count("lock has been locked by another process") == 1
+        late = BlockCache(tmp_path, 10_000)
+        late.put("aa-1", b"not kept")
+        assert "continuing without the block cache" in capsys.readouterr().err
+    assert BlockCache(tmp_path, 10_000).get("aa-0", 4) == b"kept"
+    assert [path.name for path in (tmp_path / "aa").iterdir()] == ["aa-0"]
+
+
+def test_links_and_foreign_files_are_neither_read_nor_evicted(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    blocks = tmp_path / "blocks"
+    cache = BlockCache(blocks, 300)
+    cache.put("aa-0", bytes(100))
+    for name in ("aa-1", "aa", "go", ".partial-aa-1-x"):
+        (blocks / "aa" / name).symlink_to(tmp_path / "victim")
+    (blocks / "go").mkdir()
+    (blocks / "go" / "notes").write_text("theirs")
+    (blocks / "bb").symlink_to(tmp_path)
+    assert cache.get("aa-1", 8) is None
+    cache.put("aa-1", bytes(100))
+    cache.put("bb-1", bytes(100))
+    for i in range(5):
+        cache.put(f"cc-{i}", bytes(100))
+    assert (blocks / "aa" / "aa-1").is_symlink()
+    assert (blocks / "go" / "notes").exists()
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks", "victim"]
+    assert not (blocks / "aa" / "aa-0").exists()  # evicted

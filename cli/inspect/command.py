@@ -76,10 +76,13 @@ def run(
     import dataclasses
 
     from actcache.cache.reader import Cache
+    from actcache.filesystem.output import require_output
     from actcache.inspection import read_sequences, render_page, sample_rows, shard_facts, summarize
 
     from .summary import print_summary
 
+    if html is not None:
+        require_output(Path(html), "--html")
     opened = Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes)
     if hookpoint is not None:
         opened.require_hookpoint(hookpoint)
@@ -154,12 +157,14 @@ def _page_through(
 
 
 def _write_page(file: str, page: str) -> None:
-    """Write the page atomically."""
+    """Write the page: atomically, unless it goes to a pipe or a device."""
     from actcache.core.progress import format_bytes
-    from actcache.filesystem.atomic import write_atomic
+    from actcache.filesystem.output import write_output
 
-    written = write_atomic(Path(file), [page.encode()])
-    print_stderr(f"{file}: one page, {format_bytes(written.bytes)}")
+    sys.stdout.flush()
+    written = page.encode()
+    write_output(Path(file), written, "--html")
+    print_stderr(f"{file}: one page, {format_bytes(len(written))}")
 
 
 def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:

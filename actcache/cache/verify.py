@@ -17,7 +17,7 @@ from actcache.cache.folder import data_paths
 from actcache.cache.reader import Cache, symlinked_dirs
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
-from actcache.filesystem.atomic import digest_file
+from actcache.filesystem.atomic import digest_file, walk
 from actcache.filesystem.paths import CachePath, open_path, require_local, require_remote
 from actcache.format.manifest import (
     EXTENSIONS,
@@ -367,11 +367,5 @@ def _leftovers(cache: Cache) -> list[str]:
         known |= {path, *data_paths(root, manifest, shard).values()}
     for shard in retracted_shards(root):
         known |= {retraction_path(root, shard), *data_paths(root, manifest, shard).values()}
-    left = []
-    for name, folders, files in os.walk(root):
-        folder = Path(name)
-        if folder == root and "logs" in folders:
-            folders.remove("logs")
-        entries = [*files, *(f for f in folders if (folder / f).is_symlink())]
-        left += [folder / entry for entry in entries if folder / entry not in known]
-    return sorted(str(path.relative_to(root)) for path in left)
+    left = [path.relative_to(root) for path, _ in walk(root) if path not in known]
+    return sorted(str(path) for path in left if path.parts[0] != "logs")

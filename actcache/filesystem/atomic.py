@@ -21,8 +21,8 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from typing import IO, Any, ClassVar, Protocol
@@ -226,6 +226,41 @@ def require_plain_entries(folder: Path, names: re.Pattern[str]) -> None:
         os.close(fd)
 
 
+def walk(root: Path) -> Iterator[tuple[Path, bool]]:
+    """List all below a folder that is no folder: each path, and whether it is a plain file.
+
+    Links are listed and not followed.
+    """
+    for place, folders, names, fd in _walk(root):
+        for name in (*folders, *names):
+            with suppress(FileNotFoundError):
+                mode = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
+                if not stat.S_ISDIR(mode):
+                    yield root / place / name, stat.S_ISREG(mode)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str], int]]:
+    """As `os.fwalk`, which would not enter a root that is a link; folders relative to the root."""
+    fd = _open_folder(root)
+    try:
+        yield from os.fwalk(".", dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def path_for_libraries(path: Path) -> Iterator[str]:
+    """Yield a name by which a library can open the file, and no link below the root is followed."""
+    if not isinstance(path, RootedPath):
+        yield str(path)
+        return
+    fd = open_file(path)
+    try:
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
 def is_stray(name: str) -> bool:
     """Return whether notebooks, file managers and file systems leave files of such a name."""
     return name.startswith(".") or name in _STRAYS
@@ -403,7 +438,7 @@ def remove_partials(root: Path) -> int:
     lock: a partial file of a live writer would be deleted too.
     """
     removed = 0
-    for _, folders, names, folder in os.fwalk(root):
+    for _, folders, names, folder in _walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") or _PARTIAL not in name:

@@ -21,9 +21,11 @@ from actcache.filesystem.atomic import (
     is_unlocked,
     open_file,
     open_log,
+    path_for_libraries,
     remove_partials,
     require_plain,
     rooted,
+    walk,
     write_atomic,
 )
 
@@ -331,3 +333,33 @@ def test_a_file_system_without_locks_is_named(
     assert str(tmp_path) in str(got.value)
     assert got.value.exit_code not in (0, ActcacheError.exit_code)
     assert not is_unlocked(tmp_path)
+
+
+def test_partial_files_behind_a_root_that_is_a_link_are_deleted(root: Path) -> None:
+    (root / "a" / ".b.partial-1").write_text("")
+    assert remove_partials(Path(root)) == 1
+    assert [path.name for path in (root / "a").iterdir()] == ["b"]
+
+
+def test_walk_lists_links_and_does_not_follow_them(root: Path, tmp_path: Path) -> None:
+    (root / "linked").symlink_to(tmp_path / "outside")
+    (root / "a" / "link").symlink_to("b")
+    (root / "a" / ".hidden").write_text("")
+    found = {str(path.relative_to(root)): plain for path, plain in walk(root)}
+    assert found == {"a/b": True, "a/.hidden": True, "a/link": False, "linked": False}
+
+
+def test_libraries_open_a_file_by_its_descriptor_and_other_paths_by_name(
+    root: Path, tmp_path: Path
+) -> None:
+    with path_for_libraries(root / "a" / "b") as name:
+        assert Path(name).read_bytes() == b"inside"
+    (tmp_path / "link").symlink_to("outside/b")  # as in the cache of the Hub
+    with path_for_libraries(tmp_path / "link") as name:
+        assert Path(name).read_bytes() == b"precious"
+    (root / "a" / "link").symlink_to("b")
+    with (
+        pytest.raises(FormatError, match="link is a symbolic link"),
+        path_for_libraries(root / "a" / "link"),
+    ):
+        pass

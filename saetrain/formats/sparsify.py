@@ -23,7 +23,7 @@ from torch import Tensor
 
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import ConfigError, FormatError
-from actcache.filesystem.atomic import FileDigest, write_atomic
+from actcache.filesystem.atomic import FileDigest, path_for_libraries, write_atomic
 from saetrain.config.sae import ActivationName, SaeConfig
 from saetrain.model.sae import Sae, build_sae
 
@@ -92,7 +92,7 @@ def save_sae(
     Returns:
         Digest of the weights file.
     """
-    folder = Path(folder)
+    folder = folder if isinstance(folder, Path) else Path(folder)  # keeps a root
     tensors = {
         stored: weights[name].detach().cpu().contiguous()
         for name, stored in _TENSORS.items()
@@ -122,11 +122,12 @@ def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
     Raises:
         FormatError: a file is missing or damaged, or the kind of SAE is unknown.
     """
-    folder = Path(folder)
+    folder = folder if isinstance(folder, Path) else Path(folder)  # keeps a root
     config = read_sae_config(folder)
     path = folder / WEIGHTS
     try:
-        tensors = load_file(path, device=str(device))
+        with path_for_libraries(path) as name:
+            tensors = load_file(name, device=str(device))
     except (OSError, SafetensorError) as error:
         raise FormatError(f"cannot read {path}", got=str(error)) from error
     shapes = _shapes(config)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from actcache.filesystem.atomic import walk
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeEntry
 from saetrain.runs.record import RunRecord
@@ -169,7 +170,10 @@ class WandbRuns:
             for entry in saes:
                 name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{run.id}-{entry.name}")
                 artifact = wandb.Artifact(name, type="sae", metadata=dataclasses.asdict(entry))
-                artifact.add_dir(str(self._root / entry.name))
+                folder = self._root / entry.name
+                for path, is_plain in walk(folder):
+                    if is_plain:  # what a link points to is not ours to upload
+                        artifact.add_file(str(path), str(path.relative_to(folder)))
                 logged = run.log_artifact(artifact)
                 if self._record.options.wandb == "online":
                     logged.wait(timeout=_UPLOAD_SECONDS)

@@ -21,6 +21,7 @@ from actcache.filesystem.atomic import (
     FileDigest,
     is_stray,
     remove_partials,
+    remove_trees,
     require_plain,
     require_plain_entries,
     write_atomic,
@@ -216,10 +217,9 @@ def create_or_resume(
     check_room(root, coming, receipts)
     lock.acquire()
     remove_partials(root)
+    remove_trees(root, RESTORED)
     # Check again: until the lock was acquired, another process could write or publish.
     drop_restored_records(root, _published(root, manifest, extend))
-    for folder in root.glob(f"{RESTORED}*"):
-        shutil.rmtree(folder, ignore_errors=True)
     existing = read_manifest(root) if (root / MANIFEST).exists() else None
     if existing is not None and different_fields(manifest, existing, extend=extend):
         # A harvest that published nothing left it, such as one that ran out of memory at its first

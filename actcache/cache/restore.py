@@ -8,15 +8,19 @@ changes nothing.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.folder import RESTORED, data_paths
 from actcache.core.json_codec import SEAL, decode_json, to_json
 from actcache.errors import RestoreError
-from actcache.filesystem.atomic import DirectoryLock, FileDigest, digest_file, fsync_dir
+from actcache.filesystem.atomic import (
+    DirectoryLock,
+    FileDigest,
+    digest_file,
+    fsync_dir,
+    remove_tree,
+)
 from actcache.format.manifest import SEALED_FROM, Manifest, library_versions
 from actcache.format.receipts import (
     Retraction,
@@ -42,7 +46,7 @@ def write_folder(root: Path, manifest: Manifest, shard: int) -> Path:
     if read_retraction(root, manifest, shard) is None:
         return root
     folder = root / f"{RESTORED}{shard:05d}"
-    shutil.rmtree(folder, ignore_errors=True)  # of a killed process
+    remove_tree(folder)  # of a killed process
     return folder
 
 
@@ -76,7 +80,7 @@ def publish_restored(root: Path, manifest: Manifest, made: ShardReceipt, folder:
             publish_receipt(root, manifest, receipt)
             forget(root, made.shard)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
     if choice.lost:
         raise _restore_error(root, manifest, record, choice.lost)
 
@@ -164,7 +168,7 @@ def _seal(receipt: ShardReceipt) -> object:
 def _move(new: Path, path: Path) -> None:
     """Replace a file of the cache, atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(new, path)  # noqa: PTH105 (tests patch os.replace)
+    new.replace(path)
     fsync_dir(path.parent)
 
 

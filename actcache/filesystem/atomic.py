@@ -18,6 +18,7 @@ import functools
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import time
@@ -448,6 +449,23 @@ def remove_partials(root: Path) -> int:
                     os.unlink(name, dir_fd=folder)
                     removed += 1
     return removed
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a temporary folder of ours and all in it, as far as possible; a link stays."""
+    with suppress(OSError):
+        folder = _open_folder(path, path.parts[:-1])
+        try:
+            shutil.rmtree(path.name, ignore_errors=True, dir_fd=folder)
+        finally:
+            os.close(folder)
+
+
+def remove_trees(root: Path, prefix: str) -> None:
+    """Delete the temporary folders of ours directly below a root whose names begin so."""
+    for path in rooted(root).iterdir():
+        if path.name.startswith(prefix):
+            remove_tree(path)
 
 
 def open_log(path: Path) -> IO[bytes]:

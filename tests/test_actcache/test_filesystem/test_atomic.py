@@ -23,6 +23,8 @@ from actcache.filesystem.atomic import (
     open_log,
     path_for_libraries,
     remove_partials,
+    remove_tree,
+    remove_trees,
     require_plain,
     rooted,
     walk,
@@ -363,3 +365,15 @@ def test_libraries_open_a_file_by_its_descriptor_and_other_paths_by_name(
         path_for_libraries(root / "a" / "link"),
     ):
         pass
+
+
+def test_temporary_folders_are_deleted_and_links_in_their_place_stay(
+    root: Path, tmp_path: Path
+) -> None:
+    (root / ".restored-1" / "inner").mkdir(parents=True)
+    (root / ".restored-1" / "inner" / "link").symlink_to(tmp_path / "outside")
+    (root / ".restored-2").symlink_to(tmp_path / "outside")
+    remove_trees(root, ".restored-")
+    remove_tree(root / ".restored-none")
+    assert sorted(path.name for path in root.iterdir()) == [".restored-2", "a"]
+    assert (tmp_path / "outside" / "b").read_bytes() == b"precious"

@@ -13,7 +13,7 @@ from actcache.core.json_codec import to_json
 from actcache.core.process import choose_device
 from actcache.core.progress import Progress
 from actcache.errors import EmptyCacheError, FormatError, RunError
-from actcache.filesystem.atomic import digest_file, rooted, write_atomic
+from actcache.filesystem.atomic import digest_file, require_plain, rooted, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MANIFEST
 from actcache.stream.order import Span
@@ -24,7 +24,6 @@ from saetrain.kernels import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
 from saetrain.runs.checkpoint import SaeState, best_folder, newest_state, own_names
-from saetrain.runs.own_files import require_plain
 from saetrain.runs.record import RunRecord, check_same_cache, read_run
 from saetrain.runs.segments import has_ended, held_out_shards, read_used
 from saetrain.tracking.jsonl import METRICS, TIMINGS, last_line, number_of, sae_metrics

@@ -15,6 +15,7 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError
+from actcache.filesystem.atomic import require_plain
 from actcache.stream.memory_budget import plan_memory
 from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
@@ -26,7 +27,6 @@ from saetrain.model.hookpoint_io import HookpointRoles, assign_hookpoints, hookp
 from saetrain.optim import default_lr
 from saetrain.runs.checkpoint import newest_step, own_names
 from saetrain.runs.overrides import apply_overrides, with_history_entry
-from saetrain.runs.own_files import require_plain
 from saetrain.runs.record import (
     FORMAT_VERSION,
     RunRecord,

@@ -9,13 +9,13 @@ import torch
 from actcache.cache.reader import Cache
 from actcache.core.process import choose_device
 from actcache.errors import CorruptShardError, RunError
+from actcache.filesystem.atomic import is_stray, require_plain
 from actcache.format.manifest import MANIFEST
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.resolve import open_cache, resolve_run, resume_record, write_option_changes
 from saetrain.launch.session import EXIT, RunSession, run_session
 from saetrain.launch.setup import RunBroadcast, set_up_run
 from saetrain.launch.summary import FitSummary, summarize_fit
-from saetrain.runs.own_files import FOREIGN
 from saetrain.runs.record import LOCK, RUN, check_same_cache, write_run
 from saetrain.training.loop import train
 from saetrain.training.run_state import RunState
@@ -136,9 +136,10 @@ def has_run(config: FitConfig, root: Path) -> bool:
     if root.exists():
         if not root.is_dir():
             raise RunError(f"--out {root} is a file", expected="a new or empty folder")
+        require_plain(root, [str(LOCK), EXIT])
         # A run that was killed before or during its first write has not started.
         names = {path.name for path in root.iterdir()} - {str(LOCK), EXIT}
-        if any(not name.startswith((f".{RUN}.", *FOREIGN)) for name in names):
+        if not all(map(is_stray, names)):
             content = "a cache" if (root / MANIFEST).exists() else "other things"
             raise RunError(f"--out {root} holds {content}", expected="a new or empty folder")
     return False

@@ -14,7 +14,6 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import best_folder, remove_other_bests, remove_others, state_path
-from saetrain.runs.own_files import read_plain, require_plain
 
 Options = Callable[..., FitConfig]
 
@@ -58,26 +57,6 @@ def test_a_link_with_the_name_of_a_checkpoint_stays(tmp_path: Path) -> None:
     state_path(tmp_path, 5).write_text("{}")
     remove_others(tmp_path, 5)
     assert len(list(tmp_path.iterdir())) == 4
-
-
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_only_plain_files_are_read(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "mine").write_text("mine")
-    path = tmp_path / "run.json"
-    if kind == "link":
-        path.symlink_to(tmp_path / "mine")
-    elif kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.mkdir()
-    with pytest.raises(FormatError, match=rf"run\.json is a.*{kind}"):
-        read_plain(path)
-    if kind != "folder":
-        with pytest.raises(FormatError, match=rf"run\.json is a.*{kind}"):
-            require_plain(tmp_path, ["run.json", "missing/x", "mine"])
-    assert read_plain(tmp_path / "mine") == b"mine"
-    with pytest.raises(FormatError, match="too large"):
-        read_plain(tmp_path / "mine", 3)
 
 
 @pytest.mark.parametrize(

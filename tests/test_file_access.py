@@ -1,0 +1,108 @@
+"""Every file of a cache and of a run is opened relative to the descriptor of its folder.
+
+Python's audit events tell what is opened, listed, renamed and deleted by its path.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from actcache_cli.main import actcache_app, saetrain_app
+
+_EVENTS = frozenset(
+    [
+        "open",
+        "os.listdir",
+        "os.scandir",
+        "os.remove",
+        "os.rename",
+        "os.mkdir",
+        "os.rmdir",
+        "os.link",
+        "os.symlink",
+        "os.truncate",
+        "os.utime",
+        "os.chmod",
+        "shutil.rmtree",
+        "shutil.copyfile",
+        "shutil.move",
+    ]
+)
+_watched: list[tuple[str, list[str]]] = []
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _watched or event not in _EVENTS:
+        return
+    for path in arguments[:2]:
+        if isinstance(path, str | os.PathLike):
+            absolute = os.path.abspath(path)  # noqa: PTH100 (without following links)
+            for root, found in _watched:
+                if absolute.startswith(f"{root}{os.sep}"):
+                    found.append(f"{event} {absolute}")
+
+
+@contextmanager
+def watched(*roots: Path) -> Iterator[list[str]]:
+    """Collect what is opened, listed, renamed or deleted by a path that leads below a folder."""
+    if not hasattr(sys, "_actcache_hook"):  # a hook cannot be removed
+        sys.addaudithook(_hook)
+        sys._actcache_hook = True  # type: ignore[attr-defined]
+    found: list[str] = []
+    _watched.extend((str(root), found) for root in roots)
+    try:
+        yield found
+    finally:
+        _watched.clear()
+
+
+def test_the_watch_notices_a_file_that_is_opened_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    with watched(tmp_path) as found:
+        (tmp_path / "x").read_text()
+        os.listdir(tmp_path)  # noqa: PTH208
+    assert found == [f"open {tmp_path / 'x'}"]
+
+
+def run(app: Any, *arguments: object) -> str:
+    """Run a command in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_commands_open_nothing_below_a_cache_or_run_by_its_path(
+    tiny_model: Path, prose_file: Path, tmp_path: Path
+) -> None:
+    cache, other, trained = tmp_path / "cache", tmp_path / "zarr", tmp_path / "run"
+    harvest = [tiny_model, prose_file, "--ctx-len", 16, "--batch-size", 2, "--shard-size", 8]
+    harvest += ["--hookpoint", "layers.1"]
+    fit = ["fit", cache, "--out", trained, "--num-latents", 64, "--k", 4, "--batch-size", 32]
+    fit += ["--save-every", 3, "--save-best", "--val-every", 3, "--val-rows", 32, "--device", "cpu"]
+    with watched(cache, other, trained) as found:
+        run(actcache_app(), "harvest", *harvest, "--out", cache, "--max-tokens", 320)
+        run(actcache_app(), "harvest", *harvest, "--out", cache, "--max-tokens", 640, "--extend")
+        run(actcache_app(), "convert", cache, "--out", other, "--backend", "zarr")
+        run(actcache_app(), "inspect", cache, "--verbose", "--sample", 2)
+        run(saetrain_app(), *fit, "--max-tokens", 256)
+        run(saetrain_app(), *fit, "--max-tokens", 512, "--resume", "--force-config")
+        run(saetrain_app(), "eval", trained, "--device", "cpu")
+        run(saetrain_app(), "eval", trained, "--device", "cpu", "--best")
+        assert not found
+    for root in (cache, other):
+        for path in (root / "tokens" / "00001.safetensors", root / "shards" / "00003.json"):
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        with watched(root) as found:
+            CliRunner().invoke(actcache_app(), ["verify", str(root), "--repair"])
+            assert not found
+    with watched(cache) as found:
+        run(actcache_app(), "harvest", *harvest, "--out", cache, "--max-tokens", 640)
+        run(actcache_app(), "verify", cache)
+        assert not found

@@ -7,8 +7,8 @@ are deleted later.
 
 The lock file holds an upper bound on the bytes of all files: every block is added at its full size
 before it is written, and the number is lowered only by listing the folder. So a process that dies
-can only make the bound too high. Whoever cannot have the lock within seconds reads without the
-cache.
+can only make the bound too high. A process that does not get the lock within seconds reads without
+the cache.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LOCK = "lock"
 _PARTIAL = ".partial-"
 _BLOCK_NAME = re.compile(r"[0-9a-z]+-[0-9]+")
 _REFUSALS = (OSError, FormatError)
-_PATIENCE = 10.0  # seconds to wait for the lock, which is held for much less
+_LOCK_WAIT = 10.0  # seconds to wait for the lock, which is held for much less
 _ABANDONED = 600.0  # seconds after which a partial file counts as abandoned
 _SLACK = 10  # an eviction frees 1/10 of the capacity, as listing all files is slow
 
@@ -194,7 +194,7 @@ class BlockCache:
         try:
             if os.fstat(fd).st_nlink > 1:  # writing to it would change another file
                 raise OSError(errno.EMLINK, "the lock file has several names", str(path))
-            if not _lock_within(fd, _PATIENCE):
+            if not _lock_within(fd, _LOCK_WAIT):
                 self._give_up(path)
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
             yield fd
@@ -206,7 +206,7 @@ class BlockCache:
         if self.most_bytes:
             self.most_bytes = 0
             sys.stderr.write(
-                f"warning: {path} has been locked by another process for {_PATIENCE:.0f} s; "
+                f"warning: {path} has been locked by another process for {_LOCK_WAIT:.0f} s; "
                 "continuing without the block cache\n"
             )
 

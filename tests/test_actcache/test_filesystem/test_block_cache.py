@@ -167,7 +167,7 @@ def test_a_lock_that_is_another_file_is_refused(
 def test_a_lock_that_stays_taken_ends_the_use_of_the_folder_with_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(block_cache, "_PATIENCE", 0.05)
+    monkeypatch.setattr(block_cache, "_LOCK_WAIT", 0.05)
     cache = BlockCache(tmp_path, 10_000)
     cache.put("aa-0", b"kept")
     with (tmp_path / "lock").open("a") as holder:

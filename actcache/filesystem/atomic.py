@@ -185,6 +185,42 @@ def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
     return fd
 
 
+class _KeptFolder:
+    """A folder that stays open, and which one it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = _open_folder(path)
+        found = os.fstat(self.fd)
+        self.identity = found.st_dev, found.st_ino
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):
+            os.close(self.fd)
+
+
+_kept_folder = functools.lru_cache(maxsize=128, typed=True)(_KeptFolder)
+"""Folders from which files were opened lately; one that is dropped is closed after its last use."""
+
+
+def open_to_read(path: Path) -> int:
+    """Open a plain file as `open_file` does, with fewer system calls where its folder is known.
+
+    Used for rows, which are read in thousands of pieces.
+    """
+    folder = path.parent
+    try:
+        found = folder.lstat()
+        kept = _kept_folder(folder)
+        if kept.identity == (found.st_dev, found.st_ino):  # the path leads there still
+            fd = os.open(path.name, os.O_RDONLY | _PLAIN, dir_fd=kept.fd)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+    except OSError:
+        pass
+    return open_file(path)  # which says what is wrong
+
+
 def require_plain(root: Path, names: Iterable[str]) -> None:
     """Raise `FormatError` if a name below a folder, or a folder above it, is a link or a device.
 

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from actcache.errors import CorruptShardError
-from actcache.filesystem.atomic import open_file
+from actcache.filesystem.atomic import open_to_read
 from actcache.filesystem.paths import CachePath, require_remote
 
 WHOLE = 1 << 62
@@ -45,7 +45,7 @@ def preadv_into(
     left = deque(views)
     end = offset + sum(map(len, views))
     try:
-        fd = open_file(path)
+        fd = open_to_read(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptShardError(
             f"{path} is gone",
@@ -76,7 +76,7 @@ def readahead(path: CachePath, offset: int, length: int) -> None:
     if not isinstance(path, Path):
         return
     with suppress(OSError):
-        fd = open_file(path)
+        fd = open_to_read(path)
         try:
             os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
         finally:

@@ -21,6 +21,7 @@ from actcache.filesystem.atomic import (
     is_unlocked,
     open_file,
     open_log,
+    open_to_read,
     path_for_libraries,
     remove_partials,
     remove_tree,
@@ -221,6 +222,7 @@ OPERATIONS: dict[str, Callable[[Path], object]] = {
     "log": open_log,
     "delete": lambda path: path.unlink(),
     "delete if there": lambda path: path.unlink(missing_ok=True),
+    "rows": open_to_read,
     "descriptor": lambda path: open_file(path, os.O_RDWR | os.O_CREAT),
     "write": lambda path: path.write_bytes(b"x"),
     "lock": lambda path: DirectoryLock(
@@ -253,6 +255,26 @@ def test_no_operation_touches_a_link_or_pipe_in_place_of_a_file(
     assert path.lstat() == before
     assert (tmp_path / "outside" / "b").read_bytes() == b"precious"
     assert sorted(os.listdir(root / "a")) == ["b", "special"]  # noqa: PTH208
+
+
+def test_a_folder_that_is_exchanged_is_opened_anew(root: Path, tmp_path: Path) -> None:
+    def read(path: Path) -> bytes:
+        with os.fdopen(open_to_read(path), "rb") as file:
+            return file.read()
+
+    folder, path = Path(root) / "a", root / "a" / "b"
+    assert read(path) == read(Path(path)) == read(path) == b"inside"
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError):
+        read(path)
+    folder.symlink_to(tmp_path / "moved")
+    with pytest.raises(FormatError, match="a is a symbolic link"):
+        read(path)
+    assert read(Path(path)) == b"inside"
+    folder.unlink()
+    folder.mkdir()
+    (folder / "b").write_bytes(b"new")
+    assert read(path) == b"new"
 
 
 def test_a_folder_that_is_a_link_is_not_listed(root: Path, tmp_path: Path) -> None:

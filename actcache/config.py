@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from actcache.core.options import MAIN, option
+from actcache.core.options import MAIN, option, require_texts
 from actcache.errors import ConfigError
 from actcache.filesystem.paths import reject_url
 
@@ -25,6 +25,7 @@ AnyCompression = Literal["auto", "none", "zstd"]
 LoadIn = Literal["none", "8bit", "4bit"]
 DeviceMap = Literal["none", "auto"]
 
+_DAY = 86400
 _BUDGET = re.compile(r"(cpu|[0-9]+)=([0-9.]+[KMG]i?B)")
 
 
@@ -190,6 +191,7 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         """Reject invalid values and combinations of options."""
+        require_texts(self)
         reject_url(self.out, "--out", "files are published by renaming them")
         for name, low in {
             "layer_stride": 1,
@@ -204,7 +206,14 @@ class HarvestConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{_option(name)} is too small", expected=f">= {low}", got=value)
-        for name in ("ctx_len", "batch_size", "shard_size", "shuffle_buffer", "max_tokens"):
+        for name in (
+            "ctx_len",
+            "batch_size",
+            "shard_size",
+            "shuffle_buffer",
+            "layer_stride",
+            "max_tokens",
+        ):
             value, high = getattr(self, name), 2**53 if name == "max_tokens" else 2**31 - 1
             if value is not None and value > high:
                 raise ConfigError(f"{_option(name)} is too large", expected=f"<= {high}", got=value)
@@ -334,6 +343,16 @@ class PlanConfig(HarvestConfig):
     measure_seconds: float = option(20.0, group="Estimate")
     """With --measure: duration of the trial in seconds, without the time to load the model."""
 
+    def __post_init__(self) -> None:
+        """Reject invalid values and combinations of options."""
+        super().__post_init__()
+        if not 0 < self.measure_seconds <= _DAY:
+            raise ConfigError(
+                "--measure-seconds is out of range",
+                expected=f"above 0, at most {_DAY}",
+                got=self.measure_seconds,
+            )
+
 
 @dataclass(frozen=True)
 class ConvertConfig:
@@ -357,7 +376,8 @@ class ConvertConfig:
     """Storage dtype of the activations. auto: that of the source."""
 
     def __post_init__(self) -> None:
-        """Reject a URL as --out."""
+        """Reject folders without a name, and a URL as --out."""
+        require_texts(self, "source", "out")
         reject_url(self.out, "--out", "files are published by renaming them")
 
 

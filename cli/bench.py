@@ -18,10 +18,13 @@ def run(
         list[str] | None,
         typer.Option(help="Read this hookpoint; repeatable. Default: all together."),
     ] = None,
-    max_bytes: Annotated[int, typer.Option(min=1, help="Limit on the bytes of shards.")] = 2**30,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 4096,
+    max_bytes: Annotated[
+        int, typer.Option(min=1, max=2**53, help="Limit on the bytes of shards.")
+    ] = 2**30,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Rows of a batch.")] = 4096,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Reading threads. Default: by a short probe.")
+        int | None,
+        typer.Option(min=1, max=1024, help="Reading threads. Default: by a short probe."),
     ] = None,
     block_cache: BlockCache = None,
     block_cache_bytes: BlockCacheBytes = None,

@@ -74,6 +74,14 @@ def as_known_error(error: Exception) -> ActcacheError | None:
         return ActcacheError(
             "a value of a file or of an option is nested too deeply", remedy="make it flatter"
         )
+    if isinstance(error, UnicodeError) or (
+        isinstance(error, ValueError) and "embedded null" in str(error)
+    ):
+        return ActcacheError(
+            "a name of a file or folder has characters that no name can have",
+            got=error,
+            remedy="see the options, and the names that the files of the cache or run contain",
+        )
     if type(error).__name__ in _OF_STORE:
         return RunError(
             "the connection between the processes of this run has ended",

@@ -21,10 +21,12 @@ def run(
         Literal["float32", "bfloat16", "float16", "float64"],
         typer.Option(help="Dtype of matrix products; bfloat16 for a run with --autocast."),
     ] = "float32",
-    tokens: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 8192,
-    d_in: Annotated[int, typer.Option(min=1, help="Width of a row.")] = 768,
-    num_latents: Annotated[int, typer.Option(min=1, help="Number of latents.")] = 24576,
-    k: Annotated[int, typer.Option(min=1, help="Active latents of a row.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Rows of a batch.")] = 8192,
+    d_in: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Width of a row.")] = 768,
+    num_latents: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Number of latents.")
+    ] = 24576,
+    k: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Active latents of a row.")] = 32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print each kernel's backend; $SAETRAIN_KERNELS forces reference, torch or triton."""

@@ -187,6 +187,7 @@ BlockCacheBytes = Annotated[
     int | None,
     typer.Option(
         min=0,
+        max=2**53,
         help="Largest size of the block cache, in bytes. Default: $ACTCACHE_BLOCK_CACHE_BYTES, or "
         "16 GiB.",
     ),

@@ -40,7 +40,9 @@ def run(
     ] = False,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of files read in parallel. Default: one per core."),
+        typer.Option(
+            min=1, max=1024, help="Number of files read in parallel. Default: one per core."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+from actcache.errors import ConfigError
+
 MAIN = "Main options"
 """Group that the help lists first: what everybody needs."""
 
@@ -49,3 +51,25 @@ def names_on_resume(config_class: type[Any], on_resume: OnResume) -> tuple[str, 
     """List the fields of a configuration that a resumed run may change in this way, in order."""
     fields = dataclasses.fields(config_class)
     return tuple(f.name for f in fields if f.metadata.get("on_resume", "fixed") == on_resume)
+
+
+def require_texts(config: Any, *named: str) -> None:
+    """Reject texts that no file can be called by.
+
+    Args:
+        config: a configuration.
+        named: fields that must not be empty: an unset variable of a shell would stand for the
+            folder in which the command was started.
+
+    Raises:
+        ConfigError: one of `named` is empty, or any text holds a NUL character.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        name = field.name.upper() if field.default is dataclasses.MISSING else field.name
+        shown = name if name.isupper() and name != "OUT" else "--" + field.name.replace("_", "-")
+        if field.name in named and not value:
+            raise ConfigError(f"{shown} is empty", expected="a folder, or its name", got="''")
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and "\0" in text:
+                raise ConfigError(f"{shown} holds a NUL character", got=repr(text[:80]))

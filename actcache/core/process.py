@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import resource
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,6 +123,53 @@ def peak_memory() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("Linux reports VmHWM for every process")
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of main memory that this process can still use, swap included.
+
+    The machine, the process's control groups and its own limit (`ulimit -v`) each set a bound.
+
+    Args:
+        root: where /proc and /sys are found.
+    """
+    free = _fields(root / "proc/meminfo")
+    bounds = [free.get("MemAvailable", free.get("MemFree", 1 << 62)) + free.get("SwapFree", 0)]
+    bounds += _room_of_groups(root)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        bounds.append(limit - _fields(root / "proc/self/status").get("VmSize", 0))
+    return max(0, min(bounds))
+
+
+def _room_of_groups(root: Path) -> list[int]:
+    """Return the unused memory of every control group of this process that has a limit."""
+    found = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            base = root / "sys/fs/cgroup" / controllers
+            limit, used = ("memory.max", "memory.current")
+            if controllers:  # version 1
+                limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            group = base / name.lstrip("/")
+            for folder in (group, *group.parents):
+                if base != folder and base not in folder.parents:
+                    break
+                with suppress(OSError, ValueError):  # no limit ("max"), or a group not shown here
+                    reclaimable = _fields(folder / "memory.stat").get("inactive_file", 0) // 1024
+                    bytes_used = int((folder / used).read_text()) - reclaimable
+                    found.append(int((folder / limit).read_text()) - bytes_used)
+    return found
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Read lines of a name and a number of kB; return bytes by name."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    split = [line.replace(":", " ").split() for line in lines]
+    return {line[0]: int(line[1]) * 1024 for line in split if len(line) > 1 and line[1].isdecimal()}
 
 
 def require_whole_machine() -> None:

@@ -12,6 +12,7 @@ from actcache.filesystem.remote_path import RemoteFiles, RemotePath
 _USER = re.compile(r"(?<=://)[^/?#]*@")
 _QUERY = re.compile(r"[?#].*", re.DOTALL)
 _LOCAL = ("file", "local")
+_WEB = ("http", "https")
 
 
 def redact_url(url: str) -> str:
@@ -33,6 +34,13 @@ def validate_url(url: str) -> None:
     if protocol in _LOCAL:
         raise ConfigError(
             "a local folder is given by its path, not by a URL", expected="a path", got=shown
+        )
+    if protocol in _WEB:
+        raise ConfigError(
+            "a cache cannot be read from a web server, which does not list the files of a folder",
+            expected="s3://, gs://, hf:// or another object store that fsspec lists",
+            got=shown,
+            remedy="download the cache, for example with wget --recursive, and name the folder",
         )
     if shown != url:
         raise ConfigError(

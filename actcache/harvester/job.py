@@ -22,7 +22,7 @@ from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
 from actcache.core.process import World, require_whole_machine
 from actcache.data.sequences import Sequence, iter_sequences
-from actcache.errors import CacheMismatchError
+from actcache.errors import CacheMismatchError, ConfigError
 from actcache.filesystem.atomic import DirectoryLock, rooted
 from actcache.format.manifest import MANIFEST, Identity, Manifest, read_manifest
 from actcache.format.receipts import CompletionMarker, ShardReceipt, read_cache_state
@@ -78,6 +78,8 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
     Raises:
         ActcacheError: an option, the model, the text or the folder does not allow the harvest.
     """
+    if not config.out:
+        raise ConfigError("--out is empty", expected="the folder of the cache", got="''")
     root = rooted(config.out)
     lock = DirectoryLock(root)
     require_cache_folder(root)

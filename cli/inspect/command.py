@@ -35,7 +35,7 @@ SAMPLE_NORMS = 8
 def run(
     cache: Annotated[str, typer.Argument(help="Folder of the cache, or its URL.")],
     shard: Annotated[
-        int | None, typer.Option(min=0, help="Only this shard, with its files.")
+        int | None, typer.Option(min=0, max=2**31 - 1, help="Only this shard, with its files.")
     ] = None,
     hookpoint: Annotated[
         str | None,
@@ -48,11 +48,14 @@ def run(
         int | None,
         typer.Option(
             min=1,
+            max=2**31 - 1,
             help="How many sequences --text shows. Default: all on a terminal, else "
             f"{FEW_SEQUENCES}; --html: {PAGE_SEQUENCES}.",
         ),
     ] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Show so many random rows with context.")] = 0,
+    sample: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Show so many random rows with context.")
+    ] = 0,
     html: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Write all facts, with plots, as one HTML page."),

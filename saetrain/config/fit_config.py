@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from actcache.core.options import MAIN, hidden, option
+from actcache.core.options import MAIN, hidden, option, require_texts
 from actcache.errors import ConfigError
 from actcache.filesystem.paths import reject_url
 from saetrain.config.sae import ONE_PASS, HookpointOverride, SaeOptions, flag, require_range
@@ -275,33 +275,38 @@ class FitConfig(SaeOptions):
 
 def require_run(run: FitConfig) -> None:
     """Reject invalid values and combinations of options; raises `ConfigError`."""
+    require_texts(run, "cache", "out")
     reject_url(run.out, "--out", "files are published by renaming them")
     if run.follow:
         reject_url(run.cache, "CACHE with --follow", "a running harvest writes to a local folder")
     require_range(
         run,
-        ">= 1",
+        "1 to 2**31 - 1",
         "batch_size",
         "epochs",
-        "max_tokens",
-        "dead_after",
-        "val_every",
         "val_rows",
         "segment_shards",
-        "buffer_bytes",
-        "pool_rows",
         "grad_acc_steps",
         "micro_batch_size",
         "chunk_latents",
-        "save_every",
         "keep_last",
+    )
+    require_range(
+        run,
+        "1 to 2**53",
+        "max_tokens",
+        "dead_after",
+        "val_every",
+        "buffer_bytes",
+        "pool_rows",
+        "save_every",
         "keep_every",
         "log_every",
     )
     _require_kinds(run)
     _require_graphs(run)
     require_range(run, "0 to 2**32 - 1", "data_seed")
-    require_range(run, ">= 0", "histogram_every")
+    require_range(run, "0 to 2**53", "histogram_every", "block_cache_bytes")
     for name in ("fresh_b_dec", "fresh_decoder"):
         if getattr(run, name) and run.finetune is None:
             raise ConfigError(f"{flag(name)} needs --finetune", remedy=f"omit {flag(name)}")

@@ -120,7 +120,9 @@ def require_sae(sae: SaeConfig) -> None:
 
 
 _RANGES: dict[str, Callable[[float], bool]] = {
-    ">= 1": lambda x: x >= 1,
+    "1 to 2**31 - 1": lambda x: 1 <= x < 2**31,
+    "1 to 2**53": lambda x: 1 <= x <= 2**53,
+    "0 to 2**53": lambda x: 0 <= x <= 2**53,
     ">= 0": lambda x: 0 <= x < math.inf,
     "> 0": lambda x: 0 < x < math.inf,
     "0 to 1e30": lambda x: 0 <= x <= LARGEST,
@@ -381,9 +383,10 @@ def require_entry(entry: SaeEntry) -> None:
 
 def require_options(options: SaeOptions) -> None:
     """Reject invalid values and combinations; raises `ConfigError`."""
-    sizes = ("expansion_factor", "num_latents", "k", "lr_decay_steps", "k_start")
-    require_range(options, ">= 1", *sizes)
-    require_range(options, ">= 0", "lr_warmup_steps", "sparsity_warmup_steps", "k_anneal_steps")
+    require_range(options, "1 to 2**31 - 1", "expansion_factor", "num_latents", "k", "k_start")
+    require_range(options, "1 to 2**53", "lr_decay_steps")
+    steps = ("lr_warmup_steps", "sparsity_warmup_steps", "k_anneal_steps")
+    require_range(options, "0 to 2**53", *steps)
     require_range(options, ">= 0", "sparsity", "threshold", "bandwidth")
     require_range(options, ">= 0", "auxk_alpha", "weight_decay")
     require_range(options, "> 0", "lr", "grad_clip")

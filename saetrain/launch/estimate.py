@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from actcache.core.process import available_memory
+from actcache.core.progress import format_bytes
+from actcache.errors import ConfigError
 from actcache.stream.memory_budget import plan_memory
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry
@@ -239,7 +242,28 @@ def step_bytes(
     return FLOAT * max(forward, update)
 
 
+def require_memory(entries: Sequence[SaeEntry], options: FitConfig, device: torch.device) -> None:
+    """Refuse SAEs whose weights, optimizer state and gradients cannot fit, before they are built.
+
+    Raises:
+        ConfigError: they need more memory than the device, or the machine, has.
+    """
+    saes = [estimate_sae(entry, options, device.type) for entry in entries]
+    needed = sum(s.weights + s.optimizer_state for s in saes)
+    needed += max((s.gradients for s in saes), default=0)
+    free = _free(device)
+    if needed > free:
+        names = ", ".join(s.name for s in saes[:3]) + (", ..." if len(saes) > 3 else "")
+        raise ConfigError(
+            f"out of memory: {len(saes)} SAEs do not fit ({names})",
+            expected=f"<= {format_bytes(free)}, which are free on {device}",
+            got=f"{format_bytes(needed)} of weights, optimizer state and gradients",
+            remedy="fewer latents or SAEs, --weights-dtype bfloat16, or --parallel modules over "
+            "more devices",
+        )
+
+
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_memory()

@@ -14,6 +14,7 @@ from actcache.cache.reader import Cache
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import digest_file
 from saetrain.formats.sparsify import WEIGHTS
+from saetrain.launch.estimate import require_memory
 from saetrain.launch.finetune import load_pretrained
 from saetrain.launch.session import RunSession
 from saetrain.model.hookpoint_io import hookpoints_of, target_stats
@@ -104,6 +105,7 @@ def make_trainers(
         require_cuda_graphs(device)
     if record.options.compile:
         require_compiler(device)
+    require_memory([record.saes[index] for index in indices], record.options, device)
     # Merged once per hookpoint, from one file per shard.
     statistics_of = functools.cache(lambda name: cache.statistics(name, record.training_shards))
     trainers = []

@@ -71,8 +71,16 @@ def test_a_store_that_is_gone_is_a_sentence(name, capsys):
     assert "Connection reset by peer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [RecursionError(), RuntimeError("can't start new thread")])
-def test_deep_values_and_a_limit_of_threads_are_sentences(error, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RecursionError(),
+        RuntimeError("can't start new thread"),
+        UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+        ValueError("embedded null byte"),
+    ],
+)
+def test_deep_values_impossible_names_and_a_limit_of_threads_are_sentences(error, capsys):
     with pytest.raises(typer.Exit):
         raiser(error)()
     assert "remedy" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from actcache.core.process import choose_device, require_whole_machine
+from actcache.core.process import available_memory, choose_device, require_whole_machine
 from actcache.errors import ConfigError
 from actcache.model.hooks import input_device
 
@@ -59,3 +61,40 @@ def test_device_map_is_refused_with_several_processes_on_a_machine(
         return
     with pytest.raises(ConfigError, match=r"(?s)--device-map auto.*got: +[24] processes.*torchrun"):
         require_whole_machine()
+
+
+def system(root: Path, groups: dict[str, str], **files: str) -> Path:
+    texts = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB\nSwapFree: 1000 kB\n"}
+    texts |= {"proc/self/status": "Name: x\nVmSize: 100 kB\n"} | groups | files
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def test_available_memory_is_that_of_the_machine_or_of_the_tightest_control_group(
+    tmp_path: Path,
+) -> None:
+    assert available_memory(system(tmp_path / "free", {})) == 6000 * 1024
+    second = {
+        "proc/self/cgroup": "0::/job/step\n",
+        "sys/fs/cgroup/job/memory.max": "1000000\n",
+        "sys/fs/cgroup/job/memory.current": "700000\n",
+        "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 100000\n",
+        "sys/fs/cgroup/job/step/memory.max": "max\n",
+        "sys/fs/cgroup/job/step/memory.current": "5\n",
+    }
+    assert available_memory(system(tmp_path / "v2", second)) == 400_000
+    first = {
+        "proc/self/cgroup": "5:memory:/job\n4:cpu:/job\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "3000\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
+    }
+    assert available_memory(system(tmp_path / "v1", first)) == 2000
+
+
+def test_available_memory_respects_the_limit_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200 * 1024, 200 * 1024))
+    assert available_memory(system(tmp_path, {})) == 100 * 1024

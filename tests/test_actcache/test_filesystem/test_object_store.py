@@ -114,7 +114,8 @@ def test_a_missing_bucket_and_missing_credentials_are_reported(
         ("memory://a/../b", "not the URL of a cache"),
         ("file:///some/cache", "given by its path"),
         ("simplecache::s3://bucket/cache", "chained"),
-        ("https://host/cache?X-Signature=very-secret-indeed", "may be a secret"),
+        ("https://host/cache?X-Signature=very-secret-indeed", "from a web server"),
+        ("http://host/cache", "from a web server"),
         ("ftp://me:very-secret-indeed@host/cache", "may be a secret"),
     ],
 )

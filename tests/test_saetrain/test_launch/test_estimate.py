@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from actcache.errors import ActcacheError
+from actcache.errors import ActcacheError, ConfigError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.config.sae import OptimizerName, SaeConfig, SaeEntry, SaeOptions
@@ -218,3 +218,12 @@ def test_the_learning_rate_is_none_while_the_number_of_steps_is_unknown(
         0.5,
         0.5,
     ]
+
+
+def test_saes_that_cannot_fit_into_memory_are_refused_before_they_are_built(
+    options: Callable[..., FitConfig],
+) -> None:
+    config = options(num_latents=2**31 - 1, k=4)
+    with pytest.raises(ConfigError, match=r"(?s)out of memory.*layers\.0.*free on cpu.*weights"):
+        fit(config)
+    assert not Path(config.out).exists()

@@ -13,7 +13,7 @@ from saetrain.config.sae import SaeConfig, SaeOptions
 
 @pytest.mark.parametrize("sizes", [(0, 8, 2), (4, 0, 2), (4, 8, 0), (-4, 8, 2)])
 def test_an_sae_without_positive_sizes_is_rejected(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(ConfigError, match="must be positive"):
+    with pytest.raises(ConfigError, match="sizes are out of range"):
         SaeConfig(*sizes)
 
 

@@ -13,20 +13,37 @@ from actcache.core.json_codec import to_json
 from actcache.core.process import choose_device
 from actcache.core.progress import Progress
 from actcache.errors import EmptyCacheError, FormatError, RunError
-from actcache.filesystem.atomic import digest_file, require_plain, rooted, write_atomic
+from actcache.filesystem.atomic import require_plain, rooted, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MANIFEST
 from actcache.stream.order import Span
 from actcache.stream.verified_reads import VerifiedReader
 from saetrain.config.sae import PENALISED, SaeEntry
-from saetrain.formats.sparsify import WEIGHTS, load_sae, read_sae_config
+from saetrain.formats.sparsify import load_sae, read_sae_config
 from saetrain.kernels import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
-from saetrain.runs.checkpoint import SaeState, best_folder, newest_state, own_names
+from saetrain.runs.checkpoint import (
+    SaeState,
+    State,
+    best_folder,
+    differing_file,
+    newest_state,
+    newest_step,
+    own_names,
+    require_format,
+    verify_checkpoint,
+)
 from saetrain.runs.record import RunRecord, check_same_cache, read_run
 from saetrain.runs.segments import has_ended, held_out_shards, read_used
-from saetrain.tracking.jsonl import METRICS, TIMINGS, last_line, number_of, sae_metrics
+from saetrain.tracking.jsonl import (
+    METRICS,
+    TIMINGS,
+    last_line,
+    number_of,
+    require_lines,
+    sae_metrics,
+)
 from saetrain.training.metrics import fired
 
 EVALUATION = "eval.json"
@@ -144,14 +161,16 @@ def evaluate(
             f"{root} holds no checkpoint: nothing has been saved yet",
             remedy="saetrain fit with --resume continues it",
         )
+    _check_files(root, record, state)
     step, steps = state.step, record.steps
     if has_ended(record, state):
         steps = step
     # Lines after the checkpoint belong to steps that a resumed run repeats.
     metrics, timings = last_line(root / METRICS, step, "saes"), last_line(root / TIMINGS, step)
-    if len(state.saes) != len(record.saes) or step > record.steps:
+    if step > record.steps:
         raise FormatError(f"{root} holds a checkpoint that is not of this run")
-    if step == steps and (metrics is None or timings is None):
+    lost = timings is not None and (metrics is None or timings["step"] != metrics["step"])
+    if lost or (step == steps and (metrics is None or timings is None)):
         raise FormatError(f"{root} lost {METRICS} or {TIMINGS}", remedy="restore them from a copy")
     names = [entry.name for entry in record.saes]
     dead: dict[str, float | None] = dict.fromkeys(names)
@@ -183,6 +202,24 @@ def evaluate(
     )
     write_atomic(root / (BEST_EVALUATION if best else EVALUATION), [to_json(evaluation)])
     return evaluation
+
+
+def _check_files(root: Path, record: RunRecord, state: State) -> None:
+    """Compare the files of a checkpoint with their digests, also those that only a resume reads.
+
+    Raises:
+        RunError: a newer checkpoint has replaced it meanwhile.
+        FormatError: a file is damaged.
+    """
+    require_format(root, record, state)
+    try:
+        verify_checkpoint(root, state)
+        if state.metrics is not None:
+            require_lines(root / METRICS, state.metrics)
+    except FormatError as error:
+        if newest_step(root) == state.step:
+            raise
+        raise RunError(f"{root} was saved meanwhile", remedy="evaluate it again") from error
 
 
 def _evaluate_group(
@@ -250,15 +287,21 @@ def _load(
     root: Path, entry: SaeEntry, saved: SaeState, step: int, best: bool, device: torch.device
 ) -> tuple[Sae, int]:
     """Load the SAE that a checkpoint names, or its best; return it with its step."""
-    folder, file = root / entry.name, saved.export
+    folder = root / entry.name
     if best:
         if saved.best is None:
             raise RunError(
                 f"{root} keeps no best SAE of {entry.name}",
                 remedy="fit with --val-every N --save-best",
             )
-        step, file = saved.best.step, saved.best.file
+        step = saved.best.step
         folder = best_folder(folder, step)
+    if path := differing_file(folder, saved.best if best and saved.best is not None else saved):
+        raise RunError(
+            f"{path} is not that of the last checkpoint",
+            remedy="if the run was stopped while saving, saetrain fit with --resume continues it; "
+            "if it is running, try again; otherwise restore the SAE from a copy",
+        )
     sae, config = load_sae(folder, device), read_sae_config(folder)
     if config != entry.config:
         raise FormatError(
@@ -266,12 +309,6 @@ def _load(
             expected=entry.config,
             got=config,
             remedy="restore it from a copy",
-        )
-    if digest_file(folder / WEIGHTS) != file:
-        raise RunError(
-            f"the SAE in {folder} is not that of the last checkpoint",
-            remedy="if the run was stopped while saving, saetrain fit with --resume continues it; "
-            "if it is running, try again; otherwise restore the SAE from a copy",
         )
     return sae, step
 

@@ -20,6 +20,7 @@ from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.core.process import World
 from actcache.core.rendezvous import FIRST_NOTICE, ranks
 from actcache.errors import ConfigError
+from actcache.filesystem.atomic import FileDigest
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import lanes_of_rank
 from saetrain.config.fit_config import FitConfig
@@ -134,6 +135,7 @@ class Coordinator:
         position: dict[str, int],
         parts: dict[int, SaeState],
         keep: RetentionPolicy = NEWEST,
+        metrics: FileDigest | None = None,
     ) -> None:
         """Write the JSON file that makes a checkpoint valid, once all its SAEs are written.
 
@@ -143,8 +145,10 @@ class Coordinator:
             position: position of the stream.
             parts: the SAEs that this process has written, by index.
             keep: which older checkpoints stay.
+            metrics: digest of metrics.jsonl; None in a run of format 1.
         """
-        finalize_checkpoint(root, step, position, [parts[index] for index in sorted(parts)], keep)
+        ordered = [parts[index] for index in sorted(parts)]
+        finalize_checkpoint(root, step, position, ordered, keep, metrics)
 
 
 class MultiProcessCoordinator(Coordinator):
@@ -375,6 +379,7 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
         position: dict[str, int],
         parts: dict[int, SaeState],
         keep: RetentionPolicy = NEWEST,
+        metrics: FileDigest | None = None,
     ) -> None:
         """Gather the states of all SAEs on rank 0, which finalizes; the others wait for that."""
         saved, committed = f"saved/{step}", f"committed/{step}"
@@ -391,7 +396,7 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
             for index, part, raw in states:
                 # The raw numbers: parsing turns whole numbers into floats.
                 parts[index] = dataclasses.replace(part, numbers=raw["numbers"])
-        super().finalize_checkpoint(root, step, position, parts, keep)
+        super().finalize_checkpoint(root, step, position, parts, keep, metrics)
         self.group.put(committed, "")
 
     def _send_stop_step_if_requested(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -92,6 +93,24 @@ def save_sae(
     Returns:
         Digest of the weights file.
     """
+    return export_sae(folder, config, weights, reads, unit_rows).weights
+
+
+class SaeDigests(NamedTuple):
+    """Digests of the two files of an SAE."""
+
+    weights: FileDigest
+    config: FileDigest
+
+
+def export_sae(
+    folder: str | Path,
+    config: SaeConfig,
+    weights: Mapping[str, Tensor],
+    reads: tuple[str, ...] = (),
+    unit_rows: bool = True,
+) -> SaeDigests:
+    """Write an SAE as `save_sae` does; return the digests of both files."""
     folder = folder if isinstance(folder, Path) else Path(folder)  # keeps a root
     tensors = {
         stored: weights[name].detach().cpu().contiguous()
@@ -108,8 +127,7 @@ def save_sae(
         if key not in _ADDITIONAL or value != getattr(default, key)
     }
     digest = write_atomic(folder / WEIGHTS, [save(tensors)])
-    write_atomic(folder / CONFIG, [to_json(keys)])
-    return digest
+    return SaeDigests(digest, write_atomic(folder / CONFIG, [to_json(keys)]))
 
 
 def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:

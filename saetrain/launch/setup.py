@@ -12,8 +12,6 @@ from torch import Tensor
 
 from actcache.cache.reader import Cache
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import digest_file
-from saetrain.formats.sparsify import WEIGHTS
 from saetrain.launch.estimate import require_memory
 from saetrain.launch.finetune import load_pretrained
 from saetrain.launch.session import RunSession
@@ -24,13 +22,16 @@ from saetrain.runs.checkpoint import (
     RetentionPolicy,
     State,
     best_folder,
+    differing_file,
     load_checkpoint,
     load_parts,
     remove_others,
+    require_format,
     tensors_path,
 )
 from saetrain.runs.record import RunRecord
 from saetrain.runs.segments import SegmentTracker
+from saetrain.tracking.jsonl import METRICS, cut_to_checkpoint, require_lines
 from saetrain.training.checkpointing import export, prune_best
 from saetrain.training.cuda_graphs import require_cuda_graphs
 from saetrain.training.ddp import DdpStep
@@ -162,7 +163,7 @@ def restore_checkpoint(session: RunSession, run: RunState) -> None:
         )
 
     if coordinator.is_rank_zero:
-        check = functools.partial(_check_best_saes, root, record)
+        check = functools.partial(_check_files, root, record)
         checkpoint = load_checkpoint(root, wanted, check, warn)
         step = None if checkpoint is None else checkpoint[0].step
         coordinator.broadcast(CheckpointBroadcast(step))
@@ -176,16 +177,16 @@ def restore_checkpoint(session: RunSession, run: RunState) -> None:
         options = record.options
         keep = RetentionPolicy(options.keep_last, options.keep_every, options.save_every)
         remove_others(root, step, keep)
+        if checkpoint is not None and checkpoint[0].metrics is not None:
+            cut_to_checkpoint(root / METRICS, checkpoint[0].metrics)
     coordinator.barrier()
     if not coordinator.writes_saes:
         return
     prune_best(root, run.trainers)
     if checkpoint is not None:
         for trainer in run.trainers:
-            exported = root / trainer.entry.name / WEIGHTS
-            written = checkpoint[0].saes[trainer.index].export
-            if not exported.is_file() or digest_file(exported) != written:  # of a later step
-                export(root, trainer)
+            if differing_file(root / trainer.entry.name, checkpoint[0].saes[trainer.index]):
+                export(root, trainer)  # it was of a later step
 
 
 def _load_state(root: Path, run: RunState, state: State, tensors: list[dict[str, Tensor]]) -> None:
@@ -211,19 +212,17 @@ def _load_state(root: Path, run: RunState, state: State, tensors: list[dict[str,
     run.step, run.stream_state = state.step, state.stream
 
 
-def _check_best_saes(root: Path, record: RunRecord, state: State) -> None:
-    """Raise `FormatError` if a best SAE that a checkpoint names differs from the one saved."""
+def _check_files(root: Path, record: RunRecord, state: State) -> None:
+    """Raise `FormatError` if a file that a checkpoint names differs, or it is of another format."""
+    require_format(root, record, state)
+    if state.metrics is not None:
+        require_lines(root / METRICS, state.metrics)
     for entry, sae in zip(record.saes, state.saes, strict=False):
         if sae.best is None:
             continue
-        path = best_folder(root / entry.name, sae.best.step) / WEIGHTS
-        got = digest_file(path) if path.is_file() else "nothing"
-        if got != sae.best.file:
-            raise FormatError(
-                f"{path} differs from the file that its checkpoint names",
-                expected=sae.best.file,
-                got=got,
-            )
+        folder = best_folder(root / entry.name, sae.best.step)
+        if path := differing_file(folder, sae.best):
+            raise FormatError(f"{path} differs from the file that its checkpoint names")
 
 
 def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatError:

@@ -1,9 +1,10 @@
 """Checkpoints: a run's state on disk, from which it resumes bit for bit.
 
 Each SAE has a safetensors file, `RUN/checkpoint-STEP.NUMBER.safetensors`. The last file written,
-`RUN/checkpoint-STEP.json`, holds the counters, every file's digest and its own. A checkpoint
-without it is incomplete and ignored. Older checkpoints are removed once a newer one is complete,
-except those that the retention policy keeps. Nothing is pickled.
+`RUN/checkpoint-STEP.json`, holds the counters, the digests of all these files, of the exported SAEs
+and of metrics.jsonl up to its step, and its own (`seal`). A checkpoint without it is incomplete and
+ignored. Older checkpoints are removed once a newer one is complete, except those that the retention
+policy keeps. Nothing is pickled.
 
 All files lie directly in RUN, because sparsify loads every folder within a run as an SAE.
 """
@@ -11,27 +12,29 @@ All files lie directly in RUN, because sparsify loads every folder within a run 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.json_codec import parse_dataclass
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
-from saetrain.runs.own_files import is_plain, remove_sae_folder
+from saetrain.runs.own_files import digest_bytes, is_plain, read_plain, remove_sae_folder
+from saetrain.runs.record import RunRecord
+from saetrain.runs.seal import read_sealed, require_seal, seal_json
 
 _FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
 _BEST = re.compile(r"best-([0-9]{9,})")
 _OWN = re.compile(
     _FILE.pattern + r"|(run|segments|exit|eval|eval-best)\.json|(metrics|timings)\.jsonl|fit\.lock"
 )
+_MOST_STEPS = 2**53
 _SAE_FILES = ("cfg.json", "sae.safetensors")
 
 
@@ -45,6 +48,13 @@ class Best:
     """FVU on the held-out rows of --val-rows."""
     file: FileDigest
     """Digest of its weights file."""
+    config: FileDigest | None = None
+    """Digest of its cfg.json; null in format 1."""
+
+    def __post_init__(self) -> None:
+        """Refuse a step that no run has; the checkpoint checks that it is not later."""
+        if not 1 <= self.step <= _MOST_STEPS:
+            raise FormatError("a best SAE of an impossible step", expected=">= 1", got=self.step)
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,8 @@ class SaeState:
     """Digest of its weights file in the export format."""
     best: Best | None = None
     """Its best so far, with --save-best."""
+    export_config: FileDigest | None = None
+    """Digest of its cfg.json in the export format; null in format 1."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,25 @@ class State:
     stream: dict[str, int]
     """Position of the next batch."""
     saes: tuple[SaeState, ...]
-    seal: str | None = None
-    """XXH3 128-bit digest of this file with `seal` null; null in files of earlier versions."""
+    metrics: FileDigest | None = None
+    """Digest of metrics.jsonl up to this step; null in format 1."""
+    format_version: int = 1
+    """Format of the run; a file of format 1 lacks this key."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that a checkpoint of format 2 has all digests."""
+        bests = [sae.best for sae in self.saes if sae.best is not None]
+        if not 0 <= self.step <= _MOST_STEPS or any(best.step > self.step for best in bests):
+            raise FormatError("a checkpoint of an impossible step", got=self.step)
+        if self.format_version not in (1, 2):
+            raise FormatError(
+                "a checkpoint of another format", expected="1 or 2", got=self.format_version
+            )
+        digests = [self.metrics, *(sae.export_config for sae in self.saes)]
+        digests += [best.config for best in bests]
+        if any((digest is None) != (self.format_version == 1) for digest in digests):
+            got = f"format {self.format_version}"
+            raise FormatError("digests that do not fit the checkpoint's format", got=got)
 
 
 @dataclass(frozen=True)
@@ -113,6 +142,7 @@ def save_sae_state(
     state: tuple[dict[str, Tensor], dict[str, float]],
     export: FileDigest,
     best: Best | None = None,
+    export_config: FileDigest | None = None,
 ) -> SaeState:
     """Write one SAE's tensors. `finalize_checkpoint` needs the result.
 
@@ -123,6 +153,7 @@ def save_sae_state(
         state: its tensors and numbers.
         export: digest of its weights file in the export format, written before.
         best: its best so far, written before.
+        export_config: digest of its cfg.json, written before; None in a run of format 1.
 
     Raises:
         DiskFullError: no space; the checkpoint before stays.
@@ -130,7 +161,7 @@ def save_sae_state(
     tensors, numbers = state
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     file = write_atomic(tensors_path(root, step, sae), [save(plain)])
-    return SaeState(file, numbers, export, best)
+    return SaeState(file, numbers, export, best, export_config)
 
 
 def finalize_checkpoint(
@@ -139,11 +170,39 @@ def finalize_checkpoint(
     stream: dict[str, int],
     parts: Sequence[SaeState],
     keep: RetentionPolicy = NEWEST,
+    metrics: FileDigest | None = None,
 ) -> None:
-    """Complete a checkpoint by writing its .json file, then remove older ones."""
-    state = State(step, stream, tuple(parts))
-    write_atomic(state_path(root, step), [to_json(dataclasses.replace(state, seal=_seal(state)))])
+    """Complete a checkpoint by writing its .json file, then remove older ones.
+
+    Args:
+        root: folder of the run.
+        step: steps done.
+        stream: position of the next batch.
+        parts: the SAEs, in the run's order.
+        keep: which older checkpoints stay.
+        metrics: digest of metrics.jsonl up to this step; None in a run of format 1.
+    """
+    saes = tuple(parts if metrics is not None else map(_of_format_1, parts))
+    state = State(step, stream, saes, metrics, 1 if metrics is None else 2)
+    write_atomic(state_path(root, step), [seal_json(_without_nulls(state))])
     remove_others(root, step, keep)
+
+
+def _of_format_1(sae: SaeState) -> SaeState:
+    best = None if sae.best is None else dataclasses.replace(sae.best, config=None)
+    return dataclasses.replace(sae, best=best, export_config=None)
+
+
+def _without_nulls(state: State) -> dict[str, Any]:
+    """Return a state's JSON object; one of format 1 lacks the keys of format 2."""
+    plain = dataclasses.asdict(state)
+    if state.format_version == 1:
+        del plain["metrics"], plain["format_version"]
+        for sae in plain["saes"]:
+            del sae["export_config"]
+            if sae["best"] is not None:
+                del sae["best"]["config"]
+    return plain
 
 
 def remove_others(root: Path, step: int, keep: RetentionPolicy = NEWEST) -> None:
@@ -169,10 +228,10 @@ def newest_state(root: Path) -> State | None:
 def read_state(root: Path, step: int) -> State:
     """Return the state of the checkpoint of a step; raises `FormatError` if it is damaged."""
     path = state_path(root, step)
-    obj = read_json(path)
+    obj, sealed = read_sealed(path)
     state = parse_dataclass(State, obj, str(path))
-    if state.seal is not None and state.seal != _seal(obj):
-        raise FormatError(f"{path} is damaged", expected=f"digest {state.seal}", got=_seal(obj))
+    if state.format_version > 1:  # those of format 1 have a seal, or are older
+        require_seal(path, sealed, state.format_version)
     if state.step != step:
         raise FormatError(f"{path} is not of its step", expected=step, got=state.step)
     return state
@@ -205,6 +264,38 @@ def remove_other_bests(sae: Path, steps: Collection[int | None]) -> None:
         match = _BEST.fullmatch(folder.name)
         if match and int(match[1]) not in steps:
             remove_sae_folder(folder)
+
+
+def require_format(root: Path, record: RunRecord, state: State) -> None:
+    """Raise `FormatError` for a checkpoint of another format, or of other SAEs, than its run's."""
+    expected = f"format {record.format_version}, {len(record.saes)} SAEs"
+    got = f"format {state.format_version}, {len(state.saes)} SAEs"
+    if got != expected:
+        raise FormatError(
+            f"{state_path(root, state.step)} is a checkpoint of another run",
+            expected=expected,
+            got=got,
+            remedy="restore it from a copy",
+        )
+
+
+def differing_file(folder: Path, named: SaeState | Best) -> Path | None:
+    """Return the file of an exported SAE, or of a best one, that differs from its digest, if any.
+
+    Args:
+        folder: folder of the SAE.
+        named: its entry in a checkpoint.
+    """
+    weights, config = (
+        (named.file, named.config)
+        if isinstance(named, Best)
+        else (named.export, named.export_config)
+    )
+    for name, expected in zip(_SAE_FILES, (config, weights), strict=True):
+        path = folder / name
+        if expected is not None and not (is_plain(path) and digest_file(path) == expected):
+            return path
+    return None
 
 
 def own_names(root: Path, saes: Iterable[str]) -> list[str]:
@@ -310,20 +401,30 @@ def load_parts(
     return state, [_load(root, state, i) if i in wanted else {} for i in range(len(state.saes))]
 
 
+def verify_checkpoint(root: Path, state: State) -> None:
+    """Compare the tensors' files of a checkpoint with their digests; raises `FormatError`."""
+    for sae in range(len(state.saes)):
+        _load(root, state, sae, wanted=False)
+
+
 def _load(root: Path, state: State, sae: int, wanted: bool = True) -> dict[str, Tensor]:
     """Verify one SAE's file, and return its tensors if wanted; raises `FormatError`."""
     path, expected = tensors_path(root, state.step, sae), state.saes[sae].file
-    got: object = digest_file(path) if path.is_file() else "nothing"
+    got: object = "nothing"
     try:
-        if got == expected:
-            return load(path.read_bytes()) if wanted else {}
+        if is_plain(path):
+            size = path.stat().st_size
+            if size != expected.bytes:
+                got = f"{size} bytes"
+            elif not wanted:
+                got = digest_file(path)
+                if got == expected:
+                    return {}
+            else:
+                data = read_plain(path, size)  # once: the bytes compared are those loaded
+                got = digest_bytes(data)
+                if got == expected:
+                    return load(data)
     except SafetensorError as error:
         got = error
     raise FormatError(f"{path} is not what its checkpoint wrote", expected=expected, got=got)
-
-
-def _seal(state: object) -> str:
-    """Return the digest of a state with `seal` null."""
-    plain = json.loads(to_json(state))
-    plain["seal"] = None
-    return xxhash.xxh3_128(to_json(plain)).hexdigest()

@@ -1,5 +1,8 @@
 """`run.json`: the record of a run, written at its start and checked whenever it is resumed.
 
+Format 2 seals run.json and segments.json, and its checkpoints cover cfg.json and metrics.jsonl. A
+run of format 1 is resumed and finished in format 1, in which a changed value may go unnoticed.
+
 It is written again only when a run resumes with a cache that was moved, other libraries, or options
 changed by `--force-config`; `history` then records the step.
 """
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.json_codec import parse_dataclass, to_json
 from actcache.core.options import names_on_resume
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, write_atomic
@@ -23,11 +26,13 @@ from actcache.stream.order import OrderPlan, default_lanes, split_shards
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import values_of
 from saetrain.config.sae import SaeEntry, flag
+from saetrain.runs.seal import read_sealed, require_seal, seal_json
 
 RUN = "run.json"
 LOCK = Path("fit.lock")
 """Lock file in a run's folder, held by the processes that train it."""
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format of new runs; a run keeps the one that it began with."""
 
 FREE_ON_RESUME = frozenset(names_on_resume(FitConfig, "free"))
 """Options that may change when a run is resumed: they do not affect its results."""
@@ -100,10 +105,10 @@ class RunRecord:
 
     def __post_init__(self) -> None:
         """Raise `FormatError` for a record of another format version."""
-        if self.format_version != FORMAT_VERSION:
+        if not 1 <= self.format_version <= FORMAT_VERSION:
             raise FormatError(
                 "the run has another format version",
-                expected=FORMAT_VERSION,
+                expected=f"1 to {FORMAT_VERSION}",
                 got=self.format_version,
                 remedy="install the version of actcache that started it",
             )
@@ -154,8 +159,8 @@ def _require_ranges(record: RunRecord) -> None:
 
 
 def write_run(root: Path, record: RunRecord) -> None:
-    """Write run.json atomically."""
-    write_atomic(root / RUN, [to_json(record)])
+    """Write run.json atomically, sealed from format 2 on."""
+    write_atomic(root / RUN, [seal_json(record) if record.format_version > 1 else to_json(record)])
 
 
 def read_run(root: Path) -> RunRecord:
@@ -167,7 +172,9 @@ def read_run(root: Path) -> RunRecord:
     """
     path = root / RUN
     try:
-        record = _parse(read_json(path, links=False), path)
+        obj, sealed = read_sealed(path)
+        record = _parse(obj, path)
+        require_seal(path, sealed, record.format_version)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(
             f"{root} is not a run: it holds no {RUN}", remedy=f"saetrain fit CACHE --out {root}"

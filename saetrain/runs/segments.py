@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.json_codec import parse_dataclass, to_json
 from actcache.core.progress import Progress
 from actcache.errors import CacheMismatchError, ConfigError, FormatError
 from actcache.filesystem.atomic import is_unlocked, write_atomic
@@ -23,6 +23,7 @@ from actcache.stream.order import OrderPlan
 from actcache.stream.segments import POLL_SECONDS, Segmentation, SegmentFollower
 from saetrain.runs.checkpoint import State
 from saetrain.runs.record import RunRecord
+from saetrain.runs.seal import read_sealed, require_seal, seal_json
 
 SEGMENTS = "segments.json"
 
@@ -86,7 +87,9 @@ def read_used(root: Path, record: RunRecord, cache: Cache) -> UsedSegments:
     path, segmentation = root / SEGMENTS, segmentation_of(record)
     if not path.exists():
         return UsedSegments((), None)
-    used = parse_dataclass(UsedSegments, read_json(path), str(path))
+    obj, sealed = read_sealed(path)
+    used = parse_dataclass(UsedSegments, obj, str(path))
+    require_seal(path, sealed, record.format_version)
     for number, segment in enumerate(used.segments):
         shards = range(segment.first_shard, segment.last_shard + 1)
         if not shards or shards != segmentation.shards(number, segment.last_shard):
@@ -130,7 +133,7 @@ class SegmentTracker:
 
     def __init__(self, root: Path, record: RunRecord, cache: Cache, writes: bool = True) -> None:
         self._root, self._cache, self._writes = root, cache, writes
-        self._used = read_used(root, record, cache)
+        self._used, self._sealed = read_used(root, record, cache), record.format_version > 1
         self.plans = SegmentFollower(cache, segmentation_of(record), self._used.last_shard)
 
     def pin(self, batch: Batch) -> None:
@@ -152,7 +155,8 @@ class SegmentTracker:
         ended = ended or (last + 1) % self.plans.segmentation.shards_each > 0
         self._used = UsedSegments(tuple(segments), last if ended else None)
         if self._writes:
-            write_atomic(self._root / SEGMENTS, [to_json(self._used)])
+            text = seal_json(self._used) if self._sealed else to_json(self._used)
+            write_atomic(self._root / SEGMENTS, [text])
 
     def position_after(self, step: int, epochs: int | None) -> dict[str, int] | None:
         """Return the stream's state after `step` steps; None if the pinned segments end before.

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 
 from actcache.core.json_codec import decode_json, truncated_repr
 from actcache.core.process import peak_memory
 from actcache.core.progress import Progress
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import as_disk_full_error, open_log, write_atomic
+from actcache.filesystem.atomic import FileDigest, as_disk_full_error, open_log, write_atomic
+from saetrain.runs.own_files import digest_bytes, read_plain
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
+_RESTORE = "it is damaged; restore it from a copy"
 
 
 class MetricsSink(Protocol):
@@ -52,10 +57,12 @@ class JsonlTracker:
         self, root: Path, step: int, steps: int, batch_size: int, row_bytes: int = 0
     ) -> None:
         self._root, self._batch_size, self._row_bytes = root, batch_size, row_bytes
-        self._files = {}
-        for name in (METRICS, TIMINGS):
-            truncate_after(root / name, step)
-            self._files[name] = open_log(root / name)
+        kept, _ = truncate_after(root / METRICS, step), truncate_after(root / TIMINGS, step)
+        self._size, self._digest = len(kept), xxhash.xxh3_128(kept)
+        metrics, timings = last_line(root / METRICS, key="saes"), last_line(root / TIMINGS)
+        if timings is not None and (metrics is None or timings["step"] != metrics["step"]):
+            raise FormatError(f"{root} lost a line of {METRICS} or {TIMINGS}", remedy=_RESTORE)
+        self._files = {name: open_log(root / name) for name in (METRICS, TIMINGS)}
         self.bar = Progress("fit", steps * batch_size, "rows", initial=step * batch_size)
         self._began = self._last = time.monotonic()
         self._first_step = self._last_step = step
@@ -126,6 +133,10 @@ class JsonlTracker:
         for file in self._files.values():
             os.fsync(file.fileno())
 
+    def metrics_digest(self) -> FileDigest:
+        """Return size and digest of metrics.jsonl so far, which its checkpoint records."""
+        return FileDigest(self._size, self._digest.hexdigest())
+
     def end(self) -> None:
         """Mark the run as finished."""
         if self.mirror is not None:
@@ -143,7 +154,13 @@ class JsonlTracker:
         return (step - self._first_step) * self._batch_size / max(seconds, 1e-9)
 
     def _write(self, name: str, line: Mapping[str, Any]) -> None:
-        text = json.dumps(line, allow_nan=False).encode() + b"\n"
+        text = json.dumps(line, allow_nan=False).encode()
+        if name == METRICS:
+            self._size += len(text) + 1
+            self._digest.update(text + b"\n")
+        else:  # no checkpoint covers what varies from run to run
+            text = with_check(text)
+        text += b"\n"
         written = 0
         try:
             while written < len(text):
@@ -152,26 +169,68 @@ class JsonlTracker:
             raise as_disk_full_error(error, self._root / name, len(text)) from error
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Remove the lines after a step, and an incomplete last line.
+def truncate_after(path: Path, step: int) -> bytes:
+    """Remove the lines after a step, and an incomplete last line; return the lines kept.
 
     Raises:
         FormatError: a complete line is damaged.
     """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or _parse(path, line)["step"] > step:
+        return b""
+    data, kept = _read(path), 0
+    for line in _complete_lines(data) if step else []:
+        if _parse(path, line)["step"] > step:
             break
-        kept.append(line)
-    write_atomic(path, ["".join(kept).encode()])
+        kept += len(line) + 1
+    if kept < len(data):
+        write_atomic(path, [data[:kept]])
+    return data[:kept]
+
+
+def cut_to_checkpoint(path: Path, expected: FileDigest) -> None:
+    """Remove what follows the lines that a checkpoint covers; see `require_lines`."""
+    require_lines(path, expected)
+    if path.exists() and path.stat().st_size > expected.bytes:
+        write_atomic(path, [_read(path)[: expected.bytes]])
+
+
+def require_lines(path: Path, expected: FileDigest) -> None:
+    """Raise `FormatError` unless a file begins with the lines that a checkpoint covers."""
+    data = _read(path) if path.exists() else b""
+    found = digest_bytes(data[: expected.bytes])
+    if found != expected:
+        raise FormatError(
+            f"{path} differs from the lines that its checkpoint covers",
+            expected=expected,
+            got=found,
+            remedy=_RESTORE,
+        )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return all lines of a truncated .jsonl file; raises `FormatError` if one is damaged."""
-    text = path.read_text() if path.exists() else ""
-    return [_parse(path, line) for line in text.splitlines()]
+    return [_parse(path, line) for line in _complete_lines(_read(path) if path.exists() else b"")]
+
+
+def with_check(text: bytes) -> bytes:
+    """Return the JSON of an object with a checksum of its own as the last key.
+
+    timings.jsonl varies from run to run, so no checkpoint can cover it.
+    """
+    return text[:-1] + f', "{_CHECK}": "{xxhash.xxh3_64(text).hexdigest()}"}}'.encode()
+
+
+_CHECK = "xxh3_64"
+_CHECKED = re.compile(rb'(.*), "xxh3_64": "([^"]*)"\}', re.DOTALL)
+
+
+def _read(path: Path) -> bytes:
+    return read_plain(path, sys.maxsize)
+
+
+def _complete_lines(data: bytes) -> list[bytes]:
+    """Return the lines that end with a newline, without it."""
+    return data.split(b"\n")[:-1]
 
 
 def _range(figures: Mapping[str, Mapping[str, Any]]) -> str:
@@ -191,10 +250,8 @@ def last_line(path: Path, step: int | None = None, key: str | None = None) -> di
     Raises:
         FormatError: a line read from the end is damaged.
     """
-    text = path.read_text() if path.exists() else ""
-    whole, _, _ = text.rpartition("\n")  # drop an incomplete last line
-    for text_line in reversed(whole.splitlines()):
-        line = _parse(path, text_line)
+    for text in reversed(_complete_lines(_read(path) if path.exists() else b"")):
+        line = _parse(path, text)
         if (step is None or line["step"] <= step) and (key is None or key in line):
             return line
     return None
@@ -214,7 +271,7 @@ def sae_metrics(path: Path, line: dict[str, Any], names: Sequence[str]) -> dict[
                 f"{path} lacks figures of {name} at step {line['step']}",
                 expected="fvu, l0, dead_percent",
                 got=truncated_repr(sae),
-                remedy="it is damaged; restore it from a copy",
+                remedy=_RESTORE,
             )
     assert isinstance(saes, dict)
     return saes
@@ -228,7 +285,7 @@ def number_of(path: Path, line: dict[str, Any], key: str) -> float:
             f"{path} lacks {key} at step {line['step']}",
             expected="a number",
             got=truncated_repr(value),
-            remedy="it is damaged; restore it from a copy",
+            remedy=_RESTORE,
         )
     return float(value)  # type: ignore[arg-type]
 
@@ -237,14 +294,25 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300  # type: ignore[arg-type]
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        line = decode_json(text.encode())
+        line = decode_json(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} holds a line that is not JSON", got=text[:80]) from error
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-        raise FormatError(f"{path} holds a line without a step", got=text[:80])
+        raise _damaged(path, "a line that is not JSON", text) from error
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        raise _damaged(path, "a line without a step", text)
+    if (match := _CHECKED.fullmatch(text)) and with_check(match[1] + b"}") != text:
+        raise _damaged(path, "a line that differs from its checksum", text)
+    line.pop(_CHECK, None)
     return line
+
+
+def _damaged(path: Path, what: str, text: bytes) -> FormatError:
+    return FormatError(
+        f"{path} holds {what}",
+        got=truncated_repr(text),
+        remedy=_RESTORE,
+    )
 
 
 def peak_device_memory() -> dict[str, int]:

@@ -13,7 +13,7 @@ from actcache.errors import ActcacheError
 from actcache.filesystem.atomic import FileDigest
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator
-from saetrain.formats.sparsify import save_sae
+from saetrain.formats.sparsify import SaeDigests, export_sae
 from saetrain.runs.checkpoint import (
     Best,
     RetentionPolicy,
@@ -37,6 +37,7 @@ class Checkpointer:
         coordinator: the processes of the run.
         options: intervals and retention.
         saved: step of the checkpoint that the run resumed from, or 0.
+        format_version: format of the run, which its checkpoints follow.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Checkpointer:
         coordinator: Coordinator,
         options: FitConfig,
         saved: int,
+        format_version: int = 2,
     ) -> None:
         self._root, self._trainers, self._tracker = root, trainers, tracker
         self._coordinator, self._every = coordinator, options.save_every
         self._keep = RetentionPolicy(options.keep_last, options.keep_every, options.save_every)
-        self._saved = saved
+        self._saved, self._format_version = saved, format_version
 
     def is_due(self, done: int) -> bool:
         """Return whether --save-every or --keep-every requires a checkpoint of this step."""
@@ -72,7 +74,8 @@ class Checkpointer:
         """
         if done > self._saved:
             self._tracker.sync()
-            save(self._root, done, self._trainers, position, self._coordinator, self._keep)
+            metrics = self._tracker.metrics_digest() if self._format_version > 1 else None
+            save(self._root, done, self._trainers, position, self._coordinator, self._keep, metrics)
             self._saved = done
 
     def save_while_waiting(self, done: int, position: dict[str, int]) -> None:
@@ -100,6 +103,7 @@ def save(
     position: dict[str, int],
     coordinator: Coordinator,
     keep: RetentionPolicy,
+    metrics: FileDigest | None,
 ) -> None:
     """Write every SAE in the export format, then a checkpoint; see `Checkpointer.save`."""
     if not coordinator.writes_saes:
@@ -111,14 +115,14 @@ def save(
         require_finite_loss(root, trainer, value if finite else value + math.nan, done)
     exports = [export(root, trainer) for trainer in trainers]
     parts = {
-        t.index: save_sae_state(root, done, t.index, t.state(), file, t.best)
-        for t, file in zip(trainers, exports, strict=True)
+        t.index: save_sae_state(root, done, t.index, t.state(), weights, t.best, config)
+        for t, (weights, config) in zip(trainers, exports, strict=True)
     }
-    coordinator.finalize_checkpoint(root, done, position, parts, keep)
+    coordinator.finalize_checkpoint(root, done, position, parts, keep, metrics)
     prune_best(root, trainers)
 
 
-def export(root: Path, trainer: SaeTrainer) -> FileDigest:
+def export(root: Path, trainer: SaeTrainer) -> SaeDigests:
     """Write an SAE in the export format to its folder in the run."""
     return _export(root / trainer.entry.name, trainer)
 
@@ -126,7 +130,7 @@ def export(root: Path, trainer: SaeTrainer) -> FileDigest:
 def save_best(root: Path, trainer: SaeTrainer, step: int, fvu: float) -> None:
     """Write an SAE as its best so far; remove those that no checkpoint names."""
     folder = root / trainer.entry.name
-    trainer.best = Best(step, fvu, _export(best_folder(folder, step), trainer))
+    trainer.best = Best(step, fvu, *_export(best_folder(folder, step), trainer))
     remove_other_bests(folder, {step, *trainer.saved_bests})
 
 
@@ -138,7 +142,7 @@ def prune_best(root: Path, trainers: list[SaeTrainer]) -> None:
         remove_other_bests(root / trainer.entry.name, saved)
 
 
-def _export(folder: Path, trainer: SaeTrainer) -> FileDigest:
+def _export(folder: Path, trainer: SaeTrainer) -> SaeDigests:
     entry = trainer.entry
     weights, unit = trainer.export_weights(), trainer.unit_norm()
-    return save_sae(folder, entry.config, weights, entry.reads, unit)
+    return export_sae(folder, entry.config, weights, entry.reads, unit)

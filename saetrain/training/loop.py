@@ -65,7 +65,8 @@ def train(root: Path, config: FitConfig, run: RunState, coordinator: Coordinator
         _open_tracker(root, run, coordinator, stream.row_bytes, read_message) as tracker,
         with_row_addresses(root, stream.cache, plan_of),
     ):
-        checkpointer = Checkpointer(root, trainers, tracker, coordinator, options, done)
+        version = record.format_version
+        checkpointer = Checkpointer(root, trainers, tracker, coordinator, options, done, version)
         if segments is not None:
             notice = HarvestWaitNotice(
                 stream.cache, segments.plans.segmentation.shards_each, tracker.bar

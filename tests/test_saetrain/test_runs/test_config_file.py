@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from saetrain.config.sae import HookpointOverride
 from saetrain.launch.run import fit
 from saetrain.runs.config_file import make_config, merge, read_options
 from saetrain.runs.record import read_run
+from saetrain.runs.seal import seal_json
 
 Options = Callable[..., FitConfig]
 
@@ -228,7 +230,8 @@ def test_run_json_gives_the_options_of_the_run(options: Options, tmp_path: Path)
     other = make_config(merge(read_options(path), {"out": str(tmp_path / "other")}))
     fit(other)
     assert read_run(Path(other.out)).saes == read_run(Path(config.out)).saes
-    path.write_text(path.read_text().replace('"steps"', '"stops"'))
+    run = json.loads(path.read_text())
+    path.write_bytes(seal_json({key.replace("steps", "stops"): run[key] for key in run}))
     with pytest.raises(FormatError, match="other keys"):
         read_options(path)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -142,23 +142,45 @@ def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
     """
     folder = folder if isinstance(folder, Path) else Path(folder)  # keeps a root
     config = read_sae_config(folder)
+    require_weights(folder, config)
     path = folder / WEIGHTS
     try:
         with path_for_libraries(path) as name:
             tensors = load_file(name, device=str(device))
     except (OSError, SafetensorError) as error:
         raise FormatError(f"cannot read {path}", got=str(error)) from error
-    shapes = _shapes(config)
-    for name, shape in shapes.items():
+    sae = build_sae(config, device=device, dtype=tensors["encoder.weight"].dtype)
+    sae.load_state_dict({name: tensors[_TENSORS[name]] for name in _shapes(config)})
+    return sae.eval()
+
+
+def require_weights(folder: Path, config: SaeConfig) -> None:
+    """Compare the header of sae.safetensors with a configuration, before anything is allocated.
+
+    Args:
+        folder: folder of the SAE.
+        config: its kind and sizes.
+
+    Raises:
+        FormatError: the file is missing or damaged, or a tensor has another shape or dtype.
+    """
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            header = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in header.items()}
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"cannot read {path}", got=str(error)) from error
+    for name, shape in _shapes(config).items():
         stored = _TENSORS[name]
-        got = tuple(tensors[stored].shape) if stored in tensors else "nothing"
+        got, dtype = found.get(stored, ("nothing", "F32"))
         if got != shape:
             raise FormatError(f"{path}: tensor {stored}", expected=shape, got=got)
-        if not (dtype := tensors[stored].dtype).is_floating_point:
+        if dtype not in _FLOATS:
             raise FormatError(f"{path}: dtype of {stored}", expected="floats", got=dtype)
-    sae = build_sae(config, device=device, dtype=tensors["encoder.weight"].dtype)
-    sae.load_state_dict({name: tensors[_TENSORS[name]] for name in shapes})
-    return sae.eval()
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def _shapes(config: SaeConfig) -> dict[str, tuple[int, ...]]:

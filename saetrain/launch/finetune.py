@@ -26,9 +26,12 @@ from saetrain.formats.sparsify import (
     load_sae,
     read_config,
     read_sae_config,
+    require_weights,
 )
 from saetrain.model.sae import Sae
-from saetrain.runs.record import PretrainedSource
+from saetrain.runs.checkpoint import best_folder, differing_file, newest_state
+from saetrain.runs.own_files import is_plain
+from saetrain.runs.record import RUN, PretrainedSource, read_run
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 
@@ -83,8 +86,14 @@ class PretrainedSaes:
         return [self._config(*each) for each in zip(entries, self._assign(entries), strict=True)]
 
     def sources(self, entries: Sequence[SaeEntry]) -> tuple[PretrainedSource, ...]:
-        """Return what run.json records of the weights: path, revision and digest."""
-        return tuple(map(self._source, self._assign(entries)))
+        """Return what run.json records of the weights: path, revision and digest.
+
+        Raises:
+            FormatError: the weights do not fit their configuration.
+            RunError: they are not those that the checkpoint of their run names.
+        """
+        named = zip(entries, self._assign(entries), strict=True)
+        return tuple(self._source(entry, name) for entry, name in named)
 
     def _assign(self, entries: Sequence[SaeEntry]) -> list[str]:
         """Return the folder of the pretrained SAE of each entry."""
@@ -121,17 +130,41 @@ class PretrainedSaes:
         require_norm(read_config(folder).normalize_decoder, path, entry.config, entry.options)
         return require_compatible(read_sae_config(folder), path, entry.config, entry.options)
 
-    def _source(self, name: str) -> PretrainedSource:
+    def _source(self, entry: SaeEntry, name: str) -> PretrainedSource:
         source = PretrainedSource(self._recorded_path(name), self._revision, FileDigest(0, ""))
         path = folder_of(source) / WEIGHTS
         if not path.is_file():
             raise FormatError(f"{path.parent} holds no SAE", expected=f"{CONFIG} and {WEIGHTS}")
+        require_weights(path.parent, entry.config)
+        if self._repository is None:
+            require_saved(path.parent)
         return dataclasses.replace(source, file=digest_file(path))
 
     def _recorded_path(self, name: str) -> str:
         if self._repository is not None:
             return self._repository if name == "." else f"{self._repository}/{name}"
         return str((self._folder / name).resolve())
+
+
+def require_saved(folder: Path) -> None:
+    """Compare an SAE that lies in the folder of a run with the digests of the run's checkpoint.
+
+    Raises:
+        RunError: a file differs.
+        FormatError: a file of the run is damaged.
+    """
+    for root in list(folder.parents)[:3]:  # HOOKPOINT/SETTING/best-STEP
+        if not is_plain(root / RUN):
+            continue
+        record, state = read_run(root), newest_state(root)
+        for entry, sae in zip(record.saes, () if state is None else state.saes, strict=False):
+            of_best = None if sae.best is None else best_folder(root / entry.name, sae.best.step)
+            named = {root / entry.name: sae, of_best: sae.best}.get(folder)
+            if named is not None and (path := differing_file(folder, named)):
+                raise RunError(
+                    f"{path} is not what the last checkpoint of {root} names",
+                    remedy=f"resume that run first if it was stopped, or restore {path.name}",
+                )
 
 
 def folder_of(source: PretrainedSource) -> Path:

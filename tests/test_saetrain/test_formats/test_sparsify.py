@@ -285,8 +285,31 @@ def test_a_config_of_other_sizes_than_its_tensors_raises_before_allocating(
     tmp_path: Path,
 ) -> None:
     saved(tmp_path)
-    edit_config(tmp_path, num_latents=2**50)
+    edit_config(tmp_path, num_latents=2**30)
     with pytest.raises(FormatError, match=r"encoder\.weight"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sparsity": 1e300},
+        {"threshold": 1e31},
+        {"bandwidth": 0},
+        {"num_latents": 10**11},
+        {"num_latents": -1},
+        {"d_in": 2**40},
+        {"d_out": -16},
+        {"k": 0},
+        {"expansion_factor": 10**9, "num_latents": 0},
+        {"widths": [2**40, 1]},
+    ],
+    ids=str,
+)
+def test_a_config_out_of_range_raises_an_error(tmp_path: Path, change: dict[str, Any]) -> None:
+    saved(tmp_path)
+    edit_config(tmp_path, **change)
+    with pytest.raises(FormatError, match=r"cfg\.json"):
         load_sae(tmp_path)
 
 
@@ -294,7 +317,7 @@ def test_integer_weights_raise_an_error(tmp_path: Path) -> None:
     saved(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     save_file({name: t.to(torch.int32) for name, t in tensors.items()}, tmp_path / WEIGHTS)
-    with pytest.raises(FormatError, match="int32"):
+    with pytest.raises(FormatError, match="I32"):
         load_sae(tmp_path)
 
 

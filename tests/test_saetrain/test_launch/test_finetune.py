@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import saetrain.launch.setup
 import saetrain.training.step
 from actcache.cache.reader import Cache
 from actcache.errors import ActcacheError, ConfigError, FormatError, RunError
@@ -353,10 +354,39 @@ def test_damaged_weights_are_refused(
     options: Options, first: Path, tmp_path: Path, damage: Callable[[Path], object]
 ) -> None:
     source = shutil.copytree(first, tmp_path / "source")
+    (source / RUN).unlink()  # its checkpoint would name another file
     damage(source / "layers.1" / "sae.safetensors")
     with pytest.raises(FormatError, match=r"layers\.1"):
         fit(no_sizes(options, finetune=str(source)))
     assert not Path(options().out).exists()
+
+
+@pytest.mark.parametrize("name", ["layers.1/sae.safetensors", "layers.1/cfg.json"])
+def test_an_sae_of_a_run_that_differs_from_the_checkpoint_is_refused(
+    options: Options, first: Path, tmp_path: Path, name: str
+) -> None:
+    source = shutil.copytree(first, tmp_path / "source")
+    for path in (source / name, *source.glob(name.replace("/", "/best-*/"))):
+        data = path.read_bytes()
+        # cfg.json: other bytes of the same values
+        config = path.name == "cfg.json"
+        path.write_bytes(data.replace(b"false", b" false", 1) if config else data[:-1] + b"?")
+        folder = source if path.parent.parent == source else path.parent
+        with pytest.raises(RunError, match=f"{path.name} is not what the last checkpoint"):
+            fit(no_sizes(options, finetune=str(folder), hookpoint=("layers.1",)))
+        path.write_bytes(data)
+    fit(no_sizes(options, finetune=str(source), hookpoint=("layers.1",)))
+
+
+def test_sizes_of_a_config_are_compared_with_the_header_before_anything_is_allocated(
+    options: Options, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(first / "layers.0", tmp_path / "layers.0").parent
+    path = source / "layers.0" / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_latents": 2**30}))
+    monkeypatch.setattr(saetrain.launch.setup, "make_trainers", None)
+    with pytest.raises(FormatError, match=r"tensor encoder\.weight"):
+        fit(no_sizes(options, finetune=str(source), hookpoint=("layers.0",)))
 
 
 # --- the Hub -------------------------------------------------------------------------------------

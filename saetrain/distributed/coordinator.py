@@ -59,6 +59,8 @@ class Coordinator:
 
     Args:
         stop_signals: receives SIGTERM and SIGINT.
+        parallel: --parallel, which one process obeys too: the same command line must not be
+            accepted by one process and refused by several.
     """
 
     is_rank_zero = True
@@ -70,11 +72,15 @@ class Coordinator:
     batch_rank, batch_parts = 0, 1
     """Part of each batch that this process trains on, and number of parts."""
 
-    def __init__(self, stop_signals: StopSignals | None = None) -> None:
-        self.stop_signals = stop_signals or StopSignals()
+    def __init__(
+        self, stop_signals: StopSignals | None = None, parallel: str | None = None
+    ) -> None:
+        self.stop_signals, self._parallel = stop_signals or StopSignals(), parallel
 
     def check_supported(self, record: RunRecord) -> None:
         """Raise `ConfigError` for a run that this mode of parallelism cannot train."""
+        if self._parallel == "ddp":
+            require_no_batchtopk(record)
 
     def broadcast(self, value: object) -> None:
         """Broadcast a dataclass from rank 0.
@@ -151,6 +157,18 @@ class Coordinator:
         finalize_checkpoint(root, step, position, ordered, keep, metrics)
 
 
+def require_no_batchtopk(record: RunRecord) -> None:
+    """Refuse BatchTopK with --parallel ddp; raises `ConfigError`."""
+    for entry in record.saes:
+        if entry.config.activation == "batchtopk":
+            raise ConfigError(
+                "--activation batchtopk chooses among a whole batch, of which --parallel ddp gives "
+                "each process a part",
+                got=entry.name,
+                remedy="--parallel modules",
+            )
+
+
 class MultiProcessCoordinator(Coordinator):
     """One process of several: what both modes of `--parallel` have in common.
 
@@ -214,14 +232,7 @@ class DdpCoordinator(MultiProcessCoordinator):
     def check_supported(self, record: RunRecord) -> None:
         """Raise `ConfigError` for lanes that cannot be divided, and for BatchTopK."""
         lanes_of_rank(record.plan.lanes, self.batch_rank, self.batch_parts)
-        for entry in record.saes:
-            if entry.config.activation == "batchtopk":
-                raise ConfigError(
-                    "--activation batchtopk chooses among a whole batch, of which --parallel ddp "
-                    "gives each process a part",
-                    got=entry.name,
-                    remedy="--parallel modules",
-                )
+        require_no_batchtopk(record)
 
     def init_process_group(self, device: torch.device) -> None:
         """Initialise torch's process group with gloo, and NCCL on GPUs."""
@@ -443,7 +454,7 @@ def init_coordinator(
     world = World.from_environment()
     stop_signals.repeat_window = REPEAT_WINDOW if "WORLD_SIZE" in os.environ else 0.0
     if world.world_size == 1:
-        yield Coordinator(stop_signals)
+        yield Coordinator(stop_signals, config.parallel)
         return
     with connect(world) as (group, store):
         group.on_forced_exit = on_forced_exit

@@ -88,6 +88,13 @@ def test_rows_that_do_not_vary_are_refused_and_leave_no_file(
     fit(dataclasses.replace(config, hookpoint=("layers.1",)))  # the remedy, with the same --out
 
 
+def test_one_process_refuses_what_several_with_the_same_options_refuse(options: Options) -> None:
+    config = options(activation="batchtopk", parallel="ddp")
+    with pytest.raises(ConfigError, match="chooses among a whole batch"):
+        fit(config)
+    assert not Path(config.out).exists()
+
+
 def test_an_out_that_cannot_be_used_is_refused(
     options: Options, make_cache: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import secrets
 import string
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from saetrain.runs.record import (
     changed_options,
     check_same_cache,
     check_same_run,
+    contradiction,
     read_run,
     receipts_digest,
     write_run,
@@ -219,6 +221,7 @@ def resume_record(
     record = read_run(root)
     require_plain(root, own_names(root, [sae.name for sae in record.saes]))
     check_same_cache(record, cache)
+    _require_resolved(record, cache)
     options = changed_options(record, config)
     record = dataclasses.replace(record, wandb_id=record.wandb_id or _new_wandb_id(config))
     updated = dataclasses.replace(record, options=config)
@@ -250,6 +253,28 @@ def resume_record(
         warnings += (f"{shares[0]}: the batches are the same, but sums round differently",)
     updated = dataclasses.replace(updated, batch_parts=batch_parts)
     return updated, (*options.values(), *libraries, *shares), warnings
+
+
+def _require_resolved(record: RunRecord, cache: Cache) -> None:
+    """Raise `FormatError` if the steps or SAEs of a record are not those of its options."""
+    options = record.options
+    if record.segment_shards is None:
+        steps = planned_steps(options, record.plan.steps_per_epoch)
+        if record.steps != steps:
+            raise contradiction("steps", steps, record.steps)
+    entries = sae_entries(options, cache, functools.partial(_resumed_configs, record))
+    for recorded, entry in itertools.zip_longest(record.saes, entries):
+        expected, found = (
+            None
+            if sae is None
+            # What was computed at the run's start is not computed again.
+            else dataclasses.replace(
+                sae, lr=sae.lr if sae.options.lr is not None else 0.0, scales=(), encoder_scale=1.0
+            )
+            for sae in (entry, recorded)
+        )
+        if found != expected:
+            raise contradiction("saes", expected, found)
 
 
 def _resumed_configs(record: RunRecord, entries: Sequence[SaeEntry]) -> list[SaeConfig]:

@@ -22,7 +22,7 @@ from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunErr
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MAX_SHARDS
-from actcache.stream.order import OrderPlan, default_lanes, split_shards
+from actcache.stream.order import OrderPlan, default_lanes, make_plan, split_shards
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import values_of
 from saetrain.config.sae import SaeEntry, flag
@@ -259,6 +259,11 @@ def _require_derived(record: RunRecord, cache: Cache) -> None:
         "plan.lanes": (plan.lanes, default_lanes(plan.batch_size)),
         "rows of shards": (shards, {shard: cache.receipts[shard].rows for shard in shards}),
     }
+    pool_rows = record.pool_rows or options.pool_rows
+    if pool_rows is not None:
+        rows = [(shard, rows) for shard, rows in plan.shards]
+        made = make_plan(rows, plan.block_rows, plan.batch_size, plan.seed, pool_rows)
+        found["plan.window"] = (plan.window, made.window)
     if record.segment_shards is None:
         used = sorted([*record.training_shards, *record.held_out])
         split = split_shards(used, options.val_fraction, options.order_seed)
@@ -272,12 +277,17 @@ def _require_derived(record: RunRecord, cache: Cache) -> None:
         found["dead_after"] = (record.dead_after, options.dead_after)
     for name, (recorded, expected) in found.items():
         if recorded != expected:
-            raise FormatError(
-                f"{RUN} contradicts its own options or {cache.root}: {name}",
-                expected=expected,
-                got=recorded,
-                remedy="it was edited or damaged: restore it from a copy",
-            )
+            raise contradiction(name, expected, recorded)
+
+
+def contradiction(name: str, expected: object, got: object) -> FormatError:
+    """Return the error for a value of run.json that its options or its cache contradict."""
+    return FormatError(
+        f"{RUN} contradicts its own options or its cache: {name}",
+        expected=expected,
+        got=got,
+        remedy="it was edited or damaged: restore it from a copy",
+    )
 
 
 def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:

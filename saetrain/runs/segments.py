@@ -17,6 +17,7 @@ from actcache.core.progress import Progress
 from actcache.errors import CacheMismatchError, ConfigError, FormatError
 from actcache.filesystem.atomic import is_unlocked, write_atomic
 from actcache.filesystem.paths import require_local
+from actcache.format.manifest import MAX_SHARDS
 from actcache.format.receipts import read_completion_marker, receipt_path
 from actcache.stream.activation_stream import Batch
 from actcache.stream.order import OrderPlan
@@ -36,6 +37,11 @@ class UsedSegment:
     last_shard: int
     receipts_digest: str
     """Digest over the receipts of all its shards."""
+
+    def __post_init__(self) -> None:
+        """Check the range, before it is compared with the cache."""
+        if not 0 <= self.first_shard <= self.last_shard < MAX_SHARDS:
+            raise FormatError("a segment of impossible shards", got=self)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from actcache.errors import FormatError
 from actcache.stream.order import POOL_ROWS
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.run import fit
 from saetrain.optim import default_lr
-from saetrain.runs.record import read_run
+from saetrain.runs.record import RUN, read_run
+from saetrain.runs.seal import seal_json
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -76,3 +80,30 @@ def test_the_size_of_the_buffer_changes_the_order(options: Options, snapshot: Sn
     assert read_run(Path(one.out)).pool_rows == POOL_ROWS
     assert read_run(Path(two.out)).plan.window == 2
     assert "metrics.jsonl" in only_changed(snapshot(Path(one.out)), snapshot(Path(two.out)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 11},
+        {"saes": lambda saes: saes[:1]},
+        {"saes": lambda saes: saes[::-1]},
+        {"saes": lambda saes: [saes[0] | {"lr": 0.03}, saes[1]]},
+        {"saes": lambda saes: [saes[0] | {"seed": 1}, saes[1]]},
+        {"saes": lambda saes: [saes[0] | {"setting": "k3"}, saes[1]]},
+        {"saes": lambda saes: [saes[0] | {"options": saes[0]["options"] | {"k": 4}}, saes[1]]},
+        {"saes": lambda saes: [saes[0] | {"config": saes[0]["config"] | {"k": 4}}, saes[1]]},
+    ],
+    ids=range(8),
+)
+def test_a_sealed_record_that_contradicts_its_own_options_is_refused_on_resume(
+    options: Callable[..., FitConfig], change: dict[str, Any]
+) -> None:
+    config = options(resume=True)
+    fit(config)
+    path = Path(config.out) / RUN
+    run = json.loads(path.read_text())
+    changed = {k: value(run[k]) if callable(value) else value for k, value in change.items()}
+    path.write_bytes(seal_json(run | changed))
+    with pytest.raises(FormatError, match="contradicts its own options"):
+        fit(config)

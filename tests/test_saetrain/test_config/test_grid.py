@@ -261,7 +261,8 @@ def test_run_json_lists_the_saes_and_older_files_without_the_list_are_read(
         del obj["options"][name]
     for sae in obj["saes"]:
         del sae["setting"], sae["options"]
-    path.write_text(json.dumps(obj))
+    del obj["seal"]
+    path.write_text(json.dumps(obj | {"format_version": 1}))
     old = read_run(Path(config.out)).saes[0]
     assert old.name == "layers.0"
     assert (old.options.optimizer, old.options.auxk_alpha) == ("adam", 0.5)

@@ -33,6 +33,7 @@ from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import newest_step
 from saetrain.runs.record import RUN, read_run
+from saetrain.runs.seal import seal_json
 from saetrain.runs.segments import SEGMENTS, HarvestWaitNotice
 
 Options = Callable[..., FitConfig]
@@ -508,25 +509,25 @@ def test_a_used_segment_with_changed_or_missing_receipts_is_refused_by_its_numbe
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda used: "{",
-        lambda used: json.dumps({"segments": used["segments"]}),
-        lambda used: json.dumps(used | {"segments": used["segments"][1:]}),
-        lambda used: json.dumps(
+        lambda used: b"{",
+        lambda used: seal_json({"segments": used["segments"]}),
+        lambda used: seal_json(used | {"segments": used["segments"][1:]}),
+        lambda used: seal_json(
             used | {"segments": [used["segments"][0] | {"last_shard": -1}, *used["segments"][1:]]}
         ),
-        lambda used: json.dumps(
+        lambda used: seal_json(
             used | {"segments": [used["segments"][0] | {"last_shard": 2}, *used["segments"][1:]]}
         ),
     ],
     ids=["cut", "missing", "shifted", "empty", "long"],
 )
 def test_a_damaged_record_of_segments_is_refused(
-    following: Options, damage: Callable[[Any], str]
+    following: Options, damage: Callable[[Any], bytes]
 ) -> None:
     config = following(resume=True)
     fit(config)
     path = Path(config.out) / SEGMENTS
-    path.write_text(damage(json.loads(path.read_text())))
+    path.write_bytes(damage(json.loads(path.read_text())))
     with pytest.raises(FormatError, match=r"segments\.json"):
         fit(config)
 
@@ -545,7 +546,7 @@ def test_a_checkpoint_at_another_position_is_refused(
     (path,) = Path(config.out).glob("checkpoint-*.json")
     state = json.loads(path.read_text())
     assert state["stream"] == {"epoch": 0, "segment": 1, "step": 5}
-    path.write_text(json.dumps(state | {"stream": stream, "seal": None}))
+    path.write_bytes(seal_json(state | {"stream": stream}))
     with pytest.raises(FormatError, match="checkpoint of another run"):
         fit(config)
 
@@ -567,8 +568,8 @@ def test_follow_cannot_change_on_resume(following: Options) -> None:
     path = Path(config.out) / RUN
     run = json.loads(path.read_text())
     for shards in (0, None):
-        path.write_text(json.dumps(run | {"segment_shards": shards}))
-        with pytest.raises(FormatError, match="segments that cannot be"):
+        path.write_bytes(seal_json(run | {"segment_shards": shards}))
+        with pytest.raises(FormatError, match=r"segments that cannot be|segment_shards is out"):
             read_run(Path(config.out))
 
 

@@ -18,7 +18,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.repair import retract_damaged
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
-from actcache.core.json_codec import to_json
+from actcache.core.json_codec import read_json, to_json
 from actcache.core.process import World
 from actcache.errors import CacheMismatchError, DiskFullError, FormatError
 from actcache.format.manifest import read_manifest, with_extension
@@ -93,7 +93,7 @@ def test_an_extension_changes_no_manifest_and_is_printed_by_inspect(options: Opt
     harvest(options(**tokens(15), extend=True))
     harvest(options(**tokens(18), extend=True))
     assert (root / "manifest.json").read_bytes() == manifest
-    record = json.loads((root / "extensions" / "00002.json").read_text())
+    record = read_json(root / "extensions" / "00002.json", sealed=True)
     assert record == {
         "cache_id": Cache.open(root).manifest.cache_id,
         "number": 2,

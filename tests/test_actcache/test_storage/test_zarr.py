@@ -12,6 +12,7 @@ import torch
 import zarr
 
 from actcache.cache.reader import Cache
+from actcache.core.json_codec import to_json
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
 from actcache.filesystem.atomic import digest_file
 from actcache.format.manifest import read_manifest
@@ -239,7 +240,7 @@ def test_a_missing_resized_or_linked_chunk_is_refused(damage: str, root: Path) -
 def test_a_receipt_of_more_rows_than_a_chunk_holds_is_refused(root: Path) -> None:
     path = root / "shards" / "00001.json"
     receipt = json.loads(path.read_text()) | {"rows": 68, "dropped": dict.fromkeys(FILTERS, 0)}
-    path.write_text(json.dumps(receipt))
+    path.write_bytes(to_json(receipt, sealed=True))
     with pytest.raises(CorruptShardError, match=r"(?s)at most 64 rows.*68 in the receipt"):
         Cache.open(root).read("layers.0", 1)
 

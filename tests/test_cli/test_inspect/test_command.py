@@ -244,7 +244,7 @@ def test_invalid_statistics_with_a_valid_digest_are_shown_without_a_crash(
         path.write_bytes(data[:begin] + np.float64(number).tobytes() * ((len(data) - begin) // 8))
         receipt = json.loads(receipt_path(root, shard).read_text())
         receipt["files"]["stats"] = dataclasses.asdict(digest_file(path))
-        receipt_path(root, shard).write_text(json.dumps(receipt))
+        receipt_path(root, shard).write_bytes(to_json(receipt, sealed=True))
     for how in ([], ["--verbose"], ["--hookpoint", "layers.1"], ["--text"]):
         assert len(run(root, *how).stdout) < 50_000
     json.loads(run(root, "--json").stdout)

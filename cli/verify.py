@@ -34,8 +34,9 @@ def run(
         bool,
         typer.Option(
             "--repair",
-            help="Retract damaged shards; if a harvest command follows, harvest them again. What "
-            "it does not make in the original bytes is left as it is.",
+            help="Mend manifest and receipts, and retract damaged shards; if a harvest command "
+            "follows, harvest them again. What it does not make in the original bytes is left as "
+            "it is.",
         ),
     ] = False,
     threads: Annotated[
@@ -49,7 +50,7 @@ def run(
     """Check every file of CACHE against its receipts and list damaged and missing files."""
     import dataclasses
 
-    from actcache.cache.repair import retract_damaged
+    from actcache.cache.repair import mend, require_repairable, retract_damaged
     from actcache.cache.verify import verify
 
     if harvest and not repair:
@@ -60,8 +61,16 @@ def run(
     found = verify(cache, quick=quick, threads=threads)
     if not json:
         _print(found)
+    mended: set[str] = set()
+    while repair and (more := set(mend(found)) - mended):
+        mended |= more
+        print_stderr(f"mended without a harvest: {', '.join(sorted(more))}")
+        found = verify(cache, quick=quick, threads=threads)
+        if not json:
+            _print(found)
     to_harvest = config is not None and not (found.is_sound and found.complete)
-    if config is not None and to_harvest:
+    if config is not None and found.damages:
+        require_repairable(found)
         _require_same(config)
     retracted = retract_damaged(found) if repair else []
     is_sound = found.is_sound

@@ -1,13 +1,16 @@
-"""Retract damaged shards, so that the next harvest writes them, and only them, again.
+"""Mend what needs no model, and retract damaged shards, so that the next harvest makes them again.
 
-Nothing but the receipt is removed, and the retraction record keeps its contents. `restore` replaces
-the damaged files once the new ones are there, or publishes the receipt again.
+A flipped bit in a sealed file is found by trying all: the seal proves the right one. Retraction
+removes nothing but the receipt, and the record keeps its contents. `restore` replaces the damaged
+files once the new ones are there, or publishes the receipt again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+
+import xxhash
 
 from actcache.cache.folder import data_paths
 from actcache.cache.restore import plain_digest
@@ -29,21 +32,63 @@ from actcache.format.receipts import (
 )
 from actcache.storage import BACKENDS
 
+_MAX_CORRECTED_BYTES = 1 << 16  # a few seconds
+_BEFORE_SEAL = f'\n  "{SEAL_KEY}": "'.encode()
 
-def retract_damaged(found: Verification) -> list[int]:
-    """Retract every damaged shard of a verified cache.
+
+def mend(found: Verification) -> list[str]:
+    """Mend the files of a verified cache that follow from themselves or from its manifest.
+
+    Those are sealed files with one flipped bit, and the metadata of the backend. Verify again
+    afterwards.
 
     Returns:
-        The shards that were retracted by this call.
+        The files that were mended.
 
     Raises:
-        CorruptShardError: a file is damaged that no harvest can write again; nothing was changed.
         CacheBusyError: a harvest is running in the cache; nothing was changed.
     """
     root = rooted(found.cache)
+    damaged = [root / damage.file for damage in found.damages]
+    contents = {path: text for path in damaged if (text := _corrected(path)) is not None}
+    documents = _documents(root)
+    contents |= {path: documents[path] for path in damaged if path in documents}
+    if not contents:
+        return []
+    lock = DirectoryLock(root)
+    lock.acquire()
+    try:
+        for path, text in contents.items():
+            write_atomic(path, [text])
+    finally:
+        lock.release()
+    return [str(path.relative_to(root)) for path in contents]
+
+
+def _corrected(path: Path) -> bytes | None:
+    """Return the contents of a sealed file in which one bit has changed, or None for any other."""
+    if path.suffix != ".json" or not path.is_file() or path.is_symlink():
+        return None
+    if path.stat().st_size > _MAX_CORRECTED_BYTES:
+        return None
+    text = bytearray(path.read_bytes())
+    for position in range(len(text)):
+        for bit in range(8):
+            text[position] ^= 1 << bit
+            begin = text.find(_BEFORE_SEAL) + len(_BEFORE_SEAL)
+            seal, others = text[begin : begin + 32], text[:begin] + text[begin + 32 :]
+            if xxhash.xxh3_128_hexdigest(others).encode() == seal:
+                return bytes(text)
+            text[position] ^= 1 << bit
+    return None
+
+
+def require_repairable(found: Verification) -> None:
+    """Raise `CorruptShardError` if a file is damaged that no harvest can write again."""
+    root = rooted(found.cache)
     planned = _planned(root)
     strays = {f"{FOLDER}/{p.name}" for n, p in receipt_files(root) if p != receipt_path(root, n)}
-    made_anew = {SEAL, *strays, *_document_names(root)}
+    made_anew = {SEAL, *strays, *(str(path.relative_to(root)) for path in _documents(root))}
     for damage in found.damages:
         made_by_harvests = damage.file in made_anew
         if damage.shard is not None:  # without a plan for it, its extension is lost
@@ -55,6 +100,20 @@ def retract_damaged(found: Verification) -> list[int]:
                 got=damage.got,
                 remedy="restore it from a copy, or harvest into another folder",
             )
+
+
+def retract_damaged(found: Verification) -> list[int]:
+    """Retract every damaged shard of a verified cache.
+
+    Returns:
+        The shards that were retracted by this call.
+
+    Raises:
+        CorruptShardError: a file is damaged that no harvest can write again; nothing was changed.
+        CacheBusyError: a harvest is running in the cache; nothing was changed.
+    """
+    require_repairable(found)
+    root = rooted(found.cache)
     lock = DirectoryLock(root)
     lock.acquire()
     try:
@@ -66,8 +125,11 @@ def retract_damaged(found: Verification) -> list[int]:
 def _retract(root: Path, damages: Sequence[Finding]) -> list[int]:
     manifest = read_manifest(root)
     standing = {number for number, _ in receipt_files(root)}
-    known = standing | set(retracted_shards(root))
-    damaged = sorted({d.shard for d in damages if d.shard is not None} & known)
+    records = {f"{FOLDER}/{retraction_path(root, s).name}": s for s in retracted_shards(root)}
+    damaged = sorted(
+        {d.shard for d in damages if d.shard is not None} & standing
+        | {records[d.file] for d in damages if d.file in records}
+    )
     for damage in damages:
         if damage.shard is None:  # the seal, backend metadata, or a file named like a receipt
             (root / damage.file).unlink(missing_ok=True)
@@ -77,13 +139,14 @@ def _retract(root: Path, damages: Sequence[Finding]) -> list[int]:
     return damaged
 
 
-def _document_names(root: Path) -> set[str]:
+def _documents(root: Path) -> dict[Path, bytes]:
+    """Return the backend's metadata files and their contents; none without a manifest."""
     try:
         manifest = read_manifest(root)
     except FormatError:
-        return set()
+        return {}
     documents = BACKENDS[manifest.backend].metadata_files(root, manifest)
-    return {str(path.relative_to(root)) for path in documents}
+    return {path: accepted[-1] for path, accepted in documents.items()}
 
 
 def retract(root: Path, manifest: Manifest, shard: int) -> None:

@@ -134,11 +134,11 @@ def _choose(
 ) -> _Choice:
     """Compare the files of a shard on disk and as made with its retraction record.
 
-    A new file is right if the receipt names its digest, or if it equals the file on disk, since
-    damage does not turn a file into the result of another run of the model. The digests of a
-    receipt that cannot be read, or has no seal, may be damaged: then a new file is right too if the
-    new receipt has the seal of the old one, or if it holds rows whose statistics are, bit for bit,
-    those of the shard.
+    A new file is right if the receipt names its digest, or if it equals the file on disk, now or
+    when it was retracted: damage does not turn a file into the result of another run of the model.
+    The digests of a receipt that cannot be read, or has no seal, may be damaged: then a new file is
+    right too if the new receipt has the seal of the old one, or if it holds rows whose statistics
+    are, bit for bit, those of the shard.
     """
     promised = record.promised
     doubtful = record.receipt is None or manifest.format_version < SEALED_FROM
@@ -152,7 +152,7 @@ def _choose(
         proved = same_seal or (same_rows and name not in _TEXT)
         if found is not None and found == old:
             files[name] = found
-        elif new in (old, found) or (doubtful and proved):
+        elif new in (old, found, record.found.get(name)) or (doubtful and proved):
             files[name] = new
         else:
             lost[name] = (old or found, new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -206,8 +207,12 @@ def read_receipts(root: CachePath, manifest: Manifest) -> dict[int, ShardReceipt
         files: Iterable[CachePath] = [path for _, path in receipt_files(root)]
         if not isinstance(root, Path):
             files = prefetch_files(files)
-        receipts = (read_receipt(path, manifest) for path in files)
-        return {receipt.shard: receipt for receipt in receipts}
+        receipts = {}
+        for path in files:
+            with suppress(FileNotFoundError):  # retracted since it was listed
+                receipt = read_receipt(path, manifest)
+                receipts[receipt.shard] = receipt
+        return receipts
     finally:
         if collecting:
             gc.enable()

@@ -33,6 +33,11 @@ def damage(cache):
     path.write_bytes(path.read_bytes()[:-1] + b"?")
 
 
+def flip(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:99] + bytes([data[99] ^ 4]) + data[100:])
+
+
 def test_verify_of_a_sound_cache_prints_one_line(cache):
     (line,) = run("verify", cache).stdout.splitlines()
     assert line.startswith(f"{cache}: sound; every byte of 9 files in 3 shards, ")
@@ -127,10 +132,19 @@ def test_verify_reports_an_incomplete_cache(cache):
     assert f"{cache}: sound, incomplete; " in run("verify", cache).stdout
 
 
-def test_repair_without_a_command_prints_the_next_step_for_any_damage(harvest, tmp_path):
+def test_repair_mends_metadata_without_a_command(harvest, tree, tmp_path):
     root = tmp_path / "zarr"
     run("harvest", *harvest, "--out", root, "--backend", "zarr")
+    before = tree(root)
     (root / "activations" / "layers.1" / "zarr.json").unlink()
-    assert "run the harvest command again" in run("verify", root, "--repair", code=8).stderr
-    run("harvest", *harvest, "--out", root, "--backend", "zarr")
-    assert ": sound; " in run("verify", root).stdout
+    flip(root / "shards" / "00001.json")
+    assert "mended without a harvest: " in run("verify", root, "--repair").stderr
+    assert tree(root) == before
+    flip(root / "manifest.json")
+    assert ": sound; " in run("verify", root, "--repair").stdout
+    assert tree(root) == before
+
+
+def test_repair_without_a_command_prints_the_next_step_for_any_damage(cache):
+    (cache / "shards" / "END.json").write_text("{")
+    assert "run the harvest command again" in run("verify", cache, "--repair", code=8).stderr

@@ -15,7 +15,7 @@ import pytest
 
 from actcache.cache import verify as verify_module
 from actcache.cache.reader import Cache
-from actcache.cache.repair import retract_damaged
+from actcache.cache.repair import mend, retract_damaged
 from actcache.cache.verify import NO_SEALS, verify
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
@@ -478,6 +478,15 @@ def test_a_shard_without_a_readable_receipt_stays_retracted_where_others_bytes_a
     assert tree(root) == whole
 
 
+def test_a_second_repair_keeps_the_records_of_the_first(root: Path, tree: Tree) -> None:
+    flip(root / DATA[0])
+    retract_damaged(verify(root))
+    before = tree(root)
+    assert not verify(root).is_sound  # sealed, and the receipt is withdrawn
+    assert retract_damaged(verify(root)) == []
+    assert tree(root) == before
+
+
 def test_a_damaged_record_is_found_and_made_again(options: Options, tree: Tree) -> None:
     root = Path(harvest(options()).cache)
     whole = tree(root)
@@ -489,6 +498,27 @@ def test_a_damaged_record_is_found_and_made_again(options: Options, tree: Tree) 
         harvest(options())
     repair(options())  # the rows are proved by the statistics
     assert tree(root) == whole
+
+
+@pytest.mark.parametrize("extended_by", [0, 9])
+def test_one_flipped_bit_of_a_sealed_file_is_corrected(
+    extended_by: int, make_cache: Callable[..., Path], tree: Tree
+) -> None:
+    root = make_cache(shards=3, sequences=4, extended_by=extended_by)
+    whole = tree(root)
+    files = sorted(root.rglob("*.json"))
+    for path in files:
+        size = path.stat().st_size
+        for position in (0, size // 3, path.read_bytes().index(b'"seal"') + 12, size - 1):
+            data = bytearray(path.read_bytes())
+            data[position] ^= 16
+            path.write_bytes(data)
+            assert mend(verify(root)) == [str(path.relative_to(root))]
+            assert tree(root) == whole
+    assert len(files) == 5 + 4 * bool(extended_by)
+    flip(files[0])
+    flip(files[0], 5)
+    assert mend(verify(root)) == []
 
 
 def test_shards_beyond_the_plan_are_not_retracted(

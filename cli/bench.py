@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .error_handling import print_json, report_errors
-from .options import BlockCache, BlockCacheBytes
+from .options import BlockCache, BlockCacheBytes, require_names
 from .tables import table
 
 
@@ -37,6 +37,7 @@ def run(
     from actcache.core.progress import format_bytes
     from actcache.stream.benchmark import benchmark_reads
 
+    require_names(CACHE=cache, **{"--block-cache": block_cache})
     found = benchmark_reads(
         Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes),
         hookpoint or (),

@@ -8,7 +8,7 @@ import typer
 
 from .error_handling import print_json, report_errors
 from .fit import format_number, heading
-from .options import BlockCache, BlockCacheBytes
+from .options import BlockCache, BlockCacheBytes, require_names
 from .tables import table
 
 
@@ -37,6 +37,7 @@ def run(
 
     from saetrain.evaluation import BEST_EVALUATION, EVALUATION, evaluate
 
+    require_names(RUN=run, **{"--cache": cache, "--block-cache": block_cache})
     evaluation = evaluate(Path(run), cache, device, block_cache, block_cache_bytes, best=best)
     if json:
         print_json(dataclasses.asdict(evaluation))

@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 from actcache.core.options import MAIN, names_on_resume
+from actcache.errors import ConfigError
 
 C = TypeVar("C")
 
@@ -173,6 +174,13 @@ def frozen(value: Any, hint: Any) -> Any:
     if isinstance(hint, types.UnionType) and value is None:
         return None
     return value
+
+
+def require_names(**values: str | None) -> None:
+    """Raise `ConfigError` for an empty name: it would stand for the current folder."""
+    for name, value in values.items():
+        if value == "":
+            raise ConfigError(f"{name} is empty", expected="a name", got="''")
 
 
 BlockCache = Annotated[

@@ -12,7 +12,7 @@ from actcache.errors import ActcacheError, ConfigError, CorruptShardError
 from actcache.filesystem.paths import reject_url
 
 from .error_handling import print_json, print_stderr, report_errors
-from .options import command
+from .options import command, require_names
 
 if TYPE_CHECKING:
     from actcache.cache.verify import Verification
@@ -53,6 +53,7 @@ def run(
     from actcache.cache.repair import mend, require_repairable, retract_damaged
     from actcache.cache.verify import verify
 
+    require_names(CACHE=cache)
     if harvest and not repair:
         raise ConfigError("a harvest command needs --repair", got=" ".join(harvest))
     if repair:

@@ -10,6 +10,9 @@ from tqdm import tqdm
 
 from actcache.core.terminal import escape_controls
 
+MINUTE = 60.0
+"""Seconds between two lines about one wait."""
+
 
 class Progress:
     """A tqdm bar with amount, rate, time left, and bytes per second if bytes are reported.
@@ -29,6 +32,7 @@ class Progress:
         self._what = what
         self._bytes = 0
         self._began = time.monotonic()
+        self._next_line = 0.0  # when a wait is printed again
         self._bar: Any = tqdm(
             desc=what,
             total=total,
@@ -51,10 +55,11 @@ class Progress:
         self._bar.update(units)
 
     def wait(self, what: str, *, begins: bool) -> None:
-        """Show a wait at the end of the bar; without a bar, print one line when the wait begins."""
+        """Show a wait at the end of the bar; without one, print it at its begin and each minute."""
         if not self._bar.disable:
             self._bar.set_postfix_str(escape_controls(what))
-        elif begins:
+        elif begins or time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + MINUTE
             self.print_line(f"{self._what}: {what}")
 
     def print_line(self, text: str) -> None:

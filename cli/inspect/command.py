@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..error_handling import print_json, print_stderr, report_errors
-from ..options import BlockCache, BlockCacheBytes
+from ..options import BlockCache, BlockCacheBytes, require_names
 
 if TYPE_CHECKING:
     from actcache.cache.reader import Cache
@@ -84,6 +84,7 @@ def run(
 
     from .summary import print_summary
 
+    require_names(CACHE=cache, **{"--html": html, "--block-cache": block_cache})
     if html is not None:
         require_output(Path(html), "--html")
     opened = Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes)

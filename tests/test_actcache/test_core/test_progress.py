@@ -56,3 +56,23 @@ def test_a_wait_is_shown_in_the_bar_or_printed_once_without_a_bar(
     shown.wait("waiting for shard 0", begins=False)
     shown.close()
     assert "waiting for shard 0" in capsys.readouterr().err
+
+
+def test_a_long_wait_without_a_bar_is_printed_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actcache.core.progress.MINUTE", 0.0)
+    silent = Progress("fit", 10, "rows")
+    silent.wait("waiting for shard 0", begins=True)
+    silent.wait("waiting for shard 0", begins=False)
+    assert capsys.readouterr().err == 2 * "fit: waiting for shard 0\n"
+
+
+def test_what_a_bar_shows_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Progress("fit", 10, "rows", show=True)
+    bar.wait("\x1b[2J", begins=True)
+    bar.print_line("\x1b]0;title\x07")
+    bar.close()
+    printed = capsys.readouterr().err
+    assert r"\x1b[2J" in printed
+    assert "\x1b]0;" not in printed

@@ -270,6 +270,12 @@ def require_cache_folder(root: Path) -> None:
         FormatError: a file or folder that a harvest reads or writes is a link or a device, or the
             manifest is damaged.
     """
+    if root.is_symlink() and not root.exists():
+        raise CacheMismatchError(
+            f"--out {root} is a link that leads nowhere",
+            expected="a folder, or nothing yet",
+            remedy=f"create the folder that it points to: {root.readlink()}",
+        )
     if root.exists() and not root.is_dir():
         raise CacheMismatchError(f"--out {root} is a file", expected="a folder, or nothing yet")
     if not root.is_dir():

@@ -82,7 +82,8 @@ class RootedPath(PosixPath):
         """Open a plain file; raises `FormatError` for anything else."""
         writes = os.O_WRONLY if mode[0] != "r" else os.O_RDONLY
         flags = _MODES[mode[0]] | (os.O_RDWR if "+" in mode else writes)
-        return os.fdopen(open_file(self, flags), mode, buffering, encoding, errors, newline)
+        fd = open_to_read(self) if flags == os.O_RDONLY else open_file(self, flags)
+        return os.fdopen(fd, mode, buffering, encoding, errors, newline)
 
     def iterdir(self) -> Generator[RootedPath, None, None]:
         """List the folder; raises `FormatError` if it is a link."""
@@ -357,11 +358,11 @@ def _of_path(error: OSError, path: Path) -> OSError:
 def _refused(path: Path, mode: int) -> FormatError:
     kind = _KINDS.get(stat.S_IFMT(mode), "a device")
     root = Path(*path.parts[: path._depth]) if isinstance(path, RootedPath) else path.parent
-    remedy = f"remove it, if it is not yours: nothing was written to {root}"
+    remedy = "remove it"
     if stat.S_ISLNK(mode):
         remedy = (
-            f"put all of {root} where the link points to (that folder itself may be a link), or "
-            "mount the other disk there: mount --bind"
+            f"remove the link; to use another disk, put all of {root} there (it may itself be a "
+            "link), or mount a folder of the disk here with mount --bind"
         )
     return FormatError(
         f"{path} is {kind}",

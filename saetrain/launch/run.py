@@ -133,6 +133,12 @@ def has_run(config: FitConfig, root: Path) -> bool:
                 f"{root} holds a run already", remedy="--resume to continue it, or another --out"
             )
         return True
+    if root.is_symlink() and not root.exists():
+        raise RunError(
+            f"--out {root} is a link that leads nowhere",
+            expected="a new or empty folder",
+            remedy=f"create the folder that it points to: {root.readlink()}",
+        )
     if root.exists():
         if not root.is_dir():
             raise RunError(f"--out {root} is a file", expected="a new or empty folder")

@@ -348,7 +348,10 @@ def test_a_folder_that_is_not_a_cache_is_refused_and_unchanged(
         harvest(options(out=str(tmp_path)))
     with pytest.raises(CacheMismatchError, match="is a file"):
         harvest(options(out=str(tmp_path / "notes")))
-    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(CacheMismatchError, match=r"(?s)a link that leads nowhere.*nowhere"):
+        harvest(options(out=str(tmp_path / "link")))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "notes"]
 
 
 LINKED = (

@@ -103,6 +103,9 @@ def test_an_out_that_cannot_be_used_is_refused(
     (tmp_path / "folder" / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="is a file"):
         fit(options(out=str(tmp_path / "file")))
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(RunError, match="a link that leads nowhere"):
+        fit(options(out=str(tmp_path / "link")))
     for resume in (False, True):
         with pytest.raises(RunError, match="holds other things"):
             fit(options(out=str(tmp_path / "folder"), resume=resume))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_symlinks_pipes_and_folders_are_not_read(cache, tmp_path):
     elsewhere.mkdir()
     text = json.dumps(entry(0, 1.0))
     (elsewhere / "harvest-rank0.jsonl").write_text(text)
-    logs = cache.root / "logs"
+    logs = Path(cache.root) / "logs"
     logs.symlink_to(elsewhere)
     assert speeds(cache) == ()
     logs.unlink()

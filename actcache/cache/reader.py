@@ -276,8 +276,8 @@ class Cache:
         self, shards: Sequence[int], hookpoints: Sequence[str]
     ) -> list[dict[str, Statistics]]:
         """Read the statistics of each shard, by hookpoint."""
-        expected = statistics_tensors(self.manifest.identity.hookpoints)
         paths = [statistics_path(self.root, shard) for shard in shards]
+        expected = statistics_tensors(self.manifest.identity.hookpoints)
         found = []
         for shard, path in zip(shards, paths, strict=True):
             receipt = self.receipts[shard]

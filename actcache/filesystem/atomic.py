@@ -22,7 +22,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
@@ -85,14 +85,14 @@ class RootedPath(PosixPath):
         fd = open_to_read(self) if flags == os.O_RDONLY else open_file(self, flags)
         return os.fdopen(fd, mode, buffering, encoding, errors, newline)
 
-    def iterdir(self) -> Generator[RootedPath, None, None]:
+    def iterdir(self) -> Iterator[RootedPath]:  # type: ignore[override]
         """List the folder; raises `FormatError` if it is a link."""
         folder = _open_folder(self)
         try:
             names = os.listdir(folder)  # noqa: PTH208 (of a descriptor)
         finally:
             os.close(folder)
-        return (self / name for name in names)
+        return iter([self / name for name in names])
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete a plain file; raises `FormatError` for anything else."""

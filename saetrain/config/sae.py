@@ -328,10 +328,6 @@ class SaeEntry:
     encoder_scale: float = 1.0
     """What its encoder's weights were multiplied by at the start."""
 
-    def __post_init__(self) -> None:
-        """Refuse names that, as folder names, could leave the run, and numbers out of range."""
-        require_entry(self)
-
     @property
     def sources(self) -> tuple[str, ...]:
         """Hookpoints it reads."""
@@ -362,8 +358,6 @@ _RESERVED = re.compile(r"best-[0-9]+|.*\.(json|jsonl|safetensors|lock)")
 
 def require_entry(entry: SaeEntry) -> None:
     """Raise `FormatError` for names that are no folder of a run, or numbers out of range."""
-    for name in (entry.hookpoint, *entry.reads, *entry.predicts):
-        Hookpoint(name, 1)
     setting = entry.setting
     if setting and (not _SETTING.fullmatch(setting) or len(setting) > _MOST_SETTING):
         raise FormatError("not a setting's name", expected=_SETTING.pattern, got=repr(setting))
@@ -379,6 +373,8 @@ def require_entry(entry: SaeEntry) -> None:
         raise FormatError("scales of other hookpoints", expected=expected, got=len(entry.scales))
     if not 0 <= entry.seed < 2**32:
         raise FormatError("a seed out of range", expected="0 to 2**32 - 1", got=entry.seed)
+    for name in (entry.hookpoint, *entry.reads, *entry.predicts):
+        Hookpoint(name, 1)
 
 
 def require_options(options: SaeOptions) -> None:

@@ -249,8 +249,11 @@ def require_memory(entries: Sequence[SaeEntry], options: FitConfig, device: torc
         ConfigError: they need more memory than the device, or the machine, has.
     """
     saes = [estimate_sae(entry, options, device.type) for entry in entries]
-    needed = sum(s.weights + s.optimizer_state for s in saes)
-    needed += max((s.gradients for s in saes), default=0)
+    needed = most = 0
+    for sae in saes:
+        needed += sae.weights + sae.optimizer_state
+        most = max(most, sae.gradients)
+    needed += most
     free = _free(device)
     if needed > free:
         names = ", ".join(s.name for s in saes[:3]) + (", ..." if len(saes) > 3 else "")

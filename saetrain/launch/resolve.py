@@ -124,10 +124,10 @@ class _Order:
 def _order(config: FitConfig, cache: Cache, pool_rows: int) -> _Order:
     """Order all shards that are there now, as one segment."""
     cache.require_shards()
-    seed = config.order_seed
-    training, held_out = split_shards(cache.shards, config.val_fraction, seed)
-    shards = [(shard, cache.receipts[shard].rows) for shard in training]
-    plan = make_plan(shards, cache.manifest.block_rows, config.batch_size, seed, pool_rows)
+    shards, seed = cache.shards, config.order_seed
+    training, held_out = split_shards(shards, config.val_fraction, seed)
+    rows = [(shard, cache.receipts[shard].rows) for shard in training]
+    plan = make_plan(rows, cache.manifest.block_rows, config.batch_size, seed, pool_rows)
     return _Order(plan, held_out, plan.steps_per_epoch, None)
 
 
@@ -336,16 +336,16 @@ def sae_entries(
             pretrained SAEs; None: read from the files.
     """
     hookpoints = assign_hookpoints(config, cache)
-    require_overrides_used(config, [roles.name for roles in hookpoints])
-    entries = tuple(
-        _entry(config, roles, cache, setting, options)
-        for roles in hookpoints
-        for setting, options in saes_at(config, roles.name).items()
-    )
+    if config.hookpoints:
+        require_overrides_used(config, [roles.name for roles in hookpoints])
+    entries = []
+    for roles in hookpoints:
+        for setting, options in saes_at(config, roles.name).items():
+            entries.append(_entry(config, roles, cache, setting, options))
     if config.finetune is not None:
         configs_of = configs_of or PretrainedSaes(config.finetune).configs
         found = zip(entries, configs_of(entries), strict=False)  # a resume may have more
-        entries = tuple(dataclasses.replace(entry, config=sizes) for entry, sizes in found)
+        entries = [dataclasses.replace(entry, config=sizes) for entry, sizes in found]
     return with_default_lr(entries, None)
 
 
@@ -357,7 +357,7 @@ def with_default_lr(entries: Sequence[SaeEntry], steps: int | None) -> tuple[Sae
         lr = default_lr(optimizer, sizes.num_latents, sizes.d_in, steps)
         return dataclasses.replace(entry, lr=lr)
 
-    return tuple(entry if entry.options.lr is not None else fill_in(entry) for entry in entries)
+    return tuple([entry if entry.options.lr is not None else fill_in(entry) for entry in entries])
 
 
 def steps_ahead(config: FitConfig, cache: Cache, pool_rows: int) -> int | None:
@@ -377,7 +377,7 @@ def _entry(
     """Resolve the configuration of one SAE; `with_default_lr` fills in lr 0."""
     width = cache.manifest.width
     inputs = roles.reads or (roles.name,)
-    widths = tuple(width(name) for name in inputs)
+    widths = tuple(map(width, inputs))
     num_latents = options.num_latents or max(widths) * options.expansion_factor
     d_out = sum(map(width, roles.predicts))
     sparsity = options.sparsity

@@ -108,7 +108,8 @@ def make_trainers(
         require_compiler(device)
     require_memory([record.saes[index] for index in indices], record.options, device)
     # Merged once per hookpoint, from one file per shard.
-    statistics_of = functools.cache(lambda name: cache.statistics(name, record.training_shards))
+    training = record.training_shards
+    statistics_of = functools.cache(lambda name: cache.statistics(name, training))
     trainers = []
     for index in indices:
         entry = record.saes[index]

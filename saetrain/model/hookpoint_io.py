@@ -98,7 +98,7 @@ def _choose(config: FitConfig, cache: Cache, names: Sequence[str]) -> list[str]:
 
 def hookpoints_of(entries: Iterable[SaeEntry]) -> list[str]:
     """List the hookpoints of all SAEs in order, without duplicates."""
-    return list(dict.fromkeys(name for entry in entries for name in entry.hookpoints))
+    return list(dict.fromkeys([name for entry in entries for name in entry.hookpoints]))
 
 
 def rows_of(entry: SaeEntry, activations: Mapping[str, Tensor]) -> Tensor:

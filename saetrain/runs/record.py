@@ -25,7 +25,7 @@ from actcache.format.manifest import MAX_SHARDS
 from actcache.stream.order import OrderPlan, default_lanes, make_plan, split_shards
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import values_of
-from saetrain.config.sae import SaeEntry, flag
+from saetrain.config.sae import SaeEntry, flag, require_entry
 from saetrain.runs.seal import read_sealed, require_seal, seal_json
 
 RUN = "run.json"
@@ -149,7 +149,10 @@ def _require_ranges(record: RunRecord) -> None:
         raise FormatError(
             "shards occur twice, or are out of range", got=f"{used.most_common(3)} of {len(used)}"
         )
-    names = Counter(sae.name for sae in record.saes)
+    names = Counter[str]()
+    for sae in record.saes:
+        names[sae.name] += 1
+        require_entry(sae)
     if not names or max(names.values()) > 1:
         raise FormatError("a run needs SAEs of different names", got=names.most_common(3))
     if record.wandb_id is not None and not _WANDB_ID.fullmatch(record.wandb_id):

@@ -47,14 +47,17 @@ class FirstRows:
     """
 
     def __init__(self, cache: Cache, plan: OrderPlan, verify: Verify = "first-read") -> None:
-        self._cache, self._plan = cache, plan
-        self._reader = VerifiedReader(cache, verify)
+        self._cache, self._plan, self._verify = cache, plan, verify
 
     def of(self, entry: SaeEntry, device: torch.device) -> Tensor:
         """Return an SAE's rows, scaled as in training. float32 [N, D], a transcoder's [N, D + E]"""
         rows = rows_of(entry, {name: self._read(name) for name in entry.hookpoints}).to(device)
         scaling = input_scaling(entry, device)
         return rows if scaling is None else rows * scaling.rows
+
+    @functools.cached_property
+    def _reader(self) -> VerifiedReader:
+        return VerifiedReader(self._cache, self._verify)
 
     @functools.cached_property
     def _spans(self) -> list[Span]:

@@ -166,7 +166,7 @@ def require_weights(folder: Path, config: SaeConfig) -> None:
     """
     path = folder / WEIGHTS
     try:
-        with safe_open(path, "pt") as file:
+        with path_for_libraries(path) as name, safe_open(name, "pt") as file:
             header = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in header.items()}
     except (OSError, SafetensorError) as error:

@@ -104,7 +104,7 @@ GRAPH = {name: {i for i in imports_of(name) if i in MODULES and i != name} for n
 FILE_FUNCTIONS = {
     "": "open load_file safe_open",
     "io": "open FileIO",
-    "os": "open fdopen remove unlink rename replace rmdir removedirs mkdir makedirs link symlink "
+    "os": "open remove unlink rename replace rmdir removedirs mkdir makedirs link symlink "
     "truncate listdir scandir walk fwalk mkfifo mknod chmod chown utime",
     "shutil": "copy copy2 copyfile copytree move rmtree unpack_archive",
     "tempfile": "mkstemp mkdtemp NamedTemporaryFile TemporaryFile TemporaryDirectory",
@@ -118,12 +118,13 @@ FILE_METHODS = {"glob", "rglob", "rename", "touch", "symlink_to", "hardlink_to",
 
 FILES_OF_OTHERS = {
     "actcache.core.terminal os.open": "/dev/null",
+    "actcache.data.datasets os.open": "a text that the user names",
     "actcache.data.datasets shutil.rmtree": "its own new folder",
-    "actcache.data.watched_file os.open": "a text that the user names",
     "actcache.model.loading glob": "a model that the user names",
     "actcache.harvester.estimate shutil.rmtree": "its own new folder",
     "actcache.harvester.estimate tempfile.mkdtemp": "its own new folder",
     "saetrain.formats.sparsify load_file": "by a descriptor, or an SAE that the user names",
+    "saetrain.formats.sparsify safe_open": "by a descriptor, or an SAE that the user names",
     "saetrain.launch.finetune glob": "a run or an SAE that the user names",
     "saetrain.tracking.wandb_mirror glob": "the folder of W&B",
     "saetrain.tracking.wandb_mirror rename": "the folder of W&B",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Annotated
 
@@ -111,5 +112,7 @@ def saetrain() -> None:
 def _run(app: Callable[[], typer.Typer]) -> None:
     """Run a program whose output, usage errors and tracebacks included, is escaped."""
     reserve_standard_files()
+    # torch prints the stack of every lost connection as a warning; the error says it in a sentence.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     make_streams_safe()
     app()()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
+
+abandoned = threading.Event()
+"""Set while a collective is pending, and for good if an exception has ended the wait for it."""
 
 _SPINS = 200  # looks at a collective before the first pause
 _PAUSE, _LONGEST_PAUSE = 5e-5, 100  # seconds, growing up to so many times as much
@@ -39,11 +43,13 @@ def all_gather_int(number: int, while_waiting: Callable[[], None]) -> list[int]:
     gathered = [torch.empty_like(value) for _ in range(world_size())]
     work = dist.all_gather(gathered, value, async_op=True)
     spins = 0
+    abandoned.set()
     while not work.is_completed():  # `wait` would not return on a signal
         spins += 1
         if spins > _SPINS:
             while_waiting()
             time.sleep(min(spins - _SPINS, _LONGEST_PAUSE) * _PAUSE)
+    abandoned.clear()
     work.wait()  # raises the error of a failed all-gather
     return [int(n) for n in gathered]
 

@@ -11,6 +11,7 @@ asks for a checkpoint. The check of /proc tells the two apart before torchrun's 
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import sys
@@ -185,7 +186,7 @@ class StoreGroup:
             failure = Failure(self.rank, exit_code_of(cause), first_line)
             self.put("failed", to_json(failure).decode())
             return cause
-        return error
+        return LostRankError(0) if _is_broken(error) else error
 
     def wait_for_exit(self, rank: int) -> None:
         """Wait, at most 5 heartbeats, until another process has ended.
@@ -238,7 +239,7 @@ class StoreGroup:
 
         A collective breaks when another rank ends, and torchrun sends SIGTERM once one has failed.
         """
-        broken = isinstance(error, RuntimeError) and _is_of_a_collective(error)
+        broken = _is_broken(error)
         if not broken and not isinstance(error, KeyboardInterrupt):
             return error
         deadline = time.monotonic() + (MISSED_HEARTBEATS + 5) * self._interval
@@ -285,17 +286,43 @@ class StoreGroup:
         """Raise an error in the main thread; if it hangs, end the process after `EXIT_GRACE`."""
         self._error = error
         if not self._ended.wait(EXIT_GRACE * self._interval):
-            cause = self.report_failure(error)
-            if not isinstance(cause, RemoteRankError):
-                self.on_forced_exit(cause)
-                print(f"error: {cause}", file=sys.stderr, flush=True)  # noqa: T201
-            sys.stdout.flush()
-            os._exit(exit_code_of(cause))
+            self.force_exit(self.report_failure(error))
+
+    def force_exit(self, cause: BaseException) -> None:
+        """End this process, whose main thread hangs, with an error and its exit code."""
+        if not isinstance(cause, RemoteRankError):
+            self.on_forced_exit(cause)
+            text = str(cause) or "ended by a signal; --resume continues from the newest checkpoint"
+            print(f"error: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.stdout.flush()
+        os._exit(exit_code_of(cause))
+
+    def destroy_collectives(self, cause: BaseException) -> None:
+        """Destroy torch's process group; end this process if a pending collective prevents it."""
+        import torch.distributed as dist
+
+        from saetrain.distributed.collectives import abandoned
+
+        ending = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        ending.start()
+        ending.join(5 * self._interval)
+        if ending.is_alive():  # a rank that has stopped does not answer, and does not hang up
+            self.force_exit(cause)
+        if abandoned.is_set():  # torch would wait for the other ranks once more when Python ends
+            atexit.register(_exit_at_once, exit_code_of(cause))
 
 
-def _is_of_a_collective(error: BaseException) -> bool:
+def _exit_at_once(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Return whether a collective, or the store, has lost its connection to another process."""
     words = ("gloo", "nccl", "connection", "socket", "peer", "store", "broken pipe", "timed out")
-    return any(word in str(error).lower() for word in words)
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
 @contextmanager
@@ -332,7 +359,7 @@ def connect(world: World) -> Iterator[tuple[StoreGroup, Store]]:
         if isinstance(cause, RemoteRankError):
             group.wait_for_exit(cause.failure.rank)
         if dist.is_initialized() and dist.get_backend() == "gloo":  # NCCL would wait for all ranks
-            dist.destroy_process_group()
+            group.destroy_collectives(cause)
         if cause is error:
             raise
         raise cause from error

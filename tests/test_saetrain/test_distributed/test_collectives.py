@@ -42,6 +42,7 @@ def test_an_all_gather_calls_back_while_other_ranks_are_late() -> None:
     calls: list[None] = []
     assert collectives.all_gather_int(1, lambda: calls.append(None)) == [1, 2]
     assert len(calls) > 100
+    assert not collectives.abandoned.is_set()
 
 
 def test_an_all_gather_ends_when_a_signal_raises() -> None:
@@ -50,3 +51,5 @@ def test_an_all_gather_ends_when_a_signal_raises() -> None:
 
     with pytest.raises(Heard):
         collectives.all_gather_int(1, heard)
+    assert collectives.abandoned.is_set()  # so the process does not wait for it at its end
+    collectives.abandoned.clear()

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +126,46 @@ def test_a_broken_collective_and_a_signal_of_torchrun_are_not_the_cause(
     found = groups[0].report_failure(error)
     assert isinstance(found, RemoteRankError)
     assert found.failure.what == "the cause"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("gloo: Connection closed by peer"), LostRankError),
+        (RuntimeError("Broken pipe"), LostRankError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (ConfigError("an option"), ConfigError),
+    ],
+)
+def test_a_connection_that_breaks_after_the_store_is_gone_is_a_lost_process(
+    error: BaseException,
+    kind: type[BaseException],
+    connect: Callable[[int], list[StoreGroup]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object) -> bool:
+        raise RuntimeError("sendBytes failed: Broken pipe")
+
+    group = connect(2)[0]
+    for method in ("has", "put"):
+        monkeypatch.setattr(group, method, gone)
+    monkeypatch.setattr(group, "_store", SimpleNamespace(add=gone))
+    assert isinstance(group.report_failure(error), kind)
+
+
+def test_a_process_group_that_cannot_be_destroyed_ends_the_process(
+    connect: Callable[[int], list[StoreGroup]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collective is pending whose other rank has stopped."""
+    ended = threading.Event()
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: ended.wait(SECONDS))
+    forced: list[BaseException] = []
+    group = connect(2)[0]
+    monkeypatch.setattr(group, "force_exit", forced.append)
+    stop = KeyboardInterrupt()
+    group.destroy_collectives(stop)
+    ended.set()
+    assert forced == [stop]
 
 
 def test_an_interrupt_with_all_other_ranks_alive_is_the_failure(

@@ -44,7 +44,7 @@ from actcache.format.manifest import (
     library_versions,
     read_manifest,
 )
-from actcache.format.receipts import ShardReceipt, write_completion_marker
+from actcache.format.receipts import ShardReceipt, retraction_path, write_completion_marker
 from actcache.format.statistics import Statistics, compute
 from actcache.storage import BACKENDS, ROW_DTYPES, check_overflow
 
@@ -201,8 +201,8 @@ def _finish(source: Cache, root: Path, manifest: Manifest) -> ConversionSummary:
             except RestoreError as error:  # the cache is as it was: go on with the others
                 failed.append(error)
             except ActcacheError:
-                folder = write_folder(root, manifest, receipt.shard)
-                discard(data_paths(folder, manifest, receipt.shard))
+                if not retraction_path(root, receipt.shard).exists():
+                    discard(data_paths(root, manifest, receipt.shard))
                 raise
             else:
                 fresh.append(made)

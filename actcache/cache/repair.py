@@ -52,7 +52,8 @@ def mend(found: Verification) -> list[str]:
     damaged = [root / damage.file for damage in found.damages]
     contents = {path: text for path in damaged if (text := _corrected(path)) is not None}
     documents = _documents(root)
-    contents |= {path: documents[path] for path in damaged if path in documents}
+    metadata = [path for path in damaged if path in documents and not path.is_dir()]
+    contents |= {path: documents[path] for path in metadata}
     if not contents:
         return []
     lock = DirectoryLock(root)

@@ -8,6 +8,7 @@ changes nothing.
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from actcache.filesystem.atomic import (
     digest_file,
     fsync_dir,
     remove_tree,
+    remove_trees,
 )
 from actcache.format.manifest import SEALED_FROM, Manifest, library_versions
 from actcache.format.receipts import (
@@ -45,8 +47,8 @@ def write_folder(root: Path, manifest: Manifest, shard: int) -> Path:
     """
     if read_retraction(root, manifest, shard) is None:
         return root
-    folder = root / f"{RESTORED}{shard:05d}"
-    remove_tree(folder)  # of a killed process
+    folder = root / f"{RESTORED}{shard:05d}-{secrets.token_hex(8)}"
+    folder.mkdir()
     return folder
 
 
@@ -108,6 +110,7 @@ def reinstate_all(root: Path, manifest: Manifest) -> None:
     lock = DirectoryLock(root)
     lock.acquire()
     try:
+        remove_trees(root, RESTORED)
         for shard in retracted_shards(root):
             reinstate(root, manifest, shard)
     finally:

@@ -478,6 +478,20 @@ def test_a_shard_without_a_readable_receipt_stays_retracted_where_others_bytes_a
     assert tree(root) == whole
 
 
+def test_a_shard_is_not_made_again_through_a_planted_link(
+    options: Options, tree: Tree, tmp_path: Path
+) -> None:
+    root = Path(harvest(options()).cache)
+    whole = tree(root)
+    flip(root / "tokens/00001.safetensors")
+    (root / ".restored-00001").symlink_to(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    repair(options())
+    assert sorted(tmp_path.iterdir()) == before
+    (root / ".restored-00001").unlink()
+    assert tree(root) == whole
+
+
 def test_a_second_repair_keeps_the_records_of_the_first(root: Path, tree: Tree) -> None:
     flip(root / DATA[0])
     retract_damaged(verify(root))

@@ -75,6 +75,8 @@ class CacheMismatchError(ActcacheError):
 class RestoreError(CacheMismatchError):
     """A damaged shard cannot be made again in the same bytes here; it is left as it is."""
 
+    exit_code = 15
+
 
 class CorruptShardError(ActcacheError):
     """The bytes of a published file differ from its receipt."""

@@ -2,8 +2,8 @@
 
 `record` describes the run, `checkpoint` saves and loads its state, `segments` pins the shards of a
 run that follows a harvest, `config_file` reads options from TOML, YAML or run.json, `overrides`
-changes options of an existing run, `seal` covers a file by a digest of its own, and `own_files`
-reads and deletes plain files only.
+changes options of an existing run, and `own_files` deletes plain
+files only.
 """
 
-__all__ = ["checkpoint", "config_file", "overrides", "own_files", "record", "seal", "segments"]
+__all__ = ["checkpoint", "config_file", "overrides", "own_files", "record", "segments"]

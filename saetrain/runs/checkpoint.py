@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from actcache.core.json_codec import parse_dataclass
+from actcache.core.json_codec import SEAL, parse_dataclass, read_json, to_json, truncated_repr
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
-from saetrain.runs.own_files import digest_bytes, is_plain, read_plain, remove_sae_folder
+from saetrain.runs.own_files import digest_bytes, is_plain, remove_sae_folder
 from saetrain.runs.record import RunRecord
-from saetrain.runs.seal import read_sealed, require_seal, seal_json
 
 _FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
 _BEST = re.compile(r"best-([0-9]{9,})")
@@ -184,7 +184,8 @@ def finalize_checkpoint(
     """
     saes = tuple(parts if metrics is not None else map(_of_format_1, parts))
     state = State(step, stream, saes, metrics, 1 if metrics is None else 2)
-    write_atomic(state_path(root, step), [seal_json(_without_nulls(state))])
+    text = to_json(state, sealed=True) if state.format_version > 1 else _in_format_1(state)
+    write_atomic(state_path(root, step), [text])
     remove_others(root, step, keep)
 
 
@@ -193,16 +194,33 @@ def _of_format_1(sae: SaeState) -> SaeState:
     return dataclasses.replace(sae, best=best, export_config=None)
 
 
-def _without_nulls(state: State) -> dict[str, Any]:
-    """Return a state's JSON object; one of format 1 lacks the keys of format 2."""
+def _in_format_1(state: State) -> bytes:
+    """Return the JSON of a state of format 1, which lacks the keys of format 2."""
     plain = dataclasses.asdict(state)
-    if state.format_version == 1:
-        del plain["metrics"], plain["format_version"]
-        for sae in plain["saes"]:
-            del sae["export_config"]
-            if sae["best"] is not None:
-                del sae["best"]["config"]
+    del plain["metrics"], plain["format_version"]
+    for sae in plain["saes"]:
+        del sae["export_config"]
+        if sae["best"] is not None:
+            del sae["best"]["config"]
+    return to_json(plain | {SEAL: _first_seal(plain)})
+
+
+def _is_of_format_1(obj: object) -> bool:
+    return isinstance(obj, dict) and "format_version" not in obj
+
+
+def _without_first_seal(path: Path, obj: Any) -> dict[str, Any]:
+    """Compare a state of format 1 with its seal, which older ones lack; return the other keys."""
+    plain = {key: value for key, value in obj.items() if key != SEAL}
+    seal, found = obj.get(SEAL), _first_seal(plain)
+    if seal is not None and seal != found:
+        raise FormatError(f"{path} is damaged", expected=truncated_repr(seal), got=found)
     return plain
+
+
+def _first_seal(plain: dict[str, Any]) -> str:
+    """Return the seal of format 1: the digest of the file with the seal null."""
+    return xxhash.xxh3_128_hexdigest(to_json(plain | {SEAL: None}))
 
 
 def remove_others(root: Path, step: int, keep: RetentionPolicy = NEWEST) -> None:
@@ -228,10 +246,10 @@ def newest_state(root: Path) -> State | None:
 def read_state(root: Path, step: int) -> State:
     """Return the state of the checkpoint of a step; raises `FormatError` if it is damaged."""
     path = state_path(root, step)
-    obj, sealed = read_sealed(path)
+    obj = read_json(path, links=False, sealed=lambda obj: not _is_of_format_1(obj))
+    if _is_of_format_1(obj):
+        obj = _without_first_seal(path, obj)
     state = parse_dataclass(State, obj, str(path))
-    if state.format_version > 1:  # those of format 1 have a seal, or are older
-        require_seal(path, sealed, state.format_version)
     if state.step != step:
         raise FormatError(f"{path} is not of its step", expected=step, got=state.step)
     return state
@@ -421,7 +439,7 @@ def _load(root: Path, state: State, sae: int, wanted: bool = True) -> dict[str, 
                 if got == expected:
                     return {}
             else:
-                data = read_plain(path, size)  # once: the bytes compared are those loaded
+                data = path.read_bytes()  # once: the bytes compared are those loaded
                 got = digest_bytes(data)
                 if got == expected:
                     return load(data)

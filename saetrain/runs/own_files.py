@@ -1,4 +1,4 @@
-"""Reading and deletion of a run's own files: plain ones only.
+"""Deletion of a run's own files: plain ones only.
 
 A run folder may come from elsewhere, and may hold links, pipes, or files of other programs. Those
 stay.
@@ -6,7 +6,6 @@ stay.
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from contextlib import suppress
@@ -14,30 +13,9 @@ from pathlib import Path
 
 import xxhash
 
-from actcache.core.json_codec import MAX_JSON_BYTES
-from actcache.errors import FormatError
-from actcache.filesystem.atomic import FileDigest, open_file
+from actcache.filesystem.atomic import FileDigest
 
 _OF_SAE = re.compile(r"(cfg\.json|sae\.safetensors)|\.(cfg\.json|sae\.safetensors)\.partial-.*")
-
-
-def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """Read a plain file.
-
-    Args:
-        path: the file.
-        limit: largest size, bytes.
-
-    Raises:
-        FormatError: it is a link, a pipe, a folder or a device, or larger.
-        OSError: it cannot be read.
-    """
-    with os.fdopen(open_file(path), "rb") as file:
-        found = os.fstat(file.fileno()).st_size
-        if found > limit:
-            got = f"{found} bytes"
-            raise FormatError(f"{path} is too large", expected=f"<= {limit} bytes", got=got)
-        return file.read()
 
 
 def digest_bytes(data: bytes) -> FileDigest:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.core.json_codec import parse_dataclass, to_json
+from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.core.options import names_on_resume
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, write_atomic
@@ -26,7 +26,6 @@ from actcache.stream.order import OrderPlan, default_lanes, make_plan, split_sha
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import values_of
 from saetrain.config.sae import SaeEntry, flag, require_entry
-from saetrain.runs.seal import read_sealed, require_seal, seal_json
 
 RUN = "run.json"
 LOCK = Path("fit.lock")
@@ -163,7 +162,7 @@ def _require_ranges(record: RunRecord) -> None:
 
 def write_run(root: Path, record: RunRecord) -> None:
     """Write run.json atomically, sealed from format 2 on."""
-    write_atomic(root / RUN, [seal_json(record) if record.format_version > 1 else to_json(record)])
+    write_atomic(root / RUN, [to_json(record, sealed=record.format_version > 1)])
 
 
 def read_run(root: Path) -> RunRecord:
@@ -175,9 +174,8 @@ def read_run(root: Path) -> RunRecord:
     """
     path = root / RUN
     try:
-        obj, sealed = read_sealed(path)
+        obj = read_json(path, links=False, sealed=_has_seal)
         record = _parse(obj, path)
-        require_seal(path, sealed, record.format_version)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(
             f"{root} is not a run: it holds no {RUN}", remedy=f"saetrain fit CACHE --out {root}"
@@ -197,6 +195,11 @@ def read_run(root: Path) -> RunRecord:
             got=shards,
         )
     return record
+
+
+def _has_seal(obj: object) -> bool:
+    """Return whether run.json must have a seal: from format 2 on, or if that cannot be told."""
+    return not isinstance(obj, dict) or obj.get("format_version") != 1
 
 
 def _parse(obj: object, path: Path) -> RunRecord:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.core.json_codec import parse_dataclass, to_json
+from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.core.progress import Progress
 from actcache.errors import CacheMismatchError, ConfigError, FormatError
 from actcache.filesystem.atomic import is_unlocked, write_atomic
@@ -24,7 +24,6 @@ from actcache.stream.order import OrderPlan
 from actcache.stream.segments import POLL_SECONDS, Segmentation, SegmentFollower
 from saetrain.runs.checkpoint import State
 from saetrain.runs.record import RunRecord
-from saetrain.runs.seal import read_sealed, require_seal, seal_json
 
 SEGMENTS = "segments.json"
 
@@ -93,9 +92,8 @@ def read_used(root: Path, record: RunRecord, cache: Cache) -> UsedSegments:
     path, segmentation = root / SEGMENTS, segmentation_of(record)
     if not path.exists():
         return UsedSegments((), None)
-    obj, sealed = read_sealed(path)
+    obj = read_json(path, links=False, sealed=record.format_version > 1)
     used = parse_dataclass(UsedSegments, obj, str(path))
-    require_seal(path, sealed, record.format_version)
     for number, segment in enumerate(used.segments):
         shards = range(segment.first_shard, segment.last_shard + 1)
         if not shards or shards != segmentation.shards(number, segment.last_shard):
@@ -161,7 +159,7 @@ class SegmentTracker:
         ended = ended or (last + 1) % self.plans.segmentation.shards_each > 0
         self._used = UsedSegments(tuple(segments), last if ended else None)
         if self._writes:
-            text = seal_json(self._used) if self._sealed else to_json(self._used)
+            text = to_json(self._used, sealed=self._sealed)
             write_atomic(self._root / SEGMENTS, [text])
 
     def position_after(self, step: int, epochs: int | None) -> dict[str, int] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from actcache.core.process import peak_memory
 from actcache.core.progress import Progress
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, as_disk_full_error, open_log, write_atomic
-from saetrain.runs.own_files import digest_bytes, read_plain
+from saetrain.runs.own_files import digest_bytes
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
@@ -177,7 +176,7 @@ def truncate_after(path: Path, step: int) -> bytes:
     """
     if not path.exists():
         return b""
-    data, kept = _read(path), 0
+    data, kept = path.read_bytes(), 0
     for line in _complete_lines(data) if step else []:
         if _parse(path, line)["step"] > step:
             break
@@ -191,12 +190,12 @@ def cut_to_checkpoint(path: Path, expected: FileDigest) -> None:
     """Remove what follows the lines that a checkpoint covers; see `require_lines`."""
     require_lines(path, expected)
     if path.exists() and path.stat().st_size > expected.bytes:
-        write_atomic(path, [_read(path)[: expected.bytes]])
+        write_atomic(path, [path.read_bytes()[: expected.bytes]])
 
 
 def require_lines(path: Path, expected: FileDigest) -> None:
     """Raise `FormatError` unless a file begins with the lines that a checkpoint covers."""
-    data = _read(path) if path.exists() else b""
+    data = path.read_bytes() if path.exists() else b""
     found = digest_bytes(data[: expected.bytes])
     if found != expected:
         raise FormatError(
@@ -209,7 +208,9 @@ def require_lines(path: Path, expected: FileDigest) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return all lines of a truncated .jsonl file; raises `FormatError` if one is damaged."""
-    return [_parse(path, line) for line in _complete_lines(_read(path) if path.exists() else b"")]
+    return [
+        _parse(path, line) for line in _complete_lines(path.read_bytes() if path.exists() else b"")
+    ]
 
 
 def with_check(text: bytes) -> bytes:
@@ -222,10 +223,6 @@ def with_check(text: bytes) -> bytes:
 
 _CHECK = "xxh3_64"
 _CHECKED = re.compile(rb'(.*), "xxh3_64": "([^"]*)"\}', re.DOTALL)
-
-
-def _read(path: Path) -> bytes:
-    return read_plain(path, sys.maxsize)
 
 
 def _complete_lines(data: bytes) -> list[bytes]:
@@ -250,7 +247,7 @@ def last_line(path: Path, step: int | None = None, key: str | None = None) -> di
     Raises:
         FormatError: a line read from the end is damaged.
     """
-    for text in reversed(_complete_lines(_read(path) if path.exists() else b"")):
+    for text in reversed(_complete_lines(path.read_bytes() if path.exists() else b"")):
         line = _parse(path, text)
         if (step is None or line["step"] <= step) and (key is None or key in line):
             return line

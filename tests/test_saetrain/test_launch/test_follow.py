@@ -25,7 +25,7 @@ import saetrain.runs.segments
 import saetrain.training.checkpointing
 import saetrain.training.step
 from actcache.cache.reader import Cache
-from actcache.core.json_codec import to_json
+from actcache.core.json_codec import read_json, to_json
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import DirectoryLock
 from saetrain.config.fit_config import FitConfig
@@ -33,7 +33,6 @@ from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import newest_step
 from saetrain.runs.record import RUN, read_run
-from saetrain.runs.seal import seal_json
 from saetrain.runs.segments import SEGMENTS, HarvestWaitNotice
 
 Options = Callable[..., FitConfig]
@@ -261,7 +260,7 @@ def test_a_segment_is_pinned_when_it_is_first_used(growing: Growing, following: 
     config = following(cache=str(growing.root), max_tokens=12 * 32)
     assert fit(config).steps == 12  # two segments; later ones are not waited for
     cache = Cache.open(growing.root)
-    assert json.loads((Path(config.out) / SEGMENTS).read_text()) == {
+    assert read_json(Path(config.out) / SEGMENTS, sealed=True) == {
         "segments": [
             {"first_shard": n, "last_shard": n + 1, "receipts_digest": cache.digest([n, n + 1])}
             for n in (0, 2)
@@ -510,13 +509,15 @@ def test_a_used_segment_with_changed_or_missing_receipts_is_refused_by_its_numbe
     "damage",
     [
         lambda used: b"{",
-        lambda used: seal_json({"segments": used["segments"]}),
-        lambda used: seal_json(used | {"segments": used["segments"][1:]}),
-        lambda used: seal_json(
-            used | {"segments": [used["segments"][0] | {"last_shard": -1}, *used["segments"][1:]]}
+        lambda used: to_json({"segments": used["segments"]}, sealed=True),
+        lambda used: to_json(used | {"segments": used["segments"][1:]}, sealed=True),
+        lambda used: to_json(
+            used | {"segments": [used["segments"][0] | {"last_shard": -1}, *used["segments"][1:]]},
+            sealed=True,
         ),
-        lambda used: seal_json(
-            used | {"segments": [used["segments"][0] | {"last_shard": 2}, *used["segments"][1:]]}
+        lambda used: to_json(
+            used | {"segments": [used["segments"][0] | {"last_shard": 2}, *used["segments"][1:]]},
+            sealed=True,
         ),
     ],
     ids=["cut", "missing", "shifted", "empty", "long"],
@@ -546,7 +547,7 @@ def test_a_checkpoint_at_another_position_is_refused(
     (path,) = Path(config.out).glob("checkpoint-*.json")
     state = json.loads(path.read_text())
     assert state["stream"] == {"epoch": 0, "segment": 1, "step": 5}
-    path.write_bytes(seal_json(state | {"stream": stream}))
+    path.write_bytes(to_json(state | {"stream": stream}, sealed=True))
     with pytest.raises(FormatError, match="checkpoint of another run"):
         fit(config)
 
@@ -568,7 +569,7 @@ def test_follow_cannot_change_on_resume(following: Options) -> None:
     path = Path(config.out) / RUN
     run = json.loads(path.read_text())
     for shards in (0, None):
-        path.write_bytes(seal_json(run | {"segment_shards": shards}))
+        path.write_bytes(to_json(run | {"segment_shards": shards}, sealed=True))
         with pytest.raises(FormatError, match=r"segments that cannot be|segment_shards is out"):
             read_run(Path(config.out))
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from actcache.core.json_codec import to_json
 from actcache.errors import FormatError
 from actcache.stream.order import POOL_ROWS
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.run import fit
 from saetrain.optim import default_lr
 from saetrain.runs.record import RUN, read_run
-from saetrain.runs.seal import seal_json
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -104,6 +104,6 @@ def test_a_sealed_record_that_contradicts_its_own_options_is_refused_on_resume(
     path = Path(config.out) / RUN
     run = json.loads(path.read_text())
     changed = {k: value(run[k]) if callable(value) else value for k, value in change.items()}
-    path.write_bytes(seal_json(run | changed))
+    path.write_bytes(to_json(run | changed, sealed=True))
     with pytest.raises(FormatError, match="contradicts its own options"):
         fit(config)

@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 
 import saetrain.training.step
+from actcache.core.json_codec import to_json
 from actcache.errors import DiskFullError, FormatError
+from actcache.filesystem.atomic import RootedPath
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import load_checkpoint
-from saetrain.runs.seal import seal_json
 from saetrain.tracking.jsonl import METRICS, TIMINGS
 
 Options = Callable[..., FitConfig]
@@ -150,15 +151,15 @@ def test_a_run_killed_while_it_removes_checkpoints_resumes_to_the_same_bytes(
 ) -> None:
     whole, config = options(out=options().out + "-whole"), options()
     fit(whole)
-    real = Path.unlink
+    real = RootedPath.unlink
 
-    def unlink(path: Path, missing_ok: bool = False) -> None:
+    def unlink(path: RootedPath, missing_ok: bool = False) -> None:
         real(path, missing_ok)
         if path.name == "checkpoint-000000003.00000.safetensors":
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", unlink)
+        patch.setattr(RootedPath, "unlink", unlink)
         with pytest.raises(Killed):
             fit(config)
     left = {path.name for path in Path(config.out).glob("checkpoint-000000003.*")}
@@ -261,9 +262,9 @@ def test_a_checkpoint_with_another_stream_position_is_refused(
     (path,) = Path(config.out).glob("checkpoint-*.json")
     text = path.read_text()
     path.write_text(json.dumps(json.loads(text) | change))
-    with pytest.raises(FormatError, match=r"json is damaged"):
+    with pytest.raises(FormatError, match=r"json differs from its seal"):
         fit(config)
-    path.write_bytes(seal_json(json.loads(text) | change))
+    path.write_bytes(to_json(json.loads(text) | change, sealed=True))
     with pytest.raises(FormatError, match=r"of (another run|its step|an impossible step)"):
         fit(config)
 

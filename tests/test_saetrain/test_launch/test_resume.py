@@ -18,7 +18,6 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.runs.record import RUN, read_run
-from saetrain.runs.seal import seal_json
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -148,7 +147,7 @@ def test_changed_library_versions_give_warnings_on_resume(options: Options) -> N
     run = json.loads(path.read_text())
     now = run["versions"]["torch"]
     run["versions"]["torch"] = "0.1"
-    path.write_bytes(seal_json(run))
+    path.write_bytes(to_json(run, sealed=True))
     assert fit(config).warnings == (f"torch is {now} now; this run was started with 0.1",)
 
 

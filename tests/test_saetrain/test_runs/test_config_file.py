@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from actcache.core.json_codec import to_json
 from actcache.errors import ConfigError, FormatError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import FIELDS, grid, vary
@@ -18,7 +19,6 @@ from saetrain.config.sae import HookpointOverride
 from saetrain.launch.run import fit
 from saetrain.runs.config_file import make_config, merge, read_options
 from saetrain.runs.record import read_run
-from saetrain.runs.seal import seal_json
 
 Options = Callable[..., FitConfig]
 
@@ -231,7 +231,7 @@ def test_run_json_gives_the_options_of_the_run(options: Options, tmp_path: Path)
     fit(other)
     assert read_run(Path(other.out)).saes == read_run(Path(config.out)).saes
     run = json.loads(path.read_text())
-    path.write_bytes(seal_json({key.replace("steps", "stops"): run[key] for key in run}))
+    path.write_bytes(to_json({key.replace("steps", "stops"): run[key] for key in run}, sealed=True))
     with pytest.raises(FormatError, match="other keys"):
         read_options(path)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from actcache.core.json_codec import to_json
 from actcache.errors import CacheMismatchError, ConfigError, RunError
 from actcache_cli.options import field_docs
 from saetrain.config.fit_config import FitConfig
@@ -22,7 +23,6 @@ from saetrain.optim import default_lr
 from saetrain.runs.checkpoint import tensors_path
 from saetrain.runs.overrides import OVERRIDABLE
 from saetrain.runs.record import RUN, read_run
-from saetrain.runs.seal import seal_json
 from saetrain.tracking.jsonl import METRICS
 
 Options = Callable[..., FitConfig]
@@ -263,7 +263,7 @@ def test_changed_library_versions_are_recorded_with_the_step(begun: FitConfig) -
     run = json.loads(path.read_text())
     now = run["versions"]["torch"]
     run["versions"]["torch"] = "0.1"
-    path.write_bytes(seal_json(run))
+    path.write_bytes(to_json(run, sealed=True))
     assert fit(begun).warnings == (f"torch is {now} now; this run was started with 0.1",)
     (change,) = read_run(Path(begun.out)).history
     assert (change.step, change.changes) == (12, (f"torch: 0.1 then, {now} now",))

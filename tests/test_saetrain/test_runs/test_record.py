@@ -17,6 +17,7 @@ from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.stream.order import OrderPlan
 from saetrain.config.sae import HookpointOverride, SaeConfig, SaeEntry, SaeOptions
 from saetrain.runs.record import (
+    FORMAT_VERSION,
     RUN,
     RunRecord,
     check_same_cache,
@@ -57,6 +58,25 @@ def record(own_cache: Path, options: Callable[..., Any]) -> RunRecord:
 def test_a_written_record_reads_back_equal(record: RunRecord, tmp_path: Path) -> None:
     write_run(tmp_path / "run", record)
     assert read_run(tmp_path / "run") == record
+
+
+def test_a_record_is_sealed_from_format_2_on(record: RunRecord, tmp_path: Path) -> None:
+    write_run(tmp_path, record)
+    first = json.loads((tmp_path / RUN).read_text())
+    assert "seal" not in first
+    write_run(tmp_path, second := dataclasses.replace(record, format_version=FORMAT_VERSION))
+    assert read_run(tmp_path) == second
+    text = (tmp_path / RUN).read_bytes()
+    for at in range(0, len(text), 7):
+        flipped = bytearray(text)
+        flipped[at] ^= 1 << at % 8
+        (tmp_path / RUN).write_bytes(flipped)
+        with pytest.raises(FormatError, match=r"run\.json"):
+            read_run(tmp_path)
+    for damaged in (to_json(first, sealed=True), to_json(first | {"format_version": 2})):
+        (tmp_path / RUN).write_bytes(damaged)
+        with pytest.raises(FormatError, match=r"run\.json"):
+            read_run(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["missing", "file", "empty"])
@@ -124,7 +144,7 @@ def test_names_that_are_no_folders_of_the_run_and_numbers_out_of_range_are_refus
     run = json.loads((tmp_path / RUN).read_text())
     run["saes"][0] |= change
     (tmp_path / RUN).write_text(json.dumps(run))
-    with pytest.raises(FormatError, match=r"run\.json: saes\[0\]"):
+    with pytest.raises(FormatError, match=r"run\.json"):
         read_run(tmp_path)
 
 

@@ -108,7 +108,7 @@ def test_the_bar_shows_loss_rows_bytes_waiting_and_time_left(
 
 def test_a_resumed_run_appends_after_the_lines_of_its_checkpoint(tmp_path: Path) -> None:
     for name in (METRICS, TIMINGS):
-        (tmp_path / name).write_text(text(4, 8, 12))
+        (tmp_path / name).write_text(text(4, 8, 12).replace("}", ', "saes": {}}'))
     tracker = JsonlTracker(tmp_path, step=10, steps=20, batch_size=32)
     tracker.log(12, SAES, waited=0.0)
     tracker.close()

@@ -40,6 +40,12 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names such as `x` are files that a command may write, in the folder where it runs."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def cache(make_cache: Callable[..., Path]) -> Path:
     return make_cache(shards=3, sequences=2, ctx_len=4, hookpoints={"layers.0": 4})

@@ -64,12 +64,12 @@ class RootedPath(PosixPath):
     """
 
     __slots__ = ()
-    _depth: ClassVar[int] = 0
-    """Number of components of the root."""
+    _top: ClassVar[tuple[str, ...]] = ()
+    """Components of the root."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the root with the path."""
-        return _restored, (self._depth, str(self))
+        return _restored, (self._top, str(self))
 
     def open(  # type: ignore[override]
         self,
@@ -142,21 +142,21 @@ class RootedPath(PosixPath):
         os.close(_open_folder(self, create=True, mode=mode))
 
 
-@functools.cache
-def _of_depth(depth: int) -> type[RootedPath]:
-    # A class for each number of components, so that pathlib itself hands the root on.
-    return type("RootedPath", (RootedPath,), {"_depth": depth, "__slots__": ()})
+@functools.lru_cache(maxsize=1024)
+def _of_root(root: tuple[str, ...]) -> type[RootedPath]:
+    # A class for each root, so that pathlib itself hands the root on.
+    return type("RootedPath", (RootedPath,), {"_top": root, "__slots__": ()})
 
 
-def _restored(depth: int, path: str) -> RootedPath:
-    return _of_depth(depth)(path)
+def _restored(root: tuple[str, ...], path: str) -> RootedPath:
+    return _of_root(root)(path)
 
 
 def rooted(folder: str | Path) -> RootedPath:
     """Return a folder as the root of the paths below it; a path that has a root keeps it."""
     if isinstance(folder, RootedPath):
         return folder
-    return _of_depth(len(Path(folder).parts))(folder)
+    return _of_root(Path(folder).parts)(folder)
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
@@ -317,7 +317,12 @@ def _open_folder(
         mode: mode of created folders.
     """
     parts = path.parts if parts is None else parts
-    depth = min(path._depth, len(parts)) if isinstance(path, RootedPath) else len(parts)
+    root = path._top if isinstance(path, RootedPath) else parts
+    depth = min(len(root), len(parts))
+    if parts[:depth] != root[:depth] or ".." in parts[depth:]:
+        raise FormatError(
+            f"{path} leads out of its folder", expected=f"a path below {Path(*root)}", got=str(path)
+        )
     top = Path(*parts[:depth])
     if create:
         _make_folder(top, mode)
@@ -357,7 +362,7 @@ def _of_path(error: OSError, path: Path) -> OSError:
 
 def _refused(path: Path, mode: int) -> FormatError:
     kind = _KINDS.get(stat.S_IFMT(mode), "a device")
-    root = Path(*path.parts[: path._depth]) if isinstance(path, RootedPath) else path.parent
+    root = Path(*path._top) if isinstance(path, RootedPath) else path.parent
     remedy = "remove it"
     if stat.S_ISLNK(mode):
         remedy = (

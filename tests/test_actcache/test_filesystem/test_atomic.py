@@ -399,3 +399,17 @@ def test_temporary_folders_are_deleted_and_links_in_their_place_stay(
     remove_tree(root / ".restored-none")
     assert sorted(path.name for path in root.iterdir()) == [".restored-2", "a"]
     assert (tmp_path / "outside" / "b").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("outside", ["../victim", "a/../../victim", "/etc/hostname"])
+def test_a_rooted_path_that_leads_out_of_its_root_is_not_opened(
+    tmp_path: Path, outside: str
+) -> None:
+    root = rooted(tmp_path / "root")
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "victim").write_text("precious")
+    path = root / outside
+    for use in (path.read_bytes, path.unlink, lambda: write_atomic(path, [b"other"])):
+        with pytest.raises(FormatError, match="leads out of its folder"):
+            use()
+    assert (tmp_path / "victim").read_text() == "precious"

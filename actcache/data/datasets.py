@@ -12,6 +12,7 @@ import glob
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import weakref
@@ -32,8 +33,9 @@ Record = Any
 """A document as stored: str, a list of messages, or a list of token ids."""
 
 _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_SAMPLED = 1024  # documents hashed for the fingerprint of a dataset that is not a single file
-_STREAMED = 64  # documents hashed for the fingerprint of a stream: the first ones
+_SAMPLED = 1024  # documents hashed for the fingerprint of a dataset of the hub
+_STREAMED = 64  # documents hashed for the fingerprint of a stream of the hub
+_COMMIT = re.compile(r"^hf://.*@([0-9a-f]{40})/")
 _PIECE = 1 << 20  # bytes digested at a time
 _REMEDY = (
     "restore it, and run the same command again: shards that are published hold the text from "
@@ -97,6 +99,8 @@ class IndexedDocuments:
     """Digest of the text."""
     bytes: int | None = None
     """Size of the source file, an upper bound of its tokens; None: not from a single file."""
+    earlier: Callable[[], str] | None = None
+    """Function to the fingerprint that caches of earlier versions have; None: it is the same."""
 
     def batch(self, indices: Sequence[int]) -> list[Record]:
         """Read the documents at these indices.
@@ -116,7 +120,9 @@ class DocumentStream:
     """Function that starts a new iteration."""
     column: Column
     fingerprint: str
-    """Digest of the dataset's name and first documents, or of the file."""
+    """Digest of the dataset's name and first documents, or of the files."""
+    earlier: Callable[[], str] | None = None
+    """As in `IndexedDocuments`."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,15 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """Digest of the sources' fingerprints."""
-        joined = " ".join(source.fingerprint for source in self.sources)
-        return f"{xxhash.xxh3_128(joined.encode()).hexdigest()}-mixed"
+        return _mixed(source.fingerprint for source in self.sources)
+
+    def earlier(self) -> str:
+        """As in `IndexedDocuments`."""
+        return _mixed(s.earlier() if s.earlier else s.fingerprint for s in self.sources)
+
+
+def _mixed(fingerprints: Iterable[str]) -> str:
+    return f"{xxhash.xxh3_128_hexdigest(' '.join(fingerprints).encode())}-mixed"
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,7 @@ class TokenFile:
     fingerprint: str
     """Digest of the file and of --bin-dtype."""
     column: ClassVar[Column] = Column("", "ids")
+    earlier: ClassVar[None] = None
 
 
 Source = IndexedDocuments | DocumentStream | Mixture | TokenFile
@@ -183,7 +197,7 @@ def _open_one(config: HarvestConfig) -> IndexedDocuments | DocumentStream | Toke
     if path.is_file():
         return _open_file(path, config)
     if path.is_dir():
-        return _from_table(_load(config, folder=path), config, fingerprint=None)
+        return _open_folder(path, config)
     local = {*_TABLES, ".txt", ".bin"}
     if config.dataset.startswith((".", "/", "~")) or path.suffix.lower() in local:
         raise DatasetError(
@@ -229,6 +243,45 @@ def _open_file(path: Path, config: HarvestConfig) -> IndexedDocuments | Document
     return _from_table(table, config, fingerprint, size, file.check)
 
 
+def _open_folder(folder: Path, config: HarvestConfig) -> IndexedDocuments | DocumentStream:
+    files = {str(path.relative_to(folder)): path for path in _data_files(folder, config.split)}
+    watched = {name: WatchedFile(path, held=False) for name, path in sorted(files.items())}
+    header = json.dumps([config.dataset_config, config.split])
+    fingerprint = _digest(header, [f"{name} {file.digest}" for name, file in watched.items()])
+
+    def check() -> None:
+        for file in watched.values():
+            file.check()
+
+    table = _load(config, folder=folder, fingerprint=fingerprint)
+    try:
+        check()
+    except DatasetError:
+        if not _is_saved(folder):
+            _forget(table)
+        raise
+    return _from_table(table, config, f"{fingerprint}-files", check_file=check)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` of a Dataset or DatasetDict has written the folder."""
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _data_files(folder: Path, split: str) -> list[Path]:
+    """List the files of a folder that decide its text: all, or of `save_to_disk` the tables."""
+    if _is_saved(folder):
+        within = folder / split if (folder / "dataset_dict.json").exists() else folder
+        # The other tables are results of `map` and `filter` that `datasets` keeps there.
+        tables = within.glob("*.arrow")
+        return [path for path in tables if not path.name.startswith(("cache-", "tmp"))]
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return [path for path in found if path.is_file()]
+
+
 def _forget(table: Any) -> None:
     """Remove what `datasets` has kept under a digest of a file that changed meanwhile."""
     for file in getattr(table, "cache_files", ()):
@@ -265,9 +318,7 @@ def _load(
     if sys.stderr is None or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        if folder is not None and (
-            (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-        ):
+        if folder is not None and _is_saved(folder):
             return datasets.load_from_disk(str(folder))
         if builder is not None:  # a file has the single split "train", which may be sliced
             # The digest names the cache entry: by path and modification time alone, `datasets`
@@ -279,8 +330,13 @@ def _load(
                 split=config.split,
                 streaming=config.streaming,
             )
+        kept = Path(datasets.config.HF_DATASETS_CACHE, f"actcache-{fingerprint}")
         return datasets.load_dataset(
-            config.dataset, config.dataset_config, split=config.split, streaming=config.streaming
+            config.dataset,
+            config.dataset_config,
+            split=config.split,
+            streaming=config.streaming,
+            cache_dir=None if folder is None else str(kept),  # for the same reason
         )
     except Exception as error:  # `datasets` and pyarrow raise dozens of types
         raise DatasetError(
@@ -359,9 +415,13 @@ def _from_table(
         return records
 
     documents = IndexedDocuments(fetch, len(table), column, fingerprint or "", size)
+    if size is not None:  # a single file
+        return documents
     if fingerprint is None:
-        return dataclasses.replace(documents, fingerprint=_sampled_fingerprint(documents))
-    return documents
+        fingerprint = _of_commit(table, _sampled_fingerprint(documents))
+    return dataclasses.replace(
+        documents, fingerprint=fingerprint, earlier=lambda: _sampled_fingerprint(documents)
+    )
 
 
 def _from_stream(
@@ -388,11 +448,12 @@ def _from_stream(
     first = list(itertools.islice(walk(), _STREAMED))
     if not first:
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
-    if fingerprint is None:
-        name = Path(config.dataset).name if Path(config.dataset).exists() else config.dataset
-        header = json.dumps([name, config.dataset_config, config.split])
-        fingerprint = f"{_digest(header, first)}-streamed"
-    return DocumentStream(walk, column, fingerprint)
+    name = Path(config.dataset).name if Path(config.dataset).exists() else config.dataset
+    header = json.dumps([name, config.dataset_config, config.split])
+    sampled = f"{_digest(header, first)}-streamed"
+    if Path(config.dataset).is_dir():
+        return DocumentStream(walk, column, fingerprint or sampled, lambda: sampled)
+    return DocumentStream(walk, column, fingerprint or sampled)
 
 
 def _next_row(rows: Iterator[tuple[int, Any]], config: HarvestConfig) -> tuple[int, Any] | None:
@@ -423,6 +484,13 @@ def _sampled_fingerprint(documents: IndexedDocuments) -> str:
     step = max(1, documents.count // _SAMPLED)
     records = documents.batch(range(0, documents.count, step))
     return f"{_digest(str(documents.count), records)}-sampled"
+
+
+def _of_commit(table: Any, sampled: str) -> str:
+    """Add the commits that the files of a hub dataset were downloaded at, where they are known."""
+    names = getattr(table.info, "download_checksums", None) or {}
+    commits = sorted({found[1] for name in names if (found := _COMMIT.search(name))})
+    return f"{_digest(sampled, commits)}-commit" if commits else sampled
 
 
 def _digest(header: str, records: Sequence[Record]) -> str:

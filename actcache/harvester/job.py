@@ -87,7 +87,7 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
         require_whole_machine()
     resolved = resolve(config)
     goal, planned = goal_sequences(config), planned_sequences(config, resolved)
-    model, identity = _load_and_identify(config, resolved)
+    model, identity = _load_and_identify(config, resolved, root)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
     if config.shard_size is None:
         manifest = _with_existing_shard_size(root, manifest, extend=config.extend)
@@ -126,13 +126,24 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
     )
 
 
-def _load_and_identify(config: HarvestConfig, resolved: ResolvedHarvest) -> tuple[Any, Identity]:
-    """Load the weights, unless `resolve` did, and build the cache's identity from them."""
+def _load_and_identify(
+    config: HarvestConfig, resolved: ResolvedHarvest, root: Path
+) -> tuple[Any, Identity]:
+    """Load the weights, unless `resolve` did, and build the cache's identity from them.
+
+    A cache in `root` that an earlier version began keeps its fingerprint of the text.
+    """
     model = resolved.model
     # Quantised weights may have been repacked by the probe's forward pass: load them again.
     if not resolved.has_weights or getattr(model, "is_quantized", False):
         model = load_model(config)
-    return model, build_identity(config, resolved, fingerprint_model(model), dtype_name(model))
+    identity = build_identity(config, resolved, fingerprint_model(model), dtype_name(model))
+    earlier = resolved.source.earlier
+    if earlier is not None and (root / MANIFEST).exists():
+        made = read_manifest(root).identity.dataset_fingerprint
+        if made != identity.dataset_fingerprint and made == earlier():
+            identity = dataclasses.replace(identity, dataset_fingerprint=made)
+    return model, identity
 
 
 def require_same_harvest(config: HarvestConfig, root: Path) -> None:
@@ -145,7 +156,7 @@ def require_same_harvest(config: HarvestConfig, root: Path) -> None:
     existing = read_manifest(root)
     resolved = resolve(config)
     planned = planned_sequences(config, resolved)
-    model, identity = _load_and_identify(config, resolved)
+    model, identity = _load_and_identify(config, resolved, root)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
     if config.shard_size is None:
         manifest = _with_existing_shard_size(root, manifest, extend=config.extend)

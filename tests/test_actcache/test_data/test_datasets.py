@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from actcache.data.datasets import (
     IndexedDocuments,
     Mixture,
     TokenFile,
+    _of_commit,
     open_dataset,
 )
 from actcache.errors import DatasetError
@@ -138,10 +142,60 @@ def test_the_fingerprint_of_a_folder_depends_on_its_text_and_not_on_its_path(
         return opened(tmp_path / name).fingerprint
 
     first = fingerprint("a", TEXTS)
-    assert first.endswith("-sampled")
+    assert first.endswith("-files")
     assert first == fingerprint("b", TEXTS)
     others = [TEXTS[1:], [*TEXTS, ""], TEXTS[::-1], ["o", "ne", *TEXTS[2:]]]
     assert len({first, *(fingerprint(f"c{i}", t) for i, t in enumerate(others))}) == 5
+
+
+def save(path: Path, rows: list[list[int]]) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"ids": rows}).save_to_disk(path)
+
+
+def save_dictionary(path: Path, rows: list[list[int]]) -> None:
+    import datasets
+
+    datasets.DatasetDict(train=datasets.Dataset.from_dict({"ids": rows})).save_to_disk(path)
+
+
+def save_jsonl(path: Path, rows: list[list[int]]) -> None:
+    path.mkdir(exist_ok=True)
+    (path / "a.jsonl").write_text("".join(json.dumps({"ids": row}) + "\n" for row in rows))
+    os.utime(path / "a.jsonl", (1e9, 1e9))  # as archives and checkouts set it
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write_rows", [save, save_dictionary, save_jsonl])
+def test_a_change_of_any_document_of_a_folder_changes_its_fingerprint(
+    write_rows: Callable[[Path, list[list[int]]], None], streaming: bool, tmp_path: Path
+) -> None:
+    how = {"streaming": True, "max_tokens": 4096} if streaming else {}
+    rows = [[n, n] for n in range(3000)]
+    found = []
+    for changed in ([1001, 1001], [1001, 7]):
+        rows[1001] = changed
+        shutil.rmtree(tmp_path / "rows", ignore_errors=True)
+        write_rows(tmp_path / "rows", rows)
+        source = opened(tmp_path / "rows", token_column="ids", **how)
+        read = list(source.walk()) if streaming else source.batch(range(source.count))
+        assert read[1001] == changed
+        found.append(source)
+    before, after = found
+    assert before.fingerprint != after.fingerprint
+    assert before.earlier() == after.earlier()  # which is why it is used for old caches only
+
+
+def test_the_fingerprint_of_a_hub_dataset_covers_its_commit() -> None:
+    def fingerprint(*names: str) -> str:
+        info = SimpleNamespace(download_checksums=dict.fromkeys(names))
+        return _of_commit(SimpleNamespace(info=info), "digest-sampled")
+
+    file = "hf://datasets/owner/name@{}/train.parquet"
+    assert fingerprint() == fingerprint("https://host/a") == "digest-sampled"
+    assert fingerprint(file.format("a" * 40)).endswith("-commit")
+    assert fingerprint(file.format("a" * 40)) != fingerprint(file.format("b" * 40))
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "/gone/x", "~/gone", "gone.bin"])
@@ -311,7 +365,7 @@ def test_a_stream_can_be_iterated_repeatedly(name: str, tmp_path: Path) -> None:
     assert source.fingerprint == opened(path).fingerprint
 
 
-def test_the_fingerprint_of_a_streamed_folder_covers_name_and_first_documents(
+def test_the_fingerprint_of_a_streamed_folder_covers_its_files(
     tmp_path: Path,
 ) -> None:
     import datasets
@@ -323,8 +377,8 @@ def test_the_fingerprint_of_a_streamed_folder_covers_name_and_first_documents(
         return streamed(path).fingerprint
 
     first = fingerprint("a", TEXTS)
-    assert first.endswith("-streamed")
     assert first == fingerprint("b", TEXTS) != fingerprint("c", TEXTS[1:])
+    assert first == opened(tmp_path / "a" / "texts").fingerprint
 
 
 def test_an_interrupted_stream_is_reported_with_how_to_resume(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
 from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig
+from actcache.data.datasets import open_dataset
 from actcache.errors import CacheMismatchError, ConfigError
 from actcache.format.receipts import FILTERS, ShardReceipt
+from actcache.harvester import resolve
 from actcache.harvester.run import harvest
 from actcache.model.loading import load_model, load_tokenizer
 
@@ -298,6 +302,49 @@ def test_a_column_of_token_ids_is_packed_with_eos(options: Options, tmp_path: Pa
     line = [token for ids in rows if ids for token in [*ids, 1]]
     found = np.concatenate([cache.tokens(s).tokens.reshape(-1) for s in cache.shards])
     assert found.tolist() == line[: len(line) // 16 * 16]
+
+
+def test_a_half_done_cache_is_not_finished_with_another_version_of_a_folder(
+    options: Options, tmp_path: Path
+) -> None:
+    rows = [list(range(n % 50, n % 50 + 7)) for n in range(3000)]
+    config = options(dataset=str(tmp_path / "saved"), token_column="ids", max_tokens=512)
+    datasets.Dataset.from_dict({"ids": rows}).save_to_disk(config.dataset)
+    first = harvest(config)
+    rows[1001] = [3] * 7  # not one of those that the sampled fingerprint takes
+    shutil.rmtree(config.dataset)
+    datasets.Dataset.from_dict({"ids": rows}).save_to_disk(config.dataset)
+    with pytest.raises(CacheMismatchError, match="dataset_fingerprint"):
+        harvest(config)
+    other = harvest(dataclasses.replace(config, out=str(tmp_path / "other")))
+    assert other.cache_id != first.cache_id
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_cache_with_the_sampled_fingerprint_of_a_folder_is_resumed(
+    streaming: bool, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = options(
+        dataset=str(tmp_path / "saved"), token_column="ids", max_tokens=512, streaming=streaming
+    )
+    datasets.Dataset.from_dict({"ids": [[n % 50, 4, 5] for n in range(500)]}).save_to_disk(
+        config.dataset
+    )
+    with monkeypatch.context() as patch:  # as in earlier versions
+
+        def earlier(given: HarvestConfig) -> Any:
+            source = open_dataset(given)
+            return dataclasses.replace(source, fingerprint=source.earlier(), earlier=None)
+
+        patch.setattr(resolve, "open_dataset", earlier)
+        made = harvest(config)
+    folder = Path(made.cache) / "shards"
+    (folder / "00000.json").unlink()
+    (folder / "END.json").unlink()
+    again = harvest(config)
+    assert (again.cache_id, again.new_shards) == (made.cache_id, 1)
+    fingerprint = Cache.open(made.cache).manifest.identity.dataset_fingerprint
+    assert fingerprint.endswith("-streamed" if streaming else "-sampled")
 
 
 @pytest.mark.parametrize(("ratio", "fits"), [(5.0, True), (1e9, False)])

@@ -1,9 +1,15 @@
-"""End of a process that receives a signal while its main thread waits in native code.
+"""End of a process that receives a signal while it waits in native code or for its threads.
 
 Python runs the handler of a signal in the main thread, between two of its own instructions. A main
 thread that waits within torch, a driver or a hanging file system does not get there. A thread reads
 each signal from the file that `signal.set_wakeup_fd` names, where it is written at once, and ends
 the process if no handler has run within a few seconds.
+
+A handler that ends the command by an exception is not enough: pools of threads wait for their
+threads when they are left, and Python waits for them once more when it exits. A thread that waits
+for a store or a disk may take minutes. So the same thread ends the process if the command, and the
+threads that it has started, have not ended a few seconds after that handler. What was being written
+is not published yet, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -19,12 +25,15 @@ from types import FrameType
 
 GRACE_SECONDS = 5.0
 """Seconds after a signal in which a handler must run."""
+CLEAN_UP_SECONDS = 5.0
+"""Seconds in which a command, and the threads it has started, must end after `end_at_once`."""
 
 _LOOK = 0.2  # seconds between two looks at an unhandled signal
 _SLACK = 1.0  # seconds by which this module's thread may lag behind a handler
 _ENDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
 _last_handled = float("-inf")
+_ending: tuple[float, signal.Signals] | None = None  # when `end_at_once` ran first
 
 
 class Terminated(KeyboardInterrupt):
@@ -41,24 +50,29 @@ def mark_handled() -> None:
 
 def end_at_once(number: int, _frame: FrameType | None) -> None:
     """Handle a signal by the exception that ends the command."""
+    global _ending
     mark_handled()
+    _ending = _ending or (_last_handled, signal.Signals(number))
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 @contextmanager
 def handled_signals() -> Iterator[None]:
-    """Handle SIGTERM and Ctrl-C by `end_at_once`, and end a process whose main thread is stuck.
+    """Handle SIGTERM and Ctrl-C by `end_at_once`, and end a process that is stuck nevertheless.
 
     A process that was started to ignore one of them, as under nohup, still does. Outside the main
     thread, where Python forbids handlers, nothing changes.
     """
+    global _ending
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    _ending = None
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True)
+    others = frozenset(threading.enumerate())
+    thread = threading.Thread(target=_watch, args=(reader, others), name="signals", daemon=True)
     before = {n: signal.getsignal(n) for n in _ENDS}
     before = {n: handler for n, handler in before.items() if handler not in (None, signal.SIG_IGN)}
     thread.start()
@@ -71,16 +85,26 @@ def handled_signals() -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
         writer.close()  # ends the thread
-        thread.join()
-        reader.close()
+        if _ending is None:
+            thread.join()
 
 
-def _watch(reader: socket.socket) -> None:
-    """Read signals, and end the process if one is not handled in time."""
+def _watch(reader: socket.socket, others: frozenset[threading.Thread]) -> None:
+    """Read signals, and end the process if one is not handled in time, or the command goes on."""
+    with reader:
+        _watch_command(reader)
+    # The command has ended, and said why. Python waits for its threads before it exits.
+    while _ending is not None and any(not t.daemon for t in set(threading.enumerate()) - others):
+        if time.monotonic() > _ending[0] + CLEAN_UP_SECONDS:
+            os._exit(128 + _ending[1])
+        time.sleep(_LOOK)
+
+
+def _watch_command(reader: socket.socket) -> None:
     first: tuple[float, signal.Signals] | None = None
     is_patient = False
     while True:
-        reader.settimeout(None if first is None else _LOOK)
+        reader.settimeout(None if first is None and _ending is None else _LOOK)
         with suppress(TimeoutError):
             data = reader.recv(64)
             if not data:
@@ -95,13 +119,15 @@ def _watch(reader: socket.socket) -> None:
         if first is not None and _last_handled >= first[0] - _SLACK:
             first = None
         if first is not None and not is_patient and time.monotonic() > first[0] + GRACE_SECONDS:
-            _end(first[1])
+            _end(first[1], "was waiting in native code, and did not react", GRACE_SECONDS)
+        if _ending is not None and time.monotonic() > _ending[0] + CLEAN_UP_SECONDS:
+            _end(_ending[1], "was waiting for a disk or store, and did not end", CLEAN_UP_SECONDS)
 
 
-def _end(number: signal.Signals) -> None:
+def _end(number: signal.Signals, why: str, seconds: float) -> None:
     text = (
-        f"\n{_ENDS[number]}: the process was waiting in native code, and did not react within "
-        f"{GRACE_SECONDS:.0f} s; published files remain; the same command resumes (fit: --resume)\n"
+        f"\n{_ENDS[number]}: the process {why} within {seconds:.0f} s; published files remain; "
+        "the same command resumes (fit: --resume)\n"
     )
     with suppress(OSError):  # stderr may be closed
         os.write(2, text.encode())

@@ -30,9 +30,9 @@ with watchdog.handled_signals():
 """
 
 
-def stuck(kind: str) -> subprocess.Popen[str]:
+def stuck(kind: str, code: str = STUCK) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, kind],
+        [sys.executable, "-c", code, kind],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,6 +52,43 @@ def test_a_process_that_waits_in_native_code_is_ended_with_a_sentence(
     assert process.returncode == code
     assert "waiting in native code" in stderr
     assert "the same command resumes" in stderr
+
+
+WORKERS = """
+import sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from actcache.core import watchdog
+
+watchdog.CLEAN_UP_SECONDS = 0.5
+pool = ThreadPoolExecutor(1)
+try:
+    with watchdog.handled_signals():
+        reading = pool.submit(time.sleep, 600)
+        print("ready", flush=True)
+        if sys.argv[1] == "joined":
+            with pool:
+                reading.result()
+        reading.result()
+except BaseException as stop:
+    print("ended by", type(stop).__name__, flush=True)
+    sys.exit(getattr(stop, "exit_code", 130))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("when", ["joined", "at exit"])
+def test_a_command_whose_threads_wait_is_ended_when_they_are_joined_too(
+    when: str, number: signal.Signals, code: int
+) -> None:
+    process = stuck(when, WORKERS)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == code
+    if when == "joined":
+        assert "waiting for a disk or store" in stderr
+        assert "the same command resumes" in stderr
+    else:
+        assert "ended by" in stdout
 
 
 def test_a_handler_that_saves_first_is_given_time_until_a_second_signal() -> None:

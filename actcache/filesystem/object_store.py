@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any, TypeVar
 
 from actcache.errors import ConfigError, RemoteError
@@ -28,6 +29,8 @@ RETRY_DEADLINE = 60.0
 """Seconds after which no further attempt is made."""
 TIME_LIMIT = 30.0
 """Timeout of one attempt, seconds."""
+FIRST_NOTICE, NEXT_NOTICE = 10.0, 60.0
+"""Seconds after which a wait for a store is reported, and between two reports."""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _STRONG = ("ETag", "etag", "sha256", "blob_id", "md5Hash", "generation", "ino")
@@ -62,7 +65,8 @@ class ObjectStore:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._lock = Lock()
+        self._lock, self._reporting = Lock(), Lock()
+        self._next_report = 0.0
         self._opened: tuple[int, Any, str] | None = None
         _require_library(self.url)
 
@@ -120,6 +124,26 @@ class ObjectStore:
 
     def _with_retries(self, request: Callable[[], T], what: str) -> T:
         """Repeat a request with exponential backoff until it succeeds or fails for good."""
+        answered = Event()
+        Thread(target=self._report, args=(what, answered), name="notice", daemon=True).start()
+        try:
+            return self._attempts(request, what)
+        finally:
+            answered.set()
+
+    def _report(self, what: str, answered: Event) -> None:
+        """Print what this process waits for: one line for all of its requests."""
+        began, pause = time.monotonic(), FIRST_NOTICE
+        while not answered.wait(pause):
+            now, pause = time.monotonic(), NEXT_NOTICE
+            with self._reporting:
+                if now < self._next_report or sys.stderr is None:
+                    continue
+                self._next_report = now + NEXT_NOTICE * 0.9
+            text = f"waiting for {self._name(what)} since {now - began:.0f} s"
+            print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+    def _attempts(self, request: Callable[[], T], what: str) -> T:
         began = time.monotonic()
         attempt = 0
         while True:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.verify import verify
 from actcache.errors import ActcacheError, ConfigError, EmptyCacheError, RemoteError
 from actcache.filesystem import object_store
+from actcache.filesystem.object_store import ObjectStore
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import make_plan
 from actcache.stream.verified_reads import ReadSettings
@@ -80,6 +84,27 @@ def test_a_silent_store_runs_into_the_timeout(
     with pytest.raises(RemoteError, match="cannot be read") as caught:
         Cache.open(url)
     assert "FSTimeoutError" in str(caught.value)  # our limit, not the store's library's
+
+
+def test_a_wait_for_a_store_is_reported_in_one_line_for_all_threads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(object_store, "FIRST_NOTICE", 0.05)
+    store = ObjectStore("memory://bucket/cache")
+    store._with_retries(lambda: None, "quick")
+    go_on = threading.Event()
+    waits = [
+        threading.Thread(target=store._with_retries, args=(go_on.wait, f"shards/{n}.json"))
+        for n in range(4)
+    ]
+    for wait in waits:
+        wait.start()
+    time.sleep(0.5)
+    go_on.set()
+    for wait in waits:
+        wait.join()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"waiting for memory://bucket/cache/shards/\d\.json since 0 s", line)
 
 
 def test_forked_and_spawned_processes_read_the_same_cache(in_s3: Make) -> None:

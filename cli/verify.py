@@ -73,12 +73,13 @@ def run(
     if config is not None and found.damages:
         require_repairable(found)
         _require_same(config)
-    retracted = retract_damaged(found) if repair else []
     is_sound = found.is_sound
     if config is not None and to_harvest:
-        is_sound = _harvest_again(config, retracted)
-    elif repair and (found.damages or found.retracted):
-        print_stderr("run the harvest command again: it writes only the missing shards")
+        is_sound = _harvest_again(config, found)
+    elif repair:
+        retract_damaged(found)
+        if found.damages or found.retracted:
+            print_stderr("run the harvest command again: it writes only the missing shards")
     if json:
         print_json(dataclasses.asdict(found) | {"sound": is_sound})
     if not is_sound:
@@ -111,18 +112,20 @@ def _require_same(config: HarvestConfig) -> None:
         require_same_harvest(config, Path(config.out))
 
 
-def _harvest_again(config: HarvestConfig, retracted: list[int]) -> bool:
-    """Harvest the missing shards; return whether the cache is complete.
+def _harvest_again(config: HarvestConfig, found: Verification) -> bool:
+    """Retract the damaged shards and harvest those missing; return whether the cache is complete.
 
     Shards that a failed harvest did not come to are reinstated as they were.
     """
     from pathlib import Path
 
+    from actcache.cache.repair import retract_damaged
     from actcache.cache.restore import reinstate_all
     from actcache.format.manifest import read_manifest
     from actcache.harvester.run import harvest
 
     try:
+        retracted = retract_damaged(found)
         summary = harvest(config)
     except BaseException:
         with contextlib.suppress(ActcacheError, OSError):  # the harvest's error says more

@@ -282,7 +282,7 @@ def require_cache_folder(root: Path) -> None:
         return
     require_plain(root, [MANIFEST, EXTENSIONS, str(LOCK)])
     if (root / MANIFEST).exists():
-        _require_plain_files(root, read_manifest(root))
+        require_plain_files(root, read_manifest(root))
         return
     # The lock is left by a harvest that was killed before it wrote the manifest.
     if any(path.name != LOCK.parts[0] and not is_stray(path.name) for path in root.iterdir()):
@@ -293,7 +293,7 @@ def require_cache_folder(root: Path) -> None:
         )
 
 
-def _require_plain_files(root: Path, manifest: Manifest) -> None:
+def require_plain_files(root: Path, manifest: Manifest) -> None:
     """Raise `FormatError` if a file of a cache, or its folder, is a link or a device."""
     paths = {*data_paths(root, manifest, 0).values(), extension_path(root, 1), root / LOCK}
     paths |= {root / FOLDER / END, *BACKENDS[manifest.backend].metadata_files(root, manifest)}

@@ -12,13 +12,19 @@ from pathlib import Path
 
 import xxhash
 
-from actcache.cache.folder import data_paths
+from actcache.cache.folder import data_paths, require_plain_files
 from actcache.cache.restore import plain_digest
 from actcache.cache.verify import SEAL, Finding, Verification
 from actcache.core.json_codec import SEAL as SEAL_KEY
 from actcache.core.json_codec import read_json, to_json
 from actcache.errors import CorruptShardError, FormatError
-from actcache.filesystem.atomic import DirectoryLock, fsync_dir, rooted, write_atomic
+from actcache.filesystem.atomic import (
+    DirectoryLock,
+    fsync_dir,
+    require_plain,
+    rooted,
+    write_atomic,
+)
 from actcache.format.manifest import SEALED_FROM, Manifest, read_manifest
 from actcache.format.receipts import (
     FOLDER,
@@ -85,9 +91,18 @@ def _corrected(path: Path) -> bytes | None:
 
 
 def require_repairable(found: Verification) -> None:
-    """Raise `CorruptShardError` if a file is damaged that no harvest can write again."""
+    """Check a verified cache before it is repaired.
+
+    Raises:
+        CorruptShardError: a file is damaged that no harvest can write again.
+        FormatError: a file or folder of the cache is a link, a pipe or a device.
+    """
     root = rooted(found.cache)
-    planned = _planned(root)
+    require_plain(root, [damage.file for damage in found.damages])
+    planned, manifest = None, _manifest(root)
+    if manifest is not None:
+        planned = manifest.plan.shards
+        require_plain_files(root, manifest)
     strays = {f"{FOLDER}/{p.name}" for n, p in receipt_files(root) if p != receipt_path(root, n)}
     made_anew = {SEAL, *strays, *(str(path.relative_to(root)) for path in _documents(root))}
     for damage in found.damages:
@@ -110,7 +125,7 @@ def retract_damaged(found: Verification) -> list[int]:
         The shards that were retracted by this call.
 
     Raises:
-        CorruptShardError: a file is damaged that no harvest can write again; nothing was changed.
+        CorruptShardError, FormatError: as of `require_repairable`; nothing was changed.
         CacheBusyError: a harvest is running in the cache; nothing was changed.
     """
     require_repairable(found)
@@ -142,9 +157,8 @@ def _retract(root: Path, damages: Sequence[Finding]) -> list[int]:
 
 def _documents(root: Path) -> dict[Path, bytes]:
     """Return the backend's metadata files and their contents; none without a manifest."""
-    try:
-        manifest = read_manifest(root)
-    except FormatError:
+    manifest = _manifest(root)
+    if manifest is None:
         return {}
     documents = BACKENDS[manifest.backend].metadata_files(root, manifest)
     return {path: accepted[-1] for path, accepted in documents.items()}
@@ -188,9 +202,9 @@ def _seal_found(path: Path) -> str | None:
     return seal if isinstance(seal, str) else None
 
 
-def _planned(root: Path) -> int | None:
-    """Return the number of planned shards; None if there is no goal, or no readable manifest."""
+def _manifest(root: Path) -> Manifest | None:
+    """Return the manifest, or None if it cannot be read."""
     try:
-        return read_manifest(root).plan.shards
+        return read_manifest(root)
     except FormatError:
         return None

@@ -1,10 +1,13 @@
 """`actcache verify`."""
 
+import errno
 import json
+import os
 
 import pytest
 from typer.testing import CliRunner
 
+from actcache.cache import repair
 from actcache.errors import DiskFullError
 from actcache_cli.main import actcache_app
 
@@ -99,6 +102,54 @@ def test_a_failed_repair_leaves_the_cache_as_it_was(cache, harvest, tree, monkey
 
     monkeypatch.setattr("actcache.harvester.run.capture_shard", full)
     run("verify", cache, "--repair", "--", *harvest, code=10)
+    assert tree(cache) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("fifo", "shards/00002.json"),
+        ("link", "tokens/00002.safetensors"),
+        ("device", "manifest.json"),
+    ],
+)
+def test_a_repair_beside_a_link_or_pipe_touches_nothing(kind, name, cache, harvest, tmp_path):
+    path = cache / name
+    kept = path.rename(tmp_path / "kept")
+    if kind == "link":
+        path.symlink_to(kept)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/null")
+    (cache / "activations/layers.1/00000.safetensors").write_bytes(b"damaged")
+    before = sorted(cache.rglob("*"))
+    for command in (["--", *harvest], []):
+        stderr = run("verify", cache, "--repair", *command, code=6).stderr
+        assert str(path) in stderr
+    assert sorted(cache.rglob("*")) == before
+    path.unlink()
+    kept.rename(path)
+    run("verify", cache, "--repair", "--", *harvest)
+    assert run("verify", cache).exit_code == 0
+
+
+@pytest.mark.parametrize("step", ["write_atomic", "fsync_dir"])
+def test_shards_are_reinstated_if_retraction_fails_halfway(step, cache, harvest, tree, monkeypatch):
+    damage(cache)
+    (cache / "tokens/00002.safetensors").write_bytes(b"damaged")
+    before = tree(cache)
+    real, calls = getattr(repair, step), []
+
+    def fail_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "input/output error")
+        return real(*arguments)
+
+    monkeypatch.setattr(repair, step, fail_second)
+    run("verify", cache, "--repair", "--", *harvest, code=1)
+    assert len(calls) == 2
     assert tree(cache) == before
 
 

@@ -6,6 +6,7 @@ Letters: S sequences of a shard, C context length, N rows, D width.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
 from actcache.core.progress import format_bytes
-from actcache.errors import CacheMismatchError, ConfigError, DiskFullError
+from actcache.errors import CacheMismatchError, ConfigError, DiskFullError, FileSystemError
 from actcache.filesystem.atomic import (
     LOCK,
     DirectoryLock,
@@ -57,6 +58,7 @@ RESTORED = ".restored-"
 _BLOCK = 4096  # bytes of a block of most file systems
 _BLOCK_BYTES = 1 << 20
 _SHARDS = 128
+_LONGEST = "n/" * 128  # about as long as the path of any file within a cache
 _OURS = re.compile(r"[0-9]{5,}(\..*)?|[0-9]+|c|(END|zarr)\.json|harvest-rank[0-9]+\.jsonl")
 _MAX_SHARD_BYTES = 4 << 30
 
@@ -266,18 +268,29 @@ def require_cache_folder(root: Path) -> None:
     """Check a folder before the work: it must be missing, empty, or a cache without links.
 
     Raises:
-        CacheMismatchError: it is a file, or holds other files.
+        CacheMismatchError: it is a file or below one, or holds other files.
+        FileSystemError: it may not be written to, or its name is too long.
         FormatError: a file or folder that a harvest reads or writes is a link or a device, or the
             manifest is damaged.
     """
-    if root.is_symlink() and not root.exists():
+    place = _nearest_existing(root)
+    if place.is_symlink() and not place.exists():
         raise CacheMismatchError(
-            f"--out {root} is a link that leads nowhere",
+            f"--out {root}: {place} is a link that leads nowhere",
             expected="a folder, or nothing yet",
-            remedy=f"create the folder that it points to: {root.readlink()}",
+            remedy=f"create the folder that it points to: {place.readlink()}",
         )
-    if root.exists() and not root.is_dir():
-        raise CacheMismatchError(f"--out {root} is a file", expected="a folder, or nothing yet")
+    if not place.is_dir():
+        raise CacheMismatchError(
+            f"--out {root} cannot be a folder: {place} is a file or device",
+            expected="a folder, or nothing yet",
+            remedy="choose another --out",
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise FileSystemError(
+            f"--out {root} cannot be written to: {place} is read-only for this user",
+            remedy="choose another --out, or change the permissions of that folder",
+        )
     if not root.is_dir():
         return
     require_plain(root, [MANIFEST, EXTENSIONS, str(LOCK)])
@@ -291,6 +304,24 @@ def require_cache_folder(root: Path) -> None:
             expected="an empty folder, or a cache",
             remedy="choose another folder",
         )
+
+
+def _nearest_existing(root: Path) -> Path:
+    """Return a folder, or the nearest one above it that exists, even if it is no folder."""
+    place = Path(root).absolute() / _LONGEST
+    while True:
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            place = place.parent
+        except OSError as error:  # a name that is too long, or a folder that may not be read
+            raise FileSystemError(
+                f"--out {root} cannot be a folder",
+                got=error.strerror,
+                remedy="choose another --out, such as one with a shorter name",
+            ) from error
+        else:
+            return place
 
 
 def require_plain_files(root: Path, manifest: Manifest) -> None:

@@ -31,6 +31,7 @@ from actcache.errors import (
     DatasetError,
     DiskFullError,
     EmptyCacheError,
+    FileSystemError,
     FormatError,
     HookpointError,
 )
@@ -346,12 +347,26 @@ def test_a_folder_that_is_not_a_cache_is_refused_and_unchanged(
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(CacheMismatchError, match=r"(?s)holds other files.*another folder"):
         harvest(options(out=str(tmp_path)))
-    with pytest.raises(CacheMismatchError, match="is a file"):
-        harvest(options(out=str(tmp_path / "notes")))
+    for name in ("notes", "notes/below/it", "/dev/null", "/dev/null/x"):
+        with pytest.raises(CacheMismatchError, match=r"(?s)is a file or device.*another --out"):
+            harvest(options(out=str(tmp_path / name)))
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(CacheMismatchError, match=r"(?s)a link that leads nowhere.*nowhere"):
         harvest(options(out=str(tmp_path / "link")))
+    with pytest.raises(CacheMismatchError, match="a link that leads nowhere"):
+        harvest(options(out=str(tmp_path / "link" / "below")))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "notes"]
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n/" * 1950, "read-only/a/b", "full/read-only"])
+def test_an_out_that_cannot_be_made_is_refused_before_the_model_is_loaded(
+    name: str, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "read-only").mkdir()
+    (tmp_path / "full" / "read-only").mkdir(parents=True)
+    monkeypatch.setattr("os.access", lambda path, _: Path(path).name != "read-only")  # for root too
+    with pytest.raises(FileSystemError, match=r"(?s)--out .*n.* cannot be .*another --out"):
+        harvest(options(out=str(tmp_path / name), model="no-such-model"))
 
 
 LINKED = (

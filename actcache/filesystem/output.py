@@ -13,6 +13,9 @@ from actcache.filesystem.atomic import write_atomic
 
 _DESCRIPTOR = re.compile(r"/dev/(?:(stdout)|(stderr)|fd/([0-9]{1,9}))")
 
+_OURS = (("manifest.json", "shards"), ("run.json",))
+"""Entries by which the folder of a cache or run is known."""
+
 
 def require_output(path: Path, option: str) -> None:
     """Check the place of a result before the work.
@@ -25,8 +28,16 @@ def require_output(path: Path, option: str) -> None:
         option: the option that names it, for error messages.
 
     Raises:
-        ConfigError: it is a link, a folder, a socket or a disk.
+        ConfigError: it is a link, a folder, a socket or a disk, or within a cache or run.
     """
+    inside = path.absolute().parent.resolve()
+    for folder in (inside, *inside.parents):
+        if any(all((folder / name).exists() for name in names) for names in _OURS):
+            raise ConfigError(
+                f"{option} {path} lies within the cache or run {folder}",
+                expected="a place outside: a file there could be one that it needs",
+                remedy="name a file elsewhere",
+            )
     mode = _mode(path)
     if not (stat.S_ISREG(mode) or _is_written_to(mode)):
         kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a folder"}

@@ -32,6 +32,22 @@ def test_a_link_and_a_folder_are_refused_and_stay(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["dangling", "folder", "link", "victim"]  # noqa: PTH208
 
 
+@pytest.mark.parametrize("marks", [["manifest.json", "shards/00000.json"], ["run.json"]])
+def test_a_place_within_a_cache_or_run_is_refused(
+    marks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mark in marks:
+        (tmp_path / "ours" / mark).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ours" / mark).write_text("{}")
+    (tmp_path / "link").symlink_to("ours")
+    monkeypatch.chdir(tmp_path / "ours")
+    for place in (*marks, "page", tmp_path / "ours" / "logs" / "page", tmp_path / "link" / "page"):
+        with pytest.raises(ConfigError, match="within the cache or run"):
+            write_output(Path(place), b"page", "--html")
+    assert (tmp_path / "ours" / marks[0]).read_text() == "{}"
+    write_output(tmp_path / "page", b"page", "--html")
+
+
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)

@@ -143,7 +143,7 @@ class PretrainedSaes:
     def _recorded_path(self, name: str) -> str:
         if self._repository is not None:
             return self._repository if name == "." else f"{self._repository}/{name}"
-        return str((self._folder / name).resolve())
+        return str(self._folder.resolve() / name)
 
 
 def require_saved(folder: Path) -> None:
@@ -171,9 +171,27 @@ def folder_of(source: PretrainedSource) -> Path:
     """Return the local folder of weights, downloaded if necessary; raises `RunError`."""
     if source.revision is None:
         return Path(source.path)
-    user, repository, *below = source.path.split("/")
+    user, repository, *below = source.path.split("/")  # parsed by `PretrainedSource`
     files = ["/".join((*below, file)) for file in (CONFIG, WEIGHTS)]
     return _download(f"{user}/{repository}", source.revision, files).joinpath(*below)
+
+
+def require_below(source: PretrainedSource, path: str) -> None:
+    """Raise `FormatError` unless weights that run.json names are of the path of --finetune.
+
+    So a run.json that comes from elsewhere names no other repository and no other folder.
+    """
+    if source.revision is not None:
+        match = _HUB_ID.fullmatch(path)
+        below = match is not None and f"{source.path}/".startswith(f"{match[1]}/")
+    else:
+        below = Path(source.path).is_relative_to(Path(path).resolve())
+    if not below:
+        raise FormatError(
+            f"{RUN} names pretrained weights outside --finetune {path}",
+            got=truncated_repr(source.path, 400),
+            remedy="restore it from a copy, or start another run",
+        )
 
 
 def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
@@ -264,8 +282,11 @@ def load_pretrained(sae: Sae, source: PretrainedSource, config: FitConfig) -> No
 
     Raises:
         RunError: the file differs from the one that the run started from.
-        FormatError: the weights are damaged, not finite, or of another shape.
+        FormatError: the weights are damaged, not finite, of another shape, or not those of
+            --finetune.
     """
+    assert config.finetune is not None
+    require_below(source, config.finetune)
     folder = folder_of(source)
     path = folder / WEIGHTS
     got: object = digest_file(path) if path.is_file() else "nothing"

@@ -42,11 +42,30 @@ class PretrainedSource:
     """Pretrained weights from which an SAE started (--finetune)."""
 
     path: str
-    """Absolute path of a folder, or USER/REPO/FOLDER on the Hub."""
+    """Absolute path of a folder, or USER/REPO[/FOLDER] on the Hub."""
     revision: str | None
     """Commit of the repository; null for a local folder."""
     file: FileDigest
     """Digest of sae.safetensors."""
+
+    def __post_init__(self) -> None:
+        """Refuse a path from which `..` or another name could lead elsewhere."""
+        parts, path = self.path.split("/"), Path(self.path)
+        if self.revision is not None:
+            names = all(_HUB_NAME.fullmatch(part) and part not in (".", "..") for part in parts)
+            fits = 2 <= len(parts) <= 4 and names and _COMMIT.fullmatch(self.revision)
+        else:
+            fits = path.is_absolute() and ".." not in parts and "\0" not in self.path
+        if not fits:
+            raise FormatError(
+                "pretrained weights of an impossible path",
+                expected="USER/REPO[/FOLDER[/FOLDER]] of a commit, or an absolute path",
+                got=f"{self.path!r}, revision {self.revision!r}",
+            )
+
+
+_HUB_NAME = re.compile(r"[\w.-]+", re.ASCII)
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -156,8 +175,6 @@ def _require_ranges(record: RunRecord) -> None:
         raise FormatError("a run needs SAEs of different names", got=names.most_common(3))
     if record.wandb_id is not None and not _WANDB_ID.fullmatch(record.wandb_id):
         raise FormatError("wandb_id is no id", expected=_WANDB_ID.pattern, got=record.wandb_id)
-    if len(record.origins) not in (0, len(record.saes)):
-        raise FormatError("origins of other SAEs", expected=len(names), got=len(record.origins))
 
 
 def write_run(root: Path, record: RunRecord) -> None:
@@ -193,6 +210,13 @@ def read_run(root: Path) -> RunRecord:
             f"{path} holds segments that cannot be",
             expected="segment_shards >= 1 with --follow, null without",
             got=shards,
+        )
+    origins = 0 if record.options.finetune is None else len(record.saes)
+    if len(record.origins) != origins:
+        raise FormatError(
+            f"{path} holds pretrained weights of other SAEs",
+            expected=f"{origins} origins: one for each SAE with --finetune, none without",
+            got=len(record.origins),
         )
     return record
 

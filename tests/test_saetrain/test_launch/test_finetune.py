@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import saetrain.launch.finetune
 import saetrain.launch.setup
 import saetrain.training.step
 from actcache.cache.reader import Cache
@@ -33,6 +34,7 @@ from saetrain.config.sae import SaeOptions
 from saetrain.launch.estimate import estimate_fit
 from saetrain.launch.run import fit
 from saetrain.runs.record import RUN, PretrainedSource, read_run
+from saetrain.runs.seal import seal_json
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -387,6 +389,49 @@ def test_sizes_of_a_config_are_compared_with_the_header_before_anything_is_alloc
     monkeypatch.setattr(saetrain.launch.setup, "make_trainers", None)
     with pytest.raises(FormatError, match=r"tensor encoder\.weight"):
         fit(no_sizes(options, finetune=str(source), hookpoint=("layers.0",)))
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        {"path": "x", "revision": "0" * 40},
+        {"path": "someone/saes", "revision": "main"},
+        {"path": "someone/saes", "revision": "0" * 40},
+        {"path": "someone/saes/../../..", "revision": "0" * 40},
+        {"path": "someone/saes/./layers.0", "revision": "0" * 40},
+        {"path": "/etc/someone", "revision": "0" * 40},
+        {"path": "/etc", "revision": None},
+        {"path": "{source}/../elsewhere", "revision": None},
+        {"path": "layers.0", "revision": None},
+        {"path": "{source}/a\0b", "revision": None},
+        {"path": "", "revision": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("finetuned", [True, False])
+def test_a_run_json_leads_to_no_repository_or_folder_but_that_of_finetune(
+    options: Options,
+    first: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    origin: dict[str, str | None],
+    finetuned: bool,
+) -> None:
+    one = {"hookpoint": ("layers.0",), "max_tokens": 32}
+    config = no_sizes(options, finetune=str(first), **one) if finetuned else options(**one)
+    fit(config)
+    for path in Path(config.out).glob("checkpoint-*"):
+        path.unlink()
+    path = Path(config.out) / RUN
+    run = json.loads(path.read_text())
+    del run["seal"]
+    file = dataclasses.asdict(digest_file(path))
+    named = str(origin["path"]).replace("{source}", str(first))
+    run["origins"] = [origin | {"path": named, "file": file}]
+    path.write_bytes(seal_json(run))
+    monkeypatch.setattr(saetrain.launch.finetune, "_download", None)
+    monkeypatch.setattr(saetrain.launch.finetune, "load_sae", None)
+    with pytest.raises(FormatError, match=r"run\.json"):
+        fit(dataclasses.replace(config, resume=True))
 
 
 # --- the Hub -------------------------------------------------------------------------------------

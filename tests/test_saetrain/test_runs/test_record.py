@@ -144,7 +144,7 @@ def test_names_that_are_no_folders_of_the_run_and_numbers_out_of_range_are_refus
     run = json.loads((tmp_path / RUN).read_text())
     run["saes"][0] |= change
     (tmp_path / RUN).write_text(json.dumps(run))
-    with pytest.raises(FormatError, match=r"run\.json"):
+    with pytest.raises(FormatError, match=r"run\.json: "):
         read_run(tmp_path)
 
 

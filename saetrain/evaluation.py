@@ -19,7 +19,7 @@ from actcache.format.manifest import MANIFEST
 from actcache.stream.order import Span
 from actcache.stream.verified_reads import VerifiedReader
 from saetrain.config.sae import PENALISED, SaeEntry
-from saetrain.formats.sparsify import load_sae, read_sae_config
+from saetrain.formats.sparsify import read_sae
 from saetrain.kernels import total
 from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.sae import Sae
@@ -287,7 +287,7 @@ def _load(
     root: Path, entry: SaeEntry, saved: SaeState, step: int, best: bool, device: torch.device
 ) -> tuple[Sae, int]:
     """Load the SAE that a checkpoint names, or its best; return it with its step."""
-    folder = root / entry.name
+    folder, named = root / entry.name, saved.export
     if best:
         if saved.best is None:
             raise RunError(
@@ -295,14 +295,14 @@ def _load(
                 remedy="fit with --val-every N --save-best",
             )
         step = saved.best.step
-        folder = best_folder(folder, step)
+        folder, named = best_folder(folder, step), saved.best.file
     if path := differing_file(folder, saved.best if best and saved.best is not None else saved):
         raise RunError(
             f"{path} is not that of the last checkpoint",
             remedy="if the run was stopped while saving, saetrain fit with --resume continues it; "
             "if it is running, try again; otherwise restore the SAE from a copy",
         )
-    sae, config = load_sae(folder, device), read_sae_config(folder)
+    sae, config = read_sae(folder, device, named)
     if config != entry.config:
         raise FormatError(
             f"{folder} holds another SAE than the run's",

@@ -23,7 +23,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from typing import IO, Any, ClassVar, Protocol
@@ -282,19 +282,6 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str], int]]:
     fd = _open_folder(root)
     try:
         yield from os.fwalk(".", dir_fd=fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def path_for_libraries(path: Path) -> Iterator[str]:
-    """Yield a name by which a library can open the file, and no link below the root is followed."""
-    if not isinstance(path, RootedPath):
-        yield str(path)
-        return
-    fd = open_file(path)
-    try:
-        yield f"/proc/self/fd/{fd}"
     finally:
         os.close(fd)
 

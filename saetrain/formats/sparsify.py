@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
-from actcache.errors import ConfigError, FormatError
-from actcache.filesystem.atomic import FileDigest, path_for_libraries, write_atomic
+from actcache.errors import ConfigError, FormatError, RunError
+from actcache.filesystem.atomic import FileDigest, write_atomic
 from saetrain.config.sae import ActivationName, SaeConfig
 from saetrain.model.sae import Sae, build_sae
+from saetrain.runs.own_files import digest_bytes
+from saetrain.runs.tensors import Header, load_tensors, read_header, read_tensors_file
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
@@ -140,22 +141,43 @@ def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
     Raises:
         FormatError: a file is missing or damaged, or the kind of SAE is unknown.
     """
-    folder = folder if isinstance(folder, Path) else Path(folder)  # keeps a root
-    config = read_sae_config(folder)
-    require_weights(folder, config)
-    path = folder / WEIGHTS
-    try:
-        with path_for_libraries(path) as name:
-            tensors = load_file(name, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"cannot read {path}", got=str(error)) from error
+    return read_sae(Path(folder) if isinstance(folder, str) else folder, device)[0]
+
+
+def read_sae(
+    folder: Path, device: torch.device | str = "cpu", expected: FileDigest | None = None
+) -> tuple[Sae, SaeConfig]:
+    """Load an SAE and its configuration, as `load_sae` does.
+
+    Args:
+        folder: folder of cfg.json and sae.safetensors.
+        device: device of its weights.
+        expected: digest of the weights' file, which is read once; None: any.
+
+    Raises:
+        RunError: the weights' file has another digest.
+        FormatError: see `load_sae`.
+    """
+    config, path = read_sae_config(folder), folder / WEIGHTS
+    data = read_tensors_file(path)
+    if expected is not None and (got := digest_bytes(data)) != expected:
+        raise RunError(
+            f"{path} differs from the file that its run names",
+            expected=expected,
+            got=got,
+            remedy="restore it from a copy",
+        )
+    tensors = load_tensors(path, data, lambda header: _require_shapes(path, header, config))
+    del data
     sae = build_sae(config, device=device, dtype=tensors["encoder.weight"].dtype)
     sae.load_state_dict({name: tensors[_TENSORS[name]] for name in _shapes(config)})
-    return sae.eval()
+    return sae.eval(), config
 
 
-def require_weights(folder: Path, config: SaeConfig) -> None:
-    """Compare the header of sae.safetensors with a configuration, before anything is allocated.
+def digest_weights(folder: Path, config: SaeConfig) -> FileDigest:
+    """Compare the header of sae.safetensors with a configuration; return the file's digest.
+
+    Nothing is allocated for the tensors.
 
     Args:
         folder: folder of the SAE.
@@ -165,15 +187,15 @@ def require_weights(folder: Path, config: SaeConfig) -> None:
         FormatError: the file is missing or damaged, or a tensor has another shape or dtype.
     """
     path = folder / WEIGHTS
-    try:
-        with path_for_libraries(path) as name, safe_open(name, "pt") as file:
-            header = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in header.items()}
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"cannot read {path}", got=str(error)) from error
+    data = read_tensors_file(path)
+    _require_shapes(path, read_header(path, data), config)
+    return digest_bytes(data)
+
+
+def _require_shapes(path: Path, header: Header, config: SaeConfig) -> None:
     for name, shape in _shapes(config).items():
         stored = _TENSORS[name]
-        got, dtype = found.get(stored, ("nothing", "F32"))
+        got, dtype = header.get(stored, ("nothing", "F32"))
         if got != shape:
             raise FormatError(f"{path}: tensor {stored}", expected=shape, got=got)
         if dtype not in _FLOATS:

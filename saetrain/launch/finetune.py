@@ -17,16 +17,16 @@ import torch
 
 from actcache.core.json_codec import truncated_repr
 from actcache.errors import ConfigError, FormatError, RunError
-from actcache.filesystem.atomic import FileDigest, digest_file
+from actcache.filesystem.atomic import FileDigest
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig, SaeEntry, SaeOptions
 from saetrain.formats.sparsify import (
     CONFIG,
     WEIGHTS,
-    load_sae,
+    digest_weights,
     read_config,
+    read_sae,
     read_sae_config,
-    require_weights,
 )
 from saetrain.model.sae import Sae
 from saetrain.runs.checkpoint import best_folder, differing_file, newest_state
@@ -132,13 +132,13 @@ class PretrainedSaes:
 
     def _source(self, entry: SaeEntry, name: str) -> PretrainedSource:
         source = PretrainedSource(self._recorded_path(name), self._revision, FileDigest(0, ""))
-        path = folder_of(source) / WEIGHTS
-        if not path.is_file():
-            raise FormatError(f"{path.parent} holds no SAE", expected=f"{CONFIG} and {WEIGHTS}")
-        require_weights(path.parent, entry.config)
+        folder = folder_of(source)
+        if not (folder / WEIGHTS).is_file():
+            raise FormatError(f"{folder} holds no SAE", expected=f"{CONFIG} and {WEIGHTS}")
+        source = dataclasses.replace(source, file=digest_weights(folder, entry.config))
         if self._repository is None:
-            require_saved(path.parent)
-        return dataclasses.replace(source, file=digest_file(path))
+            require_saved(folder)
+        return source
 
     def _recorded_path(self, name: str) -> str:
         if self._repository is not None:
@@ -289,15 +289,7 @@ def load_pretrained(sae: Sae, source: PretrainedSource, config: FitConfig) -> No
     require_below(source, config.finetune)
     folder = folder_of(source)
     path = folder / WEIGHTS
-    got: object = digest_file(path) if path.is_file() else "nothing"
-    if got != source.file:
-        raise RunError(
-            f"{path} differs from the file that this run started from",
-            expected=source.file,
-            got=got,
-            remedy="restore it, or start another run",
-        )
-    loaded = load_sae(folder).state_dict()
+    loaded = read_sae(folder, expected=source.file)[0].state_dict()
     for name, tensor in loaded.items():
         if not bool(tensor.isfinite().all()):
             raise FormatError(f"{path}: tensor {name} is not finite")

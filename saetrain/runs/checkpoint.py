@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from actcache.core.json_codec import SEAL, parse_dataclass, read_json, to_json, truncated_repr
@@ -28,6 +27,7 @@ from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
 from saetrain.runs.own_files import digest_bytes, is_plain, remove_sae_folder
 from saetrain.runs.record import RunRecord
+from saetrain.runs.tensors import load_tensors, read_tensors_file
 
 _FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
 _BEST = re.compile(r"best-([0-9]{9,})")
@@ -429,20 +429,17 @@ def _load(root: Path, state: State, sae: int, wanted: bool = True) -> dict[str, 
     """Verify one SAE's file, and return its tensors if wanted; raises `FormatError`."""
     path, expected = tensors_path(root, state.step, sae), state.saes[sae].file
     got: object = "nothing"
-    try:
-        if is_plain(path):
-            size = path.stat().st_size
-            if size != expected.bytes:
-                got = f"{size} bytes"
-            elif not wanted:
-                got = digest_file(path)
-                if got == expected:
-                    return {}
-            else:
-                data = path.read_bytes()  # once: the bytes compared are those loaded
-                got = digest_bytes(data)
-                if got == expected:
-                    return load(data)
-    except SafetensorError as error:
-        got = error
+    if is_plain(path):
+        size = path.stat().st_size
+        if size != expected.bytes:
+            got = f"{size} bytes"
+        elif not wanted:
+            got = digest_file(path)
+            if got == expected:
+                return {}
+        else:
+            data = read_tensors_file(path)
+            got = digest_bytes(data)
+            if got == expected:
+                return load_tensors(path, data)
     raise FormatError(f"{path} is not what its checkpoint wrote", expected=expected, got=got)

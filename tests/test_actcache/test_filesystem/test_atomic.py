@@ -22,7 +22,6 @@ from actcache.filesystem.atomic import (
     open_file,
     open_log,
     open_to_read,
-    path_for_libraries,
     remove_partials,
     remove_tree,
     remove_trees,
@@ -371,22 +370,6 @@ def test_walk_lists_links_and_does_not_follow_them(root: Path, tmp_path: Path) -
     (root / "a" / ".hidden").write_text("")
     found = {str(path.relative_to(root)): plain for path, plain in walk(root)}
     assert found == {"a/b": True, "a/.hidden": True, "a/link": False, "linked": False}
-
-
-def test_libraries_open_a_file_by_its_descriptor_and_other_paths_by_name(
-    root: Path, tmp_path: Path
-) -> None:
-    with path_for_libraries(root / "a" / "b") as name:
-        assert Path(name).read_bytes() == b"inside"
-    (tmp_path / "link").symlink_to("outside/b")  # as in the cache of the Hub
-    with path_for_libraries(tmp_path / "link") as name:
-        assert Path(name).read_bytes() == b"precious"
-    (root / "a" / "link").symlink_to("b")
-    with (
-        pytest.raises(FormatError, match="link is a symbolic link"),
-        path_for_libraries(root / "a" / "link"),
-    ):
-        pass
 
 
 def test_temporary_folders_are_deleted_and_links_in_their_place_stay(

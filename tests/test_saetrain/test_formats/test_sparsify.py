@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,13 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actcache.errors import FormatError
+import saetrain.formats.sparsify
+from actcache.errors import FormatError, RunError
+from actcache.filesystem.atomic import digest_file
 from saetrain.config.sae import SaeConfig
 from saetrain.formats.sparsify import (
     CONFIG,
     WEIGHTS,
     load_sae,
     read_config,
+    read_sae,
     read_sae_config,
     save_sae,
 )
@@ -318,6 +322,44 @@ def test_integer_weights_raise_an_error(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / WEIGHTS)
     save_file({name: t.to(torch.int32) for name, t in tensors.items()}, tmp_path / WEIGHTS)
     with pytest.raises(FormatError, match="I32"):
+        load_sae(tmp_path)
+
+
+def test_weights_of_8_bits_raise_an_error(tmp_path: Path) -> None:
+    saved(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    eight = {name: t.to(torch.float8_e4m3fn) for name, t in tensors.items()}
+    for names in (tensors, ["encoder.weight"], ["encoder.bias"]):
+        save_file(tensors | {name: eight[name] for name in names}, tmp_path / WEIGHTS)
+        with pytest.raises(FormatError, match="F8_E4M3"):
+            load_sae(tmp_path)
+
+
+def test_the_bytes_that_are_compared_are_those_that_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program replaces the file just after it was read."""
+    sae, real = saved(tmp_path), saetrain.formats.sparsify.read_tensors_file
+    expected = digest_file(tmp_path / WEIGHTS)
+
+    def read(path: Path) -> bytes:
+        data = real(path)
+        edit_tensors(tmp_path, W_dec=torch.zeros(M, D))
+        return data
+
+    monkeypatch.setattr(saetrain.formats.sparsify, "read_tensors_file", read)
+    loaded, _ = read_sae(tmp_path, expected=expected)
+    assert torch.equal(loaded.W_dec, sae.W_dec)
+    with pytest.raises(RunError, match="differs from the file that its run names"):
+        read_sae(tmp_path, expected=expected)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_pipe_in_place_of_a_file_raises_an_error(tmp_path: Path, name: str) -> None:
+    saved(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(FormatError, match=name):
         load_sae(tmp_path)
 
 

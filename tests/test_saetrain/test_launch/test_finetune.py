@@ -260,7 +260,7 @@ def test_a_stopped_finetuned_run_resumes_to_the_same_bytes(
     if stop_at == 1:
         kept = path.read_bytes()
         path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-        with pytest.raises(RunError, match="differs from the file that this run started from"):
+        with pytest.raises(RunError, match="differs from the file that its run names"):
             fit(stopped)
         path.write_bytes(kept)
     else:
@@ -429,7 +429,7 @@ def test_a_run_json_leads_to_no_repository_or_folder_but_that_of_finetune(
     run["origins"] = [origin | {"path": named, "file": file}]
     path.write_bytes(seal_json(run))
     monkeypatch.setattr(saetrain.launch.finetune, "_download", None)
-    monkeypatch.setattr(saetrain.launch.finetune, "load_sae", None)
+    monkeypatch.setattr(saetrain.launch.finetune, "read_sae", None)
     with pytest.raises(FormatError, match=r"run\.json"):
         fit(dataclasses.replace(config, resume=True))
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import saetrain.runs.checkpoint
 from actcache.errors import DiskFullError, FormatError
 from actcache.filesystem.atomic import FileDigest
 from saetrain.runs.checkpoint import (
@@ -255,6 +256,21 @@ def test_the_newest_undamaged_checkpoint_is_loaded_and_the_error_reported(tmp_pa
     flip(state_path(tmp_path, 3))
     with pytest.raises(FormatError, match=r"000012\.00001(.|\n)*no other checkpoint is whole"):
         load()
+
+
+def test_a_file_that_no_library_can_load_is_skipped_like_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = RetentionPolicy(last=2)
+    save_checkpoint(tmp_path, 9, keep=keep)
+    shape, dtype = [2**64 - 1, 0], "F32"
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}).encode()
+    data = len(header).to_bytes(8, "little") + header
+    monkeypatch.setattr(saetrain.runs.checkpoint, "save", lambda _: data)
+    save_checkpoint(tmp_path, 10, keep=keep)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded[0].step == 9
 
 
 def test_a_checkpoint_whose_files_fail_the_check_is_skipped(tmp_path: Path) -> None:

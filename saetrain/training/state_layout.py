@@ -41,8 +41,8 @@ def require_state(
         rows: rows trained on.
 
     Raises:
-        FormatError: a tensor or number is missing, surplus, of another shape or dtype, or out of
-            range.
+        FormatError: a tensor or number is missing, surplus, of another shape or dtype, or a value
+            is out of range or not finite where training leaves none such.
     """
     layout = _layout(trainer, step)
     allowed = layout.tensors | layout.optional
@@ -69,6 +69,48 @@ def require_state(
         if not bool(((found >= low) & (found <= high) & (found == found.trunc())).all()):
             got = f"{found.min().item()} to {found.max().item()}"
             raise _refused(f"{path}: tensor {name}", f"whole numbers, {low} to {high}", got)
+    _require_average(path, numbers)
+    weights = {f"sae.{name}" for name, _ in trainer.sae.named_parameters()}
+    for name, tensor in tensors.items():
+        of_optimizer = name.startswith("optimizer.") and tensor.is_floating_point()
+        if of_optimizer and name.endswith(_SQUARES):
+            if not bool((tensor >= 0).all()):  # NaN is not, either; large squares become infinite
+                raise _refused(f"{path}: tensor {name}", ">= 0", _worst(tensor, tensor >= 0))
+        elif (of_optimizer or name in weights or name == "meter") and not _is_finite(tensor):
+            # A checkpoint is saved of finite weights and losses only, and moments or points that
+            # are not finite make weights so in the same step.
+            raise _refused(f"{path}: tensor {name}", "finite", _worst(tensor, tensor.isfinite()))
+
+
+_SQUARES = (".exp_avg_sq", ".state2", ".absmax2", ".norms")
+"""Ends of the names of means of squares, their scales in 8 bits, and norms."""
+_LR_MOST = 1e30  # of --lr
+
+
+def _require_average(path: Path, numbers: Mapping[str, float]) -> None:
+    """Check the numbers by which signum weights its average.
+
+    Of k steps each adds the square of the largest rate so far, whatever --lr was in between.
+    """
+    largest, k = numbers.get("optimizer.lr_max"), numbers.get("optimizer.k")
+    if largest is None or k is None:
+        return
+    if not 0 < largest <= _LR_MOST:
+        raise _refused(f"{path}: number optimizer.lr_max", f"> 0, at most {_LR_MOST:g}", largest)
+    least, most = largest**2 * (1 - 1e-9), k * largest**2 * (1 + 1e-9)
+    if not least <= (total := numbers["optimizer.weight_sum"]) <= most or total <= 0:
+        expected = f"{least} to {most}: lr_max squared to k times that"
+        raise _refused(f"{path}: number optimizer.weight_sum", expected, total)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def _worst(tensor: Tensor, fine: Tensor) -> str:
+    """Describe the values that are not fine."""
+    bad = tensor[~fine]
+    return f"{len(bad)} of {tensor.numel()} others, such as {bad[0].item()}"
 
 
 def _layout(trainer: SaeTrainer, step: int) -> StateLayout:

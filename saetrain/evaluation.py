@@ -13,7 +13,7 @@ from actcache.core.json_codec import to_json
 from actcache.core.process import choose_device
 from actcache.core.progress import Progress
 from actcache.errors import EmptyCacheError, FormatError, RunError
-from actcache.filesystem.atomic import require_plain, rooted, write_atomic
+from actcache.filesystem.atomic import rooted, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MANIFEST
 from actcache.stream.order import Span
@@ -30,8 +30,8 @@ from saetrain.runs.checkpoint import (
     differing_file,
     newest_state,
     newest_step,
-    own_names,
     require_format,
+    require_own_files,
     verify_checkpoint,
 )
 from saetrain.runs.record import RunRecord, check_same_cache, read_run
@@ -139,7 +139,7 @@ def evaluate(
     """
     root = rooted(run)
     record = read_run(root)
-    require_plain(root, own_names(root, [sae.name for sae in record.saes]))
+    require_own_files(root, [sae.name for sae in record.saes])
     folder = cache_folder or record.cache
     if not is_url(folder) and not (Path(folder) / MANIFEST).exists():
         raise EmptyCacheError(

@@ -293,7 +293,7 @@ def require_cache_folder(root: Path) -> None:
         )
     if not root.is_dir():
         return
-    require_plain(root, [MANIFEST, EXTENSIONS, str(LOCK)])
+    require_plain(root, [MANIFEST, str(LOCK)], [EXTENSIONS])
     if (root / MANIFEST).exists():
         require_plain_files(root, read_manifest(root))
         return

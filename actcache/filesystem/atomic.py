@@ -52,6 +52,7 @@ _STRAYS = ("lost+found", "Thumbs.db", "desktop.ini", "@eaDir", "__MACOSX")
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
+    stat.S_IFREG: "a file",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
 }
@@ -222,17 +223,19 @@ def open_to_read(path: Path) -> int:
     return open_file(path)  # which says what is wrong
 
 
-def require_plain(root: Path, names: Iterable[str]) -> None:
-    """Raise `FormatError` if a name below a folder, or a folder above it, is a link or a device.
+def require_plain(root: Path, files: Iterable[str], folders: Iterable[str] = ()) -> None:
+    """Raise `FormatError` if a file or folder below `root`, or one above it, is anything else.
 
     A command calls it before its work, so that a link is refused before hours are spent.
 
     Args:
         root: the folder.
-        names: paths within it, of files and folders; those that do not exist are accepted.
+        files: paths of files within it; those that do not exist are accepted.
+        folders: paths of folders within it.
     """
     top = rooted(root)
-    for name in names:
+    kinds = dict.fromkeys(files, stat.S_IFREG) | dict.fromkeys(folders, stat.S_IFDIR)
+    for name, kind in kinds.items():
         path = top / name
         for part in (*reversed(path.parents), path):
             if len(part.parts) <= len(top.parts):
@@ -241,7 +244,7 @@ def require_plain(root: Path, names: Iterable[str]) -> None:
                 mode = part.lstat().st_mode
             except (FileNotFoundError, NotADirectoryError):
                 break
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            if stat.S_IFMT(mode) != (kind if part is path else stat.S_IFDIR):
                 raise _refused(part, mode)
 
 
@@ -350,7 +353,10 @@ def _of_path(error: OSError, path: Path) -> OSError:
 def _refused(path: Path, mode: int) -> FormatError:
     kind = _KINDS.get(stat.S_IFMT(mode), "a device")
     root = Path(*path._top) if isinstance(path, RootedPath) else path.parent
+    expected = f"plain files and folders: nothing outside {root} is read or written"
     remedy = "remove it"
+    if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+        expected, remedy = "a file" if stat.S_ISDIR(mode) else "a folder", "move it elsewhere"
     if stat.S_ISLNK(mode):
         remedy = (
             f"remove the link; to use another disk, put all of {root} there (it may itself be a "
@@ -358,7 +364,7 @@ def _refused(path: Path, mode: int) -> FormatError:
         )
     return FormatError(
         f"{path} is {kind}",
-        expected=f"plain files and folders: nothing outside {root} is read or written",
+        expected=expected,
         got=kind,
         remedy=remedy,
     )

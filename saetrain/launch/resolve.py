@@ -16,7 +16,6 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError
-from actcache.filesystem.atomic import require_plain
 from actcache.stream.memory_budget import plan_memory
 from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
@@ -26,7 +25,7 @@ from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry, SaeOptions
 from saetrain.launch.finetune import PretrainedSaes
 from saetrain.model.hookpoint_io import HookpointRoles, assign_hookpoints, hookpoints_of
 from saetrain.optim import default_lr
-from saetrain.runs.checkpoint import newest_step, own_names
+from saetrain.runs.checkpoint import newest_step, require_own_files
 from saetrain.runs.overrides import apply_overrides, with_history_entry
 from saetrain.runs.record import (
     FORMAT_VERSION,
@@ -219,7 +218,7 @@ def resume_record(
     """
     config = run_options(config)
     record = read_run(root)
-    require_plain(root, own_names(root, [sae.name for sae in record.saes]))
+    require_own_files(root, [sae.name for sae in record.saes])
     check_same_cache(record, cache)
     _require_resolved(record, cache)
     options = changed_options(record, config)

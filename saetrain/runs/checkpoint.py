@@ -24,15 +24,17 @@ from torch import Tensor
 
 from actcache.core.json_codec import SEAL, parse_dataclass, read_json, to_json, truncated_repr
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
+from actcache.filesystem.atomic import FileDigest, digest_file, require_plain, write_atomic
 from saetrain.runs.own_files import digest_bytes, is_plain, remove_sae_folder
 from saetrain.runs.record import RunRecord
 from saetrain.runs.tensors import load_tensors, read_tensors_file
 
-_FILE = re.compile(r"checkpoint-([0-9]{9,})\.(json|[0-9]{5}\.safetensors)")
-_BEST = re.compile(r"best-([0-9]{9,})")
+_STEP = "([0-9]{9}|[1-9][0-9]{9,})"  # as `f"{step:09d}"` writes it: no other file is ours
+_FILE = re.compile(rf"checkpoint-{_STEP}\.(json|[0-9]{{5}}\.safetensors)")
+_BEST = re.compile(f"best-{_STEP}")
 _OWN = re.compile(
-    _FILE.pattern + r"|(run|segments|exit|eval|eval-best)\.json|(metrics|timings)\.jsonl|fit\.lock"
+    _FILE.pattern + r"|(run|segments|exit|eval|eval-best|non-finite)\.json"
+    r"|(metrics|timings)\.jsonl|fit\.lock"
 )
 _MOST_STEPS = 2**53
 _SAE_FILES = ("cfg.json", "sae.safetensors")
@@ -316,22 +318,23 @@ def differing_file(folder: Path, named: SaeState | Best) -> Path | None:
     return None
 
 
-def own_names(root: Path, saes: Iterable[str]) -> list[str]:
-    """List the names below RUN that a run reads, writes or removes.
+def require_own_files(root: Path, saes: Iterable[str]) -> None:
+    """Raise `FormatError` if a file or folder that a run reads, writes or removes is anything else.
 
     Args:
         root: folder of the run.
         saes: names of its SAEs.
     """
-    names = [path.name for path in root.iterdir() if _OWN.fullmatch(path.name)]
+    files = [path.name for path in root.iterdir() if _OWN.fullmatch(path.name)]
+    folders = []
     for sae in saes:
-        names.append(sae)
+        folders.append(sae)
         folder = root / sae
         if folder.is_dir() and not folder.is_symlink():
             bests = [path.name for path in folder.iterdir() if _BEST.fullmatch(path.name)]
-            folders = [sae, *(f"{sae}/{best}" for best in bests)]
-            names += [f"{folder}/{file}" for folder in folders for file in _SAE_FILES]
-    return names
+            folders += [f"{sae}/{best}" for best in bests]
+    files += [f"{folder}/{file}" for folder in folders for file in _SAE_FILES]
+    require_plain(root, files, folders)
 
 
 def state_path(root: Path, step: int) -> Path:
@@ -352,7 +355,7 @@ def _files(root: Path) -> list[tuple[Path, int]]:
 
 def _complete(root: Path) -> set[int]:
     """Return the steps of all complete checkpoints."""
-    return {step for path, step in _files(root) if path.suffix == ".json"}
+    return {step for path, step in _files(root) if path.suffix == ".json" and is_plain(path)}
 
 
 def load_checkpoint(

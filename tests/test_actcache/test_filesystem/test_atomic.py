@@ -317,10 +317,20 @@ def test_a_taken_partial_name_is_not_opened(
 
 
 def test_require_plain_names_the_first_link_of_a_path(root: Path, tmp_path: Path) -> None:
-    require_plain(root, ["a", "a/b", "none", "none/at/all"])
+    require_plain(root, ["a/b", "none", "none/at/all"], ["a"])
     (root / "linked").symlink_to(tmp_path / "outside")
     with pytest.raises(FormatError, match="linked is a symbolic link"):
         require_plain(root, ["a/b", "linked/b"])
+
+
+def test_require_plain_refuses_a_folder_in_place_of_a_file_and_the_reverse(root: Path) -> None:
+    for files, folders, words in (
+        (["a"], [], r"a is a folder\n  expected: a file"),
+        ([], ["a/b"], r"b is a file\n  expected: a folder"),
+        (["a/b/c"], [], r"b is a file\n  expected: a folder"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            require_plain(root, files, folders)
 
 
 def test_a_log_with_several_names_is_copied_before_it_grows(root: Path, tmp_path: Path) -> None:

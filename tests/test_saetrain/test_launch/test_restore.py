@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
+import saetrain.launch.run
 import saetrain.training.step
 from actcache.core.json_codec import to_json
 from actcache.errors import DiskFullError, FormatError
 from actcache.filesystem.atomic import RootedPath
 from saetrain.config.fit_config import FitConfig
+from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
 from saetrain.runs.checkpoint import load_checkpoint
 from saetrain.tracking.jsonl import METRICS, TIMINGS
@@ -240,6 +242,43 @@ def test_a_damaged_checkpoint_is_refused_on_resume(options: Options) -> None:
     path.write_bytes(data)
     with pytest.raises(FormatError, match=r"00001\.safetensors"):
         fit(config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "metrics.jsonl",
+        "timings.jsonl",
+        "exit.json",
+        "non-finite.json",
+        "layers.0",
+        "layers.0/cfg.json",
+        "layers.0/sae.safetensors",
+        "layers.0/best-000000003",
+        "checkpoint-000000013.json",
+        "checkpoint-000000012.00000.safetensors",
+    ],
+)
+def test_a_folder_in_place_of_a_file_of_a_run_is_refused_before_the_work(
+    options: Options, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a file in place of a folder."""
+    config = options(resume=True)
+    fit(config)
+    path = Path(config.out) / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if "." in path.name and not path.name.startswith("layers"):
+        path.mkdir()
+    else:
+        path.write_text("")
+    monkeypatch.setattr(saetrain.launch.run, "set_up_run", None)
+    with pytest.raises(FormatError, match=rf"{path.name} is a (file|folder)"):
+        fit(config)
+    with pytest.raises(FormatError, match=rf"{path.name} is a (file|folder)"):
+        evaluate(config.out)
 
 
 @pytest.mark.parametrize(

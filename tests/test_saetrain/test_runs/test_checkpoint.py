@@ -21,6 +21,8 @@ from saetrain.runs.checkpoint import (
     finalize_checkpoint,
     load_checkpoint,
     newest_state,
+    newest_step,
+    remove_other_bests,
     save_sae_state,
     state_path,
     tensors_path,
@@ -114,6 +116,37 @@ def test_the_newest_complete_checkpoint_is_loaded(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     assert loaded[0].step == 10
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoint-0000000000010.json",
+        "checkpoint-0000000010.json",
+        "checkpoint-10.json",
+        "checkpoint-0000000000010.00000.safetensors",
+    ],
+)
+def test_a_name_that_no_run_writes_is_left_alone(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path, 9)
+    (tmp_path / name).write_text("mine")
+    assert newest_step(tmp_path) == 9
+    save_checkpoint(tmp_path, 11)
+    (tmp_path / "checkpoint-000000012.json").mkdir()
+    assert newest_step(tmp_path) == 11
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_steps_of_ten_digits_are_names_of_a_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 2**40)
+    assert newest_step(tmp_path) == 2**40
+
+
+def test_folders_of_best_saes_of_other_names_are_left_alone(tmp_path: Path) -> None:
+    for name in ("best-000000003", "best-0000000003", "best-3"):
+        (tmp_path / name).mkdir()
+    remove_other_bests(tmp_path, set())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-0000000003", "best-3"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "lengthen", "remove"])

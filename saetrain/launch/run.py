@@ -16,7 +16,7 @@ from saetrain.launch.resolve import open_cache, resolve_run, resume_record, writ
 from saetrain.launch.session import EXIT, RunSession, run_session
 from saetrain.launch.setup import RunBroadcast, set_up_run
 from saetrain.launch.summary import FitSummary, summarize_fit
-from saetrain.runs.record import LOCK, RUN, check_same_cache, write_run
+from saetrain.runs.record import LOCK, RUN, check_same_cache, require_same_options, write_run
 from saetrain.training.loop import train
 from saetrain.training.run_state import RunState
 
@@ -54,6 +54,7 @@ def start_or_resume(session: RunSession) -> RunState:
         coordinator.broadcast(RunBroadcast(run.resumed, run.record))
     else:
         received = coordinator.receive(RunBroadcast)
+        require_same_options(received.record.options, config)
         if received.resumed:
             session.share_lock()
         run = RunState(received.record, open_cache(config), _device(config), received.resumed)

@@ -322,15 +322,39 @@ def contradiction(name: str, expected: object, got: object) -> FormatError:
 
 def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:
     """Return the options that affect results and differ, described by field: old and new value."""
-    old, new = values_of(record.options), values_of(now)
-    changed = {
-        name: f"{flag(name)}: {old[name]!r} then, {new[name]!r} now"
-        for name in old
-        if name not in FREE_ON_RESUME and old[name] != new[name]
+    return _differences(record.options, now, FREE_ON_RESUME, ("then", "now"))
+
+
+def require_same_options(of_rank_zero: FitConfig, own: FitConfig) -> None:
+    """Raise `RunError` if a process of a run was started with other options than rank 0."""
+    if differ := _differences(of_rank_zero, own, _OF_ONE_PROCESS, ("on rank 0", "here")):
+        raise RunError(
+            "the options differ between the processes of this run",
+            got="\n            ".join(differ.values()),
+            remedy="give all processes the same command line",
+        )
+
+
+_OF_ONE_PROCESS = frozenset(
+    ("cache", "out", "device", "block_cache", "block_cache_bytes", "parallel", "force_config")
+)
+"""Options that may differ between processes: paths and devices of their machines, and what the
+record of a run leaves out."""
+
+
+def _differences(
+    old: FitConfig, new: FitConfig, free: frozenset[str], words: tuple[str, str]
+) -> dict[str, str]:
+    """Describe the options that differ, by field, except those that may."""
+    before, after = values_of(old), values_of(new)
+    found = {
+        name: f"{flag(name)}: {before[name]!r} {words[0]}, {after[name]!r} {words[1]}"
+        for name in before
+        if name not in free and before[name] != after[name]
     }
-    if not changed and record.options.saes != now.saes:
-        changed = {"saes": "saes: the same values in other combinations"}
-    return changed
+    if not found and old.saes != new.saes:
+        found = {"saes": "saes: the same values in other combinations"}
+    return found
 
 
 def check_same_run(record: RunRecord, now: RunRecord) -> None:

@@ -10,13 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import saetrain.launch.setup
 import saetrain.training.step
+from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.errors import CacheBusyError, ConfigError, EmptyCacheError, HookpointError, RunError
+from actcache.filesystem.atomic import DirectoryLock
 from saetrain.config.fit_config import FitConfig
-from saetrain.launch.run import fit
+from saetrain.distributed.coordinator import Coordinator
+from saetrain.launch.resolve import open_cache, resolve_run
+from saetrain.launch.run import fit, start_or_resume
+from saetrain.launch.session import RunSession
+from saetrain.launch.setup import RunBroadcast
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -53,6 +60,48 @@ def test_invalid_options_are_refused_and_leave_no_file(
     with pytest.raises(error, match=message):
         fit(config)
     assert not Path(config.out).exists()
+
+
+class OfRankOne(Coordinator):
+    """Receives what rank 0 sends."""
+
+    is_rank_zero = False
+
+    def __init__(self, sent: RunBroadcast) -> None:
+        super().__init__()
+        self._sent = sent
+
+    def receive(self, kind: type[Any]) -> Any:
+        """Return the run as it arrives from rank 0."""
+        return parse_dataclass(kind, decode_json(to_json(self._sent)), "rank 0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 64}, "--batch-size: 32 on rank 0, 64 here"),
+        ({"lr": 0.02}, "--lr: 0.01 on rank 0, 0.02 here"),
+        ({"save_every": 4}, "--save-every: 3 on rank 0, 4 here"),
+        ({"verify": "always"}, "--verify"),
+        ({"seed": 1}, "--seed"),
+        ({"device": "auto", "out": "other", "parallel": "ddp"}, None),
+    ],
+    ids=str,
+)
+def test_a_process_with_other_options_than_rank_0_is_refused(
+    options: Options, changes: dict[str, Any], message: str | None
+) -> None:
+    config = options()
+    record = resolve_run(config, open_cache(config), torch.device("cpu"), 2)
+    own = dataclasses.replace(config, **changes)
+    root = Path(config.out)
+    coordinator = OfRankOne(RunBroadcast(False, record))
+    session = RunSession(own, root, DirectoryLock(root), coordinator)
+    if message is None:
+        assert start_or_resume(session).record == record
+        return
+    with pytest.raises(RunError, match=rf"differ between the processes(.|\n)*{message}"):
+        start_or_resume(session)
 
 
 def test_a_cache_without_a_complete_shard_is_refused(

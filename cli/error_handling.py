@@ -74,7 +74,13 @@ def as_known_error(error: Exception) -> ActcacheError | None:
         return ActcacheError(
             "a value of a file or of an option is nested too deeply", remedy="make it flatter"
         )
-    if isinstance(error, UnicodeError) or (
+    if isinstance(error, UnicodeDecodeError):
+        return ActcacheError(
+            "a file or an input is not UTF-8 text",
+            got=error,
+            remedy="it is damaged, or in another encoding",
+        )
+    if isinstance(error, UnicodeEncodeError) or (
         isinstance(error, ValueError) and "embedded null" in str(error)
     ):
         return ActcacheError(
@@ -146,15 +152,19 @@ _OUT_OF_MEMORY = (
     "int too big to convert",
     "array is too big",
     "maximum allowed dimension exceeded",
+    "failed to map segment",
+    "without exception set",
+    "without setting an exception",
 )
-"""Parts of the messages of torch, NumPy, C++ and CUDA for memory that is not there."""
+"""Parts of messages for memory that is not there: of torch, NumPy, C++, CUDA, the dynamic linker,
+and Python, which raises `SystemError` for a C function that fails without an exception."""
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Return whether the error means that CPU or GPU memory is exhausted. Imports no torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    kinds = (RuntimeError, OverflowError, ValueError, TypeError, OSError)
+    kinds = (RuntimeError, OverflowError, ValueError, TypeError, OSError, ImportError, SystemError)
     text = str(error).lower()
     return isinstance(error, kinds) and any(part in text for part in _OUT_OF_MEMORY)
 

@@ -271,14 +271,16 @@ def _digest(text: bytes) -> str:
 
 
 def decode_json(text: bytes) -> object:
-    """Decode JSON, refusing what readers interpret differently: NaN, infinities, duplicate keys.
+    """Decode JSON, refusing what readers interpret differently.
+
+    That is NaN, infinities, duplicate keys, and encodings other than UTF-8.
 
     Raises:
         ValueError: the text is not such JSON.
         RecursionError: it is nested too deeply.
     """
     return json.loads(
-        text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicate_keys
+        text.decode(), parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicate_keys
     )
 
 

@@ -136,6 +136,10 @@ def test_print_json_prints_one_document(capsys):
         OverflowError("Python int too large to convert to C long"),
         ValueError("array is too big; `arr.size * arr.dtype.itemsize` is larger than the maximum"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        ImportError("libgomp.so: cannot allocate memory in static TLS block"),
+        SystemError("error return without exception set"),
+        SystemError("<built-in function exec> returned NULL without setting an exception"),
         type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
         type("AcceleratorError", (RuntimeError,), {})("CUDA error: out of memory"),
     ],
@@ -147,6 +151,16 @@ def test_an_out_of_memory_error_is_printed_with_a_remedy(error, capsys):
     stderr = capsys.readouterr().err
     assert stderr.startswith("error: out of memory")
     assert "--batch-size" in stderr
+
+
+def test_bytes_that_are_no_text_are_not_taken_for_a_name(capsys):
+    error = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    with pytest.raises(typer.Exit):
+        raiser(error)()
+    assert "error: a file or an input is not UTF-8 text" in capsys.readouterr().err
+    with pytest.raises(typer.Exit):
+        raiser(UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"))()
+    assert "error: a name of a file or folder" in capsys.readouterr().err
 
 
 def test_print_json_replaces_nan_and_infinities_by_null(capsys):

@@ -175,6 +175,13 @@ def test_a_duplicate_key_is_refused(text: str, tmp_path: Path) -> None:
         read_json(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32-le", "utf-8-sig"])
+def test_json_in_another_encoding_is_refused(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes('{"a": 1}'.encode(encoding))
+    with pytest.raises(FormatError, match="is not JSON"):
+        read_json(tmp_path / "x.json")
+
+
 def test_a_link_is_read_unless_links_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[1]")
     (tmp_path / "link").symlink_to("x.json")

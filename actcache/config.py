@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from actcache.core.options import MAIN, option, require_texts
+from actcache.core.json_codec import check_fields
+from actcache.core.options import MAIN, option, require_names
 from actcache.errors import ConfigError
 from actcache.filesystem.paths import reject_url
 
@@ -191,7 +192,7 @@ class HarvestConfig:
 
     def __post_init__(self) -> None:
         """Reject invalid values and combinations of options."""
-        require_texts(self)
+        check_fields(self)
         reject_url(self.out, "--out", "files are published by renaming them")
         for name, low in {
             "layer_stride": 1,
@@ -377,7 +378,8 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         """Reject folders without a name, and a URL as --out."""
-        require_texts(self, "source", "out")
+        check_fields(self)
+        require_names(self, "source", "out")
         reject_url(self.out, "--out", "files are published by renaming them")
 
 

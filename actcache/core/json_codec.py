@@ -4,6 +4,8 @@ Every JSON file of this project (manifest, receipt, run, training state) goes th
 `parse_dataclass`. Each dataclass checks ranges and relations of its fields in its own
 `__post_init__`, which raises `FormatError`.
 
+`check_fields` checks the same dataclasses where Python code constructs them.
+
 A sealed file has one more key, `seal`: the digest of all its other bytes. `to_json` adds it and
 `read_json` compares and removes it, so that no dataclass has such a field.
 """
@@ -14,14 +16,17 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
+import os
 import re
 import stat
 import types
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import islice
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from actcache.errors import FormatError
+from actcache.core.options import option_name
+from actcache.errors import ConfigError, FormatError
 from actcache.filesystem.paths import CachePath
 
 T = TypeVar("T")
@@ -190,6 +195,119 @@ def _parse_scalar(hint: Any, obj: Any) -> Any:
     raise _InvalidError(" has another type", hint.__name__, truncated_repr(obj))
 
 
+def check_fields(config: Any, **parsers: _Parser) -> None:
+    """Check and normalise the fields of a frozen dataclass by their type hints.
+
+    Every `__post_init__` of a configuration calls this first. Python code may give more than JSON
+    holds: a path for a text, integers and real numbers of any library (such as `np.int64`), a list
+    for a tuple, one text for a tuple of texts. A field then holds the type that its hint names.
+
+    Args:
+        config: the dataclass; hints as in `parse_dataclass`.
+        parsers: functions for fields with rules of their own; each returns the normalised value.
+
+    Raises:
+        ConfigError: a value has another type, is none of the choices, or is no finite number.
+    """
+    cls: Any = type(config)
+    for name, shown, parser in _field_parsers(cls):
+        value = getattr(config, name)
+        try:
+            parsed = parsers.get(name, parser)(value)
+        except _InvalidError as error:
+            what = f"{shown}{''.join(reversed(error.keys))}{error.what}"
+            raise ConfigError(what, expected=error.expected, got=error.got) from None
+        if parsed is not value:
+            object.__setattr__(config, name, parsed)
+
+
+@functools.cache
+def _field_parsers(cls: Any) -> list[tuple[str, str, _Parser]]:
+    """List the name, the name in errors, and the parser of every field of a dataclass."""
+    hints = get_type_hints(cls)
+    return [(f.name, option_name(f), _given_parser(hints[f.name])) for f in dataclasses.fields(cls)]
+
+
+@functools.cache
+def _given_parser(hint: Any) -> _Parser:
+    """Return the function that checks and normalises values that Python code gives."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        (inner,) = (_given_parser(a) for a in args if a is not type(None))
+        return lambda value: None if value is None else inner(value)
+    if origin is Literal:
+        return lambda value: str.__str__(_parse_literal(args, value))  # also of a StrEnum
+    if origin is tuple:
+        return functools.partial(_given_tuple, _given_parser(args[0]), args[0] is str)
+    if origin is dict:
+        return functools.partial(_given_dict, _given_parser(args[1]))
+    return {str: _given_text, int: _given_int, float: _given_float}.get(
+        hint, functools.partial(_given_instance, hint)
+    )
+
+
+def _given_tuple(inner: _Parser, is_of_texts: bool, value: Any) -> tuple[Any, ...]:
+    if is_of_texts and isinstance(value, str | os.PathLike):
+        return (inner(value),)
+    if not isinstance(value, list | tuple):
+        raise _InvalidError(" has another type", "a list or tuple", truncated_repr(value))
+    return tuple(_given_items(inner, value, range(len(value))))
+
+
+def _given_dict(inner: _Parser, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _InvalidError(" has another type", "a dict", truncated_repr(value))
+    keys = _given_items(_given_text, value, value)
+    return dict(zip(keys, _given_items(inner, value.values(), keys), strict=True))
+
+
+def _given_items(inner: _Parser, items: Iterable[Any], keys: Iterable[Any]) -> list[Any]:
+    values = []
+    for key, item in zip(keys, items, strict=True):
+        try:
+            values.append(inner(item))
+        except _InvalidError as error:
+            error.keys.append(f"[{truncated_repr(key)}]")
+            raise
+    return values
+
+
+def _given_text(value: Any) -> str:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise _InvalidError(" has another type", "a text", truncated_repr(value))
+    if "\0" in text:
+        raise _InvalidError(" holds a NUL character", got=truncated_repr(text))
+    return str.__str__(text)
+
+
+def _given_int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise _InvalidError(" has another type", "an integer", truncated_repr(value))
+    number = int(value)
+    if not -(2**63) <= number < 2**63:  # smaller bounds, where there are any, come later
+        raise _InvalidError(" is out of range", "-2**63 to 2**63 - 1", truncated_repr(value))
+    return number
+
+
+def _given_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _InvalidError(" has another type", "a number", truncated_repr(value))
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise _InvalidError(" is out of range", "a finite number", truncated_repr(value))
+    return number
+
+
+def _given_instance(kind: type[Any], value: Any) -> Any:
+    if type(value) is not kind:
+        raise _InvalidError(" has another type", kind.__name__, truncated_repr(value))
+    return value
+
+
 def read_json(
     path: CachePath,
     limit: int = MAX_JSON_BYTES,
@@ -323,4 +441,6 @@ def truncated_repr(obj: object, limit: int = 80) -> str:
         text = repr(obj)
     except RecursionError:  # decoding had a little more stack left than this call
         return "a value nested too deeply to show"
+    except ValueError:  # an integer of more digits than Python shows
+        return f"a value of type {type(obj).__name__} that is too long to show"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -53,23 +53,21 @@ def names_on_resume(config_class: type[Any], on_resume: OnResume) -> tuple[str, 
     return tuple(f.name for f in fields if f.metadata.get("on_resume", "fixed") == on_resume)
 
 
-def require_texts(config: Any, *named: str) -> None:
-    """Reject texts that no file can be called by.
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """Return what errors call a field: CACHE, --batch-size, or d_in where it is no option."""
+    if "group" not in field.metadata:
+        return field.name
+    if field.default is dataclasses.MISSING and field.name != "out":
+        return field.name.upper()
+    return "--" + field.name.replace("_", "-")
 
-    Args:
-        config: a configuration.
-        named: fields that must not be empty: an unset variable of a shell would stand for the
-            folder in which the command was started.
 
-    Raises:
-        ConfigError: one of `named` is empty, or any text holds a NUL character.
+def require_names(config: Any, *named: str) -> None:
+    """Raise `ConfigError` if one of the fields `named` is empty.
+
+    An unset variable of a shell would stand for the folder in which the command was started.
     """
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        name = field.name.upper() if field.default is dataclasses.MISSING else field.name
-        shown = name if name.isupper() and name != "OUT" else "--" + field.name.replace("_", "-")
-        if field.name in named and not value:
+        if field.name in named and not getattr(config, field.name):
+            shown = option_name(field)
             raise ConfigError(f"{shown} is empty", expected="a folder, or its name", got="''")
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and "\0" in text:
-                raise ConfigError(f"{shown} holds a NUL character", got=repr(text[:80]))

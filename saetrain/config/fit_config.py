@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-from actcache.core.options import MAIN, hidden, option, require_texts
+from actcache.core.json_codec import check_fields
+from actcache.core.options import MAIN, hidden, option, require_names
 from actcache.errors import ConfigError
 from actcache.filesystem.paths import reject_url
-from saetrain.config.sae import ONE_PASS, HookpointOverride, SaeOptions, flag, require_range
+from saetrain.config.sae import (
+    ONE_PASS,
+    HookpointOverride,
+    SaeOptions,
+    flag,
+    require_options,
+    require_range,
+    scale,
+)
 
 WeightsDtype = Literal["float32", "bfloat16"]
 WandbMode = Literal["disabled", "offline", "online"]
@@ -232,8 +242,9 @@ class FitConfig(SaeOptions):
 
     def __post_init__(self) -> None:
         """Reject invalid values and combinations of options."""
+        check_fields(self, encoder_scale=scale)
         self._take_first()
-        super().__post_init__()
+        require_options(self.sae)
         require_run(self)
 
     def has_histogram(self, step: int, *, last: bool) -> bool:
@@ -246,7 +257,7 @@ class FitConfig(SaeOptions):
         """Seed of the order of rows and of the held-out split."""
         return self.seed if self.data_seed is None else self.data_seed
 
-    @property
+    @cached_property
     def sae(self) -> SaeOptions:
         """Options of one SAE: the first, if `saes` lists several."""
         names = [f.name for f in dataclasses.fields(SaeOptions)]
@@ -271,11 +282,12 @@ class FitConfig(SaeOptions):
             )
         for f in dataclasses.fields(SaeOptions):
             object.__setattr__(self, f.name, getattr(first, f.name))  # the class is frozen
+        object.__setattr__(self, "sae", first)
 
 
 def require_run(run: FitConfig) -> None:
     """Reject invalid values and combinations of options; raises `ConfigError`."""
-    require_texts(run, "cache", "out")
+    require_names(run, "cache", "out")
     reject_url(run.out, "--out", "files are published by renaming them")
     if run.follow:
         reject_url(run.cache, "CACHE with --follow", "a running harvest writes to a local folder")

@@ -7,12 +7,14 @@ hookpoints and the name that the run gives it.
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from actcache.core.json_codec import check_fields, truncated_repr
 from actcache.core.options import MAIN, option
 from actcache.errors import ConfigError, FormatError
 from actcache.format.manifest import Hookpoint
@@ -58,6 +60,7 @@ class SaeConfig:
 
     def __post_init__(self) -> None:
         """Reject invalid sizes and combinations."""
+        check_fields(self)
         require_sae(self)
 
 
@@ -127,6 +130,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "> 0": lambda x: 0 < x < math.inf,
     "0 to 1e30": lambda x: 0 <= x <= LARGEST,
     "> 0, at most 1e30": lambda x: 0 < x <= LARGEST,
+    "1e-12 to 1e6": lambda x: 1e-12 <= x <= 1e6,
     "0 to 1": lambda x: 0 <= x <= 1,
     "0 to 2**32 - 1": lambda x: 0 <= x < 2**32,
 }
@@ -267,8 +271,7 @@ class SaeOptions:
 
     def __post_init__(self) -> None:
         """Reject invalid values and combinations."""
-        # Normalise the number: "1" and "1.0" would be two SAEs. The class is frozen.
-        object.__setattr__(self, "encoder_scale", scale(self.encoder_scale))
+        check_fields(self, encoder_scale=scale)  # normalised: "1" and "1.0" would be two SAEs
         require_options(self)
 
 
@@ -286,7 +289,10 @@ class HookpointOverride:
     """Number of latents."""
 
     def __post_init__(self) -> None:
-        """Reject a width that is given twice. `SaeOptions` checks the values."""
+        """Reject values out of range, and a width that is given twice."""
+        check_fields(self)
+        require_range(self, "1 to 2**31 - 1", "k", "expansion_factor", "num_latents")
+        require_range(self, "1e-12 to 1e6", "lr")
         if self.expansion_factor is not None and self.num_latents is not None:
             raise ConfigError(
                 "expansion-factor and num-latents of a hookpoint are mutually exclusive",
@@ -385,7 +391,8 @@ def require_options(options: SaeOptions) -> None:
     require_range(options, "0 to 2**53", *steps)
     require_range(options, ">= 0", "sparsity", "threshold", "bandwidth")
     require_range(options, ">= 0", "auxk_alpha", "weight_decay")
-    require_range(options, "> 0", "lr", "grad_clip")
+    require_range(options, "1e-12 to 1e6", "lr")
+    require_range(options, "> 0", "grad_clip")
     require_range(options, "0 to 1", "lr_end")
     require_range(options, "0 to 2**32 - 1", "seed")
     _require_activation(options)
@@ -452,21 +459,24 @@ def _require_recipe(options: SaeOptions) -> None:
             )
 
 
-def scale(text: str) -> str:
+def scale(given: str | float) -> str:
     """Normalise an encoder scale: 'auto', or a positive number in its shortest spelling.
 
     Raises:
-        ConfigError: the text is neither.
+        ConfigError: the value is neither.
     """
-    if text == "auto":
-        return text
+    if isinstance(given, str) and given == "auto":
+        return given
     try:
-        scale = float(text)
-    except ValueError:
+        is_number = isinstance(given, str | numbers.Real) and not isinstance(given, bool)
+        scale = float(given) if is_number else -1.0
+    except (ValueError, OverflowError):
         scale = -1.0
     if not 0 < scale < float("inf"):
         raise ConfigError(
-            "--encoder-scale is neither a number nor auto", expected="auto, or > 0", got=text
+            "--encoder-scale is neither a number nor auto",
+            expected="auto, or > 0",
+            got=truncated_repr(given),
         )
     return repr(scale).removesuffix(".0")
 

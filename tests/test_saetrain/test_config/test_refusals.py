@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from actcache.config import ConvertConfig, HarvestConfig, PlanConfig
+from actcache.core.json_codec import parse_dataclass, to_json
 from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import SaeConfig, SaeOptions
+from saetrain.config.sae import HookpointOverride, SaeConfig, SaeOptions
 
 
 @pytest.mark.parametrize("sizes", [(0, 8, 2), (4, 0, 2), (4, 8, 0), (-4, 8, 2)])
@@ -163,8 +171,8 @@ INVALID_SAES = [
     ({"widths": (1, 2)}, "a crosscoder reads and predicts"),
     ({"widths": (1, 3), "transcode": True}, "a crosscoder reads and predicts"),
     ({"d_out": 5}, "as wide as its input"),
-    ({"d_out": 0, "transcode": True}, "must be positive"),
-    ({"sparsity": float("nan")}, "--sparsity"),
+    ({"d_out": 0, "transcode": True}, "out of range"),
+    ({"sparsity": float("nan")}, "sparsity is out of range"),
     ({"threshold": -1.0}, "--threshold"),
     ({"bandwidth": 0.0}, "--bandwidth"),
 ]
@@ -178,3 +186,85 @@ def test_an_invalid_sae_is_rejected(kind: dict[str, Any], message: str) -> None:
 
 def test_k_is_unused_by_activations_with_a_penalty() -> None:
     assert SaeConfig(4, 8, 32, activation="relu").k == 32
+
+
+CONFIGURATIONS: list[tuple[type[Any], dict[str, Any]]] = [
+    (FitConfig, {"cache": "cache", "out": "run"}),
+    (SaeOptions, {}),
+    (SaeConfig, {"d_in": 8, "num_latents": 16, "k": 2}),
+    (HookpointOverride, {}),
+    (HarvestConfig, {"model": "model", "dataset": "text", "out": "cache"}),
+    (PlanConfig, {"model": "model", "dataset": "text"}),
+    (ConvertConfig, {"source": "cache", "out": "copy"}),
+]
+
+VALUES: list[Any] = [
+    -1, 0, 1, 5.0, 1e308, math.nan, math.inf, 10**18, 10**400, 10**5000, "", "x", "٣", "a\0b",
+    None, True, b"x", object(), [], (), {}, [1], ["x"], [[[]]], {"x": 1}, "-1", Path("x"),
+    np.int64(3), np.float32(0.5), np.float64("nan"), np.str_("y"), (SaeOptions(),),
+    {"x": HookpointOverride(k=2)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "given"), CONFIGURATIONS, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_field_refuses_what_could_not_be_read_back_from_json(
+    cls: type[Any], given: dict[str, Any]
+) -> None:
+    accepted = trials = 0
+    for field, value in itertools.product(dataclasses.fields(cls), VALUES):
+        trials += 1
+        try:
+            config = cls(**{**given, field.name: value})
+        except ConfigError:
+            continue
+        accepted += 1
+        assert parse_dataclass(cls, json.loads(to_json(config)), "file") == config
+    assert trials == len(dataclasses.fields(cls)) * len(VALUES)
+    assert 0 < accepted < trials / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_norm": "Unit"}, "--decoder-norm has an unknown value\n.*unit | fold | free"),
+        ({"lr_schedule": "Cosine"}, "--lr-schedule has an unknown value"),
+        ({"weights_dtype": "x"}, "--weights-dtype has an unknown value"),
+        ({"save_every": 5.0}, "--save-every has another type\n.*an integer\n.*5.0"),
+        ({"seed": True}, "--seed has another type"),
+        ({"lr": "1e-3"}, "--lr has another type\n.*a number\n.*'1e-3'"),
+        ({"lr": math.nan}, "--lr is out of range"),
+        ({"wandb_notes": 5}, "--wandb-notes has another type\n.*a text"),
+        ({"hookpoint": ["a", 3]}, r"--hookpoint\[1\] has another type"),
+        ({"cache": 5}, "CACHE has another type"),
+        ({"cache": "a\0b"}, "CACHE holds a NUL character"),
+        ({"saes": ["x"]}, r"saes\[0\] has another type\n.*SaeOptions"),
+        ({"hookpoints": {"a": {"k": 1}}}, r"hookpoints\['a'\] has another type"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FitConfig(**({"cache": "cache", "out": "run"} | options))
+
+
+def test_values_of_other_libraries_become_those_of_the_type_hints() -> None:
+    config = FitConfig(
+        cache=Path("cache"),  # type: ignore[arg-type]
+        out="run",
+        k=np.int64(4),  # type: ignore[arg-type]
+        lr=np.float32(0.5),  # type: ignore[arg-type]
+        hookpoint="layers.0",  # type: ignore[arg-type]
+        matryoshka=[4, 8],  # type: ignore[arg-type]
+        encoder_scale=2,  # type: ignore[arg-type]
+    )
+    plain = FitConfig(
+        "cache", "run", ("layers.0",), k=4, lr=0.5, matryoshka=(4, 8), encoder_scale="2"
+    )
+    assert config == plain
+    assert to_json(config) == to_json(plain)
+    assert config.sae.k == 4
+
+
+def test_an_override_refuses_numbers_out_of_range_when_it_is_made() -> None:
+    for options in ({"k": 0}, {"lr": 1e7}, {"lr": 0.0}, {"num_latents": 2**31}):
+        with pytest.raises(ConfigError, match="is out of range"):
+            HookpointOverride(**options)  # type: ignore[arg-type]

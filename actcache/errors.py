@@ -21,8 +21,8 @@ class ActcacheError(Exception):
         self, what: str, *, expected: object = None, got: object = None, remedy: str | None = None
     ) -> None:
         self.what = _bounded(what)
-        self.expected = None if expected is None else _bounded(str(expected))
-        self.got = None if got is None else _bounded(str(got))
+        self.expected = None if expected is None else _bounded(expected)
+        self.got = None if got is None else _bounded(got)
         self.remedy = remedy
         lines = [self.what]
         lines += [f"  expected: {self.expected}"] if self.expected is not None else []
@@ -31,8 +31,15 @@ class ActcacheError(Exception):
         super().__init__("\n".join(lines))
 
 
-def _bounded(text: str) -> str:
-    """Cut a text that quotes values of damaged files, which may have any length."""
+def _bounded(value: object) -> str:
+    """Return a value as text, cut: values of damaged files may have any length."""
+    try:
+        text = str(value)
+    except (
+        ValueError,
+        RecursionError,
+    ):  # too many digits, too deep
+        text = f"a value of type {type(value).__name__} that is too long to show"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from actcache.cache.reader import Cache
+from actcache.core.arguments import COUNT, checked
 from actcache.core.json_codec import to_json
 from actcache.core.process import choose_device
 from actcache.core.progress import Progress
@@ -108,6 +109,7 @@ class Evaluation:
     saes: tuple[SaeEvaluation, ...]
 
 
+@checked(block_cache_bytes=COUNT)
 def evaluate(
     run: str | Path,
     cache_folder: str | None = None,
@@ -140,7 +142,7 @@ def evaluate(
     root = rooted(run)
     record = read_run(root)
     require_own_files(root, [sae.name for sae in record.saes])
-    folder = cache_folder or record.cache
+    folder = record.cache if cache_folder is None else cache_folder
     if not is_url(folder) and not (Path(folder) / MANIFEST).exists():
         raise EmptyCacheError(
             f"the cache of {root} is not at {folder}", remedy="give its path with --cache"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.errors import ConfigError
+from actcache.core.arguments import COUNT, SEED, SIZE, checked
+from actcache.errors import ConfigError, HookpointError
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import POOL_ROWS, OrderPlan, make_plan, split_shards
 from actcache.stream.verified_reads import Verify
@@ -26,6 +27,7 @@ class Feed:
     held_out_shards: tuple[int, ...]
     """Shards that the plan leaves out."""
 
+    @checked(batch_size=SIZE)
     def held_out(self, batch_size: int | None = None) -> Feed:
         """Return a feed of the held-out rows for evaluation: one epoch, in an order of its own.
 
@@ -48,6 +50,7 @@ class Feed:
         plan = make_plan(shards, self.plan.block_rows, size, self.plan.seed, pool_rows)
         return Feed(self.cache, self.hookpoints, plan, 1, ())
 
+    @checked()
     def stream(
         self,
         *,
@@ -73,6 +76,7 @@ class Feed:
         )
 
 
+@checked(batch_size=SIZE, seed=SEED, pool_rows=(1, 2**53), epochs=COUNT)
 def open_feed(
     cache: str | Path | Cache,
     hookpoint: str | Sequence[str],
@@ -100,11 +104,14 @@ def open_feed(
     Raises:
         EmptyCacheError: there is no cache, or it has too few shards to hold one out.
         HookpointError: the cache does not hold a hookpoint.
-        ConfigError: a number is out of range.
+        ConfigError: an argument has another type, or a number is out of range.
     """
     opened = cache if isinstance(cache, Cache) else Cache.open(cache)
     opened.require_shards()
     hookpoints = (hookpoint,) if isinstance(hookpoint, str) else tuple(hookpoint)
+    if not hookpoints:
+        known = " | ".join(opened.hookpoints)
+        raise HookpointError("no hookpoint is named", expected=known, got="none")
     for name in hookpoints:
         opened.require_hookpoint(name)
     training, held_out = split_shards(opened.shards, val_fraction, seed)

@@ -15,6 +15,7 @@ from threading import Lock
 
 from actcache.cache.folder import data_paths
 from actcache.cache.reader import Cache, symlinked_dirs
+from actcache.core.arguments import SIZE, checked
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
 from actcache.filesystem.atomic import digest_file, walk
@@ -92,6 +93,7 @@ class Verification:
         return not self.damages
 
 
+@checked(threads=SIZE)
 def verify(
     root: str | CachePath, *, quick: bool = False, threads: int | None = None
 ) -> Verification:
@@ -105,6 +107,7 @@ def verify(
 
     Raises:
         EmptyCacheError: there is no manifest.
+        ConfigError: an argument has another type or is out of range.
     """
     root = open_path(root, block_cache_bytes=0)
     state = _read_state(root)

@@ -7,6 +7,7 @@ seed and a purpose, `terminal` escapes what is printed, and `watchdog` handles s
 """
 
 __all__ = [
+    "arguments",
     "json_codec",
     "options",
     "process",

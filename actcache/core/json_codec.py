@@ -21,7 +21,7 @@ import os
 import re
 import stat
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -221,6 +221,18 @@ def check_fields(config: Any, **parsers: _Parser) -> None:
             object.__setattr__(config, name, parsed)
 
 
+def check_argument(name: str, hint: Any, value: Any) -> Any:
+    """Check and normalise an argument of a public function, as `check_fields` does a field.
+
+    Beside those hints it takes unions, sequences, protocols and classes.
+    """
+    try:
+        return _given_parser(hint)(value)
+    except _InvalidError as error:
+        what = f"{name}{''.join(reversed(error.keys))}{error.what}"
+        raise ConfigError(what, expected=error.expected, got=error.got) from None
+
+
 @functools.cache
 def _field_parsers(cls: Any) -> list[tuple[str, str, _Parser]]:
     """List the name, the name in errors, and the parser of every field of a dataclass."""
@@ -232,24 +244,42 @@ def _field_parsers(cls: Any) -> list[tuple[str, str, _Parser]]:
 def _given_parser(hint: Any) -> _Parser:
     """Return the function that checks and normalises values that Python code gives."""
     origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return lambda value: value
     if origin in (Union, types.UnionType):
-        (inner,) = (_given_parser(a) for a in args if a is not type(None))
-        return lambda value: None if value is None else inner(value)
+        optional, kinds = type(None) in args, [a for a in args if a is not type(None)]
+        # Classes first: a path of a class, such as `RootedPath`, stays what it is.
+        kinds.sort(key=lambda kind: kind is str or get_origin(kind) is not None)
+        inner = functools.partial(_given_one, [_given_parser(kind) for kind in kinds])
+        return lambda value: None if value is None and optional else inner(value)
     if origin is Literal:
         return lambda value: str.__str__(_parse_literal(args, value))  # also of a StrEnum
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return functools.partial(_given_tuple, _given_parser(args[0]), args[0] is str)
-    if origin is dict:
+    if origin in (dict, Mapping):
         return functools.partial(_given_dict, _given_parser(args[1]))
     return {str: _given_text, int: _given_int, float: _given_float}.get(
         hint, functools.partial(_given_instance, hint)
     )
 
 
+def _given_one(parsers: list[_Parser], value: Any) -> Any:
+    """Parse by the first parser that takes the value."""
+    expected = []
+    for parser in parsers:
+        try:
+            return parser(value)
+        except _InvalidError as error:
+            expected.append(error.expected or "")
+            if parser is parsers[-1] and (isinstance(value, str) or len(parsers) == 1):
+                raise
+    raise _InvalidError(" has another type", " | ".join(expected), truncated_repr(value))
+
+
 def _given_tuple(inner: _Parser, is_of_texts: bool, value: Any) -> tuple[Any, ...]:
     if is_of_texts and isinstance(value, str | os.PathLike):
         return (inner(value),)
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
         raise _InvalidError(" has another type", "a list or tuple", truncated_repr(value))
     return tuple(_given_items(inner, value, range(len(value))))
 
@@ -302,10 +332,23 @@ def _given_float(value: Any) -> float:
     return number
 
 
-def _given_instance(kind: type[Any], value: Any) -> Any:
-    if type(value) is not kind:
+def _given_instance(kind: Any, value: Any) -> Any:
+    if getattr(kind, "_is_protocol", False):
+        is_one = all(hasattr(value, name) for name in _members(kind))
+    elif dataclasses.is_dataclass(kind):
+        is_one = type(value) is kind  # a subclass has fields that JSON would not keep
+    else:
+        is_one = isinstance(value, kind)
+    if not is_one:
         raise _InvalidError(" has another type", kind.__name__, truncated_repr(value))
     return value
+
+
+@functools.cache
+def _members(protocol: Any) -> list[str]:
+    """List the names that a protocol requires."""
+    names = vars(protocol).keys() | protocol.__annotations__.keys()
+    return [name for name in names if not name.startswith("_")]
 
 
 def read_json(

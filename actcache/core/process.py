@@ -107,7 +107,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # fails on meta, which computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             "--device cannot be used", expected="cpu, cuda, cuda:N or auto", got=f"{name} ({error})"
         ) from error

@@ -242,11 +242,15 @@ def open_blocks(folder: str | None, most_bytes: int | None) -> BlockCache:
     """
     if most_bytes is None:
         text = os.environ.get(BYTES_VARIABLE, str(DEFAULT_BYTES))
-        if not text.isdigit():
+        if not text.isdecimal() or len(text) > 18:
             raise ConfigError(
                 f"${BYTES_VARIABLE} is not a number of bytes", expected=">= 0", got=text
             )
         most_bytes = int(text)
+    if type(most_bytes) is not int:  # True is one for isinstance
+        raise ConfigError("--block-cache-bytes is no integer", expected=">= 0", got=most_bytes)
+    if not isinstance(folder, str | os.PathLike | None):
+        raise ConfigError("--block-cache is no path", expected="a folder", got=folder)
     if most_bytes < 0:
         raise ConfigError("--block-cache-bytes is too small", expected=">= 0", got=most_bytes)
     chosen = folder or os.environ.get(FOLDER_VARIABLE)

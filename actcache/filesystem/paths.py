@@ -60,7 +60,11 @@ def is_url(where: object) -> bool:
 def open_path(
     where: str | CachePath, block_cache: str | None = None, block_cache_bytes: int | None = None
 ) -> RootedPath | RemotePath:
-    """Return the path of a folder, as the root of those below it, or of a URL (`urls.open_url`)."""
+    """Return the path of a folder, as the root of those below it, or of a URL (`urls.open_url`).
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if isinstance(where, str) and is_url(where):
         from actcache.filesystem.urls import open_url
 
@@ -69,7 +73,11 @@ def open_path(
 
     if isinstance(where, RemotePath):
         return where
-    return rooted(where if isinstance(where, Path) else str(where))
+    folder = os.fspath(where) if isinstance(where, os.PathLike) else where
+    if not isinstance(folder, str) or "\0" in folder:
+        got = f"{type(where).__name__} {str(where)[:80]!r}"
+        raise ConfigError("not the path of a cache", expected="a folder or URL", got=got)
+    return rooted(where if isinstance(where, Path) else folder)
 
 
 def require_remote(path: CachePath) -> RemotePath:

@@ -38,7 +38,7 @@ from actcache.config import HarvestConfig
 from actcache.core.process import World
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence
-from actcache.errors import RestoreError
+from actcache.errors import ConfigError, RestoreError
 from actcache.filesystem.atomic import as_disk_full_error, open_log
 from actcache.format.manifest import Identity, with_extension
 from actcache.format.receipts import CompletionMarker, ShardReceipt, write_completion_marker
@@ -81,6 +81,8 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
     Raises:
         ActcacheError: the harvest cannot start or continue; shards published so far stay valid.
     """
+    if not isinstance(config, HarvestConfig):
+        raise ConfigError("config has another type", expected="HarvestConfig", got=type(config))
     job = prepare_job(config, World.from_environment())
     try:
         return run_job(job)

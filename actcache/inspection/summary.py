@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from actcache.cache.reader import Cache
+from actcache.core.arguments import checked
 from actcache.core.progress import Progress
 from actcache.errors import ConfigError, CorruptShardError
 from actcache.format.manifest import Identity, Manifest
@@ -80,6 +81,7 @@ class CacheSummary:
     """Speed of the harvest by rank, as far as logs/ has entries."""
 
 
+@checked()
 def inspect(cache: str | Path, shards: Sequence[int] | None = None) -> CacheSummary:
     """Summarize a cache: what `actcache inspect` shows, as frozen dataclasses.
 
@@ -89,7 +91,7 @@ def inspect(cache: str | Path, shards: Sequence[int] | None = None) -> CacheSumm
 
     Raises:
         EmptyCacheError: no shard is complete.
-        ConfigError: a shard that was asked for is not there.
+        ConfigError: a shard that was asked for is not there, or none was asked for.
         CorruptShardError: no shard has statistics that can be read.
     """
     return summarize(Cache.open(cache), shards)
@@ -172,7 +174,9 @@ def summarize(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary
 
 
 def _require_published(cache: Cache, shards: Sequence[int]) -> None:
-    """Raise `ConfigError` unless all these shards are published."""
+    """Raise `ConfigError` unless all these shards, at least one, are published."""
+    if not shards:
+        raise ConfigError("no shard is asked for", expected="shard numbers", got="none")
     for shard in shards:
         if shard not in cache.receipts:
             raise ConfigError(

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from actcache.cache.reader import Cache
-from actcache.errors import RunError
+from actcache.core.arguments import COUNT, SIZE, checked
+from actcache.core.process import choose_device
+from actcache.errors import ConfigError, RunError
 from actcache.stream.memory_budget import HELD_BATCHES, PREFETCH_BATCHES, extra_windows
 from actcache.stream.order import Epoch, OrderPlan, Rows, SequentialEpoch, lanes_of_rank
 from actcache.stream.prefetcher import BackgroundIterator
@@ -228,9 +230,19 @@ class ActivationStream:
 
     Raises:
         HookpointError: the cache does not hold a hookpoint.
-        ConfigError: the lanes cannot be divided among the ranks.
+        ConfigError: the lanes cannot be divided among the ranks, or an argument has another type
+            or is out of range.
     """
 
+    @checked(
+        epoch=COUNT,
+        segment=COUNT,
+        step=COUNT,
+        epochs=COUNT,
+        rank=COUNT,
+        world_size=SIZE,
+        prefetch=SIZE,
+    )
     def __init__(
         self,
         cache: Cache,
@@ -251,6 +263,8 @@ class ActivationStream:
     ) -> None:
         for hookpoint in hookpoints:
             cache.require_hookpoint(hookpoint)
+        if rank >= world_size:
+            raise ConfigError("rank is out of range", expected=f"< {world_size}", got=rank)
         if isinstance(plan, OrderPlan):
             lanes_of_rank(plan.lanes, rank, world_size)  # raised here instead of in the thread
             plan = SinglePlan(plan)
@@ -265,7 +279,7 @@ class ActivationStream:
             prefetch=prefetch,
             reading=reading,
             text=text,
-            device=None if device is None else torch.device(device),
+            device=None if device is None else choose_device(str(device)),
         )
         self.row_bytes = self._builder.row_bytes
         """Bytes of a row on disk, summed over the hookpoints that are read."""

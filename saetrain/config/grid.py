@@ -58,6 +58,8 @@ def vary(config: FitConfig, **values: Any) -> FitConfig:
     `vary(FitConfig(cache, out, k=32), lr=(1e-3, 3e-4), seed=(0, 1))` trains four SAEs at each
     hookpoint. See `grid`.
     """
+    if not isinstance(config, FitConfig):
+        raise ConfigError("config has another type", expected="FitConfig", got=type(config))
     saes = grid(**(vars(config.sae) | values))
     return dataclasses.replace(config, **vars(saes[0]), saes=saes if len(saes) > 1 else ())
 
@@ -65,7 +67,7 @@ def vary(config: FitConfig, **values: Any) -> FitConfig:
 def _several(name: str, value: Any) -> tuple[Any, ...]:
     if name not in AXES or not isinstance(value, (list, tuple)):
         return (value,)
-    if not value or len(set(value)) < len(value):
+    if not value or any(value.count(item) > 1 for item in value):
         raise ConfigError(
             f"{flag(name)} needs distinct values", expected="each value once", got=value
         )

@@ -21,7 +21,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from actcache.core.arguments import checked
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.process import choose_device
 from actcache.errors import ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from saetrain.config.sae import ActivationName, SaeConfig
@@ -131,6 +133,7 @@ def export_sae(
     return SaeDigests(digest, write_atomic(folder / CONFIG, [to_json(keys)]))
 
 
+@checked()
 def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
     """Load an SAE saved by `save_sae` or sparsify, in evaluation mode.
 
@@ -140,8 +143,10 @@ def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
 
     Raises:
         FormatError: a file is missing or damaged, or the kind of SAE is unknown.
+        ConfigError: the device cannot be used, or an argument has another type.
     """
-    return read_sae(Path(folder) if isinstance(folder, str) else folder, device)[0]
+    folder = folder if isinstance(folder, Path) else Path(folder)  # keeps a root
+    return read_sae(folder, choose_device(str(device)))[0]
 
 
 def read_sae(

@@ -8,7 +8,7 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.core.process import choose_device
-from actcache.errors import CorruptShardError, RunError
+from actcache.errors import ConfigError, CorruptShardError, RunError
 from actcache.filesystem.atomic import is_stray, require_plain
 from actcache.format.manifest import MANIFEST
 from saetrain.config.fit_config import FitConfig
@@ -30,6 +30,8 @@ def fit(config: FitConfig) -> FitSummary:
         ActcacheError: one of its subclasses, for anything a user can mend.
         RunStopped: a signal has stopped the run, and its steps are saved.
     """
+    if not isinstance(config, FitConfig):
+        raise ConfigError("config has another type", expected="FitConfig", got=type(config))
     with run_session(config) as session:
         run = start_or_resume(session)
         set_up_run(session, run)

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saetrain.config.sae import SaeConfig
+from actcache.errors import ConfigError
+from saetrain.config.sae import MAX_SIZE, SaeConfig
 from saetrain.kernels import (
     Autoencoded,
     PrefixGroups,
@@ -80,6 +81,9 @@ class Sae(nn.Module):
         seed: seed of the initial weights, always drawn on the CPU.
         device: device of the weights.
         dtype: type of the weights.
+
+    Raises:
+        ConfigError: the sizes or the seed are out of range, or sizes that must be equal differ.
     """
 
     def __init__(
@@ -99,7 +103,19 @@ class Sae(nn.Module):
         super().__init__()
         self.d_in, self.num_latents = d_in, num_latents
         self.d_out = d_in if d_out is None else d_out
-        assert transcode or self.d_out == d_in
+        sizes = (d_in, num_latents, self.d_out)
+        if not all(type(size) is int and 1 <= size <= MAX_SIZE for size in sizes):
+            raise ConfigError(
+                "an SAE's sizes are out of range", expected=f"1 to {MAX_SIZE}", got=sizes
+            )
+        if type(k) is not int or not 0 <= k <= num_latents:
+            raise ConfigError("k is out of range", expected=f"0 to {num_latents}", got=k)
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise ConfigError("seed is out of range", expected="0 to 2**32 - 1", got=seed)
+        if self.d_out != d_in and not transcode:
+            raise ConfigError(
+                "an autoencoder's output must be as wide as its input", expected=d_in, got=d_out
+            )
         self.transcode = transcode
         W = torch.empty(num_latents, d_in, dtype=dtype)
         bound = d_in**-0.5

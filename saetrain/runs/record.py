@@ -53,7 +53,8 @@ class PretrainedSource:
         parts, path = self.path.split("/"), Path(self.path)
         if self.revision is not None:
             names = all(_HUB_NAME.fullmatch(part) and part not in (".", "..") for part in parts)
-            fits = 2 <= len(parts) <= 4 and names and _COMMIT.fullmatch(self.revision)
+            commit = _COMMIT.fullmatch(self.revision) is not None
+            fits = 2 <= len(parts) <= 4 and names and commit
         else:
             fits = path.is_absolute() and ".." not in parts and "\0" not in self.path
         if not fits:

@@ -6,7 +6,7 @@ that is cut meanwhile would end the process with SIGBUS.
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from actcache.core.json_codec import decode_json, truncated_repr
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import RootedPath
-from saetrain.runs.own_files import read_plain
+from actcache.filesystem.atomic import RootedPath, open_file
 
 Header = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype, such as F32, of each tensor of a file."""
@@ -32,7 +31,9 @@ def read_tensors_file(path: Path) -> bytes:
     A path without a root, of an SAE that the user names, may be a link, as in the Hub's cache.
     """
     try:
-        return read_plain(path if isinstance(path, RootedPath) else path.resolve(), sys.maxsize)
+        plain = path if isinstance(path, RootedPath) else path.resolve()
+        with os.fdopen(open_file(plain), "rb") as file:
+            return file.read()
     except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
         raise FormatError(f"cannot read {path}", got=str(error)) from error
 

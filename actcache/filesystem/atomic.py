@@ -281,12 +281,34 @@ def walk(root: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str], int]]:
-    """As `os.fwalk`, which would not enter a root that is a link; folders relative to the root."""
+    """Walk as `os.fwalk` does, which opens links to folders before it leaves them out.
+
+    Yields each folder relative to the root, the names of folders in it, all other names, and a
+    descriptor of it. Folders that the caller removes from the list are not entered.
+    """
     fd = _open_folder(root)
     try:
-        yield from os.fwalk(".", dir_fd=fd)
+        yield from _walk_below("", fd)
     finally:
         os.close(fd)
+
+
+def _walk_below(place: str, fd: int) -> Iterator[tuple[str, list[str], list[str], int]]:
+    folders: list[str] = []
+    names: list[str] = []
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            (folders if entry.is_dir(follow_symlinks=False) else names).append(entry.name)
+    yield place, folders, names, fd
+    for name in folders:
+        try:
+            inner = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+        except OSError:  # it is gone, was exchanged, or may not be read
+            continue
+        try:
+            yield from _walk_below(f"{place}/{name}" if place else name, inner)
+        finally:
+            os.close(inner)
 
 
 def is_stray(name: str) -> bool:

@@ -95,8 +95,30 @@ def save_sae(
 
     Returns:
         Digest of the weights file.
+
+    Raises:
+        ConfigError: a tensor is missing, of another shape, not of floats, or not finite. Nothing is
+            written then.
     """
+    _require_loadable(config, weights)
+    weights = {name: tensor.clone() for name, tensor in weights.items()}  # some may share memory
     return export_sae(folder, config, weights, reads, unit_rows).weights
+
+
+def _require_loadable(config: SaeConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise `ConfigError` for weights that `load_sae` would refuse."""
+    for name, shape in _shapes(config).items():
+        tensor = weights.get(name)
+        got: object = "nothing" if tensor is None else tuple(tensor.shape)
+        if tensor is None or got != shape:
+            raise ConfigError(f"weights of another SAE: {name}", expected=shape, got=got)
+        if tensor.dtype not in _SAVED:
+            raise ConfigError(f"dtype of {name}", expected=_SAVED, got=tensor.dtype)
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(f"weights that are not finite: {name}")
+
+
+_SAVED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class SaeDigests(NamedTuple):
@@ -142,7 +164,8 @@ def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
         device: device of its weights.
 
     Raises:
-        FormatError: a file is missing or damaged, or the kind of SAE is unknown.
+        FormatError: a file is missing or damaged, a weight is not finite, or the kind of SAE is
+            unknown.
         ConfigError: the device cannot be used, or an argument has another type.
     """
     folder = folder if isinstance(folder, Path) else Path(folder)  # keeps a root
@@ -176,6 +199,9 @@ def read_sae(
     del data
     sae = build_sae(config, device=device, dtype=tensors["encoder.weight"].dtype)
     sae.load_state_dict({name: tensors[_TENSORS[name]] for name in _shapes(config)})
+    for name, tensor in sae.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise FormatError(f"{path}: tensor {_TENSORS[name]} is not finite")
     return sae.eval(), config
 
 

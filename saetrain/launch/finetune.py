@@ -290,9 +290,6 @@ def load_pretrained(sae: Sae, source: PretrainedSource, config: FitConfig) -> No
     folder = folder_of(source)
     path = folder / WEIGHTS
     loaded = read_sae(folder, expected=source.file)[0].state_dict()
-    for name, tensor in loaded.items():
-        if not bool(tensor.isfinite().all()):
-            raise FormatError(f"{path}: tensor {name} is not finite")
     b_dec = sae.b_dec.clone()
     try:
         sae.load_state_dict(loaded)

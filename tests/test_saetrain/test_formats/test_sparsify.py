@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import saetrain.formats.sparsify
-from actcache.errors import FormatError, RunError
+from actcache.errors import ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import digest_file
 from saetrain.config.sae import SaeConfig
 from saetrain.formats.sparsify import (
@@ -370,3 +370,45 @@ def test_a_truncated_weights_file_raises_an_error(tmp_path: Path, keep: int) -> 
     (tmp_path / WEIGHTS).write_bytes(data[:keep])
     with pytest.raises(FormatError, match=WEIGHTS):
         load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["encoder.weight", "b_dec"])
+def test_weights_that_are_not_finite_raise_an_error_that_names_the_tensor(
+    tmp_path: Path, name: str, value: float
+) -> None:
+    saved(tmp_path)
+    tensor = load_file(tmp_path / WEIGHTS)[name]
+    tensor.view(-1)[-1] = value
+    edit_tensors(tmp_path, **{name: tensor})
+    with pytest.raises(FormatError, match=rf"{WEIGHTS}: tensor {name} is not finite"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"b_dec": None},
+        {"W_dec": torch.zeros(M - 1, D)},
+        {"W_dec": torch.zeros(M, D, dtype=torch.int32)},
+        {"W_dec": torch.zeros(M, D).to(torch.float8_e4m3fn)},
+        {"W_enc": torch.full((M, D), torch.nan)},
+        {"b_enc": torch.full((M,), torch.inf)},
+    ],
+    ids=lambda change: str(next(iter(change))),
+)
+def test_what_would_not_load_is_not_saved(
+    tmp_path: Path, change: dict[str, torch.Tensor | None]
+) -> None:
+    weights = dict(Sae(D, M, K).named_parameters()) | change
+    kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        save_sae(tmp_path / "new", SaeConfig(D, M, K), kept)
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_that_share_memory_are_saved_and_loaded(tmp_path: Path) -> None:
+    sae = Sae(D, M, K)
+    weights = dict(sae.named_parameters()) | {"W_dec": sae.W_enc}
+    save_sae(tmp_path, SaeConfig(D, M, K), weights)
+    assert torch.equal(load_sae(tmp_path).W_dec, sae.W_enc)

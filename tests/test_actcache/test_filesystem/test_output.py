@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 import threading
 from pathlib import Path
@@ -56,8 +57,13 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(reader, True)
     data = bytes(range(256)) * 1000  # more than a pipe holds
+
+    def read() -> None:
+        select.select([reader], [], [])  # until there is a writer: before, the pipe is at its end
+        got.append(file.read())
+
     with os.fdopen(reader, "rb") as file:
-        thread = threading.Thread(target=lambda: got.append(file.read()))
+        thread = threading.Thread(target=read)
         thread.start()
         write_output(pipe, data, "--html")
         thread.join()

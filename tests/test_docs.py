@@ -113,10 +113,10 @@ def prose(page: Path) -> str:
 def parser(program: str) -> Any:
     import typer
 
-    from actcache_cli import main
+    from actcache_cli import programs
 
     return typer.main.get_command(
-        {"actcache": main.actcache_app, "saetrain": main.saetrain_app}[program]()
+        {"actcache": programs.actcache_app, "saetrain": programs.saetrain_app}[program]()
     )
 
 

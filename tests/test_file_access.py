@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from actcache_cli.main import actcache_app, saetrain_app
+from actcache_cli.programs import actcache_app, saetrain_app
 
 _EVENTS = frozenset(
     [

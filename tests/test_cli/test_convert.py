@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from actcache_cli.main import actcache_app, saetrain_app
+from actcache_cli.programs import actcache_app, saetrain_app
 
 
 def run(*arguments, code=0, app=actcache_app):

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from actcache.cache.reader import Cache
-from actcache_cli.main import actcache_app, saetrain_app
+from actcache_cli.programs import actcache_app, saetrain_app
 
 
 def run(app, *arguments, code=0):

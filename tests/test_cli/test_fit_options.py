@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from actcache_cli.fit_options import fit_command, is_repeatable
-from actcache_cli.main import saetrain_app
+from actcache_cli.programs import saetrain_app
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import AXES, grid
 from saetrain.config.sae import HookpointOverride

@@ -18,8 +18,9 @@ import pytest
 import typer
 
 from actcache import errors
-from actcache_cli import convert, fit, harvest, main, plan
+from actcache_cli import convert, fit, harvest, plan
 from actcache_cli.fit import print_estimate
+from actcache_cli.programs import actcache_app, saetrain_app
 from saetrain.config.fit_config import FitConfig
 
 CODES = {0, 1, *(kind.exit_code for kind in errors.ActcacheError.__subclasses__())}
@@ -65,7 +66,7 @@ def programs() -> Iterator[dict[str, Any]]:
         for module in (harvest, plan, convert):
             patch.setattr(module, "run", keep)
         patch.setattr(fit, "run", estimate)
-        apps = {"actcache": main.actcache_app(), "saetrain": main.saetrain_app()}
+        apps = {"actcache": actcache_app(), "saetrain": saetrain_app()}
         yield {name: typer.main.get_command(app) for name, app in apps.items()}
 
 

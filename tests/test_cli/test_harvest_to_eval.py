@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import saetrain.training.step
 from actcache.cache.reader import Cache
-from actcache_cli.main import actcache_app, saetrain_app
+from actcache_cli.programs import actcache_app, saetrain_app
 
 
 def run(app, *arguments):

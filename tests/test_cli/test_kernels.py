@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from actcache_cli.main import saetrain_app
+from actcache_cli.programs import saetrain_app
 
 
 def run(*arguments: str) -> Any:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from actcache_cli.main import actcache_app, saetrain_app
 from actcache_cli.options import GroupedCommand
+from actcache_cli.programs import actcache_app, saetrain_app
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 

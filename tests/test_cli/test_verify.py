@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from actcache.cache import repair
 from actcache.errors import DiskFullError
-from actcache_cli.main import actcache_app
+from actcache_cli.programs import actcache_app
 
 
 def run(*arguments, code=0):

@@ -28,7 +28,7 @@ from actcache.filesystem.object_store import ObjectStore
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import make_plan
 from actcache.stream.verified_reads import ReadSettings
-from actcache_cli.main import actcache_app, saetrain_app
+from actcache_cli.programs import actcache_app, saetrain_app
 
 PROGRAMS = {"actcache": actcache_app, "saetrain": saetrain_app}
 Make = Callable[..., tuple[Path, str]]

@@ -19,7 +19,7 @@ from actcache.filesystem.atomic import digest_file
 from actcache.format.manifest import read_manifest
 from actcache.format.receipts import receipt_path
 from actcache_cli.inspect.command import MODEL_NAME
-from actcache_cli.main import actcache_app
+from actcache_cli.programs import actcache_app
 
 ACTCACHE = Path(sys.executable).with_name("actcache")
 

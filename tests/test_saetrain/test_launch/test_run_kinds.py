@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import saetrain.training.step
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, HookpointError, RunError
-from actcache_cli.main import saetrain_app as app
+from actcache_cli.programs import saetrain_app as app
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.evaluation import evaluate

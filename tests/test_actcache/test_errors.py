@@ -15,15 +15,20 @@ def test_missing_fields_are_omitted_from_the_message() -> None:
     assert str(ConfigError("no", remedy="yes")) == "no\n  remedy:   yes"
 
 
-def test_every_error_class_has_its_own_exit_code() -> None:
+def test_every_error_class_has_an_exit_code_of_its_own_or_of_its_kind() -> None:
     kinds = [
         kind
         for kind in vars(errors).values()
-        if isinstance(kind, type) and issubclass(kind, ActcacheError)
+        if isinstance(kind, type) and issubclass(kind, ActcacheError) and "exit_code" in vars(kind)
     ]
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes) > 8
     assert all(0 < code < 126 for code in codes)
+
+
+def test_a_value_that_python_does_not_show_is_described_by_its_type() -> None:
+    error = ConfigError("--k is too large", got=10**5000)
+    assert error.got == "a value of type int that is too long to show"
 
 
 def test_long_values_are_cut_in_the_message() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def test_plan_and_split_are_those_of_a_run_with_the_same_options(root: Path) -> 
     assert feed.plan == run.plan
     assert feed.held_out_shards == run.held_out
     defaults = FitConfig("cache", "out")
-    assert open_feed.__kwdefaults__ == {
+    parameters = inspect.signature(open_feed).parameters
+    assert {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY} == {
         name: getattr(defaults, name) for name in ("batch_size", "seed", "val_fraction")
     } | {"pool_rows": POOL_ROWS, "epochs": None}
 

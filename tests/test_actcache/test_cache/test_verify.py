@@ -550,7 +550,7 @@ def test_shards_beyond_the_plan_are_not_retracted(
 def test_a_folder_in_place_of_a_file_cannot_be_repaired(file: str, root: Path) -> None:
     (root / file).unlink()
     (root / file).mkdir()
-    with pytest.raises(CorruptShardError, match=f"(?s){file} cannot be repaired.*remedy"):
+    with pytest.raises(FormatError, match=f"(?s){file} is a folder.*remedy"):
         retract_damaged(verify(root))
     assert receipt_path(root, 1).exists()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from actcache.cache.folder import data_paths, require_plain_files
+from actcache.cache.folder import data_paths, require_plain_files, shard_bytes
 from actcache.cache.restore import plain_digest
 from actcache.cache.verify import SEAL, Finding, Verification
 from actcache.core.json_codec import SEAL as SEAL_KEY
@@ -182,14 +182,26 @@ def retract(root: Path, manifest: Manifest, shard: int) -> None:
         seal = _seal_found(path)
     except FileNotFoundError:  # it was retracted before, but the record is damaged
         pass
-    files = data_paths(root, manifest, shard)
-    found = {name: digest for name, file in files.items() if (digest := plain_digest(file))}
     promised = {} if receipt is None else receipt.files
+    is_trusted = receipt is not None and manifest.format_version >= SEALED_FROM
+    found, most = {}, _most_bytes(manifest, shard)
+    for name, file in data_paths(root, manifest, shard).items():
+        sizes = {promised[name].bytes} if is_trusted and name in promised else range(most + 1)
+        if digest := plain_digest(file, sizes):
+            found[name] = digest
     record = Retraction(manifest.cache_id, shard, promised, found, receipt, seal)
     text = to_json(record, sealed=manifest.format_version >= SEALED_FROM)
     write_atomic(retraction_path(root, shard), [text])
     path.unlink(missing_ok=True)
     fsync_dir(path.parent)
+
+
+def _most_bytes(manifest: Manifest, shard: int) -> int:
+    """Return an upper bound on the size of a shard's files."""
+    sequences = manifest.plan.max_sequences(shard)
+    rows = sequences * manifest.identity.rows_per_sequence
+    # Compressed files may be somewhat larger than the rows.
+    return 2 * max(shard_bytes(manifest, shard, sequences, rows).values()) + (1 << 20)
 
 
 def _seal_found(path: Path) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,12 @@ def publish_restored(root: Path, manifest: Manifest, made: ShardReceipt, folder:
     assert record is not None
     try:
         paths, new = (data_paths(at, manifest, made.shard) for at in (root, folder))
-        disk = {name: digest for name, path in paths.items() if (digest := plain_digest(path))}
+        disk = {}
+        for name, path in paths.items():
+            sources = (made.files, record.promised, record.found)
+            sizes = {files[name].bytes for files in sources if name in files}
+            if digest := plain_digest(path, sizes):
+                disk[name] = digest
         choice = _choose(manifest, record, made, disk)
         if record.receipt is not None or not choice.lost:
             for name, digest in choice.files.items():
@@ -117,9 +123,14 @@ def reinstate_all(root: Path, manifest: Manifest) -> None:
         lock.release()
 
 
-def plain_digest(path: Path) -> FileDigest | None:
-    """Return the digest of a plain file, or None for anything else."""
-    return digest_file(path) if path.is_file() and not path.is_symlink() else None
+def plain_digest(path: Path, sizes: Container[int]) -> FileDigest | None:
+    """Return the digest of a plain file that has one of these sizes, or None for anything else.
+
+    A file of another size cannot be the right one, and could take hours to read.
+    """
+    if path.is_symlink() or not path.is_file() or path.stat().st_size not in sizes:
+        return None
+    return digest_file(path)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import pytest
 from typer.testing import CliRunner
 
-from actcache.cache import repair
+from actcache.cache import repair, restore
 from actcache.errors import DiskFullError
 from actcache_cli.programs import actcache_app
 
@@ -132,6 +132,26 @@ def test_a_repair_beside_a_link_or_pipe_touches_nothing(kind, name, cache, harve
     kept.rename(path)
     run("verify", cache, "--repair", "--", *harvest)
     assert run("verify", cache).exit_code == 0
+
+
+@pytest.mark.parametrize("receipt", ["sound", "damaged"])
+def test_a_repair_does_not_read_a_file_that_is_too_large(
+    receipt, cache, harvest, tree, monkeypatch
+):
+    before, read = tree(cache), []
+    real = restore.digest_file
+    monkeypatch.setattr(
+        restore, "digest_file", lambda path, *_: read.append(path.stat().st_size) or real(path)
+    )
+    os.truncate(cache / "tokens/00001.safetensors", 1 << 32)
+    if receipt == "damaged":
+        (cache / "shards/00001.json").write_text("{")
+    code = 7 if receipt == "damaged" else 0  # then nothing says which bytes are right
+    run("verify", cache, "--quick", "--repair", "--", *harvest, code=code)
+    assert read
+    assert max(read) < 1 << 20
+    if not code:
+        assert tree(cache) == before
 
 
 @pytest.mark.parametrize("step", ["write_atomic", "fsync_dir"])

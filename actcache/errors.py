@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 _LONGEST = 4000  # characters of one field of a message
 
 
@@ -125,3 +127,39 @@ class FileSystemError(ActcacheError):
     """The file system of a folder lacks what the work needs, such as locks."""
 
     exit_code = 14
+
+
+OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate",
+    "unable to allocate",
+    "bad_alloc",
+)
+"""Parts of the messages of torch, NumPy, C++ and CUDA for memory that is not there."""
+NO_THREAD = "can't start new thread"
+_OF_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def shortage_of(error: BaseException) -> BaseException | None:
+    """Return the lack of memory, threads, files or disk space that caused an exception, if any.
+
+    Libraries that load models and datasets report it as a fault of what they load.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause).lower()
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return cause
+        if isinstance(cause, OSError) and cause.errno in _OF_SYSTEM:
+            return cause
+        if isinstance(cause, RuntimeError) and NO_THREAD in text:
+            return cause
+        if any(part in text for part in OUT_OF_MEMORY):
+            return MemoryError(str(cause))
+        if "too many open files" in text:  # of a library in Rust
+            return OSError(errno.EMFILE, str(cause))
+        cause = cause.__cause__ or cause.__context__
+    return None

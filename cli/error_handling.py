@@ -14,7 +14,7 @@ import typer
 
 from actcache.core.terminal import OutputClosedError, escape_controls, make_streams_safe
 from actcache.core.watchdog import handled_signals
-from actcache.errors import ActcacheError, DiskFullError, RunError
+from actcache.errors import NO_THREAD, OUT_OF_MEMORY, ActcacheError, DiskFullError, RunError
 
 P = ParamSpec("P")
 
@@ -95,11 +95,12 @@ def as_known_error(error: Exception) -> ActcacheError | None:
             remedy="see the first error of the other processes and of torchrun; the same command "
             "resumes (fit: --resume)",
         )
-    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+    if isinstance(error, RuntimeError) and NO_THREAD in str(error):
         return ActcacheError(
-            "the system allows no more threads",
+            "the system allows no more threads, or has no memory for another one",
             got=error,
-            remedy="raise the limit (ulimit -u, or pids.max of the container)",
+            remedy="raise the limit (ulimit -u and -v, or pids.max of the container), or use a "
+            "machine with more memory",
         )
     return None
 
@@ -138,13 +139,7 @@ def _is_name(name: object) -> bool:
 
 
 _OUT_OF_MEMORY = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "failed to allocate",
-    "unable to allocate",
-    "bad_alloc",
+    *OUT_OF_MEMORY,
     "storage size calculation overflowed",
     "numel: integer multiplication overflow",
     "overflow when unpacking long",

@@ -26,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from actcache.config import HarvestConfig
-from actcache.errors import DatasetError
+from actcache.errors import DatasetError, shortage_of
 
 Kind = Literal["text", "chat", "ids"]
 Record = Any
@@ -339,6 +339,8 @@ def _load(
             cache_dir=None if folder is None else str(kept),  # for the same reason
         )
     except Exception as error:  # `datasets` and pyarrow raise dozens of types
+        if (shortage := shortage_of(error)) is not None:
+            raise shortage from None
         raise DatasetError(
             f"cannot load dataset {config.dataset}",
             got=_reason(error),
@@ -460,6 +462,8 @@ def _next_row(rows: Iterator[tuple[int, Any]], config: HarvestConfig) -> tuple[i
     try:
         return next(rows, None)
     except Exception as error:  # the hub's client and the parsers raise many types
+        if (shortage := shortage_of(error)) is not None:
+            raise shortage from None
         raise DatasetError(
             f"the stream of {config.dataset} ended with an error",
             got=_reason(error),

@@ -18,7 +18,7 @@ import xxhash
 
 from actcache.config import HarvestConfig
 from actcache.core.process import choose_device
-from actcache.errors import ModelError
+from actcache.errors import ModelError, shortage_of
 
 
 def load_config(config: HarvestConfig) -> Any:
@@ -254,6 +254,8 @@ def _explained(config: HarvestConfig, what: str) -> Iterator[None]:
         with quiet:
             yield
     except Exception as error:  # transformers, its hub client and parsers raise many types
+        if (shortage := shortage_of(error)) is not None:
+            raise shortage from None
         hint = "; an offload_folder is --offload-folder" if config.device_map == "auto" else ""
         raise ModelError(
             f"cannot load the {what} of {config.model}",

@@ -91,7 +91,11 @@ class CompressedExtent:
 def encode(chunk: Array) -> bytes:
     """Compress a chunk; the result depends on its bytes and the blosc version only."""
     assert chunk.nbytes <= MAX_BYTES
-    encoded: bytes = _blosc().compress(chunk, b"zstd", 1, 1, BLOCK)
+    blosc = _blosc()
+    try:
+        encoded: bytes = blosc.compress(chunk, b"zstd", 1, 1, BLOCK)
+    except RuntimeError as error:  # the only failure of blosc for a chunk that is not too large
+        raise MemoryError(f"blosc cannot compress {chunk.nbytes:,} bytes: {error}") from error
     return encoded
 
 

@@ -1,7 +1,25 @@
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
 from actcache import errors
-from actcache.errors import ActcacheError, ConfigError, FormatError
+from actcache.config import HarvestConfig
+from actcache.data.datasets import open_dataset
+from actcache.errors import ActcacheError, ConfigError, FormatError, shortage_of
+from actcache.model.loading import load_config
+
+SHORTAGES: list[Exception] = [
+    MemoryError("malloc of size 640 failed"),
+    RuntimeError("can't start new thread"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    OSError(errno.EMFILE, "Too many open files"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    ValueError("I/O error: Too many open files (os error 24)"),
+]
 
 
 def test_the_message_contains_what_expected_got_and_remedy() -> None:
@@ -34,3 +52,26 @@ def test_a_value_that_python_does_not_show_is_described_by_its_type() -> None:
 def test_long_values_are_cut_in_the_message() -> None:
     error = FormatError("x" * 10**6, expected="y" * 10**6, got="z" * 10**6)
     assert 10_000 < len(str(error)) < 20_000
+
+
+@pytest.mark.parametrize("error", SHORTAGES)
+def test_a_shortage_is_not_taken_for_a_bad_model_or_dataset(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("cannot read the file") from error
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    (tmp_path / "a.jsonl").write_text("{}")
+    config = HarvestConfig("name", str(tmp_path / "a.jsonl"), "out")
+    for load in (open_dataset, load_config):
+        with pytest.raises((MemoryError, OSError, RuntimeError)) as caught:
+            load(config)
+        assert type(caught.value) in (MemoryError, OSError, type(error))
+        assert str(error) in str(caught.value)
+
+
+def test_other_failures_of_libraries_are_no_shortage() -> None:
+    assert shortage_of(ValueError("int too big to convert")) is None
+    assert shortage_of(OSError(errno.ENOENT, "No such file or directory")) is None

@@ -4,6 +4,7 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,3 +173,14 @@ def test_a_chunk_deleted_or_truncated_during_reading_is_detected(
     damage(tmp_path / "0")
     with pytest.raises(CorruptShardError, match=r"is gone|ends early"):
         extent.read_into(np.empty(100, dtype=np.uint8).data, 0)
+
+
+def test_a_chunk_for_which_there_is_no_memory_is_reported_as_such(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Error -1 while compressing data")
+
+    monkeypatch.setattr(blosc_chunk._blosc(), "compress", fail)
+    with pytest.raises(MemoryError, match="blosc cannot compress 64 bytes"):
+        encode(np.zeros(64, dtype=np.uint8))

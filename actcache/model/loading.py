@@ -8,8 +8,9 @@ import importlib.util
 import io
 import json
 import logging
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,41 @@ def load_config(config: HarvestConfig) -> Any:
     """Load the model's transformers configuration.
 
     Raises:
-        ModelError: there is none, or it is not of a decoder-only language model.
+        ModelError: there is none, it is not of a decoder-only language model, or a size in it is
+            that of no model.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     _check_local(config)
+    with _explained(config, "configuration"):
+        values = {}
+        if config.gguf_file is None:  # which is slow to read
+            values, _ = PretrainedConfig.get_config_dict(config.model, **_source(config))
+    _require_possible(config.model, values)  # before lists are made of that many layers
     with _explained(config, "configuration"):
         loaded = AutoConfig.from_pretrained(config.model, **_source(config))
     require_causal_lm(config.model, loaded)
     return loaded
+
+
+_MOST = {r"layers?$": 10_000, r"(size|dim|embd|heads|inner|d_model|d_ff|experts)$": 1 << 24}
+"""Largest number that a model can have, by the end of its key in a configuration."""
+
+
+def _require_possible(name: str, values: Mapping[str, Any]) -> None:
+    """Raise `ModelError` if a configuration has more layers, or larger ones, than any model."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _require_possible(name, value)
+        for pattern, most in _MOST.items():
+            is_number = isinstance(value, int | float)
+            if is_number and re.search(pattern, key) and not value <= most:
+                raise ModelError(
+                    f"the configuration of {name} is that of no model",
+                    expected=f"{key} of at most {most:,}",
+                    got=value,
+                    remedy="restore its config.json",
+                )
 
 
 def load_tokenizer(config: HarvestConfig) -> Any:

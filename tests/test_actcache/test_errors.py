@@ -62,7 +62,7 @@ def test_a_shortage_is_not_taken_for_a_bad_model_or_dataset(
         raise ValueError("cannot read the file") from error
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", fail)
     (tmp_path / "a.jsonl").write_text("{}")
     config = HarvestConfig("name", str(tmp_path / "a.jsonl"), "out")
     for load in (open_dataset, load_config):

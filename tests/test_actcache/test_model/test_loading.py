@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,24 @@ def test_code_in_the_models_folder_is_not_run_unless_trusted(tmp_path: Path) -> 
     with pytest.raises(ModelError):
         load_config(config(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**18),
+        ("num_hidden_layers", 10_001),
+        ("vocab_size", 10**18),
+        ("hidden_size", 1 << 25),
+        ("head_dim", float("inf")),
+        ("intermediate_size", float("nan")),
+    ],
+)
+def test_a_configuration_with_absurd_sizes_is_refused_before_a_model_is_built(
+    key: str, value: float, tiny_model: Path, tmp_path: Path
+) -> None:
+    values = json.loads((tiny_model / "config.json").read_text())
+    for changed in (values | {key: value}, values | {"text_config": {key: value}}):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ModelError, match=rf"(?s)that of no model.*{key} of at most.*config"):
+            load_config(config(tmp_path))

@@ -66,7 +66,7 @@ def as_known_error(error: Exception) -> ActcacheError | None:
     if _is_out_of_memory(error):
         return ActcacheError(
             "out of memory",
-            got=str(error).partition("\n")[0],
+            got=str(error).partition("\n")[0] or type(error).__name__,
             remedy="a smaller --batch-size, fewer or narrower SAEs or hookpoints at once, or a "
             "machine with more memory",
         )

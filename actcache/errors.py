@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 _LONGEST = 4000  # characters of one field of a message
+_INDENT = " " * 12
 
 
 class ActcacheError(Exception):
@@ -22,25 +23,33 @@ class ActcacheError(Exception):
     def __init__(
         self, what: str, *, expected: object = None, got: object = None, remedy: str | None = None
     ) -> None:
-        self.what = _bounded(what)
+        self.what = quote_name(_bounded(what))
         self.expected = None if expected is None else _bounded(expected)
         self.got = None if got is None else _bounded(got)
         self.remedy = remedy
         lines = [self.what]
-        lines += [f"  expected: {self.expected}"] if self.expected is not None else []
-        lines += [f"  got:      {self.got}"] if self.got is not None else []
+        lines += [f"  expected: {_indented(self.expected)}"] if self.expected is not None else []
+        lines += [f"  got:      {_indented(self.got)}"] if self.got is not None else []
         lines += [f"  remedy:   {remedy}"] if remedy is not None else []
         super().__init__("\n".join(lines))
+
+
+def quote_name(text: str) -> str:
+    r"""Escape line ends and tabs, so that a name that holds them cannot forge a line of output."""
+    return text.replace("\n", r"\n").replace("\r", r"\r").replace("\t", r"\t")
+
+
+def _indented(text: str) -> str:
+    """Indent all lines but the first, so that no name within them can look like our own line."""
+    first, *others = text.split("\n")
+    return "\n".join([first, *(f"{_INDENT}{line.removeprefix(_INDENT)}" for line in others)])
 
 
 def _bounded(value: object) -> str:
     """Return a value as text, cut: values of damaged files may have any length."""
     try:
         text = str(value)
-    except (
-        ValueError,
-        RecursionError,
-    ):  # too many digits, too deep
+    except (ValueError, RecursionError):  # too many digits, too deep
         text = f"a value of type {type(value).__name__} that is too long to show"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from actcache.config import HarvestConfig
-from actcache.errors import ActcacheError, ConfigError, CorruptShardError
+from actcache.errors import ActcacheError, ConfigError, CorruptShardError, quote_name
 from actcache.filesystem.paths import reject_url
 
 from .error_handling import print_json, print_stderr, report_errors
@@ -65,7 +65,7 @@ def run(
     mended: set[str] = set()
     while repair and (more := set(mend(found)) - mended):
         mended |= more
-        print_stderr(f"mended without a harvest: {', '.join(sorted(more))}")
+        print_stderr(f"mended without a harvest: {quote_name(', '.join(sorted(more)))}")
         found = verify(cache, quick=quick, threads=threads)
         if not json:
             _print(found)
@@ -144,10 +144,12 @@ def _print(found: Verification) -> None:
     from actcache.core.progress import format_bytes
 
     for damage in found.damages:
-        print(f"{damage.file}\n  expected: {damage.expected}\n  got:      {damage.got}")
+        lines = damage.file, f"  expected: {damage.expected}", f"  got:      {damage.got}"
+        print("\n".join(map(quote_name, lines)))
     if found.leftovers:
         shown = ", ".join(found.leftovers[:5]) + (", ..." if len(found.leftovers) > 5 else "")
-        print(f"{len(found.leftovers)} files belong to no receipt and are ignored: {shown}")
+        count = len(found.leftovers)
+        print(f"{count} files belong to no receipt and are ignored: {quote_name(shown)}")
     for note in found.notes:
         print(f"note: {note}")
     if found.retracted:

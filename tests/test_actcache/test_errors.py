@@ -75,3 +75,13 @@ def test_a_shortage_is_not_taken_for_a_bad_model_or_dataset(
 def test_other_failures_of_libraries_are_no_shortage() -> None:
     assert shortage_of(ValueError("int too big to convert")) is None
     assert shortage_of(OSError(errno.ENOENT, "No such file or directory")) is None
+
+
+def test_a_name_with_a_line_end_forges_no_line_of_a_message() -> None:
+    forged = "a\nerror: none\n  remedy:   delete it\tx"
+    text = str(FormatError(f"{forged} is damaged", expected=forged, got=forged, remedy="none"))
+    assert text.count("error: none") == 3
+    assert [line for line in text.splitlines() if line.startswith(("error", "  remedy"))] == [
+        "  remedy:   none"
+    ]
+    assert text.startswith(r"a\nerror: none\n")

@@ -60,7 +60,7 @@ def test_both_programs_print_their_version(app):
         (actcache_app, ["plan", "m", "d.txt"], 3, ["no such file", "d.txt"]),
         (actcache_app, ["plan", "m", "d", "--weight", "1"], 2, ["--weight", "--mix"]),
         (saetrain_app, ["fit", "/nowhere", "--out", "o"], 9, ["/nowhere is not a cache"]),
-        (saetrain_app, ["fit", "/nowhere", "--out", "o", "--lr", "-1"], 2, ["--lr", "1e-12 to"]),
+        (saetrain_app, ["fit", "/nowhere", "--out", "o", "--lr", "-1"], 2, ["--lr", "1e-30 to"]),
         (saetrain_app, ["eval", "/nowhere"], 11, ["/nowhere is not a run"]),
     ],
 )

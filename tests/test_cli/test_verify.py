@@ -57,6 +57,14 @@ def test_damage_is_printed_with_expected_and_got_and_gives_its_exit_code(cache):
     assert run("verify", cache, "--quick").exit_code == 0
 
 
+def test_the_name_of_a_file_forges_no_line_of_the_list(cache):
+    (cache / "x\nforged: sound\ty").write_text("x")
+    (cache / "shards" / "00007.json\nforged").write_text("x")
+    lines = run("verify", cache).stdout.splitlines()
+    assert not any(line.startswith("forged") for line in lines)
+    assert any(r"x\nforged: sound\ty" in line for line in lines)
+
+
 def test_verify_prints_json(cache):
     assert json.loads(run("verify", cache, "--json").stdout)["sound"]
     damage(cache)

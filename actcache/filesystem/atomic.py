@@ -28,8 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from typing import IO, Any, ClassVar, Protocol
 
-import xxhash
-
 from actcache.errors import CacheBusyError, DiskFullError, FileSystemError, FormatError
 
 LOCK = Path("logs") / "harvest.lock"
@@ -412,6 +410,8 @@ def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
         DiskFullError: the disk or the quota is full; nothing is left behind.
         FormatError: `path` is there and no plain file, or a folder below the root is a link.
     """
+    import xxhash  # --help reads this module, and needs the standard library only
+
     buffers = [memoryview(part).cast("B") for part in parts if len(part)]
     size = sum(len(buffer) for buffer in buffers)
     partial = f".{path.name}{_PARTIAL}{secrets.token_hex(8)}"
@@ -558,6 +558,8 @@ def digest_file(
     """
     if not isinstance(path, Path):
         return FileDigest(*path.digest(advance))
+    import xxhash
+
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         # One reused buffer: allocating a fresh one for each read costs as much as the read.

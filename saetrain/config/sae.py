@@ -130,6 +130,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "> 0": lambda x: 0 < x < math.inf,
     "0 to 1e30": lambda x: 0 <= x <= LARGEST,
     "> 0, at most 1e30": lambda x: 0 < x <= LARGEST,
+    "0 to 1e6": lambda x: 0 <= x <= 1e6,
     "1e-30 to 1e6": lambda x: 1e-30 <= x <= 1e6,
     "0 to 1": lambda x: 0 <= x <= 1,
     "0 to 2**32 - 1": lambda x: 0 <= x < 2**32,
@@ -390,7 +391,8 @@ def require_options(options: SaeOptions) -> None:
     steps = ("lr_warmup_steps", "sparsity_warmup_steps", "k_anneal_steps")
     require_range(options, "0 to 2**53", *steps)
     require_range(options, ">= 0", "sparsity", "threshold", "bandwidth")
-    require_range(options, ">= 0", "auxk_alpha", "weight_decay")
+    require_range(options, ">= 0", "auxk_alpha")
+    require_range(options, "0 to 1e6", "weight_decay")
     require_range(options, "1e-30 to 1e6", "lr")
     require_range(options, "> 0", "grad_clip")
     require_range(options, "0 to 1", "lr_end")

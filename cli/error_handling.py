@@ -127,7 +127,7 @@ _REMEDIES = {
 
 
 def _of_operating_system(error: OSError) -> ActcacheError:
-    """Describe an error of the operating system: what it says, the file, what helps."""
+    """Describe an error of the operating system: its message, the file, a remedy."""
     files = [os.fsdecode(name) for name in (error.filename, error.filename2) if _is_name(name)]
     what = ": ".join([error.strerror or str(error) or type(error).__name__, " -> ".join(files)])
     kind = DiskFullError if error.errno in _FULL else ActcacheError

@@ -128,7 +128,9 @@ def _harvest_again(config: HarvestConfig, found: Verification) -> bool:
         retracted = retract_damaged(found)
         summary = harvest(config)
     except BaseException:
-        with contextlib.suppress(ActcacheError, OSError):  # the harvest's error says more
+        with contextlib.suppress(
+            ActcacheError, OSError
+        ):  # the error of the harvest is the one to report
             reinstate_all(Path(config.out), read_manifest(Path(config.out)))
         raise
     for warning in summary.warnings:

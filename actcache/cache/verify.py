@@ -126,7 +126,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _State:
-    """What the JSON files of a cache say, and the damage found in them."""
+    """Contents of the JSON files of a cache, and the damage found in them."""
 
     manifest: Manifest | None
     """None: it, or what every shard depends on, is damaged, so nothing else can be checked."""
@@ -216,7 +216,7 @@ def _receipts(root: CachePath, manifest: Manifest) -> tuple[dict[int, ShardRecei
 
 
 def _records(root: CachePath, manifest: Manifest) -> list[Finding]:
-    """Check the records of retracted shards, which say what a repair must make again."""
+    """Check the records of retracted shards, which list what a repair must make again."""
     damages = []
     for shard in retracted_shards(root) if isinstance(root, Path) else ():
         file = str(retraction_path(root, shard).relative_to(root))

@@ -218,7 +218,7 @@ def open_to_read(path: Path) -> int:
             os.close(fd)
     except OSError:
         pass
-    return open_file(path)  # which says what is wrong
+    return open_file(path)  # raises the error that describes it
 
 
 def require_plain(root: Path, files: Iterable[str], folders: Iterable[str] = ()) -> None:

@@ -322,7 +322,7 @@ class SaeEntry:
     seed: int
     """Seed of its weights."""
     setting: str = ""
-    """What tells it from the run's other SAEs of its hookpoint, such as k32-lr1e-3; empty where
+    """Difference from the run's other SAEs of its hookpoint, such as k32-lr1e-3; empty where
     there are no others."""
     options: SaeOptions = field(default_factory=SaeOptions)
     """Its options, as given."""

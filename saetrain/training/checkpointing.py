@@ -85,13 +85,15 @@ class Checkpointer:
 
     def save_after_read_error(self, done: int, position: dict[str, int]) -> None:
         """Save the steps before rows that could not be read, and print which step is saved."""
-        say = self._tracker.bar.print_line
+        print_line = self._tracker.bar.print_line
         try:
             self.save_while_waiting(done, position)
         except ActcacheError as error:  # the read error is the one to raise
-            say(f"warning: step {done:,} could not be saved: {error}")
+            print_line(f"warning: step {done:,} could not be saved: {error}")
         if self._saved:
-            say(f"rows could not be read; step {self._saved:,} is saved, --resume continues there")
+            print_line(
+                f"rows could not be read; step {self._saved:,} is saved, --resume continues there"
+            )
         if self._coordinator.can_checkpoint_alone:
             self._coordinator.barrier()  # the first rank to exit ends the others
 

@@ -156,7 +156,7 @@ def test_a_trial_measures_speed_memory_compression_and_norm_filter_and_deletes_i
 
 
 def test_a_trial_ends_when_its_time_is_over(options: Options) -> None:
-    plan = planned(options(max_tokens=None), measure=True, measure_seconds=0.0)
+    plan = planned(options(max_tokens=None), measure=True, measure_seconds=1e-9)
     assert plan.trial is not None
     assert plan.trial.tokens < plan.tokens
     assert plan.seconds is not None

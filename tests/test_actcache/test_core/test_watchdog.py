@@ -57,6 +57,7 @@ def test_a_process_that_waits_in_native_code_is_ended_with_a_sentence(
 WORKERS = """
 import sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from actcache.core import watchdog
 
 watchdog.CLEAN_UP_SECONDS = 0.5
@@ -64,11 +65,9 @@ pool = ThreadPoolExecutor(1)
 try:
     with watchdog.handled_signals():
         reading = pool.submit(time.sleep, 600)
-        print("ready", flush=True)
-        if sys.argv[1] == "joined":
-            with pool:
-                reading.result()
-        reading.result()
+        with pool if sys.argv[1] == "joined" else nullcontext():
+            print("ready", flush=True)
+            reading.result()
 except BaseException as stop:
     print("ended by", type(stop).__name__, flush=True)
     sys.exit(getattr(stop, "exit_code", 130))

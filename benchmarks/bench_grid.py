@@ -77,7 +77,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         write_cache(Path(folder) / "cache", "memmap", sizes.rows, sizes.width, shards=16)
         cache = Cache.open(Path(folder) / "cache")
-        one = FitConfig(str(cache.root), "", num_latents=sizes.num_latents, k=32, lr=1e-3)
+        one = FitConfig(
+            str(cache.root), f"{folder}/run", num_latents=sizes.num_latents, k=32, lr=1e-3
+        )
         bytes_read = [
             epoch_bytes(cache, config, sizes, device) / (cache.rows * sizes.width * 2)
             for config in (one, vary(one, **SAES))

@@ -70,7 +70,7 @@ def _write(root: Path, shards: int, hookpoints: int) -> int:
     points = tuple(Hookpoint(name, 4096) for name in names)
     manifest = synthetic_manifest(points, sequences_per_shard=64, shards=shards)
     (root / FOLDER).mkdir(parents=True)
-    (root / "manifest.json").write_bytes(to_json(manifest))
+    (root / "manifest.json").write_bytes(to_json(manifest, sealed=True))
     file = FileDigest(64 * 1023 * 8192 + 4096, "ab" * 16)
     receipt = ShardReceipt(
         cache_id=manifest.cache_id,
@@ -85,8 +85,8 @@ def _write(root: Path, shards: int, hookpoints: int) -> int:
     )
     for shard in range(shards):
         here = dataclasses.replace(receipt, shard=shard, first_sequence=shard * 64)
-        receipt_path(root, shard).write_bytes(to_json(here))
-    return len(to_json(receipt))
+        receipt_path(root, shard).write_bytes(to_json(here, sealed=True))
+    return len(to_json(receipt, sealed=True))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def measure(
     numbers = iter(range(10**9))
     TurnTaking.bare = staticmethod(lambda x: step(x, next(numbers)))
     TurnTaking.block = sizes.block
-    with patch("saetrain.launch.run.ActivationStream", TurnTaking):
+    with patch("saetrain.training.loop.ActivationStream", TurnTaking):
         fit(config)
     taken = made.pop().pairs[1 : pairs + 1]  # the first warms up
     print(f"{sizes.num_latents} {optimizer}: {len(taken)} pairs", file=sys.stderr)

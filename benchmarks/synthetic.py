@@ -40,7 +40,7 @@ def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 1
         ),
         backend=backend,  # type: ignore[arg-type]
     )
-    write_atomic(root / "manifest.json", [to_json(manifest)])
+    write_atomic(root / "manifest.json", [to_json(manifest, sealed=True)])
     BACKENDS[backend].initialize(root, manifest)
     count = sequences * CTX
     for shard in range(shards):

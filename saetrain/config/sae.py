@@ -131,7 +131,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "0 to 1e30": lambda x: 0 <= x <= LARGEST,
     "> 0, at most 1e30": lambda x: 0 < x <= LARGEST,
     "0 to 1e6": lambda x: 0 <= x <= 1e6,
-    "1e-30 to 1e6": lambda x: 1e-30 <= x <= 1e6,
+    "1e-30 to 1e30": lambda x: 1e-30 <= x <= 1e30,
     "0 to 1": lambda x: 0 <= x <= 1,
     "0 to 2**32 - 1": lambda x: 0 <= x < 2**32,
 }
@@ -293,7 +293,7 @@ class HookpointOverride:
         """Reject values out of range, and a width that is given twice."""
         check_fields(self)
         require_range(self, "1 to 2**31 - 1", "k", "expansion_factor", "num_latents")
-        require_range(self, "1e-30 to 1e6", "lr")
+        require_range(self, "1e-30 to 1e30", "lr")
         if self.expansion_factor is not None and self.num_latents is not None:
             raise ConfigError(
                 "expansion-factor and num-latents of a hookpoint are mutually exclusive",
@@ -393,7 +393,7 @@ def require_options(options: SaeOptions) -> None:
     require_range(options, ">= 0", "sparsity", "threshold", "bandwidth")
     require_range(options, ">= 0", "auxk_alpha")
     require_range(options, "0 to 1e6", "weight_decay")
-    require_range(options, "1e-30 to 1e6", "lr")
+    require_range(options, "1e-30 to 1e30", "lr")
     require_range(options, "> 0", "grad_clip")
     require_range(options, "0 to 1", "lr_end")
     require_range(options, "0 to 2**32 - 1", "seed")

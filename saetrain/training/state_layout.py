@@ -84,7 +84,7 @@ def require_state(
 
 _SQUARES = (".exp_avg_sq", ".state2", ".absmax2", ".norms")
 """Ends of the names of means of squares, their scales in 8 bits, and norms."""
-_LR_MOST = 1e6  # of --lr
+_LR_MOST = 1e30  # of --lr
 
 
 def _require_average(path: Path, numbers: Mapping[str, float]) -> None:

@@ -161,9 +161,11 @@ def test_a_shard_takes_the_syncs_and_renames_that_the_page_counts(
     for name in calls:
         real = getattr(os, name)
 
-        def count(*args: object, name: str = name, real: Callable[..., object] = real) -> object:
+        def count(
+            *args: object, name: str = name, real: Callable[..., object] = real, **named: object
+        ) -> object:
             calls[name] += 1
-            return real(*args)
+            return real(*args, **named)
 
         monkeypatch.setattr(os, name, count)
     seen = []

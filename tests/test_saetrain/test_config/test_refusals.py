@@ -265,6 +265,6 @@ def test_values_of_other_libraries_become_those_of_the_type_hints() -> None:
 
 
 def test_an_override_refuses_numbers_out_of_range_when_it_is_made() -> None:
-    for options in ({"k": 0}, {"lr": 1e7}, {"lr": 0.0}, {"num_latents": 2**31}):
+    for options in ({"k": 0}, {"lr": 1e31}, {"lr": 0.0}, {"num_latents": 2**31}):
         with pytest.raises(ConfigError, match="is out of range"):
             HookpointOverride(**options)  # type: ignore[arg-type]

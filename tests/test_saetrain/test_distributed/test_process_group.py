@@ -105,7 +105,7 @@ def test_the_first_error_is_recorded_and_ends_all_ranks_with_its_code(
     connect: Callable[[int], list[StoreGroup]],
 ) -> None:
     groups = connect(3)
-    error = CorruptShardError("shard 7 has changed\nmore")
+    error = CorruptShardError("shard 7 has changed", remedy="more")
     assert groups[1].report_failure(error) is error
     late = groups[2].report_failure(ConfigError("a later error"))
     assert isinstance(late, RemoteRankError)

@@ -56,10 +56,10 @@ def only_changed(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
 def test_invalid_options_are_refused_and_leave_no_file(
     options: Options, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    config = options(**changes)
+    out = Path(options().out)
     with pytest.raises(error, match=message):
-        fit(config)
-    assert not Path(config.out).exists()
+        fit(options(**changes))
+    assert not out.exists()
 
 
 class OfRankOne(Coordinator):

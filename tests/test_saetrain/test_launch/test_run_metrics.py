@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_histograms_are_written_at_their_interval_and_on_the_last_line(
 def test_histograms_change_no_other_metric(options: Options) -> None:
     with_them, without = options(histogram_every=1), options(histogram_every=0)
     first = figures(with_them)
-    second = figures(FitConfig(**vars(without) | {"out": with_them.out + "-without"}))
+    second = figures(dataclasses.replace(without, out=with_them.out + "-without"))
     assert [{k: v for k, v in f.items() if k != "log10_density"} for f in first] == second
 
 

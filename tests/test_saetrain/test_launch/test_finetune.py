@@ -26,6 +26,7 @@ import saetrain.launch.finetune
 import saetrain.launch.setup
 import saetrain.training.step
 from actcache.cache.reader import Cache
+from actcache.core.json_codec import to_json
 from actcache.errors import ActcacheError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import digest_file
 from saetrain.config.fit_config import FitConfig
@@ -34,7 +35,6 @@ from saetrain.config.sae import SaeOptions
 from saetrain.launch.estimate import estimate_fit
 from saetrain.launch.run import fit
 from saetrain.runs.record import RUN, PretrainedSource, read_run
-from saetrain.runs.seal import seal_json
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -427,7 +427,7 @@ def test_a_run_json_leads_to_no_repository_or_folder_but_that_of_finetune(
     file = dataclasses.asdict(digest_file(path))
     named = str(origin["path"]).replace("{source}", str(first))
     run["origins"] = [origin | {"path": named, "file": file}]
-    path.write_bytes(seal_json(run))
+    path.write_bytes(to_json(run, sealed=True))
     monkeypatch.setattr(saetrain.launch.finetune, "_download", None)
     monkeypatch.setattr(saetrain.launch.finetune, "read_sae", None)
     with pytest.raises(FormatError, match=r"run\.json"):

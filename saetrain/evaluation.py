@@ -14,8 +14,9 @@ from actcache.core.json_codec import to_json
 from actcache.core.process import choose_device
 from actcache.core.progress import Progress
 from actcache.errors import EmptyCacheError, FormatError, RunError
-from actcache.filesystem.atomic import rooted, write_atomic
+from actcache.filesystem.atomic import write_atomic
 from actcache.filesystem.paths import is_url
+from actcache.filesystem.rooted import rooted
 from actcache.format.manifest import MANIFEST
 from actcache.stream.order import Span
 from actcache.stream.verified_reads import VerifiedReader

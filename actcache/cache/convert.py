@@ -32,7 +32,9 @@ from actcache.cache.writer import publish_written, write_statistics
 from actcache.config import ConvertConfig
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, ConfigError, RestoreError
-from actcache.filesystem.atomic import DirectoryLock, FileDigest, rooted, write_atomic
+from actcache.filesystem.atomic import FileDigest, write_atomic
+from actcache.filesystem.lock import DirectoryLock
+from actcache.filesystem.rooted import rooted
 from actcache.format import receipts as receipts_module
 from actcache.format.dtypes import ScaledRowDtype
 from actcache.format.manifest import (

@@ -16,18 +16,10 @@ from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
 from actcache.core.progress import format_bytes
 from actcache.errors import CacheMismatchError, ConfigError, DiskFullError, FileSystemError
-from actcache.filesystem.atomic import (
-    LOCK,
-    DirectoryLock,
-    FileDigest,
-    is_stray,
-    remove_partials,
-    remove_trees,
-    require_plain,
-    require_plain_entries,
-    write_atomic,
-)
+from actcache.filesystem.atomic import FileDigest, remove_partials, write_atomic
+from actcache.filesystem.lock import LOCK, DirectoryLock
 from actcache.filesystem.paths import CachePathT
+from actcache.filesystem.rooted import is_stray, remove_trees, require_plain, require_plain_entries
 from actcache.format.manifest import (
     EXTENSIONS,
     MANIFEST,

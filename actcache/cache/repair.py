@@ -18,13 +18,9 @@ from actcache.cache.verify import SEAL, Finding, Verification
 from actcache.core.json_codec import SEAL as SEAL_KEY
 from actcache.core.json_codec import read_json, to_json
 from actcache.errors import CorruptShardError, FormatError
-from actcache.filesystem.atomic import (
-    DirectoryLock,
-    fsync_dir,
-    require_plain,
-    rooted,
-    write_atomic,
-)
+from actcache.filesystem.atomic import write_atomic
+from actcache.filesystem.lock import DirectoryLock
+from actcache.filesystem.rooted import fsync_dir, require_plain, rooted
 from actcache.format.manifest import SEALED_FROM, Manifest, read_manifest
 from actcache.format.receipts import (
     FOLDER,

@@ -16,14 +16,9 @@ from pathlib import Path
 from actcache.cache.folder import RESTORED, data_paths
 from actcache.core.json_codec import SEAL, decode_json, to_json
 from actcache.errors import RestoreError
-from actcache.filesystem.atomic import (
-    DirectoryLock,
-    FileDigest,
-    digest_file,
-    fsync_dir,
-    remove_tree,
-    remove_trees,
-)
+from actcache.filesystem.atomic import FileDigest, digest_file
+from actcache.filesystem.lock import DirectoryLock
+from actcache.filesystem.rooted import fsync_dir, remove_tree, remove_trees
 from actcache.format.manifest import SEALED_FROM, Manifest, library_versions
 from actcache.format.receipts import (
     Retraction,

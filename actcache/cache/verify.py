@@ -18,8 +18,9 @@ from actcache.cache.reader import Cache, symlinked_dirs
 from actcache.core.arguments import SIZE, checked
 from actcache.core.progress import Progress
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
-from actcache.filesystem.atomic import digest_file, walk
+from actcache.filesystem.atomic import digest_file
 from actcache.filesystem.paths import CachePath, open_path, require_local, require_remote
+from actcache.filesystem.rooted import walk
 from actcache.format.manifest import (
     EXTENSIONS,
     MANIFEST,

@@ -1,10 +1,20 @@
 """File access: atomic writes and locks on local disks, and cached reads from object stores.
 
-`atomic` opens the files of a folder without following links, writes a file so that it appears
-complete or not at all, and locks a folder. `output` writes the results of commands. `paths` is the
-common interface to folders and URLs; `urls` opens a URL, through `object_store` (requests with
-retries), `block_cache` (fetched blocks, kept on this machine) and `remote_path` (a store's files
-as paths).
+`rooted` opens, lists and deletes the files of a folder without following links. `atomic` writes a
+file so that it appears complete or not at all, and digests it. `lock` locks a folder. `output`
+writes the results of commands. `paths` is the common interface to folders and URLs; `urls` opens a
+URL, through `object_store` (requests with retries), `block_cache` (fetched blocks, kept on this
+machine) and `remote_path` (a store's files as paths).
 """
 
-__all__ = ["atomic", "block_cache", "object_store", "output", "paths", "remote_path", "urls"]
+__all__ = [
+    "atomic",
+    "block_cache",
+    "lock",
+    "object_store",
+    "output",
+    "paths",
+    "remote_path",
+    "rooted",
+    "urls",
+]

@@ -29,7 +29,7 @@ from pathlib import Path
 import xxhash
 
 from actcache.errors import ConfigError, FormatError
-from actcache.filesystem.atomic import open_file, rooted
+from actcache.filesystem.rooted import open_file, rooted
 
 DEFAULT_BYTES = 16 << 30
 FOLDER_VARIABLE = "ACTCACHE_BLOCK_CACHE"

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from actcache.errors import ConfigError
-from actcache.filesystem.atomic import RootedPath, rooted
+from actcache.filesystem.rooted import RootedPath, rooted
 
 if TYPE_CHECKING:
     from actcache.filesystem.remote_path import RemotePath

@@ -23,7 +23,8 @@ from actcache.core.json_codec import to_json
 from actcache.core.process import World, require_whole_machine
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.errors import CacheMismatchError, ConfigError
-from actcache.filesystem.atomic import DirectoryLock, rooted
+from actcache.filesystem.lock import DirectoryLock
+from actcache.filesystem.rooted import rooted
 from actcache.format.manifest import MANIFEST, Identity, Manifest, read_manifest
 from actcache.format.receipts import CompletionMarker, ShardReceipt, read_cache_state
 from actcache.harvester.resolve import (

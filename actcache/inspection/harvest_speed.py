@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import open_file
 from actcache.filesystem.paths import CachePath
+from actcache.filesystem.rooted import open_file
 from actcache.format.receipts import ShardReceipt
 from actcache.inspection.printable import printable
 from actcache.storage.preadv import read_exactly

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from actcache.errors import CorruptShardError
-from actcache.filesystem.atomic import open_to_read
 from actcache.filesystem.paths import CachePath, require_remote
+from actcache.filesystem.rooted import open_to_read
 
 WHOLE = 1 << 62
 """Read size that never splits a read."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from actcache.cache.reader import Cache
 from actcache.errors import EmptyCacheError
-from actcache.filesystem.atomic import open_file
 from actcache.filesystem.paths import CachePath, require_remote
+from actcache.filesystem.rooted import open_file
 from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import POOL_ROWS, OrderPlan, make_plan
 from actcache.stream.verified_reads import ReadSettings, probe_read_settings

@@ -9,7 +9,7 @@ import torch
 from actcache.cache.reader import Cache
 from actcache.core.process import choose_device
 from actcache.errors import ConfigError, CorruptShardError, RunError
-from actcache.filesystem.atomic import is_stray, require_plain
+from actcache.filesystem.rooted import is_stray, require_plain
 from actcache.format.manifest import MANIFEST
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.resolve import open_cache, resolve_run, resume_record, write_option_changes

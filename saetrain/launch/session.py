@@ -13,7 +13,9 @@ from pathlib import Path
 
 from actcache.core.json_codec import to_json
 from actcache.errors import ActcacheError, DiskFullError, RunError
-from actcache.filesystem.atomic import DirectoryLock, remove_partials, rooted, write_atomic
+from actcache.filesystem.atomic import remove_partials, write_atomic
+from actcache.filesystem.lock import DirectoryLock
+from actcache.filesystem.rooted import rooted
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator, init_coordinator, reports_outcome
 from saetrain.distributed.signals import RunStopped, StopSignals, exit_code_of

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from actcache.core.json_codec import SEAL, parse_dataclass, read_json, to_json, truncated_repr
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import FileDigest, digest_file, require_plain, write_atomic
+from actcache.filesystem.atomic import FileDigest, digest_file, write_atomic
+from actcache.filesystem.rooted import require_plain
 from saetrain.runs.own_files import digest_bytes, is_plain, remove_sae_folder
 from saetrain.runs.record import RunRecord
 from saetrain.runs.tensors import load_tensors, read_tensors_file

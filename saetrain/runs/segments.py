@@ -15,7 +15,8 @@ from actcache.cache.reader import Cache
 from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.core.progress import Progress
 from actcache.errors import CacheMismatchError, ConfigError, FormatError
-from actcache.filesystem.atomic import is_unlocked, write_atomic
+from actcache.filesystem.atomic import write_atomic
+from actcache.filesystem.lock import is_unlocked
 from actcache.filesystem.paths import require_local
 from actcache.format.manifest import MAX_SHARDS
 from actcache.format.receipts import read_completion_marker, receipt_path

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actcache.core.json_codec import decode_json, truncated_repr
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import RootedPath, open_file
+from actcache.filesystem.rooted import RootedPath, open_file
 
 Header = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype, such as F32, of each tensor of a file."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from actcache.filesystem.atomic import walk
+from actcache.filesystem.rooted import walk
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeEntry
 from saetrain.runs.record import RunRecord

@@ -30,7 +30,7 @@ from actcache.errors import (
     DiskFullError,
     EmptyCacheError,
 )
-from actcache.filesystem.atomic import DirectoryLock
+from actcache.filesystem.lock import DirectoryLock
 from actcache.format.manifest import Identity, read_manifest
 from actcache.format.receipts import receipt_path
 from actcache.harvester.run import harvest

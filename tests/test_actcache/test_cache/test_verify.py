@@ -26,7 +26,8 @@ from actcache.errors import (
     FormatError,
     RestoreError,
 )
-from actcache.filesystem.atomic import DirectoryLock, digest_file
+from actcache.filesystem.atomic import digest_file
+from actcache.filesystem.lock import DirectoryLock
 from actcache.format.manifest import read_manifest
 from actcache.format.receipts import publish_receipt, receipt_path, retraction_path
 from actcache.harvester import resolve

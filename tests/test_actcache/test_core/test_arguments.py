@@ -15,7 +15,7 @@ import actcache
 import saetrain
 from actcache.core.arguments import checked
 from actcache.errors import ActcacheError, ConfigError
-from actcache.filesystem.atomic import RootedPath, rooted
+from actcache.filesystem.rooted import RootedPath, rooted
 
 VALUES: list[Any] = [
     -1, 1.5, math.nan, math.inf, 10**18, 10**5000, "", "x", b"x", True, object(), {}, [[]], [None],

@@ -1,4 +1,4 @@
-"""Caches in a store: in memory, and behind a real server that speaks S3 on this machine."""
+"""Caches in a store (in memory, and behind a local server that speaks S3), and a rooted folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from actcache.filesystem import object_store
+from actcache.filesystem.rooted import rooted
 
 
 def upload(root: Path, url: str, **options: Any) -> str:
@@ -172,3 +173,14 @@ def in_s3(make_cache: Callable[..., Path], s3_port: int, proxy: Proxy) -> Callab
         return root, upload(root, f"s3://{bucket}/some/cache", **direct)
 
     return make
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with the file a/b, behind a link, beside the file victim."""
+    (tmp_path / "real" / "a").mkdir(parents=True)
+    (tmp_path / "real" / "a" / "b").write_bytes(b"inside")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "b").write_bytes(b"precious")
+    (tmp_path / "root").symlink_to("real")
+    return rooted(tmp_path / "root")

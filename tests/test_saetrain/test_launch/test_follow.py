@@ -27,7 +27,7 @@ import saetrain.training.step
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import read_json, to_json
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
-from actcache.filesystem.atomic import DirectoryLock
+from actcache.filesystem.lock import DirectoryLock
 from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit

@@ -21,7 +21,7 @@ import saetrain.launch.run
 import saetrain.training.step
 from actcache.core.json_codec import to_json
 from actcache.errors import DiskFullError, FormatError
-from actcache.filesystem.atomic import RootedPath
+from actcache.filesystem.rooted import RootedPath
 from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit

@@ -17,7 +17,7 @@ import saetrain.launch.setup
 import saetrain.training.step
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.errors import CacheBusyError, ConfigError, EmptyCacheError, HookpointError, RunError
-from actcache.filesystem.atomic import DirectoryLock
+from actcache.filesystem.lock import DirectoryLock
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator
 from saetrain.launch.resolve import open_cache, resolve_run

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import rooted
+from actcache.filesystem.rooted import rooted
 from saetrain.runs.tensors import load_tensors, read_tensors_file
 
 TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4)}

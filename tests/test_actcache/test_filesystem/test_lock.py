@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from actcache.errors import CacheBusyError
-from actcache.filesystem.atomic import LOCK, DirectoryLock, is_unlocked
+from actcache.errors import ActcacheError, CacheBusyError, FileSystemError
+from actcache.filesystem.lock import LOCK, DirectoryLock, is_unlocked
 from actcache.harvester.run import harvest
 
 
@@ -38,7 +40,7 @@ def test_the_lock_is_free_once_every_rank_has_released_it(tmp_path: Path) -> Non
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, sys; from actcache.filesystem.atomic import DirectoryLock; "
+        "import os, pathlib, sys; from actcache.filesystem.lock import DirectoryLock; "
         "DirectoryLock(pathlib.Path(sys.argv[1])).acquire(); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
@@ -62,7 +64,7 @@ def test_is_unlocked_does_not_make_acquire_fail(
 ) -> None:
     lock, looker = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
     looker.acquire()
-    monkeypatch.setattr("actcache.filesystem.atomic.time.sleep", lambda _: looker.release())
+    monkeypatch.setattr("actcache.filesystem.lock.time.sleep", lambda _: looker.release())
     lock.acquire()
     assert not is_unlocked(tmp_path)
 
@@ -88,3 +90,30 @@ def test_a_finished_harvest_releases_its_lock(options: Callable[..., Any], tmp_p
     config = options(out=str(tmp_path / "cache"))
     harvest(config)
     DirectoryLock(tmp_path / "cache").acquire()
+
+
+def test_a_lock_file_with_several_names_keeps_its_content(root: Path, tmp_path: Path) -> None:
+    (root / "logs").mkdir()
+    os.link(tmp_path / "outside" / "b", root / LOCK)
+    lock = DirectoryLock(root)
+    lock.acquire()
+    assert not is_unlocked(root)
+    lock.release()
+    assert (tmp_path / "outside" / "b").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(
+        FileSystemError, match=r"(?s)has no locks.* at /.*remedy.*local disk"
+    ) as got:
+        DirectoryLock(tmp_path).acquire()
+    assert str(tmp_path) in str(got.value)
+    assert got.value.exit_code not in (0, ActcacheError.exit_code)
+    assert not is_unlocked(tmp_path)

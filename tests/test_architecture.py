@@ -118,10 +118,10 @@ FILE_METHODS = {"glob", "rglob", "rename", "touch", "symlink_to", "hardlink_to",
 
 FILES_OF_OTHERS = {
     "actcache.core.terminal os.open": "/dev/null",
-    "actcache.data.datasets os.open": "a text that the user names",
     "actcache.data.datasets glob": "a text that the user names",
     "actcache.data.datasets os.walk": "a text that the user names",
     "actcache.data.datasets shutil.rmtree": "its own new folder",
+    "actcache.data.watched_files os.open": "a text that the user names",
     "actcache.model.loading glob": "a model that the user names",
     "actcache.harvester.estimate shutil.rmtree": "its own new folder",
     "actcache.harvester.estimate tempfile.mkdtemp": "its own new folder",

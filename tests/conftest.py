@@ -6,9 +6,13 @@ Heavy packages are imported only inside the fixtures that need them.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import signal
 import tempfile
+import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -321,6 +325,34 @@ def tiny_model(make_model: Callable[..., Path]) -> Path:
     return make_model()
 
 
+@pytest.fixture
+def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load each model and tokenizer once per test, for tests with many harvests."""
+    from actcache.harvester import job, resolve
+
+    def by_model(load: Callable[..., Any]) -> Callable[..., Any]:
+        known: dict[Any, Any] = {}
+
+        @functools.wraps(load)
+        def once(config: Any, *rest: Any) -> Any:
+            key = (
+                config.model,
+                config.model_dtype,
+                config.load_in,
+                config.device_map,
+                config.max_memory,
+            )
+            if key not in known:
+                known[key] = load(config, *rest)
+            return known[key]
+
+        return once
+
+    for name in ("load_config", "load_tokenizer", "probe_model"):
+        monkeypatch.setattr(resolve, name, by_model(getattr(resolve, name)))
+    monkeypatch.setattr(job, "load_model", by_model(job.load_model))
+
+
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, str]]:
     """Return the digest of every file below a folder by relative path, without logs/."""
@@ -333,3 +365,51 @@ def tree() -> Callable[[Path], dict[str, str]]:
         return {name: d for name, d in names.items() if not name.startswith("logs/")}
 
     return digests
+
+
+PUBLISHING = ("mkdir", "posix_fallocate", "pwrite", "fsync", "replace", "unlink", "rmdir")
+"""System calls by which files and folders come to be, and vanish."""
+
+
+@pytest.fixture
+def killed() -> Callable[[int, Callable[[], object]], bool]:
+    """Return a function that does work in a child process, killed by SIGKILL at a system call.
+
+    It is given the index of the call, from 0, and the work; it returns whether the work came to
+    that call. A `pwrite` first writes half of its bytes.
+    """
+
+    def count_down(number: int) -> None:
+        counter = iter(range(10**9))
+
+        def watch(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **named: Any) -> Any:
+                if next(counter) == number:
+                    if name == "pwrite":
+                        fd, data, offset = args
+                        real(fd, data[: len(data) // 2], offset)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **named)
+
+            return call
+
+        for name in PUBLISHING:
+            setattr(os, name, watch(name, getattr(os, name)))
+
+    def work_until(number: int, work: Callable[[], object]) -> bool:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads: they do not use locks
+            child = os.fork()
+        if child == 0:
+            try:
+                count_down(number)
+                work()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL), code
+        return code != 0
+
+    return work_until

@@ -1,9 +1,8 @@
-"""Fixtures for harvests: options, models loaded once per test, injected disk faults."""
+"""Fixtures for harvests: options, injected disk faults."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,34 +30,6 @@ def options(tiny_model: Path, prose_file: Path, tmp_path: Path) -> Callable[...,
         return HarvestConfig(**(values | given))
 
     return make
-
-
-@pytest.fixture
-def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load each model and tokenizer once per test, for tests with many harvests."""
-    from actcache.harvester import job, resolve
-
-    def by_model(load: Callable[..., Any]) -> Callable[..., Any]:
-        known: dict[Any, Any] = {}
-
-        @functools.wraps(load)
-        def once(config: Any, *rest: Any) -> Any:
-            key = (
-                config.model,
-                config.model_dtype,
-                config.load_in,
-                config.device_map,
-                config.max_memory,
-            )
-            if key not in known:
-                known[key] = load(config, *rest)
-            return known[key]
-
-        return once
-
-    for name in ("load_config", "load_tokenizer", "probe_model"):
-        monkeypatch.setattr(resolve, name, by_model(getattr(resolve, name)))
-    monkeypatch.setattr(job, "load_model", by_model(job.load_model))
 
 
 class Crash(BaseException):

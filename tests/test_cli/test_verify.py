@@ -1,8 +1,10 @@
 """`actcache verify`."""
 
 import errno
+import itertools
 import json
 import os
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -227,3 +229,60 @@ def test_repair_mends_metadata_without_a_command(harvest, tree, tmp_path):
 def test_repair_without_a_command_prints_the_next_step_for_any_damage(cache):
     (cache / "shards" / "END.json").write_text("{")
     assert "run the harvest command again" in run("verify", cache, "--repair", code=8).stderr
+
+
+def flip_bit(path):
+    """Flip a bit that a repair corrects without a harvest."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("backend", "step"),
+    [
+        ("memmap", 20),
+        pytest.param("memmap", 1, marks=pytest.mark.soak),
+        pytest.param("zarr", 1, marks=pytest.mark.soak),
+    ],
+)
+def test_a_repair_killed_at_any_call_loses_no_byte_and_is_finished_by_the_same_command(
+    backend, step, tiny_model, prose_file, killed, tree, tmp_path, warm_model
+):
+    command = [tiny_model, prose_file, "--ctx-len", 16, "--batch-size", 2, "--shard-size", 2]
+    command += ["--max-tokens", 16 * 5, "--hookpoint", "layers.1", "--backend", backend]
+    run("harvest", *command, "--out", tmp_path / "whole")
+    whole = tree(tmp_path / "whole")
+    rows = sorted(name for name in whole if name.startswith("activations/") and "json" not in name)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tmp_path / "whole", damaged)
+    flip_bit(damaged / "manifest.json")
+    flip_bit(damaged / "shards/00002.json")
+    flip_bit(damaged / rows[0])
+    (damaged / "tokens/00000.safetensors").unlink()
+    (damaged / "shards/00001.json").write_text("[]")
+    (damaged / "shards/END.json").write_text("?")
+    before = tree(damaged)
+    healthy = {name for name, digest in before.items() if whole[name] == digest}
+    healthy.remove("shards/00000.json")  # it is kept in the record of its shard
+    for number in itertools.count(step // 2, step):
+        root = tmp_path / str(number)
+        shutil.copytree(damaged, root)
+        repair_it = ["verify", root, "--repair", "--", *command]
+        ended = not killed(number, lambda repair_it=repair_it: run(*repair_it))
+        found = tree(root)
+        assert {name for name in healthy if found.get(name) != whole[name]} == set(), number
+        receipt = json.loads((damaged / "shards/00000.json").read_text())
+        records = [root / f"shards/00000{end}.json" for end in ("", ".retracted")]
+        kept = [json.loads(path.read_text()) for path in records if path.exists()]
+        assert receipt["files"] in [one.get("promised", one.get("files")) for one in kept], number
+        for name, digest in found.items():  # what is not healthy is as it was, or right
+            if name in whole and name not in ("shards/00001.json", "shards/END.json"):
+                assert digest in (before.get(name), whole[name]), (number, name)
+        if not ended:
+            run(*repair_it)
+        assert tree(root) == whole, number
+        shutil.rmtree(root)
+        if ended:
+            break
+    assert number > 60

@@ -38,6 +38,7 @@ from actcache.harvester.run import harvest
 Options = Callable[..., HarvestConfig]
 Make = Callable[..., Path]
 Tree = Callable[[Path | str], dict[str, str]]
+Killed = Callable[[int, Callable[[], object]], bool]
 
 ZSTD = {"backend": "zarr", "compress": "zstd"}
 TARGETS: list[dict[str, Any]] = [
@@ -258,29 +259,30 @@ def test_a_folder_with_extensions_that_the_source_lacks_is_another_cache(
 # Stopped, and gone on with.
 
 
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("target", [{}, {"dtype": "int8", "backend": "zarr"}], ids=str)
-def test_a_crash_at_any_call_is_finished_by_the_same_command(
-    target: dict[str, Any], make_cache: Make, faults: Any, tmp_path: Path, tree: Tree
+def test_a_conversion_killed_at_any_call_is_finished_by_the_same_command(
+    target: dict[str, Any], step: int, make_cache: Make, killed: Killed, tmp_path: Path, tree: Tree
 ) -> None:
     shape: dict[str, Any] = {"shards": 2, "sequences": 2, "hookpoints": {"layers.0": 4}}
     source = make_cache(dtype="bfloat16", **shape)
+    given = tree(source)
     whole = tree(run(source, tmp_path / "whole", **target).cache)
-    for number in itertools.count():
+    for number in itertools.count(step // 2, step):
         out = tmp_path / str(number)
-        try:
-            with faults.at(number):
-                run(source, out, **target)
-        except faults.Crash:
-            if (out / "shards").exists() and Cache.open(out).shards:
-                found = verify(out)
-                assert found.is_sound, found.damages
-            again = run(source, out, **target)
-            assert again.complete
-            assert tree(out) == whole, number
-            shutil.rmtree(out)
-        else:
+        if not killed(number, lambda out=out: run(source, out, **target)):
             break
-    assert number > 20
+        assert tree(source) == given
+        if (out / "manifest.json").exists():
+            found = verify(out)
+            assert found.is_sound, found.damages
+            ended = {name for name in tree(out) if ".partial-" not in name}
+            assert found.complete == (ended == set(whole)), number
+        assert run(source, out, **target).complete
+        assert tree(out) == whole, number
+        shutil.rmtree(out)
+    assert tree(out) == whole
+    assert number > 40
 
 
 @pytest.mark.parametrize("number", [4, 9, 14])

@@ -50,6 +50,7 @@ def run(
     """Check every file of CACHE against its receipts and list damaged and missing files."""
     import dataclasses
 
+    from actcache.cache.flipped_bits import BitSearch
     from actcache.cache.repair import mend, require_repairable, retract_damaged
     from actcache.cache.verify import verify
 
@@ -63,12 +64,18 @@ def run(
     if not json:
         _print(found)
     mended: set[str] = set()
-    while repair and (more := set(mend(found)) - mended):
+    search = BitSearch()
+    while repair and (more := set(mend(found, search)) - mended):
         mended |= more
         print_stderr(f"mended without a harvest: {quote_name(', '.join(sorted(more)))}")
         found = verify(cache, quick=quick, threads=threads)
         if not json:
             _print(found)
+    if search.untried:
+        print_stderr(
+            f"in {len(search.untried)} of the damaged files no flipped bit was searched, which "
+            "would take too long: their shards are made again, if at all"
+        )
     to_harvest = config is not None and not (found.is_sound and found.complete)
     if config is not None and found.damages:
         require_repairable(found)

@@ -1,8 +1,7 @@
 """Mend what needs no model, and retract damaged shards, so that the next harvest makes them again.
 
-A flipped bit in a sealed file is found by trying all: the seal proves the right one. Retraction
-removes nothing but the receipt, and the record keeps its contents. `restore` replaces the damaged
-files once the new ones are there, or publishes the receipt again.
+Retraction removes nothing but the receipt, and the record keeps its contents. `restore` replaces
+the damaged files once the new ones are there, or publishes the receipt again.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import xxhash
-
+from actcache.cache.flipped_bits import BitSearch
 from actcache.cache.folder import data_paths, require_plain_files, shard_bytes
 from actcache.cache.restore import plain_digest
 from actcache.cache.verify import SEAL, Finding, Verification
@@ -34,15 +32,16 @@ from actcache.format.receipts import (
 )
 from actcache.storage import BACKENDS
 
-_MAX_CORRECTED_BYTES = 1 << 16  # a few seconds
-_BEFORE_SEAL = f'\n  "{SEAL_KEY}": "'.encode()
 
-
-def mend(found: Verification) -> list[str]:
+def mend(found: Verification, search: BitSearch | None = None) -> list[str]:
     """Mend the files of a verified cache that follow from themselves or from its manifest.
 
     Those are sealed files with one flipped bit, and the metadata of the backend. Verify again
     afterwards.
+
+    Args:
+        found: result of `verify`.
+        search: the search for flipped bits, which bounds the work of several calls.
 
     Returns:
         The files that were mended.
@@ -52,7 +51,8 @@ def mend(found: Verification) -> list[str]:
     """
     root = rooted(found.cache)
     damaged = [root / damage.file for damage in found.damages]
-    contents = {path: text for path in damaged if (text := _corrected(path)) is not None}
+    corrected = (search or BitSearch()).corrected
+    contents = {path: text for path in damaged if (text := corrected(path)) is not None}
     documents = _documents(root)
     metadata = [path for path in damaged if path in documents and not path.is_dir()]
     contents |= {path: documents[path] for path in metadata}
@@ -66,24 +66,6 @@ def mend(found: Verification) -> list[str]:
     finally:
         lock.release()
     return [str(path.relative_to(root)) for path in contents]
-
-
-def _corrected(path: Path) -> bytes | None:
-    """Return the contents of a sealed file in which one bit has changed, or None for any other."""
-    if path.suffix != ".json" or not path.is_file() or path.is_symlink():
-        return None
-    if path.stat().st_size > _MAX_CORRECTED_BYTES:
-        return None
-    text = bytearray(path.read_bytes())
-    for position in range(len(text)):
-        for bit in range(8):
-            text[position] ^= 1 << bit
-            begin = text.find(_BEFORE_SEAL) + len(_BEFORE_SEAL)
-            seal, others = text[begin : begin + 32], text[:begin] + text[begin + 32 :]
-            if xxhash.xxh3_128_hexdigest(others).encode() == seal:
-                return bytes(text)
-            text[position] ^= 1 << bit
-    return None
 
 
 def require_repairable(found: Verification) -> None:

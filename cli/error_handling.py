@@ -12,6 +12,7 @@ from typing import Any, ParamSpec
 
 import typer
 
+from actcache.core.bus_errors import explained_bus_errors
 from actcache.core.terminal import OutputClosedError, escape_controls, make_streams_safe
 from actcache.core.watchdog import handled_signals
 from actcache.errors import NO_THREAD, OUT_OF_MEMORY, ActcacheError, DiskFullError, RunError
@@ -32,7 +33,7 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
         streams = make_streams_safe()
         try:
-            with handled_signals():
+            with handled_signals(), explained_bus_errors():
                 try:
                     run(*args, **kwargs)
                 finally:

@@ -2,7 +2,17 @@
 
 `folder` names the files, computes their sizes and publishes the manifest, `writer` publishes a
 shard, `reader` is `Cache`, `verify` compares every byte with the receipts, `repair` retracts
-damaged shards, `restore` publishes them again, `convert` copies a cache to another backend or type.
+damaged shards, `flipped_bits` corrects single bits, `restore` publishes shards again, `convert`
+copies a cache to another backend or type.
 """
 
-__all__ = ["convert", "folder", "reader", "repair", "restore", "verify", "writer"]
+__all__ = [
+    "convert",
+    "flipped_bits",
+    "folder",
+    "reader",
+    "repair",
+    "restore",
+    "verify",
+    "writer",
+]

@@ -23,23 +23,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from actcache.filesystem.slow_reads import report_slow_reads
+
 GRACE_SECONDS = 5.0
 """Seconds after a signal in which a handler must run."""
 CLEAN_UP_SECONDS = 5.0
 """Seconds in which a command, and the threads it has started, must end after `end_at_once`."""
 
-_LOOK = 0.2  # seconds between two looks at an unhandled signal
+_LOOK = 0.2  # seconds between two looks at an unhandled signal, and at slow reads
 _SLACK = 1.0  # seconds by which this module's thread may lag behind a handler
 _ENDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
 _last_handled = float("-inf")
 _ending: tuple[float, signal.Signals] | None = None  # when `end_at_once` ran first
+_signalled = False
 
 
 class Terminated(KeyboardInterrupt):
     """Exception raised on SIGTERM, so that it runs the same clean-up as Ctrl-C."""
 
     exit_code = 128 + signal.SIGTERM
+
+
+def is_signalled() -> bool:
+    """Return whether this command has received a signal, which a stuck main thread may not know."""
+    return _signalled
 
 
 def mark_handled() -> None:
@@ -63,11 +71,11 @@ def handled_signals() -> Iterator[None]:
     A process that was started to ignore one of them, as under nohup, still does. Outside the main
     thread, where Python forbids handlers, nothing changes.
     """
-    global _ending
+    global _ending, _signalled
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _ending = None
+    _ending, _signalled = None, False
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -101,15 +109,18 @@ def _watch(reader: socket.socket, others: frozenset[threading.Thread]) -> None:
 
 
 def _watch_command(reader: socket.socket) -> None:
+    global _signalled
     first: tuple[float, signal.Signals] | None = None
     is_patient = False
     while True:
-        reader.settimeout(None if first is None and _ending is None else _LOOK)
+        reader.settimeout(_LOOK)
+        report_slow_reads()
         with suppress(TimeoutError):
             data = reader.recv(64)
             if not data:
                 return
             for number in set(data) & _ENDS.keys():
+                _signalled = True
                 if first is None:
                     # Another handler saves a checkpoint first: a second signal ends its patience.
                     is_patient = signal.getsignal(number) is not end_at_once

@@ -2,19 +2,23 @@
 
 A cache's id covers the digest of its text, and rows of another text must not get that id. So the
 size and times of a file are compared after every read, and its digest if they differ. Bytes are
-read with `pread`: a map of a file that is truncated ends the process by SIGBUS.
+read with `pread`: a map of a file that is truncated ends the process (see `bus_errors`).
 """
 
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from threading import get_ident
 
 import xxhash
 
+from actcache.core.bus_errors import MAPPED
 from actcache.errors import DatasetError
+from actcache.filesystem.slow_reads import READING
 
 _PIECE = 1 << 20  # bytes digested at a time
 _REMEDY = (
@@ -67,9 +71,11 @@ class WatchedFile:
         """Read bytes of a held file; raises `DatasetError` if it has changed."""
         assert isinstance(self._where, int)
         pieces = []
+        READING[get_ident()] = time.monotonic(), self.path
         while size and (piece := os.pread(self._where, size, offset)):
             pieces.append(piece)
             size, offset = size - len(piece), offset + len(piece)
+        del READING[get_ident()]
         self.check()
         return b"".join(pieces)
 
@@ -81,10 +87,13 @@ class WatchedFile:
         digest, offset = xxhash.xxh3_128(), 0
         fd = self._where if isinstance(self._where, int) else _open(self._where)
         try:
+            READING[get_ident()] = time.monotonic(), self.path
             while piece := os.pread(fd, _PIECE, offset):
                 digest.update(piece)
                 offset += len(piece)
+                READING[get_ident()] = time.monotonic(), self.path
         finally:
+            READING.pop(get_ident(), None)
             if fd != self._where:
                 os.close(fd)
         return digest.hexdigest()
@@ -103,6 +112,7 @@ class MappedFiles:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._before = {path: _place_and_state(path) for path in paths}
+        MAPPED.add(self)
 
     def check(self) -> None:
         """Raise `DatasetError` if a file has changed; call it before and after a map is read."""

@@ -4,7 +4,8 @@
 file so that it appears complete or not at all, and digests it. `lock` locks a folder. `output`
 writes the results of commands. `paths` is the common interface to folders and URLs; `urls` opens a
 URL, through `object_store` (requests with retries), `block_cache` (fetched blocks, kept on this
-machine) and `remote_path` (a store's files as paths).
+machine) and `remote_path` (a store's files as paths). `slow_reads` reports reads that wait for a
+disk.
 """
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "paths",
     "remote_path",
     "rooted",
+    "slow_reads",
     "urls",
 ]

@@ -11,10 +11,12 @@ import errno
 import os
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import IO, Protocol
 
 from actcache.errors import DiskFullError
@@ -26,6 +28,7 @@ from actcache.filesystem.rooted import (
     walk_folders,
     with_path,
 )
+from actcache.filesystem.slow_reads import READING
 
 _PARTIAL = ".partial-"
 _PIECE = 1 << 20  # bytes read and hashed at a time
@@ -88,6 +91,11 @@ def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
     finally:
         os.close(folder)
     return FileDigest(size, digest.hexdigest())
+
+
+def _read_piece(path: Path, file: IO[bytes], piece: memoryview) -> int:
+    READING[get_ident()] = time.monotonic(), path
+    return file.readinto(piece)  # type: ignore[attr-defined, no-any-return]
 
 
 def _pwrite_all(fd: int, chunk: memoryview, offset: int) -> None:
@@ -172,8 +180,11 @@ def digest_file(
     with path.open("rb", buffering=0) as file:
         # One reused buffer: allocating a fresh one for each read costs as much as the read.
         piece = memoryview(bytearray(min(_PIECE, os.fstat(file.fileno()).st_size + 1)))
-        while n := file.readinto(piece):
-            digest.update(piece[:n])
-            size += n
-            advance(n)
+        try:
+            while n := _read_piece(path, file, piece):
+                digest.update(piece[:n])
+                size += n
+                advance(n)
+        finally:
+            READING.pop(get_ident(), None)
     return FileDigest(size, digest.hexdigest())

@@ -8,10 +8,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from threading import get_ident
+from time import monotonic
 
 from actcache.errors import CorruptShardError
 from actcache.filesystem.paths import CachePath, require_remote
 from actcache.filesystem.rooted import open_to_read
+from actcache.filesystem.slow_reads import READING
 
 WHOLE = 1 << 62
 """Read size that never splits a read."""
@@ -44,9 +47,13 @@ def preadv_into(
         return
     left = deque(views)
     end = offset + sum(map(len, views))
+    READING[thread := get_ident()] = monotonic(), path
     try:
         fd = open_to_read(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except BaseException as error:
+        del READING[thread]
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise
         raise CorruptShardError(
             f"{path} is gone",
             expected="the file that existed when the cache was opened",
@@ -54,6 +61,7 @@ def preadv_into(
         ) from error
     try:
         while offset < end:
+            READING[thread] = monotonic(), path
             n = os.preadv(fd, _first(left, piece), offset)
             if n == 0:
                 raise CorruptShardError(
@@ -68,6 +76,7 @@ def preadv_into(
             if n:
                 left[0] = left[0][n:]
     finally:
+        del READING[thread]
         os.close(fd)
 
 

@@ -17,6 +17,7 @@ from actcache.cache.reader import Cache
 from actcache.core.arguments import COUNT, SIZE, checked
 from actcache.core.process import choose_device
 from actcache.errors import ConfigError, RunError
+from actcache.filesystem.slow_reads import report_slow_reads
 from actcache.stream.memory_budget import HELD_BATCHES, PREFETCH_BATCHES, extra_windows
 from actcache.stream.order import Epoch, OrderPlan, Rows, SequentialEpoch, lanes_of_rank
 from actcache.stream.prefetcher import BackgroundIterator
@@ -358,6 +359,7 @@ class ActivationStream:
                 return items.get(_TIMEOUT)
             except queue.Empty:
                 missing = self._builder.plans.missing
+                report_slow_reads()
             if not items.is_alive():
                 raise RunError(
                     "the stream's thread is gone",

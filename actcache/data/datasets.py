@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import get_ident
 from typing import Any, ClassVar, Literal
 
 import numpy as np

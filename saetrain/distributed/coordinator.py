@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,14 +84,15 @@ class Coordinator:
             require_no_batchtopk(record)
 
     def broadcast(self, value: object) -> None:
-        """Broadcast a dataclass from rank 0.
-
-        Its class name is the key, so each class can be broadcast only once per run.
-        """
+        """Broadcast a dataclass from rank 0."""
 
     def receive(self, kind: type[T]) -> T:
         """Receive the dataclass of this class that rank 0 broadcasts."""
         raise AssertionError(f"a single process cannot receive {kind.__name__}")
+
+    def gather(self, text: str) -> list[str]:
+        """Gather a string of each rank on rank 0, by rank; other ranks return an empty list."""
+        return [text]
 
     def barrier(self) -> None:
         """Wait until every rank has reached the same barrier."""
@@ -182,20 +184,37 @@ class MultiProcessCoordinator(Coordinator):
         self.stop_signals.announces = False  # every rank would print the same line
         self.group = group
         self.is_rank_zero = group.rank == 0
+        group.while_waiting = self._while_waiting
         self._stop_sent = False
+        self._calls: Counter[str] = Counter()  # every rank makes the same ones
 
     def broadcast(self, value: object) -> None:
-        """Put the dataclass into the store, as JSON, under its class name."""
-        self.group.put(type(value).__name__, to_json(value).decode())
+        """Put the dataclass into the store, as JSON, under its class name and a number."""
+        self.group.put(self._key(type(value).__name__), to_json(value).decode())
 
     def receive(self, kind: type[T]) -> T:
         """Parse the dataclass that rank 0 put into the store."""
-        text = self.group.get(kind.__name__)
+        text = self.group.get(self._key(kind.__name__))
         return parse_dataclass(kind, decode_json(text.encode()), "the broadcast of rank 0")
+
+    def gather(self, text: str) -> list[str]:
+        """Put the string into the store; on rank 0, wait for those of all ranks."""
+        key = self._key("gather")
+        self.group.put(f"{key}/{self.group.rank}", text)
+        ranks = range(self.group.world_size) if self.is_rank_zero else ()
+        return [self.group.get(f"{key}/{rank}") for rank in ranks]
+
+    def _key(self, call: str) -> str:
+        self._calls[call] += 1
+        return f"{call} {self._calls[call]}"
 
     def barrier(self) -> None:
         """Wait until every rank has reached the same barrier."""
         self.group.barrier()
+
+    def _while_waiting(self) -> None:
+        """Pass on a signal of this rank at each poll of a wait."""
+        self.stop_is_requested()
 
     def throttle(self, step: int) -> None:
         """Raise if another rank has failed."""
@@ -291,6 +310,7 @@ class DdpCoordinator(MultiProcessCoordinator):
 
         def poll() -> None:
             nonlocal is_sent
+            self.group.check()
             self.stop_is_requested()
             if notice.seconds > FIRST_NOTICE / 2 and not is_sent:
                 is_sent = True
@@ -320,7 +340,6 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
         self._next = 0  # the first step that this rank could stop before
         self._stop_step_sent = False
         self._stop_at: tuple[int, signal.Signals] | None = None
-        group.while_waiting = self._send_stop_step_if_requested
 
     def assigned_saes(self, entries: Sequence[SaeEntry]) -> list[int]:
         """Return this rank's share by cost; none, if there are more processes than SAEs."""
@@ -410,7 +429,7 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
         super().finalize_checkpoint(root, step, position, parts, keep, metrics)
         self.group.put(committed, "")
 
-    def _send_stop_step_if_requested(self) -> None:
+    def _while_waiting(self) -> None:
         if self.stop_is_requested():
             self._send_stop_step(self._next)
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.core.process import World
 from actcache.core.rendezvous import WaitNotice, gather, open_store
+from actcache.core.watchdog import is_signalled
 from actcache.errors import ActcacheError, RunError
 from saetrain.distributed.signals import RunStopped, exit_code_of
 
@@ -39,6 +40,8 @@ MISSED_HEARTBEATS = 30
 """Heartbeats of its own after which a rank declares an unchanged neighbour lost."""
 EXIT_GRACE = 20
 """Heartbeats in which the main thread must end once another process has failed."""
+MISSED_AFTER_SIGNAL = EXIT_GRACE_AFTER_SIGNAL = 10
+"""The same two numbers once a signal has asked the run to stop: torchrun kills after 30 s."""
 JOIN_SECONDS = 600.0
 """Seconds in which all processes must have started."""
 
@@ -71,10 +74,18 @@ class RemoteRankError(RunError):
 
 
 class LostRankError(RunError):
-    """Another rank has ended without recording an error."""
+    """Another rank has ended without recording an error, or does not answer."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, silent: float | None = None) -> None:
         self.rank = rank
+        if silent is not None:
+            super().__init__(
+                f"process {rank} of this run does not answer: it was stopped, or its machine hangs",
+                expected=f"a heartbeat every {HEARTBEAT_SECONDS:.0f} s",
+                got=f"none for {silent:.0f} s",
+                remedy="continue it or kill it; --resume continues from the newest checkpoint",
+            )
+            return
         super().__init__(
             f"process {rank} of this run has ended without an error message",
             expected="an error that gives the reason",
@@ -274,9 +285,12 @@ class StoreGroup:
                 current = self._get(key) if self.has(key) else ""
                 unchanged, last = (unchanged + 1 if current == last else 0), current
                 # Counted in heartbeats of this rank: time in which the machine slept does not count
-                missed = unchanged >= MISSED_HEARTBEATS and not self.has(f"done/{neighbour}")
-                if missed or self._is_lost(neighbour):
+                most = MISSED_AFTER_SIGNAL if self._stops() else MISSED_HEARTBEATS
+                if self._is_lost(neighbour):
                     self._abort(LostRankError(neighbour))
+                    return
+                if unchanged >= most and not self.has(f"done/{neighbour}"):
+                    self._abort(LostRankError(neighbour, unchanged * self._interval))
                     return
             except RuntimeError:  # the store has ended with the process that held it
                 self._abort(LostRankError(0))
@@ -285,8 +299,13 @@ class StoreGroup:
     def _abort(self, error: ActcacheError) -> None:
         """Raise an error in the main thread; if it hangs, end the process after `EXIT_GRACE`."""
         self._error = error
-        if not self._ended.wait(EXIT_GRACE * self._interval):
+        grace = EXIT_GRACE_AFTER_SIGNAL if self._stops() else EXIT_GRACE
+        if not self._ended.wait(grace * self._interval):
             self.force_exit(self.report_failure(error))
+
+    def _stops(self) -> bool:
+        """Return whether a signal has asked the run to stop, even if this main thread hangs."""
+        return self.stop_requested or is_signalled()
 
     def force_exit(self, cause: BaseException) -> None:
         """End this process, whose main thread hangs, with an error and its exit code."""

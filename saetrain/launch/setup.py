@@ -19,6 +19,7 @@ from saetrain.model.hookpoint_io import hookpoints_of, target_stats
 from saetrain.model.losses import make_loss_config
 from saetrain.optim import make_optimizer, make_schedule, warmup_steps
 from saetrain.runs.checkpoint import (
+    ForeignCheckpointError,
     RetentionPolicy,
     State,
     best_folder,
@@ -43,6 +44,8 @@ from saetrain.training.state_layout import require_state
 from saetrain.training.step import require_bfloat16_products, require_compiler
 from saetrain.training.validation import Validation
 
+_LONGEST_REASON = 400  # characters of a warning that an error takes
+
 
 @dataclass(frozen=True)
 class RunBroadcast:
@@ -54,10 +57,12 @@ class RunBroadcast:
 
 @dataclass(frozen=True)
 class CheckpointBroadcast:
-    """Message of rank 0 that names the checkpoint to restore."""
+    """Message of rank 0 that names a checkpoint to restore."""
 
     step: int | None
     """Its steps; None if there is none."""
+    is_final: bool
+    """False while rank 0 waits for the other ranks to check it."""
 
 
 def set_up_run(session: RunSession, run: RunState) -> None:
@@ -149,30 +154,45 @@ def make_trainers(
 
 
 def restore_checkpoint(session: RunSession, run: RunState) -> None:
-    """Load the newest intact checkpoint, if there is one, and repair the files that go with it.
+    """Load the newest good checkpoint, if there is one, and repair the files that go with it.
 
     Raises:
-        FormatError: all checkpoints are damaged, or one belongs to another run.
+        FormatError: no checkpoint is good, or one belongs to another run.
     """
     root, record, coordinator = session.root, run.record, session.coordinator
     wanted = {trainer.index for trainer in run.trainers}
+    checkpoint: tuple[State, list[dict[str, Tensor]]] | None = None
 
     def warn(error: FormatError, step: int) -> None:
         run.restore_warnings += (
-            f"{error.what}: the newest checkpoint is damaged; resuming from step {step:,}, and the "
-            "steps after it are done again",
+            f"{_in_one_line(error)}: this checkpoint is damaged; resuming from step {step:,}, and "
+            "the steps after it are done again",
         )
+
+    def accept(state: State, tensors: list[dict[str, Tensor]]) -> None:
+        _require_contents(root, run, state, tensors)
+        coordinator.broadcast(CheckpointBroadcast(state.step, is_final=False))
+        for problem in filter(None, coordinator.gather("")):
+            raise FormatError(problem)
 
     if coordinator.is_rank_zero:
         check = functools.partial(_check_files, root, record)
-        checkpoint = load_checkpoint(root, wanted, check, warn)
+        checkpoint = load_checkpoint(root, wanted, check, warn, accept)
         step = None if checkpoint is None else checkpoint[0].step
-        coordinator.broadcast(CheckpointBroadcast(step))
+        coordinator.broadcast(CheckpointBroadcast(step, is_final=True))
     else:
-        step = coordinator.receive(CheckpointBroadcast).step
-        checkpoint = None if step is None else load_parts(root, step, wanted)
+        while not (candidate := coordinator.receive(CheckpointBroadcast)).is_final:
+            assert candidate.step is not None
+            problem = ""
+            try:
+                checkpoint = load_parts(root, candidate.step, wanted)
+                _require_contents(root, run, *checkpoint)
+            except FormatError as error:
+                problem = _in_one_line(error)
+            coordinator.gather(problem)
+        step = candidate.step
     if checkpoint is not None:
-        _load_state(root, run, *checkpoint)
+        _load_state(run, *checkpoint)
     coordinator.barrier()  # every rank has read its checkpoint: the others can be removed
     if coordinator.is_rank_zero and step is not None:
         options = record.options
@@ -190,8 +210,15 @@ def restore_checkpoint(session: RunSession, run: RunState) -> None:
                 export(root, trainer)  # it was of a later step
 
 
-def _load_state(root: Path, run: RunState, state: State, tensors: list[dict[str, Tensor]]) -> None:
-    """Load a checkpoint into the trainers; raises `FormatError` if it is of another run."""
+def _require_contents(
+    root: Path, run: RunState, state: State, tensors: list[dict[str, Tensor]]
+) -> None:
+    """Require that this run can go on from a checkpoint, before anything of it is loaded.
+
+    Raises:
+        ForeignCheckpointError: it is of another run.
+        FormatError: a tensor or number is not what this run's SAEs need.
+    """
     record = run.record
     if run.segment_tracker is None:
         epoch, step = divmod(state.step, record.plan.steps_per_epoch)
@@ -208,9 +235,22 @@ def _load_state(root: Path, run: RunState, state: State, tensors: list[dict[str,
         path = tensors_path(root, state.step, trainer.index)
         rows = state.step * record.plan.batch_size
         require_state(trainer, part, sae.numbers, path, state.step, rows)
-        trainer.load_state(part, sae.numbers)
+
+
+def _load_state(run: RunState, state: State, tensors: list[dict[str, Tensor]]) -> None:
+    """Load a checkpoint into the trainers."""
+    for trainer in run.trainers:
+        sae = state.saes[trainer.index]
+        trainer.load_state(tensors[trainer.index], sae.numbers)
         trainer.best = sae.best
     run.step, run.stream_state = state.step, state.stream
+
+
+def _in_one_line(error: FormatError) -> str:
+    details = [("expected", error.expected), ("got", error.got)]
+    given = [f"{name} {text}" for name, text in details if text is not None]
+    text = " ".join("; ".join([error.what, *given]).split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
 
 def _check_files(root: Path, record: RunRecord, state: State) -> None:
@@ -226,8 +266,8 @@ def _check_files(root: Path, record: RunRecord, state: State) -> None:
             raise FormatError(f"{path} differs from the file that its checkpoint names")
 
 
-def _foreign_checkpoint(root: Path, expected: object, got: object) -> FormatError:
-    return FormatError(
+def _foreign_checkpoint(root: Path, expected: object, got: object) -> ForeignCheckpointError:
+    return ForeignCheckpointError(
         f"{root} holds a checkpoint of another run",
         expected=expected,
         got=got,

@@ -106,6 +106,10 @@ class State:
             raise FormatError("digests that do not fit the checkpoint's format", got=got)
 
 
+class ForeignCheckpointError(FormatError):
+    """The contents of an undamaged checkpoint say that it is of another run."""
+
+
 @dataclass(frozen=True)
 class RetentionPolicy:
     """Rule by which checkpoints are kept when newer ones exist."""
@@ -288,11 +292,11 @@ def remove_other_bests(sae: Path, steps: Collection[int | None]) -> None:
 
 
 def require_format(root: Path, record: RunRecord, state: State) -> None:
-    """Raise `FormatError` for a checkpoint of another format, or of other SAEs, than its run's."""
+    """Raise an error for a checkpoint of another format, or of other SAEs, than its run's."""
     expected = f"format {record.format_version}, {len(record.saes)} SAEs"
     got = f"format {state.format_version}, {len(state.saes)} SAEs"
     if got != expected:
-        raise FormatError(
+        raise ForeignCheckpointError(
             f"{state_path(root, state.step)} is a checkpoint of another run",
             expected=expected,
             got=got,
@@ -364,23 +368,26 @@ def load_checkpoint(
     wanted: Container[int] | None = None,
     check: Callable[[State], None] = lambda _: None,
     fell_back: Callable[[FormatError, int], None] = lambda *_: None,
+    accept: Callable[[State, list[dict[str, Tensor]]], None] = lambda *_: None,
 ) -> tuple[State, list[dict[str, Tensor]]] | None:
-    """Load the newest undamaged checkpoint: its state and each SAE's tensors.
+    """Load the newest good checkpoint: its state and each SAE's tensors.
 
     Args:
         root: folder of the run.
         wanted: indices of the SAEs whose tensors are loaded (the others' are empty); None: all.
             The files of all SAEs are compared with their digests.
         check: raises `FormatError` if files that the checkpoint names have changed.
-        fell_back: called with the error of a newer, damaged checkpoint and the step loaded.
+        fell_back: called with the error of each newer checkpoint and the step loaded.
+        accept: raises `FormatError` if the run cannot go on from what was loaded.
 
     Returns:
         None if there is no checkpoint.
 
     Raises:
-        FormatError: all checkpoints are damaged; the error is that of the newest.
+        ForeignCheckpointError: a checkpoint is of another run, and none is newer and good.
+        FormatError: all checkpoints are refused; the error is that of the newest.
     """
-    first: FormatError | None = None
+    refused: list[FormatError] = []
     for step in sorted(_complete(root), reverse=True):
         try:
             state = read_state(root, step)
@@ -388,20 +395,24 @@ def load_checkpoint(
                 _load(root, state, i, wanted is None or i in wanted) for i in range(len(state.saes))
             ]
             check(state)
+            accept(state, tensors)
+        except ForeignCheckpointError:
+            raise
         except FormatError as error:
-            first = first or error
+            refused.append(error)
         else:
-            if first is not None:
-                fell_back(first, step)
+            for newer in refused:
+                fell_back(newer, step)
             return state, tensors
-    if first is not None:
+    if refused:
+        first = refused[0]
         raise FormatError(
             first.what,
             expected=first.expected,
             got=first.got,
-            remedy="no other checkpoint is whole (--keep-last 2 keeps one to fall back to): "
-            "restore it from a copy, or remove checkpoint-* there and start the run again with "
-            "--resume",
+            remedy="it is damaged or of another run, and no other checkpoint is whole "
+            "(--keep-last 2 keeps one to fall back to): restore it from a copy, or remove "
+            "checkpoint-* there and start the run again with --resume",
         ) from first
     return None
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from actcache.core.progress import format_bytes
+from actcache.errors import ActcacheError
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.memory_budget import extra_windows, plan_memory
 from actcache.stream.verified_reads import ProbeResult, probe_read_settings
@@ -124,10 +125,12 @@ def _next_batch(
     done: int,
     position: dict[str, int],
 ) -> Batch | None:
-    """Return the next batch; after a read error, save the steps done and raise it."""
+    """Return the next batch; after an error, save the steps done and raise it."""
     try:
         return coordinator.next_batch(stream)
-    except LostRankError:  # saving needs all ranks
+    except LostRankError:
+        with suppress(ActcacheError):  # the lost rank is the error to raise
+            checkpointer.save_while_waiting(done, position)
         raise
     except Exception:
         checkpointer.save_after_read_error(done, position)

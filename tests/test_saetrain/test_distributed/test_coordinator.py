@@ -88,6 +88,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_before_the_same_step(
 ) -> None:
     """Also while ranks wait for a checkpoint, or because they lead by the limit."""
     monkeypatch.setattr(saetrain.distributed.process_group, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(saetrain.distributed.process_group, "MISSED_AFTER_SIGNAL", 10_000)
     state = random.Random(seed)
     store, errors = HashStore(), []
     stopped: dict[int, tuple[int, signal.Signals]] = {}
@@ -129,6 +130,37 @@ def test_a_signal_to_one_rank_stops_all_ranks_before_the_same_step(
     assert number is signal.SIGINT
     assert step > at
     assert newest_step(tmp_path) == step
+
+
+def test_values_of_one_class_are_broadcast_in_turn_and_answers_gathered_by_rank() -> None:
+    store, received, errors = HashStore(), [], []
+
+    def work(rank: int) -> None:
+        try:
+            group = StoreGroup(store, World(rank, 3))
+            coordinator = ModuleParallelCoordinator(group)
+            for number in range(4):
+                if rank == 0:
+                    coordinator.broadcast(World(number, 9))
+                    assert coordinator.gather("zero") == [
+                        "zero",
+                        f"1 has {number}",
+                        f"2 has {number}",
+                    ]
+                else:
+                    received.append(coordinator.receive(World).rank)
+                    assert coordinator.gather(f"{rank} has {number}") == []
+            group.shutdown()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    assert sorted(received) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_one_rank_reports_the_outcome_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

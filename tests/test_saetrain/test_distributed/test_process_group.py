@@ -199,10 +199,25 @@ def test_a_rank_without_heartbeats_is_lost(
     with pytest.raises(LostRankError) as lost:  # rank 0 watches rank 1, and records the failure
         groups[0].get("a key that is never set")
     assert lost.value.rank == 1
+    assert "process 1 of this run does not answer" in str(lost.value)
     reported = groups[0].report_failure(lost.value)
     assert reported is lost.value
     with pytest.raises(RemoteRankError, match="process 0"):
         groups[2].get("a key that is never set")
+
+
+def test_after_a_signal_a_rank_without_heartbeats_is_lost_sooner(
+    connect: Callable[[int], list[StoreGroup]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run ends before torchrun kills it, where a stopped rank cannot save."""
+    monkeypatch.setattr(saetrain.distributed.process_group, "MISSED_HEARTBEATS", 10**9)
+    groups = connect(2)
+    groups[1].close()
+    time.sleep(0.5)
+    groups[0].check()
+    groups[0].request_stop()
+    with pytest.raises(LostRankError, match="process 1 of this run does not answer"):
+        groups[0].barrier()
 
 
 def test_a_rank_that_has_shut_down_is_not_lost(connect: Callable[[int], list[StoreGroup]]) -> None:
@@ -240,5 +255,5 @@ def test_a_rank_that_hangs_after_another_is_lost_is_ended_with_the_error() -> No
     command = [sys.executable, "-c", HANG]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == RunError.exit_code, done.stderr
-    assert "error: process 1 of this run has ended without an error message" in done.stderr
+    assert "error: process 1 of this run does not answer" in done.stderr
     assert "forced exit: 11" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -17,8 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import saetrain.training.init
+from actcache.core.json_codec import to_json
+from actcache.filesystem.atomic import digest_file
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeOptions
 from saetrain.launch.run import fit
@@ -304,6 +308,31 @@ def test_a_signal_stops_all_ranks_at_one_step_and_the_run_resumes_exactly(
     assert snapshot(stopped) == snapshot(whole)
 
 
+@pytest.mark.soak  # torchrun waits 30 s for the rank that is stopped
+@pytest.mark.parametrize("parallel", ["modules", "ddp"])
+def test_a_signal_ends_a_run_whose_other_rank_is_stopped_and_it_resumes_exactly(
+    parallel: str, base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
+) -> None:
+    run = base | {"parallel": parallel, "epochs": 12, "save_every": 5, "resume": True}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = start(2, run | {"out": str(stopped)})
+    ids = ranks_of(process.pid)
+    zero, one = ids[0], ids[1]
+    os.kill(one, signal.SIGSTOP)
+    os.kill(zero, signal.SIGTERM)
+    began = time.monotonic()
+    while Path(f"/proc/{zero}").exists():
+        assert time.monotonic() < began + 120
+        time.sleep(0.1)
+    os.kill(one, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert stderr.count("error: process 1 of this run does not answer") == 1
+    assert "error_handling.py" not in stderr
+    assert exit_status(stopped)["code"] == 11
+    finish(run, whole, stopped, tmp_path)
+    assert snapshot(stopped) == snapshot(whole)
+
+
 def finish(run: dict[str, Any], whole: Path, broken: Path, folder: Path) -> None:
     """Resume a run, and make a whole one: with one process, or two for --parallel ddp."""
     runs = [run | {"out": str(out)} for out in (whole, broken)]
@@ -381,6 +410,32 @@ def test_stopped_damaged_and_overridden_runs_resume_like_those_of_one_process(
     assert record["batch_parts"] == 1
     assert [change["step"] for change in record["history"]] == [20]
     assert not fit(FitConfig(**kept | {"out": str(other)})).warnings
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("parallel", ["modules", "ddp"])
+def test_a_checkpoint_that_one_rank_refuses_is_skipped_by_all(
+    parallel: str, base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
+) -> None:
+    """With --parallel modules, rank 0 does not know the SAEs of rank 1."""
+    run = base | {"parallel": parallel, "out": str(tmp_path / "run")}
+    run |= {"keep_last": 2, "keep_every": 5, "resume": True}
+    run_jobs(2, [{"options": run}], tmp_path)
+    whole = snapshot(tmp_path / "run")
+    path = sorted((tmp_path / "run").glob("checkpoint-*.json"))[-1]
+    state = json.loads(path.read_text())
+    for number, sae in enumerate(state["saes"]):
+        if number != 0 or parallel == "ddp":
+            tensors_path = path.with_suffix(f".{number:05d}.safetensors")
+            save_file(load_file(tensors_path) | {"meter": torch.zeros(1)}, tensors_path)
+            sae["file"] = dataclasses.asdict(digest_file(tensors_path))
+    path.write_bytes(to_json(state, sealed=True))
+    run_jobs(2, [{"options": run}], tmp_path)
+    warnings = result_of(tmp_path / "run", 0)["warnings"]
+    assert "tensor meter" in " ".join(warnings)
+    assert "this checkpoint is damaged; resuming from step" in " ".join(warnings)
+    assert result_of(tmp_path / "run", 1)["new_steps"] > 0
+    assert snapshot(tmp_path / "run") == whole
 
 
 def result_of(root: Path, rank: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import saetrain.launch.run
 import saetrain.training.step
 from actcache.core.json_codec import to_json
 from actcache.errors import DiskFullError, FormatError
+from actcache.filesystem.atomic import digest_file
 from actcache.filesystem.rooted import RootedPath
 from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
@@ -305,6 +309,66 @@ def test_a_checkpoint_with_another_stream_position_is_refused(
         fit(config)
     path.write_bytes(to_json(json.loads(text) | change, sealed=True))
     with pytest.raises(FormatError, match=r"of (another run|its step|an impossible step)"):
+        fit(config)
+
+
+def rewrite_newest(root: Path, change: Callable[[dict[str, Any]], None], **state: Any) -> int:
+    """Change tensors of a run's newest checkpoint, and seal it again; return its step."""
+    path = sorted(root.glob("checkpoint-*.json"))[-1]
+    tensors_path = path.with_suffix(".00001.safetensors")
+    tensors = load_file(tensors_path)
+    change(tensors)
+    save_file(tensors, tensors_path)
+    obj = json.loads(path.read_text()) | state
+    obj["saes"][1]["file"] = dataclasses.asdict(digest_file(tensors_path))
+    path.write_bytes(to_json(obj, sealed=True))
+    return obj["step"]
+
+
+BAD_CONTENTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "another shape": lambda tensors: tensors.update(meter=torch.zeros(1)),
+    "a missing tensor": lambda tensors: tensors.pop("firing"),
+    "a weight that is not finite": lambda tensors: tensors["sae.b_enc"].fill_(math.nan),
+    "a counter out of range": lambda tensors: tensors["firing"].fill_(-1),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CONTENTS)
+def test_a_checkpoint_with_impossible_contents_is_named_and_an_older_one_resumed(
+    kind: str, options: Options, snapshot: Snapshot, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = options(resume=True, keep_last=2)
+    fit(config)
+    whole = snapshot(Path(config.out))
+    step = rewrite_newest(Path(config.out), BAD_CONTENTS[kind])
+    summary = fit(config)
+    assert 0 < summary.new_steps < step
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
+    assert f"checkpoint-{step:09d}.00001.safetensors" in line
+    assert "; expected " in line
+    assert f"resuming from step {step - summary.new_steps}," in line
+    assert only_changed(whole, snapshot(Path(config.out))) == []
+
+
+def test_without_a_good_checkpoint_a_resume_is_refused_and_changes_nothing(
+    options: Options, snapshot: Snapshot
+) -> None:
+    config = options(resume=True)
+    fit(config)
+    rewrite_newest(Path(config.out), BAD_CONTENTS["another shape"])
+    before = snapshot(Path(config.out))
+    with pytest.raises(FormatError, match=r"meter(.|\n)*no other checkpoint is whole"):
+        fit(config)
+    assert only_changed(before, snapshot(Path(config.out))) in ([], ["exit.json"])
+
+
+def test_a_checkpoint_that_says_it_is_of_another_run_is_no_reason_to_fall_back(
+    options: Options,
+) -> None:
+    config = options(resume=True, keep_last=2)
+    fit(config)
+    rewrite_newest(Path(config.out), lambda _: None, stream={"epoch": 7, "step": 1})
+    with pytest.raises(FormatError, match="of another run"):
         fit(config)
 
 

@@ -1,7 +1,8 @@
 """The language model that is harvested: loaded onto devices, and hooked.
 
 `loading` loads a causal language model, quantised or not, and fingerprints its weights and
-tokenizer; `hooks` finds the hookpoints and captures their activations.
+tokenizer; `gguf_header` checks a GGUF file first; `hooks` finds the hookpoints and captures their
+activations.
 """
 
-__all__ = ["hooks", "loading"]
+__all__ = ["gguf_header", "hooks", "loading"]

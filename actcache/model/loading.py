@@ -20,6 +20,7 @@ import xxhash
 from actcache.config import HarvestConfig
 from actcache.core.process import choose_device
 from actcache.errors import ModelError, shortage_of
+from actcache.model.gguf_header import GgufHeader, read_gguf_header
 
 
 def load_config(config: HarvestConfig) -> Any:
@@ -34,7 +35,7 @@ def load_config(config: HarvestConfig) -> Any:
     _check_local(config)
     with _explained(config, "configuration"):
         values = {}
-        if config.gguf_file is None:  # which is slow to read
+        if config.gguf_file is None:  # `_check_local` has checked its sizes
             values, _ = PretrainedConfig.get_config_dict(config.model, **_source(config))
     _require_possible(config.model, values)  # before lists are made of that many layers
     with _explained(config, "configuration"):
@@ -63,6 +64,27 @@ def _require_possible(name: str, values: Mapping[str, Any]) -> None:
                 )
 
 
+def _require_weights(config: HarvestConfig, loaded: Any) -> None:
+    """Raise `ModelError` if a GGUF file describes a much larger model than it has weights for.
+
+    transformers reserves memory for the model that is described, and fills in what is missing.
+    """
+    header = _gguf_header(config)
+    if header is None:
+        return
+    try:
+        parameters = sum(p.numel() for p in load_meta_model(loaded, config).parameters())
+    except Exception:  # its code does not support the meta device
+        return
+    if parameters > 2 * header.elements:  # the embedding may serve as the last layer, too
+        raise ModelError(
+            f"{config.gguf_file} of {config.model} describes a larger model than its weights",
+            expected=f"about {parameters:,} numbers",
+            got=f"{header.elements:,}",
+            remedy="restore it, or download it again",
+        )
+
+
 def load_tokenizer(config: HarvestConfig) -> Any:
     """Load the model's tokenizer; raises `ModelError`."""
     from transformers import AutoTokenizer
@@ -80,7 +102,9 @@ def load_model(config: HarvestConfig) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    kwargs = from_pretrained_kwargs(config, load_config(config))
+    loaded = load_config(config)
+    _require_weights(config, loaded)
+    kwargs = from_pretrained_kwargs(config, loaded)
     device = None if kwargs else choose_device(config.device)
     dtype = "auto" if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
     with _explained(config, "weights"):
@@ -265,6 +289,18 @@ def _check_local(config: HarvestConfig) -> None:
         )
     if not path.exists() and config.model.startswith((".", "/", "~")):
         raise ModelError(f"no such model folder: {config.model}")
+    _gguf_header(config)
+
+
+def _gguf_header(config: HarvestConfig) -> GgufHeader | None:
+    """Check the GGUF file, before its reader trusts its sizes; raises `ModelError`."""
+    if config.gguf_file is None:
+        return None
+    from transformers.utils import cached_file
+
+    with _explained(config, "GGUF file"):
+        path = cached_file(config.model, config.gguf_file, revision=config.revision)
+        return read_gguf_header(Path(path))
 
 
 @contextlib.contextmanager
@@ -280,6 +316,8 @@ def _explained(config: HarvestConfig, what: str) -> Iterator[None]:
     try:
         with quiet:
             yield
+    except ModelError:
+        raise
     except Exception as error:  # transformers, its hub client and parsers raise many types
         if (shortage := shortage_of(error)) is not None:
             raise shortage from None

@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import typer
 
 from actcache import errors
+from actcache.core.terminal import SafeStream
 from actcache_cli import convert, fit, harvest, plan
 from actcache_cli.fit import print_estimate
 from actcache_cli.programs import actcache_app, saetrain_app
@@ -71,11 +73,14 @@ def programs() -> Iterator[dict[str, Any]]:
 
 
 def code_of(program: Any, arguments: list[str]) -> int:
-    """Run a command in this process, and return its exit code."""
-    try:
-        program.main(arguments, prog_name="program")
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
+    """Run a command in this process, with the streams that it has, and return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", SafeStream(sys.stdout, is_result=True))
+        patch.setattr(sys, "stderr", SafeStream(sys.stderr, is_result=False))
+        try:
+            program.main(arguments, prog_name="program")
+        except SystemExit as exit_:
+            return int(exit_.code or 0)
     return 0
 
 

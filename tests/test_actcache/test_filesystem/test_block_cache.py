@@ -109,6 +109,32 @@ def test_killed_writers_leave_whole_blocks_within_the_capacity(tmp_path: Path) -
     assert kept(tmp_path) <= most
 
 
+def test_processes_of_different_capacities_share_a_folder_even_if_one_is_killed(
+    tmp_path: Path,
+) -> None:
+    large, small = 60 * (1000 + OVERHEAD), 20 * (1000 + OVERHEAD)
+    processes = [writer(tmp_path, most, name, 500) for most, name in ((large, "l"), (small, "s"))]
+    dying = writer(tmp_path, small, "d", 100_000)
+    reader, read = BlockCache(tmp_path, large), 0
+    while any(process.poll() is None for process in processes):
+        assert kept(tmp_path) <= large
+        for path in tmp_path.glob("??/*"):  # another process evicts meanwhile
+            number = path.name.rpartition("-")[2]
+            if not path.name.startswith(".") and (data := reader.get(path.name, 1000)) is not None:
+                assert data == bytes([int(number) % 256]) * 1000
+                read += 1
+        if read > 20:
+            dying.send_signal(signal.SIGKILL)
+    assert [process.wait() for process in processes] == [0, 0]
+    dying.kill()
+    assert dying.wait() == -signal.SIGKILL
+    assert read > 20
+    last = BlockCache(tmp_path, small)
+    last.put("zz-0", bytes(1000))
+    assert last.holds("zz-0")
+    assert kept(tmp_path) <= small
+
+
 def test_partial_files_of_killed_processes_are_deleted_later(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path, 5_000)
     cache.put("aa-0", bytes(1000))

@@ -56,11 +56,14 @@ def _end(number: int, _frame: FrameType | None) -> None:
 def _run(build: Callable[[], Typer]) -> None:
     """Run a program whose output, usage errors and tracebacks included, is escaped."""
     global _when
+    import logging
+
     from actcache.core.terminal import make_streams_safe, reserve_standard_files
 
     reserve_standard_files()
     # torch prints the stack of every lost connection as a warning; the error says it in a sentence.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.raiseExceptions = False  # no stack on stderr where a library cannot write its log
     make_streams_safe()
     try:
         build()()

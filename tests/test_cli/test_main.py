@@ -136,3 +136,23 @@ def test_the_entry_of_the_programs_imports_the_standard_library_only():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = set(done.stdout.split())
     assert not {"typer", "click", "actcache", "inspect", "dataclasses"} & names
+
+
+FAILING_LOG = """
+import logging
+from actcache_cli import main
+
+def build():
+    logging.getLogger("library").addHandler(logging.FileHandler("/dev/full"))
+    return lambda: logging.getLogger("library").warning("a line that finds no room")
+
+main._run(build)
+"""
+
+
+def test_a_log_of_a_library_that_cannot_be_written_prints_no_traceback():
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_LOG], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0

@@ -116,6 +116,8 @@ _REMEDIES = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), and run the same command again",
     errno.EROFS: "the file system is read-only: name a folder that can be written to",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EAGAIN: "the system allows no more processes: raise the limit (ulimit -u, or pids.max "
+    "of the container), or end other programs",
     errno.ENFILE: "the system has too many open files: end other programs",
     errno.ENOLCK: "use a file system with locks",
     errno.ENAMETOOLONG: "a shorter name",

@@ -14,6 +14,12 @@ MINUTE = 60.0
 """Seconds between two lines about one wait."""
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar without the thread that would redraw it between two updates."""
+
+    monitor_interval = 0
+
+
 class Progress:
     """A tqdm bar with amount, rate, time left, and bytes per second if bytes are reported.
 
@@ -33,7 +39,7 @@ class Progress:
         self._bytes = 0
         self._began = time.monotonic()
         self._next_line = 0.0  # when a wait is printed again
-        self._bar: Any = tqdm(
+        self._bar: Any = _Bar(
             desc=what,
             total=total,
             initial=initial,

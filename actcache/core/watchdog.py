@@ -23,12 +23,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from actcache.filesystem.slow_reads import report_slow_reads
+from actcache.core.terminal import escape_controls
+from actcache.errors import quote_name
+from actcache.filesystem.slow_reads import READING, report_slow_reads
 
 GRACE_SECONDS = 5.0
 """Seconds after a signal in which a handler must run."""
 CLEAN_UP_SECONDS = 5.0
 """Seconds in which a command, and the threads it has started, must end after `end_at_once`."""
+
+READ_SECONDS = 10.0
+"""Seconds after a signal in which a read of the main thread must end, even if the signal's handler
+saves a checkpoint: it cannot before."""
 
 _LOOK = 0.2  # seconds between two looks at an unhandled signal, and at slow reads
 _SLACK = 1.0  # seconds by which this module's thread may lag behind a handler
@@ -36,7 +42,8 @@ _ENDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
 _last_handled = float("-inf")
 _ending: tuple[float, signal.Signals] | None = None  # when `end_at_once` ran first
-_signalled = False
+_signalled: signal.Signals | None = None
+_abandons = False
 
 
 class Terminated(KeyboardInterrupt):
@@ -47,7 +54,13 @@ class Terminated(KeyboardInterrupt):
 
 def is_signalled() -> bool:
     """Return whether this command has received a signal, which a stuck main thread may not know."""
-    return _signalled
+    return _signalled is not None
+
+
+def end_after_command() -> None:
+    """End the process soon after a command that a signal ends: its threads may wait for a disk."""
+    global _abandons
+    _abandons = True
 
 
 def mark_handled() -> None:
@@ -71,11 +84,11 @@ def handled_signals() -> Iterator[None]:
     A process that was started to ignore one of them, as under nohup, still does. Outside the main
     thread, where Python forbids handlers, nothing changes.
     """
-    global _ending, _signalled
+    global _ending, _signalled, _abandons
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _ending, _signalled = None, False
+    _ending, _signalled, _abandons = None, None, False
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -92,6 +105,8 @@ def handled_signals() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
+        if _abandons and _signalled is not None:
+            _ending = _ending or (time.monotonic(), _signalled)
         writer.close()  # ends the thread
         if _ending is None:
             thread.join()
@@ -101,8 +116,11 @@ def _watch(reader: socket.socket, others: frozenset[threading.Thread]) -> None:
     """Read signals, and end the process if one is not handled in time, or the command goes on."""
     with reader:
         _watch_command(reader)
-    # The command has ended, and said why. Python waits for its threads before it exits.
-    while _ending is not None and any(not t.daemon for t in set(threading.enumerate()) - others):
+    # The command has ended, and said why. Python waits for its threads before it exits, for those
+    # of pools even if they are daemons.
+    while _ending is not None and (
+        _abandons or any(not t.daemon for t in set(threading.enumerate()) - others)
+    ):
         if time.monotonic() > _ending[0] + CLEAN_UP_SECONDS:
             os._exit(128 + _ending[1])
         time.sleep(_LOOK)
@@ -111,7 +129,8 @@ def _watch(reader: socket.socket, others: frozenset[threading.Thread]) -> None:
 def _watch_command(reader: socket.socket) -> None:
     global _signalled
     first: tuple[float, signal.Signals] | None = None
-    is_patient = False
+    is_patient, signalled = False, 0.0
+    main = threading.main_thread().ident or 0
     while True:
         reader.settimeout(_LOOK)
         report_slow_reads()
@@ -120,13 +139,18 @@ def _watch_command(reader: socket.socket) -> None:
             if not data:
                 return
             for number in set(data) & _ENDS.keys():
-                _signalled = True
+                if _signalled is None:
+                    _signalled, signalled = signal.Signals(number), time.monotonic()
                 if first is None:
                     # Another handler saves a checkpoint first: a second signal ends its patience.
                     is_patient = signal.getsignal(number) is not end_at_once
                     first = time.monotonic(), signal.Signals(number)
                 elif time.monotonic() > first[0] + GRACE_SECONDS:
                     is_patient = False
+        if _signalled is not None and (read := READING.get(main)) is not None:
+            began, path = max(read[0], signalled), escape_controls(quote_name(str(read[1])))
+            if time.monotonic() > began + READ_SECONDS:
+                _end(_signalled, f"was waiting to read {path}, and did not end", READ_SECONDS)
         if first is not None and _last_handled >= first[0] - _SLACK:
             first = None
         if first is not None and not is_patient and time.monotonic() > first[0] + GRACE_SECONDS:
@@ -141,5 +165,5 @@ def _end(number: signal.Signals, why: str, seconds: float) -> None:
         "the same command resumes (fit: --resume)\n"
     )
     with suppress(OSError):  # stderr may be closed
-        os.write(2, text.encode())
+        os.write(2, text.encode(errors="replace"))
     os._exit(128 + number)

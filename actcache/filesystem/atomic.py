@@ -28,7 +28,7 @@ from actcache.filesystem.rooted import (
     walk_folders,
     with_path,
 )
-from actcache.filesystem.slow_reads import READING
+from actcache.filesystem.slow_reads import READING, WRITING
 
 _PARTIAL = ".partial-"
 _PIECE = 1 << 20  # bytes read and hashed at a time
@@ -74,10 +74,12 @@ def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
             offset = 0
             for buffer in buffers:
                 for start in range(0, len(buffer), _CHUNK):
+                    WRITING[get_ident()] = time.monotonic(), path
                     chunk = buffer[start : start + _CHUNK]
                     _pwrite_all(fd, chunk, offset + start)
                     digest.update(chunk)
                 offset += len(buffer)
+            WRITING[get_ident()] = time.monotonic(), path
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -89,6 +91,7 @@ def write_atomic(path: Path, parts: Iterable[memoryview | bytes]) -> FileDigest:
                 os.unlink(partial, dir_fd=folder)
         raise as_disk_full_error(with_path(error, path), path, size) from error
     finally:
+        WRITING.pop(get_ident(), None)
         os.close(folder)
     return FileDigest(size, digest.hexdigest())
 

@@ -1,8 +1,8 @@
-"""Reports of reads of local files that take long: a hanging disk or share names its file.
+"""Reports of local files whose reading or writing takes long, on a disk or share that hangs.
 
-A thread that may wait for a disk writes file and time into `READING` before each call of the
-operating system, and removes the entry afterwards. It makes no call for it, since rows are read in
-thousands of pieces. Another thread calls `report_slow_reads` now and then.
+A thread that may wait for a disk writes file and time into `READING` or `WRITING` before each call
+of the operating system, and removes the entry afterwards. It makes no call of ours for it, since
+rows are read in thousands of pieces. Another thread calls `report_slow_reads` now and then.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ FIRST_NOTICE, NEXT_NOTICE = 10.0, 60.0
 
 READING: dict[int, tuple[float, Path]] = {}
 """Beginning, by `time.monotonic`, and file of each thread's read, by `threading.get_ident`."""
+WRITING: dict[int, tuple[float, Path]] = {}
+"""The same of each thread's write."""
 
 _next_report = 0.0
 
@@ -26,7 +28,8 @@ def report_slow_reads() -> None:
     """Print the file that a thread has waited for longest, if a report is due."""
     global _next_report
     now = time.monotonic()
-    slow = [(began, path) for began, path in list(READING.values()) if now - began >= FIRST_NOTICE]
+    waits = [*READING.values(), *WRITING.values()]
+    slow = [(began, path) for began, path in waits if now - began >= FIRST_NOTICE]
     if not slow:
         _next_report = 0.0
     if not slow or now < _next_report or sys.stderr is None:

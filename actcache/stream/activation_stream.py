@@ -295,6 +295,8 @@ class ActivationStream:
         """Part of it that was spent on shards not yet published; in steps of a second."""
         self.on_wait: Callable[[int], None] = lambda _: None
         """Called about once a second while a shard is waited for, with its number."""
+        self.on_slow: Callable[[], None] = lambda: None
+        """Called about once a second while rows that exist are waited for."""
         self._items: BackgroundIterator[tuple[Batch, StreamPosition]] | None = None
         self._closed = False
 
@@ -368,6 +370,12 @@ class ActivationStream:
             if missing is not None:
                 self.seconds_for_shards += _TIMEOUT
                 self.on_wait(missing)
+                continue
+            try:
+                self.on_slow()
+            except BaseException:
+                items.abandon()  # its threads may wait for a disk
+                raise
 
     def __enter__(self) -> ActivationStream:
         return self

@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from actcache.core.watchdog import end_after_command
+
+_ABANDONED_SECONDS = 2.0
+
 T = TypeVar("T")
 Make = Callable[[Executor, threading.Event], Iterator[T]]
 """Creates the iterator, given an executor; the iterator ends early when the event is set."""
@@ -33,6 +37,7 @@ class BackgroundIterator(Generic[T]):
         self._make, self._workers = make, workers
         self._items: queue.Queue[T | BaseException | None] = queue.Queue(prefetch)
         self._stop = threading.Event()
+        self._patience: float | None = None
         self._thread = threading.Thread(target=self._run, name="actcache-reader", daemon=True)
         self._thread.start()
         _running.add(self)
@@ -53,10 +58,15 @@ class BackgroundIterator(Generic[T]):
         """Request the end of the thread without waiting: safe to call from a finalizer."""
         self._stop.set()
 
+    def abandon(self) -> None:
+        """Let `close` wait for two seconds only: the consumer has not waited for the next item."""
+        self._patience = _ABANDONED_SECONDS
+        end_after_command()
+
     def close(self) -> None:
         """Stop the thread and join it."""
         self.stop()
-        self._thread.join()
+        self._thread.join(self._patience)
 
     def _run(self) -> None:
         try:

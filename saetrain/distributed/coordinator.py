@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.core.process import World
-from actcache.core.rendezvous import FIRST_NOTICE, ranks
-from actcache.errors import ConfigError
+from actcache.core.rendezvous import FIRST_NOTICE, WaitNotice, ranks
+from actcache.errors import ConfigError, RunError
 from actcache.filesystem.atomic import FileDigest
 from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.order import lanes_of_rank
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+STOP_SECONDS = 10.0
+"""Seconds that a rank waits for rows to come to the step at which all ranks stop."""
 _SIGNAL = 128  # added to a signal number in an all-gather of exit codes, which are smaller
 
 
@@ -340,6 +342,7 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
         self._next = 0  # the first step that this rank could stop before
         self._stop_step_sent = False
         self._stop_at: tuple[int, signal.Signals] | None = None
+        self._waiting: WaitNotice | None = None
 
     def assigned_saes(self, entries: Sequence[SaeEntry]) -> list[int]:
         """Return this rank's share by cost; none, if there are more processes than SAEs."""
@@ -389,8 +392,11 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
             notice.update(f"rank {at.index(last)}, which is at step {last:,}")
 
     def check_stop_request(self, done: int, waits: bool = False) -> None:
-        """After a stop request, gather the step that each rank can stop before; take the last."""
-        del waits
+        """After a stop request, gather the step that each rank can stop before; take the last.
+
+        Raises:
+            RunError: this rank waits for the rows of a step before that one, and they do not come.
+        """
         if not self.stop_is_requested():
             return
         self._send_stop_step(done)
@@ -401,6 +407,17 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
             self._stop_at = max(int(step) for step, _ in replies), _signal_of(signals)
         if done >= self._stop_at[0]:
             raise StopRequested(self._stop_at[1])
+        if waits and self._waiting is None:
+            self._waiting = self.group.notice()
+        if waits and self._waiting is not None and self._waiting.seconds > STOP_SECONDS:
+            raise RunError(
+                f"rank {self.group.rank} was stopped by a signal while it waited for rows",
+                expected=f"the rows of step {done + 1:,}, to save step {self._stop_at[0]:,} with "
+                "the other ranks",
+                got=f"none within {STOP_SECONDS:.0f} s",
+                remedy="see whether its disk answers; --resume continues from the newest "
+                "checkpoint",
+            )
 
     def finalize_checkpoint(
         self,

@@ -41,7 +41,8 @@ MISSED_HEARTBEATS = 30
 EXIT_GRACE = 20
 """Heartbeats in which the main thread must end once another process has failed."""
 MISSED_AFTER_SIGNAL = EXIT_GRACE_AFTER_SIGNAL = 10
-"""The same two numbers once a signal has asked the run to stop: torchrun kills after 30 s."""
+"""The same two numbers once a signal has asked the run to stop: torchrun kills after 30 s. The
+first holds for a neighbour on this machine that is suspended; others may be busy with saving."""
 JOIN_SECONDS = 600.0
 """Seconds in which all processes must have started."""
 
@@ -285,7 +286,8 @@ class StoreGroup:
                 current = self._get(key) if self.has(key) else ""
                 unchanged, last = (unchanged + 1 if current == last else 0), current
                 # Counted in heartbeats of this rank: time in which the machine slept does not count
-                most = MISSED_AFTER_SIGNAL if self._stops() else MISSED_HEARTBEATS
+                hopeless = self._stops() and is_suspended(self._tokens[neighbour])
+                most = MISSED_AFTER_SIGNAL if hopeless else MISSED_HEARTBEATS
                 if self._is_lost(neighbour):
                     self._abort(LostRankError(neighbour))
                     return
@@ -404,6 +406,12 @@ def has_exited(token: str) -> bool:
     return machine == _machine() and _start_time(int(pid)) != start_time
 
 
+def is_suspended(token: str) -> bool:
+    """Return whether the process of a token is suspended (SIGSTOP, a debugger) on this machine."""
+    machine, pid, _ = token.rsplit(" ", 2)
+    return machine == _machine() and _state(int(pid))[:1] in (["T"], ["t"])
+
+
 def _machine() -> str:
     """Identify the boot of a machine and the container: process ids are unique within both."""
     try:
@@ -415,9 +423,13 @@ def _machine() -> str:
 
 def _start_time(pid: int) -> str:
     """Return the start time of a process, in clock ticks; '' if it has ended or is a zombie."""
+    state = _state(pid)
+    return "" if not state or state[0] in "ZX" else state[19]  # field 22 of proc(5)
+
+
+def _state(pid: int) -> list[str]:
+    """Return the fields of proc(5) from the third on, a process's state; none if it has ended."""
     try:
-        _, _, fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")
+        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return ""
-    state, *rest = fields.split()
-    return "" if state in "ZX" else rest[18]  # field 22 of proc(5)
+        return []

@@ -60,6 +60,10 @@ def train(root: Path, config: FitConfig, run: RunState, coordinator: Coordinator
         checkpointer.save_while_waiting(done, position)
         coordinator.check_stop_request(done, waits=True)
 
+    def on_slow() -> None:
+        coordinator.check_stop_request(done, waits=True)
+
+    stream.on_slow = on_slow
     plan_of = functools.partial(plan_of_step, record, segments)
     with (
         stream,

@@ -63,6 +63,30 @@ def test_a_process_that_waits_in_native_code_is_ended_with_a_sentence(
     assert "the same command resumes" in stderr
 
 
+READS = """
+import os, signal, threading, time
+from pathlib import Path
+from actcache.core import watchdog
+from actcache.filesystem.slow_reads import READING
+
+watchdog.READ_SECONDS = 0.5
+with watchdog.handled_signals():
+    signal.signal(signal.SIGTERM, lambda *_: watchdog.mark_handled())  # saves at the next step
+    reader, writer = os.pipe()
+    READING[threading.get_ident()] = time.monotonic(), Path("rows.safetensors")
+    print("ready", flush=True)
+    os.read(reader, 1)  # for ever: the call is repeated after a signal
+"""
+
+
+def test_a_read_that_hangs_ends_after_the_first_signal_even_if_a_checkpoint_was_to_come() -> None:
+    process = stuck("patient", READS)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == 143
+    assert "terminated: the process was waiting to read rows.safetensors" in stderr
+
+
 WORKERS = """
 import sys, threading, time
 from concurrent.futures import ThreadPoolExecutor

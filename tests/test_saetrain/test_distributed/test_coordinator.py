@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
+import saetrain.distributed.coordinator
 import saetrain.distributed.process_group
 from actcache.core.process import World
 from actcache.errors import ConfigError, RunError
@@ -130,6 +131,25 @@ def test_a_signal_to_one_rank_stops_all_ranks_before_the_same_step(
     assert number is signal.SIGINT
     assert step > at
     assert newest_step(tmp_path) == step
+
+
+def test_a_rank_whose_rows_do_not_come_does_not_hold_up_a_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(saetrain.distributed.coordinator, "STOP_SECONDS", 0.1)
+    coordinator = ModuleParallelCoordinator(StoreGroup(HashStore(), World(0, 1)))
+    coordinator.start_throttle(0, 10)
+    coordinator.group.put("stop/0", "7 15")
+    coordinator._stop_step_sent = True
+    coordinator.stop_signals.received = signal.SIGTERM
+    coordinator.check_stop_request(3, waits=True)
+    time.sleep(0.2)
+    coordinator.check_stop_request(4)
+    with pytest.raises(RunError, match=r"(?s)rank 0 .*rows of step 5, to save step 7"):
+        coordinator.check_stop_request(4, waits=True)
+    with pytest.raises(StopRequested):
+        coordinator.check_stop_request(7, waits=True)
+    coordinator.group.close()
 
 
 def test_values_of_one_class_are_broadcast_in_turn_and_answers_gathered_by_rank() -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-from saetrain.distributed.process_group import has_exited, process_token
+from saetrain.distributed.process_group import has_exited, is_suspended, process_token
 
 PRINT = """
 from saetrain.distributed.process_group import process_token as n
@@ -25,6 +25,11 @@ def test_a_process_has_exited_once_it_is_killed() -> None:
     )
     assert child.stdout is not None
     token = child.stdout.readline().strip()
+    assert not has_exited(token)
+    assert not is_suspended(token)
+    child.send_signal(signal.SIGSTOP)
+    while not is_suspended(token):
+        pass
     assert not has_exited(token)
     child.send_signal(signal.SIGKILL)
     child.stdout.read()  # at end of file the process is a zombie

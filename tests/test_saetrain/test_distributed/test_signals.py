@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -149,6 +151,55 @@ def test_a_run_that_waits_for_the_harvest_stops_without_another_step(
         (tmp_path / receipt.name).rename(receipt)
     fit(dataclasses.replace(config, resume=True))
     assert snapshot(Path(whole.out)) == snapshot(Path(config.out))
+
+
+HANGS = """
+import os, sys, threading, time
+from actcache_cli.main import saetrain
+from saetrain.training import loop
+
+real, train = os.preadv, loop.train_batch
+hangs = False
+
+def preadv(*args):
+    if hangs:
+        time.sleep(600)
+    return real(*args)
+
+def train_batch(groups, batch, step):
+    global hangs
+    train(groups, batch, step)
+    if step == 4:
+        hangs = True
+        print("hangs", flush=True)
+
+os.preadv, loop.train_batch = preadv, train_batch
+sys.argv = ["saetrain", *sys.argv[1:]]
+saetrain()
+"""
+
+
+def test_a_signal_while_rows_do_not_come_saves_and_ends_the_command(options: Options) -> None:
+    """The disk hangs for ten minutes."""
+    config = options()
+    words = ["fit", config.cache, "--out", config.out, "--hookpoint", "layers.0", "--k", "2"]
+    words += ["--num-latents", "16", "--batch-size", "32", "--epochs", "1000"]
+    words += ["--verify", "never", "--pool-rows", "64", "--save-every", "1000"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGS, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "hangs\n"
+    time.sleep(3)  # until what was read ahead is used up
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143, stderr
+    assert "terminated: SIGTERM: step " in stderr
+    assert json.loads((Path(config.out) / "exit.json").read_text())["code"] == 143
+    assert newest_step(Path(config.out)) is not None
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

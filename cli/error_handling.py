@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec
 
@@ -42,6 +43,9 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
             raise
         except KeyboardInterrupt as stop:
             code = getattr(stop, "exit_code", INTERRUPTED)  # `RunStopped` of fit has one, too
+            if type(stop) is KeyboardInterrupt and (lack := _lack_of_threads()) is not None:
+                print_stderr(f"error: {lack}")
+                raise typer.Exit(lack.exit_code) from None
             reason = "terminated" if code == TERMINATED else "interrupted"
             advice = str(stop) or "published files remain; the same command resumes (fit: --resume)"
             print_stderr(f"{reason}: {advice}")
@@ -103,6 +107,15 @@ def as_known_error(error: Exception) -> ActcacheError | None:
             remedy="raise the limit (ulimit -u and -v, or pids.max of the container), or use a "
             "machine with more memory",
         )
+    return None
+
+
+def _lack_of_threads() -> ActcacheError | None:
+    """Return the lack of threads, if there is one: OpenBLAS then sends its own process SIGINT."""
+    try:
+        threading.Thread(target=int).start()
+    except RuntimeError as error:
+        return as_known_error(error)
     return None
 
 

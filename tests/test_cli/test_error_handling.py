@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 
 import pytest
 import typer
@@ -111,6 +112,21 @@ def test_an_interrupt_prints_how_to_resume(capsys):
         raiser(KeyboardInterrupt())()
     assert exit_.value.exit_code == INTERRUPTED
     assert "the same command resumes" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_openblas_sends_itself_is_a_lack_of_threads(monkeypatch, capsys):
+    @report_errors
+    def run():
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+        raise KeyboardInterrupt
+
+    def no_thread(_):
+        raise RuntimeError("can't start new thread")
+
+    with pytest.raises(typer.Exit) as exit_:
+        run()
+    assert exit_.value.exit_code == errors.ActcacheError.exit_code
+    assert "error: the system allows no more threads" in capsys.readouterr().err
 
 
 def test_an_unexpected_error_keeps_its_traceback():

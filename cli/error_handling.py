@@ -37,15 +37,16 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
             with handled_signals(), explained_bus_errors():
                 try:
                     run(*args, **kwargs)
+                except KeyboardInterrupt as stop:
+                    if type(stop) is KeyboardInterrupt:
+                        _require_threads()
+                    raise
                 finally:
                     sys.stdout.flush()
         except OutputClosedError:  # such as `| head`: click exits with code 1 and says nothing
             raise
         except KeyboardInterrupt as stop:
             code = getattr(stop, "exit_code", INTERRUPTED)  # `RunStopped` of fit has one, too
-            if type(stop) is KeyboardInterrupt and (lack := _lack_of_threads()) is not None:
-                print_stderr(f"error: {lack}")
-                raise typer.Exit(lack.exit_code) from None
             reason = "terminated" if code == TERMINATED else "interrupted"
             advice = str(stop) or "published files remain; the same command resumes (fit: --resume)"
             print_stderr(f"{reason}: {advice}")
@@ -110,13 +111,9 @@ def as_known_error(error: Exception) -> ActcacheError | None:
     return None
 
 
-def _lack_of_threads() -> ActcacheError | None:
-    """Return the lack of threads, if there is one: OpenBLAS then sends its own process SIGINT."""
-    try:
-        threading.Thread(target=int).start()
-    except RuntimeError as error:
-        return as_known_error(error)
-    return None
+def _require_threads() -> None:
+    """Raise `RuntimeError` if no thread can be started: OpenBLAS then sends its process SIGINT."""
+    threading.Thread(target=int).start()
 
 
 _OF_STORE = ("DistError", "DistNetworkError", "DistStoreError", "DistBackendError")

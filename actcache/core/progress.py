@@ -14,7 +14,7 @@ MINUTE = 60.0
 """Seconds between two lines about one wait."""
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):  # type: ignore[misc]
     """A bar without the thread that would redraw it between two updates."""
 
     monitor_interval = 0

@@ -20,8 +20,8 @@ from report import machine, print_table
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import FileDigest
-from actcache.format.manifest import Hookpoint
-from actcache.format.receipts import FILTERS, FOLDER, ShardReceipt, receipt_path
+from actcache.format.manifest import FILTERS, Hookpoint
+from actcache.format.receipts import FOLDER, ShardReceipt, receipt_path
 
 
 def main() -> None:

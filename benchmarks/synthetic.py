@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from common import synthetic_manifest
 
-from actcache.cache.writer import ShardData, ShardText, kept_positions, publish_shard
+from actcache.cache.writer import ShardData, ShardText, publish_shard
 from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import write_atomic
-from actcache.format.manifest import Hookpoint
+from actcache.format.manifest import Hookpoint, kept_positions
 from actcache.format.receipts import CompletionMarker, write_completion_marker
 from actcache.storage import BACKENDS, StoredRows
 

@@ -110,7 +110,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             format_version: of the cache; by default the newest.
         """
         from actcache.cache.folder import publish_extension
-        from actcache.cache.writer import ShardData, kept_positions, publish_shard
+        from actcache.cache.writer import ShardData, publish_shard
         from actcache.core.json_codec import to_json
         from actcache.filesystem.atomic import write_atomic
         from actcache.format.manifest import (
@@ -118,6 +118,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             Hookpoint,
             Identity,
             Manifest,
+            kept_positions,
             with_extension,
         )
         from actcache.format.receipts import CompletionMarker, write_completion_marker

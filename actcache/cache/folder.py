@@ -22,6 +22,7 @@ from actcache.filesystem.paths import CachePathT
 from actcache.filesystem.rooted import is_stray, remove_trees, require_plain, require_plain_entries
 from actcache.format.manifest import (
     EXTENSIONS,
+    FILTERS,
     MANIFEST,
     SEALED_FROM,
     Hookpoint,
@@ -33,8 +34,8 @@ from actcache.format.manifest import (
 )
 from actcache.format.receipts import (
     END,
-    FILTERS,
     FOLDER,
+    CacheState,
     CompletionMarker,
     ShardReceipt,
     drop_restored_records,
@@ -190,7 +191,7 @@ def create_or_resume(
     check_room: Callable[[Path, Manifest, Collection[int]], None],
     *,
     extend: bool = False,
-) -> None:
+) -> CacheState:
     """Write the manifest, or check that the existing one describes the same bytes.
 
     Args:
@@ -200,12 +201,15 @@ def create_or_resume(
         check_room: called with the published shards; raises unless the rest fits on the disk.
         extend: allow a larger goal than that of the existing cache.
 
+    Returns:
+        Manifest, receipts and seal of the folder, which no other process changes any more.
+
     Raises:
         CacheMismatchError: the folder holds another cache.
         CacheBusyError: another process holds the lock.
     """
-    receipts = _published(root, manifest, extend)
-    coming = read_manifest(root) if receipts else manifest
+    existing, receipts, _ = _state(root, manifest, extend) or (manifest, {}, None)
+    coming = existing if receipts else manifest
     if extend and _goes_beyond(manifest, coming):
         coming = with_extension(coming, manifest.plan.goal)
     check_room(root, coming, receipts)
@@ -213,27 +217,36 @@ def create_or_resume(
     remove_partials(root)
     remove_trees(root, RESTORED)
     # Check again: until the lock was acquired, another process could write or publish.
-    drop_restored_records(root, _published(root, manifest, extend))
-    existing = read_manifest(root) if (root / MANIFEST).exists() else None
-    if existing is not None and different_fields(manifest, existing, extend=extend):
-        # A harvest that published nothing left it, such as one that ran out of memory at its first
-        # batch; the next attempt needs other options.
-        for path in (*BACKENDS[existing.backend].metadata_files(root, existing), root / MANIFEST):
-            path.unlink(missing_ok=True)
-        existing = None
-    if existing is None:
+    state = _state(root, manifest, extend)
+    if state is not None:
+        existing, receipts, _ = state
+        drop_restored_records(root, receipts)
+        if different_fields(manifest, existing, extend=extend):
+            # A harvest that published nothing left it, such as one that ran out of memory at its
+            # first batch; the next attempt needs other options.
+            documents = BACKENDS[existing.backend].metadata_files(root, existing)
+            for path in (*documents, root / MANIFEST):
+                path.unlink(missing_ok=True)
+            state = None
+    if state is None:
         write_atomic(
             root / MANIFEST, [to_json(manifest, sealed=manifest.format_version >= SEALED_FROM)]
         )
-        existing = manifest.truncated_to(0)
+        state = manifest.truncated_to(0), {}, None
+    existing, *_ = state
     BACKENDS[existing.backend].initialize(root, existing)
+    return state
 
 
-def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardReceipt]:
-    """Return the receipts of the folder; raises `CacheMismatchError` if it is another cache's."""
+def _state(root: Path, manifest: Manifest, extend: bool) -> CacheState | None:
+    """Read the folder's state, None without a manifest.
+
+    Raises:
+        CacheMismatchError: it is another cache's.
+    """
     if not (root / MANIFEST).exists():
-        return {}
-    existing, receipts, _ = read_cache_state(root)
+        return None
+    existing, receipts, marker = read_cache_state(root)
     sealed = (root / FOLDER / END).exists()  # a void seal counts too
     kept = receipts or retracted_shards(root) or sealed or existing.extensions
     if kept and (different := different_fields(manifest, existing, extend=extend)):
@@ -246,7 +259,7 @@ def _published(root: Path, manifest: Manifest, extend: bool) -> dict[int, ShardR
             got="\n            ".join([f"id {existing.cache_id}", *different]),
             remedy=remedy,
         )
-    return receipts
+    return existing, receipts, marker
 
 
 def different_fields(manifest: Manifest, existing: Manifest, *, extend: bool) -> list[str]:

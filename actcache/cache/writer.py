@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +22,9 @@ from actcache.cache.folder import statistics_path, tokens_path
 from actcache.cache.restore import publish_restored, write_folder
 from actcache.core import rng
 from actcache.filesystem.atomic import FileDigest
+from actcache.format.dtypes import RowBuffers
 from actcache.format.manifest import Identity, Manifest
-from actcache.format.receipts import FILTERS, ShardReceipt, publish_receipt
+from actcache.format.receipts import ShardReceipt, publish_receipt
 from actcache.format.statistics import Statistics, merge, parts
 from actcache.storage import (
     BACKENDS,
@@ -247,58 +248,6 @@ def _most() -> int:
     return max(2, min(4, len(os.sched_getaffinity(0)) // 2))
 
 
-class RowBuffers:
-    """Reused buffers for rows, since allocating fresh pages costs as much as filling them."""
-
-    def __init__(self) -> None:
-        self._rows: dict[Hashable, StoredRows] = {}
-
-    def rows(self, owner: Hashable, count: int, width: int, row_dtype: RowDtype) -> StoredRows:
-        """Return a buffer for `count` rows, overwriting the owner's previous one.
-
-        Args:
-            owner: key of the buffer, always used with one width and type.
-            count: number of rows.
-            width: numbers of a row.
-            row_dtype: type of the rows.
-        """
-        found = self._rows.get(owner)
-        if found is None or len(found) < count:
-            found = self._rows[owner] = row_dtype.empty(count, width)
-        return found[:count]
-
-
-def kept_positions(
-    identity: Identity, tokens: NDArray[np.int32], lengths: NDArray[np.int32]
-) -> tuple[Mask, dict[str, int]]:
-    """Apply the filters that depend on the text alone.
-
-    A dropped position has no row at any hookpoint.
-
-    Args:
-        identity: holds the filters.
-        tokens: token ids. [S, C]
-        lengths: tokens of each sequence before its padding. [S]
-
-    Returns:
-        A mask of the kept positions [S, C], and the number of dropped positions by filter
-        (0 for the norm filter).
-    """
-    positions = np.arange(tokens.shape[1])
-    filters = {
-        "padding": positions >= lengths[:, None],
-        "skip_positions": np.broadcast_to(positions < identity.skip_positions, tokens.shape),
-        "exclude_special": _among(tokens, identity.exclude_special),
-        "exclude_tokens": _among(tokens, identity.exclude_tokens),
-    }
-    kept = np.ones(tokens.shape, dtype=bool)
-    dropped = dict.fromkeys(FILTERS, 0)
-    for name, out in filters.items():
-        dropped[name] = int((kept & out).sum())
-        kept &= ~out
-    return kept, dropped
-
-
 def norm_outliers(norms: Mapping[str, Norms], ratio: float) -> Mask:
     """Mark rows whose norm, at any hookpoint, exceeds `ratio` times the median there.
 
@@ -324,7 +273,3 @@ def row_norms(rows: NDArray[np.float32]) -> Norms:
     wide = rows.astype(np.float64)
     norms: Norms = np.sqrt(np.square(wide, out=wide).sum(axis=1))
     return norms
-
-
-def _among(tokens: NDArray[np.int32], ids: tuple[int, ...]) -> Mask:
-    return np.isin(tokens, np.asarray(ids, dtype=np.int32))

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from actcache.core.rendezvous import gather, open_store
 from actcache.errors import CacheMismatchError, ConfigError, RunError
+
+T = TypeVar("T")
 
 _agreements = itertools.count()  # one process may do several harvests
 _LEAVING = 30.0  # seconds in which the other ranks read the outcome, before rank 0 goes on
@@ -48,12 +51,15 @@ class World:
             )
         return cls(rank, world_size)
 
-    def check_equal_then_run_on_rank_zero(self, value: bytes, act: Callable[[], None]) -> None:
+    def check_equal_then_run_on_rank_zero(self, value: bytes, act: Callable[[], T]) -> T | None:
         """Require equal bytes on every rank, then run a function on rank 0, then return on all.
 
         Args:
             value: compared by its digest, through the store of torchrun or of rank 0.
             act: run on rank 0 only, while the other ranks wait for its outcome.
+
+        Returns:
+            On rank 0, the result of `act`.
 
         Raises:
             CacheMismatchError: the bytes differ, and `act` was not run; or it failed on rank 0.
@@ -61,8 +67,7 @@ class World:
             Exception: on rank 0, the exception of `act`.
         """
         if self.world_size == 1:
-            act()
-            return
+            return act()
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         every = range(self.world_size)
@@ -80,9 +85,10 @@ class World:
                     got=f"rank {self.rank} has {digest}, others have {set(digests) - {digest}}",
                     remedy="do all nodes see the same files and library versions?",
                 )
+            result = None
             if self.rank == 0:
                 try:
-                    act()
+                    result = act()
                 except BaseException:
                     keys.set("acted/0", "failed")
                     raise
@@ -92,6 +98,7 @@ class World:
                     f"rank 0 refused this harvest, so rank {self.rank} ends too",
                     remedy="the error of rank 0 gives the reason",
                 )
+            return result
         finally:
             keys.set(f"left/{self.rank}", "")
             if self.rank == 0:  # it may hold the store

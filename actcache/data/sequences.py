@@ -128,14 +128,20 @@ def count_sequences(
     if isinstance(source, TokenFile):
         count = source.count // pipeline.text_tokens
         return count if limit is None else min(count, limit)
-    count = 0
-    bar = Progress("count", None if limit is None else limit * pipeline.ctx_len, "tok")
+    count, bar = 0, None  # a text of a few sequences needs no bar
     for _ in itertools.islice(iter_sequences(source, tokenizer, pipeline), limit):
         count += 1
-        if count % _BATCH == 0:
-            bar.advance(_BATCH * pipeline.ctx_len)
-    bar.advance(count % _BATCH * pipeline.ctx_len)
-    bar.close()
+        if count % _BATCH:
+            continue
+        tokens = _BATCH * pipeline.ctx_len
+        if bar is None:
+            total = None if limit is None else limit * pipeline.ctx_len
+            bar = Progress("count", total, "tok", initial=tokens)
+        else:
+            bar.advance(tokens)
+    if bar is not None:
+        bar.advance(count % _BATCH * pipeline.ctx_len)
+        bar.close()
     return count
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -254,6 +254,27 @@ class ScaledRowDtype(RowDtype):
         stored = StoredRows({VALUES: self._carried(values.cpu()), SCALES: scales.cpu().numpy()})
         stored.values[~(stored.scales > 0)] = 0  # 0/0 and NaN converted to some integer
         return stored
+
+
+class RowBuffers:
+    """Reused buffers for rows, since allocating fresh pages costs as much as filling them."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Hashable, StoredRows] = {}
+
+    def rows(self, owner: Hashable, count: int, width: int, row_dtype: RowDtype) -> StoredRows:
+        """Return a buffer for `count` rows, overwriting the owner's previous one.
+
+        Args:
+            owner: key of the buffer, always used with one width and type.
+            count: number of rows.
+            width: numbers of a row.
+            row_dtype: type of the rows.
+        """
+        found = self._rows.get(owner)
+        if found is None or len(found) < count:
+            found = self._rows[owner] = row_dtype.empty(count, width)
+        return found[:count]
 
 
 def check_overflow(

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, islice, pairwise
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from actcache.core.json_codec import (
     NOT_SERIALIZED,
@@ -29,6 +29,10 @@ from actcache.core.json_codec import (
 )
 from actcache.errors import EmptyCacheError, FormatError
 from actcache.filesystem.paths import CachePath, CachePathT
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -41,6 +45,8 @@ MAX_SHARDS = 1 << 22
 """Bound on the memory that per-shard records take."""
 EXTENSIONS = "extensions"
 INPUT = ":in"
+FILTERS = ("padding", "skip_positions", "exclude_special", "exclude_tokens", "max_norm_ratio")
+"""Every row filter, in order of application: a dropped row counts under the first that matches."""
 _UNLESS_VERSION_1 = sealed_unless("format_version", 1)
 _EXTENSION_NAME = re.compile(r"[0-9]{5,9}\.json")
 _MAX_EXTENSION_BYTES = 4096
@@ -159,6 +165,39 @@ class Identity:
     def digest(self) -> str:
         """Return the cache id: 128 bits of BLAKE2b over this identity's JSON."""
         return self._digest
+
+
+def kept_positions(
+    identity: Identity, tokens: NDArray[np.int32], lengths: NDArray[np.int32]
+) -> tuple[NDArray[np.bool_], dict[str, int]]:
+    """Apply the filters that depend on the text alone.
+
+    A dropped position has no row at any hookpoint.
+
+    Args:
+        identity: holds the filters.
+        tokens: token ids. [S, C]
+        lengths: tokens of each sequence before its padding. [S]
+
+    Returns:
+        A mask of the kept positions [S, C], and the number of dropped positions by filter
+        (0 for the norm filter).
+    """
+    import numpy as np  # --help reads this module
+
+    positions = np.arange(tokens.shape[1])
+    filters = {
+        "padding": positions >= lengths[:, None],
+        "skip_positions": np.broadcast_to(positions < identity.skip_positions, tokens.shape),
+        "exclude_special": np.isin(tokens, np.asarray(identity.exclude_special, np.int32)),
+        "exclude_tokens": np.isin(tokens, np.asarray(identity.exclude_tokens, np.int32)),
+    }
+    kept = np.ones(tokens.shape, dtype=bool)
+    dropped = dict.fromkeys(FILTERS, 0)
+    for name, out in filters.items():
+        dropped[name] = int((kept & out).sum())
+        kept &= ~out
+    return kept, dropped
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,10 @@ from actcache.core.json_codec import parse_dataclass, read_json, to_json
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import CachePath, CachePathT, prefetch_files
-from actcache.format.manifest import SEALED_FROM, Manifest, read_manifest
+from actcache.format.manifest import FILTERS, SEALED_FROM, Manifest, read_manifest
 
 FOLDER = "shards"
 END = "END.json"
-FILTERS = ("padding", "skip_positions", "exclude_special", "exclude_tokens", "max_norm_ratio")
-"""Every row filter, in order of application: a dropped row counts under the first that matches."""
 _MAX_BYTES = 4 << 20
 _MAX_RETRACTION_BYTES = 8 << 20
 _RECEIPT_NAME = re.compile(r"([0-9]{5,9})\.json")
@@ -50,14 +48,6 @@ class ShardReceipt:
     """Size and digest by logical name: 'tokens', 'stats', 'activations/HOOKPOINT', and with zarr
     'scales/HOOKPOINT' of 8-bit rows."""
 
-    def __post_init__(self) -> None:
-        """Refuse negative counts."""
-        counts = [self.shard, self.first_sequence, self.sequences - 1, self.rows]
-        counts += [*self.dropped.values(), *self.non_finite.values(), *self.near_overflow.values()]
-        counts += [file.bytes for file in self.files.values()]
-        if min(counts) < 0:
-            raise FormatError(f"the receipt of shard {self.shard} holds a negative count")
-
 
 @dataclass(frozen=True)
 class CompletionMarker:
@@ -70,16 +60,6 @@ class CompletionMarker:
     """goal: the planned number was reached; text: the dataset ended first."""
     extensions: int
     """Number of extensions when it was written. A later extension makes the seal void."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if min(self.last_shard, self.extensions) < 0 or self.sequences <= self.last_shard:
-            raise FormatError(
-                "the seal has impossible counts",
-                expected="at least one shard, and a sequence in each",
-                got=f"last shard {self.last_shard}, {self.sequences} sequences, "
-                f"{self.extensions} extensions",
-            )
 
 
 def receipt_path(root: CachePathT, shard: int) -> CachePathT:
@@ -114,6 +94,13 @@ def read_end(root: CachePath, manifest: Manifest) -> CompletionMarker | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     end = parse_dataclass(CompletionMarker, obj, str(path))
+    if min(end.last_shard, end.extensions) < 0 or end.sequences <= end.last_shard:
+        raise FormatError(
+            f"{path}: the seal has impossible counts",
+            expected="at least one shard, and a sequence in each",
+            got=f"last shard {end.last_shard}, {end.sequences} sequences, "
+            f"{end.extensions} extensions",
+        )
     _check_owner(path, end.cache_id, manifest.cache_id)
     if end.extensions > len(manifest.extensions):
         raise FormatError(
@@ -172,9 +159,11 @@ def _is_extended(root: CachePath, manifest: Manifest) -> bool:
     return len(read_manifest(root).extensions) > len(manifest.extensions)
 
 
-def read_cache_state(
-    root: CachePath, manifest: Manifest | None = None
-) -> tuple[Manifest, dict[int, ShardReceipt], CompletionMarker | None]:
+CacheState = tuple[Manifest, dict[int, ShardReceipt], CompletionMarker | None]
+"""Manifest of a cache, receipts by shard, and the seal, if the harvest is complete."""
+
+
+def read_cache_state(root: CachePath, manifest: Manifest | None = None) -> CacheState:
     """Read a consistent manifest, receipts and seal, even while a harvest extends the cache.
 
     Args:
@@ -240,6 +229,12 @@ def read_receipt(path: CachePath, manifest: Manifest) -> ShardReceipt:
 
 def _check_receipt(path: CachePath, receipt: ShardReceipt, manifest: Manifest) -> None:
     """Check a receipt against the name of its file and the manifest; raises `FormatError`."""
+    counts = [receipt.shard, receipt.first_sequence, receipt.sequences - 1, receipt.rows]
+    for of_names in (receipt.dropped, receipt.non_finite, receipt.near_overflow):
+        counts += of_names.values()
+    counts += [file.bytes for file in receipt.files.values()]
+    if min(counts) < 0:
+        raise FormatError(f"{path}: the receipt of shard {receipt.shard} holds a negative count")
     _check_owner(path, receipt.cache_id, manifest.cache_id)
     if path.name != f"{receipt.shard:05d}.json":
         raise FormatError(

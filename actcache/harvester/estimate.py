@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 
 from actcache.cache.folder import other_files, require_chunks, shard_bytes
 from actcache.cache.reader import Cache
-from actcache.cache.writer import files_at_once, kept_positions
+from actcache.cache.writer import files_at_once
 from actcache.config import HarvestConfig, PlanConfig
 from actcache.core.process import World, peak_memory
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence, iter_sequences
-from actcache.format.manifest import Identity, Manifest
-from actcache.format.receipts import FILTERS
+from actcache.format.manifest import FILTERS, Identity, Manifest, kept_positions
 from actcache.harvester.job import prepare_job
 from actcache.harvester.resolve import (
     COUNTED_TOKENS,

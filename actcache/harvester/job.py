@@ -94,16 +94,17 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
         manifest = _with_existing_shard_size(root, manifest, extend=config.extend)
     require_chunks(manifest)
     try:
-        ranks.check_equal_then_run_on_rank_zero(
+        state = ranks.check_equal_then_run_on_rank_zero(
             to_json(manifest),
             lambda: create_or_resume(root, manifest, lock, require_room, extend=config.extend),
         )
-        if ranks.rank > 0:
+        if state is None:
             lock.acquire_shared()
-        existing, published, marker = read_cache_state(root)
+            state = read_cache_state(root)
     except BaseException:
         lock.release()
         raise
+    existing, published, marker = state
     warnings = tuple(
         f"{name} is {manifest.versions.get(name)} now; this cache was begun with {version}"
         for name, version in existing.versions.items()

@@ -15,7 +15,9 @@ import json
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,22 +27,15 @@ import torch
 
 from actcache.cache.folder import publish_extension
 from actcache.cache.reader import Cache
-from actcache.cache.writer import (
-    RowBuffers,
-    ShardData,
-    ShardText,
-    WriterPool,
-    kept_positions,
-    publish_shard,
-    row_norms,
-)
+from actcache.cache.writer import ShardData, ShardText, WriterPool, publish_shard, row_norms
 from actcache.config import HarvestConfig
 from actcache.core.process import World
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence
 from actcache.errors import ConfigError, RestoreError
 from actcache.filesystem.atomic import as_disk_full_error, open_log
-from actcache.format.manifest import Identity, with_extension
+from actcache.format.dtypes import RowBuffers
+from actcache.format.manifest import Identity, kept_positions, with_extension
 from actcache.format.receipts import CompletionMarker, ShardReceipt, write_completion_marker
 from actcache.harvester.job import HarvestJob, prepare_job
 from actcache.model.hooks import ActivationCapture
@@ -211,27 +206,41 @@ def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
         numbers = range(plan.parts[number].first_shard, shards)
         mine = [s for s in numbers if s % ranks.world_size == ranks.rank and s not in job.published]
         total = sum(map(plan.max_sequences, mine)) * identity.ctx_len
-    bar = Progress("harvest", total, "tok", show=None if ranks.rank == 0 else False)
+    bar: Progress | None = None
+
+    def advance(tokens: int, written: int) -> None:
+        # Begun after the first batch, whose time includes the warm-up: the bar shows later rates.
+        nonlocal bar
+        if bar is None:
+            show = None if ranks.rank == 0 else False
+            bar = Progress("harvest", total, "tok", initial=tokens, show=show)
+        else:
+            bar.advance(tokens, written)
+
     count = 0
     # One shard is written, hashed and synced by threads while the model fills the next.
     with (
         ActivationCapture(job.model, identity.hookpoints) as capture,
-        WriterPool.threads(len(identity.hookpoints)) as workers,
+        ExitStack() as threads,
         ThreadPoolExecutor(max_workers=1) as publisher,
     ):
+        workers: WriterPool | None = None  # until there is something to write
         buffers = itertools.cycle([RowBuffers(), RowBuffers()])
         writing: Future[ShardReceipt] | None = None
         for shard, sequences in plan.iter_shards(job.sequences, number):
             count += len(sequences)
             if shard % ranks.world_size != ranks.rank or shard in job.published:
                 continue
-            captured = capture_shard(job, shard, sequences, capture, bar, next(buffers))
+            captured = capture_shard(job, shard, sequences, capture, advance, next(buffers))
             if writing is not None:
                 log.add_result(writing)
+            if workers is None:
+                workers = threads.enter_context(WriterPool.threads(len(identity.hookpoints)))
             writing = publisher.submit(publish_shard, job.root, manifest, captured, workers)
         if writing is not None:
             log.add_result(writing)
-    bar.close()
+    if bar is not None:
+        bar.close()
     return count
 
 
@@ -240,10 +249,13 @@ def capture_shard(
     shard: int,
     sequences: list[Sequence],
     capture: ActivationCapture,
-    bar: Progress,
+    advance: Callable[[int, int], None],
     buffers: RowBuffers,
 ) -> ShardData:
-    """Run the model over a shard's sequences and copy the rows that pass the token filters."""
+    """Run the model over a shard's sequences and copy the rows that pass the token filters.
+
+    After each batch `advance` is called with its tokens and the bytes of its rows.
+    """
     identity = job.manifest.identity
     hookpoints, size = identity.hookpoints, identity.batch_size
     row_dtype = ROW_DTYPES[identity.dtype]
@@ -272,7 +284,7 @@ def capture_shard(
                 check_overflow(activations, stored, row_dtype, name)
         filled += len(chosen)
         written = len(chosen) * sum(row_dtype.row_bytes(h.width) for h in hookpoints)
-        bar.advance(min(size, len(sequences) - start) * identity.ctx_len, written)
+        advance(min(size, len(sequences) - start) * identity.ctx_len, written)
     return ShardData(shard, text, kept, dropped, rows, norms)
 
 

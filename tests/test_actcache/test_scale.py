@@ -15,8 +15,8 @@ from actcache.cache.folder import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import FileDigest
-from actcache.format.manifest import Hookpoint
-from actcache.format.receipts import FILTERS, ShardReceipt
+from actcache.format.manifest import FILTERS, Hookpoint
+from actcache.format.receipts import ShardReceipt
 from actcache.harvester.resolve import goal_sequences
 from actcache.storage import ROW_DTYPES
 from actcache.storage.safetensors_io import ALIGNMENT

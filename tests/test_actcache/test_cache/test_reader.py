@@ -21,8 +21,8 @@ from actcache.errors import (
     HookpointError,
 )
 from actcache.filesystem.atomic import digest_file, write_atomic
-from actcache.format.manifest import read_manifest
-from actcache.format.receipts import FILTERS, publish_receipt, receipt_path
+from actcache.format.manifest import FILTERS, read_manifest
+from actcache.format.receipts import publish_receipt, receipt_path
 from actcache.format.statistics import compute
 from actcache.storage import ROW_DTYPES, StoredRows
 from actcache.storage import safetensors_io as safetensors_file

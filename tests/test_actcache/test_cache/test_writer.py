@@ -13,10 +13,17 @@ import pytest
 import safetensors.numpy
 
 from actcache.cache.reader import Cache
-from actcache.cache.writer import RowLayout, ShardData, ShardText, kept_positions, publish_shard
+from actcache.cache.writer import (
+    RowLayout,
+    ShardData,
+    ShardText,
+    norm_outliers,
+    publish_shard,
+    row_norms,
+)
 from actcache.errors import DiskFullError
-from actcache.format.manifest import Manifest, read_manifest
-from actcache.format.receipts import FILTERS, receipt_path
+from actcache.format.manifest import FILTERS, Manifest, kept_positions, read_manifest
+from actcache.format.receipts import receipt_path
 from actcache.format.statistics import compute
 
 Tree = Callable[[Path], dict[str, str]]
@@ -198,3 +205,22 @@ def test_a_full_disk_at_any_call_leaves_no_shard_and_no_partial_file(
         else:
             break
     assert number > 30
+
+
+def test_a_row_over_the_median_at_one_hookpoint_is_an_outlier() -> None:
+    norms = {"a": np.array([1.0, 2, 3, 30, 2]), "b": np.array([50.0, 5, 5, 5, 5])}
+    assert norm_outliers(norms, 10).tolist() == [False, False, False, True, False]
+    assert norm_outliers(norms, 9.9).tolist() == [True, False, False, True, False]
+
+
+def test_a_non_finite_row_is_an_outlier_and_excluded_from_the_median() -> None:
+    norms = {"a": np.array([1.0, np.inf, np.nan, 2, 3, np.inf, np.nan])}
+    assert norm_outliers(norms, 2).tolist() == [False, True, True, False, False, True, True]
+    assert norm_outliers({"a": np.array([np.nan, np.inf])}, 5).all()
+    assert norm_outliers({"a": np.empty(0)}, 5).shape == (0,)
+
+
+def test_norms_are_euclidean_and_do_not_overflow_float32() -> None:
+    rows = np.array([[3, 4], [0, 0], [2e38, 2e38], [np.inf, 0]], dtype=np.float32)
+    expected = [5, 0, np.sqrt(2) * float(np.float32(2e38)), np.inf]
+    np.testing.assert_allclose(row_norms(rows), expected, rtol=1e-12)

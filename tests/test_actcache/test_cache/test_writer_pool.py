@@ -14,9 +14,10 @@ import torch
 
 from actcache.cache.folder import data_paths
 from actcache.cache.reader import Cache
-from actcache.cache.writer import RowBuffers, ShardData, ShardText, WriterPool, publish_shard
+from actcache.cache.writer import ShardData, ShardText, WriterPool, publish_shard
 from actcache.core.json_codec import to_json
 from actcache.errors import DiskFullError
+from actcache.format.dtypes import RowBuffers
 from actcache.format.manifest import read_manifest
 from actcache.format.receipts import receipt_path
 from actcache.storage import ROW_DTYPES, StoredRows

@@ -13,7 +13,7 @@ import torch
 
 from actcache.cache.folder import publish_extension
 from actcache.cache.reader import Cache
-from actcache.cache.writer import ShardData, ShardText, kept_positions, publish_shard
+from actcache.cache.writer import ShardData, ShardText, publish_shard
 from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.format.manifest import (
@@ -21,6 +21,7 @@ from actcache.format.manifest import (
     Hookpoint,
     Identity,
     Manifest,
+    kept_positions,
     with_extension,
 )
 from actcache.format.receipts import CompletionMarker, write_completion_marker

@@ -11,9 +11,8 @@ from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest
-from actcache.format.manifest import Manifest, read_manifest
+from actcache.format.manifest import FILTERS, Manifest, read_manifest
 from actcache.format.receipts import (
-    FILTERS,
     CompletionMarker,
     ShardReceipt,
     digest,

@@ -18,7 +18,8 @@ from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig
 from actcache.data.datasets import open_dataset
 from actcache.errors import CacheMismatchError, ConfigError
-from actcache.format.receipts import FILTERS, ShardReceipt
+from actcache.format.manifest import FILTERS
+from actcache.format.receipts import ShardReceipt
 from actcache.harvester import resolve
 from actcache.harvester.run import harvest
 from actcache.model.loading import load_model, load_tokenizer

@@ -15,8 +15,7 @@ from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
 from actcache.errors import ActcacheError, CorruptShardError, FormatError
 from actcache.filesystem.atomic import digest_file
-from actcache.format.manifest import read_manifest
-from actcache.format.receipts import FILTERS
+from actcache.format.manifest import FILTERS, read_manifest
 from actcache.storage import BACKENDS, ROW_DTYPES, StoredRows
 from actcache.storage.zarr import document
 

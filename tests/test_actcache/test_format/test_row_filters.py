@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actcache.cache.writer import kept_positions, norm_outliers, row_norms
-from actcache.format.manifest import Identity, read_manifest
-from actcache.format.receipts import FILTERS
+from actcache.format.manifest import FILTERS, Identity, kept_positions, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -89,22 +87,3 @@ def test_a_position_is_counted_once_under_the_first_filter_that_drops_it(
     )
     assert np.sum(found) == remaining
     assert dropped == {name: n for name, n in counts.items() if n}
-
-
-def test_a_row_over_the_median_at_one_hookpoint_is_an_outlier() -> None:
-    norms = {"a": np.array([1.0, 2, 3, 30, 2]), "b": np.array([50.0, 5, 5, 5, 5])}
-    assert norm_outliers(norms, 10).tolist() == [False, False, False, True, False]
-    assert norm_outliers(norms, 9.9).tolist() == [True, False, False, True, False]
-
-
-def test_a_non_finite_row_is_an_outlier_and_excluded_from_the_median() -> None:
-    norms = {"a": np.array([1.0, np.inf, np.nan, 2, 3, np.inf, np.nan])}
-    assert norm_outliers(norms, 2).tolist() == [False, True, True, False, False, True, True]
-    assert norm_outliers({"a": np.array([np.nan, np.inf])}, 5).all()
-    assert norm_outliers({"a": np.empty(0)}, 5).shape == (0,)
-
-
-def test_norms_are_euclidean_and_do_not_overflow_float32() -> None:
-    rows = np.array([[3, 4], [0, 0], [2e38, 2e38], [np.inf, 0]], dtype=np.float32)
-    expected = [5, 0, np.sqrt(2) * float(np.float32(2e38)), np.inf]
-    np.testing.assert_allclose(row_norms(rows), expected, rtol=1e-12)

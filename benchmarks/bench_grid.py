@@ -34,9 +34,8 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.launch.resolve import sae_entries
 from saetrain.model.sae import Sae
-from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint
+from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint, make_optimizer
 from saetrain.training.step import train_batch, train_step
 
 SAES = {"k": (16, 32), "lr": (1e-3, 3e-4), "seed": (0, 1)}

@@ -28,9 +28,8 @@ from saetrain.config.sae import SaeConfig
 from saetrain.model.activations.compiled import missing_compiler
 from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import build_sae
-from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
 SIZE, SMOKE = (2048, 576, 4608, 32), (64, 24, 320, 4)

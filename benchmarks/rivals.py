@@ -23,10 +23,9 @@ if not torch.cuda.is_available():
 from saetrain.config.sae import OptimizerName, SaeConfig, SaeOptions
 from saetrain.kernels import Autoencoded, PrefixGroups, Selector
 from saetrain.model.sae import Sae
-from saetrain.optim import make_optimizer
 from saetrain.training.cuda_graphs import GraphedSteps, GraphRecorder
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_batch, train_step
 
 Step = Callable[[Tensor, int], None]

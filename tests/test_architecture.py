@@ -38,7 +38,7 @@ ARROWS = {
     "saetrain.config": "",
     "saetrain.model": "config kernels",
     "saetrain.formats": "config model runs",
-    "saetrain.optim": "config kernels model",
+    "saetrain.optim": "config kernels",
     "saetrain.runs": "config",
     "saetrain.tracking": "config runs",
     "saetrain.distributed": "config runs tracking",

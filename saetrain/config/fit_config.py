@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from actcache.core.json_codec import check_fields
@@ -257,7 +256,7 @@ class FitConfig(SaeOptions):
         """Seed of the order of rows and of the held-out split."""
         return self.seed if self.data_seed is None else self.data_seed
 
-    @cached_property
+    @property
     def sae(self) -> SaeOptions:
         """Options of one SAE: the first, if `saes` lists several."""
         names = [f.name for f in dataclasses.fields(SaeOptions)]

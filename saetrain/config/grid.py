@@ -110,8 +110,6 @@ def saes_at(config: FitConfig, hookpoint: str) -> dict[str, SaeOptions]:
     Raises:
         ConfigError: two overrides set the same option, or two SAEs are equal.
     """
-    if not config.saes and not config.hookpoints:
-        return {"": config.sae}
     plain = config.saes or (config.sae,)
     require_different(plain)
     overridden = [_overridden(sae, config.hookpoints, hookpoint) for sae in plain]

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,7 +23,6 @@ from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry
 from saetrain.kernels.dense import tokens_at_once
 from saetrain.launch.resolve import open_cache, sae_entries, steps_ahead, with_default_lr
 from saetrain.model.hookpoint_io import hookpoints_of
-from saetrain.model.sae import build_sae
 
 FLOAT = 4  # bytes
 
@@ -122,9 +122,7 @@ def estimate_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> Sa
         options: options of the run.
         device: type of the device.
     """
-    sizes, shapes = entry.config, parameter_shapes(entry.config)
-    P = sum(map(math.prod, shapes))
-    item = getattr(torch, options.weights_dtype).itemsize
+    sizes, lasting = entry.config, lasting_bytes(entry, options)
     return SaeEstimate(
         name=entry.name,
         hookpoint=entry.hookpoint,
@@ -134,11 +132,10 @@ def estimate_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> Sa
         optimizer=entry.options.optimizer,
         lr=entry.lr,
         seed=entry.seed,
-        parameters=P,
-        weights=P * item + bf16_copy_bytes(entry, options),
-        optimizer_state=sum(state_bytes(entry.options.optimizer, s, item) for s in shapes)
-        + norm_bytes(entry, item),
-        gradients=P * item,
+        parameters=sum(map(math.prod, parameter_shapes(sizes))),
+        weights=lasting.weights,
+        optimizer_state=lasting.optimizer_state,
+        gradients=lasting.gradients,
         activations=step_bytes(
             sizes,
             entry.options.optimizer,
@@ -150,11 +147,38 @@ def estimate_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> Sa
     )
 
 
+class LastingBytes(NamedTuple):
+    """Bytes of one SAE that do not depend on the rows of a step."""
+
+    weights: int
+    """Parameters, with the encoder's bfloat16 copy if --autocast keeps one."""
+    optimizer_state: int
+    gradients: int
+
+
+def lasting_bytes(entry: SaeEntry, options: FitConfig) -> LastingBytes:
+    """Compute the bytes of weights, optimizer state and gradients of one SAE."""
+    shapes, item = parameter_shapes(entry.config), getattr(torch, options.weights_dtype).itemsize
+    parameters = sum(map(math.prod, shapes)) * item
+    state = sum([state_bytes(entry.options.optimizer, shape, item) for shape in shapes])
+    return LastingBytes(
+        weights=parameters + bf16_copy_bytes(entry, options),
+        optimizer_state=state + norm_bytes(entry, item),
+        gradients=parameters,
+    )
+
+
 def parameter_shapes(sizes: SaeConfig) -> list[tuple[int, ...]]:
-    """Return the shapes of an SAE's parameters, without allocating them."""
-    with torch.device("meta"):
-        sae = build_sae(sizes, device="meta")
-    return [tuple(parameter.shape) for parameter in sae.parameters()]
+    """Return the shapes of an SAE's parameters, which `Sae` and its activation create."""
+    D, M = sizes.d_in, sizes.num_latents
+    E = D if sizes.d_out is None else sizes.d_out
+    shapes: list[tuple[int, ...]] = [(M, D), (M,), (M, E), (E,)]  # W_enc, b_enc, W_dec, b_dec
+    shapes += [(E, D)] * sizes.skip_connection
+    return shapes + [(M,)] * _OF_LATENTS.get(sizes.activation, 0)
+
+
+_OF_LATENTS = {"jumprelu": 1, "gated": 2}
+"""Parameters of an activation that has some, each with one number for each latent."""
 
 
 def state_bytes(optimizer: OptimizerName, shape: tuple[int, ...], item: int) -> int:
@@ -248,17 +272,18 @@ def require_memory(entries: Sequence[SaeEntry], options: FitConfig, device: torc
     Raises:
         ConfigError: they need more memory than the device, or the machine, has.
     """
-    saes = [estimate_sae(entry, options, device.type) for entry in entries]
     needed = most = 0
-    for sae in saes:
-        needed += sae.weights + sae.optimizer_state
-        most = max(most, sae.gradients)
+    for entry in entries:
+        lasting = lasting_bytes(entry, options)
+        needed += lasting.weights + lasting.optimizer_state
+        most = max(most, lasting.gradients)
     needed += most
     free = _free(device)
     if needed > free:
-        names = ", ".join(s.name for s in saes[:3]) + (", ..." if len(saes) > 3 else "")
+        names = ", ".join(entry.name for entry in entries[:3])
+        names += ", ..." * (len(entries) > 3)
         raise ConfigError(
-            f"out of memory: {len(saes)} SAEs do not fit ({names})",
+            f"out of memory: {len(entries)} SAEs do not fit ({names})",
             expected=f"<= {format_bytes(free)}, which are free on {device}",
             got=f"{format_bytes(needed)} of weights, optimizer state and gradients",
             remedy="fewer latents or SAEs, --weights-dtype bfloat16, or --parallel modules over "

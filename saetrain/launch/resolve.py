@@ -339,13 +339,15 @@ def sae_entries(
         require_overrides_used(config, [roles.name for roles in hookpoints])
     entries = []
     for roles in hookpoints:
-        for setting, options in saes_at(config, roles.name).items():
+        varied = config.saes or config.hookpoints
+        saes = saes_at(config, roles.name) if varied else {"": config.sae}
+        for setting, options in saes.items():
             entries.append(_entry(config, roles, cache, setting, options))
     if config.finetune is not None:
         configs_of = configs_of or PretrainedSaes(config.finetune).configs
         found = zip(entries, configs_of(entries), strict=False)  # a resume may have more
         entries = [dataclasses.replace(entry, config=sizes) for entry, sizes in found]
-    return with_default_lr(entries, None)
+    return tuple(entries)
 
 
 def with_default_lr(entries: Sequence[SaeEntry], steps: int | None) -> tuple[SaeEntry, ...]:

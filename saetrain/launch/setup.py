@@ -17,7 +17,7 @@ from saetrain.launch.finetune import load_pretrained
 from saetrain.launch.session import RunSession
 from saetrain.model.hookpoint_io import hookpoints_of, target_stats
 from saetrain.model.losses import make_loss_config
-from saetrain.optim import make_optimizer, make_schedule, warmup_steps
+from saetrain.optim import make_schedule, warmup_steps
 from saetrain.runs.checkpoint import (
     ForeignCheckpointError,
     RetentionPolicy,
@@ -39,7 +39,7 @@ from saetrain.training.ddp import DdpStep
 from saetrain.training.init import FirstRows, init_b_dec_at_median, initial_sae
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.run_state import RunState
-from saetrain.training.sae_trainer import SaeTrainer, make_step_settings
+from saetrain.training.sae_trainer import SaeTrainer, make_optimizer, make_step_settings
 from saetrain.training.state_layout import require_state
 from saetrain.training.step import require_bfloat16_products, require_compiler
 from saetrain.training.validation import Validation

@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from saetrain.config.sae import DecoderNorm, InputScale, SaeEntry
+from saetrain.config.sae import InputScale, SaeEntry
 from saetrain.model.losses import Losses, compute_losses
-from saetrain.model.sae import Sae
 
 if TYPE_CHECKING:
     from actcache.format.statistics import Statistics
@@ -70,11 +69,6 @@ class _Losses(nn.Module):
 
     def forward(self, *arguments: Any) -> Losses:
         return compute_losses(self.sae, *arguments)  # type: ignore[arg-type]
-
-
-def unit_rows(sae: Sae, decoder_norm: DecoderNorm) -> str | None:
-    """Return the name of the parameter whose rows keep norm 1 in training, or None."""
-    return "W_dec" if decoder_norm == "unit" and not sae.transcode else None
 
 
 def scale_of(kind: InputScale, statistics: Statistics) -> float:

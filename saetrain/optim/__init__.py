@@ -11,9 +11,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from saetrain.config.sae import DecoderNorm, OptimizerName
-from saetrain.model.sae import Sae
-from saetrain.model.weight_scales import unit_rows
 from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
 from saetrain.optim.fused import conditional_step
@@ -23,17 +20,17 @@ from saetrain.optim.schedule import Schedule, default_lr, make_schedule, warmup_
 from saetrain.optim.signum import Signum
 
 __all__ = [
+    "Adam",
+    "Adam8bit",
+    "Muon",
     "Optimizer",
     "Schedule",
+    "Signum",
     "conditional_step",
     "default_lr",
-    "make_optimizer",
     "make_schedule",
     "warmup_steps",
 ]
-
-_WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.1}
-"""Default weight decay of the optimisers that have one: torch's, and sparsify's."""
 
 
 class Optimizer(Protocol):
@@ -72,44 +69,3 @@ class Optimizer(Protocol):
 
     def weights_to_export(self) -> dict[str, Tensor]:
         """Return the weights to evaluate and save, which may differ from the trained ones."""
-
-
-def make_optimizer(
-    name: OptimizerName,
-    sae: Sae,
-    lr: float,
-    warmup: int,
-    steps: int,
-    *,
-    schedule: Schedule | None = None,
-    weight_decay: float | None = None,
-    decoder_norm: DecoderNorm = "unit",
-) -> Optimizer:
-    """Build an optimiser over all parameters of an SAE.
-
-    Args:
-        name: name of the optimiser on the command line.
-        sae: the SAE.
-        lr: peak learning rate.
-        warmup: steps of warm-up, without a `schedule`; signum has none.
-        steps: total steps of the run, without a `schedule`.
-        schedule: learning rate over the run; None: constant for signum, else linear decay to 0.
-        weight_decay: for adamw, and for muon's matrices; None: 0.01 and 0.1.
-        decoder_norm: as in the SAE's `StepSettings`.
-
-    Raises:
-        ConfigError: a required library is missing, or cannot run on the SAE's device.
-    """
-    parameters = dict(sae.named_parameters())
-    unit = unit_rows(sae, decoder_norm)
-    if name == "signum":
-        return Signum(parameters, lr, schedule, unit=unit)
-    schedule = schedule or Schedule("linear", warmup, steps)
-    if name == "adam8bit":
-        return Adam8bit(parameters, lr, schedule)
-    if weight_decay is None:
-        weight_decay = _WEIGHT_DECAY.get(name)
-    if name == "muon":
-        assert weight_decay is not None
-        return Muon(parameters, lr, schedule, weight_decay)
-    return Adam(parameters, lr, schedule=schedule, weight_decay=weight_decay, unit=unit)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import adam_numbers, adam_update_, normalise_rows_
-from saetrain.optim.fused import FusedOptimizer, Parameters
+from saetrain.optim.fused import FusedOptimizer
 from saetrain.optim.layout import COUNTER, StateLayout, TensorSpec, spec_of
-from saetrain.optim.schedule import Schedule
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -16,42 +15,13 @@ _UNIT = "unit_rows"
 
 
 class Adam(FusedOptimizer):
-    """Adam over named parameters; with `weight_decay`, AdamW. On a CPU, bit-identical to torch's.
-
-    Args:
-        parameters: by name.
-        lr: peak learning rate.
-        warmup: steps of warm-up, without a `schedule`.
-        steps: steps of the whole run, without a `schedule`: the rate falls linearly to 0.
-        schedule: share of the peak in each step.
-        weight_decay: decoupled, a share of the weights per step and learning rate; None: Adam.
-        unit: the matrix whose rows keep norm 1; None: none.
-    """
+    """Adam over named parameters, or AdamW. On a CPU, bit-identical to torch's."""
 
     NUMBERS = 5
     UPDATE = staticmethod(adam_update_)
 
-    def __init__(
-        self,
-        parameters: Parameters,
-        lr: float,
-        warmup: int = 0,
-        steps: int = 0,
-        *,
-        schedule: Schedule | None = None,
-        weight_decay: float | None = None,
-        unit: str | None = None,
-    ) -> None:
-        super().__init__(parameters, unit)
-        assert schedule is not None or steps > 0
-        self._lr, self._weight_decay = lr, weight_decay or 0.0
-        self._schedule = schedule or Schedule("linear", warmup, steps)
-        self._refused: Tensor | None = None
-        """How many of the counted steps a flag on the device has refused."""
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of step `step` (from 0)."""
-        return self._lr * self._schedule.factor(step)
+    _refused: Tensor | None = None
+    """How many of the counted steps a flag on the device has refused."""
 
     def masked_step(self, step: int, ok: Tensor) -> Tensor:
         """Update where `ok` is true, else leave weights and state unchanged, bit for bit."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import UpdateOptions, backend_of, backends, release_gradient, total
+from saetrain.optim.schedule import Schedule
 
 Parameters = dict[str, torch.nn.Parameter]
 
@@ -53,6 +54,9 @@ class FusedOptimizer:
 
     Args:
         parameters: by name.
+        lr: peak learning rate.
+        schedule: share of the peak in each step; None: 1.
+        weight_decay: decoupled, a share of the weights per step and learning rate; None: none.
         unit: the matrix whose rows keep norm 1; None: none.
     """
 
@@ -62,8 +66,17 @@ class FusedOptimizer:
     UPDATE: ClassVar[Callable[..., None]]
     """The update of one parameter: `saetrain.kernels.signum_update_` or `adam_update_`."""
 
-    def __init__(self, parameters: Parameters, unit: str | None) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        lr: float,
+        schedule: Schedule | None = None,
+        *,
+        weight_decay: float | None = None,
+        unit: str | None = None,
+    ) -> None:
         self._parameters, self._unit = parameters, unit
+        self._lr, self._schedule, self._weight_decay = lr, schedule, weight_decay or 0.0
         self._state: dict[str, tuple[Tensor, ...]] = {}
         """State tensors of each parameter that has been updated, in the order of `UPDATE`."""
         self._steps: dict[str, int] = {}
@@ -84,6 +97,10 @@ class FusedOptimizer:
             numbers: float32, the `numbers` of `UpdateOptions`. [NUMBERS or more]
         """
         self._on_device = numbers[: self.NUMBERS]
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step `step` (from 0)."""
+        return self._lr if self._schedule is None else self._lr * self._schedule.factor(step)
 
     def advance(self, step: int) -> tuple[float, ...]:
         """Count step `step` (from 0) on the host, and return its numbers. [NUMBERS]"""

@@ -27,14 +27,7 @@ _NORMS = ".norms"
 
 
 class Signum(FusedOptimizer):
-    """Schedule-free SignSGD over named parameters; see `saetrain.optim.Optimizer`.
-
-    Args:
-        parameters: by name.
-        lr: learning rate, the peak where there is a schedule.
-        schedule: share of the peak in each step; None: 1.
-        unit: the matrix whose rows keep norm 1; None: none.
-    """
+    """Schedule-free SignSGD over named parameters; see `saetrain.optim.Optimizer`."""
 
     NUMBERS = 2
     UPDATE = staticmethod(signum_update_)
@@ -47,8 +40,7 @@ class Signum(FusedOptimizer):
         *,
         unit: str | None = None,
     ) -> None:
-        super().__init__(parameters, unit)
-        self._lr, self._schedule = lr, schedule
+        super().__init__(parameters, lr, schedule, unit=unit)
         self._numbers: dict[str, float] = {}
 
     def learning_rate(self, step: int) -> float:

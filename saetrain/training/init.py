@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,21 +34,20 @@ _ITERATIONS = 100
 _CLOSE = 1e-7
 
 
+@dataclass(eq=False)
 class FirstRows:
     """The first rows that a run trains on, read on demand.
-
-    Args:
-        cache: the run's cache.
-        plan: order of the run's rows; with --follow, of its first segment.
-        verify: when to compare files with their receipts. The stream compares them too, but only
-            after run.json has recorded what was found on these rows.
 
     Raises:
         CorruptShardError: a file is missing, or differs from its receipt.
     """
 
-    def __init__(self, cache: Cache, plan: OrderPlan, verify: Verify = "first-read") -> None:
-        self._cache, self._plan, self._verify = cache, plan, verify
+    cache: Cache
+    plan: OrderPlan
+    """Order of the run's rows; with --follow, of its first segment."""
+    verify: Verify
+    """When to compare files with their receipts. The stream compares them too, but only after
+    run.json has recorded what was found on these rows."""
 
     def of(self, entry: SaeEntry, device: torch.device) -> Tensor:
         """Return an SAE's rows, scaled as in training. float32 [N, D], a transcoder's [N, D + E]"""
@@ -57,19 +57,19 @@ class FirstRows:
 
     @functools.cached_property
     def _reader(self) -> VerifiedReader:
-        return VerifiedReader(self._cache, self._verify)
+        return VerifiedReader(self.cache, self.verify)
 
     @functools.cached_property
     def _spans(self) -> list[Span]:
-        steps = min(-(-ROWS // self._plan.batch_size), self._plan.steps_per_epoch)
-        batches = [batch_rows(self._plan, 0, step) for step in range(steps)]
+        steps = min(-(-ROWS // self.plan.batch_size), self.plan.steps_per_epoch)
+        batches = [batch_rows(self.plan, 0, step) for step in range(steps)]
         addresses = np.concatenate(batches)[:ROWS].tolist()
         return [Span(shard, row, 1) for shard, row in addresses]
 
     @functools.cache  # noqa: B019 # the object is short-lived
     def _read(self, hookpoint: str) -> Tensor:
-        row_dtype = self._cache.row_dtype
-        stored = row_dtype.empty(len(self._spans), self._cache.manifest.width(hookpoint))
+        row_dtype = self.cache.row_dtype
+        stored = row_dtype.empty(len(self._spans), self.cache.manifest.width(hookpoint))
         self._reader.load(self._spans, {hookpoint: stored})
         return row_dtype.to_torch(stored).float()
 

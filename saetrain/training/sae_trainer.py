@@ -10,12 +10,12 @@ from torch import Tensor
 
 from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import DecoderNorm, SaeConfig
+from saetrain.config.sae import DecoderNorm, OptimizerName, SaeConfig
 from saetrain.distributed.collectives import world_size
 from saetrain.model.losses import FVU_ONLY, LossConfig
 from saetrain.model.sae import Sae
 from saetrain.model.weight_scales import InputScaling, fold, input_scaling
-from saetrain.optim import Optimizer
+from saetrain.optim import Adam, Adam8bit, Muon, Optimizer, Schedule, Signum
 from saetrain.training.ddp import DdpStep
 from saetrain.training.metrics import (
     DeadLatentTracker,
@@ -28,6 +28,10 @@ from saetrain.training.metrics import (
 if TYPE_CHECKING:
     from saetrain.config.sae import SaeEntry
     from saetrain.runs.checkpoint import Best
+
+
+_WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.1}
+"""Default weight decay of the optimisers that have one: torch's, and sparsify's."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,47 @@ def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
     )
 
 
+def make_optimizer(
+    name: OptimizerName,
+    sae: Sae,
+    lr: float,
+    warmup: int,
+    steps: int,
+    *,
+    schedule: Schedule | None = None,
+    weight_decay: float | None = None,
+    decoder_norm: DecoderNorm = "unit",
+) -> Optimizer:
+    """Build an optimiser over all parameters of an SAE.
+
+    Args:
+        name: name of the optimiser on the command line.
+        sae: the SAE.
+        lr: peak learning rate.
+        warmup: steps of warm-up, without a `schedule`; signum has none.
+        steps: total steps of the run, without a `schedule`.
+        schedule: learning rate over the run; None: constant for signum, else linear decay to 0.
+        weight_decay: for adamw, and for muon's matrices; None: 0.01 and 0.1.
+        decoder_norm: as in the SAE's `StepSettings`.
+
+    Raises:
+        ConfigError: a required library is missing, or cannot run on the SAE's device.
+    """
+    parameters = dict(sae.named_parameters())
+    unit = "W_dec" if decoder_norm == "unit" and not sae.transcode else None
+    if name == "signum":
+        return Signum(parameters, lr, schedule, unit=unit)
+    schedule = schedule or Schedule("linear", warmup, steps)
+    if name == "adam8bit":
+        return Adam8bit(parameters, lr, schedule)
+    if weight_decay is None:
+        weight_decay = _WEIGHT_DECAY.get(name)
+    if name == "muon":
+        assert weight_decay is not None
+        return Muon(parameters, lr, schedule, weight_decay)
+    return Adam(parameters, lr, schedule=schedule, weight_decay=weight_decay, unit=unit)
+
+
 V = TypeVar("V")
 
 
@@ -159,7 +204,7 @@ class SaeTrainer:
     """Options of its steps."""
     guard: FiniteGuard = field(init=False)
     """Flag on the device: have all losses been finite?"""
-    scaling: InputScaling | None = field(init=False)
+    scaling: InputScaling | None = field(init=False, default=None)
     """Factors by which its rows are multiplied; None: 1."""
     latent_stats: LatentStats = field(init=False)
     """Densities of its latents and norms of its gradients."""
@@ -179,7 +224,9 @@ class SaeTrainer:
         """Allocate the metrics on the device of the weights."""
         self.guard = FiniteGuard(self.sae.W_enc.device)
         self.latent_stats = LatentStats(self.sae.num_latents, self.sae.W_enc.device)
-        self.scaling = input_scaling(self.entry, self.sae.W_enc.device, self.sae.W_enc.dtype)
+        if self.entry.scales:
+            W = self.sae.W_enc
+            self.scaling = input_scaling(self.entry, W.device, W.dtype)
 
     @property
     def schedules_end(self) -> int:

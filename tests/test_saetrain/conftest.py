@@ -82,9 +82,8 @@ def make_trainer() -> Callable[..., Any]:
 
     from saetrain.config.sae import SaeConfig, SaeEntry
     from saetrain.model.sae import Sae
-    from saetrain.optim import make_optimizer
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-    from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+    from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 
     def make(
         d_in: int = 16,
@@ -123,9 +122,8 @@ def accumulate() -> Callable[..., Any]:
 
     from saetrain.config.sae import SaeConfig, SaeEntry
     from saetrain.model.losses import FVU_ONLY
-    from saetrain.optim import make_optimizer
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-    from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+    from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
     from saetrain.training.step import accumulate_gradient
 
     def call(

@@ -18,9 +18,8 @@ from saetrain.kernels import (
 from saetrain.kernels.dense import Product
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.sae import Sae
-from saetrain.optim import make_optimizer
 from saetrain.training import step as step_module
-from saetrain.training.sae_trainer import StepSettings
+from saetrain.training.sae_trainer import StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
 N, D, M, K = 64, 16, 96, 4

@@ -21,10 +21,10 @@ from saetrain.launch.estimate import FLOAT, estimate_fit, estimate_sae, paramete
 from saetrain.launch.run import fit
 from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import build_sae
-from saetrain.optim import default_lr, make_optimizer
+from saetrain.optim import default_lr
 from saetrain.runs.record import read_run
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
 CPU = torch.device("cpu")
@@ -88,6 +88,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "matryoshka of batchtopk": {"matryoshka": (16, 40), "activation": "batchtopk"},
     "skip transcoder": {"transcode": True, "skip_connection": True, "d_out": 96},
 }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shapes_are_those_of_the_parameters_of_each_kind(kind: str) -> None:
+    sizes = SaeConfig(128, 256, 4, **KINDS[kind])
+    made = [tuple(parameter.shape) for parameter in build_sae(sizes, device="meta").parameters()]
+    assert sorted(parameter_shapes(sizes)) == sorted(made)
 
 
 @pytest.mark.parametrize(

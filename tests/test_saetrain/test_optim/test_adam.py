@@ -42,7 +42,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 def test_weights_follow_torchs_adam_under_transformers_schedule() -> None:
     ours, theirs = parameters(), parameters()
-    adam = Adam(ours, LR, WARMUP, STEPS)
+    adam = Adam(ours, LR, Schedule("linear", WARMUP, STEPS))
     peer = torch.optim.Adam(theirs.values(), lr=LR)
     schedule = get_linear_schedule_with_warmup(peer, WARMUP, STEPS)
     for step in range(STEPS):
@@ -82,7 +82,7 @@ def test_weights_and_state_are_torchs_bit_for_bit_whatever_the_parts(
 
 def test_the_first_step_of_a_warm_up_changes_nothing_and_drops_the_gradients() -> None:
     ours = parameters()
-    adam = Adam(ours, LR, WARMUP, STEPS)
+    adam = Adam(ours, LR, Schedule("linear", WARMUP, STEPS))
     give_gradients(ours, 0)
     adam.step(0)
     assert_same(copies(ours), copies(parameters()))
@@ -92,12 +92,12 @@ def test_the_first_step_of_a_warm_up_changes_nothing_and_drops_the_gradients() -
 @pytest.mark.parametrize("steps_before", [0, 1, 9])
 def test_state_put_back_goes_on_bit_for_bit(steps_before: int) -> None:
     ours = parameters()
-    adam = Adam(ours, LR, WARMUP, STEPS)
+    adam = Adam(ours, LR, Schedule("linear", WARMUP, STEPS))
     for step in range(steps_before):
         give_gradients(ours, step)
         adam.step(step)
     again = {name: nn.Parameter(value) for name, value in copies(ours).items()}
-    resumed = Adam(again, LR, WARMUP, STEPS)
+    resumed = Adam(again, LR, Schedule("linear", WARMUP, STEPS))
     resumed.load_state(copies(adam.state_tensors()), adam.state_numbers())
     for step in range(steps_before, STEPS):
         for optimizer, weights in ((adam, ours), (resumed, again)):

@@ -12,13 +12,12 @@ from torch import Tensor
 from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.kernels.on_torch import update
 from saetrain.model.sae import Sae
-from saetrain.optim import make_optimizer
 from saetrain.optim.adam import Adam
 from saetrain.optim.fused import FusedOptimizer
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.signum import Signum
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
 M, D, K, STEPS = 64, 16, 4, 20

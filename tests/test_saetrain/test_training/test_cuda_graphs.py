@@ -29,11 +29,11 @@ from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import build_sae
-from saetrain.optim import Schedule, make_optimizer
+from saetrain.optim import Schedule
 from saetrain.runs.record import read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings, by_hookpoint
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, by_hookpoint, make_optimizer
 from saetrain.training.step import train_batch
 
 N, D, M, K = 64, 16, 64, 4

@@ -18,9 +18,8 @@ from saetrain.model.activations import BatchTopK, JumpRelu, Latents
 from saetrain.model.losses import LossConfig, OutputSlice, compute_losses, make_loss_config
 from saetrain.model.sae import Sae, build_sae
 from saetrain.model.weight_scales import fold, folded_losses
-from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import accumulate_gradient, train_step
 
 N, D, E, M, K = 24, 10, 6, 36, 3

@@ -28,12 +28,11 @@ from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import Sae, build_sae
-from saetrain.optim import make_optimizer
 from saetrain.runs.checkpoint import load_checkpoint
 from saetrain.runs.record import read_run
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.non_finite import ROWS, NonFiniteError
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
 Options = Callable[..., FitConfig]

@@ -15,10 +15,10 @@ from saetrain.kernels import backends, dense
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import build_sae
-from saetrain.optim import Schedule, make_optimizer
+from saetrain.optim import Schedule
 from saetrain.training.cuda_graphs import CudaGraphs, GraphedSteps
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_batch
 
 N, D, M, K, STEPS = 6, 8, 12, 2, 7

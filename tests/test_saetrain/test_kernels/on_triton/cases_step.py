@@ -6,9 +6,8 @@ import torch
 from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.sae import Sae
-from saetrain.optim import make_optimizer
 from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
 N, D, M, K = 12, 12, 20, 3

@@ -277,9 +277,8 @@ def make_trainee_on(cuda: Cuda) -> Callable[..., Any]:
     from saetrain.config.sae import SaeConfig, SaeEntry
     from saetrain.model.losses import OutputSlice, make_loss_config
     from saetrain.model.sae import build_sae
-    from saetrain.optim import make_optimizer
     from saetrain.training.metrics import DeadLatentTracker, MeanMeter
-    from saetrain.training.sae_trainer import SaeTrainer, StepSettings
+    from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 
     def make(
         d_in: int = 64,

@@ -1,5 +1,5 @@
 """Fixtures shared by all tests: synthetic caches, a tiny model with its tokenizer, prose,
-digests of a folder.
+digests of a folder, commands in processes of their own.
 
 Heavy packages are imported only inside the fixtures that need them.
 """
@@ -7,13 +7,14 @@ Heavy packages are imported only inside the fixtures that need them.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import signal
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ CACHES = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep Hugging Face off the network, and out of the user's folders."""
+    """Keep Hugging Face off the network, and out of the user's folders; restore Ctrl-C.
+
+    A shell starts background jobs with SIGINT ignored, which the processes of tests would inherit.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tempfile.TemporaryDirectory(prefix="actcache-tests-", ignore_cleanup_errors=True)
     config.stash[CACHES] = folder
     os.environ |= {
@@ -352,6 +358,20 @@ def warm_model(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("load_config", "load_tokenizer", "probe_model"):
         monkeypatch.setattr(resolve, name, by_model(getattr(resolve, name)))
     monkeypatch.setattr(job, "load_model", by_model(job.load_model))
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[Any]:
+    """The `ForkServer` of `fork_server.py`: starts commands that have done their imports."""
+    path = Path(__file__).with_name("fork_server.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    server = module.ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

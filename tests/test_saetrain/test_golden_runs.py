@@ -207,18 +207,18 @@ def test_the_finished_harvest_of_an_earlier_version_is_whole(
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_an_earlier_version_began_is_finished_in_the_same_bytes(
-    name: str, here: Path, program: Callable[..., None], expected: dict[str, Any]
+    name: str,
+    here: Path,
+    program: Callable[..., None],
+    fork_server: Any,
+    expected: dict[str, Any],
 ) -> None:
     begun = (here / name / "metrics.jsonl").read_text()
     record = record_of(here / name)
     line = [*fit_line(name), "--resume"]
     if name in TOGETHER:
-        launch = ["torchrun", "--no-python", "--standalone", "--nproc_per_node", "2", "saetrain"]
-        environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run(
-            [*launch, *line], capture_output=True, text=True, timeout=SECONDS, env=environment
-        )
-        assert done.returncode == 0, done.stderr
+        for rank in fork_server.start_ranks(2, "saetrain", *line):
+            assert rank.wait(SECONDS) == 0, rank.stderr
     elif name == "grid":  # its own record says what it is
         program("saetrain", ["fit", "--config", "grid/run.json", "--resume"])
     else:

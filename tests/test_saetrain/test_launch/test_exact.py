@@ -7,8 +7,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,19 +53,13 @@ def kind(options: Options, name: str, **changes: Any) -> FitConfig:
     return config
 
 
-def start(config: FitConfig, file: Path) -> subprocess.Popen[str]:
+def start(fork_server: Any, config: FitConfig, file: Path) -> Any:
     given = {name: value for name, value in values_of(config).items() if value is not None}
     file.write_text(json.dumps(given | {"resume": True}))
-    program = Path(sys.executable).with_name("saetrain")
-    return subprocess.Popen(
-        [program, "fit", "--config", file],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return fork_server.start("saetrain", "fit", "--config", file)
 
 
-def strike(process: subprocess.Popen[str], root: Path, number: signal.Signals, beyond: int) -> str:
+def strike(process: Any, root: Path, number: signal.Signals, beyond: int) -> str:
     """Send a signal at a random time after a checkpoint beyond a step; return stderr."""
     deadline = time.monotonic() + SECONDS
     while (newest_step(root) if root.is_dir() else None) in (None, *range(beyond + 1)):
@@ -81,7 +73,7 @@ def strike(process: subprocess.Popen[str], root: Path, number: signal.Signals, b
 
 @pytest.mark.parametrize("name", ["single", "grid", "best"])
 def test_a_run_that_was_terminated_and_killed_resumes_to_the_same_bytes(
-    options: Options, snapshot: Snapshot, tmp_path: Path, name: str
+    options: Options, snapshot: Snapshot, fork_server: Any, tmp_path: Path, name: str
 ) -> None:
     whole = kind(options, name, out=options().out + "-whole", save_every=100)
     hit = kind(options, name, save_every=1)  # slow, so that a signal comes before the end
@@ -90,7 +82,9 @@ def test_a_run_that_was_terminated_and_killed_resumes_to_the_same_bytes(
     number = {"single": signal.SIGTERM, "grid": signal.SIGINT}.get(name)
     done = 0
     if number is not None:
-        process = start(dataclasses.replace(hit, save_every=10_000, keep_every=40), file)
+        process = start(
+            fork_server, dataclasses.replace(hit, save_every=10_000, keep_every=40), file
+        )
         stderr = strike(process, root, number, 0)
         assert process.returncode == 128 + number, stderr
         done = newest_step(root) or 0
@@ -99,7 +93,7 @@ def test_a_run_that_was_terminated_and_killed_resumes_to_the_same_bytes(
         assert "Traceback" not in stderr
         ending = json.loads((root / EXIT).read_text())
         assert ending == {"code": 128 + number, "reason": number.name, "step": done}
-    process = start(hit, file)
+    process = start(fork_server, hit, file)
     stderr = strike(process, root, signal.SIGKILL, done)
     assert process.returncode == -signal.SIGKILL, stderr
     assert not (root / EXIT).exists()
@@ -111,14 +105,14 @@ def test_a_run_that_was_terminated_and_killed_resumes_to_the_same_bytes(
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["single", "grid", "best"])
 def test_a_run_killed_many_times_resumes_to_the_same_bytes(
-    options: Options, snapshot: Snapshot, tmp_path: Path, name: str
+    options: Options, snapshot: Snapshot, fork_server: Any, tmp_path: Path, name: str
 ) -> None:
     whole = kind(options, name, out=options().out + "-whole", save_every=100)
     hit = kind(options, name, save_every=1)
     fit(whole)
     root, done = Path(hit.out), 0
     for number in range(10):
-        process = start(hit, tmp_path / "fit.json")
+        process = start(fork_server, hit, tmp_path / "fit.json")
         strike(process, root, (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)[number % 3], done)
         done = newest_step(root) or 0
         if done > 360:

@@ -6,8 +6,6 @@ import dataclasses
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -95,19 +93,19 @@ def test_a_changed_or_missing_shard_stops_the_run_with_a_checkpoint_and_it_resum
 
 @pytest.mark.parametrize("follow", [False, True])
 def test_the_command_names_a_damaged_shard_and_exits_with_code_8(
-    own_cache: Path, tmp_path: Path, follow: bool
+    own_cache: Path, tmp_path: Path, fork_server: Any, follow: bool
 ) -> None:
     damage(shard_files(own_cache)[1])
-    program = str(Path(sys.executable).with_name("saetrain"))
-    command = [program, "fit", str(own_cache), "--out", str(tmp_path / "run"), "--k", "3"]
+    command = ["saetrain", "fit", str(own_cache), "--out", str(tmp_path / "run"), "--k", "3"]
     command += ["--batch-size", "32", "--device", "cpu", *(["--follow"] if follow else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fork_server.start(*command)
+    done.communicate()
     assert done.returncode == 8, done.stderr
     assert "layers.1/00001.safetensors differs from the receipt of shard 1" in done.stderr
     assert "Traceback" not in done.stderr
     assert newest_step(tmp_path / "run") is None  # no step has used the damaged rows
     again = [*command, "--resume", "--verify", "never"]
-    assert subprocess.run(again, capture_output=True).returncode == 0
+    assert fork_server.start(*again).wait() == 0
 
 
 def test_verify_changes_no_byte_of_a_run(options: Options, snapshot: Snapshot) -> None:

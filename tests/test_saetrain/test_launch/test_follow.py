@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -594,27 +591,14 @@ def test_evaluation_uses_all_shards_held_out_so_far(growing: Growing, following:
 # --- the commands --------------------------------------------------------------------------------
 
 
-def command(name: str, *words: object) -> subprocess.Popen[str]:
-    program = Path(sys.executable).with_name(name)
-    return subprocess.Popen(
-        [str(program), *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
-        # A shell starts background jobs with SIGINT ignored, which children inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
 def test_concurrent_commands_give_the_same_bytes_as_consecutive_ones(
-    tiny_model: Path, prose_file: Path, snapshot: Snapshot, tmp_path: Path
+    tiny_model: Path, prose_file: Path, snapshot: Snapshot, fork_server: Any, tmp_path: Path
 ) -> None:
     """Ctrl-C ends a waiting fit with its exit code, one line, and all steps saved."""
     cache, run = tmp_path / "cache", tmp_path / "run"
     harvest = ["harvest", tiny_model, prose_file, "--out", cache, "--ctx-len", 16, "--batch-size"]
     harvest += [2, "--shard-size", 4, "--hookpoint", "layers.1", "--max-tokens", 16 * 60]
-    first = command("actcache", *harvest)
+    first = fork_server.start("actcache", *harvest)
     out, err = first.communicate()
     assert first.returncode == 0, err
     hidden = tmp_path / "hidden"
@@ -623,7 +607,7 @@ def test_concurrent_commands_give_the_same_bytes_as_consecutive_ones(
         path.rename(hidden / path.name)
     options = ["--expansion-factor", 2, "--k", 4, "--batch-size", 32, "--val-fraction", 0.2]
     options += ["--follow", "--segment-shards", 4, "--epochs", 2, "--log-every", 1]
-    fitting = command("saetrain", "fit", cache, "--out", run, *options)
+    fitting = fork_server.start("saetrain", "fit", cache, "--out", run, *options)
     deadline = time.monotonic() + 120
     while newest_step_of(run) is None and time.monotonic() < deadline and fitting.poll() is None:
         time.sleep(0.05)
@@ -634,16 +618,17 @@ def test_concurrent_commands_give_the_same_bytes_as_consecutive_ones(
     assert waiting[0] == "fit: waiting for shard 4 of the harvest"
     assert err.count("no harvest is at work") == 1
     assert newest_step(run) == 4  # 3 shards of 60 rows: 5 steps, the last one waits
-    again = command("saetrain", "fit", cache, "--out", run, *options, "--resume")
-    harvesting = command("actcache", *harvest)  # writes the shards without a receipt again
+    again = fork_server.start("saetrain", "fit", cache, "--out", run, *options, "--resume")
+    # It writes the shards without a receipt again.
+    harvesting = fork_server.start("actcache", *harvest)
     for process in (again, harvesting):
         out, err = process.communicate()
         assert process.returncode == 0, err
-    after = command("saetrain", "fit", cache, "--out", tmp_path / "after", *options)
+    after = fork_server.start("saetrain", "fit", cache, "--out", tmp_path / "after", *options)
     out, err = after.communicate()
     assert after.returncode == 0, err
     assert only_changed(snapshot(tmp_path / "after"), snapshot(run)) == []
-    evaluation = command("saetrain", "eval", run)
+    evaluation = fork_server.start("saetrain", "eval", run)
     out, err = evaluation.communicate()
     assert evaluation.returncode == 0, err
     assert "held-out rows" in out

@@ -9,8 +9,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,14 +195,14 @@ def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_room(
 
 
 def test_a_command_ended_by_sigkill_resumes_to_the_same_bytes(
-    options: Options, snapshot: Snapshot
+    options: Options, snapshot: Snapshot, fork_server: Any
 ) -> None:
     long = {"max_tokens": 400 * 32, "save_every": 1000}
     whole = options(**long, out=options().out + "-whole")
     killed = options(**long | {"save_every": 1})  # slow, so that the signal comes before the end
     fit(whole)
     root = Path(killed.out)
-    process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = fork_server.start(*command(killed))
     deadline = time.monotonic() + 60
     while not list(root.glob("checkpoint-*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -215,7 +213,8 @@ def test_a_command_ended_by_sigkill_resumes_to_the_same_bytes(
     assert checkpoint is not None
     assert checkpoint[0].step < 400
     resume = [*command(dataclasses.replace(killed, save_every=1000)), "--resume"]
-    again = subprocess.run(resume, capture_output=True, text=True)
+    again = fork_server.start(*resume)
+    again.communicate()
     assert again.returncode == 0, again.stderr
     assert "finished, 400 steps" in again.stdout
     assert only_changed(snapshot(Path(whole.out)), snapshot(root)) == []
@@ -223,8 +222,7 @@ def test_a_command_ended_by_sigkill_resumes_to_the_same_bytes(
 
 def command(config: FitConfig) -> list[str]:
     """Return the command line of a configuration."""
-    program = str(Path(sys.executable).with_name("saetrain"))
-    words = [program, "fit", config.cache]
+    words = ["saetrain", "fit", config.cache]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         option = "--" + field.name.replace("_", "-")

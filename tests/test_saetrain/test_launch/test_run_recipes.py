@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,7 +189,9 @@ def test_a_resume_with_other_training_options_is_refused(options: Options) -> No
         fit(dataclasses.replace(config, resume=True, lr_schedule="cosine"))
 
 
-def test_the_command_accepts_all_training_options(options: Options, snapshot: Snapshot) -> None:
+def test_the_command_accepts_all_training_options(
+    options: Options, snapshot: Snapshot, fork_server: Any
+) -> None:
     config = options(
         optimizer="muon",
         lr_schedule="cosine",
@@ -204,13 +204,13 @@ def test_the_command_accepts_all_training_options(options: Options, snapshot: Sn
         k_anneal_steps=6,
         k_start=20,
     )
-    program = str(Path(sys.executable).with_name("saetrain"))
-    command = [program, "fit", config.cache]
+    command = ["saetrain", "fit", config.cache]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name != "cache" and type(value) in (int, float, str):
             command += ["--" + field.name.replace("_", "-"), str(value)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fork_server.start(*command)
+    done.communicate()
     assert done.returncode == 0, done.stderr
     by_command = snapshot(Path(config.out))
     again = dataclasses.replace(config, out=config.out + "-2")

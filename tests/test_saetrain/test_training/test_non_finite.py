@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,15 +207,15 @@ def read_rows_file(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("optimizer", ["signum", "muon"])
 def test_the_command_names_sae_step_rows_and_remedy_and_exits_with_code_11(
-    make_cache: Callable[..., Path], tmp_path: Path, optimizer: str
+    make_cache: Callable[..., Path], tmp_path: Path, fork_server: Any, optimizer: str
 ) -> None:
     cache, bad = poisoned(make_cache)
     root = tmp_path / "run"
-    program = str(Path(sys.executable).with_name("saetrain"))
-    command = [program, "fit", str(cache), "--out", str(root), "--k", "3", "--num-latents", "48"]
+    command = ["saetrain", "fit", str(cache), "--out", str(root), "--k", "3", "--num-latents", "48"]
     command += ["--batch-size", "32", "--device", "cpu", "--optimizer", optimizer, "--seed", "3"]
     command += ["--log-every", "100"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fork_server.start(*command)
+    done.communicate()
     plan = read_run(root).plan
     step = next(s for s in range(12) if list(bad) in batch_rows(plan, 0, s).tolist())
     assert done.returncode == 11, done.stderr

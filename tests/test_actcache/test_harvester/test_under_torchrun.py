@@ -1,10 +1,8 @@
-"""Harvests of several processes under torchrun with gloo, also through SIGKILL."""
+"""Harvests of several processes, started as torchrun starts them, also through SIGKILL."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import random
 import shutil
 import signal
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 
 from actcache.cache.reader import Cache
+from actcache.config import HarvestConfig
 from actcache.core.process import World
 from actcache.errors import ConfigError
 from actcache.harvester.run import harvest
@@ -58,6 +57,7 @@ def test_a_single_process_acts_without_a_process_group() -> None:
 
 ATTEMPT = """
 import os, sys
+from actcache.config import HarvestConfig
 from actcache.core.process import World
 
 world = World.from_environment()
@@ -91,20 +91,17 @@ def free_ports(count: int) -> list[str]:
 
 
 def test_rank_zero_acts_once_if_all_ranks_are_equal_and_all_ranks_fail_if_not(
-    tmp_path: Path,
+    fork_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ports = free_ports(3)
+    """Without torchrun, rank 0 holds the store."""
+    monkeypatch.chdir(tmp_path)
+    script, ports = tmp_path / "attempt.py", free_ports(3)
+    script.write_text(ATTEMPT)
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ATTEMPT, *ports],
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
+        fork_server.start(script, *ports, env=together | {"RANK": str(rank)}) for rank in (0, 1)
     ]
-    outputs = [process.communicate(timeout=SECONDS)[0].splitlines() for process in processes]
+    outputs = [process.communicate()[0].splitlines() for process in processes]
     differ = "CacheMismatchError: the processes of this harvest would make different caches"
     assert outputs[0] == ["equal", differ, "PermissionError: no such right"]
     ended = "CacheMismatchError: rank 0 refused this harvest, so rank 1 ends too"
@@ -112,63 +109,62 @@ def test_rank_zero_acts_once_if_all_ranks_are_equal_and_all_ranks_fail_if_not(
     assert (tmp_path / "made").read_text() == "by 0"
 
 
-@pytest.fixture
-def whole(options: Callable[..., Any], tmp_path: Path) -> Any:
-    """A harvest of 150 shards, made without interruption by this process."""
-    config = options(
-        out=str(tmp_path / "whole"), max_tokens=16 * 300, shard_size=2, batch_size=2, seed=5
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, prose_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Options of a harvest of 100 shards, made without interruption by this process."""
+    config = HarvestConfig(
+        str(tiny_model),
+        str(prose_file),
+        out=str(tmp_path_factory.mktemp("harvest") / "whole"),
+        hookpoint=("layers.0", "layers.1.mlp:in"),
+        ctx_len=16,
+        max_tokens=16 * 200,
+        shard_size=2,
+        batch_size=2,
+        seed=5,
     )
     harvest(config)
     return config
 
 
-def command(config: Any, out: Path, processes: int | None = None) -> list[str]:
+def command(config: Any, out: Path) -> list[str]:
     """The same harvest as a command line."""
-    given = [str(BIN / "actcache"), "harvest", config.model, config.dataset, "--out", str(out)]
+    given = ["actcache", "harvest", config.model, config.dataset, "--out", str(out)]
     for hookpoint in config.hookpoint:
         given += ["--hookpoint", hookpoint]
     for name in ("ctx_len", "max_tokens", "batch_size", "shard_size", "seed"):
         given += ["--" + name.replace("_", "-"), str(getattr(config, name))]
-    if processes is None:
-        return given
-    launcher = [str(BIN / "torchrun"), "--no-python", "--standalone", "--nproc_per_node"]
-    return [*launcher, str(processes), *given]
+    return given
 
 
-def run(arguments: list[str]) -> None:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert done.returncode == 0, done.stderr
+def finish(ranks: list[Any]) -> None:
+    for rank in ranks:
+        assert rank.wait() == 0, rank.stderr
 
 
-def kill_half_way(arguments: list[str], out: Path, shards: int = 5, delay: float = 0) -> None:
-    """Start a command and SIGKILL it, with its children, once a number of shards is published.
+def kill_half_way(ranks: list[Any], out: Path, shards: int = 5, delay: float = 0) -> None:
+    """Send SIGKILL to the processes of a harvest once a number of shards is published.
 
     Args:
-        arguments: the command.
-        out: folder of its cache.
+        ranks: the processes.
+        out: folder of their cache.
         shards: number of shards, with those of before the command.
         delay: seconds between the last shard and the signal.
     """
-    process = subprocess.Popen(
-        arguments,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    wait_for_shards(ranks[0], out, shards)
+    time.sleep(delay)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    for rank in ranks:
+        rank.wait()
+
+
+def wait_for_shards(process: Any, out: Path, shards: int = 5) -> None:
     deadline = time.monotonic() + SECONDS
     while len(list(out.glob("shards/0*.json"))) < shards:
         assert process.poll() is None, "the command ended before the signal"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    time.sleep(delay)
-    # torchrun's workers are in sessions of their own, and outlive it otherwise.
-    workers = descendants_of(process.pid)
-    for pid in [process.pid, *workers]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    while any(is_alive(pid) for pid in workers):
-        time.sleep(0.01)
 
 
 def descendants_of(parent: int) -> list[int]:
@@ -186,78 +182,68 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_two_processes_write_the_same_bytes_as_one(whole: Any, tree: Tree, tmp_path: Path) -> None:
-    run(command(whole, tmp_path / "two", processes=2))
-    assert tree(tmp_path / "two") == tree(whole.out)
-
-
-def test_two_processes_write_one_zarr_array(whole: Any, tree: Tree, tmp_path: Path) -> None:
+def test_two_processes_write_one_zarr_array_in_the_bytes_of_one_process(
+    whole: Any, tree: Tree, fork_server: Any, tmp_path: Path
+) -> None:
     one = dataclasses.replace(whole, out=str(tmp_path / "one"), backend="zarr", compress="zstd")
     harvest(one)
-    arguments = command(whole, tmp_path / "two", processes=2)
-    run([*arguments, "--backend", "zarr", "--compress", "zstd"])
+    arguments = [*command(whole, tmp_path / "two"), "--backend", "zarr", "--compress", "zstd"]
+    finish(fork_server.start_ranks(2, *arguments))
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
-def test_a_command_killed_five_times_resumes_to_the_same_bytes(
-    whole: Any, tree: Tree, tmp_path: Path
+def test_three_processes_finish_a_harvest_of_one_that_was_killed_three_times(
+    whole: Any, tree: Tree, fork_server: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
     state = random.Random(2)
-    for shards in (1, 20, 40, 60, 80):
-        kill_half_way(command(whole, out), out, shards, state.uniform(0, 0.05))
+    for shards in (1, 20, 40):
+        kill_half_way([fork_server.start(*command(whole, out))], out, shards, state.uniform(0, 0.1))
         cache = Cache.open(out)
-        assert shards <= len(cache.shards) < 150
+        assert shards <= len(cache.shards) < 100
         assert not cache.complete
         assert all(len(cache.read("layers.0", shard)) == 30 for shard in cache.shards)
-    run(command(whole, out))
-    assert tree(out) == tree(whole.out)
-
-
-def test_three_processes_finish_a_killed_harvest_of_one(
-    whole: Any, tree: Tree, tmp_path: Path
-) -> None:
-    out = tmp_path / "killed"
-    kill_half_way(command(whole, out), out)
-    assert 5 <= len(Cache.open(out).shards) < 150
-    run(command(whole, out, processes=3))
+    finish(fork_server.start_ranks(3, *command(whole, out)))
     assert tree(out) == tree(whole.out)
 
 
 def test_one_process_finishes_a_killed_harvest_of_two(
-    whole: Any, tree: Tree, tmp_path: Path
+    whole: Any, tree: Tree, fork_server: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    kill_half_way(command(whole, out, processes=2), out)
-    assert len(Cache.open(out).shards) < 150
+    kill_half_way(fork_server.start_ranks(2, *command(whole, out)), out)
+    assert len(Cache.open(out).shards) < 100
     summary = harvest(dataclasses.replace(whole, out=str(out)))
     assert summary.complete
     assert tree(out) == tree(whole.out)
 
 
 def test_one_process_finishes_a_killed_extension_by_two(
-    options: Callable[..., Any], tree: Tree, tmp_path: Path
+    whole: Any, tree: Tree, fork_server: Any, tmp_path: Path
 ) -> None:
-    first = options(max_tokens=16 * 101, shard_size=2, batch_size=2, out=str(tmp_path / "one"))
-    more = dataclasses.replace(first, max_tokens=16 * 300)
+    first = dataclasses.replace(whole, max_tokens=16 * 101, out=str(tmp_path / "one"))
     harvest(first)
     out = tmp_path / "two"
     shutil.copytree(first.out, out)
-    harvest(dataclasses.replace(more, extend=True))
-    kill_half_way([*command(more, out, processes=2), "--extend"], out, shards=56)
-    assert 56 <= len(Cache.open(out).shards) < 151
+    harvest(dataclasses.replace(first, max_tokens=whole.max_tokens, extend=True))
+    more = [*command(whole, out), "--extend"]
+    kill_half_way(fork_server.start_ranks(2, *more), out, shards=56)
+    assert 56 <= len(Cache.open(out).shards) < 101
     assert not Cache.open(out).complete
-    run([*command(more, out), "--extend"])
+    finish([fork_server.start(*more)])
     assert tree(out) == tree(first.out)
 
 
-def test_an_error_of_rank_zero_ends_the_command_with_its_message(whole: Any, tree: Tree) -> None:
+def test_an_error_of_rank_zero_ends_all_ranks_with_its_message(
+    whole: Any, tree: Tree, fork_server: Any
+) -> None:
     before = tree(whole.out)
-    arguments = [*command(whole, Path(whole.out), processes=2), "--bos", "never"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert done.returncode != 0
-    assert "bos_id: 0, not None" in done.stderr
-    assert "RuntimeError" not in done.stderr
+    ranks = fork_server.start_ranks(2, *command(whole, Path(whole.out)), "--bos", "never")
+    zero, one = (rank.communicate()[1] for rank in ranks)
+    assert all(rank.returncode for rank in ranks)
+    assert "bos_id: 0, not None" in zero
+    assert "rank 0 refused this harvest, so rank 1 ends too" in one
+    assert "RuntimeError" not in zero + one
     assert tree(whole.out) == before
 
 
@@ -266,44 +252,41 @@ def test_an_error_of_rank_zero_ends_the_command_with_its_message(whole: Any, tre
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
 )
 def test_a_signal_ends_a_harvest_cleanly_with_a_message_on_how_to_resume(
-    number: signal.Signals, code: int, word: str, whole: Any, tree: Tree, tmp_path: Path
+    number: signal.Signals,
+    code: int,
+    word: str,
+    whole: Any,
+    tree: Tree,
+    fork_server: Any,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(whole, out),
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell starts background jobs with SIGINT ignored, which children inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while len(list(out.glob("shards/0*.json"))) < 5:
-        assert process.poll() is None, "the command ended before the signal"
-        time.sleep(0.002)
+    process = fork_server.start(*command(whole, out))
+    wait_for_shards(process, out)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=SECONDS)
+    _, stderr = process.communicate()
     assert process.returncode == code
     assert f"{word}: published files remain" in stderr
     assert "Traceback" not in stderr
-    assert 5 <= len(Cache.open(out).shards) < 150
+    assert 5 <= len(Cache.open(out).shards) < 100
     assert not list(out.rglob("*.partial-*"))
     assert harvest(dataclasses.replace(whole, out=str(out))).complete
     assert tree(out) == tree(whole.out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)]
+)
 def test_a_signal_to_torchrun_ends_two_processes_cleanly_with_the_message(
     number: signal.Signals, whole: Any, tree: Tree, tmp_path: Path
 ) -> None:
     out = tmp_path / "stopped"
+    launcher = [str(BIN / "torchrun"), "--no-python", "--standalone", "--nproc_per_node", "2"]
+    program, *arguments = command(whole, out)
     process = subprocess.Popen(
-        command(whole, out, processes=2),
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [*launcher, str(BIN / program), *arguments], stderr=subprocess.PIPE, text=True
     )
-    while len(list(out.glob("shards/0*.json"))) < 5:
-        assert process.poll() is None, "the command ended before the signal"
-        time.sleep(0.002)
+    wait_for_shards(process, out)
     workers = descendants_of(process.pid)
     process.send_signal(number)  # torchrun forwards it to its workers
     _, stderr = process.communicate(timeout=SECONDS)
@@ -311,26 +294,24 @@ def test_a_signal_to_torchrun_ends_two_processes_cleanly_with_the_message(
     assert stderr.count("published files remain; the same command resumes") == 2
     assert "actcache_cli" not in stderr  # only torchrun prints a traceback
     assert not any(is_alive(pid) for pid in workers)
-    assert 5 <= len(Cache.open(out).shards) < 150
+    assert 5 <= len(Cache.open(out).shards) < 100
     assert not list(out.rglob("*.partial-*"))
     assert harvest(dataclasses.replace(whole, out=str(out))).complete
     assert tree(out) == tree(whole.out)
 
 
-@pytest.mark.parametrize("processes", [None, 2])
+@pytest.mark.parametrize("processes", [1, 2])
 def test_of_two_commands_at_once_one_harvests_and_the_other_is_refused(
-    processes: int | None, whole: Any, tree: Tree, tmp_path: Path
+    processes: int, whole: Any, tree: Tree, fork_server: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "shared"
-    both = [
-        subprocess.Popen(command(whole, out, processes), stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    texts = [process.communicate(timeout=SECONDS)[1] for process in both]
-    codes = [process.returncode for process in both]
+    both = [fork_server.start_ranks(processes, *command(whole, out)) for _ in range(2)]
+    ended = [[(rank.communicate()[1], rank.returncode) for rank in ranks] for ranks in both]
+    codes = [max(code for _, code in ranks) for ranks in ended]
     assert 0 in codes
     # The slower one may start after the faster has finished, and has nothing to do.
-    for code, text in zip(codes, texts, strict=True):
-        refused = 1 if processes else 12  # torchrun swallows exit codes
-        assert code == 0 or (code == refused and "another harvest is running" in text)
+    for code, ranks in zip(codes, ended, strict=True):
+        text = "".join(text for text, _ in ranks)
+        assert code == 0 or "another harvest is running" in text, text
+        assert processes > 1 or code in (0, 12)
     assert tree(out) == tree(whole.out)

@@ -110,12 +110,9 @@ main.saetrain()
     ],
 )
 def test_a_signal_before_the_command_is_reached_ends_it_with_a_sentence(code, number, message):
-    # A suite that runs in the background ignores Ctrl-C, and so would the processes it starts.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    signal.signal(signal.SIGINT, before)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     child.send_signal(number)

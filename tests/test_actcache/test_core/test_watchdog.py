@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -29,14 +28,6 @@ with watchdog.handled_signals():
     lock(mutex)
     lock(mutex)  # for ever: no signal ends it
 """
-
-
-@pytest.fixture(autouse=True)
-def sigint() -> Iterator[None]:
-    """A suite that runs in the background ignores Ctrl-C, and so would the processes it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def stuck(kind: str, code: str = STUCK) -> subprocess.Popen[str]:

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from actcache.filesystem.rooted import RootedPath
 from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
-from saetrain.runs.checkpoint import load_checkpoint
 from saetrain.tracking.jsonl import METRICS, TIMINGS
 
 Options = Callable[..., FitConfig]
@@ -192,47 +189,6 @@ def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_room(
             fit(config)
     fit(dataclasses.replace(config, resume=True))
     assert only_changed(snapshot(Path(whole.out)), snapshot(Path(config.out))) == []
-
-
-def test_a_command_ended_by_sigkill_resumes_to_the_same_bytes(
-    options: Options, snapshot: Snapshot, fork_server: Any
-) -> None:
-    long = {"max_tokens": 400 * 32, "save_every": 1000}
-    whole = options(**long, out=options().out + "-whole")
-    killed = options(**long | {"save_every": 1})  # slow, so that the signal comes before the end
-    fit(whole)
-    root = Path(killed.out)
-    process = fork_server.start(*command(killed))
-    deadline = time.monotonic() + 60
-    while not list(root.glob("checkpoint-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    checkpoint = load_checkpoint(root)
-    assert checkpoint is not None
-    assert checkpoint[0].step < 400
-    resume = [*command(dataclasses.replace(killed, save_every=1000)), "--resume"]
-    again = fork_server.start(*resume)
-    again.communicate()
-    assert again.returncode == 0, again.stderr
-    assert "finished, 400 steps" in again.stdout
-    assert only_changed(snapshot(Path(whole.out)), snapshot(root)) == []
-
-
-def command(config: FitConfig) -> list[str]:
-    """Return the command line of a configuration."""
-    words = ["saetrain", "fit", config.cache]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        option = "--" + field.name.replace("_", "-")
-        if value is True and field.name != "resume":
-            words.append(option)
-        elif field.name not in ("cache", "saes") and isinstance(value, tuple):
-            words += [word for item in value for word in (option, str(item))]
-        elif field.name != "cache" and type(value) in (int, float, str):
-            words += [option, str(value)]
-    return words
 
 
 def test_a_damaged_checkpoint_is_refused_on_resume(options: Options) -> None:

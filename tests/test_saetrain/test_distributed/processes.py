@@ -1,6 +1,6 @@
-"""Program that the tests start under torchrun: runs, one after another.
+"""Program that the tests start on every rank: runs, one after another.
 
-`torchrun --no-python … python processes.py JOBS.json`: a list of jobs, each the options of a run
+`processes.py JOBS.json`: a list of jobs, each the options of a run
 and what the test changes about it:
 
 - float64: weights of that type;

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,13 +179,18 @@ def test_an_interrupt_with_all_other_ranks_alive_is_the_failure(
 
 
 def test_a_killed_process_of_this_machine_is_detected_by_its_token(
-    connect: Callable[[int], list[StoreGroup]], monkeypatch: pytest.MonkeyPatch
+    connect: Callable[[int], list[StoreGroup]],
+    monkeypatch: pytest.MonkeyPatch,
+    fork_server: Any,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(saetrain.distributed.process_group, "MISSED_HEARTBEATS", 10**9)
     groups = connect(2)
-    code = "from saetrain.distributed.process_group import process_token as n; print(n())"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    groups[0]._tokens[1] = ended.stdout.strip()
+    script = tmp_path / "token.py"
+    script.write_text(
+        "from saetrain.distributed.process_group import process_token as n; print(n())"
+    )
+    groups[0]._tokens[1] = fork_server.start(script).communicate()[0].strip()
     with pytest.raises(LostRankError, match="process 1 of this run has ended"):
         groups[0].get("a key that is never set")
 
@@ -255,9 +259,13 @@ lock.acquire()  # for ever
 """
 
 
-def test_a_rank_that_hangs_after_another_is_lost_is_ended_with_the_error() -> None:
-    command = [sys.executable, "-c", HANG]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+def test_a_rank_that_hangs_after_another_is_lost_is_ended_with_the_error(
+    fork_server: Any, tmp_path: Path
+) -> None:
+    script = tmp_path / "hang.py"
+    script.write_text(HANG)
+    done = fork_server.start(script)
+    done.communicate(SECONDS)
     assert done.returncode == RunError.exit_code, done.stderr
     assert "error: process 1 of this run does not answer" in done.stderr
     assert "forced exit: 11" in done.stdout

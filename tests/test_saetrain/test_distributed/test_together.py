@@ -1,4 +1,4 @@
-"""Runs of several processes under torchrun with gloo, compared with runs of one process."""
+"""Runs of several processes with gloo, compared with runs of one process."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from saetrain.model.sae import Sae, build_sae
 from saetrain.tracking.jsonl import METRICS
 
 Snapshot = Callable[[Path], dict[str, bytes]]
+RunJobs = Callable[[int, list[dict[str, Any]], Path], None]
 
 BIN = Path(sys.executable).parent
 SECONDS = 240  # timeout of a torchrun that hangs
@@ -40,18 +41,17 @@ def double(*arguments: Any, **options: Any) -> Sae:
     return build_sae(*arguments, **options | {"dtype": torch.float64})
 
 
-def torchrun(processes: int, *command: str) -> list[str]:
-    launcher = [str(BIN / "torchrun"), "--no-python", "--standalone", "--nproc_per_node"]
-    return [*launcher, str(processes), *command]
+@pytest.fixture(scope="module")
+def run_jobs(fork_server: Any) -> RunJobs:
+    """A function that runs jobs, one after another, see `processes.py`."""
 
+    def run(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+        path = folder / f"jobs-{processes}.json"
+        path.write_text(json.dumps(jobs))
+        for rank in fork_server.start_ranks(processes, HERE / "processes.py", path):
+            assert rank.wait() == 0, rank.stderr
 
-def run_jobs(processes: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Run jobs (see `processes.py`) under torchrun."""
-    path = folder / f"jobs-{processes}.json"
-    path.write_text(json.dumps(jobs))
-    command = torchrun(processes, sys.executable, str(HERE / "processes.py"), str(path))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert done.returncode == 0, done.stderr
+    return run
 
 
 def lines(root: Path) -> list[dict[str, Any]]:
@@ -134,7 +134,9 @@ BATCHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def alone(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(
+    base: dict[str, Any], run_jobs: RunJobs, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Make the runs of one process: `modules`, copied to `modules-9` at step 9; some in float64."""
     folder = tmp_path_factory.mktemp("alone")
     copy = [9, str(folder / "modules-9")]
@@ -161,6 +163,7 @@ def test_runs_of_several_processes_equal_those_of_one_and_resume_exactly(
     doubles: bool,
     base: dict[str, Any],
     alone: Path,
+    run_jobs: RunJobs,
     snapshot: Snapshot,
     tmp_path: Path,
 ) -> None:
@@ -227,14 +230,14 @@ def test_runs_of_several_processes_equal_those_of_one_and_resume_exactly(
 # --- exit ---------------------------------------------------------------------------------
 
 
-def torchrun_fit(processes: int, options: dict[str, Any]) -> list[str]:
-    """Return the command line of `saetrain fit` under torchrun."""
-    line = [str(BIN / "saetrain"), "fit", options["cache"]]
+def fit_line(options: dict[str, Any]) -> list[str]:
+    """Return the command line of `saetrain fit`."""
+    line = ["saetrain", "fit", options["cache"]]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         if name != "cache" and value is not False:
             line += [flag] if value is True else [flag, str(value)]
-    return torchrun(processes, *line)
+    return line
 
 
 def ranks_of(parent: int) -> dict[int, int]:
@@ -248,8 +251,11 @@ def ranks_of(parent: int) -> dict[int, int]:
 
 
 def start(processes: int, options: dict[str, Any]) -> subprocess.Popen[str]:
-    """Start a run, and wait for its first checkpoint."""
-    process = subprocess.Popen(torchrun_fit(processes, options), stderr=subprocess.PIPE, text=True)
+    """Start a run under torchrun, and wait for its first checkpoint."""
+    launcher = [str(BIN / "torchrun"), "--no-python", "--standalone", "--nproc_per_node"]
+    program, *arguments = fit_line(options)
+    command = [*launcher, str(processes), str(BIN / program), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not list(Path(options["out"]).glob("checkpoint-*.json")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -265,7 +271,7 @@ def exit_status(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("parallel", ["modules", pytest.param("ddp", marks=pytest.mark.soak)])
 def test_a_killed_rank_is_named_and_ends_all_ranks_and_the_run_resumes_exactly(
-    parallel: str, base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
+    parallel: str, base: dict[str, Any], run_jobs: RunJobs, snapshot: Snapshot, tmp_path: Path
 ) -> None:
     run = base | {"parallel": parallel, "epochs": 12, "save_every": 5, "resume": True}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -279,7 +285,7 @@ def test_a_killed_rank_is_named_and_ends_all_ranks_and_the_run_resumes_exactly(
     assert ended["code"] == 11
     assert ended["reason"].startswith("LostRankError: process 1 of this run has ended")
     assert lines(killed)[-1]["step"] < 96
-    finish(run, whole, killed, tmp_path)
+    finish(run_jobs, run, whole, killed, tmp_path)
     assert exit_status(killed) == {"code": 0, "reason": "finished", "step": 96}
     assert snapshot(killed) == snapshot(whole)
 
@@ -287,7 +293,12 @@ def test_a_killed_rank_is_named_and_ends_all_ranks_and_the_run_resumes_exactly(
 @pytest.mark.parametrize("parallel", ["modules", pytest.param("ddp", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("to", ["torchrun", pytest.param("rank 1", marks=pytest.mark.soak)])
 def test_a_signal_stops_all_ranks_at_one_step_and_the_run_resumes_exactly(
-    parallel: str, to: str, base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
+    parallel: str,
+    to: str,
+    base: dict[str, Any],
+    run_jobs: RunJobs,
+    snapshot: Snapshot,
+    tmp_path: Path,
 ) -> None:
     run = base | {"parallel": parallel, "epochs": 12, "keep_every": 5, "resume": True}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -304,14 +315,18 @@ def test_a_signal_stops_all_ranks_at_one_step_and_the_run_resumes_exactly(
     assert stderr.count(f"terminated: SIGTERM: step {ended['step']} is saved; --resume") == 1
     assert "error: " not in stderr
     assert "error_handling.py" not in stderr
-    finish(run | {"save_every": 10_000}, whole, stopped, tmp_path)
+    finish(run_jobs, run | {"save_every": 10_000}, whole, stopped, tmp_path)
     assert snapshot(stopped) == snapshot(whole)
 
 
 @pytest.mark.soak  # torchrun waits 30 s for the rank that is stopped
 @pytest.mark.parametrize("parallel", ["modules", "ddp"])
 def test_a_signal_ends_a_run_whose_other_rank_is_stopped_and_it_resumes_exactly(
-    parallel: str, base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
+    parallel: str,
+    base: dict[str, Any],
+    run_jobs: RunJobs,
+    snapshot: Snapshot,
+    tmp_path: Path,
 ) -> None:
     run = base | {"parallel": parallel, "epochs": 12, "save_every": 5, "resume": True}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -329,11 +344,11 @@ def test_a_signal_ends_a_run_whose_other_rank_is_stopped_and_it_resumes_exactly(
     assert stderr.count("error: process 1 of this run does not answer") == 1
     assert "error_handling.py" not in stderr
     assert exit_status(stopped)["code"] == 11
-    finish(run, whole, stopped, tmp_path)
+    finish(run_jobs, run, whole, stopped, tmp_path)
     assert snapshot(stopped) == snapshot(whole)
 
 
-def finish(run: dict[str, Any], whole: Path, broken: Path, folder: Path) -> None:
+def finish(run_jobs: RunJobs, run: dict[str, Any], whole: Path, broken: Path, folder: Path) -> None:
     """Resume a run, and make a whole one: with one process, or two for --parallel ddp."""
     runs = [run | {"out": str(out)} for out in (whole, broken)]
     if run["parallel"] == "ddp":
@@ -344,7 +359,7 @@ def finish(run: dict[str, Any], whole: Path, broken: Path, folder: Path) -> None
 
 
 def test_stopped_damaged_and_overridden_runs_resume_like_those_of_one_process(
-    base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
+    base: dict[str, Any], run_jobs: RunJobs, snapshot: Snapshot, tmp_path: Path
 ) -> None:
     """Two processes repeat cases of test_signals, test_exact, test_overrides and test_finetune."""
     kept = base | {"keep_last": 2, "keep_every": 5, "resume": True, "val_every": 5}
@@ -461,6 +476,7 @@ def test_ddp_refuses_batchtopk_and_trains_other_modules_like_one_process(
     names: tuple[str, ...],
     base: dict[str, Any],
     make_cache: Callable[..., Path],
+    run_jobs: RunJobs,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -494,7 +510,7 @@ def test_ddp_refuses_batchtopk_and_trains_other_modules_like_one_process(
 
 @pytest.mark.parametrize("parallel", ["ddp", "modules"])
 def test_a_read_error_of_one_rank_is_reported_once_with_its_code(
-    parallel: str, base: dict[str, Any], cache_path: Path, tmp_path: Path
+    parallel: str, base: dict[str, Any], cache_path: Path, fork_server: Any, tmp_path: Path
 ) -> None:
     cache = Path(shutil.copytree(cache_path, tmp_path / "cache"))
     for file in (cache / "activations").rglob("*layers.1*/*"):
@@ -503,17 +519,16 @@ def test_a_read_error_of_one_rank_is_reported_once_with_its_code(
         file.write_bytes(data)
     out = tmp_path / "run"
     options = base | {"parallel": parallel, "cache": str(cache), "out": str(out)}
-    done = subprocess.run(
-        torchrun_fit(2, options), capture_output=True, text=True, timeout=SECONDS, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("error: ") == 1, done.stderr
-    assert "error_handling.py" not in done.stderr  # only torchrun prints a traceback
+    ranks = fork_server.start_ranks(2, *fit_line(options))
+    stderr = "".join(rank.communicate()[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [8, 8]
+    assert stderr.count("error: ") == 1, stderr
+    assert "Traceback" not in stderr
     assert json.loads((out / "exit.json").read_text())["code"] == 8
 
 
 def test_steps_before_a_read_error_of_one_rank_are_saved_and_the_run_resumes_exactly(
-    base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
+    base: dict[str, Any], run_jobs: RunJobs, snapshot: Snapshot, tmp_path: Path
 ) -> None:
     jobs: list[dict[str, Any]] = []
     for parallel in ("ddp", "modules"):
@@ -539,7 +554,7 @@ def test_steps_before_a_read_error_of_one_rank_are_saved_and_the_run_resumes_exa
 
 
 def test_several_processes_follow_a_harvest_like_one(
-    base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
+    base: dict[str, Any], run_jobs: RunJobs, snapshot: Snapshot, tmp_path: Path
 ) -> None:
     follow = base | {"follow": True, "segment_shards": 2, "val_fraction": 0, "epochs": 1}
     follow |= {"batch_size": 32, "pool_rows": 64}
@@ -556,14 +571,13 @@ def test_several_processes_follow_a_harvest_like_one(
 
 
 def test_several_processes_without_parallel_report_one_error(
-    base: dict[str, Any], tmp_path: Path
+    base: dict[str, Any], fork_server: Any, tmp_path: Path
 ) -> None:
     options = base | {"out": str(tmp_path / "run")}
-    done = subprocess.run(
-        torchrun_fit(2, options), capture_output=True, text=True, timeout=SECONDS, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("error: ") == 1
-    assert "--parallel ddp" in done.stderr
-    assert "--parallel modules" in done.stderr
+    ranks = fork_server.start_ranks(2, *fit_line(options))
+    stderr = "".join(rank.communicate()[1] for rank in ranks)
+    assert all(rank.returncode for rank in ranks)
+    assert stderr.count("error: ") == 1
+    assert "--parallel ddp" in stderr
+    assert "--parallel modules" in stderr
     assert not (tmp_path / "run").exists()

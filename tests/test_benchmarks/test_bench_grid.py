@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_grid.py"
 
 
+@pytest.mark.soak
 def test_bench_grid_prints_both_tables(tmp_path):
     command = [sys.executable, str(SCRIPT), "--smoke", "--pairs", "3", "--work", str(tmp_path)]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_kinds.py"
 
 
+@pytest.mark.soak
 def test_bench_kinds_prints_a_line_for_each_kind():
     command = [sys.executable, str(SCRIPT), "--smoke", "--pairs", "3"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

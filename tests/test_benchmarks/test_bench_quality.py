@@ -29,6 +29,7 @@ def run(work: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=env)
 
 
+@pytest.mark.soak
 def test_bench_quality_prints_all_sides_and_trains_nothing_twice(tmp_path: Path) -> None:
     pytest.importorskip("sparsify", reason="the extra `peers` is not installed")
     pytest.importorskip("sae_lens", reason="the extra `peers` is not installed")

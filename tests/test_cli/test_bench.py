@@ -1,20 +1,28 @@
-"""`actcache bench`, run as a subprocess."""
+"""`actcache bench`, in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    program = str(Path(sys.executable).with_name("actcache"))
-    return subprocess.run([program, "bench", *arguments], capture_output=True, text=True)
+@pytest.fixture
+def bench(fork_server: Any) -> Callable[..., Any]:
+    def run(*arguments: str) -> Any:
+        command = fork_server.start("actcache", "bench", *arguments)
+        command.communicate()
+        return command
+
+    return run
 
 
-def test_speeds_are_shown_as_a_table_and_as_json(make_cache: Callable[..., Path]) -> None:
+def test_speeds_are_shown_as_a_table_and_as_json(
+    bench: Callable[..., Any], make_cache: Callable[..., Path]
+) -> None:
     root = str(make_cache())
     shown = bench(root, "--hookpoint", "layers.1", "--threads", "2")
     assert shown.returncode == 0, shown.stderr
@@ -26,5 +34,7 @@ def test_speeds_are_shown_as_a_table_and_as_json(make_cache: Callable[..., Path]
     assert set(found["reading"]) == {"threads", "piece", "ahead"}
 
 
-def test_a_folder_without_a_cache_is_rejected_with_its_exit_code(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_rejected_with_its_exit_code(
+    bench: Callable[..., Any], tmp_path: Path
+) -> None:
     assert bench(str(tmp_path)).returncode == 9

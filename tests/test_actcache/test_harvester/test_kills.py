@@ -93,6 +93,7 @@ def refusal() -> str:
     return done.stderr.strip() if done.returncode else ""
 
 
+@pytest.mark.soak
 def test_a_harvest_that_filled_the_disk_resumes_once_there_is_space(
     options: Options, tree: Tree, tmp_path: Path
 ) -> None:

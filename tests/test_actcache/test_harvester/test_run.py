@@ -510,13 +510,18 @@ def check_valid(root: Path) -> None:
     assert cache.end is None or cache.complete
 
 
+# Writing a file takes five calls: a step of seven reaches each of them in turn.
+STEPS = pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.soak)])
+
+
+@STEPS
 @STORAGES
 def test_a_crash_at_any_system_call_leaves_a_valid_cache_that_the_same_command_finishes(
-    storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
+    storage: dict[str, str], step: int, options: Options, faults: Any, tree: Tree, tmp_path: Path
 ) -> None:
     harvest(small(options, tmp_path / "whole", storage))
     whole = tree(tmp_path / "whole")
-    for number in itertools.count():
+    for number in itertools.count(0, step):
         root = tmp_path / str(number)
         try:
             with faults.at(number):
@@ -552,15 +557,15 @@ def test_a_harvest_that_crashes_repeatedly_is_finished(
     assert tree(root) == tree(tmp_path / "whole")
 
 
+@STEPS
 @STORAGES
 def test_a_full_disk_leaves_a_valid_cache_and_the_harvest_resumes_later(
-    storage: dict[str, str], options: Options, faults: Any, tree: Tree, tmp_path: Path
+    storage: dict[str, str], step: int, options: Options, faults: Any, tree: Tree, tmp_path: Path
 ) -> None:
     harvest(small(options, tmp_path / "whole", storage))
     whole = tree(tmp_path / "whole")
     full = OSError(errno.ENOSPC, "No space left on device")
-    # Writing a file takes five calls: a step of three reaches each of them in turn.
-    for number in itertools.count(0, 3 if storage else 1):
+    for number in itertools.count(0, step):
         root = tmp_path / str(number)
         try:
             with faults.at(number, full):

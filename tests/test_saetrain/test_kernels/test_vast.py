@@ -56,6 +56,7 @@ def test_more_pairs_are_gathered(lazily):
     assert on_torch.gather_sum(acts, indices, W).tolist() == [[0.0], [12.0]]
 
 
+@pytest.mark.soak
 def test_the_largest_of_more_pre_acts_are_selected(lazily):
     of_row = 65536
     pre_acts = lazily(2**15 + 8, of_row, dtype=torch.float32)

@@ -27,7 +27,7 @@ from saetrain.runs.checkpoint import newest_step
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
-LONG = {"epochs": 30, "save_every": 10_000, "log_every": 7, "pool_rows": 64}
+LONG = {"epochs": 12, "save_every": 10_000, "log_every": 7, "pool_rows": 64}
 """Options with which most rows are read late, and no checkpoint is due."""
 
 
@@ -87,7 +87,7 @@ def test_a_changed_or_missing_shard_stops_the_run_with_a_checkpoint_and_it_resum
     assert f"step {saved:,} is saved" in capsys.readouterr().err
     for path in shard_files(own_cache):
         shutil.copy(cache_path / path.relative_to(own_cache), path)
-    assert fit(dataclasses.replace(config, resume=True)).new_steps == 360 - saved
+    assert fit(dataclasses.replace(config, resume=True)).new_steps == 144 - saved
     assert snapshot(Path(whole.out)) == snapshot(Path(config.out))
 
 
@@ -142,7 +142,7 @@ def test_fit_raises_an_exception_of_the_reader_with_its_traceback(
     def load(self: VerifiedReader, *args: Any) -> None:
         nonlocal reads
         reads += 1
-        if reads == 80:
+        if reads == 60:
             raise OSError(5, "Input/output error") from ValueError("an error of the driver")
         real(self, *args)
 

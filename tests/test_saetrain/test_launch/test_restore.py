@@ -126,25 +126,25 @@ def test_a_run_killed_before_or_after_any_rename_resumes_to_the_same_bytes(
     assert seen == 2 + 2 * (2 * 2 + 2 + 1)
     expected = snapshot(Path(whole.out))
     for number in range(seen):
-        for after in (False, True):
-            config = options(**small, out=f"{options().out}-{number}-{after}", resume=True)
-            left = number
+        after = number % 2 == 1  # little lies between the end of a rename and the next one
+        config = options(**small, out=f"{options().out}-{number}", resume=True)
+        left = number
 
-            def die(*names: Any, after: bool = after, **folders: Any) -> None:
-                nonlocal left
-                if left == 0 and not after:
-                    raise Killed
-                real(*names, **folders)
-                if left == 0:
-                    raise Killed
-                left -= 1
+        def die(*names: Any, after: bool = after, **folders: Any) -> None:
+            nonlocal left
+            if left == 0 and not after:
+                raise Killed
+            real(*names, **folders)
+            if left == 0:
+                raise Killed
+            left -= 1
 
-            with monkeypatch.context() as patch:
-                patch.setattr(os, "replace", die)
-                with pytest.raises(Killed):
-                    fit(config)
-            fit(config)
-            assert only_changed(expected, snapshot(Path(config.out))) == [], (number, after)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", die)
+            with pytest.raises(Killed):
+                fit(config)
+        fit(config)
+        assert only_changed(expected, snapshot(Path(config.out))) == [], (number, after)
 
 
 def test_a_run_killed_while_it_removes_checkpoints_resumes_to_the_same_bytes(

@@ -298,31 +298,31 @@ def test_a_kill_before_or_after_any_write_or_removal_loses_no_best_sae(
     assert any("best-" in path for path in seen)
     expected = snapshot(Path(whole.out))
     for number in range(len(seen)):
-        for after in (False, True):
-            out = f"{options().out}-{call}-{number}-{after}"
-            config = dataclasses.replace(whole, out=out, resume=True)
-            left = number
+        after = number % 2 == 1  # little lies between the end of a call and the next one
+        out = f"{options().out}-{call}-{number}"
+        config = dataclasses.replace(whole, out=out, resume=True)
+        left = number
 
-            def die(*arguments: Any, after: bool = after, **named: Any) -> None:
-                nonlocal left
-                counted = counts(arguments, named)
-                last = left == 0 and counted
-                if last and not after:
+        def die(*arguments: Any, after: bool = after, **named: Any) -> None:
+            nonlocal left
+            counted = counts(arguments, named)
+            last = left == 0 and counted
+            if last and not after:
+                raise Killed
+            left -= counted
+            try:
+                real(*arguments, **named)
+            finally:  # what is missing already is no error
+                if last:
                     raise Killed
-                left -= counted
-                try:
-                    real(*arguments, **named)
-                finally:  # what is missing already is no error
-                    if last:
-                        raise Killed
 
-            with monkeypatch.context() as patch:
-                patch.setattr(os, call, die)
-                with pytest.raises(Killed):
-                    fit(config)
-            fit(config)
-            assert snapshot(Path(out)) == expected, (number, after)
-            assert not list(Path(out).rglob("*partial*"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, die)
+            with pytest.raises(Killed):
+                fit(config)
+        fit(config)
+        assert snapshot(Path(out)) == expected, (number, after)
+        assert not list(Path(out).rglob("*partial*"))
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -79,7 +79,9 @@ def bytes_off_registers(cubin, folder):
 
 
 @pytest.mark.filterwarnings(UNKNOWN)
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "precision", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.soak)]
+)
 def test_every_kernel_compiles_for_hopper_and_keeps_to_its_registers(
     launches, make_step, tmp_path, monkeypatch, precision
 ):

@@ -11,15 +11,8 @@ from typing import Any
 import pytest
 
 from actcache.errors import FormatError
-from actcache.filesystem.atomic import (
-    RootedPath,
-    digest_file,
-    open_log,
-    remove_partials,
-    remove_trees,
-    rooted,
-    write_atomic,
-)
+from actcache.filesystem.atomic import digest_file, open_log, remove_partials, write_atomic
+from actcache.filesystem.rooted import RootedPath, remove_trees, rooted
 
 CALLS = ("open", "stat", "lstat", "scandir", "listdir", "mkdir", "replace", "unlink", "rmdir")
 PARTIAL = ".file.partial-0123456789abcdef"

@@ -281,7 +281,6 @@ class FitConfig(SaeOptions):
             )
         for f in dataclasses.fields(SaeOptions):
             object.__setattr__(self, f.name, getattr(first, f.name))  # the class is frozen
-        object.__setattr__(self, "sae", first)
 
 
 def require_run(run: FitConfig) -> None:

@@ -34,7 +34,6 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.launch.resolve import sae_entries
 from saetrain.model.sae import Sae
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint, make_optimizer
 from saetrain.training.step import train_batch, train_step
 
@@ -126,10 +125,7 @@ def trainees_of(
         with torch.no_grad():
             sae.b_dec.copy_(torch.from_numpy(found.mean))
         optimizer = make_optimizer(entry.options.optimizer, sae, entry.lr, 0, steps)
-        dead_tracker = DeadLatentTracker(entry.config.num_latents, 10_000_000, device)
-        made.append(
-            SaeTrainer(entry, sae, optimizer, dead_tracker, MeanMeter(device), found.variance)
-        )
+        made.append(SaeTrainer(entry, sae, optimizer, 10_000_000, found.variance))
     return made
 
 

@@ -28,7 +28,6 @@ from saetrain.config.sae import SaeConfig
 from saetrain.model.activations.compiled import missing_compiler
 from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import build_sae
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
@@ -104,13 +103,11 @@ def maker(
     sae = build_sae(config, device=x.device)
     loss_config = make_loss_config(config, 0)
     dead = DEAD[size] if name.endswith("dead") else 0
-    dead_tracker = DeadLatentTracker(M, 1 if dead else 10**9, x.device)
     trainer = SaeTrainer(
         entry_of(config, 1e-4),
         sae,
         make_optimizer("adam", sae, 1e-4, 0, 1000),
-        dead_tracker,
-        MeanMeter(x.device, loss_config.names),
+        1 if dead else 10**9,
         float((x - x.mean(0)).pow(2).sum() / len(x)),
         loss_config,
         StepSettings(compile=compiled, auxk_alpha=1 / 32),
@@ -118,8 +115,8 @@ def maker(
 
     def step(number: int) -> None:
         if dead:
-            dead_tracker.rows_since.zero_()
-            dead_tracker.rows_since[:dead] = 1
+            trainer.dead_tracker.rows_since.zero_()
+            trainer.dead_tracker.rows_since[:dead] = 1
         train_step(trainer, x, number)
 
     return step

@@ -24,7 +24,6 @@ from saetrain.config.sae import OptimizerName, SaeConfig, SaeOptions
 from saetrain.kernels import Autoencoded, PrefixGroups, Selector
 from saetrain.model.sae import Sae
 from saetrain.training.cuda_graphs import GraphedSteps, GraphRecorder
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_batch, train_step
 
@@ -139,8 +138,7 @@ def _trainee(
         entry_of(SaeConfig(s.d_in, s.num_latents, s.k), s.rate),
         sae,
         make_optimizer(s.optimizer, sae, s.rate, s.warmup, s.steps),
-        DeadLatentTracker(s.num_latents, 10_000_000, s.device),
-        MeanMeter(s.device),
+        10_000_000,
         variance,
         settings=StepSettings(autocast=autocast, auxk_alpha=1 / 32),
     )

@@ -37,7 +37,6 @@ from saetrain.training.checkpointing import export, prune_best
 from saetrain.training.cuda_graphs import require_cuda_graphs
 from saetrain.training.ddp import DdpStep
 from saetrain.training.init import FirstRows, init_b_dec_at_median, initial_sae
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.run_state import RunState
 from saetrain.training.sae_trainer import SaeTrainer, make_optimizer, make_step_settings
 from saetrain.training.state_layout import require_state
@@ -135,14 +134,12 @@ def make_trainers(
         loss_config = make_loss_config(
             sizes, record.steps // 20 if warmup is None else warmup, targets.parts
         )
-        loss_names = loss_config.names
         trainers.append(
             SaeTrainer(
                 entry,
                 sae,
                 optimizer,
-                DeadLatentTracker(sizes.num_latents, record.dead_after, device),
-                MeanMeter(device, loss_names),
+                record.dead_after,
                 targets.variance,
                 loss_config,
                 make_step_settings(options, sizes),

@@ -6,6 +6,7 @@ Letters: N rows, D d_in, M latents, E width of the output, K active latents.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,11 @@ from saetrain.kernels import total
 from saetrain.model.losses import Losses, OutputSlice
 from saetrain.tracking import EDGES
 
+MEANS = ("fvu", "auxk", "l0")
+"""Names of the means that every SAE has."""
 
+
+@dataclass
 class MeanMeter:
     """Means of losses and L0 over the steps since the last line of metrics.jsonl.
 
@@ -24,12 +29,11 @@ class MeanMeter:
     one.
     """
 
-    NAMES = ("fvu", "auxk", "l0")
-
-    def __init__(self, device: torch.device, terms: tuple[str, ...] = ()) -> None:
-        self.names = (*self.NAMES, *terms)
-        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self.steps = 0
+    names: tuple[str, ...]
+    """`MEANS`, and the names of the other losses."""
+    sums: Tensor
+    """One sum for each name. float64 [len(names)]"""
+    steps: int = 0
 
     def add(self, losses: Losses) -> None:
         """Add the losses of one step."""
@@ -60,12 +64,14 @@ class MeanMeter:
         return dict(zip(self.names, means, strict=True))
 
 
+@dataclass
 class DeadLatentTracker:
     """Rows since each latent last fired."""
 
-    def __init__(self, num_latents: int, dead_after: int, device: torch.device) -> None:
-        self.rows_since = torch.zeros(num_latents, dtype=torch.int64, device=device)  # [M]
-        self.dead_after = dead_after
+    rows_since: Tensor
+    """int64 [M]"""
+    dead_after: int
+    """Rows after which a latent counts as dead."""
 
     @torch.no_grad()
     def add(self, encoded: tuple[Tensor, Tensor | None]) -> None:
@@ -93,71 +99,68 @@ class DeadLatentTracker:
         return 100.0 * float(self.dead().double().mean())
 
 
+@dataclass
 class LatentStats:
-    """Density of each latent and mean gradient norm, since each was last logged.
+    """Density of each latent and mean gradient norm, since each was last logged."""
 
-    Args:
-        num_latents: M.
-        device: device of the SAE.
-    """
-
-    def __init__(self, num_latents: int, device: torch.device) -> None:
-        self._active = torch.zeros(num_latents, dtype=torch.int64, device=device)  # [M]
-        self._rows = 0
-        self._norms = torch.zeros((), dtype=torch.float64, device=device)
-        self._updates = 0
+    active: Tensor
+    """Number of rows on which each latent fired. int64 [M]"""
+    norms: Tensor
+    """Sum of the gradient's norms. float64, no dimensions"""
+    rows: int = 0
+    updates: int = 0
 
     @torch.no_grad()
     def add_latents(self, top_acts: Tensor, top_indices: Tensor | None) -> None:
         """Count one batch: (top_acts [N, K], top_indices [N, K]), or (acts [N, M], None)."""
-        self.count(active_rows(top_acts, top_indices, len(self._active)), len(top_acts))
+        self.count(active_rows(top_acts, top_indices, len(self.active)), len(top_acts))
 
     def count(self, active: Tensor, rows: int) -> None:
         """Count `rows` rows; `active` is the number of them on which each latent fires, [M]."""
-        self._active += active
-        self._rows += rows
+        self.active += active
+        self.rows += rows
 
     @torch.no_grad()
     def add_gradient(self, norm: Tensor) -> None:
         """Count one update by the norm of its gradient; on the device, no dimensions."""
-        self._norms += norm
-        self._updates += 1
+        self.norms += norm
+        self.updates += 1
 
     def count_replayed(self, rows: int) -> None:
         """Advance the host's counters for a step that a CUDA graph added on the device."""
-        self._rows += rows
-        self._updates += 1
+        self.rows += rows
+        self.updates += 1
 
     def pop_grad_norm(self) -> dict[str, Any]:
         """Return the mean norm of the gradient and reset it; None if there was no update."""
-        mean = float(self._norms) / max(self._updates, 1)
-        known = self._updates > 0 and math.isfinite(mean)  # it overflows before the losses do
-        self._norms.zero_()
-        self._updates = 0
+        mean = float(self.norms) / max(self.updates, 1)
+        known = self.updates > 0 and math.isfinite(mean)  # it overflows before the losses do
+        self.norms.zero_()
+        self.updates = 0
         return {"grad_norm": mean if known else None}
 
     def pop_density(self) -> dict[str, Any]:
         """Return the histogram of the latents' densities and reset it."""
-        density = self._active.cpu().numpy() / max(self._rows, 1)
+        density = self.active.cpu().numpy() / max(self.rows, 1)
         fires = density[density > 0]
         # Compare densities, not their logarithms: those differ from machine to machine.
         edges = [0.0, *(10.0**edge for edge in EDGES[1:-1]), 1.0]
         counts = np.histogram(fires, edges)[0].tolist()
-        found = {"rows": self._rows, "never": len(density) - len(fires), "counts": counts}
-        self._active.zero_()
-        self._rows = 0
+        found = {"rows": self.rows, "never": len(density) - len(fires), "counts": counts}
+        self.active.zero_()
+        self.rows = 0
         return {"log10_density": found}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return tensors and numbers for a checkpoint."""
-        numbers = {"rows": self._rows, "updates": self._updates}
-        return {"active": self._active, "norms": self._norms}, {**numbers}
+        numbers = {"rows": self.rows, "updates": self.updates}
+        return {"active": self.active, "norms": self.norms}, {**numbers}
 
     def load_state(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
         """Load the result of `state`."""
-        self._active.copy_(tensors["active"])
-        self._norms.copy_(tensors["norms"])
-        self._rows, self._updates = int(numbers["rows"]), int(numbers["updates"])
+        self.active.copy_(tensors["active"])
+        self.norms.copy_(tensors["norms"])
+        self.rows, self.updates = int(numbers["rows"]), int(numbers["updates"])
 
 
 def fired(top_acts: Tensor, top_indices: Tensor | None, num_latents: int) -> Tensor:

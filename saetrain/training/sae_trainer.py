@@ -18,6 +18,7 @@ from saetrain.model.weight_scales import InputScaling, fold, input_scaling
 from saetrain.optim import Adam, Adam8bit, Muon, Optimizer, Schedule, Signum
 from saetrain.training.ddp import DdpStep
 from saetrain.training.metrics import (
+    MEANS,
     DeadLatentTracker,
     LatentStats,
     MeanMeter,
@@ -194,8 +195,8 @@ class SaeTrainer:
     entry: SaeEntry
     sae: Sae
     optimizer: Optimizer
-    dead_tracker: DeadLatentTracker
-    meter: MeanMeter
+    dead_after: int
+    """Rows without an activation after which a latent counts as dead."""
     variance: float
     """Mean of ‖y - mean‖² of the target over the training rows; the FVU divides by it."""
     loss_config: LossConfig = FVU_ONLY
@@ -206,6 +207,9 @@ class SaeTrainer:
     """Flag on the device: have all losses been finite?"""
     scaling: InputScaling | None = field(init=False, default=None)
     """Factors by which its rows are multiplied; None: 1."""
+    dead_tracker: DeadLatentTracker = field(init=False)
+    meter: MeanMeter = field(init=False)
+    """Means of its losses."""
     latent_stats: LatentStats = field(init=False)
     """Densities of its latents and norms of its gradients."""
     best: Best | None = None
@@ -222,10 +226,16 @@ class SaeTrainer:
 
     def __post_init__(self) -> None:
         """Allocate the metrics on the device of the weights."""
-        self.guard = FiniteGuard(self.sae.W_enc.device)
-        self.latent_stats = LatentStats(self.sae.num_latents, self.sae.W_enc.device)
+        W, M = self.sae.W_enc, self.sae.num_latents
+        self.guard = FiniteGuard(W.device)
+        since, active = (torch.zeros(M, dtype=torch.int64, device=W.device) for _ in range(2))
+        self.dead_tracker = DeadLatentTracker(since, self.dead_after)
+        names = (*MEANS, *self.loss_config.names)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=W.device)
+        self.meter = MeanMeter(names, sums)
+        norms = torch.zeros((), dtype=torch.float64, device=W.device)
+        self.latent_stats = LatentStats(active, norms)
         if self.entry.scales:
-            W = self.sae.W_enc
             self.scaling = input_scaling(self.entry, W.device, W.dtype)
 
     @property
@@ -268,7 +278,7 @@ class SaeTrainer:
         metrics: dict[str, Any] = {
             **self.meter.pop_means(),
             "dead_percent": self.dead_tracker.dead_percent(rows),
-            "dead_after": self.dead_tracker.dead_after,
+            "dead_after": self.dead_after,
             "lr": self.optimizer.learning_rate(self.settings.first_step_of_update(step - 1)),
             "k": self.sae.k or None,  # None with a sparsity penalty
             **decoder_norm_range(self.sae.W_dec),

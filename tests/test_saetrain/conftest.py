@@ -82,7 +82,6 @@ def make_trainer() -> Callable[..., Any]:
 
     from saetrain.config.sae import SaeConfig, SaeEntry
     from saetrain.model.sae import Sae
-    from saetrain.training.metrics import DeadLatentTracker, MeanMeter
     from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 
     def make(
@@ -99,15 +98,13 @@ def make_trainer() -> Callable[..., Any]:
         variance: float = 1.0,
         **settings: Any,
     ) -> SaeTrainer:
-        device = torch.device("cpu")
         sae, step_settings = Sae(d_in, num_latents, k, dtype=dtype), StepSettings(**settings)
         norm = step_settings.decoder_norm
         return SaeTrainer(
             SaeEntry("layers.0", SaeConfig(d_in, num_latents, k), lr, seed=0),
             sae,
             make_optimizer(optimizer, sae, lr, warmup, steps, decoder_norm=norm),  # type: ignore[arg-type]
-            DeadLatentTracker(num_latents, dead_after, device),
-            MeanMeter(device),
+            dead_after,
             variance,
             settings=step_settings,
         )
@@ -122,7 +119,6 @@ def accumulate() -> Callable[..., Any]:
 
     from saetrain.config.sae import SaeConfig, SaeEntry
     from saetrain.model.losses import FVU_ONLY
-    from saetrain.training.metrics import DeadLatentTracker, MeanMeter
     from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
     from saetrain.training.step import accumulate_gradient
 
@@ -136,19 +132,17 @@ def accumulate() -> Callable[..., Any]:
         step: int = 0,
         **settings: Any,
     ) -> Any:
-        tracker = DeadLatentTracker(sae.num_latents, 0, torch.device("cpu"))
         trainer = SaeTrainer(
             SaeEntry("layers.0", SaeConfig(sae.d_in, sae.num_latents, sae.k or 1), 0.1, seed=0),
             sae,
             make_optimizer("adam", sae, 0.1, 0, 50),
-            tracker,
-            MeanMeter(torch.device("cpu")),
+            0,
             variance,
             loss_config,
             StepSettings(**settings),
         )
         if dead is not None:
-            tracker.rows_since.copy_(torch.where(dead, 0, -1))
+            trainer.dead_tracker.rows_since.copy_(torch.where(dead, 0, -1))
         return accumulate_gradient(trainer, x, step)
 
     return call

@@ -23,7 +23,6 @@ from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import build_sae
 from saetrain.optim import default_lr
 from saetrain.runs.record import read_run
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
@@ -112,8 +111,7 @@ def test_steps_of_other_activations_or_folded_weights_hold_at_most_the_estimate(
         SaeEntry("layers.0", sizes, 0.1, 0),
         sae,
         make_optimizer("signum", sae, 0.1, 0, 9, decoder_norm="fold" if folded else "unit"),
-        DeadLatentTracker(M, 10**9, CPU),
-        MeanMeter(CPU, loss_config.names),
+        10**9,
         1.0,
         loss_config,
         StepSettings(decoder_norm="fold" if folded else "unit"),

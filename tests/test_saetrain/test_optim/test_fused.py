@@ -16,7 +16,6 @@ from saetrain.optim.adam import Adam
 from saetrain.optim.fused import FusedOptimizer
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.signum import Signum
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
@@ -49,14 +48,12 @@ def make(
     else:
         kind = ApartAdam if apart else Adam
         steps_by = kind(parameters, 0.01, schedule=SCHEDULE, weight_decay=0.1, unit=name)
-    device = torch.device("cpu")
     settings = {"decoder_norm": "unit" if unit else "free", **settings}
     return SaeTrainer(
         SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, seed=0),
         sae,
         steps_by,
-        DeadLatentTracker(M, 10**9, device),
-        MeanMeter(device),
+        10**9,
         1.0,
         settings=StepSettings(**settings),
     )

@@ -32,7 +32,6 @@ from saetrain.model.sae import build_sae
 from saetrain.optim import Schedule
 from saetrain.runs.record import read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, by_hookpoint, make_optimizer
 from saetrain.training.step import train_batch
 
@@ -73,7 +72,6 @@ def make(
     sae = build_sae(config, device=device, dtype=dtype)
     loss_config = make_loss_config(config, warmup)
     schedule = schedule or Schedule("linear", 3, STEPS + 2)
-    where = torch.device(device)
     return SaeTrainer(
         SaeEntry(hookpoint, config, lr, 0),
         sae,
@@ -86,8 +84,7 @@ def make(
             schedule=schedule,
             decoder_norm=how.decoder_norm,
         ),
-        DeadLatentTracker(M, dead_after, where),
-        MeanMeter(where, loss_config.names),
+        dead_after,
         1.5,
         loss_config,
         how,

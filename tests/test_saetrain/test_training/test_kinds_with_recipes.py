@@ -18,7 +18,6 @@ from saetrain.model.activations import BatchTopK, JumpRelu, Latents
 from saetrain.model.losses import LossConfig, OutputSlice, compute_losses, make_loss_config
 from saetrain.model.sae import Sae, build_sae
 from saetrain.model.weight_scales import fold, folded_losses
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import accumulate_gradient, train_step
 
@@ -75,13 +74,11 @@ def make(
         noise = torch.randn(M, config.width_out, generator=torch.Generator().manual_seed(8))
         sae.W_dec.copy_(0.4 * noise)
     loss_config = objective_for(config, warmup=4)
-    device = torch.device("cpu")
     return SaeTrainer(
         SaeEntry("x", config, 0.01, 0),
         sae,
         make_optimizer(optimizer, sae, 0.01, 0, 50, decoder_norm=steps_as.decoder_norm),
-        DeadLatentTracker(M, 2 * N, device),
-        MeanMeter(device, loss_config.names),
+        2 * N,
         VARIANCE,
         loss_config,
         steps_as,

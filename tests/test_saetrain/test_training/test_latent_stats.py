@@ -11,7 +11,10 @@ import torch
 from saetrain.tracking import EDGES
 from saetrain.training.metrics import LatentStats, decoder_norm_range
 
-CPU = torch.device("cpu")
+
+def new_stats(num_latents: int) -> LatentStats:
+    active = torch.zeros(num_latents, dtype=torch.int64)
+    return LatentStats(active, torch.zeros((), dtype=torch.float64))
 
 
 def bins(found: dict[str, Any]) -> dict[float, int]:
@@ -22,7 +25,7 @@ def bins(found: dict[str, Any]) -> dict[float, int]:
 
 
 def test_the_histogram_counts_latents_by_the_share_of_rows_on_which_they_are_active() -> None:
-    latent_stats = LatentStats(6, CPU)
+    latent_stats = new_stats(6)
     top_acts = torch.ones(1000, 2)
     top_indices = torch.zeros(1000, 2, dtype=torch.int64)
     top_indices[:, 1] = 1  # latents 0 and 1 are chosen in every row
@@ -38,7 +41,7 @@ def test_the_histogram_counts_latents_by_the_share_of_rows_on_which_they_are_act
 
 
 def test_density_1_is_in_the_last_bin_and_the_smallest_in_the_first() -> None:
-    latent_stats = LatentStats(2, CPU)
+    latent_stats = new_stats(2)
     latent_stats.add_latents(torch.ones(1, 2), torch.tensor([[0, 1]]))
     latent_stats.load_state(
         {"active": torch.tensor([10**10, 1]), "norms": torch.zeros((), dtype=torch.float64)},
@@ -50,14 +53,14 @@ def test_density_1_is_in_the_last_bin_and_the_smallest_in_the_first() -> None:
 def test_dense_activations_are_counted_like_chosen_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.relu(torch.randn(50, 12, generator=generator))  # [N, M]
-    chosen, of_all = LatentStats(12, CPU), LatentStats(12, CPU)
+    chosen, of_all = new_stats(12), new_stats(12)
     chosen.add_latents(*dense.topk(12, dim=1))
     of_all.add_latents(dense, None)
     assert chosen.pop_density() == of_all.pop_density()
 
 
 def test_grad_norm_is_a_mean_over_updates_and_none_without_updates() -> None:
-    latent_stats = LatentStats(2, CPU)
+    latent_stats = new_stats(2)
     assert latent_stats.pop_grad_norm() == {"grad_norm": None}
     for norm in (1.0, 4.0):
         latent_stats.add_gradient(torch.tensor(norm))
@@ -67,7 +70,7 @@ def test_grad_norm_is_a_mean_over_updates_and_none_without_updates() -> None:
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
 def test_a_norm_that_is_not_finite_is_logged_as_none_once(norm: float) -> None:
-    latent_stats = LatentStats(2, CPU)
+    latent_stats = new_stats(2)
     latent_stats.add_gradient(torch.tensor(norm))
     assert latent_stats.pop_grad_norm() == {"grad_norm": None}
     latent_stats.add_gradient(torch.tensor(3.0))
@@ -75,7 +78,7 @@ def test_a_norm_that_is_not_finite_is_logged_as_none_once(norm: float) -> None:
 
 
 def test_the_state_restores_every_counter() -> None:
-    first, second = LatentStats(3, CPU), LatentStats(3, CPU)
+    first, second = new_stats(3), new_stats(3)
     first.add_latents(torch.ones(4, 1), torch.tensor([[0], [0], [2], [2]]))
     first.add_gradient(torch.tensor(2.0))
     tensors, numbers = first.state()

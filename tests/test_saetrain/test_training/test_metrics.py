@@ -7,9 +7,11 @@ import torch
 
 from saetrain.model.losses import Losses
 from saetrain.model.sae import SaeOutput
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter, fired
+from saetrain.training.metrics import MEANS, DeadLatentTracker, MeanMeter, fired
 
-CPU = torch.device("cpu")
+
+def new_meter() -> MeanMeter:
+    return MeanMeter(MEANS, torch.zeros(3, dtype=torch.float64))
 
 
 def losses(fvu: float, auxk: float, top_acts: list[list[float]]) -> Losses:
@@ -19,7 +21,7 @@ def losses(fvu: float, auxk: float, top_acts: list[list[float]]) -> Losses:
 
 
 def test_means_are_over_the_steps_since_the_last_pop() -> None:
-    meter = MeanMeter(CPU)
+    meter = new_meter()
     meter.add(losses(0.5, 0.25, [[1.0, 0.0], [2.0, 3.0]]))
     meter.add(losses(1.5, 0.75, [[0.0, 0.0], [0.0, 1.0]]))
     assert meter.pop_means() == {"fvu": 1.0, "auxk": 0.5, "l0": 1.0}
@@ -28,13 +30,13 @@ def test_means_are_over_the_steps_since_the_last_pop() -> None:
 
 
 def test_l0_counts_latents_with_positive_activations() -> None:
-    meter = MeanMeter(CPU)
+    meter = new_meter()
     meter.add(losses(0.0, 0.0, [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1e-30, 2.0, 0.0]]))
     assert meter.pop_means()["l0"] == pytest.approx(1.0)
 
 
 def test_the_meter_holds_no_autograd_graph() -> None:
-    meter = MeanMeter(CPU)
+    meter = new_meter()
     step = losses(1.0, 0.0, [[1.0]])
     meter.add(step._replace(fvu=step.fvu.requires_grad_()))
     assert not meter.sums.requires_grad
@@ -48,7 +50,7 @@ def test_a_latent_has_fired_where_one_of_its_activations_is_positive() -> None:
 
 
 def test_rows_since_a_latent_fired_grow_by_whole_batches() -> None:
-    dead_tracker = DeadLatentTracker(4, dead_after=5, device=CPU)
+    dead_tracker = DeadLatentTracker(torch.zeros(4, dtype=torch.int64), dead_after=5)
     dead_tracker.add((torch.tensor([[1.0], [0.0]]), torch.tensor([[0], [1]])))
     assert dead_tracker.rows_since.tolist() == [0, 2, 2, 2]
     dead_tracker.add((torch.tensor([[1.0], [1.0], [0.0]]), torch.tensor([[1], [1], [1]])))
@@ -56,7 +58,7 @@ def test_rows_since_a_latent_fired_grow_by_whole_batches() -> None:
 
 
 def test_a_latent_is_dead_after_exactly_dead_after_rows_until_it_fires() -> None:
-    dead_tracker = DeadLatentTracker(2, dead_after=4, device=CPU)
+    dead_tracker = DeadLatentTracker(torch.zeros(2, dtype=torch.int64), dead_after=4)
     nothing = (torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.int64))
     dead_tracker.add(nothing)
     assert dead_tracker.dead().tolist() == [False, False]

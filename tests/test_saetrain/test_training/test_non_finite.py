@@ -28,7 +28,6 @@ from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import Sae, build_sae
 from saetrain.runs.checkpoint import load_checkpoint
 from saetrain.runs.record import read_run
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.non_finite import ROWS, NonFiniteError
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
@@ -127,8 +126,7 @@ def test_a_step_never_waits_for_the_device(
     sae = Sae(D, M, K, device=device)
     entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
     update = make_optimizer(optimizer, sae, 0.01, 2, 6, decoder_norm=norm)
-    dead_tracker, meter = DeadLatentTracker(M, 10**9, device), MeanMeter(device)
-    trainer = SaeTrainer(entry, sae, update, dead_tracker, meter, 1.0, settings=settings)
+    trainer = SaeTrainer(entry, sae, update, 10**9, 1.0, settings=settings)
     for step in range(6):
         train_step(trainer, torch.zeros(N, D, device=device), step)
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -145,9 +143,8 @@ def test_a_step_of_another_activation_never_waits_for_the_device(
     device = torch.device("meta")
     sae, loss_config = build_sae(config, device=device), make_loss_config(config, 2)
     entry, update = SaeEntry("layers.0", config, 0.01, 0), make_optimizer("adam", sae, 0.01, 2, 6)
-    dead_tracker, meter = DeadLatentTracker(M, 10**9, device), MeanMeter(device, loss_config.names)
     settings = StepSettings(micro_batch_size=9, grad_clip=1.0)
-    trainer = SaeTrainer(entry, sae, update, dead_tracker, meter, 1.0, loss_config, settings)
+    trainer = SaeTrainer(entry, sae, update, 10**9, 1.0, loss_config, settings)
     for step in range(2):
         train_step(trainer, torch.zeros(N, D, device=device), step)
 
@@ -162,10 +159,9 @@ def test_a_step_on_a_gpu_never_waits_and_a_bad_batch_changes_no_bit(
     sae = Sae(D, M, K, device=device)
     norm = "free" if optimizer == "muon" else "unit"
     update = make_optimizer(optimizer, sae, 0.01, 0, 8, decoder_norm=norm)
-    dead_tracker, meter = DeadLatentTracker(M, 10**9, device), MeanMeter(device)
     entry = SaeEntry("layers.0", SaeConfig(D, M, K), 0.01, 0)
     settings = StepSettings(decoder_norm=norm, grad_clip=clip, autocast=True)
-    trainer = SaeTrainer(entry, sae, update, dead_tracker, meter, 1.0, settings=settings)
+    trainer = SaeTrainer(entry, sae, update, 10**9, 1.0, settings=settings)
     rows = batches(6).to(device)
     rows[4, 7, 2] = math.nan
     for step in range(2):  # warm-up: compilation and allocation

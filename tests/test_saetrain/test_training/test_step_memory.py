@@ -18,7 +18,7 @@ from saetrain.kernels.dense import tokens_at_once
 from saetrain.kernels.on_torch import update
 from saetrain.model.activations import Activation, BatchTopK, GroupMax, TopK
 from saetrain.model.losses import LossConfig
-from saetrain.training.metrics import MeanMeter
+from saetrain.training.metrics import MEANS, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import train_step
 
@@ -93,9 +93,10 @@ def test_whatever_is_trained_on_each_weight_has_one_gradient(
     monkeypatch.setattr(dense, "_MANY", 0)  # nor an order of W for the product, as large
     trainer = make_trainer(D, M, K, dead_after=N)
     trainer.sae.activation = activation(K)
+    names = (*MEANS, *loss_config.names)
     trainer.loss_config, trainer.meter = (
         loss_config,
-        MeanMeter(torch.device("cpu"), loss_config.names),
+        MeanMeter(names, torch.zeros(len(names), dtype=torch.float64)),
     )
     with torch.no_grad():
         trainer.sae.b_enc[:200] = -100.0

@@ -17,7 +17,6 @@ from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import build_sae
 from saetrain.optim import Schedule
 from saetrain.training.cuda_graphs import CudaGraphs, GraphedSteps
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_batch
 
@@ -30,15 +29,14 @@ KINDS = [  # each is slow to interpret
 
 
 def make(optimizer, device, autocast, **kind):
-    config, where = SaeConfig(D, M, K, **kind), torch.device(device)
+    config = SaeConfig(D, M, K, **kind)
     sae = build_sae(config, device=device)
     schedule, loss_config = Schedule("linear", 2, STEPS + 3), make_loss_config(config, 0)
     return SaeTrainer(
         SaeEntry("x", config, 0.01, 0, options=SaeOptions(auxk_alpha=0.1)),
         sae,
         make_optimizer(optimizer, sae, 0.01, 0, STEPS, schedule=schedule),
-        DeadLatentTracker(M, 2 * N, where),
-        MeanMeter(where, loss_config.names),
+        2 * N,
         1.0,
         loss_config,
         StepSettings(autocast=autocast),

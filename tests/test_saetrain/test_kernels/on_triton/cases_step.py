@@ -6,7 +6,6 @@ import torch
 from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.model.sae import Sae
-from saetrain.training.metrics import DeadLatentTracker, MeanMeter
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 from saetrain.training.step import train_step
 
@@ -20,8 +19,7 @@ def trainee_on(device, optimizer, autocast=False):
         entry,
         sae,
         make_optimizer(optimizer, sae, 0.01, 0, 50),
-        DeadLatentTracker(M, 10**9, device),
-        MeanMeter(device),
+        10**9,
         1.0,
         settings=StepSettings(autocast=autocast),
     )

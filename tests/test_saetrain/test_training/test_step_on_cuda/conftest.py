@@ -277,7 +277,6 @@ def make_trainee_on(cuda: Cuda) -> Callable[..., Any]:
     from saetrain.config.sae import SaeConfig, SaeEntry
     from saetrain.model.losses import OutputSlice, make_loss_config
     from saetrain.model.sae import build_sae
-    from saetrain.training.metrics import DeadLatentTracker, MeanMeter
     from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
 
     def make(
@@ -302,8 +301,7 @@ def make_trainee_on(cuda: Cuda) -> Callable[..., Any]:
                 entry,
                 sae,
                 make_optimizer(optimizer, sae, 1e-3, 5, 50, weight_decay=weight_decay),
-                DeadLatentTracker(num_latents, dead_after, CUDA),
-                MeanMeter(CUDA, loss_config.names),
+                dead_after,
                 1.0,
                 loss_config,
                 settings or StepSettings(),

@@ -72,10 +72,12 @@ class WatchedFile:
         assert isinstance(self._where, int)
         pieces = []
         READING[get_ident()] = time.monotonic(), self.path
-        while size and (piece := os.pread(self._where, size, offset)):
-            pieces.append(piece)
-            size, offset = size - len(piece), offset + len(piece)
-        del READING[get_ident()]
+        try:
+            while size and (piece := os.pread(self._where, size, offset)):
+                pieces.append(piece)
+                size, offset = size - len(piece), offset + len(piece)
+        finally:
+            del READING[get_ident()]
         self.check()
         return b"".join(pieces)
 

@@ -167,3 +167,25 @@ def test_no_flipped_bit_of_the_header_ends_in_anything_but_our_errors(write: Wri
         except ActcacheError:
             refused += 1
     assert refused > 500
+
+
+@pytest.mark.soak
+def test_a_flipped_bit_anywhere_in_the_header_is_loaded_or_refused_in_our_words(
+    write: Write,
+) -> None:
+    path = write()
+    whole, state = path.read_bytes(), random.Random(11)
+    header = len(whole) - 4 * read_gguf_header(path).elements
+    loaded = 0
+    for _ in range(1000):
+        data = bytearray(whole)
+        data[state.randrange(header)] ^= 1 << state.randrange(8)
+        path.write_bytes(data)
+        read_gguf_header.__globals__["_read"].cache_clear()
+        for load in (load_config, load_tokenizer, load_model):
+            try:
+                load(config(path))
+            except ActcacheError:
+                continue
+            loaded += 1
+    assert loaded > 100

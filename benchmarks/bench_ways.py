@@ -5,7 +5,7 @@
 Three call paths are traced by `sys.setprofile` on one thread: from `harvest()` to the first forward
 pass of the model with weights, from `fit()` to `train()`, and one TopK step with AuxK. A change of
 file is a call into a function of another product file than the last call. Calls in loops count too,
-so the figures belong to this cache: a tiny Llama, 640 tokens in 20 shards, one hookpoint. Each path
+so the figures belong to this cache: a tiny Llama, 640 tokens in 3 shards, one hookpoint. Each path
 is run once beforehand, so that imports are not counted.
 """
 

@@ -9,7 +9,7 @@ import torch
 from saetrain.kernels import PrefixGroups, on_torch, on_triton, reference
 from saetrain.kernels.sorted_pairs import sort_pairs
 
-N, D, E, M, K, P = 300, 20, 33, 50, 4, 3
+N, D, E, M, K, P = 260, 20, 33, 50, 2, 3
 PIECES = PrefixGroups("latent", (0, 20))
 
 

@@ -27,17 +27,34 @@ def device():
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
+EVERY = "TRITON_CASES_EVERY"
+"""Variable: of each parametrised function run one case in so many."""
+
+
+def pytest_collection_modifyitems(config, items):
+    every, functions, chosen = int(os.environ.get(EVERY, "1")), {}, []
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for number, cases in enumerate(functions.values()):
+        first = number % min(every, len(cases))  # not of all functions the first
+        chosen += cases[first::every]
+    if every > 1:
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @pytest.fixture
 def run_cases():
-    def run(files="cases_*.py", **environment):
+    def run(files="cases_*.py", *arguments, every=1, **environment):
         """Run these in a process of its own and return how many cases passed.
 
         Whether kernels are interpreted is settled when Triton decorates them.
         """
         here = Path(__file__).parent
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OLD_NUMPY]
+        environment[EVERY] = str(every)
         done = subprocess.run(
-            [*command, *map(str, sorted(here.glob(files)))],
+            [*command, *arguments, *map(str, sorted(here.glob(files)))],
             cwd=here.parents[3],
             env={**os.environ, **environment},
             capture_output=True,

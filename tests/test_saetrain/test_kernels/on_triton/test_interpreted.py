@@ -4,12 +4,26 @@ import pytest
 
 pytest.importorskip("triton")
 
+INTERPRETED = {"TRITON_INTERPRET": "1", "SAETRAIN_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
 
+
+@pytest.mark.parametrize(("files", "least"), [("cases_[a-g]*.py", 50), ("cases_[s-u]*.py", 80)])
+def test_a_third_of_the_cases_of_each_function_passes_through_the_interpreter(
+    run_cases, files, least
+):
+    assert run_cases(files, every=3, **INTERPRETED) > least
+
+
+@pytest.mark.soak
 def test_every_case_passes_through_the_interpreter(run_cases):
-    passed = run_cases(TRITON_INTERPRET="1", SAETRAIN_KERNELS="triton", OMP_NUM_THREADS="1")
-    assert passed > 350
+    assert run_cases(**INTERPRETED) > 350
 
 
+@pytest.mark.soak
 def test_offsets_past_two_to_the_thirty_one_reach_the_right_numbers(run_cases):
     """Over memory that is nowhere but where it is written, which a GPU has not."""
-    assert run_cases("vast_*.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == 11
+    assert run_cases("vast_*.py", **INTERPRETED) == 11
+
+
+def test_offsets_past_two_to_the_thirty_one_reach_the_right_rows(run_cases):
+    assert run_cases("vast_*.py", "-k", "rows", **INTERPRETED) == 3

@@ -41,16 +41,16 @@ demo/topics.jsonl: .venv/demo.stamp
 	touch $@
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tests that take minutes.
+# Tests that take minutes. Some start processes of their own, so two at a time are enough.
 soak: .venv/dev.stamp
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak -n 2 --dist worksteal
 
 # The pages of docs/ as a site, in build/site/. A warning is an error.
 docs: .venv/docs.stamp

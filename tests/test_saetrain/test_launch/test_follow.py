@@ -132,8 +132,11 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
 # --- a function of cache and options -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["signum", "adam"])
-@pytest.mark.parametrize("order", [ALL, (1, 0, 3, 2, 6, 4, 5, "END")], ids=["ascending", "ranks"])
+@pytest.mark.parametrize(
+    ("optimizer", "order"),
+    [("signum", ALL), ("adam", (1, 0, 3, 2, 6, 4, 5, "END"))],
+    ids=["ascending", "ranks"],
+)
 def test_a_run_during_the_harvest_equals_one_after_it(
     whole: Path,
     growing: Growing,
@@ -161,7 +164,7 @@ def test_a_run_during_the_harvest_equals_one_after_it(
     assert SEGMENTS in snapshot(Path(config.out))
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 11, 12, 16, 17, 18, 25, 35])
+@pytest.mark.parametrize("stop_at", [1, 4, 17, 18, 25])
 def test_a_stopped_run_resumes_to_the_same_bytes_after_the_cache_has_grown(
     growing: Growing,
     following: Options,
@@ -186,7 +189,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes_after_the_cache_has_grown(
     assert only_changed(snapshot(Path(after.out)), snapshot(Path(config.out))) == []
 
 
-@pytest.mark.parametrize("stop_at", [None, 4, 17, 25])
+@pytest.mark.parametrize("stop_at", [None, 4, 25])
 def test_an_extension_made_after_the_start_is_no_part_of_a_run(
     make_cache: Callable[..., Path],
     growing: Growing,

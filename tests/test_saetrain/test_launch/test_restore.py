@@ -29,7 +29,6 @@ from saetrain.tracking.jsonl import METRICS, TIMINGS
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
-BOTH_OPTIMIZERS = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 
 
 class Killed(BaseException):

@@ -447,6 +447,7 @@ def taped(monkeypatch: pytest.MonkeyPatch, device_paths: None, tape: Any) -> lis
     return made
 
 
+@pytest.mark.parametrize("device_paths", ["torch"], indirect=True)  # steps are compared by both
 def test_a_run_with_graphs_writes_the_same_files_also_after_a_resume(
     options: Callable[..., FitConfig],
     snapshot: Callable[[Path], dict[str, bytes]],

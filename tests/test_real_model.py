@@ -58,9 +58,8 @@ def digests(root):
     return {str(p.relative_to(root)): digest_file(p) for p in paths}
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_writes_the_same_bytes(cache, model, text, tmp_path, processes):
-    assert digests(harvest(model, text, tmp_path / "cache", processes)) == digests(cache)
+def test_two_processes_write_the_bytes_of_one(cache, model, text, tmp_path):
+    assert digests(harvest(model, text, tmp_path / "cache", 2)) == digests(cache)
 
 
 def test_every_row_is_the_hidden_state_of_its_token(cache, model):

@@ -9,11 +9,17 @@ import torch
 from actcache.cache.reader import Cache
 from actcache.core.process import choose_device
 from actcache.errors import ConfigError, CorruptShardError, RunError
-from actcache.filesystem.rooted import is_stray, require_plain
+from actcache.filesystem.lock import is_unlocked
+from actcache.filesystem.rooted import require_plain
 from actcache.format.manifest import MANIFEST
 from saetrain.config.fit_config import FitConfig
 from saetrain.launch.resolve import open_cache, resolve_run, resume_record, write_option_changes
-from saetrain.launch.session import EXIT, RunSession, run_session
+from saetrain.launch.session import (
+    EXIT,
+    RunSession,
+    made_no_step,
+    run_session,
+)
 from saetrain.launch.setup import RunBroadcast, set_up_run
 from saetrain.launch.summary import FitSummary, summarize_fit
 from saetrain.runs.record import LOCK, RUN, check_same_cache, require_same_options, write_run
@@ -71,6 +77,8 @@ def _resolve(session: RunSession) -> RunState:
     cache, device = open_cache(config), _device(config)
     if not has_run(config, root):
         record = resolve_run(config, cache, device, parts)
+        if (root / RUN).exists():
+            session.discard_unused()
         warnings = () if config.follow else _missing_shards(cache)
         return RunState(record, cache, device, warnings=warnings)
     session.lock_run(resume=True)
@@ -129,13 +137,18 @@ def _missing_shards(cache: Cache) -> tuple[str, ...]:
 
 
 def has_run(config: FitConfig, root: Path) -> bool:
-    """Return whether the folder holds a run to resume; raises `RunError` if it cannot be used."""
+    """Return whether the folder holds a run to resume; raises `RunError` if it cannot be used.
+
+    A run that ended before its first step is none, unless --resume is given: the same command may
+    be repeated, also with other options.
+    """
     if (root / RUN).exists():
-        if not config.resume:
+        if config.resume:
+            return True
+        if not (is_unlocked(root, LOCK) and made_no_step(root)):
             raise RunError(
                 f"{root} holds a run already", remedy="--resume to continue it, or another --out"
             )
-        return True
     if root.is_symlink() and not root.exists():
         raise RunError(
             f"--out {root} is a link that leads nowhere",
@@ -146,9 +159,7 @@ def has_run(config: FitConfig, root: Path) -> bool:
         if not root.is_dir():
             raise RunError(f"--out {root} is a file", expected="a new or empty folder")
         require_plain(root, [str(LOCK), EXIT])
-        # A run that was killed before or during its first write has not started.
-        names = {path.name for path in root.iterdir()} - {str(LOCK), EXIT}
-        if not all(map(is_stray, names)):
+        if not made_no_step(root):
             content = "a cache" if (root / MANIFEST).exists() else "other things"
             raise RunError(f"--out {root} holds {content}", expected="a new or empty folder")
     return False

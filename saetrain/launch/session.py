@@ -15,14 +15,21 @@ from actcache.core.json_codec import to_json
 from actcache.errors import ActcacheError, DiskFullError, RunError
 from actcache.filesystem.atomic import remove_partials, write_atomic
 from actcache.filesystem.lock import DirectoryLock
-from actcache.filesystem.rooted import rooted
+from actcache.filesystem.rooted import is_stray, rooted
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator, init_coordinator, reports_outcome
 from saetrain.distributed.signals import RunStopped, StopSignals, exit_code_of
 from saetrain.runs.checkpoint import newest_step
+from saetrain.runs.own_files import is_plain
 from saetrain.runs.record import LOCK, RUN
+from saetrain.runs.segments import SEGMENTS
+from saetrain.tracking.jsonl import METRICS, TIMINGS
+from saetrain.training.non_finite import ROWS
 
 EXIT = "exit.json"
+_LINES = METRICS, TIMINGS
+BEFORE_STEPS = str(LOCK), EXIT, SEGMENTS, ROWS, *_LINES, RUN
+"""Files that a run may write before its first step, in the order in which they are removed."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,29 @@ class RunSession:
             CacheBusyError: another fit holds the lock.
             RunError: the run is new, and another fit has started one in the folder.
         """
-        self.lock.acquire()
+        if not self.lock.held:
+            self.lock.acquire()
         if not resume and (self.root / RUN).exists():
             raise RunError(
                 f"another fit has started a run in {self.root}", remedy="--resume, or wait"
             )
         (self.root / EXIT).unlink(missing_ok=True)  # a call that is killed must not look finished
         remove_partials(self.root)
+
+    def discard_unused(self) -> None:
+        """Lock a folder whose run made no step, and remove the files of that run.
+
+        Raises:
+            CacheBusyError: another fit holds the lock.
+            RunError: the run has made a step meanwhile.
+        """
+        self.lock.acquire()
+        if not made_no_step(self.root):
+            raise RunError(
+                f"another fit has started a run in {self.root}", remedy="--resume, or wait"
+            )
+        for name in BEFORE_STEPS[1:]:  # run.json last: until it is gone, this is done again
+            (self.root / name).unlink(missing_ok=True)
 
     def share_lock(self) -> None:
         """Hold the lock that rank 0 has taken; raises `RunError` if its file is not visible."""
@@ -102,6 +125,21 @@ def run_session(config: FitConfig) -> Iterator[RunSession]:
         ) from error
     finally:
         lock.release()
+
+
+def made_no_step(root: Path) -> bool:
+    """Return whether a folder holds at most what a run leaves that ends before its first step.
+
+    Strays of notebooks and file managers are ignored. A line of metrics, an SAE and a checkpoint
+    are the work of a step.
+    """
+    for path in root.iterdir():
+        begun = path.name in BEFORE_STEPS and is_plain(path)
+        if (path.name in _LINES and begun and path.stat().st_size) or not (
+            begun or is_stray(path.name)
+        ):
+            return False
+    return True
 
 
 def stopped_before_start(root: Path, error: BaseException | None) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import saetrain.distributed.coordinator
+import saetrain.launch.run
 import saetrain.launch.setup
+import saetrain.training.checkpointing
+import saetrain.training.loop
 import saetrain.training.step
 from actcache.core.json_codec import decode_json, parse_dataclass, to_json
 from actcache.errors import CacheBusyError, ConfigError, EmptyCacheError, HookpointError, RunError
@@ -220,3 +227,144 @@ def test_a_run_starts_in_a_folder_with_only_a_lock(options: Options) -> None:
     Path(options().out).mkdir()
     (Path(options().out) / "fit.lock").write_text("process 1 on a machine\n")
     assert fit(options()).steps == 12
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing but a `finally` runs after it."""
+
+
+BEFORE_THE_FIRST_STEP = [
+    (saetrain.launch.run, "set_up_run"),
+    (saetrain.launch.run, "write_run"),
+    (saetrain.launch.run, "train"),
+    (saetrain.training.loop, "_open_stream"),
+    (saetrain.distributed.coordinator, "JsonlTracker"),
+    (saetrain.training.loop, "open_wandb"),
+    (saetrain.training.loop, "Checkpointer"),
+    (saetrain.training.loop, "_next_batch"),
+    (saetrain.training.step, "train_step"),
+]
+
+
+@pytest.mark.parametrize("error", [Killed(), RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_run_that_ended_before_its_first_step_is_run_again_by_the_same_command(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    config, whole = options(), options(out=options().out + "-whole")
+    fit(whole)
+
+    def end(*_: Any, **__: Any) -> None:
+        raise error
+
+    for module, name in BEFORE_THE_FIRST_STEP:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, end)
+            with pytest.raises(type(error)):
+                fit(config)
+    assert fit(config).new_steps == 12
+    assert snapshot(Path(config.out)) == snapshot(Path(whole.out))
+    assert list(Path(config.out).glob(".*")) == []
+
+
+def test_a_run_without_a_step_is_begun_anew_with_other_options(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    config = options(follow=True, segment_shards=2)  # pins its first segment before the step
+    with monkeypatch.context() as patch:
+        patch.setattr(saetrain.training.step, "train_step", full)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            fit(config)
+    assert (Path(config.out) / "segments.json").exists()
+    smaller = dataclasses.replace(config, batch_size=16, segment_shards=4)
+    assert fit(smaller).steps == 24
+
+
+def test_a_run_with_a_step_is_protected(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose steps are only logged, one killed while it saves, and one that is at work."""
+
+    def end(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    logged = options(save_every=100, log_every=1, out=options().out + "-logged")
+    with monkeypatch.context() as patch:
+        patch.setattr(saetrain.training.checkpointing, "save", end)
+        with pytest.raises(Killed):
+            fit(logged)
+    saved = options(log_every=100, out=options().out + "-saved")
+    with monkeypatch.context() as patch:
+        patch.setattr(saetrain.training.checkpointing, "save_sae_state", end)
+        with pytest.raises(Killed):
+            fit(saved)
+    for config in (logged, saved):
+        before = snapshot(Path(config.out))
+        with pytest.raises(RunError, match=r"holds a run already(.|\n)*--resume"):
+            fit(config)
+        assert only_changed(before, snapshot(Path(config.out))) == []
+    real, refused = saetrain.training.loop.train_batch, []
+
+    def step(*arguments: Any) -> None:
+        if not refused:
+            with pytest.raises(RunError, match="holds a run already"):
+                fit(working)
+            refused.append(working)
+        real(*arguments)
+
+    working = options()
+    monkeypatch.setattr(saetrain.training.loop, "train_batch", step)
+    assert fit(working).steps == 12
+    assert refused == [working]
+
+
+def test_files_of_others_beside_a_run_without_a_step_are_not_taken_for_it(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: Any) -> None:
+        raise Killed
+
+    config = options()
+    monkeypatch.setattr(saetrain.training.step, "train_step", end)
+    with pytest.raises(Killed):
+        fit(config)
+    (Path(config.out) / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds a run already"):
+        fit(config)
+    assert (Path(config.out) / "run.json").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", ["write_run", "_open_stream", "_next_batch", "train_batch"])
+def test_a_command_killed_before_its_first_step_is_simply_run_again(
+    options: Options, tmp_path: Path, processes: int, name: str
+) -> None:
+    config, bare = options(), "import sys; from actcache_cli.main import saetrain; saetrain()"
+    module = "launch.run" if name == "write_run" else "training.loop"
+    dying = f"""
+import os, saetrain.{module} as module
+real = module.{name}
+def die(*arguments, **named):
+    if {name in ("write_run", "_open_stream")}:
+        real(*arguments, **named)
+    os.kill(os.getpid(), {int(signal.SIGKILL)})
+module.{name} = die
+"""
+    arguments = ["fit", config.cache, "--out", config.out, "--num-latents", "48", "--k", "3"]
+    arguments += ["--batch-size", "32", "--device", "cpu"]
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        arguments += ["--parallel", "modules"]
+    codes = []
+    for number, code in enumerate([dying + bare, bare]):
+        script = tmp_path / f"{number}.py"
+        script.write_text(code)
+        done = subprocess.run([*start, script, *arguments], capture_output=True, text=True)
+        codes.append(done.returncode)
+    assert codes[0] != 0
+    assert codes[1] == 0, done.stderr
+    assert "finished, 12 steps" in done.stdout

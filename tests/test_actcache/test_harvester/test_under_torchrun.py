@@ -300,7 +300,7 @@ def test_a_signal_to_torchrun_ends_two_processes_cleanly_with_the_message(
     assert tree(out) == tree(whole.out)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_of_two_commands_at_once_one_harvests_and_the_other_is_refused(
     processes: int, whole: Any, tree: Tree, fork_server: Any, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .error_handling import print_json, report_errors
+from .error_handling import print_json, print_stderr, report_errors
 from .fit import format_number, heading
 from .options import BlockCache, BlockCacheBytes, require_names
 from .tables import table
@@ -35,6 +35,7 @@ def run(
     import dataclasses
     from pathlib import Path
 
+    from actcache.cache.sinks import as_lines
     from saetrain.evaluation import BEST_EVALUATION, EVALUATION, evaluate
 
     require_names(RUN=run, **{"--cache": cache, "--block-cache": block_cache})
@@ -68,6 +69,8 @@ def run(
         for sae in evaluation.saes
     ]
     print(table(header, rows))
+    for line in as_lines(evaluation.sinks):
+        print_stderr(f"warning: held out: {line}")
     for sae in evaluation.saes:
         for name, output in sae.parts.items():
             print(f"{sae.name} at {name}: FVU {output.fvu:.4f}, norm {output.decoder_norm:.3f}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from actcache.cache.reader import Cache
+from actcache.cache.sinks import SinkRows, find_sinks
 from actcache.core.arguments import COUNT, checked
 from actcache.core.json_codec import to_json
 from actcache.core.process import choose_device
@@ -108,6 +109,9 @@ class Evaluation:
     rows_per_second: float | None
     """Training throughput since the run was last started; None if not measured yet."""
     saes: tuple[SaeEvaluation, ...]
+    sinks: tuple[SinkRows, ...]
+    """Hookpoints where a few held-out rows of large norm hold much of the variance, which is the
+    denominator of the FVU; the worst first."""
 
 
 @checked(block_cache_bytes=COUNT)
@@ -201,6 +205,9 @@ def evaluate(
             for figure in _evaluate_group(
                 root, record, group, cache, held_out, at, dead, step, best
             )
+        ),
+        sinks=find_sinks(
+            cache, [name for entry in record.saes for name in entry.targets], held_out
         ),
     )
     write_atomic(root / (BEST_EVALUATION if best else EVALUATION), [to_json(evaluation)])
@@ -340,7 +347,7 @@ def squared_errors(
     alive = [torch.zeros_like(sae.b_enc, dtype=torch.bool) for sae in saes]
     row_dtype, names = cache.row_dtype, dict.fromkeys(entry.hookpoints)
     reader = VerifiedReader(cache, "first-read")
-    bar = Progress(entry.hookpoint, sum(cache.receipts[s].rows for s in shards), "rows")
+    bar = Progress(f"eval {entry.hookpoint}", sum(cache.receipts[s].rows for s in shards), "rows")
     for shard in shards:
         for start in range(0, cache.receipts[shard].rows, _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, cache.receipts[shard].rows - start)

@@ -434,3 +434,17 @@ def killed() -> Callable[[int, Callable[[], object]], bool]:
         return code != 0
 
     return work_until
+
+
+def rows_with_sinks(hookpoint: str, shard: int, count: int, width: int) -> np.ndarray:
+    """Return rows of which at layers.1 every 50th has 60 times the norm of the others."""
+    made = np.random.RandomState(shard).standard_normal((count, width)).astype(np.float32)
+    if hookpoint == "layers.1":
+        made[::50] *= 60
+    return made
+
+
+@pytest.fixture(scope="session")
+def sinks_path(make_cache: Callable[..., Path]) -> Path:
+    """A shared read-only cache with sinks at layers.1: 3 of the 128 rows of each of 4 shards."""
+    return make_cache(rows=rows_with_sinks)

@@ -3,7 +3,8 @@
 `folder` names the files, computes their sizes and publishes the manifest, `writer` publishes a
 shard, `reader` is `Cache`, `verify` compares every byte with the receipts, `repair` retracts
 damaged shards, `flipped_bits` corrects single bits, `restore` publishes shards again, `convert`
-copies a cache to another backend or type.
+copies a cache to another backend or type, `sinks` finds rows of large norm that hold most of the
+variance.
 """
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "reader",
     "repair",
     "restore",
+    "sinks",
     "verify",
     "writer",
 ]

@@ -27,6 +27,7 @@ import torch
 
 from actcache.cache.folder import publish_extension
 from actcache.cache.reader import Cache
+from actcache.cache.sinks import as_lines, find_sinks
 from actcache.cache.writer import ShardData, ShardText, WriterPool, publish_shard, row_norms
 from actcache.config import HarvestConfig
 from actcache.core.process import World
@@ -114,6 +115,7 @@ def run_job(job: HarvestJob) -> HarvestSummary:
             *_text_warnings(job),
             *_row_warnings(new_receipts),
             *_file_warnings(job),
+            *_sink_warnings(job),
         ),
     )
 
@@ -159,6 +161,13 @@ def _file_warnings(job: HarvestJob) -> tuple[str, ...]:
         f"{len(missing)} files of published shards are missing or cut, such as {missing[0]}: "
         f"actcache verify {job.root} --repair",
     )
+
+
+def _sink_warnings(job: HarvestJob) -> tuple[str, ...]:
+    """Warn, on rank 0, if a few rows of large norm hold much of the variance of a hookpoint."""
+    if job.ranks.rank > 0 or not job.published:
+        return ()
+    return tuple(as_lines(find_sinks(Cache(job.root, job.manifest, job.published, None))))
 
 
 def _harvest_ranges(job: HarvestJob, log: HarvestLog) -> HarvestJob:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from actcache.cache.sinks import as_lines
 from actcache.core.progress import format_bytes
 from actcache.inspection.dimensions import Dimension
 from actcache.inspection.harvest_speed import RankSpeed
@@ -42,6 +43,8 @@ def cache_facts(summary: CacheSummary, shard: ShardFacts | None) -> dict[str, st
         or "no position",
         "numbers": _numbers(summary),
     }
+    if summary.sinks:
+        facts["sinks"] = "; ".join(as_lines(summary.sinks))
     if summary.without_statistics:
         facts["missing"] = (
             f"the statistics of {summary.without_statistics} of {summary.shards} shards cannot be "

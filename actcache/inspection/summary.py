@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from actcache.cache.reader import Cache
+from actcache.cache.sinks import SinkRows, find_sinks
 from actcache.core.arguments import checked
 from actcache.core.progress import Progress
 from actcache.errors import ConfigError, CorruptShardError
@@ -73,6 +74,8 @@ class CacheSummary:
     hookpoints: tuple[HookpointSummary, ...]
     mean_cosines: tuple[tuple[float | None, ...], ...]
     """Cosine between the mean rows of every two of the first COMPARED hookpoints."""
+    sinks: tuple[SinkRows, ...]
+    """Hookpoints where a few rows of large norm hold much of the variance, the worst first."""
     excluded: tuple[Excluded, ...]
     """Token positions without a row, by filter."""
     afflictions: BadRows
@@ -167,6 +170,7 @@ def summarize(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary
         without_statistics=unread,
         hookpoints=tuple(hookpoints),
         mean_cosines=mean_cosines([found.mean for found in statistics.values()]),
+        sinks=find_sinks(cache, shards=shards, statistics=statistics),
         excluded=excluded(receipts, sequences * identity.ctx_len),
         afflictions=bad_rows(receipts),
         speed=speed_by_rank(cache.root, {r.shard: r for r in receipts}, identity.ctx_len),

@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
+from actcache.cache.sinks import as_lines
 from actcache.format.statistics import NEAR_OVERFLOW
 from actcache.inspection import CacheSummary, HookpointSummary, ShardFacts
 from actcache.inspection.dimensions import OUTLIER
@@ -56,6 +57,8 @@ def print_summary(
         sections += [_detail(h, width) for h in chosen]
     elif few:
         sections.append(_outliers(chosen, width))
+    named = [sinks for sinks in summary.sinks if hookpoint in (None, sinks.hookpoint)]
+    sections.append(list(map(str, named)) if verbose else as_lines(named))
     if hookpoint is not None:
         sections.append(_similar(summary, hookpoint))
     elif verbose or 1 < len(chosen) <= FEW:
@@ -88,6 +91,7 @@ def _lines(
 
 def _facts(summary: CacheSummary, shard: ShardFacts | None, width: int, verbose: bool) -> list[str]:
     facts = cache_facts(summary, shard)
+    facts.pop("sinks", None)  # sentences of their own
     if not verbose and len(summary.hookpoints) > FEW:
         facts["means"] = _extreme_cosines(summary)
     lines = []

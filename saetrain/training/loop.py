@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from actcache.cache.sinks import as_lines, find_sinks
 from actcache.core.progress import format_bytes
 from actcache.errors import ActcacheError
 from actcache.stream.activation_stream import ActivationStream, Batch
@@ -198,6 +199,10 @@ def _open_tracker(
             tracker.bar.print_line(f"fit: {sae.name} starts from {origin.path} ({sizes})")
     if run.step < record.steps:
         tracker.bar.print_line(read_message)
+    if run.step < record.steps and coordinator.is_rank_zero:
+        found = find_sinks(run.cache, hookpoints_of(record.saes), record.training_shards)
+        for line in as_lines(found):
+            tracker.bar.print_line(f"warning: {line}")
     try:
         if coordinator.is_rank_zero:
             tracker.mirror = open_wandb(root, record, tracker.bar.print_line)

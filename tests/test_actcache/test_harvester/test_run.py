@@ -867,3 +867,19 @@ def test_a_text_without_splits_records_none(options: Options, prose: list[str]) 
     assert Cache.open(harvest(config).cache).manifest.split == "train"
     text = dataclasses.replace(config, dataset=str(path), out=config.out + "-text")
     assert Cache.open(harvest(text).cache).manifest.split == ""
+
+
+def test_the_summary_of_rank_0_warns_of_sinks(sinks_path: Path) -> None:
+    cache = Cache.open(sinks_path)
+    for rank, count in ((0, 1), (1, 0)):
+        job: Any = SimpleNamespace(
+            root=cache.root,
+            manifest=cache.manifest,
+            published=cache.receipts,
+            ranks=World(rank, 2),
+        )
+        warnings = run_module._sink_warnings(job)
+        assert len(warnings) == count
+        assert all("12 rows (2.34%) above 10 median norms" in warning for warning in warnings)
+    job = SimpleNamespace(manifest=cache.manifest, published={}, ranks=World(0, 1))
+    assert run_module._sink_warnings(job) == ()

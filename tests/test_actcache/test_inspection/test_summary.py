@@ -186,3 +186,15 @@ def test_scales_of_8_bit_rows_count_as_bytes_of_their_hookpoint(
 def others(shard: int) -> list[str]:
     """Files that belong to no hookpoint."""
     return [f"{folder}/{shard:05d}.safetensors" for folder in ("tokens", "stats")]
+
+
+def test_sinks_are_those_of_the_chosen_shards(sinks_path: Path) -> None:
+    cache = Cache.open(sinks_path)
+    (found,) = summarize(cache).sinks
+    assert (found.hookpoint, found.sinks, found.rows) == ("layers.1", 12, 512)
+    (found,) = summarize(cache, [2]).sinks
+    assert (found.sinks, found.rows) == (3, 128)
+
+
+def test_a_cache_without_sinks_has_none(make_cache: Callable[..., Path]) -> None:
+    assert summarize(Cache.open(make_cache())).sinks == ()

@@ -250,3 +250,18 @@ def test_invalid_statistics_with_a_valid_digest_are_shown_without_a_crash(
     json.loads(run(root, "--json").stdout)
     run(root, "--html", tmp_path / "page.html")
     ET.fromstring((tmp_path / "page.html").read_text())
+
+
+def test_sinks_are_told_in_one_sentence_in_json_and_on_the_page(sinks_path, tmp_path):
+    said = (
+        r"12 rows \(2\.34%\) above 10 median norms hold \d\d\.\d% of the variance of layers\.1, "
+        r"0 of them at position 1: --max-norm-ratio 10"
+    )
+    assert re.search(f"^{said}", run(sinks_path).stdout, re.MULTILINE)
+    assert re.search(said, run(sinks_path, "--verbose").stdout)
+    assert re.search(said, run(sinks_path, "--hookpoint", "layers.1").stdout)
+    assert "max-norm-ratio" not in run(sinks_path, "--hookpoint", "layers.0").stdout
+    (found,) = json.loads(run(sinks_path, "--json").stdout)["sinks"]
+    assert (found["hookpoint"], found["sinks"], found["at_first_position"]) == ("layers.1", 12, 0)
+    run(sinks_path, "--html", tmp_path / "page.html")
+    assert re.search(said, (tmp_path / "page.html").read_text())

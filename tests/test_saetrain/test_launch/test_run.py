@@ -264,3 +264,29 @@ def test_a_diverging_loss_stops_the_run(options: Options, optimizer: str, lr: fl
     assert load_checkpoint(Path(config.out)) is None
     assert not list(Path(config.out).glob("layers.*"))
     assert (Path(config.out) / RUN).exists()
+
+
+def test_sinks_in_the_training_rows_are_told_at_the_start(
+    sinks_path: Path, options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = options(cache=str(sinks_path), resume=True)
+    fit(config)
+    told = [line for line in capsys.readouterr().err.splitlines() if "max-norm-ratio" in line]
+    (line,) = told
+    assert line.startswith("warning: 9 rows (2.34%) above 10 median norms hold ")  # of 3 shards
+    assert "of the variance of layers.1, 0 of them at position 1: --max-norm-ratio 10 of" in line
+    fit(config)
+    assert capsys.readouterr().err == ""  # no step is left
+    fit(options(cache=str(sinks_path), hookpoint=("layers.0",), out=options().out + "-other"))
+    assert "max-norm-ratio" not in capsys.readouterr().err
+
+
+def test_sinks_in_the_held_out_rows_are_part_of_an_evaluation(
+    sinks_path: Path, options: Options
+) -> None:
+    config = options(cache=str(sinks_path))
+    fit(config)
+    (found,) = evaluate(Path(config.out)).sinks
+    assert (found.hookpoint, found.sinks, found.rows) == ("layers.1", 3, 128)
+    written = json.loads((Path(config.out) / "eval.json").read_text())
+    assert written["sinks"][0]["sinks"] == 3

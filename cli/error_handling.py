@@ -32,9 +32,12 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(run)
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        from actcache.core.progress import heartbeat
+
+        name = "".join(sys.argv[1:2])  # actcache harvest ...
         streams = make_streams_safe()
         try:
-            with handled_signals(), explained_bus_errors():
+            with handled_signals(), explained_bus_errors(), heartbeat(name):
                 try:
                     run(*args, **kwargs)
                 except KeyboardInterrupt as stop:

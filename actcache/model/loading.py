@@ -19,6 +19,7 @@ import xxhash
 
 from actcache.config import HarvestConfig
 from actcache.core.process import choose_device
+from actcache.core.progress import Progress
 from actcache.errors import ModelError, shortage_of
 from actcache.model.gguf_header import GgufHeader, read_gguf_header
 
@@ -212,6 +213,10 @@ _NAMES_ONLY = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transf
 """Keys of a configuration without effect on activations (weights are hashed with their dtype)."""
 
 
+_LARGE = 1 << 30
+"""Bytes of weights from which their digest shows its progress."""
+
+
 def fingerprint_model(model: Any) -> str:
     """Digest the configuration and the weights.
 
@@ -222,10 +227,17 @@ def fingerprint_model(model: Any) -> str:
     values["attention"] = getattr(model.config, "_attn_implementation", None)
     digest = xxhash.xxh3_128(json.dumps(values, sort_keys=True, default=str).encode())
     # Buffers outside the state dict are computed from the configuration.
-    for name, tensor in sorted(model.state_dict().items()):
+    state = sorted(model.state_dict().items())
+    size = sum(tensor.nbytes for _, tensor in state)
+    bar = Progress("digest weights", size, "B") if size >= _LARGE else None
+    for name, tensor in state:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         plain = _on_cpu(model, name, tensor).contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy().data)
+        if bar is not None:
+            bar.advance(tensor.nbytes)
+    if bar is not None:
+        bar.close()
     return digest.hexdigest()
 
 

@@ -1,8 +1,19 @@
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
+import threading
+
 import pytest
 
-from actcache.core.progress import Progress, format_bytes
+from actcache.core.progress import (
+    Progress,
+    format_bytes,
+    format_duration,
+    heartbeat,
+    print_heartbeat,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +87,179 @@ def test_what_a_bar_shows_is_escaped(capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().err
     assert r"\x1b[2J" in printed
     assert "\x1b]0;" not in printed
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 5000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("actcache.core.progress.time.monotonic", clock)
+    monkeypatch.setattr("actcache.core.progress._last_line", 0.0)
+    return clock
+
+
+def lines_of(
+    capsys: pytest.CaptureFixture[str],
+    clock: Clock,
+    total: int | None,
+    steps: list[tuple[int, float]],
+) -> list[tuple[float, str]]:
+    """Report progress without a terminal; return the lines with their times."""
+    bar, lines, began = Progress("harvest", total, "tok"), [], clock.now
+    for units, seconds in steps:
+        clock.now += seconds
+        bar.advance(units)
+        lines += [(clock.now - began, line) for line in capsys.readouterr().err.splitlines()]
+    bar.close()
+    return lines
+
+
+def test_short_work_prints_no_line(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    assert lines_of(capsys, clock, 100, [(1, 0.099)] * 100) == []
+
+
+def test_a_line_gives_what_is_done_the_total_the_rate_and_the_time_left(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    lines = lines_of(capsys, clock, 12_000_000, [(400_000, 11.75)] * 3)
+    assert lines == [
+        (11.75, "harvest: 400k of 12M tok (3%), 34k tok/s, 5.7 min left"),
+        (35.25, "harvest: 1.2M of 12M tok (10%), 34k tok/s, 5.3 min left"),
+    ]
+
+
+def test_long_work_prints_a_line_each_tenth(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    times = [at for at, _ in lines_of(capsys, clock, 200, [(1, 1.0)] * 200)]
+    assert times == [10, *range(20, 201, 20)]
+
+
+def test_no_two_lines_are_closer_than_ten_seconds_or_further_apart_than_a_minute(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    times = [at for at, _ in lines_of(capsys, clock, 40, [(1, 1.0)] * 40)]
+    assert times == [10, 20, 30, 40]
+    times = [at for at, _ in lines_of(capsys, clock, 10_000, [(1, 1.0)] * 600)]
+    assert times == [10, *range(70, 600, 60)]
+
+
+def test_work_of_unknown_length_prints_a_line_each_minute(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    lines = lines_of(capsys, clock, None, [(1, 1.0)] * 140)
+    assert lines == [
+        (10, "harvest: 10 tok, 1 tok/s"),
+        (70, "harvest: 70 tok, 1 tok/s"),
+        (130, "harvest: 130 tok, 1 tok/s"),
+    ]
+
+
+def test_lines_of_resumed_work_give_the_rate_of_this_call_and_the_last_notes(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    bar = Progress("fit", 1000, "rows", initial=500)
+    clock.now += 10
+    bar.advance(100, 2_000_000, fvu="0.1")
+    bar.close()
+    line = "fit: 600 of 1k rows (60%), 10 rows/s, 40 s left, fvu 0.1\n"
+    assert capsys.readouterr().err == line
+
+
+def test_bytes_are_formatted_as_such(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    bar = Progress("verify", 4_000_000_000, "B")
+    clock.now += 10
+    bar.advance(1_000_000_000)
+    bar.close()
+    line = "verify: 1 GB of 4 GB (25%), 100 MB/s, 30 s left\n"
+    assert capsys.readouterr().err == line
+
+
+def test_work_that_is_not_shown_prints_no_line(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    bar = Progress("harvest", 10, "tok", show=False)
+    clock.now += 1000
+    bar.advance(5)
+    print_heartbeat("harvest", 0.0, sys.stderr)
+    assert capsys.readouterr().err == "harvest: at work for 1.7 h\n"
+
+
+def test_a_heartbeat_prints_the_innermost_work_once_a_minute(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    began = clock.now
+    outer, inner = Progress("harvest", 100, "tok"), Progress("count", None, "tok")
+
+    def line_after(seconds: float) -> str:
+        clock.now += seconds
+        print_heartbeat("harvest", began, sys.stderr)
+        return capsys.readouterr().err
+
+    assert line_after(59) == ""
+    assert line_after(1) == "count: 0 tok, nothing yet after 60 s\n"
+    inner.close()
+    assert line_after(59) == ""
+    assert line_after(1) == "harvest: 0 of 100 tok (0%), nothing yet after 2 min\n"
+    clock.now += 30
+    outer.advance(10)  # prints a line of its own
+    assert capsys.readouterr().err == "harvest: 10 of 100 tok (10%), 0.0667 tok/s, 22 min left\n"
+    assert line_after(59) == ""
+    outer.close()
+    assert line_after(1) == "harvest: at work for 3.5 min\n"
+
+
+def test_a_heartbeat_shows_what_is_waited_for_until_work_goes_on(
+    capsys: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    bar = Progress("fit", None, "rows")
+    bar.wait("waiting for shard 3", begins=True)
+    clock.now += 60
+    print_heartbeat("fit", 0.0, sys.stderr)
+    bar.wait("waiting for shard 3", begins=False)
+    bar.advance(30)
+    clock.now += 60
+    print_heartbeat("fit", 0.0, sys.stderr)
+    bar.close()
+    waits = 2 * ["fit: waiting for shard 3"]
+    assert capsys.readouterr().err.splitlines() == [*waits, "fit: 30 rows, 0.25 rows/s"]
+
+
+def test_a_heartbeat_beats_without_a_terminal_on_rank_0_only_and_ends_with_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("actcache.core.progress.MINUTE", 0.0)
+    monkeypatch.setattr("actcache.core.progress._last_line", 0.0)
+
+    class Pipe(io.StringIO):
+        beaten = threading.Event()
+
+        def write(self, text: str) -> int:
+            self.beaten.set()
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Pipe())
+    with heartbeat("fit"), contextlib.redirect_stderr(io.StringIO()):  # as libraries are silenced
+        assert Pipe.beaten.wait(60)
+    assert sys.stderr.getvalue().startswith("fit: at work for 0 s\n")
+    assert all(thread.name != "heartbeat" for thread in threading.enumerate())
+    monkeypatch.setenv("RANK", "1")
+    with heartbeat("fit"):
+        assert all(thread.name != "heartbeat" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (89, "89 s"), (90, "1.5 min"), (300, "5 min"), (3599, "60 min"), (9e4, "25 h")],
+)
+def test_durations_are_given_in_their_largest_unit(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

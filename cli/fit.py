@@ -130,9 +130,12 @@ def _estimate_table(plan: Any) -> str:
 def _estimate_notes(plan: Any) -> list[str]:
     from actcache.core.progress import format_bytes
 
-    fits = "fits" if plan.total <= plan.free else "does not fit"
+    fits = "fits" if plan.fits else "does not fit"
     return [
-        f"{format_bytes(plan.total)} on the device, of which {format_bytes(plan.free)} are free: "
-        f"{fits}. SAEs step in turn, so gradients and activations are those of the largest",
-        f"{format_bytes(plan.rows)} of rows in the shuffle buffer, shared by all SAEs",
+        f"{format_bytes(plan.total)} on the device, of which {format_bytes(plan.free)} are free "
+        f"beside the libraries: {fits}. SAEs step in turn, so gradients and activations are those "
+        "of the largest",
+        f"{format_bytes(plan.libraries)} of these are the libraries': Python and torch, or on a "
+        "GPU the CUDA context",
+        f"{format_bytes(plan.rows)} of these are rows in the shuffle buffer, shared by all SAEs",
     ]

@@ -33,7 +33,7 @@ def run(config: PlanConfig, as_json: bool) -> None:
 
 
 def _facts(found: Any, out: str) -> dict[str, str]:
-    from actcache.core.progress import format_bytes
+    from actcache.core.progress import format_bytes, format_duration
 
     size = format_bytes
     left_out = ", ".join(f"{n:,} {name}" for name, n in found.dropped.items() if n)
@@ -48,8 +48,11 @@ def _facts(found: Any, out: str) -> dict[str, str]:
         "shards": f"{found.shards:,} of {found.sequences_per_shard:,} sequences",
         "disk": f"{size(found.bytes)} in {found.files:,} files; {size(found.free)} free at {out}: "
         f"{room}",
-        "memory": f"about {size(memory.total)} a process: weights {size(memory.weights)}, shards "
-        f"{size(memory.shards)}, forward pass about {size(memory.forward)}",
+        "memory": f"about {size(memory.total)} a process: libraries, weights "
+        f"{size(memory.weights)}, shards {size(memory.shards)}, forward pass about "
+        f"{size(memory.forward)}",
+        "of these": f"{size(memory.libraries)} libraries: Python, torch, transformers, and with a "
+        "GPU its CUDA context",
     }
     if found.trial is not None:
         trial = found.trial
@@ -59,7 +62,7 @@ def _facts(found: Any, out: str) -> dict[str, str]:
             f"tokens/s), peak {size(trial.peak_memory)} of memory"
             + (device if trial.peak_device_memory else "")
         )
-        facts["time"] = f"about {_duration(found.seconds)} on one process like this"
+        facts["time"] = f"about {format_duration(found.seconds)} on one process like this"
     return facts
 
 
@@ -70,10 +73,3 @@ def _table(found: Any) -> str:
     rest = found.bytes - sum(found.hookpoints.values())
     rows.append(["tokens, statistics, receipts", format_bytes(rest)])
     return table(["hookpoint", "bytes"], rows)
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

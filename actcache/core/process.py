@@ -132,6 +132,27 @@ def peak_memory() -> int:
     raise AssertionError("Linux reports VmHWM for every process")
 
 
+def resident_memory() -> int:
+    """Return the resident memory of this process now, bytes."""
+    return _fields(Path("/proc/self/status"))["VmRSS"]
+
+
+CUDA_BYTES = 600_000_000
+"""Device memory that CUDA, cuBLAS and compiled kernels take before the first tensor, about: 400 to
+700 MB by GPU and driver. A process cannot tell it from the memory of others."""
+
+
+def library_memory(device: torch.device, loaded: int = 0) -> int:
+    """Return the bytes that Python and the libraries take in this process, as far as imported.
+
+    Args:
+        device: on a GPU, its CUDA context counts too.
+        loaded: bytes of weights that the process holds already, which are no library's.
+    """
+    context = CUDA_BYTES if device.type == "cuda" else 0
+    return max(0, resident_memory() - loaded) + context
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Return the bytes of main memory that this process can still use, swap included.
 

@@ -24,7 +24,7 @@ from actcache.cache.folder import other_files, require_chunks, shard_bytes
 from actcache.cache.reader import Cache
 from actcache.cache.writer import files_at_once
 from actcache.config import HarvestConfig, PlanConfig
-from actcache.core.process import World, peak_memory
+from actcache.core.process import World, choose_device, library_memory, peak_memory
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.format.manifest import FILTERS, Identity, Manifest, kept_positions
@@ -51,6 +51,9 @@ _BATCH = 256  # sequences filtered at once
 class Memory:
     """Bytes that one process needs. `weights` and `shards` are computed, `forward` is estimated."""
 
+    libraries: int
+    """Python, torch, transformers and all else that this process has loaded, as measured; with a
+    GPU, also about the context of CUDA on it."""
     weights: int
     """Weights, on the model's device."""
     shards: int
@@ -61,8 +64,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of the three."""
-        return self.weights + self.shards + self.forward
+        """Sum of the four."""
+        return self.libraries + self.weights + self.shards + self.forward
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def estimate_harvest(config: PlanConfig) -> HarvestEstimate:
         ActcacheError: the harvest itself would raise it.
     """
     resolved = resolve(config)
+    libraries = _library_memory(config, resolved)  # before texts are read and weights loaded
     planned = planned_sequences(config, resolved)
     model_dtype = _model_dtype(config, resolved)
     identity = build_identity(config, resolved, "not loaded", model_dtype)
@@ -146,7 +150,7 @@ def estimate_harvest(config: PlanConfig) -> HarvestEstimate:
         bytes=sum(points.values()) + rest + sum(others.values()),
         files=shards * len(sizes) + len(others),
         free=shutil.disk_usage(_existing_folder(config.out)).free,
-        memory=_memory(config, resolved, manifest),
+        memory=_memory(config, resolved, manifest, libraries),
         trial=trial,
         seconds=None if trial is None else planned * config.ctx_len / trial.tokens_per_second,
         warnings=_warnings(config, trial),
@@ -178,7 +182,17 @@ def _model_dtype(config: PlanConfig, resolved: ResolvedHarvest) -> str:
     return dtype_name(load_model(config)) if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _memory(config: PlanConfig, resolved: ResolvedHarvest, manifest: Manifest) -> Memory:
+def _library_memory(config: PlanConfig, resolved: ResolvedHarvest) -> int:
+    own = [p.nbytes for p in resolved.model.parameters() if p.device.type == "cpu"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device_map == "none":
+        device = choose_device(config.device)
+    return library_memory(device, sum(own))
+
+
+def _memory(
+    config: PlanConfig, resolved: ResolvedHarvest, manifest: Manifest, libraries: int
+) -> Memory:
     identity = manifest.identity
     row_dtype, model_dtype = ROW_DTYPES[identity.dtype], identity.model_dtype
     number = ROW_DTYPES[model_dtype].itemsize if model_dtype in ROW_DTYPES else 4
@@ -190,6 +204,7 @@ def _memory(config: PlanConfig, resolved: ResolvedHarvest, manifest: Manifest) -
     tokens = identity.batch_size * identity.ctx_len
     inner = max([*captured, *_widths(resolved.model_config)])
     return Memory(
+        libraries=libraries,
         weights=int(weights * bits),
         shards=manifest.shard_rows * (2 * row + files_at_once(len(captured)) * widest),
         forward=tokens * number * (sum(captured) + _LIVE * inner),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from actcache.core.process import available_memory
+from actcache.core.process import CUDA_BYTES, available_memory, library_memory
 from actcache.core.progress import format_bytes
 from actcache.errors import ConfigError
 from actcache.stream.memory_budget import plan_memory
@@ -64,12 +64,20 @@ class RunEstimate:
     """Gradients of the SAE with the largest step: SAEs make their steps one after another."""
     activations: int
     """Activations of the same SAE."""
+    libraries: int
+    """Memory that the libraries take on the device: on the CPU, all that this process has loaded;
+    on a GPU, about the context of CUDA."""
     total: int
-    """Sum on the device, without torch's own memory; on a GPU, with the shuffle buffer."""
+    """Sum on the device, with the shuffle buffer."""
     rows: int
-    """Bytes of the shuffle buffer, which all SAEs share; on a GPU, in device memory."""
+    """Bytes of the shuffle buffer, which all SAEs share, in the memory of the device."""
     free: int
-    """Free memory of the device now."""
+    """Free memory of the device now, which the libraries have taken their part of."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits into the free memory of the device."""
+        return self.total - self.libraries <= self.free
 
 
 def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
@@ -100,7 +108,7 @@ def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
         ((s.gradients, s.activations) for s in saes), key=lambda pair: pair[0] + pair[1]
     )
     rows = min(budget.pool_rows, cache.rows) * row
-    buffer_bytes = rows if device.type == "cuda" else 0
+    libraries = CUDA_BYTES if device.type == "cuda" else library_memory(device)
     return RunEstimate(
         saes=saes,
         parameters=sum(s.parameters for s in saes),
@@ -108,7 +116,8 @@ def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
         optimizer_state=state,
         gradients=gradients,
         activations=activations,
-        total=weights + state + gradients + activations + buffer_bytes,
+        libraries=libraries,
+        total=libraries + weights + state + gradients + activations + rows,
         rows=rows,
         free=_free(device),
     )

@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from actcache.core.process import available_memory, choose_device, require_whole_machine
+from actcache.core.process import (
+    CUDA_BYTES,
+    available_memory,
+    choose_device,
+    library_memory,
+    peak_memory,
+    require_whole_machine,
+    resident_memory,
+)
 from actcache.errors import ConfigError
 from actcache.model.hooks import input_device
 
@@ -98,3 +106,15 @@ def test_available_memory_respects_the_limit_of_the_process(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (200 * 1024, 200 * 1024))
     assert available_memory(system(tmp_path, {})) == 100 * 1024
+
+
+def test_the_memory_of_the_libraries_is_what_the_process_holds_without_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert 50e6 < resident_memory() <= peak_memory()
+    monkeypatch.setattr("actcache.core.process.resident_memory", lambda: 900)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert library_memory(cpu) == 900
+    assert library_memory(cpu, 300) == 600
+    assert library_memory(cpu, 1000) == 0
+    assert library_memory(gpu) == 900 + CUDA_BYTES

@@ -100,7 +100,8 @@ def test_memory_counts_weights_and_row_buffers(options: Options) -> None:
     assert plan.memory.shards == 4 * 15 * (
         2 * row + 2 * 32 * 4
     )  # two hookpoints are permuted at once
-    assert plan.memory.total > plan.memory.weights + plan.memory.shards
+    assert plan.memory.libraries > 100e6  # Python, torch and transformers
+    assert plan.memory.total == sum(dataclasses.astuple(plan.memory))
     halved = planned(options(model_dtype="bfloat16"))
     assert halved.memory.weights * 2 == plan.memory.weights
 

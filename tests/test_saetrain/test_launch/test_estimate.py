@@ -149,11 +149,16 @@ def test_an_estimate_lists_the_saes_of_the_run(options: Callable[..., FitConfig]
     ]
     assert plan.weights == sum(sae.weights for sae in plan.saes)
     assert plan.gradients == max(sae.gradients for sae in plan.saes)
-    assert plan.total == plan.weights + plan.optimizer_state + plan.gradients + plan.activations
+    own = plan.weights + plan.optimizer_state + plan.gradients + plan.activations + plan.rows
+    assert plan.total == plan.libraries + own
+    assert plan.libraries > 100e6  # Python and torch
+    assert plan.fits
+    assert not dataclasses.replace(plan, free=own - 1).fits
+    assert dataclasses.replace(plan, free=own).fits  # the libraries are loaded already
     assert plan.rows == 512 * 2 * 16 * 4
     assert plan.free > 0
     alone = estimate_fit(dataclasses.replace(config, saes=config.saes[:1]), CPU)
-    assert alone.total < plan.total
+    assert alone.total - alone.libraries < own
     assert alone.rows == plan.rows
 
 

@@ -48,9 +48,8 @@ def _facts(found: Any, out: str) -> dict[str, str]:
         "shards": f"{found.shards:,} of {found.sequences_per_shard:,} sequences",
         "disk": f"{size(found.bytes)} in {found.files:,} files; {size(found.free)} free at {out}: "
         f"{room}",
-        "memory": f"about {size(memory.total)} a process: libraries, weights "
-        f"{size(memory.weights)}, shards {size(memory.shards)}, forward pass about "
-        f"{size(memory.forward)}",
+        "memory": f"about {size(memory.total)} a process: weights {size(memory.weights)}, shards "
+        f"{size(memory.shards)}, forward pass about {size(memory.forward)}, and libraries",
         "of these": f"{size(memory.libraries)} libraries: Python, torch, transformers, and with a "
         "GPU its CUDA context",
     }

@@ -21,7 +21,7 @@ def run(config: PlanConfig, as_json: bool) -> None:
 
     found = estimate_harvest(config)
     for warning in found.warnings:
-        print_stderr(f"note: {warning}")
+        print_stderr(f"warning: {warning}")
     if as_json:
         print_json(
             dataclasses.asdict(found) | {"fits": found.fits, "memory_total": found.memory.total}

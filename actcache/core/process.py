@@ -1,13 +1,17 @@
-"""This process: its rank and world size under torchrun, its torch device, its peak memory."""
+"""This process: rank and world size under torchrun, torch device, peak memory, library warnings."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
+import re
 import resource
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -104,6 +108,90 @@ class World:
             if self.rank == 0:  # it may hold the store
                 with suppress(RunError):
                     gather(keys, "left", every, work, _LEAVING)
+
+
+_LIBRARIES = {
+    "accelerate",
+    "actcache",
+    "bitsandbytes",
+    "datasets",
+    "fsspec",
+    "gguf",
+    "huggingface_hub",
+    "peft",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "transformers_modules",  # code of a model's repository
+}
+"""Loggers whose warnings concern the model and the text."""
+
+_NOISE = {
+    "Sending unauthenticated requests": "it concerns the speed of a download alone",
+}
+"""Parts of messages that help nobody, each with the reason."""
+
+_MOST_WARNINGS, _LONGEST_WARNING = 100, 2000
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
+_PACKAGE = re.compile(r".*/site-packages/([^/.]+)")
+
+
+class CapturedWarnings:
+    """Warnings of libraries, logged or given to `warnings.warn`; each once, as one line."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, None] = {}
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The warnings, in order."""
+        kept = tuple(self._lines)
+        more = len(kept) - _MOST_WARNINGS
+        if more > 0:
+            return (*kept[:_MOST_WARNINGS], f"{more} more warnings of libraries are not shown")
+        return kept
+
+    def add(self, source: str, text: str) -> None:
+        """Record a warning of a logger or package, unless it is known or noise."""
+        line = " ".join(_COLOURS.sub("", text).split())[:_LONGEST_WARNING]
+        if line and not any(part in line for part in _NOISE):
+            package = source.partition(".")[0]
+            self._lines[line if package == "actcache" else f"{package}: {line}"] = None
+
+
+@contextmanager
+def captured_warnings() -> Iterator[CapturedWarnings]:
+    """Collect what libraries warn of, instead of printing it amid other output or hiding it.
+
+    If an exception ends the block, the warnings are printed to stderr, since nobody else will.
+    Whatever Python's own filters ignore, such as `DeprecationWarning`, stays ignored.
+    """
+    captured = CapturedWarnings()
+    original = logging.Logger.callHandlers
+
+    def handle(logger: logging.Logger, record: logging.LogRecord) -> None:
+        # Libraries attach handlers when they are imported, which may happen meanwhile.
+        if record.levelno < logging.WARNING or logger.name.partition(".")[0] not in _LIBRARIES:
+            original(logger, record)
+            return
+        with suppress(TypeError, ValueError):  # a message that does not fit its arguments
+            captured.add(logger.name, record.getMessage())
+
+    def show(message: object, _kind: object, filename: str, *_: object) -> None:
+        found = _PACKAGE.match(filename)
+        captured.add(found[1] if found else Path(filename).stem, str(message))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        logging.Logger.callHandlers = handle  # type: ignore[method-assign,assignment]
+        try:
+            yield captured
+        except BaseException:
+            for line in captured.lines:
+                sys.stderr.write(f"warning: {line}\n")
+            raise
+        finally:
+            logging.Logger.callHandlers = original  # type: ignore[method-assign]
 
 
 def choose_device(name: str) -> torch.device:

@@ -24,7 +24,13 @@ from actcache.cache.folder import other_files, require_chunks, shard_bytes
 from actcache.cache.reader import Cache
 from actcache.cache.writer import files_at_once
 from actcache.config import HarvestConfig, PlanConfig
-from actcache.core.process import World, choose_device, library_memory, peak_memory
+from actcache.core.process import (
+    World,
+    captured_warnings,
+    choose_device,
+    library_memory,
+    peak_memory,
+)
 from actcache.core.progress import Progress
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.format.manifest import FILTERS, Identity, Manifest, kept_positions
@@ -114,10 +120,11 @@ def estimate_harvest(config: PlanConfig) -> HarvestEstimate:
     Raises:
         ActcacheError: the harvest itself would raise it.
     """
-    resolved = resolve(config)
-    libraries = _library_memory(config, resolved)  # before texts are read and weights loaded
-    planned = planned_sequences(config, resolved)
-    model_dtype = _model_dtype(config, resolved)
+    with captured_warnings() as captured:
+        resolved = resolve(config)
+        libraries = _library_memory(config, resolved)  # before texts are read and weights loaded
+        planned = planned_sequences(config, resolved)
+        model_dtype = _model_dtype(config, resolved)
     identity = build_identity(config, resolved, "not loaded", model_dtype)
     manifest = build_manifest(config, resolved, identity, planned, "")
     require_chunks(manifest)
@@ -153,7 +160,7 @@ def estimate_harvest(config: PlanConfig) -> HarvestEstimate:
         memory=_memory(config, resolved, manifest, libraries),
         trial=trial,
         seconds=None if trial is None else planned * config.ctx_len / trial.tokens_per_second,
-        warnings=_warnings(config, trial),
+        warnings=(*captured.lines, *_warnings(config, trial)),
     )
 
 

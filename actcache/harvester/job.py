@@ -20,7 +20,7 @@ from actcache.cache.folder import (
 )
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json
-from actcache.core.process import World, require_whole_machine
+from actcache.core.process import World, captured_warnings, require_whole_machine
 from actcache.data.sequences import Sequence, iter_sequences
 from actcache.errors import CacheMismatchError, ConfigError
 from actcache.filesystem.lock import DirectoryLock
@@ -81,6 +81,14 @@ def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
     """
     if not config.out:
         raise ConfigError("--out is empty", expected="the folder of the cache", got="''")
+    with captured_warnings() as captured:
+        job = _prepare(config, ranks)
+    if ranks.rank > 0:  # rank 0 has the same
+        return job
+    return dataclasses.replace(job, warnings=(*captured.lines, *job.warnings))
+
+
+def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
     root = rooted(config.out)
     lock = DirectoryLock(root)
     require_cache_folder(root)
@@ -156,9 +164,10 @@ def require_same_harvest(config: HarvestConfig, root: Path) -> None:
         ActcacheError: the harvest could not run at all.
     """
     existing = read_manifest(root)
-    resolved = resolve(config)
-    planned = planned_sequences(config, resolved)
-    model, identity = _load_and_identify(config, resolved, root)
+    with captured_warnings():  # the harvest that follows reports them
+        resolved = resolve(config)
+        planned = planned_sequences(config, resolved)
+        model, identity = _load_and_identify(config, resolved, root)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
     if config.shard_size is None:
         manifest = _with_existing_shard_size(root, manifest, extend=config.extend)

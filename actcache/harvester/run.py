@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -90,6 +90,8 @@ def run_job(job: HarvestJob) -> HarvestSummary:
     """Write the missing shards of a prepared harvest."""
     began = time.monotonic()
     log = HarvestLog(job.root, job.ranks.rank)
+    for warning in job.warnings:
+        log.add_warning(warning)
     marker = job.marker
     if marker is None or len(job.published) <= marker.last_shard or job.extend_to is not None:
         job = _harvest_ranges(job, log)
@@ -334,11 +336,15 @@ def _mark_complete(job: HarvestJob, count: int, *, is_goal: bool) -> CompletionM
 
 
 class HarvestLog:
-    """Receipts of the shards that this process publishes, and a JSON line on disk for each."""
+    """Receipts of the shards that this process publishes, and a JSON line on disk for each.
+
+    Warnings from before the first shard are in a file of their own.
+    """
 
     def __init__(self, root: Path, rank: int) -> None:
         self.receipts: list[ShardReceipt] = []
         self.not_restored: list[RestoreError] = []
+        self._rank = rank
         self._path = root / "logs" / f"harvest-rank{rank}.jsonl"
         self._last = time.monotonic()
 
@@ -358,14 +364,26 @@ class HarvestLog:
             "bytes": sum(file.bytes for file in receipt.files.values()),
             "seconds": round(now - self._last, 3),
             "host": socket.gethostname(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "time": _now(),
         }
         self._last = now
+        self._write(self._path, entry)
+        self.receipts.append(receipt)
+
+    def add_warning(self, text: str) -> None:
+        """Record a warning from before the first shard."""
+        entry = {"warning": text, "time": _now()}
+        self._write(self._path.with_name(f"warnings-rank{self._rank}.jsonl"), entry)
+
+    def _write(self, path: Path, entry: dict[str, Any]) -> None:
         line = json.dumps(entry) + "\n"
         try:
-            self._path.parent.mkdir(exist_ok=True)
-            with open_log(self._path) as file:
+            path.parent.mkdir(exist_ok=True)
+            with open_log(path) as file:
                 file.write(line.encode())
         except OSError as error:
-            raise as_disk_full_error(error, self._path, len(line)) from error
-        self.receipts.append(receipt)
+            raise as_disk_full_error(error, path, len(line)) from error
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -18,10 +18,14 @@ import torch
 import xxhash
 
 from actcache.config import HarvestConfig
+from actcache.core.library_errors import full_disk, remedy_of
 from actcache.core.process import choose_device
 from actcache.core.progress import Progress
 from actcache.errors import ModelError, shortage_of
+from actcache.model.checkpoint import adapter_error, check_weights, quantized_mismatches
 from actcache.model.gguf_header import GgufHeader, read_gguf_header
+
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 
 
 def load_config(config: HarvestConfig) -> Any:
@@ -32,8 +36,13 @@ def load_config(config: HarvestConfig) -> Any:
             that of no model.
     """
     from transformers import AutoConfig, PretrainedConfig
+    from transformers.utils import find_adapter_config_file
 
     _check_local(config)
+    with _explained(config, "configuration"):
+        adapter = find_adapter_config_file(config.model, revision=config.revision)
+    if adapter is not None:
+        raise adapter_error(config.model, adapter)
     with _explained(config, "configuration"):
         values = {}
         if config.gguf_file is None:  # `_check_local` has checked its sizes
@@ -92,14 +101,18 @@ def load_tokenizer(config: HarvestConfig) -> Any:
 
     _check_local(config)
     with _explained(config, "tokenizer"):
-        return AutoTokenizer.from_pretrained(config.model, **_source(config))
+        tokenizer = AutoTokenizer.from_pretrained(config.model, **_source(config))
+        # Documents longer than the model's context are cut into sequences: not worth a warning.
+        getattr(tokenizer, "deprecation_warnings", {})[_TOO_LONG] = True
+        return tokenizer
 
 
 def load_model(config: HarvestConfig) -> Any:
     """Load the model with its weights, in evaluation mode, on its device or devices.
 
     Raises:
-        ModelError: loading fails, or the checkpoint does not allow --load-in as given.
+        ModelError: loading fails, the checkpoint lacks weights, or it does not allow --load-in as
+            given.
     """
     from transformers import AutoModelForCausalLM
 
@@ -109,9 +122,19 @@ def load_model(config: HarvestConfig) -> Any:
     device = None if kwargs else choose_device(config.device)
     dtype = "auto" if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
     with _explained(config, "weights"):
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=dtype, **kwargs, **_source(config)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_weights` refuses them, and names them all
+            **kwargs,
+            **_source(config),
         )
+    if getattr(model, "is_quantized", False):
+        found["mismatched_keys"] |= quantized_mismatches(model)
+    if any(found.values()):
+        check_weights(config.model, model, found)
+    with _explained(config, "weights"):
         if device is not None:  # with `kwargs`, transformers chose the device
             model.to(device)
         return model.eval().requires_grad_(False)
@@ -249,8 +272,15 @@ def _on_cpu(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    with align_module_device(module, torch.device("cpu")):
-        present: torch.Tensor = getattr(module, leaf).detach()
+    try:
+        with align_module_device(module, torch.device("cpu")):
+            present: torch.Tensor = getattr(module, leaf).detach()
+    except ValueError as error:  # its shape; `from_pretrained` does not read offloaded weights
+        raise ModelError(
+            f"the weight {name} of the checkpoint does not fit the model",
+            got=error,
+            remedy="restore the config.json that belongs to the checkpoint",
+        ) from error
     return present
 
 
@@ -320,25 +350,46 @@ def _explained(config: HarvestConfig, what: str) -> Iterator[None]:
     """Convert every exception to `ModelError`; hide progress bars if stderr is not a terminal."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
     quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if not sys.stderr.isatty():  # the GGUF reader's bar cannot be disabled: redirect stderr
         transformers_logging.disable_progress_bar()
         quiet = contextlib.redirect_stderr(io.StringIO())
+    report, logger = _Report(), logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(report)
     try:
         with quiet:
             yield
     except ModelError:
         raise
     except Exception as error:  # transformers, its hub client and parsers raise many types
-        if (shortage := shortage_of(error)) is not None:
+        if (shortage := full_disk(error, "HF_HOME") or shortage_of(error)) is not None:
             raise shortage from None
         hint = "; an offload_folder is --offload-folder" if config.device_map == "auto" else ""
         raise ModelError(
             f"cannot load the {what} of {config.model}",
-            got=f"{type(error).__name__}: {error}",
-            remedy=f"check the name, --revision and --gguf-file; gated models need a login{hint}",
+            got=f"{type(error).__name__}: {error}{report.text}",
+            remedy=remedy_of(error)
+            or f"check the name, --revision and --gguf-file; gated models need a login{hint}",
         ) from error
+    finally:
+        logger.removeFilter(report)
+
+
+class _Report(logging.Filter):
+    """The table of weights that transformers logs, and that its errors point to.
+
+    It is not printed otherwise: `check_weights` names the same weights.
+    """
+
+    text = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep the table without its colours; let other records pass."""
+        text = record.getMessage()
+        if "LOAD REPORT" not in text:
+            return True
+        self.text = "\n" + re.sub("\x1b\\[[0-9;]*m", "", text)
+        return False
 
 
 _LOADER = "AutoModelForCausalLM"

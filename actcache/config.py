@@ -30,6 +30,11 @@ _DAY = 86400
 _BUDGET = re.compile(r"(cpu|[0-9]+)=([0-9.]+[KMG]i?B)")
 
 
+def layer_number(text: str) -> int | str:
+    """Parse a value of --layers: an integer, or 'middle'; raises `ValueError`."""
+    return text if text == "middle" else int(text)
+
+
 @dataclass(frozen=True)
 class HarvestConfig:
     """Options of a harvest: the model, the dataset, the hookpoints and the cache to write."""
@@ -48,12 +53,15 @@ class HarvestConfig:
     hookpoint: tuple[str, ...] = option((), group=MAIN, metavar="NAME")
     """Module whose output is harvested, by name or fnmatch pattern, such as layers.9.mlp or
     'layers.*.mlp'; repeatable. The model's base prefix may be omitted; a final ':in' selects the
-    module's input. A * also matches dots: for the residual stream alone, use --layers. Default:
-    the residual stream after every layer."""
+    module's input. Names of TransformerLens, such as blocks.9.hook_resid_post, are translated. A *
+    also matches dots: for the residual stream alone, use --layers. Default: the residual stream
+    after every layer."""
 
-    layers: tuple[int, ...] = option((), group=MAIN)
-    """Layer, counted from 0, after which the residual stream is harvested; repeatable. Excludes
-    --hookpoint."""
+    layers: tuple[int | Literal["middle"], ...] = option(
+        (), group=MAIN, metavar="N|middle", parse=layer_number, alias="layer"
+    )
+    """Layer after which the residual stream is harvested, counted from 0, or from the last one
+    (-1) backwards; middle: half of the number of layers; repeatable. Excludes --hookpoint."""
 
     layer_stride: int = option(1, group="Model")
     """Harvest every n-th layer only. Not with --layers or --hookpoint."""
@@ -253,8 +261,6 @@ class HarvestConfig:
             )
         if self.layers and self.layer_stride != 1:
             raise ConfigError("--layers and --layer-stride cannot both be given")
-        if any(layer < 0 for layer in self.layers):
-            raise ConfigError("--layers counts from 0", got=self.layers)
         self._check_loading()
 
     def _check_loading(self) -> None:

@@ -26,6 +26,8 @@ def run(config: HarvestConfig, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(summary))
         return
+    for asked, names in summary.renamed.items():
+        print(f"{asked} -> {', '.join(names)}")
     cache = Cache.open(summary.cache)
     state = "complete" if summary.complete else "other ranks are still running"
     if summary.complete and summary.reason == "text" and config.max_tokens is not None:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .error_handling import print_json, report_errors
+from .error_handling import print_json, print_stderr, report_errors
+from .tables import table
 
 
 @report_errors
@@ -15,7 +16,8 @@ def run(
     pattern: Annotated[
         str | None,
         typer.Argument(
-            help="Name or fnmatch pattern; a final ':in' selects inputs. Default: all modules."
+            help="Name or fnmatch pattern, also of another library; a final ':in' selects inputs. "
+            "Default: all modules."
         ),
     ] = None,
     revision: Annotated[
@@ -28,10 +30,16 @@ def run(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the hookpoints of MODEL with their widths, without loading weights where possible."""
+    """List the hookpoints of MODEL, without loading weights where possible.
+
+    Beside each: its width, and the names that other libraries have for it: sparsify and nnsight the
+    module's path, TransformerLens and SAELens that of a hook. --hookpoint takes them all.
+    """
     from actcache.config import HarvestConfig
+    from actcache.core.process import captured_warnings
+    from actcache.format.manifest import INPUT
     from actcache.harvester.resolve import probe_model
-    from actcache.model.hooks import select
+    from actcache.model.hooks import layout_of, select
     from actcache.model.loading import load_config
 
     config = HarvestConfig(
@@ -42,13 +50,37 @@ def run(
         gguf_file=gguf_file,
         trust_remote_code=trust_remote_code,
     )
-    probed, sites, _ = probe_model(config, load_config(config))
+    with captured_warnings() as captured:
+        probed, sites, _ = probe_model(config, load_config(config))
+    for warning in captured.lines:
+        print_stderr(f"warning: {warning}")
     chosen = list(sites.values())
     if pattern is not None:
-        chosen = select(pattern, sites, probed.base_model_prefix)
+        chosen = select(pattern, sites, probed.base_model_prefix, probed)
+    layout = layout_of(probed)
+    peers = layout.peers() if layout is not None else {}
+    base = f"{probed.base_model_prefix}." if probed.base_model_prefix else ""
     if json:
-        print_json([{"name": s.name, "width": s.width, "reason": s.reason} for s in chosen])
+        print_json(
+            [
+                {
+                    "name": site.name,
+                    "width": site.width,
+                    "reason": site.reason,
+                    "module": base + site.name.removesuffix(INPUT),
+                    "transformer_lens": peers.get(site.name, []),
+                }
+                for site in chosen
+            ]
+        )
         return
-    longest = max((len(site.name) for site in chosen), default=0)
-    for site in chosen:
-        print(f"{site.name:<{longest}}  {site.width or f'-  ({site.reason})'}")
+    rows = [
+        [
+            site.name,
+            str(site.width or "-"),
+            base + site.name.removesuffix(INPUT),
+            ", ".join(peers.get(site.name, [])[:2]) or (f"({site.reason})" if site.reason else ""),
+        ]
+        for site in chosen
+    ]
+    print(table(["hookpoint", "width", "module", "TransformerLens"], rows))

@@ -110,15 +110,18 @@ def parameter(
     if positional:
         annotation = Annotated[hint, typer.Argument(help=doc, metavar=name.upper())]
         return inspect.Parameter(name, kind, annotation=annotation)
+    names = [name, *filter(None, [field.metadata.get("alias")])]
+    parse = field.metadata.get("parse")
     option = typer.Option(
-        "--" + name.replace("_", "-"),
+        *(f"--{n.replace('_', '-')}" for n in names),
+        parser=parse,
         help=doc,
         metavar=field.metadata.get("metavar") or type_name(hint),
         rich_help_panel=field.metadata.get("group"),
     )
     default: Any = field.default
     if get_origin(hint) is tuple:
-        item: Any = get_args(hint)[0]
+        item: Any = get_args(hint)[0] if parse is None else str
         hint, default = list[item], list(default)
     annotation = Annotated[hint, option]
     if default is dataclasses.MISSING:

@@ -27,6 +27,8 @@ def option(
     on_resume: OnResume = "fixed",
     label: str | None = None,
     metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+    alias: str | None = None,
 ) -> Any:
     """Declare a field of a frozen dataclass that is an option of the command line.
 
@@ -36,8 +38,18 @@ def option(
         on_resume: whether a resumed run may change it.
         label: what stands for its name in the folder name of an SAE of a grid.
         metavar: what the help prints for its value; by default, the type's name.
+        parse: function from one value on the command line to that of the field, for types that the
+            parser does not know; it raises `ValueError`.
+        alias: another name for it on the command line.
     """
-    metadata = {"group": group, "on_resume": on_resume, "label": label, "metavar": metavar}
+    metadata = {
+        "group": group,
+        "on_resume": on_resume,
+        "label": label,
+        "metavar": metavar,
+        "parse": parse,
+        "alias": alias,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 

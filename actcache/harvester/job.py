@@ -62,6 +62,8 @@ class HarvestJob:
     """Goal of the extension that --extend adds, in sequences; None: no extension to add."""
     warnings: tuple[str, ...]
     """Warnings for the user."""
+    renamed: dict[str, list[str]]
+    """As in `ResolvedHarvest`."""
     lock: DirectoryLock
     """Lock on the folder, held until the harvest ends."""
 
@@ -132,6 +134,7 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         goal=goal,
         extend_to=planned if config.extend and _goes_beyond(manifest, existing) else None,
         warnings=warnings,
+        renamed=resolved.renamed,
         lock=lock,
     )
 

@@ -28,7 +28,7 @@ from actcache.format.manifest import (
     Manifest,
     library_versions,
 )
-from actcache.model.hooks import HookSite, discover_sites, match, residual_hookpoints
+from actcache.model.hooks import HookSite, choose, discover_sites, residual_hookpoints
 from actcache.model.loading import (
     fingerprint_tokenizer,
     load_config,
@@ -55,6 +55,8 @@ class ResolvedHarvest:
     has_weights: bool
     """Whether `model` was loaded with its weights, because it cannot be built on meta."""
     hookpoints: tuple[Hookpoint, ...]
+    renamed: dict[str, list[str]]
+    """Names of other libraries, and layers counted from the end, with the hookpoints they mean."""
     tokenizer: Any
     """None if no option needs it."""
     pipeline: SequencePipeline
@@ -73,7 +75,7 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
     source = open_dataset(config)
     model_config = load_config(config)
     model, sites, has_weights = probe_model(config, model_config)
-    hookpoints = choose_hookpoints(config, model, sites)
+    hookpoints, renamed = choose_hookpoints(config, model, sites)
     tokenizer = load_tokenizer(config) if needs_tokenizer(config, source) else None
     pipeline = choose_pipeline(config, model_config, tokenizer, source)
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -89,6 +91,7 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
         model=model,
         has_weights=has_weights,
         hookpoints=hookpoints,
+        renamed=renamed,
         tokenizer=tokenizer,
         pipeline=pipeline,
         exclude_special=special_tokens(tokenizer) if config.exclude_special else (),
@@ -115,10 +118,21 @@ def probe_model(config: HarvestConfig, model_config: Any) -> tuple[Any, dict[str
 
 def choose_hookpoints(
     config: HarvestConfig, model: Any, sites: dict[str, HookSite]
-) -> tuple[Hookpoint, ...]:
-    """Match --hookpoint, --layers or --layer-stride against the sites; raises `HookpointError`."""
+) -> tuple[tuple[Hookpoint, ...], dict[str, list[str]]]:
+    """Match --hookpoint, --layers or --layer-stride against the sites.
+
+    Returns:
+        The hookpoints, and those of them that were named otherwise by that name.
+
+    Raises:
+        HookpointError: a name means nothing in this model.
+    """
     patterns = config.hookpoint or residual_hookpoints(model, config.layers, config.layer_stride)
-    return tuple(match(patterns, sites, model.base_model_prefix))
+    hookpoints, renamed = choose(patterns, sites, model)
+    for layer, name in zip(config.layers, patterns, strict=False):
+        if layer == "middle" or int(layer) < 0:
+            renamed[f"--layers {layer}"] = [name]
+    return tuple(hookpoints), renamed
 
 
 def needs_tokenizer(config: HarvestConfig, source: Source) -> bool:

@@ -67,6 +67,8 @@ class HarvestSummary:
     """Duration without loading."""
     tokens_per_second: float
     """Tokens run through the model by this process per second."""
+    renamed: dict[str, list[str]]
+    """Names of other libraries, and layers counted from the end, with the hookpoints they mean."""
     warnings: tuple[str, ...]
     """Warnings for the user."""
 
@@ -112,6 +114,7 @@ def run_job(job: HarvestJob) -> HarvestSummary:
         new_bytes=sum(file.bytes for receipt in new_receipts for file in receipt.files.values()),
         seconds=seconds,
         tokens_per_second=tokens / seconds if new_receipts else 0.0,
+        renamed=job.renamed,
         warnings=(
             *job.warnings,
             *_text_warnings(job),

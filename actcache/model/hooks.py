@@ -2,6 +2,7 @@
 
 A hookpoint's name is a module path below the model's base (`layers.9.mlp`). The base's own prefix
 (`model.`, `transformer.`, `gpt_neox.`) is optional. The suffix ':in' means the module's input.
+Names of other libraries are taken where no module has that name: see `Layout`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from actcache.errors import HookpointError, ModelError
+from actcache.format.hookpoint_names import Layout, unknown_hook
 from actcache.format.manifest import INPUT, Hookpoint
 
 _PROBE = (2, 8)
@@ -114,13 +116,31 @@ def _forward_probe(model: Any, shapes: dict[str, list[Any]]) -> None:
             base(ids, use_cache=False)
 
 
-def residual_hookpoints(model: Any, layers: Sequence[int], stride: int) -> list[str]:
+def residual_hookpoints(model: Any, layers: Sequence[int | str], stride: int) -> list[str]:
     """Name the residual-stream hookpoints after the given layers, or after every `stride`-th.
+
+    Args:
+        model: a transformers model.
+        layers: numbers, from the last layer if negative, or 'middle'.
+        stride: distance of the layers if none is given.
 
     Raises:
         ModelError: the list of layers cannot be identified among the model's modules.
         HookpointError: a layer number is beyond the last.
     """
+    path, count = _list_of_layers(model)
+    numbers = [count // 2 if layer == "middle" else int(layer) for layer in layers]
+    if beyond := [layer for layer in numbers if not -count <= layer < count]:
+        raise HookpointError(
+            "--layers names a layer that the model does not have",
+            expected=f"0 to {count - 1}, or -{count} to -1 from the last, or middle",
+            got=", ".join(map(str, beyond)),
+        )
+    return [f"{path}.{layer % count}" for layer in (numbers or range(0, count, stride))]
+
+
+def _list_of_layers(model: Any) -> tuple[str, int]:
+    """Return the path and the length of the model's list of layers; raises `ModelError`."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     # A vision tower may have as many layers: search the text decoder only.
     text = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
@@ -137,43 +157,124 @@ def residual_hookpoints(model: Any, layers: Sequence[int], stride: int) -> list[
             got=", ".join(lists) or "none",
             remedy="name them with --hookpoint; actcache hookpoints MODEL lists them",
         )
-    if beyond := [layer for layer in layers if layer >= count]:
-        raise HookpointError(
-            "--layers names a layer that the model does not have",
-            expected=f"0 to {count - 1}",
-            got=", ".join(map(str, beyond)),
-        )
-    return [f"{lists[0]}.{layer}" for layer in (layers or range(0, count, stride))]
+    return lists[0], count
 
 
-def select(pattern: str, sites: Mapping[str, HookSite], prefix: str) -> list[HookSite]:
+_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+
+
+def layout_of(model: Any) -> Layout | None:
+    """Find the parts of a model that other libraries name; None: it has no list of layers."""
+    try:
+        layers, count = _list_of_layers(model)
+    except ModelError:
+        return None
+    config = model.config.get_text_config()
+    paths = {module: name for name, module in model.base_model.named_modules() if name}
+    above = layers.rpartition(".")[0]
+    norms = (f"{above}.{norm}".removeprefix(".") for norm in _NORMS)
+    return Layout(
+        layers,
+        count,
+        modules=frozenset(paths.values()),
+        embedding=paths.get(model.get_input_embeddings(), ""),
+        norm=next((norm for norm in norms if norm in paths.values()), ""),
+        is_parallel=bool(getattr(config, "use_parallel_residual", False)),
+        is_scaled=getattr(config, "residual_multiplier", 1.0) != 1.0,
+    )
+
+
+def choose(
+    patterns: Sequence[str], sites: Mapping[str, HookSite], model: Any
+) -> tuple[list[Hookpoint], dict[str, list[str]]]:
+    """Return the hookpoints that are meant by names, ours or those of other libraries.
+
+    Args:
+        patterns: names or fnmatch patterns.
+        sites: result of `discover_sites`.
+        model: the model that the sites are of.
+
+    Returns:
+        The hookpoints as of `match`, and for each pattern of another library our names.
+
+    Raises:
+        HookpointError: a pattern means nothing in this model, or nothing that can be hooked.
+    """
+    prefix = model.base_model_prefix
+    found = {pattern: select(pattern, sites, prefix, model) for pattern in patterns}
+    renamed = {
+        pattern: [site.name for site in chosen if site.width is not None]
+        for pattern, chosen in found.items()
+        if not _matching(pattern, sites, prefix)
+    }
+    return _hookable(found), renamed
+
+
+def _matching(pattern: str, sites: Mapping[str, HookSite], prefix: str) -> list[HookSite]:
+    path = pattern.removeprefix(f"{prefix}.") if prefix else pattern
+    inputs = path.endswith(INPUT)
+    return [
+        site
+        for name, site in sites.items()
+        if name.endswith(INPUT) == inputs and fnmatchcase(name, path)
+    ]
+
+
+def select(
+    pattern: str, sites: Mapping[str, HookSite], prefix: str, model: Any = None
+) -> list[HookSite]:
     """Return the sites whose names match a pattern, including those that cannot be hooked.
 
     Args:
         pattern: module path or fnmatch pattern; with ':in' at the end it matches inputs only.
         sites: result of `discover_sites`.
         prefix: the model's base prefix, which the pattern may begin with.
+        model: the model, for names of other libraries; None: they are not sought.
 
     Raises:
         HookpointError: no name matches.
     """
+    if matching := _matching(pattern, sites, prefix):
+        return matching
+    layout = layout_of(model) if model is not None else None
+    if layout is not None:
+        meant = layout.find(pattern)
+        if found := {s.name: s for name in meant for s in _matching(name, sites, "")}:
+            return list(found.values())
+        if unknown := unknown_hook(pattern, layout):
+            raise HookpointError(
+                f"{pattern!r} has no equal here: {unknown[0]}",
+                expected=unknown[1],
+                got=pattern,
+                remedy="actcache hookpoints MODEL lists what can be hooked",
+            )
+    close = _close(pattern, sites, prefix, layout)
+    raise HookpointError(
+        f"no module of the model matches {pattern!r}",
+        expected=f"such as {', '.join(close)}" if close else None,
+        got=pattern,
+        remedy="actcache hookpoints MODEL lists what can be hooked",
+    )
+
+
+def _close(
+    pattern: str, sites: Mapping[str, HookSite], prefix: str, layout: Layout | None
+) -> list[str]:
+    """Return names that a misspelt one may mean: of the same layer, output or input alike."""
     path = pattern.removeprefix(f"{prefix}.") if prefix else pattern
-    inputs = path.endswith(INPUT)
-    matching = [
-        site
-        for name, site in sites.items()
-        if name.endswith(INPUT) == inputs and fnmatchcase(name, path)
-    ]
-    if not matching:
-        usable = [name for name, site in sites.items() if site.width is not None]
-        close = difflib.get_close_matches(path, usable, n=5, cutoff=0.4)
-        raise HookpointError(
-            f"no module of the model matches {pattern!r}",
-            expected=f"such as {', '.join(close)}" if close else None,
-            got=pattern,
-            remedy="actcache hookpoints MODEL lists what can be hooked",
-        )
-    return matching
+    names = [site.name for site in sites.values() if site.width is not None]
+    names += [name for peers in (layout.peers().values() if layout else ()) for name in peers]
+    return difflib.get_close_matches(path, [n for n in names if _may_mean(path, n)], 5, 0.4)
+
+
+def _may_mean(misspelt: str, name: str) -> bool:
+    """Return whether two names agree in their numbers, in ':in', and about in their last part."""
+    (numbers, last, is_input), (others, end, is_also) = (
+        (re.findall(r"\d+", n), n.removesuffix(INPUT).rpartition(".")[2], n.endswith(INPUT))
+        for n in (misspelt, name)
+    )
+    alike = last == end or difflib.SequenceMatcher(None, last, end).ratio() > 0.6
+    return numbers == others and is_input == is_also and alike
 
 
 def match(patterns: Sequence[str], sites: Mapping[str, HookSite], prefix: str) -> list[Hookpoint]:
@@ -187,13 +288,16 @@ def match(patterns: Sequence[str], sites: Mapping[str, HookSite], prefix: str) -
     Raises:
         HookpointError: a pattern matches no site, or none that can be hooked.
     """
+    return _hookable({pattern: select(pattern, sites, prefix) for pattern in patterns})
+
+
+def _hookable(selected: Mapping[str, list[HookSite]]) -> list[Hookpoint]:
     found: dict[str, Hookpoint] = {}
-    for pattern in patterns:
-        selected = select(pattern, sites, prefix)
-        usable = {site.name: site.width for site in selected if site.width is not None}
+    for pattern, chosen in selected.items():
+        usable = {site.name: site.width for site in chosen if site.width is not None}
         if not usable:
             raise HookpointError(
-                f"{pattern!r} cannot be hooked: it {selected[0].reason}",
+                f"{pattern!r} cannot be hooked: it {chosen[0].reason}",
                 remedy="actcache hookpoints MODEL lists what can be hooked",
             )
         found |= {name: Hookpoint(name, width) for name, width in usable.items()}

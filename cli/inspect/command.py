@@ -80,6 +80,7 @@ def run(
 
     from actcache.cache.reader import Cache
     from actcache.filesystem.output import require_output
+    from actcache.format.hookpoint_names import find_in_cache
     from actcache.inspection import read_sequences, render_page, sample_rows, shard_facts, summarize
 
     from .summary import print_summary
@@ -89,6 +90,10 @@ def run(
         require_output(Path(html), "--html")
     opened = Cache.open(cache, block_cache=block_cache, block_cache_bytes=block_cache_bytes)
     if hookpoint is not None:
+        architecture = opened.manifest.architecture
+        meant = find_in_cache(hookpoint, opened.hookpoints, architecture)
+        if hookpoint not in opened.hookpoints and len(meant) == 1:
+            (hookpoint,) = meant
         opened.require_hookpoint(hookpoint)
     shards = None if shard is None else [shard]
     summary = summarize(opened, shards)

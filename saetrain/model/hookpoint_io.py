@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actcache.errors import HookpointError, RunError
+from actcache.format.hookpoint_names import find_in_cache
 from actcache.format.manifest import INPUT
 from saetrain.model.losses import OutputSlice
 
@@ -84,16 +85,19 @@ def _no_input(cache: Cache, name: str) -> HookpointError:
 
 
 def _choose(config: FitConfig, cache: Cache, names: Sequence[str]) -> list[str]:
-    """List the hookpoints that match the patterns, in the cache's order."""
-    patterns = config.hookpoint or ("*",)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+    """List the hookpoints that match the patterns or are meant by them, in the cache's order."""
+    chosen: set[str] = set()
+    for pattern in config.hookpoint or ("*",):
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        found = found or find_in_cache(pattern, names, cache.manifest.architecture)
+        if not found:
             raise HookpointError(
                 f"{cache.root} holds no hookpoint that matches {pattern!r}",
                 expected=" | ".join(names),
                 got=pattern,
             )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        chosen.update(found)
+    return [name for name in names if name in chosen]
 
 
 def hookpoints_of(entries: Iterable[SaeEntry]) -> list[str]:

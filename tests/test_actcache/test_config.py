@@ -29,7 +29,7 @@ def config(**options: object) -> HarvestConfig:
         ({"hookpoint": ("a",), "layers": (1,)}, r"(?s)--hookpoint cannot be combined.*remedy"),
         ({"hookpoint": ("a",), "layer_stride": 2}, r"--hookpoint cannot be combined"),
         ({"layers": (1,), "layer_stride": 2}, r"--layers and --layer-stride"),
-        ({"layers": (1, -1)}, r"--layers counts from 0"),
+        ({"layers": (1, "last")}, r"(?s)--layers\[1\].*middle.*got: +'last'"),
         ({"streaming": True}, r"(?s)--streaming needs --max-tokens.*remedy"),
         ({"shuffle_buffer": 0}, r"--shuffle-buffer is too small"),
         ({"max_norm_ratio": 0.5}, r"(?s)--max-norm-ratio.*>= 1"),

@@ -112,15 +112,30 @@ def test_inspect_shows_the_pipeline_and_filters(tiny_model, prose_file, tmp_path
 
 def test_hookpoints_lists_names_and_widths(tiny_model):
     lines = run(actcache_app, "hookpoints", tiny_model, "layers.1.mlp*").splitlines()
-    assert lines[0].split() == ["layers.1.mlp", "32"]
+    assert lines[0].split() == ["hookpoint", "width", "module", "TransformerLens"]
+    assert lines[1].split()[:4] == [
+        "layers.1.mlp",
+        "32",
+        "model.layers.1.mlp",
+        "blocks.1.hook_mlp_out",
+    ]
     assert not any(":in" in line for line in lines)
     prefixed = run(actcache_app, "hookpoints", tiny_model, "model.layers.1.mlp:in")
-    assert prefixed.split() == ["layers.1.mlp:in", "32"]
+    expected = ["layers.1.mlp:in", "32", "model.layers.1.mlp", "blocks.1.mlp.hook_in"]
+    assert prefixed.splitlines()[1].split() == expected
+    named = run(actcache_app, "hookpoints", tiny_model, "blocks.1.mlp.hook_post")
+    assert named.splitlines()[1].startswith("layers.1.mlp.down_proj:in  ")
     result = CliRunner().invoke(actcache_app(), ["hookpoints", str(tiny_model), "layer.1"])
     assert result.exit_code == 5
     assert "layers.1" in result.stderr
     listed = json.loads(run(actcache_app, "hookpoints", tiny_model, "--json"))
-    assert {"name": "layers.0", "width": 32, "reason": ""} in listed
+    assert {
+        "name": "layers.0",
+        "width": 32,
+        "reason": "",
+        "module": "model.layers.0",
+        "transformer_lens": ["blocks.0.hook_resid_post", "blocks.0.hook_out"],
+    } in listed
 
 
 def test_inspect_shows_the_source_and_each_hookpoint(folders, tiny_model):

@@ -345,11 +345,15 @@ def test_hookpoints_are_chosen_without_loading_weights(
     config = options(hookpoint=("model.layers.[01].mlp",))
     model, sites, has_weights = probe_model(config, load_config(config))
     expected = (Hookpoint("layers.0.mlp", 32), Hookpoint("layers.1.mlp", 32))
-    assert choose_hookpoints(config, model, sites) == expected
+    assert choose_hookpoints(config, model, sites) == (expected, {})
     assert not has_weights
     config = options(hookpoint=(), layer_stride=2)
-    names = [h.name for h in choose_hookpoints(config, model, sites)]
-    assert names == ["layers.0", "layers.2"]
+    chosen, _ = choose_hookpoints(config, model, sites)
+    assert [h.name for h in chosen] == ["layers.0", "layers.2"]
+    config = options(hookpoint=(), layers=(-1, "middle", 0))
+    chosen, renamed = choose_hookpoints(config, model, sites)
+    assert [h.name for h in chosen] == ["layers.0", "layers.1", "layers.2"]
+    assert renamed == {"--layers -1": ["layers.2"], "--layers middle": ["layers.1"]}
 
 
 def test_a_model_that_fails_on_the_meta_device_is_probed_with_its_weights(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from actcache.format.manifest import Hookpoint
 from actcache.model.hooks import (
     ActivationCapture,
     HookSite,
+    choose,
     discover_sites,
     match,
     residual_hookpoints,
@@ -152,8 +154,13 @@ def test_residual_hookpoints_are_all_every_nth_or_the_given_layers(family: str) 
     assert residual_hookpoints(model, (), 1) == [f"{layers}.{n}" for n in range(3)]
     assert residual_hookpoints(model, (), 2) == [f"{layers}.0", f"{layers}.2"]
     assert residual_hookpoints(model, (2, 0), 1) == [f"{layers}.2", f"{layers}.0"]
-    with pytest.raises(HookpointError, match=r"(?s)--layers.*0 to 2.*got: +3, 7"):
-        residual_hookpoints(model, (1, 3, 7), 1)
+    assert residual_hookpoints(model, (-1, "middle", -3), 1) == [
+        f"{layers}.2",
+        f"{layers}.1",
+        f"{layers}.0",
+    ]
+    with pytest.raises(HookpointError, match=r"(?s)--layers.*0 to 2, or -3 to -1.*got: +3, -4"):
+        residual_hookpoints(model, (1, 3, -4), 1)
 
 
 @pytest.mark.parametrize(
@@ -398,6 +405,101 @@ def test_a_pattern_skips_unhookable_sites_unless_it_matches_nothing_else() -> No
     for pattern in ("layers.0.mlp.gate", "layers.*.gate"):
         with pytest.raises(HookpointError, match=r"(?s)cannot be hooked: it has shape \[16, 4\]"):
             names(pattern)
+
+
+NONE_BETWEEN = {"gpt_neox", "falcon", "falcon_new", "phi", "mamba"}
+"""Families without a residual stream between attention and MLP: both read the same one."""
+
+
+def meant(names: list[str], model: Any, sites: dict[str, HookSite]) -> list[str]:
+    return [hookpoint.name for hookpoint in choose(names, sites, model)[0]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_other_libraries_find_what_they_mean(family: str) -> None:
+    model = build(family)
+    sites, (_, _, layers, norm) = discover_sites(model), FAMILIES[family]
+    for name in (
+        "blocks.1.hook_resid_post",
+        "resid_post_layer_1",
+        "layers.1",
+        "model.layers.1",
+        "transformer.h.1",
+        "gpt_neox.layers.1",
+        "model.decoder.layers.1",
+        "transformer.h[1]",
+    ):
+        assert meant([name], model, sites) == [f"{layers}.1"]
+    everywhere = meant(["blocks.*.hook_resid_post"], model, sites)
+    assert everywhere == [f"{layers}.{n}" for n in range(3)]
+    assert meant(["blocks.1.hook_resid_pre"], model, sites) == [f"{layers}.1:in"]
+    assert meant(["ln_final.hook_normalized"], model, sites) == [norm]
+    (embedding,) = meant(["hook_embed"], model, sites)
+    if family not in ("gpt2", "opt"):  # they add an embedding of the position
+        found = run(model, [embedding, f"{layers}.0:in"])
+        assert torch.equal(found[embedding], found[f"{layers}.0:in"])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("opt", "mamba")])
+def test_hooks_of_attention_and_mlp_add_up_to_the_stream(family: str) -> None:
+    model = build(family)
+    sites = discover_sites(model)
+    hooks = ["resid_pre", "attn_out", "mlp_out", "resid_post"]
+    hooks += [] if family in NONE_BETWEEN else ["resid_mid"]
+    names = {hook: meant([f"blocks.1.hook_{hook}"], model, sites)[0] for hook in hooks}
+    found = {hook: run(model, [name])[name] for hook, name in names.items()}
+    middle = found["resid_pre"] + found["attn_out"]
+    torch.testing.assert_close(middle + found["mlp_out"], found["resid_post"])
+    if "resid_mid" in found:
+        torch.testing.assert_close(middle, found["resid_mid"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom", "phi", "gemma2"])
+def test_hooks_inside_attention_and_mlp_are_the_inputs_of_their_last_layers(family: str) -> None:
+    model = build(family)
+    sites = discover_sites(model)
+    for hook in ("attn.hook_z", "mlp.hook_post"):
+        (name,) = meant([f"blocks.1.{hook}"], model, sites)
+        last = model.base_model.get_submodule(name.removesuffix(":in"))
+        out = name.removesuffix(":in")
+        found = run(model, [name, out])
+        torch.testing.assert_close(last(found[name]), found[out])
+
+
+@pytest.mark.parametrize("family", sorted(NONE_BETWEEN))
+def test_a_hook_without_an_equal_is_refused_with_the_hooks_of_its_block(family: str) -> None:
+    model = build(family, "meta")
+    message = r"(?s)'blocks\.2\.hook_resid_mid' has no equal here.*blocks\.2\.hook_resid_pre"
+    with pytest.raises(HookpointError, match=message) as caught:
+        choose(["blocks.2.hook_resid_mid"], discover_sites(model), model)
+    assert set(re.findall(r"blocks\.(\d)", str(caught.value))) == {"2"}
+
+
+def test_a_block_beyond_the_last_is_refused_with_the_range() -> None:
+    model = build("gpt2", "meta")
+    with pytest.raises(HookpointError, match=r"(?s)no such block.*blocks 0 to 2"):
+        choose(["blocks.3.hook_resid_post"], discover_sites(model), model)
+    with pytest.raises(HookpointError, match=r"no module of the model matches 'h\.3'") as error:
+        choose(["h.3"], discover_sites(model), model)
+    assert "such as" not in str(error.value)
+
+
+def test_a_hint_is_of_the_same_layer_and_part() -> None:
+    model = build("llama", "meta")
+    with pytest.raises(HookpointError) as caught:
+        choose(["layers.1.mpl"], discover_sites(model), model)
+    assert "such as layers.1.mlp\n" in str(caught.value)
+    with pytest.raises(HookpointError) as caught:
+        choose(["layers.1.mixer"], discover_sites(model), model)
+    assert "such as" not in str(caught.value)
+
+
+def test_a_name_of_the_model_itself_comes_before_those_of_other_libraries() -> None:
+    model = build("llama", "meta")
+    assert choose(["layers.1", "model.layers.2"], discover_sites(model), model)[1] == {}
+    hookpoints, renamed = choose(["h.1.attn", "layers.0"], discover_sites(model), model)
+    assert [h.name for h in hookpoints] == ["layers.0", "layers.1.self_attn"]
+    assert renamed == {"h.1.attn": ["layers.1.self_attn"]}
 
 
 def test_a_pattern_without_a_match_is_refused_with_the_closest_names() -> None:

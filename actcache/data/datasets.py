@@ -25,6 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from actcache.config import HarvestConfig
+from actcache.core.library_errors import full_disk, remedy_of
 from actcache.data.watched_files import MappedFiles, WatchedFile
 from actcache.errors import DatasetError, shortage_of
 
@@ -334,12 +335,13 @@ def _load(
             cache_dir=None if folder is None else str(kept),  # for the same reason
         )
     except Exception as error:  # `datasets` and pyarrow raise dozens of types
-        if (shortage := shortage_of(error)) is not None:
+        if shortage := full_disk(error, "HF_DATASETS_CACHE") or shortage_of(error):
             raise shortage from None
         raise DatasetError(
             f"cannot load dataset {config.dataset}",
             got=_reason(error),
-            remedy="check the name, --split and --dataset-config; files must match their suffix",
+            remedy=remedy_of(error)
+            or "check the name, --split and --dataset-config; files must match their suffix",
         ) from error
 
 

@@ -883,3 +883,30 @@ def test_the_summary_of_rank_0_warns_of_sinks(sinks_path: Path) -> None:
         assert all("12 rows (2.34%) above 10 median norms" in warning for warning in warnings)
     job = SimpleNamespace(manifest=cache.manifest, published={}, ranks=World(0, 1))
     assert run_module._sink_warnings(job) == ()
+
+
+def test_what_libraries_warn_of_is_told_once_by_rank_zero_and_logged(
+    options: Options, tiny_model: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"extra": state["lm_head.weight"]}, folder / "model.safetensors")
+    config = options(model=str(folder))
+    first, second = harvest_by([0, 1], 2, config)
+    (warning,) = first.warnings
+    assert warning.endswith("1 weights are not used: extra")
+    assert second.warnings == ()
+    logs = Path(config.out) / "logs"
+    (line,) = (logs / "warnings-rank0.jsonl").read_text().splitlines()
+    assert json.loads(line)["warning"] == warning
+    assert not (logs / "warnings-rank1.jsonl").exists()
+
+
+def test_a_hookpoint_may_have_the_name_of_another_library(options: Options) -> None:
+    summary = harvest(options(hookpoint=("blocks.0.hook_resid_post", "layers.1.mlp:in")))
+    assert summary.renamed == {"blocks.0.hook_resid_post": ["layers.0"]}
+    assert summary.cache_id == harvest(options()).cache_id
+    assert harvest(options()).renamed == {}

@@ -44,25 +44,25 @@ def remedy_of(error: BaseException) -> str | None:
     missing = any(isinstance(cause, ImportError) for cause in _causes(error))
     for text in texts:
         if found := _PIP.search(text):
-            return _pip(found[1])
+            return _pip(found[1], text)
     for cause in _causes(error):
         if isinstance(cause, ModuleNotFoundError) and cause.name:
-            return _pip(cause.name.partition(".")[0])
+            return _pip(cause.name.partition(".")[0], str(cause))
     for text in texts:
         wants = missing or "install" in text
         if wants and (found := _WANTED.search(text)):
-            return _pip(found[1])
+            return _pip(found[1], text)
         for pattern, remedy in _REMEDIES.items():
             if re.search(pattern, text, re.IGNORECASE):
                 return remedy
     return None
 
 
-def _pip(wanted: str) -> str:
+def _pip(wanted: str, text: str) -> str:
     name = re.split(r"[^\w-]", wanted)[0]
     if name in _EXTRAS:
-        return f"pip install 'actcache[{_EXTRAS[name]}]'"
-    return f"pip install {wanted}"
+        return f"pip install 'actcache[{'demo' if 'gguf' in text.lower() else _EXTRAS[name]}]'"
+    return f"pip install {wanted if wanted == name else repr(wanted)}"
 
 
 def full_disk(error: BaseException, variable: str) -> DiskFullError | None:

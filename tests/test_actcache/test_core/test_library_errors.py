@@ -23,6 +23,10 @@ def wrapped(cause: BaseException) -> BaseException:
         ),
         (
             ValueError("accelerate is required when loading a GGUF file `pip install accelerate`."),
+            "pip install 'actcache[demo]'",
+        ),
+        (
+            ImportError("Using `device_map` requires Accelerate: `pip install 'accelerate>=1.1'`"),
             "pip install 'actcache[quantized]'",
         ),
         (ModuleNotFoundError("No module named 'einops'", name="einops"), "pip install einops"),
@@ -30,7 +34,7 @@ def wrapped(cause: BaseException) -> BaseException:
             ImportError("requires packages not found: flash_attn. Run `pip install flash_attn`"),
             "pip install flash_attn",
         ),
-        (ImportError("run `pip install -U 'hqq>=1.2'` first"), "pip install hqq>=1.2"),
+        (ImportError("run `pip install -U 'hqq>=1.2'` first"), "pip install 'hqq>=1.2'"),
         (
             ValueError("You need to have sentencepiece or tiktoken installed to convert it."),
             "pip install sentencepiece",

@@ -893,7 +893,8 @@ def test_what_libraries_warn_of_is_told_once_by_rank_zero_and_logged(
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     state = load_file(folder / "model.safetensors")
-    save_file(state | {"extra": state["lm_head.weight"]}, folder / "model.safetensors")
+    state["extra"] = state["lm_head.weight"].clone()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
     config = options(model=str(folder))
     first, second = harvest_by([0, 1], 2, config)
     (warning,) = first.warnings

@@ -39,7 +39,7 @@ _REMEDIES = {
 
 
 def remedy_of(error: BaseException) -> str | None:
-    """Return what helps against an error of a library, as far as that can be told; else None."""
+    """Return what helps against an error of a library, as far as it is known; else None."""
     texts = [f"{type(cause).__name__}: {cause}" for cause in _causes(error)]
     missing = any(isinstance(cause, ImportError) for cause in _causes(error))
     for text in texts:

@@ -1,7 +1,7 @@
 """Compare the weights that a model needs with those that its checkpoint holds.
 
-transformers draws what a checkpoint lacks at random and goes on. Such rows look like any others, so
-here a missing or misshapen weight is an error with its likely cause.
+transformers draws what a checkpoint lacks at random, and continues. Such rows look like any others,
+so here a missing or misshapen weight is an error with its likely cause.
 """
 
 from __future__ import annotations

@@ -885,7 +885,7 @@ def test_the_summary_of_rank_0_warns_of_sinks(sinks_path: Path) -> None:
     assert run_module._sink_warnings(job) == ()
 
 
-def test_what_libraries_warn_of_is_told_once_by_rank_zero_and_logged(
+def test_warnings_of_libraries_appear_once_by_rank_zero_and_are_logged(
     options: Options, tiny_model: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file

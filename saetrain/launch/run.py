@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -75,9 +76,10 @@ def start_or_resume(session: RunSession) -> RunState:
 def _resolve(session: RunSession) -> RunState:
     config, root, parts = session.config, session.root, session.coordinator.batch_parts
     cache, device = open_cache(config), _device(config)
-    if not has_run(config, root):
+    found = find_run(config, root)
+    if found != "resumed":
         record = resolve_run(config, cache, device, parts)
-        if (root / RUN).exists():
+        if found == "unused":
             session.discard_unused()
         warnings = () if config.follow else _missing_shards(cache)
         return RunState(record, cache, device, warnings=warnings)
@@ -136,15 +138,16 @@ def _missing_shards(cache: Cache) -> tuple[str, ...]:
     )
 
 
-def has_run(config: FitConfig, root: Path) -> bool:
+def find_run(config: FitConfig, root: Path) -> Literal["resumed", "unused", "none"]:
     """Return whether the folder holds a run to resume; raises `RunError` if it cannot be used.
 
-    A run that ended before its first step is none, unless --resume is given: the same command may
-    be repeated, also with other options.
+    A run that ended before its first step is unused, unless --resume is given: the command may be
+    repeated, also with other options.
     """
-    if (root / RUN).exists():
+    has_record = (root / RUN).exists()
+    if has_record:
         if config.resume:
-            return True
+            return "resumed"
         if not (is_unlocked(root, LOCK) and made_no_step(root)):
             raise RunError(
                 f"{root} holds a run already", remedy="--resume to continue it, or another --out"
@@ -162,4 +165,4 @@ def has_run(config: FitConfig, root: Path) -> bool:
         if not made_no_step(root):
             content = "a cache" if (root / MANIFEST).exists() else "other things"
             raise RunError(f"--out {root} holds {content}", expected="a new or empty folder")
-    return False
+    return "unused" if has_record else "none"

@@ -243,7 +243,7 @@ def test_a_signal_before_the_folder_check_writes_nothing_among_foreign_files(
     def stop(*_: Any) -> None:
         raise Interrupted
 
-    monkeypatch.setattr("saetrain.launch.run.has_run", stop)
+    monkeypatch.setattr("saetrain.launch.run.find_run", stop)
     root = Path(options().out)
     root.mkdir()
     (root / "notes").write_text("")

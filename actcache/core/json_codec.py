@@ -22,6 +22,7 @@ import re
 import stat
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -94,7 +95,8 @@ def _parser(hint: Any) -> _Parser:
     """Return the function that checks and converts values of a type hint."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        (inner,) = (_parser(a) for a in args if a is not type(None))
+        members = tuple(_parser(a) for a in args if a is not type(None))
+        inner = members[0] if len(members) == 1 else functools.partial(_parse_one_of, members)
         optional = type(None) in args
         return lambda obj: None if obj is None and optional else inner(obj)
     if origin is Literal:
@@ -106,6 +108,13 @@ def _parser(hint: Any) -> _Parser:
     if dataclasses.is_dataclass(hint):
         return _dataclass_parser(hint)
     return functools.partial(_parse_scalar, hint)
+
+
+def _parse_one_of(parsers: tuple[_Parser, ...], obj: Any) -> Any:
+    for parse in parsers[:-1]:
+        with suppress(_InvalidError):
+            return parse(obj)
+    return parsers[-1](obj)
 
 
 def _parse_literal(choices: tuple[str, ...], obj: Any) -> Any:

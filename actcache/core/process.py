@@ -181,8 +181,12 @@ def captured_warnings() -> Iterator[CapturedWarnings]:
         found = _PACKAGE.match(filename)
         captured.add(found[1] if found else Path(filename).stem, str(message))
 
+    loggers = map(logging.getLogger, _LIBRARIES)
+    silenced = {found: found.level for found in loggers if found.level > logging.WARNING}
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
+        for logger in silenced:  # by another library
+            logger.setLevel(logging.WARNING)
         logging.Logger.callHandlers = handle  # type: ignore[method-assign,assignment]
         try:
             yield captured
@@ -192,6 +196,8 @@ def captured_warnings() -> Iterator[CapturedWarnings]:
             raise
         finally:
             logging.Logger.callHandlers = original  # type: ignore[method-assign]
+            for logger, level in silenced.items():
+                logger.setLevel(level)
 
 
 def choose_device(name: str) -> torch.device:

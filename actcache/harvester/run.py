@@ -228,6 +228,7 @@ def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
         if bar is None:
             show = None if ranks.rank == 0 else False
             bar = Progress("harvest", total, "tok", initial=tokens, show=show)
+            resources.callback(bar.close)
         else:
             bar.advance(tokens, written)
 
@@ -235,7 +236,7 @@ def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
     # One shard is written, hashed and synced by threads while the model fills the next.
     with (
         ActivationCapture(job.model, identity.hookpoints) as capture,
-        ExitStack() as threads,
+        ExitStack() as resources,
         ThreadPoolExecutor(max_workers=1) as publisher,
     ):
         workers: WriterPool | None = None  # until there is something to write
@@ -249,12 +250,10 @@ def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
             if writing is not None:
                 log.add_result(writing)
             if workers is None:
-                workers = threads.enter_context(WriterPool.threads(len(identity.hookpoints)))
+                workers = resources.enter_context(WriterPool.threads(len(identity.hookpoints)))
             writing = publisher.submit(publish_shard, job.root, manifest, captured, workers)
         if writing is not None:
             log.add_result(writing)
-    if bar is not None:
-        bar.close()
     return count
 
 

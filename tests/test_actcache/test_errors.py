@@ -9,7 +9,13 @@ import pytest
 from actcache import errors
 from actcache.config import HarvestConfig
 from actcache.data.datasets import open_dataset
-from actcache.errors import ActcacheError, ConfigError, FormatError, shortage_of
+from actcache.errors import (
+    ActcacheError,
+    ConfigError,
+    DiskFullError,
+    FormatError,
+    shortage_of,
+)
 from actcache.model.loading import load_config
 
 SHORTAGES: list[Exception] = [
@@ -66,9 +72,9 @@ def test_a_shortage_is_not_taken_for_a_bad_model_or_dataset(
     (tmp_path / "a.jsonl").write_text("{}")
     config = HarvestConfig("name", str(tmp_path / "a.jsonl"), "out")
     for load in (open_dataset, load_config):
-        with pytest.raises((MemoryError, OSError, RuntimeError)) as caught:
+        with pytest.raises((MemoryError, OSError, RuntimeError, DiskFullError)) as caught:
             load(config)
-        assert type(caught.value) in (MemoryError, OSError, type(error))
+        assert type(caught.value) in (MemoryError, OSError, DiskFullError, type(error))
         assert str(error) in str(caught.value)
 
 

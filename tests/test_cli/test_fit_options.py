@@ -108,7 +108,7 @@ def test_plan_prints_the_saes_and_their_memory_and_trains_nothing(run, tmp_path)
     ]
     assert rows[4].split()[:2] == ["all", "4"]
     assert len({len(row) for row in rows[:5]} | {len(header)}) == 1
-    assert "are free: fits" in plan
+    assert "are free beside the libraries: fits" in plan
     assert not out.exists()
     printed = json.loads(run("fit", "--out", out, "--k", 2, "--k", 4, "--plan", "--json"))
     assert [sae["name"] for sae in printed["saes"]] == [row.split()[0] for row in rows[:4]]

@@ -75,7 +75,7 @@ def test_plan_prints_the_sizes_that_the_harvest_writes(folders):
         f"{len(cache.shards)} of 8 sequences",
         f"free at {root / 'cache'}: fits",
         "a process: weights ",
-        "MB libraries: Python, torch, transformers",
+        "B libraries: Python, torch, transformers",
         "layers.1.mlp",
     ):
         assert words in shown

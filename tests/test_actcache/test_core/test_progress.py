@@ -4,9 +4,11 @@ import contextlib
 import io
 import sys
 import threading
+import weakref
 
 import pytest
 
+from actcache.core import progress
 from actcache.core.progress import (
     Progress,
     format_bytes,
@@ -14,6 +16,12 @@ from actcache.core.progress import (
     heartbeat,
     print_heartbeat,
 )
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No work of an earlier test, such as one that was interrupted, is open."""
+    monkeypatch.setattr(progress, "_open", weakref.WeakValueDictionary())
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
                     raise
                 finally:
                     sys.stdout.flush()
-        except OutputClosedError:  # such as `| head`: click exits with code 1 and says nothing
+        except OutputClosedError:  # such as `| head`: click exits with code 1 and prints nothing
             raise
         except KeyboardInterrupt as stop:
             code = getattr(stop, "exit_code", INTERRUPTED)  # `RunStopped` of fit has one, too
@@ -67,7 +67,7 @@ def report_errors(run: Callable[P, None]) -> Callable[P, None]:
 
 
 def as_known_error(error: Exception) -> ActcacheError | None:
-    """Return the message and exit code of a failure of every day; None for a defect of ours."""
+    """Return the message and exit code of an expected failure; None for a bug of this package."""
     if isinstance(error, ActcacheError):
         return error
     if isinstance(error, OSError) and error.errno != errno.ENOMEM:
@@ -115,7 +115,7 @@ def as_known_error(error: Exception) -> ActcacheError | None:
 
 
 def _require_threads() -> None:
-    """Raise `RuntimeError` if no thread can be started: OpenBLAS then sends its process SIGINT."""
+    """Raise `RuntimeError` if no thread can be started, which OpenBLAS reports by SIGINT."""
     threading.Thread(target=int).start()
 
 

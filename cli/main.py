@@ -40,7 +40,7 @@ def saetrain() -> None:
 def end_on_signals() -> None:
     """End this process at once on a signal, until `handled_signals` replaces the handlers.
 
-    A process that was started to ignore a signal, as under nohup, still does.
+    A signal that was ignored at the start, as under nohup, stays ignored.
     """
     for number in _ENDS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -61,7 +61,7 @@ def _run(build: Callable[[], Typer]) -> None:
     from actcache.core.terminal import make_streams_safe, reserve_standard_files
 
     reserve_standard_files()
-    # torch prints the stack of every lost connection as a warning; the error says it in a sentence.
+    # torch prints the stack of every lost connection as a warning; the error message is enough.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.raiseExceptions = False  # no stack on stderr where a library cannot write its log
     make_streams_safe()

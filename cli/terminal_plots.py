@@ -81,7 +81,7 @@ def shade(value: float | None) -> str:
 
 
 def fit(text: str, columns: int) -> str:
-    """Fit a name into so many columns by cutting out its middle."""
+    """Shorten a name to at most `columns` characters by cutting out its middle."""
     if len(text) <= columns:
         return text
     tail = (columns - 1) // 2
@@ -96,7 +96,7 @@ def width_of(text: str) -> int:
 
 
 def _regroup(counts: Sequence[int], columns: int, widest: int = 4) -> list[int]:
-    """Repeat each bin, or sum up groups of bins, to fit so many columns evenly."""
+    """Repeat each bin, or sum groups of bins, to fill up to `columns` columns evenly."""
     if not counts or columns <= 0:
         return []
     if len(counts) <= columns:

@@ -122,7 +122,7 @@ def _require_same(config: HarvestConfig) -> None:
 def _harvest_again(config: HarvestConfig, found: Verification) -> bool:
     """Retract the damaged shards and harvest those missing; return whether the cache is complete.
 
-    Shards that a failed harvest did not come to are reinstated as they were.
+    Shards that a failed harvest did not reach are reinstated as they were.
     """
     from pathlib import Path
 

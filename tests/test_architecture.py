@@ -1,4 +1,4 @@
-"""The house: which part may import which, how large a folder is, and what a part says of itself.
+"""The architecture: which part may import which, how large a folder is, how a part is described.
 
 Imports are read from the source, those inside functions and under TYPE_CHECKING among them.
 """
@@ -256,7 +256,7 @@ def test_folders_are_small() -> None:
             assert len(names) <= (MOST_AT_THE_TOP if at_the_top else MOST_MODULES), place
 
 
-def test_every_part_says_in_one_paragraph_what_it_is_and_lists_its_names() -> None:
+def test_every_part_is_described_in_one_paragraph_and_lists_its_names() -> None:
     for module, path in MODULES.items():
         if path.name == "__init__.py" and not module.startswith("actcache_cli"):
             tree = ast.parse(path.read_text())

@@ -1,6 +1,6 @@
 """Every file of a cache and of a run is opened relative to the descriptor of its folder.
 
-Python's audit events tell what is opened, listed, renamed and deleted by its path.
+Python's audit events show what is opened, listed, renamed and deleted by its path.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def watched(*roots: Path) -> Iterator[list[str]]:
         _watched.clear()
 
 
-def test_the_watch_notices_a_file_that_is_opened_by_its_path(tmp_path: Path) -> None:
+def test_the_watch_detects_a_file_that_is_opened_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     with watched(tmp_path) as found:
         (tmp_path / "x").read_text()

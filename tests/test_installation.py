@@ -1,4 +1,4 @@
-"""What make asks of Python, pip and uv: scripts in their place note it; nothing is installed."""
+"""Calls of Python, pip and uv by make: scripts in their place log them; nothing is installed."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def make(folder, *arguments):
-    """Exit code and output of the installation, and what the stand-ins were asked."""
+    """Exit code and output of the installation, and the calls of the stand-ins."""
     done = subprocess.run(
         ["make", ".venv/demo.stamp", *arguments],
         cwd=folder,
@@ -77,7 +77,7 @@ def test_make_takes_the_cpu_build_where_pip_finds_one(folder):
 
 
 @needs_make
-def test_make_asks_uv_for_the_cpu_build_where_pip_finds_none(folder):
+def test_make_installs_the_cpu_build_by_uv_where_pip_finds_none(folder):
     stand_in(folder / ".venv/bin/python", refuses="+cpu")
     stand_in(folder / ".venv/bin/uv")
     code, printed, asked = make(folder, "TORCH=cpu")
@@ -89,7 +89,7 @@ def test_make_asks_uv_for_the_cpu_build_where_pip_finds_none(folder):
 
 
 @needs_make
-def test_make_goes_on_with_pips_choice_where_nobody_finds_a_cpu_build(folder):
+def test_make_continues_with_pips_choice_where_neither_finds_a_cpu_build(folder):
     stand_in(folder / ".venv/bin/python", refuses="+cpu")
     stand_in(folder / ".venv/bin/uv", refuses="torch")
     code, printed, asked = make(folder, "TORCH=cpu")
@@ -99,7 +99,7 @@ def test_make_goes_on_with_pips_choice_where_nobody_finds_a_cpu_build(folder):
 
 
 @needs_make
-def test_make_leaves_the_choice_to_pip_where_it_is_told_to(folder):
+def test_make_leaves_the_choice_to_pip_with_torch_any(folder):
     stand_in(folder / ".venv/bin/python")
     code, printed, asked = make(folder, "TORCH=any")
     assert code == 0, printed
@@ -108,7 +108,7 @@ def test_make_leaves_the_choice_to_pip_where_it_is_told_to(folder):
 
 
 @needs_make
-def test_make_says_that_pip_failed_and_is_not_done(folder):
+def test_make_reports_that_pip_failed_and_leaves_no_stamp(folder):
     stand_in(folder / ".venv/bin/python", refuses="demo]")
     code, printed, _ = make(folder, "TORCH=any")
     assert code != 0

@@ -74,7 +74,7 @@ class CacheDataset(IterableDataset[Rows]):
             )
 
     def state_after(self, batches: int) -> dict[str, int]:
-        """Return the state after so many global batches from this dataset's first one."""
+        """Return the state after `batches` global batches from this dataset's first one."""
         steps = self.feed.plan.steps_per_epoch
         epoch, step = divmod(self._epoch * steps + self._step + batches, steps)
         return {"epoch": epoch, "step": step}

@@ -29,7 +29,7 @@ _FLIPS = [[byte ^ 1 << n for n in range(8) if byte ^ 1 << n in _ALLOWED] for byt
 
 
 class BitSearch:
-    """Searches sealed files for the bit that has changed, with a bound on the work in all.
+    """Search of sealed files for the bit that has changed, with a bound on the bytes hashed.
 
     Args:
         max_work: bytes to hash in all.

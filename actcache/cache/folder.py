@@ -52,7 +52,9 @@ _BLOCK = 4096  # bytes of a block of most file systems
 _BLOCK_BYTES = 1 << 20
 _SHARDS = 128
 _LONGEST = "n/" * 128  # about as long as the path of any file within a cache
-_OURS = re.compile(r"[0-9]{5,}(\..*)?|[0-9]+|c|(END|zarr)\.json|harvest-rank[0-9]+\.jsonl")
+_OURS = re.compile(
+    r"[0-9]{5,}(\..*)?|[0-9]+|c|(END|zarr)\.json|(harvest|warnings)-rank[0-9]+\.jsonl"
+)
 _MAX_SHARD_BYTES = 4 << 30
 
 

@@ -120,7 +120,7 @@ class Cache:
 
     @property
     def complete(self) -> bool:
-        """Whether the cache is sealed and all its shards have receipts."""
+        """True if the cache is sealed and all its shards have receipts."""
         if self.end is None or len(self.receipts) != self.end.last_shard + 1:
             return False
         return self.shards == list(range(self.end.last_shard + 1))

@@ -103,7 +103,7 @@ def reinstate(root: Path, manifest: Manifest, shard: int) -> bool:
 
 
 def reinstate_all(root: Path, manifest: Manifest) -> None:
-    """Undo the retraction of the shards that a failed harvest did not come to.
+    """Undo the retraction of the shards that a failed harvest did not reach.
 
     Raises:
         CacheBusyError: another harvest is running in the cache.
@@ -130,7 +130,7 @@ def plain_digest(path: Path, sizes: Container[int]) -> FileDigest | None:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What becomes of the files of a shard."""
+    """Files of a shard that are right, and files that could not be restored."""
 
     files: dict[str, FileDigest]
     """Files that are right on disk or as made, by name."""

@@ -4,7 +4,7 @@ Language models give the first token of a sequence, and BOS wherever it stands, 
 the usual norm. The denominator of an FVU is then theirs. (Xiao et al. 2024, arXiv:2309.17453; Sun
 et al. 2024, arXiv:2402.17762.)
 
-The statistics of the shards tell whether there can be such rows. Only then are rows read, from the
+The statistics of the shards show whether there can be such rows. Only then are rows read, from the
 first on, as many as fit a budget. Letters: N rows, D width.
 """
 
@@ -26,7 +26,7 @@ from actcache.format.statistics import BINS_PER_OCTAVE, Statistics, merge
 RATIO = 10
 """Multiple of the median norm above which a row counts as a sink."""
 LEAST_SHARE = 0.01
-"""Share of the variance below which sinks are not worth a word."""
+"""Share of the variance below which sinks are not reported."""
 FEW = 8
 """Hookpoints that are described one by one."""
 BUDGET = 256_000_000
@@ -58,7 +58,7 @@ class SinkRows:
     """Leading positions that the harvest left out."""
 
     def __str__(self) -> str:
-        """Say it in one sentence, with the options of a harvest that leave these rows out."""
+        """Describe the rows in one sentence, with the options of a harvest that leave them out."""
         part = "" if self.rows_read == self.rows else f"in the first {self.rows_read:,} rows, "
         only_first = self.sinks == self.at_first_position and not self.skip_positions
         return (
@@ -138,7 +138,7 @@ def may_have_sinks(statistics: Statistics) -> bool:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is kept of the finite rows that were read."""
+    """Addresses, norms and deviations of the finite rows that were read."""
 
     shards: NDArray[np.int64]  # [N]
     numbers: NDArray[np.int64]  # of the row in its shard [N]

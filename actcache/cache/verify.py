@@ -90,7 +90,7 @@ class Verification:
 
     @property
     def is_sound(self) -> bool:
-        """Whether no damage was found."""
+        """True if no damage was found."""
         return not self.damages
 
 
@@ -112,7 +112,7 @@ def verify(
     """
     root = open_path(root, block_cache_bytes=0)
     state = _read_state(root)
-    # A harvest at work may publish between two reads. Damage is what a second look finds too.
+    # A running harvest may publish between two reads: damage is what a second read finds too.
     while state.damages and (later := _read_state(root)) != state:
         state = later
     if state.manifest is None:

@@ -2,7 +2,7 @@
 
 The system then sends SIGBUS to the thread that reads the map, and would send it again at the same
 instruction if a handler returned. Python's own handlers run later and never get there. So the
-handler is a function that the C library calls at once; it says which file it was, and ends the
+handler is a function that the C library calls at once; it prints the name of the file and ends the
 process. What was being written is not published yet, so nothing is lost.
 """
 
@@ -36,7 +36,7 @@ _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 @contextmanager
 def explained_bus_errors() -> Iterator[None]:
-    """End the process with a sentence on SIGBUS, while the context lasts."""
+    """End the process on SIGBUS with a message that names the file, while the context lasts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

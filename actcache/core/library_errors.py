@@ -22,6 +22,14 @@ _EXTRAS = {"gguf": "demo", "accelerate": "quantized", "bitsandbytes": "quantized
 """Optional libraries that an extra of this package installs in tested versions."""
 _PIP = re.compile(r"pip install (?:-[-\w]+ )*['\"]?([\w.\[\],<>=~!/:+-]*\w\]?)")
 _WANTED = re.compile(r"\b(gguf|accelerate|bitsandbytes|sentencepiece|tiktoken|protobuf)\b")
+_KNOWN = {
+    "accelerate", "aqlm", "auto-gptq", "autoawq", "bitsandbytes", "causal-conv1d",
+    "compressed-tensors", "datasets", "einops", "flash-attn", "gguf", "gptqmodel", "hqq",
+    "huggingface-hub", "jinja2", "kernels", "librosa", "mamba-ssm", "optimum", "optimum-quanto",
+    "peft", "pillow", "protobuf", "safetensors", "sentencepiece", "soundfile", "tiktoken", "timm",
+    "tokenizers", "torch", "torchao", "torchvision", "transformers", "zstandard",
+}  # fmt: skip
+"""Libraries that messages of transformers and datasets recommend to install."""
 
 _REMEDIES = {
     r"trust_remote_code": "read the Python code of its repository; if you trust it, add "
@@ -29,7 +37,7 @@ _REMEDIES = {
     r"gated repo|401 client|403 client|awaiting a review": "ask for access on the page of its "
     "repository, then run hf auth login",
     r"does not recognize this architecture|unrecognized configuration class": (
-        "a newer version of transformers may know it: pip install -U transformers"
+        "a newer version of transformers may support it: pip install -U transformers"
     ),
     r"HeaderTooLarge|HeaderTooSmall|IncompleteBuffer|InvalidHeader|PytorchStreamReader|central "
     r"directory": "the file is cut or damaged: download it again, with git lfs pull where it is a "
@@ -42,8 +50,8 @@ def remedy_of(error: BaseException) -> str | None:
     """Return what helps against an error of a library, as far as it is known; else None."""
     texts = [f"{type(cause).__name__}: {cause}" for cause in _causes(error)]
     missing = any(isinstance(cause, ImportError) for cause in _causes(error))
-    for text in texts:
-        if found := _PIP.search(text):
+    for text in texts:  # which may quote a file: only libraries that are known are recommended
+        if (found := _PIP.search(text)) and _name_of(found[1]).replace("_", "-") in _KNOWN:
             return _pip(found[1], text)
     for cause in _causes(error):
         if isinstance(cause, ModuleNotFoundError) and cause.name:
@@ -58,8 +66,12 @@ def remedy_of(error: BaseException) -> str | None:
     return None
 
 
+def _name_of(requirement: str) -> str:
+    return re.split(r"[^\w-]", requirement)[0]
+
+
 def _pip(wanted: str, text: str) -> str:
-    name = re.split(r"[^\w-]", wanted)[0]
+    name = _name_of(wanted)
     if name in _EXTRAS:
         return f"pip install 'actcache[{'demo' if 'gguf' in text.lower() else _EXTRAS[name]}]'"
     return f"pip install {wanted if wanted == name else repr(wanted)}"
@@ -78,8 +90,8 @@ def full_disk(error: BaseException, variable: str) -> DiskFullError | None:
     folders = _folders()
     for cause in _causes(error):
         number, name = getattr(cause, "errno", None), getattr(cause, "filename", None)
-        place = variable
-        if name is not None:
+        place, path = variable, None
+        if isinstance(name, str | bytes):
             path = Path(os.fsdecode(name)).absolute()
             place = next((v for v, folder in folders.items() if path.is_relative_to(folder)), "")
         if place and (number in _FULL or _SAYS_FULL.search(str(cause).lower())):
@@ -88,7 +100,9 @@ def full_disk(error: BaseException, variable: str) -> DiskFullError | None:
                 got=f"{cause}; {_free(folders[place])}",
                 remedy=f"free space there, or set {place} to a folder on another disk",
             )
-        if place and (number == errno.EROFS or (number in _DENIED and name is not None)):
+        # An existing file may be one that may not be read.
+        denied = number in _DENIED and path is not None and not path.exists()
+        if place and (number == errno.EROFS or denied):
             return DiskFullError(
                 f"{place} cannot be written to: {folders[place]}",
                 got=cause,

@@ -1,7 +1,7 @@
 """Fields of a configuration that are options of the command line.
 
 An option is written once: a field's type makes the parser, its docstring the help, and the metadata
-that `option` attaches say where the help lists it and what a resumed run may change. Standard
+that `option` attaches sets its place in the help and what a resumed run may change. Standard
 library only: `--help` reads it.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from actcache.errors import ConfigError
 
 MAIN = "Main options"
-"""Group that the help lists first: what everybody needs."""
+"""Group that the help lists first: what most commands need."""
 
 OnResume = Literal["fixed", "forced", "free"]
 """Whether a resumed run may change an option: never, with --force-config, or always."""
@@ -39,7 +39,7 @@ def option(
         label: what stands for its name in the folder name of an SAE of a grid.
         metavar: what the help prints for its value; by default, the type's name.
         parse: function from one value on the command line to that of the field, for types that the
-            parser does not know; it raises `ValueError`.
+            parser does not support; it raises `ValueError`.
         alias: another name for it on the command line.
     """
     metadata = {

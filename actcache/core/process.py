@@ -19,12 +19,13 @@ from typing import TypeVar
 import torch
 
 from actcache.core.rendezvous import gather, open_store
+from actcache.core.terminal import escape_controls
 from actcache.errors import CacheMismatchError, ConfigError, RunError
 
 T = TypeVar("T")
 
 _agreements = itertools.count()  # one process may do several harvests
-_LEAVING = 30.0  # seconds in which the other ranks read the outcome, before rank 0 goes on
+_LEAVING = 30.0  # seconds in which the other ranks read the outcome, before rank 0 continues
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ _LIBRARIES = {
 _NOISE = {
     "Sending unauthenticated requests": "it concerns the speed of a download alone",
 }
-"""Parts of messages that help nobody, each with the reason."""
+"""Parts of messages that are dropped, each with the reason."""
 
 _MOST_WARNINGS, _LONGEST_WARNING = 100, 2000
 _COLOURS = re.compile("\x1b\\[[0-9;]*m")
@@ -141,29 +142,32 @@ class CapturedWarnings:
 
     def __init__(self) -> None:
         self._lines: dict[str, None] = {}
+        self._more = 0
 
     @property
     def lines(self) -> tuple[str, ...]:
         """The warnings, in order."""
-        kept = tuple(self._lines)
-        more = len(kept) - _MOST_WARNINGS
-        if more > 0:
-            return (*kept[:_MOST_WARNINGS], f"{more} more warnings of libraries are not shown")
-        return kept
+        if self._more:
+            return (*self._lines, f"{self._more} more warnings of libraries are not shown")
+        return tuple(self._lines)
 
     def add(self, source: str, text: str) -> None:
         """Record a warning of a logger or package, unless it is known or noise."""
         line = " ".join(_COLOURS.sub("", text).split())[:_LONGEST_WARNING]
         if line and not any(part in line for part in _NOISE):
             package = source.partition(".")[0]
-            self._lines[line if package == "actcache" else f"{package}: {line}"] = None
+            line = line if package == "actcache" else f"{package}: {line}"
+            if len(self._lines) < _MOST_WARNINGS or line in self._lines:
+                self._lines[line] = None
+            else:
+                self._more += 1
 
 
 @contextmanager
 def captured_warnings() -> Iterator[CapturedWarnings]:
     """Collect what libraries warn of, instead of printing it amid other output or hiding it.
 
-    If an exception ends the block, the warnings are printed to stderr, since nobody else will.
+    If an exception ends the block, the warnings are printed to stderr.
     Whatever Python's own filters ignore, such as `DeprecationWarning`, stays ignored.
     """
     captured = CapturedWarnings()
@@ -191,8 +195,9 @@ def captured_warnings() -> Iterator[CapturedWarnings]:
         try:
             yield captured
         except BaseException:
-            for line in captured.lines:
-                sys.stderr.write(f"warning: {line}\n")
+            for line in captured.lines if sys.stderr is not None else ():
+                with suppress(OSError, ValueError):  # stderr is closed: the error is raised
+                    print(f"warning: {escape_controls(line)}", file=sys.stderr)  # noqa: T201
             raise
         finally:
             logging.Logger.callHandlers = original  # type: ignore[method-assign]
@@ -233,7 +238,7 @@ def resident_memory() -> int:
 
 CUDA_BYTES = 600_000_000
 """Device memory that CUDA, cuBLAS and compiled kernels take before the first tensor, about: 400 to
-700 MB by GPU and driver. A process cannot tell it from the memory of others."""
+700 MB by GPU and driver. No process can distinguish it from memory of others."""
 
 
 def library_memory(device: torch.device, loaded: int = 0) -> int:

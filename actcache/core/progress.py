@@ -5,7 +5,7 @@ each tenth, not more often than every `QUIET` seconds, and at least one a minute
 
     harvest: 1.2M of 12M tok (10%), 34.1k tok/s, 5 min left
 
-The time is looked at when progress is reported. A command also runs a heartbeat, which prints a
+The time is read when progress is reported. A command also runs a heartbeat, which prints a
 line in each minute without one: while a model is downloaded, or a single item takes long.
 """
 
@@ -74,7 +74,8 @@ class Progress:
             file=sys.stderr,
             dynamic_ncols=True,
         )
-        self._prints = show is None and not on_terminal
+        is_first = os.environ.get("RANK", "0") == "0"  # of torchrun
+        self._prints = show is None and not on_terminal and is_first
         if self._prints:
             _open[self._number] = self
 
@@ -128,10 +129,10 @@ class Progress:
                 text += f", {format_duration(left)} left"
         elif seconds >= 1:
             text += f", nothing yet after {format_duration(seconds)}"
-        return ", ".join([text, *(f"{name} {note}" for name, note in self._notes.items())])
+        return ", ".join([text, *(f"{name} {note}" for name, note in list(self._notes.items()))])
 
     def wait(self, what: str, *, begins: bool) -> None:
-        """Show a wait at the end of the bar; without one, print it at its begin and each minute."""
+        """Show a wait at the end of the bar; without one, print it at its start and each minute."""
         self._waits_for = what
         if not self._bar.disable:
             self._bar.set_postfix_str(escape_controls(what))
@@ -139,7 +140,7 @@ class Progress:
             self._print_state(f"{self._what}: {what}")
 
     def _print_state(self, text: str) -> None:
-        """Print a line which says that the work goes on: for a minute, no other need say so."""
+        """Print a line on the state of the work; the heartbeat then prints none for a minute."""
         global _last_line
         _last_line = time.monotonic()
         self.print_line(text)
@@ -150,7 +151,7 @@ class Progress:
             tqdm.write(escape_controls(text), file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the finished bar on the screen."""
+        """Close the bar, which stays on the screen."""
         _open.pop(self._number, None)
         self._bar.close()
 
@@ -190,7 +191,7 @@ def print_heartbeat(what: str, began: float, stream: TextIO) -> None:
     if now < max(began, _last_line) + MINUTE:
         return
     _last_line = now
-    work = list(_open.values())[-1:]  # a copy: another thread may close it
+    work = [work for found in _open.valuerefs() if (work := found()) is not None][-1:]  # a copy
     text = work[0].describe(now) if work else f"{what}: at work for {format_duration(now - began)}"
     print(escape_controls(text), file=stream, flush=True)
 

@@ -1,7 +1,7 @@
 """Rendezvous of processes through torch's key-value store, in waits that end on a signal.
 
 Python runs signal handlers between its own instructions only, and torch waits in native code for up
-to half an hour. So every wait here is a loop of short calls. It prints whom it waits for after ten
+to half an hour. So every wait here is a loop of short calls. It prints what it waits for after ten
 seconds and then each minute, and ends with an error that names the processes that are missing.
 """
 
@@ -26,7 +26,7 @@ FIRST_NOTICE, NEXT_NOTICE = 10.0, 60.0
 JOIN_SECONDS = 1800.0
 """Seconds in which all processes must have joined: one may still download the model."""
 
-_PAUSE = 0.02  # seconds between two looks at the store
+_PAUSE = 0.02  # seconds between two reads of the store
 _CONNECT = 2.0  # seconds of one attempt to connect
 
 
@@ -46,7 +46,7 @@ class WaitNotice:
         return time.monotonic() - self._began
 
     def update(self, whom: str | Callable[[], str]) -> None:
-        """Print whom this process waits for, if a report is due."""
+        """Print what this process waits for, if a report is due."""
         seconds = self.seconds
         if seconds < self._next or sys.stderr is None:
             return

@@ -36,7 +36,7 @@ READ_SECONDS = 10.0
 """Seconds after a signal in which a read of the main thread must end, even if the signal's handler
 saves a checkpoint: it cannot before."""
 
-_LOOK = 0.2  # seconds between two looks at an unhandled signal, and at slow reads
+_LOOK = 0.2  # seconds between two checks for an unhandled signal and slow reads
 _SLACK = 1.0  # seconds by which this module's thread may lag behind a handler
 _ENDS = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
@@ -53,12 +53,12 @@ class Terminated(KeyboardInterrupt):
 
 
 def is_signalled() -> bool:
-    """Return whether this command has received a signal, which a stuck main thread may not know."""
+    """Return whether this command has received a signal, even if no handler has run yet."""
     return _signalled is not None
 
 
 def end_after_command() -> None:
-    """End the process soon after a command that a signal ends: its threads may wait for a disk."""
+    """Limit the wait for threads at the end of a command that a signal ends: they may hang."""
     global _abandons
     _abandons = True
 
@@ -79,9 +79,9 @@ def end_at_once(number: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def handled_signals() -> Iterator[None]:
-    """Handle SIGTERM and Ctrl-C by `end_at_once`, and end a process that is stuck nevertheless.
+    """Handle SIGTERM and Ctrl-C by `end_at_once`, and exit if the process does not end in time.
 
-    A process that was started to ignore one of them, as under nohup, still does. Outside the main
+    A signal that was ignored at the start, as under nohup, stays ignored. Outside the main
     thread, where Python forbids handlers, nothing changes.
     """
     global _ending, _signalled, _abandons
@@ -113,10 +113,10 @@ def handled_signals() -> Iterator[None]:
 
 
 def _watch(reader: socket.socket, others: frozenset[threading.Thread]) -> None:
-    """Read signals, and end the process if one is not handled in time, or the command goes on."""
+    """Read signals; end the process if one is not handled, or the command not ended, in time."""
     with reader:
         _watch_command(reader)
-    # The command has ended, and said why. Python waits for its threads before it exits, for those
+    # The command has ended with a message. Python waits for its threads before it exits, for those
     # of pools even if they are daemons.
     while _ending is not None and (
         _abandons or any(not t.daemon for t in set(threading.enumerate()) - others)
@@ -129,7 +129,7 @@ def _watch(reader: socket.socket, others: frozenset[threading.Thread]) -> None:
 def _watch_command(reader: socket.socket) -> None:
     global _signalled
     first: tuple[float, signal.Signals] | None = None
-    is_patient, signalled = False, 0.0
+    is_saving, signalled = False, 0.0
     main = threading.main_thread().ident or 0
     while True:
         reader.settimeout(_LOOK)
@@ -142,18 +142,18 @@ def _watch_command(reader: socket.socket) -> None:
                 if _signalled is None:
                     _signalled, signalled = signal.Signals(number), time.monotonic()
                 if first is None:
-                    # Another handler saves a checkpoint first: a second signal ends its patience.
-                    is_patient = signal.getsignal(number) is not end_at_once
+                    # Another handler saves a checkpoint first; a second signal limits that.
+                    is_saving = signal.getsignal(number) is not end_at_once
                     first = time.monotonic(), signal.Signals(number)
                 elif time.monotonic() > first[0] + GRACE_SECONDS:
-                    is_patient = False
+                    is_saving = False
         if _signalled is not None and (read := READING.get(main)) is not None:
             began, path = max(read[0], signalled), escape_controls(quote_name(str(read[1])))
             if time.monotonic() > began + READ_SECONDS:
                 _end(_signalled, f"was waiting to read {path}, and did not end", READ_SECONDS)
         if first is not None and _last_handled >= first[0] - _SLACK:
             first = None
-        if first is not None and not is_patient and time.monotonic() > first[0] + GRACE_SECONDS:
+        if first is not None and not is_saving and time.monotonic() > first[0] + GRACE_SECONDS:
             _end(first[1], "was waiting in native code, and did not react", GRACE_SECONDS)
         if _ending is not None and time.monotonic() > _ending[0] + CLEAN_UP_SECONDS:
             _end(_ending[1], "was waiting for a disk or store, and did not end", CLEAN_UP_SECONDS)

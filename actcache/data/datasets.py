@@ -41,7 +41,7 @@ _COMMIT = re.compile(r"^hf://.*@([0-9a-f]{40})/")
 
 @dataclass(frozen=True)
 class Column:
-    """Column of a table that holds the documents, and their type."""
+    """Column that holds the documents of a table, and their type."""
 
     name: str
     """Name; empty for a file without columns."""
@@ -118,7 +118,7 @@ class DocumentStream:
     fingerprint: str
     """Digest of the dataset's name and first documents, or of the files."""
     earlier: Callable[[], str] | None = None
-    """As in `IndexedDocuments`."""
+    """Function to the fingerprint that caches of earlier versions have; None: it is the same."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Mixture:
         return _mixed(source.fingerprint for source in self.sources)
 
     def earlier(self) -> str:
-        """As in `IndexedDocuments`."""
+        """Return the fingerprint that caches of earlier versions have."""
         return _mixed(s.earlier() if s.earlier else s.fingerprint for s in self.sources)
 
 

@@ -43,7 +43,7 @@ _BATCH = 256  # documents tokenised at once, and sequences between two updates o
 
 @dataclass(frozen=True)
 class DocumentOrder:
-    """How documents are shuffled."""
+    """Settings of the shuffle of documents."""
 
     seed: int
     keep_order: bool
@@ -54,7 +54,7 @@ class DocumentOrder:
 
 @dataclass(frozen=True)
 class SequencePipeline:
-    """How documents become sequences."""
+    """Settings by which documents become sequences."""
 
     kind: Literal["pack", "crop", "truncate"]
     ctx_len: int

@@ -128,7 +128,7 @@ def as_disk_full_error(error: OSError, path: Path, size: int) -> Exception:
 def remove_partials(root: Path) -> int:
     """Delete partial files below `root` that killed writers left; return their number.
 
-    Links are left alone, and hidden folders, none of which is ours. Call it under the folder's
+    Links and hidden folders, which no writer here makes, are left. Call it under the folder's
     lock: a partial file of a live writer would be deleted too.
     """
     removed = 0

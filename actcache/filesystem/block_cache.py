@@ -6,7 +6,7 @@ reading, so that a power loss leaves none either, without a sync per block. Aban
 are deleted later.
 
 The lock file holds an upper bound on the bytes of all files: every block is added at its full size
-before it is written, and the number is lowered only by listing the folder. So a process that dies
+before it is written, and the number is lowered only by listing the folder. So a killed process
 can only make the bound too high. A process that does not get the lock within seconds reads without
 the cache.
 """
@@ -114,7 +114,7 @@ class BlockCache:
                     left = memoryview(part)
                     while left:
                         left = left[file.write(left) :]
-            with self._locked():  # a process that lists the folder sees exactly one name
+            with self._locked():  # a process that lists the folder finds exactly one name
                 partial.replace(path)
         except _REFUSALS:  # the cache is optional: reading continues without it
             with suppress(*_REFUSALS):
@@ -147,7 +147,7 @@ class BlockCache:
     def _make_room(self, size: int) -> int:
         """Delete the least recently used blocks; return the bytes of the remaining ones.
 
-        Files with other names, and links, are not ours and stay.
+        Files with other names, and links, were not made here and stay.
         """
         found: list[tuple[int, int, Path]] = []
         total, now = 0, time.time()
@@ -212,7 +212,7 @@ class BlockCache:
 
 
 def _lock_within(fd: int, seconds: float) -> bool:
-    """Take the lock of a descriptor, waiting so long; return whether it is taken.
+    """Take the lock of a descriptor, waiting at most `seconds`; return whether it is taken.
 
     A thread waits in the kernel, which is fair; attempts at intervals starve beside other waiters.
     """

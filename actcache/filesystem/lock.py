@@ -40,7 +40,7 @@ class DirectoryLock:
 
     @property
     def held(self) -> bool:
-        """Whether this process holds the lock."""
+        """True if this process holds the lock."""
         return self._fd is not None
 
     def acquire(self) -> None:

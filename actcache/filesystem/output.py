@@ -53,7 +53,7 @@ def write_output(path: Path, data: bytes, option: str) -> None:
     """Write a result to a place that `require_output` accepts.
 
     Raises:
-        ConfigError: as `require_output`, or nobody reads the pipe.
+        ConfigError: as `require_output`, or the pipe has no reader.
         DiskFullError: the disk is full.
     """
     require_output(path, option)

@@ -156,7 +156,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o644) -> int:
     """
     folder = open_folder(path, path.parts[:-1])
     try:
-        # Looked at first, since opening a device can act on it.
+        # Checked first, since opening a device can act on it.
         require_plain_at(path, folder)
         fd = os.open(path.name, flags | PLAIN, mode, dir_fd=folder)
     except OSError as error:
@@ -294,7 +294,7 @@ def _walk_below(place: str, fd: int) -> Iterator[tuple[str, list[str], list[str]
 
 
 def is_stray(name: str) -> bool:
-    """Return whether notebooks, file managers and file systems leave files of such a name."""
+    """Return whether notebooks, file managers or file systems create files of this name."""
     return name.startswith(".") or name in _STRAYS
 
 
@@ -392,7 +392,7 @@ def _refused(path: Path, mode: int) -> FormatError:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a temporary folder of ours and all in it, as far as possible; a link stays."""
+    """Delete a temporary folder with its contents, as far as possible; a link stays."""
     with suppress(OSError):
         folder = open_folder(path, path.parts[:-1])
         try:
@@ -402,7 +402,7 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_trees(root: Path, prefix: str) -> None:
-    """Delete the temporary folders of ours directly below a root whose names begin so."""
+    """Delete the temporary folders directly below `root` whose names begin with `prefix`."""
     for path in rooted(root).iterdir():
         if path.name.startswith(prefix):
             remove_tree(path)

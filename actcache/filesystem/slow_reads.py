@@ -7,6 +7,7 @@ rows are read in thousands of pieces. Another thread calls `report_slow_reads` n
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,14 @@ WRITING: dict[int, tuple[float, Path]] = {}
 """The same of each thread's write."""
 
 _next_report = 0.0
+
+
+def _forget() -> None:
+    READING.clear()
+    WRITING.clear()
+
+
+os.register_at_fork(after_in_child=_forget)  # which has no such threads
 
 
 def report_slow_reads() -> None:

@@ -111,7 +111,7 @@ class RowDtype:
 
     @property
     def decodes(self) -> bool:
-        """Whether `to_torch` computes float32 values in new memory instead of viewing the bytes."""
+        """True if `to_torch` computes float32 values in new memory instead of viewing the bytes."""
         return False
 
     @property
@@ -172,7 +172,7 @@ class RowDtype:
         return StoredRows({VALUES: self._carried(stored)})
 
     def _carried(self, values: torch.Tensor) -> Array:
-        """View a tensor of this type as a NumPy array of the storage type."""
+        """View the bits of a tensor of this type as a NumPy array of the storage type."""
         import torch
 
         array: Array = values.view(getattr(torch, self.bridge_dtype)).numpy().view(self.storage)

@@ -44,7 +44,7 @@ _ALONE = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a model has the parts that other libraries name.
+    """Module paths of the parts of a model that other libraries name.
 
     Names are those of hookpoints, without ':in'.
     """
@@ -188,7 +188,7 @@ def _uniform(name: str) -> str:
 def find_in_cache(name: str, hookpoints: Collection[str], architecture: str) -> list[str]:
     """Return the hookpoints of a cache that a name of another library means.
 
-    A cache does not say what else its model has, so only names are found whose meaning does not
+    A cache does not list the whole model, so only names are found whose meaning does not
     depend on that, and outputs of attention and MLP of the architectures in `_PLAIN`.
 
     Args:

@@ -110,7 +110,7 @@ class HarvestEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room."""
+        """True if the disk has room."""
         return self.bytes <= self.free
 
 

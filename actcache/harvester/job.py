@@ -63,7 +63,7 @@ class HarvestJob:
     warnings: tuple[str, ...]
     """Warnings for the user."""
     renamed: dict[str, list[str]]
-    """As in `ResolvedHarvest`."""
+    """Names of other libraries, and layers counted from the end, with the hookpoints they mean."""
     lock: DirectoryLock
     """Lock on the folder, held until the harvest ends."""
 
@@ -74,7 +74,7 @@ class HarvestJob:
 
 
 def prepare_job(config: HarvestConfig, ranks: World) -> HarvestJob:
-    """Load everything, compare the manifest across ranks, and write or check it in the folder.
+    """Load model and text, compare the manifest across ranks, and write it or check the old one.
 
     Cheap checks come first: the weights are loaded after the text has been opened and counted.
 

@@ -45,7 +45,7 @@ minutes, so the text is assumed to be long enough; a harvest ends with its text 
 
 @dataclass(frozen=True)
 class ResolvedHarvest:
-    """What the options name, opened and checked: text, model without weights, hookpoints."""
+    """Inputs that the options name, opened and checked: text, model without weights, hookpoints."""
 
     source: Source
     model_config: Any

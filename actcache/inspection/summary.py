@@ -94,7 +94,7 @@ def inspect(cache: str | Path, shards: Sequence[int] | None = None) -> CacheSumm
 
     Raises:
         EmptyCacheError: no shard is complete.
-        ConfigError: a shard that was asked for is not there, or none was asked for.
+        ConfigError: a requested shard does not exist, or no shard is requested.
         CorruptShardError: no shard has statistics that can be read.
     """
     return summarize(Cache.open(cache), shards)
@@ -180,7 +180,7 @@ def summarize(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary
 def _require_published(cache: Cache, shards: Sequence[int]) -> None:
     """Raise `ConfigError` unless all these shards, at least one, are published."""
     if not shards:
-        raise ConfigError("no shard is asked for", expected="shard numbers", got="none")
+        raise ConfigError("no shard is requested", expected="shard numbers", got="none")
     for shard in shards:
         if shard not in cache.receipts:
             raise ConfigError(

@@ -69,8 +69,10 @@ def quantized_mismatches(model: Any) -> set[tuple[str, Any, Any]]:
     """
     found = set()
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            stored = getattr(layer.weight, "quant_state", None) or layer.weight  # packed if 4 bits
+        weight = getattr(layer, "weight", None)
+        # Of bitsandbytes: weights that other libraries pack have shapes of their own.
+        if isinstance(layer, nn.Linear) and type(weight).__name__ in ("Params4bit", "Int8Params"):
+            stored: Any = getattr(weight, "quant_state", None) or weight
             shape, wanted = tuple(stored.shape), (layer.out_features, layer.in_features)
             if shape != wanted:
                 found.add((f"{name}.weight", shape, wanted))
@@ -86,7 +88,8 @@ def adapter_error(name: str, config_file: str) -> ModelError:
         name: name of the model.
         config_file: path of its adapter_config.json.
     """
-    base = re.search(r'"base_model_name_or_path":\s*"([^"]*)"', Path(config_file).read_text())
+    text = Path(config_file).read_text(errors="replace")
+    base = re.search(r'"base_model_name_or_path":\s*"([^"]*)"', text)
     return ModelError(
         f"{name} holds an adapter",
         expected="a whole model",
@@ -97,7 +100,8 @@ def adapter_error(name: str, config_file: str) -> ModelError:
 
 _MERGE = (
     "merge the adapter first, with peft: PeftModel.from_pretrained(model, ADAPTER)"
-    ".merge_and_unload().save_pretrained(FOLDER); then harvest FOLDER"
+    ".merge_and_unload().save_pretrained(FOLDER); then harvest FOLDER. If it is merged, delete "
+    "adapter_config.json"
 )
 
 

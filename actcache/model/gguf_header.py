@@ -1,6 +1,6 @@
-"""Check of a GGUF file before its reader sees it: every count, length and offset lies in the file.
+"""Check of a GGUF file before it is parsed: every count, length and offset lies in the file.
 
-The reader trusts them: it maps the file, loops over counts and multiplies sizes. The format:
+The parser checks none: it maps the file, loops over counts and multiplies sizes. The format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -32,14 +32,14 @@ _BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of its weights."""
+    """Number of weights, from the checked header of a GGUF file."""
 
     elements: int
     """Numbers in all tensors."""
 
 
 class _Reader:
-    """Reads a file from its start, and nothing beyond its end."""
+    """Reader of a file from its start, which reads nothing beyond its end."""
 
     def __init__(self, file: IO[bytes], path: Path, size: int) -> None:
         self._file, self._path, self._size = file, path, size
@@ -187,7 +187,7 @@ def _bytes(reader: _Reader, name: str, kind: int, elements: int) -> int:
     try:
         block, each = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
-        raise reader.refuse(f"the type of {name}", "one that gguf knows", kind) from None
+        raise reader.refuse(f"the type of {name}", "one that gguf supports", kind) from None
     return int(-(-elements // block) * each)
 
 

@@ -335,7 +335,7 @@ def _check_local(config: HarvestConfig) -> None:
 
 
 def _gguf_header(config: HarvestConfig) -> GgufHeader | None:
-    """Check the GGUF file, before its reader trusts its sizes; raises `ModelError`."""
+    """Check the sizes in the GGUF file before it is parsed; raises `ModelError`."""
     if config.gguf_file is None:
         return None
     from transformers.utils import cached_file

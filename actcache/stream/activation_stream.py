@@ -87,7 +87,7 @@ class Batch:
 
 
 class BatchBuilder:
-    """Builds the batches of one rank. Runs in the stream's thread, without a reference to it.
+    """Builder of one rank's batches, for the thread of a stream; holds no reference to the stream.
 
     The arguments are those of `ActivationStream`.
     """

@@ -2,7 +2,7 @@
 
 Nothing here reads a file or keeps state. An epoch works like this:
 
-1. The plan's blocks (runs of `block_rows` rows of one shard) are permuted and laid end to end.
+1. The plan's blocks (runs of `block_rows` rows of one shard) are permuted and concatenated.
 2. That line of R rows is cut into L equal lanes; fewer than L rows are left over.
 3. In each lane, consecutive windows of rows are permuted within themselves. Lane l's first window
    is (l + 1)/L of a window long, so that windows do not all turn over at the same step.
@@ -44,7 +44,7 @@ class Span:
 
 @dataclass(frozen=True)
 class OrderPlan:
-    """Everything that the order depends on besides epoch and step; recorded in run.json."""
+    """Settings that determine the order, besides epoch and step; recorded in run.json."""
 
     shards: tuple[tuple[int, ...], ...]
     """(shard, rows) for every training shard."""

@@ -37,7 +37,7 @@ class BackgroundIterator(Generic[T]):
         self._make, self._workers = make, workers
         self._items: queue.Queue[T | BaseException | None] = queue.Queue(prefetch)
         self._stop = threading.Event()
-        self._patience: float | None = None
+        self._join_seconds: float | None = None
         self._thread = threading.Thread(target=self._run, name="actcache-reader", daemon=True)
         self._thread.start()
         _running.add(self)
@@ -59,14 +59,14 @@ class BackgroundIterator(Generic[T]):
         self._stop.set()
 
     def abandon(self) -> None:
-        """Let `close` wait for two seconds only: the consumer has not waited for the next item."""
-        self._patience = _ABANDONED_SECONDS
+        """Limit the wait of `close` to two seconds: the wait for the next item was interrupted."""
+        self._join_seconds = _ABANDONED_SECONDS
         end_after_command()
 
     def close(self) -> None:
         """Stop the thread and join it."""
         self.stop()
-        self._thread.join(self._patience)
+        self._thread.join(self._join_seconds)
 
     def _run(self) -> None:
         try:

@@ -29,7 +29,7 @@ class RowTokens:
 
 
 class RowTokenReader:
-    """Looks rows up in the shards' tokens files, which are verified when first read.
+    """Reader of rows' tokens from the shards' tokens files, which are verified when first read.
 
     An LRU cache keeps the tables of shards, 12 bytes a row, up to a limit; at least one is kept.
     A batch has rows of many shards: if their tables exceed the limit together, they are read again

@@ -24,7 +24,7 @@ _BATCHES = 64
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Everything that the order of segments depends on, except for the rows of each shard."""
+    """Settings that determine the order of segments, besides the rows of each shard."""
 
     shards_each: int
     """Shards of a segment, G."""

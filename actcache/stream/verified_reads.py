@@ -58,7 +58,7 @@ _Version = tuple[int | str, ...]
 
 
 class VerifiedReader:
-    """Reads rows from files that match their receipts. Safe to use from several threads.
+    """Reader of rows from files that match their receipts. Safe to use from several threads.
 
     `first-read` reads a file completely before its first rows are used, and compares size and
     digest. After every later read, `stat` detects whether the file was changed: then it is compared
@@ -125,7 +125,7 @@ class VerifiedReader:
                 return
 
     def readahead(self, spans: Iterable[Span], hookpoints: Iterable[str]) -> None:
-        """Announce spans to the operating system, if the settings enable it."""
+        """Request readahead of spans from the operating system, if the settings enable it."""
         if self._settings.readahead:
             for span in spans:
                 for hookpoint in hookpoints:

@@ -179,6 +179,7 @@ def _write_page(file: str, page: str) -> None:
 def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
     """Load the cache's tokenizer and check its fingerprint; None, with a notice, if unavailable."""
     from actcache.config import HarvestConfig
+    from actcache.core.process import captured_warnings
     from actcache.errors import ModelError
     from actcache.inspection.printable import printable
     from actcache.model.loading import fingerprint_tokenizer, load_tokenizer
@@ -187,7 +188,8 @@ def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
     try:
         # The name comes from an untrusted cache: invalid names are not loaded.
         named = name is not None or MODEL_NAME.fullmatch(source.model)
-        loaded = load_tokenizer(source) if named else None
+        with captured_warnings() as captured:
+            loaded = load_tokenizer(source) if named else None
     except ModelError:
         if name is not None:
             raise
@@ -196,6 +198,8 @@ def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
         shown = printable(source.model, 80)
         print_stderr(f"no tokenizer {shown} here: showing token ids; see --tokenizer")
         return None
+    for warning in captured.lines:
+        print_stderr(f"warning: {warning}")
     identity = cache.manifest.identity
     made_by = identity.tokenizer_fingerprint  # empty: the dataset has token ids
     found = fingerprint_tokenizer(loaded, chat=identity.documents == "chat")

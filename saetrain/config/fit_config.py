@@ -38,7 +38,7 @@ class FitConfig(SaeOptions):
     """Folder of the cache, or its URL (s3://, gs://, hf:// and others that fsspec reads)."""
 
     out: str = option(group=MAIN, on_resume="free", metavar="DIR")
-    """Folder of the run. An existing run is refused without --resume."""
+    """Folder of the run. A run that has made steps is refused without --resume."""
 
     hookpoint: tuple[str, ...] = option((), group=MAIN, metavar="NAME")
     """Hookpoint to train on, by name or fnmatch pattern; repeatable. Default: all of the cache."""

@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import Store
 abandoned = threading.Event()
 """Set while a collective is pending, and for good if an exception has ended the wait for it."""
 
-_SPINS = 200  # looks at a collective before the first pause
+_SPINS = 200  # checks of a collective before the first pause
 _PAUSE, _LONGEST_PAUSE = 5e-5, 100  # seconds, growing up to so many times as much
 _TIMEOUT = timedelta(days=30)
 """A harvest may be waited for in a collective. `StoreGroup` detects lost ranks."""

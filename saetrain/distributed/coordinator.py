@@ -62,7 +62,7 @@ class Coordinator:
 
     Args:
         stop_signals: receives SIGTERM and SIGINT.
-        parallel: --parallel, which one process obeys too: the same command line must not be
+        parallel: --parallel, which is checked here too: the same command line must not be
             accepted by one process and refused by several.
     """
 
@@ -174,7 +174,7 @@ def require_no_batchtopk(record: RunRecord) -> None:
 
 
 class MultiProcessCoordinator(Coordinator):
-    """One process of several: what both modes of `--parallel` have in common.
+    """Coordinator of one process of several: the part that both modes of `--parallel` share.
 
     Args:
         group: the processes of the run.
@@ -392,7 +392,7 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
             notice.update(f"rank {at.index(last)}, which is at step {last:,}")
 
     def check_stop_request(self, done: int, waits: bool = False) -> None:
-        """After a stop request, gather the step that each rank can stop before; take the last.
+        """Gather, after a stop request, the step that each rank can stop before; take the last.
 
         Raises:
             RunError: this rank waits for the rows of a step before that one, and they do not come.
@@ -407,7 +407,9 @@ class ModuleParallelCoordinator(MultiProcessCoordinator):
             self._stop_at = max(int(step) for step, _ in replies), _signal_of(signals)
         if done >= self._stop_at[0]:
             raise StopRequested(self._stop_at[1])
-        if waits and self._waiting is None:
+        if not waits:
+            self._waiting = None
+        elif self._waiting is None:
             self._waiting = self.group.notice()
         if waits and self._waiting is not None and self._waiting.seconds > STOP_SECONDS:
             raise RunError(
@@ -478,7 +480,7 @@ def init_coordinator(
     """Connect this process with those that torchrun started; all end the run together.
 
     Args:
-        config: says what several processes share.
+        config: holds --parallel, the way in which several processes share the work.
         stop_signals: receives SIGTERM and SIGINT.
         on_forced_exit: called with the error before a main thread that hangs is ended.
 

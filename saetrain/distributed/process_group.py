@@ -6,7 +6,7 @@ within seconds on its own machine, and after 30 missed heartbeats on another. A 
 then hangs in a collective is ended with `os._exit`.
 
 torchrun, too, ends the other processes after a kill, but by SIGTERM, which is also how a scheduler
-asks for a checkpoint. The check of /proc tells the two apart before torchrun's SIGKILL.
+requests a checkpoint. The check of /proc distinguishes the two before torchrun's SIGKILL.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MISSED_HEARTBEATS = 30
 EXIT_GRACE = 20
 """Heartbeats in which the main thread must end once another process has failed."""
 MISSED_AFTER_SIGNAL = EXIT_GRACE_AFTER_SIGNAL = 10
-"""The same two numbers once a signal has asked the run to stop: torchrun kills after 30 s. The
+"""The same two numbers once a signal has requested a stop: torchrun kills after 30 s. The
 first holds for a neighbour on this machine that is suspended; others may be busy with saving."""
 JOIN_SECONDS = 600.0
 """Seconds in which all processes must have started."""
@@ -247,7 +247,7 @@ class StoreGroup:
         return parse_dataclass(Failure, decode_json(recorded.encode()), "failure")
 
     def _cause(self, error: BaseException) -> BaseException:
-        """Return the failure of another rank that caused an error, or the error itself.
+        """Return the failure of another rank that caused an error, once known, or the error itself.
 
         A collective breaks when another rank ends, and torchrun sends SIGTERM once one has failed.
         """
@@ -271,7 +271,7 @@ class StoreGroup:
         return has_exited(self._tokens[rank]) and not self.has(f"done/{rank}")
 
     def _watch(self) -> None:
-        """Send heartbeats, and watch the next rank and the recorded failure."""
+        """Send heartbeats; abort once the next rank is lost or a rank has recorded a failure."""
         neighbour = (self.rank + 1) % self.world_size
         beat, unchanged, last = 0, 0, ""
         while not self._ended.wait(self._interval):
@@ -285,9 +285,9 @@ class StoreGroup:
                 key = f"beat/{neighbour}"
                 current = self._get(key) if self.has(key) else ""
                 unchanged, last = (unchanged + 1 if current == last else 0), current
-                # Counted in heartbeats of this rank: time in which the machine slept does not count
-                hopeless = self._stops() and is_suspended(self._tokens[neighbour])
-                most = MISSED_AFTER_SIGNAL if hopeless else MISSED_HEARTBEATS
+                # Counted in heartbeats of this rank: a suspended machine counts none
+                suspended = self._stops() and is_suspended(self._tokens[neighbour])
+                most = MISSED_AFTER_SIGNAL if suspended else MISSED_HEARTBEATS
                 if self._is_lost(neighbour):
                     self._abort(LostRankError(neighbour))
                     return
@@ -306,7 +306,7 @@ class StoreGroup:
             self.force_exit(self.report_failure(error))
 
     def _stops(self) -> bool:
-        """Return whether a signal has asked the run to stop, even if this main thread hangs."""
+        """Return whether a signal has requested a stop, even if this main thread hangs."""
         return self.stop_requested or is_signalled()
 
     def force_exit(self, cause: BaseException) -> None:
@@ -327,7 +327,7 @@ class StoreGroup:
         ending = threading.Thread(target=dist.destroy_process_group, daemon=True)
         ending.start()
         ending.join(5 * self._interval)
-        if ending.is_alive():  # a rank that has stopped does not answer, and does not hang up
+        if ending.is_alive():  # a suspended rank neither sends nor closes its connection
             self.force_exit(cause)
         if abandoned.is_set():  # torch would wait for the other ranks once more when Python ends
             atexit.register(_exit_at_once, exit_code_of(cause))
@@ -401,7 +401,7 @@ def process_token() -> str:
 
 
 def has_exited(token: str) -> bool:
-    """Return whether the process of a token has ended; False for a process of another machine."""
+    """Return whether the process that a token names has ended; False on another machine."""
     machine, pid, start_time = token.rsplit(" ", 2)
     return machine == _machine() and _start_time(int(pid)) != start_time
 

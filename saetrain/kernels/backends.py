@@ -23,13 +23,14 @@ class Primitives(Protocol):
 
     The floating arguments of one call share a dtype, which is also the result's. With `bags`, their
     number B replaces N in the decoder's rows: those of out, and of dY. `pairs` are the sorted pairs
-    of `indices`; None: a function that needs them sorts.
+    of `indices`; None: a function that needs them sorts. Unless stated otherwise, acts, values and
+    indices are [N, K], dY is [N, D], W is [M, D], and pre_acts are [N, M].
     """
 
     def gather_sum(
         self, acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None
     ) -> Tensor:
-        """[N, K], [N, K], [M, D] -> [N, D]."""
+        """Compute out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D]."""
 
     def gather_dot(
         self,
@@ -39,7 +40,7 @@ class Primitives(Protocol):
         pairs: SortedPairs | None = None,
         bags: Bags | None = None,
     ) -> Tensor:
-        """[N, D], [N, K], [M, D] -> [N, K]. `pairs` only make `on_torch` faster."""
+        """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K]. `pairs` speed up `on_torch`."""
 
     def scatter_outer(
         self,
@@ -50,12 +51,12 @@ class Primitives(Protocol):
         pairs: SortedPairs | None = None,
         bags: Bags | None = None,
     ) -> Tensor:
-        """[N, K], [N, K], [N, D] -> [M, D]."""
+        """Compute out[m] = sum over (n, k) with indices[n, k] = m of acts[n, k] * dY[n]: [M, D]."""
 
     def scatter_sum(
         self, values: Tensor, indices: Tensor, num_latents: int, pairs: SortedPairs | None = None
     ) -> Tensor:
-        """[N, K], [N, K] -> [M]."""
+        """Compute out[m] = sum of values[n, k] over (n, k) with indices[n, k] = m: [M]."""
 
     def weight_gradients(
         self,
@@ -69,22 +70,25 @@ class Primitives(Protocol):
         dtype: torch.dtype | None = None,
         bags: Bags | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, K], [N, E], [N, K], [N, D], [N, K] -> dW_dec [M, E], dW_enc [M, D], db_enc [M]."""
+        """Compute dW_dec [M, E], dW_enc [M, D] and db_enc [M], of `dtype`; None: that of dY.
+
+        acts, g and indices are [N, K], dY is [N, E], x is [N, D].
+        """
 
     def topk(self, pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """[N, M] -> [N, K], [N, K] int64."""
+        """Select the k largest of each row of [N, M]: values [N, K], indices [N, K] int64."""
 
     def batch_topk_threshold(self, pre_acts: Tensor, count: int) -> Tensor:
-        """[N, M] -> no dimensions."""
+        """Find the count-th largest of all N*M numbers, no dimensions."""
 
     def group_max(self, pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """[N, M] -> [N, K], [N, K] int64."""
+        """Select the largest of each of k groups of a row: [N, K], and indices [N, K] int64."""
 
     def signum_update_(self, y: Tensor, z: Tensor, grad: Tensor, options: Any) -> None:
-        """Update in place by `saetrain.kernels.update.UpdateOptions`."""
+        """Make one step of schedule-free SignSGD, in place; `options` is an `UpdateOptions`."""
 
     def adam_update_(self, w: Tensor, m: Tensor, v: Tensor, grad: Tensor, options: Any) -> None:
-        """Update in place by `saetrain.kernels.update.UpdateOptions`."""
+        """Make one step of Adam, in place; `options` is an `UpdateOptions`."""
 
 
 def select_backend(tensor: Tensor, backend: str | None = None) -> str:

@@ -1,7 +1,7 @@
 """Dense products: the encoder's x W^T + b, and the dense encoder and decoder with gradients.
 
 On a CPU with AVX-512 the product is oneDNN's, for float32 too: `linear` gives that to MKL, which
-takes almost twice as long on processors of other makers. oneDNN wants W in an order of its own,
+takes almost twice as long on processors of other makers. oneDNN takes W in a layout of its own,
 which is made once per batch where that pays.
 
 By autograd, b_dec's part of the encoder's gradient is a third product as large as the others, of

@@ -61,7 +61,7 @@ class UpdateOptions:
 def adam_numbers(
     lr: float, weight_decay: float, beta1: float, beta2: float, step: int
 ) -> tuple[float, float, float, float, float]:
-    """Compute the numbers of Adam that change from step to step; in float64: 1 - beta2 is small.
+    """Compute the scalars of Adam that change with the step, in float64, as 1 - beta2 is small.
 
     Returns:
         Share of w that stays, lr / (1 - beta1^step), sqrt(1 - beta2^step); and lr and step

@@ -76,7 +76,7 @@ class RunEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits into the free memory of the device."""
+        """True if the run fits into the free memory of the device."""
         return self.total - self.libraries <= self.free
 
 

@@ -18,6 +18,7 @@ from saetrain.launch.resolve import open_cache, resolve_run, resume_record, writ
 from saetrain.launch.session import (
     EXIT,
     RunSession,
+    is_empty,
     made_no_step,
     run_session,
 )
@@ -79,10 +80,8 @@ def _resolve(session: RunSession) -> RunState:
     found = find_run(config, root)
     if found != "resumed":
         record = resolve_run(config, cache, device, parts)
-        if found == "unused":
-            session.discard_unused()
         warnings = () if config.follow else _missing_shards(cache)
-        return RunState(record, cache, device, warnings=warnings)
+        return RunState(record, cache, device, warnings=warnings, replaces=found == "unused")
     session.lock_run(resume=True)
     record, changes, warnings = resume_record(config, cache, root, parts)
     return RunState(record, cache, device, True, changes, warnings)
@@ -100,6 +99,8 @@ def commit_run_record(session: RunSession, run: RunState) -> None:
     if coordinator.is_rank_zero and run.resumed:
         write_option_changes(root, run.record, run.step, run.changes)
     elif coordinator.is_rank_zero:
+        if run.replaces:
+            session.discard_unused()
         session.lock_run(resume=False)
         write_run(root, run.record)
     coordinator.barrier()
@@ -162,7 +163,7 @@ def find_run(config: FitConfig, root: Path) -> Literal["resumed", "unused", "non
         if not root.is_dir():
             raise RunError(f"--out {root} is a file", expected="a new or empty folder")
         require_plain(root, [str(LOCK), EXIT])
-        if not made_no_step(root):
+        if not (has_record or is_empty(root)):
             content = "a cache" if (root / MANIFEST).exists() else "other things"
             raise RunError(f"--out {root} holds {content}", expected="a new or empty folder")
     return "unused" if has_record else "none"

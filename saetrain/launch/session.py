@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from actcache.core.json_codec import to_json
-from actcache.errors import ActcacheError, DiskFullError, RunError
+from actcache.core.json_codec import read_json, to_json
+from actcache.errors import ActcacheError, DiskFullError, FormatError, RunError
 from actcache.filesystem.atomic import remove_partials, write_atomic
 from actcache.filesystem.lock import DirectoryLock
 from actcache.filesystem.rooted import is_stray, rooted
@@ -21,14 +21,14 @@ from saetrain.distributed.coordinator import Coordinator, init_coordinator, repo
 from saetrain.distributed.signals import RunStopped, StopSignals, exit_code_of
 from saetrain.runs.checkpoint import newest_step
 from saetrain.runs.own_files import is_plain
-from saetrain.runs.record import LOCK, RUN
+from saetrain.runs.record import LOCK, RUN, read_run
 from saetrain.runs.segments import SEGMENTS
 from saetrain.tracking.jsonl import METRICS, TIMINGS
-from saetrain.training.non_finite import ROWS
 
 EXIT = "exit.json"
 _LINES = METRICS, TIMINGS
-BEFORE_STEPS = str(LOCK), EXIT, SEGMENTS, ROWS, *_LINES, RUN
+_BEFORE_RECORD = str(LOCK), EXIT
+_BEFORE_STEPS = *_BEFORE_RECORD, SEGMENTS, *_LINES, RUN
 """Files that a run may write before its first step, in the order in which they are removed."""
 
 
@@ -47,7 +47,7 @@ class ExitStatus:
 
 @dataclass(frozen=True)
 class RunSession:
-    """What one call of `fit` holds from its start to its end."""
+    """Configuration, folder, lock and coordinator of one call of `fit`."""
 
     config: FitConfig
     root: Path
@@ -68,7 +68,7 @@ class RunSession:
             raise RunError(
                 f"another fit has started a run in {self.root}", remedy="--resume, or wait"
             )
-        (self.root / EXIT).unlink(missing_ok=True)  # a call that is killed must not look finished
+        (self.root / EXIT).unlink(missing_ok=True)  # else a killed call would appear finished
         remove_partials(self.root)
 
     def discard_unused(self) -> None:
@@ -83,7 +83,7 @@ class RunSession:
             raise RunError(
                 f"another fit has started a run in {self.root}", remedy="--resume, or wait"
             )
-        for name in BEFORE_STEPS[1:]:  # run.json last: until it is gone, this is done again
+        for name in _BEFORE_STEPS[1:]:  # run.json last: until it is gone, this is done again
             (self.root / name).unlink(missing_ok=True)
 
     def share_lock(self) -> None:
@@ -128,22 +128,42 @@ def run_session(config: FitConfig) -> Iterator[RunSession]:
 
 
 def made_no_step(root: Path) -> bool:
-    """Return whether a folder holds at most what a run leaves that ends before its first step.
+    """Return whether a folder holds a run that ended before its first step, and nothing else.
 
-    Strays of notebooks and file managers are ignored. A line of metrics, an SAE and a checkpoint
-    are the work of a step.
+    Strays of notebooks and file managers are ignored. A line of metrics, a record of rows that are
+    not finite, an SAE and a checkpoint are the work of a step. A run that has finished made steps,
+    wherever they are now. A run.json that is not ours, or damaged, is none of such a run.
+    """
+    try:
+        read_run(root)
+        status = read_json(root / EXIT) if (root / EXIT).exists() else None
+    except FormatError:
+        return False
+    finished = isinstance(status, dict) and status.get("code") == 0
+    return not finished and holds_only(root, _BEFORE_STEPS)
+
+
+def is_empty(root: Path) -> bool:
+    """Return whether a folder holds nothing but strays, and a lock and exit.json without a run."""
+    return holds_only(root, _BEFORE_RECORD)
+
+
+def holds_only(root: Path, names: tuple[str, ...]) -> bool:
+    """Return whether a folder holds only plain files of these names, and strays.
+
+    metrics.jsonl and timings.jsonl must be empty.
     """
     for path in root.iterdir():
-        begun = path.name in BEFORE_STEPS and is_plain(path)
-        if (path.name in _LINES and begun and path.stat().st_size) or not (
-            begun or is_stray(path.name)
-        ):
+        is_own = path.name in names and is_plain(path)
+        if is_own and path.name in _LINES and path.stat().st_size:
+            return False
+        if not (is_own or is_stray(path.name)):
             return False
     return True
 
 
 def stopped_before_start(root: Path, error: BaseException | None) -> bool:
-    """Return whether a signal has ended a run before its first file, in a folder of its own.
+    """Return whether a signal ended a run whose folder has no file but exit.json, or is absent.
 
     That happens while the first segment of a harvest is waited for. A folder with other files may
     belong to something else.

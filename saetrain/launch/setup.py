@@ -184,6 +184,8 @@ def restore_checkpoint(session: RunSession, run: RunState) -> None:
             try:
                 checkpoint = load_parts(root, candidate.step, wanted)
                 _require_contents(root, run, *checkpoint)
+            except ForeignCheckpointError:
+                raise
             except FormatError as error:
                 problem = _in_one_line(error)
             coordinator.gather(problem)

@@ -61,7 +61,7 @@ def folded_losses(sae: nn.Module, *arguments: Any) -> Losses:
 
 
 class _Losses(nn.Module):
-    """`compute_losses` as a module, as `functional_call` requires."""
+    """Module of `compute_losses`, as `functional_call` requires."""
 
     def __init__(self, sae: nn.Module) -> None:
         super().__init__()

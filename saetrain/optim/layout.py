@@ -1,6 +1,6 @@
 """Names, shapes and dtypes of an optimiser's saved state, compared before it is loaded.
 
-The kernels of an optimiser trust the shapes of its moments: a moment of another shape would be read
+Kernels of an optimiser do not check the shapes of moments: one of another shape would be read
 and written out of bounds.
 """
 
@@ -25,7 +25,7 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class StateLayout:
-    """What a saved state holds after at least one update of every parameter."""
+    """Tensors and numbers of a saved state after at least one update of every parameter."""
 
     tensors: dict[str, TensorSpec]
     """Tensors that it must hold, by name."""

@@ -107,7 +107,7 @@ class State:
 
 
 class ForeignCheckpointError(FormatError):
-    """The contents of an undamaged checkpoint say that it is of another run."""
+    """The contents of an undamaged checkpoint are those of another run."""
 
 
 @dataclass(frozen=True)

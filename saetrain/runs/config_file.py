@@ -68,7 +68,7 @@ def read_options(path: Path, also: Mapping[str, Any] | None = None) -> Options:
 
 
 def merge(file: Options, line: Options) -> Options:
-    """Merge options; those of the command line win, also over per-hookpoint overrides."""
+    """Merge options; those of the command line replace others, also per-hookpoint overrides."""
     hidden = {name for given in line for name in (given, *_ALTERNATIVES.get(given, ()))}
     kept = {name: value for name, value in file.items() if name not in hidden}
     overrides = {

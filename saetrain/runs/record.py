@@ -83,7 +83,7 @@ class OptionChange:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that determines a run's results. Contents of run.json."""
+    """Settings and data that determine a run's results: the contents of run.json."""
 
     format_version: int
     cache: str
@@ -223,7 +223,7 @@ def read_run(root: Path) -> RunRecord:
 
 
 def _has_seal(obj: object) -> bool:
-    """Return whether run.json must have a seal: from format 2 on, or if that cannot be told."""
+    """Return whether run.json must have a seal: unless it is an object of format 1."""
     return not isinstance(obj, dict) or obj.get("format_version") != 1
 
 

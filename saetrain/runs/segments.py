@@ -213,7 +213,7 @@ def plan_of_step(
 
 
 class HarvestWaitNotice:
-    """Shows which shard a run waits for: in the progress bar or, without one, a line a segment.
+    """Notice of the shard that a run waits for: in the progress bar, or else a line a segment.
 
     Args:
         cache: the cache that is being harvested.

@@ -1,4 +1,4 @@
-"""safetensors files of checkpoints and SAEs: read once, and checked before torch sees them.
+"""safetensors files of checkpoints and SAEs: read once, and checked before torch loads them.
 
 The bytes that are compared with a digest are those that are loaded. They are not mapped: a file
 that is cut meanwhile would end the process with SIGBUS.

@@ -39,7 +39,7 @@ class MetricsSink(Protocol):
 
 
 class JsonlTracker:
-    """Writes metrics.jsonl and timings.jsonl and updates the progress bar.
+    """Writer of metrics.jsonl and timings.jsonl, which also updates the progress bar.
 
     A resumed run first truncates both files to its checkpoint's step, so that metrics.jsonl ends up
     the same as without an interruption.

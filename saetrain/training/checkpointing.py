@@ -28,7 +28,7 @@ from saetrain.training.sae_trainer import SaeTrainer
 
 
 class Checkpointer:
-    """Saves a run at intervals, and records the last step that is saved.
+    """Writer of a run's checkpoints at intervals, with the last step that is saved.
 
     Args:
         root: folder of the run.

@@ -43,7 +43,7 @@ pointers, and so one compiled kernel serves all SAEs."""
 
 
 class GraphedSteps:
-    """Runs the steps of all SAEs of a process: warm-up steps first, then replays of one.
+    """Steps of all SAEs of a process: warm-up steps first, then replays of a recorded one.
 
     Args:
         groups: the SAEs, by hookpoint, all on one device.
@@ -186,7 +186,7 @@ class GraphRecorder(Protocol):
 
 
 class CudaGraphs:
-    """Warms up and records work on a side stream of a CUDA device.
+    """Recorder of CUDA graphs: warms up and records work on a side stream of a device.
 
     Follows "whole network capture" in torch's notes on CUDA semantics.
 

@@ -90,7 +90,7 @@ def initial_sae(
 
 @torch.no_grad()
 def init_b_dec_at_median(sae: Sae, entry: SaeEntry, first: FirstRows) -> None:
-    """With --b-dec-init geometric-median, set b_dec to the geometric median of the target rows."""
+    """Set b_dec to the geometric median of the target rows, with --b-dec-init geometric-median."""
     if entry.options.b_dec_init == "geometric-median":
         _, predicted = sae.split(first.of(entry, torch.device("cpu")))
         sae.b_dec.copy_(torch.from_numpy(geometric_median(predicted)))

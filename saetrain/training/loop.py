@@ -134,7 +134,7 @@ def _next_batch(
     try:
         return coordinator.next_batch(stream)
     except LostRankError:
-        with suppress(ActcacheError):  # the lost rank is the error to raise
+        with suppress(ActcacheError, OSError):  # the lost rank is the error to raise
             checkpointer.save_while_waiting(done, position)
         raise
     except Exception:

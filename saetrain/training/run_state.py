@@ -31,6 +31,8 @@ class RunState:
     """On rank 0, what has changed since the run was last started."""
     warnings: tuple[str, ...] = ()
     """On rank 0, warnings of the start."""
+    replaces: bool = False
+    """Whether a run that made no step is removed from the folder before this one is recorded."""
 
     step: int = 0
     """Steps done before this call."""
@@ -48,7 +50,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a call of `train` has done."""
+    """Result of a call of `train`."""
 
     steps: int
     """Steps of the whole run."""

@@ -159,7 +159,7 @@ V = TypeVar("V")
 
 
 class FiniteGuard:
-    """Flag on the device that turns false, for good, at the first value that is not finite.
+    """Flag on the device, false from the first value on that is not finite, and its step.
 
     Later updates are masked by it, so that the weights stay those before that value.
     """

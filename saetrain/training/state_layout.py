@@ -1,6 +1,6 @@
 """Comparison of a checkpoint's tensors and numbers with what an SAE in training needs.
 
-It comes before anything is loaded: kernels trust shapes, and counters become sizes and exponents.
+It precedes loading: kernels do not check shapes, and counters become sizes and exponents.
 Letters: M num_latents.
 """
 

@@ -146,7 +146,7 @@ def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
 
 
 def refresh_bf16_copies(sae: Sae, settings: StepSettings) -> None:
-    """Bring the bfloat16 copy of the encoder up to date; it nearly always is."""
+    """Make or update the bfloat16 copy of the encoder, if autocast uses one and it is outdated."""
     # Dense activations leave the cast to autocast, and folded weights are no parameters.
     if settings.autocast and settings.decoder_norm != "fold" and sae.activation.k:
         keep_bf16_copy(sae.W_enc)

@@ -39,7 +39,7 @@ FILE = SEQUENCES * PER_SEQUENCE * D * ITEM
 FILES = HOOKPOINTS + 3  # tokens, statistics, receipt
 BLOCK_ROWS = choose_block_rows(POINTS, "bfloat16")
 
-# Measured on the benchmark's machine, or assumed, as the page says.
+# Measured on the benchmark's machine, or assumed, as on the page.
 PEAK, MFU, DISK, LATENTS, ENCODER_SHARE = 790e12, 0.4, 100e9, 65_536, 0.5
 OPEN_10K, PUBLISH, EPOCH_BYTES = 1.049, (12e9, 2.2e9, 29e9), 24
 WEIGHTS = 8.03e9 - 2 * 128_256 * D  # of a Llama: no embedding, no head

@@ -156,7 +156,7 @@ def test_a_repair_does_not_read_a_file_that_is_too_large(
     os.truncate(cache / "tokens/00001.safetensors", 1 << 32)
     if receipt == "damaged":
         (cache / "shards/00001.json").write_text("{")
-    code = 15 if receipt == "damaged" else 0  # then nothing says which bytes are right
+    code = 15 if receipt == "damaged" else 0  # then nothing shows which bytes are right
     run("verify", cache, "--quick", "--repair", "--", *harvest, code=code)
     assert read
     assert max(read) < 1 << 20

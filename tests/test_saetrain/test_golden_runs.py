@@ -2,7 +2,7 @@
 
 Today's code must open, resume and finish them as the version that began them would have. They were
 left as users leave them, by the command line and a signal, and are finished by the command line, so
-that this file knows no module of the project:
+that this file imports no module of the project:
 
 - `model/`, `text.jsonl`: what is harvested. The model's numbers are small integers, of which sums
   are exact, so its rows, statistics and receipts are the same bytes on any machine;
@@ -10,7 +10,7 @@ that this file knows no module of the project:
 - `harvest/`, `harvest-zarr/`: the harvest killed by SIGKILL, in bfloat16 and in int8 arrays;
 - a folder for each of RUNS: a run that SIGTERM stopped about half way, with its checkpoint;
 - `expected.json`: size and SHA-256 of every file of those runs and harvests once finished, that
-  depends on nothing but what was asked; metrics.jsonl in full; and the machine it was made on.
+  depends on nothing but the options; metrics.jsonl in full; and the machine it was made on.
 
 **Other machines.** A run's last bits are promised on one kind of device and with the same libraries
 only. So files are compared by their bytes, and where some differ, the test fails if this machine is
@@ -50,14 +50,14 @@ EXPECTED = GOLDEN / "expected.json"
 BIN = Path(sys.executable).parent
 SECONDS = 120  # until a process that hangs is given up
 
-# --- what was asked -------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 HARVEST = (
     "harvest model text.jsonl --hookpoint wte --hookpoint h.0 --ctx-len 17 --shard-size 16 "
     "--batch-size 4 --max-tokens 1700 --dtype bfloat16"
 )
 HARVESTS = {"harvest": "", "harvest-zarr": "--backend zarr --dtype int8 --compress zstd"}
-"""What else each harvest is asked."""
+"""Further options of each harvest."""
 
 STREAM = "--batch-size 32 --dead-after 64 --log-every 4 --device cpu --epochs 2 --lr-warmup-steps 4"
 RUNS = {
@@ -80,7 +80,7 @@ RUNS = {
 TOGETHER = ("modules", "ddp")
 """Those of two processes."""
 VARIES = ("timings.jsonl", "fit.lock", "run.json")
-"""Files of a run that say when and where it was made; run.json is compared by itself."""
+"""Files of a run that record when and where it was made; run.json is compared by itself."""
 
 
 def fit_line(name: str) -> list[str]:
@@ -108,13 +108,13 @@ def machine() -> dict[str, str]:
     return {
         "processor": " ".join([platform.machine(), *named]),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),  # conftest.py and torchrun say 1
+        "threads": str(torch.get_num_threads()),  # conftest.py and torchrun set 1
         **{name: version(name) for name in ("torch", "numpy")},
     }
 
 
 def files_below(root: Path, varies: tuple[str, ...] = VARIES) -> dict[str, list[Any]]:
-    """Size and SHA-256 of every file that is a function of what was asked."""
+    """Size and SHA-256 of every file that is a function of the options."""
     paths = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name not in varies]
     found = {str(path.relative_to(root)): path.read_bytes() for path in paths}
     return {
@@ -219,7 +219,7 @@ def test_a_run_that_an_earlier_version_began_is_finished_in_the_same_bytes(
     if name in TOGETHER:
         for rank in fork_server.start_ranks(2, "saetrain", *line):
             assert rank.wait(SECONDS) == 0, rank.stderr
-    elif name == "grid":  # its own record says what it is
+    elif name == "grid":  # its own record holds its options
         program("saetrain", ["fit", "--config", "grid/run.json", "--resume"])
     else:
         program("saetrain", line)

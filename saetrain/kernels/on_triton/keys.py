@@ -42,7 +42,7 @@ def ordered(x):
 
 
 def number_of(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the number that has this key, int64."""
+    """Compute the numbers of type `dtype` from their keys, int64: the inverse of `ordered`."""
     if dtype == torch.float32:
         bits = torch.where(key >> 31 != 0, key - 2**31, 2**32 - 1 - key)
         signed = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32)

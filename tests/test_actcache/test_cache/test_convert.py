@@ -324,7 +324,7 @@ def test_an_unfinished_source_is_converted_and_completed_later(
     assert (first.new_shards, first.complete) == (2, False)
     assert not (tmp_path / "out" / "shards" / "END.json").exists()
     shutil.copy(receipt_path(source, 1), receipt_path(part, 1))
-    assert not run(part, tmp_path / "out", dtype="float16").complete  # nobody has sealed it yet
+    assert not run(part, tmp_path / "out", dtype="float16").complete  # it is not sealed yet
     shutil.copy(source / "shards" / "END.json", part / "shards" / "END.json")
     last = run(part, tmp_path / "out", dtype="float16")
     assert (last.new_shards, last.complete) == (0, True)

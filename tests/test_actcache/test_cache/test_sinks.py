@@ -70,14 +70,14 @@ def test_sinks_at_other_positions_are_not_counted_at_the_first(make_cache: MakeC
     [(10**9, 1.0), (100, 3.0), (2, 60.0)],
     ids=["no large rows", "below the ratio", "half of the rows are large"],
 )
-def test_nothing_is_said_where_no_row_is_above_ten_medians(
+def test_nothing_is_reported_where_no_row_is_above_ten_medians(
     make_cache: MakeCache, every: int, factor: float
 ) -> None:
     path = make_cache(rows=lambda *a: rows_with_sinks(every, factor)(*a)[: a[2]])
     assert find_sinks(Cache.open(path)) == ()
 
 
-def test_nothing_is_said_of_sinks_with_a_small_share_of_the_variance(
+def test_nothing_is_reported_of_sinks_with_a_small_share_of_the_variance(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache.open(make_cache(rows=rows_with_sinks(500, 12.0)))
@@ -86,7 +86,7 @@ def test_nothing_is_said_of_sinks_with_a_small_share_of_the_variance(
     assert find_sinks(cache) == ()
 
 
-def test_nothing_is_said_of_a_cache_without_rows_above_the_ratio(
+def test_nothing_is_reported_of_a_cache_without_rows_above_the_ratio(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache.open(make_cache(rows=rows_with_sinks(100, 60.0)))

@@ -291,7 +291,7 @@ def test_a_harvest_killed_before_its_first_zarr_json_is_incomplete_and_resumes(
 
 @pytest.mark.parametrize("backend", ["memmap", "zarr"])
 @pytest.mark.parametrize("moment", ["extension_files", "receipt_files", "read_end"])
-def test_a_cache_that_is_extended_during_a_look_is_sound(
+def test_a_cache_that_is_extended_during_a_verification_is_sound(
     moment: str, backend: str, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(harvest(options(backend=backend)).cache)
@@ -308,7 +308,7 @@ def test_a_cache_that_is_extended_during_a_look_is_sound(
     assert (found.is_sound, found.complete) == (True, True)
 
 
-def test_a_harvest_that_ends_during_a_look_is_sound(
+def test_a_harvest_that_ends_during_a_verification_is_sound(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(harvest(options()).cache)

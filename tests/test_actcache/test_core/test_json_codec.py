@@ -49,7 +49,7 @@ GOOD = {
 }
 
 
-def test_a_dataclass_survives_encoding_and_parsing() -> None:
+def test_a_dataclass_is_equal_after_encoding_and_parsing() -> None:
     outer = Outer("é\ud800", 1.0, False, "b", 7, ((1, 2), ()), (Inner(4),), {"k": 1}, 9)
     assert parse_dataclass(Outer, json.loads(to_json(outer)), "here") == outer
 

@@ -98,7 +98,7 @@ def test_what_a_bar_shows_is_escaped(capsys: pytest.CaptureFixture[str]) -> None
 
 
 class Clock:
-    """Time that passes only when a test says so."""
+    """Time that passes only when a test advances it."""
 
     def __init__(self) -> None:
         self.now = 5000.0
@@ -226,7 +226,7 @@ def test_a_heartbeat_prints_the_innermost_work_once_a_minute(
     assert line_after(1) == "harvest: at work for 3.5 min\n"
 
 
-def test_a_heartbeat_shows_what_is_waited_for_until_work_goes_on(
+def test_a_heartbeat_shows_what_is_waited_for_until_work_continues(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     bar = Progress("fit", None, "rows")

@@ -1,4 +1,4 @@
-"""Waits for other processes: they end on a signal and at a deadline, and say whom they wait for."""
+"""Waits for other processes: they end on a signal and at a deadline, and print their cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from actcache.core.rendezvous import gather, open_store, ranks
 from actcache.errors import ConfigError, RunError
 
 
-class Heard(BaseException):
+class SignalRaised(BaseException):
     """Raised by the signal handler of a test."""
 
 
@@ -30,10 +30,10 @@ def _address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _alarm() -> Iterator[None]:
-    """Send a signal in half a second, whose handler raises `Heard`."""
+    """Send a signal in half a second, whose handler raises `SignalRaised`."""
 
     def stop(*_: object) -> None:
-        raise Heard
+        raise SignalRaised
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 0.5)
@@ -44,15 +44,15 @@ def _alarm() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_alarm")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_whose_siblings_do_not_start_hears_a_signal(rank: int) -> None:
-    with pytest.raises(Heard):
+def test_a_wait_for_ranks_that_do_not_start_ends_on_a_signal(rank: int) -> None:
+    with pytest.raises(SignalRaised):
         World(rank, 2).check_equal_then_run_on_rank_zero(b"x", lambda: None)
 
 
 @pytest.mark.usefixtures("_alarm")
-def test_a_rank_that_waits_for_the_work_of_rank_zero_hears_a_signal() -> None:
+def test_a_wait_for_the_work_of_rank_zero_ends_on_a_signal() -> None:
     store = HashStore()
-    with pytest.raises(Heard):
+    with pytest.raises(SignalRaised):
         gather(store, "acted", [0], "harvest")
 
 
@@ -72,7 +72,7 @@ def test_a_wait_ends_at_its_deadline_with_the_ranks_that_are_missing() -> None:
         (lambda: open_store(1, 2, "harvest", 0.1), "rank 0 at 127.0.0.1"),
     ],
 )
-def test_a_long_wait_says_for_whom_and_says_it_again(
+def test_a_long_wait_is_reported_repeatedly_with_what_is_missing(
     wait: Callable[[], object],
     whom: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -21,7 +21,7 @@ from actcache.core import watchdog
 
 watchdog.GRACE_SECONDS = 0.5
 with watchdog.handled_signals():
-    if sys.argv[1] == "patient":
+    if sys.argv[1] == "handled":
         signal.signal(signal.SIGTERM, lambda *_: watchdog.mark_handled())
     threading.Timer(0.5, print, ["ready"], {"flush": True}).start()  # the lock is taken by then
     lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(128)
@@ -71,7 +71,7 @@ with watchdog.handled_signals():
 
 
 def test_a_read_that_hangs_ends_after_the_first_signal_even_if_a_checkpoint_was_to_come() -> None:
-    process = stuck("patient", READS)
+    process = stuck("handled", READS)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode == 143
@@ -115,7 +115,7 @@ def test_a_command_whose_threads_wait_is_ended_when_they_are_joined_too(
 
 
 def test_a_handler_that_saves_first_is_given_time_until_a_second_signal() -> None:
-    process = stuck("patient")
+    process = stuck("handled")
     process.send_signal(signal.SIGTERM)
     time.sleep(1.5)
     assert process.poll() is None

@@ -103,7 +103,7 @@ def test_killed_writers_leave_whole_blocks_within_the_capacity(tmp_path: Path) -
     assert blocks
     for path in blocks:
         assert cache.get(path.name, 1000) is not None
-    for i in range(40):  # what the dead were at does not keep others out
+    for i in range(40):  # reservations of killed processes do not keep others out
         cache.put(f"zz-{i}", bytes(1000))
     assert cache.holds("zz-39")
     assert kept(tmp_path) <= most

@@ -336,7 +336,7 @@ def test_resuming_with_other_library_versions_warns(options: Options) -> None:
     first, second = sorted(summary.warnings)
     assert first == "gone is None now; this cache was begun with 3"
     assert first != second
-    torch_now = metadata.version("torch")  # torch.__version__ may say more: +cu130
+    torch_now = metadata.version("torch")  # torch.__version__ may have more: +cu130
     assert second == f"torch is {torch_now} now; this cache was begun with 1.0"
     assert path.read_bytes() == changed
 

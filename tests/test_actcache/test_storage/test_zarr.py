@@ -231,7 +231,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_missing_resized_or_linked_chunk_is_refused(damage: str, root: Path) -> None:
     DAMAGES[damage](root)
-    # A linked folder is refused when the cache is opened, all else when the chunk is looked for.
+    # A linked folder is refused when the cache is opened, all else when the chunk is located.
     with pytest.raises((CorruptShardError, FormatError), match=r"activations/layers\.0"):
         Cache.open(root).read("layers.0", 1)
 
@@ -256,6 +256,6 @@ def test_any_damaged_byte_of_an_array_raises_only_our_errors(root: Path) -> None
                     Cache.open(root).read("layers.0", 1)
                 except ActcacheError:
                     continue
-                assert path.name == "0"  # other numbers: the receipt's digest tells them
+                assert path.name == "0"  # other numbers: the receipt's digest finds them
         path.write_bytes(data)
     Cache.open(root).read("layers.0", 1)

@@ -252,7 +252,7 @@ def test_invalid_statistics_with_a_valid_digest_are_shown_without_a_crash(
     ET.fromstring((tmp_path / "page.html").read_text())
 
 
-def test_sinks_are_told_in_one_sentence_in_json_and_on_the_page(sinks_path, tmp_path):
+def test_sinks_are_described_in_a_sentence_in_json_and_on_the_page(sinks_path, tmp_path):
     said = (
         r"12 rows \(2\.34%\) above 10 median norms hold \d\d\.\d% of the variance of layers\.1, "
         r"0 of them at position 1: --max-norm-ratio 10"

@@ -10,22 +10,22 @@ from saetrain.distributed import collectives
 
 
 class Work:
-    """An all-gather that takes 500 looks."""
+    """An all-gather that is pending for 500 checks."""
 
     def __init__(self, gathered: list[Any]) -> None:
-        self.gathered, self.looks = gathered, 0
+        self.gathered, self.checks = gathered, 0
 
     def is_completed(self) -> bool:
-        self.looks += 1
-        return self.looks > 500
+        self.checks += 1
+        return self.checks > 500
 
     def wait(self) -> None:
         for rank, tensor in enumerate(self.gathered):
             tensor.fill_(rank + 1)
 
 
-class Heard(BaseException):
-    """What the handler of a signal raises."""
+class SignalRaised(BaseException):
+    """Exception that the handler of a signal raises."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +46,10 @@ def test_an_all_gather_calls_back_while_other_ranks_are_late() -> None:
 
 
 def test_an_all_gather_ends_when_a_signal_raises() -> None:
-    def heard() -> None:
-        raise Heard
+    def stop() -> None:
+        raise SignalRaised
 
-    with pytest.raises(Heard):
-        collectives.all_gather_int(1, heard)
+    with pytest.raises(SignalRaised):
+        collectives.all_gather_int(1, stop)
     assert collectives.abandoned.is_set()  # so the process does not wait for it at its end
     collectives.abandoned.clear()

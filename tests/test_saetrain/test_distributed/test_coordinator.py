@@ -144,7 +144,9 @@ def test_a_rank_whose_rows_do_not_come_does_not_hold_up_a_stop(
     coordinator.stop_signals.received = signal.SIGTERM
     coordinator.check_stop_request(3, waits=True)
     time.sleep(0.2)
-    coordinator.check_stop_request(4)
+    coordinator.check_stop_request(4)  # rows came: the next wait begins anew
+    coordinator.check_stop_request(4, waits=True)
+    time.sleep(0.2)
     with pytest.raises(RunError, match=r"(?s)rank 0 .*rows of step 5, to save step 7"):
         coordinator.check_stop_request(4, waits=True)
     with pytest.raises(StopRequested):

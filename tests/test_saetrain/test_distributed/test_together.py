@@ -450,7 +450,7 @@ def test_stopped_damaged_and_overridden_runs_resume_like_those_of_one_process(
 def test_a_checkpoint_that_one_rank_refuses_is_skipped_by_all(
     parallel: str, base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
 ) -> None:
-    """With --parallel modules, rank 0 does not know the SAEs of rank 1."""
+    """With --parallel modules, rank 0 does not load the SAEs of rank 1."""
     run = base | {"parallel": parallel, "out": str(tmp_path / "run")}
     run |= {"keep_last": 2, "keep_every": 5, "resume": True}
     run_jobs(2, [{"options": run}], tmp_path)

@@ -322,7 +322,7 @@ def test_without_a_good_checkpoint_a_resume_is_refused_and_changes_nothing(
     assert only_changed(before, snapshot(Path(config.out))) in ([], ["exit.json"])
 
 
-def test_a_checkpoint_that_says_it_is_of_another_run_is_no_reason_to_fall_back(
+def test_a_checkpoint_whose_contents_are_of_another_run_is_no_reason_to_fall_back(
     options: Options,
 ) -> None:
     config = options(resume=True, keep_last=2)

@@ -266,7 +266,7 @@ def test_a_diverging_loss_stops_the_run(options: Options, optimizer: str, lr: fl
     assert (Path(config.out) / RUN).exists()
 
 
-def test_sinks_in_the_training_rows_are_told_at_the_start(
+def test_sinks_in_the_training_rows_are_reported_at_the_start(
     sinks_path: Path, options: Options, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = options(cache=str(sinks_path), resume=True)

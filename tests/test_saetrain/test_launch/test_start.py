@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -334,6 +335,46 @@ def test_files_of_others_beside_a_run_without_a_step_are_not_taken_for_it(
     with pytest.raises(RunError, match="holds a run already"):
         fit(config)
     assert (Path(config.out) / "run.json").exists()
+
+
+def test_a_run_json_of_something_else_and_a_finished_run_are_kept(
+    options: Options, snapshot: Snapshot
+) -> None:
+    """The finished one's SAEs, checkpoints and metrics were moved away."""
+    foreign, finished = Path(options().out + "-foreign"), options(out=options().out + "-finished")
+    foreign.mkdir()
+    (foreign / "run.json").write_text('{"name": "of a launcher"}')
+    fit(finished)
+    for path in Path(finished.out).iterdir():
+        if path.name in ("metrics.jsonl", "timings.jsonl"):
+            path.write_text("")
+        elif path.is_dir():
+            shutil.rmtree(path)
+        elif path.name.startswith("checkpoint-"):
+            path.unlink()
+    for folder in (foreign, Path(finished.out)):
+        before = snapshot(folder)
+        with pytest.raises(RunError, match="holds a run already"):
+            fit(options(out=str(folder)))
+        assert snapshot(folder) == before
+
+
+def test_a_run_without_a_step_is_kept_until_the_new_one_is_set_up(
+    options: Options, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: Any) -> None:
+        raise Killed
+
+    config = options()
+    with monkeypatch.context() as patch:
+        patch.setattr(saetrain.training.step, "train_step", end)
+        with pytest.raises(Killed):
+            fit(config)
+    before = snapshot(Path(config.out))
+    monkeypatch.setattr(saetrain.launch.run, "set_up_run", end)
+    with pytest.raises(Killed):
+        fit(dataclasses.replace(config, batch_size=16))
+    assert snapshot(Path(config.out)) == before
 
 
 @pytest.mark.soak

@@ -90,7 +90,7 @@ def test_the_first_step_of_a_warm_up_changes_nothing_and_drops_the_gradients() -
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 9])
-def test_state_put_back_goes_on_bit_for_bit(steps_before: int) -> None:
+def test_a_loaded_state_continues_bit_for_bit(steps_before: int) -> None:
     ours = parameters()
     adam = Adam(ours, LR, Schedule("linear", WARMUP, STEPS))
     for step in range(steps_before):

@@ -106,7 +106,7 @@ def test_an_update_under_a_flag_that_is_true_is_the_update(name: str) -> None:
 
 @EVERY_OPTIMIZER
 @pytest.mark.parametrize("steps_before", [0, 1, 7])
-def test_state_put_back_goes_on_bit_for_bit(name: str, steps_before: int) -> None:
+def test_a_loaded_state_continues_bit_for_bit(name: str, steps_before: int) -> None:
     ours = parameters()
     optimizer = ALL[name](ours)
     for step in range(steps_before):

@@ -25,13 +25,13 @@ BOTH = pytest.mark.parametrize("optimizer", ["signum", "adam"])
 
 
 class ApartSignum(Signum):
-    """As before there was one pass: whoever calls it normalises, projects and measures."""
+    """As before there was one pass: its caller normalises, projects and measures."""
 
     is_fused = False
 
 
 class ApartAdam(Adam):
-    """Likewise; its checkpoints did not say that rows have norm 1."""
+    """Likewise; its checkpoints did not record that rows have norm 1."""
 
     is_fused = False
 
@@ -174,7 +174,7 @@ def test_the_norm_of_the_gradient_does_not_follow_threads_or_parts(
 
 @BOTH
 @pytest.mark.parametrize("done", [1, 6])
-def test_a_run_that_normalised_before_its_steps_goes_on_as_it_would_have(
+def test_a_run_that_normalised_before_its_steps_continues_as_it_would_have(
     batches: Callable[[torch.dtype], Tensor], optimizer: str, done: int
 ) -> None:
     """A checkpoint of before: no norms and no word on them, decoder rows not normalised."""
@@ -203,7 +203,7 @@ def test_a_run_that_normalised_before_its_steps_goes_on_as_it_would_have(
 def test_a_run_that_is_forced_to_another_decoder_norm_exports_the_same_at_first(
     batches: Callable[[torch.dtype], Tensor], optimizer: str, to: str
 ) -> None:
-    """signum's average is drawn from rows before they are divided, whoever divided them."""
+    """signum's average is drawn from rows before they are divided, wherever that is done."""
     begun, forced = (
         make(optimizer, torch.float64, False, unit) for unit in (to == "free", to == "unit")
     )
@@ -225,7 +225,7 @@ def test_a_run_that_is_forced_to_another_decoder_norm_exports_the_same_at_first(
 @pytest.mark.parametrize(
     ("norm", "transcode"), [("unit", False), ("unit", True), ("fold", False), ("free", False)]
 )
-def test_only_the_decoder_of_an_autoencoder_keeps_norm_1_and_only_if_asked(
+def test_only_the_decoder_of_an_autoencoder_keeps_norm_1_with_unit_norm_only(
     name: Any, norm: Any, transcode: bool
 ) -> None:
     sae = Sae(D, M, K, transcode=transcode)

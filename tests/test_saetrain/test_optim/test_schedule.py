@@ -46,7 +46,7 @@ def test_that_of_the_others_does_not_follow_the_steps(optimizer: OptimizerName) 
     assert default_lr(optimizer, 4608, 64, 1) == default_lr(optimizer, 4608, 64)
 
 
-def test_a_warm_up_takes_what_is_asked_or_a_twentieth_of_the_run_up_to_a_thousand_steps() -> None:
+def test_a_warm_up_has_the_given_steps_or_a_twentieth_of_the_run_up_to_a_thousand() -> None:
     assert [warmup_steps(None, steps) for steps in (9, 137, 20_000, 10**6)] == [0, 6, 1000, 1000]
     assert warmup_steps(0, 10**6) == 0
     assert warmup_steps(1500, 9) == 1500

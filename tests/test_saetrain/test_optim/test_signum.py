@@ -102,7 +102,7 @@ def test_a_step_drops_the_gradients() -> None:
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 9])
-def test_state_put_back_goes_on_bit_for_bit(steps_before: int) -> None:
+def test_a_loaded_state_continues_bit_for_bit(steps_before: int) -> None:
     ours = parameters()
     signum = Signum(ours, LR)
     for step in range(steps_before):

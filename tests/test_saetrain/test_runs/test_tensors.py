@@ -1,4 +1,4 @@
-"""safetensors files are read once, and checked before torch sees them."""
+"""safetensors files are read once, and checked before torch loads them."""
 
 from __future__ import annotations
 

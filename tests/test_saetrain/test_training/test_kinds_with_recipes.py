@@ -204,7 +204,7 @@ def test_what_is_saved_folded_is_the_function_that_was_trained(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["jumprelu", "relu", "gated", "gated crosscoder"])
 def test_folding_changes_no_loss_where_no_latent_is_chosen_for_another(kind: str) -> None:
-    """Thresholds and second biases grow with the norm, and penalties know it."""
+    """Thresholds and second biases grow with the norm, and penalties are weighted by it."""
     config = config_of(kind)
     sae, rows, loss_config = free_sae(config), batches(config)[0], objective_for(config)
     plain = compute_losses(sae, rows, VARIANCE, None, loss_config, 0)
@@ -295,7 +295,7 @@ def test_autocast_rounds_products_and_neither_reconstructions_nor_losses(kind: s
 
 def test_jumprelus_number_of_latents_is_not_rounded_under_autocast() -> None:
     activation = JumpRelu(257, 0.5, 0.1)
-    pre_acts = torch.ones(2, 257, dtype=torch.bfloat16)  # which knows 256 and 258
+    pre_acts = torch.ones(2, 257, dtype=torch.bfloat16)  # which has 256 and 258, not 257
     penalty = activation.penalty(Latents(pre_acts, None, pre_acts), torch.ones(257))
     assert penalty.tolist() == [257, 257]
 

@@ -159,7 +159,7 @@ def test_decoder_rows_have_unit_norm_wherever_a_gradient_is_taken(
 @pytest.mark.parametrize(
     ("optimizer", "clip"), [("muon", None), ("muon", 1.0), ("signum", 1.0), ("adam", 1.0)]
 )
-def test_an_optimiser_sees_no_gradient_along_a_decoder_row_but_where_it_projects_itself(
+def test_an_optimiser_gets_no_gradient_along_a_decoder_row_but_where_it_projects_itself(
     batches: Callable[[torch.dtype], Tensor],
     make_trainer: Callable[..., SaeTrainer],
     monkeypatch: pytest.MonkeyPatch,

@@ -74,10 +74,10 @@ def bits(trainer):
 
 
 @pytest.mark.parametrize(("optimizer", "autocast", "kind"), KINDS, ids=str)
-def test_recorded_steps_have_the_bits_of_steps_that_nobody_records(
+def test_recorded_steps_have_the_bits_of_steps_that_are_not_recorded(
     optimizer, autocast, kind, device, recorder
 ):
-    """Numbers that lie on the device are the float32 that Triton makes of those it is told."""
+    """Numbers that lie on the device are the float32 that Triton makes of those it is passed."""
     plain, recorded = (make(optimizer, device, autocast, **kind) for _ in range(2))
     steps = GraphedSteps({"x": [recorded]}, recorder, warm_up=1)
     rows = torch.randn(STEPS, N, D, generator=torch.Generator().manual_seed(0))

@@ -90,7 +90,7 @@ def test_rows_stay_at_unit_norm_and_a_gradient_along_them_does_nothing(optimizer
 
 
 def on_device(optimizer, device):
-    """What changes from step to step, as a recorded step reads it; and the same said wrong."""
+    """What changes from step to step, as a recorded step reads it; and wrong values of the same."""
     if optimizer == "signum":
         told, wrong = [SIGNUM["lr"], SIGNUM["mix"]], {"lr": 9.0, "mix": 0.9}
     else:
@@ -103,10 +103,10 @@ def on_device(optimizer, device):
 @pytest.mark.parametrize("of", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("unit", [True, False])
-def test_numbers_on_the_device_give_the_bits_of_numbers_that_are_told(
+def test_numbers_on_the_device_give_the_bits_of_numbers_that_are_passed(
     optimizer, of, shape, unit, device, monkeypatch
 ):
-    """Rounded to float32 in both cases; what is told besides is not looked at."""
+    """Rounded to float32 in both cases; what is passed besides is not read."""
     numbers, wrong = on_device(optimizer, device)
     results = []
     for given in (None, numbers):

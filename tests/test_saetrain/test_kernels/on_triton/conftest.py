@@ -1,4 +1,4 @@
-"""Where cases run, and launches of kernels that are looked at instead of made.
+"""Where cases run, and launches of kernels that are inspected instead of made.
 
 Letters: N tokens, D d_in, M num_latents, K k.
 """
@@ -19,7 +19,7 @@ from saetrain.kernels import UpdateOptions
 from saetrain.kernels.sorted_pairs import Bags
 
 OLD_NUMPY = ("-W", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-"""What triton 3.2's interpreter asks of NumPy, which does it until 2.3."""
+"""What triton 3.2's interpreter needs of NumPy, which does it until 2.3."""
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ TYPES = {
 def specialised(kernel, given, options):
     """By Triton's rules: None and the number 1 are constants, and so is what is annotated.
 
-    Whether a number is divisible by 16 counts, unless the kernel asks that it does not.
+    Whether a number is divisible by 16 counts, unless the kernel excludes it.
     """
     signature, constants, divisible = [], [], []
     for place, parameter in enumerate(kernel.params):

@@ -1,9 +1,9 @@
-"""A CUDA device that need not be there, which tells what a step asks of it.
+"""A CUDA device that need not exist, which records what a step does on it.
 
 Tensors "on" it are on torch's device "meta": they have shapes and no numbers, so nothing can wait
-for a number, and sizes that are trained at cost nothing. The code that is run is told that they are
-on "cuda:0" and goes its CUDA ways, torch's optimisers too; launches of Triton's kernels are checked
-and not made. What the kernels compute is tested elsewhere; this is about what is asked around them.
+for a number, and sizes that are trained at cost nothing. The code that is run reads their device as
+"cuda:0" and takes its CUDA path, torch's optimisers too; launches of Triton's kernels are checked
+and not made. What the kernels compute is tested elsewhere; this is about the calls around them.
 
 Letters: N tokens, D d_in, M num_latents, K k.
 """
@@ -28,7 +28,7 @@ PAGE = 512
 
 
 class WaitedError(AssertionError):
-    """Something was asked of the device that would make the host wait for it."""
+    """A call would make the host wait for the device."""
 
 
 READERS = {
@@ -47,7 +47,7 @@ READERS = {
     "unique_consecutive",
     "unique_dim",
 }
-"""Operators whose result, or its size, the host learns from the device's numbers."""
+"""Operators whose result, or its size, the host gets from the device's numbers."""
 
 PRODUCTS = {
     torch.nn.functional.linear,
@@ -210,12 +210,12 @@ class Device(TorchDispatchMode):
 
 
 def _in_place(operator):
-    """Fused optimisers, which give nothing back and do not know the device "meta"."""
+    """Fused optimisers, which return nothing and do not support the device "meta"."""
     return operator._schema.name.startswith(("aten::_fused_adam", "aten::_fused_sgd"))
 
 
 class Cuda:
-    """The device, as tests ask for it."""
+    """The device, as tests use it."""
 
     def __init__(self) -> None:
         self.launches: list[str] = []
@@ -229,7 +229,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def watched(self, *pinned: Tensor) -> Iterator[Device]:
-        """Within it, whoever waits raises."""
+        """Within it, every wait raises."""
         with Named(watches=True), Device(pinned) as device:
             yield device
 
@@ -262,7 +262,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         found.launches.append(kernel.__name__)
 
     monkeypatch.setattr(JITFunction, "run", launch)
-    # A mode is off within what it is asked about; backward passes are to be watched.
+    # A mode is off within its own handler; backward passes are to be watched.
     monkeypatch.setattr(torch.autograd, "has_torch_function", lambda *_: False)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)

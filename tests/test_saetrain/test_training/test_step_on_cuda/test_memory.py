@@ -125,7 +125,7 @@ def test_beyond_what_stays_a_step_takes_less_than_a_third_of_what_the_peers_does
     if optimizer == "signum":
         updates = ScheduleFreeWrapper(SignSGD(module.parameters()), momentum=0.95)
         updates.train()
-    forward = sparsify.SparseCoder.forward.__wrapped__  # it asked for autocast before we did
+    forward = sparsify.SparseCoder.forward.__wrapped__  # the method without its autocast
 
     def step(_: int) -> None:
         module.set_decoder_norm_to_unit_norm()

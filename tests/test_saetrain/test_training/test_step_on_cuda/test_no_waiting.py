@@ -151,7 +151,7 @@ def test_an_update_under_a_flag_waits_for_nothing(cuda: Any, path: str, unit: bo
         adam_update_(w, first, second, grad, UpdateOptions(**adam, **options), ops)
 
 
-def test_rows_go_to_the_device_once_for_all_saes_and_nobody_waits_for_them(
+def test_rows_are_copied_to_the_device_once_for_all_saes_without_a_wait(
     cuda: Any, make_trainee_on: Callable[..., SaeTrainer]
 ) -> None:
     group = [make_trainee_on(), make_trainee_on(optimizer="adam")]
@@ -187,14 +187,14 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("what", WAITS)
-def test_whoever_waits_is_caught(cuda: Any, what: str) -> None:
+def test_a_wait_is_caught(cuda: Any, what: str) -> None:
     with cuda.building():
         x = torch.empty(8)
     with cuda.watched(), pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
         WAITS[what](x)
 
 
-def test_whoever_does_not_wait_is_let_through(cuda: Any) -> None:
+def test_work_without_a_wait_is_let_through(cuda: Any) -> None:
     with cuda.building():
         x = torch.empty(8)
     with cuda.watched() as device:

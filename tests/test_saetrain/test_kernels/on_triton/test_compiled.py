@@ -17,7 +17,11 @@ pytest.importorskip("triton")
 
 SIZES = [(8192, 768, 24576, 32), (8192, 2048, 65536, 128), (32768, 4096, 131072, 64)]
 ODD = [(37, 100, 999, 5), (3, 20000, 1500, 1), (64, 64, 300000, 1024)]
-UNKNOWN = "ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
+    # Triton 3.7 builds syntax trees as Python 3.15 will no longer let it.
+    pytest.mark.filterwarnings("ignore:AnnAssign:DeprecationWarning"),
+]
 
 
 def ops():
@@ -78,7 +82,6 @@ def bytes_off_registers(cubin, folder):
     return sum(int(number) for number in re.findall(r"(?:STACK|LOCAL):(\d+)", told))
 
 
-@pytest.mark.filterwarnings(UNKNOWN)
 @pytest.mark.parametrize(
     "precision", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.soak)]
 )
@@ -94,7 +97,6 @@ def test_every_kernel_compiles_for_hopper_and_keeps_to_its_registers(
         assert bytes_off_registers(kernel.asm["cubin"], tmp_path) == 0, launch
 
 
-@pytest.mark.filterwarnings(UNKNOWN)
 def test_rows_are_read_sixteen_bytes_at_a_time_and_summed_without_a_barrier(
     launches, make_step, tmp_path, monkeypatch
 ):

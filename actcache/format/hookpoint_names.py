@@ -40,6 +40,8 @@ _ALONE = {
     "mlp.hook_post",
 }
 """Hooks that a module path alone identifies, without the other modules of its block."""
+_OF_NORMS_BEFORE = ("hook_resid_mid", "ln1.hook_normalized", "ln2.hook_normalized")
+"""Hooks of norms that come before attention and MLP."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,16 @@ class Layout:
     """Whether attention and MLP read the same stream, so that there is none between them."""
     is_scaled: bool = False
     """Whether outputs of attention and MLP are multiplied before they are added."""
+    is_post_norm: bool = False
+    """Whether norms follow the sums: none of them reads the stream between attention and MLP."""
 
     def hooks(self, layer: int) -> dict[str, str]:
         """Return the hookpoint of each hook of TransformerLens in one layer."""
         path = f"{self.layers}.{layer}"
         inside = {m.removeprefix(f"{path}.") for m in self.modules if m.startswith(f"{path}.")}
         found = _hooks(inside, is_parallel=self.is_parallel, is_scaled=self.is_scaled)
-        return {hook: path + suffix for hook, suffix in found.items()}
+        left_out = _OF_NORMS_BEFORE if self.is_post_norm else ()
+        return {hook: path + suffix for hook, suffix in found.items() if hook not in left_out}
 
     def peers(self) -> dict[str, list[str]]:
         """Return the names of TransformerLens by hookpoint, the usual one first."""

@@ -181,6 +181,8 @@ def layout_of(model: Any) -> Layout | None:
         norm=next((norm for norm in norms if norm in paths.values()), ""),
         is_parallel=bool(getattr(config, "use_parallel_residual", False)),
         is_scaled=getattr(config, "residual_multiplier", 1.0) != 1.0,
+        is_post_norm=config.model_type == "openai-gpt"
+        or not getattr(config, "do_layer_norm_before", True),
     )
 
 

@@ -15,6 +15,7 @@ from actcache.model.hooks import (
     HookSite,
     choose,
     discover_sites,
+    layout_of,
     match,
     residual_hookpoints,
 )
@@ -516,3 +517,27 @@ def test_ambiguous_lists_of_layers_are_refused_with_a_remedy() -> None:
     fake = SimpleNamespace(base_model=model, config=SimpleNamespace(get_text_config=lambda: text))
     with pytest.raises(ModelError, match=r"(?s)one list of 2 modules.*a, b.*--hookpoint"):
         residual_hookpoints(fake, (), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("OpenAIGPTConfig", {"vocab_size": 50, "n_embd": 16, "n_layer": 3, "n_head": 2}),
+        ("OPTConfig", FAMILIES["opt"][1] | {"do_layer_norm_before": False}),
+    ],
+)
+def test_norms_that_follow_the_sums_stand_for_no_stream_between(
+    name: str, sizes: dict[str, Any]
+) -> None:
+    import transformers
+
+    with torch.device("meta"):
+        config = getattr(transformers, name)(**sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    sites, layout = discover_sites(model), layout_of(model)
+    assert layout is not None
+    found, _ = choose(["blocks.1.hook_resid_post"], sites, model)
+    assert [hookpoint.name for hookpoint in found] == [f"{layout.layers}.1"]
+    for hook in ("hook_resid_mid", "ln1.hook_normalized", "ln2.hook_normalized"):
+        with pytest.raises(HookpointError):
+            choose([f"blocks.1.{hook}"], sites, model)

@@ -448,7 +448,11 @@ def test_stopped_damaged_and_overridden_runs_resume_like_those_of_one_process(
 @pytest.mark.soak
 @pytest.mark.parametrize("parallel", ["modules", "ddp"])
 def test_a_checkpoint_that_one_rank_refuses_is_skipped_by_all(
-    parallel: str, base: dict[str, Any], snapshot: Snapshot, tmp_path: Path
+    parallel: str,
+    base: dict[str, Any],
+    run_jobs: RunJobs,
+    snapshot: Snapshot,
+    tmp_path: Path,
 ) -> None:
     """With --parallel modules, rank 0 does not load the SAEs of rank 1."""
     run = base | {"parallel": parallel, "out": str(tmp_path / "run")}

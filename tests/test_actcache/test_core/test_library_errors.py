@@ -65,7 +65,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 def test_a_full_folder_of_the_libraries_is_named_by_its_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     for error in (FULL, wrapped(FULL), OSError("Not enough disk space. Needed: 4 GB")):
@@ -73,7 +73,7 @@ def test_a_full_folder_of_the_libraries_is_named_by_its_variable(
         assert found is not None
         assert found.exit_code == 10
         message = str(found)
-        assert f"the disk of HF_DATASETS_CACHE is full: {tmp_path}/home/datasets" in message
+        assert f"the disk of HF_DATASETS_CACHE is full: {tmp_path}/hf/datasets" in message
         assert "bytes are free" in message
         assert "set HF_DATASETS_CACHE to a folder on another disk" in message
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -56,7 +56,7 @@ def run(
         print_stderr(f"warning: {warning}")
     chosen = list(sites.values())
     if pattern is not None:
-        chosen = select(pattern, sites, probed.base_model_prefix, probed)
+        chosen = select(pattern, sites, probed)
     layout = layout_of(probed)
     peers = layout.peers() if layout is not None else {}
     base = f"{probed.base_model_prefix}." if probed.base_model_prefix else ""

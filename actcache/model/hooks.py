@@ -197,13 +197,14 @@ def choose(
         model: the model that the sites are of.
 
     Returns:
-        The hookpoints as of `match`, and for each pattern of another library our names.
+        The hookpoints that match any pattern, in natural order without duplicates, and for each
+        pattern of another library our names.
 
     Raises:
         HookpointError: a pattern means nothing in this model, or nothing that can be hooked.
     """
     prefix = model.base_model_prefix
-    found = {pattern: select(pattern, sites, prefix, model) for pattern in patterns}
+    found = {pattern: select(pattern, sites, model) for pattern in patterns}
     renamed = {
         pattern: [site.name for site in chosen if site.width is not None]
         for pattern, chosen in found.items()
@@ -222,24 +223,21 @@ def _matching(pattern: str, sites: Mapping[str, HookSite], prefix: str) -> list[
     ]
 
 
-def select(
-    pattern: str, sites: Mapping[str, HookSite], prefix: str, model: Any = None
-) -> list[HookSite]:
+def select(pattern: str, sites: Mapping[str, HookSite], model: Any) -> list[HookSite]:
     """Return the sites whose names match a pattern, including those that cannot be hooked.
 
     Args:
         pattern: module path or fnmatch pattern; with ':in' at the end it matches inputs only.
         sites: result of `discover_sites`.
-        prefix: the model's base prefix, which the pattern may begin with.
-        model: the model, for names of other libraries; None: they are not sought.
+        model: the model; the pattern may begin with its base prefix, or be of another library.
 
     Raises:
         HookpointError: no name matches.
     """
+    prefix = model.base_model_prefix
     if matching := _matching(pattern, sites, prefix):
         return matching
-    layout = layout_of(model) if model is not None else None
-    if layout is not None:
+    if (layout := layout_of(model)) is not None:
         meant = layout.find(pattern)
         if found := {s.name: s for name in meant for s in _matching(name, sites, "")}:
             return list(found.values())
@@ -277,20 +275,6 @@ def _may_mean(misspelt: str, name: str) -> bool:
     )
     alike = last == end or difflib.SequenceMatcher(None, last, end).ratio() > 0.6
     return numbers == others and is_input == is_also and alike
-
-
-def match(patterns: Sequence[str], sites: Mapping[str, HookSite], prefix: str) -> list[Hookpoint]:
-    """Return the hookpoints that match any pattern, in natural order without duplicates.
-
-    Args:
-        patterns: module paths or fnmatch patterns.
-        sites: result of `discover_sites`.
-        prefix: the model's base prefix, which patterns may begin with.
-
-    Raises:
-        HookpointError: a pattern matches no site, or none that can be hooked.
-    """
-    return _hookable({pattern: select(pattern, sites, prefix) for pattern in patterns})
 
 
 def _hookable(selected: Mapping[str, list[HookSite]]) -> list[Hookpoint]:

@@ -16,7 +16,6 @@ from actcache.model.hooks import (
     choose,
     discover_sites,
     layout_of,
-    match,
     residual_hookpoints,
 )
 
@@ -126,7 +125,7 @@ IDS = torch.arange(21).reshape(3, 7) * 2
 
 def run(model: Any, names: list[str], ids: Tensor = IDS) -> dict[str, Tensor]:
     sites = discover_sites(model)
-    with ActivationCapture(model, match(names, sites, model.base_model_prefix)) as capture:
+    with ActivationCapture(model, choose(names, sites, model)[0]) as capture:
         return dict(capture.run(ids))
 
 
@@ -192,7 +191,7 @@ def test_the_meta_device_gives_the_same_sites_as_weights(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_site_can_be_captured_at_any_batch_size_and_length(family: str) -> None:
     model = build(family)
-    hookpoints = match(["*", "*:in"], discover_sites(model), model.base_model_prefix)
+    hookpoints, _ = choose(["*", "*:in"], discover_sites(model), model)
     for ids in (IDS, IDS[:1], IDS[:2, :5]):
         with ActivationCapture(model, hookpoints) as capture:
             found = capture.run(ids)
@@ -216,7 +215,7 @@ def test_masked_padding_does_not_change_the_tokens_before_it(
 ) -> None:
     model = build(family)
     layers = FAMILIES[family][2]
-    hookpoints = match([f"{layers}.?"], discover_sites(model), model.base_model_prefix)
+    hookpoints, _ = choose([f"{layers}.?"], discover_sites(model), model)
     mask = (torch.arange(7) < torch.tensor([[7], [4], [2]])).long()
     with ActivationCapture(model, hookpoints) as capture:
         padded = dict(capture.run(IDS * mask, mask))
@@ -283,10 +282,11 @@ class Toy(nn.Module):
 
 
 def test_a_module_that_is_called_twice_is_refused() -> None:
-    sites = discover_sites(Toy())
+    model = Toy()
+    sites = discover_sites(model)
     assert sites["twice"].reason == "is called 2 times in a forward pass"
     with pytest.raises(HookpointError, match="'twice' cannot be hooked: it is called 2 times"):
-        match(["twice"], sites, "")
+        choose(["twice"], sites, model)
 
 
 def test_captured_activations_are_not_changed_by_in_place_modules() -> None:
@@ -374,8 +374,16 @@ SITES = {
 }
 
 
+WITHOUT_LAYERS = SimpleNamespace(
+    base_model_prefix="model",
+    base_model=nn.Module(),
+    config=SimpleNamespace(get_text_config=SimpleNamespace),
+)
+"""A model in which no list of layers is found: names of other libraries mean nothing in it."""
+
+
 def names(*patterns: str) -> list[str]:
-    return [hookpoint.name for hookpoint in match(patterns, SITES, "model")]
+    return [hookpoint.name for hookpoint in choose(patterns, SITES, WITHOUT_LAYERS)[0]]
 
 
 def test_patterns_match_inputs_only_with_the_suffix_in() -> None:

@@ -15,7 +15,7 @@ from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig
 from actcache.errors import CacheMismatchError, ConfigError, ModelError
 from actcache.harvester.run import harvest
-from actcache.model.hooks import ActivationCapture, discover_sites, input_device, match
+from actcache.model.hooks import ActivationCapture, choose, discover_sites, input_device
 from actcache.model.loading import (
     dtype_name,
     fingerprint_model,
@@ -63,7 +63,7 @@ def kwargs_of(model: Path, **given: Any) -> dict[str, Any]:
 
 def captured(model: Any, ids: torch.Tensor = IDS) -> dict[str, torch.Tensor]:
     sites = discover_sites(model)
-    points = match(["layers.*", "layers.*:in", "norm"], sites, model.base_model_prefix)
+    points, _ = choose(["layers.*", "layers.*:in", "norm"], sites, model)
     with ActivationCapture(model, points) as capture:
         return dict(capture.run(ids))
 
@@ -219,7 +219,7 @@ def test_an_offloaded_model_may_have_another_dtype_and_stop_within_a_layer(
     assert "meta" in devices(model)
     assert dtype_name(model) == "bfloat16"
     assert fingerprint_model(model) == fingerprint_model(plain)
-    points = match(["layers.1.mlp.up_proj"], discover_sites(plain), "model")
+    points, _ = choose(["layers.1.mlp.up_proj"], discover_sites(plain), plain)
     for ids in (IDS, IDS.flip(0), IDS):
         with ActivationCapture(model, points) as ours, ActivationCapture(plain, points) as theirs:
             assert torch.equal(ours.run(ids)[points[0].name], theirs.run(ids)[points[0].name])

@@ -119,6 +119,8 @@ FILE_METHODS = {"glob", "rglob", "rename", "touch", "symlink_to", "hardlink_to",
 FILES_OF_OTHERS = {
     "actcache.core.terminal os.open": "/dev/null",
     "actcache.data.datasets glob": "a text that the user names",
+    "actcache.data.json_lines os.open": "a text that the user names",
+    "actcache.data.parquet_rows tempfile.TemporaryFile": "its own new file, without a name",
     "actcache.data.datasets os.walk": "a text that the user names",
     "actcache.data.datasets shutil.rmtree": "its own new folder",
     "actcache.data.watched_files os.open": "a text that the user names",

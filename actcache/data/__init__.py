@@ -1,7 +1,20 @@
 """Text to sequences of token ids, in a seeded order.
 
-`datasets` opens what the user names, and `watched_files` detects when it changes; `sequences`
-shuffles and mixes the documents, tokenises them, and cuts them to `ctx_len` tokens.
+`datasets` opens what the user names; `sequences` shuffles and mixes the documents, tokenises them,
+and cuts them to `ctx_len` tokens. Local files are read by `json_lines`, `json_objects`, `csv_rows`
+and `parquet_rows`, which give `table_rows` made of `plain_bytes`; `extracts` holds columns of files
+that cannot be read in place. `watched_files` detects when a file changes.
 """
 
-__all__ = ["datasets", "sequences", "watched_files"]
+__all__ = [
+    "csv_rows",
+    "datasets",
+    "extracts",
+    "json_lines",
+    "json_objects",
+    "parquet_rows",
+    "plain_bytes",
+    "sequences",
+    "table_rows",
+    "watched_files",
+]

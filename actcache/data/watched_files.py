@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import get_ident
 
@@ -34,9 +34,12 @@ class WatchedFile:
         path: the file.
         held: read through a descriptor that stays open, so that a file that replaces this one under
             its name has no effect. False: others open it by its name.
+        observe: function that is called with the bytes that are digested, piece by piece.
     """
 
-    def __init__(self, path: Path, *, held: bool) -> None:
+    def __init__(
+        self, path: Path, *, held: bool, observe: Callable[[bytes], None] | None = None
+    ) -> None:
         self.path = path
         self._where: Path | int = path
         if held:
@@ -45,7 +48,7 @@ class WatchedFile:
         self._seen = self._state()
         self.bytes = self._seen[0]
         """Size of the file."""
-        self.digest = self._digest()
+        self.digest = self._digest(observe)
         """XXH3 128-bit digest, hexadecimal."""
         self.check()
 
@@ -70,28 +73,27 @@ class WatchedFile:
     def read(self, offset: int, size: int) -> bytes:
         """Read bytes of a held file; raises `DatasetError` if it has changed."""
         assert isinstance(self._where, int)
-        pieces = []
         READING[get_ident()] = time.monotonic(), self.path
         try:
-            while size and (piece := os.pread(self._where, size, offset)):
-                pieces.append(piece)
-                size, offset = size - len(piece), offset + len(piece)
+            data = read_at(self._where, offset, size)
         finally:
             del READING[get_ident()]
         self.check()
-        return b"".join(pieces)
+        return data
 
     def _state(self) -> tuple[int, ...]:
         found = os.stat(self._where)  # noqa: PTH116 (a path or a descriptor)
         return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
 
-    def _digest(self) -> str:
+    def _digest(self, observe: Callable[[bytes], None] | None = None) -> str:
         digest, offset = xxhash.xxh3_128(), 0
         fd = self._where if isinstance(self._where, int) else _open(self._where)
         try:
             READING[get_ident()] = time.monotonic(), self.path
             while piece := os.pread(fd, _PIECE, offset):
                 digest.update(piece)
+                if observe is not None:
+                    observe(piece)
                 offset += len(piece)
                 READING[get_ident()] = time.monotonic(), self.path
         finally:
@@ -99,6 +101,18 @@ class WatchedFile:
             if fd != self._where:
                 os.close(fd)
         return digest.hexdigest()
+
+
+def read_at(fd: int, offset: int, size: int) -> bytes:
+    """Read bytes at an offset, fewer at the end of the file; beyond 2 GiB, Linux reads in parts."""
+    data = os.pread(fd, size, offset)
+    if len(data) == size:
+        return data
+    pieces = [data]
+    while pieces[-1] and (size := size - len(pieces[-1])):
+        offset += len(pieces[-1])
+        pieces.append(os.pread(fd, size, offset))
+    return b"".join(pieces)
 
 
 def _open(path: Path) -> int:

@@ -1,0 +1,123 @@
+"""Rows of CSV and TSV files with a header. Every value is text: no word, no number is special."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+from actcache.data.plain_bytes import decoded, lines
+from actcache.data.table_rows import NoColumnError, Row
+from actcache.errors import DatasetError
+
+_END = "\0 end of the file \0"
+_ONCE_NULL = frozenset(
+    [
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    ]
+)
+"""Words that earlier versions read as null."""
+
+
+def csv_rows(pieces: Iterator[bytes], column: str, path: Path, delimiter: str) -> Generator[Row]:
+    """Yield the rows below the header; blank lines are skipped.
+
+    Raises:
+        DatasetError: there is no header, a row has more values than it, or a quote is not closed.
+        NoColumnError: the header lacks the column.
+    """
+    csv.field_size_limit(sys.maxsize)
+    source = _Lines(pieces)
+    rows = csv.reader(source, delimiter=delimiter)
+    header: list[str] = []
+    while not header:
+        header = next(rows)
+    if header == [_END]:
+        raise DatasetError(f"{path} is empty", expected="a header with names of columns")
+    _require_closed(header, path, 1)
+    if header.count(column) > 1:
+        raise DatasetError(f"{path} has {header.count(column)} columns {column!r}")
+    if column not in header:
+        raise NoColumnError(header)
+    index, width = header.index(column), len(header)
+    while True:
+        line, source.damaged = source.number + 1, False
+        row = next(rows)
+        if not row:
+            continue
+        if row == [_END]:
+            return
+        _require_closed(row, path, line)
+        if len(row) > width and any(row[width:]):
+            raise DatasetError(
+                f"{path}, line {line} has more values than the header",
+                expected=f"{width} values: {', '.join(header)}",
+                got=len(row),
+                remedy="put values that hold the delimiter, quotes or line ends in quotes",
+            )
+        value = row[index] if index < len(row) else None
+        blank = len(row) == 1 and value is not None and value.isspace()
+        replaced = source.damaged and value is not None and "\ufffd" in value
+        yield Row(value, line, replaced, blank or value in _ONCE_NULL)
+
+
+def _require_closed(row: list[str], path: Path, line: int) -> None:
+    if row[-1].endswith(_END):
+        raise DatasetError(
+            f"{path}, line {line}: a quote is not closed",
+            expected='"..." around a value, and "" for a quote in it',
+            got="the end of the file",
+            remedy="close it; if the file is cut, copy or download it again",
+        )
+
+
+class _Lines:
+    r"""Lines of text, at \n, \r\n and \r, then a mark, part of a value within quotes."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._lines = lines(pieces)
+        self._ready: list[str] = []
+        self.number = 0
+        """Lines that have been read."""
+        self.damaged = False
+        """Whether one since this was last reset was not UTF-8."""
+        self._ended = False
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        self.number += 1
+        if self._ready:
+            return self._ready.pop()
+        data = next(self._lines, None)
+        if data is None:
+            if self._ended:
+                raise StopIteration
+            self._ended = True
+            return _END
+        text, damaged = decoded(data)
+        self.damaged = self.damaged or damaged
+        if "\r" not in text.removesuffix("\r\n"):
+            return text
+        self._ready = list(io.StringIO(text, newline=""))[::-1]
+        return self._ready.pop()

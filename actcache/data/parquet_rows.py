@@ -1,0 +1,124 @@
+"""Rows of Parquet files: one column of one row group after another, by pyarrow."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from actcache.data.plain_bytes import decoded, raw_pieces
+from actcache.data.table_rows import NoColumnError, Row
+from actcache.errors import DatasetError, shortage_of
+
+_AT_ONCE = 256  # rows converted at once
+
+
+def parquet_rows(path: Path, compression: str, column: str) -> Generator[Row]:
+    """Yield the rows of a file. It is read, not mapped: a file that is cut raises an error.
+
+    Args:
+        path: the file.
+        compression: suffix of the compression around it; it is decompressed to a temporary file.
+        column: the column, or a field of a nested one by its path with dots.
+
+    Raises:
+        DatasetError: the file is damaged.
+        NoColumnError: the file lacks the column.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    number = 0
+    with ExitStack() as stack:
+        if compression:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            file.writelines(raw_pieces(path, compression))
+            file.seek(0)
+            source = pa.PythonFile(file, mode="r")
+        else:
+            source = stack.enter_context(pa.OSFile(os.fspath(path)))
+        try:
+            table = pq.ParquetFile(source)
+            keys = _keys(table.schema_arrow, column)
+            if keys is None:
+                raise NoColumnError(table.schema_arrow.names)
+            for batch in table.iter_batches(_AT_ONCE, columns=[column]):
+                array = batch.column(keys[0])
+                for key in keys[1:]:
+                    array = pc.struct_field(array, key)
+                for value, replaced in _values(array):
+                    number += 1
+                    yield Row(value, number, replaced)
+        except (pa.ArrowException, OSError) as error:
+            if (shortage := shortage_of(error)) is not None:
+                raise shortage from None
+            raise DatasetError(
+                f"{path} cannot be read beyond row {number}",
+                expected="a whole Parquet file",
+                got=str(error),
+                remedy="it is cut or damaged: copy or download it again",
+            ) from error
+
+
+def _keys(schema: Any, column: str) -> list[str] | None:
+    """Return the column and the fields within it that lead to what is asked; None: not there."""
+    if column in schema.names:
+        return [column]
+    first, *others = column.split(".")
+    if first not in schema.names or not others:
+        return None
+    kind = schema.field(first).type
+    for key in others:
+        fields = {field.name: field.type for field in kind} if _is_struct(kind) else {}
+        if key not in fields:
+            return None
+        kind = fields[key]
+    return [first, *others]
+
+
+def _is_struct(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_struct(kind))
+
+
+def _values(array: Any) -> list[tuple[object, bool]]:
+    """Return values as Python objects, and whether bytes in them were no UTF-8."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    try:
+        values = array.to_pylist()
+    except UnicodeDecodeError:
+        return [_texts(value) for value in array.cast(_as_bytes(array.type)).to_pylist()]
+    return [(value, False) for value in values]
+
+
+def _as_bytes(kind: Any) -> Any:
+    """Return an Arrow type with binary values in place of texts, at any depth."""
+    import pyarrow as pa
+
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.large_list(_as_bytes(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _as_bytes(field.type)) for field in kind])
+    return kind
+
+
+def _texts(value: Any) -> tuple[Any, bool]:
+    if isinstance(value, bytes):
+        return decoded(value)
+    if isinstance(value, list):
+        pairs = [_texts(item) for item in value]
+        return [item for item, _ in pairs], any(found for _, found in pairs)
+    if isinstance(value, dict):
+        items = {key: _texts(item) for key, item in value.items()}
+        return {key: item for key, (item, _) in items.items()}, any(f for _, f in items.values())
+    return value, False

@@ -43,8 +43,9 @@ class HarvestConfig:
     """Language model: a Hugging Face id, or a folder that `from_pretrained` loads."""
 
     dataset: str = option(group=MAIN)
-    """Text: a Hugging Face dataset id, a save_to_disk folder, a .jsonl, .json, .csv, .parquet or
-    .txt file, or a .bin file of little-endian token ids."""
+    """Text: a Hugging Face dataset id, a save_to_disk folder, a .jsonl, .ndjson, .json, .csv, .tsv,
+    .parquet, .txt or .md file (each also .gz, .zst, .xz), a folder of such files or a pattern such
+    as 'parts/*.parquet', or a .bin file of little-endian token ids."""
 
     out: str = option(group=MAIN, metavar="DIR")
     """Folder of the cache. It is created if it does not exist; an unfinished harvest with the same
@@ -77,14 +78,16 @@ class HarvestConfig:
     must be unchanged. An unfinished harvest is finished first."""
 
     split: str = option("train", group="Data", metavar="NAME")
-    """Split of the dataset to read."""
+    """Split of the dataset to read. Local files are the split train, of which slices such as
+    train[:10%] can be read."""
 
     dataset_config: str | None = option(None, group="Data", metavar="NAME")
     """Configuration (subset) of a Hub dataset, such as wikitext-103-raw-v1. Default: the dataset's
     own."""
 
     text_column: str = option("text", group="Data", metavar="NAME")
-    """Column with the text of a document."""
+    """Column with the text of a document. In local files, doc.text is the field text of a column
+    doc."""
 
     chat_column: str | None = option(None, group="Data", metavar="NAME")
     """Column with a conversation, as a list of messages with role and content. The tokenizer's chat
@@ -103,7 +106,8 @@ class HarvestConfig:
     Default: equal weights."""
 
     streaming: bool = option(False, group="Data")
-    """Stream the dataset instead of downloading it first; needs --max-tokens."""
+    """Stream the dataset instead of downloading it first; needs --max-tokens. Local files are read
+    from first to last, and no column is copied."""
 
     shuffle_buffer: int = option(10_000, group="Data")
     """With --streaming: documents held in memory to shuffle them. Part of the cache's identity."""

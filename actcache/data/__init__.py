@@ -1,9 +1,10 @@
 """Text to sequences of token ids, in a seeded order.
 
 `datasets` opens what the user names; `sequences` shuffles and mixes the documents, tokenises them,
-and cuts them to `ctx_len` tokens. Local files are read by `json_lines`, `json_objects`, `csv_rows`
-and `parquet_rows`, which give `table_rows` made of `plain_bytes`; `extracts` holds columns of files
-that cannot be read in place. `watched_files` detects when a file changes.
+and cuts them to `ctx_len` tokens. Local files are listed and opened by `plain_files`, from
+`json_lines`, `json_objects`, `csv_rows` and `parquet_rows`, which give `table_rows` made of
+`plain_bytes`; `extracts` holds columns of files that cannot be read in place. `watched_files`
+detects when a file changes.
 """
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "json_objects",
     "parquet_rows",
     "plain_bytes",
+    "plain_files",
     "sequences",
     "table_rows",
     "watched_files",

@@ -8,14 +8,11 @@ fingerprint, so that the manifest records which text a cache was made from.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import itertools
 import json
-import os
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,6 +23,16 @@ from numpy.typing import NDArray
 
 from actcache.config import HarvestConfig
 from actcache.core.library_errors import full_disk, remedy_of
+from actcache.data.plain_files import (
+    KNOWN,
+    PlainText,
+    Wanted,
+    is_pattern,
+    list_files,
+    open_plain,
+    plain_file,
+)
+from actcache.data.table_rows import NoColumnError
 from actcache.data.watched_files import MappedFiles, WatchedFile
 from actcache.errors import DatasetError, shortage_of
 
@@ -33,9 +40,10 @@ Kind = Literal["text", "chat", "ids"]
 Record = Any
 """A document as stored: str, a list of messages, or a list of token ids."""
 
-_TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SAMPLED = 1024  # documents hashed for the fingerprint of a dataset of the hub
 _STREAMED = 64  # documents hashed for the fingerprint of a stream of the hub
+_KNOWN = f"{KNOWN}, or a .bin file"
+_SLICES = re.compile(r"train(\[[^]]*\])?(\+train(\[[^]]*\])?)*")
 _COMMIT = re.compile(r"^hf://.*@([0-9a-f]{40})/")
 
 
@@ -47,8 +55,15 @@ class Column:
     """Name; empty for a file without columns."""
     kind: Kind
 
-    def check(self, record: object, index: int) -> Record:
+    def check(
+        self, record: object, index: int, place: Callable[[int], str] | None = None
+    ) -> Record:
         """Return a record of this column's type; null becomes an empty document.
+
+        Args:
+            record: the record.
+            index: its index.
+            place: function from an index to where the document is.
 
         Raises:
             DatasetError: the record has another type.
@@ -58,10 +73,11 @@ class Column:
         if not _CHECKS[self.kind](record):
             expected, option = _WANTED[self.kind]
             inner = f" of {type(record[0]).__name__}" if isinstance(record, list) and record else ""
+            where = f"document {index}" + (f" ({place(index)})" if place is not None else "")
             raise DatasetError(
                 f"column {self.name!r} does not hold {expected}",
                 expected=expected,
-                got=f"{type(record).__name__}{inner} in document {index}",
+                got=f"{type(record).__name__}{inner} in {where}",
                 remedy=f"name another column with {option}",
             )
         return record
@@ -97,6 +113,10 @@ class IndexedDocuments:
     """Size of the source file, an upper bound of its tokens; None: not from a single file."""
     earlier: Callable[[], str] | None = None
     """Function to the fingerprint that caches of earlier versions have; None: it is the same."""
+    place: Callable[[int], str] | None = None
+    """Function from an index to where the document is, such as a line of a file."""
+    warnings: Callable[[], tuple[str, ...]] = tuple
+    """Function to warnings about the text."""
 
     def batch(self, indices: Sequence[int]) -> list[Record]:
         """Read the documents at these indices.
@@ -105,7 +125,8 @@ class IndexedDocuments:
             DatasetError: one of them does not have the column's type.
         """
         check, records = self.column.check, self.fetch(list(indices))
-        return [check(record, i) for i, record in zip(indices, records, strict=True)]
+        place = self.place
+        return [check(record, i, place) for i, record in zip(indices, records, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -119,6 +140,8 @@ class DocumentStream:
     """Digest of the dataset's name and first documents, or of the files."""
     earlier: Callable[[], str] | None = None
     """Function to the fingerprint that caches of earlier versions have; None: it is the same."""
+    warnings: Callable[[], tuple[str, ...]] = tuple
+    """As in `IndexedDocuments`; they may become more while the stream is read."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,10 @@ class Mixture:
         """Return the fingerprint that caches of earlier versions have."""
         return _mixed(s.earlier() if s.earlier else s.fingerprint for s in self.sources)
 
+    def warnings(self) -> tuple[str, ...]:
+        """As in `IndexedDocuments`."""
+        return tuple(warning for source in self.sources for warning in source.warnings())
+
 
 def _mixed(fingerprints: Iterable[str]) -> str:
     return f"{xxhash.xxh3_128_hexdigest(' '.join(fingerprints).encode())}-mixed"
@@ -161,6 +188,10 @@ class TokenFile:
     """Digest of the file and of --bin-dtype."""
     column: ClassVar[Column] = Column("", "ids")
     earlier: ClassVar[None] = None
+
+    def warnings(self) -> tuple[str, ...]:
+        """As in `IndexedDocuments`."""
+        return ()
 
 
 Source = IndexedDocuments | DocumentStream | Mixture | TokenFile
@@ -192,71 +223,151 @@ def _open_one(config: HarvestConfig) -> IndexedDocuments | DocumentStream | Toke
     path = Path(config.dataset)
     if path.is_file():
         return _open_file(path, config)
-    if path.is_dir():
-        return _open_folder(path, config)
-    local = {*_TABLES, ".txt", ".bin"}
-    if config.dataset.startswith((".", "/", "~")) or path.suffix.lower() in local:
+    if path.is_dir() and _is_saved(path):
+        return _open_saved(path, config)
+    if path.is_dir() or is_pattern(config.dataset):
+        files = list_files(config.dataset)
+        if files or path.is_dir():
+            return _open_plain(config, files)
+    local = plain_file(path) is not None or path.suffix.lower() == ".bin"
+    if config.dataset.startswith((".", "/", "~")) or local or is_pattern(config.dataset):
         raise DatasetError(
             f"no such file or folder: {config.dataset}",
-            expected="a dataset id, a save_to_disk folder, or a .jsonl, .json, .csv, .parquet, "
-            ".txt or .bin file",
+            expected=f"a dataset id, a save_to_disk folder, {_KNOWN}, or a folder or pattern of "
+            "such files",
         )
     return _from_table(_load(config), config, fingerprint=None)
 
 
 def _open_file(path: Path, config: HarvestConfig) -> IndexedDocuments | DocumentStream | TokenFile:
-    suffix, size = path.suffix.lower(), path.stat().st_size
-    if size == 0:
+    if path.stat().st_size == 0:
         raise DatasetError(f"{path} is empty")
-    if suffix in {".bin", ".txt"}:
+    found = plain_file(path)
+    if path.suffix.lower() == ".bin" or (found is not None and found.format == "text"):
         _refuse_table_options(path, config)
-    if suffix == ".bin":
+    if path.suffix.lower() == ".bin":
         return _open_bin(path, config)
-    if suffix == ".txt":
-        data = path.read_bytes()
-        try:
-            text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError as error:
-            raise DatasetError(f"{path} is not UTF-8 text", got=str(error)) from error
-        fingerprint = xxhash.xxh3_128(data).hexdigest()
-        return IndexedDocuments(lambda _: [text], 1, Column("", "text"), fingerprint, len(data))
-    if suffix not in _TABLES:
+    if found is None:
         raise DatasetError(
-            f"unknown file type: {path}",
-            expected="a .jsonl, .json, .csv, .parquet, .txt or .bin file",
-            got=suffix or "no suffix",
+            f"unknown file type: {path}", expected=_KNOWN, got=path.suffix.lower() or "no suffix"
         )
-    file = WatchedFile(path, held=False)
-    fingerprint = file.digest
-    table = _load(config, builder=_TABLES[suffix], fingerprint=fingerprint)
+    return _open_plain(config, {path.name: path})
+
+
+def _open_plain(
+    config: HarvestConfig, files: Mapping[str, Path]
+) -> IndexedDocuments | DocumentStream:
+    """Open local files that are read here, and not by `datasets`."""
+    column = _column(config)
+    if config.dataset_config is not None and Path(config.dataset).is_dir():
+        raise DatasetError(
+            f"{config.dataset} has no configurations",
+            expected="no --dataset-config",
+            got=config.dataset_config,
+            remedy="name the files of one with a pattern, such as 'folder/name/*.parquet'",
+        )
+    if not _SLICES.fullmatch(config.split):
+        raise DatasetError(
+            f"{config.dataset} has no split {config.split!r}: names of files mean no splits",
+            expected="train, or slices of it such as train[:10%]",
+            got=config.split,
+            remedy="name the files of a split with a pattern, such as 'folder/test-*.parquet'",
+        )
+    wanted = Wanted(column.name, column.kind, column.check)
     try:
-        file.check()
-    except DatasetError:
-        _forget(table)
-        raise
-    if config.split != "train":  # a slice, such as train[:10%]
-        fingerprint = f"{fingerprint}-{config.split}"
-    return _from_table(table, config, fingerprint, size, file.check)
+        text = open_plain(config.dataset, files, wanted, streaming=config.streaming)
+    except NoColumnError as error:
+        raise _no_column(config, column, error.names) from error
+    if text.is_text:
+        column = Column("", "text")
+    fingerprint = _of_plain(text, config)
+    if config.streaming:
+        return _stream_plain(text, config, column, fingerprint)
+    chosen = _slices(text.count, config)
+    count = text.count if chosen is None else len(chosen)
+    if count == 0:
+        raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
+    if chosen is None:
+        fetch, place = text.fetch, text.place
+    else:
+        fetch = lambda indices: text.fetch(chosen[indices].tolist())  # noqa: E731
+        place = lambda index: text.place(chosen[index])  # noqa: E731
+    documents = IndexedDocuments(
+        fetch, count, column, fingerprint, text.bytes, None, place, text.warnings
+    )
+    if not Path(config.dataset).is_dir():
+        return documents
+    return dataclasses.replace(documents, earlier=lambda: _sampled_fingerprint(documents))
 
 
-def _open_folder(folder: Path, config: HarvestConfig) -> IndexedDocuments | DocumentStream:
-    files = {str(path.relative_to(folder)): path for path in _data_files(folder, config.split)}
+def _of_plain(text: PlainText, config: HarvestConfig) -> str:
+    """Return the fingerprint of local files: that of earlier versions if they read the same."""
+    if Path(config.dataset).is_file():
+        (fingerprint,) = text.digests.values()
+        fingerprint += "" if text.reads_as_before else "-v2"
+        return fingerprint if config.split == "train" else f"{fingerprint}-{config.split}"
+    header = json.dumps([config.dataset_config, config.split])
+    fingerprint = _digest(header, [f"{name} {digest}" for name, digest in text.digests.items()])
+    return f"{fingerprint}-files" if text.reads_as_before else f"{fingerprint}-files-v2"
+
+
+def _stream_plain(
+    text: PlainText, config: HarvestConfig, column: Column, fingerprint: str
+) -> DocumentStream:
+    if config.split != "train":
+        raise DatasetError(
+            f"--split {config.split} needs the number of documents",
+            expected="--split train",
+            got="--streaming",
+            remedy="omit --streaming",
+        )
+
+    def walk() -> Iterator[Record]:
+        for index, value in enumerate(text.walk()):
+            yield column.check(value, index, text.place)
+
+    first = list(itertools.islice(walk(), _STREAMED))
+    if not first:
+        raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
+    earlier = None
+    if Path(config.dataset).is_dir():
+        header = json.dumps([Path(config.dataset).name, config.dataset_config, config.split])
+        earlier = lambda: f"{_digest(header, first)}-streamed"  # noqa: E731
+    return DocumentStream(walk, column, fingerprint, earlier, text.warnings)
+
+
+def _slices(count: int, config: HarvestConfig) -> NDArray[np.int64] | None:
+    """Return the indices that --split names, as `datasets` counts them; None: all."""
+    if config.split == "train":
+        return None
+    import datasets
+
+    try:
+        instruction = datasets.ReadInstruction.from_spec(config.split)
+        slices = instruction.to_absolute({"train": count})
+        chosen = np.concatenate([np.arange(part.from_ or 0, part.to) for part in slices])
+    except (ValueError, AssertionError) as error:
+        got, chosen = str(error), np.empty(0, np.int64)
+    else:
+        got = "no document"
+    if len(chosen) == 0:
+        raise DatasetError(
+            f"{config.dataset} has no slice {config.split}",
+            expected=f"part of {count:,} documents, such as train[:10%]",
+            got=got,
+        )
+    return chosen
+
+
+def _open_saved(folder: Path, config: HarvestConfig) -> IndexedDocuments | DocumentStream:
+    files = {str(path.relative_to(folder)): path for path in _tables(folder, config.split)}
     watched = {name: WatchedFile(path, held=False) for name, path in sorted(files.items())}
     header = json.dumps([config.dataset_config, config.split])
     fingerprint = _digest(header, [f"{name} {file.digest}" for name, file in watched.items()])
-
-    def check() -> None:
-        for file in watched.values():
-            file.check()
-
-    table = _load(config, folder=folder, fingerprint=fingerprint)
-    try:
-        check()
-    except DatasetError:
-        if not _is_saved(folder):
-            _forget(table)
-        raise
-    return _from_table(table, config, f"{fingerprint}-files", check_file=check)
+    table = _load(config, folder)
+    for file in watched.values():
+        file.check()
+    return _from_table(table, config, f"{fingerprint}-files")
 
 
 def _is_saved(folder: Path) -> bool:
@@ -264,24 +375,12 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-def _data_files(folder: Path, split: str) -> list[Path]:
-    """List the files of a folder that decide its text: all, or of `save_to_disk` the tables."""
-    if _is_saved(folder):
-        within = folder / split if (folder / "dataset_dict.json").exists() else folder
-        # The other tables are results of `map` and `filter` that `datasets` keeps there.
-        tables = within.glob("*.arrow")
-        return [path for path in tables if not path.name.startswith(("cache-", "tmp"))]
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return [path for path in found if path.is_file()]
-
-
-def _forget(table: Any) -> None:
-    """Remove what `datasets` has kept under a digest of a file that changed meanwhile."""
-    for file in getattr(table, "cache_files", ()):
-        shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
+def _tables(folder: Path, split: str) -> list[Path]:
+    """List the files of a folder of `save_to_disk` that decide its text."""
+    within = folder / split if (folder / "dataset_dict.json").exists() else folder
+    # The other tables are results of `map` and `filter` that `datasets` keeps there.
+    tables = within.glob("*.arrow")
+    return [path for path in tables if not path.name.startswith(("cache-", "tmp"))]
 
 
 def _open_bin(path: Path, config: HarvestConfig) -> TokenFile:
@@ -303,36 +402,20 @@ def _open_bin(path: Path, config: HarvestConfig) -> TokenFile:
     return TokenFile(file.bytes // dtype.itemsize, read, path, fingerprint)
 
 
-def _load(
-    config: HarvestConfig,
-    folder: Path | None = None,
-    builder: str | None = None,
-    fingerprint: str = "",
-) -> Any:
+def _load(config: HarvestConfig, folder: Path | None = None) -> Any:
+    """Load a dataset of the hub, or the `save_to_disk` folder, whose values are plain objects."""
     import datasets
 
     if sys.stderr is None or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        if folder is not None and _is_saved(folder):
-            return datasets.load_from_disk(str(folder))
-        if builder is not None:  # a file has the single split "train", which may be sliced
-            # The digest names the cache entry: by path and modification time alone, `datasets`
-            # could return the text of an older file.
-            return datasets.load_dataset(
-                builder,
-                name=fingerprint,
-                data_files=glob.escape(config.dataset),
-                split=config.split,
-                streaming=config.streaming,
-            )
-        kept = Path(datasets.config.HF_DATASETS_CACHE, f"actcache-{fingerprint}")
+        if folder is not None:
+            return datasets.load_from_disk(str(folder)).with_format(None)
         return datasets.load_dataset(
             config.dataset,
             config.dataset_config,
             split=config.split,
             streaming=config.streaming,
-            cache_dir=None if folder is None else str(kept),  # for the same reason
         )
     except Exception as error:  # `datasets` and pyarrow raise dozens of types
         if shortage := full_disk(error, "HF_DATASETS_CACHE") or shortage_of(error):
@@ -340,8 +423,7 @@ def _load(
         raise DatasetError(
             f"cannot load dataset {config.dataset}",
             got=_reason(error),
-            remedy=remedy_of(error)
-            or "check the name, --split and --dataset-config; files must match their suffix",
+            remedy=remedy_of(error) or "check the name, --split and --dataset-config",
         ) from error
 
 
@@ -380,11 +462,7 @@ def _column(config: HarvestConfig) -> Column:
 
 
 def _from_table(
-    table: Any,
-    config: HarvestConfig,
-    fingerprint: str | None,
-    size: int | None = None,
-    check_file: Callable[[], None] = lambda: None,
+    table: Any, config: HarvestConfig, fingerprint: str | None
 ) -> IndexedDocuments | DocumentStream:
     if hasattr(table, "keys"):  # a DatasetDict from save_to_disk
         if config.split not in table:
@@ -401,7 +479,7 @@ def _from_table(
     if table.column_names is not None and column.name not in table.column_names:
         raise _no_column(config, column, table.column_names)
     if config.streaming:
-        return _from_stream(table, config, column, fingerprint, check_file)
+        return _from_stream(table, config, column, fingerprint)
     if len(table) == 0:
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
     table = table.select_columns([column.name])
@@ -413,9 +491,7 @@ def _from_table(
         mapped.check()
         return records
 
-    documents = IndexedDocuments(fetch, len(table), column, fingerprint or "", size)
-    if size is not None:  # a single file
-        return documents
+    documents = IndexedDocuments(fetch, len(table), column, fingerprint or "")
     if fingerprint is None:
         fingerprint = _of_commit(table, _sampled_fingerprint(documents))
     return dataclasses.replace(
@@ -424,12 +500,9 @@ def _from_table(
 
 
 def _from_stream(
-    table: Any,
-    config: HarvestConfig,
-    column: Column,
-    fingerprint: str | None,
-    check_file: Callable[[], None],
+    table: Any, config: HarvestConfig, column: Column, fingerprint: str | None
 ) -> DocumentStream:
+    check_file: Callable[[], None] = lambda: None  # noqa: E731
     if hasattr(table, "to_iterable_dataset"):  # loaded from a local folder
         check_file = MappedFiles(Path(file["filename"]) for file in table.cache_files).check
         table = table.to_iterable_dataset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class HarvestJob:
     """Warnings for the user."""
     renamed: dict[str, list[str]]
     """Names of other libraries, and layers counted from the end, with the hookpoints they mean."""
+    text_warnings: Callable[[], tuple[str, ...]]
+    """Function to warnings about the text; a stream may have more when it has been read."""
     lock: DirectoryLock
     """Lock on the folder, held until the harvest ends."""
 
@@ -135,6 +137,7 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         extend_to=planned if config.extend and _goes_beyond(manifest, existing) else None,
         warnings=warnings,
         renamed=resolved.renamed,
+        text_warnings=resolved.source.warnings,
         lock=lock,
     )
 

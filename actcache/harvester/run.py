@@ -135,11 +135,17 @@ def _restore_error(errors: list[RestoreError]) -> RestoreError:
 
 
 def _text_warnings(job: HarvestJob) -> tuple[str, ...]:
-    """Warn if --extend found no more text: a goal that is not counted shows it only at the end."""
-    goal = job.manifest.plan.goal
+    """Warn, on rank 0, about the text; and if --extend found no more of it.
+
+    A goal that is not counted shows that only at the end.
+    """
+    goal, warnings = job.manifest.plan.goal, job.text_warnings() if job.ranks.rank == 0 else ()
     if job.extend_to is None or goal is None or job.extend_to <= goal:
-        return ()
-    return ("--extend: the text has ended; there is nothing to extend the cache with",)
+        return warnings
+    return (
+        *warnings,
+        "--extend: the text has ended; there is nothing to extend the cache with",
+    )
 
 
 def _row_warnings(new_receipts: list[ShardReceipt]) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ import datasets
 import numpy as np
 import pytest
 
-import actcache.data.datasets
 from actcache.config import HarvestConfig
 from actcache.data.datasets import DocumentStream, IndexedDocuments, TokenFile, open_dataset
 from actcache.data.sequences import DocumentOrder, SequencePipeline, iter_sequences
+from actcache.data.watched_files import WatchedFile
 from actcache.errors import DatasetError
 
 CHANGED = "has changed since this command opened it"
@@ -117,21 +117,25 @@ def test_a_saved_dataset_whose_files_change_is_not_read_on(
         source.batch([0])
 
 
-def test_a_table_that_changes_while_it_is_loaded_is_refused_and_not_kept_under_its_digest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_table_that_changes_while_it_is_opened_is_refused(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, real = tmp_path / "text.jsonl", actcache.data.datasets._load
-    path.write_text('{"text": "first"}\n')
+    path, real = tmp_path / f"a.{suffix}", WatchedFile.__init__
+    first, other = ["text\nfirst\n", "text\nother\n"]
+    if suffix == "jsonl":
+        first, other = ['{"text": "first"}\n', '{"text": "other"}\n']
+    path.write_text(first)
 
-    def load_late(*arguments: Any, **options: Any) -> Any:
-        path.write_text('{"text": "other"}\n')
-        return real(*arguments, **options)
+    def change_after(*arguments: Any, **options: Any) -> None:
+        real(*arguments, **options)
+        path.write_text(other)
 
     with monkeypatch.context() as patch:
-        patch.setattr(actcache.data.datasets, "_load", load_late)
+        patch.setattr(WatchedFile, "__init__", change_after)
         with pytest.raises(DatasetError, match=CHANGED):
-            opened(path)
-    path.write_text('{"text": "first"}\n')
+            opened(path).batch([0])
+    path.write_text(first)
     assert opened(path).batch([0]) == ["first"]
 
 

@@ -167,7 +167,7 @@ class StreamedTable:
         rows: function that reads its rows.
     """
 
-    def __init__(self, file: WatchedFile, rows: Callable[[], Iterator[Row]]) -> None:
+    def __init__(self, file: WatchedFile, rows: Callable[[], Generator[Row]]) -> None:
         self.file, self._rows = file, rows
         self.replaced, self.differs = 0, False
         with closing(rows()) as first:

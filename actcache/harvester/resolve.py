@@ -19,6 +19,7 @@ from actcache.data.datasets import (
     TokenFile,
     open_dataset,
 )
+from actcache.data.plain_files import is_pattern
 from actcache.data.sequences import DocumentOrder, SequencePipeline, count_sequences
 from actcache.errors import ConfigError, DatasetError, ModelError
 from actcache.format.manifest import (
@@ -365,4 +366,7 @@ def build_manifest(
 
 def _base_name(name: str) -> str:
     """Shorten a local path to its last component, so that manifests do not depend on the folder."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    path = Path(name)
+    if path.exists():
+        return path.resolve().name
+    return path.name if is_pattern(name) else name

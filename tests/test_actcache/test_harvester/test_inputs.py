@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -15,12 +16,13 @@ import pytest
 import torch
 
 from actcache.cache.reader import Cache
-from actcache.config import HarvestConfig
+from actcache.config import HarvestConfig, PlanConfig
 from actcache.data.datasets import open_dataset
 from actcache.errors import CacheMismatchError, ConfigError
 from actcache.format.manifest import FILTERS
 from actcache.format.receipts import ShardReceipt
 from actcache.harvester import resolve
+from actcache.harvester.estimate import estimate_harvest
 from actcache.harvester.run import harvest
 from actcache.model.loading import load_model, load_tokenizer
 
@@ -270,6 +272,36 @@ def test_a_mixture_is_harvested_and_its_weights_are_recorded(
     texts = [tokenizer.decode(t) for s in cache.shards for t in cache.tokens(s).tokens]
     rows = sum("row row row" in text for text in texts)
     assert 0.2 < rows / len(texts) < 0.8  # two thirds of the documents, which are short
+
+
+def test_files_of_a_pattern_are_harvested_and_warnings_are_in_the_summary_and_the_plan(
+    options: Options, prose: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "parts").mkdir()
+    for number in range(2):
+        lines = [json.dumps({"text": text}) + "\n" for text in prose[number::2]]
+        lines.append('{"text": "caf\\udce9"}\n')
+        (tmp_path / "parts" / f"{number}.jsonl.gz").write_bytes(
+            gzip.compress("".join(lines).encode())
+        )
+    (tmp_path / "parts" / "photo.jpg").touch()
+    made = []
+    for pattern in ("parts/*", "parts", "parts/[0-9].jsonl.gz"):
+        out = str(tmp_path / f"cache-{len(made)}")
+        config = options(dataset=str(tmp_path / pattern), out=out)
+        summary = harvest(config)
+        plan = estimate_harvest(PlanConfig(**dataclasses.asdict(config)))
+        unread = [f"1 file of {config.dataset} left unread, of an unknown kind: photo.jpg"]
+        replaced = [
+            f"1 document of {tmp_path}/parts/{number}.jsonl.gz holds bytes that are not UTF-8; "
+            "they were replaced"
+            for number in range(2)
+        ]
+        expected = (*unread * (pattern != "parts/[0-9].jsonl.gz"), *replaced)
+        assert summary.warnings == plan.warnings == expected
+        made.append(Cache.open(summary.cache).manifest)
+    assert len({manifest.cache_id for manifest in made}) == 1
+    assert [manifest.dataset for manifest in made] == ["*", "parts", "[0-9].jsonl.gz"]
 
 
 def test_conversations_are_rendered_by_the_chat_template(

@@ -77,7 +77,10 @@ class IndexedLines:
             try:
                 for index in indices:
                     start, end = self._starts[index : index + 2].tolist()
-                    value, _ = json_value(read_at(fd, start, end - start), self._column)
+                    data = os.pread(fd, end - start, start)
+                    if len(data) < end - start:
+                        data = read_at(fd, start, end - start)
+                    value, _ = json_value(data, self._column)
                     values.append(None if value is MISSING else value)
             finally:
                 os.close(fd)

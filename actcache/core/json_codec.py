@@ -38,6 +38,10 @@ MAX_JSON_BYTES = 64 << 20
 NOT_SERIALIZED = {"beside": True}
 """Field metadata: the field is derived, so `to_json` and `parse_dataclass` leave it out."""
 
+OMITTED_BY_DEFAULT = {"omitted": "by default"}
+"""Field metadata: `to_json` leaves the field out while it has its default, which means what files
+from before the field mean."""
+
 SEAL = "seal"
 """Key of a sealed file's digest: XXH3 128-bit of the file without the digest's own digits."""
 
@@ -463,9 +467,7 @@ def to_json(obj: Any, *, sealed: bool = False) -> bytes:
     """
     plain = obj
     if dataclasses.is_dataclass(obj):
-        derived = {f.name for f in dataclasses.fields(obj) if f.metadata == NOT_SERIALIZED}
-        values = dataclasses.asdict(obj)  # type: ignore[arg-type]
-        plain = {name: value for name, value in values.items() if name not in derived}
+        plain = _plain(obj)
     if sealed:
         plain = {**plain, SEAL: ""}
     text = (json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
@@ -474,6 +476,31 @@ def to_json(obj: Any, *, sealed: bool = False) -> bytes:
     empty = f'\n  "{SEAL}": "'.encode()  # two spaces: no key of an inner object
     before, _, after = text.partition(empty)
     return before + empty + _digest(text).encode() + after
+
+
+def _plain(value: Any) -> Any:
+    """Return dataclasses at any depth as dicts of the fields that are serialised."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    found = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if field.metadata == NOT_SERIALIZED:
+            continue
+        if field.metadata == OMITTED_BY_DEFAULT and item == _default(field):
+            continue
+        found[field.name] = _plain(item)
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
 
 
 def _refuse_constant(text: str) -> object:

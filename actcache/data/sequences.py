@@ -1,10 +1,6 @@
-"""Order documents, tokenise them, and cut them to sequences of ctx_len tokens.
+"""Cut documents, in their seeded order, to sequences of ctx_len tokens.
 
-Order: `IndexedDocuments` are permuted; a `DocumentStream` is shuffled within a buffer; a `Mixture`
-draws the source of each document by weight, and ends when a drawn source is exhausted (repeating
-documents would change the text, skipping the source would change the shares).
-
-Cut: pack concatenates the documents, each followed by EOS, and cuts the result every ctx_len tokens
+Pack concatenates the documents, each followed by EOS, and cuts the result every ctx_len tokens
 (ctx_len - 1 if BOS is put before each sequence), dropping the incomplete last sequence; crop takes
 a window of each document at a random position; truncate takes the beginning of each document. The
 last two give sequences that may be shorter and are padded on the right.
@@ -28,28 +24,17 @@ from actcache.core.progress import Progress
 from actcache.data.datasets import (
     DocumentStream,
     IndexedDocuments,
-    Kind,
     Mixture,
-    Record,
     Source,
     TokenFile,
 )
+from actcache.data.document_order import DocumentOrder, documents_in_order
+from actcache.data.tokenization import tokenize
 from actcache.errors import DatasetError
 
 Ids = NDArray[np.int64]
 _IDS_AT_ONCE = 1 << 17  # token ids read from a file at once
-_BATCH = 256  # documents tokenised at once, and sequences between two updates of a progress bar
-
-
-@dataclass(frozen=True)
-class DocumentOrder:
-    """Settings of the shuffle of documents."""
-
-    seed: int
-    keep_order: bool
-    """Keep the dataset's order; a mixture still draws its sources at random."""
-    buffer: int
-    """Size of a stream's shuffle buffer, in documents."""
+_BATCH = 256  # sequences between two updates of a progress bar
 
 
 @dataclass(frozen=True)
@@ -212,91 +197,3 @@ def _tokenised(
             if len(ids):
                 yield document, np.asarray(ids, dtype=np.int64)
         first += len(records)
-
-
-def documents_in_order(
-    source: IndexedDocuments | DocumentStream | Mixture, order: DocumentOrder
-) -> Iterator[list[Record]]:
-    """Yield all documents in the seeded order, in batches.
-
-    Raises:
-        DatasetError: a document does not have its column's type.
-    """
-    if isinstance(source, Mixture):
-        yield from _draw(source, order)
-        return
-    documents = _shuffled(source, order)
-    while batch := list(itertools.islice(documents, _BATCH)):
-        yield batch
-
-
-def _draw(mixture: Mixture, order: DocumentOrder) -> Iterator[list[Record]]:
-    shares = np.cumsum(mixture.weights) / np.sum(mixture.weights)
-    state = rng.stream("mixture", order.seed)
-    sources = [_shuffled(source, order, number) for number, source in enumerate(mixture.sources)]
-    while True:
-        batch: list[Record] = []
-        for drawn in np.searchsorted(shares, state.random_sample(_BATCH), side="right"):
-            # `min`: rounding can leave the last cumulative share below 1.
-            taken = list(itertools.islice(sources[min(drawn, len(sources) - 1)], 1))
-            if not taken:
-                yield batch
-                return
-            batch += taken
-        yield batch
-
-
-def _shuffled(
-    source: IndexedDocuments | DocumentStream, order: DocumentOrder, *number: int
-) -> Iterator[Record]:
-    """Iterate over one source's documents; `number` is its index in a mixture."""
-    state = rng.stream("documents", order.seed, *number)
-    if isinstance(source, IndexedDocuments):
-        indices = np.arange(source.count) if order.keep_order else state.permutation(source.count)
-        for start in range(0, source.count, _BATCH):
-            yield from source.batch(indices[start : start + _BATCH].tolist())
-    elif order.keep_order:
-        yield from source.walk()
-    else:
-        documents = source.walk()
-        buffer = list(itertools.islice(documents, order.buffer))
-        for document in documents:
-            slot = int(state.randint(len(buffer)))
-            yield buffer[slot]
-            buffer[slot] = document
-        for slot in state.permutation(len(buffer)):
-            yield buffer[slot]
-
-
-def tokenize(tokenizer: Any, kind: Kind, records: list[Record]) -> list[list[int]]:
-    """Tokenise documents. Only a chat template adds special tokens.
-
-    Raises:
-        DatasetError: the chat template refuses a conversation.
-    """
-    if not records:
-        return []
-    if kind == "ids":
-        return records
-    if kind == "chat":
-        return [_chat(tokenizer, record) for record in records]
-    encoded = tokenizer(
-        records, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
-
-
-def _chat(tokenizer: Any, messages: Record) -> list[int]:
-    # Tables pad messages with null values for keys that only other messages have.
-    messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # templates are programs that can raise anything
-        raise DatasetError(
-            "the tokenizer's chat template refuses a conversation",
-            got=f"{type(error).__name__}: {error}, roles {[m.get('role') for m in messages][:8]}",
-            remedy="its messages need the roles, contents and order that the template requires",
-        ) from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from actcache.core.json_codec import (
     NOT_SERIALIZED,
+    OMITTED_BY_DEFAULT,
     parse_dataclass,
     read_json,
     sealed_unless,
@@ -125,6 +126,16 @@ class Identity:
     """Order of rows within a shard."""
     seed: int
     """Seed of the order of documents and rows."""
+    whole_rows: bool = field(default=False, metadata=OMITTED_BY_DEFAULT)
+    """Documents are rows of token ids that are whole sequences, and are neither joined nor cut."""
+    template_columns: tuple[str, ...] = field(default=(), metadata=OMITTED_BY_DEFAULT)
+    """Further columns that the chat template takes, such as tools."""
+    date: str | None = field(default=None, metadata=OMITTED_BY_DEFAULT)
+    """Moment that the chat template reads from the clock, ISO 8601; null: it reads none."""
+    model_commit: str | None = field(default=None, metadata=OMITTED_BY_DEFAULT)
+    """Commit of the model's repository; null: a local folder."""
+    dataset_commits: tuple[str, ...] = field(default=(), metadata=OMITTED_BY_DEFAULT)
+    """Commits of the datasets' repositories, in their order; empty for local ones."""
 
     def __post_init__(self) -> None:
         """Check ranges and relations."""

@@ -6,13 +6,13 @@ import gc
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import xxhash
 
-from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.json_codec import OMITTED_BY_DEFAULT, parse_dataclass, read_json, to_json
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import CachePath, CachePathT, prefetch_files
@@ -47,6 +47,8 @@ class ShardReceipt:
     files: dict[str, FileDigest]
     """Size and digest by logical name: 'tokens', 'stats', 'activations/HOOKPOINT', and with zarr
     'scales/HOOKPOINT' of 8-bit rows."""
+    left_out: dict[str, int] = field(default_factory=dict, metadata=OMITTED_BY_DEFAULT)
+    """Documents left out, by reason: those since the last sequence of the shard before."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from actcache.data.datasets import (
     TokenFile,
     open_dataset,
 )
+from actcache.data.document_order import DocumentOrder
 from actcache.data.plain_files import is_pattern
-from actcache.data.sequences import DocumentOrder, SequencePipeline, count_sequences
+from actcache.data.sequences import SequencePipeline, count_sequences
 from actcache.errors import ConfigError, DatasetError, ModelError
 from actcache.format.manifest import (
     FORMAT_VERSION,

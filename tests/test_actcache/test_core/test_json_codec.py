@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.json_codec import OMITTED_BY_DEFAULT, parse_dataclass, read_json, to_json
 from actcache.errors import FormatError
 
 
@@ -237,3 +238,18 @@ def test_a_removed_or_added_byte_breaks_the_seal(tmp_path: Path) -> None:
         path.write_bytes(changed)
         with pytest.raises(FormatError, match="differs from its seal"):
             read_json(path, sealed=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithLaterFields:
+    first: int
+    later: int | None = dataclasses.field(default=None, metadata=OMITTED_BY_DEFAULT)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict, metadata=OMITTED_BY_DEFAULT)
+
+
+def test_later_fields_are_left_out_while_they_have_their_defaults():
+    assert json.loads(to_json(WithLaterFields(1))) == {"first": 1}
+    filled = WithLaterFields(1, 0, {"a": 2})
+    assert json.loads(to_json(filled)) == {"first": 1, "later": 0, "counts": {"a": 2}}
+    for value in (WithLaterFields(1), filled):
+        assert parse_dataclass(WithLaterFields, json.loads(to_json(value)), "file") == value

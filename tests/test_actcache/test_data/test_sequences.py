@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actcache.core import rng
-from actcache.data import sequences
+from actcache.data import document_order, tokenization
 from actcache.data.datasets import (
     Column,
     DocumentStream,
@@ -116,7 +116,7 @@ def test_sequences_do_not_depend_on_the_tokenisation_batch(
 ) -> None:
     texts = ["abcdefghijk"[: i % 11] for i in range(100)]
     whole = [pack(documents(*texts), keep_order=k, bos_id=9) for k in (True, False)]
-    monkeypatch.setattr(sequences, "_BATCH", 7)
+    monkeypatch.setattr(document_order, "DOCUMENTS_AT_ONCE", 7)
     assert [pack(documents(*texts), keep_order=k, bos_id=9) for k in (True, False)] == whole
 
 
@@ -206,11 +206,11 @@ def test_a_conversation_is_rendered_by_the_chat_template(
         {"role": "user", "content": "the cache", "name": None},
         {"role": "model", "content": "the row"},
     ]
-    (ids,) = sequences.tokenize(tokenizer, "chat", [messages])
+    (ids,) = tokenization.tokenize(tokenizer, "chat", [messages])
     assert tokenizer.decode(ids) == "<s>user: the cache</s><s>model: the row</s>"
     assert ids.count(tokenizer.bos_token_id) == 2
     with pytest.raises(DatasetError, match=r"(?s)chat template.*no robots.*robot"):
-        sequences.tokenize(tokenizer, "chat", [[{"role": "robot", "content": "x"}]])
+        tokenization.tokenize(tokenizer, "chat", [[{"role": "robot", "content": "x"}]])
 
 
 @pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4", "<i4", "<i8"])
@@ -243,10 +243,10 @@ def test_counting_stops_at_the_limit() -> None:
 
 def test_a_tokenizer_adds_no_special_tokens(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
-    (ids,) = sequences.tokenize(tokenizer, "text", ["the cache"])
+    (ids,) = tokenization.tokenize(tokenizer, "text", ["the cache"])
     assert tokenizer.bos_token_id not in ids
     assert tokenizer.decode(ids) == "the cache"
-    assert sequences.tokenize(tokenizer, "text", []) == []
+    assert tokenization.tokenize(tokenizer, "text", []) == []
 
 
 def test_a_document_longer_than_model_max_length_is_not_cut(
@@ -254,7 +254,7 @@ def test_a_document_longer_than_model_max_length_is_not_cut(
 ) -> None:
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 8
-    (ids,) = sequences.tokenize(tokenizer, "text", ["row " * 50])
+    (ids,) = tokenization.tokenize(tokenizer, "text", ["row " * 50])
     assert len(ids) >= 50
 
 
@@ -271,7 +271,7 @@ def taken(
 ) -> list[str]:
     order = DocumentOrder(seed, keep_order, buffer)
     batches = list(documents_in_order(source, order))
-    assert all(len(batch) <= sequences._BATCH for batch in batches)
+    assert all(len(batch) <= document_order.DOCUMENTS_AT_ONCE for batch in batches)
     return [document for batch in batches for document in batch]
 
 

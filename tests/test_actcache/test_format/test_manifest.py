@@ -42,6 +42,11 @@ OTHER_IDENTITY = {
     "batch_size": 5,
     "row_order": "sequence",
     "seed": 1,
+    "whole_rows": True,
+    "template_columns": ("tools",),
+    "date": "2026-12-01T09:30:00",
+    "model_commit": "55",
+    "dataset_commits": ("66",),
 }
 
 OTHER_MANIFEST = {

@@ -69,8 +69,7 @@ def test_a_shortage_is_not_taken_for_a_bad_model_or_dataset(
 
     monkeypatch.setattr("datasets.load_dataset", fail)
     monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", fail)
-    (tmp_path / "a.jsonl").write_text("{}")
-    config = HarvestConfig("name", str(tmp_path / "a.jsonl"), "out")
+    config = HarvestConfig("name", "name", "out")
     for load in (open_dataset, load_config):
         with pytest.raises((MemoryError, OSError, RuntimeError, DiskFullError)) as caught:
             load(config)

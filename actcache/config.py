@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 from actcache.core.json_codec import check_fields
@@ -85,6 +86,10 @@ class HarvestConfig:
     """Configuration (subset) of a Hub dataset, such as wikitext-103-raw-v1. Default: the dataset's
     own."""
 
+    dataset_revision: tuple[str, ...] = option((), group="Data", metavar="REVISION")
+    """Revision (branch, tag or commit) of a Hub dataset; repeatable: of DATASET, then of each --mix
+    in order. Default: their main branches. The commit is part of the cache's identity."""
+
     text_column: str = option("text", group="Data", metavar="NAME")
     """Column with the text of a document. In local files, doc.text is the field text of a column
     doc."""
@@ -92,6 +97,10 @@ class HarvestConfig:
     chat_column: str | None = option(None, group="Data", metavar="NAME")
     """Column with a conversation, as a list of messages with role and content. The tokenizer's chat
     template renders it as text. Replaces --text-column."""
+
+    date: str | None = option(None, group="Data", metavar="DATE")
+    """Moment that a chat template reads from the clock, as an ISO 8601 date or date and time, such
+    as 2026-01-31. Part of the cache's identity. Default: that of the cache in --out, or now."""
 
     token_column: str | None = option(None, group="Data", metavar="NAME")
     """Column with the token ids of a document, made with this model's tokenizer. Replaces
@@ -332,6 +341,21 @@ class HarvestConfig:
             )
         if any(not 0 < weight < math.inf for weight in self.weight):
             raise ConfigError("--weight must be above 0", got=self.weight)
+        if len(self.dataset_revision) > 1 + len(self.mix):
+            raise ConfigError(
+                "--dataset-revision is given for more datasets than there are",
+                expected=f"at most {1 + len(self.mix)}",
+                got=len(self.dataset_revision),
+            )
+        if self.date is not None:
+            try:
+                datetime.fromisoformat(self.date)
+            except ValueError:
+                raise ConfigError(
+                    "--date is no date",
+                    expected="ISO 8601, such as 2026-01-31 or 2026-01-31T09:30:00",
+                    got=self.date,
+                ) from None
         twice = [d for d, n in Counter((self.dataset, *self.mix)).items() if n > 1]
         if self.mix and twice:
             raise ConfigError(

@@ -38,8 +38,8 @@ from actcache.filesystem.rooted import rooted
 from actcache.format import receipts as receipts_module
 from actcache.format.dtypes import ScaledRowDtype
 from actcache.format.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
+    SEALED_FROM,
     DiskDtype,
     Identity,
     Manifest,
@@ -160,7 +160,7 @@ def converted_manifest(manifest: Manifest, config: ConvertConfig) -> Manifest:
     cache_id = identity.digest()
     return dataclasses.replace(
         manifest,
-        format_version=FORMAT_VERSION,
+        format_version=max(manifest.format_version, SEALED_FROM),  # the identity stays what it is
         identity=identity,
         cache_id=cache_id,
         extensions=tuple(dataclasses.replace(e, cache_id=cache_id) for e in manifest.extensions),

@@ -169,6 +169,7 @@ def _dataclass_parser(cls: Any) -> _Parser:
     required = {
         name for name, f in fields.items() if f.default is unset and f.default_factory is unset
     }
+    omitted = {name for name, f in fields.items() if f.metadata == OMITTED_BY_DEFAULT}
 
     def parse(obj: Any) -> Any:
         _require_object(obj)
@@ -187,6 +188,13 @@ def _dataclass_parser(cls: Any) -> _Parser:
         except _InvalidError as error:
             error.keys.append(f": {key}")
             raise
+        for key in omitted & obj.keys():
+            if values[key] == _default(fields[key]):
+                raise _InvalidError(
+                    f" has the key {key!r} with the value that its absence means",
+                    "no such key",
+                    truncated_repr(obj[key]),
+                )
         try:
             return cls(**values)
         except FormatError as error:

@@ -56,6 +56,27 @@ class World:
             )
         return cls(rank, world_size)
 
+    def broadcast(self, value: str) -> str:
+        """Return the value of rank 0 on every rank.
+
+        Raises:
+            RunError: a rank does not join within `JOIN_SECONDS`.
+        """
+        if self.world_size == 1:
+            return value
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+        work = f"harvest on rank {self.rank}"
+        store = open_store(self.rank, self.world_size, work)
+        keys = PrefixStore(f"broadcast {next(_agreements)}", store)
+        if self.rank == 0:
+            keys.set("value/0", value)
+        found = gather(keys, "value", [0], work)[0]
+        keys.set(f"left/{self.rank}", "")
+        if self.rank == 0:  # it may hold the store
+            gather(keys, "left", range(self.world_size), work)
+        return found
+
     def check_equal_then_run_on_rank_zero(self, value: bytes, act: Callable[[], T]) -> T | None:
         """Require equal bytes on every rank, then run a function on rank 0, then return on all.
 

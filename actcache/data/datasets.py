@@ -7,6 +7,7 @@ fingerprint, so that the manifest records which text a cache was made from.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -45,6 +46,7 @@ _STREAMED = 64  # documents hashed for the fingerprint of a stream of the hub
 _KNOWN = f"{KNOWN}, or a .bin file"
 _SLICES = re.compile(r"train(\[[^]]*\])?(\+train(\[[^]]*\])?)*")
 _COMMIT = re.compile(r"^hf://.*@([0-9a-f]{40})/")
+_IS_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,14 @@ class IndexedDocuments:
     """Digest of the text."""
     bytes: int | None = None
     """Size of the source file, an upper bound of its tokens; None: not from a single file."""
-    earlier: Callable[[], str] | None = None
-    """Function to the fingerprint that caches of earlier versions have; None: it is the same."""
+    earlier: Callable[[], tuple[str, ...]] = tuple
+    """Function to the fingerprints that caches of earlier versions may have, the newest first."""
     place: Callable[[int], str] | None = None
     """Function from an index to where the document is, such as a line of a file."""
     warnings: Callable[[], tuple[str, ...]] = tuple
     """Function to warnings about the text."""
+    commits: tuple[str, ...] = ()
+    """Commit of the dataset's repository; empty for local files."""
 
     def batch(self, indices: Sequence[int]) -> list[Record]:
         """Read the documents at these indices.
@@ -138,10 +142,12 @@ class DocumentStream:
     column: Column
     fingerprint: str
     """Digest of the dataset's name and first documents, or of the files."""
-    earlier: Callable[[], str] | None = None
-    """Function to the fingerprint that caches of earlier versions have; None: it is the same."""
+    earlier: Callable[[], tuple[str, ...]] = tuple
+    """As in `IndexedDocuments`."""
     warnings: Callable[[], tuple[str, ...]] = tuple
     """As in `IndexedDocuments`; they may become more while the stream is read."""
+    commits: tuple[str, ...] = ()
+    """As in `IndexedDocuments`."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +168,16 @@ class Mixture:
         """Digest of the sources' fingerprints."""
         return _mixed(source.fingerprint for source in self.sources)
 
-    def earlier(self) -> str:
-        """Return the fingerprint that caches of earlier versions have."""
-        return _mixed(s.earlier() if s.earlier else s.fingerprint for s in self.sources)
+    @property
+    def commits(self) -> tuple[str, ...]:
+        """Commits of the sources that are of the hub, in order."""
+        return tuple(commit for source in self.sources for commit in source.commits)
+
+    def earlier(self) -> tuple[str, ...]:
+        """As in `IndexedDocuments`: the newest of all sources, the next of all, and so on."""
+        each = [source.earlier() or (source.fingerprint,) for source in self.sources]
+        versions = range(max(map(len, each)))
+        return tuple(_mixed(found[min(n, len(found) - 1)] for found in each) for n in versions)
 
     def warnings(self) -> tuple[str, ...]:
         """As in `IndexedDocuments`."""
@@ -187,7 +200,11 @@ class TokenFile:
     fingerprint: str
     """Digest of the file and of --bin-dtype."""
     column: ClassVar[Column] = Column("", "ids")
-    earlier: ClassVar[None] = None
+    commits: ClassVar[tuple[str, ...]] = ()
+
+    def earlier(self) -> tuple[str, ...]:
+        """As in `IndexedDocuments`."""
+        return ()
 
     def warnings(self) -> tuple[str, ...]:
         """As in `IndexedDocuments`."""
@@ -207,8 +224,11 @@ def open_dataset(config: HarvestConfig) -> Source:
     if not config.mix:
         return _open_one(config)
     sources: list[IndexedDocuments | DocumentStream] = []
-    for dataset in (config.dataset, *config.mix):
-        source = _open_one(dataclasses.replace(config, dataset=dataset, mix=(), weight=()))
+    names = (config.dataset, *config.mix)
+    for dataset, revision in itertools.zip_longest(names, config.dataset_revision):
+        own = (revision,) if revision else ()
+        one = dataclasses.replace(config, dataset=dataset, mix=(), weight=(), dataset_revision=own)
+        source = _open_one(one)
         if isinstance(source, TokenFile):
             raise DatasetError(
                 f"{dataset} cannot be mixed: it holds no documents",
@@ -221,6 +241,12 @@ def open_dataset(config: HarvestConfig) -> Source:
 
 def _open_one(config: HarvestConfig) -> IndexedDocuments | DocumentStream | TokenFile:
     path = Path(config.dataset)
+    if path.exists() and any(config.dataset_revision):
+        raise DatasetError(
+            f"{config.dataset} is local, and has no revisions",
+            expected="no --dataset-revision; with --mix, '' in its place",
+            got=config.dataset_revision[0],
+        )
     if path.is_file():
         return _open_file(path, config)
     if path.is_dir() and _is_saved(path):
@@ -236,7 +262,8 @@ def _open_one(config: HarvestConfig) -> IndexedDocuments | DocumentStream | Toke
             expected=f"a dataset id, a save_to_disk folder, {_KNOWN}, or a folder or pattern of "
             "such files",
         )
-    return _from_table(_load(config), config, fingerprint=None)
+    table, commit = _load_from_hub(config)
+    return _from_table(table, config, commit=commit)
 
 
 def _open_file(path: Path, config: HarvestConfig) -> IndexedDocuments | DocumentStream | TokenFile:
@@ -280,7 +307,7 @@ def _open_plain(
         raise _no_column(config, column, error.names) from error
     if text.is_text:
         column = Column("", "text")
-    fingerprint = _of_plain(text, config)
+    fingerprint = _of_plain(files, text, config)
     if config.streaming:
         return _stream_plain(text, config, column, fingerprint)
     chosen = _slices(text.count, config)
@@ -293,15 +320,26 @@ def _open_plain(
         fetch = lambda indices: text.fetch(chosen[indices].tolist())  # noqa: E731
         place = lambda index: text.place(chosen[index])  # noqa: E731
     documents = IndexedDocuments(
-        fetch, count, column, fingerprint, text.bytes, None, place, text.warnings
+        fetch, count, column, fingerprint, text.bytes, tuple, place, text.warnings
     )
-    if not Path(config.dataset).is_dir():
-        return documents
-    return dataclasses.replace(documents, earlier=lambda: _sampled_fingerprint(documents))
+    before = _of_plain_before(text, config)
+    if Path(config.dataset).is_dir():
+        return dataclasses.replace(
+            documents, earlier=lambda: (before, _sampled_fingerprint(documents))
+        )
+    return dataclasses.replace(documents, earlier=lambda: (before,))
 
 
-def _of_plain(text: PlainText, config: HarvestConfig) -> str:
-    """Return the fingerprint of local files: that of earlier versions if they read the same."""
+def _of_plain(files: Mapping[str, Path], text: PlainText, config: HarvestConfig) -> str:
+    """Return the fingerprint of local files: their bytes, in order, and how these are read."""
+    kinds = [found for path in files.values() if (found := plain_file(path)) is not None]
+    formats = {str(found.path): f"{found.format}{found.compression}" for found in kinds}
+    read = [f"{formats[str(files[name])]} {digest}" for name, digest in text.digests.items()]
+    return f"{_digest(config.split, read)}-plain"
+
+
+def _of_plain_before(text: PlainText, config: HarvestConfig) -> str:
+    """Return the fingerprint that format version 2 has, and 1 for what it read the same."""
     if Path(config.dataset).is_file():
         (fingerprint,) = text.digests.values()
         fingerprint += "" if text.reads_as_before else "-v2"
@@ -329,11 +367,11 @@ def _stream_plain(
     first = list(itertools.islice(walk(), _STREAMED))
     if not first:
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
-    earlier = None
+    earlier = [_of_plain_before(text, config)]
     if Path(config.dataset).is_dir():
         header = json.dumps([Path(config.dataset).name, config.dataset_config, config.split])
-        earlier = lambda: f"{_digest(header, first)}-streamed"  # noqa: E731
-    return DocumentStream(walk, column, fingerprint, earlier, text.warnings)
+        earlier.append(f"{_digest(header, first)}-streamed")
+    return DocumentStream(walk, column, fingerprint, lambda: tuple(earlier), text.warnings)
 
 
 def _slices(count: int, config: HarvestConfig) -> NDArray[np.int64] | None:
@@ -360,14 +398,25 @@ def _slices(count: int, config: HarvestConfig) -> NDArray[np.int64] | None:
 
 
 def _open_saved(folder: Path, config: HarvestConfig) -> IndexedDocuments | DocumentStream:
-    files = {str(path.relative_to(folder)): path for path in _tables(folder, config.split)}
+    within = folder / config.split if (folder / "dataset_dict.json").exists() else folder
+    files = {str(path.relative_to(folder)): path for path in _tables(within)}
     watched = {name: WatchedFile(path, held=False) for name, path in sorted(files.items())}
     header = json.dumps([config.dataset_config, config.split])
-    fingerprint = _digest(header, [f"{name} {file.digest}" for name, file in watched.items()])
-    table = _load(config, folder)
+    before = _digest(header, [f"{name} {file.digest}" for name, file in watched.items()])
+    table = _load_saved(config, folder)
+    digests = [file.digest for name, file in sorted(watched.items(), key=_in_order(within))]
     for file in watched.values():
         file.check()
-    return _from_table(table, config, f"{fingerprint}-files")
+    return _from_table(table, config, f"{_digest('', digests)}-saved", f"{before}-files")
+
+
+def _in_order(folder: Path) -> Callable[[tuple[str, WatchedFile]], Any]:
+    """Return the key by which tables of `save_to_disk` are sorted as they are read."""
+    order = []
+    if (folder / "state.json").exists():  # else there is no such split
+        state = json.loads((folder / "state.json").read_text())
+        order = [Path(file["filename"]).name for file in state["_data_files"]]
+    return lambda item: order.index(name) if (name := Path(item[0]).name) in order else len(order)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -375,11 +424,10 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-def _tables(folder: Path, split: str) -> list[Path]:
+def _tables(folder: Path) -> list[Path]:
     """List the files of a folder of `save_to_disk` that decide its text."""
-    within = folder / split if (folder / "dataset_dict.json").exists() else folder
     # The other tables are results of `map` and `filter` that `datasets` keeps there.
-    tables = within.glob("*.arrow")
+    tables = folder.glob("*.arrow")
     return [path for path in tables if not path.name.startswith(("cache-", "tmp"))]
 
 
@@ -402,28 +450,49 @@ def _open_bin(path: Path, config: HarvestConfig) -> TokenFile:
     return TokenFile(file.bytes // dtype.itemsize, read, path, fingerprint)
 
 
-def _load(config: HarvestConfig, folder: Path | None = None) -> Any:
-    """Load a dataset of the hub, or the `save_to_disk` folder, whose values are plain objects."""
+def _load_saved(config: HarvestConfig, folder: Path) -> Any:
+    """Load the `save_to_disk` folder, with its values as plain objects."""
+    import datasets
+
+    with _explained(config):
+        return datasets.load_from_disk(str(folder)).with_format(None)
+
+
+def _load_from_hub(config: HarvestConfig) -> tuple[Any, str | None]:
+    """Load a dataset of the hub; return it with the commit that it is loaded at, if known."""
+    import datasets
+
+    revision = config.dataset_revision[0] if any(config.dataset_revision) else None
+    with _explained(config):
+        builder = datasets.load_dataset_builder(
+            config.dataset, config.dataset_config, revision=revision
+        )
+        # The name of its cache: for a dataset without code, the commit.
+        found = _IS_COMMIT.fullmatch(str(builder.hash))
+        commit = found[0] if found else None
+        if config.streaming:
+            return builder.as_streaming_dataset(split=config.split), commit
+        builder.download_and_prepare()
+        return builder.as_dataset(split=config.split), commit
+
+
+@contextlib.contextmanager
+def _explained(config: HarvestConfig) -> Iterator[None]:
+    """Convert every exception of `datasets` to `DatasetError`; hide its bars without a terminal."""
     import datasets
 
     if sys.stderr is None or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        if folder is not None:
-            return datasets.load_from_disk(str(folder)).with_format(None)
-        return datasets.load_dataset(
-            config.dataset,
-            config.dataset_config,
-            split=config.split,
-            streaming=config.streaming,
-        )
+        yield
     except Exception as error:  # `datasets` and pyarrow raise dozens of types
         if shortage := full_disk(error, "HF_DATASETS_CACHE") or shortage_of(error):
             raise shortage from None
         raise DatasetError(
             f"cannot load dataset {config.dataset}",
             got=_reason(error),
-            remedy=remedy_of(error) or "check the name, --split and --dataset-config",
+            remedy=remedy_of(error)
+            or "check the name, --split, --dataset-config and --dataset-revision",
         ) from error
 
 
@@ -462,8 +531,22 @@ def _column(config: HarvestConfig) -> Column:
 
 
 def _from_table(
-    table: Any, config: HarvestConfig, fingerprint: str | None
+    table: Any,
+    config: HarvestConfig,
+    fingerprint: str = "",
+    before: str = "",
+    *,
+    commit: str | None = None,
 ) -> IndexedDocuments | DocumentStream:
+    """Read a table of `datasets`.
+
+    Args:
+        table: the table, a stream, or the splits of a folder.
+        config: the options.
+        fingerprint: of the folder; empty: a sample of the documents is digested.
+        before: that of format version 2.
+        commit: commit of the repository.
+    """
     if hasattr(table, "keys"):  # a DatasetDict from save_to_disk
         if config.split not in table:
             raise DatasetError(
@@ -479,7 +562,7 @@ def _from_table(
     if table.column_names is not None and column.name not in table.column_names:
         raise _no_column(config, column, table.column_names)
     if config.streaming:
-        return _from_stream(table, config, column, fingerprint)
+        return _from_stream(table, config, column, (fingerprint, before), commit)
     if len(table) == 0:
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
     table = table.select_columns([column.name])
@@ -491,16 +574,29 @@ def _from_table(
         mapped.check()
         return records
 
-    documents = IndexedDocuments(fetch, len(table), column, fingerprint or "")
-    if fingerprint is None:
-        fingerprint = _of_commit(table, _sampled_fingerprint(documents))
+    documents = IndexedDocuments(fetch, len(table), column, fingerprint)
+    if fingerprint:
+        return dataclasses.replace(
+            documents, earlier=lambda: (before, _sampled_fingerprint(documents))
+        )
+    sampled = _sampled_fingerprint(documents)
+    commits = _commits_of(table)
+    if commit is None and len(commits) == 1:  # offline, of a dataset whose cache has another name
+        (commit,) = commits
     return dataclasses.replace(
-        documents, fingerprint=fingerprint, earlier=lambda: _sampled_fingerprint(documents)
+        documents,
+        fingerprint=sampled,
+        earlier=lambda: ((f"{_digest(sampled, commits)}-commit",) if commits else ()) + (sampled,),
+        commits=() if commit is None else (commit,),
     )
 
 
 def _from_stream(
-    table: Any, config: HarvestConfig, column: Column, fingerprint: str | None
+    table: Any,
+    config: HarvestConfig,
+    column: Column,
+    fingerprints: tuple[str, str],
+    commit: str | None,
 ) -> DocumentStream:
     check_file: Callable[[], None] = lambda: None  # noqa: E731
     if hasattr(table, "to_iterable_dataset"):  # loaded from a local folder
@@ -520,12 +616,14 @@ def _from_stream(
     first = list(itertools.islice(walk(), _STREAMED))
     if not first:
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
-    name = Path(config.dataset).name if Path(config.dataset).exists() else config.dataset
+    local, (fingerprint, before) = Path(config.dataset).exists(), fingerprints
+    name = Path(config.dataset).name if local else config.dataset
     header = json.dumps([name, config.dataset_config, config.split])
     sampled = f"{_digest(header, first)}-streamed"
-    if Path(config.dataset).is_dir():
-        return DocumentStream(walk, column, fingerprint or sampled, lambda: sampled)
-    return DocumentStream(walk, column, fingerprint or sampled)
+    if local:
+        return DocumentStream(walk, column, fingerprint, lambda: (before, sampled))
+    commits = () if commit is None else (commit,)
+    return DocumentStream(walk, column, sampled, lambda: (sampled,), commits=commits)
 
 
 def _next_row(rows: Iterator[tuple[int, Any]], config: HarvestConfig) -> tuple[int, Any] | None:
@@ -560,11 +658,10 @@ def _sampled_fingerprint(documents: IndexedDocuments) -> str:
     return f"{_digest(str(documents.count), records)}-sampled"
 
 
-def _of_commit(table: Any, sampled: str) -> str:
-    """Add the commits that the files of a hub dataset were downloaded at, where they are known."""
+def _commits_of(table: Any) -> list[str]:
+    """List the commits that the files of a hub dataset were downloaded at, where they are known."""
     names = getattr(table.info, "download_checksums", None) or {}
-    commits = sorted({found[1] for name in names if (found := _COMMIT.search(name))})
-    return f"{_digest(sampled, commits)}-commit" if commits else sampled
+    return sorted({found[1] for name in names if (found := _COMMIT.search(name))})
 
 
 def _digest(header: str, records: Sequence[Record]) -> str:

@@ -4,7 +4,9 @@
 digest. Settings that may differ between two copies of the same numbers (backend, shard size,
 library versions, names) are fields of `Manifest`.
 
-From version 2 on, every JSON file of a cache is sealed (`actcache.core.json_codec`).
+From version 2 on, every JSON file of a cache is sealed (`actcache.core.json_codec`). From version 3
+on, the identity covers all that decides the rows; harvests of earlier versions are finished under
+their own.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
-"""Version of new caches. Those of version 1 have no seals, and are resumed and extended so."""
+FORMAT_VERSION = 3
+"""Version of new caches. Those of earlier versions are resumed and extended in their own."""
 SEALED_FROM = 2
 """First version whose JSON files are sealed."""
+IDENTIFIED_FROM = 3
+"""First version whose identity covers the whole tokenizer, the clock and the commits."""
 MANIFEST = "manifest.json"
 MAX_SHARDS = 1 << 22
 """Bound on the memory that per-shard records take."""
@@ -375,6 +379,13 @@ class Manifest:
                 got=self.format_version,
                 remedy="install the version of actcache that wrote it",
             )
+        if self.format_version < IDENTIFIED_FROM and (new := _new_keys(self.identity)):
+            raise FormatError(
+                f"the identity has keys that format version {self.format_version} does not have",
+                expected=f"format version {IDENTIFIED_FROM}, or none of them",
+                got=", ".join(new),
+                remedy="the manifest was edited or damaged; restore it from a copy",
+            )
         _at_least("sequences_per_shard", self.sequences_per_shard, 1, 2**31 - 1)
         _at_least("block_rows", self.block_rows, 1, 2**31 - 1)
         if self.planned_sequences is not None:
@@ -437,6 +448,12 @@ class Manifest:
     def width(self, hookpoint: str) -> int:
         """Return the width of a hookpoint."""
         return {h.name: h.width for h in self.identity.hookpoints}[hookpoint]
+
+
+def _new_keys(identity: Identity) -> list[str]:
+    """List the fields that came with version 3, as far as they differ from what absence means."""
+    fields = (f for f in dataclasses.fields(Identity) if f.metadata == OMITTED_BY_DEFAULT)
+    return [f.name for f in fields if getattr(identity, f.name) != f.default]
 
 
 def parse_manifest(obj: object, where: str = MANIFEST) -> Manifest:
@@ -503,8 +520,21 @@ def read_extension(path: CachePath, manifest: Manifest) -> Manifest:
         raise FormatError(f"{path}: {error}") from None
 
 
+_KEEP = "go on with the files that it was begun with"
+_SHOWN = {
+    "model_fingerprint": ("model", "its weights or configuration have changed"),
+    "tokenizer_fingerprint": ("tokenizer", _KEEP),
+    "dataset_fingerprint": ("text", _KEEP),
+    "model_commit": ("model commit", "--revision {}"),
+    "dataset_commits": ("dataset commits", "--dataset-revision {}"),
+    "date": ("date", "--date {}"),
+    "eos_id": ("separator", "the token between documents"),
+}
+"""How errors call a field, if not by its name, and the remedy."""
+
+
 def differences(new: Manifest, existing: Manifest) -> list[str]:
-    """List the fields that make two manifests describe other bytes, as 'field: existing, not new'.
+    """List what makes two manifests describe other bytes, as 'name: existing, not new (remedy)'.
 
     Names and library versions are not compared; identity, backend, shard size and goal are. The
     goal is that of the last extension.
@@ -516,7 +546,15 @@ def differences(new: Manifest, existing: Manifest) -> list[str]:
         (f.name, getattr(new.identity, f.name), getattr(existing.identity, f.name))
         for f in dataclasses.fields(Identity)
     ]
-    return [f"{name}: {before!r}, not {now!r}" for name, now, before in pairs if now != before]
+    return [_difference(name, before, now) for name, now, before in pairs if now != before]
+
+
+def _difference(field: str, before: object, now: object) -> str:
+    name, remedy = _SHOWN.get(field, (field, ""))
+    if "{}" in remedy:
+        values = before if isinstance(before, tuple) else (before,)
+        remedy = " ".join(remedy.format(value) for value in values) if before else ""
+    return f"{name}: {before!r}, not {now!r}" + (f" ({remedy})" if remedy else "")
 
 
 def _at_least(name: str, value: int, low: int, high: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
 from collections.abc import Iterable
@@ -16,7 +17,13 @@ from actcache.core.json_codec import OMITTED_BY_DEFAULT, parse_dataclass, read_j
 from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import CachePath, CachePathT, prefetch_files
-from actcache.format.manifest import FILTERS, SEALED_FROM, Manifest, read_manifest
+from actcache.format.manifest import (
+    FILTERS,
+    IDENTIFIED_FROM,
+    SEALED_FROM,
+    Manifest,
+    read_manifest,
+)
 
 FOLDER = "shards"
 END = "END.json"
@@ -71,6 +78,8 @@ def receipt_path(root: CachePathT, shard: int) -> CachePathT:
 
 def publish_receipt(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
     """Publish a shard by writing its receipt, after all its files are in place."""
+    if manifest.format_version < IDENTIFIED_FROM:  # such receipts do not count what is left out
+        receipt = dataclasses.replace(receipt, left_out={})
     text = to_json(receipt, sealed=manifest.format_version >= SEALED_FROM)
     write_atomic(receipt_path(root, receipt.shard), [text])
 
@@ -232,7 +241,12 @@ def read_receipt(path: CachePath, manifest: Manifest) -> ShardReceipt:
 def _check_receipt(path: CachePath, receipt: ShardReceipt, manifest: Manifest) -> None:
     """Check a receipt against the name of its file and the manifest; raises `FormatError`."""
     counts = [receipt.shard, receipt.first_sequence, receipt.sequences - 1, receipt.rows]
-    for of_names in (receipt.dropped, receipt.non_finite, receipt.near_overflow):
+    for of_names in (
+        receipt.dropped,
+        receipt.non_finite,
+        receipt.near_overflow,
+        receipt.left_out,
+    ):
         counts += of_names.values()
     counts += [file.bytes for file in receipt.files.values()]
     if min(counts) < 0:
@@ -241,6 +255,13 @@ def _check_receipt(path: CachePath, receipt: ShardReceipt, manifest: Manifest) -
     if path.name != f"{receipt.shard:05d}.json":
         raise FormatError(
             f"{path} is the receipt of another shard", expected=path.name, got=receipt.shard
+        )
+    if receipt.left_out and manifest.format_version < IDENTIFIED_FROM:
+        raise FormatError(
+            f"{path} has a key that format version {manifest.format_version} does not have",
+            expected=f"format version {IDENTIFIED_FROM}, or no such key",
+            got="left_out",
+            remedy="it was edited or damaged; restore it from a copy",
         )
     _check_against(manifest, receipt, path)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from actcache.cache.folder import (
@@ -18,20 +20,29 @@ from actcache.cache.folder import (
     require_chunks,
     require_room,
 )
+from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig
-from actcache.core.json_codec import to_json
+from actcache.core.json_codec import to_json, truncated_repr
 from actcache.core.process import World, captured_warnings, require_whole_machine
 from actcache.data.sequences import Sequence, iter_sequences
+from actcache.data.template_clock import now
 from actcache.errors import CacheMismatchError, ConfigError
 from actcache.filesystem.lock import DirectoryLock
 from actcache.filesystem.rooted import rooted
-from actcache.format.manifest import MANIFEST, Identity, Manifest, read_manifest
-from actcache.format.receipts import CompletionMarker, ShardReceipt, read_cache_state
+from actcache.format.manifest import (
+    IDENTIFIED_FROM,
+    MANIFEST,
+    Identity,
+    Manifest,
+    read_manifest,
+)
+from actcache.format.receipts import FOLDER, CompletionMarker, ShardReceipt, read_cache_state
 from actcache.harvester.resolve import (
     ResolvedHarvest,
     build_identity,
     build_manifest,
     goal_sequences,
+    identity_before,
     planned_sequences,
     resolve,
 )
@@ -98,6 +109,10 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
     require_cache_folder(root)
     if config.device_map == "auto":
         require_whole_machine()
+    has_date = config.date is not None
+    if config.chat_column is not None and not has_date:
+        begun = read_manifest(root).identity.date if (root / MANIFEST).exists() else None
+        config = dataclasses.replace(config, date=ranks.broadcast(begun or now()))
     resolved = resolve(config)
     goal, planned = goal_sequences(config), planned_sequences(config, resolved)
     model, identity = _load_and_identify(config, resolved, root)
@@ -113,15 +128,28 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         if state is None:
             lock.acquire_shared()
             state = read_cache_state(root)
+        existing, published, marker = state
+        is_resumed_before = existing.format_version < IDENTIFIED_FROM and (
+            marker is None or config.extend
+        )
+        if is_resumed_before and published:
+            _require_same_text(root, existing, published, resolved)
     except BaseException:
         lock.release()
         raise
-    existing, published, marker = state
     warnings = tuple(
         f"{name} is {manifest.versions.get(name)} now; this cache was begun with {version}"
         for name, version in existing.versions.items()
         if manifest.versions.get(name) != version
     )
+    if is_resumed_before:
+        warnings += (
+            f"this cache follows format version {existing.format_version}, which does not record "
+            "all of the tokenizer, the date that a chat template reads, nor commits of the hub: "
+            "its first shard was compared instead",
+        )
+    if has_date and resolved.date is None:
+        warnings += ("--date has no effect: no chat template reads the clock",)
     if config.extend and planned == existing.plan.goal and planned != goal:
         warnings += (f"--extend: the text has {planned:,} sequences, all of them planned already",)
     return HarvestJob(
@@ -147,19 +175,61 @@ def _load_and_identify(
 ) -> tuple[Any, Identity]:
     """Load the weights, unless `resolve` did, and build the cache's identity from them.
 
-    A cache in `root` that an earlier version began keeps its fingerprint of the text.
+    A cache in `root` that an earlier format version began is identified as that version did.
     """
     model = resolved.model
     # Quantised weights may have been repacked by the probe's forward pass: load them again.
     if not resolved.has_weights or getattr(model, "is_quantized", False):
+        if resolved.commit is not None:
+            config = dataclasses.replace(config, revision=resolved.commit)
         model = load_model(config)
-    identity = build_identity(config, resolved, fingerprint_model(model), dtype_name(model))
-    earlier = resolved.source.earlier
-    if earlier is not None and (root / MANIFEST).exists():
-        made = read_manifest(root).identity.dataset_fingerprint
-        if made != identity.dataset_fingerprint and made == earlier():
-            identity = dataclasses.replace(identity, dataset_fingerprint=made)
-    return model, identity
+    made = _begun_before(root)
+    fingerprint = fingerprint_model(model, before=made is not None)
+    identity = build_identity(config, resolved, fingerprint, dtype_name(model))
+    return model, identity if made is None else identity_before(identity, resolved, made)
+
+
+def _begun_before(root: Path) -> Identity | None:
+    """Return the identity of a cache of an earlier format version, if it has shards; else None."""
+    if not (root / MANIFEST).exists():
+        return None
+    manifest = read_manifest(root)
+    if manifest.format_version >= IDENTIFIED_FROM or not _has_records(root):
+        return None
+    return manifest.identity
+
+
+def _has_records(root: Path) -> bool:
+    """Return whether a folder has receipts, retractions or a seal."""
+    folder = root / FOLDER
+    return folder.is_dir() and any(path.suffix == ".json" for path in folder.iterdir())
+
+
+def _require_same_text(
+    root: Path, manifest: Manifest, published: Mapping[int, ShardReceipt], resolved: ResolvedHarvest
+) -> None:
+    """Compare the text of a shard with that of the cache, whose identity does not cover all of it.
+
+    Raises:
+        CacheMismatchError: it differs.
+    """
+    shard = min(published)
+    words, first = Cache.open(root).tokens(shard), published[shard].first_sequence
+    made = iter_sequences(resolved.source, resolved.tokenizer, resolved.pipeline)
+    today = list(itertools.islice(made, first, first + len(words.lengths)))
+    for number, tokens in enumerate(words.tokens):
+        if number < len(today) and np.array_equal(today[number].tokens, tokens):
+            continue
+        found = today[number].tokens.tolist() if number < len(today) else []
+        raise CacheMismatchError(
+            f"the text of {root} is no longer what it was made from: other tokens in sequence "
+            f"{first + number}",
+            expected=truncated_repr(tokens.tolist()),
+            got=truncated_repr(found),
+            remedy=f"format version {manifest.format_version} does not record all of the "
+            "tokenizer: go on with that of the first harvest, its chat template (--date, if it "
+            "writes the date) and versions of libraries; or choose another --out",
+        )
 
 
 def require_same_harvest(config: HarvestConfig, root: Path) -> None:
@@ -170,6 +240,8 @@ def require_same_harvest(config: HarvestConfig, root: Path) -> None:
         ActcacheError: the harvest could not run at all.
     """
     existing = read_manifest(root)
+    if config.date is None:
+        config = dataclasses.replace(config, date=existing.identity.date)
     with captured_warnings():  # the harvest that follows reports them
         resolved = resolve(config)
         planned = planned_sequences(config, resolved)

@@ -5,6 +5,7 @@ Nothing here loads weights, unless the model cannot be built on the meta device.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from actcache.data.datasets import (
 from actcache.data.document_order import DocumentOrder
 from actcache.data.plain_files import is_pattern
 from actcache.data.sequences import SequencePipeline, count_sequences
+from actcache.data.template_clock import pin_clock
 from actcache.errors import ConfigError, DatasetError, ModelError
 from actcache.format.manifest import (
     FORMAT_VERSION,
@@ -33,10 +35,12 @@ from actcache.format.manifest import (
 from actcache.model.hooks import HookSite, choose, discover_sites, residual_hookpoints
 from actcache.model.loading import (
     fingerprint_tokenizer,
+    fingerprint_tokenizer_before,
     load_config,
     load_meta_model,
     load_model,
     load_tokenizer,
+    model_commit,
 )
 from actcache.storage import ROW_DTYPES
 
@@ -66,6 +70,10 @@ class ResolvedHarvest:
     """Token ids of --exclude-special."""
     exclude_tokens: tuple[int, ...]
     """Token ids of --exclude-tokens."""
+    commit: str | None
+    """Commit of the model's repository; None: a local folder."""
+    date: str | None
+    """Moment that the chat template reads; None: it reads none."""
 
 
 def resolve(config: HarvestConfig) -> ResolvedHarvest:
@@ -76,10 +84,14 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
     """
     source = open_dataset(config)
     model_config = load_config(config)
+    commit = model_commit(config)
+    if commit is not None:  # all files of one commit, whatever is uploaded meanwhile
+        config = dataclasses.replace(config, revision=commit)
     model, sites, has_weights = probe_model(config, model_config)
     hookpoints, renamed = choose_hookpoints(config, model, sites)
     tokenizer = load_tokenizer(config) if needs_tokenizer(config, source) else None
     pipeline = choose_pipeline(config, model_config, tokenizer, source)
+    date = pin_clock(tokenizer, config.date) if source.column.kind == "chat" else None
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.ctx_len > longest:
         raise ConfigError(
@@ -98,6 +110,8 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
         pipeline=pipeline,
         exclude_special=special_tokens(tokenizer) if config.exclude_special else (),
         exclude_tokens=excluded_tokens(config.exclude_tokens, tokenizer, pipeline.vocab_size),
+        commit=commit,
+        date=date,
     )
 
 
@@ -327,6 +341,34 @@ def build_identity(
         batch_size=config.batch_size,
         row_order=config.order,
         seed=config.seed,
+        date=resolved.date,
+        model_commit=resolved.commit,
+        dataset_commits=source.commits,
+    )
+
+
+def identity_before(identity: Identity, resolved: ResolvedHarvest, made: Identity) -> Identity:
+    """Return the identity that format versions 1 and 2 give a harvest.
+
+    Args:
+        identity: today's, with the model's fingerprint of those versions.
+        resolved: the opened model and text.
+        made: the identity of the cache, which may have any of the fingerprints of a text that
+            those versions made.
+    """
+    tokenizer, source = resolved.tokenizer, resolved.source
+    before = identity.tokenizer_fingerprint
+    if tokenizer is not None:
+        before = fingerprint_tokenizer_before(tokenizer, chat=source.column.kind == "chat")
+    texts = source.earlier() or (source.fingerprint,)
+    text = made.dataset_fingerprint
+    return dataclasses.replace(
+        identity,
+        tokenizer_fingerprint=before,
+        dataset_fingerprint=text if text in texts else texts[0],
+        date=None,
+        model_commit=None,
+        dataset_commits=(),
     )
 
 

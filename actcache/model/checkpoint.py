@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from actcache.errors import ModelError
+from actcache.model.hooks import weights_of_heads
 
 _SHOWN = 4  # names of weights in a message
 _ADAPTER = re.compile(r"(^|\.)(lora_|base_layer\.|adapter_|ia3_|hada_|prompt_encoder)")
@@ -44,7 +45,8 @@ def check_weights(name: str, model: Any, found: Mapping[str, Collection[Any]]) -
         raise _other_shapes(name, found["mismatched_keys"])
     unused = sorted(found["unexpected_keys"])
     missing = _sorted_by_layer(found["missing_keys"])
-    needed = [key for key in missing if not _is_of_head(key, model)]
+    unneeded = weights_of_heads(model, missing)
+    needed = [key for key in missing if key not in unneeded]
     if needed:
         cause, remedy = _cause(needed, unused, model)
         raise ModelError(
@@ -117,18 +119,6 @@ def _other_shapes(name: str, mismatched: Iterable[tuple[str, Any, Any]]) -> Mode
         got="\n".join(lines),
         remedy="restore the config.json that belongs to the checkpoint",
     )
-
-
-def _is_of_head(key: str, model: Any) -> bool:
-    """Return whether a weight is outside the base model, or of the output embeddings."""
-    head = model.get_output_embeddings()
-    base, out = (
-        next((name for name, module in model.named_modules() if module is part), "")
-        for part in (model.base_model, head)
-    )
-    if out and key.startswith(f"{out}."):
-        return True
-    return bool(base) and not key.startswith(f"{base}.")
 
 
 def _cause(keys: list[str], others: list[str], model: Any) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -82,6 +82,20 @@ def _site(name: str, shapes: list[tuple[int, ...] | None]) -> HookSite:
         text = ", ".join(map(str, shape))
         return HookSite(name, None, f"has shape [{text}], not [batch, ctx, width]")
     return HookSite(name, shape[2], "")
+
+
+def weights_of_heads(model: Any, names: Iterable[str]) -> set[str]:
+    """Return those weights that are never run: outside the base model, or output embeddings."""
+    head = model.get_output_embeddings()
+    base, out = (
+        next((name for name, module in model.named_modules() if module is part), "")
+        for part in (model.base_model, head)
+    )
+    return {
+        name
+        for name in names
+        if (out and name.startswith(f"{out}.")) or (base and not name.startswith(f"{base}."))
+    }
 
 
 def input_device(model: Any) -> torch.device:

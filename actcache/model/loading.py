@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ from actcache.core.library_errors import full_disk, remedy_of
 from actcache.core.process import choose_device
 from actcache.core.progress import Progress
 from actcache.errors import ModelError, shortage_of
-from actcache.model.checkpoint import adapter_error, check_weights, quantized_mismatches
+from actcache.model.checkpoint import (
+    adapter_error,
+    check_weights,
+    quantized_mismatches,
+)
 from actcache.model.gguf_header import GgufHeader, read_gguf_header
+from actcache.model.hooks import weights_of_heads
 
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 
@@ -52,6 +57,19 @@ def load_config(config: HarvestConfig) -> Any:
         loaded = AutoConfig.from_pretrained(config.model, **_source(config))
     require_causal_lm(config.model, loaded)
     return loaded
+
+
+def model_commit(config: HarvestConfig) -> str | None:
+    """Return the commit of the Hub model whose configuration was loaded; None: a local folder."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils.hub import extract_commit_hash
+
+    if Path(config.model).exists():
+        return None
+    file = config.gguf_file or "config.json"
+    found = try_to_load_from_cache(config.model, file, revision=config.revision)
+    commit: str | None = extract_commit_hash(found, None) if isinstance(found, str) else None
+    return commit
 
 
 _MOST = {r"layers?$": 10_000, r"(size|dim|embd|heads|inner|d_model|d_ff|experts)$": 1 << 24}
@@ -234,23 +252,52 @@ def load_meta_model(model_config: Any, config: HarvestConfig) -> Any:
 
 _NAMES_ONLY = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 """Keys of a configuration without effect on activations (weights are hashed with their dtype)."""
-
-
+_UNUSED = _NAMES_ONLY | {
+    "bos_token_id",
+    "eos_token_id",
+    "finetuning_task",
+    "id2label",
+    "initializer_range",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "task_specific_params",
+    "tie_word_embeddings",
+    "tokenizer_class",
+    "use_cache",
+}
+"""Keys without effect on activations: names, training, generation, heads. `pad_token_id` is not
+among them: positions follow from it in some models."""
+_DROPOUT = re.compile(r"(dropout|drop|dropout_prob|dropout_rate)$")
 _LARGE = 1 << 30
 """Bytes of weights from which their digest shows its progress."""
 
 
-def fingerprint_model(model: Any) -> str:
-    """Digest the configuration and the weights.
+def fingerprint_model(model: Any, *, before: bool = False) -> str:
+    """Digest the configuration, the weights below the head, and code of the model's repository.
 
     Only values that differ from the configuration class's defaults are hashed. They matter: the
     same weights give other activations with another epsilon, activation function or attention.
+
+    Args:
+        model: model of transformers.
+        before: digest what format versions 1 and 2 do: also heads, which are never run, and all of
+            the configuration, and no code.
     """
-    values = {k: v for k, v in model.config.to_diff_dict().items() if k not in _NAMES_ONLY}
+    values = _deciding(model.config.to_diff_dict(), _NAMES_ONLY if before else _UNUSED)
     values["attention"] = getattr(model.config, "_attn_implementation", None)
+    state = sorted(model.state_dict().items())
+    if not before:
+        unneeded = weights_of_heads(model, model.state_dict())
+        state = [(name, tensor) for name, tensor in state if name not in unneeded]
+        if code := _remote_code(*model.modules()):
+            values["code"] = code
     digest = xxhash.xxh3_128(json.dumps(values, sort_keys=True, default=str).encode())
     # Buffers outside the state dict are computed from the configuration.
-    state = sorted(model.state_dict().items())
     size = sum(tensor.nbytes for _, tensor in state)
     bar = Progress("digest weights", size, "B") if size >= _LARGE else None
     for name, tensor in state:
@@ -262,6 +309,27 @@ def fingerprint_model(model: Any) -> str:
     if bar is not None:
         bar.close()
     return digest.hexdigest()
+
+
+def _deciding(values: Mapping[str, Any], unused: Collection[str]) -> dict[str, Any]:
+    """Return a configuration without the keys that have no effect on activations."""
+    if unused is _NAMES_ONLY:
+        return {key: value for key, value in values.items() if key not in unused}
+    return {
+        key: _deciding(value, unused) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if key not in unused and not _DROPOUT.search(key)
+    }
+
+
+def _remote_code(*objects: Any) -> dict[str, str]:
+    """Return the digest, by class, of the Python files of a repository that define objects."""
+    found = {}
+    for kind in {kind for each in objects for kind in type(each).__mro__}:
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if kind.__module__.startswith("transformers_modules.") and file is not None:
+            found[kind.__qualname__] = xxhash.xxh3_128_hexdigest(Path(file).read_bytes())
+    return found
 
 
 def _on_cpu(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -284,13 +352,77 @@ def _on_cpu(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return present
 
 
+_NO_IDS = {"version", "truncation", "padding", "decoder"}
+"""Parts of a serialised tokenizer that decide no token ids: no call here truncates or pads."""
+_NO_IDS_OF_PYTHON = {
+    "added_tokens_decoder",  # digested with their flags
+    "backend",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "is_local",
+    "local_files_only",
+    "model_max_length",
+    "name_or_path",
+    "padding_side",
+    "processor_class",
+    "special_tokens_map_file",
+    "tokenizer_class",
+    "tokenizer_file",
+    "truncation_side",
+}
+"""Arguments of a tokenizer written in Python that decide no token ids."""
+
+
 def fingerprint_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
-    """Digest the vocabulary, the special tokens, and the token ids of a probe text.
+    """Digest all of a tokenizer that decides token ids.
+
+    That is its class and the whole serialised tokenizer: normaliser, pre-tokeniser, model,
+    post-processor, added tokens with their flags. Names, padding, truncation and decoding are left
+    out.
 
     Args:
         tokenizer: tokenizer of transformers.
-        chat: also digest the chat template.
+        chat: also digest the chat templates, and the padding token, which they may read.
     """
+    values: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "special_tokens": dict(tokenizer.special_tokens_map),
+        "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        values |= _python_tokenizer(tokenizer)
+    else:
+        parts = json.loads(backend.to_str())
+        values["parts"] = {name: part for name, part in parts.items() if name not in _NO_IDS}
+    if code := _remote_code(tokenizer):
+        values["code"] = code
+    if chat:
+        values["templates"] = tokenizer.chat_template
+    else:  # a padding token is a field of the identity
+        values["special_tokens"].pop("pad_token", None)
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=str).encode())
+
+
+def _python_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Describe a tokenizer that has no serialised form: vocabulary, files and arguments."""
+    arguments = dict(getattr(tokenizer, "init_kwargs", {}))
+    files = {}
+    for name in getattr(tokenizer, "vocab_files_names", {}):
+        path = arguments.pop(name, None) or getattr(tokenizer, name, None)
+        if isinstance(path, str) and Path(path).is_file():
+            files[name] = xxhash.xxh3_128_hexdigest(Path(path).read_bytes())
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {
+        "vocabulary": tokenizer.get_vocab(),
+        "added_tokens": {number: repr(token) for number, token in added.items()},
+        "files": files,
+        "arguments": {k: v for k, v in arguments.items() if k not in _NO_IDS_OF_PYTHON},
+    }
+
+
+def fingerprint_tokenizer_before(tokenizer: Any, *, chat: bool = False) -> str:
+    """Digest what format versions 1 and 2 do: vocabulary, special tokens, ids of a probe text."""
     probe = "The quick brown fox, naïve café — 12345\n\tdef f(x): return x**2  "
     digest = xxhash.xxh3_128()
     digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())

@@ -181,8 +181,13 @@ def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
     from actcache.config import HarvestConfig
     from actcache.core.process import captured_warnings
     from actcache.errors import ModelError
+    from actcache.format.manifest import IDENTIFIED_FROM
     from actcache.inspection.printable import printable
-    from actcache.model.loading import fingerprint_tokenizer, load_tokenizer
+    from actcache.model.loading import (
+        fingerprint_tokenizer,
+        fingerprint_tokenizer_before,
+        load_tokenizer,
+    )
 
     source = HarvestConfig(name or cache.manifest.model, "", "", gguf_file=gguf_file)
     try:
@@ -202,7 +207,9 @@ def _tokenizer(cache: Cache, name: str | None, gguf_file: str | None) -> Any:
         print_stderr(f"warning: {warning}")
     identity = cache.manifest.identity
     made_by = identity.tokenizer_fingerprint  # empty: the dataset has token ids
-    found = fingerprint_tokenizer(loaded, chat=identity.documents == "chat")
+    is_before = cache.manifest.format_version < IDENTIFIED_FROM
+    fingerprint = fingerprint_tokenizer_before if is_before else fingerprint_tokenizer
+    found = fingerprint(loaded, chat=identity.documents == "chat")
     if made_by and found != made_by:
         print_stderr("warning: this is not the tokenizer that made the cache")
     return loaded

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +29,9 @@ from actcache.errors import (
 )
 from actcache.filesystem.atomic import digest_file
 from actcache.filesystem.lock import DirectoryLock
-from actcache.format.manifest import read_manifest
+from actcache.format.manifest import IDENTIFIED_FROM, read_manifest
 from actcache.format.receipts import publish_receipt, receipt_path, retraction_path
-from actcache.harvester import resolve
+from actcache.harvester import job, resolve
 from actcache.harvester import run as run_module
 from actcache.harvester.run import harvest
 from actcache.storage import zarr
@@ -38,7 +39,7 @@ from actcache.storage import zarr
 Options = Callable[..., HarvestConfig]
 Tree = Callable[[Path | str], dict[str, str]]
 
-VERSIONS = pytest.mark.parametrize("version", [1, 2], ids="v{}".format)
+VERSIONS = pytest.mark.parametrize("version", [1, 3], ids="v{}".format)
 
 DATA = [
     "activations/layers.0/00001.safetensors",
@@ -70,6 +71,9 @@ def flip(path: Path, offset: int = -1) -> None:
 def write_version(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make harvests write caches of an earlier format version."""
     monkeypatch.setattr(resolve, "FORMAT_VERSION", version)
+    begun, nothing = job._begun_before, SimpleNamespace(dataset_fingerprint="")
+    if version < IDENTIFIED_FROM:
+        monkeypatch.setattr(job, "_begun_before", lambda root: begun(root) or nothing)
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -17,7 +17,7 @@ from actcache.data.datasets import (
     IndexedDocuments,
     Mixture,
     TokenFile,
-    _of_commit,
+    _commits_of,
     open_dataset,
 )
 from actcache.errors import DatasetError
@@ -150,9 +150,45 @@ def test_the_fingerprint_depends_on_bytes_and_bin_dtype(tmp_path: Path) -> None:
     assert opened(first).fingerprint == opened(tmp_path / "b.jsonl").fingerprint
     (tmp_path / "c.jsonl").write_bytes(first.read_bytes() + b'{"text": "", "number": 9}\n')
     assert opened(first).fingerprint != opened(tmp_path / "c.jsonl").fingerprint
+    for name in ("as.csv", "as.tsv"):  # the same bytes mean other rows
+        (tmp_path / name).write_text("text\na\n")
+    assert len({opened(tmp_path / name).fingerprint for name in ("as.csv", "as.tsv")}) == 2
+    assert opened(first).fingerprint != opened(first, split="train[:50%]").fingerprint
     (tmp_path / "a.bin").write_bytes(bytes(8))
     types = {opened(tmp_path / "a.bin", bin_dtype=d).fingerprint for d in ("uint16", "uint32")}
     assert len(types) == 2
+
+
+def test_the_fingerprint_of_files_depends_on_their_order_and_not_on_their_names(
+    tmp_path: Path,
+) -> None:
+    found = []
+    for folder, names in (("a", ("0.jsonl", "1.jsonl")), ("b", ("x.ndjson", "y.JSONL"))):
+        for name, texts in zip(names, (TEXTS[:2], TEXTS[2:]), strict=True):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            lines = [json.dumps({"text": text}) + "\n" for text in texts]
+            (tmp_path / folder / name).write_text("".join(lines))
+        found.append(opened(tmp_path / folder).fingerprint)
+    (tmp_path / "b" / "x.ndjson").rename(tmp_path / "b" / "z.ndjson")
+    other = opened(tmp_path / "b").fingerprint
+    assert found[0] == found[1] == opened(tmp_path / "a" / "*").fingerprint != other
+    (tmp_path / "a" / "1.jsonl").unlink()
+    assert opened(tmp_path / "a").fingerprint == opened(tmp_path / "a" / "0.jsonl").fingerprint
+
+
+def test_the_fingerprint_of_a_saved_dataset_covers_the_order_of_its_tables(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "a", num_shards=2)
+    first = opened(tmp_path / "a").fingerprint
+    state = json.loads((tmp_path / "a" / "state.json").read_text())
+    state["_fingerprint"] = "other"
+    (tmp_path / "a" / "state.json").write_text(json.dumps(state))
+    assert opened(tmp_path / "a").fingerprint == first
+    state["_data_files"].reverse()
+    (tmp_path / "a" / "state.json").write_text(json.dumps(state))
+    assert texts_of(tmp_path / "a") != TEXTS
+    assert opened(tmp_path / "a").fingerprint != first
 
 
 def test_the_fingerprint_of_a_folder_depends_on_its_text_and_not_on_its_path(
@@ -165,7 +201,7 @@ def test_the_fingerprint_of_a_folder_depends_on_its_text_and_not_on_its_path(
         return opened(tmp_path / name).fingerprint
 
     first = fingerprint("a", TEXTS)
-    assert first.endswith("-files")
+    assert first.endswith("-saved")
     assert first == fingerprint("b", TEXTS)
     others = [TEXTS[1:], [*TEXTS, ""], TEXTS[::-1], ["o", "ne", *TEXTS[2:]]]
     assert len({first, *(fingerprint(f"c{i}", t) for i, t in enumerate(others))}) == 5
@@ -204,21 +240,20 @@ def test_a_change_of_any_document_of_a_folder_changes_its_fingerprint(
         source = opened(tmp_path / "rows", token_column="ids", **how)
         read = list(source.walk()) if streaming else source.batch(range(source.count))
         assert read[1001] == changed
-        found.append((source.fingerprint, source.earlier()))
+        found.append((source.fingerprint, source.earlier()[-1]))
     (before, sampled), (after, also_sampled) = found
     assert before != after
     assert sampled == also_sampled  # which is why it is used for old caches only
 
 
-def test_the_fingerprint_of_a_hub_dataset_covers_its_commit() -> None:
-    def fingerprint(*names: str) -> str:
+def test_the_commits_of_a_hub_dataset_are_those_of_its_files() -> None:
+    def commits(*names: str) -> list[str]:
         info = SimpleNamespace(download_checksums=dict.fromkeys(names))
-        return _of_commit(SimpleNamespace(info=info), "digest-sampled")
+        return _commits_of(SimpleNamespace(info=info))
 
     file = "hf://datasets/owner/name@{}/train.parquet"
-    assert fingerprint() == fingerprint("https://host/a") == "digest-sampled"
-    assert fingerprint(file.format("a" * 40)).endswith("-commit")
-    assert fingerprint(file.format("a" * 40)) != fingerprint(file.format("b" * 40))
+    assert commits() == commits("https://host/a") == []
+    assert commits(*[file.format(each * 40) for each in "bab"]) == ["a" * 40, "b" * 40]
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "./gone", "/gone/x", "~/gone", "gone.bin"])

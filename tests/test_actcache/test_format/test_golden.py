@@ -4,6 +4,7 @@ Should the format change on purpose: `python tests/test_actcache/test_format/tes
 them anew.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import torch
 
 from actcache.cache.folder import publish_extension
 from actcache.cache.reader import Cache
+from actcache.cache.verify import verify
 from actcache.cache.writer import ShardData, ShardText, publish_shard
 from actcache.core.json_codec import to_json
+from actcache.errors import FormatError
 from actcache.filesystem.atomic import digest_file, write_atomic
 from actcache.format.manifest import (
     MANIFEST,
@@ -24,7 +27,13 @@ from actcache.format.manifest import (
     kept_positions,
     with_extension,
 )
-from actcache.format.receipts import CompletionMarker, write_completion_marker
+from actcache.format.receipts import (
+    CompletionMarker,
+    publish_receipt,
+    read_receipt,
+    receipt_path,
+    write_completion_marker,
+)
 from actcache.storage import BACKENDS, ROW_DTYPES
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -37,9 +46,20 @@ CACHES = {
     "v1-zarr-extended": (1, "zarr", "none", "bfloat16", 5),
     "v2": (2, "memmap", "none", "bfloat16", 0),
     "v2-zarr-extended": (2, "zarr", "none", "bfloat16", 5),
+    "v3": (3, "memmap", "none", "bfloat16", 0),
 }
 """By folder: format version, backend, compression, type, and number of sequences of the extension.
 The compressed bytes are those of constraints.txt's blosc."""
+OF_VERSION_3 = {
+    "documents": "chat",
+    "column": "messages",
+    "template_columns": ("tools",),
+    "date": "2026-01-31T09:30:00",
+    "model_commit": "3" * 40,
+    "dataset_commits": ("4" * 40,),
+}
+LEFT_OUT = {1: {"template": 2, "undecodable": 1}}
+"""Documents that are left out, by shard, from version 3 on."""
 HOOKPOINTS = {"layers.0": 6, "layers.1.mlp:in": 10}
 
 
@@ -85,6 +105,8 @@ def write_golden(root, version, backend, compression, dtype, more):
         row_order="shuffled",
         seed=7,
     )
+    if version > 2:
+        identity = dataclasses.replace(identity, **OF_VERSION_3)
     manifest = Manifest(
         format_version=version,
         cache_id=identity.digest(),
@@ -121,6 +143,10 @@ def write_golden(root, version, backend, compression, dtype, more):
             ]
             rows[name] = row_dtype.from_torch(torch.tensor(np.array(exact), dtype=torch.float32))
         publish_shard(root, manifest, ShardData(shard, text, kept, dropped, rows, {}))
+        if version > 2 and shard in LEFT_OUT:
+            receipt = read_receipt(receipt_path(root, shard), manifest)
+            receipt = dataclasses.replace(receipt, left_out=LEFT_OUT[shard])
+            publish_receipt(root, manifest, receipt)
     extensions = len(manifest.extensions)
     end = CompletionMarker(manifest.cache_id, len(shards) - 1, 10 + more, "goal", extensions)
     write_completion_marker(root, manifest, end)
@@ -171,6 +197,25 @@ def test_seals_change_neither_the_rows_nor_what_identifies_them(name):
     new, old = (Cache.open(GOLDEN / version) for version in (name, name.replace("v2", "v1")))
     assert new.manifest.cache_id == old.manifest.cache_id
     assert new.digest(new.shards) == old.digest(old.shards)
+
+
+def test_version_3_records_the_clock_the_commits_and_what_was_left_out():
+    cache = Cache.open(GOLDEN / "v3")
+    for name, recorded in OF_VERSION_3.items():
+        assert getattr(cache.manifest.identity, name) == recorded
+    assert {s: r.left_out for s, r in cache.receipts.items() if r.left_out} == LEFT_OUT
+    assert verify(GOLDEN / "v3").is_sound
+
+
+def test_a_receipt_of_an_earlier_version_counts_nothing_left_out(tmp_path):
+    manifest = Cache.open(shutil.copytree(GOLDEN / "v2", tmp_path / "v2")).manifest
+    path = receipt_path(tmp_path / "v2", 1)
+    receipt = dataclasses.replace(read_receipt(path, manifest), left_out=LEFT_OUT[1])
+    path.write_bytes(to_json(receipt, sealed=True))
+    with pytest.raises(FormatError, match=r"00001\.json has a key(?s:.*)left_out"):
+        read_receipt(path, manifest)
+    publish_receipt(tmp_path / "v2", manifest, receipt)
+    assert path.read_bytes() == receipt_path(GOLDEN / "v2", 1).read_bytes()
 
 
 if __name__ == "__main__":

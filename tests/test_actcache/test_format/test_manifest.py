@@ -49,6 +49,16 @@ OTHER_IDENTITY = {
     "dataset_commits": ("66",),
 }
 
+SHOWN = {
+    "model_fingerprint": "model",
+    "tokenizer_fingerprint": "tokenizer",
+    "dataset_fingerprint": "text",
+    "eos_id": "separator",
+    "model_commit": "model commit",
+    "dataset_commits": "dataset commits",
+}
+"""How errors call fields, if not by their names."""
+
 OTHER_MANIFEST = {
     "model": "other",
     "revision": "main",
@@ -83,7 +93,7 @@ def test_the_examples_change_every_field(manifest: Manifest) -> None:
 def test_every_field_of_the_identity_changes_the_cache_id(field: str, manifest: Manifest) -> None:
     other = with_identity(manifest, **{field: OTHER_IDENTITY[field]})
     assert other.cache_id != manifest.cache_id
-    assert [d.split(":")[0] for d in differences(other, manifest)] == [field]
+    assert [d.split(":")[0] for d in differences(other, manifest)] == [SHOWN.get(field, field)]
 
 
 @pytest.mark.parametrize("field", OTHER_MANIFEST)
@@ -119,6 +129,43 @@ def test_an_invalid_backend_combination_is_refused(manifest: Manifest) -> None:
 def test_a_difference_lists_the_existing_and_the_requested_value(manifest: Manifest) -> None:
     assert differences(with_identity(manifest, seed=9), manifest) == ["seed: 0, not 9"]
     assert differences(manifest, manifest) == []
+
+
+def test_a_difference_names_the_option_that_gives_the_existing_value(manifest: Manifest) -> None:
+    begun = {"date": "2026-01-31", "model_commit": "a1", "dataset_commits": ("b2", "c3")}
+    assert differences(manifest, with_identity(manifest, **begun)) == [
+        "date: '2026-01-31', not None (--date 2026-01-31)",
+        "model commit: 'a1', not None (--revision a1)",
+        "dataset commits: ('b2', 'c3'), not () (--dataset-revision b2 --dataset-revision c3)",
+    ]
+    other = with_identity(manifest, tokenizer_fingerprint="7")
+    (difference,) = differences(other, manifest)
+    assert difference.startswith("tokenizer: '', not '7' (")
+
+
+@pytest.mark.parametrize("field", ["whole_rows", "template_columns", "date", "model_commit"])
+def test_an_earlier_version_with_a_key_of_version_3_is_refused(
+    field: str, manifest: Manifest, tmp_path: Path
+) -> None:
+    other = with_identity(manifest, **{field: OTHER_IDENTITY[field]})
+    for version in (1, 2):
+        text = to_json(edited(other, "format_version", version), sealed=version > 1)
+        (tmp_path / "manifest.json").write_bytes(text)
+        with pytest.raises(
+            FormatError, match=rf"format version {version} does not have(?s:.*){field}"
+        ):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("date", None), ("dataset_commits", [])])
+def test_a_key_with_the_value_that_its_absence_means_is_refused(
+    field: str, value: object, manifest: Manifest, tmp_path: Path
+) -> None:
+    obj = edited(manifest, "format_version", 3)
+    obj["identity"][field] = value
+    (tmp_path / "manifest.json").write_bytes(to_json(obj, sealed=True))
+    with pytest.raises(FormatError, match=field):
+        read(tmp_path)
 
 
 def test_the_cache_id_never_changes() -> None:
@@ -203,6 +250,7 @@ def edited(manifest: Manifest, path: str, value: object) -> dict:
         ("format_version", 0),
         ("format_version", 2),
         ("format_version", 3),
+        ("format_version", 4),
         ("format_version", "1"),
         ("format_version", True),
         ("format_version", 1.0),

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -17,11 +18,10 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig, PlanConfig
-from actcache.data.datasets import open_dataset
 from actcache.errors import CacheMismatchError, ConfigError
 from actcache.format.manifest import FILTERS
 from actcache.format.receipts import ShardReceipt
-from actcache.harvester import resolve
+from actcache.harvester import job, resolve
 from actcache.harvester.estimate import estimate_harvest
 from actcache.harvester.run import harvest
 from actcache.model.loading import load_model, load_tokenizer
@@ -322,7 +322,7 @@ def test_conversations_are_rendered_by_the_chat_template(
     once = "<s>user the row</s><s>model the cache</s>"
     assert found.startswith(once * 3)  # it ends with EOS, so none is added
     assert cache.manifest.identity.documents == "chat"
-    with pytest.raises(CacheMismatchError, match="tokenizer_fingerprint"):
+    with pytest.raises(CacheMismatchError, match="tokenizer: "):
         harvest(options(model=str(tmp_path / "other"), **given))
 
 
@@ -347,7 +347,7 @@ def test_a_half_done_cache_is_not_finished_with_another_version_of_a_folder(
     rows[1001] = [3] * 7  # not one of those that the sampled fingerprint takes
     shutil.rmtree(config.dataset)
     datasets.Dataset.from_dict({"ids": rows}).save_to_disk(config.dataset)
-    with pytest.raises(CacheMismatchError, match="dataset_fingerprint"):
+    with pytest.raises(CacheMismatchError, match="text: "):
         harvest(config)
     other = harvest(dataclasses.replace(config, out=str(tmp_path / "other")))
     assert other.cache_id != first.cache_id
@@ -363,13 +363,11 @@ def test_a_cache_with_the_sampled_fingerprint_of_a_folder_is_resumed(
     datasets.Dataset.from_dict({"ids": [[n % 50, 4, 5] for n in range(500)]}).save_to_disk(
         config.dataset
     )
-    with monkeypatch.context() as patch:  # as in earlier versions
-
-        def earlier(given: HarvestConfig) -> Any:
-            source = open_dataset(given)
-            return dataclasses.replace(source, fingerprint=source.earlier(), earlier=None)
-
-        patch.setattr(resolve, "open_dataset", earlier)
+    with monkeypatch.context() as patch:  # as in format version 1
+        patch.setattr(resolve, "FORMAT_VERSION", 1)
+        sampled = resolve.open_dataset(config).earlier()[-1]
+        begun = SimpleNamespace(dataset_fingerprint=sampled)
+        patch.setattr(job, "_begun_before", lambda _: begun)
         made = harvest(config)
     folder = Path(made.cache) / "shards"
     (folder / "00000.json").unlink()

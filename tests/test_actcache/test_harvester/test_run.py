@@ -314,10 +314,10 @@ def test_a_folder_that_holds_another_cache_is_refused_with_the_fields_that_diffe
     harvest(options())
     before = tree(options().out)
     others = {name: ({name: value}, field) for name, (value, field) in OTHERS.items()}
-    others["model"] = ({"model": str(make_model(seed=1))}, "model_fingerprint")
+    others["model"] = ({"model": str(make_model(seed=1))}, "model")
     text = tmp_path / "other.jsonl"
     text.write_text(Path(options().dataset).read_text() + '{"text": "more"}\n')
-    others["dataset"] = ({"dataset": str(text)}, "dataset_fingerprint")
+    others["dataset"] = ({"dataset": str(text)}, "text")
     for given, field in others.values():
         with pytest.raises(CacheMismatchError, match=rf"(?s)holds another cache.*\b{field}: .*rem"):
             harvest(options(**given))

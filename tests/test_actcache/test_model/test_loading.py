@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from actcache.config import HarvestConfig
 from actcache.errors import ModelError
@@ -91,6 +94,101 @@ def test_the_fingerprint_of_a_tokenizer_depends_on_its_token_ids(
     other.add_tokens(["quick"])
     variants = [make_tokenizer(adds_bos=False), make_tokenizer(eos=False), other]
     assert len({first, *map(fingerprint_tokenizer, variants)}) == 4
+
+
+def changed(tokenizer: Any, **parts: Any) -> Any:
+    """Return a copy with other parts of the serialised tokenizer."""
+    other = copy.deepcopy(tokenizer)
+    other._tokenizer = Tokenizer.from_str(
+        json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | parts)
+    )
+    return other
+
+
+def test_the_fingerprint_of_a_tokenizer_covers_every_part_that_decides_ids(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    first = make_tokenizer()
+    parts = json.loads(first.backend_tokenizer.to_str())
+    byte_level, added = parts["pre_tokenizer"], parts["added_tokens"]
+    model = parts["model"] | {"merges": parts["model"]["merges"][::-1]}
+    variants = [
+        changed(first, normalizer={"type": "NFC"}),
+        changed(first, pre_tokenizer=byte_level | {"use_regex": False}),
+        changed(first, pre_tokenizer=byte_level | {"add_prefix_space": True}),
+        changed(first, post_processor=None),
+        changed(first, model=model),
+        changed(first, added_tokens=[added[0] | {"lstrip": True}, added[1]]),
+        changed(first, added_tokens=[added[0] | {"special": False}, added[1]]),
+        copy.deepcopy(first),
+        type("Other", (type(first),), {})(tokenizer_object=first.backend_tokenizer),
+    ]
+    variants[-2].split_special_tokens = True
+    assert len({fingerprint_tokenizer(first), *map(fingerprint_tokenizer, variants)}) == 10
+
+
+def test_the_fingerprint_of_a_tokenizer_covers_nothing_else(
+    make_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    first = make_tokenizer()
+    other = copy.deepcopy(first)
+    other.pad_token, other.padding_side, other.model_max_length = "</s>", "left", 5
+    other.backend_tokenizer.enable_padding(pad_id=1, pad_token="</s>", length=9)
+    other.backend_tokenizer.enable_truncation(3)
+    other.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "elsewhere")
+    again = load_tokenizer(config(tmp_path / "elsewhere"))
+    assert again.name_or_path != first.name_or_path
+    again(["a text", "that is longer"], padding=True, truncation=True)
+    program = (
+        "import sys; from transformers import AutoTokenizer\n"
+        "from actcache.model.loading import fingerprint_tokenizer\n"
+        "print(fingerprint_tokenizer(AutoTokenizer.from_pretrained(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "elsewhere")]
+    elsewhere = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    found = {*map(fingerprint_tokenizer, (first, other, again)), elsewhere}
+    assert found == {fingerprint_tokenizer(changed(first, decoder=None))}
+
+
+def test_the_fingerprint_for_chats_covers_what_templates_read(
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    first = make_tokenizer()
+    variants = [copy.deepcopy(first) for _ in range(4)]
+    variants[0].pad_token = "</s>"
+    variants[1].chat_template = "{{ messages }}"
+    variants[2].chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    variants[3].chat_template = {"default": "{{ messages }}", "tool_use": ""}
+    assert len({fingerprint_tokenizer(t, chat=True) for t in (first, *variants)}) == 5
+    assert len({fingerprint_tokenizer(t) for t in (first, *variants)}) == 1
+
+
+def test_the_fingerprint_of_a_tokenizer_in_python_covers_its_files_and_arguments(
+    tmp_path: Path,
+) -> None:
+    from transformers import CanineTokenizer
+
+    first = CanineTokenizer()
+    first.save_pretrained(tmp_path)
+    again = CanineTokenizer.from_pretrained(tmp_path)
+    assert getattr(first, "backend_tokenizer", None) is None
+    again.padding_side, again.model_max_length = "left", 7
+    assert fingerprint_tokenizer(first) == fingerprint_tokenizer(again)
+    again.add_tokens(["<more>"])
+    assert fingerprint_tokenizer(first) != fingerprint_tokenizer(again)
+
+
+def test_the_fingerprint_of_a_model_covers_neither_head_nor_training(tiny_model: Path) -> None:
+    first, other = (load_model(config(tiny_model)) for _ in range(2))
+    other.lm_head.weight += 1
+    other.config.use_cache = not other.config.use_cache
+    other.config.attention_dropout = 0.5
+    other.config.initializer_range = 0.7
+    assert fingerprint_model(first) == fingerprint_model(other)
+    assert fingerprint_model(first, before=True) != fingerprint_model(other, before=True)
+    other.config.rms_norm_eps = 1e-3
+    assert fingerprint_model(first) != fingerprint_model(other)
 
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model])

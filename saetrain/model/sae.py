@@ -123,7 +123,10 @@ class Sae(nn.Module):
         self.W_enc = nn.Parameter(W.to(device))  # [M, D]
         self.b_enc = nn.Parameter(torch.zeros(num_latents, device=device, dtype=dtype))  # [M]
         W_dec = torch.zeros(num_latents, self.d_out, dtype=dtype) if transcode else W.clone()
-        self.W_dec = nn.Parameter(W_dec.to(device))  # [M, E]
+        W_dec = W_dec.to(device)
+        if not transcode:
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True) + torch.finfo(dtype).eps)
+        self.W_dec = nn.Parameter(W_dec)  # [M, E]
         self.b_dec = nn.Parameter(torch.zeros(self.d_out, device=device, dtype=dtype))  # [E]
         self.W_skip: nn.Parameter | None = None  # [E, D]
         if skip_connection:
@@ -131,7 +134,6 @@ class Sae(nn.Module):
             self.W_skip = nn.Parameter(empty)
         self.activation = TopK(k) if activation is None else activation
         assert self.activation.k in (0, k)
-        self.normalise_decoder()
 
     @property
     def k(self) -> int:

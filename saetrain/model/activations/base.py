@@ -36,8 +36,11 @@ class Encoder(Protocol):
         """Bias that is subtracted from rows before encoding: b_dec [D], or None."""
 
 
-class Activation(nn.Module):
-    """Base class, without parameters or penalty; subclasses override `selector` or `encode`."""
+class Activation:
+    """Base class, without parameters or penalty; subclasses override `selector` or `encode`.
+
+    One that has parameters or buffers is an `nn.Module` too.
+    """
 
     k = 0
     """Largest number of active latents per row; 0 with a sparsity penalty."""

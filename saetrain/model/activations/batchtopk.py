@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saetrain.kernels import Selector, batch_topk, make_selector
 from saetrain.model.activations.base import Activation, Encoder, Latents, pre_activations
@@ -19,7 +19,7 @@ FORGET = 0.05
 """Weight of the newest batch in the moving average of the threshold."""
 
 
-class BatchTopK(Activation):
+class BatchTopK(Activation, nn.Module):
     """The k·N largest latents of a batch in training, those above the threshold otherwise."""
 
     threshold: Tensor

@@ -18,7 +18,7 @@ from saetrain.model.activations.base import Activation, Encoder, Latents, pre_ac
 from saetrain.model.activations.compiled import compiled
 
 
-class Gated(Activation):
+class Gated(Activation, nn.Module):
     """Latents whose gate is above 0. The encoder's b_enc is the gate's bias.
 
     Args:

@@ -6,18 +6,18 @@ uses it as an SAE's activation. No selection across a row is needed, so it is ch
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 
 from saetrain.kernels import Selector, group_max, make_selector
 from saetrain.model.activations.base import Activation
 
 
+@dataclass(eq=False)
 class GroupMax(Activation):
     """The largest latent of each of k groups; M must be a multiple of k."""
 
-    def __init__(self, k: int) -> None:
-        super().__init__()
-        self.k = k
+    k: int = field()
 
     def selector(self) -> Selector:
         """Return the selection of each group's largest latent, in the groups' order."""

@@ -23,7 +23,7 @@ from saetrain.model.activations.base import Activation, Encoder, Latents, pre_ac
 from saetrain.model.activations.compiled import compiled
 
 
-class JumpRelu(Activation):
+class JumpRelu(Activation, nn.Module):
     """The latents above their thresholds.
 
     Args:

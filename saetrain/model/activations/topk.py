@@ -6,20 +6,19 @@ autoencoders" (2024), section 2.3: z = TopK(ReLU(W_enc (x - b_dec) + b_enc)).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from saetrain.kernels import Selector, topk_selector
 from saetrain.model.activations.base import Activation
 
 
+@dataclass(eq=False)
 class TopK(Activation):
-    """The k largest latents of each row; those that are not positive are 0.
+    """The k largest latents of each row; those that are not positive are 0."""
 
-    `chunk_latents` is the number of latents whose pre-activations are computed at once; None: all.
-    """
-
-    def __init__(self, k: int) -> None:
-        super().__init__()
-        self.k = k
-        self.chunk_latents: int | None = None
+    k: int = field()
+    chunk_latents: int | None = None
+    """Latents whose pre-activations are computed at once; None: all."""
 
     def selector(self) -> Selector:
         """Return the selection of the k largest latents, unordered."""

@@ -143,4 +143,5 @@ def test_losses_and_gradients_match_the_reference(
 def test_every_sparse_activation_has_a_selector_and_batchtopk_only_in_training() -> None:
     for activation in (TopK(K), BatchTopK(K), GroupMax(K)):
         assert activation.selector() is not None
-        assert (activation.eval().selector() is None) == isinstance(activation, BatchTopK)
+        make(activation).eval()
+        assert (activation.selector() is None) == isinstance(activation, BatchTopK)

@@ -24,8 +24,7 @@ from actcache.stream.verified_reads import VerifiedReader
 from saetrain.config.sae import PENALISED, SaeEntry
 from saetrain.formats.sparsify import read_sae
 from saetrain.kernels import total
-from saetrain.model.hookpoint_io import rows_of
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, rows_of
 from saetrain.runs.checkpoint import (
     SaeState,
     State,

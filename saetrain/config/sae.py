@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -354,6 +354,11 @@ class SaeEntry:
     def name(self) -> str:
         """Its name in the run, and its folder: HOOKPOINT, or HOOKPOINT/SETTING."""
         return f"{self.hookpoint}/{self.setting}" if self.setting else self.hookpoint
+
+
+def hookpoints_of(entries: Iterable[SaeEntry]) -> list[str]:
+    """List the hookpoints of all SAEs in order, without duplicates."""
+    return list(dict.fromkeys([name for entry in entries for name in entry.hookpoints]))
 
 
 _SETTING = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")

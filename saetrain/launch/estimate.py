@@ -19,10 +19,9 @@ from actcache.core.progress import format_bytes
 from actcache.errors import ConfigError
 from actcache.stream.memory_budget import plan_memory
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry
+from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry, hookpoints_of
 from saetrain.kernels.dense import tokens_at_once
 from saetrain.launch.resolve import open_cache, sae_entries, steps_ahead, with_default_lr
-from saetrain.model.hookpoint_io import hookpoints_of
 
 FLOAT = 4  # bytes
 

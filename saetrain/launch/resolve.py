@@ -9,21 +9,24 @@ import secrets
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from actcache.cache.reader import Cache
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, HookpointError
+from actcache.format.hookpoint_names import find_in_cache
+from actcache.format.manifest import INPUT
 from actcache.stream.memory_budget import plan_memory
 from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import require_overrides_used, saes_at
-from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry, SaeOptions
+from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry, SaeOptions, hookpoints_of
 from saetrain.launch.finetune import PretrainedSaes
-from saetrain.model.hookpoint_io import HookpointRoles, assign_hookpoints, hookpoints_of
 from saetrain.optim import default_lr
 from saetrain.runs.checkpoint import newest_step, require_own_files
 from saetrain.runs.overrides import apply_overrides, with_history_entry
@@ -348,6 +351,80 @@ def sae_entries(
         found = zip(entries, configs_of(entries), strict=False)  # a resume may have more
         entries = [dataclasses.replace(entry, config=sizes) for entry, sizes in found]
     return tuple(entries)
+
+
+CROSSCODER = "crosscoder"
+"""Name of a crosscoder, which has several hookpoints, and of its folder."""
+
+
+class HookpointRoles(NamedTuple):
+    """Input and target hookpoints of one SAE."""
+
+    name: str
+    """Name of the SAE in its run."""
+    reads: tuple[str, ...]
+    """Hookpoints it reads; empty: the hookpoint `name`."""
+    predicts: tuple[str, ...]
+    """Hookpoints it predicts; empty: those it reads."""
+
+
+def assign_hookpoints(config: FitConfig, cache: Cache) -> list[HookpointRoles]:
+    """List the SAEs of a run with their hookpoints, in the cache's order.
+
+    Raises:
+        HookpointError: the cache does not hold the hookpoints that the options select.
+    """
+    if config.transcode:
+        return [
+            HookpointRoles(name, (name + INPUT,), (name,)) for name in _with_input(config, cache)
+        ]
+    names = _choose(config, cache, cache.hookpoints)
+    if not config.crosscode:
+        return [HookpointRoles(name, (), ()) for name in names]
+    if len(names) < 2:
+        raise HookpointError(
+            "--crosscode takes several hookpoints",
+            expected=f"at least two of {' | '.join(cache.hookpoints)}",
+            got=names[0],
+        )
+    return [HookpointRoles(CROSSCODER, tuple(names), ())]
+
+
+def _with_input(config: FitConfig, cache: Cache) -> list[str]:
+    """List the selected hookpoints whose module's input is in the cache too."""
+    outputs = [name for name in cache.hookpoints if not name.endswith(INPUT)]
+    pairs = [name for name in outputs if name + INPUT in cache.hookpoints]
+    for name in config.hookpoint:
+        if name in outputs and name not in pairs:
+            raise _no_input(cache, name)
+    if not pairs:
+        raise _no_input(cache, outputs[0] if outputs else "NAME")
+    return _choose(config, cache, pairs)
+
+
+def _no_input(cache: Cache, name: str) -> HookpointError:
+    return HookpointError(
+        f"{cache.root} holds no input of {name} to transcode from",
+        expected=name + INPUT,
+        got=" | ".join(cache.hookpoints),
+        remedy=f"harvest with --hookpoint {name} --hookpoint {name}{INPUT}",
+    )
+
+
+def _choose(config: FitConfig, cache: Cache, names: Sequence[str]) -> list[str]:
+    """List the hookpoints that match the patterns or are meant by them, in the cache's order."""
+    chosen: set[str] = set()
+    for pattern in config.hookpoint or ("*",):
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        found = found or find_in_cache(pattern, names, cache.manifest.architecture)
+        if not found:
+            raise HookpointError(
+                f"{cache.root} holds no hookpoint that matches {pattern!r}",
+                expected=" | ".join(names),
+                got=pattern,
+            )
+        chosen.update(found)
+    return [name for name in names if name in chosen]
 
 
 def with_default_lr(entries: Sequence[SaeEntry], steps: int | None) -> tuple[SaeEntry, ...]:

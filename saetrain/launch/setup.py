@@ -12,11 +12,11 @@ from torch import Tensor
 
 from actcache.cache.reader import Cache
 from actcache.errors import FormatError
+from saetrain.config.sae import hookpoints_of
 from saetrain.launch.estimate import require_memory
 from saetrain.launch.finetune import load_pretrained
 from saetrain.launch.session import RunSession
-from saetrain.model.hookpoint_io import hookpoints_of, target_stats
-from saetrain.model.losses import make_loss_config
+from saetrain.model.losses import make_loss_config, target_stats
 from saetrain.optim import make_schedule, warmup_steps
 from saetrain.runs.checkpoint import (
     ForeignCheckpointError,

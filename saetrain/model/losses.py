@@ -19,14 +19,18 @@ Letters: N tokens, D d_in, E width of the output, M num_latents, K k, A dead lat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from saetrain.config.sae import SaeConfig
+from actcache.errors import RunError
+from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.kernels import (
     PrefixGroups,
     WeightRows,
@@ -40,6 +44,9 @@ from saetrain.kernels import (
 from saetrain.model.activations import Latents, TopK
 from saetrain.model.sae import Sae, SaeOutput
 
+if TYPE_CHECKING:
+    from actcache.format.statistics import Statistics
+
 
 @dataclass(frozen=True)
 class OutputSlice:
@@ -51,6 +58,51 @@ class OutputSlice:
     """Number of columns."""
     variance: float
     """Mean of ‖x - mean‖² over its training rows."""
+
+
+class TargetStats(NamedTuple):
+    """Statistics of the rows that an SAE is trained on, after their input scale."""
+
+    mean: NDArray[np.float64]
+    """Mean target row. [E]"""
+    variance: float
+    """Variance of the target: mean of ‖y - mean‖²."""
+    unit: float
+    """Root of the variance of the input: the unit of the pre-activations."""
+    parts: tuple[OutputSlice, ...]
+    """Columns of each hookpoint of a crosscoder; empty for other SAEs."""
+
+
+def target_stats(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) -> TargetStats:
+    """Compute the statistics of an SAE's training rows from those of its hookpoints.
+
+    Args:
+        entry: the SAE.
+        statistics_of: returns the statistics of a hookpoint's training rows.
+
+    Raises:
+        RunError: the rows of a hookpoint have no variance.
+    """
+    names, sources, targets = entry.hookpoints, entry.sources, entry.targets
+    means, variances = {}, {}
+    for name, scale in zip(names, entry.scales or (1.0,) * len(names), strict=True):
+        statistics = statistics_of(name)
+        variance = statistics.variance
+        if not variance > 0:
+            raise RunError(
+                f"the training rows of {name} do not vary",
+                expected="a variance above 0",
+                got=variance,
+                remedy="leave this hookpoint out",
+            )
+        means[name], variances[name] = statistics.mean * scale, variance * scale**2
+    parts = tuple([OutputSlice(name, len(means[name]), variances[name]) for name in targets])
+    return TargetStats(
+        mean=np.concatenate([means[name] for name in targets]),
+        variance=sum(variances[name] for name in targets),
+        unit=float(np.sqrt(sum(variances[name] for name in sources))),
+        parts=parts if len(parts) > 1 else (),
+    )
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ Letters: N tokens, D d_in, E width of the output (D except for transcoders), M n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError
-from saetrain.config.sae import MAX_SIZE, SaeConfig
+from saetrain.config.sae import MAX_SIZE, SaeConfig, SaeEntry
 from saetrain.kernels import (
     Autoencoded,
     PrefixGroups,
@@ -228,6 +229,14 @@ class Sae(nn.Module):
             return
         assert self.W_dec.grad is not None
         project_(self.W_dec, self.W_dec.grad)
+
+
+def rows_of(entry: SaeEntry, activations: Mapping[str, Tensor]) -> Tensor:
+    """Concatenate an SAE's rows of a batch: [N, D], or for a transcoder [N, D + E]; see `split`."""
+    names = entry.hookpoints
+    if len(names) == 1:
+        return activations[names[0]]
+    return torch.cat([activations[name] for name in names], dim=1)
 
 
 def build_sae(

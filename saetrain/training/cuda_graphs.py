@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError, RunError
-from saetrain.model.hookpoint_io import rows_of
+from saetrain.model.sae import rows_of
 from saetrain.optim.fused import FusedOptimizer
 from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.step import refresh_bf16_copies, train_batch, train_on_rows

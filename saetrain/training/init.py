@@ -22,9 +22,14 @@ from actcache.stream.order import OrderPlan, Span, batch_rows
 from actcache.stream.verified_reads import VerifiedReader, Verify
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeEntry
-from saetrain.model.hookpoint_io import TargetStats, rows_of, target_stats
-from saetrain.model.losses import FVU_ONLY, LossConfig, compute_losses
-from saetrain.model.sae import Sae, build_sae
+from saetrain.model.losses import (
+    FVU_ONLY,
+    LossConfig,
+    TargetStats,
+    compute_losses,
+    target_stats,
+)
+from saetrain.model.sae import Sae, build_sae, rows_of
 from saetrain.model.weight_scales import input_scaling, scale_of
 
 ROWS = 2048

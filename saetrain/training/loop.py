@@ -15,10 +15,10 @@ from actcache.stream.activation_stream import ActivationStream, Batch
 from actcache.stream.memory_budget import extra_windows, plan_memory
 from actcache.stream.verified_reads import ProbeResult, probe_read_settings
 from saetrain.config.fit_config import FitConfig
+from saetrain.config.sae import hookpoints_of
 from saetrain.distributed.coordinator import Coordinator
 from saetrain.distributed.process_group import LostRankError
 from saetrain.distributed.signals import RunStopped, StopRequested
-from saetrain.model.hookpoint_io import hookpoints_of
 from saetrain.runs.record import RunRecord
 from saetrain.runs.segments import HarvestWaitNotice, plan_of_step
 from saetrain.tracking.jsonl import JsonlTracker

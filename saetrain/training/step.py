@@ -15,9 +15,8 @@ from saetrain.kernels import keep_bf16_copy, total
 from saetrain.kernels.dense import has_bfloat16_products
 from saetrain.model.activations import TopK
 from saetrain.model.activations.compiled import missing_compiler
-from saetrain.model.hookpoint_io import rows_of
 from saetrain.model.losses import Losses, LossTerm, compute_losses
-from saetrain.model.sae import Sae, SaeOutput
+from saetrain.model.sae import Sae, SaeOutput, rows_of
 from saetrain.model.weight_scales import folded_losses
 from saetrain.optim import conditional_step
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings

@@ -20,8 +20,7 @@ from actcache.stream.order import Span
 from actcache.stream.verified_reads import VerifiedReader, Verify
 from saetrain.config.sae import SaeEntry
 from saetrain.kernels import total
-from saetrain.model.hookpoint_io import rows_of
-from saetrain.model.sae import Sae
+from saetrain.model.sae import Sae, rows_of
 from saetrain.training.checkpointing import save_best
 from saetrain.training.non_finite import require_finite_loss
 from saetrain.training.sae_trainer import SaeTrainer

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
-from actcache.errors import FormatError
+from actcache.errors import FormatError, HookpointError
 from actcache.stream.order import POOL_ROWS
 from saetrain.config.fit_config import FitConfig
+from saetrain.launch.resolve import assign_hookpoints
 from saetrain.launch.run import fit
 from saetrain.optim import default_lr
 from saetrain.runs.record import RUN, read_run
@@ -107,3 +109,18 @@ def test_a_sealed_record_that_contradicts_its_own_options_is_refused_on_resume(
     path.write_bytes(to_json(run | changed, sealed=True))
     with pytest.raises(FormatError, match="contradicts its own options"):
         fit(config)
+
+
+def test_a_hookpoint_may_have_the_name_of_another_library(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    cache = Cache.open(make_cache())
+
+    def chosen(*names: str) -> list[str]:
+        config = FitConfig(str(cache.root), out=str(tmp_path), hookpoint=names)
+        return [roles.name for roles in assign_hookpoints(config, cache)]
+
+    assert chosen("blocks.1.hook_resid_post") == ["layers.1"]
+    assert chosen("transformer.h.1", "blocks.*.hook_resid_post") == ["layers.0", "layers.1"]
+    with pytest.raises(HookpointError, match=r"(?s)'blocks\.2\.hook_resid_post'.*layers\.0 \| lay"):
+        chosen("blocks.2.hook_resid_post")

@@ -273,6 +273,13 @@ def library_memory(device: torch.device, loaded: int = 0) -> int:
     return max(0, resident_memory() - loaded) + context
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device that are free: of a GPU, or of main memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory()
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Return the bytes of main memory that this process can still use, swap included.
 

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from actcache.core.process import CUDA_BYTES, available_memory, library_memory
-from actcache.core.progress import format_bytes
-from actcache.errors import ConfigError
+from actcache.core.process import CUDA_BYTES, free_memory, library_memory
 from actcache.stream.memory_budget import plan_memory
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry, hookpoints_of
 from saetrain.kernels.dense import tokens_at_once
 from saetrain.launch.resolve import open_cache, sae_entries, steps_ahead, with_default_lr
+from saetrain.training.sae_trainer import lasting_bytes, parameter_shapes
 
-FLOAT = 4  # bytes
+_FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
         libraries=libraries,
         total=libraries + weights + state + gradients + activations + rows,
         rows=rows,
-        free=_free(device),
+        free=free_memory(device),
     )
 
 
@@ -153,73 +150,6 @@ def estimate_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> Sa
             options.chunk_latents,
         ),
     )
-
-
-class LastingBytes(NamedTuple):
-    """Bytes of one SAE that do not depend on the rows of a step."""
-
-    weights: int
-    """Parameters, with the encoder's bfloat16 copy if --autocast keeps one."""
-    optimizer_state: int
-    gradients: int
-
-
-def lasting_bytes(entry: SaeEntry, options: FitConfig) -> LastingBytes:
-    """Compute the bytes of weights, optimizer state and gradients of one SAE."""
-    shapes, item = parameter_shapes(entry.config), getattr(torch, options.weights_dtype).itemsize
-    parameters = sum(map(math.prod, shapes)) * item
-    state = sum([state_bytes(entry.options.optimizer, shape, item) for shape in shapes])
-    return LastingBytes(
-        weights=parameters + bf16_copy_bytes(entry, options),
-        optimizer_state=state + norm_bytes(entry, item),
-        gradients=parameters,
-    )
-
-
-def parameter_shapes(sizes: SaeConfig) -> list[tuple[int, ...]]:
-    """Return the shapes of an SAE's parameters, which `Sae` and its activation create."""
-    D, M = sizes.d_in, sizes.num_latents
-    E = D if sizes.d_out is None else sizes.d_out
-    shapes: list[tuple[int, ...]] = [(M, D), (M,), (M, E), (E,)]  # W_enc, b_enc, W_dec, b_dec
-    shapes += [(E, D)] * sizes.skip_connection
-    return shapes + [(M,)] * _OF_LATENTS.get(sizes.activation, 0)
-
-
-_OF_LATENTS = {"jumprelu": 1, "gated": 2}
-"""Parameters of an activation that has some, each with one number for each latent."""
-
-
-def state_bytes(optimizer: OptimizerName, shape: tuple[int, ...], item: int) -> int:
-    """Return the bytes of the optimizer state of one parameter, without step counters.
-
-    Args:
-        optimizer: name of the optimizer.
-        shape: shape of the parameter.
-        item: bytes of one element.
-    """
-    numbers = math.prod(shape)
-    if optimizer == "signum":  # z
-        return numbers * item
-    if optimizer == "muon" and len(shape) == 2:  # momentum
-        return numbers * item
-    if optimizer == "adam8bit":  # two moments; in float32 where the parameter is small
-        scales = -(-numbers // 256) * FLOAT
-        return 2 * (numbers * FLOAT if numbers < 4096 else numbers + scales)
-    return 2 * numbers * item  # two moments
-
-
-def norm_bytes(entry: SaeEntry, item: int) -> int:
-    """Return the bytes of the row norms that signum keeps with --decoder-norm unit."""
-    unit = entry.options.decoder_norm == "unit" and not entry.config.transcode
-    kept = unit and entry.options.optimizer == "signum"
-    return entry.config.num_latents * max(item, FLOAT) * kept
-
-
-def bf16_copy_bytes(entry: SaeEntry, options: FitConfig) -> int:
-    """Return the bytes of the encoder's bfloat16 copy that a step keeps with --autocast."""
-    dense, folded = entry.config.activation in _DENSE, entry.options.decoder_norm == "fold"
-    kept = options.autocast and options.weights_dtype == "float32" and not dense and not folded
-    return 2 * entry.config.num_latents * entry.config.d_in * kept
 
 
 _DENSE = {"relu": 4, "jumprelu": 7, "gated": 9}
@@ -271,35 +201,4 @@ def step_bytes(
         forward += (14 + 2 * prefixes) * N * slots
     forward += 4 * M * wide * folded
     update = (5 if optimizer == "adam8bit" else 2) * M * wide + wide**2 + 16 * M
-    return FLOAT * max(forward, update)
-
-
-def require_memory(entries: Sequence[SaeEntry], options: FitConfig, device: torch.device) -> None:
-    """Refuse SAEs whose weights, optimizer state and gradients cannot fit, before they are built.
-
-    Raises:
-        ConfigError: they need more memory than the device, or the machine, has.
-    """
-    needed = most = 0
-    for entry in entries:
-        lasting = lasting_bytes(entry, options)
-        needed += lasting.weights + lasting.optimizer_state
-        most = max(most, lasting.gradients)
-    needed += most
-    free = _free(device)
-    if needed > free:
-        names = ", ".join(entry.name for entry in entries[:3])
-        names += ", ..." * (len(entries) > 3)
-        raise ConfigError(
-            f"out of memory: {len(entries)} SAEs do not fit ({names})",
-            expected=f"<= {format_bytes(free)}, which are free on {device}",
-            got=f"{format_bytes(needed)} of weights, optimizer state and gradients",
-            remedy="fewer latents or SAEs, --weights-dtype bfloat16, or --parallel modules over "
-            "more devices",
-        )
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return available_memory()
+    return _FLOAT * max(forward, update)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from actcache.cache.reader import Cache
-from actcache.errors import FormatError
-from saetrain.config.sae import hookpoints_of
-from saetrain.launch.estimate import require_memory
+from actcache.core.process import free_memory
+from actcache.core.progress import format_bytes
+from actcache.errors import ConfigError, FormatError
+from saetrain.config.fit_config import FitConfig
+from saetrain.config.sae import SaeEntry, hookpoints_of
 from saetrain.launch.finetune import load_pretrained
 from saetrain.launch.session import RunSession
 from saetrain.model.losses import make_loss_config, target_stats
@@ -38,7 +40,12 @@ from saetrain.training.cuda_graphs import require_cuda_graphs
 from saetrain.training.ddp import DdpStep
 from saetrain.training.init import FirstRows, init_b_dec_at_median, initial_sae
 from saetrain.training.run_state import RunState
-from saetrain.training.sae_trainer import SaeTrainer, make_optimizer, make_step_settings
+from saetrain.training.sae_trainer import (
+    SaeTrainer,
+    lasting_bytes,
+    make_optimizer,
+    make_step_settings,
+)
 from saetrain.training.state_layout import require_state
 from saetrain.training.step import require_bfloat16_products, require_compiler
 from saetrain.training.validation import Validation
@@ -148,6 +155,31 @@ def make_trainers(
             )
         )
     return trainers
+
+
+def require_memory(entries: Sequence[SaeEntry], options: FitConfig, device: torch.device) -> None:
+    """Refuse SAEs whose weights, optimizer state and gradients cannot fit, before they are built.
+
+    Raises:
+        ConfigError: they need more memory than the device, or the machine, has.
+    """
+    needed = most = 0
+    for entry in entries:
+        lasting = lasting_bytes(entry, options)
+        needed += lasting.weights + lasting.optimizer_state
+        most = max(most, lasting.gradients)
+    needed += most
+    free = free_memory(device)
+    if needed > free:
+        names = ", ".join(entry.name for entry in entries[:3])
+        names += ", ..." * (len(entries) > 3)
+        raise ConfigError(
+            f"out of memory: {len(entries)} SAEs do not fit ({names})",
+            expected=f"<= {format_bytes(free)}, which are free on {device}",
+            got=f"{format_bytes(needed)} of weights, optimizer state and gradients",
+            remedy="fewer latents or SAEs, --weights-dtype bfloat16, or --parallel modules over "
+            "more devices",
+        )
 
 
 def restore_checkpoint(session: RunSession, run: RunState) -> None:

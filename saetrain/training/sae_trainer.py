@@ -1,16 +1,20 @@
-"""One SAE in training: model, optimiser, metrics and settings, and their checkpoint state."""
+"""One SAE in training: model, optimiser, metrics and settings, their memory and checkpoint state.
+
+Letters: D d_in, E width of the output, M num_latents.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import DecoderNorm, OptimizerName, SaeConfig
+from saetrain.config.sae import PENALISED, DecoderNorm, OptimizerName, SaeConfig
 from saetrain.distributed.collectives import world_size
 from saetrain.model.losses import FVU_ONLY, LossConfig
 from saetrain.model.sae import Sae
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 _WEIGHT_DECAY = {"adamw": 0.01, "muon": 0.1}
 """Default weight decay of the optimisers that have one: torch's, and sparsify's."""
+_FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,73 @@ def make_optimizer(
         assert weight_decay is not None
         return Muon(parameters, lr, schedule, weight_decay)
     return Adam(parameters, lr, schedule=schedule, weight_decay=weight_decay, unit=unit)
+
+
+class LastingBytes(NamedTuple):
+    """Bytes of one SAE that do not depend on the rows of a step."""
+
+    weights: int
+    """Parameters, with the encoder's bfloat16 copy if --autocast keeps one."""
+    optimizer_state: int
+    gradients: int
+
+
+def lasting_bytes(entry: SaeEntry, options: FitConfig) -> LastingBytes:
+    """Compute the bytes of weights, optimizer state and gradients of one SAE."""
+    shapes, item = parameter_shapes(entry.config), getattr(torch, options.weights_dtype).itemsize
+    parameters = sum(map(math.prod, shapes)) * item
+    state = sum([state_bytes(entry.options.optimizer, shape, item) for shape in shapes])
+    return LastingBytes(
+        weights=parameters + bf16_copy_bytes(entry, options),
+        optimizer_state=state + norm_bytes(entry, item),
+        gradients=parameters,
+    )
+
+
+def parameter_shapes(sizes: SaeConfig) -> list[tuple[int, ...]]:
+    """Return the shapes of an SAE's parameters, which `Sae` and its activation create."""
+    D, M = sizes.d_in, sizes.num_latents
+    E = D if sizes.d_out is None else sizes.d_out
+    shapes: list[tuple[int, ...]] = [(M, D), (M,), (M, E), (E,)]  # W_enc, b_enc, W_dec, b_dec
+    shapes += [(E, D)] * sizes.skip_connection
+    return shapes + [(M,)] * _OF_LATENTS.get(sizes.activation, 0)
+
+
+_OF_LATENTS = {"jumprelu": 1, "gated": 2}
+"""Parameters of an activation that has some, each with one number for each latent."""
+
+
+def state_bytes(optimizer: OptimizerName, shape: tuple[int, ...], item: int) -> int:
+    """Return the bytes of the optimizer state of one parameter, without step counters.
+
+    Args:
+        optimizer: name of the optimizer.
+        shape: shape of the parameter.
+        item: bytes of one element.
+    """
+    numbers = math.prod(shape)
+    if optimizer == "signum":  # z
+        return numbers * item
+    if optimizer == "muon" and len(shape) == 2:  # momentum
+        return numbers * item
+    if optimizer == "adam8bit":  # two moments; in float32 where the parameter is small
+        scales = -(-numbers // 256) * _FLOAT
+        return 2 * (numbers * _FLOAT if numbers < 4096 else numbers + scales)
+    return 2 * numbers * item  # two moments
+
+
+def norm_bytes(entry: SaeEntry, item: int) -> int:
+    """Return the bytes of the row norms that signum keeps with --decoder-norm unit."""
+    unit = entry.options.decoder_norm == "unit" and not entry.config.transcode
+    kept = unit and entry.options.optimizer == "signum"
+    return entry.config.num_latents * max(item, _FLOAT) * kept
+
+
+def bf16_copy_bytes(entry: SaeEntry, options: FitConfig) -> int:
+    """Return the bytes of the encoder's bfloat16 copy that a step keeps with --autocast."""
+    dense, folded = entry.config.activation in PENALISED, entry.options.decoder_norm == "fold"
+    kept = options.autocast and options.weights_dtype == "float32" and not dense and not folded
+    return 2 * entry.config.num_latents * entry.config.d_in * kept
 
 
 V = TypeVar("V")

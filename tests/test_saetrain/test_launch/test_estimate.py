@@ -17,16 +17,22 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
 from saetrain.config.sae import OptimizerName, SaeConfig, SaeEntry, SaeOptions
 from saetrain.kernels.update import bf16_copy_of
-from saetrain.launch.estimate import FLOAT, estimate_fit, estimate_sae, parameter_shapes, step_bytes
+from saetrain.launch.estimate import estimate_fit, estimate_sae, step_bytes
 from saetrain.launch.run import fit
 from saetrain.model.losses import make_loss_config
 from saetrain.model.sae import build_sae
 from saetrain.optim import default_lr
 from saetrain.runs.record import read_run
-from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
+from saetrain.training.sae_trainer import (
+    SaeTrainer,
+    StepSettings,
+    make_optimizer,
+    parameter_shapes,
+)
 from saetrain.training.step import train_step
 
 CPU = torch.device("cpu")
+FLOAT = 4  # bytes
 
 
 @pytest.mark.parametrize("optimizer", get_args(OptimizerName))

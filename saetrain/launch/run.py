@@ -1,32 +1,61 @@
-"""`fit` from options to a finished run: start or resume it, set it up, train it, summarize it."""
+"""One call of `fit`, from options to a finished run: start or resume it, set it up, train it.
+
+`run_session` enters and leaves the lock of the run folder, the signal handlers, the processes and
+`exit.json` as one. `exit.json` records how the last call in a run ended: launchers swallow exit
+codes. It lies directly in the run folder, where sparsify takes every subfolder for an SAE.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from actcache.cache.reader import Cache
+from actcache.core.json_codec import read_json, to_json
 from actcache.core.process import choose_device
-from actcache.errors import ConfigError, CorruptShardError, RunError
-from actcache.filesystem.lock import is_unlocked
-from actcache.filesystem.rooted import require_plain
+from actcache.errors import (
+    ActcacheError,
+    ConfigError,
+    CorruptShardError,
+    DiskFullError,
+    FormatError,
+    RunError,
+)
+from actcache.filesystem.atomic import remove_partials, write_atomic
+from actcache.filesystem.lock import DirectoryLock, is_unlocked
+from actcache.filesystem.rooted import is_stray, require_plain, rooted
 from actcache.format.manifest import MANIFEST
 from saetrain.config.fit_config import FitConfig
+from saetrain.distributed.coordinator import Coordinator, init_coordinator, reports_outcome
+from saetrain.distributed.signals import RunStopped, StopSignals, exit_code_of
 from saetrain.launch.resolve import open_cache, resolve_run, resume_record, write_option_changes
-from saetrain.launch.session import (
-    EXIT,
-    RunSession,
-    is_empty,
-    made_no_step,
-    run_session,
-)
 from saetrain.launch.setup import RunBroadcast, set_up_run
 from saetrain.launch.summary import FitSummary, summarize_fit
-from saetrain.runs.record import LOCK, RUN, check_same_cache, require_same_options, write_run
+from saetrain.runs.checkpoint import newest_step
+from saetrain.runs.own_files import is_plain
+from saetrain.runs.record import (
+    LOCK,
+    RUN,
+    check_same_cache,
+    read_run,
+    require_same_options,
+    write_run,
+)
+from saetrain.runs.segments import SEGMENTS
+from saetrain.tracking.jsonl import METRICS, TIMINGS
 from saetrain.training.loop import train
 from saetrain.training.run_state import RunState
+
+EXIT = "exit.json"
+_LINES = METRICS, TIMINGS
+_BEFORE_RECORD = str(LOCK), EXIT
+_BEFORE_STEPS = *_BEFORE_RECORD, SEGMENTS, *_LINES, RUN
+"""Files that a run may write before its first step, in the order in which they are removed."""
 
 
 def fit(config: FitConfig) -> FitSummary:
@@ -42,10 +71,105 @@ def fit(config: FitConfig) -> FitSummary:
         raise ConfigError("config has another type", expected="FitConfig", got=type(config))
     with run_session(config) as session:
         run = start_or_resume(session)
-        set_up_run(session, run)
+        set_up_run(session.root, config, run, session.coordinator)
         commit_run_record(session, run)
         result = train(session.root, config, run, session.coordinator)
-        return summarize_fit(session, run, result)
+        return summarize_fit(session.root, config, run, result)
+
+
+@dataclass(frozen=True)
+class ExitStatus:
+    """Contents of `exit.json`."""
+
+    code: int
+    """The exit code: 0 finished, 143 SIGTERM, 130 Ctrl-C (both saved: requeue with --resume), those
+    of `actcache.errors`, 1 anything else."""
+    reason: str
+    """finished, SIGTERM, SIGINT, or an error's class and its first line."""
+    step: int
+    """Step of the newest checkpoint; 0 if there is none."""
+
+
+@dataclass(frozen=True)
+class RunSession:
+    """Configuration, folder, lock and coordinator of one call of `fit`."""
+
+    config: FitConfig
+    root: Path
+    """Folder of the run."""
+    lock: DirectoryLock
+    coordinator: Coordinator
+
+    def lock_run(self, resume: bool) -> None:
+        """Lock the folder on rank 0, and remove exit.json and partial files of an earlier call.
+
+        Raises:
+            CacheBusyError: another fit holds the lock.
+            RunError: the run is new, and another fit has started one in the folder.
+        """
+        if not self.lock.held:
+            self.lock.acquire()
+        if not resume and (self.root / RUN).exists():
+            raise RunError(
+                f"another fit has started a run in {self.root}", remedy="--resume, or wait"
+            )
+        (self.root / EXIT).unlink(missing_ok=True)  # else a killed call would appear finished
+        remove_partials(self.root)
+
+    def discard_unused(self) -> None:
+        """Lock a folder whose run made no step, and remove the files of that run.
+
+        Raises:
+            CacheBusyError: another fit holds the lock.
+            RunError: the run has made a step meanwhile.
+        """
+        self.lock.acquire()
+        if not made_no_step(self.root):
+            raise RunError(
+                f"another fit has started a run in {self.root}", remedy="--resume, or wait"
+            )
+        for name in _BEFORE_STEPS[1:]:  # run.json last: until it is gone, this is done again
+            (self.root / name).unlink(missing_ok=True)
+
+    def share_lock(self) -> None:
+        """Hold the lock that rank 0 has taken; raises `RunError` if its file is not visible."""
+        try:
+            self.lock.acquire_shared()
+        except FileNotFoundError as error:
+            raise RunError(
+                f"the run that rank 0 has locked in {self.root} is not visible to another process",
+                expected="--out in a folder that all machines share",
+                got=f"no {error.filename}",
+            ) from error
+
+
+@contextmanager
+def run_session(config: FitConfig) -> Iterator[RunSession]:
+    """Handle signals, connect the processes, and at the end write exit.json and free the lock."""
+    root = rooted(config.out)
+    lock = DirectoryLock(root, LOCK, "fit")
+
+    def record_exit(error: BaseException | None) -> None:
+        started = lock.held and (root / RUN).exists()
+        if (started or stopped_before_start(root, error)) and reports_outcome(error):
+            write_exit_status(root, error)
+
+    try:
+        with StopSignals() as stop_signals:
+            try:
+                with init_coordinator(config, stop_signals, record_exit) as coordinator:
+                    yield RunSession(config, root, lock, coordinator)
+            except BaseException as error:
+                record_exit(error)
+                raise
+            record_exit(None)
+    except DiskFullError as error:
+        remedy = "free space; the same command with --resume continues from the newest checkpoint"
+        raise DiskFullError(
+            error.what, expected=error.expected, got=error.got, remedy=remedy
+        ) from error
+    finally:
+        lock.release()
 
 
 def start_or_resume(session: RunSession) -> RunState:
@@ -167,3 +291,71 @@ def find_run(config: FitConfig, root: Path) -> Literal["resumed", "unused", "non
             content = "a cache" if (root / MANIFEST).exists() else "other things"
             raise RunError(f"--out {root} holds {content}", expected="a new or empty folder")
     return "unused" if has_record else "none"
+
+
+def made_no_step(root: Path) -> bool:
+    """Return whether a folder holds a run that ended before its first step, and nothing else.
+
+    Strays of notebooks and file managers are ignored. A line of metrics, a record of rows that are
+    not finite, an SAE and a checkpoint are the work of a step. A run that has finished made steps,
+    wherever they are now. A run.json that is not ours, or damaged, is none of such a run.
+    """
+    try:
+        read_run(root)
+        status = read_json(root / EXIT) if (root / EXIT).exists() else None
+    except FormatError:
+        return False
+    finished = isinstance(status, dict) and status.get("code") == 0
+    return not finished and holds_only(root, _BEFORE_STEPS)
+
+
+def is_empty(root: Path) -> bool:
+    """Return whether a folder holds nothing but strays, and a lock and exit.json without a run."""
+    return holds_only(root, _BEFORE_RECORD)
+
+
+def holds_only(root: Path, names: tuple[str, ...]) -> bool:
+    """Return whether a folder holds only plain files of these names, and strays.
+
+    metrics.jsonl and timings.jsonl must be empty.
+    """
+    for path in root.iterdir():
+        is_own = path.name in names and is_plain(path)
+        if is_own and path.name in _LINES and path.stat().st_size:
+            return False
+        if not (is_own or is_stray(path.name)):
+            return False
+    return True
+
+
+def stopped_before_start(root: Path, error: BaseException | None) -> bool:
+    """Return whether a signal ended a run whose folder has no file but exit.json, or is absent.
+
+    That happens while the first segment of a harvest is waited for. A folder with other files may
+    belong to something else.
+    """
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    try:
+        return all(path.name == EXIT for path in root.iterdir())
+    except FileNotFoundError:
+        return True
+    except OSError:  # --out is a file
+        return False
+
+
+def write_exit_status(root: Path, error: BaseException | None) -> None:
+    """Write `exit.json` for a run that has ended with an error, or with None."""
+    code, reason = (0, "finished") if error is None else (exit_code_of(error), _reason(error))
+    with suppress(ActcacheError, OSError):  # must not hide the error that ended the run
+        step = newest_step(root) if (root / RUN).exists() else None
+        write_atomic(root / EXIT, [to_json(ExitStatus(code, reason, step or 0))])
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RunStopped):
+        return error.signal.name
+    if isinstance(error, KeyboardInterrupt):
+        return "SIGTERM" if exit_code_of(error) == 143 else "SIGINT"
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")

@@ -16,8 +16,8 @@ from actcache.core.progress import format_bytes
 from actcache.errors import ConfigError, FormatError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeEntry, hookpoints_of
+from saetrain.distributed.coordinator import Coordinator
 from saetrain.launch.finetune import load_pretrained
-from saetrain.launch.session import RunSession
 from saetrain.model.losses import make_loss_config, target_stats
 from saetrain.optim import make_schedule, warmup_steps
 from saetrain.runs.checkpoint import (
@@ -71,22 +71,22 @@ class CheckpointBroadcast:
     """False while rank 0 waits for the other ranks to check it."""
 
 
-def set_up_run(session: RunSession, run: RunState) -> None:
+def set_up_run(root: Path, config: FitConfig, run: RunState, coordinator: Coordinator) -> None:
     """Build SAEs and optimizers; for a resumed run, restore its newest checkpoint.
 
     Raises:
         ActcacheError: one of its subclasses: the run cannot be built.
     """
-    record, cache, coordinator = run.record, run.cache, session.coordinator
+    record, cache = run.record, run.cache
     coordinator.init_process_group(run.device)
     indices = coordinator.assigned_saes(record.saes)
     run.trainers = make_trainers(record, cache, run.device, indices, coordinator.batch_parts)
     if record.segment_shards is not None:
-        run.segment_tracker = SegmentTracker(session.root, record, cache, coordinator.is_rank_zero)
+        run.segment_tracker = SegmentTracker(root, record, cache, coordinator.is_rank_zero)
     if run.resumed:
-        restore_checkpoint(session, run)
+        restore_checkpoint(root, run, coordinator)
     if run.step == 0:
-        first = FirstRows(cache, record.plan, session.config.verify)
+        first = FirstRows(cache, record.plan, config.verify)
         for trainer in run.trainers:
             init_b_dec_at_median(trainer.sae, trainer.entry, first)
             if record.origins:
@@ -182,13 +182,13 @@ def require_memory(entries: Sequence[SaeEntry], options: FitConfig, device: torc
         )
 
 
-def restore_checkpoint(session: RunSession, run: RunState) -> None:
+def restore_checkpoint(root: Path, run: RunState, coordinator: Coordinator) -> None:
     """Load the newest good checkpoint, if there is one, and repair the files that go with it.
 
     Raises:
         FormatError: no checkpoint is good, or one belongs to another run.
     """
-    root, record, coordinator = session.root, run.record, session.coordinator
+    record = run.record
     wanted = {trainer.index for trainer in run.trainers}
     checkpoint: tuple[State, list[dict[str, Tensor]]] | None = None
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from actcache.core.progress import format_bytes
 from actcache.errors import FormatError
+from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeOptions
-from saetrain.launch.session import RunSession
 from saetrain.runs.checkpoint import Best, newest_state
 from saetrain.runs.record import RunRecord
 from saetrain.tracking.jsonl import METRICS, last_line, sae_metrics
@@ -47,19 +47,19 @@ class FitSummary:
     """Warnings for the user."""
 
 
-def summarize_fit(session: RunSession, run: RunState, result: TrainResult) -> FitSummary:
+def summarize_fit(root: Path, config: FitConfig, run: RunState, result: TrainResult) -> FitSummary:
     """Summarize a finished run from its files and the result of this call.
 
     Raises:
         FormatError: metrics.jsonl is missing or damaged.
     """
-    record, metrics = run.record, session.root / METRICS
+    record, metrics = run.record, root / METRICS
     line = last_line(metrics, key="saes")
     if line is None:  # lost after the run had finished: training always writes it
         raise FormatError(f"{metrics} is missing or empty", remedy="restore it from a copy")
-    steps, limit = result.steps, bottleneck_message(result, session.config.verify)
+    steps, limit = result.steps, bottleneck_message(result, config.verify)
     return FitSummary(
-        run=str(session.root),
+        run=str(root),
         steps=steps,
         new_steps=steps - run.step,
         rows=steps * record.plan.batch_size,
@@ -70,7 +70,7 @@ def summarize_fit(session: RunSession, run: RunState, result: TrainResult) -> Fi
         dead_after=record.dead_after,
         saes=sae_metrics(metrics, line, [entry.name for entry in record.saes]),
         held_out=(last_line(metrics, key="val") or {"val": {}})["val"],
-        best=_bests(session.root, record),
+        best=_bests(root, record),
         warnings=(*run.warnings, *run.restore_warnings, *_ended_early(record, steps)),
     )
 

@@ -20,8 +20,7 @@ import saetrain.training.step
 from actcache.errors import CacheBusyError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.signals import RunStopped, StopSignals
-from saetrain.launch.run import fit
-from saetrain.launch.session import EXIT
+from saetrain.launch.run import EXIT, fit
 from saetrain.runs.checkpoint import newest_step
 from saetrain.runs.record import RUN
 

@@ -20,8 +20,7 @@ from actcache.filesystem.atomic import digest_file
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import values_of, vary
 from saetrain.evaluation import evaluate
-from saetrain.launch.run import fit
-from saetrain.launch.session import EXIT
+from saetrain.launch.run import EXIT, fit
 from saetrain.runs.checkpoint import newest_step, read_state, state_path, tensors_path
 from saetrain.runs.record import read_run
 from saetrain.tracking.jsonl import METRICS, TIMINGS

@@ -29,8 +29,7 @@ from actcache.filesystem.lock import DirectoryLock
 from saetrain.config.fit_config import FitConfig
 from saetrain.distributed.coordinator import Coordinator
 from saetrain.launch.resolve import open_cache, resolve_run
-from saetrain.launch.run import fit, start_or_resume
-from saetrain.launch.session import RunSession
+from saetrain.launch.run import RunSession, fit, start_or_resume
 from saetrain.launch.setup import RunBroadcast
 
 Options = Callable[..., FitConfig]

@@ -473,12 +473,9 @@ def to_json(obj: Any, *, sealed: bool = False) -> bytes:
         obj: a dataclass, or what `json` encodes. Sealed: one that becomes a JSON object.
         sealed: add the key `seal` (see `SEAL`), which `read_json` compares.
     """
-    plain = obj
-    if dataclasses.is_dataclass(obj):
-        plain = _plain(obj)
-    if sealed:
-        plain = {**plain, SEAL: ""}
-    text = (json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    plain = {**_fields(obj), SEAL: ""} if sealed else obj
+    encoded = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False, default=_fields)
+    text = (encoded + "\n").encode()
     if not sealed:
         return text
     empty = f'\n  "{SEAL}": "'.encode()  # two spaces: no key of an inner object
@@ -486,22 +483,20 @@ def to_json(obj: Any, *, sealed: bool = False) -> bytes:
     return before + empty + _digest(text).encode() + after
 
 
-def _plain(value: Any) -> Any:
-    """Return dataclasses at any depth as dicts of the fields that are serialised."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if not dataclasses.is_dataclass(value):
-        return value
+def _fields(obj: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that are serialised; of an object, its own items."""
+    if isinstance(obj, dict):
+        return obj
+    if not dataclasses.is_dataclass(obj):
+        raise TypeError(f"Object of type {type(obj).__name__} is not JSON serializable")
     found = {}
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
+    for field in dataclasses.fields(obj):
+        item = getattr(obj, field.name)
         if field.metadata == NOT_SERIALIZED:
             continue
         if field.metadata == OMITTED_BY_DEFAULT and item == _default(field):
             continue
-        found[field.name] = _plain(item)
+        found[field.name] = item
     return found
 
 

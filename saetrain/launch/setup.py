@@ -38,10 +38,11 @@ from saetrain.tracking.jsonl import METRICS, cut_to_checkpoint, require_lines
 from saetrain.training.checkpointing import export, prune_best
 from saetrain.training.cuda_graphs import require_cuda_graphs
 from saetrain.training.ddp import DdpStep
-from saetrain.training.init import FirstRows, init_b_dec_at_median, initial_sae
+from saetrain.training.init import FirstRows, init_b_dec_at_median
 from saetrain.training.run_state import RunState
 from saetrain.training.sae_trainer import (
     SaeTrainer,
+    initial_sae,
     lasting_bytes,
     make_optimizer,
     make_step_settings,
@@ -88,7 +89,8 @@ def set_up_run(root: Path, config: FitConfig, run: RunState, coordinator: Coordi
     if run.step == 0:
         first = FirstRows(cache, record.plan, config.verify)
         for trainer in run.trainers:
-            init_b_dec_at_median(trainer.sae, trainer.entry, first)
+            if trainer.entry.options.b_dec_init == "geometric-median":
+                init_b_dec_at_median(trainer.sae, trainer.entry, first)
             if record.origins:
                 load_pretrained(trainer.sae, record.origins[trainer.index], record.options)
     options = record.options

@@ -1,4 +1,4 @@
-"""Initial weights of an SAE: b_dec and the scale of the encoder.
+"""Initial weights that are fitted to rows: b_dec at their median, and the scale of the encoder.
 
 Letters: N rows, D d_in, E width of the output.
 """
@@ -25,12 +25,12 @@ from saetrain.config.sae import SaeEntry
 from saetrain.model.losses import (
     FVU_ONLY,
     LossConfig,
-    TargetStats,
     compute_losses,
     target_stats,
 )
-from saetrain.model.sae import Sae, build_sae, rows_of
+from saetrain.model.sae import Sae, rows_of
 from saetrain.model.weight_scales import input_scaling, scale_of
+from saetrain.training.sae_trainer import initial_sae
 
 ROWS = 2048
 """Rows of the run's first batches that initialisation reads."""
@@ -79,26 +79,11 @@ class FirstRows:
         return row_dtype.to_torch(stored).float()
 
 
-def initial_sae(
-    entry: SaeEntry, targets: TargetStats, options: FitConfig, device: torch.device
-) -> Sae:
-    """Build an SAE with initial weights, except b_dec at the median: see `init_b_dec_at_median`."""
-    dtype = getattr(torch, options.weights_dtype)
-    sae = build_sae(entry.config, unit=targets.unit, seed=entry.seed, device=device, dtype=dtype)
-    with torch.no_grad():
-        if options.b_dec_init != "zeros":
-            sae.b_dec.copy_(torch.from_numpy(targets.mean))
-        if entry.encoder_scale != 1:
-            sae.W_enc.mul_(entry.encoder_scale)
-    return sae
-
-
 @torch.no_grad()
 def init_b_dec_at_median(sae: Sae, entry: SaeEntry, first: FirstRows) -> None:
-    """Set b_dec to the geometric median of the target rows, with --b-dec-init geometric-median."""
-    if entry.options.b_dec_init == "geometric-median":
-        _, predicted = sae.split(first.of(entry, torch.device("cpu")))
-        sae.b_dec.copy_(torch.from_numpy(geometric_median(predicted)))
+    """Set b_dec to the geometric median of the target rows."""
+    _, predicted = sae.split(first.of(entry, torch.device("cpu")))
+    sae.b_dec.copy_(torch.from_numpy(geometric_median(predicted)))
 
 
 def with_initial_scales(
@@ -128,7 +113,8 @@ def with_initial_scales(
     if options.encoder_scale != "auto":
         return dataclasses.replace(entry, encoder_scale=float(options.encoder_scale))
     sae = initial_sae(entry, targets, options, device)
-    init_b_dec_at_median(sae, entry, first)
+    if entry.options.b_dec_init == "geometric-median":
+        init_b_dec_at_median(sae, entry, first)
     rows = first.of(entry, device).to(sae.W_enc.dtype)
     loss_config = LossConfig(parts=targets.parts) if targets.parts else FVU_ONLY
     scale = search_encoder_scale(sae, rows, targets.variance, loss_config)

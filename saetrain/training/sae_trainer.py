@@ -16,8 +16,8 @@ from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, DecoderNorm, OptimizerName, SaeConfig
 from saetrain.distributed.collectives import world_size
-from saetrain.model.losses import FVU_ONLY, LossConfig
-from saetrain.model.sae import Sae
+from saetrain.model.losses import FVU_ONLY, LossConfig, TargetStats
+from saetrain.model.sae import Sae, build_sae
 from saetrain.model.weight_scales import InputScaling, fold, input_scaling
 from saetrain.optim import Adam, Adam8bit, Muon, Optimizer, Schedule, Signum
 from saetrain.training.ddp import DdpStep
@@ -117,6 +117,20 @@ def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
         compile=options.compile,
         auxk_alpha=options.auxk_alpha,
     )
+
+
+def initial_sae(
+    entry: SaeEntry, targets: TargetStats, options: FitConfig, device: torch.device
+) -> Sae:
+    """Build an SAE with initial weights, except for what `training.init` fits to rows."""
+    dtype = getattr(torch, options.weights_dtype)
+    sae = build_sae(entry.config, unit=targets.unit, seed=entry.seed, device=device, dtype=dtype)
+    with torch.no_grad():
+        if options.b_dec_init != "zeros":
+            sae.b_dec.copy_(torch.from_numpy(targets.mean))
+        if entry.encoder_scale != 1:
+            sae.W_enc.mul_(entry.encoder_scale)
+    return sae
 
 
 def make_optimizer(

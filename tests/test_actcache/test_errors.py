@@ -62,7 +62,7 @@ def test_long_values_are_cut_in_the_message() -> None:
 
 @pytest.mark.parametrize("error", SHORTAGES)
 def test_a_shortage_is_not_taken_for_a_bad_model_or_dataset(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("cannot read the file") from error

@@ -19,6 +19,7 @@ StoredDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "float8_
 BinDtype = Literal["uint8", "uint16", "uint32", "int32", "int64"]
 Bos = Literal["auto", "always", "never"]
 PipelineKind = Literal["pack", "crop", "truncate"]
+IdRows = Literal["auto", "whole", "joined"]
 RowOrder = Literal["shuffled", "sequence"]
 Backend = Literal["memmap", "zarr"]
 Compression = Literal["none", "zstd"]
@@ -92,19 +93,27 @@ class HarvestConfig:
 
     text_column: str = option("text", group="Data", metavar="NAME")
     """Column with the text of a document. In local files, doc.text is the field text of a column
-    doc."""
+    doc. Without a column text, one of token ids (input_ids, tokens, token_ids) or of conversations
+    (messages, conversations, conversation) is read if it is the only one."""
 
     chat_column: str | None = option(None, group="Data", metavar="NAME")
-    """Column with a conversation, as a list of messages with role and content. The tokenizer's chat
-    template renders it as text. Replaces --text-column."""
+    """Column with a conversation, as a list of messages with role and content, or from and value.
+    The tokenizer's chat template renders it as text, and is given the columns that it reads, such
+    as tools. Replaces --text-column."""
 
     date: str | None = option(None, group="Data", metavar="DATE")
     """Moment that a chat template reads from the clock, as an ISO 8601 date or date and time, such
     as 2026-01-31. Part of the cache's identity. Default: that of the cache in --out, or now."""
 
     token_column: str | None = option(None, group="Data", metavar="NAME")
-    """Column with the token ids of a document, made with this model's tokenizer. Replaces
-    --text-column."""
+    """Column with the token ids of a document, made with this model's tokenizer. Tokens that a
+    column attention_mask marks as padding are left out. Replaces --text-column."""
+
+    id_rows: IdRows = option("auto", group="Data")
+    """With --pipeline pack, what the rows of --token-column are. joined: documents, which are
+    joined and cut. whole: sequences already, which are kept whole, short ones padded, longer ones
+    cut at the end. auto: whole if the rows that are looked at first have the length of a sequence,
+    or one length, or each begin with BOS."""
 
     mix: tuple[str, ...] = option((), group="Data", metavar="DATASET")
     """Additional dataset to sample documents from, with the same split and columns; repeatable.
@@ -122,10 +131,16 @@ class HarvestConfig:
     """With --streaming: documents held in memory to shuffle them. Part of the cache's identity."""
 
     pipeline: PipelineKind = option("pack", group="Data")
-    """How documents become sequences. pack: concatenate them, separated by EOS, and cut into
-    sequences without padding. crop: take one window of each, at a random position. truncate: take
-    the beginning of each. crop and truncate pad short documents on the right; padding leaves no
-    rows."""
+    """How documents become sequences. pack: concatenate them, separated by --separator, and cut
+    into sequences without padding. crop: take one window of each, at a random position. truncate:
+    take the beginning of each. crop and truncate pad short documents on the right; padding leaves
+    no rows."""
+
+    separator: str = option("auto", group="Data", metavar="auto|eos|bos|none|TOKEN")
+    """With --pipeline pack: token after each document, given as eos, bos, none, by id or as the
+    tokenizer writes it. auto: EOS; for the plain text of a chat model, whose EOS ends a turn, the
+    token that its pretraining put there (end of text); none for conversations that the chat
+    template ends with a token of its own."""
 
     bin_dtype: BinDtype = option("uint16", group="Data")
     """Integer type of the token ids in a .bin file, little-endian."""
@@ -328,6 +343,16 @@ class HarvestConfig:
         named = [option for option, column in columns.items() if column is not None]
         if len(named) > 1:
             raise ConfigError(f"{' and '.join(named)} cannot be given together", got=columns)
+        if self.pipeline != "pack":
+            joins = {"--separator": self.separator, "--id-rows": self.id_rows}
+            for option, value in joins.items():
+                if value not in ("auto", "none", "whole"):
+                    raise ConfigError(
+                        f"{option} {value} has no effect with --pipeline {self.pipeline}: it joins "
+                        "no documents",
+                        expected="--pipeline pack",
+                        got=f"--pipeline {self.pipeline}",
+                    )
         if self.streaming and self.max_tokens is None:
             raise ConfigError(
                 "--streaming needs --max-tokens: the length of a stream is unknown",

@@ -1,11 +1,11 @@
 """Text to sequences of token ids, in a seeded order.
 
 `datasets` opens what the user names; `document_order` shuffles and mixes the documents,
-`tokenization` makes token ids of them (`chats` of conversations), and `sequences` cuts these to
-`ctx_len` tokens. Local files are listed and opened by `plain_files`, from `json_lines`,
-`json_objects`, `csv_rows` and `parquet_rows`, which give `table_rows` made of `plain_bytes`;
-`extracts` holds columns of files that cannot be read in place. `watched_files` detects when a file
-changes.
+`tokenization` makes token ids of them (of conversations by `chats`, of rows of token ids by
+`token_rows`), and `sequences` cuts these to `ctx_len` tokens. Local files are listed and opened by
+`plain_files`, from `json_lines`, `json_objects`, `csv_rows` and `parquet_rows`, which give
+`table_rows` made of `plain_bytes`; `extracts` holds columns of files that cannot be read in place.
+`watched_files` detects when a file changes.
 """
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "plain_files",
     "sequences",
     "table_rows",
+    "token_rows",
     "tokenization",
     "watched_files",
 ]

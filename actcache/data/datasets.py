@@ -28,22 +28,32 @@ from actcache.data.plain_files import (
     KNOWN,
     PlainText,
     Wanted,
+    columns_in,
     is_pattern,
     list_files,
     open_plain,
     plain_file,
 )
-from actcache.data.table_rows import NoColumnError
+from actcache.data.table_rows import DOCUMENT, NoColumnError, joined, without_nulls
 from actcache.data.watched_files import MappedFiles, WatchedFile
 from actcache.errors import DatasetError, shortage_of
 
 Kind = Literal["text", "chat", "ids"]
 Record = Any
-"""A document as stored: str, a list of messages, or a list of token ids."""
+"""A document as stored: str, a list of messages, or a list of token ids; with further columns, a
+dict of them, in which DOCUMENT is the document."""
+Variables = Callable[[], frozenset[str]]
+"""Function to the variables of the chat template."""
 
 _SAMPLED = 1024  # documents hashed for the fingerprint of a dataset of the hub
 _STREAMED = 64  # documents hashed for the fingerprint of a stream of the hub
 _KNOWN = f"{KNOWN}, or a .bin file"
+_MASK = frozenset(["attention_mask"])
+_FOUND = {
+    "token_column": ("input_ids", "tokens", "token_ids"),
+    "chat_column": ("messages", "conversations", "conversation"),
+}
+"""Columns that are taken, by option, where no option names one and the default is not there."""
 _SLICES = re.compile(r"train(\[[^]]*\])?(\+train(\[[^]]*\])?)*")
 _COMMIT = re.compile(r"^hf://.*@([0-9a-f]{40})/")
 _IS_COMMIT = re.compile("[0-9a-f]{40}")
@@ -56,6 +66,13 @@ class Column:
     name: str
     """Name; empty for a file without columns."""
     kind: Kind
+    others: tuple[str, ...] = ()
+    """Further columns: those that the chat template takes, or the attention mask of token ids."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all columns."""
+        return (self.name, *self.others)
 
     def check(
         self, record: object, index: int, place: Callable[[int], str] | None = None
@@ -72,6 +89,9 @@ class Column:
         """
         if record is None:
             return "" if self.kind == "text" else []
+        if self.others and isinstance(record, dict):
+            document = self.check(record.get(DOCUMENT), index, place)
+            return record | {DOCUMENT: document} if document else document
         if not _CHECKS[self.kind](record):
             expected, option = _WANTED[self.kind]
             inner = f" of {type(record[0]).__name__}" if isinstance(record, list) and record else ""
@@ -88,13 +108,14 @@ class Column:
 _CHECKS: dict[Kind, Callable[[Any], bool]] = {
     "text": lambda record: isinstance(record, str),
     "chat": lambda record: (
-        isinstance(record, list) and all(isinstance(m, dict) and "role" in m for m in record)
+        isinstance(record, list)
+        and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in record)
     ),
     "ids": lambda record: isinstance(record, list) and all(type(i) is int for i in record),
 }
 _WANTED: dict[Kind, tuple[str, str]] = {
     "text": ("text", "--text-column"),
-    "chat": ("lists of messages, each with a role", "--chat-column"),
+    "chat": ("lists of messages, each with a role (or from, as ShareGPT)", "--chat-column"),
     "ids": ("lists of token ids", "--token-column"),
 }
 """For each type of column: its description in error messages, and the option that names it."""
@@ -214,21 +235,25 @@ class TokenFile:
 Source = IndexedDocuments | DocumentStream | Mixture | TokenFile
 
 
-def open_dataset(config: HarvestConfig) -> Source:
+def open_dataset(config: HarvestConfig, variables: Variables = frozenset) -> Source:
     """Open DATASET, as a `Mixture` if --mix names further datasets.
+
+    Args:
+        config: the options.
+        variables: called for conversations only: columns of these names are read beside them.
 
     Raises:
         DatasetError: a dataset does not exist, cannot be read, has no such split or column, or is
             empty.
     """
     if not config.mix:
-        return _open_one(config)
+        return _open_one(config, variables)
     sources: list[IndexedDocuments | DocumentStream] = []
     names = (config.dataset, *config.mix)
     for dataset, revision in itertools.zip_longest(names, config.dataset_revision):
         own = (revision,) if revision else ()
         one = dataclasses.replace(config, dataset=dataset, mix=(), weight=(), dataset_revision=own)
-        source = _open_one(one)
+        source = _open_one(one, variables)
         if isinstance(source, TokenFile):
             raise DatasetError(
                 f"{dataset} cannot be mixed: it holds no documents",
@@ -236,10 +261,20 @@ def open_dataset(config: HarvestConfig) -> Source:
                 remedy="a table with a column of token ids, and --token-column",
             )
         sources.append(source)
+        kinds = [source.column.kind for source in sources]
+        if kinds[0] != kinds[-1]:
+            raise DatasetError(
+                f"{dataset} cannot be mixed with {config.dataset}",
+                expected=f"{_WANTED[kinds[0]][0]}, in column {sources[0].column.name!r}",
+                got=f"{_WANTED[kinds[-1]][0]}, in column {source.column.name!r}",
+                remedy="datasets with the same columns",
+            )
     return Mixture(tuple(sources), config.weight or (1.0,) * len(sources))
 
 
-def _open_one(config: HarvestConfig) -> IndexedDocuments | DocumentStream | TokenFile:
+def _open_one(
+    config: HarvestConfig, variables: Variables
+) -> IndexedDocuments | DocumentStream | TokenFile:
     path = Path(config.dataset)
     if path.exists() and any(config.dataset_revision):
         raise DatasetError(
@@ -248,13 +283,13 @@ def _open_one(config: HarvestConfig) -> IndexedDocuments | DocumentStream | Toke
             got=config.dataset_revision[0],
         )
     if path.is_file():
-        return _open_file(path, config)
+        return _open_file(path, config, variables)
     if path.is_dir() and _is_saved(path):
-        return _open_saved(path, config)
+        return _open_saved(path, config, variables)
     if path.is_dir() or is_pattern(config.dataset):
         files = list_files(config.dataset)
         if files or path.is_dir():
-            return _open_plain(config, files)
+            return _open_plain(config, files, variables)
     local = plain_file(path) is not None or path.suffix.lower() == ".bin"
     if config.dataset.startswith((".", "/", "~")) or local or is_pattern(config.dataset):
         raise DatasetError(
@@ -263,10 +298,12 @@ def _open_one(config: HarvestConfig) -> IndexedDocuments | DocumentStream | Toke
             "such files",
         )
     table, commit = _load_from_hub(config)
-    return _from_table(table, config, commit=commit)
+    return _from_table(table, config, variables, commit=commit)
 
 
-def _open_file(path: Path, config: HarvestConfig) -> IndexedDocuments | DocumentStream | TokenFile:
+def _open_file(
+    path: Path, config: HarvestConfig, variables: Variables
+) -> IndexedDocuments | DocumentStream | TokenFile:
     if path.stat().st_size == 0:
         raise DatasetError(f"{path} is empty")
     found = plain_file(path)
@@ -278,14 +315,16 @@ def _open_file(path: Path, config: HarvestConfig) -> IndexedDocuments | Document
         raise DatasetError(
             f"unknown file type: {path}", expected=_KNOWN, got=path.suffix.lower() or "no suffix"
         )
-    return _open_plain(config, {path.name: path})
+    return _open_plain(config, {path.name: path}, variables)
 
 
 def _open_plain(
-    config: HarvestConfig, files: Mapping[str, Path]
+    config: HarvestConfig, files: Mapping[str, Path], variables: Variables
 ) -> IndexedDocuments | DocumentStream:
     """Open local files that are read here, and not by `datasets`."""
     column = _column(config)
+    if further := _further(column, variables):
+        column = dataclasses.replace(column, others=columns_in(files.values(), further))
     if config.dataset_config is not None and Path(config.dataset).is_dir():
         raise DatasetError(
             f"{config.dataset} has no configurations",
@@ -300,11 +339,13 @@ def _open_plain(
             got=config.split,
             remedy="name the files of a split with a pattern, such as 'folder/test-*.parquet'",
         )
-    wanted = Wanted(column.name, column.kind, column.check)
+    wanted = Wanted(column.name, column.kind, column.check, column.others)
     try:
         text = open_plain(config.dataset, files, wanted, streaming=config.streaming)
     except NoColumnError as error:
-        raise _no_column(config, column, error.names) from error
+        if (other := _with_found_column(config, error.names)) is None:
+            raise _no_column(config, column, error.names) from error
+        return _said(config, _open_plain(other, files, variables))
     if text.is_text:
         column = Column("", "text")
     fingerprint = _of_plain(files, text, config)
@@ -397,7 +438,9 @@ def _slices(count: int, config: HarvestConfig) -> NDArray[np.int64] | None:
     return chosen
 
 
-def _open_saved(folder: Path, config: HarvestConfig) -> IndexedDocuments | DocumentStream:
+def _open_saved(
+    folder: Path, config: HarvestConfig, variables: Variables
+) -> IndexedDocuments | DocumentStream:
     within = folder / config.split if (folder / "dataset_dict.json").exists() else folder
     files = {str(path.relative_to(folder)): path for path in _tables(within)}
     watched = {name: WatchedFile(path, held=False) for name, path in sorted(files.items())}
@@ -407,7 +450,7 @@ def _open_saved(folder: Path, config: HarvestConfig) -> IndexedDocuments | Docum
     digests = [file.digest for name, file in sorted(watched.items(), key=_in_order(within))]
     for file in watched.values():
         file.check()
-    return _from_table(table, config, f"{_digest('', digests)}-saved", f"{before}-files")
+    return _from_table(table, config, variables, f"{_digest('', digests)}-saved", f"{before}-files")
 
 
 def _in_order(folder: Path) -> Callable[[tuple[str, WatchedFile]], Any]:
@@ -530,9 +573,43 @@ def _column(config: HarvestConfig) -> Column:
     return Column(config.text_column, "text")
 
 
+def _further(column: Column, variables: Variables) -> frozenset[str]:
+    """Return the columns to read beside a column, where they exist."""
+    if column.kind == "text":
+        return frozenset()
+    return (_MASK if column.kind == "ids" else variables()) - {column.name}
+
+
+def _with_found_column(config: HarvestConfig, names: Iterable[str]) -> HarvestConfig | None:
+    """Return the options with the only kind of column that is known by its name, else None."""
+    if config.text_column != "text" or config.token_column or config.chat_column:
+        return None
+    present = set(names)
+    found = {
+        option: next(name for name in known if name in present)
+        for option, known in _FOUND.items()
+        if present & set(known)
+    }
+    return dataclasses.replace(config, **found) if len(found) == 1 else None  # type: ignore[arg-type]
+
+
+def _said(
+    config: HarvestConfig, source: IndexedDocuments | DocumentStream
+) -> IndexedDocuments | DocumentStream:
+    """Add a warning about the column that was found."""
+    what, option = _WANTED[source.column.kind]
+    note = (
+        f"{config.dataset} has no column 'text': {source.column.name!r} is read, as {what} "
+        f"({option} {source.column.name})"
+    )
+    before = source.warnings
+    return dataclasses.replace(source, warnings=lambda: (note, *before()))
+
+
 def _from_table(
     table: Any,
     config: HarvestConfig,
+    variables: Variables,
     fingerprint: str = "",
     before: str = "",
     *,
@@ -543,6 +620,7 @@ def _from_table(
     Args:
         table: the table, a stream, or the splits of a folder.
         config: the options.
+        variables: function to the names that the chat template reads.
         fingerprint: of the folder; empty: a sample of the documents is digested.
         before: that of format version 2.
         commit: commit of the repository.
@@ -558,21 +636,40 @@ def _from_table(
         table = table[config.split]
     elif Path(config.dataset).is_dir():
         _refuse_split(config)
+    return _from_columns(table, config, variables, (fingerprint, before), commit)
+
+
+def _from_columns(
+    table: Any,
+    config: HarvestConfig,
+    variables: Variables,
+    fingerprints: tuple[str, str],
+    commit: str | None,
+) -> IndexedDocuments | DocumentStream:
+    """Read the asked column, or the one that is known by its name; arguments as `_from_table`."""
     column = _column(config)
-    if table.column_names is not None and column.name not in table.column_names:
-        raise _no_column(config, column, table.column_names)
+    further, names = _further(column, variables), table.column_names
+    if names is None and (further or column.name == "text"):  # a stream whose columns are unknown
+        first = _next_row(enumerate(table), config)
+        names = None if first is None else list(first[1])
+    if names is not None and column.name not in names:
+        if (other := _with_found_column(config, names)) is None:
+            raise _no_column(config, column, names)
+        return _said(config, _from_columns(table, other, variables, fingerprints, commit))
+    column = dataclasses.replace(column, others=tuple(sorted(further & set(names or ()))))
     if config.streaming:
-        return _from_stream(table, config, column, (fingerprint, before), commit)
+        return _from_stream(table, config, column, fingerprints, commit)
+    fingerprint, before = fingerprints
     if len(table) == 0:
         raise DatasetError(f"{config.dataset} is empty", expected="at least one document", got=0)
-    table = table.select_columns([column.name])
+    table = table.select_columns(list(column.names))
     mapped = MappedFiles(Path(file["filename"]) for file in table.cache_files)
 
     def fetch(indices: list[int]) -> Any:
         mapped.check()
-        records = table[indices][column.name]
+        found = table[indices]
         mapped.check()
-        return records
+        return [_record(column, row) for row in zip(*map(found.get, column.names), strict=True)]
 
     documents = IndexedDocuments(fetch, len(table), column, fingerprint)
     if fingerprint:
@@ -589,6 +686,13 @@ def _from_table(
         earlier=lambda: ((f"{_digest(sampled, commits)}-commit",) if commits else ()) + (sampled,),
         commits=() if commit is None else (commit,),
     )
+
+
+def _record(column: Column, values: Sequence[Any]) -> Record:
+    """Return what the columns hold in one row. Nulls of objects are those that Arrow puts."""
+    if column.kind == "chat":
+        values = [without_nulls(value) for value in values]
+    return joined(column.names, values) if column.others else values[0]
 
 
 def _from_stream(
@@ -611,7 +715,7 @@ def _from_stream(
             index, row = item
             if column.name not in row:
                 raise _no_column(config, column, row)
-            yield column.check(row[column.name], index)
+            yield column.check(_record(column, [row.get(name) for name in column.names]), index)
 
     first = list(itertools.islice(walk(), _STREAMED))
     if not first:
@@ -644,7 +748,9 @@ def _no_column(config: HarvestConfig, column: Column, names: Any) -> DatasetErro
         f"{config.dataset} has no column {column.name!r}",
         expected=" | ".join(names),
         got=column.name,
-        remedy=f"name one of them with {_WANTED[column.kind][1]}",
+        remedy=f"name one of them with {_WANTED[column.kind][1]}"
+        if (column.name, column.kind) != ("text", "text")
+        else "name one of them with --text-column, --chat-column or --token-column",
     )
 
 
@@ -667,6 +773,8 @@ def _commits_of(table: Any) -> list[str]:
 def _digest(header: str, records: Sequence[Record]) -> str:
     digest = xxhash.xxh3_128(header.encode())
     for record in records:
+        if isinstance(record, dict) and not record.keys() - _MASK - {DOCUMENT}:
+            record = record[DOCUMENT]  # as before masks were read
         text = record if isinstance(record, str) else json.dumps(record, sort_keys=True)
         digest.update(len(text).to_bytes(8, "little") + text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -35,7 +35,7 @@ from actcache.filesystem.rooted import RootedPath, fsync_dir, rooted
 Check = Callable[[object, int, Callable[[int], str]], object]
 """Function of a value, its index, and a function from an index to its place."""
 
-_VERSION = 1
+_VERSION = 2
 _LENGTH = 8  # bytes of one number
 _BUFFER = 1 << 20  # bytes written at once
 

@@ -23,7 +23,7 @@ from actcache.data.plain_bytes import (
     lines,
     without_surrogates,
 )
-from actcache.data.table_rows import NoColumnError, Row
+from actcache.data.table_rows import Columns, NoColumnError, Row, joined
 from actcache.data.watched_files import WatchedFile, read_at
 from actcache.errors import DatasetError
 
@@ -48,14 +48,14 @@ class IndexedLines:
 
     Args:
         path: the file.
-        column: the column to read.
+        column: the column to read, or several.
 
     Raises:
         DatasetError: a line is no JSON object.
         NoColumnError: no object has the column.
     """
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: Path, column: Columns) -> None:
         self._column = column
         index = _Index(path, column)
         self.file = WatchedFile(path, held=False, observe=index.add)
@@ -128,7 +128,7 @@ class IndexedLines:
 class _Index:
     """Collects the places of lines while a file is read in pieces."""
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: Path, column: Columns) -> None:
         self._path, self._column = path, column
         self._tail: list[bytes] = []  # the line that the next piece continues
         self._starts: list[NDArray[np.uint64]] = []
@@ -195,7 +195,7 @@ class _Index:
             self.replaced += replaced
 
 
-def json_lines(pieces: Iterator[bytes], column: str, path: Path) -> Generator[Row]:
+def json_lines(pieces: Iterator[bytes], column: Columns, path: Path) -> Generator[Row]:
     """Yield the rows of a file with one object a line; blank lines are skipped.
 
     Raises:
@@ -221,7 +221,7 @@ class RowsOfObjects:
     So a file whose objects all lack it is refused before its first document.
     """
 
-    def __init__(self, column: str) -> None:
+    def __init__(self, column: Columns) -> None:
         self._column = column
         self._names: dict[str, None] = {}
         self._held: list[Row] = []
@@ -253,7 +253,7 @@ class RowsOfObjects:
             raise NoColumnError(self._names)
 
 
-def json_value(line: bytes, column: str) -> tuple[object, bool]:
+def json_value(line: bytes, column: Columns) -> tuple[object, bool]:
     """Return a column's value in a line, or MISSING, and whether something in it was replaced.
 
     Raises:
@@ -268,7 +268,7 @@ def json_value(line: bytes, column: str) -> tuple[object, bool]:
 
 
 def _value(
-    row: dict[str, Any], column: str, *, damaged: bool, escaped: bool
+    row: dict[str, Any], column: Columns, *, damaged: bool, escaped: bool
 ) -> tuple[object, bool]:
     value, replaced = column_of(row, column), False
     if damaged:
@@ -279,8 +279,13 @@ def _value(
     return value, replaced
 
 
-def column_of(row: dict[str, Any], column: str) -> object:
+def column_of(row: dict[str, Any], column: Columns) -> object:
     """Return the value of a column, or of a nested one by its path with dots; else MISSING."""
+    if isinstance(column, tuple):
+        found = [column_of(row, name) for name in column]
+        if found[0] is MISSING:
+            return MISSING
+        return joined(column, (None if value is MISSING else value for value in found))
     if column in row or "." not in column:
         return row.get(column, MISSING)
     value: Any = row

@@ -10,13 +10,13 @@ from typing import Any
 
 from actcache.data.json_lines import DECODER, LENIENT, RowsOfObjects, not_json
 from actcache.data.plain_bytes import decoded_pieces
-from actcache.data.table_rows import Row
+from actcache.data.table_rows import Columns, Row
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _CUT = 16  # characters before the end within which an error may come from the end itself
 
 
-def json_objects(pieces: Iterator[bytes], column: str, path: Path) -> Generator[Row]:
+def json_objects(pieces: Iterator[bytes], column: Columns, path: Path) -> Generator[Row]:
     """Yield the rows of an array of objects, or of objects that follow one another.
 
     Raises:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from actcache.data.plain_bytes import decoded, raw_pieces
-from actcache.data.table_rows import NoColumnError, Row
+from actcache.data.table_rows import Columns, NoColumnError, Row, joined, without_nulls
 from actcache.errors import DatasetError, shortage_of
 
 _AT_ONCE = 256  # rows converted at once
 
 
-def parquet_rows(path: Path, compression: str, column: str) -> Generator[Row]:
+def parquet_rows(path: Path, compression: str, column: Columns) -> Generator[Row]:
     """Yield the rows of a file. It is read, not mapped: a file that is cut raises an error.
 
     Args:
         path: the file.
         compression: suffix of the compression around it; it is decompressed to a temporary file.
-        column: the column, or a field of a nested one by its path with dots.
+        column: the column, or a field of a nested one by its path with dots; or several.
 
     Raises:
         DatasetError: the file is damaged.
@@ -32,6 +32,7 @@ def parquet_rows(path: Path, compression: str, column: str) -> Generator[Row]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    first, *others = (column,) if isinstance(column, str) else column
     number = 0
     with ExitStack() as stack:
         if compression:
@@ -43,14 +44,21 @@ def parquet_rows(path: Path, compression: str, column: str) -> Generator[Row]:
             source = stack.enter_context(pa.OSFile(os.fspath(path)))
         try:
             table = pq.ParquetFile(source)
-            keys = _keys(table.schema_arrow, column)
+            keys = _keys(table.schema_arrow, first)
             if keys is None:
                 raise NoColumnError(table.schema_arrow.names)
-            for batch in table.iter_batches(_AT_ONCE, columns=[column]):
+            others = [name for name in others if name in table.schema_arrow.names]
+            for batch in table.iter_batches(_AT_ONCE, columns=[first, *others]):
                 array = batch.column(keys[0])
                 for key in keys[1:]:
                     array = pc.struct_field(array, key)
-                for value, replaced in _values(array):
+                values = _values(array)
+                if not isinstance(column, str):
+                    rows = zip(
+                        values, *(_values(batch.column(name)) for name in others), strict=True
+                    )
+                    values = [_joined((first, *others), row) for row in rows]
+                for value, replaced in values:
                     number += 1
                     yield Row(value, number, replaced)
         except (pa.ArrowException, OSError) as error:
@@ -87,7 +95,7 @@ def _is_struct(kind: Any) -> bool:
 
 
 def _values(array: Any) -> list[tuple[object, bool]]:
-    """Return values as Python objects, and whether bytes in them were no UTF-8."""
+    """Return values as Python objects without null keys, and whether bytes were no UTF-8."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(array.type):
@@ -95,8 +103,19 @@ def _values(array: Any) -> list[tuple[object, bool]]:
     try:
         values = array.to_pylist()
     except UnicodeDecodeError:
-        return [_texts(value) for value in array.cast(_as_bytes(array.type)).to_pylist()]
+        values = array.cast(_as_bytes(array.type)).to_pylist()
+        return [_texts(without_nulls(value)) for value in values]
+    kind = array.type
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if _is_struct(kind):
+        values = without_nulls(values)
     return [(value, False) for value in values]
+
+
+def _joined(names: tuple[str, ...], found: Sequence[tuple[object, bool]]) -> tuple[object, bool]:
+    values = [value for value, _ in found]
+    return joined(names, values), any(replaced for _, replaced in found)
 
 
 def _as_bytes(kind: Any) -> Any:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import glob
 import io
 import itertools
+import json
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from actcache.data.json_lines import IndexedLines, json_lines
 from actcache.data.json_objects import json_objects
 from actcache.data.parquet_rows import parquet_rows
 from actcache.data.plain_bytes import decoded_pieces, encoding_of, utf8_pieces
-from actcache.data.table_rows import NoColumnError, Row
+from actcache.data.table_rows import Columns, NoColumnError, Row
 from actcache.data.watched_files import WatchedFile
 from actcache.errors import DatasetError
 
@@ -198,6 +199,13 @@ class Wanted:
     kind: Literal["text", "chat", "ids"]
     check: Check
     """Function that returns a value of the column's type, or raises `DatasetError`."""
+    others: tuple[str, ...] = ()
+    """Further columns, which not every file and row has."""
+
+    @property
+    def columns(self) -> Columns:
+        """All columns."""
+        return (self.name, *self.others) if self.others else self.name
 
 
 class PlainText:
@@ -350,11 +358,11 @@ def _were_one_split(files: Mapping[str, PlainFile]) -> bool:
 
 def _open_part(found: PlainFile, wanted: Wanted, *, streaming: bool) -> IndexedPart | StreamedTable:
     if found.format == "json lines" and _can_be_indexed(found):
-        return IndexedLines(found.path, wanted.name)
+        return IndexedLines(found.path, wanted.columns)
     file = WatchedFile(found.path, held=False)
 
     def rows() -> Generator[Row]:
-        return _rows(found, wanted.name)
+        return _rows(found, wanted.columns)
 
     try:
         if streaming:
@@ -362,7 +370,7 @@ def _open_part(found: PlainFile, wanted: Wanted, *, streaming: bool) -> IndexedP
             if found.format == "csv" and not found.compression:
                 table.differs = any(row.differs for row in rows())
             return table
-        name = [found.format, found.compression, wanted.name, wanted.kind]
+        name = [found.format, found.compression, wanted.name, *wanted.others, wanted.kind]
         return Extract(file, name, rows, wanted.check)
     except (DatasetError, NoColumnError):
         file.check()
@@ -380,14 +388,40 @@ def _is_array(head: bytes) -> bool:
     return head.lstrip().startswith(b"[")
 
 
-def _rows(found: PlainFile, column: str) -> Generator[Row]:
+def columns_in(files: Iterable[Path], names: frozenset[str]) -> tuple[str, ...]:
+    """Return those of the named columns that tables have, CSV and TSV left out, sorted."""
+    present: set[str] = set()
+    for path in files:
+        found = plain_file(path)
+        if found is None or found.format in ("csv", "tsv", "text"):
+            continue
+        present |= {name for name in names - present if _has_column(found, name)}
+    return tuple(sorted(present))
+
+
+def _has_column(found: PlainFile, name: str) -> bool:
+    if found.format != "parquet":
+        key, tail = json.dumps(name).encode(), b""
+        for piece in utf8_pieces(found.path, found.compression):
+            if key in tail + piece:
+                break
+            tail = piece[-len(key) :]
+        else:
+            return False
+    try:
+        with closing(_rows(found, name)) as rows:
+            return next(rows, None) is not None
+    except NoColumnError:
+        return False
+
+
+def _rows(found: PlainFile, column: Columns) -> Generator[Row]:
     if found.format == "parquet":
         return parquet_rows(found.path, found.compression, column)
     pieces = utf8_pieces(found.path, found.compression)
-    if found.format == "csv":
-        return csv_rows(pieces, column, found.path, ",")
-    if found.format == "tsv":
-        return csv_rows(pieces, column, found.path, "\t")
+    if found.format in ("csv", "tsv"):
+        name = column if isinstance(column, str) else column[0]
+        return csv_rows(pieces, name, found.path, "," if found.format == "csv" else "\t")
     first = next(pieces, b"")
     pieces = itertools.chain([first], pieces)
     if found.format == "json" or _is_array(first):

@@ -1,6 +1,6 @@
 """Cut documents, in their seeded order, to sequences of ctx_len tokens.
 
-Pack concatenates the documents, each followed by EOS, and cuts the result every ctx_len tokens
+Pack concatenates the documents, a separator after each, and cuts the result every ctx_len tokens
 (ctx_len - 1 if BOS is put before each sequence), dropping the incomplete last sequence; crop takes
 a window of each document at a random position; truncate takes the beginning of each document. The
 last two give sequences that may be shorter and are padded on the right.
@@ -29,6 +29,7 @@ from actcache.data.datasets import (
     TokenFile,
 )
 from actcache.data.document_order import DocumentOrder, documents_in_order
+from actcache.data.token_rows import WholeRows
 from actcache.data.tokenization import tokenize
 from actcache.errors import DatasetError
 
@@ -47,12 +48,23 @@ class SequencePipeline:
     bos_id: int | None
     """BOS, put first in each sequence; None: no BOS."""
     eos_id: int | None
-    """EOS, appended to each document that does not end with it; None: no EOS."""
+    """Separator, put after each document that does not end with it; None: none."""
     pad_id: int | None
     """Padding token of short sequences; None: sequences are never short."""
     order: DocumentOrder
     vocab_size: int
     """Exclusive upper bound of the token ids."""
+    whole_rows: WholeRows | None = None
+    """With truncate: documents are rows of token ids that are whole sequences; None: they are not
+    known to be."""
+    columns: tuple[str, ...] = ()
+    """Columns that decide the tokens beside that of the documents: `Identity.template_columns`."""
+    notes: tuple[str, ...] = ()
+    """What the summary says of these settings."""
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return the notes, and what was found while the text was read."""
+        return (*self.notes, *(self.whole_rows.warnings() if self.whole_rows else ()))
 
     @property
     def text_tokens(self) -> int:
@@ -181,6 +193,8 @@ def _crop(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> I
 
 
 def _truncate(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
+    if pipeline.whole_rows is not None:
+        documents = pipeline.whole_rows.count(documents)
     for document, ids in documents:
         yield _Piece(ids[: pipeline.text_tokens], document, 0)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from actcache.data.chats import chat_ids
+from actcache.data.chats import chat_text
 from actcache.data.datasets import Kind, Record
+from actcache.data.token_rows import row_ids
 
 
 def tokenize(tokenizer: Any, kind: Kind, records: list[Record]) -> list[list[int]]:
@@ -17,9 +18,9 @@ def tokenize(tokenizer: Any, kind: Kind, records: list[Record]) -> list[list[int
     if not records:
         return []
     if kind == "ids":
-        return records
+        return [row_ids(record) for record in records]
     if kind == "chat":
-        return [chat_ids(tokenizer, record) for record in records]
+        records = [chat_text(tokenizer, record) for record in records]
     encoded = tokenizer(
         records, add_special_tokens=False, return_attention_mask=False, verbose=False
     )

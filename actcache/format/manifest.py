@@ -98,14 +98,14 @@ class Identity:
     shuffle_buffer: int | None
     """Buffer size, in documents, of a shuffled stream; null: the whole dataset was shuffled."""
     pipeline: Literal["pack", "crop", "truncate"]
-    """Splitting of documents. pack: joined by EOS, cut to ctx_len; crop: a random window
-    of each; truncate: the beginning of each."""
+    """Splitting of documents. pack: joined, cut to ctx_len; crop: a random window of each;
+    truncate: the beginning of each."""
     ctx_len: int
     """Tokens in a sequence."""
     bos_id: int | None
     """Token put first in every sequence; null: none."""
     eos_id: int | None
-    """Token put after every document; null: documents are token ids."""
+    """Token put after every document that does not end with it; null: none."""
     pad_id: int | None
     """Token that fills sequences up to ctx_len; null: all sequences are full."""
     keep_order: bool
@@ -131,9 +131,10 @@ class Identity:
     seed: int
     """Seed of the order of documents and rows."""
     whole_rows: bool = field(default=False, metadata=OMITTED_BY_DEFAULT)
-    """Documents are rows of token ids that are whole sequences, and are neither joined nor cut."""
+    """Documents are rows of token ids that were taken for whole sequences; pipeline is truncate."""
     template_columns: tuple[str, ...] = field(default=(), metadata=OMITTED_BY_DEFAULT)
-    """Further columns that the chat template takes, such as tools."""
+    """What the chat template was given: messages, then further columns such as tools; of token ids,
+    attention_mask if it marks padding. Empty for other documents, and in versions 1 and 2."""
     date: str | None = field(default=None, metadata=OMITTED_BY_DEFAULT)
     """Moment that the chat template reads from the clock, ISO 8601; null: it reads none."""
     model_commit: str | None = field(default=None, metadata=OMITTED_BY_DEFAULT)

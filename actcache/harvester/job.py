@@ -165,7 +165,7 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         extend_to=planned if config.extend and _goes_beyond(manifest, existing) else None,
         warnings=warnings,
         renamed=resolved.renamed,
-        text_warnings=resolved.source.warnings,
+        text_warnings=resolved.text_warnings,
         lock=lock,
     )
 

@@ -6,15 +6,18 @@ Nothing here loads weights, unless the model cannot be built on the meta device.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actcache.cache.folder import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
+from actcache.data.chats import closing_token, template_variables
 from actcache.data.datasets import (
     DocumentStream,
     IndexedDocuments,
+    Kind,
     Mixture,
     Source,
     TokenFile,
@@ -24,6 +27,7 @@ from actcache.data.document_order import DocumentOrder
 from actcache.data.plain_files import is_pattern
 from actcache.data.sequences import SequencePipeline, count_sequences
 from actcache.data.template_clock import pin_clock
+from actcache.data.token_rows import MASK, RowSample, WholeRows, sample_rows
 from actcache.errors import ConfigError, DatasetError, ModelError
 from actcache.format.manifest import (
     FORMAT_VERSION,
@@ -47,6 +51,34 @@ from actcache.storage import ROW_DTYPES
 COUNTED_TOKENS = 1 << 24
 """Largest goal, in tokens, for which the text is counted beforehand. Counting more would take
 minutes, so the text is assumed to be long enough; a harvest ends with its text in any case."""
+
+
+TEXT_ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<EOS_TOKEN>",
+    "<eos>",
+    "</s>",
+)
+"""Tokens that separate the texts of pretraining; of several in a vocabulary, the first does: a
+Llama's </s> and a Gemma's HTML tag </s> are left over where one of the others is."""
+TURN_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<|end|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+)
+"""Tokens that end a turn of a conversation. A tokenizer with another one has a chat template."""
+
+
+DocumentSource = IndexedDocuments | DocumentStream | Mixture
+"""A source that has documents."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +107,10 @@ class ResolvedHarvest:
     date: str | None
     """Moment that the chat template reads; None: it reads none."""
 
+    def text_warnings(self) -> tuple[str, ...]:
+        """Return warnings about the text and what it becomes; a stream may have more later."""
+        return (*self.source.warnings(), *self.pipeline.warnings())
+
 
 def resolve(config: HarvestConfig) -> ResolvedHarvest:
     """Open and check everything that a harvest needs, except weights.
@@ -82,14 +118,15 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
     Raises:
         ActcacheError: an option, the model or the text does not allow the harvest.
     """
-    source = open_dataset(config)
+    load = functools.cache(lambda: load_tokenizer(config))
+    source = open_dataset(config, lambda: template_variables(load()))
     model_config = load_config(config)
     commit = model_commit(config)
     if commit is not None:  # all files of one commit, whatever is uploaded meanwhile
         config = dataclasses.replace(config, revision=commit)
     model, sites, has_weights = probe_model(config, model_config)
     hookpoints, renamed = choose_hookpoints(config, model, sites)
-    tokenizer = load_tokenizer(config) if needs_tokenizer(config, source) else None
+    tokenizer = load() if needs_tokenizer(config, source) else None
     pipeline = choose_pipeline(config, model_config, tokenizer, source)
     date = pin_clock(tokenizer, config.date) if source.column.kind == "chat" else None
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -158,25 +195,42 @@ def needs_tokenizer(config: HarvestConfig, source: Source) -> bool:
         or config.bos == "always"
         or config.exclude_special
         or any(not token.isdecimal() for token in config.exclude_tokens)
-        or (config.pipeline == "pack" and not isinstance(source, TokenFile))
+        or (
+            config.pipeline == "pack"
+            and not isinstance(source, TokenFile)
+            and (config.id_rows == "auto" or not _is_tokenless(config.separator))
+        )
     )
+
+
+def _is_tokenless(separator: str) -> bool:
+    return separator == "none" or separator.isdecimal()
 
 
 def choose_pipeline(
     config: HarvestConfig, model_config: Any, tokenizer: Any, source: Source
 ) -> SequencePipeline:
-    """Choose BOS, EOS and padding tokens and the document order for the pipeline.
+    """Choose BOS, separator, padding token and document order, and whether rows are kept whole.
 
     Raises:
-        ConfigError: --pipeline crop or truncate with a .bin file, which has no documents.
+        ConfigError: the options do not fit a .bin file, which has no documents, or the text.
+        DatasetError: rows of token ids are whole sequences that are longer than --ctx-len.
         ModelError: the tokenizer lacks EOS, the BOS of --bos always, or a chat template.
     """
     kind, is_file = source.column.kind, isinstance(source, TokenFile)
-    if is_file and config.pipeline != "pack":
+    if is_file and (config.pipeline != "pack" or config.separator not in ("auto", "none")):
+        named = "--pipeline" if config.pipeline != "pack" else "--separator"
         raise ConfigError(
-            f"{config.dataset} holds no documents to {config.pipeline}",
-            expected="--pipeline pack",
-            got=config.pipeline,
+            f"{config.dataset} holds no documents"
+            + (f" to {config.pipeline}" if named == "--pipeline" else " to join"),
+            expected="--pipeline pack, without --separator",
+            got=f"{named} {getattr(config, named[2:])}",
+        )
+    if config.id_rows != "auto" and (kind != "ids" or is_file):
+        raise ConfigError(
+            f"--id-rows {config.id_rows} needs rows of token ids",
+            expected="--token-column",
+            got=f"documents of the kind {kind}" if not is_file else "a .bin file",
         )
     if kind == "chat" and not tokenizer.chat_template:
         raise ModelError(
@@ -190,21 +244,143 @@ def choose_pipeline(
             raise ModelError(
                 f"the tokenizer of {config.model} has no BOS token", remedy="--bos never"
             )
-    joins = config.pipeline == "pack" and not is_file
-    if joins and tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"the tokenizer of {config.model} has no EOS token to join documents with",
-            remedy="--pipeline truncate or crop, or a .bin file of token ids",
-        )
-    return SequencePipeline(
+    pipeline = SequencePipeline(
         kind=config.pipeline,
         ctx_len=config.ctx_len,
         bos_id=bos_id,
-        eos_id=tokenizer.eos_token_id if joins else None,
+        eos_id=None,
         pad_id=None if config.pipeline == "pack" else _pad_id(tokenizer),
         order=DocumentOrder(config.seed, config.keep_order or is_file, config.shuffle_buffer),
         vocab_size=model_config.get_text_config().vocab_size,
     )
+    if isinstance(source, TokenFile):
+        return pipeline
+    if kind == "chat":
+        others = {name for one in _sources(source) for name in one.column.others}
+        pipeline = dataclasses.replace(pipeline, columns=("messages", *sorted(others)))
+    if kind == "ids":
+        pipeline = _for_rows(config, tokenizer, source, pipeline)
+    if pipeline.kind != "pack":
+        return pipeline
+    eos_id, notes = choose_separator(config, tokenizer, kind, pipeline.vocab_size)
+    return dataclasses.replace(pipeline, eos_id=eos_id, notes=(*pipeline.notes, *notes))
+
+
+def _sources(source: DocumentSource) -> tuple[IndexedDocuments | DocumentStream, ...]:
+    return source.sources if isinstance(source, Mixture) else (source,)
+
+
+def _for_rows(
+    config: HarvestConfig, tokenizer: Any, source: DocumentSource, pipeline: SequencePipeline
+) -> SequencePipeline:
+    """Adapt the pipeline to rows of token ids: those that are whole sequences are kept whole.
+
+    Raises:
+        DatasetError: rows are longer than a sequence, or of several datasets, some are whole.
+    """
+    samples = [sample_rows(one, tokenizer) for one in _sources(source)]
+    found = [sample.evidence(config.ctx_len) for sample in samples]
+    column, sample = source.column.name, RowSample.of_all(samples)
+    pipeline = dataclasses.replace(
+        pipeline,
+        columns=(MASK,) if sample.masked else (),
+        notes=sample.notes(column),
+    )
+    if config.pipeline != "pack" or config.id_rows == "joined":
+        return pipeline
+    if config.id_rows == "auto":
+        if not any(found):
+            return pipeline
+        if not all(found):
+            raise DatasetError(
+                f"rows of {column!r} are whole sequences in some of the datasets only",
+                expected="--id-rows whole | joined",
+                got=", ".join(why or "rows to be joined" for why in found),
+                remedy="name one of them, or harvest the datasets into caches of their own",
+            )
+    bos_id = None if sample.begin_with_bos else pipeline.bos_id
+    fits = config.ctx_len - (bos_id is not None)
+    why = " and ".join(dict.fromkeys(filter(None, found))) or "--id-rows whole"
+    if config.id_rows == "auto" and sample.longest > fits:
+        raise DatasetError(
+            f"rows of {column!r} are whole sequences ({why}) that are longer than --ctx-len",
+            expected=f"at most {fits} tokens",
+            got=f"{sample.longest} tokens",
+            remedy=f"--ctx-len {config.ctx_len - fits + sample.longest} keeps them whole; "
+            "--id-rows whole cuts their ends off, --id-rows joined joins and cuts them anew",
+        )
+    note = f"rows of {column!r} are whole sequences ({why}): they are not joined"
+    if sample.lengths and sample.longest < fits:
+        note += (
+            f", and are padded; --ctx-len {config.ctx_len - fits + sample.longest} is enough for "
+            f"the {len(sample.lengths):,} that were looked at"
+        )
+    if config.id_rows == "auto":
+        note += " (--id-rows joined joins them)"
+    return dataclasses.replace(
+        pipeline,
+        kind="truncate",
+        bos_id=bos_id,
+        pad_id=_pad_id(tokenizer),
+        whole_rows=WholeRows(fits, tokenizer.bos_token_id if sample.begin_with_bos else None),
+        notes=(note, *pipeline.notes),
+    )
+
+
+def choose_separator(
+    config: HarvestConfig, tokenizer: Any, kind: Kind, vocab_size: int
+) -> tuple[int | None, tuple[str, ...]]:
+    """Choose the token after each document.
+
+    The EOS of a chat model ends a turn. Its plain texts are separated as in pretraining: by the
+    first of `TEXT_ENDS` that the tokenizer has. A conversation that the chat template ends with a
+    token of its own has nothing after it.
+
+    Returns:
+        The token's id, None for none, and what the summary says.
+
+    Raises:
+        ConfigError: --separator is not a single token of this model.
+        ModelError: the tokenizer lacks the token.
+    """
+    asked = config.separator
+    if asked == "none":
+        return None, ()
+    if asked not in ("auto", "eos", "bos"):
+        return token_id("--separator", asked, tokenizer, vocab_size), ()
+    name = "BOS" if asked == "bos" else "EOS"
+    closing = closing_token(tokenizer) if kind == "chat" else None
+    if closing is not None and asked == "auto":
+        return None, ()
+    found = tokenizer.bos_token_id if asked == "bos" else tokenizer.eos_token_id
+    if found is None:
+        raise ModelError(
+            f"the tokenizer of {config.model} has no {name} token to join documents with",
+            remedy="--separator none or TOKEN, --pipeline truncate or crop, or a .bin file of "
+            "token ids",
+        )
+    eos = tokenizer.eos_token
+    if asked != "auto":
+        return (None if closing == eos and asked == "eos" else found), ()
+    if kind == "chat" or not _ends_turns(tokenizer):
+        return found, ()
+    tokens = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    for end in TEXT_ENDS:
+        if end in tokens:
+            return tokens[end], (
+                f"documents are separated by {end!r}, as in pretraining, and not by the end of a "
+                f"turn {eos!r} (--separator eos)",
+            )
+    note = f"documents are separated by the end of a turn {eos!r}: the tokenizer has no token that "
+    return found, (note + "is known to end a text (--separator TOKEN or none)",)
+
+
+def _ends_turns(tokenizer: Any) -> bool:
+    """Return whether EOS ends the turns of conversations, and not texts."""
+    eos = tokenizer.eos_token
+    if eos in TEXT_ENDS:
+        return False
+    return eos in TURN_ENDS or (bool(tokenizer.chat_template) and closing_token(tokenizer) == eos)
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -230,22 +406,29 @@ def excluded_tokens(tokens: tuple[str, ...], tokenizer: Any, vocab_size: int) ->
     Raises:
         ConfigError: a value is not a single token of this model.
     """
-    ids = set()
-    for token in tokens:
-        if token.isdecimal():
-            token_id = int(token)
-        else:
-            token_id = tokenizer.get_vocab().get(token, -1)
-            encoded = tokenizer(token, add_special_tokens=False)["input_ids"]
-            token_id = encoded[0] if token_id < 0 and len(encoded) == 1 else token_id
-        if not 0 <= token_id < vocab_size:
-            raise ConfigError(
-                f"--exclude-tokens {token!r} is not a token of this model",
-                expected=f"an id from 0 to {vocab_size - 1}, or text that is one token",
-                got=token,
-            )
-        ids.add(token_id)
-    return tuple(sorted(ids))
+    found = {token_id("--exclude-tokens", token, tokenizer, vocab_size) for token in tokens}
+    return tuple(sorted(found))
+
+
+def token_id(option: str, token: str, tokenizer: Any, vocab_size: int) -> int:
+    """Return the id of a token that an option gives as an id or text.
+
+    Raises:
+        ConfigError: it is not a single token of this model.
+    """
+    if token.isdecimal():
+        found = int(token)
+    else:
+        found = tokenizer.get_vocab().get(token, -1)
+        encoded = tokenizer(token, add_special_tokens=False)["input_ids"]
+        found = encoded[0] if found < 0 and len(encoded) == 1 else found
+    if not 0 <= found < vocab_size:
+        raise ConfigError(
+            f"{option} {token!r} is not a token of this model",
+            expected=f"an id from 0 to {vocab_size - 1}, or text that is one token",
+            got=token,
+        )
+    return int(found)
 
 
 def goal_sequences(config: HarvestConfig) -> int | None:
@@ -291,8 +474,9 @@ def is_assumed_long_enough(goal: int, source: Source, pipeline: SequencePipeline
 
 def is_stream(source: Source) -> bool:
     """Return whether counting the documents would download a stream a second time."""
-    sources = source.sources if isinstance(source, Mixture) else (source,)
-    return any(isinstance(source, DocumentStream) for source in sources)
+    if isinstance(source, TokenFile):
+        return False
+    return any(isinstance(one, DocumentStream) for one in _sources(source))
 
 
 def build_identity(
@@ -344,6 +528,8 @@ def build_identity(
         date=resolved.date,
         model_commit=resolved.commit,
         dataset_commits=source.commits,
+        whole_rows=pipeline.whole_rows is not None,
+        template_columns=pipeline.columns,
     )
 
 

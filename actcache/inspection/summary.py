@@ -220,8 +220,11 @@ def _pipeline(manifest: Manifest) -> str:
     if len(identity.weights) > 1:
         shares = " : ".join(f"{weight:g}" for weight in identity.weights)
         what = f"{what} mixed {shares}"
+    joined = "joined" if identity.eos_id is None else f"joined by token {identity.eos_id}"
+    if identity.whole_rows:
+        what = "rows of token ids that are whole sequences"
     how = {
-        "pack": f"{what} joined by EOS, cut to" if what else "token ids as they are, cut to",
+        "pack": f"{what} {joined}, cut to" if what else "token ids as they are, cut to",
         "crop": f"{what}, a random window of each, of",
         "truncate": f"{what}, the beginning of each, to",
     }

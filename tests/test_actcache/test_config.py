@@ -30,6 +30,8 @@ def config(**options: object) -> HarvestConfig:
         ({"hookpoint": ("a",), "layer_stride": 2}, r"--hookpoint cannot be combined"),
         ({"layers": (1,), "layer_stride": 2}, r"--layers and --layer-stride"),
         ({"layers": (1, "last")}, r"(?s)--layers\[1\].*middle.*got: +'last'"),
+        ({"separator": "eos", "pipeline": "crop"}, r"(?s)--separator eos has no effect.*pack"),
+        ({"id_rows": "joined", "pipeline": "truncate"}, r"(?s)--id-rows joined has no effect"),
         ({"streaming": True}, r"(?s)--streaming needs --max-tokens.*remedy"),
         ({"shuffle_buffer": 0}, r"--shuffle-buffer is too small"),
         ({"max_norm_ratio": 0.5}, r"(?s)--max-norm-ratio.*>= 1"),

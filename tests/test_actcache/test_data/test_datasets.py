@@ -13,6 +13,7 @@ import pytest
 
 from actcache.config import HarvestConfig
 from actcache.data.datasets import (
+    Column,
     DocumentStream,
     IndexedDocuments,
     Mixture,
@@ -492,3 +493,61 @@ def test_a_file_of_token_ids_cannot_be_mixed(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(bytes(8))
     with pytest.raises(DatasetError, match=r"(?s)a\.bin cannot be mixed.*--token-column"):
         opened(write(tmp_path / "a.jsonl"), mix=(str(tmp_path / "a.bin"),))
+
+
+TALK = [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "saved"])
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"input_ids": [1, 2], "id": 7}, Column("input_ids", "ids")),
+        ({"token_ids": [1, 2], "tokens": [3, 4]}, Column("tokens", "ids")),
+        ({"messages": TALK, "prompt": "a"}, Column("messages", "chat")),
+        ({"conversations": [{"from": "human", "value": "a"}]}, Column("conversations", "chat")),
+        ({"text": "a", "input_ids": [1, 2], "messages": TALK}, Column("text", "text")),
+    ],
+)
+def test_a_column_that_is_known_by_its_name_is_found_and_said(
+    row: dict[str, Any], column: Column, kind: str, streaming: bool, tmp_path: Path
+) -> None:
+    import datasets
+
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        datasets.DatasetDict(test=datasets.Dataset.from_list([row])).save_to_disk(path)
+    options: dict[str, Any] = {"streaming": True, "max_tokens": 4096} if streaming else {}
+    options |= {"split": "test"} if kind == "saved" else {}
+    source = opened(path, **options)
+    assert source.column == column
+    found = next(source.walk()) if streaming else source.batch([0])[0]
+    assert found == row[column.name]
+    if column.kind == "text":
+        assert source.warnings() == ()
+    else:
+        (note,) = source.warnings()
+        assert "no column 'text'" in note
+        assert note.endswith(f"-column {column.name})")
+
+
+@pytest.mark.parametrize("row", [{"input_ids": [1], "messages": TALK}, {"body": "a"}])
+def test_a_column_is_not_guessed_among_several_kinds(row: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    remedies = "--text-column, --chat-column or --token-column"
+    with pytest.raises(DatasetError, match=rf"(?s)no column 'text'.*{remedies}"):
+        opened(path)
+    path.write_text(json.dumps({"input_ids": [1]}) + "\n")
+    with pytest.raises(DatasetError, match=r"(?s)no column 'body'.*--text-column"):
+        opened(path, text_column="body")
+
+
+def test_datasets_of_different_kinds_are_not_mixed(tmp_path: Path) -> None:
+    for name, row in {"a": {"text": "a"}, "b": {"input_ids": [1]}}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DatasetError, match=r"(?s)cannot be mixed.*column 'text'.*'input_ids'"):
+        opened(tmp_path / "a.jsonl", mix=(str(tmp_path / "b.jsonl"),))

@@ -15,10 +15,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig, PlanConfig
-from actcache.errors import CacheMismatchError, ConfigError
+from actcache.errors import CacheMismatchError, ConfigError, DatasetError
 from actcache.format.manifest import FILTERS
 from actcache.format.receipts import ShardReceipt
 from actcache.harvester import job, resolve
@@ -335,6 +336,170 @@ def test_a_column_of_token_ids_is_packed_with_eos(options: Options, tmp_path: Pa
     line = [token for ids in rows if ids for token in [*ids, 1]]
     found = np.concatenate([cache.tokens(s).tokens.reshape(-1) for s in cache.shards])
     assert found.tolist() == line[: len(line) // 16 * 16]
+
+
+def sequences_of(cache: Cache) -> list[list[int]]:
+    """Return the sequences of a cache without padding."""
+    found = [cache.tokens(shard) for shard in cache.shards]
+    pairs = [pair for words in found for pair in zip(words.tokens, words.lengths, strict=True)]
+    return [tokens[:length].tolist() for tokens, length in pairs]
+
+
+def write_rows(path: Path, rows: list[list[int]]) -> str:
+    path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("first", [0, 9])
+def test_rows_that_are_whole_sequences_are_kept_whole(
+    first: int, options: Options, tmp_path: Path
+) -> None:
+    rows = [[first, *range(20 + n % 50, 35 + n % 50)] for n in range(600)]
+    rows[2] = rows[2][:7]  # padded
+    rows[1] = [8, *range(100, 120)]  # not one of those that are looked at
+    config = options(
+        dataset=write_rows(tmp_path / "rows.jsonl", rows), max_tokens=None, keep_order=True
+    )
+    summary = harvest(config)
+    cache = Cache.open(summary.cache)
+    assert sequences_of(cache) == [row[:16] for row in rows]
+    identity = cache.manifest.identity
+    assert identity.whole_rows
+    assert (identity.pipeline, identity.eos_id, identity.bos_id) == ("truncate", None, None)
+    found, whole, cut, *bos = [w for w in summary.warnings if "rows" in w or "column" in w]
+    assert "'input_ids' is read, as lists of token ids (--token-column input_ids)" in found
+    assert ("each begins with BOS" if first == 0 else "most have 16 tokens") in whole
+    assert "--id-rows joined" in whole
+    assert cut.startswith("1 rows of token ids had more than 16 tokens")
+    assert bool(bos) == (first == 0)
+    plan = estimate_harvest(PlanConfig(**dataclasses.asdict(config)))
+    assert {found, whole} <= set(plan.warnings)
+
+
+def test_whole_rows_get_no_second_bos(options: Options, tmp_path: Path) -> None:
+    rows = [[0, *range(20 + n, 20 + n + 15)] for n in range(9)]
+    config = options(dataset=write_rows(tmp_path / "a.jsonl", rows), bos="always", max_tokens=None)
+    cache = Cache.open(harvest(config).cache)
+    assert sorted(sequences_of(cache)) == rows
+    without = write_rows(tmp_path / "b.jsonl", [row[1:] for row in rows])
+    again = dataclasses.replace(config, dataset=without, out=str(tmp_path / "other"))
+    assert sorted(sequences_of(Cache.open(harvest(again).cache))) == rows
+
+
+@pytest.mark.parametrize(("length", "bos", "enough"), [(20, "auto", 20), (16, "always", 17)])
+def test_whole_rows_that_do_not_fit_are_refused_with_remedies(
+    length: int, bos: Any, enough: int, options: Options, tmp_path: Path
+) -> None:
+    rows = [list(range(20 + n, 20 + n + length)) for n in range(9)]
+    dataset = write_rows(tmp_path / "a.jsonl", rows)
+    config = options(dataset=dataset, bos=bos, max_tokens=None, keep_order=True)
+    remedies = rf"--ctx-len {enough} .*--id-rows whole.*--id-rows joined"
+    with pytest.raises(DatasetError, match=rf"(?s)whole sequences.*{remedies}"):
+        harvest(config)
+    fitting = dataclasses.replace(config, ctx_len=enough)
+    whole = dataclasses.replace(config, id_rows="whole")
+    joined = dataclasses.replace(config, id_rows="joined")
+    head = [0] * (bos == "always")
+    for given, expected in (
+        (fitting, [head + row for row in rows]),
+        (whole, [(head + row)[:16] for row in rows]),
+    ):
+        cache = Cache.open(
+            harvest(
+                dataclasses.replace(given, out=f"{config.out}-{given.id_rows}{given.ctx_len}")
+            ).cache
+        )
+        assert sequences_of(cache) == expected
+    identity = Cache.open(harvest(joined).cache).manifest.identity
+    assert (identity.pipeline, identity.eos_id, identity.whole_rows) == ("pack", 1, False)
+
+
+def test_a_mixture_of_whole_rows_and_documents_is_refused(options: Options, tmp_path: Path) -> None:
+    whole = write_rows(tmp_path / "a.jsonl", [[0, n, 5] for n in range(20, 40)])
+    documents = write_rows(tmp_path / "b.jsonl", [[5, 6, 7, 8][: 1 + n % 4] for n in range(20)])
+    config = options(dataset=whole, mix=(documents,), max_tokens=None)
+    with pytest.raises(DatasetError, match=r"(?s)some of the datasets only.*--id-rows"):
+        harvest(config)
+    assert harvest(dataclasses.replace(config, id_rows="joined")).complete
+
+
+def test_padding_that_a_mask_marks_leaves_no_rows(options: Options, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [[0, *range(20, 22 + n)] for n in range(10)]
+    padded = [
+        {
+            "input_ids": [1] * (16 - len(row)) + row,
+            "attention_mask": [0] * (16 - len(row)) + [1] * len(row),
+        }
+        for row in rows
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in padded))
+    config = options(dataset=str(path), max_tokens=None, keep_order=True)
+    for number, given in enumerate([{}, {"pipeline": "truncate"}, {"id_rows": "joined"}]):
+        summary = harvest(dataclasses.replace(config, out=f"{config.out}-{number}", **given))
+        assert any("attention_mask marks padding" in warning for warning in summary.warnings)
+        cache = Cache.open(summary.cache)
+        assert cache.manifest.identity.template_columns == ("attention_mask",)
+        if number < 2:
+            assert sequences_of(cache) == rows
+        else:
+            line = [token for row in rows for token in [*row, 1]]
+            found = [token for ids in sequences_of(cache) for token in ids]
+            assert found == line[: len(found)]
+
+
+def test_conversations_are_packed_as_their_template_ends_them(
+    options: Options, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "chat")
+    template = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>\n{% endfor %}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(template)
+    talk = [{"role": "user", "content": "the row"}, {"role": "assistant", "content": "the cache"}]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(20)))
+    model = str(tmp_path / "chat")
+    config = options(model=model, dataset=str(path), max_tokens=None, ctx_len=32)
+    summary = harvest(config)
+    cache = Cache.open(summary.cache)
+    text = load_tokenizer(config).decode(cache.tokens(0).tokens.reshape(-1))
+    once = "<s>user the row</s>\n<s>assistant the cache</s>\n"
+    assert text.startswith(once * 2)  # EOS is the end of a turn: none is added
+    assert cache.manifest.identity.eos_id is None
+    assert cache.manifest.identity.template_columns == ("messages",)
+    assert any("--chat-column messages" in warning for warning in summary.warnings)
+    for separator, put in (("eos", ""), ("bos", "<s>"), ("</s>", "</s>")):
+        given = dataclasses.replace(config, separator=separator, out=f"{config.out}-{put[1:-1]}")
+        cache = Cache.open(harvest(given).cache)
+        text = load_tokenizer(config).decode(cache.tokens(0).tokens.reshape(-1))
+        assert text.startswith((once + put) * 2)
+
+
+def test_a_cache_of_an_earlier_version_with_another_separator_is_refused_by_name(
+    options: Options, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    tokenizer.save_pretrained(folder)
+    config = options(model=str(folder))
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(302, mean_resizing=False)
+    model.save_pretrained(folder)
+    earlier = harvest(dataclasses.replace(config, separator="eos"))
+    with pytest.raises(CacheMismatchError, match=r"(?s)eos_id: 300, not 301.*--separator eos"):
+        harvest(config)
+    assert harvest(dataclasses.replace(config, separator="eos")).cache_id == earlier.cache_id
+    summary = harvest(dataclasses.replace(config, out=str(tmp_path / "new")))
+    assert any("<|endoftext|>" in w and "--separator eos" in w for w in summary.warnings)
+    found = sequences_of(Cache.open(summary.cache))
+    assert any(301 in ids for ids in found)
+    assert not any(300 in ids for ids in found)
+    rows = write_rows(tmp_path / "rows.jsonl", [[0, 5, 6]] * 30)
+    given = {"dataset": rows, "out": str(tmp_path / "rows")}
+    harvest(dataclasses.replace(config, **given, id_rows="joined", separator="eos"))
+    with pytest.raises(CacheMismatchError, match=r"(?s)whole_rows.*--id-rows joined"):
+        harvest(dataclasses.replace(config, **given))
 
 
 def test_a_half_done_cache_is_not_finished_with_another_version_of_a_folder(

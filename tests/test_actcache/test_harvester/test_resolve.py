@@ -21,6 +21,7 @@ from actcache.harvester import resolve as resolve_module
 from actcache.harvester.resolve import (
     choose_hookpoints,
     choose_pipeline,
+    choose_separator,
     excluded_tokens,
     goal_sequences,
     needs_tokenizer,
@@ -65,8 +66,91 @@ def test_a_tokenizer_without_a_required_token_is_refused_with_a_remedy(
 ) -> None:
     with pytest.raises(ModelError, match=r"(?s)no BOS token.*remedy: +--bos never"):
         pipeline_of(options(bos="always"), make_tokenizer(adds_bos=False, bos=False))
-    with pytest.raises(ModelError, match=r"(?s)no EOS token.*\.bin file"):
-        pipeline_of(options(), make_tokenizer(eos=False))
+    without = make_tokenizer(eos=False)
+    with pytest.raises(
+        ModelError, match=r"(?s)no EOS token.*--separator none or TOKEN.*\.bin file"
+    ):
+        pipeline_of(options(), without)
+    with pytest.raises(ModelError, match=r"(?s)no BOS token.*--separator none or TOKEN"):
+        pipeline_of(options(separator="bos"), make_tokenizer(adds_bos=False, bos=False))
+    assert pipeline_of(options(separator="none"), without).eos_id is None
+    assert pipeline_of(options(separator="<s>"), without).eos_id == 0
+
+
+def test_the_separator_is_none_or_any_token(
+    options: Callable[..., HarvestConfig], make_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    for asked, found in {"none": None, "eos": 1, "bos": 0, "7": 7, "</s>": 1, "a": 66}.items():
+        pipeline = pipeline_of(options(separator=asked), tokenizer)
+        assert (pipeline.eos_id, pipeline.notes) == (found, ())
+    for token in ("300", "of no single token", ""):
+        with pytest.raises(ConfigError, match=r"(?s)--separator.*0 to 299.*one token"):
+            pipeline_of(options(separator=token), tokenizer)
+    (tmp_path / "a.bin").write_bytes(bytes(64))
+    with pytest.raises(ConfigError, match=r"(?s)no documents to join.*--separator eos"):
+        pipeline_of(options(dataset=str(tmp_path / "a.bin"), separator="eos"), tokenizer)
+    with pytest.raises(ConfigError, match=r"(?s)--id-rows whole needs rows of token ids"):
+        pipeline_of(options(id_rows="whole"), tokenizer)
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+BY_EOS = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("family", "eos", "others", "template", "expected"),
+    [
+        ("SmolLM2", "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], None, "<|endoftext|>"),
+        ("SmolLM2 chat", "<|im_end|>", ["<|endoftext|>", "<|im_start|>"], CHATML, "<|endoftext|>"),
+        ("Qwen base", "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], CHATML, "<|endoftext|>"),
+        ("Llama 3 chat", "<|eot_id|>", ["<|end_of_text|>"], BY_EOS, "<|end_of_text|>"),
+        ("Gemma chat", "<eos>", ["<end_of_turn>", "</s>"], CHATML, "<eos>"),
+        ("Gemma tuned by ChatML", "<|im_end|>", ["<eos>", "</s>"], CHATML, "<eos>"),
+        ("Mistral chat", "</s>", ["[INST]", "<unk>"], BY_EOS, "</s>"),
+        ("Mistral tuned by ChatML", "<|im_end|>", ["<unk>", "</s>"], CHATML, "</s>"),
+        ("Phi 3", "<|endoftext|>", ["</s>", "<|end|>"], BY_EOS, "<|endoftext|>"),
+        ("Phi 3, EOS a turn's end", "<|end|>", ["</s>", "<|endoftext|>"], None, "<|endoftext|>"),
+        ("OLMo chat", "<|endoftext|>", ["<|user|>"], BY_EOS, "<|endoftext|>"),
+        ("Command R", "<|END_OF_TURN_TOKEN|>", ["<EOS_TOKEN>"], CHATML, "<EOS_TOKEN>"),
+        ("a turn's end of its own", "<stop>", ["<|endoftext|>"], BY_EOS, "<|endoftext|>"),
+        ("an EOS of its own", "<stop>", ["<|endoftext|>"], CHATML, "<stop>"),
+    ],
+)
+def test_plain_text_of_a_chat_model_is_separated_as_in_pretraining(
+    family: str,
+    eos: str,
+    others: list[str],
+    template: str | None,
+    expected: str,
+    options: Callable[..., HarvestConfig],
+    make_tokenizer: Callable[..., Any],
+) -> None:
+    tokenizer = make_tokenizer(eos=False)
+    tokenizer.add_special_tokens({"eos_token": eos})
+    tokenizer.add_special_tokens({"additional_special_tokens": others})
+    tokenizer.chat_template = template
+    config = options()
+    vocabulary = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=400))
+    pipeline = choose_pipeline(config, vocabulary, tokenizer, open_dataset(config))
+    assert tokenizer.convert_ids_to_tokens(pipeline.eos_id) == expected, family
+    assert bool(pipeline.notes) == (expected != eos)
+    for note in pipeline.notes:
+        assert repr(expected) in note
+        assert "--separator eos" in note
+
+
+def test_a_chat_model_without_an_end_of_text_is_said_to_join_by_the_end_of_a_turn(
+    options: Callable[..., HarvestConfig],
+) -> None:
+    added = {5: SimpleNamespace(content="<|im_end|>"), 6: SimpleNamespace(content="<|im_start|>")}
+    tokenizer = SimpleNamespace(
+        eos_token="<|im_end|>", eos_token_id=5, added_tokens_decoder=added, chat_template=None
+    )
+    found, (note,) = choose_separator(options(), tokenizer, "text", 300)
+    assert found == 5
+    assert "'<|im_end|>'" in note
+    assert "--separator TOKEN or none" in note
 
 
 def test_a_file_of_token_ids_is_not_shuffled_and_needs_no_tokenizer(
@@ -158,6 +242,10 @@ def test_the_tokenizer_is_loaded_only_if_needed(
     assert needed("a.bin", bos="always")
     assert needed("a.jsonl", token_column="ids")  # to join with EOS
     assert not needed("a.jsonl", token_column="ids", pipeline="crop")
+    assert needed("a.jsonl", token_column="ids", separator="none")  # to see BOS
+    assert needed("a.jsonl", token_column="ids", id_rows="joined")
+    assert not needed("a.jsonl", token_column="ids", id_rows="joined", separator="none")
+    assert not needed("a.jsonl", token_column="ids", id_rows="joined", separator="7")
 
 
 def test_a_stream_is_assumed_long_enough_and_not_counted(

@@ -58,7 +58,8 @@ def test_a_cache_is_summarised(make_cache: Callable[..., Path]) -> None:
     assert summary.dataset == "synthetic, split train"
     assert summary.filters == "left out: positions below 1"
     assert summary.text == (
-        "documents joined by EOS, cut to 17 tokens, in the order of seed 0, no BOS; rows shuffled"
+        "documents joined by token 0, cut to 17 tokens, in the order of seed 0, no BOS; "
+        "rows shuffled"
     )
     assert json.loads(json.dumps(dataclasses.asdict(summary)))["cache"] == str(root)
 

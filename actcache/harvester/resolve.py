@@ -118,12 +118,12 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
     Raises:
         ActcacheError: an option, the model or the text does not allow the harvest.
     """
-    load = functools.cache(lambda: load_tokenizer(config))
-    source = open_dataset(config, lambda: template_variables(load()))
     model_config = load_config(config)
     commit = model_commit(config)
     if commit is not None:  # all files of one commit, whatever is uploaded meanwhile
         config = dataclasses.replace(config, revision=commit)
+    load = functools.cache(lambda: load_tokenizer(config))
+    source = open_dataset(config, lambda: template_variables(load()))
     model, sites, has_weights = probe_model(config, model_config)
     hookpoints, renamed = choose_hookpoints(config, model, sites)
     tokenizer = load() if needs_tokenizer(config, source) else None

@@ -130,6 +130,12 @@ class HarvestConfig:
     shuffle_buffer: int = option(10_000, group="Data")
     """With --streaming: documents held in memory to shuffle them. Part of the cache's identity."""
 
+    max_bad_documents: float = option(0.01, group="Data", metavar="SHARE")
+    """Share of the documents that may be left out because they cannot be used: the chat template
+    refuses one, it has another type than its column, or a token is outside the model's vocabulary.
+    They are counted by reason; over this share, the harvest stops. It is of the documents so far,
+    at least of 1,000, and at the end of the text of all. 0: stop at the first."""
+
     pipeline: PipelineKind = option("pack", group="Data")
     """How documents become sequences. pack: concatenate them, separated by --separator, and cut
     into sequences without padding. crop: take one window of each, at a random position. truncate:
@@ -274,6 +280,12 @@ class HarvestConfig:
                 "--max-norm-ratio below 1 drops more than half of the rows",
                 expected=">= 1",
                 got=self.max_norm_ratio,
+            )
+        if not 0 <= self.max_bad_documents <= 1:
+            raise ConfigError(
+                "--max-bad-documents is no share",
+                expected="0 to 1, such as 0.01 for one in a hundred",
+                got=self.max_bad_documents,
             )
         if self.compress != "none" and self.backend != "zarr":
             raise ConfigError(

@@ -161,6 +161,9 @@ def _print(found: Verification) -> None:
         print(f"{count} files belong to no receipt and are ignored: {quote_name(shown)}")
     for note in found.notes:
         print(f"note: {note}")
+    if found.left_out:
+        reasons = ", ".join(f"{count:,} {name}" for name, count in found.left_out.items())
+        print(f"note: documents that the harvest left out: {quote_name(reasons)}")
     if found.retracted:
         print(f"retracted shards to harvest again: {', '.join(map(str, found.retracted))}")
     how = "sizes and headers" if found.quick else "every byte"

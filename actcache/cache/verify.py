@@ -35,6 +35,7 @@ from actcache.format.receipts import (
     FOLDER,
     CompletionMarker,
     ShardReceipt,
+    count_left_out,
     read_end,
     read_receipt,
     read_retraction,
@@ -87,6 +88,8 @@ class Verification:
     """Files without a receipt, and those of others. Harmless; a running harvest has some."""
     notes: tuple[str, ...]
     """What the format of the cache does not protect against."""
+    left_out: dict[str, int]
+    """Documents that the harvest could not use, by reason."""
 
     @property
     def is_sound(self) -> bool:
@@ -175,6 +178,7 @@ def _found(
         retracted=tuple(retracted_shards(root)) if cache else (),
         leftovers=tuple(_leftovers(cache)) if cache else (),
         notes=(NO_SEALS,) if cache and cache.manifest.format_version < SEALED_FROM else (),
+        left_out=count_left_out(cache.receipts.values()) if cache else {},
     )
 
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ class ShardData:
     """Rows as stored, by hookpoint, ordered by sequence, then position. n each"""
     norms: Mapping[str, Norms]
     """Norms of the captured rows, by hookpoint; empty without --max-norm-ratio. [n]"""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Documents left out, by reason."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def publish_shard(
         non_finite={name: statistic.non_finite for name, statistic in statistics.items()},
         near_overflow={name: statistic.near_overflow for name, statistic in statistics.items()},
         files=files,
+        left_out=filled.left_out,
     )
     publish_written(root, manifest, receipt, folder)
     return receipt

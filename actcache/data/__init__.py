@@ -5,7 +5,8 @@
 `token_rows`), and `sequences` cuts these to `ctx_len` tokens. Local files are listed and opened by
 `plain_files`, from `json_lines`, `json_objects`, `csv_rows` and `parquet_rows`, which give
 `table_rows` made of `plain_bytes`; `extracts` holds columns of files that cannot be read in place.
-`watched_files` detects when a file changes.
+`watched_files` detects when a file changes. `left_out` counts the documents that cannot be used;
+`records` are what is read.
 """
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "extracts",
     "json_lines",
     "json_objects",
+    "left_out",
     "parquet_rows",
     "plain_bytes",
     "plain_files",
+    "records",
     "sequences",
     "table_rows",
     "token_rows",

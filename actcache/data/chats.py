@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from actcache.data.datasets import Record
+from actcache.data.records import Record
 from actcache.data.table_rows import DOCUMENT
 from actcache.errors import DatasetError
 

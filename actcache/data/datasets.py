@@ -34,14 +34,12 @@ from actcache.data.plain_files import (
     open_plain,
     plain_file,
 )
+from actcache.data.records import LongText, Record, Unusable, shown
 from actcache.data.table_rows import DOCUMENT, NoColumnError, joined, without_nulls
 from actcache.data.watched_files import MappedFiles, WatchedFile
 from actcache.errors import DatasetError, shortage_of
 
 Kind = Literal["text", "chat", "ids"]
-Record = Any
-"""A document as stored: str, a list of messages, or a list of token ids; with further columns, a
-dict of them, in which DOCUMENT is the document."""
 Variables = Callable[[], frozenset[str]]
 """Function to the variables of the chat template."""
 
@@ -76,7 +74,7 @@ class Column:
 
     def check(
         self, record: object, index: int, place: Callable[[int], str] | None = None
-    ) -> Record:
+    ) -> Record | Unusable:
         """Return a record of this column's type; null becomes an empty document.
 
         Args:
@@ -84,29 +82,34 @@ class Column:
             index: its index.
             place: function from an index to where the document is.
 
-        Raises:
-            DatasetError: the record has another type.
+        Returns:
+            The record, or `Unusable` if it has another type.
         """
         if record is None:
             return "" if self.kind == "text" else []
+        if isinstance(record, Unusable):
+            return record
         if self.others and isinstance(record, dict):
             document = self.check(record.get(DOCUMENT), index, place)
-            return record | {DOCUMENT: document} if document else document
-        if not _CHECKS[self.kind](record):
-            expected, option = _WANTED[self.kind]
-            inner = f" of {type(record[0]).__name__}" if isinstance(record, list) and record else ""
-            where = f"document {index}" + (f" ({place(index)})" if place is not None else "")
-            raise DatasetError(
-                f"column {self.name!r} does not hold {expected}",
-                expected=expected,
-                got=f"{type(record).__name__}{inner} in {where}",
-                remedy=f"name another column with {option}",
-            )
-        return record
+            has_document = document and not isinstance(document, Unusable)
+            return record | {DOCUMENT: document} if has_document else document
+        if _CHECKS[self.kind](record):
+            return record
+        expected, option = _WANTED[self.kind]
+        inner = f" of {type(record[0]).__name__}" if isinstance(record, list) and record else ""
+        found = place(index) if place is not None else ""
+        where = f"document {index}" + (f" ({found})" if found else "")
+        error = DatasetError(
+            f"column {self.name!r} does not hold {expected}",
+            expected=expected,
+            got=f"{type(record).__name__}{inner} in {where}",
+            remedy=f"name another column with {option}",
+        )
+        return Unusable("type", error, shown(record), found or f"document {index} of the dataset")
 
 
 _CHECKS: dict[Kind, Callable[[Any], bool]] = {
-    "text": lambda record: isinstance(record, str),
+    "text": lambda record: isinstance(record, str | LongText),
     "chat": lambda record: (
         isinstance(record, list)
         and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in record)
@@ -144,11 +147,7 @@ class IndexedDocuments:
     """Commit of the dataset's repository; empty for local files."""
 
     def batch(self, indices: Sequence[int]) -> list[Record]:
-        """Read the documents at these indices.
-
-        Raises:
-            DatasetError: one of them does not have the column's type.
-        """
+        """Read the documents at these indices; `Unusable` where one has another type."""
         check, records = self.column.check, self.fetch(list(indices))
         place = self.place
         return [check(record, i, place) for i, record in zip(indices, records, strict=True)]
@@ -667,9 +666,9 @@ def _from_columns(
 
     def fetch(indices: list[int]) -> Any:
         mapped.check()
-        found = table[indices]
+        records = _rows_of(table, indices, column)
         mapped.check()
-        return [_record(column, row) for row in zip(*map(found.get, column.names), strict=True)]
+        return records
 
     documents = IndexedDocuments(fetch, len(table), column, fingerprint)
     if fingerprint:
@@ -686,6 +685,19 @@ def _from_columns(
         earlier=lambda: ((f"{_digest(sampled, commits)}-commit",) if commits else ()) + (sampled,),
         commits=() if commit is None else (commit,),
     )
+
+
+def _rows_of(table: Any, indices: list[int], column: Column) -> list[Record]:
+    """Read rows; those whose bytes are no text are `Unusable`."""
+    try:
+        found = table[indices]
+    except UnicodeDecodeError as error:
+        if len(indices) > 1:
+            return [_rows_of(table, [index], column)[0] for index in indices]
+        what = f"column {column.name!r} holds bytes that are not UTF-8"
+        refused = DatasetError(what, got=str(error))
+        return [Unusable("undecodable", refused, shown(error.object), f"document {indices[0]}")]
+    return [_record(column, row) for row in zip(*map(found.get, column.names), strict=True)]
 
 
 def _record(column: Column, values: Sequence[Any]) -> Record:
@@ -775,6 +787,10 @@ def _digest(header: str, records: Sequence[Record]) -> str:
     for record in records:
         if isinstance(record, dict) and not record.keys() - _MASK - {DOCUMENT}:
             record = record[DOCUMENT]  # as before masks were read
+        if isinstance(record, LongText):
+            record = "".join(record.pieces())
+        elif isinstance(record, Unusable):
+            record = record.shown
         text = record if isinstance(record, str) else json.dumps(record, sort_keys=True)
         digest.update(len(text).to_bytes(8, "little") + text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

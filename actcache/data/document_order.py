@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from actcache.core import rng
-from actcache.data.datasets import DocumentStream, IndexedDocuments, Mixture, Record
+from actcache.data.datasets import DocumentStream, IndexedDocuments, Mixture
+from actcache.data.records import Record
 
 DOCUMENTS_AT_ONCE = 256
 """Documents read and tokenised at once."""
@@ -48,19 +49,26 @@ def documents_in_order(
 
 
 def _draw(mixture: Mixture, order: DocumentOrder) -> Iterator[list[Record]]:
-    shares = np.cumsum(mixture.weights) / np.sum(mixture.weights)
-    state = rng.stream("mixture", order.seed)
     sources = [_shuffled(source, order, number) for number, source in enumerate(mixture.sources)]
-    while True:
+    for drawn in _drawn(mixture, order):
         batch: list[Record] = []
-        for drawn in np.searchsorted(shares, state.random_sample(DOCUMENTS_AT_ONCE), side="right"):
-            # `min`: rounding can leave the last cumulative share below 1.
-            taken = list(itertools.islice(sources[min(drawn, len(sources) - 1)], 1))
+        for number in drawn:
+            taken = list(itertools.islice(sources[number], 1))
             if not taken:
                 yield batch
                 return
             batch += taken
         yield batch
+
+
+def _drawn(mixture: Mixture, order: DocumentOrder) -> Iterator[list[int]]:
+    """Yield the sources that documents are drawn from, in batches without end."""
+    shares = np.cumsum(mixture.weights) / np.sum(mixture.weights)
+    state = rng.stream("mixture", order.seed)
+    while True:
+        drawn = np.searchsorted(shares, state.random_sample(DOCUMENTS_AT_ONCE), side="right")
+        # Rounding can leave the last cumulative share below 1.
+        yield np.minimum(drawn, len(mixture.sources) - 1).tolist()
 
 
 def _shuffled(
@@ -83,3 +91,21 @@ def _shuffled(
             buffer[slot] = document
         for slot in state.permutation(len(buffer)):
             yield buffer[slot]
+
+
+def place_in_order(
+    source: IndexedDocuments | DocumentStream | Mixture, order: DocumentOrder, document: int
+) -> str:
+    """Describe where the document of an index in the seeded order is; empty if it is not known."""
+    number: tuple[int, ...] = ()
+    if isinstance(source, Mixture):
+        drawn = itertools.chain.from_iterable(_drawn(source, order))
+        owners = list(itertools.islice(drawn, document + 1))
+        number = (owners[-1],)
+        source, document = source.sources[owners[-1]], owners.count(owners[-1]) - 1
+    if not isinstance(source, IndexedDocuments) or source.place is None:
+        return ""
+    if order.keep_order:
+        return source.place(document)
+    state = rng.stream("documents", order.seed, *number)
+    return source.place(int(state.permutation(source.count)[document]))

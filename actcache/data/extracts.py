@@ -6,7 +6,8 @@ harvest, and all later harvests of the column, read the same copy. It may be del
 command that needs it makes it again.
 
 A copy is: the documents one behind another; where each begins, and the last one ends, as uint64 in
-little-endian order; a JSON object; and the length of that object as uint64.
+little-endian order; a JSON object; and the length of that object as uint64. A document that cannot
+be used is the byte FF, which is no UTF-8, and what is known of it as JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from actcache.data.records import Unusable
 from actcache.data.table_rows import Row
 from actcache.data.watched_files import WatchedFile, read_at
 from actcache.errors import DatasetError, DiskFullError, FileSystemError
@@ -38,6 +40,8 @@ Check = Callable[[object, int, Callable[[int], str]], object]
 _VERSION = 2
 _LENGTH = 8  # bytes of one number
 _BUFFER = 1 << 20  # bytes written at once
+_ENOUGH = 1000  # documents of which one must have the column's type
+_UNUSABLE = b"\xff"
 
 
 class Extract:
@@ -47,10 +51,11 @@ class Extract:
         file: the file.
         name: what decides the copy besides the file: format, column and kind of documents.
         rows: function that reads the file's rows.
-        check: function that returns a value of the column's type; `Column.check`.
+        check: function that returns a value of the column's type, or `Unusable`; `Column.check`.
 
     Raises:
-        DatasetError: the file is damaged, or changes meanwhile.
+        DatasetError: the file is damaged, or changes meanwhile, or its first documents all have
+            another type.
         DiskFullError: there is no room for the copy.
     """
 
@@ -92,7 +97,13 @@ class Extract:
                 remedy="run the same command again: it makes the copy anew",
             ) from error
         self.file.check()
-        return [data.decode() if self._is_text else json.loads(data) for data in found]
+        return [self._decoded(data) for data in found]
+
+    def _decoded(self, data: bytes) -> object:
+        if data[:1] == _UNUSABLE:
+            reason, shown, place, error = json.loads(data[1:])
+            return Unusable(reason, DatasetError(**error), shown, place)
+        return data.decode() if self._is_text else json.loads(data)
 
     def place(self, index: int) -> str:
         """Describe where a document is."""
@@ -205,10 +216,15 @@ def _write(
     def place(_: int) -> str:
         return f"{file.path}, line {line}"
 
+    usable = False
     for index, row in enumerate(rows()):
         line = row.line
         value = check(row.value, index, place)
-        data = (value if isinstance(value, str) else json.dumps(value, default=str)).encode()
+        usable = usable or not isinstance(value, Unusable)
+        if not usable and index >= _ENOUGH:
+            assert isinstance(value, Unusable)
+            raise value.error  # another column was meant
+        data = _encoded(value)
         held.append(data)
         size += len(data)
         end += len(data)
@@ -223,3 +239,11 @@ def _write(
     out.writelines(held)
     out.write(np.frombuffer(starts, np.uint64).astype("<u8").tobytes())
     out.write(text + len(text).to_bytes(_LENGTH, "little"))
+
+
+def _encoded(value: object) -> bytes:
+    if isinstance(value, Unusable):
+        names = ("what", "expected", "got", "remedy")
+        error = {name: getattr(value.error, name) for name in names}
+        return _UNUSABLE + json.dumps([value.reason, value.shown, value.place, error]).encode()
+    return (value if isinstance(value, str) else json.dumps(value, default=str)).encode()

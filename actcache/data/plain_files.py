@@ -7,6 +7,7 @@ others, the column is copied first (`extracts`), or with --streaming read from f
 
 from __future__ import annotations
 
+import codecs
 import glob
 import io
 import itertools
@@ -16,6 +17,7 @@ import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
@@ -27,6 +29,7 @@ from actcache.data.json_lines import IndexedLines, json_lines
 from actcache.data.json_objects import json_objects
 from actcache.data.parquet_rows import parquet_rows
 from actcache.data.plain_bytes import decoded_pieces, encoding_of, utf8_pieces
+from actcache.data.records import LongText
 from actcache.data.table_rows import Columns, NoColumnError, Row
 from actcache.data.watched_files import WatchedFile
 from actcache.errors import DatasetError
@@ -53,6 +56,7 @@ _JSON = ("json lines", "json")
 _SPLIT = re.compile("(?<![a-zA-Z])(?:train|test|dev|eval|val|valid|validation)(?![a-zA-Z])")
 _WORD_OF_SPLIT = re.compile("train|test|dev|val", re.IGNORECASE)
 _HEAD = 4096  # bytes that show the encoding, and whether a file begins with an array
+_SHORT = 1 << 16  # bytes of a text that is read as a whole
 _NAMED = 3  # files that a warning names
 _AT_ONCE = 256  # rows between two looks at whether a file has changed
 
@@ -128,31 +132,56 @@ class IndexedPart(Protocol):
 
 
 class TextFile:
-    """A file that is one document, with line ends as text tools give them."""
+    """A file that is one document, with line ends as text tools give them.
+
+    It is read once when it is opened, for its digest and to count what is no text; beyond `_SHORT`
+    bytes, its document is read while it is tokenised, and never held as a whole.
+    """
 
     count = 1
 
     def __init__(self, found: PlainFile) -> None:
         self._found = found
-        self.file = WatchedFile(found.path, held=False)
+        with found.path.open("rb") as file:
+            encoding, mark = encoding_of(file.read(_HEAD))
+        self.differs = mark > 0  # it was part of the text
         self.replaced, self.bytes = 0, 0
-        for text, damaged in self._pieces():
-            self.bytes += len(text)
-            self.replaced = int(self.replaced or damaged)
+        if found.compression or encoding != "utf-8":
+            self.file = WatchedFile(found.path, held=False)
+            for text, damaged in self._decoded():
+                self.bytes += len(text)
+                self.replaced = int(self.replaced or damaged)
+        else:
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            self.file = WatchedFile(found.path, held=False, observe=partial(self._observe, decoder))
+            self._observe(decoder, b"", final=True)
         if not found.compression:
             self.bytes = self.file.bytes
-        with found.path.open("rb") as file:
-            self.differs = encoding_of(file.read(_HEAD))[1] > 0  # the mark was part of the text
 
-    def _pieces(self) -> Iterator[tuple[str, bool]]:
+    def _observe(
+        self, decoder: codecs.IncrementalDecoder, piece: bytes, *, final: bool = False
+    ) -> None:
+        """Note whether bytes are not UTF-8."""
+        if not self.replaced:
+            try:
+                decoder.decode(piece, final)
+            except UnicodeDecodeError:
+                self.replaced = 1
+
+    def _decoded(self) -> Iterator[tuple[str, bool]]:
         return decoded_pieces(utf8_pieces(self._found.path, self._found.compression))
 
-    def fetch(self, indices: Sequence[int]) -> list[object]:
-        """Read the document as often as it is asked for."""
+    def _pieces(self) -> Iterator[str]:
         lines = io.IncrementalNewlineDecoder(None, translate=True)
-        text = "".join(lines.decode(piece) for piece, _ in self._pieces())
-        text += lines.decode("", final=True)
+        for piece, _ in self._decoded():
+            self.file.check()
+            yield lines.decode(piece)
+        yield lines.decode("", final=True)
         self.file.check()
+
+    def fetch(self, indices: Sequence[int]) -> list[object]:
+        """Return the document as often as it is asked for."""
+        text = LongText(self._pieces) if self.bytes > _SHORT else "".join(self._pieces())
         return [text for _ in indices]
 
     def place(self, index: int) -> str:  # noqa: ARG002
@@ -198,7 +227,7 @@ class Wanted:
     name: str
     kind: Literal["text", "chat", "ids"]
     check: Check
-    """Function that returns a value of the column's type, or raises `DatasetError`."""
+    """Function that returns a value of the column's type, or `Unusable`."""
     others: tuple[str, ...] = ()
     """Further columns, which not every file and row has."""
 

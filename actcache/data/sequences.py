@@ -5,12 +5,19 @@ Pack concatenates the documents, a separator after each, and cuts the result eve
 a window of each document at a random position; truncate takes the beginning of each document. The
 last two give sequences that may be shorter and are padded on the right.
 
+Documents are read and tokenised only as far as sequences are asked for, and one further: only a
+sequence that is not the last of the text is known to count no documents left out behind it.
+
+A document that cannot be used is left out (`left_out`). Of a long text whose tokenizer gives an id
+outside the vocabulary, the tokens before that id are used.
+
 The sequences depend on the text, the tokenizer and the seed only: every process of a harvest
 generates the same ones, without communication. Letter: C context length.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,12 +35,13 @@ from actcache.data.datasets import (
     Source,
     TokenFile,
 )
-from actcache.data.document_order import DocumentOrder, documents_in_order
+from actcache.data.document_order import DocumentOrder, documents_in_order, place_in_order
+from actcache.data.left_out import LeftOut, LeftOutDocuments
+from actcache.data.records import Unusable, shown
 from actcache.data.token_rows import WholeRows
-from actcache.data.tokenization import tokenize
+from actcache.data.tokenization import Ids, tokenize
 from actcache.errors import DatasetError
 
-Ids = NDArray[np.int64]
 _IDS_AT_ONCE = 1 << 17  # token ids read from a file at once
 _BATCH = 256  # sequences between two updates of a progress bar
 
@@ -66,6 +74,10 @@ class SequencePipeline:
         """Return the notes, and what was found while the text was read."""
         return (*self.notes, *(self.whole_rows.warnings() if self.whole_rows else ()))
 
+    max_bad_documents: float | None = None
+    """Share of the documents that may be left out; None: the first that cannot be used is refused.
+    """
+
     @property
     def text_tokens(self) -> int:
         """Tokens of a sequence without BOS."""
@@ -84,6 +96,8 @@ class Sequence:
     """Index of the document that holds the first token, in the shuffled order."""
     start: int
     """Index of the first token within that document."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Documents left out since the sequence before; at the end of the text, also behind it."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +117,28 @@ def iter_sequences(
     Raises:
         DatasetError: a token id is outside the model's vocabulary, or a document cannot be read.
     """
+
+    def place(document: int) -> str:
+        return "" if isinstance(source, TokenFile) else place_in_order(source, order, document)
+
+    order, left_out = pipeline.order, LeftOutDocuments(pipeline.max_bad_documents, place)
     if isinstance(source, TokenFile):
         pieces = _cut_file(source, pipeline)
     else:
         cut = {"pack": _pack, "crop": _crop, "truncate": _truncate}[pipeline.kind]
-        pieces = cut(_tokenised(source, tokenizer, pipeline), pipeline)
+        pieces = cut(_tokenised(source, tokenizer, pipeline, left_out), pipeline)
+    sequence: Sequence | None = None
     for piece in pieces:
-        _check_vocabulary(piece.ids, pipeline)
+        if sequence is not None:
+            yield sequence
         first = int(pipeline.bos_id is not None)
         tokens = np.full(pipeline.ctx_len, pipeline.pad_id or 0, dtype=np.int32)
         tokens[:first] = pipeline.bos_id or 0
         length = first + len(piece.ids)
         tokens[first:length] = piece.ids
-        yield Sequence(tokens, length, piece.document, piece.start)
+        sequence = Sequence(tokens, length, piece.document, piece.start, left_out.take())
+    if sequence is not None:
+        yield dataclasses.replace(sequence, left_out=sequence.left_out + left_out.take())
 
 
 def count_sequences(
@@ -142,16 +165,6 @@ def count_sequences(
     return count
 
 
-def _check_vocabulary(ids: Ids, pipeline: SequencePipeline) -> None:
-    if int(ids.max()) >= pipeline.vocab_size or int(ids.min()) < 0:
-        raise DatasetError(
-            "a token id is outside the model's vocabulary",
-            expected=f"0 to {pipeline.vocab_size - 1}",
-            got=f"{int(ids.min())} to {int(ids.max())}",
-            remedy="for a .bin file: check --bin-dtype, and that this model's tokenizer made it",
-        )
-
-
 def _cut_file(source: TokenFile, pipeline: SequencePipeline) -> Iterator[_Piece]:
     size = pipeline.text_tokens
     count = source.count // size
@@ -159,55 +172,145 @@ def _cut_file(source: TokenFile, pipeline: SequencePipeline) -> Iterator[_Piece]
     for first in range(0, count, at_once):
         number = min(at_once, count - first)
         ids = source.read(first * size, number * size).astype(np.int64).reshape(number, size)
+        if _first_outside(ids.ravel(), pipeline) is not None:
+            raise DatasetError(
+                f"a token id of {source.path} is outside the model's vocabulary",
+                expected=f"0 to {pipeline.vocab_size - 1}",
+                got=f"{int(ids.min())} to {int(ids.max())}",
+                remedy="check --bin-dtype, and that this model's tokenizer made the file",
+            )
         for sequence, row in enumerate(ids, start=first):
             yield _Piece(row, 0, sequence * size)
 
 
-def _pack(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
+def _pack(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterator[_Piece]:
     size = pipeline.text_tokens
-    columns: list[Ids] = [np.empty((3, 0), dtype=np.int64)]  # token, document, position in it
-    pending = 0
-    for document, ids in documents:
-        if pipeline.eos_id is not None and ids[-1] != pipeline.eos_id:
-            ids = np.append(ids, pipeline.eos_id)
-        columns.append(np.stack([ids, np.full(len(ids), document), np.arange(len(ids))]))
-        pending += len(ids)
-        if pending < size:
-            continue
-        joined = np.concatenate(columns, axis=1)
-        complete = pending // size * size
-        for start in range(0, complete, size):
-            tokens, numbers, positions = joined[:, start : start + size]
-            yield _Piece(tokens, int(numbers[0]), int(positions[0]))
-        columns, pending = [joined[:, complete:]], pending - complete
+    row, filled, origin = np.empty(size, np.int64), 0, (0, 0)
+    for document, pieces in documents:
+        position = 0
+        for ids in _with_eos(pieces, pipeline.eos_id):
+            taken = 0
+            while taken < len(ids):
+                if not filled:
+                    origin = document, position + taken
+                number = min(size - filled, len(ids) - taken)
+                row[filled : filled + number] = ids[taken : taken + number]
+                filled, taken = filled + number, taken + number
+                if filled == size:
+                    yield _Piece(row, *origin)
+                    row, filled = np.empty(size, np.int64), 0
+            position += len(ids)
 
 
-def _crop(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
+def _with_eos(pieces: Iterator[Ids], eos_id: int | None) -> Iterator[Ids]:
+    """Append EOS to a document that has tokens, unless it ends with it."""
+    last = None
+    for ids in pieces:
+        yield ids
+        last = ids[-1] if len(ids) else last
+    if last is not None and eos_id is not None and last != eos_id:
+        yield np.array([eos_id])
+
+
+def _crop(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterator[_Piece]:
     size = pipeline.text_tokens
-    for document, ids in documents:
+    for document, pieces in documents:
+        held = [ids.astype(np.int32) for ids in pieces]
+        count = sum(map(len, held))
         start = 0
-        if len(ids) > size:  # one random stream per document: its window depends on no other
+        if count > size:  # one random stream per document: its window depends on no other
             state = rng.stream("crop", pipeline.order.seed, document)
-            start = int(state.randint(len(ids) - size + 1))
-        yield _Piece(ids[start : start + size], document, start)
+            start = int(state.randint(count - size + 1))
+        if count:
+            yield _Piece(_window(held, start, size), document, start)
 
 
-def _truncate(documents: Iterator[tuple[int, Ids]], pipeline: SequencePipeline) -> Iterator[_Piece]:
+def _truncate(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterator[_Piece]:
+    size = pipeline.text_tokens
     if pipeline.whole_rows is not None:
         documents = pipeline.whole_rows.count(documents)
-    for document, ids in documents:
-        yield _Piece(ids[: pipeline.text_tokens], document, 0)
+    for document, pieces in documents:
+        held: list[Ids] = []
+        while sum(map(len, held)) < size and (ids := next(pieces, None)) is not None:
+            held.append(ids)
+        if any(map(len, held)):
+            yield _Piece(_window(held, 0, size), document, 0)
+
+
+def _window(pieces: list[Any], start: int, size: int) -> Ids:
+    """Return ids `start` to `start + size` of pieces that follow each other, as far as they go."""
+    found, offset = [], 0
+    for ids in pieces:
+        found.append(ids[max(0, start - offset) : max(0, start + size - offset)])
+        offset += len(ids)
+    window: Ids = np.concatenate(found)
+    return window
+
+
+_Document = tuple[int, Iterator[Ids]]
+"""Index of a document in the shuffled order, and its token ids in pieces."""
 
 
 def _tokenised(
-    source: IndexedDocuments | DocumentStream | Mixture, tokenizer: Any, pipeline: SequencePipeline
-) -> Iterator[tuple[int, Ids]]:
-    """Yield (index in the shuffled order, token ids) of every document that has tokens."""
+    source: IndexedDocuments | DocumentStream | Mixture,
+    tokenizer: Any,
+    pipeline: SequencePipeline,
+    left_out: LeftOutDocuments,
+) -> Iterator[_Document]:
+    """Yield every document that can be used and is not empty."""
     first, kind = 0, source.column.kind
     for records in documents_in_order(source, pipeline.order):
         filled = [(first + i, record) for i, record in enumerate(records) if record]
-        tokenized = tokenize(tokenizer, kind, [record for _, record in filled])
-        for (document, _), ids in zip(filled, tokenized, strict=True):
-            if len(ids):
-                yield document, np.asarray(ids, dtype=np.int64)
+        tokenised = tokenize(tokenizer, kind, (record for _, record in filled))
+        for (document, record), ids in zip(filled, tokenised, strict=True):
+            if isinstance(ids, np.ndarray):
+                outside = _first_outside(ids, pipeline)
+                if outside is None:
+                    yield document, iter([ids])
+                    continue
+                ids = _bad_id(int(ids[outside]), tokenizer, pipeline, record)
+            if isinstance(ids, Unusable):
+                left_out.add(document, ids)
+                continue
+            yield document, _until_outside(document, ids, record, tokenizer, pipeline, left_out)
         first += len(records)
+    left_out.end(first)
+
+
+def _until_outside(
+    document: int,
+    pieces: Iterator[Ids | Unusable],
+    record: Any,
+    tokenizer: Any,
+    pipeline: SequencePipeline,
+    left_out: LeftOutDocuments,
+) -> Iterator[Ids]:
+    """Yield the ids of a long text up to the first outside the vocabulary; leave out the rest."""
+    for ids in pieces:
+        if isinstance(ids, Unusable):
+            left_out.add(document, ids)
+            return
+        outside = _first_outside(ids, pipeline)
+        yield ids[:outside]
+        if outside is not None:
+            left_out.add(document, _bad_id(int(ids[outside]), tokenizer, pipeline, record))
+            return
+
+
+def _first_outside(ids: Ids, pipeline: SequencePipeline) -> int | None:
+    if not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < pipeline.vocab_size):
+        return None
+    return int(np.flatnonzero((ids < 0) | (ids >= pipeline.vocab_size))[0])
+
+
+def _bad_id(token: int, tokenizer: Any, pipeline: SequencePipeline, record: Any) -> Unusable:
+    name = ""
+    if hasattr(tokenizer, "convert_ids_to_tokens") and 0 <= token < len(tokenizer):
+        name = f" ({tokenizer.convert_ids_to_tokens(token)!r})"
+    error = DatasetError(
+        "a token id is outside the model's vocabulary",
+        expected=f"0 to {pipeline.vocab_size - 1}",
+        got=f"id {token}{name}",
+        remedy="the tokenizer must be that of the model",
+    )
+    return Unusable("token_id", error, shown(record))

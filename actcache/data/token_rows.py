@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actcache.data.datasets import DocumentStream, IndexedDocuments, Record
+from actcache.data.datasets import DocumentStream, IndexedDocuments
+from actcache.data.records import Record, Unusable
 from actcache.data.table_rows import DOCUMENT
 from actcache.errors import DatasetError
 
@@ -117,6 +118,7 @@ def sample_rows(source: IndexedDocuments | DocumentStream, tokenizer: Any) -> Ro
     else:
         step = max(1, source.count // _SAMPLED)
         records = source.batch(range(0, source.count, step))
+    records = [record for record in records if not isinstance(record, Unusable)]
     rows = [ids for record in records if (ids := row_ids(record))]
     bos, pad, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad", "eos"))
     ends = [pad] if pad != eos else [pad, pad]  # a single EOS is no padding
@@ -152,12 +154,14 @@ class WholeRows:
             f"{count:,} rows of token ids {what}" for what, count in found.items() if count
         )
 
-    def count(self, rows: Iterator[tuple[int, Ids]]) -> Iterator[tuple[int, Ids]]:
-        """Yield all (document, ids) as they come, and count. Reading them again counts anew."""
+    def count(
+        self, rows: Iterator[tuple[int, Iterator[Ids]]]
+    ) -> Iterator[tuple[int, Iterator[Ids]]]:
+        """Yield all (document, its ids in one piece), and count. Reading them again counts anew."""
         cut = without_bos = 0
-        for document, ids in rows:
+        for document, (ids,) in rows:
             cut += len(ids) > self._length
-            without_bos += self._bos_id is not None and int(ids[0]) != self._bos_id
+            without_bos += self._bos_id is not None and int(ids[:1].sum()) != self._bos_id
             self._cut = max(self._cut, cut)
             self._without_bos = max(self._without_bos, without_bos)
-            yield document, ids
+            yield document, iter([ids])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import re
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import CachePath, CachePathT, prefetch_files
 from actcache.format.manifest import (
     FILTERS,
-    IDENTIFIED_FROM,
     SEALED_FROM,
     Manifest,
     read_manifest,
@@ -27,6 +27,8 @@ from actcache.format.manifest import (
 
 FOLDER = "shards"
 END = "END.json"
+LEFT_OUT_FROM = 3
+"""First version whose receipts may count documents that were left out."""
 _MAX_BYTES = 4 << 20
 _MAX_RETRACTION_BYTES = 8 << 20
 _RECEIPT_NAME = re.compile(r"([0-9]{5,9})\.json")
@@ -55,7 +57,8 @@ class ShardReceipt:
     """Size and digest by logical name: 'tokens', 'stats', 'activations/HOOKPOINT', and with zarr
     'scales/HOOKPOINT' of 8-bit rows."""
     left_out: dict[str, int] = field(default_factory=dict, metadata=OMITTED_BY_DEFAULT)
-    """Documents left out, by reason: those since the last sequence of the shard before."""
+    """Documents left out, by reason: those since the last sequence of the shard before, and behind
+    the last sequence of the text. Without entries, the key is omitted."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def receipt_path(root: CachePathT, shard: int) -> CachePathT:
 
 def publish_receipt(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
     """Publish a shard by writing its receipt, after all its files are in place."""
-    if manifest.format_version < IDENTIFIED_FROM:  # such receipts do not count what is left out
+    if manifest.format_version < LEFT_OUT_FROM:  # such receipts do not count what is left out
         receipt = dataclasses.replace(receipt, left_out={})
     text = to_json(receipt, sealed=manifest.format_version >= SEALED_FROM)
     write_atomic(receipt_path(root, receipt.shard), [text])
@@ -256,10 +259,10 @@ def _check_receipt(path: CachePath, receipt: ShardReceipt, manifest: Manifest) -
         raise FormatError(
             f"{path} is the receipt of another shard", expected=path.name, got=receipt.shard
         )
-    if receipt.left_out and manifest.format_version < IDENTIFIED_FROM:
+    if receipt.left_out and manifest.format_version < LEFT_OUT_FROM:
         raise FormatError(
             f"{path} has a key that format version {manifest.format_version} does not have",
-            expected=f"format version {IDENTIFIED_FROM}, or no such key",
+            expected=f"format version {LEFT_OUT_FROM}, or no such key",
             got="left_out",
             remedy="it was edited or damaged; restore it from a copy",
         )
@@ -301,6 +304,14 @@ def _check_against(manifest: Manifest, receipt: ShardReceipt, path: CachePath) -
                 expected=f"non_finite and near_overflow together <= {receipt.rows}",
                 got=f"{broken} and {receipt.near_overflow[name]}",
             )
+
+
+def count_left_out(receipts: Iterable[ShardReceipt]) -> dict[str, int]:
+    """Count the documents that were left out of some shards, by reason, most first."""
+    counts: Counter[str] = Counter()
+    for receipt in receipts:
+        counts.update(receipt.left_out)
+    return {reason: count for reason, count in counts.most_common() if count}
 
 
 def _check_owner(path: CachePath, got: str, expected: str) -> None:

@@ -160,7 +160,12 @@ def estimate_harvest(config: PlanConfig) -> HarvestEstimate:
         memory=_memory(config, resolved, manifest, libraries),
         trial=trial,
         seconds=None if trial is None else planned * config.ctx_len / trial.tokens_per_second,
-        warnings=(*captured.lines, *resolved.text_warnings(), *_warnings(config, trial)),
+        warnings=(
+            *captured.lines,
+            *resolved.warnings,
+            *resolved.text_warnings(),
+            *_warnings(config, trial),
+        ),
     )
 
 

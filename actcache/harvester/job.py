@@ -36,7 +36,13 @@ from actcache.format.manifest import (
     Manifest,
     read_manifest,
 )
-from actcache.format.receipts import FOLDER, CompletionMarker, ShardReceipt, read_cache_state
+from actcache.format.receipts import (
+    FOLDER,
+    LEFT_OUT_FROM,
+    CompletionMarker,
+    ShardReceipt,
+    read_cache_state,
+)
 from actcache.harvester.resolve import (
     ResolvedHarvest,
     build_identity,
@@ -150,8 +156,12 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         )
     if has_date and resolved.date is None:
         warnings += ("--date has no effect: no chat template reads the clock",)
+    warnings += resolved.warnings if ranks.rank == 0 else ()
     if config.extend and planned == existing.plan.goal and planned != goal:
         warnings += (f"--extend: the text has {planned:,} sequences, all of them planned already",)
+    pipeline = resolved.pipeline
+    if existing.format_version < LEFT_OUT_FROM:  # its receipts cannot count documents left out
+        pipeline = dataclasses.replace(pipeline, max_bad_documents=None)
     return HarvestJob(
         root=root,
         manifest=existing,
@@ -160,7 +170,7 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         model=model,
         device=input_device(model),
         ranks=ranks,
-        sequences=iter_sequences(resolved.source, resolved.tokenizer, resolved.pipeline),
+        sequences=iter_sequences(resolved.source, resolved.tokenizer, pipeline),
         goal=goal,
         extend_to=planned if config.extend and _goes_beyond(manifest, existing) else None,
         warnings=warnings,

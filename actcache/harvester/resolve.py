@@ -51,6 +51,7 @@ from actcache.storage import ROW_DTYPES
 COUNTED_TOKENS = 1 << 24
 """Largest goal, in tokens, for which the text is counted beforehand. Counting more would take
 minutes, so the text is assumed to be long enough; a harvest ends with its text in any case."""
+_NAMED = 5  # tokens that a warning names
 
 
 TEXT_ENDS = (
@@ -106,6 +107,8 @@ class ResolvedHarvest:
     """Commit of the model's repository; None: a local folder."""
     date: str | None
     """Moment that the chat template reads; None: it reads none."""
+    warnings: tuple[str, ...]
+    """Warnings for the user."""
 
     def text_warnings(self) -> tuple[str, ...]:
         """Return warnings about the text and what it becomes; a stream may have more later."""
@@ -149,6 +152,9 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
         exclude_tokens=excluded_tokens(config.exclude_tokens, tokenizer, pipeline.vocab_size),
         commit=commit,
         date=date,
+        warnings=(
+            _tokens_beyond(tokenizer, pipeline.vocab_size) if source.column.kind != "ids" else ()
+        ),
     )
 
 
@@ -252,6 +258,7 @@ def choose_pipeline(
         pad_id=None if config.pipeline == "pack" else _pad_id(tokenizer),
         order=DocumentOrder(config.seed, config.keep_order or is_file, config.shuffle_buffer),
         vocab_size=model_config.get_text_config().vocab_size,
+        max_bad_documents=config.max_bad_documents,
     )
     if isinstance(source, TokenFile):
         return pipeline
@@ -264,6 +271,19 @@ def choose_pipeline(
         return pipeline
     eos_id, notes = choose_separator(config, tokenizer, kind, pipeline.vocab_size)
     return dataclasses.replace(pipeline, eos_id=eos_id, notes=(*pipeline.notes, *notes))
+
+
+def _tokens_beyond(tokenizer: Any, vocab_size: int) -> tuple[str, ...]:
+    """Warn if the tokenizer has tokens that the model has no embedding for."""
+    if tokenizer is None or len(tokenizer) <= vocab_size:
+        return ()
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+    names = ", ".join(f"{token!r} ({i})" for i, token in beyond[:_NAMED])
+    more = f" and {len(beyond) - _NAMED:,} more" if len(beyond) > _NAMED else ""
+    return (
+        f"the tokenizer has {len(beyond):,} token{'s' if len(beyond) > 1 else ''} beyond the "
+        f"model's {vocab_size:,} embeddings: {names}{more}; documents with such are left out",
+    )
 
 
 def _sources(source: DocumentSource) -> tuple[IndexedDocuments | DocumentStream, ...]:

@@ -32,12 +32,18 @@ from actcache.cache.writer import ShardData, ShardText, WriterPool, publish_shar
 from actcache.config import HarvestConfig
 from actcache.core.process import World
 from actcache.core.progress import Progress
+from actcache.data.left_out import by_reason
 from actcache.data.sequences import Sequence
 from actcache.errors import ConfigError, RestoreError
 from actcache.filesystem.atomic import as_disk_full_error, open_log
 from actcache.format.dtypes import RowBuffers
 from actcache.format.manifest import Identity, kept_positions, with_extension
-from actcache.format.receipts import CompletionMarker, ShardReceipt, write_completion_marker
+from actcache.format.receipts import (
+    CompletionMarker,
+    ShardReceipt,
+    count_left_out,
+    write_completion_marker,
+)
 from actcache.harvester.job import HarvestJob, prepare_job
 from actcache.model.hooks import ActivationCapture
 from actcache.storage import ROW_DTYPES, check_overflow
@@ -69,6 +75,8 @@ class HarvestSummary:
     """Tokens run through the model by this process per second."""
     renamed: dict[str, list[str]]
     """Names of other libraries, and layers counted from the end, with the hookpoints they mean."""
+    left_out: dict[str, int]
+    """Documents that could not be used, by reason, as far as shards are published."""
     warnings: tuple[str, ...]
     """Warnings for the user."""
 
@@ -115,9 +123,11 @@ def run_job(job: HarvestJob) -> HarvestSummary:
         seconds=seconds,
         tokens_per_second=tokens / seconds if new_receipts else 0.0,
         renamed=job.renamed,
+        left_out=count_left_out(job.published.values()),
         warnings=(
             *job.warnings,
             *_text_warnings(job),
+            *_left_out_warnings(job, log),
             *_row_warnings(new_receipts),
             *_file_warnings(job),
             *_sink_warnings(job),
@@ -145,6 +155,20 @@ def _text_warnings(job: HarvestJob) -> tuple[str, ...]:
     return (
         *warnings,
         "--extend: the text has ended; there is nothing to extend the cache with",
+    )
+
+
+def _left_out_warnings(job: HarvestJob, log: HarvestLog) -> tuple[str, ...]:
+    """Warn, on rank 0, about documents that could not be used."""
+    counts = count_left_out(job.published.values())
+    if job.ranks.rank > 0 or not counts:
+        return ()
+    first = f"; the first of rank 0: {log.first_left_out}" if log.first_left_out else ""
+    total = sum(counts.values())
+    return (
+        f"{total:,} document{'s' if total > 1 else ''} could not be used and "
+        f"{'were' if total > 1 else 'was'} left out ({by_reason(counts)}): see "
+        f"{job.root}/logs/left-out-rank*.jsonl{first}",
     )
 
 
@@ -253,6 +277,7 @@ def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
             if shard % ranks.world_size != ranks.rank or shard in job.published:
                 continue
             captured = capture_shard(job, shard, sequences, capture, advance, next(buffers))
+            log.add_left_out(shard, sequences)
             if writing is not None:
                 log.add_result(writing)
             if workers is None:
@@ -304,7 +329,8 @@ def capture_shard(
         filled += len(chosen)
         written = len(chosen) * sum(row_dtype.row_bytes(h.width) for h in hookpoints)
         advance(min(size, len(sequences) - start) * identity.ctx_len, written)
-    return ShardData(shard, text, kept, dropped, rows, norms)
+    left_out = Counter(found.reason for sequence in sequences for found in sequence.left_out)
+    return ShardData(shard, text, kept, dropped, rows, norms, dict(sorted(left_out.items())))
 
 
 def _batch(
@@ -352,6 +378,8 @@ class HarvestLog:
     def __init__(self, root: Path, rank: int) -> None:
         self.receipts: list[ShardReceipt] = []
         self.not_restored: list[RestoreError] = []
+        self.first_left_out = ""
+        """Description of the first document that was left out of this process's shards."""
         self._rank = rank
         self._path = root / "logs" / f"harvest-rank{rank}.jsonl"
         self._last = time.monotonic()
@@ -377,6 +405,15 @@ class HarvestLog:
         self._last = now
         self._write(self._path, entry)
         self.receipts.append(receipt)
+
+    def add_left_out(self, shard: int, sequences: list[Sequence]) -> None:
+        """Record the documents that were left out of a shard."""
+        for found in (found for sequence in sequences for found in sequence.left_out):
+            place = f" ({found.place})" if found.place else ""
+            line = f"document {found.document}{place}: {found.detail}"
+            self.first_left_out = self.first_left_out or line
+            entry = {"shard": shard, **dataclasses.asdict(found), "time": _now()}
+            self._write(self._path.with_name(f"left-out-rank{self._rank}.jsonl"), entry)
 
     def add_warning(self, text: str) -> None:
         """Record a warning from before the first shard."""

@@ -43,6 +43,9 @@ def cache_facts(summary: CacheSummary, shard: ShardFacts | None) -> dict[str, st
         or "no position",
         "numbers": _numbers(summary),
     }
+    if summary.left_out:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in summary.left_out.items())
+        facts["documents"] = f"{sum(summary.left_out.values()):,} left out: {reasons}"
     if summary.sinks:
         facts["sinks"] = "; ".join(as_lines(summary.sinks))
     if summary.without_statistics:

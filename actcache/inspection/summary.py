@@ -15,6 +15,7 @@ from actcache.core.arguments import checked
 from actcache.core.progress import Progress
 from actcache.errors import ConfigError, CorruptShardError
 from actcache.format.manifest import Identity, Manifest
+from actcache.format.receipts import count_left_out
 from actcache.format.statistics import Statistics, merge
 from actcache.inspection.dimensions import Dimensions, describe, mean_cosines
 from actcache.inspection.harvest_speed import RankSpeed, speed_by_rank
@@ -78,6 +79,8 @@ class CacheSummary:
     """Hookpoints where a few rows of large norm hold much of the variance, the worst first."""
     excluded: tuple[Excluded, ...]
     """Token positions without a row, by filter."""
+    left_out: dict[str, int]
+    """Documents that could not be used, by reason."""
     afflictions: BadRows
     """Non-finite and near-overflow rows by shard."""
     speed: tuple[RankSpeed, ...]
@@ -171,6 +174,7 @@ def summarize(cache: Cache, shards: Sequence[int] | None = None) -> CacheSummary
         hookpoints=tuple(hookpoints),
         mean_cosines=mean_cosines([found.mean for found in statistics.values()]),
         sinks=find_sinks(cache, shards=shards, statistics=statistics),
+        left_out={printable(k, 40): n for k, n in count_left_out(receipts).items()},
         excluded=excluded(receipts, sequences * identity.ctx_len),
         afflictions=bad_rows(receipts),
         speed=speed_by_rank(cache.root, {r.shard: r for r in receipts}, identity.ctx_len),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -276,8 +277,9 @@ def test_a_missing_column_is_reported_with_the_existing_ones(tmp_path: Path) -> 
 
 def test_a_column_without_text_is_reported_with_the_document_index(tmp_path: Path) -> None:
     documents = opened(write(tmp_path / "a.jsonl"), text_column="number")
-    with pytest.raises(DatasetError, match=r"(?s)'number' .*int in document 3.*--text-column"):
-        documents.batch([3])
+    (found,) = documents.batch([3])
+    assert found.reason == "type"
+    assert re.search(r"(?s)'number' .*int in document 3.*--text-column", str(found.error))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.bin", "a.parquet"])
@@ -405,8 +407,10 @@ def test_a_column_of_another_type_is_reported_with_the_option_to_change(
 ) -> None:
     path = rows_file(tmp_path / "a.jsonl", rows)
     how = {"streaming": True, "max_tokens": 4096} if streaming else {}
-    with pytest.raises(DatasetError, match=rf"(?s)does not hold.*{message}"):
-        opened(path, **{option: "it"}, **how).batch([0])  # a stream fails when opened
+    source = opened(path, **{option: "it"}, **how)
+    found = next(source.walk()) if streaming else source.batch([0])[0]
+    assert found.reason == "type"
+    assert re.search(rf"(?s)does not hold.*{message}", str(found.error))
 
 
 def streamed(path: Path | str, **options: Any) -> DocumentStream:

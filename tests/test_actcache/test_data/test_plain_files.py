@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,10 +254,12 @@ def test_a_number_in_place_of_a_text_is_reported_with_file_and_row(
     suffix: str, streaming: bool, tmp_path: Path
 ) -> None:
     path = write(tmp_path / f"a{suffix}", TEXTS)
-    with pytest.raises(
-        DatasetError, match=rf"(?s)'n' does not hold text.*int in document 0 \(.*a\{suffix}.*--text"
-    ):
-        opened(path, text_column="n", streaming=streaming).batch([0])
+    source = opened(path, text_column="n", streaming=streaming)
+    found = next(source.walk()) if streaming else source.batch([0])[0]
+    said = rf"(?s)'n' does not hold text.*int in document 0 \(.*a\{suffix}.*--text"
+    assert re.search(said, str(found.error))
+    assert (found.reason, found.shown) == ("type", "0")
+    assert found.place in str(found.error)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".jsonl.gz", ".txt"])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from actcache.data.datasets import (
     Mixture,
     TokenFile,
 )
+from actcache.data.records import LongText
 from actcache.data.sequences import (
     DocumentOrder,
     Sequence,
@@ -42,7 +43,7 @@ TEXT = Column("text", "text")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
-def documents(*texts: str) -> IndexedDocuments:
+def documents(*texts: Any) -> IndexedDocuments:
     return IndexedDocuments(lambda numbers: [texts[n] for n in numbers], len(texts), TEXT, "")
 
 
@@ -59,13 +60,13 @@ def pipeline(kind: Any = "pack", ctx_len: int = 4, **changes: Any) -> SequencePi
     return SequencePipeline(kind, ctx_len, **(values | changes))
 
 
-def sequences_of(source: Any, *kind: str, **changes: Any) -> list[Sequence]:
-    settings = pipeline(*kind, **changes)
-    found = list(iter_sequences(source, Letters(), settings))
+def sequences_of(source: Any, *kind: str, tokenizer: Any = None, **changes: Any) -> list[Sequence]:
+    settings, tokenizer = pipeline(*kind, **changes), tokenizer or Letters()
+    found = list(iter_sequences(source, tokenizer, settings))
     for sequence in found:
         assert sequence.tokens.dtype == np.int32
         assert sequence.tokens.shape == (settings.ctx_len,)
-    assert count_sequences(source, Letters(), settings, None) == len(found)
+    assert count_sequences(source, tokenizer, settings, None) == len(found)
     return found
 
 
@@ -191,28 +192,6 @@ def test_a_document_that_ends_with_eos_gets_no_second_eos() -> None:
     assert found == [[5, 0], [6, 0], [7, 0]]
 
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-    "{% if messages[0]['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
-)
-
-
-def test_a_conversation_is_rendered_by_the_chat_template(
-    make_tokenizer: Callable[..., Any],
-) -> None:
-    tokenizer = make_tokenizer(adds_bos=True)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    messages = [
-        {"role": "user", "content": "the cache", "name": None},
-        {"role": "model", "content": "the row"},
-    ]
-    (ids,) = tokenization.tokenize(tokenizer, "chat", [messages])
-    assert tokenizer.decode(ids) == "<s>user: the cache</s><s>model: the row</s>"
-    assert ids.count(tokenizer.bos_token_id) == 2
-    with pytest.raises(DatasetError, match=r"(?s)chat template.*no robots.*robot"):
-        tokenization.tokenize(tokenizer, "chat", [[{"role": "robot", "content": "x"}]])
-
-
 @pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4", "<i4", "<i8"])
 def test_a_file_of_token_ids_is_cut_without_eos(dtype: str) -> None:
     source = token_file([5, 6, 7, 8, 9, 10, 11], dtype)
@@ -239,23 +218,6 @@ def test_counting_stops_at_the_limit() -> None:
     endless = IndexedDocuments(texts, 10**6, TEXT, "")
     assert count_sequences(endless, Letters(), pipeline(), 5) == 5
     assert count_sequences(token_file(range(40)), None, pipeline(eos_id=None), 3) == 3
-
-
-def test_a_tokenizer_adds_no_special_tokens(make_tokenizer: Callable[..., Any]) -> None:
-    tokenizer = make_tokenizer(adds_bos=True)
-    (ids,) = tokenization.tokenize(tokenizer, "text", ["the cache"])
-    assert tokenizer.bos_token_id not in ids
-    assert tokenizer.decode(ids) == "the cache"
-    assert tokenization.tokenize(tokenizer, "text", []) == []
-
-
-def test_a_document_longer_than_model_max_length_is_not_cut(
-    make_tokenizer: Callable[..., Any],
-) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.model_max_length = 8
-    (ids,) = tokenization.tokenize(tokenizer, "text", ["row " * 50])
-    assert len(ids) >= 50
 
 
 def stream(*texts: str) -> DocumentStream:
@@ -348,7 +310,98 @@ def test_rounding_of_the_weights_never_draws_a_source_out_of_range(
     assert 3 <= len(found) <= 3 * len(weights)
 
 
-def test_a_document_that_is_not_text_is_refused() -> None:
-    bad = IndexedDocuments(lambda numbers: [7 for _ in numbers], 3, TEXT, "")
+def long_text(*pieces: str) -> LongText:
+    return LongText(lambda: iter(pieces))
+
+
+@pytest.mark.parametrize("kind", ["pack", "crop", "truncate"])
+def test_the_pieces_of_a_text_do_not_change_its_sequences(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "_PIECE", 20)
+    monkeypatch.setattr(tokenization, "_AHEAD", 8)
+    texts = ["abcdefghij" * 30, "ab", "klmno " * 40, "c"]
+    plain = [text.replace(" ", "z") for text in texts]
+    whole = pairs(sequences_of(documents(*plain), kind, bos_id=9))
+    in_pieces = [long_text(text[:33], text[33:]) for text in plain]
+    assert pairs(sequences_of(documents(*in_pieces), kind, bos_id=9)) == whole
+
+
+def test_a_huge_text_is_read_only_as_far_as_sequences_are_asked_for() -> None:
+    def endless() -> Iterator[str]:
+        for number in itertools.count():
+            assert number < 5, "read further than needed"
+            yield "a b c d " * 5000
+
+    for kind in ("pack", "truncate"):
+        source = documents(LongText(endless), "e" * 10, "f" * 10)
+        settings = pipeline(kind, ctx_len=1000, vocab_size=300)
+        found = list(itertools.islice(iter_sequences(source, Characters(), settings), 1))
+        assert [s.length for s in found] == [1000]
+        assert count_sequences(source, Characters(), settings, 1) == 1
+
+
+class Characters:
+    """Tokenizer with one token per character."""
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(map(ord, text)) for text in texts]}
+
+
+def left_out_of(found: list[Sequence]) -> list[list[int]]:
+    return [[left.document for left in sequence.left_out] for sequence in found]
+
+
+def test_documents_left_out_are_counted_with_the_sequence_that_follows() -> None:
+    source = documents("abc", 7, "d~f", "def", "gh~", "ijk", None, "~", "~")
+    found = sequences_of(source, vocab_size=30, max_bad_documents=1.0)
+    assert [s.tokens.tolist() for s in found] == [[1, 2, 3, 0], [4, 5, 6, 0], [9, 10, 11, 0]]
+    assert [s.document for s in found] == [0, 3, 5]
+    assert left_out_of(found) == [[], [1, 2], [4, 7, 8]]  # the last: also those behind it
+    reasons = [left.reason for s in found for left in s.left_out]
+    assert reasons == ["type", "token_id", "token_id", "token_id", "token_id"]
+    assert found[1].left_out[0].shown == "7"
+    assert "id 30" in found[1].left_out[1].detail
+    for kind in ("crop", "truncate"):
+        found = sequences_of(source, kind, vocab_size=30, max_bad_documents=1.0)
+        assert left_out_of(found) == [[], [1, 2], [4, 7, 8]]
+
+
+def test_of_a_long_text_the_tokens_before_the_bad_one_are_used_however_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenization, "_AHEAD", 4)
+    text = "ab." * 9 + "~" + "ab" * 30
+    for size in (5, 11, 1000):
+        monkeypatch.setattr(tokenization, "_PIECE", size)
+        source = documents("cd", long_text(text), "ef")
+        found = sequences_of(
+            source, ctx_len=4, eos_id=99, vocab_size=100, max_bad_documents=1.0, tokenizer=Near()
+        )
+        line = [i % 50 for i in b"cd\x63" + b"ab." * 9 + b"\x63ef\x63"]
+        line[2] = line[-4] = line[-1] = 99
+        assert [i for s in found for i in s.tokens.tolist()] == line[:32]
+        assert left_out_of(found) == [[]] * 7 + [[1]]
+
+
+class Near:
+    """Tokenizer with an id above 99 for ~ alone."""
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[126 if c == "~" else ord(c) % 50 for c in t] for t in texts]}
+
+
+@pytest.mark.parametrize("bad", [[2**70], [-1], [100]])
+def test_a_document_of_token_ids_outside_the_vocabulary_is_left_out(bad: list[int]) -> None:
+    rows = [[1, 2, 3], bad, [4, 5, 6]]
+    source = IndexedDocuments(lambda n: [rows[i] for i in n], 3, Column("ids", "ids"), "")
+    found = sequences_of(source, max_bad_documents=0.5)
+    assert [s.tokens.tolist() for s in found] == [[1, 2, 3, 0], [4, 5, 6, 0]]
+    assert left_out_of(found) == [[], [1]]
+
+
+def test_without_a_share_the_first_document_that_cannot_be_used_is_refused() -> None:
+    with pytest.raises(DatasetError, match=r"(?s)vocabulary.*0 to 29.*id 30"):
+        list(iter_sequences(documents("abcd", "~"), Letters(), pipeline(vocab_size=30)))
     with pytest.raises(DatasetError, match=r"'text' does not hold text"):
-        taken(bad)
+        list(iter_sequences(documents("abcd", 7), Letters(), pipeline()))

@@ -42,7 +42,7 @@ def csv_rows(pieces: Iterator[bytes], column: str, path: Path, delimiter: str) -
     """Yield the rows below the header; blank lines are skipped.
 
     Raises:
-        DatasetError: there is no header, a row has more values than it, or a quote is not closed.
+        DatasetError: a row has more values than it, or a quote is not closed.
         NoColumnError: the header lacks the column.
     """
     csv.field_size_limit(sys.maxsize)
@@ -52,7 +52,7 @@ def csv_rows(pieces: Iterator[bytes], column: str, path: Path, delimiter: str) -
     while not header:
         header = next(rows)
     if header == [_END]:
-        raise DatasetError(f"{path} is empty", expected="a header with names of columns")
+        return
     _require_closed(header, path, 1)
     if header.count(column) > 1:
         raise DatasetError(f"{path} has {header.count(column)} columns {column!r}")

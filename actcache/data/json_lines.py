@@ -153,6 +153,9 @@ class _Index:
 
     def _add_lines(self, block: bytes) -> None:
         skipped = encoding_of(block[:4])[1] if self._offset == 0 else 0
+        if len(block) == skipped:
+            self._offset += skipped
+            return
         data = np.frombuffer(block, np.uint8)
         ends = np.flatnonzero(data == _END) + 1
         if not len(ends) or ends[-1] < len(block):

@@ -47,6 +47,8 @@ def parquet_rows(path: Path, compression: str, column: Columns) -> Generator[Row
             keys = _keys(table.schema_arrow, first)
             if keys is None:
                 raise NoColumnError(table.schema_arrow.names)
+            if (same := table.schema_arrow.names.count(keys[0])) > 1:
+                raise DatasetError(f"{path} has {same} columns {keys[0]!r}")
             others = [name for name in others if name in table.schema_arrow.names]
             for batch in table.iter_batches(_AT_ONCE, columns=[first, *others]):
                 array = batch.column(keys[0])

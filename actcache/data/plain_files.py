@@ -92,20 +92,39 @@ def list_files(name: str) -> dict[str, Path]:
         Paths by their names below the folder, or below the part of a pattern that is no pattern.
     """
     if not is_pattern(name) or Path(name).is_dir():
-        return dict(sorted((str(path.relative_to(name)), path) for path in _walk(Path(name))))
+        folder = Path(name)
+        return dict(sorted((str(path.relative_to(name)), path) for path in _walk(folder, folder)))
     parts = Path(name).parts
     fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    matches = glob.glob(name, recursive=True)  # noqa: PTH207 (a pattern may be absolute)
+    if not matches:  # the folder itself may have brackets in its name
+        fixed = next((above for above in Path(name).parents if above.is_dir()), fixed)
+        rest = str(Path(name).relative_to(fixed))
+        matches = [str(fixed / m) for m in glob.glob(rest, root_dir=fixed, recursive=True)]  # noqa: PTH207
     found: dict[str, Path] = {}
-    for match in glob.glob(name, recursive=True):  # noqa: PTH207 (a pattern may be absolute)
-        path = Path(match)
-        for file in _walk(path) if path.is_dir() else [path] * path.is_file():
+    for path in map(Path, matches):
+        if _is_within_itself(path if path.is_dir() else path.parent, fixed):
+            continue
+        for file in _walk(path, fixed) if path.is_dir() else [path] * path.is_file():
             found[str(file.relative_to(fixed))] = file
     return dict(sorted(found.items()))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _is_within_itself(folder: Path, above: Path) -> bool:
+    """Return whether links lead from a folder to one that holds it, as far as `above`."""
+    if not any(part.is_symlink() for part in (folder, *folder.parents)):
+        return False
+    parts = [part for part in (folder, *folder.parents) if part == above or above in part.parents]
+    return len({part.resolve() for part in parts}) < len(parts)
+
+
+def _walk(folder: Path, above: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _is_within_itself(Path(place, name), above)
+        ]
         for name in names:
             path = Path(place, name)
             if not name.startswith(".") and path.is_file():
@@ -348,8 +367,7 @@ def open_plain(
             got=_some(list(files)) or "no file",
         )
     notes = [
-        f"{len(keys):,} file{'s' if len(keys) > 1 else ''} of {name} left unread, {why}: "
-        + _some(keys)
+        f"{_files(len(keys))} of {name} left unread, {why}: {_some(keys)}"
         for why, keys in {
             "of an unknown kind": [key for key in files if key not in known],
             "as texts beside tables": [key for key in texts if key not in parts],
@@ -370,7 +388,14 @@ def open_plain(
     )
     if len(files) > 1 or not Path(name).is_file():
         same = same and not notes and not is_pattern(name) and _were_one_split(known)
+        if empty := [key for key, part in parts.items() if part.file.bytes == 0]:
+            verb = "is" if len(empty) == 1 else "are"
+            notes.append(f"{_files(len(empty))} of {name} {verb} empty: {_some(empty)}")
     return PlainText(parts, notes, same)
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'s' if count > 1 else ''}"
 
 
 def _some(names: Sequence[str]) -> str:

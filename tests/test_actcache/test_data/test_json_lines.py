@@ -46,6 +46,12 @@ def test_objects_are_found_whatever_lies_between_them(
     assert both(path) == texts
 
 
+@pytest.mark.parametrize("data", [b"\xef\xbb\xbf", b"\xef\xbb\xbf\n", b"\n", b""])
+def test_a_file_without_an_object_has_no_documents(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(data)
+    assert both(tmp_path / "a") == []
+
+
 def test_only_the_asked_column_matters(tmp_path: Path) -> None:
     rows = [
         {"text": "a", "other": None},

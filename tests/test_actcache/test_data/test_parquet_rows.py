@@ -71,6 +71,12 @@ def test_what_is_no_text_is_replaced_and_counted(tmp_path: Path) -> None:
     ]
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["text"] * 2), tmp_path / "a")
+    with pytest.raises(DatasetError, match="has 2 columns 'text'"):
+        values(tmp_path / "a")
+
+
 def test_what_is_no_text_is_replaced_within_messages(tmp_path: Path) -> None:
     message = pa.StructArray.from_arrays([invalid([b"user", b"caf\xe9"])], ["role"])
     chat = pa.ListArray.from_arrays([0, 1, 2], message)

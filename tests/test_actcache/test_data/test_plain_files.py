@@ -133,6 +133,35 @@ def test_a_folder_is_read_sorted_with_its_folders_and_without_hidden_files(tmp_p
     assert opened(tmp_path / "parts").batch(order) == [expected[i] for i in order]
 
 
+def test_a_folder_within_itself_by_a_link_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path / "parts" / "a.jsonl", ["one"])
+    write(tmp_path / "parts" / "sub" / "b.jsonl", ["two"])
+    write(tmp_path / "elsewhere" / "c.jsonl", ["three"])
+    (tmp_path / "parts" / "sub" / "loop").symlink_to(tmp_path / "parts")
+    (tmp_path / "parts" / "sub" / "here").symlink_to(tmp_path / "elsewhere")
+    for name in ("parts", "parts/**", "parts/*", "parts/**/*.jsonl"):
+        assert texts_of(tmp_path / name) == ["one", "two", "three"]
+
+
+def test_a_pattern_may_be_below_a_folder_with_brackets_in_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "texts [v1]" / "part (1)" / "a b.jsonl", ["one"])
+    for name in ("texts [v1]/*/*.jsonl", "texts [v1]/part (1)/a*", "texts*/**/*.jsonl"):
+        assert texts_of(tmp_path / name) == ["one"]
+
+
+def test_empty_files_among_others_are_named_in_a_warning(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.jsonl", "c.tsv"):
+        write(tmp_path / "parts" / name, []).write_bytes(b"")
+    write(tmp_path / "parts" / "d.csv", ["one"])
+    assert texts_of(tmp_path / "parts") == ["one"]
+    assert opened(tmp_path / "parts").warnings() == (
+        f"3 files of {tmp_path / 'parts'} are empty: a.csv, b.jsonl, c.tsv",
+    )
+    (tmp_path / "parts" / "e.parquet").touch()
+    with pytest.raises(DatasetError, match=r"e\.parquet cannot be read"):
+        opened(tmp_path / "parts")
+
+
 def test_a_pattern_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "parts" / "a.jsonl", ["one"])
     write(tmp_path / "parts" / "b.jsonl", ["two"])

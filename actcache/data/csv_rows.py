@@ -7,6 +7,7 @@ import io
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from actcache.data.plain_bytes import decoded, lines
 from actcache.data.table_rows import NoColumnError, Row
@@ -41,6 +42,8 @@ _ONCE_NULL = frozenset(
 def csv_rows(pieces: Iterator[bytes], column: str, path: Path, delimiter: str) -> Generator[Row]:
     """Yield the rows below the header; blank lines are skipped.
 
+    If the header has the column only with another delimiter (";", tab, "|"), that one is meant.
+
     Raises:
         DatasetError: a row has more values than it, or a quote is not closed.
         NoColumnError: the header lacks the column.
@@ -57,7 +60,7 @@ def csv_rows(pieces: Iterator[bytes], column: str, path: Path, delimiter: str) -
     if header.count(column) > 1:
         raise DatasetError(f"{path} has {header.count(column)} columns {column!r}")
     if column not in header:
-        raise NoColumnError(header)
+        rows, header = _otherwise_delimited(source, header, column)
     index, width = header.index(column), len(header)
     while True:
         line, source.damaged = source.number + 1, False
@@ -80,6 +83,19 @@ def csv_rows(pieces: Iterator[bytes], column: str, path: Path, delimiter: str) -
         yield Row(value, line, replaced, blank or value in _ONCE_NULL)
 
 
+def _otherwise_delimited(source: _Lines, header: list[str], column: str) -> tuple[Any, list[str]]:
+    """Return a reader with the delimiter that makes the column one of the header, and the header.
+
+    Raises:
+        NoColumnError: none does.
+    """
+    for delimiter in ";\t|,":
+        found = next(csv.reader([source.last], delimiter=delimiter))
+        if column in found:
+            return csv.reader(source, delimiter=delimiter), found
+    raise NoColumnError(header)
+
+
 def _require_closed(row: list[str], path: Path, line: int) -> None:
     if row[-1].endswith(_END):
         raise DatasetError(
@@ -100,6 +116,8 @@ class _Lines:
         """Lines that have been read."""
         self.damaged = False
         """Whether one since this was last reset was not UTF-8."""
+        self.last = ""
+        """The last line."""
         self._ended = False
 
     def __iter__(self) -> _Lines:
@@ -108,7 +126,8 @@ class _Lines:
     def __next__(self) -> str:
         self.number += 1
         if self._ready:
-            return self._ready.pop()
+            self.last = self._ready.pop()
+            return self.last
         data = next(self._lines, None)
         if data is None:
             if self._ended:
@@ -117,7 +136,8 @@ class _Lines:
             return _END
         text, damaged = decoded(data)
         self.damaged = self.damaged or damaged
-        if "\r" not in text.removesuffix("\r\n"):
-            return text
-        self._ready = list(io.StringIO(text, newline=""))[::-1]
-        return self._ready.pop()
+        if "\r" in text.removesuffix("\r\n"):
+            self._ready = list(io.StringIO(text, newline=""))[::-1]
+            text = self._ready.pop()
+        self.last = text
+        return text

@@ -26,6 +26,9 @@ _MARKS = {  # those that begin with another one first
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 _LONGEST_MARK = 4
+_HEAD = 256  # bytes that show whether a file is text
+_FIRST = {".gz": b"\x1f\x8b\x08", ".xz": b"\xfd7zX", ".zst": b"(\xb5/\xfd"}
+"""First bytes of compressed files."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -37,6 +40,11 @@ def encoding_of(head: bytes) -> tuple[str, int]:
     return "utf-8", 0
 
 
+def compression_of(head: bytes) -> str:
+    """Return the suffix of the compression that the first bytes of a file show; else empty."""
+    return next((suffix for suffix, first in _FIRST.items() if head.startswith(first)), "")
+
+
 def utf8_pieces(path: Path, compression: str = "") -> Iterator[bytes]:
     """Yield the text of a file in pieces of about 1 MB.
 
@@ -45,7 +53,7 @@ def utf8_pieces(path: Path, compression: str = "") -> Iterator[bytes]:
         compression: its last suffix if it is compressed, such as .gz.
 
     Raises:
-        DatasetError: a compressed file is damaged or cut.
+        DatasetError: a compressed file is damaged or cut, or its suffix does not say so.
     """
     pieces = raw_pieces(path, compression)
     head = b""
@@ -53,6 +61,13 @@ def utf8_pieces(path: Path, compression: str = "") -> Iterator[bytes]:
         head += piece
         if len(head) >= _LONGEST_MARK:
             break
+    if suffix := compression_of(head):
+        raise DatasetError(
+            f"{path} is no text",
+            expected="text" if not compression else f"text in the {compression} file",
+            got=f"a {suffix} file",
+            remedy=f"decompress it, or add {suffix} to its name",
+        )
     encoding, size = encoding_of(head)
     if encoding == "utf-8":
         yield head[size:]
@@ -75,12 +90,25 @@ def raw_pieces(path: Path, compression: str) -> Iterator[bytes]:
                     f"{path} cannot be decompressed beyond line {lines + 1}",
                     expected=f"a whole {compression} file",
                     got=str(error) or type(error).__name__,
-                    remedy="it is cut or damaged: copy or download it again",
+                    remedy=_remedy(path, compression, str(error)),
                 ) from error
             if not piece:
                 return
             lines += piece.count(b"\n")
             yield piece
+
+
+def _remedy(path: Path, compression: str, error: str) -> str:
+    if "requires too much memory" in error:  # a window of more than 128 MiB, as of zstd --long=31
+        short = path.with_name(f"short-{path.name}")
+        return f"compress it with a shorter window: zstd -dc --long=31 {path} | zstd -o {short}"
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if (suffix := compression_of(head)) not in ("", compression):
+        return f"it is a {suffix} file: give its name that suffix"
+    if not suffix and b"\0" not in head and not decoded(head[:-3])[1]:
+        return f"it is not compressed: remove {compression} from its name"
+    return "it is cut or damaged: copy or download it again"
 
 
 def _decompressed(file: IO[bytes], compression: str) -> Any:

@@ -28,7 +28,7 @@ from actcache.data.extracts import Check, Extract
 from actcache.data.json_lines import IndexedLines, json_lines
 from actcache.data.json_objects import json_objects
 from actcache.data.parquet_rows import parquet_rows
-from actcache.data.plain_bytes import decoded_pieces, encoding_of, utf8_pieces
+from actcache.data.plain_bytes import compression_of, decoded_pieces, encoding_of, utf8_pieces
 from actcache.data.records import LongText
 from actcache.data.table_rows import Columns, NoColumnError, Row
 from actcache.data.watched_files import WatchedFile
@@ -435,7 +435,9 @@ def _can_be_indexed(found: PlainFile) -> bool:
     with found.path.open("rb") as file:
         head = file.read(_HEAD)
     encoding, size = encoding_of(head)
-    return encoding == "utf-8" and not found.compression and not _is_array(head[size:])
+    if encoding != "utf-8" or found.compression or compression_of(head):
+        return False
+    return not _is_array(head[size:])
 
 
 def _is_array(head: bytes) -> bool:

@@ -52,6 +52,19 @@ def test_a_file_without_rows_has_no_documents(data: str) -> None:
     assert rows(data) == []
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])
+@pytest.mark.parametrize("expected", [",", "\t"])
+def test_another_delimiter_is_known_by_the_column_in_the_header(
+    expected: str, delimiter: str, end: str
+) -> None:
+    lines = ["n;text", '1;"a, b"', '2;"c; d\t"";""|"', "3;NA"]
+    data = end.join(line.replace(";", delimiter, 1) for line in lines)
+    assert values(data, delimiter=expected) == ["a, b", 'c; d\t";"|', "NA"]
+    with pytest.raises(NoColumnError):
+        rows("a;b\n1;2\n")
+
+
 def test_a_row_that_ends_early_has_no_value() -> None:
     assert values("n,text\n1\n2,b\n3,c,\n") == [None, "b", "c"]
 

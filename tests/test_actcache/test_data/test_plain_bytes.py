@@ -71,6 +71,35 @@ def test_a_damaged_compressed_file_is_refused_with_path_and_line(
         list(utf8_pieces(path, compression))
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "remedy"),
+    [
+        ("a.txt.gz", b"plain text, no more", r"not compressed: remove \.gz from its name"),
+        ("a.txt.xz", gzip.compress(b"text"), r"it is a \.gz file"),
+        ("a.txt.gz", zstd(b"text"), r"it is a \.zst file"),
+        ("a.txt.gz", bytes(2000), r"cut or damaged"),
+        ("a.txt.gz", gzip.compress(lzma.compress(b"text")), r"no text.*got: +a \.xz file"),
+        ("a.txt", gzip.compress(b"text"), r"got: +a \.gz file.*add \.gz to its name"),
+        ("a.txt", zstd(b"text"), r"add \.zst to its name"),
+    ],
+)
+def test_a_file_of_another_compression_than_its_name_says_is_refused(
+    name: str, data: bytes, remedy: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=rf"(?s){name} .*{remedy}"):
+        list(utf8_pieces(path, path.suffix.removesuffix(".txt")))
+
+
+def test_a_long_window_of_zstd_is_refused_with_the_command_that_shortens_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.zst"
+    # Magic, frame header without sizes, window of 2 GiB, last block of 4 bytes as they are.
+    path.write_bytes(b"(\xb5/\xfd" + b"\x00\xa8" + (4 << 3 | 1).to_bytes(3, "little") + b"text")
+    with pytest.raises(DatasetError, match=r"(?s)zstd -dc --long=31 .*a\.txt\.zst \| zstd"):
+        list(utf8_pieces(path, ".zst"))
+
+
 def test_an_unpaired_half_of_utf16_is_a_byte_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"\xff\xfea\0\x00\xd8b\0c")  # a half pair, and half of a last character

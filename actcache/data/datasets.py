@@ -496,7 +496,7 @@ def _load_saved(config: HarvestConfig, folder: Path) -> Any:
     """Load the `save_to_disk` folder, with its values as plain objects."""
     import datasets
 
-    with _explained(config):
+    with _explained(config, "it is cut or damaged: copy or download it again"):
         return datasets.load_from_disk(str(folder)).with_format(None)
 
 
@@ -505,7 +505,8 @@ def _load_from_hub(config: HarvestConfig) -> tuple[Any, str | None]:
     import datasets
 
     revision = config.dataset_revision[0] if any(config.dataset_revision) else None
-    with _explained(config):
+    remedy = "check the name, --split, --dataset-config and --dataset-revision"
+    with _explained(config, remedy):
         builder = datasets.load_dataset_builder(
             config.dataset, config.dataset_config, revision=revision
         )
@@ -519,7 +520,7 @@ def _load_from_hub(config: HarvestConfig) -> tuple[Any, str | None]:
 
 
 @contextlib.contextmanager
-def _explained(config: HarvestConfig) -> Iterator[None]:
+def _explained(config: HarvestConfig, remedy: str) -> Iterator[None]:
     """Convert every exception of `datasets` to `DatasetError`; hide its bars without a terminal."""
     import datasets
 
@@ -533,8 +534,7 @@ def _explained(config: HarvestConfig) -> Iterator[None]:
         raise DatasetError(
             f"cannot load dataset {config.dataset}",
             got=_reason(error),
-            remedy=remedy_of(error)
-            or "check the name, --split, --dataset-config and --dataset-revision",
+            remedy=remedy_of(error) or remedy,
         ) from error
 
 
@@ -647,7 +647,12 @@ def _from_columns(
 ) -> IndexedDocuments | DocumentStream:
     """Read the asked column, or the one that is known by its name; arguments as `_from_table`."""
     column = _column(config)
-    further, names = _further(column, variables), table.column_names
+    further, outer = _further(column, variables), column.name.partition(".")[0]
+    names = table.column_names
+    is_nested = names is not None and column.name not in names and outer in names
+    if is_nested and hasattr(table, "flatten"):  # a stream of the hub has no such method
+        table = table.select_columns([outer, *(further & {*names} - {outer})]).flatten()
+        names = table.column_names
     if names is None and (further or column.name == "text"):  # a stream whose columns are unknown
         first = _next_row(enumerate(table), config)
         names = None if first is None else list(first[1])

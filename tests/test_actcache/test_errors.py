@@ -66,7 +66,7 @@ def test_a_shortage_is_not_taken_for_a_bad_model_or_dataset(
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("cannot read the file") from error
 
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset_builder", fail)
     monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", fail)
     config = HarvestConfig("name", "name", "out")
     for load in (open_dataset, load_config):

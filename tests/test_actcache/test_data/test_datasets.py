@@ -118,6 +118,33 @@ def test_a_saved_dataset_with_a_format_gives_plain_objects(
             assert list(source.walk() if streaming else source.batch(range(3))) == expected
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_nested_column_of_a_saved_dataset_is_named_by_its_path(
+    streaming: bool, tmp_path: Path
+) -> None:
+    import datasets
+
+    rows = [{"doc": {"text": text, "n": 1}, "text": "no"} for text in ("a", "b", "c")]
+    rows.append({"doc": None, "text": "no"})
+    data = datasets.Dataset.from_list(rows).select([3, 1, 0])
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=data).save_to_disk(tmp_path / "many")
+    how: dict[str, Any] = {"streaming": True, "max_tokens": 4096} if streaming else {}
+    for name in ("one", "many"):
+        source = opened(tmp_path / name, text_column="doc.text", **how)
+        assert list(source.walk() if streaming else source.batch(range(3))) == ["", "b", "a"]
+        with pytest.raises(DatasetError, match=r"(?s)no column 'doc.body'.*doc.text"):
+            opened(tmp_path / name, text_column="doc.body", **how)
+
+
+def test_a_cut_saved_dataset_is_refused_as_damaged(tmp_path: Path) -> None:
+    table().save_to_disk(tmp_path / "one")
+    (path,) = (tmp_path / "one").glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DatasetError, match=r"(?s)cannot load dataset .*cut or damaged"):
+        opened(tmp_path / "one")
+
+
 def test_documents_are_read_by_index(tmp_path: Path) -> None:
     documents = opened(write(tmp_path / "a.jsonl"))
     assert documents.batch([3, 0]) == [TEXTS[3], TEXTS[0]]

@@ -132,8 +132,7 @@ def remove_partials(root: Path) -> int:
     lock: a partial file of a live writer would be deleted too.
     """
     removed = 0
-    for _, folders, names, folder in walk_folders(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for _, _, names, folder in walk_folders(root, hidden=False):
         for name in names:
             if not name.startswith(".") or _PARTIAL not in name:
                 continue

@@ -262,20 +262,28 @@ def walk(root: Path) -> Iterator[tuple[Path, bool]]:
                     yield root / place / name, stat.S_ISREG(mode)
 
 
-def walk_folders(root: Path) -> Iterator[tuple[str, list[str], list[str], int]]:
+def walk_folders(
+    root: Path, *, hidden: bool = True
+) -> Iterator[tuple[str, list[str], list[str], int]]:
     """Walk as `os.fwalk` does, which opens links to folders before it leaves them out.
 
     Yields each folder relative to the root, the names of folders in it, all other names, and a
-    descriptor of it. Folders that the caller removes from the list are not entered.
+    descriptor of it.
+
+    Args:
+        root: the folder.
+        hidden: enter folders whose names begin with a dot.
     """
     fd = open_folder(root)
     try:
-        yield from _walk_below("", fd)
+        yield from _walk_below("", fd, hidden)
     finally:
         os.close(fd)
 
 
-def _walk_below(place: str, fd: int) -> Iterator[tuple[str, list[str], list[str], int]]:
+def _walk_below(
+    place: str, fd: int, hidden: bool
+) -> Iterator[tuple[str, list[str], list[str], int]]:
     folders: list[str] = []
     names: list[str] = []
     with os.scandir(fd) as entries:
@@ -283,12 +291,14 @@ def _walk_below(place: str, fd: int) -> Iterator[tuple[str, list[str], list[str]
             (folders if entry.is_dir(follow_symlinks=False) else names).append(entry.name)
     yield place, folders, names, fd
     for name in folders:
+        if name.startswith(".") and not hidden:
+            continue
         try:
             inner = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
         except OSError:  # it is gone, was exchanged, or may not be read
             continue
         try:
-            yield from _walk_below(f"{place}/{name}" if place else name, inner)
+            yield from _walk_below(f"{place}/{name}" if place else name, inner, hidden)
         finally:
             os.close(inner)
 

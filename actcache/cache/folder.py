@@ -9,6 +9,7 @@ import dataclasses
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -136,15 +137,11 @@ def bytes_to_come(manifest: Manifest, published: Collection[int]) -> int:
 
     It assumes that no filter drops a row and that compression saves nothing; 0 without a goal.
     """
-    known: dict[int, int] = {}
-    total = 0
-    for shard in range(manifest.plan.shards or 0):
-        if shard not in published:
-            count = manifest.plan.max_sequences(shard)
-            if count not in known:
-                rows = count * manifest.identity.rows_per_sequence
-                known[count] = _on_disk(shard_bytes(manifest, shard, count, rows))
-            total += known[count]
+    plan, total = manifest.plan, 0
+    to_come = sorted({*range(plan.shards or 0)}.difference(published))
+    for sequences, shards in Counter(map(plan.max_sequences, to_come)).items():
+        rows = sequences * manifest.identity.rows_per_sequence
+        total += shards * _on_disk(shard_bytes(manifest, to_come[-1], sequences, rows))
     return total + _on_disk(other_files(manifest)) if total else 0
 
 

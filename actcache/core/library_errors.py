@@ -40,8 +40,11 @@ _REMEDIES = {
         "a newer version of transformers may support it: pip install -U transformers"
     ),
     r"HeaderTooLarge|HeaderTooSmall|IncompleteBuffer|InvalidHeader|PytorchStreamReader|central "
-    r"directory": "the file is cut or damaged: download it again, with git lfs pull where it is a "
-    "clone",
+    r"directory|deserializing header": "the file is cut or damaged: download it again, with git "
+    "lfs pull where it is a clone",
+    r"no such file or directory: \S+\.(safetensors|bin)|no file named \S+\.(safetensors|bin)": (
+        "a part of the checkpoint is missing: copy or download it again"
+    ),
 }
 """Remedy by what the message of a library holds."""
 

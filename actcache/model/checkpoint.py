@@ -149,6 +149,13 @@ def _cause(keys: list[str], others: list[str], model: Any) -> tuple[str, str]:
             "restore the config.json that belongs to the checkpoint: these are the names of "
             "another architecture, or of another version of this one",
         )
+    names = dict.fromkeys(_LAYER.split(key, maxsplit=1)[-1] for key in needed)
+    if len(loaded) > 1 and len(needed) == len(names) * len(loaded):
+        return (
+            f"layers without {_some(list(names))}",
+            "restore the config.json that belongs to the checkpoint: this one is of another "
+            "architecture, or differs in a setting such as attention_bias",
+        )
     return "a part of the weights", "save or download the checkpoint again"
 
 

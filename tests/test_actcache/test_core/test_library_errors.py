@@ -42,6 +42,18 @@ def wrapped(cause: BaseException) -> BaseException:
         (ValueError("Please pass the argument `trust_remote_code=True`"), "--trust-remote-code"),
         (OSError("You are trying to access a gated repo."), "hf auth login"),
         (
+            FileNotFoundError("No such file or directory: m/model-00002-of-00006.safetensors"),
+            "a part of the checkpoint is missing",
+        ),
+        (
+            OSError("Error no file named model.safetensors, or pytorch_model.bin, found in m."),
+            "a part of the checkpoint is missing",
+        ),
+        (
+            ValueError("Error while deserializing header: incomplete metadata, file not fully "),
+            "cut or damaged",
+        ),
+        (
             ValueError("model type `new`, but Transformers does not recognize this architecture."),
             "pip install -U transformers",
         ),

@@ -192,6 +192,26 @@ def test_two_processes_write_one_zarr_array_in_the_bytes_of_one_process(
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
+def test_two_processes_harvest_a_model_without_a_head_in_the_bytes_of_one_process(
+    whole: Any, tree: Tree, fork_server: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(whole.model, tmp_path / "headless")
+    weights = load_file(tmp_path / "headless" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "headless" / "model.safetensors", {"format": "pt"})
+    config = dataclasses.replace(whole, model=str(tmp_path / "headless"), max_tokens=16 * 40)
+    one = dataclasses.replace(config, out=str(tmp_path / "one"))
+    harvest(one)
+    finish(fork_server.start_ranks(2, *command(config, tmp_path / "two")))
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    (tmp_path / "two" / "shards" / "END.json").unlink()
+    (tmp_path / "two" / "shards" / "00003.json").unlink()
+    finish(fork_server.start_ranks(2, *command(config, tmp_path / "two")))
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
 def test_three_processes_finish_a_harvest_of_one_that_was_killed_three_times(
     whole: Any, tree: Tree, fork_server: Any, tmp_path: Path
 ) -> None:

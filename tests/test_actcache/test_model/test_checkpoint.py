@@ -102,6 +102,10 @@ def test_missing_weights_are_refused_however_they_are_loaded(
             },
             r"lacks 3 of.*q_proj\.weight.*got: +weights of an adapter.*merge_and_unload",
         ),
+        (
+            {"attention_bias": True},
+            r"lacks 12 of.*got: +layers without self_attn.k_proj.bias, .*q_proj.bias.*config.json",
+        ),
         ({"without": "embed_tokens"}, r"lacks 1 of.*: model\.embed_tokens\.weight.*a part of the"),
         (
             {"without": "layers.2.mlp.up_proj"},

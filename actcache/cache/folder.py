@@ -49,8 +49,6 @@ from actcache.storage.safetensors_io import Spec
 
 RESTORED = ".restored-"
 """Prefix of the folder below which a retracted shard is written until it is compared."""
-_OF_EARLIER_VERSIONS = {"eos_id": "--separator eos", "whole_rows": "--id-rows joined"}
-"""Options that give a field of the identity the value that earlier versions always gave it."""
 _BLOCK = 4096  # bytes of a block of most file systems
 _BLOCK_BYTES = 1 << 20
 _SHARDS = 128
@@ -252,11 +250,6 @@ def _state(root: Path, manifest: Manifest, extend: bool) -> CacheState | None:
     kept = receipts or retracted_shards(root) or sealed or existing.extensions
     if kept and (different := different_fields(manifest, existing, extend=extend)):
         remedy = "choose another --out, or repeat the options that it was made with"
-        remedy += "".join(
-            f"; {option} does as earlier versions did"
-            for name, option in _OF_EARLIER_VERSIONS.items()
-            if any(field.startswith(f"{name}:") for field in different)
-        )
         if manifest.cache_id == existing.cache_id and _goes_beyond(manifest, existing):
             remedy += "; or add --extend, to continue with more tokens"
         raise CacheMismatchError(

@@ -6,7 +6,7 @@
 `plain_files`, from `json_lines`, `json_objects`, `csv_rows` and `parquet_rows`, which give
 `table_rows` made of `plain_bytes`; `extracts` holds columns of files that cannot be read in place.
 `watched_files` detects when a file changes. `left_out` counts the documents that cannot be used;
-`records` are what is read.
+`records` are what is read. `template_clock` pins the moment that a chat template reads.
 """
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "records",
     "sequences",
     "table_rows",
+    "template_clock",
     "token_rows",
     "tokenization",
     "watched_files",

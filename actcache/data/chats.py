@@ -98,12 +98,30 @@ def chat_text(tokenizer: Any, record: Record) -> str:
         messages = [_message(message) for message in stored]
         return _rendered(tokenizer, messages, columns)
     except Exception as error:  # templates are programs that can raise anything
-        roles = [message.get("role", message.get("from")) for message in stored][:8]
-        raise DatasetError(
-            "the tokenizer's chat template refuses a conversation",
-            got=f"{type(error).__name__}: {error}, roles {roles}",
-            remedy="its messages need the roles, contents and order that the template requires",
-        ) from error
+        raise _refused(error, stored) from error
+
+
+def chat_text_before(tokenizer: Any, record: Record) -> str:
+    """Render a conversation as format versions 1 and 2 did; as `chat_text`.
+
+    Nulls are taken out of messages at their top, and nothing else is changed.
+    """
+    stored = record[DOCUMENT] if isinstance(record, dict) else record
+    messages = [{k: v for k, v in message.items() if v is not None} for message in stored]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:
+        raise _refused(error, stored) from error
+    return text
+
+
+def _refused(error: Exception, stored: list[dict[str, Any]]) -> DatasetError:
+    roles = [message.get("role", message.get("from")) for message in stored][:8]
+    return DatasetError(
+        "the tokenizer's chat template refuses a conversation",
+        got=f"{type(error).__name__}: {error}, roles {roles}",
+        remedy="its messages need the roles, contents and order that the template requires",
+    )
 
 
 def _message(stored: dict[str, Any]) -> dict[str, Any]:

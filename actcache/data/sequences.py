@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from actcache.core import rng
 from actcache.core.progress import Progress
+from actcache.data.chats import chat_text
 from actcache.data.datasets import (
     DocumentStream,
     IndexedDocuments,
@@ -39,7 +40,7 @@ from actcache.data.document_order import DocumentOrder, documents_in_order, plac
 from actcache.data.left_out import LeftOut, LeftOutDocuments
 from actcache.data.records import Unusable, shown
 from actcache.data.token_rows import WholeRows
-from actcache.data.tokenization import Ids, tokenize
+from actcache.data.tokenization import Ids, Render, tokenize
 from actcache.errors import DatasetError
 
 _IDS_AT_ONCE = 1 << 17  # token ids read from a file at once
@@ -67,6 +68,8 @@ class SequencePipeline:
     known to be."""
     columns: tuple[str, ...] = ()
     """Columns that decide the tokens beside that of the documents: `Identity.template_columns`."""
+    render: Render = chat_text
+    """How conversations become text."""
     notes: tuple[str, ...] = ()
     """What the summary says of these settings."""
 
@@ -261,7 +264,8 @@ def _tokenised(
     first, kind = 0, source.column.kind
     for records in documents_in_order(source, pipeline.order):
         filled = [(first + i, record) for i, record in enumerate(records) if record]
-        tokenised = tokenize(tokenizer, kind, (record for _, record in filled))
+        given = (record for _, record in filled)
+        tokenised = tokenize(tokenizer, kind, given, pipeline.render)
         for (document, record), ids in zip(filled, tokenised, strict=True):
             if isinstance(ids, np.ndarray):
                 outside = _first_outside(ids, pipeline)

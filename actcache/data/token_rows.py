@@ -159,7 +159,8 @@ class WholeRows:
     ) -> Iterator[tuple[int, Iterator[Ids]]]:
         """Yield all (document, its ids in one piece), and count. Reading them again counts anew."""
         cut = without_bos = 0
-        for document, (ids,) in rows:
+        for document, pieces in rows:
+            (ids,) = pieces
             cut += len(ids) > self._length
             without_bos += self._bos_id is not None and int(ids[:1].sum()) != self._bos_id
             self._cut = max(self._cut, cut)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from actcache.data.token_rows import row_ids
 from actcache.errors import DatasetError
 
 Ids = NDArray[np.int64]
+Render = Callable[[Any, Record], str]
+"""Function from a tokenizer and a conversation to its text, as `chat_text`."""
 
 LONG = 1 << 16
 """Characters of a text beyond which it is tokenised in pieces."""
@@ -52,7 +54,7 @@ _PLACES = tuple(
 
 
 def tokenize(
-    tokenizer: Any, kind: Kind, records: Iterable[Record]
+    tokenizer: Any, kind: Kind, records: Iterable[Record], render: Render = chat_text
 ) -> Iterator[Ids | Iterator[Ids | Unusable] | Unusable]:
     """Tokenise documents, as far as asked for. Only a chat template adds special tokens.
 
@@ -64,7 +66,7 @@ def tokenize(
     size = 0
     for record in records:
         if kind == "chat" and not isinstance(record, Unusable):
-            record = _chat(tokenizer, record)
+            record = _chat(tokenizer, record, render)
         elif kind == "ids" and not isinstance(record, Unusable):
             record = _row(record)
         is_long = isinstance(record, LongText) or (isinstance(record, str) and len(record) > LONG)
@@ -140,9 +142,9 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def _chat(tokenizer: Any, record: Record) -> str | Unusable:
+def _chat(tokenizer: Any, record: Record, render: Render) -> str | Unusable:
     try:
-        return chat_text(tokenizer, record)
+        return render(tokenizer, record)
     except DatasetError as error:
         return Unusable("chat_template", error, _shown(record))
 

@@ -529,7 +529,9 @@ _SHOWN = {
     "model_commit": ("model commit", "--revision {}"),
     "dataset_commits": ("dataset commits", "--dataset-revision {}"),
     "date": ("date", "--date {}"),
-    "eos_id": ("separator", "the token between documents"),
+    "eos_id": ("separator", "--separator {}"),
+    "whole_rows": ("whole rows", "--id-rows says whether rows of token ids are whole"),
+    "template_columns": ("columns", "of the template, or attention_mask"),
 }
 """How errors call a field, if not by its name, and the remedy."""
 
@@ -554,7 +556,8 @@ def _difference(field: str, before: object, now: object) -> str:
     name, remedy = _SHOWN.get(field, (field, ""))
     if "{}" in remedy:
         values = before if isinstance(before, tuple) else (before,)
-        remedy = " ".join(remedy.format(value) for value in values) if before else ""
+        given = before not in (None, ())
+        remedy = " ".join(remedy.format(value) for value in values) if given else ""
     return f"{name}: {before!r}, not {now!r}" + (f" ({remedy})" if remedy else "")
 
 

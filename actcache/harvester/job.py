@@ -51,6 +51,7 @@ from actcache.harvester.resolve import (
     identity_before,
     planned_sequences,
     resolve,
+    resolve_before,
 )
 from actcache.model.hooks import input_device
 from actcache.model.loading import dtype_name, fingerprint_model, load_model
@@ -116,10 +117,11 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
     if config.device_map == "auto":
         require_whole_machine()
     has_date = config.date is not None
-    if config.chat_column is not None and not has_date:
-        begun = read_manifest(root).identity.date if (root / MANIFEST).exists() else None
-        config = dataclasses.replace(config, date=ranks.broadcast(begun or now()))
-    resolved = resolve(config)
+    if not has_date:  # a chat template may read it
+        given = read_manifest(root).identity.date if (root / MANIFEST).exists() else None
+        config = dataclasses.replace(config, date=ranks.broadcast(given or now()))
+    begun = _begun_before(root)
+    resolved = resolve(config) if begun is None else resolve_before(config)
     goal, planned = goal_sequences(config), planned_sequences(config, resolved)
     model, identity = _load_and_identify(config, resolved, root)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
@@ -253,7 +255,7 @@ def require_same_harvest(config: HarvestConfig, root: Path) -> None:
     if config.date is None:
         config = dataclasses.replace(config, date=existing.identity.date)
     with captured_warnings():  # the harvest that follows reports them
-        resolved = resolve(config)
+        resolved = resolve(config) if _begun_before(root) is None else resolve_before(config)
         planned = planned_sequences(config, resolved)
         model, identity = _load_and_identify(config, resolved, root)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)

@@ -13,7 +13,7 @@ from typing import Any
 
 from actcache.cache.folder import choose_block_rows, sequences_per_shard
 from actcache.config import HarvestConfig
-from actcache.data.chats import closing_token, template_variables
+from actcache.data.chats import chat_text_before, closing_token, template_variables
 from actcache.data.datasets import (
     DocumentStream,
     IndexedDocuments,
@@ -156,6 +156,26 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
             _tokens_beyond(tokenizer, pipeline.vocab_size) if source.column.kind != "ids" else ()
         ),
     )
+
+
+def resolve_before(config: HarvestConfig) -> ResolvedHarvest:
+    """Open a harvest that format version 1 or 2 began, with that version's rules; as `resolve`.
+
+    There, EOS separated documents of every model, rows of token ids were joined, and conversations
+    were rendered as `chat_text_before` does, with EOS after each.
+    """
+    joins = config.pipeline == "pack" and Path(config.dataset).suffix.lower() != ".bin"
+    is_default = joins and config.separator == "auto"
+    if is_default:
+        config = dataclasses.replace(config, separator="eos")
+    if joins and config.token_column is not None and config.id_rows == "auto":
+        config = dataclasses.replace(config, id_rows="joined")
+    resolved = resolve(config)
+    pipeline = resolved.pipeline
+    if resolved.source.column.kind == "chat":
+        eos_id = resolved.tokenizer.eos_token_id if is_default else pipeline.eos_id
+        pipeline = dataclasses.replace(pipeline, columns=(), render=chat_text_before, eos_id=eos_id)
+    return dataclasses.replace(resolved, pipeline=pipeline)
 
 
 def probe_model(config: HarvestConfig, model_config: Any) -> tuple[Any, dict[str, HookSite], bool]:

@@ -113,10 +113,11 @@ def test_padding_without_a_mask_is_said(tmp_path: Path) -> None:
 
 def test_rows_that_contradict_the_sample_are_counted_once() -> None:
     rows = WholeRows(3, bos_id=0)
-    documents = [(n, np.array(ids)) for n, ids in enumerate([[0, 5], [0, 5, 6, 7], [5], [6]])]
+    lists = [[0, 5], [0, 5, 6, 7], [5], [6]]
     assert rows.warnings() == ()
     for _ in range(2):  # counted before the harvest, then harvested
-        assert [n for n, _ in rows.count(iter(documents))] == [0, 1, 2, 3]
+        documents = ((n, iter([np.array(ids)])) for n, ids in enumerate(lists))
+        assert [n for n, _ in rows.count(documents)] == [0, 1, 2, 3]
     cut, without = rows.warnings()
     assert cut.startswith("1 rows of token ids had more than 3 tokens")
     assert without.startswith("2 rows of token ids do not begin with BOS")

@@ -299,7 +299,7 @@ OTHERS = {
     "shard_size": (5, "sequences_per_shard"),
     "dtype": ("bfloat16", "dtype"),
     "backend": ("zarr", "backend"),
-    "model_dtype": ("bfloat16", "model_fingerprint"),
+    "model_dtype": ("bfloat16", "model"),
     "seed": (1, "seed"),
     "skip_positions": (2, "skip_positions"),
     "bos": ("never", "bos_id"),

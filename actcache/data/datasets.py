@@ -513,10 +513,23 @@ def _load_from_hub(config: HarvestConfig) -> tuple[Any, str | None]:
         # The name of its cache: for a dataset without code, the commit.
         found = _IS_COMMIT.fullmatch(str(builder.hash))
         commit = found[0] if found else None
+        if commit is not None and revision is not None and _IS_COMMIT.fullmatch(revision):
+            _require_commit(config, revision, commit)
         if config.streaming:
             return builder.as_streaming_dataset(split=config.split), commit
         builder.download_and_prepare()
         return builder.as_dataset(split=config.split), commit
+
+
+def _require_commit(config: HarvestConfig, wanted: str, found: str) -> None:
+    """Raise `DatasetError` if another commit was loaded, as `datasets` does where it is offline."""
+    if found != wanted:
+        raise DatasetError(
+            f"{config.dataset} is not there at the commit of --dataset-revision",
+            expected=wanted,
+            got=f"{found}, in the cache of datasets",
+            remedy="download that commit first, with the Hub in reach",
+        )
 
 
 @contextlib.contextmanager
@@ -528,6 +541,8 @@ def _explained(config: HarvestConfig, remedy: str) -> Iterator[None]:
         datasets.disable_progress_bars()
     try:
         yield
+    except DatasetError:
+        raise
     except Exception as error:  # `datasets` and pyarrow raise dozens of types
         if shortage := full_disk(error, "HF_DATASETS_CACHE") or shortage_of(error):
             raise shortage from None

@@ -21,12 +21,13 @@ _IN_LAYER = re.compile(rf"((?:.+\.)?(?:{'|'.join(_LISTS)}))\.(\d+)(?:\..+)?")
 _LENS = re.compile(r"blocks\.([^.]+)\.((?:\w+\.)?hook_\w+)")
 _DICTIONARY = re.compile(r"(resid_post|resid_pre|resid_mid|attn_out|mlp_out)_layer_(\d+)")
 _INDEX = re.compile(r"(?<=\w)\[(\d+)\]")
+_NNSIGHT = re.compile(r"\.(output|inputs?)(?:\[0\])*$")
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _OUT = ("o_proj", "c_proj", "out_proj", "dense")
-_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2")
-_FIRST_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "ln_attn")
+_DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
+_FIRST_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "ln_attn", "norm_1")
 _PARTS = (_ATTENTION, _MLP)
 
 _ALONE = {
@@ -145,7 +146,8 @@ def _hooks(inside: Collection[str], *, is_parallel: bool, is_scaled: bool) -> di
         return None if path is None else path + INPUT
 
     attention, mlp = first(_ATTENTION), first(_MLP)
-    out = first(f"{attention[1:]}.{name}" for name in _OUT) if attention else None
+    outs = (*_OUT, "attention.out_proj")  # GPT-Neo
+    out = first(f"{attention[1:]}.{name}" for name in outs) if attention else None
     down = first(f"{mlp[1:]}.{name}" for name in _DOWN) if mlp else None
     # Norms between a sublayer and the residual stream: what is added comes out of them.
     after_attention = first(["post_self_attn_layernorm"])
@@ -154,12 +156,12 @@ def _hooks(inside: Collection[str], *, is_parallel: bool, is_scaled: bool) -> di
         after_attention = first(["post_attention_layernorm"])
     middle = first(["pre_feedforward_layernorm"])
     if middle is None and "post_feedforward_layernorm" not in inside:
-        middle = first(["post_attention_layernorm", "ln_2", "final_layer_norm", "ln_mlp"])
+        middle = first(["post_attention_layernorm", "ln_2", "final_layer_norm", "ln_mlp", "norm_2"])
     adds_itself = "mlp.gelu_impl" in inside  # BLOOM's sublayers return the sum with their residual
     is_apart = is_parallel or middle == ".ln_mlp" or attention is None
     gate = first(["mlp.gate_proj"])
     attention_out = out if adds_itself else after_attention or attention
-    mlp_out = down if adds_itself else after_mlp or mlp
+    mlp_out = down if adds_itself or mlp == ".ffn" else after_mlp or mlp  # so does MPT's MLP
     found = {
         "hook_resid_post": "",
         "hook_resid_pre": INPUT,
@@ -172,7 +174,7 @@ def _hooks(inside: Collection[str], *, is_parallel: bool, is_scaled: bool) -> di
         "attn.hook_k": attention and first([f"{attention[1:]}.k_proj"]),
         "attn.hook_v": attention and first([f"{attention[1:]}.v_proj"]),
         "mlp.hook_in": input_of(mlp),
-        "mlp.hook_pre": gate or first(["mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc1"]),
+        "mlp.hook_pre": gate or first(["mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc1", "mlp.fc_in"]),
         "mlp.hook_pre_linear": gate and first(["mlp.up_proj"]),
         "mlp.hook_post": input_of(down),
         "ln1.hook_normalized": first(_FIRST_NORM),
@@ -184,7 +186,9 @@ def _hooks(inside: Collection[str], *, is_parallel: bool, is_scaled: bool) -> di
 
 
 def _uniform(name: str) -> str:
-    """Return `h[2]` as `h.2`, and a name of dictionary_learning as TransformerLens has it."""
+    """Return `h[2].output[0]` as `h.2`, and names of dictionary_learning as in TransformerLens."""
+    if side := _NNSIGHT.search(name):
+        name = name[: side.start()] + (INPUT if side[1] != "output" else "")
     name = _INDEX.sub(r".\1", name)
     given = _DICTIONARY.fullmatch(name)
     return f"blocks.{given[2]}.hook_{given[1]}" if given else name

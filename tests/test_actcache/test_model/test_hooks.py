@@ -87,6 +87,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "h",
         "ln_f",
     ),
+    "gptj": (
+        "GPTJConfig",
+        {"vocab_size": 50, "n_embd": 16, "n_layer": 3, "n_head": 2, "rotary_dim": 4},
+        "h",
+        "ln_f",
+    ),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "vocab_size": 50,
+            "hidden_size": 16,
+            "num_layers": 3,
+            "num_heads": 2,
+            "attention_types": [[["global"], 3]],
+        },
+        "h",
+        "ln_f",
+    ),
+    "mpt": (
+        "MptConfig",
+        {"vocab_size": 50, "d_model": 16, "n_layers": 3, "n_heads": 2, "max_seq_len": 32},
+        "blocks",
+        "norm_f",
+    ),
     "mamba": (
         "MambaConfig",
         {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "state_size": 4},
@@ -416,7 +440,7 @@ def test_a_pattern_skips_unhookable_sites_unless_it_matches_nothing_else() -> No
             names(pattern)
 
 
-NONE_BETWEEN = {"gpt_neox", "falcon", "falcon_new", "phi", "mamba"}
+NONE_BETWEEN = {"gpt_neox", "gptj", "falcon", "falcon_new", "phi", "mamba"}
 """Families without a residual stream between attention and MLP: both read the same one."""
 
 
@@ -437,14 +461,18 @@ def test_names_of_other_libraries_find_what_they_mean(family: str) -> None:
         "gpt_neox.layers.1",
         "model.decoder.layers.1",
         "transformer.h[1]",
+        "model.layers[1].output",
+        "transformer.h[1].output[0]",
     ):
         assert meant([name], model, sites) == [f"{layers}.1"]
+    for name in ("model.layers[1].input", "transformer.h.1.inputs[0][0]"):
+        assert meant([name], model, sites) == [f"{layers}.1:in"]
     everywhere = meant(["blocks.*.hook_resid_post"], model, sites)
     assert everywhere == [f"{layers}.{n}" for n in range(3)]
     assert meant(["blocks.1.hook_resid_pre"], model, sites) == [f"{layers}.1:in"]
     assert meant(["ln_final.hook_normalized"], model, sites) == [norm]
     (embedding,) = meant(["hook_embed"], model, sites)
-    if family not in ("gpt2", "opt"):  # they add an embedding of the position
+    if family not in ("gpt2", "gpt_neo", "opt"):  # they add an embedding of the position
         found = run(model, [embedding, f"{layers}.0:in"])
         assert torch.equal(found[embedding], found[f"{layers}.0:in"])
 
@@ -463,7 +491,9 @@ def test_hooks_of_attention_and_mlp_add_up_to_the_stream(family: str) -> None:
         torch.testing.assert_close(middle, found["resid_mid"])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom", "phi", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gpt_neox", "bloom", "phi", "gemma2", "gptj", "gpt_neo", "mpt"]
+)
 def test_hooks_inside_attention_and_mlp_are_the_inputs_of_their_last_layers(family: str) -> None:
     model = build(family)
     sites = discover_sites(model)

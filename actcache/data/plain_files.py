@@ -181,7 +181,8 @@ class TextFile:
         self, decoder: codecs.IncrementalDecoder, piece: bytes, *, final: bool = False
     ) -> None:
         """Note whether bytes are not UTF-8."""
-        if not self.replaced:
+        in_character = bool(decoder.getstate()[0])
+        if not self.replaced and (in_character or final or not piece.isascii()):
             try:
                 decoder.decode(piece, final)
             except UnicodeDecodeError:

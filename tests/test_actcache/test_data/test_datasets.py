@@ -582,3 +582,18 @@ def test_datasets_of_different_kinds_are_not_mixed(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DatasetError, match=r"(?s)cannot be mixed.*column 'text'.*'input_ids'"):
         opened(tmp_path / "a.jsonl", mix=(str(tmp_path / "b.jsonl"),))
+
+
+def test_bytes_that_are_no_text_in_a_saved_dataset_cost_one_document(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow as pa
+
+    raw = pa.array([b"one", b"caf\xe9", b"three"], pa.binary())
+    _, offsets, data = raw.buffers()
+    bad = pa.table({"text": pa.StringArray.from_buffers(3, offsets, data)})
+    datasets.Dataset(bad).save_to_disk(tmp_path / "saved")
+    first, second, third = opened(tmp_path / "saved").batch([0, 1, 2])
+    assert (first, third) == ("one", "three")
+    assert second.reason == "undecodable"
+    assert "not UTF-8" in str(second.error)
+    assert second.shown == repr(b"caf\xe9")

@@ -20,6 +20,7 @@ import pytest
 from actcache.config import HarvestConfig
 from actcache.data.datasets import DocumentStream, IndexedDocuments, open_dataset
 from actcache.data.plain_files import list_files
+from actcache.data.records import LongText
 from actcache.errors import DatasetError
 
 TEXTS = ["one", "", "two words", "naïve — café 🦊", "last\nlines\n", "NA", "007", *"abcdefgh"]
@@ -408,3 +409,54 @@ def test_a_folder_of_more_files_than_a_process_may_open_is_read(tmp_path: Path) 
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert found == [f"{kind} {n}" for n in range(120) for kind in ("text", "row")]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_long_text_is_read_in_pieces_while_it_is_used(
+    suffix: str, damaged: bool, tmp_path: Path
+) -> None:
+    text = "naïve café 日本\r\n" * 70_000  # line ends and characters at the ends of pieces, too
+    data = text.encode() + b"\xe9" * damaged
+    path = tmp_path / f"single{suffix}"
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(data))
+    source = opened(path)
+    (found,) = source.batch([0])
+    assert isinstance(found, LongText)
+    for _ in range(2):
+        pieces = list(found.pieces())
+        assert len(pieces) > 1
+        assert "".join(pieces) == text.replace("\r\n", "\n") + "\ufffd" * damaged
+    assert len(source.warnings()) == damaged
+
+
+def test_a_long_text_that_changes_while_it_is_read_ends_with_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "single.txt"
+    path.write_text("one two " * 300_000)
+    (found,) = opened(path).batch([0])
+    pieces = found.pieces()
+    next(pieces)
+    path.write_text("three fo" * 300_000)
+    with pytest.raises(DatasetError, match=r"single\.txt has changed"):
+        list(pieces)
+
+
+def test_a_single_document_of_another_type_is_left_to_who_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    rows = [{"text": "one"}, {"text": 7}, {"text": ["x"]}, {"text": "two"}]
+    path.write_text(json.dumps(rows))
+    for _ in range(2):  # the second reads the copy of the first
+        one, seven, inner, two = opened(path).batch(range(4))
+        assert (one, two) == ("one", "two")
+        assert (seven.reason, seven.shown) == ("type", "7")
+        assert seven.place.startswith(str(path))
+        assert "list of str" in str(inner.error)
+
+
+def test_a_column_is_not_copied_whose_first_thousand_values_are_no_documents(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": list(range(2000))}), path)
+    with pytest.raises(DatasetError, match=r"(?s)'text' does not hold text.*--text-column"):
+        opened(path)

@@ -20,6 +20,7 @@ from actcache.data.datasets import (
     Mixture,
     TokenFile,
 )
+from actcache.data.document_order import place_in_order
 from actcache.data.records import LongText
 from actcache.data.sequences import (
     DocumentOrder,
@@ -405,3 +406,19 @@ def test_without_a_share_the_first_document_that_cannot_be_used_is_refused() -> 
         list(iter_sequences(documents("abcd", "~"), Letters(), pipeline(vocab_size=30)))
     with pytest.raises(DatasetError, match=r"'text' does not hold text"):
         list(iter_sequences(documents("abcd", 7), Letters(), pipeline()))
+
+
+@pytest.mark.parametrize("keep_order", [True, False])
+def test_the_place_of_a_document_is_found_in_the_seeded_order(keep_order: bool) -> None:
+    def source(name: str) -> IndexedDocuments:
+        texts = [f"{name}{n}" for n in range(300)]
+        return IndexedDocuments(
+            lambda numbers: [texts[n] for n in numbers], 300, TEXT, "", place=texts.__getitem__
+        )
+
+    order = DocumentOrder(3, keep_order, 10)
+    for text in (source("a"), Mixture((source("a"), source("b")), (2.0, 1.0))):
+        documents_taken = taken(text, seed=3, keep_order=keep_order)
+        for number in (0, 1, 255, 256, 299):
+            assert place_in_order(text, order, number) == documents_taken[number]
+    assert place_in_order(stream("a", "b"), order, 1) == ""

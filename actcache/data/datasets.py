@@ -811,6 +811,7 @@ def _digest(header: str, records: Sequence[Record]) -> str:
             record = "".join(record.pieces())
         elif isinstance(record, Unusable):
             record = record.shown
-        text = record if isinstance(record, str) else json.dumps(record, sort_keys=True)
+        is_text = isinstance(record, str)
+        text = record if is_text else json.dumps(record, sort_keys=True, default=str)
         digest.update(len(text).to_bytes(8, "little") + text.encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actcache.data.datasets import DocumentStream, IndexedDocuments
-from actcache.data.records import Record, Unusable
+from actcache.data.records import Record
 from actcache.data.table_rows import DOCUMENT
 from actcache.errors import DatasetError
 
@@ -118,15 +119,19 @@ def sample_rows(source: IndexedDocuments | DocumentStream, tokenizer: Any) -> Ro
     else:
         step = max(1, source.count // _SAMPLED)
         records = source.batch(range(0, source.count, step))
-    records = [record for record in records if not isinstance(record, Unusable)]
-    rows = [ids for record in records if (ids := row_ids(record))]
+    usable = [record for record in records if isinstance(record, list | dict)]
+    rows = []
+    for record in usable:
+        with suppress(DatasetError):  # the harvest leaves it out
+            rows.append(row_ids(record))
+    rows = [row for row in rows if row]
     bos, pad, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad", "eos"))
     ends = [pad] if pad != eos else [pad, pad]  # a single EOS is no padding
     return RowSample(
         lengths=tuple(map(len, rows)),
         with_bos=sum(row[0] == bos for row in rows),
         masked=any(
-            isinstance(record, dict) and not all(record.get(MASK) or [1]) for record in records
+            isinstance(record, dict) and not all(record.get(MASK) or [1]) for record in usable
         ),
         padded=sum(pad is not None and row[-len(ends) :] == ends for row in rows),
     )

@@ -49,6 +49,8 @@ from actcache.storage.safetensors_io import Spec
 
 RESTORED = ".restored-"
 """Prefix of the folder below which a retracted shard is written until it is compared."""
+TEXT = ".text-"
+"""Prefix of the folder of tokenised documents that the processes of a harvest exchange."""
 _BLOCK = 4096  # bytes of a block of most file systems
 _BLOCK_BYTES = 1 << 20
 _SHARDS = 128

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from actcache.cache.folder import data_paths
+from actcache.cache.folder import TEXT, data_paths
 from actcache.cache.reader import Cache, symlinked_dirs
 from actcache.core.arguments import SIZE, checked
 from actcache.core.progress import Progress
@@ -376,4 +376,5 @@ def _leftovers(cache: Cache) -> list[str]:
     for shard in retracted_shards(root):
         known |= {retraction_path(root, shard), *data_paths(root, manifest, shard).values()}
     left = [path.relative_to(root) for path, _ in walk(root) if path not in known]
-    return sorted(str(path) for path in left if path.parts[0] != "logs")
+    own = [path for path in left if path.parts[0] != "logs" and not path.parts[0].startswith(TEXT)]
+    return sorted(map(str, own))

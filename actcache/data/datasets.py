@@ -168,6 +168,14 @@ class DocumentStream:
     """As in `IndexedDocuments`; they may become more while the stream is read."""
     commits: tuple[str, ...] = ()
     """As in `IndexedDocuments`."""
+    walk_from: Callable[[int], Iterator[Record]] | None = None
+    """As `walk`, from the document of this index; None: those before it are read and dropped."""
+
+    def begin(self, first: int) -> Iterator[Record]:
+        """Start an iteration at the document of this index."""
+        if self.walk_from is not None:
+            return self.walk_from(first)
+        return itertools.islice(self.walk(), first, None)
 
 
 @dataclass(frozen=True)
@@ -400,8 +408,8 @@ def _stream_plain(
             remedy="omit --streaming",
         )
 
-    def walk() -> Iterator[Record]:
-        for index, value in enumerate(text.walk()):
+    def walk(first: int = 0) -> Iterator[Record]:
+        for index, value in enumerate(text.walk(first), start=first):
             yield column.check(value, index, text.place)
 
     first = list(itertools.islice(walk(), _STREAMED))
@@ -411,7 +419,9 @@ def _stream_plain(
     if Path(config.dataset).is_dir():
         header = json.dumps([Path(config.dataset).name, config.dataset_config, config.split])
         earlier.append(f"{_digest(header, first)}-streamed")
-    return DocumentStream(walk, column, fingerprint, lambda: tuple(earlier), text.warnings)
+    return DocumentStream(
+        walk, column, fingerprint, lambda: tuple(earlier), text.warnings, walk_from=walk
+    )
 
 
 def _slices(count: int, config: HarvestConfig) -> NDArray[np.int64] | None:
@@ -739,8 +749,8 @@ def _from_stream(
         check_file = MappedFiles(Path(file["filename"]) for file in table.cache_files).check
         table = table.to_iterable_dataset()
 
-    def walk() -> Iterator[Record]:
-        rows = enumerate(table)
+    def walk(first: int = 0) -> Iterator[Record]:
+        rows = enumerate(table.skip(first) if first else table, start=first)
         check_file()
         while (item := _next_row(rows, config)) is not None:
             check_file()
@@ -757,9 +767,10 @@ def _from_stream(
     header = json.dumps([name, config.dataset_config, config.split])
     sampled = f"{_digest(header, first)}-streamed"
     if local:
-        return DocumentStream(walk, column, fingerprint, lambda: (before, sampled))
+        earlier = lambda: (before, sampled)  # noqa: E731
+        return DocumentStream(walk, column, fingerprint, earlier, walk_from=walk)
     commits = () if commit is None else (commit,)
-    return DocumentStream(walk, column, sampled, lambda: (sampled,), commits=commits)
+    return DocumentStream(walk, column, sampled, lambda: (sampled,), tuple, commits, walk)
 
 
 def _next_row(rows: Iterator[tuple[int, Any]], config: HarvestConfig) -> tuple[int, Any] | None:

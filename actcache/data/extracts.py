@@ -101,8 +101,7 @@ class Extract:
 
     def _decoded(self, data: bytes) -> object:
         if data[:1] == _UNUSABLE:
-            reason, shown, place, error = json.loads(data[1:])
-            return Unusable(reason, DatasetError(**error), shown, place)
+            return Unusable.from_values(json.loads(data[1:]))
         return data.decode() if self._is_text else json.loads(data)
 
     def place(self, index: int) -> str:
@@ -243,7 +242,5 @@ def _write(
 
 def _encoded(value: object) -> bytes:
     if isinstance(value, Unusable):
-        names = ("what", "expected", "got", "remedy")
-        error = {name: getattr(value.error, name) for name in names}
-        return _UNUSABLE + json.dumps([value.reason, value.shown, value.place, error]).encode()
+        return _UNUSABLE + json.dumps(value.to_values()).encode()
     return (value if isinstance(value, str) else json.dumps(value, default=str)).encode()

@@ -89,6 +89,20 @@ class LeftOutDocuments:
         ) from unusable.error
 
 
+class BlockLeftOut:
+    """Collects the documents that are left out of some documents, and how far these had come."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        """Tokens so far, or sequences where documents are not joined."""
+        self.found: list[tuple[int, int, Unusable]] = []
+        """Index in the shuffled order, position, and what is wrong, of each."""
+
+    def add(self, document: int, unusable: Unusable) -> None:
+        """Leave a document out."""
+        self.found.append((document, self.position, unusable))
+
+
 def by_reason(counts: dict[str, int]) -> str:
     """Describe counts by reason, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -299,13 +299,19 @@ class PlainText:
                 found[place] = value
         return found
 
-    def walk(self) -> Iterator[object]:
-        """Yield all documents in order; raises `DatasetError` if a file has changed."""
+    def walk(self, first: int = 0) -> Iterator[object]:
+        """Yield the documents in order from index `first`; raises `DatasetError` as `fetch`."""
         for part in self._parts:
             if isinstance(part, StreamedTable):
-                yield from part.walk()
+                for value in part.walk():
+                    if first:
+                        first -= 1
+                    else:
+                        yield value
                 continue
-            for start in range(0, part.count, _AT_ONCE):
+            skipped = min(first, part.count)
+            first -= skipped
+            for start in range(skipped, part.count, _AT_ONCE):
                 yield from part.fetch(range(start, min(start + _AT_ONCE, part.count)))
 
     def place(self, index: int) -> str:

@@ -40,6 +40,20 @@ class Unusable:
     place: str = ""
     """Where it is, such as a line of a file; empty if that is not known here."""
 
+    def to_values(self) -> list[Any]:
+        """Return what `from_values` takes, for JSON."""
+        error = self.error
+        values = [error.what, error.expected, error.got, error.remedy]
+        texts = [value if value is None else str(value) for value in values]
+        return [self.reason, self.shown, self.place, texts]
+
+    @classmethod
+    def from_values(cls, values: list[Any]) -> Unusable:
+        """Return what `to_values` was made of."""
+        reason, shown, place, (what, expected, got, remedy) = values
+        error = DatasetError(what, expected=expected, got=got, remedy=remedy)
+        return cls(reason, error, shown, place)
+
 
 def shown(record: object) -> str:
     """Return the beginning of a document as Python writes it."""

@@ -12,16 +12,17 @@ A document that cannot be used is left out (`left_out`). Of a long text whose to
 outside the vocabulary, the tokens before that id are used.
 
 The sequences depend on the text, the tokenizer and the seed only: every process of a harvest
-generates the same ones, without communication. Letter: C context length.
+generates the same ones. A published shard holds the document and token at which each of its
+sequences begins; from there on, the text can be tokenised anew. Letter: C context length.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,19 +33,21 @@ from actcache.data.chats import chat_text
 from actcache.data.datasets import (
     DocumentStream,
     IndexedDocuments,
+    Kind,
     Mixture,
     Source,
     TokenFile,
 )
 from actcache.data.document_order import DocumentOrder, documents_in_order, place_in_order
-from actcache.data.left_out import LeftOut, LeftOutDocuments
-from actcache.data.records import Unusable, shown
+from actcache.data.left_out import BlockLeftOut, LeftOut, LeftOutDocuments
+from actcache.data.records import Record, Unusable, shown
 from actcache.data.token_rows import WholeRows
 from actcache.data.tokenization import Ids, Render, tokenize
 from actcache.errors import DatasetError
 
 _IDS_AT_ONCE = 1 << 17  # token ids read from a file at once
 _BATCH = 256  # sequences between two updates of a progress bar
+_NEAR = 1 << 20  # tokens that are rather read on than the text is entered anew
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Tokens of one sequence, before BOS and padding are added."""
+class Piece:
+    """Tokens of one sequence, before BOS and padding are added, or of a whole document."""
 
     ids: Ids
     document: int
@@ -113,35 +116,108 @@ class _Piece:
 
 
 def iter_sequences(
-    source: Source, tokenizer: Any, pipeline: SequencePipeline
+    source: Source, tokenizer: Any, pipeline: SequencePipeline, document: int = 0, start: int = 0
 ) -> Iterator[Sequence]:
-    """Generate all sequences of the text, in order.
+    """Generate all sequences of the text, in order, or those from a known one on.
+
+    Args:
+        source: the text.
+        tokenizer: the tokenizer; None for token ids.
+        pipeline: how documents become sequences.
+        document: document in which the first sequence begins; those before it are not tokenised.
+        start: index of its first token in that document.
 
     Raises:
         DatasetError: a token id is outside the model's vocabulary, or a document cannot be read.
     """
-
-    def place(document: int) -> str:
-        return "" if isinstance(source, TokenFile) else place_in_order(source, order, document)
-
-    order, left_out = pipeline.order, LeftOutDocuments(pipeline.max_bad_documents, place)
+    left_out = LeftOutDocuments(pipeline.max_bad_documents, places_of(source, pipeline))
     if isinstance(source, TokenFile):
-        pieces = _cut_file(source, pipeline)
+        pieces = _cut_file(source, pipeline, start)
     else:
-        cut = {"pack": _pack, "crop": _crop, "truncate": _truncate}[pipeline.kind]
-        pieces = cut(_tokenised(source, tokenizer, pipeline, left_out), pipeline)
+        tokenised = _tokenised(source, tokenizer, pipeline, left_out, document)
+        pieces = _cut(tokenised, pipeline, start)
     sequence: Sequence | None = None
     for piece in pieces:
         if sequence is not None:
             yield sequence
-        first = int(pipeline.bos_id is not None)
-        tokens = np.full(pipeline.ctx_len, pipeline.pad_id or 0, dtype=np.int32)
-        tokens[:first] = pipeline.bos_id or 0
-        length = first + len(piece.ids)
-        tokens[first:length] = piece.ids
-        sequence = Sequence(tokens, length, piece.document, piece.start, left_out.take())
+        sequence = as_sequence(piece, pipeline, left_out.take())
     if sequence is not None:
         yield dataclasses.replace(sequence, left_out=sequence.left_out + left_out.take())
+
+
+def places_of(source: Source, pipeline: SequencePipeline) -> Callable[[int], str]:
+    """Return the function from a document's index in the shuffled order to where it is."""
+
+    def place(document: int) -> str:
+        if isinstance(source, TokenFile):
+            return ""
+        return place_in_order(source, pipeline.order, document)
+
+    return place
+
+
+def as_sequence(
+    piece: Piece, pipeline: SequencePipeline, left_out: tuple[LeftOut, ...] = ()
+) -> Sequence:
+    """Add BOS and padding to the tokens of a sequence."""
+    first = int(pipeline.bos_id is not None)
+    tokens = np.full(pipeline.ctx_len, pipeline.pad_id or 0, dtype=np.int32)
+    tokens[:first] = pipeline.bos_id or 0
+    length = first + len(piece.ids)
+    tokens[first:length] = piece.ids
+    return Sequence(tokens, length, piece.document, piece.start, left_out)
+
+
+def pieces_of(
+    records: list[Record],
+    first: int,
+    kind: Kind,
+    tokenizer: Any,
+    pipeline: SequencePipeline,
+    left_out: BlockLeftOut,
+    most: int,
+) -> Iterator[Piece]:
+    """Tokenise documents: whole ones with the separator for pack, else their windows.
+
+    Args:
+        records: the documents.
+        first: index of the first in the shuffled order.
+        kind: their kind.
+        tokenizer: the tokenizer.
+        pipeline: how documents become sequences.
+        left_out: takes those that cannot be used.
+        most: with pack, number of tokens beyond which nothing more is needed of a document.
+    """
+    documents = _tokenised_records(records, first, kind, tokenizer, pipeline, left_out)
+    if pipeline.kind != "pack":
+        for piece in _cut(documents, pipeline):
+            yield piece
+            left_out.position += 1
+        return
+    for document, pieces in documents:
+        held: list[Ids] = []
+        length = 0
+        for ids in _with_eos(pieces, pipeline.eos_id):
+            held.append(ids)
+            length += len(ids)
+            left_out.position += len(ids)
+            if length >= most:
+                break
+        if length:
+            yield Piece(np.concatenate(held), document, 0)
+
+
+def _cut(
+    documents: Iterator[_Document], pipeline: SequencePipeline, start: int = 0
+) -> Iterator[Piece]:
+    """Cut documents; with pack, the first piece is the one that begins at token `start`."""
+    if pipeline.kind != "pack":
+        return (_crop if pipeline.kind == "crop" else _truncate)(documents, pipeline)
+    size = pipeline.text_tokens
+    if start % size:  # fill up what was before the first document, so that the cuts are the same
+        filler = np.full(-start % size, pipeline.eos_id or 0)
+        documents = itertools.chain([(0, iter([filler]))], documents)
+    return itertools.islice(_pack(documents, pipeline), -(-start // size), None)
 
 
 def count_sequences(
@@ -168,11 +244,11 @@ def count_sequences(
     return count
 
 
-def _cut_file(source: TokenFile, pipeline: SequencePipeline) -> Iterator[_Piece]:
+def _cut_file(source: TokenFile, pipeline: SequencePipeline, start: int) -> Iterator[Piece]:
     size = pipeline.text_tokens
     count = source.count // size
     at_once = max(1, _IDS_AT_ONCE // size)
-    for first in range(0, count, at_once):
+    for first in range(start // size, count, at_once):
         number = min(at_once, count - first)
         ids = source.read(first * size, number * size).astype(np.int64).reshape(number, size)
         if _first_outside(ids.ravel(), pipeline) is not None:
@@ -183,10 +259,10 @@ def _cut_file(source: TokenFile, pipeline: SequencePipeline) -> Iterator[_Piece]
                 remedy="check --bin-dtype, and that this model's tokenizer made the file",
             )
         for sequence, row in enumerate(ids, start=first):
-            yield _Piece(row, 0, sequence * size)
+            yield Piece(row, 0, sequence * size)
 
 
-def _pack(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterator[_Piece]:
+def _pack(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterator[Piece]:
     size = pipeline.text_tokens
     row, filled, origin = np.empty(size, np.int64), 0, (0, 0)
     for document, pieces in documents:
@@ -200,7 +276,7 @@ def _pack(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterato
                 row[filled : filled + number] = ids[taken : taken + number]
                 filled, taken = filled + number, taken + number
                 if filled == size:
-                    yield _Piece(row, *origin)
+                    yield Piece(row, *origin)
                     row, filled = np.empty(size, np.int64), 0
             position += len(ids)
 
@@ -215,7 +291,7 @@ def _with_eos(pieces: Iterator[Ids], eos_id: int | None) -> Iterator[Ids]:
         yield np.array([eos_id])
 
 
-def _crop(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterator[_Piece]:
+def _crop(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterator[Piece]:
     size = pipeline.text_tokens
     for document, pieces in documents:
         held = [ids.astype(np.int32) for ids in pieces]
@@ -225,10 +301,10 @@ def _crop(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterato
             state = rng.stream("crop", pipeline.order.seed, document)
             start = int(state.randint(count - size + 1))
         if count:
-            yield _Piece(_window(held, start, size), document, start)
+            yield Piece(_window(held, start, size), document, start)
 
 
-def _truncate(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterator[_Piece]:
+def _truncate(documents: Iterator[_Document], pipeline: SequencePipeline) -> Iterator[Piece]:
     size = pipeline.text_tokens
     if pipeline.whole_rows is not None:
         documents = pipeline.whole_rows.count(documents)
@@ -237,7 +313,7 @@ def _truncate(documents: Iterator[_Document], pipeline: SequencePipeline) -> Ite
         while sum(map(len, held)) < size and (ids := next(pieces, None)) is not None:
             held.append(ids)
         if any(map(len, held)):
-            yield _Piece(_window(held, 0, size), document, 0)
+            yield Piece(_window(held, 0, size), document, 0)
 
 
 def _window(pieces: list[Any], start: int, size: int) -> Ids:
@@ -259,26 +335,38 @@ def _tokenised(
     tokenizer: Any,
     pipeline: SequencePipeline,
     left_out: LeftOutDocuments,
+    first: int,
 ) -> Iterator[_Document]:
-    """Yield every document that can be used and is not empty."""
-    first, kind = 0, source.column.kind
-    for records in documents_in_order(source, pipeline.order):
-        filled = [(first + i, record) for i, record in enumerate(records) if record]
-        given = (record for _, record in filled)
-        tokenised = tokenize(tokenizer, kind, given, pipeline.render)
-        for (document, record), ids in zip(filled, tokenised, strict=True):
-            if isinstance(ids, np.ndarray):
-                outside = _first_outside(ids, pipeline)
-                if outside is None:
-                    yield document, iter([ids])
-                    continue
-                ids = _bad_id(int(ids[outside]), tokenizer, pipeline, record)
-            if isinstance(ids, Unusable):
-                left_out.add(document, ids)
-                continue
-            yield document, _until_outside(document, ids, record, tokenizer, pipeline, left_out)
+    """Yield the documents from index `first` on that can be used and are not empty."""
+    kind = source.column.kind
+    for records in documents_in_order(source, pipeline.order, first):
+        yield from _tokenised_records(records, first, kind, tokenizer, pipeline, left_out)
         first += len(records)
     left_out.end(first)
+
+
+def _tokenised_records(
+    records: list[Record],
+    first: int,
+    kind: Kind,
+    tokenizer: Any,
+    pipeline: SequencePipeline,
+    left_out: LeftOutDocuments | BlockLeftOut,
+) -> Iterator[_Document]:
+    filled = [(first + i, record) for i, record in enumerate(records) if record]
+    given = (record for _, record in filled)
+    tokenised = tokenize(tokenizer, kind, given, pipeline.render)
+    for (document, record), ids in zip(filled, tokenised, strict=True):
+        if isinstance(ids, np.ndarray):
+            outside = _first_outside(ids, pipeline)
+            if outside is None:
+                yield document, iter([ids])
+                continue
+            ids = _bad_id(int(ids[outside]), tokenizer, pipeline, record)
+        if isinstance(ids, Unusable):
+            left_out.add(document, ids)
+            continue
+        yield document, _until_outside(document, ids, record, tokenizer, pipeline, left_out)
 
 
 def _until_outside(
@@ -287,7 +375,7 @@ def _until_outside(
     record: Any,
     tokenizer: Any,
     pipeline: SequencePipeline,
-    left_out: LeftOutDocuments,
+    left_out: LeftOutDocuments | BlockLeftOut,
 ) -> Iterator[Ids]:
     """Yield the ids of a long text up to the first outside the vocabulary; leave out the rest."""
     for ids in pieces:
@@ -318,3 +406,111 @@ def _bad_id(token: int, tokenizer: Any, pipeline: SequencePipeline, record: Any)
         remedy="the tokenizer must be that of the model",
     )
     return Unusable("token_id", error, shown(record))
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A sequence that is known, such as the last one of a published shard."""
+
+    number: int
+    """Its number in the text, from 0."""
+    sequence: Sequence
+
+    def require_equal(self, found: Sequence | None) -> None:
+        """Raise `DatasetError` unless the text, tokenised anew, gives the same sequence."""
+        known = self.sequence
+        if found is None or not _are_equal(found, known):
+            raise DatasetError(
+                "the text gives other tokens than when the cache was begun",
+                expected=f"sequence {self.number} as it was published: document "
+                f"{known.document}, tokens {known.tokens[:8].tolist()}...",
+                got="no sequence" if found is None else f"{found.tokens[:8].tolist()}...",
+                remedy="the text, the tokenizer and their libraries must be those of then",
+            )
+
+
+class NumberedSequences(Protocol):
+    """The sequences of a text, by number."""
+
+    def read(self, first: int, most: int) -> list[Sequence]:
+        """Return `most` sequences from number `first` on, fewer if the text ends."""
+
+    def count(self, first: int, most: int) -> int:
+        """Count the sequences that `read` would return."""
+
+    def close(self) -> None:
+        """End what still runs."""
+
+
+class SequenceReader:
+    """Reads the text from an anchor on, and forwards from then on.
+
+    Args:
+        source: the text.
+        tokenizer: the tokenizer; None for token ids.
+        pipeline: how documents become sequences.
+        find_anchor: function from a number to an anchor before it, the nearest that is known.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Any,
+        pipeline: SequencePipeline,
+        find_anchor: Callable[[int], Anchor | None] = lambda _: None,
+    ) -> None:
+        self._text = (source, tokenizer, pipeline)
+        self._find_anchor = find_anchor
+        self._near = _NEAR // pipeline.ctx_len
+        self._sequences: Iterator[Sequence] | None = None
+        self._kept: list[Sequence] = []  # counted, and read after that
+        self._next = 0  # number of the next
+
+    def read(self, first: int, most: int) -> list[Sequence]:
+        """Return `most` sequences from number `first` on, fewer if the text ends.
+
+        Raises:
+            DatasetError: the text cannot be read, or is not that of the anchor.
+        """
+        sequences = self._enter(first)
+        found, self._kept = self._kept[:most], self._kept[most:]
+        found += itertools.islice(sequences, most - len(found))
+        self._next += len(found)
+        return found
+
+    def count(self, first: int, most: int) -> int:
+        """Count the sequences that `read` would return."""
+        found = self.read(first, most)
+        self._kept, self._next = found + self._kept, first
+        return len(found)
+
+    def close(self) -> None:
+        """Do nothing: no thread runs."""
+
+    def _enter(self, first: int) -> Iterator[Sequence]:
+        """Move to a number, by reading on if it is near, else from an anchor."""
+        ahead = self._sequences is not None and self._next <= first
+        if not ahead or first > self._next + self._near:
+            anchor = self._find_anchor(first) if first else None
+            if anchor is not None and not (ahead and anchor.number < self._next):
+                self._sequences, self._next, self._kept = self._from(anchor), anchor.number + 1, []
+            elif not ahead:
+                self._sequences, self._next, self._kept = iter_sequences(*self._text), 0, []
+        assert self._sequences is not None
+        skipped = first - self._next
+        dropped = len(self._kept[:skipped])
+        self._kept = self._kept[dropped:]
+        dropped += sum(1 for _ in itertools.islice(self._sequences, skipped - dropped))
+        self._next += dropped
+        return self._sequences
+
+    def _from(self, anchor: Anchor) -> Iterator[Sequence]:
+        known = anchor.sequence
+        sequences = iter_sequences(*self._text, known.document, known.start)
+        anchor.require_equal(next(sequences, None))
+        return sequences
+
+
+def _are_equal(one: Sequence, other: Sequence) -> bool:
+    origins = [(s.document, s.start, s.length) for s in (one, other)]
+    return origins[0] == origins[1] and bool(np.array_equal(one.tokens, other.tokens))

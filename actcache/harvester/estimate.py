@@ -10,7 +10,6 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,7 +31,7 @@ from actcache.core.process import (
     peak_memory,
 )
 from actcache.core.progress import Progress
-from actcache.data.sequences import Sequence, iter_sequences
+from actcache.data.sequences import NumberedSequences, Sequence, iter_sequences
 from actcache.format.manifest import FILTERS, Identity, Manifest, kept_positions
 from actcache.harvester.job import prepare_job
 from actcache.harvester.resolve import (
@@ -349,7 +348,7 @@ def _measure(config: HarvestConfig, seconds: float) -> Trial:
     try:
         if job.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(job.device)
-        summary = run_job(dataclasses.replace(job, sequences=_until(job.sequences, seconds)))
+        summary = run_job(dataclasses.replace(job, sequences=_Until(job.sequences, seconds)))
     finally:
         job.lock.release()
     cache = Cache.open(job.root)
@@ -370,10 +369,21 @@ def _measure(config: HarvestConfig, seconds: float) -> Trial:
     )
 
 
-def _until(sequences: Iterator[Sequence], seconds: float) -> Iterator[Sequence]:
-    """Yield sequences, at least one, until the time after the first has passed."""
-    end = time.monotonic() + seconds
-    for sequence in sequences:
-        yield sequence
-        if time.monotonic() > end:
-            return
+class _Until:
+    """Sequences of a text that ends after some time, but not before the first are read."""
+
+    def __init__(self, sequences: NumberedSequences, seconds: float) -> None:
+        self._sequences, self._seconds, self._end = sequences, seconds, 0.0
+
+    def read(self, first: int, most: int) -> list[Sequence]:
+        if not self._end:
+            self._end = time.monotonic() + self._seconds
+        elif time.monotonic() > self._end:
+            return []
+        return self._sequences.read(first, most)
+
+    def count(self, first: int, most: int) -> int:
+        return self._sequences.count(first, most)
+
+    def close(self) -> None:
+        self._sequences.close()

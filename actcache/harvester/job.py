@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from actcache.cache.reader import Cache
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json, truncated_repr
 from actcache.core.process import World, captured_warnings, require_whole_machine
-from actcache.data.sequences import Sequence, iter_sequences
+from actcache.data.sequences import NumberedSequences, SequenceReader, iter_sequences
+from actcache.data.shared_sequences import SharedSequences
 from actcache.data.template_clock import now
 from actcache.errors import CacheMismatchError, ConfigError
 from actcache.filesystem.lock import DirectoryLock
@@ -38,11 +39,11 @@ from actcache.format.manifest import (
 )
 from actcache.format.receipts import (
     FOLDER,
-    LEFT_OUT_FROM,
     CompletionMarker,
     ShardReceipt,
     read_cache_state,
 )
+from actcache.harvester.anchors import find_anchor, find_cache_of_text
 from actcache.harvester.resolve import (
     ResolvedHarvest,
     build_identity,
@@ -53,6 +54,7 @@ from actcache.harvester.resolve import (
     resolve,
     resolve_before,
 )
+from actcache.harvester.shares import enter_text, share_text
 from actcache.model.hooks import input_device
 from actcache.model.loading import dtype_name, fingerprint_model, load_model
 
@@ -72,8 +74,8 @@ class HarvestJob:
     device: torch.device
     """Device of the model's input."""
     ranks: World
-    sequences: Iterator[Sequence]
-    """All sequences of the text, from the first."""
+    sequences: NumberedSequences
+    """The sequences of the text."""
     goal: int | None
     """Sequences by --max-tokens (None: all); the manifest plans fewer if the text is shorter."""
     extend_to: int | None
@@ -122,7 +124,9 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         config = dataclasses.replace(config, date=ranks.broadcast(given or now()))
     begun = _begun_before(root)
     resolved = resolve(config) if begun is None else resolve_before(config)
-    goal, planned = goal_sequences(config), planned_sequences(config, resolved)
+    goal = goal_sequences(config)
+    shared = share_text(config, resolved, root, ranks, goal) if ranks.world_size > 1 else None
+    planned = _planned(config, resolved, root, goal, shared)
     model, identity = _load_and_identify(config, resolved, root)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
     if config.shard_size is None:
@@ -161,9 +165,14 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
     warnings += resolved.warnings if ranks.rank == 0 else ()
     if config.extend and planned == existing.plan.goal and planned != goal:
         warnings += (f"--extend: the text has {planned:,} sequences, all of them planned already",)
-    pipeline = resolved.pipeline
-    if existing.format_version < LEFT_OUT_FROM:  # its receipts cannot count documents left out
-        pipeline = dataclasses.replace(pipeline, max_bad_documents=None)
+    sequences = shared or SequenceReader(
+        resolved.source,
+        resolved.tokenizer,
+        resolved.pipeline,
+        lambda number: find_anchor(root, existing, published, number),
+    )
+    if shared is not None and published:
+        enter_text(shared, root, existing, published)
     return HarvestJob(
         root=root,
         manifest=existing,
@@ -172,7 +181,7 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         model=model,
         device=input_device(model),
         ranks=ranks,
-        sequences=iter_sequences(resolved.source, resolved.tokenizer, pipeline),
+        sequences=sequences,
         goal=goal,
         extend_to=planned if config.extend and _goes_beyond(manifest, existing) else None,
         warnings=warnings,
@@ -244,6 +253,21 @@ def _require_same_text(
         )
 
 
+def _planned(
+    config: HarvestConfig,
+    resolved: ResolvedHarvest,
+    root: Path,
+    goal: int | None,
+    shared: SharedSequences | None = None,
+) -> int:
+    """Return the number of sequences to harvest; not counted anew if the cache in `root` has it."""
+    if goal is not None and (existing := find_cache_of_text(config, resolved, root)):
+        planned = existing.plan.goal
+        if planned is not None and planned >= goal:
+            return goal
+    return planned_sequences(config, resolved, shared)
+
+
 def require_same_harvest(config: HarvestConfig, root: Path) -> None:
     """Check, before anything is changed, that a harvest would recreate the cache in a folder.
 
@@ -256,7 +280,7 @@ def require_same_harvest(config: HarvestConfig, root: Path) -> None:
         config = dataclasses.replace(config, date=existing.identity.date)
     with captured_warnings():  # the harvest that follows reports them
         resolved = resolve(config) if _begun_before(root) is None else resolve_before(config)
-        planned = planned_sequences(config, resolved)
+        planned = _planned(config, resolved, root, goal_sequences(config))
         model, identity = _load_and_identify(config, resolved, root)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
     if config.shard_size is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from actcache.data.datasets import (
 )
 from actcache.data.document_order import DocumentOrder
 from actcache.data.plain_files import is_pattern
-from actcache.data.sequences import SequencePipeline, count_sequences
+from actcache.data.sequences import NumberedSequences, SequencePipeline, count_sequences
 from actcache.data.template_clock import pin_clock
 from actcache.data.token_rows import MASK, RowSample, WholeRows, sample_rows
 from actcache.errors import ConfigError, DatasetError, ModelError
@@ -171,7 +172,8 @@ def resolve_before(config: HarvestConfig) -> ResolvedHarvest:
     if joins and config.token_column is not None and config.id_rows == "auto":
         config = dataclasses.replace(config, id_rows="joined")
     resolved = resolve(config)
-    pipeline = resolved.pipeline
+    # Receipts of these versions cannot count documents left out.
+    pipeline = dataclasses.replace(resolved.pipeline, max_bad_documents=None)
     if resolved.source.column.kind == "chat":
         eos_id = resolved.tokenizer.eos_token_id if is_default else pipeline.eos_id
         pipeline = dataclasses.replace(pipeline, columns=(), render=chat_text_before, eos_id=eos_id)
@@ -479,8 +481,15 @@ def goal_sequences(config: HarvestConfig) -> int | None:
     return sequences - (sequences % config.batch_size if config.load_in == "8bit" else 0)
 
 
-def planned_sequences(config: HarvestConfig, resolved: ResolvedHarvest) -> int:
+def planned_sequences(
+    config: HarvestConfig, resolved: ResolvedHarvest, shared: NumberedSequences | None = None
+) -> int:
     """Return the number of sequences to harvest: the goal, or fewer if the text is shorter.
+
+    Args:
+        config: the options.
+        resolved: the opened text.
+        shared: the text, tokenised together with other processes; None: this one counts alone.
 
     Raises:
         DatasetError: the text is shorter than one sequence.
@@ -488,7 +497,10 @@ def planned_sequences(config: HarvestConfig, resolved: ResolvedHarvest) -> int:
     goal, pipeline = goal_sequences(config), resolved.pipeline
     assumed = goal is not None and is_assumed_long_enough(goal, resolved.source, pipeline)
     limit = 1 if assumed else goal
-    count = count_sequences(resolved.source, resolved.tokenizer, pipeline, limit)
+    if shared is not None:
+        count = shared.count(0, sys.maxsize if limit is None else limit)
+    else:
+        count = count_sequences(resolved.source, resolved.tokenizer, pipeline, limit)
     if count == 0:
         whole = f"at least {pipeline.text_tokens} tokens"
         raise DatasetError(

@@ -1,8 +1,8 @@
 """Run a model once over a text and write its activations to a cache.
 
-The process of rank r writes the shards s with s mod world_size = r, from sequences that it
-generates itself, and skips published shards. A harvest that was killed, or that is resumed with
-another number of processes, therefore ends in the same bytes.
+The process of rank r writes the shards s with s mod world_size = r and skips published ones. A
+harvest that was killed, or that is resumed with another number of processes, therefore ends in the
+same bytes.
 
 Letters: S sequences of a shard, C context length, B batch size, N rows.
 """
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from actcache.cache.folder import publish_extension
+from actcache.cache.folder import TEXT, publish_extension
 from actcache.cache.reader import Cache
 from actcache.cache.sinks import as_lines, find_sinks
 from actcache.cache.writer import ShardData, ShardText, WriterPool, publish_shard, row_norms
@@ -36,6 +36,7 @@ from actcache.data.left_out import by_reason
 from actcache.data.sequences import Sequence
 from actcache.errors import ConfigError, RestoreError
 from actcache.filesystem.atomic import as_disk_full_error, open_log
+from actcache.filesystem.rooted import remove_trees
 from actcache.format.dtypes import RowBuffers
 from actcache.format.manifest import Identity, kept_positions, with_extension
 from actcache.format.receipts import (
@@ -93,6 +94,7 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
     try:
         return run_job(job)
     finally:
+        job.sequences.close()
         job.lock.release()
 
 
@@ -207,9 +209,9 @@ def _sink_warnings(job: HarvestJob) -> tuple[str, ...]:
 
 def _harvest_ranges(job: HarvestJob, log: HarvestLog) -> HarvestJob:
     """Write the missing shards up to the goal; with --extend, extend the goal and continue."""
-    number = count = 0
+    number = 0
     while True:
-        count += _make_shards(job, number, log)
+        count = _make_shards(job, number, log)
         number = len(job.manifest.extensions) + 1
         job = job.reread()
         if number <= len(job.manifest.extensions):
@@ -217,6 +219,9 @@ def _harvest_ranges(job: HarvestJob, log: HarvestLog) -> HarvestJob:
         extended = _next_extension(job, count)
         marker = _mark_complete(job, count, is_goal=extended is not None)
         if extended is None:
+            job.sequences.close()
+            if marker is not None:
+                remove_trees(job.root, TEXT)
             return dataclasses.replace(job, marker=marker)
         publish_extension(extended.root, extended.manifest)
         job = extended
@@ -227,21 +232,16 @@ def _next_extension(job: HarvestJob, count: int) -> HarvestJob | None:
     goal = job.manifest.plan.goal
     if job.extend_to is None or count != goal or job.extend_to <= goal:
         return None
-    following = next(job.sequences, None)
-    if following is None:
+    if not job.sequences.count(goal, 1):
         return None
-    return dataclasses.replace(
-        job,
-        manifest=with_extension(job.manifest, job.extend_to),
-        sequences=itertools.chain([following], job.sequences),
-    )
+    return dataclasses.replace(job, manifest=with_extension(job.manifest, job.extend_to))
 
 
 def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
     """Write this rank's missing shards, from the given shard range of the plan on.
 
     Returns:
-        The number of sequences in these ranges, including other ranks' shards.
+        The number of sequences up to the goal, including published and other ranks' shards.
     """
     manifest, ranks, plan = job.manifest, job.ranks, job.manifest.plan
     identity = manifest.identity
@@ -262,7 +262,7 @@ def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
         else:
             bar.advance(tokens, written)
 
-    count = 0
+    count = plan.parts[number].first_sequence
     # One shard is written, hashed and synced by threads while the model fills the next.
     with (
         ActivationCapture(job.model, identity.hookpoints) as capture,
@@ -272,17 +272,27 @@ def _make_shards(job: HarvestJob, number: int, log: HarvestLog) -> int:
         workers: WriterPool | None = None  # until there is something to write
         buffers = itertools.cycle([RowBuffers(), RowBuffers()])
         writing: Future[ShardReceipt] | None = None
-        for shard, sequences in plan.iter_shards(job.sequences, number):
-            count += len(sequences)
-            if shard % ranks.world_size != ranks.rank or shard in job.published:
-                continue
-            captured = capture_shard(job, shard, sequences, capture, advance, next(buffers))
-            log.add_left_out(shard, sequences)
-            if writing is not None:
-                log.add_result(writing)
-            if workers is None:
-                workers = resources.enter_context(WriterPool.threads(len(identity.hookpoints)))
-            writing = publisher.submit(publish_shard, job.root, manifest, captured, workers)
+        for shard in itertools.count(plan.parts[number].first_shard):
+            most = plan.max_sequences(shard)
+            sequences: list[Sequence] = []
+            if shard in job.published:
+                found = job.published[shard].sequences
+            elif shard % ranks.world_size != ranks.rank:
+                found = job.sequences.count(count, most)
+            else:
+                sequences = job.sequences.read(count, most)
+                found = len(sequences)
+            count += found
+            if sequences:
+                captured = capture_shard(job, shard, sequences, capture, advance, next(buffers))
+                log.add_left_out(shard, sequences)
+                if writing is not None:
+                    log.add_result(writing)
+                if workers is None:
+                    workers = resources.enter_context(WriterPool.threads(len(identity.hookpoints)))
+                writing = publisher.submit(publish_shard, job.root, manifest, captured, workers)
+            if not most or found < most:
+                break
         if writing is not None:
             log.add_result(writing)
     return count

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from actcache.config import HarvestConfig
 from actcache.errors import ConfigError, DatasetError
 from actcache.format import manifest as manifest_module
 from actcache.format.receipts import LEFT_OUT_FROM
+from actcache.harvester import job as job_module
 from actcache.harvester import resolve as resolve_module
 from actcache.harvester.run import harvest
 from actcache.inspection.facts import cache_facts
@@ -116,9 +118,11 @@ def test_over_the_share_the_harvest_stops_and_names_the_first(
 
 
 def test_caches_of_earlier_versions_leave_no_document_out(
-    whole: Callable[..., Any], version: Callable[[int], None]
+    whole: Callable[..., Any], version: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version(2)
+    begun = SimpleNamespace(dataset_fingerprint="")
+    monkeypatch.setattr(job_module, "_begun_before", lambda _: begun)
     with pytest.raises(DatasetError, match=r"(?s)^column 'text' does not hold text.*--text-column"):
         harvest(whole())
 

@@ -227,6 +227,30 @@ def test_three_processes_finish_a_harvest_of_one_that_was_killed_three_times(
     assert tree(out) == tree(whole.out)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {"pipeline": "crop", "backend": "zarr"}),
+        (3, {"streaming": True, "shuffle_buffer": 20, "max_tokens": 16 * 100}),
+    ],
+)
+def test_processes_tokenise_the_text_together_in_the_bytes_of_one(
+    world_size: int,
+    changes: dict[str, Any],
+    whole: Any,
+    tree: Tree,
+    fork_server: Any,
+    tmp_path: Path,
+) -> None:
+    one = dataclasses.replace(whole, out=str(tmp_path / "one"), **changes)
+    harvest(one)
+    arguments = command(one, tmp_path / "two")
+    for name, value in changes.items():
+        arguments += ["--" + name.replace("_", "-")] + ([str(value)] if value is not True else [])
+    finish(fork_server.start_ranks(world_size, *arguments))
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")  # and no tokenised text is left
+
+
 def test_one_process_finishes_a_killed_harvest_of_two(
     whole: Any, tree: Tree, fork_server: Any, tmp_path: Path
 ) -> None:

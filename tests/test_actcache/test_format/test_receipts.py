@@ -13,8 +13,10 @@ from actcache.errors import FormatError
 from actcache.filesystem.atomic import FileDigest
 from actcache.format.manifest import FILTERS, Manifest, read_manifest
 from actcache.format.receipts import (
+    LEFT_OUT_FROM,
     CompletionMarker,
     ShardReceipt,
+    count_left_out,
     digest,
     publish_receipt,
     read_end,
@@ -119,6 +121,8 @@ FILE = {"bytes": 1, "xxh3_128": "0"}
             "non_finite": {"layers.0": 0, "layers.1": 20},
             "near_overflow": {"layers.0": 0, "layers.1": 13},
         },
+        {"left_out": {"type": -1}},
+        {"left_out": {"type": "1"}},
         {"files": {}},
         {"files": {"tokens": FILE, "stats": FILE, "activations/../../x": FILE}},
         {"files": {"tokens": {"bytes": -1, "xxh3_128": "0"}}},
@@ -205,3 +209,18 @@ def test_a_seal_that_does_not_agree_with_the_goal_is_refused(
     )
     with pytest.raises(FormatError):
         Cache.open(root)
+
+
+def test_documents_left_out_are_read_back_and_refused_where_no_version_counts_them(
+    root: Path, manifest: Manifest
+) -> None:
+    first = read_receipts(root, manifest)[0]
+    assert b"left_out" not in to_json(first)
+    counted = dataclasses.replace(first, left_out={"token_id": 2, "type": 1})
+    newer = dataclasses.replace(manifest, format_version=LEFT_OUT_FROM)
+    publish_receipt(root, newer, counted)
+    found = read_receipts(root, newer)
+    assert found[0] == counted
+    assert count_left_out([*found.values(), counted]) == {"token_id": 4, "type": 2}
+    with pytest.raises(FormatError, match=r"(?s)00000\.json has a key .*left_out"):
+        read_receipts(root, dataclasses.replace(manifest, format_version=LEFT_OUT_FROM - 1))

@@ -744,16 +744,15 @@ def _from_stream(
     fingerprints: tuple[str, str],
     commit: str | None,
 ) -> DocumentStream:
-    check_file: Callable[[], None] = lambda: None  # noqa: E731
-    if hasattr(table, "to_iterable_dataset"):  # loaded from a local folder
-        check_file = MappedFiles(Path(file["filename"]) for file in table.cache_files).check
-        table = table.to_iterable_dataset()
+    saved = hasattr(table, "to_iterable_dataset")  # loaded from a local folder
+    mapped = MappedFiles(Path(f["filename"]) for f in (table.cache_files if saved else ()))
 
     def walk(first: int = 0) -> Iterator[Record]:
+        if saved:
+            yield from _walk_saved(table, column, mapped, first)
+            return
         rows = enumerate(table.skip(first) if first else table, start=first)
-        check_file()
         while (item := _next_row(rows, config)) is not None:
-            check_file()
             index, row = item
             if column.name not in row:
                 raise _no_column(config, column, row)
@@ -771,6 +770,18 @@ def _from_stream(
         return DocumentStream(walk, column, fingerprint, earlier, walk_from=walk)
     commits = () if commit is None else (commit,)
     return DocumentStream(walk, column, sampled, lambda: (sampled,), tuple, commits, walk)
+
+
+def _walk_saved(table: Any, column: Column, mapped: MappedFiles, first: int) -> Iterator[Record]:
+    """Yield the documents of a saved dataset from index `first` on."""
+    table = table.select_columns(list(column.names))
+    for start in range(first, len(table), _STREAMED):
+        mapped.check()
+        indices = list(range(start, min(start + _STREAMED, len(table))))
+        records = _rows_of(table, indices, column)
+        mapped.check()
+        for index, record in zip(indices, records, strict=True):
+            yield column.check(record, index)
 
 
 def _next_row(rows: Iterator[tuple[int, Any]], config: HarvestConfig) -> tuple[int, Any] | None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from actcache.config import HarvestConfig
+from actcache.data import datasets as datasets_module
 from actcache.data.datasets import (
     Column,
     DocumentStream,
@@ -471,12 +472,13 @@ def test_the_fingerprint_of_a_streamed_folder_covers_its_files(
 
 
 def test_an_interrupted_stream_is_reported_with_how_to_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import datasets
 
-    table().save_to_disk(tmp_path / "saved")
-    source = streamed(tmp_path / "saved")
+    hub = table().to_iterable_dataset(), None
+    monkeypatch.setattr(datasets_module, "_load_from_hub", lambda _: hub)
+    source = streamed("somebody/something")
 
     def broken(_: Any) -> Any:
         yield {"text": "one"}
@@ -485,7 +487,7 @@ def test_an_interrupted_stream_is_reported_with_how_to_resume(
     monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
     walk = source.walk()
     assert next(walk) == "one"
-    with pytest.raises(DatasetError, match=r"(?s)stream of .*saved ended with an error.*reset"):
+    with pytest.raises(DatasetError, match=r"(?s)stream of .*something ended with an error.*reset"):
         next(walk)
 
 
@@ -592,8 +594,12 @@ def test_bytes_that_are_no_text_in_a_saved_dataset_cost_one_document(tmp_path: P
     _, offsets, data = raw.buffers()
     bad = pa.table({"text": pa.StringArray.from_buffers(3, offsets, data)})
     datasets.Dataset(bad).save_to_disk(tmp_path / "saved")
-    first, second, third = opened(tmp_path / "saved").batch([0, 1, 2])
-    assert (first, third) == ("one", "three")
-    assert second.reason == "undecodable"
-    assert "not UTF-8" in str(second.error)
-    assert second.shown == repr(b"caf\xe9")
+    for found in (
+        opened(tmp_path / "saved").batch([0, 1, 2]),
+        list(streamed(tmp_path / "saved").walk()),
+    ):
+        first, second, third = found
+        assert (first, third) == ("one", "three")
+        assert second.reason == "undecodable"
+        assert "not UTF-8" in str(second.error)
+        assert second.shown == repr(b"caf\xe9")

@@ -12,6 +12,7 @@ be used is the byte FF, which is no UTF-8, and what is known of it as JSON.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -180,14 +181,14 @@ def _remove_partials(path: RootedPath) -> None:
 def _make(
     path: RootedPath, file: WatchedFile, rows: Callable[[], Iterator[Row]], check: Check
 ) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < file.bytes:
-        raise DiskFullError(
-            f"no room to copy a column of {file.path} to {path.parent}",
-            expected=f"more than {file.bytes:,} bytes free",
-            got=f"{free:,} bytes",
-            remedy="free space, or name a folder on another disk with HF_DATASETS_CACHE",
-        )
+    full = DiskFullError(
+        f"no room to copy a column of {file.path} to {path.parent}",
+        expected="room for all texts of the column, uncompressed",
+        got=f"{shutil.disk_usage(path.parent).free:,} bytes free",
+        remedy="free space, or name a folder on another disk with HF_DATASETS_CACHE",
+    )
+    if shutil.disk_usage(path.parent).free < file.bytes:
+        raise full
     partial = path.parent / f".{path.stem}.{secrets.token_hex(8)}"
     try:
         with partial.open("xb") as out:
@@ -199,8 +200,8 @@ def _make(
         fsync_dir(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise as_disk_full_error(error, path, file.bytes) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise full from error
         raise
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from actcache.data.plain_bytes import decoded, raw_pieces
 from actcache.data.table_rows import Columns, NoColumnError, Row, joined, without_nulls
-from actcache.errors import DatasetError, shortage_of
+from actcache.errors import DatasetError, DiskFullError, shortage_of
 
 _AT_ONCE = 256  # rows converted at once
 
@@ -26,6 +27,7 @@ def parquet_rows(path: Path, compression: str, column: Columns) -> Generator[Row
 
     Raises:
         DatasetError: the file is damaged.
+        DiskFullError: there is no room to decompress it.
         NoColumnError: the file lacks the column.
     """
     import pyarrow as pa
@@ -36,9 +38,7 @@ def parquet_rows(path: Path, compression: str, column: Columns) -> Generator[Row
     number = 0
     with ExitStack() as stack:
         if compression:
-            file = stack.enter_context(tempfile.TemporaryFile())
-            file.writelines(raw_pieces(path, compression))
-            file.seek(0)
+            file = stack.enter_context(_decompressed(path, compression))
             source = pa.PythonFile(file, mode="r")
         else:
             source = stack.enter_context(pa.OSFile(os.fspath(path)))
@@ -72,6 +72,25 @@ def parquet_rows(path: Path, compression: str, column: Columns) -> Generator[Row
                 got=str(error),
                 remedy="it is cut or damaged: copy or download it again",
             ) from error
+
+
+def _decompressed(path: Path, compression: str) -> IO[bytes]:
+    """Decompress a file to a temporary one, which has no name; raises `DiskFullError`."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    try:
+        file.writelines(raw_pieces(path, compression))
+        file.seek(0)
+    except OSError as error:
+        with suppress(OSError):
+            file.close()
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(
+            f"no room to decompress {path} to {tempfile.gettempdir()}",
+            got=os.strerror(error.errno),
+            remedy="free space, or name a folder on another disk with TMPDIR",
+        ) from error
+    return file
 
 
 def _keys(schema: Any, column: str) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator
@@ -146,6 +147,18 @@ def test_too_little_room_is_reported_with_the_folder(
     monkeypatch.setattr(extracts.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(DiskFullError, match=r"(?s)actcache-columns.*HF_DATASETS_CACHE"):
         extract(source, rows)
+
+
+def test_a_disk_that_fills_up_is_reported_with_the_folder(
+    source: WatchedFile, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(extracts, "_write", full)
+    with pytest.raises(DiskFullError, match=r"(?s)actcache-columns.*HF_DATASETS_CACHE"):
+        extract(source, rows)
+    assert not list(folder.glob(".*"))
 
 
 def test_a_folder_that_cannot_be_written_is_reported(

@@ -12,7 +12,7 @@ import pytest
 
 from actcache.data.parquet_rows import parquet_rows
 from actcache.data.table_rows import NoColumnError
-from actcache.errors import DatasetError
+from actcache.errors import DatasetError, DiskFullError
 
 TEXTS = ["one", "", None, "naïve 🦊", *(f"text {n}" for n in range(1000))]
 
@@ -40,6 +40,18 @@ def test_a_file_that_is_compressed_as_a_whole_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a")
     (tmp_path / "a.gz").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
     assert values(tmp_path / "a.gz", compression=".gz") == TEXTS
+
+
+def test_too_little_room_to_decompress_a_file_is_reported_with_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a")
+    (tmp_path / "a.gz").write_bytes(gzip.compress((tmp_path / "a").read_bytes()))
+    full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 (closed by the reader)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: full)
+    with pytest.raises(DiskFullError, match=r"(?s)a\.gz to .*TMPDIR"):
+        values(tmp_path / "a.gz", compression=".gz")
+    assert full.closed
 
 
 def test_a_nested_column_is_named_by_its_path_and_a_name_with_dots_comes_first(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +52,23 @@ def csv_rows(pieces: Iterator[bytes], column: str, path: Path, delimiter: str) -
     """
     csv.field_size_limit(sys.maxsize)
     source = _Lines(pieces)
-    rows = csv.reader(source, delimiter=delimiter)
+    rows = csv.reader(source, delimiter=delimiter, strict=True)
     header: list[str] = []
     while not header:
-        header = next(rows)
+        source.taken = []
+        header = _next(rows, source, delimiter, 0, path)[0]
     if header == [_END]:
         return
     _require_closed(header, path, 1)
     if header.count(column) > 1:
         raise DatasetError(f"{path} has {header.count(column)} columns {column!r}")
     if column not in header:
-        rows, header = _otherwise_delimited(source, header, column)
+        delimiter, header = _otherwise_delimited(source.taken[-1], header, column)
+        rows = csv.reader(source, delimiter=delimiter, strict=True)
     index, width = header.index(column), len(header)
     while True:
-        line, source.damaged = source.number + 1, False
-        row = next(rows)
+        line, source.damaged, source.taken = source.number + 1, False, []
+        row, mended = _next(rows, source, delimiter, width, path)
         if not row:
             continue
         if row == [_END]:
@@ -80,19 +84,60 @@ def csv_rows(pieces: Iterator[bytes], column: str, path: Path, delimiter: str) -
         value = row[index] if index < len(row) else None
         blank = len(row) == 1 and value is not None and value.isspace()
         replaced = source.damaged and value is not None and "\ufffd" in value
-        yield Row(value, line, replaced, blank or value in _ONCE_NULL)
+        yield Row(value, line, replaced, blank or mended or value in _ONCE_NULL)
 
 
-def _otherwise_delimited(source: _Lines, header: list[str], column: str) -> tuple[Any, list[str]]:
-    """Return a reader with the delimiter that makes the column one of the header, and the header.
+_BACKSLASHES = re.compile(r'(?:[^\\]|\\["\\])*')
+"""Text in which a backslash only stands before a quote or another one."""
+
+
+def _next(
+    rows: Any, source: _Lines, delimiter: str, width: int, path: Path
+) -> tuple[list[str], bool]:
+    """Return the next row, and whether a quote in it was mended.
+
+    Text after a closing quote means that quotes are escaped by backslashes, or mean nothing.
+
+    Raises:
+        DatasetError: neither makes a row as wide as the header.
+    """
+    try:
+        return next(rows), False
+    except csv.Error as error:
+        lines, number = source.taken, source.number
+        source.put_back()
+        if _END in lines:  # within quotes
+            return next(csv.reader(source, delimiter=delimiter)), False
+        ways: list[dict[str, Any]] = []
+        text = "".join(lines)
+        if '\\"' in text and _BACKSLASHES.fullmatch(text):
+            ways.append({"escapechar": "\\", "doublequote": False})
+        if len(lines) == 1:
+            ways.append({"quoting": csv.QUOTE_NONE})
+        for way in ways:
+            with suppress(csv.Error):
+                row = next(csv.reader(source, delimiter=delimiter, **way))
+                if len(row) == width and _END not in source.taken:
+                    return row, True
+            source.put_back()
+        raise DatasetError(
+            f"{path}, line {number}: text follows a closing quote",
+            expected='"..." around a whole value, and "" for a quote in it',
+            got=text[-80:],
+            remedy="write the table with another program, or as .jsonl",
+        ) from error
+
+
+def _otherwise_delimited(line: str, header: list[str], column: str) -> tuple[str, list[str]]:
+    """Return the delimiter that makes the column one of the header, and the header.
 
     Raises:
         NoColumnError: none does.
     """
     for delimiter in ";\t|,":
-        found = next(csv.reader([source.last], delimiter=delimiter))
+        found = next(csv.reader([line], delimiter=delimiter))
         if column in found:
-            return csv.reader(source, delimiter=delimiter), found
+            return delimiter, found
     raise NoColumnError(header)
 
 
@@ -116,18 +161,26 @@ class _Lines:
         """Lines that have been read."""
         self.damaged = False
         """Whether one since this was last reset was not UTF-8."""
-        self.last = ""
-        """The last line."""
+        self.taken: list[str] = []
+        """Lines since this was last reset."""
         self._ended = False
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
+        text = self._ready.pop() if self._ready else self._read()
+        self.taken.append(text)
         self.number += 1
-        if self._ready:
-            self.last = self._ready.pop()
-            return self.last
+        return text
+
+    def put_back(self) -> None:
+        """Let the taken lines be read again."""
+        self._ready += self.taken[::-1]
+        self.number -= len(self.taken)
+        self.taken = []
+
+    def _read(self) -> str:
         data = next(self._lines, None)
         if data is None:
             if self._ended:
@@ -139,5 +192,4 @@ class _Lines:
         if "\r" in text.removesuffix("\r\n"):
             self._ready = list(io.StringIO(text, newline=""))[::-1]
             text = self._ready.pop()
-        self.last = text
         return text

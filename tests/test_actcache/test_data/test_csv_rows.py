@@ -65,6 +65,28 @@ def test_another_delimiter_is_known_by_the_column_in_the_header(
         rows("a;b\n1;2\n")
 
 
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ('1|"Hello," he said', '"Hello," he said'),
+        ('1|"a"b', '"a"b'),
+        (r'1|"a \"q\" and \\ b"', 'a "q" and \\ b'),
+        ('1|"a \\"q\\" b\nsecond"', 'a "q" b\nsecond'),
+        (r'1|"a \"q\" and \n b"', r'"a \"q\" and \n b"'),
+        ('1|a "q" b', 'a "q" b'),
+        ('1|5" wide', '5" wide'),
+    ],
+)
+@pytest.mark.parametrize("delimiter", ["|", "\t"])
+def test_text_after_a_closing_quote_is_kept(delimiter: str, line: str, value: str) -> None:
+    line = line.replace("|", delimiter)
+    data = f'n|text\n0|"a\nb"\n{line}\n2|c\n'.replace("|", delimiter)
+    found = rows(data, delimiter=delimiter)
+    assert [row.value for row in found] == ["a\nb", value, "c"]
+    assert found[1].differs == (delimiter + '"' in line)
+    assert [row.line for row in found] == [2, 4, 5 + value.count("\n")]
+
+
 def test_a_row_that_ends_early_has_no_value() -> None:
     assert values("n,text\n1\n2,b\n3,c,\n") == [None, "b", "c"]
 
@@ -76,6 +98,8 @@ def test_a_row_that_ends_early_has_no_value() -> None:
         ('text\na\n"b\nc\n', r"line 3: a quote is not closed"),
         ('"text\na\n', r"line 1: a quote is not closed"),
         ("text,text\na,b\n", r"2 columns 'text'"),
+        ('n,text\n1,"a, b" c\n', r"line 2: text follows a closing quote"),
+        ('n,text\n1,"a\nb" c\n', r"line 3: text follows a closing quote"),
     ],
 )
 def test_a_broken_file_is_refused_with_the_line(data: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import math
@@ -183,6 +184,11 @@ def _is_out_of_memory(error: Exception) -> bool:
 def print_stderr(text: str) -> None:
     """Print a message to stderr, separate from the command's output."""
     print(escape_controls(text), file=sys.stderr)
+
+
+def only_results_on_stdout() -> contextlib.AbstractContextManager[object]:
+    """Print on stderr what libraries, or Python code of a model's repository, print on stdout."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def print_json(value: Any) -> None:

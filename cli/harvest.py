@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actcache.config import HarvestConfig
 
-from .error_handling import print_json, print_stderr
+from .error_handling import only_results_on_stdout, print_json, print_stderr
 
 
 def run(config: HarvestConfig, as_json: bool) -> None:
@@ -18,7 +18,8 @@ def run(config: HarvestConfig, as_json: bool) -> None:
     from actcache.core.progress import format_bytes
     from actcache.harvester.run import harvest
 
-    summary = harvest(config)
+    with only_results_on_stdout():
+        summary = harvest(config)
     for warning in summary.warnings:
         print_stderr(f"warning: {warning}")
     if summary.rank > 0:  # rank 0 prints for all

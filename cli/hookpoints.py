@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .error_handling import print_json, print_stderr, report_errors
+from .error_handling import only_results_on_stdout, print_json, print_stderr, report_errors
 from .tables import table
 
 
@@ -50,7 +50,7 @@ def run(
         gguf_file=gguf_file,
         trust_remote_code=trust_remote_code,
     )
-    with captured_warnings() as captured:
+    with only_results_on_stdout(), captured_warnings() as captured:
         probed, sites, _ = probe_model(config, load_config(config))
     for warning in captured.lines:
         print_stderr(f"warning: {warning}")

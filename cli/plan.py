@@ -6,7 +6,7 @@ from typing import Any
 
 from actcache.config import PlanConfig
 
-from .error_handling import print_json, print_stderr
+from .error_handling import only_results_on_stdout, print_json, print_stderr
 from .tables import table
 
 
@@ -19,7 +19,8 @@ def run(config: PlanConfig, as_json: bool) -> None:
 
     from actcache.harvester.estimate import estimate_harvest
 
-    found = estimate_harvest(config)
+    with only_results_on_stdout():
+        found = estimate_harvest(config)
     for warning in found.warnings:
         print_stderr(f"warning: {warning}")
     if as_json:

@@ -53,6 +53,23 @@ def test_harvest_prints_json(folders):
     assert summary["cache"] == str(root / "cache")
 
 
+def test_what_code_of_a_model_prints_is_not_amid_the_json(folders, tiny_model, monkeypatch):
+    from transformers import LlamaConfig
+
+    init = LlamaConfig.__init__
+
+    def noisy(self, *args, **kwargs):
+        print("printed by a model")
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaConfig, "__init__", noisy)
+    _, harvest, *_ = folders
+    for words in (harvest, ["plan", *harvest[1:]], ["hookpoints", tiny_model]):
+        result = CliRunner().invoke(actcache_app(), [*map(str, words), "--json"])
+        assert json.loads(result.stdout)
+        assert "printed by a model" in result.stderr
+
+
 def test_harvest_reports_a_text_that_ends_before_the_goal(folders, tmp_path):
     root, harvest, *_ = folders
     harvest = [tmp_path if word == root / "cache" else word for word in harvest]

@@ -31,8 +31,8 @@ import saetrain.distributed.coordinator
 import saetrain.distributed.process_group
 import saetrain.launch.run
 import saetrain.runs.checkpoint
-import saetrain.training.init
 import saetrain.training.loop
+import saetrain.training.sae_trainer
 from actcache.errors import ActcacheError, CorruptShardError
 from actcache.stream.activation_stream import Batch
 from saetrain.config.fit_config import FitConfig
@@ -46,7 +46,7 @@ RANK = os.environ.get("RANK", "0")
 def run_job(job: dict[str, Any]) -> None:
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in job["options"].items()}
     options["saes"] = tuple(SaeOptions(**sae) for sae in options.get("saes", ()))
-    saetrain.training.init.build_sae = double if job.get("float64") else build_sae
+    saetrain.training.sae_trainer.build_sae = double if job.get("float64") else build_sae
     saetrain.distributed.coordinator.finalize_checkpoint = (
         partial(finalize, job["copy"]) if "copy" in job else REAL_FINALIZE
     )

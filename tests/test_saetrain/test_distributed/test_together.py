@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import saetrain.training.init
+import saetrain.training.sae_trainer
 from actcache.core.json_codec import to_json
 from actcache.filesystem.atomic import digest_file
 from saetrain.config.fit_config import FitConfig
@@ -523,7 +523,7 @@ def test_ddp_refuses_batchtopk_and_trains_other_modules_like_one_process(
     run_jobs(2, jobs, tmp_path)
     assert "chooses among a whole batch" in (tmp_path / "refused.error.0").read_text()
     assert not (tmp_path / "refused").exists()
-    monkeypatch.setattr(saetrain.training.init, "build_sae", double)
+    monkeypatch.setattr(saetrain.training.sae_trainer, "build_sae", double)
     for name in names:
         fit(FitConfig(**runs[name] | {"out": str(tmp_path / f"{name}-alone")}))
         found = numbers(tmp_path / name)

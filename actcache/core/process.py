@@ -25,6 +25,7 @@ from actcache.errors import CacheMismatchError, ConfigError, RunError
 T = TypeVar("T")
 
 _agreements = itertools.count()  # one process may do several harvests
+_held: list[object] = []  # store of rank 0, which other ranks may connect to for the next exchange
 _LEAVING = 30.0  # seconds in which the other ranks read the outcome, before rank 0 continues
 
 
@@ -60,7 +61,7 @@ class World:
         """Return the value of rank 0 on every rank.
 
         Raises:
-            RunError: a rank does not join within `JOIN_SECONDS`.
+            RunError: rank 0 does not join within `JOIN_SECONDS`.
         """
         if self.world_size == 1:
             return value
@@ -71,11 +72,8 @@ class World:
         keys = PrefixStore(f"broadcast {next(_agreements)}", store)
         if self.rank == 0:
             keys.set("value/0", value)
-        found = gather(keys, "value", [0], work)[0]
-        keys.set(f"left/{self.rank}", "")
-        if self.rank == 0:  # it may hold the store
-            gather(keys, "left", range(self.world_size), work)
-        return found
+            _held[:] = [store]
+        return gather(keys, "value", [0], work)[0]
 
     def check_equal_then_run_on_rank_zero(self, value: bytes, act: Callable[[], T]) -> T | None:
         """Require equal bytes on every rank, then run a function on rank 0, then return on all.

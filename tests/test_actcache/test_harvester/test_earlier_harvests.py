@@ -128,6 +128,23 @@ def test_a_harvest_of_format_version_2_is_extended_in_its_own_version(
     assert actcache("verify", "text") == 0
 
 
+def test_a_harvest_of_format_version_2_is_not_finished_with_another_tokenizer(
+    actcache: Callable[..., object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(BEGUN / "text", Path("text"))
+    before = digests(root)
+    path = Path("model/tokenizer.json")
+    parts = json.loads(path.read_text())
+    other = {"type": "Replace", "pattern": {"String": "window"}, "content": "door"}
+    parts["normalizer"] = other  # the fingerprint of version 2 does not notice it
+    path.write_text(json.dumps(parts))
+    assert actcache(*line("text")) != 0
+    error = capfd.readouterr().err
+    assert "other tokens in sequence" in error
+    assert "tokenizer" in error
+    assert digests(root) == before
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         write_inputs(Path(made))

@@ -109,6 +109,28 @@ def test_rank_zero_acts_once_if_all_ranks_are_equal_and_all_ranks_fail_if_not(
     assert (tmp_path / "made").read_text() == "by 0"
 
 
+BROADCAST = """
+import os, sys
+from actcache.core.process import World
+
+os.environ["MASTER_PORT"] = sys.argv[1]
+world = World.from_environment()
+for number in range(2):
+    print(world.broadcast(f"{number} of rank {world.rank}"))
+    world.check_equal_then_run_on_rank_zero(b"same", lambda: None)
+"""
+
+
+def test_every_rank_receives_the_value_of_rank_zero(fork_server: Any, tmp_path: Path) -> None:
+    """Without torchrun, rank 0 holds the store."""
+    script, (port,) = tmp_path / "broadcast.py", free_ports(1)
+    script.write_text(BROADCAST)
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [fork_server.start(script, port, env=together | {"RANK": str(n)}) for n in (0, 1)]
+    outputs = [rank.communicate()[0].splitlines() for rank in ranks]
+    assert outputs == [["0 of rank 0", "1 of rank 0"]] * 2
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_model: Path, prose_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Options of a harvest of 100 shards, made without interruption by this process."""

@@ -41,7 +41,6 @@ from actcache.data.text_blocks import BlockHeader, read_block, read_header, writ
 PATIENCE = 30.0
 """Seconds after which a block of another process is made here."""
 _NAME = re.compile(r"[0-9]{5,9}\.ids")
-_NONE = np.empty(0, np.int64)
 _PAUSE = 0.02  # seconds between two looks for a file
 _AHEAD = 2  # blocks, for each process, that the thread runs ahead
 _BLOCKS = 256  # blocks of a harvest, about, within the bounds of their size
@@ -77,8 +76,8 @@ class SharedSequences:
         rank: rank of this process.
         world_size: number of processes.
         goal: number of sequences, at least, that are needed; None: all of the text.
-        find_end: function to the number of sequences if another process knows it, such as from the
-            seal of a cache; it is asked while a block is waited for.
+        find_end: function to the number of sequences that are known to be there, such as from the
+            seal of a cache, and whether the text has no more; asked while a block is waited for.
     """
 
     def __init__(
@@ -91,16 +90,19 @@ class SharedSequences:
         rank: int,
         world_size: int,
         goal: int | None = None,
-        find_end: Callable[[], int | None] = lambda: None,
+        find_end: Callable[[], tuple[int, bool]] = lambda: (0, False),
     ) -> None:
         self._source, self._tokenizer, self._pipeline = source, tokenizer, pipeline
         self._folder, self._size, self._rank, self._world_size = folder, size, rank, world_size
-        self._find_end = find_end
+        self._goal, self._find_end = goal, find_end
         self._joins = pipeline.kind == "pack"
         self._unit = pipeline.text_tokens if self._joins else 1  # positions in a sequence
         self._first_block = 0
         self._bases = [0]  # position at which each block begins, from the first on
         self._end: int | None = None  # position at which the text ends
+        self._anchor: Anchor | None = None  # where to begin
+        self._asked = 0  # position up to which the text is read now
+        self._sealed: int | None = None  # sequences by `find_end`
         # Position up to which the text is needed: one sequence more shows whether it ends.
         self._wanted = sys.maxsize if goal is None else (goal + 1) * self._unit
         self._most = self._wanted  # tokens that are needed of any document
@@ -124,25 +126,27 @@ class SharedSequences:
         self.tokens = 0
         """Tokens that this process has tokenised."""
 
-    @property
-    def begun(self) -> bool:
-        """Whether sequences have been read or counted."""
-        return len(self._bases) > 1
-
     def enter(self, anchor: Anchor) -> None:
-        """Begin with the block of a known sequence, the same one in every process.
+        """Begin with the block of a known sequence, unless sequences have been counted before.
 
-        Raises:
-            DatasetError: the text is not that of this sequence.
+        It must be the same one in every process. It is compared when the text is first read.
         """
+        self._anchor = anchor if len(self._bases) == 1 else None
+
+    def _begin(self, anchor: Anchor) -> bool:
+        """Read the block of a known sequence, and compare this; False if `find_end` answers."""
         document = anchor.sequence.document
         self._first_block = document // self._size
         header = self._header(self._first_block)
+        if header is None:
+            return False
+        self._anchor = None
         before = header.documents < document
         units = int(header.lengths[before].sum()) if self._joins else int(before.sum())
         start = anchor.sequence.start if self._joins else 0
         self._bases = [anchor.number * self._unit - start - units]
         anchor.require_equal(next(iter(self.read(anchor.number, 1)), None))
+        return True
 
     def read(self, first: int, most: int) -> list[Sequence]:
         """Return `most` sequences from number `first` on, fewer if the text ends.
@@ -164,7 +168,8 @@ class SharedSequences:
             reached = self._bases[block - self._first_block + 1]
         pieces = (_pack if self._joins else _whole)(blocks, begin - origin, number, self._unit)
         left_out: dict[int, list[LeftOut]] = {}
-        is_end = not self._reach(first + number, 1)
+        beyond = self._goal is not None and first + number >= self._goal  # others may not read on
+        is_end = not self._reach(first + number, 1, alone=beyond)
         self._leave_out(first + number)
         for owner, found in self._found:
             if owner >= first + number and is_end:  # behind the last sequence of the text
@@ -181,13 +186,23 @@ class SharedSequences:
         self._leave_out(first + most)
         return number
 
-    def _reach(self, first: int, most: int) -> int:
-        """Read the headers of all blocks up to a sequence; return as `count`."""
-        self._wanted = max(self._wanted, (first + most) * self._unit)
-        while self._end is None and self._bases[-1] < (first + most) * self._unit:
+    def _reach(self, first: int, most: int, *, alone: bool = False) -> int:
+        """Read the headers of all blocks up to a sequence; return as `count`.
+
+        Args:
+            first: number of the first sequence.
+            most: number of sequences.
+            alone: make blocks that are missing here, instead of waiting for others.
+        """
+        if self._anchor is not None:
+            self._ask(first + most)
+            if not self._begin(self._anchor):
+                return max(0, min(most, (self._sealed or 0) - first))
+        self._ask(first + most)
+        while self._sealed is None and self._end is None and self._bases[-1] < self._asked:
             block = self._first_block + len(self._bases) - 1
-            header = self._header(block)
-            if self._end is None:
+            header = self._header(block, alone=alone)
+            if header is not None:
                 self._ahead += [
                     ((self._bases[-1] + position) // self._unit, document, unusable)
                     for document, position, unusable in header.left_out
@@ -197,8 +212,12 @@ class SharedSequences:
                 if header.is_last:
                     self._end = self._bases[-1]
                     self._documents = block * self._size + header.count
-        end = self._bases[-1] if self._end is None else self._end
-        return max(0, min(most, end // self._unit - first))
+        end = (self._bases[-1] if self._end is None else self._end) // self._unit
+        return max(0, min(most, (end if self._sealed is None else self._sealed) - first))
+
+    def _ask(self, sequences: int) -> None:
+        self._asked, self._sealed = sequences * self._unit, None
+        self._wanted = max(self._wanted, self._asked)
 
     def _leave_out(self, last: int) -> None:
         """Count the documents left out up to the end of sequence `last`, as one process does."""
@@ -219,8 +238,8 @@ class SharedSequences:
     def _path(self, block: int) -> Path:
         return self._folder / f"{block:05d}.ids"
 
-    def _header(self, block: int) -> BlockHeader:
-        """Return the header of a block: of its file, or else make it."""
+    def _header(self, block: int, *, alone: bool = False) -> BlockHeader | None:
+        """Return the header of a block, made if need be; None if `find_end` answers."""
         if self._thread is None:
             self._next = self._first_block + (self._rank - self._first_block) % self._world_size
             self._thread = threading.Thread(target=self._run_ahead, daemon=True)
@@ -228,7 +247,10 @@ class SharedSequences:
         if (header := read_header(self._path(block))) is not None:
             self._late.discard(block % self._world_size)
             return header
-        return self._wait(block) or self._make(block, "reading")[0]
+        header = None if alone else self._wait(block)
+        if header is None and self._sealed is None:
+            header = self._make(block, "reading")[0]
+        return header
 
     def _block(self, block: int) -> tuple[BlockHeader, NDArray[np.int32]]:
         if self._known is None or self._known[0] != block:
@@ -237,7 +259,7 @@ class SharedSequences:
         return self._known[1:]
 
     def _wait(self, block: int) -> BlockHeader | None:
-        """Wait for the file of a block; None: its process is late, or the thread has ended."""
+        """Wait for the file of a block; None: it is late, or `find_end` answers."""
         owner = block % self._world_size
         notice, last = WaitNotice("harvest"), time.monotonic()
         while owner not in self._late:
@@ -251,9 +273,10 @@ class SharedSequences:
             notice.update(f"block {block} of the text, which rank {owner} tokenises")
             if time.monotonic() > last + 1:
                 last = time.monotonic()
-                if (end := self._find_end()) is not None:
-                    self._end = end * self._unit
-                    return BlockHeader(_NONE, _NONE, _NONE, 0, is_last=True)
+                end, is_whole = self._find_end()
+                if is_whole or end * self._unit >= self._asked:
+                    self._sealed = end
+                    return None
             if owner != self._rank and notice.seconds > PATIENCE:
                 self._late.add(owner)
         return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
@@ -23,12 +23,12 @@ def now() -> str:
     return datetime.now().astimezone().replace(microsecond=0, tzinfo=None).isoformat()
 
 
-def pin_clock(tokenizer: Any, date: str | None) -> str | None:
+def pin_clock(tokenizer: Any, date: Callable[[], str]) -> str | None:
     """Let the chat templates of a tokenizer read one moment instead of the clock.
 
     Args:
         tokenizer: tokenizer of transformers; its `apply_chat_template` is replaced.
-        date: the moment, ISO 8601; None: now.
+        date: function to the moment, ISO 8601; called if a template reads the clock.
 
     Returns:
         The moment, in full; None if no template reads the clock.
@@ -41,7 +41,7 @@ def pin_clock(tokenizer: Any, date: str | None) -> str | None:
     templates = [text for text in templates if _CLOCK in _COMMENT.sub("", text)]
     if not templates:
         return None
-    moment = datetime.fromisoformat(date or now())
+    moment = datetime.fromisoformat(date())
     render = functools.partial(type(tokenizer).apply_chat_template, tokenizer)
 
     def pinned(*arguments: Any, **options: Any) -> Any:

@@ -118,12 +118,12 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
     require_cache_folder(root)
     if config.device_map == "auto":
         require_whole_machine()
-    has_date = config.date is not None
-    if not has_date:  # a chat template may read it
+
+    def date() -> str:
         given = read_manifest(root).identity.date if (root / MANIFEST).exists() else None
-        config = dataclasses.replace(config, date=ranks.broadcast(given or now()))
-    begun = _begun_before(root)
-    resolved = resolve(config) if begun is None else resolve_before(config)
+        return ranks.broadcast(given or now())
+
+    resolved = (resolve if _begun_before(root) is None else resolve_before)(config, date)
     goal = goal_sequences(config)
     shared = share_text(config, resolved, root, ranks, goal) if ranks.world_size > 1 else None
     planned = _planned(config, resolved, root, goal, shared)
@@ -160,7 +160,7 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
             "all of the tokenizer, the date that a chat template reads, nor commits of the hub: "
             "its first shard was compared instead",
         )
-    if has_date and resolved.date is None:
+    if config.date is not None and resolved.date is None:
         warnings += ("--date has no effect: no chat template reads the clock",)
     warnings += resolved.warnings if ranks.rank == 0 else ()
     if config.extend and planned == existing.plan.goal and planned != goal:
@@ -279,7 +279,7 @@ def require_same_harvest(config: HarvestConfig, root: Path) -> None:
     if config.date is None:
         config = dataclasses.replace(config, date=existing.identity.date)
     with captured_warnings():  # the harvest that follows reports them
-        resolved = resolve(config) if _begun_before(root) is None else resolve_before(config)
+        resolved = (resolve if _begun_before(root) is None else resolve_before)(config)
         planned = _planned(config, resolved, root, goal_sequences(config))
         model, identity = _load_and_identify(config, resolved, root)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from actcache.data.datasets import (
 from actcache.data.document_order import DocumentOrder
 from actcache.data.plain_files import is_pattern
 from actcache.data.sequences import NumberedSequences, SequencePipeline, count_sequences
-from actcache.data.template_clock import pin_clock
+from actcache.data.template_clock import now, pin_clock
 from actcache.data.token_rows import MASK, RowSample, WholeRows, sample_rows
 from actcache.errors import ConfigError, DatasetError, ModelError
 from actcache.format.manifest import (
@@ -116,8 +117,12 @@ class ResolvedHarvest:
         return (*self.source.warnings(), *self.pipeline.warnings())
 
 
-def resolve(config: HarvestConfig) -> ResolvedHarvest:
+def resolve(config: HarvestConfig, date: Callable[[], str] = now) -> ResolvedHarvest:
     """Open and check everything that a harvest needs, except weights.
+
+    Args:
+        config: the options.
+        date: function to the moment that a chat template reads, where --date is not given.
 
     Raises:
         ActcacheError: an option, the model or the text does not allow the harvest.
@@ -132,7 +137,9 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
     hookpoints, renamed = choose_hookpoints(config, model, sites)
     tokenizer = load() if needs_tokenizer(config, source) else None
     pipeline = choose_pipeline(config, model_config, tokenizer, source)
-    date = pin_clock(tokenizer, config.date) if source.column.kind == "chat" else None
+    pinned = None
+    if source.column.kind == "chat":
+        pinned = pin_clock(tokenizer, lambda: config.date or date())
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.ctx_len > longest:
         raise ConfigError(
@@ -152,14 +159,14 @@ def resolve(config: HarvestConfig) -> ResolvedHarvest:
         exclude_special=special_tokens(tokenizer) if config.exclude_special else (),
         exclude_tokens=excluded_tokens(config.exclude_tokens, tokenizer, pipeline.vocab_size),
         commit=commit,
-        date=date,
+        date=pinned,
         warnings=(
             _tokens_beyond(tokenizer, pipeline.vocab_size) if source.column.kind != "ids" else ()
         ),
     )
 
 
-def resolve_before(config: HarvestConfig) -> ResolvedHarvest:
+def resolve_before(config: HarvestConfig, date: Callable[[], str] = now) -> ResolvedHarvest:
     """Open a harvest that format version 1 or 2 began, with that version's rules; as `resolve`.
 
     There, EOS separated documents of every model, rows of token ids were joined, and conversations
@@ -171,7 +178,7 @@ def resolve_before(config: HarvestConfig) -> ResolvedHarvest:
         config = dataclasses.replace(config, separator="eos")
     if joins and config.token_column is not None and config.id_rows == "auto":
         config = dataclasses.replace(config, id_rows="joined")
-    resolved = resolve(config)
+    resolved = resolve(config, date)
     # Receipts of these versions cannot count documents left out.
     pipeline = dataclasses.replace(resolved.pipeline, max_bad_documents=None)
     if resolved.source.column.kind == "chat":

@@ -48,19 +48,19 @@ def share_text(
 def enter_text(
     shared: SharedSequences, root: Path, manifest: Manifest, published: Mapping[int, ShardReceipt]
 ) -> None:
-    """Enter the text before the first missing shard of all ranks, unless it was counted before."""
+    """Enter the text before the first missing shard of all ranks."""
     missing = next(shard for shard in count() if shard not in published)
     anchor = find_anchor(root, manifest, published, manifest.plan.first_sequence(missing))
-    if anchor is not None and not shared.begun:
+    if anchor is not None:
         shared.enter(anchor)
 
 
-def _sequences_of_complete(root: Path) -> int | None:
-    """Return the number of sequences of the cache in a folder if it is complete."""
+def _sequences_of_complete(root: Path) -> tuple[int, bool]:
+    """Return the sequences of a complete cache (else 0), and whether the text has no more."""
     try:
         end = read_end(root, read_manifest(root))
     except (EmptyCacheError, FormatError):  # it has no manifest yet, or is being extended
-        return None
+        return 0, False
     if end is None or len(receipt_files(root)) <= end.last_shard:
-        return None
-    return end.sequences
+        return 0, False
+    return end.sequences, end.reason == "text"

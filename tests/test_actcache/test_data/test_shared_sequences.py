@@ -212,12 +212,25 @@ def test_blocks_of_a_process_that_never_comes_are_made_after_some_time(
     assert late.tokens == 0
 
 
-def test_a_process_that_waits_learns_that_the_cache_is_complete(tmp_path: Path) -> None:
-    ends: list[int | None] = [None, 7]
+@pytest.mark.parametrize(("known", "asked", "found"), [((7, True), 10, 2), ((15, False), 10, 10)])
+def test_a_process_that_waits_learns_that_the_cache_is_complete(
+    known: tuple[int, bool], asked: int, found: int, tmp_path: Path
+) -> None:
     reader = SharedSequences(
-        documents(TEXTS), Letters(), pipeline(), tmp_path, 10, 1, 2, None, lambda: ends.pop(0)
+        documents(TEXTS), Letters(), pipeline(), tmp_path, 10, 1, 2, None, lambda: known
     )
-    assert reader.count(5, 10) == 2
+    assert reader.count(5, asked) == found
+    reader.close()
+
+
+def test_a_goal_that_others_have_reached_does_not_end_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_sequences, "PATIENCE", 1.5)
+    reader = SharedSequences(
+        documents(TEXTS), Letters(), pipeline(), tmp_path, 10, 1, 2, None, lambda: (5, False)
+    )
+    assert reader.count(5, 10) == 10
     reader.close()
 
 
@@ -236,8 +249,9 @@ def test_an_error_of_the_text_is_raised_where_it_is_read(tmp_path: Path) -> None
 def test_a_known_sequence_of_another_text_is_refused(tmp_path: Path) -> None:
     known = list(iter_sequences(documents(TEXTS), Letters(), pipeline()))[5]
     (reader,) = share(documents([f"x{text}" for text in TEXTS]), pipeline(), tmp_path, 10, 1)
+    reader.enter(Anchor(5, known))
     with pytest.raises(DatasetError, match="other tokens than when the cache was begun"):
-        reader.enter(Anchor(5, known))
+        reader.read(6, 1)
     reader.close()
 
 

@@ -20,6 +20,7 @@ from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
 from actcache.core.json_codec import read_json, to_json
 from actcache.core.process import World
+from actcache.data import shared_sequences
 from actcache.errors import CacheMismatchError, DiskFullError, FormatError
 from actcache.format.manifest import read_manifest, with_extension
 from actcache.format.receipts import read_cache_state, read_end, receipt_path
@@ -320,6 +321,7 @@ def harvest_by(ranks: list[int], world_size: int, config: HarvestConfig) -> list
         with pytest.MonkeyPatch.context() as patched:
             alone = SimpleNamespace(from_environment=lambda r=rank: Alone(r, world_size))
             patched.setattr(run_module, "World", alone)
+            patched.setattr(shared_sequences, "PATIENCE", 0.2)  # for ranks that come later
             summaries.append(harvest(config))
     return summaries
 

@@ -109,7 +109,10 @@ def test_a_pinned_clock_is_that_of_one_tokenizer_alone(tiny_model: Path) -> None
     tokenizers = [load_tokenizer(config) for _ in range(3)]
     for tokenizer in tokenizers:
         tokenizer.chat_template = {"default": "{{ strftime_now('%Y') }}", "tool_use": ""}
-    dates = [template_clock.pin_clock(t, f"18{n}0-01-01") for n, t in enumerate(tokenizers[:2])]
+    dates = [
+        template_clock.pin_clock(t, lambda n=n: f"18{n}0-01-01")
+        for n, t in enumerate(tokenizers[:2])
+    ]
     talk = [{"role": "user", "content": ""}]
     years = [t.apply_chat_template(talk, tokenize=False) for t in tokenizers]
     assert years[:2] == ["1800", "1810"]

@@ -44,7 +44,8 @@ class LeftOutDocuments:
         self._allowed, self._place = allowed, place
         self._counts: Counter[str] = Counter()
         self._first: tuple[LeftOut, Unusable] | None = None
-        self._taken: list[LeftOut] = []
+        self.found: list[LeftOut] = []
+        """Those left out since the last call of `take`."""
 
     def add(self, document: int, unusable: Unusable) -> None:
         """Leave a document out.
@@ -60,7 +61,7 @@ class LeftOutDocuments:
         found = LeftOut(document, unusable.reason, place, detail, unusable.shown)
         self._first = self._first or (found, unusable)
         self._counts[unusable.reason] += 1
-        self._taken.append(found)
+        self.found.append(found)
         if self._counts.total() > self._allowed * max(_FEWEST, document + 1):
             self._refuse(document + 1)
 
@@ -72,7 +73,7 @@ class LeftOutDocuments:
 
     def take(self) -> tuple[LeftOut, ...]:
         """Return those that were left out since the last call."""
-        taken, self._taken = tuple(self._taken), []
+        taken, self.found = tuple(self.found), []
         return taken
 
     def _refuse(self, documents: int) -> None:

@@ -140,7 +140,7 @@ def iter_sequences(
     for piece in pieces:
         if sequence is not None:
             yield sequence
-        sequence = as_sequence(piece, pipeline, left_out.take())
+        sequence = as_sequence(piece, pipeline, left_out.take() if left_out.found else ())
     if sequence is not None:
         yield dataclasses.replace(sequence, left_out=sequence.left_out + left_out.take())
 
@@ -227,21 +227,29 @@ def count_sequences(
     if isinstance(source, TokenFile):
         count = source.count // pipeline.text_tokens
         return count if limit is None else min(count, limit)
-    count, bar = 0, None  # a text of a few sequences needs no bar
-    for _ in itertools.islice(iter_sequences(source, tokenizer, pipeline), limit):
+    sequences = iter_sequences(source, tokenizer, pipeline)
+    return sum(1 for _ in _with_progress(sequences, limit, pipeline.ctx_len))
+
+
+def _with_progress(
+    sequences: Iterator[Sequence], limit: int | None, ctx_len: int
+) -> Iterator[Sequence]:
+    """Yield sequences, up to `limit`, and show the progress; a few need no bar."""
+    count, bar = 0, None
+    for sequence in itertools.islice(sequences, limit):
+        yield sequence
         count += 1
         if count % _BATCH:
             continue
-        tokens = _BATCH * pipeline.ctx_len
+        tokens = _BATCH * ctx_len
         if bar is None:
-            total = None if limit is None else limit * pipeline.ctx_len
+            total = None if limit is None else limit * ctx_len
             bar = Progress("count", total, "tok", initial=tokens)
         else:
             bar.advance(tokens)
     if bar is not None:
-        bar.advance(count % _BATCH * pipeline.ctx_len)
+        bar.advance(count % _BATCH * ctx_len)
         bar.close()
-    return count
 
 
 def _cut_file(source: TokenFile, pipeline: SequencePipeline, start: int) -> Iterator[Piece]:
@@ -460,7 +468,7 @@ class SequenceReader:
         find_anchor: Callable[[int], Anchor | None] = lambda _: None,
     ) -> None:
         self._text = (source, tokenizer, pipeline)
-        self._find_anchor = find_anchor
+        self.find_anchor = find_anchor
         self._near = _NEAR // pipeline.ctx_len
         self._sequences: Iterator[Sequence] | None = None
         self._kept: list[Sequence] = []  # counted, and read after that
@@ -479,10 +487,14 @@ class SequenceReader:
         return found
 
     def count(self, first: int, most: int) -> int:
-        """Count the sequences that `read` would return."""
-        found = self.read(first, most)
-        self._kept, self._next = found + self._kept, first
-        return len(found)
+        """Count the sequences that `read` would return; they are kept for it."""
+        source, _, pipeline = self._text
+        if isinstance(source, TokenFile):
+            return max(0, min(most, source.count // pipeline.text_tokens - first))
+        sequences = self._enter(first)
+        missing = max(0, most - len(self._kept))
+        self._kept += _with_progress(sequences, missing, pipeline.ctx_len)
+        return min(most, len(self._kept))
 
     def close(self) -> None:
         """Do nothing: no thread runs."""
@@ -491,7 +503,7 @@ class SequenceReader:
         """Move to a number, by reading on if it is near, else from an anchor."""
         ahead = self._sequences is not None and self._next <= first
         if not ahead or first > self._next + self._near:
-            anchor = self._find_anchor(first) if first else None
+            anchor = self.find_anchor(first) if first else None
             if anchor is not None and not (ahead and anchor.number < self._next):
                 self._sequences, self._next, self._kept = self._from(anchor), anchor.number + 1, []
             elif not ahead:

@@ -25,7 +25,6 @@ from actcache.config import HarvestConfig
 from actcache.core.json_codec import to_json, truncated_repr
 from actcache.core.process import World, captured_warnings, require_whole_machine
 from actcache.data.sequences import NumberedSequences, SequenceReader, iter_sequences
-from actcache.data.shared_sequences import SharedSequences
 from actcache.data.template_clock import now
 from actcache.errors import CacheMismatchError, ConfigError
 from actcache.filesystem.lock import DirectoryLock
@@ -126,7 +125,8 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
     resolved = (resolve if _begun_before(root) is None else resolve_before)(config, date)
     goal = goal_sequences(config)
     shared = share_text(config, resolved, root, ranks, goal) if ranks.world_size > 1 else None
-    planned = _planned(config, resolved, root, goal, shared)
+    reader = SequenceReader(resolved.source, resolved.tokenizer, resolved.pipeline)
+    planned = _planned(config, resolved, root, goal, shared or reader)
     model, identity = _load_and_identify(config, resolved, root)
     manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
     if config.shard_size is None:
@@ -165,12 +165,7 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
     warnings += resolved.warnings if ranks.rank == 0 else ()
     if config.extend and planned == existing.plan.goal and planned != goal:
         warnings += (f"--extend: the text has {planned:,} sequences, all of them planned already",)
-    sequences = shared or SequenceReader(
-        resolved.source,
-        resolved.tokenizer,
-        resolved.pipeline,
-        lambda number: find_anchor(root, existing, published, number),
-    )
+    reader.find_anchor = lambda number: find_anchor(root, existing, published, number)
     if shared is not None and published:
         enter_text(shared, root, existing, published)
     return HarvestJob(
@@ -181,7 +176,7 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         model=model,
         device=input_device(model),
         ranks=ranks,
-        sequences=sequences,
+        sequences=shared or reader,
         goal=goal,
         extend_to=planned if config.extend and _goes_beyond(manifest, existing) else None,
         warnings=warnings,
@@ -258,14 +253,16 @@ def _planned(
     resolved: ResolvedHarvest,
     root: Path,
     goal: int | None,
-    shared: SharedSequences | None = None,
+    text: NumberedSequences | None = None,
 ) -> int:
     """Return the number of sequences to harvest; not counted anew if the cache in `root` has it."""
-    if goal is not None and (existing := find_cache_of_text(config, resolved, root)):
+    if goal is None or not (root / MANIFEST).exists():
+        return planned_sequences(config, resolved, text)
+    if existing := find_cache_of_text(config, resolved, root):
         planned = existing.plan.goal
         if planned is not None and planned >= goal:
             return goal
-    return planned_sequences(config, resolved, shared)
+    return planned_sequences(config, resolved, text)
 
 
 def require_same_harvest(config: HarvestConfig, root: Path) -> None:

@@ -27,7 +27,12 @@ from actcache.data.datasets import (
 )
 from actcache.data.document_order import DocumentOrder
 from actcache.data.plain_files import is_pattern
-from actcache.data.sequences import NumberedSequences, SequencePipeline, count_sequences
+from actcache.data.sequences import (
+    NumberedSequences,
+    SequencePipeline,
+    SequenceReader,
+    count_sequences,
+)
 from actcache.data.template_clock import now, pin_clock
 from actcache.data.token_rows import MASK, RowSample, WholeRows, sample_rows
 from actcache.errors import ConfigError, DatasetError, ModelError
@@ -489,14 +494,14 @@ def goal_sequences(config: HarvestConfig) -> int | None:
 
 
 def planned_sequences(
-    config: HarvestConfig, resolved: ResolvedHarvest, shared: NumberedSequences | None = None
+    config: HarvestConfig, resolved: ResolvedHarvest, text: NumberedSequences | None = None
 ) -> int:
     """Return the number of sequences to harvest: the goal, or fewer if the text is shorter.
 
     Args:
         config: the options.
         resolved: the opened text.
-        shared: the text, tokenised together with other processes; None: this one counts alone.
+        text: the text, as it will be read; None: it is counted apart.
 
     Raises:
         DatasetError: the text is shorter than one sequence.
@@ -504,10 +509,12 @@ def planned_sequences(
     goal, pipeline = goal_sequences(config), resolved.pipeline
     assumed = goal is not None and is_assumed_long_enough(goal, resolved.source, pipeline)
     limit = 1 if assumed else goal
-    if shared is not None:
-        count = shared.count(0, sys.maxsize if limit is None else limit)
-    else:
+    # A reader keeps what it counts, which is too much without a limit.
+    is_apart = isinstance(text, SequenceReader) and (goal is None or assumed)
+    if text is None or is_apart:
         count = count_sequences(resolved.source, resolved.tokenizer, pipeline, limit)
+    else:
+        count = text.count(0, sys.maxsize if limit is None else limit)
     if count == 0:
         whole = f"at least {pipeline.text_tokens} tokens"
         raise DatasetError(

@@ -141,3 +141,12 @@ def test_an_extended_harvest_tokenises_from_the_last_sequence_on(
     assert len(tokenised) < all_of_it / 4
     same = {n: d for n, d in tree(grown.cache).items() if n.startswith(("tokens", "activations"))}
     assert same == {n: d for n, d in tree(whole.cache).items() if n in same}
+
+
+def test_a_text_that_is_counted_first_is_tokenised_once(
+    options: Options, tokenised: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "numbered.jsonl"
+    path.write_text("".join(f'{{"text": "{n} the row of the cache"}}\n' for n in range(400)))
+    harvest(options(dataset=str(path), max_tokens=16 * 50))
+    assert len(tokenised) == len(set(tokenised)) > 50

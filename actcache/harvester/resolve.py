@@ -132,12 +132,21 @@ def resolve(config: HarvestConfig, date: Callable[[], str] = now) -> ResolvedHar
     Raises:
         ActcacheError: an option, the model or the text does not allow the harvest.
     """
-    model_config = load_config(config)
-    commit = model_commit(config)
-    if commit is not None:  # all files of one commit, whatever is uploaded meanwhile
-        config = dataclasses.replace(config, revision=commit)
-    load = functools.cache(lambda: load_tokenizer(config))
+
+    @functools.cache  # the text is opened first, which may need the tokenizer
+    def load_model_config() -> tuple[Any, str | None]:
+        return load_config(config), model_commit(config)
+
+    @functools.cache
+    def load() -> Any:
+        _, commit = load_model_config()  # all files of one commit, whatever is uploaded meanwhile
+        pinned = config if commit is None else dataclasses.replace(config, revision=commit)
+        return load_tokenizer(pinned)
+
     source = open_dataset(config, lambda: template_variables(load()))
+    model_config, commit = load_model_config()
+    if commit is not None:
+        config = dataclasses.replace(config, revision=commit)
     model, sites, has_weights = probe_model(config, model_config)
     hookpoints, renamed = choose_hookpoints(config, model, sites)
     tokenizer = load() if needs_tokenizer(config, source) else None

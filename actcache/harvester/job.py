@@ -126,13 +126,13 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
     goal = goal_sequences(config)
     shared = share_text(config, resolved, root, ranks, goal) if ranks.world_size > 1 else None
     reader = SequenceReader(resolved.source, resolved.tokenizer, resolved.pipeline)
-    planned = _planned(config, resolved, root, goal, shared or reader)
-    model, identity = _load_and_identify(config, resolved, root)
-    manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
-    if config.shard_size is None:
-        manifest = _with_existing_shard_size(root, manifest, extend=config.extend)
-    require_chunks(manifest)
     try:
+        planned = _planned(config, resolved, root, goal, shared or reader)
+        model, identity = _load_and_identify(config, resolved, root)
+        manifest = build_manifest(config, resolved, identity, planned, type(model).__name__)
+        if config.shard_size is None:
+            manifest = _with_existing_shard_size(root, manifest, extend=config.extend)
+        require_chunks(manifest)
         state = ranks.check_equal_then_run_on_rank_zero(
             to_json(manifest),
             lambda: create_or_resume(root, manifest, lock, require_room, extend=config.extend),
@@ -147,6 +147,8 @@ def _prepare(config: HarvestConfig, ranks: World) -> HarvestJob:
         if is_resumed_before and published:
             _require_same_text(root, existing, published, resolved)
     except BaseException:
+        if shared is not None:
+            shared.close()
         lock.release()
         raise
     warnings = tuple(

@@ -107,6 +107,9 @@ def run_job(job: HarvestJob) -> HarvestSummary:
     marker = job.marker
     if marker is None or len(job.published) <= marker.last_shard or job.extend_to is not None:
         job = _harvest_ranges(job, log)
+    if job.marker is not None:  # a command killed here, or that only counted, leaves its text
+        job.sequences.close()
+        remove_trees(job.root, TEXT)
     seconds = time.monotonic() - began
     if log.not_restored:
         raise _restore_error(log.not_restored)
@@ -219,9 +222,6 @@ def _harvest_ranges(job: HarvestJob, log: HarvestLog) -> HarvestJob:
         extended = _next_extension(job, count)
         marker = _mark_complete(job, count, is_goal=extended is not None)
         if extended is None:
-            job.sequences.close()
-            if marker is not None:
-                remove_trees(job.root, TEXT)
             return dataclasses.replace(job, marker=marker)
         publish_extension(extended.root, extended.manifest)
         job = extended

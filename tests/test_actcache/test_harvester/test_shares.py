@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from actcache.cache.verify import verify
 from actcache.config import HarvestConfig
 from actcache.core.process import World
+from actcache.errors import ModelError
+from actcache.harvester import job
 from actcache.harvester.resolve import goal_sequences, resolve
 from actcache.harvester.run import harvest
 from actcache.harvester.shares import share_text
@@ -54,3 +58,16 @@ def test_tokenised_text_is_no_leftover_and_goes_when_the_cache_is_complete(
     (root / "shards" / "END.json").unlink()
     assert harvest(options()).complete
     assert not block.parent.exists()
+    block.parent.mkdir()
+    block.write_bytes(b"of a harvest that was killed after it had written the seal")
+    assert harvest(options()).complete
+    assert not block.parent.exists()
+
+
+def test_a_harvest_that_is_refused_stops_tokenising(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "load_model", Mock(side_effect=ModelError("too large")))
+    with pytest.raises(ModelError, match="too large"):
+        job.prepare_job(options(max_tokens=None), World(0, 2))
+    assert not [t for t in threading.enumerate() if "_run_ahead" in t.name]

@@ -198,8 +198,9 @@ class Mixture:
 
     @property
     def commits(self) -> tuple[str, ...]:
-        """Commits of the sources that are of the hub, in order."""
-        return tuple(commit for source in self.sources for commit in source.commits)
+        """Commit of each source, in order, '' of a local one; empty if all are local."""
+        commits = tuple("".join(source.commits) for source in self.sources)
+        return commits if any(commits) else ()
 
     def earlier(self) -> tuple[str, ...]:
         """As in `IndexedDocuments`: the newest of all sources, the next of all, and so on."""

@@ -554,10 +554,18 @@ def differences(new: Manifest, existing: Manifest) -> list[str]:
 
 def _difference(field: str, before: object, now: object) -> str:
     name, remedy = _SHOWN.get(field, (field, ""))
-    if "{}" in remedy:
+    if before is None and field in ("eos_id", "model_commit"):
+        remedy = "--separator none" if field == "eos_id" else _KEEP
+    elif "{}" in remedy:
         values = before if isinstance(before, tuple) else (before,)
         given = before not in (None, ())
-        remedy = " ".join(remedy.format(value) for value in values) if given else ""
+        remedy = (
+            " ".join(remedy.format("''" if value == "" else value) for value in values)
+            if given
+            else ""
+        )
+        if given and not now and field.endswith(("_commit", "_commits")):
+            remedy = f"by its name on the hub, with {remedy}"  # a local copy has no revision
     return f"{name}: {before!r}, not {now!r}" + (f" ({remedy})" if remedy else "")
 
 

@@ -58,6 +58,8 @@ SHOWN = {
     "eos_id": "separator",
     "model_commit": "model commit",
     "dataset_commits": "dataset commits",
+    "whole_rows": "whole rows",
+    "template_columns": "columns",
 }
 """How errors call fields, if not by their names."""
 
@@ -137,9 +139,19 @@ def test_a_difference_names_the_option_that_gives_the_existing_value(manifest: M
     begun = {"date": "2026-01-31", "model_commit": "a1", "dataset_commits": ("b2", "c3")}
     assert differences(manifest, with_identity(manifest, **begun)) == [
         "date: '2026-01-31', not None (--date 2026-01-31)",
-        "model commit: 'a1', not None (--revision a1)",
-        "dataset commits: ('b2', 'c3'), not () (--dataset-revision b2 --dataset-revision c3)",
+        "model commit: 'a1', not None (by its name on the hub, with --revision a1)",
+        "dataset commits: ('b2', 'c3'), not () (by its name on the hub, with "
+        "--dataset-revision b2 --dataset-revision c3)",
     ]
+    newer = {"model_commit": "a2", "dataset_commits": ("", "c4"), "eos_id": 1}
+    older = {"model_commit": "a1", "dataset_commits": ("", "c3"), "eos_id": None}
+    assert differences(with_identity(manifest, **newer), with_identity(manifest, **older)) == [
+        "separator: None, not 1 (--separator none)",
+        "model commit: 'a1', not 'a2' (--revision a1)",
+        "dataset commits: ('', 'c3'), not ('', 'c4') (--dataset-revision '' --dataset-revision c3)",
+    ]
+    (difference,) = differences(with_identity(manifest, model_commit="a2"), manifest)
+    assert difference.startswith("model commit: None, not 'a2' (go on with the files that it was")
     other = with_identity(manifest, tokenizer_fingerprint="7")
     (difference,) = differences(other, manifest)
     assert difference.startswith("tokenizer: '', not '7' (")

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROGRAM = """
-import shutil, sys, urllib.request
+import dataclasses, shutil, sys, urllib.request
 from pathlib import Path
 from actcache import Cache, HarvestConfig, harvest
 from actcache.errors import CacheMismatchError
 
-model, out, endpoint = sys.argv[1:]
+model, out, endpoint, local = sys.argv[1:]
 common = {"hookpoint": "layers.0", "ctx_len": 16, "max_tokens": 160, "shard_size": 4}
 
 def make(**given):
@@ -39,6 +39,17 @@ for streaming in (False, True):
     assert (again.cache_id, again.complete, again.new_shards) == (made.cache_id, True, 1)
     print(Cache.open(out).manifest.identity.dataset_commits)
     shutil.rmtree(out)
+
+mixed = HarvestConfig(model, local, out, mix=("some/texts",), **common)
+urllib.request.urlopen(endpoint + "/move/a").read()
+made = harvest(mixed)
+urllib.request.urlopen(endpoint + "/move/b").read()
+try:
+    harvest(mixed)
+except CacheMismatchError as error:
+    print(error)
+again = harvest(dataclasses.replace(mixed, dataset_revision=("", "a" * 40)))
+assert (again.cache_id, again.complete) == (made.cache_id, True)
 """
 
 
@@ -110,7 +121,8 @@ def test_a_commit_of_the_dataset_that_differs_is_refused_by_name(
             "HF_HUB_DISABLE_XET": "1",
             "HF_HOME": str(tmp_path / "home"),
         }
-        command = [sys.executable, "-c", PROGRAM, tiny_model, tmp_path / "cache", endpoint]
+        command = [sys.executable, "-c", PROGRAM]
+        command += [tiny_model, tmp_path / "cache", endpoint, prose_file]
         done = subprocess.run(
             list(map(str, command)), env=environment, capture_output=True, text=True
         )
@@ -118,3 +130,4 @@ def test_a_commit_of_the_dataset_that_differs_is_refused_by_name(
     refused = f"dataset commits: ('{'a' * 40}',), not ('{'b' * 40}',)"
     assert done.stdout.count(f"{refused} (--dataset-revision {'a' * 40})") == 2
     assert done.stdout.count(f"\n('{'a' * 40}',)\n") == 2
+    assert f"(--dataset-revision '' --dataset-revision {'a' * 40})" in done.stdout

@@ -93,7 +93,9 @@ def chat_text(tokenizer: Any, record: Record) -> str:
     columns = dict(record) if isinstance(record, dict) else {DOCUMENT: record}
     stored = columns.pop(DOCUMENT)
     for name in _LISTS:
-        columns[name] = _parsed(columns.get(name)) or None
+        stored_list = _parsed(columns.get(name))
+        is_none = isinstance(stored_list, str) and stored_list.strip() in ("", "null")
+        columns[name] = None if is_none else stored_list or None
     try:
         messages = [_message(message) for message in stored]
         return _rendered(tokenizer, messages, columns)

@@ -110,7 +110,8 @@ def test_further_columns_are_given_to_the_template(
     record = {DOCUMENT: TALK, "tools": tools, "mood": "glad"}
     plain = "<s>user: a</s><s>assistant: b</s>"
     assert chat_text(tokenizer, record) == f'({{"name": "add"}}){plain}glad'
-    assert chat_text(tokenizer, {DOCUMENT: TALK, "tools": []}) == plain
+    for none in ([], "[]", "null", " ", ""):
+        assert chat_text(tokenizer, {DOCUMENT: TALK, "tools": none}) == plain
     assert set(record) == {DOCUMENT, "tools", "mood"}
 
 

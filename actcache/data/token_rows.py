@@ -63,7 +63,7 @@ class RowSample:
     masked: bool
     """Whether an attention mask marks padding."""
     padded: int
-    """Rows that end with the padding token all the same."""
+    """Rows that begin or end with the padding token all the same."""
 
     @staticmethod
     def of_all(samples: Sequence[RowSample]) -> RowSample:
@@ -92,8 +92,9 @@ class RowSample:
             *([f"{MASK} marks padding in rows of {column!r}, which is left out"] * self.masked),
             *(
                 [
-                    f"{self.padded:,} of the {rows} end with the padding token, which is harvested "
-                    f"as text: --exclude-tokens leaves its rows out, a column {MASK} the tokens"
+                    f"{self.padded:,} of the {rows} begin or end with the padding token, which is "
+                    "harvested as text: --exclude-tokens leaves its rows out, a column "
+                    f"{MASK} the tokens"
                 ]
                 * (self.padded > 0)
             ),
@@ -126,14 +127,16 @@ def sample_rows(source: IndexedDocuments | DocumentStream, tokenizer: Any) -> Ro
             rows.append(row_ids(record))
     rows = [row for row in rows if row]
     bos, pad, eos = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad", "eos"))
-    ends = [pad] if pad != eos else [pad, pad]  # a single EOS is no padding
+    least = [pad, pad] if pad in (bos, eos) else [pad]  # a single EOS or BOS is no padding
     return RowSample(
         lengths=tuple(map(len, rows)),
         with_bos=sum(row[0] == bos for row in rows),
         masked=any(
             isinstance(record, dict) and not all(record.get(MASK) or [1]) for record in usable
         ),
-        padded=sum(pad is not None and row[-len(ends) :] == ends for row in rows),
+        padded=sum(
+            pad is not None and least in (row[: len(least)], row[-len(least) :]) for row in rows
+        ),
     )
 
 

@@ -109,6 +109,10 @@ def test_padding_without_a_mask_is_said(tmp_path: Path) -> None:
     assert "--exclude-tokens" in note
     eos_pads = SimpleNamespace(bos_token_id=0, eos_token_id=1, pad_token_id=1)
     assert sample(path, eos_pads).padded == 0  # a single EOS ends a text
+    left = write(tmp_path, "jsonl", [{"input_ids": [2, 2, 5, 6]}, {"input_ids": [0, 5, 6, 7]}])
+    assert sample(left).padded == 1
+    bos_pads = SimpleNamespace(bos_token_id=0, eos_token_id=1, pad_token_id=0)
+    assert sample(left, bos_pads).padded == 0
 
 
 def test_rows_that_contradict_the_sample_are_counted_once() -> None:

@@ -350,7 +350,10 @@ def _for_rows(
         notes=sample.notes(column),
     )
     if config.pipeline != "pack" or config.id_rows == "joined":
-        return pipeline
+        if pipeline.bos_id is None or not sample.begin_with_bos:
+            return pipeline
+        note = f"rows of {column!r} begin with BOS, and --bos always puts one before them"
+        return dataclasses.replace(pipeline, notes=(*pipeline.notes, note))
     if config.id_rows == "auto":
         if not any(found):
             return pipeline

@@ -386,6 +386,19 @@ def test_whole_rows_get_no_second_bos(options: Options, tmp_path: Path) -> None:
     assert sorted(sequences_of(Cache.open(harvest(again).cache))) == rows
 
 
+def test_a_second_bos_before_rows_that_begin_with_it_is_said(
+    options: Options, tmp_path: Path
+) -> None:
+    rows = [[0, *range(20 + n, 20 + n + 15)] for n in range(9)]
+    dataset = write_rows(tmp_path / "a.jsonl", rows)
+    for given in ({"pipeline": "truncate"}, {"pipeline": "crop"}, {"id_rows": "joined"}):
+        for bos in ("always", "auto"):
+            config = options(dataset=dataset, max_tokens=None, bos=bos, **given)
+            warnings = estimate_harvest(PlanConfig(**dataclasses.asdict(config))).warnings
+            said = any("begin with BOS, and --bos always puts one" in w for w in warnings)
+            assert said == (bos == "always")
+
+
 @pytest.mark.parametrize(("length", "bos", "enough"), [(20, "auto", 20), (16, "always", 17)])
 def test_whole_rows_that_do_not_fit_are_refused_with_remedies(
     length: int, bos: Any, enough: int, options: Options, tmp_path: Path

@@ -176,6 +176,7 @@ def pieces_of(
     pipeline: SequencePipeline,
     left_out: BlockLeftOut,
     most: int,
+    check: Callable[[], None],
 ) -> Iterator[Piece]:
     """Tokenise documents: whole ones with the separator for pack, else their windows.
 
@@ -187,8 +188,14 @@ def pieces_of(
         pipeline: how documents become sequences.
         left_out: takes those that cannot be used.
         most: with pack, number of tokens beyond which nothing more is needed of a document.
+        check: called before each piece of a document; what it raises ends the tokenisation.
     """
-    documents = _tokenised_records(records, first, kind, tokenizer, pipeline, left_out)
+    documents = (
+        (document, _checked(pieces, check))
+        for document, pieces in _tokenised_records(
+            records, first, kind, tokenizer, pipeline, left_out
+        )
+    )
     if pipeline.kind != "pack":
         for piece in _cut(documents, pipeline):
             yield piece
@@ -205,6 +212,12 @@ def pieces_of(
                 break
         if length:
             yield Piece(np.concatenate(held), document, 0)
+
+
+def _checked(pieces: Iterator[Ids], check: Callable[[], None]) -> Iterator[Ids]:
+    for ids in pieces:
+        check()
+        yield ids
 
 
 def _cut(

@@ -64,6 +64,10 @@ def documents_of_a_block(
     return max(1, wanted * source.count // max(1, source.bytes))
 
 
+class _StoppedError(Exception):
+    """The thread is to end within a block, whose text may take minutes."""
+
+
 class SharedSequences:
     """The sequences of a text by number, tokenised together with other processes.
 
@@ -318,7 +322,12 @@ class SharedSequences:
             self._readers[thread] = reader, first + len(records)
             kind = self._source.column.kind
             left_out, most = BlockLeftOut(), self._most
-            text = (self._tokenizer, self._pipeline, left_out, most)
+
+            def check() -> None:
+                if thread == "ahead" and self._stopped.is_set():
+                    raise _StoppedError
+
+            text = (self._tokenizer, self._pipeline, left_out, most, check)
             pieces = list(pieces_of(records, first, kind, *text))
             self.tokens += sum(len(piece.ids) for piece in pieces)
             return write_block(

@@ -266,3 +266,32 @@ def test_the_size_of_a_block_follows_from_text_and_goal() -> None:
     assert size("pack", 1 << 14, 40_000_000) == 65
     assert size("pack", None, 10_000 << 30) == 1
     assert (size("crop", 1000), size("crop", 10_000), size("crop", 10**6)) == (16, 39, 256)
+
+
+@pytest.mark.parametrize("kind", ["pack", "crop"])
+def test_closing_ends_the_thread_within_a_long_text(kind: str, tmp_path: Path) -> None:
+    class Slow(Letters):
+        begun, closed = threading.Event(), threading.Event()
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            self.begun.set()
+            self.closed.wait(10)
+            if threading.current_thread() is reader._thread:
+                self.tokens += sum(map(len, texts))
+            return {"input_ids": [[1] * len(text) for text in texts]}
+
+    text, tokenizer = "some words\n" * 20_000, Slow()
+    reader = SharedSequences(documents([text]), tokenizer, pipeline(kind), tmp_path, 1, 0, 2)
+    reading = threading.Thread(target=reader.count, args=(0, 1), daemon=True)
+    reading.start()
+    assert tokenizer.begun.wait(10)
+    closing = threading.Thread(target=reader.close)
+    closing.start()
+    assert reader._stopped.wait(10)
+    thread = reader._thread
+    assert thread is not None
+    tokenizer.closed.set()
+    thread.join()
+    assert tokenizer.tokens < len(text) // 2
+    closing.join()
+    reading.join()

@@ -382,7 +382,7 @@ def fingerprint_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
 
     Args:
         tokenizer: tokenizer of transformers.
-        chat: also digest the chat templates, and the padding token, which they may read.
+        chat: also digest the chat templates, and the padding token if one reads it.
     """
     values: dict[str, Any] = {
         "class": type(tokenizer).__name__,
@@ -399,7 +399,8 @@ def fingerprint_tokenizer(tokenizer: Any, *, chat: bool = False) -> str:
         values["code"] = code
     if chat:
         values["templates"] = tokenizer.chat_template
-    else:  # a padding token is a field of the identity
+    if not chat or "pad_token" not in str(tokenizer.chat_template):
+        # Without chats it is a field of the identity; settings of padding set it too.
         values["special_tokens"].pop("pad_token", None)
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=str).encode())
 

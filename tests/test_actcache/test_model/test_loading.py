@@ -155,12 +155,16 @@ def test_the_fingerprint_for_chats_covers_what_templates_read(
     make_tokenizer: Callable[..., Any],
 ) -> None:
     first = make_tokenizer()
+    first.chat_template = "{{ messages }}{{ pad_token }}"
     variants = [copy.deepcopy(first) for _ in range(4)]
     variants[0].pad_token = "</s>"
     variants[1].chat_template = "{{ messages }}"
     variants[2].chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     variants[3].chat_template = {"default": "{{ messages }}", "tool_use": ""}
     assert len({fingerprint_tokenizer(t, chat=True) for t in (first, *variants)}) == 5
+    padded = copy.deepcopy(variants[1])
+    padded.pad_token = "</s>"
+    assert fingerprint_tokenizer(padded, chat=True) == fingerprint_tokenizer(variants[1], chat=True)
     assert len({fingerprint_tokenizer(t) for t in (first, *variants)}) == 1
 
 

@@ -576,7 +576,7 @@ def build_identity(
             remedy="name one with --dtype",
         )
     fingerprint = ""
-    if tokenizer is not None:
+    if tokenizer is not None and column.kind != "ids":  # of ids, it gives only ids that follow
         fingerprint = fingerprint_tokenizer(tokenizer, chat=column.kind == "chat")
     return Identity(
         model_fingerprint=model_fingerprint,

@@ -165,3 +165,22 @@ def test_a_commit_of_the_model_that_differs_is_refused_by_name(
 def test_a_local_folder_has_no_commit(options: Options) -> None:
     identity = Cache.open(harvest(options()).cache).manifest.identity
     assert (identity.model_commit, identity.dataset_commits) == (None, ())
+
+
+def test_rules_of_a_tokenizer_do_not_matter_to_token_ids(
+    options: Options, tiny_model: Path, tree: Tree, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"ids": [7, 8, 9, 10, 11][: 1 + n % 5]}) + "\n" for n in range(200)]
+    (tmp_path / "ids.jsonl").write_text("".join(lines))
+    ids = {"dataset": str(tmp_path / "ids.jsonl"), "token_column": "ids", "max_tokens": None}
+    root = harvest(options(**ids)).cache
+    whole = tree(root)
+    interrupt(root)
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    parts = json.loads((other / "tokenizer.json").read_text())
+    parts["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(parts))
+    assert harvest(options(**ids, model=str(other))).complete
+    assert tree(root) == whole
+    with pytest.raises(CacheMismatchError, match="separator"):
+        harvest(options(**ids, separator="7"))

@@ -238,7 +238,7 @@ def _reaches_far(tokenizer: Any, window: str, place: int) -> bool:
     Unigram models choose the best ids of a whole word. In a repetition such as a-a-a-, what is left
     over by the longest tokens may be anywhere.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if type(getattr(backend, "model", None)).__name__ != "Unigram":
         return False
     end = window[place + _LONGEST :]

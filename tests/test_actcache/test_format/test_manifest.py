@@ -50,8 +50,6 @@ OTHER_IDENTITY = {
 }
 
 SHOWN = {
-    "whole_rows": "whole rows",
-    "template_columns": "columns",
     "model_fingerprint": "model",
     "tokenizer_fingerprint": "tokenizer",
     "dataset_fingerprint": "text",

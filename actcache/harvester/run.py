@@ -164,15 +164,19 @@ def _text_warnings(job: HarvestJob) -> tuple[str, ...]:
 
 
 def _left_out_warnings(job: HarvestJob, log: HarvestLog) -> tuple[str, ...]:
-    """Warn, on rank 0, about documents that could not be used."""
+    """Warn, on rank 0 and the last process to finish, about documents that could not be used."""
     counts = count_left_out(job.published.values())
-    if job.ranks.rank > 0 or not counts:
+    is_last = job.marker is not None and bool(log.receipts)
+    if not counts or not (job.ranks.rank == 0 or is_last):
         return ()
-    first = f"; the first of rank 0: {log.first_left_out}" if log.first_left_out else ""
+    so_far = "" if job.marker is not None else " so far"
+    first = (
+        f"; the first of rank {job.ranks.rank}: {log.first_left_out}" if log.first_left_out else ""
+    )
     total = sum(counts.values())
     return (
         f"{total:,} document{'s' if total > 1 else ''} could not be used and "
-        f"{'were' if total > 1 else 'was'} left out ({by_reason(counts)}): see "
+        f"{'were' if total > 1 else 'was'} left out{so_far} ({by_reason(counts)}): see "
         f"{job.root}/logs/left-out-rank*.jsonl{first}",
     )
 

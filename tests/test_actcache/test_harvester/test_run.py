@@ -683,6 +683,26 @@ def test_a_harvest_begun_by_two_is_finished_by_three_and_by_one(
     assert tree(config.out) == tree(whole.out)
 
 
+def test_the_last_process_says_how_many_documents_all_have_left_out(
+    options: Options, prose: list[str], tmp_path: Path
+) -> None:
+    rows: list[Any] = [7, *prose[:30], 8, *prose[30:], 9]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    config = options(
+        dataset=str(path), max_tokens=None, keep_order=True, max_bad_documents=0.2, shard_size=1
+    )
+    first, last = harvest_by([0, 1], 2, config)
+    (so_far,), (total,) = (
+        [warning for warning in summary.warnings if "could not be used" in warning]
+        for summary in (first, last)
+    )
+    assert not first.complete
+    assert "left out so far" in so_far
+    assert total.startswith("3 documents could not be used and were left out (3 type)")
+    assert "could not be used" not in str(harvest_by([1], 2, config)[0].warnings)
+
+
 # The end of the harvest.
 
 

@@ -96,7 +96,10 @@ class Column:
         if _CHECKS[self.kind](record):
             return record
         expected, option = _WANTED[self.kind]
-        inner = f" of {type(record[0]).__name__}" if isinstance(record, list) and record else ""
+        inner = ""
+        if isinstance(record, list) and record:
+            wrong = (item for item in record if not _CHECKS[self.kind]([item]))
+            inner = f" of {type(next(wrong, record[0])).__name__}"
         found = place(index) if place is not None else ""
         where = f"document {index}" + (f" ({found})" if found else "")
         error = DatasetError(

@@ -426,6 +426,7 @@ def test_conversations_and_token_ids_are_read_from_their_columns(
         ("chat_column", ["text"], r"messages.*str in document 0.*--chat-column"),
         ("chat_column", [[{"content": "a"}]], r"messages.*list of dict.*--chat-column"),
         ("token_column", [["a", "b"]], r"token ids.*list of str in document 0.*--token-column"),
+        ("token_column", [[1, None]], r"token ids.*list of NoneType.*--token-column"),
         ("token_column", [[1.5]], r"token ids.*list of float.*--token-column"),
         ("text_column", [[1]], r"text.*list of int.*--text-column"),
     ],

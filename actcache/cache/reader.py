@@ -104,6 +104,11 @@ class Cache:
         return cls(root, *receipts_module.read_cache_state(root, manifest))
 
     @property
+    def codec(self) -> RowDtype:
+        """Former name of `row_dtype`, for notebooks."""
+        return self.row_dtype
+
+    @property
     def hookpoints(self) -> list[str]:
         """Names of the hookpoints, in the manifest's order."""
         return [hookpoint.name for hookpoint in self.manifest.identity.hookpoints]

@@ -94,6 +94,11 @@ def test_rows_come_in_the_type_on_disk(make_cache: Callable[..., Path]) -> None:
         )
 
 
+def test_the_former_name_of_the_type_on_disk_still_works(root: Path) -> None:
+    cache = Cache.open(root)
+    assert cache.codec is cache.row_dtype
+
+
 def test_statistics_cover_the_requested_shards(root: Path) -> None:
     cache = Cache.open(root)
     for shards in ([0], [2, 0], None):

@@ -123,10 +123,8 @@ class SharedSequences:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._next = 0  # block that the thread makes next
-        self._furthest, self._looked = (
-            0,
-            0.0,
-        )  # last block of any process, and when it was looked for
+        self._furthest = 0  # last block of any process
+        self._looked = 0.0  # when it was looked for
         self.tokens = 0
         """Tokens that this process has tokenised."""
 

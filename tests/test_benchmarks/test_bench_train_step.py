@@ -13,6 +13,7 @@ import torch
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.soak
 def test_bench_train_step_compares_all_sides_and_prints_its_table_last():
     command = [sys.executable, str(FOLDER / "bench_train_step.py")]
     command += ["--smoke", "--pairs", "3", "--sizes", "1", "--threads", "1"]

@@ -10,8 +10,9 @@ buffer is replayed on indices: only documents that are still in it are read.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,8 +81,7 @@ def _of_one(
 
 class _Mixed:
     def __init__(self, mixture: Mixture, order: DocumentOrder) -> None:
-        self._shares = np.cumsum(mixture.weights) / np.sum(mixture.weights)
-        self._state = rng.stream("mixture", order.seed)
+        self._draw = _draws(mixture, order)
         self._readers = [_of_one(source, order, n) for n, source in enumerate(mixture.sources)]
         self._ended = False
 
@@ -106,11 +106,6 @@ class _Mixed:
                 break
             batch += document
         return batch
-
-    def _draw(self, count: int) -> NDArray[np.int64]:
-        drawn = np.searchsorted(self._shares, self._state.random_sample(count), side="right")
-        # Rounding can leave the last cumulative share below 1.
-        return np.minimum(drawn, len(self._readers) - 1)
 
 
 class _Permuted:
@@ -175,14 +170,17 @@ class _Streamed:
         return itertools.islice(_shuffled(buffer, documents, state), first, None)
 
 
-def _drawn(mixture: Mixture, order: DocumentOrder) -> Iterator[list[int]]:
-    """Yield the sources that documents are drawn from, in batches without end."""
+def _draws(mixture: Mixture, order: DocumentOrder) -> Callable[[int], NDArray[np.int64]]:
+    """Return the function from a number to the sources of so many further documents."""
     shares = np.cumsum(mixture.weights) / np.sum(mixture.weights)
     state = rng.stream("mixture", order.seed)
-    while True:
-        drawn = np.searchsorted(shares, state.random_sample(DOCUMENTS_AT_ONCE), side="right")
+
+    def draw(count: int) -> NDArray[np.int64]:
+        drawn = np.searchsorted(shares, state.random_sample(count), side="right")
         # Rounding can leave the last cumulative share below 1.
-        yield np.minimum(drawn, len(mixture.sources) - 1).tolist()
+        return np.minimum(drawn, len(mixture.sources) - 1)
+
+    return draw
 
 
 def _shuffled(
@@ -197,19 +195,48 @@ def _shuffled(
         yield buffer[slot]
 
 
-def place_in_order(
-    source: IndexedDocuments | DocumentStream | Mixture, order: DocumentOrder, document: int
-) -> str:
-    """Describe where the document of an index in the seeded order is; empty if it is not known."""
-    number: tuple[int, ...] = ()
+def places_in_order(
+    source: IndexedDocuments | DocumentStream | Mixture, order: DocumentOrder
+) -> Callable[[int], str]:
+    """Return the function from an index in the seeded order to where that document is.
+
+    It returns the empty string where that is not known. What it derives from the seed, which may
+    take seconds for millions of documents, is kept.
+    """
     if isinstance(source, Mixture):
-        drawn = itertools.chain.from_iterable(_drawn(source, order))
-        owners = list(itertools.islice(drawn, document + 1))
-        number = (owners[-1],)
-        source, document = source.sources[owners[-1]], owners.count(owners[-1]) - 1
-    if not isinstance(source, IndexedDocuments) or source.place is None:
-        return ""
-    if order.keep_order:
-        return source.place(document)
-    state = rng.stream("documents", order.seed, *number)
-    return source.place(int(state.permutation(source.count)[document]))
+        return _places_in_mixture(source, order)
+    return _places_of_one(source, order)
+
+
+def _places_of_one(
+    source: IndexedDocuments | DocumentStream, order: DocumentOrder, *number: int
+) -> Callable[[int], str]:
+    @functools.cache
+    def permutation() -> NDArray[np.int64]:
+        assert isinstance(source, IndexedDocuments)
+        return rng.stream("documents", order.seed, *number).permutation(source.count)
+
+    def place(document: int) -> str:
+        if not isinstance(source, IndexedDocuments) or source.place is None:
+            return ""
+        return source.place(document if order.keep_order else int(permutation()[document]))
+
+    return place
+
+
+def _places_in_mixture(mixture: Mixture, order: DocumentOrder) -> Callable[[int], str]:
+    draw = _draws(mixture, order)
+    places = [_places_of_one(one, order, number) for number, one in enumerate(mixture.sources)]
+    owners: list[int] = []  # source of each document so far
+    indices: list[int] = []  # index of each in its source
+    taken = [0] * len(places)
+
+    def place(document: int) -> str:
+        while len(owners) <= document:
+            for owner in draw(DOCUMENTS_AT_ONCE).tolist():
+                owners.append(owner)
+                indices.append(taken[owner])
+                taken[owner] += 1
+        return places[owners[document]](indices[document])
+
+    return place

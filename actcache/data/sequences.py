@@ -38,7 +38,7 @@ from actcache.data.datasets import (
     Source,
     TokenFile,
 )
-from actcache.data.document_order import DocumentOrder, documents_in_order, place_in_order
+from actcache.data.document_order import DocumentOrder, documents_in_order, places_in_order
 from actcache.data.left_out import BlockLeftOut, LeftOut, LeftOutDocuments
 from actcache.data.records import Record, Unusable, shown
 from actcache.data.token_rows import WholeRows
@@ -147,13 +147,9 @@ def iter_sequences(
 
 def places_of(source: Source, pipeline: SequencePipeline) -> Callable[[int], str]:
     """Return the function from a document's index in the shuffled order to where it is."""
-
-    def place(document: int) -> str:
-        if isinstance(source, TokenFile):
-            return ""
-        return place_in_order(source, pipeline.order, document)
-
-    return place
+    if isinstance(source, TokenFile):
+        return lambda _: ""
+    return places_in_order(source, pipeline.order)
 
 
 def as_sequence(

@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from itertools import count as numbers_from
 from pathlib import Path
@@ -114,7 +115,7 @@ class SharedSequences:
         self._left_out = LeftOutDocuments(pipeline.max_bad_documents, places)
         # Documents left out: the sequence before whose end each is; and those further on.
         self._found: list[tuple[int, LeftOut]] = []
-        self._ahead: list[tuple[int, int, Unusable]] = []
+        self._ahead: deque[tuple[int, int, Unusable]] = deque()
         self._documents: int | None = None  # documents of the text, if it has ended
         self._known: tuple[int, BlockHeader, NDArray[np.int32]] | None = None  # block read last
         self._late: set[int] = set()  # processes whose blocks are not waited for
@@ -173,6 +174,7 @@ class SharedSequences:
         beyond = self._goal is not None and first + number >= self._goal  # others may not read on
         is_end = not self._reach(first + number, 1, alone=beyond)
         self._leave_out(first + number)
+        self._found = [entry for entry in self._found if entry[0] >= first]
         for owner, found in self._found:
             if owner >= first + number and is_end:  # behind the last sequence of the text
                 owner = first + number - 1
@@ -224,7 +226,7 @@ class SharedSequences:
     def _leave_out(self, last: int) -> None:
         """Count the documents left out up to the end of sequence `last`, as one process does."""
         while self._ahead and (self._end is not None or self._ahead[0][0] <= last):
-            owner, document, unusable = self._ahead.pop(0)
+            owner, document, unusable = self._ahead.popleft()
             self._left_out.add(document, unusable)
             self._found += [(owner, found) for found in self._left_out.take()]
         if self._documents is not None:

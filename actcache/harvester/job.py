@@ -233,8 +233,9 @@ def _require_same_text(
     """
     shard = min(published)
     words, first = Cache.open(root).tokens(shard), published[shard].first_sequence
-    made = iter_sequences(resolved.source, resolved.tokenizer, resolved.pipeline)
-    today = list(itertools.islice(made, first, first + len(words.lengths)))
+    text = resolved.source, resolved.tokenizer, resolved.pipeline
+    made = iter_sequences(*text, int(words.documents[0]), int(words.starts[0]))
+    today = list(itertools.islice(made, len(words.lengths)))
     for number, tokens in enumerate(words.tokens):
         if number < len(today) and np.array_equal(today[number].tokens, tokens):
             continue

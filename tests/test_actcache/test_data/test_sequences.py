@@ -20,7 +20,7 @@ from actcache.data.datasets import (
     Mixture,
     TokenFile,
 )
-from actcache.data.document_order import place_in_order
+from actcache.data.document_order import places_in_order
 from actcache.data.records import LongText
 from actcache.data.sequences import (
     DocumentOrder,
@@ -409,16 +409,29 @@ def test_without_a_share_the_first_document_that_cannot_be_used_is_refused() -> 
 
 
 @pytest.mark.parametrize("keep_order", [True, False])
-def test_the_place_of_a_document_is_found_in_the_seeded_order(keep_order: bool) -> None:
+def test_the_place_of_a_document_is_found_in_the_seeded_order(
+    keep_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def source(name: str) -> IndexedDocuments:
         texts = [f"{name}{n}" for n in range(300)]
         return IndexedDocuments(
             lambda numbers: [texts[n] for n in numbers], 300, TEXT, "", place=texts.__getitem__
         )
 
+    drawn: list[tuple[object, ...]] = []
+    stream_of = rng.stream
+
+    def watched(*key: Any) -> Any:
+        drawn.append(key)
+        return stream_of(*key)
+
+    monkeypatch.setattr(rng, "stream", watched)
     order = DocumentOrder(3, keep_order, 10)
     for text in (source("a"), Mixture((source("a"), source("b")), (2.0, 1.0))):
         documents_taken = taken(text, seed=3, keep_order=keep_order)
-        for number in (0, 1, 255, 256, 299):
-            assert place_in_order(text, order, number) == documents_taken[number]
-    assert place_in_order(stream("a", "b"), order, 1) == ""
+        drawn.clear()
+        place = places_in_order(text, order)
+        for number in (299, 0, 1, 255, 256, 299):
+            assert place(number) == documents_taken[number]
+        assert len(drawn) == len(set(drawn))  # the order is derived once, not for each document
+    assert places_in_order(stream("a", "b"), order)(1) == ""

@@ -48,15 +48,28 @@ def pin_clock(tokenizer: Any, date: Callable[[], str]) -> str | None:
         with _clock_at(moment, templates):
             return render(*arguments, **options)
 
-    with _clock_at(moment, templates):
-        pass  # refuse before the harvest what would be refused in it
+    _compiled(templates)  # refuses before the harvest what would be refused in it
     tokenizer.apply_chat_template = pinned
     return moment.isoformat()
 
 
 @contextmanager
 def _clock_at(moment: datetime, templates: Sequence[str]) -> Iterator[None]:
-    # An argument of `apply_chat_template` does not do: transformers makes text of functions there.
+    compiled = _compiled(templates)
+    for template in compiled:
+        template.globals[_CLOCK] = moment.strftime
+    try:
+        yield
+    finally:
+        for template in compiled:
+            del template.globals[_CLOCK]
+
+
+def _compiled(templates: Sequence[str]) -> list[Any]:
+    """Return the compiled templates that transformers keeps, whose clock can be set.
+
+    An argument of `apply_chat_template` does not do: transformers makes text of functions there.
+    """
     from transformers.utils import chat_template_utils
 
     compiled = [chat_template_utils._compile_jinja_template(text) for text in templates]
@@ -68,10 +81,4 @@ def _clock_at(moment: datetime, templates: Sequence[str]) -> Iterator[None]:
             expected=f"a compiled template that is kept, with a function {_CLOCK}",
             remedy="install another version of transformers, or remove the date from the template",
         )
-    for template in compiled:
-        template.globals[_CLOCK] = moment.strftime
-    try:
-        yield
-    finally:
-        for template in compiled:
-            del template.globals[_CLOCK]
+    return compiled

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import re
 from collections import Counter
@@ -81,8 +80,8 @@ def receipt_path(root: CachePathT, shard: int) -> CachePathT:
 
 def publish_receipt(root: Path, manifest: Manifest, receipt: ShardReceipt) -> None:
     """Publish a shard by writing its receipt, after all its files are in place."""
-    if manifest.format_version < LEFT_OUT_FROM:  # such receipts do not count what is left out
-        receipt = dataclasses.replace(receipt, left_out={})
+    # A harvest of an earlier version ends with the first document that cannot be used.
+    assert not receipt.left_out or manifest.format_version >= LEFT_OUT_FROM
     text = to_json(receipt, sealed=manifest.format_version >= SEALED_FROM)
     write_atomic(receipt_path(root, receipt.shard), [text])
 

@@ -214,8 +214,8 @@ def test_a_receipt_of_an_earlier_version_counts_nothing_left_out(tmp_path):
     path.write_bytes(to_json(receipt, sealed=True))
     with pytest.raises(FormatError, match=r"00001\.json has a key(?s:.*)left_out"):
         read_receipt(path, manifest)
-    publish_receipt(tmp_path / "v2", manifest, receipt)
-    assert path.read_bytes() == receipt_path(GOLDEN / "v2", 1).read_bytes()
+    with pytest.raises(AssertionError):
+        publish_receipt(tmp_path / "v2", manifest, receipt)
 
 
 if __name__ == "__main__":

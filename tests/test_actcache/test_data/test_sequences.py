@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +436,20 @@ def test_the_place_of_a_document_is_found_in_the_seeded_order(
             assert place(number) == documents_taken[number]
         assert len(drawn) == len(set(drawn))  # the order is derived once, not for each document
     assert places_in_order(stream("a", "b"), order)(1) == ""
+
+
+@pytest.mark.parametrize("kind", ["pack", "truncate"])
+def test_a_large_document_takes_less_memory_than_12_bytes_for_each_of_its_bytes(
+    kind: Any, make_tokenizer: Callable[..., Any]
+) -> None:
+    text = "the cache of a row\n" * 60_000
+    tokenizer, source = make_tokenizer(), documents(text)
+    pad_id = None if kind == "pack" else 0
+    settings = pipeline(kind=kind, ctx_len=128, vocab_size=300, pad_id=pad_id)
+    next(iter_sequences(source, tokenizer, settings))  # what is loaded once
+    tracemalloc.start()
+    count = sum(1 for _ in iter_sequences(source, tokenizer, settings))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 1 if kind == "truncate" else count > 1000
+    assert most < 12 * len(text)

@@ -118,6 +118,7 @@ def parameter(
         help=doc,
         metavar=field.metadata.get("metavar") or type_name(hint),
         rich_help_panel=field.metadata.get("group"),
+        hidden=not field.metadata.get("listed", True),
     )
     default: Any = field.default
     if get_origin(hint) is tuple:

@@ -38,7 +38,7 @@ MAX_JSON_BYTES = 64 << 20
 NOT_SERIALIZED = {"beside": True}
 """Field metadata: the field is derived, so `to_json` and `parse_dataclass` leave it out."""
 
-OMITTED_BY_DEFAULT = {"omitted": "by default"}
+OMITTED_BY_DEFAULT = {"omitted": True}
 """Field metadata: `to_json` leaves the field out while it has its default, which means what files
 from before the field mean."""
 
@@ -169,7 +169,7 @@ def _dataclass_parser(cls: Any) -> _Parser:
     required = {
         name for name, f in fields.items() if f.default is unset and f.default_factory is unset
     }
-    omitted = {name for name, f in fields.items() if f.metadata == OMITTED_BY_DEFAULT}
+    omitted = {name for name, f in fields.items() if is_omitted(f)}
 
     def parse(obj: Any) -> Any:
         _require_object(obj)
@@ -494,10 +494,15 @@ def _fields(obj: Any) -> dict[str, Any]:
         item = getattr(obj, field.name)
         if field.metadata == NOT_SERIALIZED:
             continue
-        if field.metadata == OMITTED_BY_DEFAULT and item == _default(field):
+        if is_omitted(field) and item == _default(field):
             continue
         found[field.name] = item
     return found
+
+
+def is_omitted(field: dataclasses.Field[Any]) -> bool:
+    """Return whether `to_json` leaves a field out while it has its default."""
+    return field.metadata.get("omitted", False) is True
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

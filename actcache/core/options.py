@@ -29,6 +29,8 @@ def option(
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
     alias: str | None = None,
+    omitted: bool = False,
+    listed: bool = True,
 ) -> Any:
     """Declare a field of a frozen dataclass that is an option of the command line.
 
@@ -41,6 +43,9 @@ def option(
         parse: function from one value on the command line to that of the field, for types that the
             parser does not support; it raises `ValueError`.
         alias: another name for it on the command line.
+        omitted: whether a JSON file leaves it out while it has its default (see `json_codec`), as
+            files from before the option do.
+        listed: whether the help lists it.
     """
     metadata = {
         "group": group,
@@ -49,6 +54,8 @@ def option(
         "metavar": metavar,
         "parse": parse,
         "alias": alias,
+        "omitted": omitted,
+        "listed": listed,
     }
     return dataclasses.field(default=default, metadata=metadata)
 

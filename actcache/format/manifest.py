@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from actcache.core.json_codec import (
     NOT_SERIALIZED,
     OMITTED_BY_DEFAULT,
+    is_omitted,
     parse_dataclass,
     read_json,
     sealed_unless,
@@ -453,7 +454,7 @@ class Manifest:
 
 def _new_keys(identity: Identity) -> list[str]:
     """List the fields that came with version 3, as far as they differ from what absence means."""
-    fields = (f for f in dataclasses.fields(Identity) if f.metadata == OMITTED_BY_DEFAULT)
+    fields = (f for f in dataclasses.fields(Identity) if is_omitted(f))
     return [f.name for f in fields if getattr(identity, f.name) != f.default]
 
 

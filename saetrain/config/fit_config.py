@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from actcache.core.json_codec import check_fields
 from actcache.core.options import MAIN, hidden, option, require_names
@@ -13,6 +13,7 @@ from actcache.filesystem.paths import reject_url
 from saetrain.config.sae import (
     ONE_PASS,
     HookpointOverride,
+    InputScale,
     SaeOptions,
     flag,
     require_options,
@@ -21,6 +22,7 @@ from saetrain.config.sae import (
 )
 
 WeightsDtype = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 WandbMode = Literal["disabled", "offline", "online"]
 Verify = Literal["first-read", "always", "never"]
 Parallel = Literal["ddp", "modules"]
@@ -49,6 +51,9 @@ class FitConfig(SaeOptions):
 
     hookpoints: dict[str, HookpointOverride] = hidden(default_factory=dict, on_resume="forced")
     """Overrides of k, lr or width, by hookpoint name or fnmatch pattern; set in a --config file."""
+
+    defaults: int | None = option(None, group=MAIN, omitted=True)
+    """Version of the defaults: 1 trains as versions before this option did. Default: 2."""
 
     transcode: bool = option(False, group="SAE")
     """Train transcoders, which predict a module's output from its input: for each hookpoint NAME,
@@ -99,13 +104,24 @@ class FitConfig(SaeOptions):
     AVX512-BF16 or AMX, and a step then takes about two thirds of the time. Off by default on every
     device, because pre-activations are rounded before latents are selected."""
 
-    weights_dtype: WeightsDtype = option("float32", group="Precision and memory")
-    """Dtype of the weights, of the optimiser's state and of the saved SAEs."""
+    precision: Precision | None = option(
+        None, group="Precision and memory", on_resume="forced", omitted=True
+    )
+    """Precision of matrix products and gathers; weights, sums and the optimiser's state are in
+    float32. Default: float32 on a CPU, tf32 on CUDA."""
+
+    weights_dtype: WeightsDtype = option("float32", group="Precision and memory", listed=False)
+    """Dtype of the weights, of the optimiser's state and of the saved SAEs. bfloat16 only in runs
+    with the defaults of version 1, for which it was an option: small updates are rounded away."""
 
     dead_after: int | None = option(None, group="SAE", on_resume="forced")
     """Number of rows without an activation after which a latent counts as dead. Default: 10
     million, or one epoch or the whole run if that is less. Until that many rows have been trained
     on, the share of dead latents is not reported."""
+
+    max_norm_ratio: float | None = option(None, group="Data", omitted=True, metavar="R")
+    """Leave out rows whose norm is more than R times the median norm of their hookpoint, in
+    training and validation. 0: none. Default: none."""
 
     val_fraction: float = option(0.05, group="Validation")
     """Fraction of the shards that are held out for validation and never trained on. 0: none."""
@@ -283,6 +299,78 @@ class FitConfig(SaeOptions):
             object.__setattr__(self, f.name, getattr(first, f.name))  # the class is frozen
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """Defaults of one version: options that a run's record holds as None, and formulas.
+
+    A version never changes, so that a run begun with it resumes to the same bits.
+    """
+
+    input_scale: InputScale
+    auxk_alpha: float
+    auxk_by_residual: bool
+    """Whether AuxK is divided by the residual's variance, as its authors do, or by the rows'."""
+    centred_transcoder: bool
+    """Whether a transcoder's b_enc is initialised to -W_enc · mean(input), or to 0."""
+    log_threshold: bool
+    """Whether jumprelu's parameter is the logarithm of its threshold, or the threshold."""
+    adam_eps: float
+    max_norm_ratio: float
+    """0: no limit."""
+    sparsify_multi_topk: bool
+    """Whether cfg.json of a Multi-TopK SAE has multi_topk, with which sparsify reconstructs from 4k
+    latents."""
+    cuda_precision: Precision
+
+
+DEFAULTS = {
+    1: Defaults(
+        input_scale="none",
+        auxk_alpha=1 / 32,
+        auxk_by_residual=False,
+        centred_transcoder=False,
+        log_threshold=False,
+        adam_eps=1e-8,
+        max_norm_ratio=0.0,
+        sparsify_multi_topk=True,
+        cuda_precision="tf32",
+    ),
+    2: Defaults(
+        input_scale="none",
+        auxk_alpha=1 / 32,
+        auxk_by_residual=False,
+        centred_transcoder=False,
+        log_threshold=False,
+        adam_eps=1e-8,
+        max_norm_ratio=0.0,
+        sparsify_multi_topk=True,
+        cuda_precision="tf32",
+    ),
+}
+"""Every version of the defaults."""
+NEWEST_DEFAULTS = max(DEFAULTS)
+
+
+def with_defaults(config: FitConfig, version: int) -> FitConfig:
+    """Return the options with those that are unset and have a default of `version` filled in.
+
+    Args:
+        config: the options, as given.
+        version: version of the defaults where `config` names none.
+    """
+    version = config.defaults or version
+    values = dataclasses.asdict(DEFAULTS[version])
+    if config.finetune is not None:  # pretrained weights apply to rows as they are
+        values["input_scale"] = "none"
+
+    def filled(options: SaeOptions) -> dict[str, Any]:
+        given = vars(options)
+        return {name: values[name] for name in given.keys() & values if given[name] is None}
+
+    saes = tuple([dataclasses.replace(sae, **filled(sae)) for sae in config.saes])
+    return dataclasses.replace(config, **filled(config), defaults=version, saes=saes)
+
+
 def require_run(run: FitConfig) -> None:
     """Reject invalid values and combinations of options; raises `ConfigError`."""
     require_names(run, "cache", "out")
@@ -315,6 +403,19 @@ def require_run(run: FitConfig) -> None:
     )
     _require_kinds(run)
     _require_graphs(run)
+    if run.defaults not in (None, *DEFAULTS):
+        expected = " | ".join(map(str, DEFAULTS))
+        raise ConfigError("--defaults is no version", expected=expected, got=run.defaults)
+    if run.max_norm_ratio is not None and not (run.max_norm_ratio == 0 or run.max_norm_ratio >= 2):
+        raise ConfigError(
+            "--max-norm-ratio is out of range", expected="0, or >= 2", got=run.max_norm_ratio
+        )
+    if run.precision not in (None, "bfloat16") and run.autocast:
+        raise ConfigError(
+            "--autocast is another name of --precision bfloat16",
+            expected="one of them",
+            got=f"--precision {run.precision} and --autocast",
+        )
     require_range(run, "0 to 2**32 - 1", "data_seed")
     require_range(run, "0 to 2**53", "histogram_every", "block_cache_bytes")
     for name in ("fresh_b_dec", "fresh_decoder"):

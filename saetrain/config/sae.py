@@ -133,6 +133,8 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "0 to 1e6": lambda x: 0 <= x <= 1e6,
     "1e-30 to 1e30": lambda x: 1e-30 <= x <= 1e30,
     "0 to 1": lambda x: 0 <= x <= 1,
+    "0 to 1, without 1": lambda x: 0 <= x < 1,
+    "> 0, at most 1": lambda x: 0 < x <= 1,
     "0 to 2**32 - 1": lambda x: 0 <= x < 2**32,
 }
 
@@ -186,6 +188,14 @@ class SaeOptions:
     and gated on L1 in units of the rows' standard deviation (default 3e-2). It does not depend on
     the scale of the rows."""
 
+    target_l0: float | None = option(None, group="SAE", label="l0", omitted=True)
+    """With jumprelu, relu and gated: mean number of active latents, towards which the weight of the
+    penalty is steered, instead of --sparsity."""
+
+    frequency_penalty: float | None = option(None, group="SAE", label="frequency", omitted=True)
+    """With jumprelu and --target-l0: weight of a penalty on latents that are active in more than a
+    tenth of the rows. Default: none."""
+
     sparsity_warmup_steps: int | None = option(None, group="SAE", on_resume="forced")
     """Steps over which the penalty rises linearly from 0 to --sparsity. Default: 1/20 of the
     run."""
@@ -232,6 +242,15 @@ class SaeOptions:
     weight_decay: float | None = option(None, group="Optimiser", on_resume="forced")
     """Decoupled weight decay of adamw (default: 0.01) and of muon's matrices (default: 0.1)."""
 
+    beta1: float | None = option(None, group="Optimiser", on_resume="forced", omitted=True)
+    """Decay of the first moment of adam, adamw, adam8bit, and of muon's Adam. Default: 0.9."""
+
+    beta2: float | None = option(None, group="Optimiser", on_resume="forced", omitted=True)
+    """Decay of the second moment of the same optimisers. Default: 0.999."""
+
+    eps: float | None = option(None, group="Optimiser", on_resume="forced", omitted=True)
+    """Number added to the root of the second moment of the same optimisers. Default: 1e-8."""
+
     grad_clip: float | None = option(None, group="Optimiser", on_resume="forced")
     """Maximum norm of an SAE's gradient over all its weights; a larger one is scaled down. Not for
     signum, which uses signs only. Default: no clipping."""
@@ -246,10 +265,10 @@ class SaeOptions:
     """Initial b_dec: the mean of all training rows, the geometric median of the first 2,048 rows,
     or zeros."""
 
-    input_scale: InputScale = option("none", group="Initialisation", label="input")
+    input_scale: InputScale | None = option(None, group="Initialisation", label="input")
     """Scaling of rows in training, computed from the statistics of all training rows. rms: elements
     have mean square 1. unit: rows have mean squared norm 1. The scale is folded into the saved
-    weights, so a saved SAE takes rows as they are in the cache."""
+    weights, so a saved SAE takes rows as they are in the cache. Default: none."""
 
     encoder_scale: str = option("1", group="Initialisation", label="encoder")
     """Factor on the encoder's initial weights. auto: the factor with the least error on the first
@@ -263,8 +282,9 @@ class SaeOptions:
     """With --k-anneal-steps: initial k. Default: ten times the activations' width, or all latents
     if there are fewer."""
 
-    auxk_alpha: float = option(1 / 32, group="SAE", on_resume="forced", label="auxk")
-    """Weight of the AuxK loss, in which dead latents predict the residual. 0: off."""
+    auxk_alpha: float | None = option(None, group="SAE", on_resume="forced", label="auxk")
+    """Weight of the AuxK loss, in which dead latents predict the residual. 0: off. Default:
+    1/32."""
 
     seed: int = option(0, group="Initialisation")
     """Random seed of the initial weights. The first one also seeds the order of rows and the
@@ -399,7 +419,10 @@ def require_options(options: SaeOptions) -> None:
     require_range(options, ">= 0", "auxk_alpha")
     require_range(options, "0 to 1e6", "weight_decay")
     require_range(options, "1e-30 to 1e30", "lr")
-    require_range(options, "> 0", "grad_clip")
+    require_range(options, "> 0", "grad_clip", "target_l0")
+    require_range(options, "0 to 1e30", "frequency_penalty")
+    require_range(options, "0 to 1, without 1", "beta1", "beta2")
+    require_range(options, "> 0, at most 1", "eps")
     require_range(options, "0 to 1", "lr_end")
     require_range(options, "0 to 2**32 - 1", "seed")
     _require_activation(options)
@@ -408,7 +431,7 @@ def require_options(options: SaeOptions) -> None:
 
 def _require_activation(options: SaeOptions) -> None:
     """Reject options that the activation does not have. `SaeConfig` checks widths."""
-    for name in ("sparsity", "sparsity_warmup_steps"):
+    for name in ("sparsity", "sparsity_warmup_steps", "target_l0"):
         value = getattr(options, name)
         if value is not None and options.activation not in PENALISED:
             raise ConfigError(
@@ -417,13 +440,21 @@ def _require_activation(options: SaeOptions) -> None:
                 got=value,
                 remedy=f"omit it, or --activation {' | '.join(PENALISED)}",
             )
-    for name in ("threshold", "bandwidth"):
+    for name in ("threshold", "bandwidth", "frequency_penalty"):
         if getattr(options, name) is not None and options.activation != "jumprelu":
             raise ConfigError(
-                f"--{name} needs --activation jumprelu",
+                f"{flag(name)} needs --activation jumprelu",
                 got=options.activation,
                 remedy="omit one of them",
             )
+    if options.target_l0 is not None and options.sparsity is not None:
+        raise ConfigError(
+            "--sparsity and --target-l0 are mutually exclusive",
+            expected="one of them",
+            got=f"{options.sparsity} and {options.target_l0}",
+        )
+    if options.frequency_penalty is not None and options.target_l0 is None:
+        raise ConfigError("--frequency-penalty needs --target-l0", remedy="add --target-l0 N")
     if options.k_anneal_steps and options.activation not in ANNEALED:
         why = "divides latents into k groups" if options.activation == "groupmax" else "has no k"
         raise ConfigError(
@@ -457,6 +488,14 @@ def _require_recipe(options: SaeOptions) -> None:
             "--grad-clip has no effect on signum, which takes signs of gradients",
             remedy="omit it, or another --optimizer",
         )
+    for name in ("beta1", "beta2", "eps"):
+        if getattr(options, name) is not None and options.optimizer == "signum":
+            raise ConfigError(
+                f"{flag(name)} is an option of Adam, which signum does not use",
+                expected="--optimizer adam | adamw | adam8bit | muon",
+                got=getattr(options, name),
+                remedy="omit it",
+            )
     if options.k_start is not None:
         if not options.k_anneal_steps:
             raise ConfigError("--k-start needs --k-anneal-steps", got=options.k_start)

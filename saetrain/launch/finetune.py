@@ -237,9 +237,9 @@ def require_compatible(
         if getattr(options, name) not in (getattr(defaults, name), getattr(found, name))
     ]
     wrong += [  # the weights apply to raw rows, at the scale that they have
-        (f"--{name.replace('_', '-')}", getattr(defaults, name), getattr(options, name))
-        for name in ("input_scale", "encoder_scale")
-        if getattr(options, name) != getattr(defaults, name)
+        (f"--{name.replace('_', '-')}", neutral, getattr(options, name))
+        for name, neutral in (("input_scale", "none"), ("encoder_scale", "1"))
+        if getattr(options, name) not in (None, neutral)
     ]
     explicit = options.num_latents or options.expansion_factor != defaults.expansion_factor
     if explicit and requested.num_latents != found.num_latents:

@@ -23,7 +23,7 @@ from actcache.format.manifest import INPUT
 from actcache.stream.memory_budget import plan_memory
 from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
-from saetrain.config.fit_config import FitConfig
+from saetrain.config.fit_config import NEWEST_DEFAULTS, FitConfig, with_defaults
 from saetrain.config.grid import require_overrides_used, saes_at
 from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry, SaeOptions, hookpoints_of
 from saetrain.launch.finetune import PretrainedSaes
@@ -83,11 +83,14 @@ def resolve_run(
     first = FirstRows(cache, order.plan, config.verify)
     statistics_of = functools.cache(lambda name: cache.statistics(name, training))
 
+    version = config.defaults or NEWEST_DEFAULTS
+    _require_weights_dtype(config, version)
+
     def with_scales(entry: SaeEntry) -> SaeEntry:
-        options = entry.options
+        options = with_defaults(config.of(entry.options), version)
         if options.input_scale == "none" and options.encoder_scale != "auto":
             return dataclasses.replace(entry, encoder_scale=float(options.encoder_scale))
-        return with_initial_scales(entry, config.of(options), statistics_of, first, device)
+        return with_initial_scales(entry, options, statistics_of, first, device)
 
     entries = tuple(map(with_scales, with_default_lr(entries, steps)))
     return RunRecord(
@@ -110,6 +113,19 @@ def resolve_run(
         origins=() if origins is None else origins.sources(entries),
         batch_parts=batch_parts,
     )
+
+
+def _require_weights_dtype(config: FitConfig, version: int) -> None:
+    """Raise `ConfigError` for new weights in bfloat16, whose small updates are rounded away."""
+    if version > 1 and config.weights_dtype != "float32":
+        raise ConfigError(
+            "--weights-dtype bfloat16 has been removed: updates below 1/256 of a weight, and the "
+            "second moment, were rounded away",
+            expected="float32",
+            got=config.weights_dtype,
+            remedy="--precision bfloat16, which computes products in bfloat16 and keeps weights in "
+            "float32",
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from actcache.cache.reader import Cache
 from actcache.core.process import free_memory
 from actcache.core.progress import format_bytes
 from actcache.errors import ConfigError, FormatError
-from saetrain.config.fit_config import FitConfig
+from saetrain.config.fit_config import FitConfig, with_defaults
 from saetrain.config.sae import SaeEntry, hookpoints_of
 from saetrain.distributed.coordinator import Coordinator
 from saetrain.launch.finetune import load_pretrained
@@ -126,7 +126,8 @@ def make_trainers(
     trainers = []
     for index in indices:
         entry = record.saes[index]
-        sizes, options = entry.config, record.options.of(entry.options)
+        sizes = entry.config
+        options = with_defaults(record.options.of(entry.options), record.defaults_version)
         targets = target_stats(entry, statistics_of)
         sae = initial_sae(entry, targets, options, device)
         optimizer = make_optimizer(
@@ -154,6 +155,7 @@ def make_trainers(
                 make_step_settings(options, sizes),
                 index=index,
                 ddp=DdpStep(sae) if batch_parts > 1 else None,
+                defaults=record.defaults,
             )
         )
     return trainers
@@ -179,8 +181,8 @@ def require_memory(entries: Sequence[SaeEntry], options: FitConfig, device: torc
             f"out of memory: {len(entries)} SAEs do not fit ({names})",
             expected=f"<= {format_bytes(free)}, which are free on {device}",
             got=f"{format_bytes(needed)} of weights, optimizer state and gradients",
-            remedy="fewer latents or SAEs, --weights-dtype bfloat16, or --parallel modules over "
-            "more devices",
+            remedy="fewer latents or SAEs, --optimizer signum, or --parallel modules over more "
+            "devices",
         )
 
 

@@ -88,7 +88,7 @@ class State:
     metrics: FileDigest | None = None
     """Digest of metrics.jsonl up to this step; null in format 1."""
     format_version: int = 1
-    """Format of the run; a file of format 1 lacks this key."""
+    """1 in a run of format 1, whose files lack this key, else 2."""
 
     def __post_init__(self) -> None:
         """Check ranges, and that a checkpoint of format 2 has all digests."""
@@ -293,7 +293,7 @@ def remove_other_bests(sae: Path, steps: Collection[int | None]) -> None:
 
 def require_format(root: Path, record: RunRecord, state: State) -> None:
     """Raise an error for a checkpoint of another format, or of other SAEs, than its run's."""
-    expected = f"format {record.format_version}, {len(record.saes)} SAEs"
+    expected = f"format {min(record.format_version, 2)}, {len(record.saes)} SAEs"
     got = f"format {state.format_version}, {len(state.saes)} SAEs"
     if got != expected:
         raise ForeignCheckpointError(

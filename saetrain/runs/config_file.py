@@ -22,7 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from actcache.core.json_codec import parse_value, read_json
 from actcache.errors import ConfigError, FormatError
-from saetrain.config.fit_config import FitConfig
+from saetrain.config.fit_config import NEWEST_DEFAULTS, FitConfig
 from saetrain.config.grid import AXES, values_of, vary
 from saetrain.config.sae import HookpointOverride
 
@@ -107,6 +107,8 @@ def _of_run(path: Path) -> Options:
     record = read_run(path.parent)
     options = values_of(record.options) | {"cache": record.cache, "out": str(path.parent)}
     del options["resume"], options["force_config"]
+    if record.defaults_version != NEWEST_DEFAULTS:
+        options["defaults"] = record.defaults_version
     given = {name: value for name, value in options.items() if value is not None}
     if record.options.saes and make_config(given).saes != record.options.saes:
         raise ConfigError(

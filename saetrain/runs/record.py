@@ -2,6 +2,8 @@
 
 Format 2 seals run.json and segments.json, and its checkpoints cover cfg.json and metrics.jsonl. A
 run of format 1 is resumed and finished in format 1, in which a changed value may go unnoticed.
+Format 3 has the defaults of version 2 (see `saetrain.config.fit_config.Defaults`); a run of an
+earlier format is resumed with those of version 1.
 
 It is written again only when a run resumes with a cache that was moved, other libraries, or options
 changed by `--force-config`; `history` then records the step.
@@ -12,25 +14,31 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.core.json_codec import parse_dataclass, read_json, to_json
+from actcache.core.json_codec import OMITTED_BY_DEFAULT, parse_dataclass, read_json, to_json
 from actcache.core.options import names_on_resume
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MAX_SHARDS
 from actcache.stream.order import OrderPlan, default_lanes, make_plan, split_shards
-from saetrain.config.fit_config import FitConfig
+from saetrain.config.fit_config import (
+    DEFAULTS,
+    Defaults,
+    FitConfig,
+    Precision,
+    with_defaults,
+)
 from saetrain.config.grid import values_of
 from saetrain.config.sae import SaeEntry, flag, require_entry
 
 RUN = "run.json"
 LOCK = Path("fit.lock")
 """Lock file in a run's folder, held by the processes that train it."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Format of new runs; a run keeps the one that it began with."""
 
 FREE_ON_RESUME = frozenset(names_on_resume(FitConfig, "free"))
@@ -121,6 +129,13 @@ class RunRecord:
     """Changes when it was resumed. `options`, `saes`, `steps` and `dead_after` are current."""
     batch_parts: int = 1
     """Processes that share each batch (--parallel ddp). Another number rounds sums differently."""
+    precision: Precision | None = field(default=None, metadata=OMITTED_BY_DEFAULT)
+    """Precision of matrix products, as --precision or the device at the start determined it; null
+    in runs from before the option."""
+    norm_limits: dict[str, float] = field(default_factory=dict, metadata=OMITTED_BY_DEFAULT)
+    """With --max-norm-ratio, the largest norm of a row that is trained on, by hookpoint."""
+    left_out_digest: str = field(default="", metadata=OMITTED_BY_DEFAULT)
+    """With --max-norm-ratio, the digest of the rows that are left out."""
 
     def __post_init__(self) -> None:
         """Raise `FormatError` for a record of another format version."""
@@ -140,6 +155,21 @@ class RunRecord:
         With --follow, those of the first segment, so that later shards do not change the loss.
         """
         return [shard for shard, _ in self.plan.shards]
+
+    @property
+    def defaults(self) -> Defaults:
+        """Defaults with which the run was started."""
+        return DEFAULTS[self.defaults_version]
+
+    @property
+    def defaults_version(self) -> int:
+        """Version of the defaults: that of the options, else that of the format."""
+        return self.options.defaults or self.unnamed_defaults
+
+    @property
+    def unnamed_defaults(self) -> int:
+        """Version of the defaults of a run whose options name none."""
+        return 1 if self.format_version < 3 else 2
 
     @property
     def epochs(self) -> int | None:
@@ -323,7 +353,9 @@ def contradiction(name: str, expected: object, got: object) -> FormatError:
 
 def changed_options(record: RunRecord, now: FitConfig) -> dict[str, str]:
     """Return the options that affect results and differ, described by field: old and new value."""
-    return _differences(record.options, now, FREE_ON_RESUME, ("then", "now"))
+    version = record.unnamed_defaults
+    then, now = with_defaults(record.options, version), with_defaults(now, version)
+    return _differences(then, now, FREE_ON_RESUME, ("then", "now"))
 
 
 def require_same_options(of_rank_zero: FitConfig, own: FitConfig) -> None:

@@ -106,7 +106,7 @@ def with_initial_scales(
         RunError: the rows of a hookpoint do not vary.
     """
     targets = target_stats(entry, statistics_of)
-    if options.input_scale != "none":
+    if options.input_scale not in (None, "none"):
         scales = [scale_of(options.input_scale, statistics_of(name)) for name in entry.hookpoints]
         entry = dataclasses.replace(entry, scales=tuple(scales))
         targets = target_stats(entry, statistics_of)

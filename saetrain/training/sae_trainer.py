@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError
-from saetrain.config.fit_config import FitConfig
+from saetrain.config.fit_config import DEFAULTS, Defaults, FitConfig
 from saetrain.config.sae import PENALISED, DecoderNorm, OptimizerName, SaeConfig
 from saetrain.distributed.collectives import world_size
 from saetrain.model.losses import FVU_ONLY, LossConfig, TargetStats
@@ -104,6 +104,7 @@ def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
             got=options.k_start,
         )
     start = options.k_start if options.k_start is not None else 10 * sizes.d_in
+    assert options.auxk_alpha is not None, "with_defaults fills it in"
     return StepSettings(
         decoder_norm=options.decoder_norm,
         k_start=max(sizes.k, min(sizes.num_latents, start)),
@@ -306,6 +307,8 @@ class SaeTrainer:
     """Its index among the SAEs of the run."""
     ddp: DdpStep | None = None
     """With --parallel ddp, the collectives of each step."""
+    defaults: Defaults = DEFAULTS[1]
+    """Formulas of the version of the defaults with which the run was started."""
 
     device_step: Tensor | None = None
     """With --cuda-graphs, the step number in device memory. int64 []"""

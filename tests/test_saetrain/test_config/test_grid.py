@@ -70,6 +70,7 @@ def test_every_option_of_an_sae_can_be_an_axis_and_is_in_the_name(axis: str) -> 
     (kind, *_) = get_args(hint) if type(None) in get_args(hint) else (hint,)
     choices = get_args(kind) if get_origin(kind) is Literal else (1, 0.5)
     values = {int: (40, 41), bool: (False, True)}.get(kind, choices)[:2]
+    values = (0.5, 0.25) if axis in ("beta1", "beta2") else values
     others = {
         "lr_decay_steps": {"lr_schedule": "stable-then-decay"},
         "lr_end": {"lr_schedule": "linear"},
@@ -80,6 +81,8 @@ def test_every_option_of_an_sae_can_be_an_axis_and_is_in_the_name(axis: str) -> 
         "sparsity_warmup_steps": {"activation": "relu"},
         "threshold": {"activation": "jumprelu"},
         "bandwidth": {"activation": "jumprelu"},
+        "target_l0": {"activation": "relu"},
+        "frequency_penalty": {"activation": "jumprelu", "target_l0": 3.0},
     }
     names = named(**{axis: values}, **others.get(axis, {}))
     assert len(set(names)) == 2

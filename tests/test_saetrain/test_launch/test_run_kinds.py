@@ -115,7 +115,12 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "batchtopk in bfloat16, folded, k falls": (
         "batchtopk",
-        {"decoder_norm": "fold", "k_anneal_steps": 20, "weights_dtype": "bfloat16"},
+        {
+            "decoder_norm": "fold",
+            "k_anneal_steps": 20,
+            "weights_dtype": "bfloat16",
+            "defaults": 1,
+        },
     ),
     "multi-topk by muon, k falls": ("multi-topk", {"optimizer": "muon", "k_anneal_steps": 7}),
     "gated crosscoder, clipped, folded, in parts": (

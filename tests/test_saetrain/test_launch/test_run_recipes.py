@@ -47,7 +47,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "encoder_scale": "auto",
     },
     "muon in bfloat16": {"optimizer": "muon", "autocast": True},
-    "adam with weights in bfloat16": {"optimizer": "adam", "weights_dtype": "bfloat16"},
+    "adam with weights in bfloat16": {
+        "optimizer": "adam",
+        "weights_dtype": "bfloat16",
+        "defaults": 1,
+    },
 }
 
 
@@ -146,10 +150,15 @@ def test_annealing_trains_at_the_k_of_each_step_and_saves_the_last(
     assert cfg["k"] == 3
 
 
+def test_new_weights_in_bfloat16_are_refused(options: Options) -> None:
+    with pytest.raises(ConfigError, match=r"has been removed(.|\n)*--precision bfloat16"):
+        fit(options(weights_dtype="bfloat16"))
+
+
 def test_weights_in_bfloat16_are_saved_so_and_float32_is_the_default(options: Options) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        config = options(weights_dtype=name, out=options().out + name)
+        config = options(weights_dtype=name, out=options().out + name, defaults=1)
         fit(config)
         weights = load_file(Path(config.out) / "layers.0" / "sae.safetensors")
         assert {tensor.dtype for tensor in weights.values()} == {dtype}

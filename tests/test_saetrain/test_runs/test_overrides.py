@@ -60,6 +60,7 @@ def begun(options: Options, template: Path) -> FitConfig:
 
 def test_every_overridable_option_is_tested_and_in_the_help() -> None:
     elsewhere = {"sparsity", "sparsity_warmup_steps", "cuda_graphs", "chunk_latents", "compile"}
+    elsewhere |= {"beta1", "beta2", "eps", "precision"}
     # tested separately
     assert set().union(*ALLOWED.values()) | elsewhere == OVERRIDABLE
     help_ = field_docs(FitConfig)["force_config"]

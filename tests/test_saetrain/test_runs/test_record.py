@@ -15,6 +15,7 @@ from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
 from actcache.errors import CacheMismatchError, FormatError, RunError
 from actcache.stream.order import OrderPlan
+from saetrain.config.fit_config import DEFAULTS, with_defaults
 from saetrain.config.sae import HookpointOverride, SaeConfig, SaeEntry, SaeOptions
 from saetrain.runs.record import (
     FORMAT_VERSION,
@@ -322,6 +323,14 @@ BINDING = {
     "transcode": True,
     "skip_connection": True,
     "crosscode": True,
+    "defaults": 2,
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "eps": 1e-6,
+    "target_l0": 3.0,
+    "frequency_penalty": 0.1,
+    "precision": "bfloat16",
+    "max_norm_ratio": 10.0,
 }
 NEEDS: dict[str, dict[str, Any]] = {
     "save_best": {"val_every": 5},
@@ -337,6 +346,11 @@ NEEDS: dict[str, dict[str, Any]] = {
     "sparsity_warmup_steps": {"activation": "relu"},
     "threshold": {"activation": "jumprelu"},
     "bandwidth": {"activation": "jumprelu"},
+    "target_l0": {"activation": "relu"},
+    "frequency_penalty": {"activation": "jumprelu", "target_l0": 3.0},
+    "beta1": {"optimizer": "adam"},
+    "beta2": {"optimizer": "adam"},
+    "eps": {"optimizer": "adam"},
     "skip_connection": {"transcode": True},
     "compile": {"activation": "gated"},
     "cuda_graphs": {"device": "auto"},
@@ -353,6 +367,37 @@ def test_every_option_is_either_free_or_binding(record: RunRecord) -> None:
     assert names == FREE.keys() | BINDING.keys()
 
 
+def test_a_run_of_an_earlier_format_keeps_the_defaults_of_version_1(record: RunRecord) -> None:
+    old = dataclasses.replace(record, format_version=2)
+    record = dataclasses.replace(record, format_version=3)
+    assert (old.defaults_version, record.defaults_version) == (1, 2)
+    assert (old.defaults, record.defaults) == (DEFAULTS[1], DEFAULTS[2])
+    check_same_run(old, changed(old, defaults=1))
+    with pytest.raises(RunError, match="--defaults: 1 then, 2 now"):
+        check_same_run(old, changed(old, defaults=2))
+    named = changed(record, defaults=1)
+    assert named.defaults == DEFAULTS[1]
+    with pytest.raises(RunError, match="--defaults: 1 then, 2 now"):
+        check_same_run(named, changed(named, defaults=None))
+
+
+def test_a_default_that_a_record_spells_out_is_the_same_option(record: RunRecord) -> None:
+    old = changed(dataclasses.replace(record, format_version=2), input_scale="none")
+    assert old.options.input_scale == "none"
+    check_same_run(old, changed(old, input_scale=None))
+    with pytest.raises(RunError, match="--input-scale: 'none' then, 'rms' now"):
+        check_same_run(old, changed(old, input_scale="rms"))
+
+
+def test_keys_that_formats_1_and_2_lack_are_left_out_while_they_are_unset(
+    record: RunRecord,
+) -> None:
+    text = to_json(record).decode()
+    for name in ("defaults", "precision", "eps", "target_l0", "norm_limits", "left_out_digest"):
+        assert f'"{name}"' not in text
+    assert '"eps"' in to_json(changed(record, optimizer="adam", eps=1e-9)).decode()
+
+
 def test_options_that_do_not_affect_results_may_change(record: RunRecord) -> None:
     check_same_run(record, changed(record, **FREE))
 
@@ -364,7 +409,8 @@ def test_every_other_change_raises_an_error_with_the_option_and_both_values(
     if option == "saes":  # the error names the options that differ: tests of grids
         return
     record = changed(record, **NEEDS.get(option, {}))
-    old, new = getattr(record.options, option), BINDING[option]
+    options = with_defaults(record.options, record.defaults_version)
+    old, new = getattr(options, option), BINDING[option]
     with pytest.raises(RunError) as caught:
         check_same_run(record, changed(record, **{option: new}))
     assert f"--{option.replace('_', '-')}: {old!r} then, {new!r} now" in str(caught.value)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from actcache.core.json_codec import check_fields
 from actcache.core.options import MAIN, hidden, option, require_names
@@ -299,6 +300,9 @@ class FitConfig(SaeOptions):
             object.__setattr__(self, f.name, getattr(first, f.name))  # the class is frozen
 
 
+O = TypeVar("O", bound=SaeOptions)
+
+
 @dataclass(frozen=True)
 class Defaults:
     """Defaults of one version: options that a run's record holds as None, and formulas.
@@ -363,12 +367,17 @@ def with_defaults(config: FitConfig, version: int) -> FitConfig:
     if config.finetune is not None:  # pretrained weights apply to rows as they are
         values["input_scale"] = "none"
 
-    def filled(options: SaeOptions) -> dict[str, Any]:
-        given = vars(options)
-        return {name: values[name] for name in given.keys() & values if given[name] is None}
+    def fill(options: O) -> O:
+        filled = copy.copy(options)  # not `replace`: a default needs no check
+        for name, value in vars(options).items():
+            if value is None and name in values:
+                object.__setattr__(filled, name, values[name])
+        return filled
 
-    saes = tuple([dataclasses.replace(sae, **filled(sae)) for sae in config.saes])
-    return dataclasses.replace(config, **filled(config), defaults=version, saes=saes)
+    filled = fill(config)
+    object.__setattr__(filled, "defaults", version)
+    object.__setattr__(filled, "saes", tuple(map(fill, config.saes)))
+    return filled
 
 
 def require_run(run: FitConfig) -> None:

@@ -121,6 +121,8 @@ class LossConfig:
     """Hookpoints of a crosscoder, at least two; empty: the target is one hookpoint."""
     gated: bool = False
     """Minimise the error of the gate's own reconstruction too (gated activation)."""
+    auxk_scaled_down: bool = True
+    """Multiply AuxK by the number of dead latents over k_aux, where that is less than 1."""
 
     def sparsity_at(self, step: int) -> float:
         """Return the weight of the penalty in a step (from 0)."""
@@ -180,7 +182,7 @@ class Losses(NamedTuple):
     fvu: Tensor
     """Fraction of variance unexplained: Σ‖x - x̂‖² / (N · variance)."""
     auxk: Tensor
-    """AuxK loss in the same unit, 0 without dead latents."""
+    """AuxK loss, in the same unit or that of the residual's; 0 without dead latents."""
     output: SaeOutput
     """The forward pass."""
     terms: tuple[LossTerm, ...] = ()
@@ -203,6 +205,7 @@ def compute_losses(
     loss_config: LossConfig = FVU_ONLY,
     step: int = 0,
     step_tensor: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Losses:
     """Run the forward pass of a batch and compute its losses.
 
@@ -214,6 +217,8 @@ def compute_losses(
         loss_config: losses beside FVU and AuxK.
         step: number of the step, from 0, for the warm-up of a penalty.
         step_tensor: the same number as a tensor on the device; see `list_dead`.
+        share: of each hookpoint of the target, the share of its variance that the residual holds,
+            by which AuxK is divided; None: 1. [hookpoints]
     """
     x, y = sae.split(rows)
     parts = loss_config.parts or (OutputSlice("", sae.d_out, variance),)
@@ -228,7 +233,16 @@ def compute_losses(
         terms = [*(LossTerm(value, 0.0) for value in fvus), *terms]
     aux = fvu.new_zeros(())
     if listed is not None:
-        aux = auxk_loss(sae, x, residual.detach(), listed, parts, weights)
+        aux = auxk_loss(
+            sae,
+            x,
+            residual.detach(),
+            listed,
+            parts,
+            weights,
+            share=share,
+            scaled_down=loss_config.auxk_scaled_down,
+        )
     if loss_config.sparsity:
         penalty = _penalty(sae, output, math.sqrt(variance), parts)
         terms.append(LossTerm(penalty, loss_config.sparsity_at(step)))
@@ -281,13 +295,17 @@ def auxk_loss(
     dead: DeadLatents,
     parts: tuple[OutputSlice, ...],
     weights: WeightRows | None = None,
+    *,
+    share: Tensor | None = None,
+    scaled_down: bool = True,
 ) -> Tensor:
-    """Compute the fraction of the residual's variance that dead latents leave unexplained.
+    """Compute the squared error of the residual's reconstruction from dead latents.
 
     Gao et al. (2024), appendix A.2: k_aux = E/2 dead latents reconstruct e = y - x̂ without bias.
-    With fewer than k_aux dead latents the loss is scaled down by their number over k_aux. Only the
-    dead latents' pre-activations are computed, and the gradient reaches their encoder rows.
-    Whatever the activation of the SAE, dead latents take ReLU and top k_aux.
+    Their loss is Σ‖ê - e‖² / Σ‖e - mean e‖², which is about 1 at first, however small the residual:
+    `share` makes the denominator that of the residual, whose mean b_dec keeps near 0. Only the dead
+    latents' pre-activations are computed, and the gradient reaches their encoder rows. Whatever the
+    activation of the SAE, dead latents take ReLU and top k_aux.
 
     Args:
         sae: the autoencoder.
@@ -296,6 +314,9 @@ def auxk_loss(
         dead: the dead latents, A of them listed.
         parts: hookpoints of the target.
         weights: weights of the listed latents, if the forward pass returned them.
+        share: variance of the residual over that of the target, of each hookpoint; None: the error
+            is divided by the variance of the target. [hookpoints]
+        scaled_down: with fewer than k_aux dead latents, multiply by their number over k_aux.
     """
     k_aux, indices = _k_aux(sae), dead.indices
     if weights is None:
@@ -313,6 +334,11 @@ def auxk_loss(
     else:
         predicted = sparse_decode(top_acts, top, W_dec)
     error = _fvus(predicted - residual, parts)
+    if share is not None:
+        shares = share.to(error[0].dtype).unbind()
+        error = [fvu / of_part for fvu, of_part in zip(error, shares, strict=True)]
+    if not scaled_down:
+        return _mean(error)
     if isinstance(dead.number, int):
         return _mean([min(1.0, dead.number / k_aux) * fvu for fvu in error])
     scale = (dead.number / k_aux).clamp(max=1.0)

@@ -34,6 +34,8 @@ class MeanMeter:
     sums: Tensor
     """One sum for each name. float64 [len(names)]"""
     steps: int = 0
+    residual: ResidualShare | None = None
+    """What else each step's values are added to."""
 
     def add(self, losses: Losses) -> None:
         """Add the losses of one step."""
@@ -51,6 +53,8 @@ class MeanMeter:
         """Add one step's `values`."""
         self.sums += values
         self.steps += 1
+        if self.residual is not None:
+            self.residual.count(values)
 
     def count_replayed(self) -> None:
         """Advance the host's counter for a step that a CUDA graph added on the device."""
@@ -62,6 +66,34 @@ class MeanMeter:
         self.sums.zero_()
         self.steps = 0
         return dict(zip(self.names, means, strict=True))
+
+
+@dataclass
+class ResidualShare:
+    """Share of each hookpoint's variance that the residual holds: a moving average of its FVU.
+
+    AuxK is divided by it. The average is over the steps before, so that the loss of a batch is the
+    mean of those of its parts, on one process or several.
+    """
+
+    sums: Tensor
+    """Decayed sum of each hookpoint's FVU, and of 1. float64 [hookpoints + 1]"""
+
+    def share(self) -> Tensor:
+        """Return the average of each hookpoint, after at least one step. float64 [hookpoints]"""
+        return self.sums[:-1] / self.sums[-1]
+
+    def count(self, values: Tensor) -> None:
+        """Add one step's `MeanMeter.values`."""
+        hookpoints = len(self.sums) - 1
+        # Terms begin with each hookpoint's FVU, if there are several.
+        first = 0 if hookpoints == 1 else len(MEANS)
+        self.sums *= _DECAY  # in place: a recorded step reads this address
+        self.sums[:-1] += values[first : first + hookpoints]
+        self.sums[-1] += 1
+
+
+_DECAY = 0.9  # half of the weight on the last seven steps
 
 
 @dataclass

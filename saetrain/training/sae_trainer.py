@@ -26,6 +26,7 @@ from saetrain.training.metrics import (
     DeadLatentTracker,
     LatentStats,
     MeanMeter,
+    ResidualShare,
     decoder_norm_range,
     decoder_norms,
 )
@@ -66,6 +67,8 @@ class StepSettings:
     """Run dense activations through torch.compile."""
     auxk_alpha: float = 0.0
     """Weight of AuxK; 0: AuxK is off."""
+    auxk_by_residual: bool = False
+    """Divide AuxK by the variance of the residual, not by that of the target."""
 
     def ends_update(self, step: int) -> bool:
         """Return whether this step's batch is the last of its update."""
@@ -322,6 +325,10 @@ class SaeTrainer:
         names = (*MEANS, *self.loss_config.names)
         sums = torch.zeros(len(names), dtype=torch.float64, device=W.device)
         self.meter = MeanMeter(names, sums)
+        if self.settings.auxk_by_residual and self.settings.auxk_alpha > 0:
+            hookpoints = max(1, len(self.loss_config.parts))
+            shares = torch.zeros(hookpoints + 1, dtype=torch.float64, device=W.device)
+            self.meter.residual = ResidualShare(shares)
         norms = torch.zeros((), dtype=torch.float64, device=W.device)
         self.latent_stats = LatentStats(active, norms)
         if self.entry.scales:
@@ -388,6 +395,8 @@ class SaeTrainer:
         tensors = {f"sae.{name}": p for name, p in self.sae.state_dict().items()}
         tensors |= {f"optimizer.{name}": t for name, t in self.optimizer.state_tensors().items()}
         tensors |= {"firing": self.dead_tracker.rows_since, "meter": self.meter.sums}
+        if self.meter.residual is not None:
+            tensors["residual"] = self.meter.residual.sums
         for name, p in self.sae.named_parameters():
             if p.grad is not None:  # accumulated batches of an update that is not complete
                 tensors[f"gradient.{name}"] = p.grad
@@ -407,6 +416,8 @@ class SaeTrainer:
         self.dead_tracker.rows_since.copy_(tensors["firing"])
         self.meter.sums.copy_(tensors["meter"])
         self.meter.steps = int(numbers["meter.steps"])
+        if self.meter.residual is not None:
+            self.meter.residual.sums.copy_(tensors["residual"])
         self.latent_stats.load_state(_below("vitals.", tensors), _below("vitals.", numbers))
 
 

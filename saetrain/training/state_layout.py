@@ -76,7 +76,7 @@ def require_state(
         if of_optimizer and name.endswith(_SQUARES):
             if not bool((tensor >= 0).all()):  # NaN is not, either; large squares become infinite
                 raise _refused(f"{path}: tensor {name}", ">= 0", _worst(tensor, tensor >= 0))
-        elif (of_optimizer or name in weights or name == "meter") and not _is_finite(tensor):
+        elif (of_optimizer or name in weights or name in _SUMS) and not _is_finite(tensor):
             # A checkpoint is saved of finite weights and losses only, and moments or points that
             # are not finite make weights so in the same step.
             raise _refused(f"{path}: tensor {name}", "finite", _worst(tensor, tensor.isfinite()))
@@ -84,6 +84,8 @@ def require_state(
 
 _SQUARES = (".exp_avg_sq", ".state2", ".absmax2", ".norms")
 """Ends of the names of means of squares, their scales in 8 bits, and norms."""
+_SUMS = ("meter", "residual")
+"""Sums of losses."""
 _LR_MOST = 1e30  # of --lr
 
 
@@ -120,6 +122,8 @@ def _layout(trainer: SaeTrainer, step: int) -> StateLayout:
     tensors = {f"sae.{name}": spec_of(p) for name, p in trainer.sae.state_dict().items()}
     tensors |= {"firing": count, "meter": spec_of(trainer.meter.sums)}
     tensors |= {"vitals.active": count, "vitals.norms": TensorSpec((), torch.float64)}
+    if trainer.meter.residual is not None:
+        tensors["residual"] = spec_of(trainer.meter.residual.sums)
     if step % every:  # within an update
         named = trainer.sae.named_parameters()
         tensors |= {f"gradient.{name}": spec_of(p) for name, p in named}

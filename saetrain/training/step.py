@@ -126,7 +126,9 @@ def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
     losses_of = folded_losses if settings.decoder_norm == "fold" else compute_losses
     if ddp is not None:
         losses_of = partial(ddp.forward, losses_of)
-    given = (trainer.variance, dead, trainer.loss_config, step, trainer.device_step)
+    residual = trainer.meter.residual
+    share = None if dead is None or residual is None else residual.share()
+    given = (trainer.variance, dead, trainer.loss_config, step, trainer.device_step, share)
     parts = torch.split(x, settings.micro_batch_size or len(x))
     losses = []
     for number, part in enumerate(parts, 1):

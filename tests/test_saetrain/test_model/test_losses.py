@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saetrain.model.losses import (
+    LossConfig,
     Losses,
     OutputSlice,
     auxk_loss,
@@ -122,6 +123,44 @@ def test_auxk_is_scaled_down_while_few_latents_are_dead(sae: Sae, x: torch.Tenso
     for number, scale in ((1, 0.2), (3, 0.6), (5, 1.0), (9, 1.0)):
         auxk = compute_losses(sae, x, VARIANCE, dead_mask(*range(number))).auxk
         torch.testing.assert_close(auxk, scale * residual)
+
+
+@pytest.mark.parametrize("number", [1, 4, 20])
+def test_by_the_share_of_the_residual_auxk_is_the_authors_loss(
+    sae: Sae, x: torch.Tensor, number: int
+) -> None:
+    """Σ‖ê - e‖² / Σ‖e - mean e‖², `normalized_mse` of openai/sparse_autoencoder."""
+    dead = dead_mask(*range(number))
+    with torch.no_grad():  # the mean of the residual is 0 once b_dec is trained
+        sae.b_dec += (x - sae(x).reconstruction).mean(dim=0)
+        for _ in range(200):
+            sae.b_dec += 0.5 * (x - sae(x).reconstruction).mean(dim=0)
+        e = x - sae(x).reconstruction
+    variance_of_e = (e - e.mean(dim=0)).pow(2).sum() / N
+    share = (variance_of_e / VARIANCE).reshape(1)
+    unscaled = LossConfig(auxk_scaled_down=False)
+    ours = compute_losses(sae, x, VARIANCE, dead, unscaled, share=share).auxk
+    by_target = plain_auxk(sae, x, dead) / min(1.0, number / (D // 2))  # Σ‖ê - e‖² / (N VARIANCE)
+    torch.testing.assert_close(ours, by_target * VARIANCE / variance_of_e)
+    scaled_down = compute_losses(sae, x, VARIANCE, dead, share=share).auxk
+    torch.testing.assert_close(scaled_down, ours * min(1.0, number / (D // 2)))
+    fixed = list_dead_in(dead, 25, 0)  # as on a GPU: of fixed length
+    part = (OutputSlice("", D, VARIANCE),)
+    by_list = auxk_loss(sae, x, e, fixed, part, share=share, scaled_down=False)
+    torch.testing.assert_close(by_list, ours)
+
+
+def test_auxk_of_each_hookpoint_is_divided_by_its_own_share(sae: Sae, x: torch.Tensor) -> None:
+    dead = dead_mask(*range(8, 28))
+    parts = (OutputSlice("a", 4, 3.0), OutputSlice("b", 6, 4.5))
+    e = (x - sae(x).reconstruction).detach()
+    listed = list_dead(dead, D // 2, 0)
+    assert listed is not None
+    by_part = [
+        auxk_loss(sae, x, e, listed, parts, share=torch.tensor(share))
+        for share in ([1.0, 1e30], [1e30, 1.0], [0.5, 0.1])
+    ]
+    torch.testing.assert_close(by_part[2], by_part[0] / 0.5 + by_part[1] / 0.1)
 
 
 @pytest.mark.parametrize("dead", [None, dead_mask()], ids=["off", "none dead"])

@@ -57,13 +57,16 @@ def assert_same_weights(one: SaeTrainer, two: SaeTrainer, rtol: float = 1e-9) ->
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-9)
 
 
-@pytest.mark.parametrize("norm", ["unit", "fold", "free"])
+@pytest.mark.parametrize(
+    ("norm", "by_residual"), [("unit", False), ("fold", False), ("free", False), ("unit", True)]
+)
 @pytest.mark.parametrize("rows", [1, 7, 30, 60, 1000])
 def test_micro_batches_make_the_steps_of_whole_ones(
-    make: Callable[..., SaeTrainer], rows: int, norm: Any
+    make: Callable[..., SaeTrainer], rows: int, norm: Any, by_residual: bool
 ) -> None:
     """Also where they do not divide the batch."""
-    whole, parts = make(decoder_norm=norm), make(decoder_norm=norm, micro_batch_size=rows)
+    how = {"auxk_alpha": 1.0, "decoder_norm": norm, "auxk_by_residual": by_residual}
+    whole, parts = make(**how), make(**how, micro_batch_size=rows)
     expected, found = run(whole, batches()), run(parts, batches())
     assert expected["auxk"] > 0
     assert found == pytest.approx(expected, rel=1e-9)

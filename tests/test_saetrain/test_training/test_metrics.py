@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saetrain.model.losses import Losses
+from saetrain.model.losses import Losses, LossTerm
 from saetrain.model.sae import SaeOutput
-from saetrain.training.metrics import MEANS, DeadLatentTracker, MeanMeter, fired
+from saetrain.training.metrics import MEANS, DeadLatentTracker, MeanMeter, ResidualShare, fired
 
 
 def new_meter() -> MeanMeter:
@@ -27,6 +27,24 @@ def test_means_are_over_the_steps_since_the_last_pop() -> None:
     assert meter.pop_means() == {"fvu": 1.0, "auxk": 0.5, "l0": 1.0}
     meter.add(losses(3.0, 0.0, [[1.0, 1.0]]))
     assert meter.pop_means() == {"fvu": 3.0, "auxk": 0.0, "l0": 2.0}
+
+
+def test_the_residuals_share_is_a_moving_average_of_each_hookpoints_fvu() -> None:
+    fvus = [0.9, 0.5, 0.2]
+    one = MeanMeter(MEANS, torch.zeros(3, dtype=torch.float64))
+    two = MeanMeter((*MEANS, "fvu/a", "fvu/b"), torch.zeros(5, dtype=torch.float64))
+    for meter, hookpoints in ((one, 1), (two, 2)):
+        meter.residual = ResidualShare(torch.zeros(hookpoints + 1, dtype=torch.float64))
+    for fvu in fvus:
+        step = losses(fvu, 0.0, [[1.0]])
+        one.add(step)
+        parts = (LossTerm(torch.tensor(value), 0.0) for value in (fvu / 3, 1.0))
+        two.add(step._replace(terms=tuple(parts)))
+    mean = (0.81 * 0.9 + 0.9 * 0.5 + 0.2) / (0.81 + 0.9 + 1)
+    assert one.residual is not None
+    assert two.residual is not None
+    assert one.residual.share().tolist() == pytest.approx([mean])
+    assert two.residual.share().tolist() == pytest.approx([mean / 3, 1.0])
 
 
 def test_l0_counts_latents_with_positive_activations() -> None:

@@ -24,12 +24,18 @@ def test_training_continues_bit_for_bit_from_loaded_state(
     optimizer: str,
 ) -> None:
     ours, resumed = (
-        make_trainer(D, M, K, optimizer=optimizer, dead_after=3 * N, auxk_alpha=1.0)
+        make_trainer(
+            D, M, K, optimizer=optimizer, dead_after=2 * N, auxk_alpha=1.0, auxk_by_residual=True
+        )
         for _ in range(2)
     )
     rows = batches(torch.float32)
+    for trainer in (ours, resumed):
+        with torch.no_grad():
+            trainer.sae.b_enc[M // 2 :] = -5.0
     for step in range(7):
         train_step(ours, rows[step], step)
+    assert ours.meter.sums[1] > 0  # AuxK
     tensors, numbers = ours.state()
     resumed.load_state({name: t.detach().clone() for name, t in tensors.items()}, dict(numbers))
     for step in range(7, 14):

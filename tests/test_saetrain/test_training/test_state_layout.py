@@ -51,6 +51,8 @@ def check(trainer: SaeTrainer, state: State, steps: int) -> None:
         (3, {"grad_acc_steps": 2}),
         (4, {"grad_acc_steps": 2}),
         (2, {"dtype": torch.bfloat16}),
+        (0, {"auxk_alpha": 1.0, "auxk_by_residual": True}),
+        (2, {"auxk_alpha": 1.0, "auxk_by_residual": True}),
     ],
     ids=str,
 )

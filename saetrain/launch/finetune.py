@@ -28,6 +28,7 @@ from saetrain.formats.sparsify import (
     read_sae,
     read_sae_config,
 )
+from saetrain.model.activations import JumpRelu
 from saetrain.model.sae import Sae
 from saetrain.runs.checkpoint import best_folder, differing_file, newest_state
 from saetrain.runs.own_files import is_plain
@@ -291,6 +292,8 @@ def load_pretrained(sae: Sae, source: PretrainedSource, config: FitConfig) -> No
     path = folder / WEIGHTS
     loaded = read_sae(folder, expected=source.file)[0].state_dict()
     b_dec = sae.b_dec.clone()
+    if isinstance(sae.activation, JumpRelu):
+        loaded = sae.activation.from_saved(loaded)
     try:
         sae.load_state_dict(loaded)
     except RuntimeError as error:

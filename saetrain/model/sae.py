@@ -246,6 +246,7 @@ def build_sae(
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    log_threshold: bool = False,
 ) -> Sae:
     """Build an SAE with initial weights from its configuration.
 
@@ -255,6 +256,7 @@ def build_sae(
         seed: seed of the initial weights.
         device: device of the weights.
         dtype: type of the weights.
+        log_threshold: take the logarithm of JumpReLU's thresholds as the parameter.
     """
     k, M = config.k, config.num_latents
     activation: Activation = TopK(k)
@@ -264,7 +266,9 @@ def build_sae(
         activation = GroupMax(k)
     elif config.activation == "jumprelu":
         threshold, bandwidth = config.threshold * unit, config.bandwidth * unit
-        activation = JumpRelu(M, threshold, bandwidth, device=device, dtype=dtype)
+        activation = JumpRelu(
+            M, threshold, bandwidth, log_threshold=log_threshold, device=device, dtype=dtype
+        )
     elif config.activation == "relu":
         activation = Relu()
     elif config.activation == "gated":

@@ -18,6 +18,7 @@ Letters: N tokens, D d_in, E width of the output, M num_latents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 _OF_LATENTS = ("b_enc", "activation.threshold", "activation.b_mag")
 """Weights in the unit of the pre-activations; `activation.r_mag` has no unit."""
-_WEIGHTS = {"W_enc", "W_dec", "b_dec", "W_skip", "activation.r_mag", *_OF_LATENTS}
+_LOG = "activation.log_threshold"
+_WEIGHTS = {"W_enc", "W_dec", "b_dec", "W_skip", "activation.r_mag", _LOG, *_OF_LATENTS}
 
 
 def fold(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -50,6 +52,8 @@ def fold(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name in _OF_LATENTS
         if name in weights and weights[name].ndim  # one threshold for all latents stays
     }
+    if _LOG in weights:
+        folded[_LOG] = weights[_LOG] + norm.squeeze(1).log()
     return {**weights, **folded, "W_enc": weights["W_enc"] * norm, "W_dec": W_dec / norm}
 
 
@@ -105,6 +109,8 @@ class InputScaling:
             for name in (*_OF_LATENTS, "b_dec"):
                 if name in weights:
                     folded[name] = weights[name] / self.by
+            if _LOG in weights:
+                folded[_LOG] = weights[_LOG] - math.log(self.by)
             return folded
         folded["W_enc"] = weights["W_enc"] * self.read
         folded["W_dec"] = weights["W_dec"] / self.predicted

@@ -16,6 +16,7 @@ from actcache.errors import ConfigError
 from saetrain.config.fit_config import DEFAULTS, Defaults, FitConfig
 from saetrain.config.sae import PENALISED, DecoderNorm, OptimizerName, SaeConfig
 from saetrain.distributed.collectives import world_size
+from saetrain.model.activations import to_saved
 from saetrain.model.losses import FVU_ONLY, LossConfig, TargetStats
 from saetrain.model.sae import Sae, build_sae
 from saetrain.model.weight_scales import InputScaling, fold, input_scaling
@@ -353,10 +354,14 @@ class SaeTrainer:
         rows *= 1 if self.ddp is None else world_size()
         return self.settings.auxk_alpha > 0 and self.dead_tracker.may_be_dead(step * rows)
 
-    def export_weights(self) -> dict[str, Tensor]:
-        """Return the weights as they are saved and validated, and the activation's buffers."""
+    def unscaled_weights(self) -> dict[str, Tensor]:
+        """Return the weights for rows as they are in the cache, and the activation's buffers."""
         weights = dict(self.sae.named_buffers()) | self.optimizer.weights_to_export()
         return self._unscaled(weights)
+
+    def export_weights(self) -> dict[str, Tensor]:
+        """Return `unscaled_weights` under the names of saved SAEs."""
+        return to_saved(self.unscaled_weights())
 
     def unit_norm(self) -> bool:
         """Return whether the saved decoder rows have norm 1."""

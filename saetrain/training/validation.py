@@ -153,7 +153,7 @@ def validate(
     for group in groups.values():
         rows = validation.on(group[0].entry, group[0].sae.W_enc.device)
         for trainer in group:
-            weights, entry = trainer.export_weights(), trainer.entry
+            weights, entry = trainer.unscaled_weights(), trainer.entry
             if trainer.settings.k_anneal_steps:
                 trainer.sae.k = entry.config.k  # the next step sets its annealed k again
             found = validation.measure(trainer.sae, weights, entry, rows)

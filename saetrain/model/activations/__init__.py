@@ -9,8 +9,18 @@ from saetrain.model.activations.base import Activation, Latents
 from saetrain.model.activations.batchtopk import BatchTopK
 from saetrain.model.activations.gated import Gated
 from saetrain.model.activations.groupmax import GroupMax
-from saetrain.model.activations.jumprelu import JumpRelu
+from saetrain.model.activations.jumprelu import JumpRelu, to_saved
 from saetrain.model.activations.relu import Relu
 from saetrain.model.activations.topk import TopK
 
-__all__ = ["Activation", "BatchTopK", "Gated", "GroupMax", "JumpRelu", "Latents", "Relu", "TopK"]
+__all__ = [
+    "Activation",
+    "BatchTopK",
+    "Gated",
+    "GroupMax",
+    "JumpRelu",
+    "Latents",
+    "Relu",
+    "TopK",
+    "to_saved",
+]

@@ -6,12 +6,15 @@ gradient to θ; the paper's straight-through estimate, with a rectangle of width
 
     ∂z/∂θ = -(θ/ε) rect((p - θ)/ε),    ∂H/∂θ = -(1/ε) rect((p - θ)/ε).
 
-The gradient to p is that of z alone, H(p - θ). The parameter is θ, clamped at 0 before each step;
-the paper trains log θ.
+The gradient to p is that of z alone, H(p - θ). The parameter is log θ, as in the paper, so that a
+step changes θ by a share of itself, whatever the unit of the rows; its gradient is θ times that to
+θ. In runs with the defaults of version 1 it is θ itself, clamped at 0 before each step, as in
+saved SAEs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ class JumpRelu(Activation, nn.Module):
         num_latents: number of latents, M.
         threshold: initial value of all thresholds.
         bandwidth: ε, in the unit of the pre-activations.
+        log_threshold: take log θ as the parameter, not θ.
         device: device of the thresholds.
         dtype: type of the thresholds.
     """
@@ -42,34 +46,72 @@ class JumpRelu(Activation, nn.Module):
         threshold: float,
         bandwidth: float,
         *,
+        log_threshold: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.bandwidth = bandwidth
-        full = torch.full((num_latents,), threshold, device=device, dtype=dtype)
-        self.threshold = nn.Parameter(full)  # [M]
+        full = torch.full((num_latents,), threshold, device=device, dtype=dtype)  # [M]
+        if log_threshold:
+            assert threshold > 0
+            self.log_threshold = nn.Parameter(full.log())
+        else:
+            self.threshold = nn.Parameter(full)
+
+    @property
+    def has_log_threshold(self) -> bool:
+        """Whether the parameter is log θ."""
+        return "log_threshold" in self._parameters
+
+    def thresholds(self) -> Tensor:
+        """Return θ. [M]"""
+        return self.log_threshold.exp() if self.has_log_threshold else self.threshold
+
+    def from_saved(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the threshold among the saved weights of an SAE to this parameter.
+
+        The logarithm of thresholds of 0 or below is taken of a thousandth of the bandwidth.
+        """
+        if not self.has_log_threshold:
+            return {**weights}
+        others = {name: weight for name, weight in weights.items() if name != _THRESHOLD}
+        least = _LEAST * self.bandwidth
+        return others | {_LOG_THRESHOLD: weights[_THRESHOLD].clamp(min=least).log()}
 
     def encode(self, x: Tensor, encoder: Encoder) -> Latents:
         """Compute dense latents. [N, M]"""
         pre_acts = pre_activations(x, encoder)
         acts = (compiled(_jump) if self.compiles else _jump)(
-            pre_acts, self.threshold, self.bandwidth
+            pre_acts, self.thresholds(), self.bandwidth
         )
         return Latents(acts, None, pre_acts)
 
     @torch.no_grad()
     def project(self) -> None:
         """Clamp thresholds at 0, since negative pre-activations would exceed a lower one."""
-        self.threshold.clamp_(min=0)
+        if not self.has_log_threshold:
+            self.threshold.clamp_(min=0)
 
     def penalty(self, latents: Latents, norms: Tensor) -> Tensor:
         """Compute L0 of each row, with a gradient to the thresholds only. [N]"""
         del norms
         assert latents.pre_acts is not None
         return (compiled(_count) if self.compiles else _count)(
-            latents.pre_acts.detach(), self.threshold, self.bandwidth
+            latents.pre_acts.detach(), self.thresholds(), self.bandwidth
         )
+
+
+_THRESHOLD, _LOG_THRESHOLD = "activation.threshold", "activation.log_threshold"
+_LEAST = 1e-3
+
+
+def to_saved(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a logarithm of thresholds among the weights of an SAE to thresholds, as saved."""
+    saved = {**weights}
+    if (log_threshold := saved.pop(_LOG_THRESHOLD, None)) is not None:
+        saved[_THRESHOLD] = log_threshold.exp()
+    return saved
 
 
 def _jump(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -65,6 +65,8 @@ class TargetStats(NamedTuple):
 
     mean: NDArray[np.float64]
     """Mean target row. [E]"""
+    source_mean: NDArray[np.float64]
+    """Mean row of the encoder's input. [D]"""
     variance: float
     """Variance of the target: mean of ‖y - mean‖²."""
     unit: float
@@ -99,6 +101,7 @@ def target_stats(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) ->
     parts = tuple([OutputSlice(name, len(means[name]), variances[name]) for name in targets])
     return TargetStats(
         mean=np.concatenate([means[name] for name in targets]),
+        source_mean=np.concatenate([means[name] for name in sources]),
         variance=sum(variances[name] for name in targets),
         unit=float(np.sqrt(sum(variances[name] for name in sources))),
         parts=parts if len(parts) > 1 else (),

@@ -212,6 +212,21 @@ class Sae(nn.Module):
         return coded._replace(reconstructions=with_skip)
 
     @torch.no_grad()
+    def centre_encoder(self, mean: Tensor) -> None:
+        """Set the encoder's biases so that the pre-activations of a row `mean` [D] are 0.
+
+        For a transcoder, which subtracts no b_dec from its input: b_enc = -W_enc · mean, as in
+        sparsify; and the same for the bias of gated's magnitudes.
+        """
+        assert self.transcode
+        mean = mean.to(self.W_enc.device, torch.float64)
+        pairs = zip(self.W_enc.split(_CENTRED), self.b_enc.split(_CENTRED), strict=True)
+        for W_enc, b_enc in pairs:
+            b_enc.copy_(-(W_enc.double() * mean).sum(dim=1))
+        if isinstance(self.activation, Gated):
+            self.activation.b_mag.copy_(self.b_enc * self.activation.r_mag.exp())
+
+    @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Scale every decoder row to unit Euclidean norm; do nothing for a transcoder."""
         if self.transcode:
@@ -229,6 +244,10 @@ class Sae(nn.Module):
             return
         assert self.W_dec.grad is not None
         project_(self.W_dec, self.W_dec.grad)
+
+
+_CENTRED = 1024
+"""Latents whose encoder rows are held in float64 at once."""
 
 
 def rows_of(entry: SaeEntry, activations: Mapping[str, Tensor]) -> Tensor:

@@ -125,16 +125,31 @@ def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
 
 
 def initial_sae(
-    entry: SaeEntry, targets: TargetStats, options: FitConfig, device: torch.device
+    entry: SaeEntry,
+    targets: TargetStats,
+    options: FitConfig,
+    device: torch.device,
+    *,
+    log_threshold: bool = False,
+    centred: bool = False,
 ) -> Sae:
     """Build an SAE with initial weights, except for what `training.init` fits to rows."""
     dtype = getattr(torch, options.weights_dtype)
-    sae = build_sae(entry.config, unit=targets.unit, seed=entry.seed, device=device, dtype=dtype)
+    sae = build_sae(
+        entry.config,
+        unit=targets.unit,
+        seed=entry.seed,
+        device=device,
+        dtype=dtype,
+        log_threshold=log_threshold,
+    )
     with torch.no_grad():
         if options.b_dec_init != "zeros":
             sae.b_dec.copy_(torch.from_numpy(targets.mean))
         if entry.encoder_scale != 1:
             sae.W_enc.mul_(entry.encoder_scale)
+        if sae.transcode and centred:
+            sae.centre_encoder(torch.from_numpy(targets.source_mean))
     return sae
 
 

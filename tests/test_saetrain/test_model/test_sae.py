@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from saetrain.model.sae import Sae
+from saetrain.config.sae import SaeConfig
+from saetrain.model.sae import Sae, build_sae
 
 N, D, M, K = 20, 12, 40, 5
 
@@ -123,3 +124,15 @@ def test_the_parallel_component_of_the_gradient_is_removed_as_in_sparsify(
     taken = gradient - sae.W_dec.grad
     along = (taken * sae.W_dec).sum(dim=1, keepdim=True) * sae.W_dec
     torch.testing.assert_close(taken, along.detach())
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu", "jumprelu", "gated"])
+def test_a_centred_transcoder_begins_as_one_whose_rows_have_mean_zero(activation: Any) -> None:
+    """More latents than are centred at once."""
+    config = SaeConfig(D, 1500, K, activation=activation, transcode=True, threshold=0.1)
+    mean = 50 * batch(5)[0]
+    plain, centred = (build_sae(config, dtype=torch.float64) for _ in range(2))
+    centred.centre_encoder(mean)
+    expected, found = plain.encode(batch()), centred.encode(batch() + mean)
+    assert (expected.top_acts > 0).any()
+    torch.testing.assert_close(found.top_acts, expected.top_acts, rtol=1e-9, atol=1e-11)

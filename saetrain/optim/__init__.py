@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saetrain.optim.adam import Adam
 from saetrain.optim.adam8bit import Adam8bit
-from saetrain.optim.fused import conditional_step
+from saetrain.optim.fused import AdamConstants, conditional_step
 from saetrain.optim.layout import StateLayout
 from saetrain.optim.muon import Muon
 from saetrain.optim.schedule import Schedule, default_lr, make_schedule, warmup_steps
@@ -22,6 +22,7 @@ from saetrain.optim.signum import Signum
 __all__ = [
     "Adam",
     "Adam8bit",
+    "AdamConstants",
     "Muon",
     "Optimizer",
     "Schedule",

@@ -6,22 +6,43 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import adam_numbers, adam_update_, normalise_rows_
-from saetrain.optim.fused import FusedOptimizer
+from saetrain.optim.fused import AdamConstants, FusedOptimizer, Parameters
 from saetrain.optim.layout import COUNTER, StateLayout, TensorSpec, spec_of
+from saetrain.optim.schedule import Schedule
 
-BETAS = (0.9, 0.999)
-EPS = 1e-8
 _UNIT = "unit_rows"
 
 
 class Adam(FusedOptimizer):
-    """Adam over named parameters, or AdamW. On a CPU, bit-identical to torch's."""
+    """Adam over named parameters, or AdamW. On a CPU, bit-identical to torch's.
+
+    Args:
+        parameters: by name.
+        lr: peak learning rate.
+        schedule: share of the peak in each step; None: 1.
+        constants: betas and eps.
+        weight_decay: decoupled, a share of the weights per step and learning rate; None: none.
+        unit: the matrix whose rows keep norm 1; None: none.
+    """
 
     NUMBERS = 5
     UPDATE = staticmethod(adam_update_)
 
     _refused: Tensor | None = None
     """How many of the counted steps a flag on the device has refused."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        lr: float,
+        schedule: Schedule | None = None,
+        *,
+        constants: AdamConstants | None = None,
+        weight_decay: float | None = None,
+        unit: str | None = None,
+    ) -> None:
+        super().__init__(parameters, lr, schedule, weight_decay=weight_decay, unit=unit)
+        self._constants = constants or AdamConstants()
 
     def masked_step(self, step: int, ok: Tensor) -> Tensor:
         """Update where `ok` is true, else leave weights and state unchanged, bit for bit."""
@@ -40,14 +61,9 @@ class Adam(FusedOptimizer):
                 self._steps[name] = self._steps.get(name, 0) + 1
         steps = set(self._steps.values())
         assert self._on_device is None or len(steps) == 1
-        lr, decay, (beta1, beta2) = self.learning_rate(step), self._weight_decay, BETAS
-        self._host_scalars = {
-            "lr": lr,
-            "weight_decay": decay,
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": EPS,
-        }
+        lr, decay = self.learning_rate(step), self._weight_decay
+        beta1, beta2, _ = self._constants
+        self._host_scalars = {"lr": lr, "weight_decay": decay, **self._constants._asdict()}
         return adam_numbers(lr, decay, beta1, beta2, max({1, *steps}))
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError
-from saetrain.optim.fused import Parameters
+from saetrain.optim.fused import AdamConstants, Parameters
 from saetrain.optim.layout import StateLayout, spec_of
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.torch_optimizers import TorchOptimizer
@@ -27,13 +27,20 @@ class Adam8bit(TorchOptimizer):
         parameters: by name.
         lr: peak learning rate.
         schedule: share of the peak in each step.
+        constants: betas and eps.
 
     Raises:
         ConfigError: bitsandbytes is not installed, or cannot make a step on this device.
     """
 
-    def __init__(self, parameters: Parameters, lr: float, schedule: Schedule) -> None:
-        self._adam = _make(list(parameters.values()), lr)
+    def __init__(
+        self,
+        parameters: Parameters,
+        lr: float,
+        schedule: Schedule,
+        constants: AdamConstants | None = None,
+    ) -> None:
+        self._adam = _make(list(parameters.values()), lr, constants or AdamConstants())
         _try_out(next(iter(parameters.values())))
         super().__init__(parameters, lr, schedule, [self._adam])
 
@@ -70,7 +77,7 @@ class Adam8bit(TorchOptimizer):
         self._adam.init_state(group, parameter, 0, index)
 
 
-def _make(parameters: list[torch.nn.Parameter], lr: float) -> Any:
+def _make(parameters: list[torch.nn.Parameter], lr: float, constants: AdamConstants) -> Any:
     try:
         import bitsandbytes.optim
     except Exception as error:  # a missing shared library raises errors of any type
@@ -80,7 +87,8 @@ def _make(parameters: list[torch.nn.Parameter], lr: float) -> Any:
             remedy='pip install "actcache[quantized]", or --optimizer adam',
         ) from error
     make: Any = bitsandbytes.optim.Adam8bit  # type: ignore[attr-defined]
-    return make(parameters, lr=lr)
+    beta1, beta2, eps = constants
+    return make(parameters, lr=lr, betas=(beta1, beta2), eps=eps)
 
 
 def _try_out(like: torch.nn.Parameter) -> None:
@@ -92,7 +100,7 @@ def _try_out(like: torch.nn.Parameter) -> None:
     trial = torch.nn.Parameter(torch.zeros(64, 64, device=like.device, dtype=like.dtype))
     trial.grad = torch.ones_like(trial)
     try:
-        _make([trial], 1.0).step()
+        _make([trial], 1.0, AdamConstants()).step()
         moved = bool((trial < 0).all())
     except Exception as error:
         raise _cannot(like, f"{type(error).__name__}: {error}") from error

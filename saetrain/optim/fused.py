@@ -8,7 +8,7 @@ separate passes, these read and write the matrix again and again. Letters: M row
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from saetrain.kernels import UpdateOptions, backend_of, backends, release_gradie
 from saetrain.optim.schedule import Schedule
 
 Parameters = dict[str, torch.nn.Parameter]
+
+
+class AdamConstants(NamedTuple):
+    """Constants of Adam; the defaults are torch's."""
+
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Number added to the root of the second moment."""
 
 
 class Maskable(Protocol):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from actcache.errors import ConfigError
-from saetrain.optim.fused import Parameters
+from saetrain.optim.fused import AdamConstants, Parameters
 from saetrain.optim.layout import COUNTER, StateLayout, TensorSpec, spec_of
 from saetrain.optim.schedule import Schedule
 from saetrain.optim.torch_optimizers import TorchOptimizer
@@ -27,13 +27,19 @@ class Muon(TorchOptimizer):
         lr: peak learning rate of both.
         schedule: share of the peak in each step.
         weight_decay: decoupled weight decay of the matrices.
+        constants: betas and eps of Adam.
 
     Raises:
         ConfigError: this torch has no Muon.
     """
 
     def __init__(
-        self, parameters: Parameters, lr: float, schedule: Schedule, weight_decay: float
+        self,
+        parameters: Parameters,
+        lr: float,
+        schedule: Schedule,
+        weight_decay: float,
+        constants: AdamConstants | None = None,
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise ConfigError(
@@ -53,7 +59,14 @@ class Muon(TorchOptimizer):
         )
         kinds = {p.device.type for p in others.values()}
         self._counts_on_device = kinds in ({"cpu"}, {"cuda"})  # as torch's fused kernels do
-        adam = torch.optim.Adam(others.values(), lr=lr, fused=self._counts_on_device or None)
+        beta1, beta2, eps = constants or AdamConstants()
+        adam = torch.optim.Adam(
+            others.values(),
+            lr=lr,
+            betas=(beta1, beta2),
+            eps=eps,
+            fused=self._counts_on_device or None,
+        )
         super().__init__(parameters, lr, schedule, [muon, adam])
 
     def state_layout(self) -> StateLayout:

@@ -20,7 +20,7 @@ from saetrain.model.activations import to_saved
 from saetrain.model.losses import FVU_ONLY, LossConfig, TargetStats
 from saetrain.model.sae import Sae, build_sae
 from saetrain.model.weight_scales import InputScaling, fold, input_scaling
-from saetrain.optim import Adam, Adam8bit, Muon, Optimizer, Schedule, Signum
+from saetrain.optim import Adam, Adam8bit, AdamConstants, Muon, Optimizer, Schedule, Signum
 from saetrain.training.ddp import DdpStep
 from saetrain.training.metrics import (
     MEANS,
@@ -162,6 +162,7 @@ def make_optimizer(
     *,
     schedule: Schedule | None = None,
     weight_decay: float | None = None,
+    adam: AdamConstants | None = None,
     decoder_norm: DecoderNorm = "unit",
 ) -> Optimizer:
     """Build an optimiser over all parameters of an SAE.
@@ -174,6 +175,7 @@ def make_optimizer(
         steps: total steps of the run, without a `schedule`.
         schedule: learning rate over the run; None: constant for signum, else linear decay to 0.
         weight_decay: for adamw, and for muon's matrices; None: 0.01 and 0.1.
+        adam: betas and eps of Adam; None: torch's.
         decoder_norm: as in the SAE's `StepSettings`.
 
     Raises:
@@ -185,13 +187,13 @@ def make_optimizer(
         return Signum(parameters, lr, schedule, unit=unit)
     schedule = schedule or Schedule("linear", warmup, steps)
     if name == "adam8bit":
-        return Adam8bit(parameters, lr, schedule)
+        return Adam8bit(parameters, lr, schedule, adam)
     if weight_decay is None:
         weight_decay = _WEIGHT_DECAY.get(name)
     if name == "muon":
         assert weight_decay is not None
-        return Muon(parameters, lr, schedule, weight_decay)
-    return Adam(parameters, lr, schedule=schedule, weight_decay=weight_decay, unit=unit)
+        return Muon(parameters, lr, schedule, weight_decay, adam)
+    return Adam(parameters, lr, schedule, constants=adam, weight_decay=weight_decay, unit=unit)
 
 
 class LastingBytes(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from saetrain.kernels.on_torch import update
+from saetrain.optim import AdamConstants
 from saetrain.optim.adam import Adam
 from saetrain.optim.schedule import Schedule
 
@@ -56,9 +57,10 @@ def test_weights_follow_torchs_adam_under_transformers_schedule() -> None:
     assert_same(adam.weights_to_export(), copies(ours))
 
 
+@pytest.mark.parametrize("constants", [AdamConstants(), AdamConstants(0.8, 0.99, 1e-12)])
 @pytest.mark.parametrize("weight_decay", [None, 0.1])
 def test_weights_and_state_are_torchs_bit_for_bit_whatever_the_parts(
-    weight_decay: float | None, monkeypatch: pytest.MonkeyPatch
+    weight_decay: float | None, constants: AdamConstants, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(update, "_BYTES", 5000)
     generator = torch.Generator().manual_seed(0)
@@ -66,9 +68,17 @@ def test_weights_and_state_are_torchs_bit_for_bit_whatever_the_parts(
     ours = {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
     theirs = {name: nn.Parameter(value) for name, value in copies(ours).items()}
     schedule = Schedule("cosine", 3, STEPS)
-    adam = Adam(ours, LR, schedule=schedule, weight_decay=weight_decay)
+    adam = Adam(ours, LR, schedule, constants=constants, weight_decay=weight_decay)
     kind = torch.optim.Adam if weight_decay is None else torch.optim.AdamW
-    peer = kind(theirs.values(), lr=LR, weight_decay=weight_decay or 0.0, fused=True)
+    beta1, beta2, eps = constants
+    peer = kind(
+        theirs.values(),
+        lr=LR,
+        betas=(beta1, beta2),
+        eps=eps,
+        weight_decay=weight_decay or 0.0,
+        fused=True,
+    )
     for step in range(STEPS):
         give_gradients(ours, step)
         give_gradients(theirs, step)
@@ -78,6 +88,20 @@ def test_weights_and_state_are_torchs_bit_for_bit_whatever_the_parts(
     assert_same(copies(ours), copies(theirs))
     state = {f"{n}.{k}": v for n, p in theirs.items() for k, v in peer.state[p].items()}
     assert_same(adam.state_tensors(), state)
+
+
+def test_gradients_below_1e_8_move_weights_by_the_learning_rate_with_a_smaller_eps() -> None:
+    """Gradients of 5e-9 occur with 32,768 rows of width 4,096."""
+    moved = []
+    for eps in (1e-8, 1e-12):
+        weights = {"W": nn.Parameter(torch.zeros(64, 32))}
+        adam = Adam(weights, LR, constants=AdamConstants(eps=eps))
+        for step in range(3):
+            weights["W"].grad = torch.full((64, 32), 5e-9)
+            adam.step(step)
+        moved.append(-weights["W"].detach() / (3 * LR))
+    assert moved[0].max() < 0.4
+    assert moved[1].min() > 0.99
 
 
 def test_the_first_step_of_a_warm_up_changes_nothing_and_drops_the_gradients() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
+from saetrain.optim import AdamConstants
 from saetrain.optim.adam8bit import Adam8bit
 from saetrain.optim.schedule import Schedule
 
@@ -36,11 +37,16 @@ def give_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def test_its_steps_are_those_of_bitsandbytes_and_its_moments_have_8_bits() -> None:
+@pytest.mark.parametrize("constants", [AdamConstants(), AdamConstants(0.5, 0.9, 0.1)])
+def test_its_steps_are_those_of_bitsandbytes_and_its_moments_have_8_bits(
+    constants: AdamConstants,
+) -> None:
     from bitsandbytes.optim import Adam8bit as Theirs
 
     ours, theirs = parameters(), parameters()
-    adam, peer = Adam8bit(ours, LR, SCHEDULE), Theirs(theirs.values(), lr=LR)
+    beta1, beta2, eps = constants
+    adam = Adam8bit(ours, LR, SCHEDULE, constants)
+    peer = Theirs(theirs.values(), lr=LR, betas=(beta1, beta2), eps=eps)
     for step in range(STEPS):
         give_gradients(ours, step)
         give_gradients(theirs, step)

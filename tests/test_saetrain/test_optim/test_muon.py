@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError
+from saetrain.optim import AdamConstants
 from saetrain.optim.muon import Muon
 from saetrain.optim.schedule import Schedule
 
@@ -30,14 +31,18 @@ def give_gradients(parameters: dict[str, nn.Parameter], step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
-def test_its_steps_are_those_of_sparsifys_muon_and_adam(sparsify: ModuleType) -> None:
+@pytest.mark.parametrize("constants", [AdamConstants(), AdamConstants(0.5, 0.9, 0.1)])
+def test_its_steps_are_those_of_sparsifys_muon_and_adam(
+    sparsify: ModuleType, constants: AdamConstants
+) -> None:
     from sparsify.muon import Muon as Theirs
 
     ours, theirs = parameters(), parameters()
-    muon = Muon(ours, LR, CONSTANT, DECAY)
+    muon = Muon(ours, LR, CONSTANT, DECAY, constants)
+    beta1, beta2, eps = constants
     store_group = [
         Theirs([theirs["W_enc"], theirs["W_dec"]], lr=LR, ddp=False),
-        torch.optim.Adam([theirs["b_enc"]], lr=LR),
+        torch.optim.Adam([theirs["b_enc"]], lr=LR, betas=(beta1, beta2), eps=eps),
     ]
     start = {name: p.detach().clone() for name, p in ours.items()}
     for step in range(STEPS):

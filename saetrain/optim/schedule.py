@@ -11,34 +11,52 @@ from saetrain.config.sae import LrSchedule, OptimizerName
 _SIGNUM, _ADAM, _MUON = 5e-3, 2e-4, 2e-3
 _LONG = 2**17
 _ADAM_MOST = 0.24  # over sqrt(D): a step moves a row of norm 1 by a quarter of itself at most
+_MUON_MOST, _MUON_SHORT = 1.6e-2, 137  # the rate of runs of so many updates, or fewer
+_BATCH = 2048  # rows of an update, at which the other constants were measured
 _WARMUP_MOST = 1000
 
 
 def default_lr(
-    optimizer: OptimizerName, num_latents: int, d_in: int, steps: int | None = None
+    optimizer: OptimizerName,
+    num_latents: int,
+    d_in: int,
+    updates: int | None = None,
+    *,
+    rows: int | None = None,
 ) -> float:
     """Return the default learning rate, the peak of a schedule; sparsify's in a long run.
 
     signum: 5e-3 / sqrt(M / 2^14), whatever the run's length: being schedule-free, it averages.
-    Adam's kinds: 2e-4 / sqrt(M / 2^14) from 2^17 steps on, and in a shorter run sqrt(2^17 / steps)
-    times that: the root leads from the best rates of short runs (benchmarks/README.md) to
-    sparsify's rate for long ones. At most 0.24 / sqrt(D), which is 1e-2 at the width where that was
-    tried: no step should be as long as rows are. muon: 2e-3; its updates are scaled by the shape
-    of the matrix already.
+    Adam's kinds: 2e-4 / sqrt(M / 2^14) from 2^17 updates on, and in a shorter run
+    sqrt(2^17 / updates) times that: the root leads from the best rates of short runs
+    (benchmarks/README.md) to sparsify's rate for long ones. At most 0.24 / sqrt(D), which is 1e-2
+    at the width where that was tried: no step should be as long as rows are. muon: 2e-3 in a long
+    run, and in a shorter one 1.6e-2 · sqrt(137 / updates), at most 1.6e-2; its updates are scaled
+    by the shape of the matrix already.
+
+    Gradients of fewer rows are noisier: with fewer than 2,048 rows an update, the rates of Adam's
+    kinds and muon are sqrt(rows / 2,048) times those (Malladi, Lyu, Panigrahi and Arora, "On the
+    SDEs and scaling rules for adaptive gradient algorithms", 2022).
 
     Args:
         optimizer: name of the optimiser.
         num_latents: width of the SAE, M.
         d_in: width of the rows, D.
-        steps: steps of the whole run; None: a long one.
+        updates: updates of the whole run; None: a long one.
+        rows: rows of an update. None: the defaults of version 1, whose rates do not follow it, and
+            that of muon not the length of the run either.
     """
-    if optimizer == "muon":
-        return _MUON
     narrow = math.sqrt(num_latents / 2**14)
     if optimizer == "signum":
         return _SIGNUM / narrow
-    missing = 1.0 if steps is None else max(1.0, _LONG / steps)
-    return min(_ADAM_MOST / math.sqrt(d_in), _ADAM / narrow * math.sqrt(missing))
+    noisy = 1.0 if rows is None else min(1.0, math.sqrt(rows / _BATCH))
+    if optimizer == "muon":
+        if rows is None or updates is None:
+            return _MUON * noisy
+        short = min(_MUON_MOST, _MUON_MOST * math.sqrt(_MUON_SHORT / updates))
+        return max(_MUON, short) * noisy
+    missing = 1.0 if updates is None else max(1.0, _LONG / updates)
+    return min(_ADAM_MOST / math.sqrt(d_in), _ADAM / narrow * math.sqrt(missing)) * noisy
 
 
 def warmup_steps(option: int | None, steps: int) -> int:

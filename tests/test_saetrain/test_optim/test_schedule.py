@@ -46,6 +46,31 @@ def test_that_of_the_others_does_not_follow_the_steps(optimizer: OptimizerName) 
     assert default_lr(optimizer, 4608, 64, 1) == default_lr(optimizer, 4608, 64)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "updates", "rows", "lr"),
+    [
+        ("adam", 137, 2048, 0.24 / 576**0.5),
+        ("adam", 137, 4096, 0.24 / 576**0.5),
+        ("adam", 137, 512, 0.12 / 576**0.5),
+        ("adam", 2**15, 2048, 8e-4),
+        ("adam8bit", 2**15, 128, 2e-4),
+        ("adam", None, 512, 2e-4),
+        ("muon", 137, 2048, 1.6e-2),
+        ("muon", 20, 2048, 1.6e-2),
+        ("muon", 548, 2048, 8e-3),
+        ("muon", 548, 512, 4e-3),
+        ("muon", 10**5, 4096, 2e-3),
+        ("muon", None, 512, 1e-3),
+        ("signum", 137, 512, 1e-2),
+    ],
+)
+def test_the_rates_of_few_rows_an_update_and_of_muon_in_short_runs(
+    optimizer: OptimizerName, updates: int | None, rows: int, lr: float
+) -> None:
+    found = default_lr(optimizer, 2**12, 576, updates, rows=rows)
+    assert found == pytest.approx(lr, rel=1e-12)
+
+
 def test_a_warm_up_has_the_given_steps_or_a_twentieth_of_the_run_up_to_a_thousand() -> None:
     assert [warmup_steps(None, steps) for steps in (9, 137, 20_000, 10**6)] == [0, 6, 1000, 1000]
     assert warmup_steps(0, 10**6) == 0

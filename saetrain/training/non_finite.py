@@ -1,4 +1,4 @@
-"""Errors for a loss or weight that is not finite, with the addresses of the batch's rows."""
+"""Errors for losses, gradients and weights that are not finite, with addresses of rows."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _NAMED = 8  # rows of a shard that a message names
 
 
 class NonFiniteError(RunError):
-    """A loss or a weight is not finite.
+    """A loss, a gradient or a weight is not finite.
 
     Args:
         what: first line of the message.
         trainer: the SAE.
-        step: step of the batch whose loss it was, from 0; None: it was a weight.
+        step: step of the batch whose loss or gradient it was, from 0; None: it was a weight.
         got: the value found.
         saved: one sentence on what is saved.
         batch: addresses of the batch's rows in words; None until they are known.
@@ -62,6 +62,11 @@ class NonFiniteError(RunError):
                 "rows, or in bfloat16 if float16 overflowed; actcache verify checks whether they "
                 "are as harvested"
             )
+        elif step is not None and trainer.guard.is_in_gradient():
+            remedy = (
+                "--input-scale rms if its rows are very large or very small, a smaller --lr or "
+                "more --lr-warmup-steps, with another --out. No weight has changed"
+            )
         elif culprits is not None:
             remedy = (
                 "its rows are finite, so training diverged: a smaller --lr, more "
@@ -72,7 +77,7 @@ class NonFiniteError(RunError):
 
 
 def require_finite_loss(root: Path, trainer: SaeTrainer, value: float, done: int) -> None:
-    """Raise `NonFiniteError` if `value` or an earlier loss of an SAE is not finite.
+    """Raise `NonFiniteError` if `value` or an earlier loss or gradient of an SAE is not finite.
 
     Args:
         root: folder of the run.
@@ -84,8 +89,11 @@ def require_finite_loss(root: Path, trainer: SaeTrainer, value: float, done: int
     if first_bad is None and math.isfinite(value):
         return
     step = done if first_bad is None else first_bad + 1
+    what = f"the loss of {trainer.entry.name} is not finite"
+    if trainer.guard.is_in_gradient():
+        what = f"the gradient of {trainer.entry.name} overflows under a finite loss"
     raise NonFiniteError(
-        f"the loss of {trainer.entry.name} is not finite by step {step}",
+        f"{what} by step {step}",
         trainer,
         first_bad,
         math.nan if math.isfinite(value) else value,

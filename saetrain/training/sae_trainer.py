@@ -274,6 +274,7 @@ class FiniteGuard:
 
     def __init__(self, device: torch.device) -> None:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._in_gradient = torch.zeros((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
     def check(self, value: Tensor, step: int | Tensor) -> Tensor:
@@ -289,6 +290,16 @@ class FiniteGuard:
         newly_bad = (self._first_bad < 0) & ~value.isfinite()
         self._first_bad.copy_(torch.where(newly_bad, step, self._first_bad))
         return self._first_bad < 0
+
+    @torch.no_grad()
+    def check_gradient(self, value: Tensor, step: int | Tensor) -> Tensor:
+        """Do the same for a value of the gradient, after the loss of the step was checked."""
+        self._in_gradient |= (self._first_bad < 0) & ~value.isfinite()
+        return self.check(value, step)
+
+    def is_in_gradient(self) -> bool:
+        """Return whether the first value that was not finite was the gradient's, not the loss."""
+        return bool(self._in_gradient)
 
     def first_bad(self) -> int | None:
         """Return the first step (from 0) that was not finite, if any. Waits for the device."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actcache.errors import ConfigError
-from saetrain.kernels import keep_bf16_copy, total
+from saetrain.kernels import backends, keep_bf16_copy, total
 from saetrain.kernels.dense import has_bfloat16_products
 from saetrain.model.activations import TopK
 from saetrain.model.activations.compiled import missing_compiler
@@ -61,7 +61,8 @@ def train_step(trainer: SaeTrainer, rows: Tensor, step: int) -> None:
     losses = accumulate_gradient(trainer, x, step)
     loss = losses.total(settings.auxk_alpha)
     now = step if trainer.device_step is None else trainer.device_step
-    finite = trainer.guard.check(loss if trainer.ddp is None else trainer.ddp.all_mean(loss), now)
+    trainer.guard.check(loss if trainer.ddp is None else trainer.ddp.all_mean(loss), now)
+    finite = trainer.guard.check_gradient(largest_square(sae.parameters()), now)
     if ends:
         _update(trainer, first_step, now, finite)
     if trainer.ddp is not None:
@@ -92,7 +93,7 @@ def _update(trainer: SaeTrainer, first_step: int, now: int | Tensor, finite: Ten
             norm = gradient_norm(p.grad for p in sae.parameters() if p.grad is not None)
         else:
             norm = clip_gradient(sae.parameters(), settings.grad_clip)
-            finite = trainer.guard.check(norm, now)
+            finite = trainer.guard.check_gradient(norm, now)
     of_fused = conditional_step(finite, optimizer, first_step)
     norm = of_fused if norm is None else norm
     if norm is not None:
@@ -170,6 +171,21 @@ def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Compute the norm of the gradient of all parameters together, on the device."""
     return torch.stack([_square(g) for g in gradients]).sum().sqrt()
+
+
+@torch.no_grad()
+def largest_square(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Compute the square of the gradient's largest number, on the device; NaN if one is NaN.
+
+    It is infinite too where only the square overflows, which Adam's second moment would keep.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if backends.host_can_read(gradients[0]):  # several times faster than a norm
+        bounds = [torch.stack(torch.aminmax(gradient)).abs().amax() for gradient in gradients]
+    else:  # two launches for all of them
+        bounds = list(torch._foreach_norm(gradients, torch.inf))
+    largest = torch.stack(bounds).amax()
+    return largest.to(torch.promote_types(largest.dtype, torch.float32)).square()
 
 
 def require_bfloat16_products(device: torch.device) -> None:

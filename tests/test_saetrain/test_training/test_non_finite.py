@@ -1,4 +1,4 @@
-"""A loss that is not finite changes no weight; the error names its rows."""
+"""A loss or gradient that is not finite changes no weight; the error names its rows."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from actcache.errors import RunError
 from actcache.stream.order import batch_rows
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry
+from saetrain.kernels import backends
 from saetrain.kernels.update import bf16_copy_of
 from saetrain.launch.run import fit
 from saetrain.model.losses import make_loss_config
@@ -30,7 +31,7 @@ from saetrain.runs.checkpoint import load_checkpoint
 from saetrain.runs.record import read_run
 from saetrain.training.non_finite import ROWS, NonFiniteError
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
-from saetrain.training.step import train_step
+from saetrain.training.step import largest_square, train_step
 
 Options = Callable[..., FitConfig]
 
@@ -101,6 +102,80 @@ def test_one_bad_batch_of_an_update_or_part_of_a_batch_skips_the_update(
         train_step(trainer, rows[step], step)
     assert bits(trainer) == before
     assert trainer.guard.first_bad() == (3 if "micro_batch_size" in settings else 4)
+
+
+def spoil_gradient(patch: pytest.MonkeyPatch, spoilt: int, value: float) -> None:
+    """Put `value` into one number of W_enc's gradient in step `spoilt`, under a finite loss."""
+    real = saetrain.training.step.accumulate_gradient
+
+    def accumulate(trainer: SaeTrainer, x: Tensor, step: int) -> Any:
+        losses = real(trainer, x, step)
+        if step == spoilt:
+            assert trainer.sae.W_enc.grad is not None
+            trainer.sae.W_enc.grad[5, 3] = value
+        return losses
+
+    patch.setattr(saetrain.training.step, "accumulate_gradient", accumulate)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e20])
+@pytest.mark.parametrize(
+    "settings", [{}, {"grad_acc_steps": 3}, {"micro_batch_size": 9}, {"grad_clip": 1.0}], ids=str
+)
+def test_from_a_gradient_that_overflows_under_a_finite_loss_on_no_bit_changes(
+    make_trainer: Callable[..., SaeTrainer],
+    optimizer: str,
+    value: float,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The square of 1e20 overflows: Adam's second moment would stay infinite."""
+    norm = "unit" if optimizer in ("signum", "adam", "adamw") else "free"
+    trainer = make_trainer(D, M, K, optimizer=optimizer, decoder_norm=norm, **settings)
+    rows = batches(6)
+    spoil_gradient(monkeypatch, 4, value)
+    for step in range(3):
+        train_step(trainer, rows[step], step)
+    if "grad_acc_steps" not in settings:
+        train_step(trainer, rows[3], 3)
+    before = bits(trainer)
+    for step in range(3 if "grad_acc_steps" in settings else 4, 6):
+        train_step(trainer, rows[step], step)
+    assert bits(trainer) == before
+    assert trainer.guard.first_bad() == 4
+    assert trainer.guard.is_in_gradient()
+
+
+def test_a_large_gradient_whose_square_is_finite_makes_a_step(
+    make_trainer: Callable[..., SaeTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(D, M, K, optimizer="adam")
+    spoil_gradient(monkeypatch, 0, 1e19)
+    before = bits(trainer)
+    train_step(trainer, batches(1)[0], 0)
+    assert bits(trainer)["W_enc"] != before["W_enc"]
+    assert trainer.guard.first_bad() is None
+    assert all(bool(t.isfinite().all()) for t in trainer.optimizer.state_tensors().values())
+
+
+@pytest.mark.parametrize("of", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_largest_square_of_a_gradient_is_the_same_on_a_device(
+    of: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (0.0, -7.0, 3.0, math.inf, -math.inf, math.nan):
+        weights = [torch.nn.Parameter(torch.zeros(3, 5, dtype=of)) for _ in range(3)]
+        for weight in weights[:2]:
+            weight.grad = torch.ones(3, 5, dtype=of)
+        assert weights[1].grad is not None
+        weights[1].grad[2, 1] = value
+        found = [largest_square(weights)]
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "host_can_read", lambda _: False)
+            found.append(largest_square(weights))
+        wanted = torch.tensor(max(1.0, value**2) if value == value else value).to(found[0])
+        for square in found:
+            torch.testing.assert_close(square, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("optimizer", ["signum", "adam", "adamw", "muon"])
@@ -240,6 +315,24 @@ def test_divergence_is_distinguished_from_rows_that_are_not_finite(
         fit(config)
     assert caught.value.step is not None
     assert read_rows_file(Path(config.out))["rows_not_finite"] == []
+
+
+def test_a_gradient_that_overflows_ends_the_run_with_the_step_before_saved(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_gradient(monkeypatch, 4, math.inf)
+    config = options(optimizer="adam", hookpoint=("layers.0",), save_every=1, log_every=3)
+    with pytest.raises(NonFiniteError) as caught:
+        fit(config)
+    message = " ".join(str(caught.value).split())
+    assert "the gradient of layers.0 overflows under a finite loss by step 5" in message
+    assert "of the batch of epoch 0" in message
+    assert "--input-scale rms" in message
+    assert "Step 4 is saved, from before" in message
+    assert read_rows_file(Path(config.out))["rows_not_finite"] == []
+    checkpoint = load_checkpoint(Path(config.out))
+    assert checkpoint is not None
+    assert checkpoint[0].step == 4
 
 
 def test_the_rows_of_a_later_epoch_and_segment_are_named(

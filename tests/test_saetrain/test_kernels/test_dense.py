@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from saetrain.kernels import dense_decode, dense_encode, reference
+from saetrain.config.sae import SaeConfig, SaeEntry
+from saetrain.kernels import dense, dense_decode, dense_encode, reference
+from saetrain.model.losses import OutputSlice, make_loss_config
+from saetrain.model.sae import build_sae
+from saetrain.training.sae_trainer import SaeTrainer, StepSettings, make_optimizer
+from saetrain.training.step import train_step
 
 SIZES = [(1, 1, 1), (7, 37, 19), (150, 17, 523), (0, 5, 4)]
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}
@@ -86,3 +91,50 @@ def test_shapes_that_do_not_match_raise():
     given = leaves(7, 37, 19, torch.float32)
     with pytest.raises(ValueError, match="x must be"):
         dense_encode(given["acts"], given["W"], given["b"], None)
+
+
+FORMS = {
+    "autoencoder": {},
+    "transcoder": {"transcode": True},
+    "skip": {"transcode": True, "skip_connection": True},
+    "crosscoder": {},
+}
+KINDS = {
+    "topk": {},
+    "multi-topk": {"multi_topk": True},
+    "prefixes": {"matryoshka": (8, 16)},
+    "batchtopk": {"activation": "batchtopk"},
+    "groupmax": {"activation": "groupmax"},
+    "relu": {"activation": "relu", "sparsity": 0.1},
+    "relu, prefixes": {"activation": "relu", "sparsity": 0.1, "matryoshka": (8, 16)},
+    "jumprelu": {"activation": "jumprelu", "sparsity": 0.1},
+    "gated": {"activation": "gated", "sparsity": 0.1},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_matrix_that_onednn_multiplies_lies_in_memory_without_gaps(kind, form, monkeypatch):
+    """AuxK is included. The product is replaced, so that any processor takes this way."""
+    N, D, M, seen = 300, 12, 64, []
+
+    def product(a, W, b, *_):
+        seen.extend(m.is_contiguous() or m.T.is_contiguous() for m in (a, W))
+        return torch.nn.functional.linear(a, W, b)
+
+    monkeypatch.setattr(dense, "by_onednn", lambda *_: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
+    sizes = SaeConfig(D, M, 4, **{"threshold": 0.01, **KINDS[kind]}, **FORMS[form])
+    parts = ()
+    if form == "crosscoder":
+        parts = (OutputSlice("a", 5, 5.0), OutputSlice("b", 7, 7.0))
+    sae, losses = build_sae(sizes), make_loss_config(sizes, 0, parts)
+    optimizer, settings = make_optimizer("adam", sae, 0.01, 0, 9), StepSettings(auxk_alpha=0.1)
+    entry = SaeEntry("layers.0", sizes, 0.01, 0)
+    trainer = SaeTrainer(entry, sae, optimizer, 1, float(D), losses, settings)
+    trainer.dead_tracker.rows_since[:20] = 1
+    width = D + sae.d_out if sae.transcode else D
+    train_step(trainer, torch.randn(N, width, generator=torch.Generator().manual_seed(0)), 1)
+    assert trainer.meter.pop_means()["auxk"] > 0
+    assert len(seen) >= 2 * (5 if "relu" in kind or kind == "gated" else 1)
+    assert all(seen)

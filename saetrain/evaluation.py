@@ -12,7 +12,7 @@ from actcache.cache.reader import Cache
 from actcache.cache.sinks import SinkRows, find_sinks
 from actcache.core.arguments import COUNT, checked
 from actcache.core.json_codec import to_json
-from actcache.core.process import choose_device
+from actcache.core.process import use_device
 from actcache.core.progress import Progress
 from actcache.errors import EmptyCacheError, FormatError, RunError
 from actcache.filesystem.atomic import write_atomic
@@ -186,7 +186,7 @@ def evaluate(
     rate = None
     if timings is not None:
         rate = number_of(root / TIMINGS, timings, "mean_rows_per_second")
-    at = choose_device(device)
+    at = use_device(device)
     groups: dict[str, list[tuple[SaeEntry, SaeState]]] = {}
     for entry, saved in zip(record.saes, state.saes, strict=True):
         groups.setdefault(entry.hookpoint, []).append((entry, saved))

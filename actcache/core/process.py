@@ -224,18 +224,46 @@ def captured_warnings() -> Iterator[CapturedWarnings]:
                 logger.setLevel(level)
 
 
+def use_device(name: str) -> torch.device:
+    """Choose the device that --device names, and make it the current CUDA device of this thread.
+
+    torch and Triton use the current device wherever no tensor names one. It is GPU 0 in every
+    process that does not set it. Raises `ConfigError` as `choose_device` does.
+    """
+    device = choose_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def choose_device(name: str) -> torch.device:
-    """Return the torch device that --device names; raises `ConfigError` if it is unusable."""
+    """Return the torch device that --device names, with the index of a GPU.
+
+    `auto` is the GPU of LOCAL_RANK, `cuda` the current one.
+
+    Raises:
+        ConfigError: the device is unusable.
+    """
+    expected = "cpu, cuda, cuda:N or auto"
     if name == "auto":
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
+        if device.type == "mps":
+            raise ConfigError(
+                "--device mps is not supported: it has no float64 numbers, in which sums are taken",
+                expected=expected,
+                got=name,
+            )
         torch.ones(1, device=device).item()  # fails on meta, which computes nothing
     except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            "--device cannot be used", expected="cpu, cuda, cuda:N or auto", got=f"{name} ({error})"
+            "--device cannot be used", expected=expected, got=f"{name} ({error})"
         ) from error
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

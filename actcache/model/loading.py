@@ -19,7 +19,7 @@ import xxhash
 
 from actcache.config import HarvestConfig
 from actcache.core.library_errors import full_disk, remedy_of
-from actcache.core.process import choose_device
+from actcache.core.process import use_device
 from actcache.core.progress import Progress
 from actcache.errors import ModelError, shortage_of
 from actcache.model.checkpoint import (
@@ -137,7 +137,7 @@ def load_model(config: HarvestConfig) -> Any:
     loaded = load_config(config)
     _require_weights(config, loaded)
     kwargs = from_pretrained_kwargs(config, loaded)
-    device = None if kwargs else choose_device(config.device)
+    device = None if kwargs else use_device(config.device)
     dtype = "auto" if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
     with _explained(config, "weights"):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -187,7 +187,7 @@ def from_pretrained_kwargs(config: HarvestConfig, model_config: Any) -> dict[str
             kwargs["max_memory"] = config.budgets
     elif config.load_in != "none" or stored is not None:
         # Quantised weights cannot be moved to another device after loading.
-        kwargs["device_map"] = {"": str(choose_device(config.device))}
+        kwargs["device_map"] = {"": str(use_device(config.device))}
     return kwargs
 
 

@@ -45,10 +45,10 @@ class CopyStream:
     def mark(self) -> CopyEvent:
         """Record an event after the operations enqueued so far."""
         if self._stream is None:
-            return CopyEvent(None)
+            return CopyEvent(None, self.device)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
-        return CopyEvent(event)
+        return CopyEvent(event, self.device)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class CopyEvent:
     """Completion of operations on a `CopyStream`."""
 
     event: torch.cuda.Event | None
+    device: torch.device
+    """Device of the stream."""
 
     def wait(self) -> None:
         """Block the host until the operations are complete."""
@@ -63,9 +65,12 @@ class CopyEvent:
             self.event.synchronize()
 
     def join(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Make the current stream wait, and keep the tensors' memory until it is done with them."""
+        """Make the device's current stream wait, and keep the tensors until it is done with them.
+
+        The device is named: the current one of the calling thread may be another.
+        """
         if self.event is not None:
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self.event)
             for tensor in tensors.values():
                 tensor.record_stream(stream)
@@ -125,7 +130,7 @@ class DeviceShuffleBuffer:
                 name: pinned_rows(stream.device, self._row_dtype, capacity, width)
                 for name, width in self._widths.items()
             }
-            self._staging.put((CopyEvent(None), memory))
+            self._staging.put((CopyEvent(None, stream.device), memory))
 
     def fill(self, position: slice, load: Load) -> None:
         """Read files into pinned memory, and enqueue the copy to the device."""

@@ -25,8 +25,6 @@ _TIMEOUT = timedelta(days=30)
 def init_collectives(store: Store, rank: int, world_size: int, device: torch.device) -> None:
     """Initialise torch's process group: gloo for tensors on the CPU, NCCL for those on a GPU."""
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT
     )

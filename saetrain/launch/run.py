@@ -17,7 +17,7 @@ import torch
 
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import read_json, to_json
-from actcache.core.process import choose_device
+from actcache.core.process import use_device
 from actcache.errors import (
     ActcacheError,
     ConfigError,
@@ -232,7 +232,7 @@ def commit_run_record(session: RunSession, run: RunState) -> None:
 
 
 def _device(config: FitConfig) -> torch.device:
-    device = choose_device(config.device)
+    device = use_device(config.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: the encoder's product is most of a step
     return device

@@ -15,6 +15,7 @@ from actcache.core.process import (
     peak_memory,
     require_whole_machine,
     resident_memory,
+    use_device,
 )
 from actcache.errors import ConfigError
 from actcache.model.hooks import input_device
@@ -34,7 +35,42 @@ def test_auto_chooses_the_gpu_of_the_local_rank(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"(?s)--device cannot be used.*got: +cuda:3"):
+        choose_device("auto")  # there are fewer GPUs than processes
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
     assert choose_device("auto") == torch.device("cuda", 3)
+
+
+def test_cuda_without_an_index_is_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert choose_device("cuda") == torch.device("cuda", 2)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+
+
+def test_the_device_in_use_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert use_device("cuda:1") == torch.device("cuda", 1)
+    assert use_device("cpu") == torch.device("cpu")
+    assert current == [torch.device("cuda", 1)]
+
+
+def test_mps_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(1))  # as on a Mac
+    with pytest.raises(ConfigError) as refused:
+        choose_device("mps")
+    assert refused.value.what == (
+        "--device mps is not supported: it has no float64 numbers, in which sums are taken"
+    )
+
+
+def test_one_function_sets_the_device_of_a_process() -> None:
+    root = Path(__file__).parents[3]
+    sources = [p for part in ("actcache", "saetrain", "cli") for p in (root / part).rglob("*.py")]
+    setting = [p.name for p in sources if "cuda.set_device" in p.read_text()]
+    assert setting == ["process.py"]
 
 
 def test_the_input_device_is_that_of_the_first_weights_or_of_their_hook() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, CorruptShardError
 from actcache.storage import ROW_DTYPES
 from actcache.stream.activation_stream import ActivationStream
+from actcache.stream.device_buffer import CopyStream
 from actcache.stream.order import OrderPlan, make_plan
 from actcache.stream.verified_reads import ReadSettings
 
@@ -89,6 +91,59 @@ def test_a_device_out_of_memory_raises_an_error_that_names_the_option(
         pytest.raises(ConfigError, match=r"(?s)no room.*--buffer-bytes"),
     ):
         next(stream)
+
+
+class FakeGpus:
+    """Stand-in for torch.cuda with two devices; a stream is a list of its operations."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = [self.Stream("cuda:0"), self.Stream("cuda:1")]
+        monkeypatch.setattr(torch.cuda, "Stream", self.Stream)
+        monkeypatch.setattr(torch.cuda, "Event", self.Event)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", self.current_stream)
+
+    def current_stream(self, device: torch.device | None = None) -> FakeGpus.Stream:
+        """Return the stream of a device; without one that of the current device, GPU 0."""
+        return self.current[0 if device is None else device.index]
+
+    class Stream:
+        def __init__(self, device: object) -> None:
+            self.device, self.operations = str(device), list[str]()
+
+        def wait_event(self, event: FakeGpus.Event) -> None:
+            self.operations.append(f"waits for {event.of}")
+
+    class Event:
+        of = ""
+
+        def record(self, stream: FakeGpus.Stream) -> None:
+            self.of = f"{stream.device} after {len(stream.operations)} operations"
+
+
+class GatheredTensor:
+    """Stand-in for a tensor on a GPU: records the streams that use its memory."""
+
+    def __init__(self) -> None:
+        self.used_by: list[FakeGpus.Stream] = []
+
+    def record_stream(self, stream: FakeGpus.Stream) -> None:
+        self.used_by.append(stream)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_batch_is_waited_for_by_the_stream_of_its_own_device(
+    index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = FakeGpus(monkeypatch)
+    copies = CopyStream(torch.device("cuda", index))
+    copies._stream.operations.append("gather")  # type: ignore[union-attr]
+    rows = GatheredTensor()
+    copies.mark().join({"layers.0": rows})  # type: ignore[dict-item]
+    waiting = [stream.operations for stream in gpus.current]
+    assert waiting[index] == [f"waits for cuda:{index} after 1 operations"]
+    assert waiting[1 - index] == []
+    assert rows.used_by == [gpus.current[index]]
 
 
 @pytest.mark.gpu

@@ -2,7 +2,8 @@
 
 Nothing here reads a file or keeps state. An epoch works like this:
 
-1. The plan's blocks (runs of `block_rows` rows of one shard) are permuted and concatenated.
+1. The plan's blocks (runs of `block_rows` rows of one shard) are permuted and concatenated. Rows
+   that the plan leaves out are missing from their blocks, which keep their numbers.
 2. That line of R rows is cut into L equal lanes; fewer than L rows are left over.
 3. In each lane, consecutive windows of rows are permuted within themselves. Lane l's first window
    is (l + 1)/L of a window long, so that windows do not all turn over at the same step.
@@ -15,14 +16,15 @@ whole rule; `ActivationStream` must agree with it row by row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actcache.core import rng
+from actcache.core.json_codec import NOT_SERIALIZED
 from actcache.errors import ConfigError, EmptyCacheError, FormatError
 
 POOL_ROWS = 2**19
@@ -31,6 +33,8 @@ POOL_ROWS = 2**19
 MAX_LANES = 64
 
 Rows = NDArray[np.int64]
+RowsLeftOut = Mapping[int, Rows]
+"""Rows that are left out, by shard: numbers within the shard, ascending."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class OrderPlan:
     """Rows of a lane's window."""
     seed: int
     """Seed of all permutations."""
+    left_out: RowsLeftOut = field(
+        default_factory=dict, metadata=NOT_SERIALIZED, compare=False, repr=False
+    )
+    """Rows of these shards that no batch has. run.json records the rule that they follow from."""
 
     def __post_init__(self) -> None:
         """Check ranges, since a plan may come from a file."""
@@ -70,8 +78,8 @@ class OrderPlan:
 
     @cached_property
     def rows(self) -> int:
-        """Rows of the training shards, R."""
-        return sum(rows for _, rows in self.shards)
+        """Rows of the training shards without those left out, R."""
+        return kept_rows(self.shards, self.left_out)
 
     @property
     def lane_rows(self) -> int:
@@ -95,6 +103,7 @@ def make_plan(
     batch_size: int,
     seed: int,
     pool_rows: int = POOL_ROWS,
+    left_out: RowsLeftOut | None = None,
 ) -> OrderPlan:
     """Choose lanes and window from the batch size and the rows to hold in memory.
 
@@ -104,11 +113,13 @@ def make_plan(
         batch_size: rows of a global batch.
         seed: seed of all permutations.
         pool_rows: rows to hold in memory.
+        left_out: rows of these shards that no batch has.
 
     Raises:
         ConfigError: the batch is larger than the rows.
     """
-    rows = sum(n for _, n in shards)
+    left_out = left_out or {}
+    rows = kept_rows(shards, left_out)
     if batch_size > rows:
         raise ConfigError(
             "the batch is larger than the rows to train on",
@@ -120,7 +131,13 @@ def make_plan(
         raise ConfigError("--batch-size is too small", expected=">= 1", got=batch_size)
     lanes = default_lanes(batch_size)
     window = max(1, min(pool_rows // lanes, rows // lanes))
-    return OrderPlan(tuple((s, n) for s, n in shards), block_rows, batch_size, lanes, window, seed)
+    pairs = tuple((s, n) for s, n in shards)
+    return OrderPlan(pairs, block_rows, batch_size, lanes, window, seed, left_out)
+
+
+def kept_rows(shards: Sequence[tuple[int, int]], left_out: RowsLeftOut) -> int:
+    """Count the rows of shards, pairs (shard, rows), without those left out."""
+    return sum(rows - len(left_out.get(shard, ())) for shard, rows in shards)
 
 
 def default_lanes(batch_size: int) -> int:
@@ -180,6 +197,32 @@ def split_shards(
     return training, held_out
 
 
+def kept_spans(
+    shard: int, first: int, start: int, rows: int, left_out: RowsLeftOut
+) -> Iterator[Span]:
+    """Yield the spans of consecutive kept rows of a shard.
+
+    Args:
+        shard: number of the shard.
+        first: row of the shard from which kept rows are counted.
+        start: number of the first kept row.
+        rows: number of kept rows.
+        left_out: rows that are left out.
+    """
+    holes = left_out.get(shard)
+    if holes is None:
+        if rows:
+            yield Span(shard, first + start, rows)
+        return
+    holes = holes[holes.searchsorted(first) :]
+    before = holes - first - np.arange(len(holes))  # kept rows before each hole, from `first` on
+    while rows:
+        passed = int(before.searchsorted(start, side="right"))
+        take = min(rows, int(before[passed]) - start) if passed < len(before) else rows
+        yield Span(shard, first + start + passed, take)
+        start, rows = start + take, rows - take
+
+
 class Epoch:
     """The permuted line of blocks of one epoch (step 1 of the rule), and its windows."""
 
@@ -194,6 +237,10 @@ class Epoch:
         sizes = np.full(last[-1] + 1, plan.block_rows, dtype=np.int64)  # [blocks]
         sizes[last] = rest + 1
         self._first = last - whole  # each shard's first block [S]
+        for shard, first in zip(self._shards, self._first, strict=True):
+            if (holes := plan.left_out.get(int(shard))) is not None:
+                blocks, count = np.unique(holes // plan.block_rows, return_counts=True)
+                sizes[first + blocks] -= count
         self._blocks: Rows = rng.stream("blocks", plan.seed, epoch).permutation(len(sizes))
         self._ends: Rows = sizes[self._blocks]
         np.cumsum(self._ends, out=self._ends)
@@ -205,9 +252,11 @@ class Epoch:
         while start < stop:
             block, end = int(self._blocks[index]), int(self._ends[index])
             shard = int(self._first.searchsorted(block, side="right")) - 1
-            row = (block - int(self._first[shard])) * self.plan.block_rows + start - begin
+            row = (block - int(self._first[shard])) * self.plan.block_rows
             take = min(end, stop) - start
-            yield Span(int(self._shards[shard]), row, take)
+            yield from kept_spans(
+                int(self._shards[shard]), row, start - begin, take, self.plan.left_out
+            )
             start, begin, index = start + take, end, index + 1
 
     def window(self, lane: int, number: int) -> tuple[int, int]:

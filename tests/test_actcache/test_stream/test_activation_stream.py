@@ -132,6 +132,27 @@ def test_the_rows_of_any_plan_follow_the_rule(
     stream.close()
 
 
+@pytest.mark.parametrize("window", [1, 7])
+def test_a_stream_that_leaves_rows_out_follows_the_rule_from_every_step_on_any_number_of_ranks(
+    window: int, cache: Cache
+) -> None:
+    left_out = {0: np.array([3, 15, 16, 63]), 3: np.arange(16, 37), 5: np.array([0])}
+    plan = dataclasses.replace(PLAN, window=window, left_out=left_out)
+    rows = {shard: cache.read("layers.0", shard) for shard, _ in plan.shards}
+    for world_size in (1, 2, 4):
+        for step in range(plan.steps_per_epoch):
+            expected = batch_rows(plan, 0, step).reshape(12, -1, 2)  # [L, b, 2]
+            for rank in range(world_size):
+                with ActivationStream(
+                    cache, ["layers.0"], plan, step=step, rank=rank, world_size=world_size
+                ) as stream:
+                    batch = next(stream)
+                own = expected[rank::world_size].reshape(-1, 2)
+                np.testing.assert_array_equal(batch.addresses, own)
+                truth = [cache.row_dtype.to_torch(rows[s][row : row + 1]) for s, row in own]
+                assert torch.equal(batch.activations["layers.0"], torch.cat(truth))
+
+
 @pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_activations_are_the_rows_at_the_addresses_for_every_hookpoint(
     dtype: str, make_cache: Callable[..., Path]

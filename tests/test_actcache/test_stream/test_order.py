@@ -13,6 +13,7 @@ from actcache.stream.order import (
     Epoch,
     OrderPlan,
     batch_rows,
+    kept_rows,
     lanes_of_rank,
     make_plan,
     split_shards,
@@ -38,6 +39,29 @@ def plans(draw: st.DrawFn) -> OrderPlan:
     )
 
 
+@st.composite
+def plans_with_rows_left_out(draw: st.DrawFn) -> OrderPlan:
+    """Generate plans that leave rows out, also whole blocks and shards, in windows of one row."""
+    plan = draw(plans())
+    left_out = {}
+    for shard, rows in plan.shards:
+        chosen = draw(st.sets(st.integers(0, rows - 1))) if rows else set()
+        first = draw(st.integers(0, rows))  # a run of rows: blocks without any are common then
+        chosen |= set(range(first, draw(st.integers(first, rows))))
+        if chosen:
+            left_out[shard] = np.array(sorted(chosen), dtype=np.int64)
+    kept = kept_rows(plan.shards, left_out)
+    assume(kept)
+    lanes = draw(st.integers(1, min(8, kept)))
+    return dataclasses.replace(
+        plan,
+        lanes=lanes,
+        batch_size=lanes * draw(st.integers(1, kept // lanes)),
+        window=draw(st.just(1) | st.just(plan.window)),
+        left_out=left_out,
+    )
+
+
 def spelled_out(plan: OrderPlan, epoch: int) -> np.ndarray:
     """Compute an epoch's batches independently, from the written rule. [steps, B, 2]"""
 
@@ -47,8 +71,10 @@ def spelled_out(plan: OrderPlan, epoch: int) -> np.ndarray:
 
     blocks = []
     for shard, rows in plan.shards:
+        gone = set(plan.left_out.get(shard, np.array([])).tolist())
         addresses = [(shard, row) for row in range(rows)]
-        blocks += [addresses[i : i + plan.block_rows] for i in range(0, rows, plan.block_rows)]
+        of_shard = [addresses[i : i + plan.block_rows] for i in range(0, rows, plan.block_rows)]
+        blocks += [[address for address in block if address[1] not in gone] for block in of_shard]
     line = [row for block in permuted(blocks, b"blocks") for row in block]
     length = len(line) // plan.lanes
     lanes = []
@@ -84,6 +110,45 @@ def test_every_row_is_read_once_an_epoch_except_for_fewer_than_a_batch(
     assert len(rows) == len(set(rows))
     assert set(rows) <= everything
     assert len(everything) - len(rows) < plan.batch_size + plan.lanes
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans_with_rows_left_out(), st.integers(0, 5))
+def test_rows_left_out_are_missing_from_their_blocks_and_nothing_else_changes(
+    plan: OrderPlan, epoch: int
+) -> None:
+    found = epoch_of(plan, epoch)
+    np.testing.assert_array_equal(found, spelled_out(plan, epoch))
+    kept = {(shard, row) for shard, rows in plan.shards for row in range(rows)}
+    kept -= {(shard, row) for shard, rows in plan.left_out.items() for row in rows.tolist()}
+    rows = [tuple(address) for address in found.reshape(-1, 2).tolist()]
+    assert len(rows) == len(set(rows))
+    assert set(rows) <= kept
+    assert plan.rows == len(kept) < len(rows) + plan.batch_size + plan.lanes
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans_with_rows_left_out(), st.integers(0, 3), st.data())
+def test_spans_of_a_line_with_rows_left_out_are_never_empty(
+    plan: OrderPlan, epoch: int, data: st.DataObject
+) -> None:
+    line = Epoch(plan, epoch)
+    start = data.draw(st.integers(0, plan.rows))
+    stop = data.draw(st.integers(start, plan.rows))
+    whole, part = list(line.spans(0, plan.rows)), list(line.spans(start, stop))
+    assert all(span.rows for span in whole + part)
+    rows = [(s.shard, r) for s in whole for r in range(s.start, s.start + s.rows)]
+    assert [(s.shard, r) for s in part for r in range(s.start, s.start + s.rows)] == (
+        rows[start:stop]
+    )
+
+
+def test_the_number_of_rows_left_out_counts_in_the_choice_of_a_plan() -> None:
+    left_out = {2: np.arange(20)}
+    plan = make_plan([(0, 30), (2, 30)], 8, 4, seed=0, pool_rows=1 << 20, left_out=left_out)
+    assert (plan.rows, plan.lane_rows, plan.window, plan.steps_per_epoch) == (40, 10, 10, 10)
+    with pytest.raises(ConfigError, match=r"(?s)larger than the rows.*<= 40"):
+        make_plan([(0, 30), (2, 30)], 8, 41, seed=0, left_out=left_out)
 
 
 def test_seeds_and_epochs_permute_the_same_rows_differently() -> None:

@@ -85,7 +85,9 @@ def digests(plan: OrderPlan) -> dict[str, Any]:
 
 
 def plain(plan: OrderPlan) -> dict[str, Any]:
-    return dataclasses.asdict(plan) | {"shards": line(plan.shards)}
+    fields = dataclasses.asdict(plan) | {"shards": line(plan.shards)}
+    assert fields.pop("left_out") == {}
+    return fields
 
 
 def entry(plan: OrderPlan) -> dict[str, Any]:

@@ -8,8 +8,8 @@ changes between steps lies in fixed device memory: rows, weights, state, sums, a
 that the host computes for each step (`_StepScalars`). The host passes these scalars as kernel
 arguments before each replay, without synchronisation and without a host buffer that it could
 overwrite too soon. Values that are baked into the graph, such as k, must be constant by then. Once
-latents may be dead and AuxK begins, the step is recorded again. The host advances its own counters
-for each replay.
+latents may be dead and AuxK begins, the step is recorded again, and so is it when none has been for
+some time. The host advances its own counters for each replay.
 
 All steps of such a run, recorded or not, read the scalars from device memory. So the results do not
 depend on when a step was recorded: neither on interruptions nor on the number of warm-up steps.
@@ -37,6 +37,9 @@ Groups = dict[str, list[SaeTrainer]]
 
 WARM_UP = 3
 """Steps run before the same step is recorded, so that compilation and allocation are over."""
+_HOLD = 256
+"""Steps for which AuxK stays in the recorded step after the last that may have had dead latents:
+recording takes the time of a few steps."""
 _WIDTH = 8
 """Scalars per optimiser. A multiple of 16 bytes: Triton specialises kernels on the alignment of
 pointers, and so one compiled kernel serves all SAEs."""
@@ -74,6 +77,9 @@ class GraphedSteps:
             RunError: the step cannot be recorded.
         """
         self._scalars.write(step)
+        for trainer in self._trainers:
+            rows = len(batch.activations[trainer.entry.hookpoints[0]])
+            trainer.announce_step(rows, hold=_HOLD)
         if not self._copy_rows(batch):
             train_batch(self._groups, batch, step)
             return

@@ -6,6 +6,7 @@ Letters: N rows, D d_in, M latents, E width of the output, K active latents.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,71 @@ class DeadLatentTracker:
         if rows < self.dead_after:
             return None
         return 100.0 * float(self.dead().double().mean())
+
+
+class SilenceBound:
+    """Upper bound on the rows since any latent fired, which the host knows without waiting.
+
+    The largest of `rows_since` is copied to the host in the background. From when a copy starts,
+    the host adds the rows of every step to its number, so the sum is a bound whenever the copy
+    arrives. While it is below `dead_after` no latent is dead, and AuxK, which would find none, is
+    left out. When a copy arrives depends on the device's speed; results do not.
+    """
+
+    may_be_dead = True
+    """Whether a latent may be dead in the step that `advance` announced last."""
+
+    def __init__(self, dead_tracker: DeadLatentTracker) -> None:
+        self._tracker = dead_tracker
+        self._bound: int | None = None
+        """Rows before the announced step; None: unknown, no copy has arrived."""
+        self._copy: Callable[[], int | None] | None = None
+        self._since_copy = 0
+        """Rows since the copy under way started."""
+        self._rows = 0
+        """Rows of the announced step, which the next one finds counted."""
+        self._quiet = 0
+        """Steps in a row in which no latent can have been dead."""
+
+    def advance(self, rows: int, hold: int = 0) -> None:
+        """Announce a step of `rows` rows: take a copy that has arrived, start one if needed.
+
+        Args:
+            rows: rows of the step, of all processes.
+            hold: steps for which `may_be_dead` stays true after it was.
+        """
+        self._since_copy += self._rows
+        if self._bound is not None:
+            self._bound += self._rows
+        if self._copy is not None and (found := self._copy()) is not None:
+            self._bound, self._copy = found + self._since_copy, None
+        # A copy is due at half of dead_after, so that it arrives before all of it.
+        if self._copy is None and (self._bound is None or 2 * self._bound >= self._dead_after):
+            self._copy, self._since_copy = copy_to_host(self._tracker.rows_since.max()), 0
+        self._rows = rows
+        dead = self._bound is None or self._bound >= self._dead_after
+        self._quiet = 0 if dead else self._quiet + 1
+        self.may_be_dead = self._quiet <= hold
+
+    @property
+    def _dead_after(self) -> int:
+        return self._tracker.dead_after
+
+
+def copy_to_host(number: Tensor) -> Callable[[], int | None]:
+    """Start copying an integer from a CUDA device; return a function that returns it, or None.
+
+    The function never waits: it returns None until the copy has arrived.
+    """
+    pinned = torch.empty((), dtype=number.dtype, pin_memory=True)
+    pinned.copy_(number, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(number.device))
+
+    def read() -> int | None:
+        return int(pinned) if arrived.query() else None
+
+    return read
 
 
 @dataclass

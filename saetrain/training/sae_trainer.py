@@ -28,6 +28,7 @@ from saetrain.training.metrics import (
     LatentStats,
     MeanMeter,
     ResidualShare,
+    SilenceBound,
     decoder_norm_range,
     decoder_norms,
 )
@@ -327,6 +328,8 @@ class SaeTrainer:
     scaling: InputScaling | None = field(init=False, default=None)
     """Factors by which its rows are multiplied; None: 1."""
     dead_tracker: DeadLatentTracker = field(init=False)
+    silence: SilenceBound | None = field(init=False, default=None)
+    """On CUDA, what the host knows of dead latents; None: AuxK counts them."""
     meter: MeanMeter = field(init=False)
     """Means of its losses."""
     latent_stats: LatentStats = field(init=False)
@@ -351,6 +354,8 @@ class SaeTrainer:
         self.guard = FiniteGuard(W.device)
         since, active = (torch.zeros(M, dtype=torch.int64, device=W.device) for _ in range(2))
         self.dead_tracker = DeadLatentTracker(since, self.dead_after)
+        if W.device.type == "cuda":
+            self.silence = SilenceBound(self.dead_tracker)
         names = (*MEANS, *self.loss_config.names)
         sums = torch.zeros(len(names), dtype=torch.float64, device=W.device)
         self.meter = MeanMeter(names, sums)
@@ -377,10 +382,16 @@ class SaeTrainer:
     def uses_auxk(self, step: int, rows: int) -> bool:
         """Return whether AuxK applies in step `step` (from 0) of `rows` rows a process.
 
-        It does once latents may be dead.
+        It does once latents may be dead, and on CUDA while `silence` rules out none.
         """
         rows *= 1 if self.ddp is None else world_size()
-        return self.settings.auxk_alpha > 0 and self.dead_tracker.may_be_dead(step * rows)
+        due = self.settings.auxk_alpha > 0 and self.dead_tracker.may_be_dead(step * rows)
+        return due and (self.silence is None or self.silence.may_be_dead)
+
+    def announce_step(self, rows: int, hold: int = 0) -> None:
+        """Tell `silence` of a step of `rows` rows a process; see `SilenceBound.advance`."""
+        if self.silence is not None and self.settings.auxk_alpha > 0:
+            self.silence.advance(rows * (1 if self.ddp is None else world_size()), hold)
 
     def unscaled_weights(self) -> dict[str, Tensor]:
         """Return the weights for rows as they are in the cache, and the activation's buffers."""

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 import saetrain.launch.setup
 import saetrain.model.losses
 import saetrain.training.cuda_graphs
+import saetrain.training.metrics
 from actcache.errors import ConfigError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig, SaeEntry, SaeOptions
@@ -32,6 +34,7 @@ from saetrain.model.sae import build_sae
 from saetrain.optim import Schedule
 from saetrain.runs.record import read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
+from saetrain.training.metrics import SilenceBound
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, by_hookpoint, make_optimizer
 from saetrain.training.step import train_batch
 
@@ -296,6 +299,76 @@ def test_the_step_is_recorded_again_once_latents_may_be_dead(
     recorder, since = in_step(eager, recorded, batches(torch.float32), tape)
     assert (recorder.recorded, since) == (2, 1 + WARM_UP)
     assert recorded[0].dead_tracker.dead().any()
+
+
+def make_centred(optimizer: str, rows: Tensor) -> SaeTrainer:
+    """Make an SAE with a latent that fires in no step from 0 to 20."""
+    trainer = make(optimizer, alpha=0.1, dead_after=8 * N, lr=1e-3)
+    with torch.no_grad():
+        trainer.sae.b_dec.copy_(rows.mean(dim=(0, 1)))
+    return trainer
+
+
+def watch_silence(monkeypatch: pytest.MonkeyPatch, trainer: SaeTrainer, steps: int) -> None:
+    """Let the host know of dead latents by copies that take some steps, as on CUDA."""
+
+    def copy(number: Tensor) -> Callable[[], int | None]:
+        value, asked = int(number), [0]
+
+        def read() -> int | None:
+            asked[0] += 1
+            return value if asked[0] >= steps else None
+
+        return read
+
+    monkeypatch.setattr(saetrain.training.metrics, "copy_to_host", copy)
+    trainer.silence = SilenceBound(trainer.dead_tracker)
+
+
+@on_device_paths
+@pytest.mark.parametrize("delay", [1, 2])
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+def test_what_the_host_knows_of_dead_latents_changes_no_result(
+    batches: Callable[[torch.dtype], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    delay: int,
+) -> None:
+    """On device paths AuxK runs with an empty list; without it, weights and metrics are equal."""
+    rows = batches(torch.float32)
+    always, known = (make_centred(optimizer, rows) for _ in range(2))
+    watch_silence(monkeypatch, known, delay)
+    left_out = 0
+    for step in range(40):
+        dead = bool(known.dead_tracker.dead().any())
+        for trainer in (always, known):
+            train_batch(by_hookpoint([trainer]), batch_of(rows[step]), step)
+        assert always.uses_auxk(step, N) == (step >= 8)
+        left_out += always.uses_auxk(step, N) and not known.uses_auxk(step, N)
+        assert known.uses_auxk(step, N) or not dead
+        for name, tensor in always.state()[0].items():
+            assert torch.equal(tensor, known.state()[0][name]), (step, name)
+    assert left_out > 0
+
+
+@on_device_paths
+def test_auxk_leaves_the_recorded_step_when_no_latent_has_been_dead_for_some_time(
+    batches: Callable[[torch.dtype], Tensor], tape: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saetrain.training.cuda_graphs, "_HOLD", 3)
+    rows, acting = batches(torch.float32), []
+    eager, recorded = ([make_centred("adam", rows)] for _ in range(2))
+    watch_silence(monkeypatch, recorded[0], 1)
+    recorder = tape.TapeRecorder()
+    both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
+    for step in range(40):
+        for steps in both:
+            steps.make(batch_of(rows[step]), step)
+        assert differing(eager, recorded) == [], step
+        acting.append(recorded[0].uses_auxk(step, N))
+    changes = sum(a != b for a, b in pairwise(acting))
+    assert recorder.recorded == changes + 1
+    assert changes == 2
 
 
 @on_device_paths

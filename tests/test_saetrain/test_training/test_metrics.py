@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from saetrain.model.losses import Losses, LossTerm
 from saetrain.model.sae import SaeOutput
-from saetrain.training.metrics import MEANS, DeadLatentTracker, MeanMeter, ResidualShare, fired
+from saetrain.training import metrics
+from saetrain.training.metrics import (
+    MEANS,
+    DeadLatentTracker,
+    MeanMeter,
+    ResidualShare,
+    SilenceBound,
+    fired,
+)
 
 
 def new_meter() -> MeanMeter:
@@ -86,3 +98,44 @@ def test_a_latent_is_dead_after_exactly_dead_after_rows_until_it_fires() -> None
     assert dead_tracker.dead_percent(4) == 50.0
     dead_tracker.add((torch.tensor([[1.0]]), torch.tensor([[0]])))
     assert dead_tracker.dead_percent(4) == 0.0
+
+
+@pytest.mark.parametrize("slowest", [0, 1, 5, 30])
+def test_the_host_never_rules_out_a_latent_that_is_dead_however_late_copies_arrive(
+    monkeypatch: pytest.MonkeyPatch, slowest: int
+) -> None:
+    chance = random.Random(slowest)
+    step = 0
+
+    def copy(number: Tensor) -> Callable[[], int | None]:
+        value, arrives = int(number), step + chance.randint(0, slowest)
+        return lambda: value if step >= arrives else None
+
+    monkeypatch.setattr(metrics, "copy_to_host", copy)
+    tracker = DeadLatentTracker(torch.zeros(3, dtype=torch.int64), dead_after=120)
+    bound = SilenceBound(tracker)
+    ruled_out = wrongly = 0
+    for step in range(2000):
+        rows = chance.randint(1, 8)
+        bound.advance(rows)
+        ruled_out += not bound.may_be_dead
+        wrongly += not bound.may_be_dead and bool(tracker.dead().any())
+        silent = step // 300 % 2 == 1  # for a while, one latent never fires
+        tracker.count(torch.tensor([chance.random() < 0.3, True, not silent]), rows)
+    assert wrongly == 0
+    assert ruled_out > (600 if slowest < 30 else 0)
+
+
+def test_what_is_recorded_keeps_auxk_for_some_steps_after_no_latent_is_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metrics, "copy_to_host", lambda number: lambda: int(number))
+    tracker = DeadLatentTracker(torch.zeros(1, dtype=torch.int64), dead_after=4)
+    bound = SilenceBound(tracker)
+    kept = []
+    for fires in (True, False, False, True, True, True, True, True, True):
+        bound.advance(2, hold=2)
+        kept.append(bound.may_be_dead)
+        tracker.count(torch.tensor([fires]), 2)
+    # A copy arrives one step late: the last step with a bound of dead_after is number 4.
+    assert kept == [True] * 7 + [False] * 2

@@ -220,6 +220,8 @@ class Cuda:
     def __init__(self) -> None:
         self.launches: list[str] = []
         self.device = CUDA
+        self.arriving: int | None = None
+        """What copies of integers to the host bring; None: they do not arrive."""
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
@@ -262,6 +264,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         found.launches.append(kernel.__name__)
 
     monkeypatch.setattr(JITFunction, "run", launch)
+    copies = lambda number: lambda: found.arriving  # noqa: E731
+    monkeypatch.setattr("saetrain.training.metrics.copy_to_host", copies)
     # A mode is off within its own handler; backward passes are to be watched.
     monkeypatch.setattr(torch.autograd, "has_torch_function", lambda *_: False)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())

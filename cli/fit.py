@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from saetrain.config.fit_config import FitConfig
 
 from .error_handling import print_json, print_stderr
 from .tables import table
+
+if TYPE_CHECKING:
+    from saetrain.launch.summary import FitSummary
 
 
 def run(config: FitConfig, plan: bool, as_json: bool) -> None:
@@ -42,25 +45,14 @@ def run(config: FitConfig, plan: bool, as_json: bool) -> None:
         raise typer.Exit(error.exit_code) from None
     if not is_rank_zero:
         return
-    for warning in summary.warnings:
+    from saetrain.training.health import as_lines
+
+    for warning in [*summary.warnings, *as_lines(summary.findings)]:
         print_stderr(f"warning: {warning}")
     if as_json:
         print_json(dataclasses.asdict(summary))
         return
-    header = [heading(summary.saes), "FVU", "L0", f"dead % ({summary.dead_after:,} rows)"]
-    rows = [
-        [name, f"{m['fvu']:.4f}", f"{m['l0']:.1f}", format_number(m["dead_percent"], ".1f")]
-        for name, m in summary.saes.items()
-    ]
-    if summary.held_out:
-        header.append("held-out FVU")
-        rows = [[*row, f"{summary.held_out[row[0]]['fvu']:.4f}"] for row in rows]
-    if summary.best:
-        header += ["best", "at step"]
-        best = [summary.best[row[0]] for row in rows]
-        rows = [[*row, f"{b.fvu:.4f}", f"{b.step:,}"] for row, b in zip(rows, best, strict=True)]
-    print("training rows, last steps:")
-    print(table(header, rows))
+    print(fit_table(summary))
     work = "nothing left to do"
     if summary.new_steps:
         work = (
@@ -72,6 +64,22 @@ def run(config: FitConfig, plan: bool, as_json: bool) -> None:
     print(f"{summary.run}: {work}; finished, {total}")
     if summary.limit is not None:
         print(summary.limit)
+
+
+def fit_table(summary: FitSummary) -> str:
+    """Return the figures of every SAE: those of the last steps, and those on held-out rows."""
+    header = [heading(summary.saes), "FVU, last steps", "FVU, held out", "L0"]
+    header.append(f"dead % ({summary.dead_after:,} rows)")
+    header += ["best", "at step"] * bool(summary.best)
+    rows = []
+    for name, m in summary.saes.items():
+        held_out = summary.held_out.get(name, {}).get("fvu")
+        row = [name, f"{m['fvu']:.4f}", format_number(held_out, ".4f"), f"{m['l0']:.1f}"]
+        row.append(format_number(m["dead_percent"], ".1f"))
+        if summary.best:
+            row += [f"{summary.best[name].fvu:.4f}", f"{summary.best[name].step:,}"]
+        rows.append(row)
+    return table(header, rows)
 
 
 def heading(names: Iterable[str]) -> str:

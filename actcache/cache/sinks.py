@@ -107,9 +107,9 @@ def find_sinks(
         return ()
     names = dict.fromkeys(cache.hookpoints if hookpoints is None else hookpoints)
     chosen = cache.shards if shards is None else shards
-    budget = BUDGET if isinstance(cache.root, Path) else REMOTE_BUDGET
+    budget = _budget(cache)
     if statistics is None:
-        statistics = _read_statistics(cache, [*names], chosen, budget)
+        statistics = read_statistics(cache, [*names], chosen)
     suspects = [name for name in names if name in statistics and may_have_sinks(statistics[name])]
 
     positions = functools.cache(lambda shard: cache.tokens(shard).row_position)
@@ -201,11 +201,19 @@ def _sinks_among(
     return len(above), first, share
 
 
-def _read_statistics(
-    cache: Cache, names: Sequence[str], shards: Sequence[int], budget: int
+def _budget(cache: Cache) -> int:
+    return BUDGET if isinstance(cache.root, Path) else REMOTE_BUDGET
+
+
+def read_statistics(
+    cache: Cache, names: Sequence[str], shards: Sequence[int]
 ) -> dict[str, Statistics]:
-    """Merge the statistics of shards, from the first on, up to a budget of bytes."""
+    """Merge the statistics of shards by hookpoint, from the first on, up to a budget of bytes.
+
+    Files that are missing or damaged are left out.
+    """
     merged: dict[str, Statistics] = {}
+    budget = _budget(cache)
     for shard in shards:
         budget -= cache.receipts[shard].files["stats"].bytes
         if merged and budget < 0:

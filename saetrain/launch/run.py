@@ -74,7 +74,7 @@ def fit(config: FitConfig) -> FitSummary:
         set_up_run(session.root, config, run, session.coordinator)
         commit_run_record(session, run)
         result = train(session.root, config, run, session.coordinator)
-        return summarize_fit(session.root, config, run, result)
+        return summarize_fit(session.root, config, run, result, session.coordinator.is_rank_zero)
 
 
 @dataclass(frozen=True)

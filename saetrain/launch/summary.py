@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from actcache.core.progress import format_bytes
-from actcache.errors import FormatError
+from actcache.errors import ActcacheError, FormatError
 from saetrain.config.fit_config import FitConfig
-from saetrain.config.sae import SaeOptions
-from saetrain.runs.checkpoint import Best, newest_state
+from saetrain.config.sae import SaeEntry, SaeOptions, hookpoints_of
+from saetrain.formats.sparsify import read_sae
+from saetrain.runs.checkpoint import Best, SaeState, newest_state
 from saetrain.runs.record import RunRecord
 from saetrain.tracking.jsonl import METRICS, last_line, sae_metrics
+from saetrain.training.health import Finding
 from saetrain.training.run_state import RunState, TrainResult
+from saetrain.training.validation import Validation
+
+_FEW_SHARDS = 8  # held-out shards that are read at the end: each is compared with its receipt
 
 
 @dataclass(frozen=True)
@@ -40,15 +49,23 @@ class FitSummary:
     saes: dict[str, dict[str, Any]]
     """Metrics of the last line of metrics.jsonl, by the SAE's name."""
     held_out: dict[str, dict[str, Any]]
-    """Last validation, by the SAE's name; empty without --val-every."""
+    """FVU and L0 on at most --val-rows held-out rows at the end, by the SAE's name: the last
+    validation, or without --val-every of the saved SAEs. Empty if nothing is held out, or on
+    another rank than 0."""
     best: dict[str, Best]
     """With --save-best, each SAE's best validation, by name."""
     warnings: tuple[str, ...]
     """Warnings for the user."""
+    findings: tuple[Finding, ...]
+    """Signs that training went wrong, in any call of the run; empty on another rank than 0."""
 
 
-def summarize_fit(root: Path, config: FitConfig, run: RunState, result: TrainResult) -> FitSummary:
+def summarize_fit(
+    root: Path, config: FitConfig, run: RunState, result: TrainResult, is_rank_zero: bool = True
+) -> FitSummary:
     """Summarize a finished run from its files and the result of this call.
+
+    Rank 0 measures the saved SAEs on held-out rows. The SAEs in training are freed before.
 
     Raises:
         FormatError: metrics.jsonl is missing or damaged.
@@ -58,6 +75,11 @@ def summarize_fit(root: Path, config: FitConfig, run: RunState, result: TrainRes
     if line is None:  # lost after the run had finished: training always writes it
         raise FormatError(f"{metrics} is missing or empty", remedy="restore it from a copy")
     steps, limit = result.steps, bottleneck_message(result, config.verify)
+    missing: tuple[str, ...] = ()
+    held_out = (last_line(metrics, key="val") or {"val": {}})["val"]
+    if is_rank_zero and not held_out:
+        run.trainers.clear()
+        held_out, missing = measure_saved(root, config, run)
     return FitSummary(
         run=str(root),
         steps=steps,
@@ -69,10 +91,64 @@ def summarize_fit(root: Path, config: FitConfig, run: RunState, result: TrainRes
         limit=limit if steps > run.step else None,
         dead_after=record.dead_after,
         saes=sae_metrics(metrics, line, [entry.name for entry in record.saes]),
-        held_out=(last_line(metrics, key="val") or {"val": {}})["val"],
+        held_out=held_out,
         best=_bests(root, record),
-        warnings=(*run.warnings, *run.restore_warnings, *_ended_early(record, steps)),
+        warnings=(*run.warnings, *run.restore_warnings, *_ended_early(record, steps), *missing),
+        findings=() if run.watch is None else tuple(run.watch.findings),
     )
+
+
+def measure_saved(
+    root: Path, config: FitConfig, run: RunState
+) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+    """Measure the saved SAEs on at most --val-rows held-out rows.
+
+    The run has finished and is saved, so an error does not end it.
+
+    Returns:
+        FVU and L0 by the SAE's name, of those that can be measured; and a warning if some cannot.
+    """
+    record, state = run.record, newest_state(root)
+    held_out = {shard: run.cache.receipts[shard].rows for shard in record.held_out}
+    shards = enough_shards(held_out, record.options.val_rows)
+    if state is None or not any(held_out[shard] for shard in shards):
+        return {}, ()
+    groups: dict[str, list[tuple[SaeEntry, SaeState]]] = {}
+    for entry, saved in zip(record.saes, state.saes, strict=True):
+        groups.setdefault(entry.hookpoint, []).append((entry, saved))
+    figures, errors = {}, []
+    for group in groups.values():
+        try:
+            rows = Validation(
+                run.cache,
+                hookpoints_of([entry for entry, _ in group]),
+                record.training_shards,
+                shards,
+                record.options.val_rows,
+                config.verify,
+            )
+            on_device = rows.on(group[0][0], run.device)
+            for entry, saved in group:
+                sae, _ = read_sae(root / entry.name, run.device, saved.export)
+                figures[entry.name] = rows.measure(sae, {}, entry, on_device)
+        except (ActcacheError, torch.OutOfMemoryError) as error:
+            errors.append(f"{group[0][0].hookpoint}: {str(error).splitlines()[0]}")
+    if not errors:
+        return figures, ()
+    more = f", and {len(errors) - 1:,} more hookpoints" if errors[1:] else ""
+    return figures, (f"held-out FVU was not measured at {errors[0]}{more}",)
+
+
+def enough_shards(rows: Mapping[int, int], needed: int) -> list[int]:
+    """Choose shards evenly, 8 or as many more as hold enough rows on average.
+
+    Args:
+        rows: rows of each shard.
+        needed: number of rows.
+    """
+    shards, mean = sorted(rows), sum(rows.values()) / max(1, len(rows))
+    count = min(len(shards), max(_FEW_SHARDS, math.ceil(needed / max(1.0, mean))))
+    return [shards[i * len(shards) // count] for i in range(count)]
 
 
 def _ended_early(record: RunRecord, steps: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +69,8 @@ class JsonlTracker:
         self._held_out: dict[str, str] = {}
         self.mirror: MetricsSink | None = None
         """Sink that receives a copy of every line."""
+        self.on_line: Callable[[int, Mapping[str, Mapping[str, Any]]], None] | None = None
+        """Called with the steps done and the metrics of every line, by the SAE's name."""
 
     def log(self, step: int, metrics: Mapping[str, Mapping[str, Any]], waited: float) -> None:
         """Write one line of each file.
@@ -100,6 +102,8 @@ class JsonlTracker:
         notes = {"fvu": _range(metrics), **self._held_out, "data_wait": waiting}
         self.bar.advance(rows, rows * self._row_bytes, **notes)
         self._last, self._last_step, self._waited = now, step, waited
+        if self.on_line is not None:
+            self.on_line(step, metrics)
 
     def log_held_out(
         self, step: int, figures: Mapping[str, Mapping[str, float]], rows: int

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from actcache.cache.sinks import as_lines, find_sinks
+from actcache.cache.sinks import as_lines, find_sinks, read_statistics
 from actcache.core.progress import format_bytes
 from actcache.errors import ActcacheError
 from actcache.stream.activation_stream import ActivationStream, Batch
@@ -23,8 +23,10 @@ from saetrain.runs.record import RunRecord
 from saetrain.runs.segments import HarvestWaitNotice, plan_of_step
 from saetrain.tracking.jsonl import JsonlTracker
 from saetrain.tracking.wandb_mirror import open_wandb
+from saetrain.training import health
 from saetrain.training.checkpointing import Checkpointer
 from saetrain.training.cuda_graphs import with_cuda_graphs
+from saetrain.training.health import Watch, findings_at_start
 from saetrain.training.non_finite import require_finite_loss, with_row_addresses
 from saetrain.training.run_state import RunState, TrainResult
 from saetrain.training.sae_trainer import by_hookpoint
@@ -182,6 +184,24 @@ def _read_message(record: RunRecord, probe: ProbeResult, row_bytes: int) -> str:
     )
 
 
+def _watch(root: Path, run: RunState, tracker: JsonlTracker) -> None:
+    """Report what is wrong with the rows or the options, and from then on what goes wrong."""
+    record = run.record
+    names = hookpoints_of(record.saes)
+    statistics = read_statistics(run.cache, names, record.training_shards)
+    watch = run.watch = Watch(record, findings_at_start(record, statistics))
+
+    def warn(lines: Sequence[str]) -> None:
+        for line in lines:
+            tracker.bar.print_line(f"warning: {line}")
+
+    if run.step < record.steps:
+        sinks = find_sinks(run.cache, names, record.training_shards, statistics)
+        warn([*as_lines(sinks), *health.as_lines(watch.findings)])
+    watch.replay(root)
+    tracker.on_line = lambda step, metrics: warn(health.as_lines(watch.read(step, metrics)))
+
+
 @contextmanager
 def _open_tracker(
     root: Path, run: RunState, coordinator: Coordinator, row_bytes: int, read_message: str
@@ -199,10 +219,8 @@ def _open_tracker(
             tracker.bar.print_line(f"fit: {sae.name} starts from {origin.path} ({sizes})")
     if run.step < record.steps:
         tracker.bar.print_line(read_message)
-    if run.step < record.steps and coordinator.is_rank_zero:
-        found = find_sinks(run.cache, hookpoints_of(record.saes), record.training_shards)
-        for line in as_lines(found):
-            tracker.bar.print_line(f"warning: {line}")
+    if coordinator.is_rank_zero:
+        _watch(root, run, tracker)
     try:
         if coordinator.is_rank_zero:
             tracker.mirror = open_wandb(root, record, tracker.bar.print_line)

@@ -12,6 +12,7 @@ import torch
 from actcache.cache.reader import Cache
 from saetrain.runs.record import RunRecord
 from saetrain.runs.segments import SegmentTracker
+from saetrain.training.health import Watch
 from saetrain.training.sae_trainer import SaeTrainer
 from saetrain.training.validation import Validation
 
@@ -46,6 +47,8 @@ class RunState:
     """With --follow, the segments of the harvest."""
     validation: Validation | None = None
     """Held-out rows, if this process validates."""
+    watch: Watch | None = None
+    """On rank 0, from the first step of this call on, the signs that the run goes wrong."""
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,12 @@ def test_fit_prints_every_sae_and_the_folder_of_the_run(folders):
     root, _, _, (_, printed) = folders
     assert f"{root / 'run'}: " in printed
     assert "layers.1.mlp" in printed
-    assert "dead % (" in printed
+    header, *rows = printed.splitlines()
+    words = ["hookpoint", "FVU, last steps", "FVU, held out", "L0", "dead % ("]
+    assert re.fullmatch(r" +".join(map(re.escape, words)) + r"[\d,]+ rows\)", header)
+    evaluated = json.loads(run(saetrain_app, "eval", root / "run", "--json"))
+    found = {row.split()[0]: row.split()[2] for row in rows[:2]}
+    assert found == {sae["name"]: f"{sae['fvu']:.4f}" for sae in evaluated["saes"]}
 
 
 def test_fit_needs_resume_for_an_existing_run(folders):

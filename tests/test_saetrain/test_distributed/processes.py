@@ -60,6 +60,7 @@ def run_job(job: dict[str, Any]) -> None:
     if "fails" not in job:
         summary = saetrain.launch.run.fit(config)
         result = {"new_steps": summary.new_steps, "warnings": summary.warnings, "wandb": opened}
+        result |= {"held_out": summary.held_out, "findings": len(summary.findings)}
         Path(f"{config.out}.result.{RANK}").write_text(json.dumps(result))
         return
     try:

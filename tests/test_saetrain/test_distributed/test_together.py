@@ -199,6 +199,8 @@ def test_runs_of_several_processes_equal_those_of_one_and_resume_exactly(
         ]
     kind = {"options": kinds(base, tmp_path / "kinds", parallel="ddp"), "float64": True}
     jobs += [kind] * doubles
+    plain = few(base, tmp_path / "plain", parallel="modules", val_every=None, save_best=False)
+    jobs.append({"options": plain})
     refused = base | {"out": str(tmp_path / "refused"), "parallel": "ddp", "batch_size": 35}
     jobs.append({"options": refused, "fails": True})
     run_jobs(processes, jobs, tmp_path)
@@ -229,6 +231,12 @@ def test_runs_of_several_processes_equal_those_of_one_and_resume_exactly(
         assert lines(wanted)[-1]["step"] == (24 if name == "kinds" else 56)
         expected, found = numbers(wanted), numbers(tmp_path / name)
         assert found == pytest.approx(expected, rel=0, abs=1e-9)
+
+    # Rank 0 measures every saved SAE on held-out rows, and has the findings.
+    results = [json.loads((tmp_path / f"plain.result.{n}").read_text()) for n in range(processes)]
+    assert results[0]["held_out"].keys() == {"layers.0", "layers.1"}
+    assert results[0]["findings"] > 0
+    assert all(r["held_out"] == {} and r["findings"] == 0 for r in results[1:])
 
     errors = [tmp_path / f"refused.error.{rank}" for rank in range(processes)]
     assert [p.read_text().split()[:2] for p in errors] == [["ConfigError", "2:"]] + [

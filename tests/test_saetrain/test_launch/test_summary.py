@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from actcache.cache.reader import Cache
 from actcache.errors import CorruptShardError, FormatError
+from actcache.stream.order import split_shards
 from saetrain.config.fit_config import FitConfig
+from saetrain.config.grid import vary
+from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
+from saetrain.launch.summary import enough_shards
 from saetrain.runs.record import read_run
 from saetrain.tracking.jsonl import METRICS, TIMINGS
 
@@ -73,3 +78,52 @@ def test_a_finished_run_whose_metrics_were_changed_is_refused(options: Options) 
     path.write_text(path.read_text().replace("layers.1", "layers.2"))
     with pytest.raises(FormatError, match=r"metrics\.jsonl differs from the lines"):
         fit(config)
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+def test_a_run_without_validations_measures_its_saved_saes_at_the_end(
+    options: Options, optimizer: str
+) -> None:
+    config = vary(options(optimizer=optimizer, resume=True), k=(3, 4))
+    summary = fit(config)
+    assert summary.held_out.keys() == summary.saes.keys()
+    for sae in evaluate(config.out).saes:
+        assert sae.fvu == pytest.approx(summary.held_out[sae.name]["fvu"], rel=1e-6)
+        assert sae.l0 == pytest.approx(summary.held_out[sae.name]["l0"], rel=1e-6)
+    assert '"val"' not in (Path(config.out) / METRICS).read_text()
+    assert fit(config).held_out == summary.held_out  # no step is left
+
+
+def test_a_run_that_holds_nothing_out_has_no_held_out_figures(options: Options) -> None:
+    summary = fit(options(val_fraction=0.0))
+    assert summary.held_out == {}
+    assert summary.warnings == ()
+
+
+def test_held_out_rows_that_cannot_be_measured_do_not_end_a_finished_run(
+    make_cache: Callable[..., Path], options: Options
+) -> None:
+    path = make_cache()
+    (held_out,) = split_shards(range(4), options().val_fraction, options().seed)[1]
+    (rows,) = Cache.open(path).files_of("layers.1", held_out).values()
+    Path(rows).write_bytes(bytes(Path(rows).stat().st_size))
+    config = options(cache=str(path))
+    summary = fit(config)
+    assert summary.held_out.keys() == {"layers.0"}
+    (warning,) = summary.warnings
+    assert warning.startswith("held-out FVU was not measured at layers.1: ")
+    assert json.loads((Path(config.out) / "exit.json").read_text())["code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("shards", "needed", "expected"),
+    [
+        ([], 100, []),
+        ([4, 9], 1, [4, 9]),
+        ([*range(20)], 800, [0, 2, 5, 7, 10, 12, 15, 17]),
+        ([*range(20)], 1001, [0, 1, 3, 5, 7, 9, 10, 12, 14, 16, 18]),
+        ([*range(20)], 10**6, [*range(20)]),
+    ],
+)
+def test_shards_are_chosen_evenly(shards: list[int], needed: int, expected: list[int]) -> None:
+    assert enough_shards(dict.fromkeys(shards, 100), needed) == expected

@@ -300,7 +300,7 @@ class FitConfig(SaeOptions):
             object.__setattr__(self, f.name, getattr(first, f.name))  # the class is frozen
 
 
-O = TypeVar("O", bound=SaeOptions)
+OptionsT = TypeVar("OptionsT", bound=SaeOptions)
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def with_defaults(config: FitConfig, version: int) -> FitConfig:
     if config.finetune is not None:  # pretrained weights apply to rows as they are
         values["input_scale"] = "none"
 
-    def fill(options: O) -> O:
+    def fill(options: OptionsT) -> OptionsT:
         filled = copy.copy(options)  # not `replace`: a default needs no check
         for name, value in vars(options).items():
             if value is None and name in values:

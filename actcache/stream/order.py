@@ -135,7 +135,7 @@ def make_plan(
     return OrderPlan(pairs, block_rows, batch_size, lanes, window, seed, left_out)
 
 
-def kept_rows(shards: Sequence[tuple[int, int]], left_out: RowsLeftOut) -> int:
+def kept_rows(shards: Sequence[tuple[int, ...]], left_out: RowsLeftOut) -> int:
     """Count the rows of shards, pairs (shard, rows), without those left out."""
     return sum(rows - len(left_out.get(shard, ())) for shard, rows in shards)
 

@@ -220,8 +220,8 @@ class Sae(nn.Module):
         """
         assert self.transcode
         mean = mean.to(self.W_enc.device, torch.float64)
-        pairs = zip(self.W_enc.split(_CENTRED), self.b_enc.split(_CENTRED), strict=True)
-        for W_enc, b_enc in pairs:
+        weights, biases = (torch.split(p, _CENTRED) for p in (self.W_enc, self.b_enc))
+        for W_enc, b_enc in zip(weights, biases, strict=True):
             b_enc.copy_(-(W_enc.double() * mean).sum(dim=1))
         if isinstance(self.activation, Gated):
             self.activation.b_mag.copy_(self.b_enc * self.activation.r_mag.exp())

@@ -188,11 +188,11 @@ def copy_to_host(number: Tensor) -> Callable[[], int | None]:
     """
     pinned = torch.empty((), dtype=number.dtype, pin_memory=True)
     pinned.copy_(number, non_blocking=True)
-    arrived = torch.cuda.Event()
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record(torch.cuda.current_stream(number.device))
 
     def read() -> int | None:
-        return int(pinned) if arrived.query() else None
+        return int(pinned) if arrived.query() else None  # type: ignore[no-untyped-call]
 
     return read
 

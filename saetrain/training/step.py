@@ -140,9 +140,8 @@ def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
             autocast = partial(torch.autocast, x.device.type, torch.bfloat16)
             with autocast() if settings.autocast else nullcontext():
                 of_part = losses_of(sae, part, *given)
-            share = len(part) / len(x)
-            loss = of_part.total(settings.auxk_alpha)
-            torch.autograd.backward(loss * (share / settings.grad_acc_steps))
+            weight = len(part) / len(x) / settings.grad_acc_steps
+            torch.autograd.backward(of_part.total(settings.auxk_alpha) * weight)
         losses.append(_without_graph(of_part))
     if len(losses) == 1:
         return losses[0]

@@ -1,16 +1,22 @@
-"""Harvests and runs that an earlier version left half finished, under `tests/golden/runs-v1/`.
+"""Harvests and runs that an earlier version left half finished, under `tests/golden/runs-v*/`.
 
 Today's code must open, resume and finish them as the version that began them would have. They were
 left as users leave them, by the command line and a signal, and are finished by the command line, so
 that this file imports no module of the project:
 
-- `model/`, `text.jsonl`: what is harvested. The model's numbers are small integers, of which sums
-  are exact, so its rows, statistics and receipts are the same bytes on any machine;
-- `cache/`: the harvest, finished;
-- `harvest/`, `harvest-zarr/`: the harvest killed by SIGKILL, in bfloat16 and in int8 arrays;
+- `cache/`: a finished harvest. The numbers of the model that was harvested are small integers, of
+  which sums are exact, so its rows, statistics and receipts are the same bytes on any machine;
 - a folder for each of RUNS: a run that SIGTERM stopped about half way, with its checkpoint;
 - `expected.json`: size and SHA-256 of every file of those runs and harvests once finished, that
-  depends on nothing but the options; metrics.jsonl in full; and the machine it was made on.
+  depends on nothing but the options; metrics.jsonl in full; and the machine it was made on;
+- in `runs-v1/` besides, `harvest/` and `harvest-zarr/`: that harvest killed by SIGKILL, in bfloat16
+  and in int8 arrays; and `model/`, `text.jsonl`: what is harvested.
+
+`runs-v1/` was written before `actcache` 0.1.0 was put in order: runs of format 1. `runs-v2/` was
+written by the last version before runs of format 3, with their numbered defaults: runs of format 2,
+of the kinds of SAE that `runs-v1/` does not hold, and one with no option that has a default which
+depends on the run's length and widths. Those are begun anew, too, and must end in the same bytes: a
+resumed run keeps what the formulas of its defaults gave.
 
 **Other machines.** A run's last bits are promised on one kind of device and with the same libraries
 only. So files are compared by their bytes, and where some differ, the test fails if this machine is
@@ -20,18 +26,21 @@ instructions differed by 5e-5 at most, of an FVU with muon. What holds no rounde
 same bytes everywhere: all of a harvest, configurations, and every line of metrics.jsonl that was
 there when the run stopped.
 
-Should formats change on purpose: `python tests/test_saetrain/test_golden_runs.py` writes them anew,
-with whichever version is installed. These are from before `actcache` 0.1.0 was put in order.
+`python tests/test_saetrain/test_golden_runs.py runs-v2` writes a folder anew, with whichever
+version is installed. So a folder is written once, by the version that its runs are to be from; a
+new format of runs adds a folder, to RUNS and COMMON too, written by the last version before it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -45,22 +54,31 @@ from typing import Any
 
 import pytest
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "runs-v1"
-EXPECTED = GOLDEN / "expected.json"
+GOLDEN = Path(__file__).parents[1] / "golden"
 BIN = Path(sys.executable).parent
 SECONDS = 120  # until a process that hangs is given up
 
 # --- options --------------------------------------------------------------------------------------
 
 HARVEST = (
-    "harvest model text.jsonl --hookpoint wte --hookpoint h.0 --ctx-len 17 --shard-size 16 "
-    "--batch-size 4 --max-tokens 1700 --dtype bfloat16"
+    "harvest model text.jsonl --ctx-len 17 --shard-size 16 --batch-size 4 --max-tokens 1700 "
+    "--dtype bfloat16"
 )
+HOOKPOINTS = {
+    "runs-v1": "--hookpoint wte --hookpoint h.0",
+    "runs-v2": "--hookpoint h.0 --hookpoint h.0:in",
+}
 HARVESTS = {"harvest": "", "harvest-zarr": "--backend zarr --dtype int8 --compress zstd"}
-"""Further options of each harvest."""
+"""Further options of each harvest of runs-v1; the other folders hold finished ones only."""
 
-STREAM = "--batch-size 32 --dead-after 64 --log-every 4 --device cpu --epochs 2 --lr-warmup-steps 4"
-RUNS = {
+COMMON = {
+    "runs-v1": "--batch-size 32 --dead-after 64 --log-every 4 --device cpu --epochs 2 "
+    "--lr-warmup-steps 4",
+    "runs-v2": "--batch-size 32 --log-every 8 --histogram-every 4 --device cpu --epochs 2",
+}
+"""Options of every run of a folder."""
+
+RUNS_V1 = {
     # One SAE, over the end of an epoch, with AuxK at work; batches in parts, k that falls.
     "single": "--hookpoint h.0 --num-latents 64 --k 4 --lr 0.01 --grad-acc-steps 2 --grad-clip 1 "
     "--micro-batch-size 8 --k-anneal-steps 60 --input-scale rms --decoder-norm fold",
@@ -77,20 +95,45 @@ RUNS = {
     "--parallel modules",
     "ddp": "--num-latents 32 --k 4 --lr 0.01 --val-every 10 --grad-acc-steps 2 --parallel ddp",
 }
+RUNS_V2 = {
+    # Nothing that has a formula: rates, warm-up, AuxK, which begins with the second epoch.
+    "defaults": "--hookpoint h.0 --num-latents 64 --k 2 --optimizer adam --optimizer signum "
+    "--optimizer muon --val-every 20",
+    # Every activation that runs-v1 has not, or with another optimiser; their penalties' defaults.
+    "dense": "--hookpoint h.0 --num-latents 32 --k 4 --lr 0.005 --input-scale rms --dead-after 64 "
+    "--activation relu --activation gated --activation jumprelu --activation groupmax",
+    "multi": "--hookpoint h.0 --num-latents 32 --k 2 --lr 0.01 --dead-after 64 --multi-topk "
+    "--val-every 20",
+    "nested": "--hookpoint h.0 --num-latents 32 --k 4 --lr 0.01 --dead-after 64 --matryoshka 8 "
+    "--matryoshka 16 --optimizer adamw --optimizer muon --input-scale unit",
+    "halves": "--hookpoint h.0 --num-latents 32 --k 4 --lr 0.005 --dead-after 64 "
+    "--weights-dtype bfloat16 --optimizer adam --optimizer signum",
+    # Without AuxK and dense activations: how their products of strided rows round is not promised.
+    "transcoder": "--hookpoint h.0 --num-latents 32 --k 4 --lr 0.01 --transcode --auxk-alpha 0 "
+    "--activation topk --activation batchtopk",
+    "skip": "--hookpoint h.0 --num-latents 32 --k 4 --lr 0.01 --transcode --auxk-alpha 0 "
+    "--skip-connection --input-scale rms",
+    "crosscoder": "--num-latents 32 --k 4 --lr 0.01 --dead-after 64 --crosscode "
+    "--activation topk --activation batchtopk --activation jumprelu",
+}
+RUNS = {"runs-v1": RUNS_V1, "runs-v2": RUNS_V2}
+
 TOGETHER = ("modules", "ddp")
 """Those of two processes."""
 VARIES = ("timings.jsonl", "fit.lock", "run.json")
 """Files of a run that record when and where it was made; run.json is compared by itself."""
 
 
-def fit_line(name: str) -> list[str]:
+def fit_line(folder: str, name: str) -> list[str]:
     """The command line of a run, without the program, in a folder that holds `cache`."""
-    common = STREAM.replace("--lr-warmup-steps 4", "") if name == "kinds" else STREAM
-    return f"fit cache --out {name} {common} {RUNS[name]}".split()
+    common = COMMON[folder]
+    if name == "kinds":
+        common = common.replace("--lr-warmup-steps 4", "")
+    return f"fit cache --out {name} {common} {RUNS[folder][name]}".split()
 
 
-def harvest_line(name: str) -> list[str]:
-    return f"{HARVEST} {HARVESTS[name]} --out {name}".split()
+def harvest_line(folder: str, name: str) -> list[str]:
+    return f"{HARVEST} {HOOKPOINTS[folder]} {HARVESTS[name]} --out {name}".split()
 
 
 # --- how it is compared ---------------------------------------------------------------------------
@@ -125,9 +168,10 @@ def files_below(root: Path, varies: tuple[str, ...] = VARIES) -> dict[str, list[
 
 
 def record_of(root: Path) -> dict[str, Any]:
-    """run.json without the place of the cache, and without what a change of libraries adds."""
+    """run.json without the cache's path, the seal over it, and what a change of libraries adds."""
     record: dict[str, Any] = json.loads((root / "run.json").read_text())
-    return {name: value for name, value in record.items() if name not in ("cache", "history")}
+    left_out = ("cache", "seal", "history")
+    return {name: value for name, value in record.items() if name not in left_out}
 
 
 def figures(lines: list[Any]) -> Iterator[tuple[str, float]]:
@@ -152,10 +196,21 @@ def lines_of(text: str) -> list[Any]:
 # --- the tests ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Any]:
-    contents: dict[str, Any] = json.loads(EXPECTED.read_text())
-    return contents
+@pytest.fixture
+def folder() -> str:
+    """The folder of golden files, where a test is not of several."""
+    return "runs-v1"
+
+
+@functools.cache
+def contents(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((GOLDEN / folder / "expected.json").read_text())
+    return found
+
+
+@pytest.fixture
+def expected(folder: str) -> dict[str, Any]:
+    return contents(folder)
 
 
 @pytest.fixture
@@ -174,9 +229,9 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[str]], None]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with copies of what was left, and the working directory."""
-    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(GOLDEN / folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -187,7 +242,7 @@ def test_a_harvest_that_an_earlier_version_began_is_finished_in_the_same_bytes(
 ) -> None:
     begun = files_below(here / name)
     assert 2 <= len(list((here / name / "shards").iterdir())) < 7
-    program("actcache", harvest_line(name))
+    program("actcache", harvest_line("runs-v1", name))
     found = files_below(here / name)
     assert found == expected["files"][name]
     receipts = {file for file in begun if Path(file).name[0] != "."}
@@ -201,12 +256,15 @@ def test_the_finished_harvest_of_an_earlier_version_is_whole(
     assert files_below(here / "cache") == expected["files"]["harvest"]
     program("actcache", ["verify", "cache"])
     program("actcache", ["inspect", "cache"])
-    program("actcache", [*harvest_line("harvest")[:-1], "cache"])
+    program("actcache", [*harvest_line("runs-v1", "harvest")[:-1], "cache"])
     assert files_below(here / "cache") == expected["files"]["harvest"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("folder", "name"), [(folder, name) for folder, runs in RUNS.items() for name in runs]
+)
 def test_a_run_that_an_earlier_version_began_is_finished_in_the_same_bytes(
+    folder: str,
     name: str,
     here: Path,
     program: Callable[..., None],
@@ -215,7 +273,7 @@ def test_a_run_that_an_earlier_version_began_is_finished_in_the_same_bytes(
 ) -> None:
     begun = (here / name / "metrics.jsonl").read_text()
     record = record_of(here / name)
-    line = [*fit_line(name), "--resume"]
+    line = [*fit_line(folder, name), "--resume"]
     if name in TOGETHER:
         for rank in fork_server.start_ranks(2, "saetrain", *line):
             assert rank.wait(SECONDS) == 0, rank.stderr
@@ -225,9 +283,30 @@ def test_a_run_that_an_earlier_version_began_is_finished_in_the_same_bytes(
         program("saetrain", line)
 
     assert record_of(here / name) == record
-    metrics = (here / name / "metrics.jsonl").read_text()
-    assert metrics.startswith(begun)
-    wanted, found = expected["files"][name], files_below(here / name)
+    assert (here / name / "metrics.jsonl").read_text().startswith(begun)
+    require_end(here / name, expected)
+
+
+@pytest.mark.parametrize(("folder", "name"), [("runs-v2", name) for name in RUNS_V2])
+def test_a_run_begun_anew_with_the_options_of_an_earlier_version_ends_in_the_same_bytes(
+    folder: str, name: str, here: Path, program: Callable[..., None], expected: dict[str, Any]
+) -> None:
+    shutil.rmtree(here / name)
+    program("saetrain", fit_line(folder, name))
+    (checkpoint,) = (here / name).glob("checkpoint-*.json")  # of today's format
+    require_end(here / name, expected, but=checkpoint.name)
+
+
+def require_end(root: Path, expected: dict[str, Any], *, but: str = "") -> None:
+    """Refuse a finished run that differs from the expected one by more than machines do.
+
+    Args:
+        root: folder of the run.
+        expected: contents of expected.json.
+        but: name of a file that may differ.
+    """
+    wanted, found = expected["files"][root.name], files_below(root, (*VARIES, but))
+    wanted = {file: size for file, size in wanted.items() if file != but}
     if found == wanted:
         return
     differ = sorted(file for file in wanted | found if wanted.get(file) != found.get(file))
@@ -240,7 +319,8 @@ def test_a_run_that_an_earlier_version_began_is_finished_in_the_same_bytes(
             assert found[file][0] == wanted[file][0], file  # as many bytes: the same tensors
         elif not (file == "metrics.jsonl" or file.startswith("checkpoint-")):
             assert found[file] == wanted[file], file
-    close(lines_of(metrics), lines_of(expected["metrics"][name]))
+    metrics = (root / "metrics.jsonl").read_text()
+    close(lines_of(metrics), lines_of(expected["metrics"][root.name]))
 
 
 def close(found: list[Any], wanted: list[Any]) -> None:
@@ -256,8 +336,11 @@ def close(found: list[Any], wanted: list[Any]) -> None:
 # --- how it was made ------------------------------------------------------------------------------
 
 
-def write_model(folder: Path) -> None:
-    """A GPT-2 whose blocks add nothing to embeddings of small integers, and its tokenizer."""
+def write_model(folder: Path, *, adds: bool) -> None:
+    """A GPT-2 with embeddings of small integers, and its tokenizer.
+
+    Its block adds nothing to them, or one row of small integers.
+    """
     import numpy as np
     import torch
     from tokenizers import ByteLevelBPETokenizer
@@ -290,6 +373,8 @@ def write_model(folder: Path) -> None:
         if "wte" in name or "wpe" in name:
             for row in numbers:
                 row += directions[state.permutation(24)[:3]].sum(0)
+        if adds and "attn.c_proj.bias" in name:
+            numbers += 2 * directions[0]
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(numbers))
     model.save_pretrained(folder / "model")
@@ -325,11 +410,23 @@ def finish(name: str, line: list[str]) -> None:
     subprocess.run(command(name, line), check=True, timeout=SECONDS)
 
 
-def write_golden(at: Path) -> None:
+def relocate(path: Path, cache: Path) -> None:
+    """Let a run.json name its cache relative to the working directory, and seal it again."""
+    import xxhash
+
+    text = path.read_text().replace(str(cache), "cache")
+    if seal := re.search(r'(?<=\n  "seal": ")[0-9a-f]+', text):  # from format 2 on
+        before, after = text[: seal.start()], text[seal.end() :]
+        text = before + xxhash.xxh3_128_hexdigest((before + after).encode()) + after
+    path.write_text(text)
+
+
+def write_golden(folder: str, at: Path) -> None:
     """Make everything in a folder, which is the working directory."""
-    write_model(at)
-    for name in HARVESTS:
-        shards, line = at / name / "shards", harvest_line(name)
+    harvests, runs = (HARVESTS if folder == "runs-v1" else {}), RUNS[folder]
+    write_model(at, adds=folder != "runs-v1")
+    for name in harvests:
+        shards, line = at / name / "shards", harvest_line(folder, name)
         stop(name, line, signal.SIGKILL, (shards / "00002.json").exists)
         assert not (shards / "END.json").exists()
         shutil.copytree(at / name, at / "half" / name)
@@ -337,8 +434,10 @@ def write_golden(at: Path) -> None:
         whole = f"whole-{name}"
         finish(whole, [*line[:-1], whole])
         assert files_below(at / whole) == files_below(at / name)
-    for name in RUNS:
-        root, line = at / name, fit_line(name)
+    if not harvests:
+        finish("harvest", harvest_line(folder, "harvest"))
+    for name in runs:
+        root, line = at / name, fit_line(folder, name)
         shutil.copytree(at / ("half/harvest" if name == "follow" else "harvest"), at / "cache")
         # A checkpoint a step is slow, so that the signal finds it at work.
         hit = [*line, "--save-every", "1"]
@@ -352,8 +451,7 @@ def write_golden(at: Path) -> None:
         shutil.rmtree(at / "cache")
         shutil.copytree(at / "harvest", at / "cache")
         half = shutil.copytree(root, at / "half" / name)
-        record = (half / "run.json").read_text()
-        (half / "run.json").write_text(record.replace(str(at / "cache"), "cache"))
+        relocate(half / "run.json", at / "cache")
         finish(name, [*line, "--resume"])
         shutil.move(root, at / "resumed")
         finish(name, line)
@@ -361,24 +459,27 @@ def write_golden(at: Path) -> None:
         print(f"{name}: stopped at {ended['step']} of {newest(root)} steps")
         shutil.rmtree(at / "cache")
         shutil.rmtree(at / "resumed")
-    contents = {
+    made = {
         "machine": machine(),
-        "files": {name: files_below(at / name) for name in (*HARVESTS, *RUNS)},
-        "metrics": {name: (at / name / "metrics.jsonl").read_text() for name in RUNS},
+        "files": {name: files_below(at / name) for name in (*harvests, *runs)},
+        "metrics": {name: (at / name / "metrics.jsonl").read_text() for name in runs},
     }
-    shutil.rmtree(GOLDEN, ignore_errors=True)
-    shutil.copytree(at / "half", GOLDEN)
-    shutil.copytree(at / "harvest", GOLDEN / "cache")
-    shutil.copytree(at / "model", GOLDEN / "model")
-    shutil.copy(at / "text.jsonl", GOLDEN)
-    for name in ("cache", *HARVESTS):
-        shutil.rmtree(GOLDEN / name / "logs")
-    for path in GOLDEN.rglob("*.lock"):
+    golden = GOLDEN / folder
+    shutil.rmtree(golden, ignore_errors=True)
+    shutil.copytree(at / "half", golden)
+    shutil.copytree(at / "harvest", golden / "cache")
+    if harvests:
+        shutil.copytree(at / "model", golden / "model")
+        shutil.copy(at / "text.jsonl", golden)
+    for name in ("cache", *harvests):
+        shutil.rmtree(golden / name / "logs")
+    for path in golden.rglob("*.lock"):
         path.unlink()
-    EXPECTED.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
+    expected = json.dumps(made, indent=1, sort_keys=True) + "\n"
+    (golden / "expected.json").write_text(expected)
 
 
 if __name__ == "__main__":
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        write_golden(Path(folder).resolve())
+    with tempfile.TemporaryDirectory() as made, contextlib.chdir(made):
+        write_golden(sys.argv[1], Path(made).resolve())

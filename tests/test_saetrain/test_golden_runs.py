@@ -292,7 +292,7 @@ def test_a_run_begun_anew_with_the_options_of_an_earlier_version_ends_in_the_sam
     folder: str, name: str, here: Path, program: Callable[..., None], expected: dict[str, Any]
 ) -> None:
     shutil.rmtree(here / name)
-    program("saetrain", fit_line(folder, name))
+    program("saetrain", [*fit_line(folder, name), "--defaults", "1"])
     (checkpoint,) = (here / name).glob("checkpoint-*.json")  # of today's format
     require_end(here / name, expected, but=checkpoint.name)
 

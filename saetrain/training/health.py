@@ -188,7 +188,7 @@ class _SaeWatch:
         if percent is None or percent <= MOST_DEAD or rows < judged:
             return None
         mend = f"a smaller --dead-after (now {record.dead_after:,} rows) or fewer latents"
-        if not options.auxk_alpha:
+        if options.auxk_alpha == 0:
             mend = "--auxk-alpha above 0"
         return (
             f"{self._entry.name}: {percent:.0f}% of the latents are dead at step {step:,}: "

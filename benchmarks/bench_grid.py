@@ -1,6 +1,6 @@
 """Overhead of training many SAEs in one pass, against their own steps alone.
 
-    python benchmarks/bench_grid.py [--smoke] [--pairs 20] [--work FOLDER]
+    python benchmarks/bench_grid.py [--smoke] [--pairs 20] [--work FOLDER] [--plan 1000]
 
 Eight SAEs (two k, two learning rates, two seeds) of one hookpoint, fed by one stream. (1) Bytes:
 one epoch with one SAE and with all eight, counted by the kernel (`rchar` of /proc/self/io), over
@@ -10,7 +10,8 @@ device, in turns, the median of the pairs' ratios. Batches that the stream prefe
 other block are dropped before a block of the pass begins. CPU time of all threads is printed beside
 wall time: it does not depend on other load of the machine. Exit status 1 if a
 goal (the bytes of one pass, within 2%; 1.02 times the time) is missed; not with --smoke, whose
-steps are too small.
+steps are too small. With --plan N: the time of `fit --plan` for N SAEs alone, and for a tenth of
+them; a tenth of the time is linear.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from actcache.stream.activation_stream import ActivationStream
 from actcache.stream.order import OrderPlan, make_plan
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
+from saetrain.launch.estimate import estimate_fit
 from saetrain.launch.resolve import sae_entries
 from saetrain.model.sae import Sae
 from saetrain.training.sae_trainer import SaeTrainer, by_hookpoint, make_optimizer
@@ -67,7 +69,10 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="small sizes, no goals")
     parser.add_argument("--pairs", type=int, default=20, help="interleaved timings of each side")
     parser.add_argument("--work", type=Path, help="folder for the cache")
+    parser.add_argument("--plan", type=int, metavar="N", help="time the plan of N SAEs alone")
     options = parser.parse_args()
+    if options.plan is not None:
+        return time_plans(options.plan, options.work)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":  # as `fit` does
         torch.set_float32_matmul_precision("high")
@@ -106,6 +111,22 @@ def main() -> int:
     print_table([*header[:-1], f"quartiles of {options.pairs} pairs"], rows)
     met = bytes_read[1] <= 1.02 and medians[0] <= GOAL
     return 0 if met or options.smoke else 1
+
+
+def time_plans(most: int, work: Path | None) -> int:
+    """Print the time of planning `most` SAEs, and a tenth of them."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        write_cache(Path(folder) / "cache", "memmap", SMOKE.rows, SMOKE.width, shards=4)
+        one = FitConfig(f"{folder}/cache", f"{folder}/run", num_latents=SMOKE.num_latents, k=8)
+        for number in (most // 10, most):
+            began = time.perf_counter()
+            config = vary(one, k=(8, 16), seed=tuple(range((number + 1) // 2)))
+            found = estimate_fit(config, torch.device("cpu"))
+            rows.append([f"{len(found.saes):,}", f"{time.perf_counter() - began:.2f}"])
+    print(f"{machine()}, {torch.get_num_threads()} threads\n")
+    print_table(["SAEs", "plan, s"], rows)
+    return 0
 
 
 def trainees_of(

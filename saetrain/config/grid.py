@@ -76,8 +76,10 @@ def _several(name: str, value: Any) -> tuple[Any, ...]:
 
 def require_different(saes: Sequence[SaeOptions]) -> None:
     """Reject a list that contains the same SAE twice; raises `ConfigError`."""
+    groups: dict[SaeOptions, list[SaeOptions]] = {}
     for sae in saes:
-        same = [other for other in saes if _effective(other) == _effective(sae)]
+        groups.setdefault(_effective(sae), []).append(sae)
+    for same in groups.values():
         if len(same) > 1:
             raise ConfigError(
                 "two SAEs of the run would be the same",
@@ -85,7 +87,7 @@ def require_different(saes: Sequence[SaeOptions]) -> None:
                 + " (--num-latents overrides --expansion-factor)"
                 * _differ(same, "expansion_factor")
                 + " (--k is unused with --sparsity)" * _differ(same, "k"),
-                got=f"{len(same)} times {sae}",
+                got=f"{len(same)} times {same[0]}",
                 remedy="omit one of them",
             )
 

@@ -23,3 +23,11 @@ def test_bench_grid_prints_both_tables(tmp_path):
     assert re.search(r"^\| clock +\| [0-9.]+ +\| [0-9.]+ +\| \*\*[0-9.]+\*\*", done.stdout, re.M)
     assert "8 SAEs of 256 latents" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.soak
+def test_bench_grid_times_plans(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--plan", "40", "--work", str(tmp_path)]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert re.findall(r"^\| (\d+) +\| [0-9.]+ +\|$", done.stdout, re.M) == ["4", "40"]

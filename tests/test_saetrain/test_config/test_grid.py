@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import saetrain.config.grid
 import saetrain.training.loop
 import saetrain.training.step
 from actcache.cache.reader import Cache
@@ -49,6 +50,18 @@ def test_a_grid_has_every_combination_and_the_last_option_varies_fastest() -> No
         (32, 3e-4),
     ]
     assert grid(k=7) == (SaeOptions(k=7),)
+
+
+def test_a_thousand_saes_are_compared_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, compared = saetrain.config.grid._effective, []
+
+    def count(sae: SaeOptions) -> SaeOptions:
+        compared.append(sae)
+        return real(sae)
+
+    monkeypatch.setattr(saetrain.config.grid, "_effective", count)
+    saes = grid(k=tuple(range(1, 11)), seed=tuple(range(100)))
+    assert len(compared) == len(saes) == 1000
 
 
 def test_names_contain_only_the_options_that_vary() -> None:

@@ -25,7 +25,7 @@ from saetrain.kernels import reference
 from saetrain.kernels.on_triton.launch import device_of, power_of_two
 from saetrain.kernels.update import UpdateOptions, adam_numbers
 
-BLOCK = 4096  # columns in the registers of 8 warps, 16 of each matrix to a thread
+BLOCK = 4096  # columns in the registers of 8 warps, 16 of each matrix to a thread; two programs fit
 FLAT = 1024  # elements of a program where rows do not matter
 
 
@@ -54,6 +54,15 @@ def _adam_step(w, m, v, grad, keep, rate, to_m, beta2, to_v, root_v, eps):
 
 
 @triton.jit
+def _store_weight(w, bf16_copy, position, new, keep):
+    """Store weights, and their copy if there is one."""
+    tl.store(w + position, new.to(w.dtype.element_ty), mask=keep)
+    if bf16_copy is not None:
+        rounded = new.to(w.dtype.element_ty).to(bf16_copy.dtype.element_ty)
+        tl.store(bf16_copy + position, rounded, mask=keep)
+
+
+@triton.jit
 def update_kernel(
     w,  # [M, D]: y of signum
     first,  # [M, D]: z of signum, m of Adam
@@ -75,7 +84,7 @@ def update_kernel(
     g,
     tiny,  # added to a norm
     UNIT: tl.constexpr,
-    PASSES: tl.constexpr,  # 1: the row fits the block; 3
+    FITS: tl.constexpr,  # whether the row fits the block
     BLOCK: tl.constexpr,
 ):
     """Update one row per program."""
@@ -90,55 +99,77 @@ def update_kernel(
     written = count  # elements that are stored
     if ok is not None:
         written = tl.where(tl.load(ok) != 0, count, 0)
-    along = tl.zeros([BLOCK], dtype=tl.float32)
-    if UNIT and PASSES == 3:
-        for start in range(0, D, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            mask = (i < D) & (row * D + i < count)
-            weight = tl.load(w + row * D + i, mask=mask, other=0.0).to(tl.float32)
-            along += weight * tl.load(grad + row * D + i, mask=mask, other=0.0).to(tl.float32)
-    parallel = tl.sum(along, axis=0)
-
-    length = tl.zeros([BLOCK], dtype=tl.float32)
-    gradient = tl.zeros([BLOCK], dtype=tl.float32)
-    divisor = tl.full([], 1.0, dtype=tl.float32)
-    for turn in tl.static_range(2 if PASSES == 3 else 1):
-        for start in range(0, D, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            position = row * D + i
-            mask = (i < D) & (position < count)
-            old = tl.load(w + position, mask=mask, other=0.0).to(tl.float32)
-            one = tl.load(first + position, mask=mask, other=0.0).to(tl.float32)
-            slope = tl.load(grad + position, mask=mask, other=0.0).to(tl.float32)
-            if UNIT:
-                if PASSES == 1:
-                    parallel = tl.sum(old * slope, axis=0)
-                slope -= parallel * old
-            if second is None:
-                new, one = _sign_step(old, one, slope, a, b, c, d)
-            else:
-                two = tl.load(second + position, mask=mask, other=0.0).to(tl.float32)
-                new, one, two = _adam_step(old, one, two, slope, a, b, c, d, e, f, g)
-            if UNIT and PASSES == 1:
-                divisor = tl.sqrt_rn(tl.sum(tl.where(mask, new * new, 0.0), axis=0)) + tiny
-            if turn == 0:
-                length += tl.where(mask, new * new, 0.0)
-                gradient += tl.where(mask, slope * slope, 0.0)
-            if turn == 1 or PASSES == 1:
-                keep = mask & (written > 0)
+    # `gradient` and `divisor` are sums over the row: the squared norm, and the weight's new norm.
+    if FITS:
+        i = tl.arange(0, BLOCK)
+        position = row * D + i
+        mask = (i < D) & (position < count)
+        keep = mask & (written > 0)
+        # Everything is loaded before the first sum, which waits for all warps.
+        new = tl.load(w + position, mask=mask, other=0.0).to(tl.float32)
+        slope = tl.load(grad + position, mask=mask, other=0.0).to(tl.float32)
+        one = tl.load(first + position, mask=mask, other=0.0).to(tl.float32)
+        if second is not None:
+            two = tl.load(second + position, mask=mask, other=0.0).to(tl.float32)
+        if UNIT:
+            slope -= tl.sum(new * slope, axis=0) * new
+        if squares is not None:
+            gradient = tl.sum(tl.where(mask, slope * slope, 0.0), axis=0)
+        if second is None:
+            new, one = _sign_step(new, one, slope, a, b, c, d)
+        else:
+            new, one, two = _adam_step(new, one, two, slope, a, b, c, d, e, f, g)
+            # The state does not depend on the new norm: its registers are free before that sum.
+            tl.store(second + position, two.to(second.dtype.element_ty), mask=keep)
+        tl.store(first + position, one.to(first.dtype.element_ty), mask=keep)
+        if UNIT:
+            divisor = tl.sqrt_rn(tl.sum(tl.where(mask, new * new, 0.0), axis=0)) + tiny
+            new = new / divisor
+        _store_weight(w, bf16_copy, position, new, keep)
+    else:
+        parallel = 0.0
+        if UNIT:
+            along = tl.zeros([BLOCK], dtype=tl.float32)
+            for start in range(0, D, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                mask = (i < D) & (row * D + i < count)
+                new = tl.load(w + row * D + i, mask=mask, other=0.0).to(tl.float32)
+                along += new * tl.load(grad + row * D + i, mask=mask, other=0.0).to(tl.float32)
+            parallel = tl.sum(along, axis=0)
+        lengths = tl.zeros([BLOCK], dtype=tl.float32)
+        slopes = tl.zeros([BLOCK], dtype=tl.float32)
+        divisor = tl.full([], 1.0, dtype=tl.float32)
+        for turn in tl.static_range(2 if UNIT else 1):
+            for start in range(0, D, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                position = row * D + i
+                mask = (i < D) & (position < count)
+                new = tl.load(w + position, mask=mask, other=0.0).to(tl.float32)
+                slope = tl.load(grad + position, mask=mask, other=0.0).to(tl.float32)
+                one = tl.load(first + position, mask=mask, other=0.0).to(tl.float32)
                 if UNIT:
-                    new = new / divisor
-                tl.store(w + position, new.to(w.dtype.element_ty), mask=keep)
-                tl.store(first + position, one.to(first.dtype.element_ty), mask=keep)
-                if second is not None:
-                    tl.store(second + position, two.to(second.dtype.element_ty), mask=keep)
-                if bf16_copy is not None:
-                    rounded = new.to(w.dtype.element_ty).to(bf16_copy.dtype.element_ty)
-                    tl.store(bf16_copy + position, rounded, mask=keep)
-        if UNIT and (turn == 0 and PASSES == 3):
-            divisor = tl.sqrt_rn(tl.sum(length, axis=0)) + tiny
+                    slope -= parallel * new
+                if second is None:
+                    new, one = _sign_step(new, one, slope, a, b, c, d)
+                else:
+                    two = tl.load(second + position, mask=mask, other=0.0).to(tl.float32)
+                    new, one, two = _adam_step(new, one, two, slope, a, b, c, d, e, f, g)
+                if turn == 0:
+                    lengths += tl.where(mask, new * new, 0.0)
+                    slopes += tl.where(mask, slope * slope, 0.0)
+                if turn == 1 or not UNIT:
+                    keep = mask & (written > 0)
+                    if UNIT:
+                        new = new / divisor
+                    if second is not None:
+                        tl.store(second + position, two.to(second.dtype.element_ty), mask=keep)
+                    tl.store(first + position, one.to(first.dtype.element_ty), mask=keep)
+                    _store_weight(w, bf16_copy, position, new, keep)
+            if turn == 0:
+                divisor = tl.sqrt_rn(tl.sum(lengths, axis=0)) + tiny
+                gradient = tl.sum(slopes, axis=0)
     if squares is not None:
-        tl.store(squares + row, tl.sum(gradient, axis=0))
+        tl.store(squares + row, gradient)
     if UNIT and norms is not None:  # noqa: SIM102 # known to the compiler, then at run time
         # No mask: triton 3.2's interpreter ignores a false one of no dimensions.
         if written > 0:
@@ -188,7 +219,7 @@ def _launch(
     rows = w.shape[0] if by_rows else triton.cdiv(count, FLAT)
     width = count // rows if by_rows else FLAT
     block = min(BLOCK, max(32, power_of_two(width)))
-    passes = 3 if unit and width > block else 1
+    fits = width <= block
     with device_of(w):
         update_kernel[(rows,)](
             w,
@@ -205,7 +236,7 @@ def _launch(
             *scalars,
             torch.finfo(w.dtype).eps,
             UNIT=unit,
-            PASSES=passes,
+            FITS=fits,
             BLOCK=block,
-            num_warps=16 if passes == 3 else max(1, block // 512),
+            num_warps=max(1, block // 512) if fits else 16,
         )

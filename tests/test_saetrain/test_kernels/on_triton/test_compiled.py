@@ -16,6 +16,8 @@ from saetrain.kernels import UpdateOptions
 pytest.importorskip("triton")
 
 SIZES = [(8192, 768, 24576, 32), (8192, 2048, 65536, 128), (32768, 4096, 131072, 64)]
+REGISTERS = 65536
+"""Of a processor of Hopper's; 8 of a thread are given at a time."""
 ODD = [(37, 100, 999, 5), (3, 20000, 1500, 1), (64, 64, 300000, 1024)]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
@@ -68,8 +70,11 @@ def loops(ptx):
     return ptx[:end]
 
 
-def bytes_off_registers(cubin, folder):
-    """Bytes of a thread's stack; the disassembler comes with triton."""
+def resources(cubin, folder):
+    """What a program takes, by name: REG and STACK of a thread, and more.
+
+    The disassembler comes with triton.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -79,7 +84,13 @@ def bytes_off_registers(cubin, folder):
     file.write_bytes(cubin)
     command = [tool, "--dump-resource-usage", file]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sum(int(number) for number in re.findall(r"(?:STACK|LOCAL):(\d+)", told))
+    return {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", told)}
+
+
+def bytes_off_registers(cubin, folder):
+    """Bytes of a thread's stack."""
+    took = resources(cubin, folder)
+    return took["STACK"] + took["LOCAL"]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,41 @@ def test_rows_are_read_sixteen_bytes_at_a_time_and_summed_without_a_barrier(
     assert loads["tile_maxima_kernel"] >= 4
     for name in ("gather_sum_kernel", "segments_kernel"):
         assert "bar.sync" not in loops(code[name])
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "adam"])
+@pytest.mark.parametrize("width", [2048, 4096, 8192])
+def test_at_least_two_updates_of_rows_share_a_processor_and_load_all_before_they_wait(
+    launches, tmp_path, monkeypatch, optimizer, width
+):
+    """While one program waits for the sum of a row, another loads the next."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    w, m, v, grad = (torch.empty(64, width, device="meta") for _ in range(4))
+    outputs = {
+        "squares": torch.empty(64, device="meta"),
+        "bf16_copy": torch.empty(64, width, dtype=torch.bfloat16, device="meta"),
+        "ok": torch.empty((), dtype=torch.bool, device="meta"),
+    }
+    if optimizer == "signum":
+        outputs["norms"] = torch.empty(64, device="meta")
+        options = UpdateOptions(lr=1e-3, mix=0.1, momentum=0.9, unit=True, **outputs)
+        ops().signum_update_(w, m, grad, options)
+    else:
+        options = UpdateOptions(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, unit=True, **outputs)
+        ops().adam_update_(w, m, v, grad, options)
+    (launch,) = launches
+    kernel = compiled(launch, 90)
+    took, threads = resources(kernel.asm["cubin"], tmp_path), 32 * dict(launch.options)["num_warps"]
+    assert took["STACK"] + took["LOCAL"] == 0
+    assert -(-took["REG"] // 8) * 8 * threads <= REGISTERS // 2
+    if width <= 4096:  # wider rows are read three times
+        loads, waits = (
+            [found.start() for found in re.finditer(what, kernel.asm["ptx"])]
+            for what in (r"ld\.global\.v4", r"bar\.sync")
+        )
+        assert max(loads) < min(waits)
+        matrices = 3 if optimizer == "signum" else 4
+        assert len(loads) == matrices * (width // threads // 4)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])

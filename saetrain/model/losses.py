@@ -341,7 +341,11 @@ def auxk_loss(
         shares = share.to(error[0].dtype).unbind()
         error = [fvu / of_part for fvu, of_part in zip(error, shares, strict=True)]
     if not scaled_down:
-        return _mean(error)
+        number = dead.number
+        if isinstance(number, int):
+            return _mean(error)
+        # On a device the list may hold no dead latent, which is no loss.
+        return _mean([torch.where(number > 0, fvu, 0) for fvu in error])
     if isinstance(dead.number, int):
         return _mean([min(1.0, dead.number / k_aux) * fvu for fvu in error])
     scale = (dead.number / k_aux).clamp(max=1.0)

@@ -163,6 +163,20 @@ def test_auxk_of_each_hookpoint_is_divided_by_its_own_share(sae: Sae, x: torch.T
     torch.testing.assert_close(by_part[2], by_part[0] / 0.5 + by_part[1] / 0.1)
 
 
+@pytest.mark.parametrize("scaled_down", [True, False])
+def test_on_a_device_a_list_without_a_dead_latent_is_no_loss(
+    sae: Sae, x: torch.Tensor, scaled_down: bool
+) -> None:
+    """As without the list: whether the host knows that none is dead changes no metric."""
+    residual = (x - sae(x).reconstruction).detach()
+    listed = list_dead_in(dead_mask(), 20, 3)
+    parts = (OutputSlice("", D, VARIANCE),)
+    auxk = auxk_loss(sae, x, residual, listed, parts, scaled_down=scaled_down)
+    assert auxk == 0
+    gradients = torch.autograd.grad(auxk, tuple(sae.parameters()), allow_unused=True)
+    assert not any(g is not None and bool(g.any()) for g in gradients)
+
+
 @pytest.mark.parametrize("dead", [None, dead_mask()], ids=["off", "none dead"])
 def test_without_dead_latents_auxk_is_zero(
     sae: Sae, x: torch.Tensor, dead: torch.Tensor | None

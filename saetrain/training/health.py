@@ -165,7 +165,7 @@ class _SaeWatch:
     def _bad(self, step: int, fvu: float) -> str:
         return (
             f"{self._entry.name}: FVU {fvu:.3g} at step {step:,}: the mean row alone would have "
-            f"1: {self._lower_rate()}{_or_scale(self._entry)}"
+            f"1: {self._lower_rate()}{_or_scale(self._entry)}{self._or_norms()}"
         )
 
     def _rise(self, step: int, fvu: float, l0: float) -> str | None:
@@ -178,7 +178,7 @@ class _SaeWatch:
             return None
         return (
             f"{self._entry.name}: FVU rose from {least[0]:.3g} at step {least[2]:,} to {fvu:.3g} "
-            f"at step {step:,}: {self._lower_rate()}{_or_scale(self._entry)}"
+            f"at step {step:,}: {self._lower_rate()}{_or_scale(self._entry)}{self._or_norms()}"
         )
 
     def _dead(self, step: int, percent: float | None) -> str | None:
@@ -194,6 +194,10 @@ class _SaeWatch:
             f"{self._entry.name}: {percent:.0f}% of the latents are dead at step {step:,}: "
             f"{mend}{_or_scale(self._entry)}"
         )
+
+    def _or_norms(self) -> str:
+        """Name the option that leaves rows of large norm out, unless it is set."""
+        return "" if self._record.options.max_norm_ratio else ", or --max-norm-ratio 10"
 
     def _lower_rate(self) -> str:
         return f"--lr {_short(self._entry.lr / 4)} (now {_short(self._entry.lr)})"

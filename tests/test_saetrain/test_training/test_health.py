@@ -111,9 +111,9 @@ def test_each_finding_names_the_option_that_mends_it(options: Options) -> None:
     texts = {finding.kind: finding.text for finding in watch.findings}
     assert texts == {
         "fvu": "layers.0: FVU 1.5 at step 90: the mean row alone would have 1: --lr 0.1 (now "
-        "0.4), or --input-scale rms",
+        "0.4), or --input-scale rms, or --max-norm-ratio 10",
         "rise": "layers.0: FVU rose from 0.2 at step 30 to 1.5 at step 100: --lr 0.1 (now 0.4), "
-        "or --input-scale rms",
+        "or --input-scale rms, or --max-norm-ratio 10",
         "dead": "layers.0: 50% of the latents are dead at step 100: a smaller --dead-after (now "
         "640 rows) or fewer latents, or --input-scale rms",
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from actcache.cache.folder import choose_block_rows
 from actcache.config import RowOrder
-from actcache.format.manifest import FORMAT_VERSION, Hookpoint, Identity, Manifest
+from actcache.format.manifest import FORMAT_VERSION, DiskDtype, Hookpoint, Identity, Manifest
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -50,8 +50,9 @@ def synthetic_manifest(
     row_order: RowOrder = "shuffled",
     skip_positions: int = 1,
     seed: int = 0,
+    dtype: DiskDtype = "bfloat16",
 ) -> Manifest:
-    """Manifest of a harvest of the given number of full shards, in bfloat16 with memmap."""
+    """Manifest of a harvest of the given number of full shards, with memmap."""
     identity = Identity(
         model_fingerprint="0" * 32,
         model_dtype="bfloat16",
@@ -72,7 +73,7 @@ def synthetic_manifest(
         exclude_tokens=(),
         max_norm_ratio=None,
         hookpoints=hookpoints,
-        dtype="bfloat16",
+        dtype=dtype,
         via=(),
         batch_size=8,
         row_order=row_order,
@@ -91,7 +92,7 @@ def synthetic_manifest(
         compression="none",
         sequences_per_shard=sequences_per_shard,
         planned_sequences=shards * sequences_per_shard,
-        block_rows=choose_block_rows(hookpoints, "bfloat16"),
+        block_rows=choose_block_rows(hookpoints, dtype),
         versions={},
     )
 

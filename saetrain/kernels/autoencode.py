@@ -19,7 +19,7 @@ from saetrain.kernels import reference
 from saetrain.kernels.backends import Primitives, backend_of
 from saetrain.kernels.dense import centred, check_encode, check_vector, gradient_of_subtracted
 from saetrain.kernels.prefix_groups import PrefixGroups, Selector
-from saetrain.kernels.sorted_pairs import SharedSortedPairs
+from saetrain.kernels.sorted_pairs import SharedSortedPairs, sort_pairs
 
 
 class WeightRows(NamedTuple):
@@ -155,11 +155,13 @@ class _Autoencode(Function):
         x = centred(x, subtracted)
         reached = dY is not None or d_acts is not None
         of_latents = need_W_enc or need_b_enc or need_sub or need_W_dec
-        pairs = ctx.pairs.get() if reached and of_latents else None
+        empty, pairs = acts <= 0, None  # [N, K]
+        if reached and of_latents:
+            pairs = sort_pairs(indices, M, empty) if ops.SKIPS_EMPTY else ctx.pairs.get()
+        g = None if d_acts is None else d_acts.masked_fill(empty, 0)  # [N, K]
         if dY is not None and (need_x or need_W_enc or need_b_enc or need_sub):
-            of_outs = ops.gather_dot(dY, indices, W_dec, pairs, bags)  # [N, K]
-            d_acts = of_outs if d_acts is None else d_acts + of_outs
-        g = None if d_acts is None else d_acts.masked_fill(acts <= 0, 0)  # [N, K]
+            of_outs = ops.gather_dot(dY, indices, W_dec, pairs, bags, acts)  # 0 in empty slots
+            g = of_outs if g is None else g + of_outs
 
         dx = dW_enc = db_enc = d_sub = dW_dec = db_dec = None
         if need_x and g is not None:

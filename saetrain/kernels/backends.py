@@ -27,6 +27,10 @@ class Primitives(Protocol):
     indices are [N, K], dY is [N, D], W is [M, D], and pre_acts are [N, M].
     """
 
+    SKIPS_EMPTY: bool
+    """Whether `sort_pairs` may leave out pairs whose act is 0: BatchTopK's slots are 8k a row, and
+    k of them hold something."""
+
     def gather_sum(
         self, acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None
     ) -> Tensor:
@@ -39,8 +43,12 @@ class Primitives(Protocol):
         W: Tensor,
         pairs: SortedPairs | None = None,
         bags: Bags | None = None,
+        acts: Tensor | None = None,
     ) -> Tensor:
-        """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K]. `pairs` speed up `on_torch`."""
+        """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K]. `pairs` speed up `on_torch`.
+
+        With `acts`, [N, K], the result is 0 where they are.
+        """
 
     def scatter_outer(
         self,

@@ -14,6 +14,9 @@ from saetrain.kernels.sorted_pairs import Bags, SortedPairs
 from saetrain.kernels.update import UpdateOptions, adam_numbers
 
 
+SKIPS_EMPTY = False
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -37,15 +40,18 @@ def gather_dot(
     W: Tensor,
     pairs: SortedPairs | None = None,
     bags: Bags | None = None,
+    acts: Tensor | None = None,
 ) -> Tensor:
     """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
 
-    With `bags`, dY has a row for each of them, [N*P, D].
+    With `bags`, dY has a row for each of them, [N*P, D]. With `acts`, the result is 0 where they
+    are.
     """
     del pairs
     wide = _wide(W.dtype)
     rows = W[indices].to(wide)  # [N, K, D]
-    return (_of_pairs(dY, bags).to(wide) * rows).sum(dim=2).to(W.dtype)
+    dots = (_of_pairs(dY, bags).to(wide) * rows).sum(dim=2).to(W.dtype)
+    return dots if acts is None else torch.where(acts == 0, 0, dots)
 
 
 def _of_pairs(dY: Tensor, bags: Bags | None) -> Tensor:

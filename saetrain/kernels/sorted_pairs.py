@@ -17,7 +17,8 @@ class SortedPairs(NamedTuple):
     Attributes:
         order: [N*K] int64, position of each pair in the flattened [N, K] arrays.
         token: [N*K] int64, each pair's token.
-        offsets: [M+1] int64; latent m owns the pairs offsets[m] to offsets[m+1].
+        offsets: [M+1] int64; latent m owns the pairs offsets[m] to offsets[m+1]. Behind offsets[M]
+            are the pairs that are left out, if any.
     """
 
     order: Tensor
@@ -37,14 +38,22 @@ class Bags(NamedTuple):
     offsets: Tensor
 
 
-def sort_pairs(indices: Tensor, num_latents: int) -> SortedPairs:
+def sort_pairs(indices: Tensor, num_latents: int, empty: Tensor | None = None) -> SortedPairs:
     """Sort the pairs of `indices` ([N, K] int64, each in [0, num_latents)) once, stably.
 
     Equal input gives equal output on every device. Nothing here waits for the device.
+
+    Args:
+        indices: latents.
+        num_latents: M.
+        empty: pairs that are left out, bool [N, K]; only for backends with `SKIPS_EMPTY`.
     """
     k = indices.shape[1]
     # A latent's number fits int32, and a radix sort takes half as long over half as many bits.
-    latents, order = torch.sort(indices.reshape(-1).to(torch.int32), stable=True)  # [N*K]
+    keys = indices.reshape(-1).to(torch.int32)  # [N*K]
+    if empty is not None:
+        keys.masked_fill_(empty.reshape(-1), num_latents)
+    latents, order = torch.sort(keys, stable=True)  # [N*K]
     bounds = torch.arange(num_latents + 1, device=indices.device, dtype=torch.int32)
     offsets = torch.searchsorted(latents, bounds)  # [M+1]
     return SortedPairs(order, order // k, offsets)

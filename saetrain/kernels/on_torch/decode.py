@@ -40,16 +40,19 @@ def gather_dot(
     W: Tensor,
     pairs: SortedPairs | None = None,
     bags: Bags | None = None,
+    acts: Tensor | None = None,
 ) -> Tensor:
     """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
 
     This is the gradient of an embedding bag's weights per sample. The operator has no public
     name; through autograd the bag would run forward as well. With `pairs`, the bags are the
     latents and their table is dY: W is then read once, in order, and the smaller dY out of order.
-    With `bags`, dY has a row for each of them. Indices are not checked: one outside [0, M) reads
-    other memory.
+    With `bags`, dY has a row for each of them. With `acts`, the result is 0 where they are. Indices
+    are not checked: one outside [0, M) reads other memory.
     """
     N, K = indices.shape
+    if acts is not None:
+        return gather_dot(dY, indices, W, pairs, bags).masked_fill_(acts == 0, 0)
     if W.is_cuda and W.dtype == torch.bfloat16:  # the operator lacks that type on CUDA
         return gather_dot(dY.float(), indices, W.float(), pairs, bags).to(W.dtype)
     if pairs is not None:

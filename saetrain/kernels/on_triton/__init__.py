@@ -15,7 +15,10 @@ from saetrain.kernels.on_triton.segments import scatter_outer, scatter_sum, weig
 from saetrain.kernels.on_triton.topk import topk
 from saetrain.kernels.on_triton.update import adam_update_, signum_update_
 
+SKIPS_EMPTY = True
+
 __all__ = [
+    "SKIPS_EMPTY",
     "adam_update_",
     "batch_topk_threshold",
     "gather_dot",

@@ -49,7 +49,8 @@ def gather_sum_kernel(
         in_top = k < count
         m = tl.load(indices + first + k, mask=in_top, other=0).to(tl.int64)
         act = tl.load(acts + first + k, mask=in_top, other=0.0).to(WIDE)
-        mask = in_top[:, None] & in_row[None, :]
+        # An empty slot, of act 0, adds nothing: its row is not read.
+        mask = (in_top & (act != 0))[:, None] & in_row[None, :]
         rows = tl.load(W + m[:, None] * D + d[None, :], mask=mask, other=0.0).to(WIDE)
         total += act[:, None] * rows
     result = tl.sum(total, axis=0)

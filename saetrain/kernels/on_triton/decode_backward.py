@@ -24,6 +24,7 @@ SUMS = 512  # results of a program of the second launch
 def gather_dot_kernel(
     dY,  # [N, D]
     indices,  # [N, K] int64
+    acts,  # [N, K], or None
     offsets,  # [N+1] int64 of bags, whose number replaces N; None: K pairs each
     W,  # [M, D]
     out,  # [B, N, K]
@@ -51,7 +52,10 @@ def gather_dot_kernel(
         k = start + tl.arange(0, BLOCK_K)
         in_top = k < count
         m = tl.load(indices + first + k, mask=in_top, other=0).to(tl.int64)
-        mask = in_top[:, None] & in_row[None, :]
+        used = in_top
+        if acts is not None:
+            used = in_top & (tl.load(acts + first + k, mask=in_top, other=0.0) != 0)
+        mask = used[:, None] & in_row[None, :]
         rows = tl.load(W + m[:, None] * D + d[None, :], mask=mask, other=0.0).to(WIDE)
         products = tl.sum(gradient[None, :] * rows, axis=1)
         tl.store(out + k, products.to(out.dtype.element_ty), mask=in_top)
@@ -82,10 +86,12 @@ def gather_dot(
     W: Tensor,
     pairs: SortedPairs | None = None,
     bags: Bags | None = None,
+    acts: Tensor | None = None,
 ) -> Tensor:
     """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
 
-    With `bags`, dY has a row for each of them. `pairs` are accepted for the common signature.
+    With `bags`, dY has a row for each of them. With `acts`, the result is 0 where they are, and no
+    row is read. `pairs` are accepted for the common signature.
     """
     del pairs
     N, K = indices.shape
@@ -101,6 +107,7 @@ def gather_dot(
         gather_dot_kernel[(len(dY), blocks)](
             dY.contiguous(),
             indices.contiguous(),
+            None if acts is None else acts.contiguous(),
             None if bags is None else bags.offsets,
             W.contiguous(),
             parts,

@@ -2,7 +2,8 @@
 
     dW_dec[m] = Σ a·dY[n]      dW_enc[m] = Σ g·x[n]      db_enc[m] = Σ g
 
-over the pairs (n, k) with indices[n, k] = m, which are neighbours once sorted. One program computes
+over the pairs (n, k) with indices[n, k] = m, which are neighbours once sorted; pairs that `pairs`
+leave out come after those of the last latent. One program computes
 one block of columns of both rows of one latent, in the order of its pairs, and writes them, zeros
 for a latent that was not hit. The block is so narrow that its columns of all of x and dY fit the
 second-level cache, from which N·K rows of each are read.
@@ -33,7 +34,7 @@ ROWS = 4  # rows of each matrix that a program loads at once; most latents own f
 ROW_BYTES = 512  # bytes of each row in one program: of 32,768 rows, 16 MB
 
 
-@triton.jit(do_not_specialize=["count", "chunks"])
+@triton.jit(do_not_specialize=["chunks"])
 def segments_kernel(
     acts,  # [N, K]
     dY,  # [N, E]
@@ -50,7 +51,7 @@ def segments_kernel(
     part_dec,  # [C, 2, E], of sums
     part_enc,  # [C, 2, D]
     part_b,  # [C, 2]
-    count,  # N*K
+    latents,  # M
     chunks,  # C
     E,
     D,
@@ -65,9 +66,10 @@ def segments_kernel(
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_chunk = number < 2 * chunks
     begin = (number // 2) * CHUNK
+    count = tl.load(offsets + latents)
     stop = tl.minimum(begin + CHUNK, count)
     if in_chunk:
-        edge = tl.where(number % 2 == 0, begin, stop - 1)
+        edge = tl.where(number % 2 == 0, begin, tl.maximum(stop - 1, 0))
         m = tl.load(indices + tl.load(order + edge))
     else:
         m = number - 2 * chunks
@@ -77,6 +79,7 @@ def segments_kernel(
     if in_chunk:
         # One latent may have both edges; it is summed at the first.
         owned_here = (end - first > CHUNK) & ((first > begin) | (number % 2 == 0))
+        owned_here = owned_here & (begin < count)
         first = tl.maximum(first, begin)
         end = tl.minimum(end, stop)
     end = tl.where(owned_here, end, first)
@@ -122,7 +125,7 @@ def segments_kernel(
             tl.store(db_enc + m, sum_b, mask=first_block)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
 def add_chunks_kernel(
     indices,  # [N, K] int64
     order,  # [N*K] int64
@@ -133,7 +136,7 @@ def add_chunks_kernel(
     part_dec,  # [C, 2, E]
     part_enc,  # [C, 2, D], or None
     part_b,  # [C, 2], or None
-    count,  # N*K
+    latents,  # M
     E,
     D,
     CHUNK: tl.constexpr,
@@ -147,7 +150,9 @@ def add_chunks_kernel(
     m = tl.load(indices + tl.load(order + begin))
     first = tl.load(offsets + m)
     end = tl.load(offsets + m + 1)
-    if (end - first > CHUNK) & (end <= tl.minimum(begin + CHUNK, count)):
+    count = tl.load(offsets + latents)
+    # Behind `count`, m is any latent.
+    if (end - first > CHUNK) & (end > begin) & (end <= tl.minimum(begin + CHUNK, count)):
         opening = first // CHUNK
         # In its first chunk it stands at the last edge, unless it owns the first position too.
         slot = opening * 2 + tl.where(first > opening * CHUNK, 1, 0)
@@ -271,8 +276,7 @@ def _launch(
     """Write all of `out`: dW_dec and, with g and x, dW_enc and db_enc."""
     M, E = out[0].shape
     D = E if x is None else x.shape[1]
-    count = indices.numel()
-    chunks = triton.cdiv(count, CHUNK)
+    chunks = triton.cdiv(indices.numel(), CHUNK)
     sums = torch.float64 if dY.dtype == torch.float64 else torch.float32
     part_dec = torch.empty(chunks, 2, E, dtype=sums, device=dY.device)
     part_enc = None if g is None else torch.empty(chunks, 2, D, dtype=sums, device=dY.device)
@@ -292,7 +296,7 @@ def _launch(
             *pairs,
             *out,
             *parts,
-            count,
+            M,
             chunks,
             E,
             D,
@@ -309,7 +313,7 @@ def _launch(
             pairs.offsets,
             *out,
             *parts,
-            count,
+            M,
             E,
             D,
             CHUNK=CHUNK,

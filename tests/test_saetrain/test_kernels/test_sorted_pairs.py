@@ -24,6 +24,16 @@ def test_each_segment_holds_the_pairs_of_its_latent():
         assert segment.tolist() == (indices.reshape(-1) == m).nonzero().squeeze(1).tolist()
 
 
+def test_pairs_that_are_left_out_come_after_those_of_all_latents():
+    indices = torch.tensor([[4, 0], [0, 4], [1, 0]])
+    empty = torch.tensor([[False, True], [False, False], [True, False]])
+    pairs = sort_pairs(indices, 6, empty)
+    assert pairs.offsets.tolist() == [0, 2, 2, 2, 2, 4, 4]
+    assert pairs.order[:4].tolist() == [2, 5, 0, 3]
+    assert sorted(pairs.order[4:].tolist()) == [1, 4]
+    assert indices.max() == 4  # the caller's are not changed
+
+
 def make_indices():
     return torch.randint(11, (50, 4), generator=torch.Generator().manual_seed(0))
 

@@ -4,9 +4,13 @@ Cases are not collected by themselves: test_interpreted runs them through Triton
 test_on_gpu natively, each in a process of its own.
 """
 
+import math
+
+import pytest
 import torch
 
-from saetrain.kernels import on_triton
+from saetrain.kernels import on_torch, on_triton, reference
+from saetrain.kernels.sorted_pairs import sort_pairs
 
 SUM_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
@@ -42,6 +46,29 @@ def test_each_primitive_takes_no_tokens_at_all(dtype, primitive, device, make_em
         }[primitive]
     )
     assert not got.any()
+
+
+def test_rows_of_empty_slots_are_not_read(case, dtype, device):
+    """Of 8k slots of BatchTopK, k hold something."""
+    inputs = case.inputs(dtype, device)
+    acts, indices, W, dY = inputs.acts, inputs.indices, inputs.W, inputs.dY
+    read = torch.zeros(len(W), dtype=torch.bool, device=device)
+    read[indices[acts != 0]] = True
+    spoiled = W.masked_fill(~read[:, None], math.nan)
+    out = on_triton.gather_sum(acts, indices, W)
+    assert torch.equal(on_triton.gather_sum(acts, indices, spoiled), out)
+    dots = on_triton.gather_dot(dY, indices, spoiled, acts=acts)
+    want = on_triton.gather_dot(dY, indices, W)
+    assert torch.equal(dots, torch.where(acts == 0, 0, want))
+
+
+@pytest.mark.parametrize("ops", [on_torch, on_triton, reference], ids=["torch", "triton", "plain"])
+def test_with_acts_the_gradient_of_an_empty_slot_is_zero(ops, case, device):
+    inputs = case.inputs(torch.float64, device)
+    arguments = (inputs.dY, inputs.indices, inputs.W)
+    want = torch.where(inputs.acts == 0, 0, reference.gather_dot(*arguments))
+    for pairs in (None, sort_pairs(inputs.indices, len(inputs.W))):
+        torch.testing.assert_close(ops.gather_dot(*arguments, pairs, acts=inputs.acts), want)
 
 
 def test_decoding_matches_the_reference_in_output_and_each_gradient(

@@ -3,6 +3,8 @@
 Letters: N tokens, D d_in, M num_latents, K k.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -96,6 +98,27 @@ def test_both_gradients_have_the_same_bits_twice_and_those_of_one_alone(device):
     acts, dY, g, x, indices, M = inputs
     assert torch.equal(first[0], on_triton.scatter_outer(acts, indices, dY, M))
     assert torch.equal(first[1], on_triton.scatter_outer(g, indices, x, M))
+
+
+@pytest.mark.parametrize("share", [0.9, 1.0])
+@pytest.mark.parametrize("counts", HOT.values(), ids=HOT.keys())
+def test_empty_slots_are_left_out_and_the_rows_of_their_tokens_are_not_read(counts, share, device):
+    """They come last: after a chunk's end, within a chunk, and in whole chunks of their own."""
+    inputs = make(of_counts(*counts), 5, len(counts) + 1, torch.float32, device)
+    acts, dY, g, x, indices, M = inputs
+    drawn = torch.rand(indices.shape, generator=torch.Generator().manual_seed(3))
+    empty = drawn.to(device) < share
+    acts.masked_fill_(empty, 0)
+    g.masked_fill_(empty, 0)
+    pairs = sort_pairs(indices, M, empty)
+    check(inputs, pairs)
+    want = on_triton.weight_gradients(*inputs, pairs)
+    unread = empty.all(dim=1, keepdim=True)
+    spoiled = [rows.masked_fill(unread, math.nan) for rows in (dY, x)]
+    got = on_triton.weight_gradients(acts, spoiled[0], g, spoiled[1], indices, M, pairs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    sums = on_triton.scatter_sum(g, indices, M, pairs)
+    assert torch.equal(sums.nonzero(), want[2].nonzero())
 
 
 def test_no_tokens_leave_zeros(device):

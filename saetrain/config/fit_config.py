@@ -116,8 +116,8 @@ class FitConfig(SaeOptions):
     with the defaults of version 1, for which it was an option: small updates are rounded away."""
 
     dead_after: int | None = option(None, group="SAE", on_resume="forced")
-    """Number of rows without an activation after which a latent counts as dead. Default: 10
-    million, or one epoch or the whole run if that is less. Until that many rows have been trained
+    """Number of rows without an activation after which a latent counts as dead. Default: 1/32 of
+    the run, at least four batches and at most 10 million rows. Until that many rows have been trained
     on, the share of dead latents is not reported."""
 
     max_norm_ratio: float | None = option(None, group="Data", omitted=True, metavar="R")
@@ -314,11 +314,23 @@ class Defaults:
     auxk_alpha: float
     auxk_by_residual: bool
     """Whether AuxK is divided by the residual's variance, as its authors do, or by the rows'."""
+    auxk_scaled_down: bool
+    """Whether AuxK is multiplied by the number of dead latents over k_aux, where that is below
+    1."""
+    auxk_slope: float
+    """Slope below 0 of the ReLU that AuxK gives dead latents."""
+    dead_after_part: int | None
+    """--dead-after is the rows of the run over this; None: one epoch, or the run if shorter."""
     centred_transcoder: bool
     """Whether a transcoder's b_enc is initialised to -W_enc · mean(input), or to 0."""
     log_threshold: bool
     """Whether jumprelu's parameter is the logarithm of its threshold, or the threshold."""
-    adam_eps: float
+    lr_by_rows: bool
+    """Whether default learning rates follow the rows of an update, and muon's the length of the
+    run."""
+    beta1: float
+    beta2: float
+    eps: float
     max_norm_ratio: float
     """0: no limit."""
     sparsify_multi_topk: bool
@@ -332,20 +344,32 @@ DEFAULTS = {
         input_scale="none",
         auxk_alpha=1 / 32,
         auxk_by_residual=False,
+        auxk_scaled_down=True,
+        auxk_slope=0.0,
+        dead_after_part=None,
         centred_transcoder=False,
         log_threshold=False,
-        adam_eps=1e-8,
+        lr_by_rows=False,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
         max_norm_ratio=0.0,
         sparsify_multi_topk=True,
         cuda_precision="tf32",
     ),
     2: Defaults(
-        input_scale="none",
+        input_scale="rms",
         auxk_alpha=1 / 32,
-        auxk_by_residual=False,
-        centred_transcoder=False,
-        log_threshold=False,
-        adam_eps=1e-8,
+        auxk_by_residual=True,
+        auxk_scaled_down=False,
+        auxk_slope=0.1,
+        dead_after_part=32,
+        centred_transcoder=True,
+        log_threshold=True,
+        lr_by_rows=True,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-12,
         max_norm_ratio=0.0,
         sparsify_multi_topk=True,
         cuda_precision="tf32",
@@ -353,6 +377,12 @@ DEFAULTS = {
 }
 """Every version of the defaults."""
 NEWEST_DEFAULTS = max(DEFAULTS)
+
+
+def defaults_of(options: FitConfig) -> Defaults:
+    """Return the defaults of options that `with_defaults` has filled in."""
+    assert options.defaults is not None
+    return DEFAULTS[options.defaults]
 
 
 def with_defaults(config: FitConfig, version: int) -> FitConfig:

@@ -221,8 +221,9 @@ class SaeOptions:
 
     lr: float | None = option(None, group=MAIN, on_resume="forced")
     """Peak learning rate. Default for adam, adamw and adam8bit: 2e-4 / sqrt(latents / 2^14), times
-    sqrt(2^17 / steps) in a run of fewer than 2^17 steps, at most 0.24 / sqrt(width of the rows);
-    for signum: 5e-3 / sqrt(latents / 2^14); for muon: 2e-3."""
+    sqrt(2^17 / updates) in a run of fewer than 2^17 updates, at most 0.18 / sqrt(width of the
+    rows); for muon: 1.6e-2 x sqrt(137 / updates), 2e-3 to 1.6e-2; both times sqrt(rows / 2048) with
+    fewer than 2,048 rows an update; for signum: 5e-3 / sqrt(latents / 2^14)."""
 
     lr_schedule: LrSchedule | None = option(None, group="Schedule", on_resume="forced")
     """Learning rate schedule after the warm-up. stable-then-decay: constant, then linear decay over
@@ -249,7 +250,7 @@ class SaeOptions:
     """Decay of the second moment of the same optimisers. Default: 0.999."""
 
     eps: float | None = option(None, group="Optimiser", on_resume="forced", omitted=True)
-    """Number added to the root of the second moment of the same optimisers. Default: 1e-8."""
+    """Number added to the root of the second moment of the same optimisers. Default: 1e-12."""
 
     grad_clip: float | None = option(None, group="Optimiser", on_resume="forced")
     """Maximum norm of an SAE's gradient over all its weights; a larger one is scaled down. Not for
@@ -268,7 +269,8 @@ class SaeOptions:
     input_scale: InputScale | None = option(None, group="Initialisation", label="input")
     """Scaling of rows in training, computed from the statistics of all training rows. rms: elements
     have mean square 1. unit: rows have mean squared norm 1. The scale is folded into the saved
-    weights, so a saved SAE takes rows as they are in the cache. Default: none."""
+    weights, so a saved SAE takes rows as they are in the cache. Default: rms; with --finetune
+    none."""
 
     encoder_scale: str = option("1", group="Initialisation", label="encoder")
     """Factor on the encoder's initial weights. auto: the factor with the least error on the first
@@ -283,8 +285,8 @@ class SaeOptions:
     if there are fewer."""
 
     auxk_alpha: float | None = option(None, group="SAE", on_resume="forced", label="auxk")
-    """Weight of the AuxK loss, in which dead latents predict the residual. 0: off. Default:
-    1/32."""
+    """Weight of the AuxK loss, in which dead latents predict the residual; its error is divided by
+    the residual's variance. 0: off. Default: 1/32."""
 
     seed: int = option(0, group="Initialisation")
     """Random seed of the initial weights. The first one also seeds the order of rows and the

@@ -14,7 +14,7 @@ import torch
 
 from actcache.core.process import CUDA_BYTES, free_memory, library_memory
 from actcache.stream.memory_budget import plan_memory
-from saetrain.config.fit_config import FitConfig
+from saetrain.config.fit_config import NEWEST_DEFAULTS, FitConfig
 from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry, hookpoints_of
 from saetrain.kernels.dense import tokens_at_once
 from saetrain.launch.resolve import open_cache, sae_entries, steps_ahead, with_default_lr
@@ -90,7 +90,7 @@ def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
     )
     steps = steps_ahead(config, cache, budget.pool_rows)
     if steps is not None:
-        entries = with_default_lr(entries, steps)
+        entries = with_default_lr(entries, steps, config, config.defaults or NEWEST_DEFAULTS)
     saes = tuple(estimate_sae(entry, config, device.type) for entry in entries)
     if steps is None:
         saes = tuple(

@@ -23,7 +23,7 @@ from actcache.format.manifest import INPUT
 from actcache.stream.memory_budget import plan_memory
 from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
-from saetrain.config.fit_config import NEWEST_DEFAULTS, FitConfig, with_defaults
+from saetrain.config.fit_config import DEFAULTS, NEWEST_DEFAULTS, Defaults, FitConfig, with_defaults
 from saetrain.config.grid import require_overrides_used, saes_at
 from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry, SaeOptions, hookpoints_of
 from saetrain.launch.finetune import PretrainedSaes
@@ -47,6 +47,7 @@ from saetrain.training.init import FirstRows, with_initial_scales
 
 ConfigsOf = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
 _DEAD_AFTER = 10_000_000
+_LEAST_STEPS = 4  # without an activation, before a latent is dead
 
 
 def open_cache(config: FitConfig) -> Cache:
@@ -85,6 +86,7 @@ def resolve_run(
 
     version = config.defaults or NEWEST_DEFAULTS
     _require_weights_dtype(config, version)
+    _require_thresholds(entries, version)
 
     def with_scales(entry: SaeEntry) -> SaeEntry:
         options = with_defaults(config.of(entry.options), version)
@@ -92,7 +94,7 @@ def resolve_run(
             return dataclasses.replace(entry, encoder_scale=float(options.encoder_scale))
         return with_initial_scales(entry, options, statistics_of, first, device)
 
-    entries = tuple(map(with_scales, with_default_lr(entries, steps)))
+    entries = tuple(map(with_scales, with_default_lr(entries, steps, config, version)))
     return RunRecord(
         format_version=FORMAT_VERSION,
         cache=absolute_cache(config.cache),
@@ -102,7 +104,7 @@ def resolve_run(
         plan=order.plan,
         steps=steps,
         dead_after=config.dead_after
-        or min(_DEAD_AFTER, min(steps, epoch_steps) * order.plan.batch_size),
+        or default_dead_after(DEFAULTS[version], config.batch_size, steps, epoch_steps),
         saes=entries,
         options=run_options(config),
         versions=library_versions(),
@@ -126,6 +128,32 @@ def _require_weights_dtype(config: FitConfig, version: int) -> None:
             remedy="--precision bfloat16, which computes products in bfloat16 and keeps weights in "
             "float32",
         )
+
+
+def _require_thresholds(entries: Sequence[SaeEntry], version: int) -> None:
+    """Raise `ConfigError` for a threshold whose logarithm would be infinite."""
+    if DEFAULTS[version].log_threshold and any(e.options.threshold == 0 for e in entries):
+        raise ConfigError(
+            "--threshold 0 has no logarithm, which jumprelu learns",
+            expected="> 0",
+            got=0.0,
+            remedy="a small threshold, such as 1e-4",
+        )
+
+
+def default_dead_after(defaults: Defaults, batch_size: int, steps: int, epoch_steps: int) -> int:
+    """Return the rows after which a latent without an activation is dead, without --dead-after.
+
+    Args:
+        defaults: those of the run.
+        batch_size: rows of a step.
+        steps: steps of the whole run.
+        epoch_steps: steps of an epoch.
+    """
+    if defaults.dead_after_part is None:
+        return min(_DEAD_AFTER, min(steps, epoch_steps) * batch_size)
+    run = steps * batch_size
+    return min(_DEAD_AFTER, run, max(_LEAST_STEPS * batch_size, run // defaults.dead_after_part))
 
 
 @dataclass(frozen=True)
@@ -249,7 +277,8 @@ def resume_record(
         else:
             steps = planned_steps(config, record.plan.steps_per_epoch)
         entries = sae_entries(config, cache, functools.partial(_resumed_configs, record))
-        saes, done = with_default_lr(entries, steps), newest_step(root) or 0
+        saes = with_default_lr(entries, steps, config, record.defaults_version)
+        done = newest_step(root) or 0
         updated = apply_overrides(record, config, options, saes, steps, done)
     else:
         check_same_run(record, updated)
@@ -443,12 +472,25 @@ def _choose(config: FitConfig, cache: Cache, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def with_default_lr(entries: Sequence[SaeEntry], steps: int | None) -> tuple[SaeEntry, ...]:
-    """Fill in learning rates where no --lr is given, for a run of `steps` steps, if known."""
+def with_default_lr(
+    entries: Sequence[SaeEntry], steps: int | None, config: FitConfig, version: int
+) -> tuple[SaeEntry, ...]:
+    """Fill in learning rates where no --lr is given.
+
+    Args:
+        entries: the SAEs.
+        steps: steps of the whole run, if known.
+        config: options of the run.
+        version: version of its defaults.
+    """
+    updates, rows = steps, None
+    if DEFAULTS[version].lr_by_rows:
+        batches = config.grad_acc_steps
+        updates, rows = None if steps is None else steps // batches, config.batch_size * batches
 
     def fill_in(entry: SaeEntry) -> SaeEntry:
         sizes, optimizer = entry.config, entry.options.optimizer
-        lr = default_lr(optimizer, sizes.num_latents, sizes.d_in, steps)
+        lr = default_lr(optimizer, sizes.num_latents, sizes.d_in, updates, rows=rows)
         return dataclasses.replace(entry, lr=lr)
 
     return tuple([entry if entry.options.lr is not None else fill_in(entry) for entry in entries])

@@ -42,6 +42,7 @@ from saetrain.training.init import FirstRows, init_b_dec_at_median
 from saetrain.training.run_state import RunState
 from saetrain.training.sae_trainer import (
     SaeTrainer,
+    adam_constants,
     initial_sae,
     lasting_bytes,
     make_optimizer,
@@ -138,11 +139,16 @@ def make_trainers(
             record.steps,
             schedule=make_schedule(options, record.steps),
             weight_decay=options.weight_decay,
+            adam=adam_constants(options),
             decoder_norm=options.decoder_norm,
         )
         warmup = options.sparsity_warmup_steps
         loss_config = make_loss_config(
-            sizes, record.steps // 20 if warmup is None else warmup, targets.parts
+            sizes,
+            record.steps // 20 if warmup is None else warmup,
+            targets.parts,
+            auxk_scaled_down=record.defaults.auxk_scaled_down,
+            auxk_slope=record.defaults.auxk_slope,
         )
         trainers.append(
             SaeTrainer(

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import leaky_relu
 
 from actcache.errors import RunError
 from saetrain.config.sae import SaeConfig, SaeEntry
@@ -126,6 +127,8 @@ class LossConfig:
     """Minimise the error of the gate's own reconstruction too (gated activation)."""
     auxk_scaled_down: bool = True
     """Multiply AuxK by the number of dead latents over k_aux, where that is less than 1."""
+    auxk_slope: float = 0.0
+    """Slope below 0 of the ReLU that AuxK gives dead latents."""
 
     def sparsity_at(self, step: int) -> float:
         """Return the weight of the penalty in a step (from 0)."""
@@ -147,7 +150,12 @@ FVU_ONLY = LossConfig()
 
 
 def make_loss_config(
-    config: SaeConfig, warmup: int, parts: tuple[OutputSlice, ...] = ()
+    config: SaeConfig,
+    warmup: int,
+    parts: tuple[OutputSlice, ...] = (),
+    *,
+    auxk_scaled_down: bool = True,
+    auxk_slope: float = 0.0,
 ) -> LossConfig:
     """Build the losses of an SAE from its configuration.
 
@@ -155,6 +163,8 @@ def make_loss_config(
         config: configuration of the SAE.
         warmup: steps in which a penalty rises.
         parts: hookpoints of a crosscoder.
+        auxk_scaled_down: as in `LossConfig`.
+        auxk_slope: as in `LossConfig`.
     """
     return LossConfig(
         multi_topk=config.multi_topk,
@@ -163,6 +173,8 @@ def make_loss_config(
         warmup=warmup,
         parts=parts,
         gated=config.activation == "gated",
+        auxk_scaled_down=auxk_scaled_down,
+        auxk_slope=auxk_slope,
     )
 
 
@@ -245,6 +257,7 @@ def compute_losses(
             weights,
             share=share,
             scaled_down=loss_config.auxk_scaled_down,
+            slope=loss_config.auxk_slope,
         )
     if loss_config.sparsity:
         penalty = _penalty(sae, output, math.sqrt(variance), parts)
@@ -301,6 +314,7 @@ def auxk_loss(
     *,
     share: Tensor | None = None,
     scaled_down: bool = True,
+    slope: float = 0.0,
 ) -> Tensor:
     """Compute the squared error of the residual's reconstruction from dead latents.
 
@@ -308,7 +322,8 @@ def auxk_loss(
     Their loss is Σ‖ê - e‖² / Σ‖e - mean e‖², which is about 1 at first, however small the residual:
     `share` makes the denominator that of the residual, whose mean b_dec keeps near 0. Only the dead
     latents' pre-activations are computed, and the gradient reaches their encoder rows. Whatever the
-    activation of the SAE, dead latents take ReLU and top k_aux.
+    activation of the SAE, dead latents take ReLU and top k_aux. A latent that is below 0 on every
+    row has no gradient then, and stays dead; a leaky ReLU, with a `slope` below 0, revives it.
 
     Args:
         sae: the autoencoder.
@@ -320,16 +335,21 @@ def auxk_loss(
         share: variance of the residual over that of the target, of each hookpoint; None: the error
             is divided by the variance of the target. [hookpoints]
         scaled_down: with fewer than k_aux dead latents, multiply by their number over k_aux.
+        slope: of the leaky ReLU below 0; 0: ReLU.
     """
     k_aux, indices = _k_aux(sae), dead.indices
     if weights is None:
         weights = WeightRows(sae.W_enc[indices], sae.b_enc[indices], sae.W_dec[indices])
     W_enc, b_enc, W_dec = weights  # [A, D], [A], [A, E]
     ops = backend_of(W_enc)
-    pre_acts = torch.relu(dense_encode(x, W_enc, b_enc, sae.subtracted, ops))  # [N, A]
+    pre_acts = dense_encode(x, W_enc, b_enc, sae.subtracted, ops)  # [N, A]
+    pre_acts = leaky_relu(pre_acts, slope) if slope else torch.relu(pre_acts)
+    ranked = pre_acts.detach()
     if dead.listed is not None:
+        # Others are 0, which only a leaky ReLU can fall below.
+        ranked = torch.where(dead.listed, ranked, torch.finfo(ranked.dtype).min if slope else 0)
         pre_acts = torch.where(dead.listed, pre_acts, 0)
-    top = ops.topk(pre_acts.detach(), min(k_aux, len(indices)))[1]  # [N, k_aux]
+    top = ops.topk(ranked, min(k_aux, len(indices)))[1]  # [N, k_aux]
     top_acts = pre_acts.gather(1, top)
     if len(indices) <= DEAD_LIST_FACTOR * k_aux:  # dense products are faster
         acts = torch.zeros_like(pre_acts).scatter(1, top, top_acts)  # [N, A]

@@ -11,6 +11,7 @@ from saetrain.config.sae import LrSchedule, OptimizerName
 _SIGNUM, _ADAM, _MUON = 5e-3, 2e-4, 2e-3
 _LONG = 2**17
 _ADAM_MOST = 0.24  # over sqrt(D): a step moves a row of norm 1 by a quarter of itself at most
+_ADAM_MOST_OF_ROWS = 0.18  # the same, where the rate follows the rows of an update
 _MUON_MOST, _MUON_SHORT = 1.6e-2, 137  # the rate of runs of so many updates, or fewer
 _BATCH = 2048  # rows of an update, at which the other constants were measured
 _WARMUP_MOST = 1000
@@ -29,7 +30,7 @@ def default_lr(
     signum: 5e-3 / sqrt(M / 2^14), whatever the run's length: being schedule-free, it averages.
     Adam's kinds: 2e-4 / sqrt(M / 2^14) from 2^17 updates on, and in a shorter run
     sqrt(2^17 / updates) times that: the root leads from the best rates of short runs
-    (benchmarks/README.md) to sparsify's rate for long ones. At most 0.24 / sqrt(D), which is 1e-2
+    (benchmarks/README.md) to sparsify's rate for long ones. At most 0.18 / sqrt(D), which is 7.5e-3
     at the width where that was tried: no step should be as long as rows are. muon: 2e-3 in a long
     run, and in a shorter one 1.6e-2 · sqrt(137 / updates), at most 1.6e-2; its updates are scaled
     by the shape of the matrix already.
@@ -44,7 +45,7 @@ def default_lr(
         d_in: width of the rows, D.
         updates: updates of the whole run; None: a long one.
         rows: rows of an update. None: the defaults of version 1, whose rates do not follow it, and
-            that of muon not the length of the run either.
+            that of muon not the length of the run either; Adam's are at most 0.24 / sqrt(D).
     """
     narrow = math.sqrt(num_latents / 2**14)
     if optimizer == "signum":
@@ -56,7 +57,8 @@ def default_lr(
         short = min(_MUON_MOST, _MUON_MOST * math.sqrt(_MUON_SHORT / updates))
         return max(_MUON, short) * noisy
     missing = 1.0 if updates is None else max(1.0, _LONG / updates)
-    return min(_ADAM_MOST / math.sqrt(d_in), _ADAM / narrow * math.sqrt(missing)) * noisy
+    most = _ADAM_MOST if rows is None else _ADAM_MOST_OF_ROWS
+    return min(most / math.sqrt(d_in), _ADAM / narrow * math.sqrt(missing)) * noisy
 
 
 def warmup_steps(option: int | None, steps: int) -> int:

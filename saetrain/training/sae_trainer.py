@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError
-from saetrain.config.fit_config import DEFAULTS, Defaults, FitConfig
+from saetrain.config.fit_config import DEFAULTS, Defaults, FitConfig, defaults_of
 from saetrain.config.sae import PENALISED, DecoderNorm, OptimizerName, SaeConfig
 from saetrain.distributed.collectives import world_size
 from saetrain.model.activations import to_saved
@@ -96,7 +96,7 @@ def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
     """Derive the settings of an SAE of these sizes from its options.
 
     Args:
-        options: options of the run, with those of the SAE in them.
+        options: options of the run, with those of the SAE in them, and its defaults.
         sizes: configuration of the SAE.
 
     Raises:
@@ -122,36 +122,40 @@ def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
         chunk_latents=options.chunk_latents,
         compile=options.compile,
         auxk_alpha=options.auxk_alpha,
+        auxk_by_residual=defaults_of(options).auxk_by_residual,
     )
 
 
 def initial_sae(
-    entry: SaeEntry,
-    targets: TargetStats,
-    options: FitConfig,
-    device: torch.device,
-    *,
-    log_threshold: bool = False,
-    centred: bool = False,
+    entry: SaeEntry, targets: TargetStats, options: FitConfig, device: torch.device
 ) -> Sae:
     """Build an SAE with initial weights, except for what `training.init` fits to rows."""
-    dtype = getattr(torch, options.weights_dtype)
+    dtype, defaults = getattr(torch, options.weights_dtype), defaults_of(options)
     sae = build_sae(
         entry.config,
         unit=targets.unit,
         seed=entry.seed,
         device=device,
         dtype=dtype,
-        log_threshold=log_threshold,
+        log_threshold=defaults.log_threshold,
     )
     with torch.no_grad():
         if options.b_dec_init != "zeros":
             sae.b_dec.copy_(torch.from_numpy(targets.mean))
         if entry.encoder_scale != 1:
             sae.W_enc.mul_(entry.encoder_scale)
-        if sae.transcode and centred:
+        if sae.transcode and defaults.centred_transcoder:
             sae.centre_encoder(torch.from_numpy(targets.source_mean))
     return sae
+
+
+def adam_constants(options: FitConfig) -> AdamConstants:
+    """Return betas and eps from an SAE's options and defaults."""
+    beta1, beta2, eps = options.beta1, options.beta2, options.eps
+    assert beta1 is not None
+    assert beta2 is not None
+    assert eps is not None
+    return AdamConstants(beta1, beta2, eps)
 
 
 def make_optimizer(

@@ -130,8 +130,8 @@ def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
     if ddp is not None:
         losses_of = partial(ddp.forward, losses_of)
     residual = trainer.meter.residual
-    share = None if dead is None or residual is None else residual.share()
-    given = (trainer.variance, dead, trainer.loss_config, step, trainer.device_step, share)
+    of_residual = None if dead is None or residual is None else residual.share()
+    given = (trainer.variance, dead, trainer.loss_config, step, trainer.device_step, of_residual)
     parts = torch.split(x, settings.micro_batch_size or len(x))
     losses = []
     for number, part in enumerate(parts, 1):

@@ -33,7 +33,7 @@ class JumpRelu(Activation, nn.Module):
         num_latents: number of latents, M.
         threshold: initial value of all thresholds.
         bandwidth: ε, in the unit of the pre-activations.
-        log_threshold: take log θ as the parameter, not θ.
+        log_threshold: take log θ as the parameter, not θ; of θ = 0, that of ε/1000.
         device: device of the thresholds.
         dtype: type of the thresholds.
     """
@@ -54,8 +54,7 @@ class JumpRelu(Activation, nn.Module):
         self.bandwidth = bandwidth
         full = torch.full((num_latents,), threshold, device=device, dtype=dtype)  # [M]
         if log_threshold:
-            assert threshold > 0
-            self.log_threshold = nn.Parameter(full.log())
+            self.log_threshold = nn.Parameter(full.clamp(min=_LEAST * bandwidth).log())
         else:
             self.threshold = nn.Parameter(full)
 

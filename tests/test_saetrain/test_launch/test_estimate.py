@@ -224,7 +224,7 @@ def test_the_learning_rate_is_none_while_the_number_of_steps_is_unknown(
     fit(config)
     entries = read_run(Path(config.out)).saes
     rates = [entry.lr for entry in entries]
-    assert rates == [default_lr("adam", 48, entry.config.d_in, 24) for entry in entries]
+    assert rates == [default_lr("adam", 48, entry.config.d_in, 24, rows=32) for entry in entries]
     assert [sae.lr for sae in estimate_fit(config, CPU).saes] == rates
     some = dataclasses.replace(config, epochs=1, max_tokens=24 * 32, follow=True)
     assert [sae.lr for sae in estimate_fit(some, CPU).saes] == rates

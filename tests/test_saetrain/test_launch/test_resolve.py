@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 
 from actcache.cache.reader import Cache
 from actcache.core.json_codec import to_json
-from actcache.errors import FormatError, HookpointError
+from actcache.errors import ConfigError, FormatError, HookpointError
 from actcache.stream.order import POOL_ROWS
-from saetrain.config.fit_config import FitConfig
-from saetrain.launch.resolve import assign_hookpoints
+from saetrain.config.fit_config import DEFAULTS, FitConfig
+from saetrain.launch.resolve import assign_hookpoints, default_dead_after
 from saetrain.launch.run import fit
 from saetrain.optim import default_lr
 from saetrain.runs.record import RUN, read_run
@@ -36,18 +37,27 @@ def test_patterns_select_hookpoints_once_in_the_order_of_the_cache(options: Opti
     ]
 
 
-def test_dead_after_is_the_rows_of_an_epoch_or_of_the_run_or_ten_million(
-    options: Options, monkeypatch: pytest.MonkeyPatch
+def test_dead_after_is_a_small_part_of_the_run_between_four_batches_and_ten_million_rows(
+    options: Options,
 ) -> None:
-    """A latent that never fires in one epoch of training rows is dead after it."""
-    config = options(dead_after=None, batch_size=100, out=options().out + "-small")
-    summary = fit(config)
-    assert summary.steps * 100 == summary.dead_after == 300
-    short = options(dead_after=None, max_tokens=64, out=options().out + "-short")
-    assert fit(short).dead_after == 64
-    monkeypatch.setattr("saetrain.launch.resolve._DEAD_AFTER", 200)
-    assert fit(options(dead_after=None)).dead_after == 200
+    def of(steps: int, version: int = 2) -> int:
+        return default_dead_after(DEFAULTS[version], 2048, steps, min(steps, 137))
+
+    assert [of(steps) for steps in (3, 20, 137, 548)] == [3 * 2048, 8192, 8768, 35072]
+    assert of(10**6) == 10_000_000
+    assert [of(steps, 1) for steps in (3, 137, 548)] == [3 * 2048, 137 * 2048, 137 * 2048]
+    assert fit(options(dead_after=None)).dead_after == 4 * 32
+    old = options(dead_after=None, defaults=1, epochs=2, out=options().out + "-old")
+    assert fit(old).dead_after == 12 * 32
     assert fit(options(dead_after=7, out=options().out + "-given")).dead_after == 7
+
+
+def test_a_threshold_without_a_logarithm_is_refused(options: Options) -> None:
+    zero = options(activation="jumprelu", threshold=0.0)
+    with pytest.raises(ConfigError, match="--threshold 0 has no logarithm"):
+        fit(zero)
+    assert not Path(zero.out).exists()
+    fit(dataclasses.replace(zero, defaults=1))
 
 
 def test_default_learning_rates_depend_on_the_width_of_each_sae_and_the_steps(
@@ -67,7 +77,17 @@ def test_default_learning_rates_depend_on_the_width_of_each_sae_and_the_steps(
         fit(config)
         for entry, width in zip(read_run(Path(config.out)).saes, (16, 8), strict=True):
             assert entry.config.num_latents == 4 * width
-            assert entry.lr == default_lr(optimizer, 4 * width, width, 2)  # type: ignore[arg-type]
+            assert entry.lr == default_lr(optimizer, 4 * width, width, 2, rows=32)  # type: ignore[arg-type]
+
+
+def test_accumulated_batches_are_one_update_to_the_default_learning_rate(options: Options) -> None:
+    config = options(lr=None, optimizer="muon", grad_acc_steps=3)
+    fit(config)
+    for entry in read_run(Path(config.out)).saes:
+        assert entry.lr == default_lr("muon", 48, 16, 4, rows=96)
+    old = dataclasses.replace(config, defaults=1, out=config.out + "-old")
+    fit(old)
+    assert {entry.lr for entry in read_run(Path(old.out)).saes} == {2e-3}
 
 
 def test_max_tokens_overrides_epochs(options: Options) -> None:

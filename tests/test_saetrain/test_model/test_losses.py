@@ -150,6 +150,34 @@ def test_by_the_share_of_the_residual_auxk_is_the_authors_loss(
     torch.testing.assert_close(by_list, ours)
 
 
+def test_a_leaky_relu_gives_a_gradient_to_dead_latents_that_are_below_0_on_every_row(
+    sae: Sae, x: torch.Tensor
+) -> None:
+    dead = dead_mask(1, 7, *range(20, 25))
+    with torch.no_grad():
+        sae.b_enc[dead] = -100.0
+        sae.b_enc[7] = 0.5  # this one fires on some rows
+    leaky = LossConfig(auxk_slope=0.1)
+    relu, found = (
+        gradients(compute_losses(sae, x, VARIANCE, dead, config).auxk, sae)["W_enc"]
+        for config in (LossConfig(), leaky)
+    )
+    moved = [gradient.abs().sum(dim=1) > 0 for gradient in (relu, found)]
+    assert moved[0].nonzero().flatten().tolist() == [7]
+    assert torch.equal(moved[1], dead & moved[1])
+    assert int(moved[1].sum()) > 3
+    # The plain formula, and a list of fixed length, as on a GPU.
+    e = (x - sae(x).reconstruction).detach()
+    pre_acts = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)[:, dead]
+    acts = torch.where(pre_acts > 0, pre_acts, 0.1 * pre_acts)
+    values, indices = acts.topk(D // 2, dim=1)
+    z = torch.zeros_like(acts).scatter(1, indices, values)
+    plain = (z @ sae.W_dec[dead] - e).pow(2).sum() / (N * VARIANCE)
+    torch.testing.assert_close(compute_losses(sae, x, VARIANCE, dead, leaky).auxk, plain)
+    fixed, part = list_dead_in(dead, 25, 0), (OutputSlice("", D, VARIANCE),)
+    torch.testing.assert_close(auxk_loss(sae, x, e, fixed, part, slope=0.1), plain)
+
+
 def test_auxk_of_each_hookpoint_is_divided_by_its_own_share(sae: Sae, x: torch.Tensor) -> None:
     dead = dead_mask(*range(8, 28))
     parts = (OutputSlice("a", 4, 3.0), OutputSlice("b", 6, 4.5))

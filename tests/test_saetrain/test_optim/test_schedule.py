@@ -49,9 +49,9 @@ def test_that_of_the_others_does_not_follow_the_steps(optimizer: OptimizerName) 
 @pytest.mark.parametrize(
     ("optimizer", "updates", "rows", "lr"),
     [
-        ("adam", 137, 2048, 0.24 / 576**0.5),
-        ("adam", 137, 4096, 0.24 / 576**0.5),
-        ("adam", 137, 512, 0.12 / 576**0.5),
+        ("adam", 137, 2048, 0.18 / 576**0.5),
+        ("adam", 137, 4096, 0.18 / 576**0.5),
+        ("adam", 137, 512, 0.09 / 576**0.5),
         ("adam", 2**15, 2048, 8e-4),
         ("adam8bit", 2**15, 128, 2e-4),
         ("adam", None, 512, 2e-4),

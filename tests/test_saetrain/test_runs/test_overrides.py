@@ -270,4 +270,4 @@ def test_a_default_learning_rate_is_recomputed_from_the_new_steps(
     more = dataclasses.replace(config, epochs=3, resume=True, force_config=True)
     fit(more)
     for sae in read_run(Path(config.out)).saes:
-        assert sae.lr == default_lr("adam", 48, sae.config.d_in, 36)
+        assert sae.lr == default_lr("adam", 48, sae.config.d_in, 36, rows=32)

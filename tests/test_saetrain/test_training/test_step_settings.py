@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from actcache.errors import ConfigError
-from saetrain.config.fit_config import FitConfig
+from saetrain.config.fit_config import FitConfig, with_defaults
 from saetrain.config.sae import SaeConfig
 from saetrain.training.sae_trainer import StepSettings, make_step_settings
 
 
 def annealed(**options: int) -> StepSettings:
-    return make_step_settings(FitConfig("cache", "run", **options), SaeConfig(16, 48, 3))  # type: ignore[arg-type]
+    config = with_defaults(FitConfig("cache", "run", **options), 2)  # type: ignore[arg-type]
+    return make_step_settings(config, SaeConfig(16, 48, 3))
 
 
 @pytest.mark.parametrize(("d_in", "num_latents", "k", "steps"), [(16, 48, 3, 7), (4, 99, 5, 20)])
@@ -22,7 +23,7 @@ def test_k_is_annealed_as_in_sparsify_from_ten_times_the_width_or_all_latents(
 ) -> None:
     from sparsify.trainer import Trainer
 
-    options = FitConfig("cache", "run", k=k, k_anneal_steps=steps)
+    options = with_defaults(FitConfig("cache", "run", k=k, k_anneal_steps=steps), 2)
     settings = make_step_settings(options, SaeConfig(d_in, num_latents, k))
     peer = SimpleNamespace(
         initial_k=min(num_latents, 10 * d_in), final_k=k, cfg=SimpleNamespace(k_decay_steps=steps)
@@ -51,3 +52,11 @@ def test_all_batches_of_an_update_have_the_same_k() -> None:
 def test_a_k_start_above_num_latents_raises_an_error() -> None:
     with pytest.raises(ConfigError, match=r"--k-start is larger(.|\n)*<= 48(.|\n)*49"):
         annealed(k=3, k_anneal_steps=4, k_start=49)
+
+
+@pytest.mark.parametrize(("version", "by_residual"), [(1, False), (2, True)])
+def test_auxk_is_divided_by_the_variance_of_the_residual_from_version_2_of_the_defaults_on(
+    version: int, by_residual: bool
+) -> None:
+    options = with_defaults(FitConfig("cache", "run"), version)
+    assert make_step_settings(options, SaeConfig(16, 48, 3)).auxk_by_residual == by_residual

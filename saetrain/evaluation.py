@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,10 +116,10 @@ class Evaluation:
 
 @checked(block_cache_bytes=COUNT)
 def evaluate(
-    run: str | Path,
-    cache_folder: str | None = None,
+    run: str | os.PathLike[str],
+    cache_folder: str | os.PathLike[str] | None = None,
     device: str = "auto",
-    block_cache: str | None = None,
+    block_cache: str | os.PathLike[str] | None = None,
     block_cache_bytes: int | None = None,
     *,
     best: bool = False,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from actcache.cache.reader import Cache
 from actcache.core.arguments import COUNT, SEED, SIZE, checked
@@ -78,7 +78,7 @@ class Feed:
 
 @checked(batch_size=SIZE, seed=SEED, pool_rows=(1, 2**53), epochs=COUNT)
 def open_feed(
-    cache: str | Path | Cache,
+    cache: str | os.PathLike[str] | Cache,
     hookpoint: str | Sequence[str],
     *,
     batch_size: int = 4096,

@@ -5,6 +5,7 @@ Letters: S sequences of a shard, C context length, N rows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,9 @@ class Cache:
     @classmethod
     def open(
         cls,
-        root: str | CachePath,
+        root: str | os.PathLike[str] | CachePath,
         *,
-        block_cache: str | None = None,
+        block_cache: str | os.PathLike[str] | None = None,
         block_cache_bytes: int | None = None,
     ) -> Cache:
         """Open the cache in a folder, or at a URL that fsspec reads (s3://, gs://, hf://, ...).

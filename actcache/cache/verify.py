@@ -99,7 +99,7 @@ class Verification:
 
 @checked(threads=SIZE)
 def verify(
-    root: str | CachePath, *, quick: bool = False, threads: int | None = None
+    root: str | os.PathLike[str] | CachePath, *, quick: bool = False, threads: int | None = None
 ) -> Verification:
     """Check a cache, with a progress bar.
 

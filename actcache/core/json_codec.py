@@ -24,6 +24,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from actcache.core.options import option_name
@@ -221,7 +222,7 @@ def check_fields(config: Any, **parsers: _Parser) -> None:
 
     Every `__post_init__` of a configuration calls this first. Python code may give more than JSON
     holds: a path for a text, integers and real numbers of any library (such as `np.int64`), a list
-    for a tuple, one text for a tuple of texts. A field then holds the type that its hint names.
+    for a tuple, one item for a tuple of one. A field then holds the type that its hint names.
 
     Args:
         config: the dataclass; hints as in `parse_dataclass`.
@@ -245,7 +246,7 @@ def check_fields(config: Any, **parsers: _Parser) -> None:
 def check_argument(name: str, hint: Any, value: Any) -> Any:
     """Check and normalise an argument of a public function, as `check_fields` does a field.
 
-    Beside those hints it takes unions, sequences, protocols and classes.
+    Beside those hints it takes unions, sequences, paths, protocols and classes.
     """
     try:
         return _given_parser(hint)(value)
@@ -276,9 +277,11 @@ def _given_parser(hint: Any) -> _Parser:
     if origin is Literal:
         return lambda value: str.__str__(_parse_literal(args, value))  # also of a StrEnum
     if origin in (tuple, Sequence):
-        return functools.partial(_given_tuple, _given_parser(args[0]), args[0] is str)
+        return functools.partial(_given_tuple, _given_parser(args[0]))
     if origin in (dict, Mapping):
         return functools.partial(_given_dict, _given_parser(args[1]))
+    if origin is os.PathLike:
+        return _given_path
     return {str: _given_text, int: _given_int, float: _given_float}.get(
         hint, functools.partial(_given_instance, hint)
     )
@@ -286,23 +289,27 @@ def _given_parser(hint: Any) -> _Parser:
 
 def _given_one(parsers: list[_Parser], value: Any) -> Any:
     """Parse by the first parser that takes the value."""
-    expected = []
+    kinds: dict[str, None] = {}
     for parser in parsers:
         try:
             return parser(value)
         except _InvalidError as error:
-            expected.append(error.expected or "")
+            kinds |= dict.fromkeys((error.expected or "").split(" | "))
             if parser is parsers[-1] and (isinstance(value, str) or len(parsers) == 1):
+                error.expected = " | ".join(kinds) or None
                 raise
-    raise _InvalidError(" has another type", " | ".join(expected), truncated_repr(value))
+    raise _InvalidError(" has another type", " | ".join(kinds), truncated_repr(value))
 
 
-def _given_tuple(inner: _Parser, is_of_texts: bool, value: Any) -> tuple[Any, ...]:
-    if is_of_texts and isinstance(value, str | os.PathLike):
+def _given_tuple(inner: _Parser, value: Any) -> tuple[Any, ...]:
+    """Parse a list or tuple; anything else is the only item of one."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray):
+        return tuple(_given_items(inner, value, range(len(value))))
+    try:
         return (inner(value),)
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
-        raise _InvalidError(" has another type", "a list or tuple", truncated_repr(value))
-    return tuple(_given_items(inner, value, range(len(value))))
+    except _InvalidError as error:
+        error.expected = f"{error.expected} | a list" if error.expected else None
+        raise
 
 
 def _given_dict(inner: _Parser, value: Any) -> dict[str, Any]:
@@ -332,12 +339,20 @@ def _given_text(value: Any) -> str:
     return str.__str__(text)
 
 
+def _given_path(value: Any) -> Path:
+    """Check a path. One of a class of its own, such as `RootedPath`, stays what it is."""
+    if not isinstance(value, os.PathLike):
+        raise _InvalidError(" has another type", "a path", truncated_repr(value))
+    text = _given_text(value)
+    return value if isinstance(value, Path) else Path(text)
+
+
 def _given_int(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise _InvalidError(" has another type", "an integer", truncated_repr(value))
     number = int(value)
-    if not -(2**63) <= number < 2**63:  # smaller bounds, where there are any, come later
-        raise _InvalidError(" is out of range", "-2**63 to 2**63 - 1", truncated_repr(value))
+    if not -_MAX_INT <= number <= _MAX_INT:  # smaller bounds, where there are any, come later
+        raise _InvalidError(" is out of range", "-2**53 to 2**53", truncated_repr(value))
     return number
 
 

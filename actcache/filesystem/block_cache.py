@@ -234,7 +234,7 @@ def _lock_within(fd: int, seconds: float) -> bool:
     return taken.wait(seconds)
 
 
-def open_blocks(folder: str | None, most_bytes: int | None) -> BlockCache:
+def open_blocks(folder: str | os.PathLike[str] | None, most_bytes: int | None) -> BlockCache:
     """Open the block cache given by options, the environment, or the XDG default.
 
     Raises:

@@ -58,7 +58,9 @@ def is_url(where: object) -> bool:
 
 
 def open_path(
-    where: str | CachePath, block_cache: str | None = None, block_cache_bytes: int | None = None
+    where: str | os.PathLike[str] | CachePath,
+    block_cache: str | os.PathLike[str] | None = None,
+    block_cache_bytes: int | None = None,
 ) -> RootedPath | RemotePath:
     """Return the path of a folder, as the root of those below it, or of a URL (`urls.open_url`).
 

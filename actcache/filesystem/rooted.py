@@ -135,7 +135,7 @@ def _restored(root: tuple[str, ...], path: str) -> RootedPath:
     return _of_root(root)(path)
 
 
-def rooted(folder: str | Path) -> RootedPath:
+def rooted(folder: str | os.PathLike[str]) -> RootedPath:
     """Return a folder as the root of the paths below it; a path that has a root keeps it."""
     if isinstance(folder, RootedPath):
         return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from actcache.errors import ConfigError
@@ -57,7 +58,9 @@ def validate_url(url: str) -> None:
 
 
 def open_url(
-    url: str, block_cache: str | None = None, block_cache_bytes: int | None = None
+    url: str,
+    block_cache: str | os.PathLike[str] | None = None,
+    block_cache_bytes: int | None = None,
 ) -> RemotePath:
     """Return the path of a URL, without a request to the store.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -88,7 +88,7 @@ class CacheSummary:
 
 
 @checked()
-def inspect(cache: str | Path, shards: Sequence[int] | None = None) -> CacheSummary:
+def inspect(cache: str | os.PathLike[str], shards: Sequence[int] | None = None) -> CacheSummary:
     """Summarize a cache: what `actcache inspect` shows, as frozen dataclasses.
 
     Args:

@@ -12,6 +12,7 @@ autoencoder of its hookpoints' rows side by side.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,8 +77,9 @@ class SparsifyConfig:
 _ADDITIONAL = ("d_out", "matryoshka", "sparsity", "threshold", "bandwidth", "widths", "hookpoints")
 
 
+@checked()
 def save_sae(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     config: SaeConfig,
     weights: Mapping[str, Tensor],
     reads: tuple[str, ...] = (),
@@ -129,7 +131,7 @@ class SaeDigests(NamedTuple):
 
 
 def export_sae(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     config: SaeConfig,
     weights: Mapping[str, Tensor],
     reads: tuple[str, ...] = (),
@@ -156,7 +158,7 @@ def export_sae(
 
 
 @checked()
-def load_sae(folder: str | Path, device: torch.device | str = "cpu") -> Sae:
+def load_sae(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Sae:
     """Load an SAE saved by `save_sae` or sparsify, in evaluation mode.
 
     Args:

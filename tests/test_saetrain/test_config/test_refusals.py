@@ -6,14 +6,16 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 
 from actcache.config import ConvertConfig, HarvestConfig, PlanConfig
 from actcache.core.json_codec import parse_dataclass, to_json
+from actcache.core.options import option_name
 from actcache.errors import ConfigError
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import HookpointOverride, SaeConfig, SaeOptions
@@ -249,6 +251,94 @@ def test_a_field_refuses_what_could_not_be_read_back_from_json(
 def test_a_value_of_another_type_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FitConfig(**({"cache": "cache", "out": "run"} | options))
+
+
+def options_of_choices() -> Iterator[Any]:
+    """List every option with a set of choices: class, other arguments, field, choices."""
+    for cls, given in CONFIGURATIONS:
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            hint = hints[field.name]
+            kinds = [hint, *get_args(hint)]
+            kinds += [inner for kind in get_args(hint) for inner in get_args(kind)]
+            for kind in kinds:
+                if get_origin(kind) is Literal:
+                    name = f"{cls.__name__}.{field.name}"
+                    yield pytest.param(cls, given, field, get_args(kind), id=name)
+
+
+@pytest.mark.parametrize(("cls", "given", "field", "choices"), list(options_of_choices()))
+def test_an_unknown_choice_is_refused_on_construction_with_the_field_and_its_values(
+    cls: type[Any], given: dict[str, Any], field: Any, choices: tuple[str, ...]
+) -> None:
+    shown = option_name(field)
+    for value in ("bogus", choices[0] + choices[0][-1], choices[0].upper(), ""):
+        with pytest.raises(ConfigError) as error:
+            cls(**{**given, field.name: value})
+        assert error.value.what.startswith(shown), error.value
+        assert error.value.what.endswith("has an unknown value"), error.value
+        for choice in choices:
+            assert choice in error.value.expected, error.value
+    for value in choices:
+        try:
+            cls(**{**given, field.name: value})
+        except ConfigError as error:  # with other options only, such as --lr-decay-steps
+            assert "unknown value" not in error.what  # noqa: PT017
+
+
+LISTS: list[tuple[type[Any], dict[str, Any], dict[str, Any]]] = [
+    (cls, given, {name: items[name]})
+    for cls, given in CONFIGURATIONS
+    for items in [
+        {
+            "hookpoint": "layers.0", "saes": SaeOptions(k=4), "wandb_tags": "a", "matryoshka": 8,
+            "widths": 8, "layers": 9, "dataset_revision": "main", "mix": "b.jsonl",
+            "weight": 0.5, "exclude_tokens": "<s>", "max_memory": "0=1GiB",
+        }
+    ]
+    for name in (field.name for field in dataclasses.fields(cls))
+    if get_origin(get_type_hints(cls)[name]) is tuple
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "given", "option"), LISTS)
+def test_one_item_where_a_list_is_meant_is_a_list_of_one(
+    cls: type[Any], given: dict[str, Any], option: dict[str, Any]
+) -> None:
+    ((name, item),) = option.items()
+    beside = {"mix": "b.jsonl"} if name == "weight" else {}
+    beside |= {"dataset": "org/name"} if name == "dataset_revision" else {}
+    made = []
+    for value in (item, [item], (item,)):
+        try:
+            made.append(cls(**{**given, **beside, name: value}))
+        except ConfigError as error:
+            made.append(str(error))
+    assert made[0] == made[1] == made[2]
+    if not isinstance(made[0], str):
+        assert getattr(made[0], name) == (item,)
+
+
+def test_an_item_of_another_type_is_refused_with_what_a_list_may_hold() -> None:
+    for options, expected in (
+        ({"matryoshka": "8"}, "--matryoshka has another type\n.*an integer \\| a list"),
+        ({"saes": {"k": 4}}, "saes has another type\n.*SaeOptions \\| a list"),
+        ({"hookpoint": None}, "--hookpoint has another type\n.*a text \\| a list"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            FitConfig("cache", "run", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("cls", "given"), CONFIGURATIONS, ids=lambda x: getattr(x, "__name__", ""))
+def test_a_path_means_its_text_in_every_option(cls: type[Any], given: dict[str, Any]) -> None:
+    for name in (field.name for field in dataclasses.fields(cls)):
+        made = []
+        for value in ("some/where", Path("some/where")):
+            try:
+                made.append(cls(**{**given, name: value}))
+            except ConfigError:
+                made.append("refused")
+        assert made[0] == made[1], name
 
 
 def test_values_of_other_libraries_become_those_of_the_type_hints() -> None:

@@ -371,7 +371,7 @@ DEFAULTS = {
         beta2=0.999,
         eps=1e-12,
         max_norm_ratio=0.0,
-        sparsify_multi_topk=True,
+        sparsify_multi_topk=False,
         cuda_precision="tf32",
     ),
 }

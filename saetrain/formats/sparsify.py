@@ -7,7 +7,9 @@ sparsify 1.3.3, whose loader ignores others.
 Features that sparsify lacks have additional keys and tensors: `threshold` [M] (jumprelu) or []
 float64 (batchtopk), `r_mag` and `b_mag` [M] (gated). sparsify rejects such a file by its
 `activation`, and by the shapes if E differs from D. A crosscoder with TopK loads in sparsify as an
-autoencoder of its hookpoints' rows side by side.
+autoencoder of its hookpoints' rows side by side. With `multi_topk`, sparsify reconstructs from 4k
+latents. So a Multi-TopK SAE has `trained_multi_topk` instead, and reconstructs from k there, too.
+Files of sparsify, and of runs with the defaults of version 1, have `multi_topk`.
 """
 
 from __future__ import annotations
@@ -72,9 +74,14 @@ class SparsifyConfig:
     widths: tuple[int, ...] = ()
     hookpoints: tuple[str, ...] = ()
     """Hookpoints that a transcoder or crosscoder reads, side by side."""
+    trained_multi_topk: bool = False
+    """Trained with Multi-TopK, as `multi_topk` says in other files; reconstructs from k latents."""
 
 
-_ADDITIONAL = ("d_out", "matryoshka", "sparsity", "threshold", "bandwidth", "widths", "hookpoints")
+_ADDITIONAL = (
+    "d_out", "matryoshka", "sparsity", "threshold", "bandwidth", "widths", "hookpoints",
+    "trained_multi_topk",
+)  # fmt: skip
 
 
 @checked()
@@ -136,8 +143,12 @@ def export_sae(
     weights: Mapping[str, Tensor],
     reads: tuple[str, ...] = (),
     unit_rows: bool = True,
+    multi_topk: bool = False,
 ) -> SaeDigests:
-    """Write an SAE as `save_sae` does; return the digests of both files."""
+    """Write an SAE as `save_sae` does; return the digests of both files.
+
+    With `multi_topk`, cfg.json of a Multi-TopK SAE has that key, not `trained_multi_topk`.
+    """
     folder = folder if isinstance(folder, Path) else Path(folder)  # keeps a root
     tensors = {
         stored: weights[name].detach().cpu().contiguous()
@@ -146,6 +157,8 @@ def export_sae(
     }
     values = asdict(config) | {"hookpoints": reads, "normalize_decoder": unit_rows}
     values["expansion_factor"] = max(1, config.num_latents // config.d_in)
+    values["multi_topk"] = config.multi_topk and multi_topk
+    values["trained_multi_topk"] = config.multi_topk and not multi_topk
     cfg = SparsifyConfig(**values)
     default = SparsifyConfig(config.d_in)
     keys = {
@@ -271,6 +284,7 @@ def read_config(folder: Path) -> SparsifyConfig:
 def read_sae_config(folder: Path) -> SaeConfig:
     """Read the kind and sizes of the SAE in a folder; raises `FormatError`."""
     cfg = read_config(folder)
+    multi_topk = cfg.multi_topk or cfg.trained_multi_topk
     try:
         return SaeConfig(
             cfg.d_in,
@@ -278,7 +292,7 @@ def read_sae_config(folder: Path) -> SaeConfig:
             cfg.k,
             activation=cfg.activation,
             # In sparsify, groupmax may have it too; it affects only training.
-            multi_topk=cfg.multi_topk and cfg.activation == "topk" and not cfg.matryoshka,
+            multi_topk=multi_topk and cfg.activation == "topk" and not cfg.matryoshka,
             matryoshka=cfg.matryoshka,
             transcode=cfg.transcode,
             skip_connection=cfg.skip_connection,

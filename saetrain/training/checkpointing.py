@@ -147,4 +147,5 @@ def prune_best(root: Path, trainers: list[SaeTrainer]) -> None:
 def _export(folder: Path, trainer: SaeTrainer) -> SaeDigests:
     entry = trainer.entry
     weights, unit = trainer.export_weights(), trainer.unit_norm()
-    return export_sae(folder, entry.config, weights, entry.reads, unit)
+    multi_topk = trainer.defaults.sparsify_multi_topk
+    return export_sae(folder, entry.config, weights, entry.reads, unit, multi_topk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 import saetrain.formats.sparsify
 from actcache.errors import ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import digest_file
+from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig
+from saetrain.evaluation import evaluate
 from saetrain.formats.sparsify import (
     CONFIG,
     WEIGHTS,
@@ -25,6 +28,7 @@ from saetrain.formats.sparsify import (
     read_sae_config,
     save_sae,
 )
+from saetrain.launch.run import fit
 from saetrain.model.sae import Sae, build_sae
 
 D, M, K = 8, 20, 3
@@ -194,10 +198,28 @@ def test_every_kind_of_sparsify_loads_and_saves_with_the_same_reconstruction(
     ours = SaeConfig(D, M, **{"k": K} | kind)
     save_sae(tmp_path / "ours", ours, dict(sae.named_parameters()))
     again = sparsify.SparseCoder.load_from_disk(tmp_path / "ours")
-    again.cfg.multi_topk = False
     torch.testing.assert_close(again(batch()).sae_out, peer(batch()).sae_out, **expected)
+    assert read_sae_config(tmp_path / "ours") == read_sae_config(tmp_path / "theirs") == ours
     cfgs = [json.loads((tmp_path / side / CONFIG).read_text()) for side in ("ours", "theirs")]
-    assert cfgs[0] == cfgs[1] | {"expansion_factor": 2}
+    trained = {"multi_topk": False, "trained_multi_topk": True} if ours.multi_topk else {}
+    assert cfgs[0] == cfgs[1] | {"expansion_factor": 2} | trained
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_run_saves_multi_topk_by_its_defaults_and_sparsify_reconstructs_from_k_by_the_newest(
+    sparsify: ModuleType, options: Callable[..., FitConfig], version: int
+) -> None:
+    config = options(multi_topk=True, hookpoint="layers.0", defaults=version)
+    fit(config)
+    folder = Path(config.out) / "layers.0"
+    sae, peer = load_sae(folder), sparsify.SparseCoder.load_from_disk(folder)
+    assert read_sae_config(folder).multi_topk
+    assert peer.cfg.multi_topk == (version == 1)
+    x = torch.randn(32, 16)
+    theirs, found = peer(x).sae_out, sae(x)
+    k_latents = torch.allclose(theirs, found.reconstruction, rtol=1e-5, atol=1e-5)
+    assert k_latents == (version == 2)
+    evaluate(config.out)  # compares cfg.json with the run
 
 
 def test_groupmax_with_multi_topk_loads_without_it(sparsify: ModuleType, tmp_path: Path) -> None:

@@ -117,8 +117,8 @@ class FitConfig(SaeOptions):
 
     dead_after: int | None = option(None, group="SAE", on_resume="forced")
     """Number of rows without an activation after which a latent counts as dead. Default: 1/32 of
-    the run, at least four batches and at most 10 million rows. Until that many rows have been trained
-    on, the share of dead latents is not reported."""
+    the run, at least four batches and at most 10 million rows. Until that many rows have been
+    trained on, the share of dead latents is not reported."""
 
     max_norm_ratio: float | None = option(None, group="Data", omitted=True, metavar="R")
     """Leave out rows whose norm is more than R times the median norm of their hookpoint, in

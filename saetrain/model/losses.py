@@ -323,7 +323,7 @@ def auxk_loss(
     `share` makes the denominator that of the residual, whose mean b_dec keeps near 0. Only the dead
     latents' pre-activations are computed, and the gradient reaches their encoder rows. Whatever the
     activation of the SAE, dead latents take ReLU and top k_aux. A latent that is below 0 on every
-    row has no gradient then, and stays dead; a leaky ReLU, with a `slope` below 0, revives it.
+    row has no gradient then, and stays dead; a leaky ReLU, of slope `slope` below 0, revives it.
 
     Args:
         sae: the autoencoder.

@@ -120,6 +120,8 @@ def test_default_learning_rates_of_a_long_run_are_those_of_other_trainers(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saetrain.optim.schedule._LONG", 1)  # so that one step counts as a long run
+    monkeypatch.setattr("saetrain.optim.schedule._BATCH", 32)
+    monkeypatch.setattr("saetrain.optim.schedule._MUON_SHORT", 0)
     rates = {"signum": 5e-3, "adam": 2e-4, "adamw": 2e-4, "adam8bit": 2e-4}
     for optimizer, base in rates.items():
         config = options(lr=None, optimizer=optimizer, max_tokens=32, out=options().out + optimizer)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -228,3 +230,39 @@ def test_the_command_accepts_all_training_options(
     fit(again)
     other = snapshot(Path(again.out))
     assert [path for path in other if other[path] != by_command[path]] == []
+
+
+def test_few_latents_die_in_a_short_run(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    """At a high rate and on rows of one unit, so that the versions differ in AuxK alone."""
+    directions = np.random.RandomState(5).standard_normal((256, 24))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    often = np.arange(1, 257) ** -0.8
+    often *= 5 / often.sum()
+
+    def rows(_: str, shard: int, count: int, width: int) -> NDArray[np.float32]:
+        state = np.random.RandomState(shard)
+        codes = state.uniform(size=(count, 256)) * (state.uniform(size=(count, 256)) < often)
+        noise = 0.02 * state.standard_normal((count, width))
+        return (codes @ directions + 0.3 + noise).astype(np.float32)
+
+    cache = make_cache(shards=10, sequences=100, hookpoints={"layers.0": 24}, rows=rows)
+    found = []
+    for version in (1, 2):
+        config = FitConfig(
+            cache=str(cache),
+            out=str(tmp_path / f"run-{version}"),
+            defaults=version,
+            num_latents=192,
+            k=5,
+            batch_size=64,
+            epochs=2,
+            lr=0.02,
+            input_scale="rms",
+            device="cpu",
+        )
+        fit(config)
+        found += evaluate(Path(config.out)).saes
+    before, now = found
+    assert before.fired_percent < 75
+    assert now.fired_percent > 85
+    assert now.fvu < before.fvu

@@ -344,11 +344,11 @@ def auxk_loss(
     ops = backend_of(W_enc)
     pre_acts = dense_encode(x, W_enc, b_enc, sae.subtracted, ops)  # [N, A]
     pre_acts = leaky_relu(pre_acts, slope) if slope else torch.relu(pre_acts)
-    ranked = pre_acts.detach()
     if dead.listed is not None:
-        # Others are 0, which only a leaky ReLU can fall below.
-        ranked = torch.where(dead.listed, ranked, torch.finfo(ranked.dtype).min if slope else 0)
         pre_acts = torch.where(dead.listed, pre_acts, 0)
+    ranked = pre_acts.detach()
+    if dead.listed is not None and slope:  # a leaky ReLU falls below the 0 of the others
+        ranked = torch.where(dead.listed, ranked, torch.finfo(ranked.dtype).min)
     top = ops.topk(ranked, min(k_aux, len(indices)))[1]  # [N, k_aux]
     top_acts = pre_acts.gather(1, top)
     if len(indices) <= DEAD_LIST_FACTOR * k_aux:  # dense products are faster

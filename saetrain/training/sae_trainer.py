@@ -363,7 +363,7 @@ class SaeTrainer:
         names = (*MEANS, *self.loss_config.names)
         sums = torch.zeros(len(names), dtype=torch.float64, device=W.device)
         self.meter = MeanMeter(names, sums)
-        if self.settings.auxk_by_residual and self.settings.auxk_alpha > 0:
+        if self.settings.auxk_by_residual:  # without AuxK too: --force-config may switch it on
             hookpoints = max(1, len(self.loss_config.parts))
             shares = torch.zeros(hookpoints + 1, dtype=torch.float64, device=W.device)
             self.meter.residual = ResidualShare(shares)

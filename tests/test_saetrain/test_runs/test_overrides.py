@@ -261,6 +261,17 @@ def test_changed_library_versions_are_recorded_with_the_step(begun: FitConfig) -
     assert (first, second.changes) == (change, ("--epochs: 2 then, 3 now",))
 
 
+def test_auxk_can_be_switched_on_and_off(options: Options) -> None:
+    config = options(auxk_alpha=0.0)
+    fit(config)
+    on = dataclasses.replace(config, auxk_alpha=1.0, epochs=2, resume=True, force_config=True)
+    fit(on)
+    lines = [json.loads(line) for line in (Path(config.out) / METRICS).read_text().splitlines()]
+    auxk = [line["saes"]["layers.0"]["auxk"] for line in lines if "saes" in line]
+    assert auxk[0] == 0 < auxk[-1]
+    fit(dataclasses.replace(on, auxk_alpha=0.0, epochs=3))
+
+
 def test_a_default_learning_rate_is_recomputed_from_the_new_steps(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:

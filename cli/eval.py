@@ -26,6 +26,14 @@ def run(
     best: Annotated[
         bool, typer.Option("--best", help="Evaluate the SAEs saved by fit --save-best instead.")
     ] = False,
+    max_norm_ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Leave out held-out rows whose norm is more than R times the median norm of the "
+            "training rows of their hookpoint. 0: none. Default: those that the run left out.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print held-out FVU, L0 and dead latents of every SAE of RUN, and write RUN/eval.json.
@@ -39,7 +47,15 @@ def run(
     from saetrain.evaluation import BEST_EVALUATION, EVALUATION, evaluate
 
     require_names(RUN=run, **{"--cache": cache, "--block-cache": block_cache})
-    evaluation = evaluate(Path(run), cache, device, block_cache, block_cache_bytes, best=best)
+    evaluation = evaluate(
+        Path(run),
+        cache,
+        device,
+        block_cache,
+        block_cache_bytes,
+        best=best,
+        max_norm_ratio=max_norm_ratio,
+    )
     if json:
         print_json(dataclasses.asdict(evaluation))
         return
@@ -74,8 +90,9 @@ def run(
     for sae in evaluation.saes:
         for name, output in sae.parts.items():
             print(f"{sae.name} at {name}: FVU {output.fvu:.4f}, norm {output.decoder_norm:.3f}")
+    without = f", {evaluation.rows_left_out:,} left out" if evaluation.rows_left_out else ""
     print(
-        f"{evaluation.rows:,} held-out rows; dead: not fired in the last "
+        f"{evaluation.rows:,} held-out rows{without}; dead: not fired in the last "
         f"{evaluation.dead_after:,} rows of training; fired: on held-out rows; rows/s: of training"
     )
     if evaluation.step < evaluation.steps:

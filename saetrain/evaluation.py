@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from actcache.cache.reader import Cache
@@ -20,9 +22,10 @@ from actcache.filesystem.atomic import write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.filesystem.rooted import rooted
 from actcache.format.manifest import MANIFEST
-from actcache.stream.order import Span
+from actcache.stream.massive_rows import massive_rows
+from actcache.stream.order import RowsLeftOut, Span, kept_rows
 from actcache.stream.verified_reads import VerifiedReader
-from saetrain.config.sae import PENALISED, SaeEntry
+from saetrain.config.sae import PENALISED, SaeEntry, hookpoints_of
 from saetrain.formats.sparsify import read_sae
 from saetrain.kernels import total
 from saetrain.model.sae import Sae, rows_of
@@ -37,7 +40,7 @@ from saetrain.runs.checkpoint import (
     require_own_files,
     verify_checkpoint,
 )
-from saetrain.runs.record import RunRecord, check_same_cache, read_run
+from saetrain.runs.record import RunRecord, check_same_cache, read_run, with_massive_rows
 from saetrain.runs.segments import has_ended, held_out_shards, read_used
 from saetrain.tracking.jsonl import (
     METRICS,
@@ -103,7 +106,9 @@ class Evaluation:
     steps: int
     """Steps of the whole run."""
     rows: int
-    """Number of held-out rows."""
+    """Number of held-out rows that were evaluated on."""
+    rows_left_out: int
+    """Number of held-out rows that --max-norm-ratio left out."""
     dead_after: int
     """Rows without firing after which a latent is dead."""
     rows_per_second: float | None
@@ -123,6 +128,7 @@ def evaluate(
     block_cache_bytes: int | None = None,
     *,
     best: bool = False,
+    max_norm_ratio: float | None = None,
 ) -> Evaluation:
     """Evaluate a run's exported SAEs on its held-out rows, and write `eval.json`.
 
@@ -135,8 +141,11 @@ def evaluate(
         block_cache: folder for blocks of a cache at a URL, see `Cache.open`.
         block_cache_bytes: its size limit, see `Cache.open`.
         best: evaluate the SAEs that --save-best kept, and write `eval-best.json`.
+        max_norm_ratio: leave out rows above this multiple of the median norm of the training rows;
+            0: none; None: those above the run's own limits.
 
     Raises:
+        ConfigError: the ratio is out of range, or leaves out more than a few rows.
         RunError: the folder holds no run, the run held nothing out or has no checkpoint yet, or
             its held-out rows are not finite or do not vary.
         EmptyCacheError: the cache is missing.
@@ -153,6 +162,7 @@ def evaluate(
             f"the cache of {root} is not at {folder}", remedy="give its path with --cache"
         )
     cache = Cache.open(folder, block_cache=block_cache, block_cache_bytes=block_cache_bytes)
+    record = with_massive_rows(record, cache)
     check_same_cache(record, cache)
     if record.segment_shards is not None:
         read_used(root, record, cache)  # raises if a segment has changed
@@ -162,6 +172,12 @@ def evaluate(
             f"{root} held nothing out to evaluate on",
             remedy="fit with a --val-fraction above 0",
         )
+    massive = record.massive
+    if max_norm_ratio is not None:
+        hookpoints, training = hookpoints_of(record.saes), record.training_shards
+        massive = massive_rows(cache, hookpoints, training, held_out, max_norm_ratio)
+        record = dataclasses.replace(record, massive=massive)
+    left_out = {} if massive is None else massive.held_out.left_out
     state = newest_state(root)
     if state is None:
         raise RunError(
@@ -196,7 +212,8 @@ def evaluate(
         cache_id=record.cache_id,
         step=step,
         steps=steps,
-        rows=sum(cache.receipts[shard].rows for shard in held_out),
+        rows=kept_rows([(shard, cache.receipts[shard].rows) for shard in held_out], left_out),
+        rows_left_out=sum(map(len, left_out.values())),
         dead_after=record.dead_after,
         rows_per_second=rate,
         saes=tuple(
@@ -207,7 +224,11 @@ def evaluate(
             )
         ),
         sinks=find_sinks(
-            cache, [name for entry in record.saes for name in entry.targets], held_out
+            cache,
+            [name for entry in record.saes for name in entry.targets],
+            held_out,
+            None if massive is None else massive.held_out.statistics,
+            left_out,
         ),
     )
     write_atomic(root / (BEST_EVALUATION if best else EVALUATION), [to_json(evaluation)])
@@ -247,12 +268,17 @@ def _evaluate_group(
     loaded = [_load(root, entry, saved, step, best, device) for entry, saved in group]
     saes = [sae for sae, _ in loaded]
     targets = group[0][0].targets
-    means = [cache.statistics(name, record.training_shards).mean for name in targets]
-    held_out = [cache.statistics(name, shards) for name in targets]
+    means = [record.statistics(cache, name).mean for name in targets]
+    left_out: RowsLeftOut = {}
+    if record.massive is None:
+        held_out = [cache.statistics(name, shards) for name in targets]
+    else:
+        held_out = [record.massive.held_out.statistics[name] for name in targets]
+        left_out = record.massive.held_out.left_out
     denominators = [s.squared_error_of(m) for s, m in zip(held_out, means, strict=True)]
-    rows = sum(cache.receipts[shard].rows for shard in shards)
+    rows = kept_rows([(shard, cache.receipts[shard].rows) for shard in shards], left_out)
     evaluated = []
-    found = squared_errors(saes, cache, group[0][0], shards)
+    found = squared_errors(saes, cache, group[0][0], shards, left_out)
     for (entry, _), (sae, at), (errors, l0, alive) in zip(group, loaded, found, strict=True):
         for name, error, denominator in zip(targets, errors, denominators, strict=True):
             if not (math.isfinite(error) and 0 < denominator < math.inf):
@@ -325,7 +351,11 @@ def _load(
 
 @torch.no_grad()
 def squared_errors(
-    saes: list[Sae], cache: Cache, entry: SaeEntry, shards: list[int]
+    saes: list[Sae],
+    cache: Cache,
+    entry: SaeEntry,
+    shards: list[int],
+    left_out: RowsLeftOut | None = None,
 ) -> list[tuple[list[float], float, torch.Tensor]]:
     """Run SAEs over whole shards, comparing each file with its receipt before its first rows.
 
@@ -334,6 +364,7 @@ def squared_errors(
         cache: the run's cache.
         entry: entry of one of them.
         shards: the shards.
+        left_out: rows of the shards that are not evaluated on.
 
     Returns:
         For each SAE, Σ‖y - ŷ‖² at each predicted hookpoint, the number of active latents summed
@@ -354,7 +385,13 @@ def squared_errors(
             stored = {name: row_dtype.empty(count, cache.manifest.width(name)) for name in names}
             reader.load([Span(shard, start, count)], stored)
             loaded = {name: row_dtype.to_torch(rows) for name, rows in stored.items()}
-            rows = rows_of(entry, loaded).to(saes[0].W_enc.device)  # [n, D]
+            rows = rows_of(entry, loaded)  # [n, D]
+            if left_out and shard in left_out:
+                kept = ~np.isin(np.arange(start, start + count), left_out[shard])
+                rows = rows[torch.from_numpy(kept)]
+            if not len(rows):
+                continue
+            rows = rows.to(saes[0].W_enc.device)
             for i, sae in enumerate(saes):
                 x, y = sae.split(rows.to(sae.W_enc.dtype))
                 output = sae(x)

@@ -268,9 +268,11 @@ class Cache:
         self.fetch_statistics(chosen)
         return merge([found[hookpoint] for found in self._statistics(chosen, [hookpoint])])
 
-    def shard_statistics(self, shard: int) -> dict[str, Statistics]:
-        """Read the statistics of one shard at every hookpoint."""
-        return self._statistics([shard], self.hookpoints)[0]
+    def shard_statistics(
+        self, shard: int, hookpoints: Sequence[str] | None = None
+    ) -> dict[str, Statistics]:
+        """Read the statistics of one shard at some hookpoints (None: all), checked."""
+        return self._statistics([shard], self.hookpoints if hookpoints is None else hookpoints)[0]
 
     def fetch_statistics(self, shards: Sequence[int]) -> None:
         """Prefetch the statistics files of shards if the cache is behind a URL."""

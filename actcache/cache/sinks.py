@@ -11,6 +11,7 @@ first on, as many as fit a budget. Letters: N rows, D width.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from actcache.cache.reader import Cache
 from actcache.errors import ActcacheError
-from actcache.format.statistics import BINS_PER_OCTAVE, Statistics, merge
+from actcache.format.statistics import BINS_PER_OCTAVE, FIRST_EXPONENT, Statistics, merge
 
 RATIO = 10
 """Multiple of the median norm above which a row counts as a sink."""
@@ -36,7 +37,7 @@ REMOTE_BUDGET = 16_000_000
 MOST_ROWS = 1 << 21
 """Rows of a hookpoint that are read at most, however narrow."""
 _PIECE = 8_000_000  # bytes of rows read at once
-_FIRST_EXPONENT = 32  # bin b of a norm histogram begins at 2^(b/4 - 32)
+_NAMED, _LISTED = 3, 20  # positions that are named in a sentence, and in all
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,19 @@ class SinkRows:
     """Rows of the shards."""
     skip_positions: int
     """Leading positions that the harvest left out."""
+    positions: tuple[tuple[int, int], ...]
+    """(position in the sequence, from 0; number of sinks there), the commonest 20."""
 
     def __str__(self) -> str:
-        """Describe the rows in one sentence, with the options of a harvest that leave them out."""
+        """Describe the rows in one sentence, with the options that leave them out."""
         part = "" if self.rows_read == self.rows else f"in the first {self.rows_read:,} rows, "
         only_first = self.sinks == self.at_first_position and not self.skip_positions
         return (
-            f"{part}{self.sinks:,} rows ({_percent(self.sinks / self.rows_read)}) above {RATIO} "
-            f"median norms hold {_percent(self.variance_share)} of the variance of "
-            f"{self.hookpoint}, {self.at_first_position:,} of them at position 1: "
-            f"--max-norm-ratio {RATIO}{' or --skip-positions 1' * only_first} of actcache harvest "
-            "leaves them out of a new cache"
+            f"{part}{self.sinks:,} rows ({in_percent(self.sinks / self.rows_read)}) above {RATIO} "
+            f"median norms hold {in_percent(self.variance_share)} of the variance of "
+            f"{self.hookpoint} ({position_words(dict(self.positions), self.sinks)}): "
+            f"--max-norm-ratio {RATIO} of saetrain fit leaves them out of training, of "
+            f"actcache harvest {'(or its --skip-positions 1) ' * only_first}out of a new cache"
         )
 
 
@@ -77,8 +80,28 @@ def as_lines(found: Sequence[SinkRows]) -> list[str]:
     return [*map(str, found[:FEW]), *rest]
 
 
-def _percent(share: float) -> str:
+def in_percent(share: float) -> str:
+    """Return a share as percent, with three digits."""
     return f"{100 * share:.3g}%"
+
+
+def commonest(rows: Mapping[int, int]) -> list[int]:
+    """Sort positions by the number of rows there, most first."""
+    return sorted(rows, key=lambda position: (-rows[position], position))
+
+
+def position_words(rows: Mapping[int, int], total: int) -> str:
+    """Name the commonest positions of some rows: "5 at position 1, 1 at 37, 1 elsewhere".
+
+    Args:
+        rows: number of rows at each position, the commonest at least.
+        total: number of all rows.
+    """
+    common = commonest(rows)[:_NAMED]
+    words = [f"{rows[at]:,} at {'position ' * (at == common[0])}{at:,}" for at in common]
+    if more := total - sum(rows[at] for at in common):
+        words.append(f"{more:,} {'elsewhere' if common else 'at unknown positions'}")
+    return ", ".join(words)
 
 
 def find_sinks(
@@ -86,6 +109,7 @@ def find_sinks(
     hookpoints: Sequence[str] | None = None,
     shards: Sequence[int] | None = None,
     statistics: Mapping[str, Statistics] | None = None,
+    left_out: Mapping[int, NDArray[np.int64]] | None = None,
 ) -> tuple[SinkRows, ...]:
     """Find the hookpoints whose sinks hold at least `LEAST_SHARE` of the variance.
 
@@ -98,6 +122,7 @@ def find_sinks(
         hookpoints: their names; None: all.
         shards: numbers of the shards; None: all.
         statistics: merged statistics of these shards, by hookpoint; None: they are read.
+        left_out: rows of the shards that do not count, which `statistics` leave out too.
 
     Returns:
         The largest share first; nothing for a cache that was harvested without such rows.
@@ -115,13 +140,21 @@ def find_sinks(
     positions = functools.cache(lambda shard: cache.tokens(shard).row_position)
     found = []
     for name in suspects:
-        read = _read_rows(cache, name, chosen, statistics[name].mean, budget // len(suspects))
+        mean = statistics[name].mean
+        read = _read_rows(cache, name, chosen, mean, budget // len(suspects), left_out or {})
         if (sinks := _sinks_among(read, positions)) is not None:
-            count, first, share = sinks
+            where, share = sinks
             finite = sum(r.rows - r.non_finite[name] for r in map(cache.receipts.get, chosen) if r)
             found.append(
                 SinkRows(
-                    name, count, first, share, len(read.norms), finite, identity.skip_positions
+                    hookpoint=name,
+                    sinks=where.total(),
+                    at_first_position=where[0],
+                    variance_share=share,
+                    rows_read=len(read.norms),
+                    rows=finite - sum(len((left_out or {}).get(shard, ())) for shard in chosen),
+                    skip_positions=identity.skip_positions,
+                    positions=tuple((at, where[at]) for at in commonest(where)[:_LISTED]),
                 )
             )
     return tuple(sorted(found, key=lambda sinks: -sinks.variance_share))
@@ -131,7 +164,7 @@ def may_have_sinks(statistics: Statistics) -> bool:
     """Return False if no row can be above `RATIO` median norms, going by the norm histogram."""
     counts = np.clip(statistics.norm_histogram, 0, None)
     reached = np.flatnonzero(np.cumsum(counts) * 2 >= max(int(counts.sum()), 1))
-    lowest = 2.0 ** ((reached[0] if len(reached) else 0) / BINS_PER_OCTAVE - _FIRST_EXPONENT)
+    lowest = 2.0 ** ((reached[0] if len(reached) else 0) / BINS_PER_OCTAVE + FIRST_EXPONENT)
     # The first bin begins at zero. The statistics round norms otherwise than the exact sum does.
     return not len(reached) or reached[0] == 0 or statistics.norm_max > 0.999 * RATIO * lowest
 
@@ -147,7 +180,12 @@ class _Rows:
 
 
 def _read_rows(
-    cache: Cache, name: str, shards: Sequence[int], mean: NDArray[np.float64], budget: int
+    cache: Cache,
+    name: str,
+    shards: Sequence[int],
+    mean: NDArray[np.float64],
+    budget: int,
+    left_out: Mapping[int, NDArray[np.int64]],
 ) -> _Rows:
     """Read rows of a hookpoint from the first on, up to a budget or a file that cannot be read."""
     parts = [_Rows(*(np.zeros(0, kind) for kind in (np.int64, np.int64, float, float)))]
@@ -159,6 +197,8 @@ def _read_rows(
             x -= mean
             deviations = np.einsum("nd,nd->n", x, x)
             finite = np.flatnonzero(np.isfinite(norms) & np.isfinite(deviations))
+            if shard in left_out:
+                finite = finite[~np.isin(start + finite, left_out[shard])]
             of = np.full(len(finite), shard)
             parts.append(_Rows(of, start + finite, norms[finite], deviations[finite]))
     columns = ([getattr(part, f.name) for part in parts] for f in fields(_Rows))
@@ -182,8 +222,8 @@ def _pieces(
 
 def _sinks_among(
     read: _Rows, positions: Callable[[int], NDArray[np.int32]]
-) -> tuple[int, int, float] | None:
-    """Return the number of sinks, of those at the first position, and the share of the variance."""
+) -> tuple[Counter[int], float] | None:
+    """Return the number of sinks at each position, and their share of the variance."""
     if not len(read.norms):
         return None
     above = np.flatnonzero(read.norms > RATIO * np.median(read.norms))
@@ -191,14 +231,14 @@ def _sinks_among(
     share = float(read.deviations[above].sum()) / whole if whole > 0 else 0.0
     if share < LEAST_SHARE:
         return None
-    first = 0
+    where = Counter[int]()
     for shard in np.unique(read.shards[above]):
         rows = read.numbers[above][read.shards[above] == shard]
         try:
-            first += int((positions(int(shard))[rows] == 0).sum())
+            where.update(positions(int(shard))[rows].tolist())
         except (ActcacheError, OSError):
             return None
-    return len(above), first, share
+    return where, share
 
 
 def _budget(cache: Cache) -> int:

@@ -28,6 +28,8 @@ BINS_PER_OCTAVE = 4
 NORM_BINS = 64 * BINS_PER_OCTAVE
 """Norm histogram: bin b counts norms in [2^(b/4 - 32), 2^((b+1)/4 - 32)); the first and last bin
 count smaller and larger norms too."""
+FIRST_EXPONENT = -32
+"""Power of two at which the histogram begins."""
 
 _TILE = 1 << 17  # values of a tile: smaller ones cost more calls, larger ones overflow the cache
 _SAMPLE = 61  # stride of the rows whose mean is the centre; prime, unlike context lengths
@@ -259,7 +261,7 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
 
 def _bin(norms: NDArray[np.float64]) -> NDArray[np.int64]:
     with np.errstate(divide="ignore"):
-        octave = np.log2(norms) + 32  # a zero norm becomes -inf, clipped to the first bin
+        octave = np.log2(norms) - FIRST_EXPONENT  # a zero norm: -inf, clipped to the first bin
     bins: NDArray[np.int64] = np.clip(np.floor(octave * BINS_PER_OCTAVE), 0, NORM_BINS - 1).astype(
         np.int64
     )

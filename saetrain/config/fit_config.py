@@ -396,6 +396,8 @@ def with_defaults(config: FitConfig, version: int) -> FitConfig:
     values = dataclasses.asdict(DEFAULTS[version])
     if config.finetune is not None:  # pretrained weights apply to rows as they are
         values["input_scale"] = "none"
+    if config.follow:
+        values["max_norm_ratio"] = 0.0
 
     def fill(options: OptionsT) -> OptionsT:
         filled = copy.copy(options)  # not `replace`: a default needs no check
@@ -448,6 +450,12 @@ def require_run(run: FitConfig) -> None:
     if run.max_norm_ratio is not None and not (run.max_norm_ratio == 0 or run.max_norm_ratio >= 2):
         raise ConfigError(
             "--max-norm-ratio is out of range", expected="0, or >= 2", got=run.max_norm_ratio
+        )
+    if run.follow and run.max_norm_ratio:
+        raise ConfigError(
+            "--max-norm-ratio is not possible with --follow: its limits are those of all rows",
+            remedy="leave --follow out once the harvest has finished, or harvest with "
+            "--max-norm-ratio",
         )
     if run.precision not in (None, "bfloat16") and run.autocast:
         raise ConfigError(

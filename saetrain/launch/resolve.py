@@ -20,6 +20,8 @@ from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, HookpointError
 from actcache.format.hookpoint_names import find_in_cache
 from actcache.format.manifest import INPUT
+from actcache.format.statistics import Statistics
+from actcache.stream.massive_rows import MassiveRows, massive_rows
 from actcache.stream.memory_budget import plan_memory
 from actcache.stream.order import OrderPlan, make_plan, split_shards
 from actcache.stream.segments import Segmentation, default_shards_each, goal_rows
@@ -40,6 +42,7 @@ from saetrain.runs.record import (
     contradiction,
     read_run,
     receipts_digest,
+    with_massive_rows,
     write_run,
 )
 from saetrain.runs.segments import first_segment, require_batch
@@ -77,12 +80,17 @@ def resolve_run(
         config.buffer_bytes, cache.manifest, names, config.batch_size, rows
     ).pool_rows
     make_order = _order_in_segments if config.follow else _order
-    order = make_order(config, cache, pool_rows)
+    order = make_order(config, cache, pool_rows, names)
     steps = planned_steps(config, order.epoch_steps)
     epoch_steps = steps if order.epoch_steps is None else order.epoch_steps
     training = [shard for shard, _ in order.plan.shards]
-    first = FirstRows(cache, order.plan, config.verify)
-    statistics_of = functools.cache(lambda name: cache.statistics(name, training))
+    first, massive = FirstRows(cache, order.plan, config.verify), order.massive
+
+    @functools.cache
+    def statistics_of(name: str) -> Statistics:
+        if massive is not None:
+            return massive.training.statistics[name]
+        return cache.statistics(name, training)
 
     version = config.defaults or NEWEST_DEFAULTS
     _require_weights_dtype(config, version)
@@ -114,6 +122,9 @@ def resolve_run(
         wandb_id=_new_wandb_id(config),
         origins=() if origins is None else origins.sources(entries),
         batch_parts=batch_parts,
+        norm_limits={} if massive is None else massive.limits,
+        left_out_digest="" if massive is None else massive.digest,
+        massive=massive,
     )
 
 
@@ -165,20 +176,35 @@ class _Order:
     epoch_steps: int | None
     """None with --follow, if the harvest has no goal."""
     segment_shards: int | None
+    massive: MassiveRows | None = None
+    """Rows that --max-norm-ratio leaves out."""
 
 
-def _order(config: FitConfig, cache: Cache, pool_rows: int) -> _Order:
-    """Order all shards that are there now, as one segment."""
+def _order(
+    config: FitConfig, cache: Cache, pool_rows: int, hookpoints: Sequence[str] = ()
+) -> _Order:
+    """Order all shards that are there now, as one segment.
+
+    Rows that --max-norm-ratio leaves out at the hookpoints are left out.
+    """
     cache.require_shards()
     shards, seed = cache.shards, config.order_seed
     training, held_out = split_shards(shards, config.val_fraction, seed)
     rows = [(shard, cache.receipts[shard].rows) for shard in training]
-    plan = make_plan(rows, cache.manifest.block_rows, config.batch_size, seed, pool_rows)
-    return _Order(plan, held_out, plan.steps_per_epoch, None)
+    massive = left_out = None
+    if ratio := with_defaults(config, NEWEST_DEFAULTS).max_norm_ratio:
+        massive = massive_rows(cache, hookpoints, training, held_out, ratio, config.verify)
+        left_out = None if massive is None else massive.training.left_out
+    block_rows = cache.manifest.block_rows
+    plan = make_plan(rows, block_rows, config.batch_size, seed, pool_rows, left_out)
+    return _Order(plan, held_out, plan.steps_per_epoch, None, massive)
 
 
-def _order_in_segments(config: FitConfig, cache: Cache, pool_rows: int) -> _Order:
+def _order_in_segments(
+    config: FitConfig, cache: Cache, pool_rows: int, hookpoints: Sequence[str]
+) -> _Order:
     """Order the rows of a harvest in segments; wait for the first one."""
+    del hookpoints
     manifest = cache.manifest
     segmentation = Segmentation(
         shards_each=config.segment_shards
@@ -266,6 +292,7 @@ def resume_record(
     config = run_options(config)
     record = read_run(root)
     require_own_files(root, [sae.name for sae in record.saes])
+    record = with_massive_rows(record, cache)
     check_same_cache(record, cache)
     _require_resolved(record, cache)
     options = changed_options(record, config)

@@ -44,6 +44,7 @@ from saetrain.runs.record import (
     check_same_cache,
     read_run,
     require_same_options,
+    with_massive_rows,
     write_run,
 )
 from saetrain.runs.segments import SEGMENTS
@@ -192,6 +193,7 @@ def start_or_resume(session: RunSession) -> RunState:
         if received.resumed:
             session.share_lock()
         run = RunState(received.record, open_cache(config), _device(config), received.resumed)
+        run.record = with_massive_rows(run.record, run.cache)
         check_same_cache(run.record, run.cache)
     if run.record.extensions is not None:  # extensions made after the start are no part of the run
         run.cache = run.cache.truncated_to(run.record.extensions)

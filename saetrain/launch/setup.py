@@ -103,6 +103,7 @@ def set_up_run(root: Path, config: FitConfig, run: RunState, coordinator: Coordi
             record.held_out,
             options.val_rows,
             options.verify,
+            record.massive,
         )
 
 
@@ -122,8 +123,7 @@ def make_trainers(
         require_compiler(device)
     require_memory([record.saes[index] for index in indices], record.options, device)
     # Merged once per hookpoint, from one file per shard.
-    training = record.training_shards
-    statistics_of = functools.cache(lambda name: cache.statistics(name, training))
+    statistics_of = functools.cache(lambda name: record.statistics(cache, name))
     trainers = []
     for index in indices:
         entry = record.saes[index]

@@ -126,6 +126,7 @@ def measure_saved(
                 shards,
                 record.options.val_rows,
                 config.verify,
+                record.massive,
             )
             on_device = rows.on(group[0][0], run.device)
             for entry, saved in group:

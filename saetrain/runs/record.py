@@ -12,18 +12,27 @@ changed by `--force-config`; `history` then records the step.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from actcache.cache.reader import Cache
-from actcache.core.json_codec import OMITTED_BY_DEFAULT, parse_dataclass, read_json, to_json
+from actcache.core.json_codec import (
+    NOT_SERIALIZED,
+    OMITTED_BY_DEFAULT,
+    parse_dataclass,
+    read_json,
+    to_json,
+)
 from actcache.core.options import names_on_resume
 from actcache.errors import CacheMismatchError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import FileDigest, write_atomic
 from actcache.filesystem.paths import is_url
 from actcache.format.manifest import MAX_SHARDS
+from actcache.format.statistics import Statistics
+from actcache.stream.massive_rows import MassiveRows, find_massive_rows
 from actcache.stream.order import OrderPlan, default_lanes, make_plan, split_shards
 from saetrain.config.fit_config import (
     DEFAULTS,
@@ -33,7 +42,7 @@ from saetrain.config.fit_config import (
     with_defaults,
 )
 from saetrain.config.grid import values_of
-from saetrain.config.sae import SaeEntry, flag, require_entry
+from saetrain.config.sae import SaeEntry, flag, hookpoints_of, require_entry
 
 RUN = "run.json"
 LOCK = Path("fit.lock")
@@ -136,6 +145,10 @@ class RunRecord:
     """With --max-norm-ratio, the largest norm of a row that is trained on, by hookpoint."""
     left_out_digest: str = field(default="", metadata=OMITTED_BY_DEFAULT)
     """With --max-norm-ratio, the digest of the rows that are left out."""
+    massive: MassiveRows | None = field(
+        default=None, metadata=NOT_SERIALIZED, compare=False, repr=False
+    )
+    """The rows that are left out, if any are: `with_massive_rows` finds them by `norm_limits`."""
 
     def __post_init__(self) -> None:
         """Raise `FormatError` for a record of another format version."""
@@ -155,6 +168,12 @@ class RunRecord:
         With --follow, those of the first segment, so that later shards do not change the loss.
         """
         return [shard for shard, _ in self.plan.shards]
+
+    def statistics(self, cache: Cache, hookpoint: str) -> Statistics:
+        """Return the statistics of the rows that are trained on, without those left out."""
+        if self.massive is not None:
+            return self.massive.training.statistics[hookpoint]
+        return cache.statistics(hookpoint, self.training_shards)
 
     @property
     def defaults(self) -> Defaults:
@@ -198,6 +217,9 @@ def _require_ranges(record: RunRecord) -> None:
         raise FormatError(
             "shards occur twice, or are out of range", got=f"{used.most_common(3)} of {len(used)}"
         )
+    for name, limit in record.norm_limits.items():
+        if not 0 < limit < math.inf:
+            raise FormatError(f"the norm limit of {name} is out of range", got=limit)
     names = Counter[str]()
     for sae in record.saes:
         names[sae.name] += 1
@@ -289,8 +311,46 @@ def receipts_digest(cache: Cache, training: list[int], held_out: list[int]) -> s
     return cache.digest(shards)
 
 
+def with_massive_rows(record: RunRecord, cache: Cache) -> RunRecord:
+    """Return the record with the rows that it leaves out, found in its cache by its limits.
+
+    Raises:
+        CacheMismatchError: it is another cache, its shards have changed, or it has other such rows.
+        CorruptShardError: rows or statistics differ from their receipts.
+    """
+    if not record.norm_limits:
+        return record
+    _check_id(record, cache)
+    _check_receipts(record, cache)
+    if more := record.norm_limits.keys() - hookpoints_of(record.saes):
+        raise contradiction("norm_limits", "hookpoints of its SAEs", sorted(more))
+    massive = find_massive_rows(
+        cache,
+        hookpoints_of(record.saes),
+        record.training_shards,
+        record.held_out,
+        record.norm_limits,
+        record.options.verify,
+    )
+    if massive.digest != record.left_out_digest:
+        raise CacheMismatchError(
+            f"the rows of {cache.root} that --max-norm-ratio leaves out are not those of this run",
+            expected=f"left_out_digest {record.left_out_digest}",
+            got=massive.digest,
+            remedy="restore run.json from a copy, or start another run",
+        )
+    plan = dataclasses.replace(record.plan, left_out=massive.training.left_out)
+    return dataclasses.replace(record, plan=plan, massive=massive)
+
+
 def check_same_cache(record: RunRecord, cache: Cache) -> None:
     """Raise `CacheMismatchError` for another cache, or if the run's shards have changed."""
+    _check_id(record, cache)
+    _require_derived(record, cache)
+    _check_receipts(record, cache)
+
+
+def _check_id(record: RunRecord, cache: Cache) -> None:
     if record.cache_id != cache.manifest.cache_id:
         raise CacheMismatchError(
             f"{cache.root} is not the cache of this run",
@@ -298,7 +358,9 @@ def check_same_cache(record: RunRecord, cache: Cache) -> None:
             got=cache.manifest.cache_id,
             remedy="give the path of this run's cache",
         )
-    _require_derived(record, cache)
+
+
+def _check_receipts(record: RunRecord, cache: Cache) -> None:
     digest = receipts_digest(cache, record.training_shards, list(record.held_out))
     if digest != record.receipts_digest:
         raise CacheMismatchError(
@@ -323,7 +385,8 @@ def _require_derived(record: RunRecord, cache: Cache) -> None:
     pool_rows = record.pool_rows or options.pool_rows
     if pool_rows is not None:
         rows = [(shard, rows) for shard, rows in plan.shards]
-        made = make_plan(rows, plan.block_rows, plan.batch_size, plan.seed, pool_rows)
+        sizes = plan.block_rows, plan.batch_size, plan.seed, pool_rows
+        made = make_plan(rows, *sizes, plan.left_out)
         found["plan.window"] = (plan.window, made.window)
     if record.segment_shards is None:
         used = sorted([*record.training_shards, *record.held_out])
@@ -332,8 +395,11 @@ def _require_derived(record: RunRecord, cache: Cache) -> None:
     for sae in record.saes:
         for name in sae.hookpoints:
             cache.require_hookpoint(name)
-        sizes = sum(map(width, sae.sources)), sum(map(width, sae.targets))
-        found[f"widths of {sae.name}"] = ((sae.config.d_in, sae.config.width_out), sizes)
+        widths = sum(map(width, sae.sources)), sum(map(width, sae.targets))
+        found[f"widths of {sae.name}"] = ((sae.config.d_in, sae.config.width_out), widths)
+    if record.norm_limits:
+        ratio = with_defaults(options, record.unnamed_defaults).max_norm_ratio
+        found["norm_limits without --max-norm-ratio"] = (not ratio, False)
     if options.dead_after is not None:
         found["dead_after"] = (record.dead_after, options.dead_after)
     for name, (recorded, expected) in found.items():

@@ -188,7 +188,11 @@ def _watch(root: Path, run: RunState, tracker: JsonlTracker) -> None:
     """Report what is wrong with the rows or the options, and from then on what goes wrong."""
     record = run.record
     names = hookpoints_of(record.saes)
-    statistics = read_statistics(run.cache, names, record.training_shards)
+    shards, massive = record.training_shards, record.massive
+    if massive is None:
+        statistics = read_statistics(run.cache, names, shards)
+    else:
+        statistics = dict(massive.training.statistics)
     watch = run.watch = Watch(record, findings_at_start(record, statistics))
 
     def warn(lines: Sequence[str]) -> None:
@@ -196,7 +200,10 @@ def _watch(root: Path, run: RunState, tracker: JsonlTracker) -> None:
             tracker.bar.print_line(f"warning: {line}")
 
     if run.step < record.steps:
-        sinks = find_sinks(run.cache, names, record.training_shards, statistics)
+        if massive is not None:
+            tracker.bar.print_line(f"fit: --max-norm-ratio {massive.describe(run.cache)}")
+        left_out = record.plan.left_out
+        sinks = find_sinks(run.cache, names, shards, statistics, left_out)
         warn([*as_lines(sinks), *health.as_lines(watch.findings)])
     watch.replay(root)
     tracker.on_line = lambda step, metrics: warn(health.as_lines(watch.read(step, metrics)))

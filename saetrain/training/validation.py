@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 from actcache.cache.reader import Cache
 from actcache.errors import ConfigError, RunError
-from actcache.stream.order import Span
+from actcache.stream.massive_rows import MassiveRows
+from actcache.stream.order import Span, kept_rows, kept_spans
 from actcache.stream.verified_reads import VerifiedReader, Verify
 from saetrain.config.sae import SaeEntry
 from saetrain.kernels import total
@@ -39,6 +40,7 @@ class Validation:
         most: largest number of rows, taken evenly from the start of each shard (the rows of a
             shard are shuffled).
         verify: when to compare files with their receipts.
+        massive: rows that the run leaves out, of training and held-out shards.
 
     Raises:
         ConfigError: nothing is held out.
@@ -54,8 +56,15 @@ class Validation:
         held_out: Sequence[int],
         most: int,
         verify: Verify = "first-read",
+        massive: MassiveRows | None = None,
     ) -> None:
-        spans = spread({shard: cache.receipts[shard].rows for shard in held_out}, most)
+        left_out = {} if massive is None else massive.held_out.left_out
+        rows = {s: kept_rows([(s, cache.receipts[s].rows)], left_out) for s in held_out}
+        spans = [
+            kept
+            for span in spread(rows, most)
+            for kept in kept_spans(span.shard, 0, 0, span.rows, left_out)
+        ]
         self.rows = sum(span.rows for span in spans)
         if not self.rows:
             raise ConfigError(
@@ -70,9 +79,11 @@ class Validation:
         }
         VerifiedReader(cache, verify).load(spans, stored)
         self._rows = {name: row_dtype.to_torch(rows) for name, rows in stored.items()}  # [N, D]
-        self._scale = {
-            name: self._squares(name, cache.statistics(name, training).mean) for name in hookpoints
-        }
+        self._scale = {}
+        for name in hookpoints:
+            known = None if massive is None else massive.training.statistics[name]
+            mean = (known or cache.statistics(name, training)).mean
+            self._scale[name] = self._squares(name, mean)
 
     def _squares(self, hookpoint: str, mean: object) -> float:
         """Return Σ‖x - mean‖² over a hookpoint's rows."""

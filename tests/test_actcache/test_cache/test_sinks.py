@@ -10,7 +10,13 @@ import pytest
 
 from actcache.cache import sinks
 from actcache.cache.reader import Cache
-from actcache.cache.sinks import SinkRows, as_lines, find_sinks, may_have_sinks
+from actcache.cache.sinks import (
+    SinkRows,
+    as_lines,
+    find_sinks,
+    may_have_sinks,
+    position_words,
+)
 
 MakeCache = Callable[..., Path]
 
@@ -52,17 +58,42 @@ def test_count_share_and_positions_are_those_of_all_rows(
     assert found.variance_share == pytest.approx(deviations[above].sum() / deviations.sum())
     assert str(found) == (
         "32 rows (5.88%) above 10 median norms hold "
-        f"{100 * found.variance_share:.3g}% of the variance of layers.1, 32 of them at position "
-        "1: --max-norm-ratio 10 or --skip-positions 1 of actcache harvest leaves them out of a "
-        "new cache"
+        f"{100 * found.variance_share:.3g}% of the variance of layers.1 (32 at position 0): "
+        "--max-norm-ratio 10 of saetrain fit leaves them out of training, of actcache harvest "
+        "(or its --skip-positions 1) out of a new cache"
     )
+    assert found.positions == ((0, 32),)
 
 
 def test_sinks_at_other_positions_are_not_counted_at_the_first(make_cache: MakeCache) -> None:
     cache = Cache.open(make_cache(rows=rows_with_sinks(100, 60.0)))  # position 1 is left out
     (found,) = find_sinks(cache, ["layers.1", "layers.0"])
     assert (found.sinks, found.at_first_position) == (8, 0)
-    assert "0 of them at position 1: --max-norm-ratio 10 of actcache harvest" in str(found)
+    at = dict(found.positions)
+    assert (sum(at.values()), len(at), 0 in at) == (8, len(found.positions), False)
+    assert [*at.values()] == sorted(at.values(), reverse=True)
+    assert str(found).endswith(
+        f" of layers.1 ({position_words(at, 8)}): --max-norm-ratio 10 of saetrain fit leaves them "
+        "out of training, of actcache harvest out of a new cache"
+    )
+
+
+def test_the_three_commonest_positions_are_named_and_the_others_counted() -> None:
+    rows = {102: 1, 1: 5, 37: 1, 300: 1}
+    assert position_words(rows, 8) == "5 at position 1, 1 at 37, 1 at 102, 1 elsewhere"
+    assert position_words({7: 1_200}, 1_200) == "1,200 at position 7"
+    assert position_words({7: 3}, 9) == "3 at position 7, 6 elsewhere"
+    assert position_words({}, 9) == "9 at unknown positions"
+
+
+def test_rows_that_are_left_out_are_no_sinks(make_cache: MakeCache) -> None:
+    cache = Cache.open(make_cache(rows=rows_with_sinks(100, 60.0), row_order="sequence"))
+    (found,) = find_sinks(cache)
+    left_out = {0: np.array([0, 100]), 2: np.array([0])}
+    (fewer,) = find_sinks(cache, left_out=left_out)
+    assert (fewer.sinks, fewer.rows_read, fewer.rows) == (5, found.rows - 3, found.rows - 3)
+    every = {shard: np.arange(0, 128, 100) for shard in cache.shards}
+    assert find_sinks(cache, left_out=every) == ()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +188,7 @@ def test_damaged_or_missing_files_and_rows_that_are_not_finite_are_left_out(
 
 
 def test_more_than_a_few_hookpoints_are_counted() -> None:
-    found = [SinkRows(f"layers.{i}", 1, 0, 0.5, 9, 9, 1) for i in range(11)]
+    found = [SinkRows(f"layers.{i}", 1, 0, 0.5, 9, 9, 1, ((3, 1),)) for i in range(11)]
     lines = as_lines(found)
     assert len(lines) == 9
     assert lines[-1] == "sinks at 3 more hookpoints: actcache inspect CACHE --json"

@@ -24,7 +24,9 @@ HOOKPOINT = "layers.0"
 CTX = 512
 
 
-def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 128) -> None:
+def write_cache(
+    root: Path, backend: str, rows: int, width: int, shards: int = 128, massive: int = 0
+) -> None:
     """Write one hookpoint in bfloat16, in sequences of 512 rows, to fresh files.
 
     Args:
@@ -33,6 +35,7 @@ def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 1
         rows: all together, rounded down to whole shards.
         width: of a row.
         shards: how many.
+        massive: the first so many shards hold a row of 128 times the norm.
     """
     sequences = max(1, rows // CTX // shards)
     manifest = replace(
@@ -50,6 +53,7 @@ def write_cache(root: Path, backend: str, rows: int, width: int, shards: int = 1
         random = np.random.default_rng(shard)
         bits = random.integers(0, 2**15, (sequences * CTX, width), dtype=np.uint16)
         values = (bits & 0x80FF) | 0x3F00  # bfloat16 numbers between 0.5 and 2
+        values[:1] += (7 << 7) * (shard < massive)
         stored = {HOOKPOINT: StoredRows({"activations": values.astype("<u2")})}
         _publish(root, manifest, shard, stored)
     _end(root, manifest)

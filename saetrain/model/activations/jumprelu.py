@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from saetrain.model.activations.base import Activation, Encoder, Latents, pre_activations
-from saetrain.model.activations.compiled import compiled
+from saetrain.model.activations.compiled import by_rows, compiled
 
 
 class JumpRelu(Activation, nn.Module):
@@ -134,15 +134,20 @@ class _Jump(Function):
         ctx.save_for_backward(pre_acts, threshold)
         ctx.bandwidth = bandwidth
         # Averaged weights (schedule-free) may contain a threshold slightly below 0.
-        return torch.relu(pre_acts) * (pre_acts > threshold)
+        (acts,) = by_rows(lambda p: (torch.relu(p) * (p > threshold),), pre_acts)
+        return acts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_acts: Tensor) -> tuple[Tensor | None, ...]:
         pre_acts, threshold = ctx.saved_tensors
-        d_pre = d_acts * ((pre_acts > threshold) & (pre_acts > 0))  # [N, M]
-        in_window = (d_acts * _window(pre_acts, threshold, ctx.bandwidth)).sum(dim=0)  # [M]
-        return d_pre, -(threshold / ctx.bandwidth) * in_window, None
+
+        def gradients(d: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+            above = (p > threshold) & (p > 0)
+            return d * above, d * _window(p, threshold, ctx.bandwidth)
+
+        d_pre, in_window = by_rows(gradients, d_acts, pre_acts)  # [N, M]
+        return d_pre, -(threshold / ctx.bandwidth) * in_window.sum(dim=0), None
 
 
 class _Count(Function):
@@ -150,11 +155,16 @@ class _Count(Function):
     def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre_acts, threshold)
         ctx.bandwidth = bandwidth
-        return (pre_acts > threshold).sum(dim=1).to(threshold.dtype)  # autocast would round it
+        (counts,) = by_rows(lambda p: ((p > threshold).sum(dim=1),), pre_acts)
+        return counts.to(threshold.dtype)  # autocast would round it
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_count: Tensor) -> tuple[Tensor | None, ...]:
         pre_acts, threshold = ctx.saved_tensors
-        window = _window(pre_acts, threshold, ctx.bandwidth).to(d_count.dtype)  # [N, M]
+
+        def window_of(p: Tensor) -> tuple[Tensor]:
+            return (_window(p, threshold, ctx.bandwidth).to(d_count.dtype),)
+
+        (window,) = by_rows(window_of, pre_acts)  # [N, M]
         return None, -(d_count @ window) / ctx.bandwidth, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saetrain.config.sae import SaeConfig, SaeEntry
-from saetrain.model.activations import JumpRelu, to_saved
+from saetrain.model.activations import JumpRelu, compiled, jumprelu, to_saved
 from saetrain.model.losses import compute_losses, make_loss_config
 from saetrain.model.sae import Sae, build_sae
 from saetrain.model.weight_scales import fold, folded_losses, input_scaling
@@ -90,3 +90,22 @@ def test_a_logarithm_is_not_clamped() -> None:
     assert before.min() < 0
     activation.project()
     assert torch.equal(activation.log_threshold, before)
+
+
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16])
+def test_some_rows_at_a_time_give_the_bits_of_all_rows(
+    of: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for size in (1 << 30, 1000):
+        monkeypatch.setattr(compiled, "_BYTES", size)
+        generator = torch.Generator().manual_seed(0)
+        pre_acts, d_acts = torch.randn(2, 101, 37, generator=generator).to(of)
+        pre_acts.requires_grad_()
+        threshold = torch.rand(37, generator=generator).requires_grad_()
+        acts = jumprelu._jump(pre_acts, threshold, 0.5)
+        count = jumprelu._count(pre_acts.detach(), threshold, 0.5)
+        slopes = [d_acts, torch.rand(101, generator=generator)]
+        gradients = torch.autograd.grad([acts, count], [pre_acts, threshold], slopes)
+        found.append([acts, count, *gradients])
+    assert all(map(torch.equal, *found))

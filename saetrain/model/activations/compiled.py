@@ -2,7 +2,7 @@
 
 One after another, JumpReLU's and gated's would read or write [N, M] numbers in memory about ten
 times, forward and backward. By torch.compile these are two or three times; each function is
-compiled once per process, for all N and M. Else, on a CPU, all operations are made on some rows
+compiled once per process, for all N and M. Else, on a CPU, JumpReLU makes all of them on some rows
 before the next ones, so that what lies between them stays in the cache.
 """
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 _BYTES = 1 << 22
-"""Bytes of each tensor at once, for each thread of a CPU: less, and threads wait more for each other;
-more, and they leave the cache, and the system provides fresh memory for each."""
+"""Bytes of each tensor at once, for each thread of a CPU: with less, threads wait more for each
+other; with more, each result takes fresh memory, which the system fills with zeros."""
 
 F = TypeVar("F", bound=Callable[..., object])
 

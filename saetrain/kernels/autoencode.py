@@ -17,9 +17,16 @@ from torch.autograd.function import once_differentiable
 
 from saetrain.kernels import reference
 from saetrain.kernels.backends import Primitives, backend_of
-from saetrain.kernels.dense import centred, check_encode, check_vector, gradient_of_subtracted
+from saetrain.kernels.dense import (
+    centred,
+    check_encode,
+    check_vector,
+    gradient_of_subtracted,
+    product_dtype,
+)
 from saetrain.kernels.prefix_groups import PrefixGroups, Selector
 from saetrain.kernels.sorted_pairs import SharedSortedPairs, sort_pairs
+from saetrain.kernels.update import bf16_copy_of
 
 
 class WeightRows(NamedTuple):
@@ -66,7 +73,10 @@ def autoencode(
 ) -> Autoencoded:
     """Encode, and decode the selected latents: all of them, and each prefix of the groups.
 
-    The product, the selection and all types are as in `sparse_encode` and `sparse_decode`.
+    The product, the selection and all types are as in `sparse_encode` and `sparse_decode`. Under
+    autocast a backend with `MIXES_TYPES` also gathers rows of W_dec, if it has a copy in bfloat16,
+    and of x and the gradient of the reconstructions in autocast's type; sums and results keep that
+    of W_enc.
 
     Args:
         x: [N, D], cast to the dtype of W_enc.
@@ -132,9 +142,13 @@ class _Autoencode(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, subtracted, W_dec, acts, indices, rows)
         ctx.ops = ops
+        # Under autocast, rows are gathered in its type, W_dec from its copy, where there is one.
+        ctx.rounded = product_dtype(W_dec) if ops.MIXES_TYPES else W_dec.dtype
+        ctx.table = bf16_copy_of(W_dec) if ctx.rounded == torch.bfloat16 else None
+        table = W_dec if ctx.table is None else ctx.table
         ctx.bags = None if prefix_groups is None else prefix_groups.bags(indices)
         ctx.number = 1 if prefix_groups is None else prefix_groups.number
-        out = ops.gather_sum(acts, indices, W_dec, bags=ctx.bags)  # [N * P, E]
+        out = ops.gather_sum(acts, indices, table, bags=ctx.bags)  # [N * P, E]
         outs = [out.add_(b_dec)] if ctx.number == 1 else _running_sums(out, ctx.number, b_dec)
         if rows is not None:
             outs += W_enc.index_select(0, rows), b_enc.index_select(0, rows)
@@ -153,14 +167,16 @@ class _Autoencode(Function):
         ops, bags, M = ctx.ops, ctx.bags, len(W_enc)
         dY = _gradient_of_bags(gradients[: ctx.number])  # [N * P, E]
         x = centred(x, subtracted)
+        gathered = None if dY is None else dY.to(ctx.rounded)
         reached = dY is not None or d_acts is not None
         of_latents = need_W_enc or need_b_enc or need_sub or need_W_dec
         empty, pairs = acts <= 0, None  # [N, K]
         if reached and of_latents:
             pairs = sort_pairs(indices, M, empty) if ops.SKIPS_EMPTY else ctx.pairs.get()
         g = None if d_acts is None else d_acts.masked_fill(empty, 0)  # [N, K]
-        if dY is not None and (need_x or need_W_enc or need_b_enc or need_sub):
-            of_outs = ops.gather_dot(dY, indices, W_dec, pairs, bags, acts)  # 0 in empty slots
+        if gathered is not None and (need_x or need_W_enc or need_b_enc or need_sub):
+            table = W_dec if ctx.table is None else ctx.table
+            of_outs = ops.gather_dot(gathered, indices, table, pairs, bags, acts)  # [N, K]
             g = of_outs if g is None else g + of_outs
 
         dx = dW_enc = db_enc = d_sub = dW_dec = db_dec = None
@@ -168,8 +184,10 @@ class _Autoencode(Function):
             dx = ops.gather_sum(g, indices, W_enc)  # [N, D]
         if need_b_dec and dY is not None:
             db_dec = dY.view(len(x), ctx.number, W_dec.shape[1])[:, 0].sum(dim=0)  # [E]
-        if need_W_enc and need_W_dec and dY is not None and g is not None:
-            of_weights = ops.weight_gradients(acts, dY, g, x, indices, M, pairs, bags=bags)
+        if need_W_enc and need_W_dec and gathered is not None and g is not None:
+            both = (acts, gathered, g, x.to(ctx.rounded))
+            dtype = None if ctx.rounded == W_dec.dtype else W_dec.dtype
+            of_weights = ops.weight_gradients(*both, indices, M, pairs, dtype, bags)
             dW_dec, dW_enc, db_enc = of_weights  # [M, E], [M, D], [M]
         else:
             if need_W_dec and dY is not None:

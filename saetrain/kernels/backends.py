@@ -21,7 +21,8 @@ _CHUNK = 4096
 class Primitives(Protocol):
     """The functions that `reference`, `on_torch` and `on_triton` define, with the same results.
 
-    The floating arguments of one call share a dtype, which is also the result's. With `bags`, their
+    The floating arguments of one call share a dtype, which is also the result's, except with
+    `MIXES_TYPES`. With `bags`, their
     number B replaces N in the decoder's rows: those of out, and of dY. `pairs` are the sorted pairs
     of `indices`; None: a function that needs them sorts. Unless stated otherwise, acts, values and
     indices are [N, K], dY is [N, D], W is [M, D], and pre_acts are [N, M].
@@ -30,6 +31,10 @@ class Primitives(Protocol):
     SKIPS_EMPTY: bool
     """Whether `sort_pairs` may leave out pairs whose act is 0: BatchTopK's slots are 8k a row, and
     k of them hold something."""
+
+    MIXES_TYPES: bool
+    """Whether W, dY and x may have another type than acts and g, which then is the result's.
+    Gathers of rows in bfloat16 read half the bytes; sums are formed in float32 all the same."""
 
     def gather_sum(
         self, acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None

@@ -13,8 +13,7 @@ from saetrain.kernels.prefix_groups import PrefixGroups, Selector
 from saetrain.kernels.sorted_pairs import Bags, SortedPairs
 from saetrain.kernels.update import UpdateOptions, adam_numbers
 
-
-SKIPS_EMPTY = False
+SKIPS_EMPTY, MIXES_TYPES = False, True
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -22,16 +21,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None) -> Tensor:
-    """Compute out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W.
+    """Compute out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of acts.
 
     With `bags`, out has a row for each of them, the sum over its pairs: [N*P, D].
     """
-    wide = _wide(W.dtype)
+    wide = _wide(acts.dtype)
     products = acts.to(wide).unsqueeze(-1) * W[indices].to(wide)  # [N, K, D]
     if bags is None:
-        return products.sum(dim=1).to(W.dtype)
+        return products.sum(dim=1).to(acts.dtype)
     out = torch.zeros(len(bags.offsets) - 1, W.shape[1], dtype=wide, device=W.device)
-    return out.index_add(0, bags.bag.reshape(-1), products.flatten(0, 1)).to(W.dtype)
+    return out.index_add(0, bags.bag.reshape(-1), products.flatten(0, 1)).to(acts.dtype)
 
 
 def gather_dot(
@@ -42,15 +41,16 @@ def gather_dot(
     bags: Bags | None = None,
     acts: Tensor | None = None,
 ) -> Tensor:
-    """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
+    """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W, or of `acts`.
 
     With `bags`, dY has a row for each of them, [N*P, D]. With `acts`, the result is 0 where they
     are.
     """
     del pairs
-    wide = _wide(W.dtype)
+    dtype = W.dtype if acts is None else acts.dtype
+    wide = _wide(dtype)
     rows = W[indices].to(wide)  # [N, K, D]
-    dots = (_of_pairs(dY, bags).to(wide) * rows).sum(dim=2).to(W.dtype)
+    dots = (_of_pairs(dY, bags).to(wide) * rows).sum(dim=2).to(dtype)
     return dots if acts is None else torch.where(acts == 0, 0, dots)
 
 

@@ -40,7 +40,7 @@ class SaeEstimate:
     parameters: int
     """Number of parameters, P."""
     weights: int
-    """Bytes of parameters, with the encoder's bfloat16 copy if --autocast keeps one."""
+    """Bytes of parameters, with the bfloat16 copies that --autocast keeps."""
     optimizer_state: int
     gradients: int
     """Bytes of gradients during a step."""
@@ -127,7 +127,7 @@ def estimate_sae(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> Sa
         options: options of the run.
         device: type of the device.
     """
-    sizes, lasting = entry.config, lasting_bytes(entry, options)
+    sizes, lasting = entry.config, lasting_bytes(entry, options, device)
     return SaeEstimate(
         name=entry.name,
         hookpoint=entry.hookpoint,

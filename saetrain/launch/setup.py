@@ -175,7 +175,7 @@ def require_memory(entries: Sequence[SaeEntry], options: FitConfig, device: torc
     """
     needed = most = 0
     for entry in entries:
-        lasting = lasting_bytes(entry, options)
+        lasting = lasting_bytes(entry, options, device.type)
         needed += lasting.weights + lasting.optimizer_state
         most = max(most, lasting.gradients)
     needed += most

@@ -205,18 +205,18 @@ class LastingBytes(NamedTuple):
     """Bytes of one SAE that do not depend on the rows of a step."""
 
     weights: int
-    """Parameters, with the encoder's bfloat16 copy if --autocast keeps one."""
+    """Parameters, with the bfloat16 copies that --autocast keeps."""
     optimizer_state: int
     gradients: int
 
 
-def lasting_bytes(entry: SaeEntry, options: FitConfig) -> LastingBytes:
+def lasting_bytes(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> LastingBytes:
     """Compute the bytes of weights, optimizer state and gradients of one SAE."""
     shapes, item = parameter_shapes(entry.config), getattr(torch, options.weights_dtype).itemsize
     parameters = sum(map(math.prod, shapes)) * item
     state = sum([state_bytes(entry.options.optimizer, shape, item) for shape in shapes])
     return LastingBytes(
-        weights=parameters + bf16_copy_bytes(entry, options),
+        weights=parameters + bf16_copy_bytes(entry, options, device),
         optimizer_state=state + norm_bytes(entry, item),
         gradients=parameters,
     )
@@ -261,11 +261,16 @@ def norm_bytes(entry: SaeEntry, item: int) -> int:
     return entry.config.num_latents * max(item, _FLOAT) * kept
 
 
-def bf16_copy_bytes(entry: SaeEntry, options: FitConfig) -> int:
-    """Return the bytes of the encoder's bfloat16 copy that a step keeps with --autocast."""
+def bf16_copy_bytes(entry: SaeEntry, options: FitConfig, device: str = "cpu") -> int:
+    """Return the bytes of the bfloat16 copies of weights that a step keeps with --autocast.
+
+    On CUDA, whose kernels gather rows of the decoder in bfloat16, of both weights; else of the
+    encoder.
+    """
     dense, folded = entry.config.activation in PENALISED, entry.options.decoder_norm == "fold"
     kept = options.autocast and options.weights_dtype == "float32" and not dense and not folded
-    return 2 * entry.config.num_latents * entry.config.d_in * kept
+    columns = entry.config.d_in + (entry.config.width_out if device == "cuda" else 0)
+    return 2 * entry.config.num_latents * columns * kept
 
 
 V = TypeVar("V")

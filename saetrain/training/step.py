@@ -149,10 +149,15 @@ def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
 
 
 def refresh_bf16_copies(sae: Sae, settings: StepSettings) -> None:
-    """Make or update the bfloat16 copy of the encoder, if autocast uses one and it is outdated."""
+    """Make or update the bfloat16 copies of weights, if autocast uses them and they are outdated.
+
+    The encoder's is multiplied by; rows of the decoder's are gathered where kernels mix types.
+    """
     # Dense activations leave the cast to autocast, and folded weights are no parameters.
     if settings.autocast and settings.decoder_norm != "fold" and sae.activation.k:
         keep_bf16_copy(sae.W_enc)
+        if backends.select_backend(sae.W_dec) == "triton":
+            keep_bf16_copy(sae.W_dec)
 
 
 def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:

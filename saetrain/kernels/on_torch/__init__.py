@@ -13,9 +13,10 @@ from saetrain.kernels.on_torch.decode import (
 from saetrain.kernels.on_torch.selection import batch_topk_threshold, group_max, topk
 from saetrain.kernels.on_torch.update import adam_update_, signum_update_
 
-SKIPS_EMPTY = False
+SKIPS_EMPTY = MIXES_TYPES = False
 
 __all__ = [
+    "MIXES_TYPES",
     "SKIPS_EMPTY",
     "adam_update_",
     "batch_topk_threshold",

@@ -58,7 +58,7 @@ def gather_sum_kernel(
 
 
 def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = None) -> Tensor:
-    """Compute out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of W.
+    """Compute out[n] = sum over k of acts[n, k] * W[indices[n, k]]: [N, D] in the dtype of acts.
 
     With `bags`, out has a row for each of them, the sum over its pairs.
     """
@@ -66,7 +66,7 @@ def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = Non
     if bags is not None:
         N = len(bags.offsets) - 1
     M, D = W.shape
-    out = torch.empty(N, D, dtype=W.dtype, device=W.device)
+    out = torch.empty(N, D, dtype=acts.dtype, device=W.device)
     if out.numel() == 0:
         return out
     block_d, warps = columns(D, W.dtype, cached_bytes(M))
@@ -79,7 +79,7 @@ def gather_sum(acts: Tensor, indices: Tensor, W: Tensor, bags: Bags | None = Non
             out,
             K,
             D,
-            WIDE=wide(W.dtype),
+            WIDE=wide(acts.dtype),
             BLOCK_K=min(ROWS, power_of_two(K)),
             BLOCK_D=block_d,
             num_warps=warps,

@@ -88,7 +88,7 @@ def gather_dot(
     bags: Bags | None = None,
     acts: Tensor | None = None,
 ) -> Tensor:
-    """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W.
+    """Compute out[n, k] = <dY[n], W[indices[n, k]]>: [N, K] in the dtype of W, or of `acts`.
 
     With `bags`, dY has a row for each of them. With `acts`, the result is 0 where they are, and no
     row is read. `pairs` are accepted for the common signature.
@@ -96,12 +96,13 @@ def gather_dot(
     del pairs
     N, K = indices.shape
     M, D = W.shape
-    out = torch.empty(N, K, dtype=W.dtype, device=W.device)
+    dtype = W.dtype if acts is None else acts.dtype
+    out = torch.empty(N, K, dtype=dtype, device=W.device)
     if out.numel() == 0:
         return out
     block_d, warps = columns(D, W.dtype, cached_bytes(M))
     blocks = triton.cdiv(D, block_d)
-    sums = torch.float64 if W.dtype == torch.float64 else torch.float32
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
     parts = out if blocks == 1 else torch.empty(blocks, N, K, dtype=sums, device=W.device)
     with device_of(W):
         gather_dot_kernel[(len(dY), blocks)](
@@ -114,7 +115,7 @@ def gather_dot(
             N * K,
             K,
             D,
-            WIDE=wide(W.dtype),
+            WIDE=wide(dtype),
             BLOCK_K=min(ROWS, power_of_two(K)),
             BLOCK_D=block_d,
             num_warps=warps,

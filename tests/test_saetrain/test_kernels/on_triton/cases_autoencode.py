@@ -6,7 +6,14 @@ Letters: N tokens, D d_in, E width of the output, M num_latents, K k, P pieces.
 import pytest
 import torch
 
-from saetrain.kernels import PrefixGroups, on_torch, on_triton, reference
+from saetrain.kernels import (
+    PrefixGroups,
+    autoencode,
+    keep_bf16_copy,
+    on_torch,
+    on_triton,
+    reference,
+)
 from saetrain.kernels.sorted_pairs import sort_pairs
 
 N, D, E, M, K, P = 260, 20, 33, 50, 2, 3
@@ -29,6 +36,50 @@ def test_in_float32_it_matches_the_reference_and_has_the_same_bits_twice(
     assert all(torch.equal(first[name], second[name]) for name in first)
     want = autoencode_results("reference", coding, torch.float64, device)
     assert_same_results(first, want, 1e-6)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("groups", [None, PIECES], ids=["one", "groups"])
+def test_under_autocast_rows_are_gathered_in_bfloat16_and_summed_in_float32(
+    device, make_coding, monkeypatch, copied, groups
+):
+    """Outputs and each gradient equal those from rounded tables in float64."""
+    monkeypatch.setenv("SAETRAIN_KERNELS", "triton")
+    coding = make_coding("rounded", 13, D, D, M, 5, prefix_groups=groups)
+    given = coding.inputs(torch.float32, device)
+    if copied:
+        keep_bf16_copy(given["W_dec"])
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        coded = autoencode(**given, selector=coding.selector(), prefix_groups=groups)
+    outs = coded.reconstructions
+    dY = [torch.randn(13, D, generator=torch.Generator().manual_seed(n)) for n in range(len(outs))]
+    dY = [gradient.to(device) for gradient in dY]
+    loss = sum((out * gradient).sum() for out, gradient in zip(outs, dY, strict=True))
+    found = dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True))
+    assert all(t.dtype == torch.float32 for t in (*outs, coded.top_acts, *found.values()))
+
+    acts, indices = coded.top_acts.detach().double(), coded.top_indices
+    wide = {name: tensor.detach().double() for name, tensor in given.items()}
+    bags = None if groups is None else groups.bags(indices)
+    W = given["W_dec"].detach().bfloat16().double() if copied else wide["W_dec"]
+    of_bags = reference.gather_sum(acts, indices, W, bags).view(13, len(outs), D)
+    for out, want in zip(outs, of_bags.cumsum(dim=1).unbind(1), strict=True):
+        torch.testing.assert_close(out.double(), want + wide["b_dec"], rtol=1e-5, atol=1e-5)
+    sums = torch.stack(dY, dim=1).flip(1).cumsum(1).flip(1).flatten(0, 1)  # [N P, D]
+    rounded = sums.bfloat16().double()
+    g = reference.gather_dot(rounded, indices, W, bags=bags, acts=acts)
+    x = (given["x"] - given["subtracted"]).detach().bfloat16().double()
+    expected = {
+        "W_dec": reference.scatter_outer(acts, indices, rounded, M, bags=bags),
+        "W_enc": reference.scatter_outer(g, indices, x, M),
+        "b_enc": reference.scatter_sum(g, indices, M),
+        "b_dec": sum(dY).double().sum(dim=0),
+        "x": reference.gather_sum(g, indices, wide["W_enc"]),
+    }
+    expected["subtracted"] = -(expected["b_enc"] @ wide["W_enc"])
+    for name, want in expected.items():
+        bound = 1e-5 * want.abs().max().item()
+        torch.testing.assert_close(found[name].double(), want, rtol=1e-5, atol=bound)
 
 
 @pytest.fixture

@@ -71,6 +71,28 @@ def test_with_acts_the_gradient_of_an_empty_slot_is_zero(ops, case, device):
         torch.testing.assert_close(ops.gather_dot(*arguments, pairs, acts=inputs.acts), want)
 
 
+def test_tables_in_bfloat16_are_summed_in_float32_and_give_float32(case, device):
+    inputs = case.inputs(torch.float32, device)
+    acts, indices, W, dY = inputs.acts, inputs.indices, inputs.W.bfloat16(), inputs.dY.bfloat16()
+    out = on_triton.gather_sum(acts, indices, W)
+    wide = acts.double(), W.double(), dY.double()
+    want = {
+        "out": (out, reference.gather_sum(wide[0], indices, wide[1])),
+        "dots": (
+            on_triton.gather_dot(dY, indices, W, acts=acts),
+            reference.gather_dot(wide[2], indices, wide[1], acts=wide[0]),
+        ),
+        "with W in float32": (
+            on_triton.gather_dot(dY, indices, inputs.W, acts=acts),
+            reference.gather_dot(wide[2], indices, inputs.W.double(), acts=wide[0]),
+        ),
+    }
+    for name, (got, expected) in want.items():
+        assert got.dtype == torch.float32, name
+        bound = 1e-5 * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=bound)
+
+
 def test_decoding_matches_the_reference_in_output_and_each_gradient(
     case, device, decode_results, assert_same_results
 ):

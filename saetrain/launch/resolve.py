@@ -29,6 +29,7 @@ from saetrain.config.fit_config import DEFAULTS, NEWEST_DEFAULTS, Defaults, FitC
 from saetrain.config.grid import require_overrides_used, saes_at
 from saetrain.config.sae import PENALISED, SaeConfig, SaeEntry, SaeOptions, hookpoints_of
 from saetrain.launch.finetune import PretrainedSaes
+from saetrain.model.losses import with_input_scales
 from saetrain.optim import default_lr
 from saetrain.runs.checkpoint import newest_step, require_own_files
 from saetrain.runs.overrides import apply_overrides, with_history_entry
@@ -46,7 +47,7 @@ from saetrain.runs.record import (
     write_run,
 )
 from saetrain.runs.segments import first_segment, require_batch
-from saetrain.training.init import FirstRows, with_initial_scales
+from saetrain.training.init import FirstRows, with_encoder_scale
 
 ConfigsOf = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
 _DEAD_AFTER = 10_000_000
@@ -98,9 +99,11 @@ def resolve_run(
 
     def with_scales(entry: SaeEntry) -> SaeEntry:
         options = with_defaults(config.of(entry.options), version)
-        if options.input_scale == "none" and options.encoder_scale != "auto":
-            return dataclasses.replace(entry, encoder_scale=float(options.encoder_scale))
-        return with_initial_scales(entry, options, statistics_of, first, device)
+        assert options.input_scale is not None
+        entry = with_input_scales(entry, options.input_scale, statistics_of)
+        if options.encoder_scale == "auto":
+            return with_encoder_scale(entry, options, statistics_of, first, device)
+        return dataclasses.replace(entry, encoder_scale=float(options.encoder_scale))
 
     entries = tuple(map(with_scales, with_default_lr(entries, steps, config, version)))
     return RunRecord(

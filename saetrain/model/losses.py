@@ -18,6 +18,7 @@ Letters: N tokens, D d_in, E width of the output, M num_latents, K k, A dead lat
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from actcache.errors import RunError
-from saetrain.config.sae import SaeConfig, SaeEntry
+from saetrain.config.sae import InputScale, SaeConfig, SaeEntry
 from saetrain.kernels import (
     PrefixGroups,
     WeightRows,
@@ -107,6 +108,34 @@ def target_stats(entry: SaeEntry, statistics_of: Callable[[str], Statistics]) ->
         unit=float(np.sqrt(sum(variances[name] for name in sources))),
         parts=parts if len(parts) > 1 else (),
     )
+
+
+def with_input_scales(
+    entry: SaeEntry, kind: InputScale, statistics_of: Callable[[str], Statistics]
+) -> SaeEntry:
+    """Return an SAE's entry with the scales of its hookpoints' rows, which run.json records.
+
+    Args:
+        entry: the entry without them.
+        kind: --input-scale.
+        statistics_of: returns the statistics of a hookpoint's training rows.
+
+    Raises:
+        RunError: the rows of a hookpoint have no variance.
+    """
+    if kind == "none":
+        return entry
+    target_stats(entry, statistics_of)  # refuses rows that do not vary
+    scales = [scale_of(kind, statistics_of(name)) for name in entry.hookpoints]
+    return dataclasses.replace(entry, scales=tuple(scales))
+
+
+def scale_of(kind: InputScale, statistics: Statistics) -> float:
+    """Compute the scale of a hookpoint's rows from the statistics of its training rows."""
+    if kind == "none":
+        return 1.0
+    width = len(statistics.mean)
+    return (float(width) ** 0.5 if kind == "rms" else 1.0) / statistics.rms_norm
 
 
 @dataclass(frozen=True)

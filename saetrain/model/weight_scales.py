@@ -21,17 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from saetrain.config.sae import InputScale, SaeEntry
+from saetrain.config.sae import SaeEntry
 from saetrain.model.losses import Losses, compute_losses
-
-if TYPE_CHECKING:
-    from actcache.format.statistics import Statistics
 
 _OF_LATENTS = ("b_enc", "activation.threshold", "activation.b_mag")
 """Weights in the unit of the pre-activations; `activation.r_mag` has no unit."""
@@ -73,14 +70,6 @@ class _Losses(nn.Module):
 
     def forward(self, *arguments: Any) -> Losses:
         return compute_losses(self.sae, *arguments)  # type: ignore[arg-type]
-
-
-def scale_of(kind: InputScale, statistics: Statistics) -> float:
-    """Compute the scale of a hookpoint's rows from the statistics of its training rows."""
-    if kind == "none":
-        return 1.0
-    width = len(statistics.mean)
-    return (float(width) ** 0.5 if kind == "rms" else 1.0) / statistics.rms_norm
 
 
 @dataclass(frozen=True)

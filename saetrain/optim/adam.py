@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from saetrain.kernels import adam_numbers, adam_update_, normalise_rows_
-from saetrain.optim.fused import AdamConstants, FusedOptimizer, Parameters
+from saetrain.optim.fused import FusedOptimizer
 from saetrain.optim.layout import COUNTER, StateLayout, TensorSpec, spec_of
-from saetrain.optim.schedule import Schedule
 
 _UNIT = "unit_rows"
 
@@ -30,19 +29,6 @@ class Adam(FusedOptimizer):
 
     _refused: Tensor | None = None
     """How many of the counted steps a flag on the device has refused."""
-
-    def __init__(
-        self,
-        parameters: Parameters,
-        lr: float,
-        schedule: Schedule | None = None,
-        *,
-        constants: AdamConstants | None = None,
-        weight_decay: float | None = None,
-        unit: str | None = None,
-    ) -> None:
-        super().__init__(parameters, lr, schedule, weight_decay=weight_decay, unit=unit)
-        self._constants = constants or AdamConstants()
 
     def masked_step(self, step: int, ok: Tensor) -> Tensor:
         """Update where `ok` is true, else leave weights and state unchanged, bit for bit."""

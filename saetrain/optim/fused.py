@@ -67,6 +67,7 @@ class FusedOptimizer:
         parameters: by name.
         lr: peak learning rate.
         schedule: share of the peak in each step; None: 1.
+        constants: of Adam: betas and eps.
         weight_decay: decoupled, a share of the weights per step and learning rate; None: none.
         unit: the matrix whose rows keep norm 1; None: none.
     """
@@ -83,10 +84,12 @@ class FusedOptimizer:
         lr: float,
         schedule: Schedule | None = None,
         *,
+        constants: AdamConstants | None = None,
         weight_decay: float | None = None,
         unit: str | None = None,
     ) -> None:
         self._parameters, self._unit = parameters, unit
+        self._constants = constants or AdamConstants()
         self._lr, self._schedule, self._weight_decay = lr, schedule, weight_decay or 0.0
         self._state: dict[str, tuple[Tensor, ...]] = {}
         """State tensors of each parameter that has been updated, in the order of `UPDATE`."""

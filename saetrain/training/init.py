@@ -29,7 +29,7 @@ from saetrain.model.losses import (
     target_stats,
 )
 from saetrain.model.sae import Sae, rows_of
-from saetrain.model.weight_scales import input_scaling, scale_of
+from saetrain.model.weight_scales import input_scaling
 from saetrain.training.sae_trainer import initial_sae
 
 ROWS = 2048
@@ -86,32 +86,26 @@ def init_b_dec_at_median(sae: Sae, entry: SaeEntry, first: FirstRows) -> None:
     sae.b_dec.copy_(torch.from_numpy(geometric_median(predicted)))
 
 
-def with_initial_scales(
+def with_encoder_scale(
     entry: SaeEntry,
     options: FitConfig,
     statistics_of: Callable[[str], Statistics],
     first: FirstRows,
     device: torch.device,
 ) -> SaeEntry:
-    """Return an SAE's entry with its input scales and encoder scale, which run.json records.
+    """Return an SAE's entry with the encoder scale that --encoder-scale auto finds.
 
     Args:
-        entry: the entry without them.
+        entry: the entry, with its input scales.
         options: the run's options, with those of this SAE.
         statistics_of: returns the statistics of a hookpoint's training rows.
-        first: rows on which --encoder-scale auto is fitted.
-        device: device of that fit.
+        first: rows on which it is fitted.
+        device: device of the fit.
 
     Raises:
         RunError: the rows of a hookpoint do not vary.
     """
     targets = target_stats(entry, statistics_of)
-    if options.input_scale not in (None, "none"):
-        scales = [scale_of(options.input_scale, statistics_of(name)) for name in entry.hookpoints]
-        entry = dataclasses.replace(entry, scales=tuple(scales))
-        targets = target_stats(entry, statistics_of)
-    if options.encoder_scale != "auto":
-        return dataclasses.replace(entry, encoder_scale=float(options.encoder_scale))
     sae = initial_sae(entry, targets, options, device)
     if entry.options.b_dec_init == "geometric-median":
         init_b_dec_at_median(sae, entry, first)

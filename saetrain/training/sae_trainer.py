@@ -5,6 +5,7 @@ Letters: D d_in, E width of the output, M num_latents.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -334,8 +335,6 @@ class SaeTrainer:
     """Options of its steps."""
     guard: FiniteGuard = field(init=False)
     """Flag on the device: have all losses been finite?"""
-    scaling: InputScaling | None = field(init=False, default=None)
-    """Factors by which its rows are multiplied; None: 1."""
     dead_tracker: DeadLatentTracker = field(init=False)
     silence: SilenceBound | None = field(init=False, default=None)
     """On CUDA, what the host knows of dead latents; None: AuxK counts them."""
@@ -374,8 +373,12 @@ class SaeTrainer:
             self.meter.residual = ResidualShare(shares)
         norms = torch.zeros((), dtype=torch.float64, device=W.device)
         self.latent_stats = LatentStats(active, norms)
-        if self.entry.scales:
-            self.scaling = input_scaling(self.entry, W.device, W.dtype)
+
+    @functools.cached_property
+    def scaling(self) -> InputScaling | None:
+        """Factors by which its rows are multiplied; None: 1."""
+        W = self.sae.W_enc
+        return input_scaling(self.entry, W.device, W.dtype)
 
     @property
     def schedules_end(self) -> int:

@@ -19,8 +19,9 @@ from saetrain.config.fit_config import FitConfig
 from saetrain.config.sae import SaeConfig, SaeEntry
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
+from saetrain.model.losses import scale_of
 from saetrain.model.sae import build_sae
-from saetrain.model.weight_scales import input_scaling, scale_of
+from saetrain.model.weight_scales import input_scaling
 from saetrain.runs.record import read_run
 from saetrain.tracking.jsonl import METRICS
 

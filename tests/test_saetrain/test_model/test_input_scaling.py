@@ -173,7 +173,7 @@ def test_transcoders_and_crosscoders_can_be_scaled(
 
 
 def test_without_a_scale_nothing_is_recorded(options: Options) -> None:
-    fit(options())
+    fit(options(input_scale="none"))
     for entry in read_run(Path(options().out)).saes:
         assert (entry.scales, entry.encoder_scale) == ((), 1.0)
         assert input_scaling(dataclasses.replace(entry), CPU) is None

@@ -222,8 +222,8 @@ class SaeOptions:
     lr: float | None = option(None, group=MAIN, on_resume="forced")
     """Peak learning rate. Default for adam, adamw and adam8bit: 2e-4 / sqrt(latents / 2^14), times
     sqrt(2^17 / updates) in a run of fewer than 2^17 updates, at most 0.18 / sqrt(width of the
-    rows); for muon: 1.6e-2 x sqrt(137 / updates), 2e-3 to 1.6e-2; both times sqrt(rows / 2048) with
-    fewer than 2,048 rows an update; for signum: 5e-3 / sqrt(latents / 2^14)."""
+    rows); for muon: 1.6e-2 x sqrt(137 / updates), 2e-3 to 1.6e-2; both times (rows / 2048)^(1/4)
+    with fewer than 2,048 rows an update; for signum: 5e-3 / sqrt(latents / 2^14)."""
 
     lr_schedule: LrSchedule | None = option(None, group="Schedule", on_resume="forced")
     """Learning rate schedule after the warm-up. stable-then-decay: constant, then linear decay over

@@ -52,7 +52,8 @@ def bests(root: Path) -> dict[str, str]:
 
 def keeping_best(options: Options, **changes: Any) -> FitConfig:
     """Validate every 2 steps; the first SAE (lr 0.1) is best before the end of the run."""
-    return vary(options(val_every=2, save_best=True, **changes), lr=(0.1, 0.01))
+    old = {"defaults": 1, **changes}  # with those of version 2 the last SAE is the best
+    return vary(options(val_every=2, save_best=True, **old), lr=(0.1, 0.01))
 
 
 # --- validation -----------------------------------------------------------------------------------

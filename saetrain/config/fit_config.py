@@ -101,15 +101,16 @@ class FitConfig(SaeOptions):
     without --grad-acc-steps and --parallel ddp."""
 
     autocast: bool = option(False, group="Precision and memory", on_resume="forced")
-    """Compute matrix products in bfloat16; the type of the weights is unchanged. On a CPU it needs
-    AVX512-BF16 or AMX, and a step then takes about two thirds of the time. Off by default on every
-    device, because pre-activations are rounded before latents are selected."""
+    """Another name of --precision bfloat16."""
 
     precision: Precision | None = option(
         None, group="Precision and memory", on_resume="forced", omitted=True
     )
-    """Precision of matrix products and gathers; weights, sums and the optimiser's state are in
-    float32. Default: float32 on a CPU, tf32 on CUDA."""
+    """Precision of matrix products; weights, sums and the optimiser's state are in float32.
+    bfloat16: on CUDA rows are gathered in it too; on a CPU it needs AVX512-BF16 or AMX, and a step
+    then takes about two thirds of the time. Pre-activations are rounded before latents are
+    selected. tf32: on CUDA; float32 elsewhere. Default: float32 on a CPU, bfloat16 on CUDA (tf32
+    with --defaults 1, and where the GPU lacks bfloat16). A resumed run keeps what it began with."""
 
     weights_dtype: WeightsDtype = option("float32", group="Precision and memory", listed=False)
     """Dtype of the weights, of the optimiser's state and of the saved SAEs. bfloat16 only in runs
@@ -372,7 +373,7 @@ DEFAULTS = {
         eps=1e-12,
         max_norm_ratio=0.0,
         sparsify_multi_topk=False,
-        cuda_precision="tf32",
+        cuda_precision="bfloat16",
     ),
 }
 """Every version of the defaults."""

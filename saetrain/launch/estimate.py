@@ -14,11 +14,12 @@ import torch
 
 from actcache.core.process import CUDA_BYTES, free_memory, library_memory
 from actcache.stream.memory_budget import plan_memory
-from saetrain.config.fit_config import NEWEST_DEFAULTS, FitConfig
+from saetrain.config.fit_config import DEFAULTS, NEWEST_DEFAULTS, FitConfig
 from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry, hookpoints_of
 from saetrain.kernels.dense import tokens_at_once
 from saetrain.launch.resolve import open_cache, sae_entries, steps_ahead, with_default_lr
 from saetrain.training.sae_trainer import lasting_bytes, parameter_shapes
+from saetrain.training.step import precision_on, with_precision
 
 _FLOAT = 4  # bytes
 
@@ -91,7 +92,9 @@ def estimate_fit(config: FitConfig, device: torch.device) -> RunEstimate:
     steps = steps_ahead(config, cache, budget.pool_rows)
     if steps is not None:
         entries = with_default_lr(entries, steps, config, config.defaults or NEWEST_DEFAULTS)
-    saes = tuple(estimate_sae(entry, config, device.type) for entry in entries)
+    defaults = DEFAULTS[config.defaults or NEWEST_DEFAULTS]
+    options = with_precision(config, precision_on(device, config, defaults))
+    saes = tuple(estimate_sae(entry, options, device.type) for entry in entries)
     if steps is None:
         saes = tuple(
             dataclasses.replace(sae, lr=entry.options.lr)

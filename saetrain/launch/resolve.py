@@ -48,6 +48,7 @@ from saetrain.runs.record import (
 )
 from saetrain.runs.segments import first_segment, require_batch
 from saetrain.training.init import FirstRows, with_encoder_scale
+from saetrain.training.step import precision_on
 
 ConfigsOf = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
 _DEAD_AFTER = 10_000_000
@@ -128,6 +129,7 @@ def resolve_run(
         norm_limits={} if massive is None else massive.limits,
         left_out_digest="" if massive is None else massive.digest,
         massive=massive,
+        precision=precision_on(device, config, DEFAULTS[version]),
     )
 
 
@@ -310,6 +312,8 @@ def resume_record(
         saes = with_default_lr(entries, steps, config, record.defaults_version)
         done = newest_step(root) or 0
         updated = apply_overrides(record, config, options, saes, steps, done)
+        if options.keys() & {"precision", "autocast"}:
+            updated = dataclasses.replace(updated, precision=config.precision)
     else:
         check_same_run(record, updated)
     now = library_versions()

@@ -49,7 +49,13 @@ from saetrain.training.sae_trainer import (
     make_step_settings,
 )
 from saetrain.training.state_layout import require_state
-from saetrain.training.step import require_bfloat16_products, require_compiler
+from saetrain.training.step import (
+    precision_on,
+    require_bfloat16_products,
+    require_compiler,
+    use_precision,
+    with_precision,
+)
 from saetrain.training.validation import Validation
 
 _LONGEST_REASON = 400  # characters of a warning that an error takes
@@ -115,20 +121,23 @@ def make_trainers(
     batch_parts: int = 1,
 ) -> list[SaeTrainer]:
     """Build the SAEs of these indices, b_dec at the mean of the training rows, and optimizers."""
-    if record.options.autocast:
+    precision = precision_on(device, record.options, record.defaults, record.precision)
+    use_precision(precision, device)
+    run_options = with_precision(record.options, precision)
+    if precision == "bfloat16":
         require_bfloat16_products(device)
     if record.options.cuda_graphs:
         require_cuda_graphs(device)
     if record.options.compile:
         require_compiler(device)
-    require_memory([record.saes[index] for index in indices], record.options, device)
+    require_memory([record.saes[index] for index in indices], run_options, device)
     # Merged once per hookpoint, from one file per shard.
     statistics_of = functools.cache(lambda name: record.statistics(cache, name))
     trainers = []
     for index in indices:
         entry = record.saes[index]
         sizes = entry.config
-        options = with_defaults(record.options.of(entry.options), record.defaults_version)
+        options = with_defaults(run_options.of(entry.options), record.defaults_version)
         targets = target_stats(entry, statistics_of)
         sae = initial_sae(entry, targets, options, device)
         optimizer = make_optimizer(

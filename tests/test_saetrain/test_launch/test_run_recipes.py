@@ -16,7 +16,7 @@ from torch import Tensor
 
 import saetrain.training.step
 from actcache.core.json_codec import read_json
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, RunError
 from saetrain.config.fit_config import FitConfig
 from saetrain.evaluation import evaluate
 from saetrain.launch.run import fit
@@ -152,6 +152,28 @@ def test_annealing_trains_at_the_k_of_each_step_and_saves_the_last(
     cfg = read_json(Path(config.out) / "layers.0" / "cfg.json")
     assert isinstance(cfg, dict)
     assert cfg["k"] == 3
+
+
+def test_a_run_keeps_the_precision_that_it_began_with_unless_forced(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = options(hookpoint=("layers.0",), max_tokens=64)
+    fit(config)
+    assert read_run(Path(config.out)).precision == "float32"
+    seen = []
+
+    def note(precision: str, device: torch.device) -> None:
+        seen.append(precision)
+
+    monkeypatch.setattr("saetrain.launch.setup.use_precision", note)
+    fit(dataclasses.replace(config, resume=True))
+    with pytest.raises(RunError, match="--precision: None then, 'tf32' now"):
+        fit(dataclasses.replace(config, resume=True, precision="tf32"))
+    forced = dataclasses.replace(config, resume=True, precision="tf32", force_config=True)
+    fit(dataclasses.replace(forced, max_tokens=128))
+    record = read_run(Path(config.out))
+    assert (record.precision, record.options.precision) == ("tf32", "tf32")
+    assert seen == ["float32", "tf32"]
 
 
 def test_new_weights_in_bfloat16_are_refused(options: Options) -> None:

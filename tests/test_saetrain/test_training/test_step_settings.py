@@ -1,15 +1,18 @@
-"""Annealing of k as in sparsify, and batches of an update."""
+"""Annealing of k as in sparsify, batches of an update, and precision of products."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from actcache.errors import ConfigError
-from saetrain.config.fit_config import FitConfig, with_defaults
+from saetrain.config.fit_config import DEFAULTS, FitConfig, Precision, with_defaults
 from saetrain.config.sae import SaeConfig
 from saetrain.training.sae_trainer import StepSettings, make_step_settings
+from saetrain.training.step import precision_on, use_precision, with_precision
 
 
 def annealed(**options: int) -> StepSettings:
@@ -60,3 +63,55 @@ def test_auxk_is_divided_by_the_variance_of_the_residual_from_version_2_of_the_d
 ) -> None:
     options = with_defaults(FitConfig("cache", "run"), version)
     assert make_step_settings(options, SaeConfig(16, 48, 3)).auxk_by_residual == by_residual
+
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "version", "given", "recorded", "expected"),
+    [
+        (CPU, 1, {}, None, "float32"),
+        (CPU, 2, {}, None, "float32"),
+        (CUDA, 1, {}, None, "tf32"),
+        (CUDA, 2, {}, None, "bfloat16"),
+        (CUDA, 2, {"precision": "float32"}, None, "float32"),
+        (CUDA, 1, {"autocast": True}, None, "bfloat16"),
+        (CPU, 2, {"precision": "bfloat16", "autocast": True}, None, "bfloat16"),
+        (CUDA, 2, {}, "float32", "float32"),
+        (CPU, 2, {}, "tf32", "tf32"),
+        (CUDA, 2, {"precision": "tf32"}, "bfloat16", "tf32"),
+    ],
+)
+def test_precision_is_as_given_then_as_at_the_start_then_that_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    version: int,
+    given: dict[str, Any],
+    recorded: Precision | None,
+    expected: Precision,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    config = FitConfig("cache", "out", **given)
+    assert precision_on(device, config, DEFAULTS[version], recorded) == expected
+    assert with_precision(config, expected).autocast == (expected == "bfloat16")
+
+
+def test_a_gpu_without_bfloat16_takes_tf32_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
+    assert precision_on(CUDA, FitConfig("cache", "out"), DEFAULTS[2]) == "tf32"
+
+
+@pytest.mark.parametrize(
+    ("precision", "allowed"), [("float32", "highest"), ("tf32", "high"), ("bfloat16", "high")]
+)
+def test_float32_forbids_tf32_in_products_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, allowed: str
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
+    use_precision(precision, CPU)
+    use_precision(precision, CUDA)
+    assert calls == [allowed]

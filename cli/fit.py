@@ -68,13 +68,14 @@ def run(config: FitConfig, plan: bool, as_json: bool) -> None:
 
 def fit_table(summary: FitSummary) -> str:
     """Return the figures of every SAE: those of the last steps, and those on held-out rows."""
-    header = [heading(summary.saes), "FVU, last steps", "FVU, held out", "L0"]
-    header.append(f"dead % ({summary.dead_after:,} rows)")
+    header = [heading(summary.saes), "FVU, last steps", "FVU, held out"]
+    header += ["L0, last steps", "L0, held out", f"dead % ({summary.dead_after:,} rows)"]
     header += ["best", "at step"] * bool(summary.best)
     rows = []
     for name, m in summary.saes.items():
-        held_out = summary.held_out.get(name, {}).get("fvu")
-        row = [name, f"{m['fvu']:.4f}", format_number(held_out, ".4f"), f"{m['l0']:.1f}"]
+        held_out = summary.held_out.get(name, {})
+        row = [name, f"{m['fvu']:.4f}", format_number(held_out.get("fvu"), ".4f")]
+        row += [f"{m['l0']:.1f}", format_number(held_out.get("l0"), ".1f")]
         row.append(format_number(m["dead_percent"], ".1f"))
         if summary.best:
             row += [f"{summary.best[name].fvu:.4f}", f"{summary.best[name].step:,}"]

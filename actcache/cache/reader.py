@@ -72,6 +72,7 @@ class Cache:
         self._checked: set[CachePath] = set()
         self._extents: dict[tuple[str, int, str], TensorExtent | CompressedExtent] = {}
         self._files: dict[tuple[str, int], dict[str, CachePath]] = {}
+        self._merged: dict[tuple[str, tuple[int, ...]], Statistics] = {}
 
     @classmethod
     def open(
@@ -264,9 +265,12 @@ class Cache:
         """Read and merge a hookpoint's statistics over some shards (None: all), checked."""
         self.require_hookpoint(hookpoint)
         self.require_shards()
-        chosen = self.shards if shards is None else shards
-        self.fetch_statistics(chosen)
-        return merge([found[hookpoint] for found in self._statistics(chosen, [hookpoint])])
+        chosen = tuple(self.shards if shards is None else shards)
+        if (hookpoint, chosen) not in self._merged:
+            self.fetch_statistics(chosen)
+            found = [of_shard[hookpoint] for of_shard in self._statistics(chosen, [hookpoint])]
+            self._merged[hookpoint, chosen] = merge(found)
+        return self._merged[hookpoint, chosen]
 
     def shard_statistics(
         self, shard: int, hookpoints: Sequence[str] | None = None

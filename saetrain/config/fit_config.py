@@ -557,6 +557,21 @@ def _require_kinds(run: FitConfig) -> None:
                 got=run.micro_batch_size,
                 remedy="a smaller --batch-size with --grad-acc-steps, or --activation topk",
             )
+        if sae.frequency_penalty is not None and (rows < run.batch_size or run.parallel == "ddp"):
+            raise ConfigError(
+                "--frequency-penalty counts how often a latent fires in a whole batch, of which "
+                "--micro-batch-size and --parallel ddp compute parts",
+                expected="neither of them",
+                got=f"--micro-batch-size {run.micro_batch_size}, --parallel {run.parallel}",
+                remedy="a smaller --batch-size, or --parallel modules",
+            )
+        if sae.target_l0 is not None and run.save_best:
+            raise ConfigError(
+                "--save-best keeps the lowest FVU, which with --target-l0 is that of an early step "
+                "with more active latents",
+                expected="one of them",
+                remedy="omit --save-best",
+            )
         if sae.activation != "topk" and run.chunk_latents is not None:
             raise ConfigError(
                 "--chunk-latents needs --activation topk",

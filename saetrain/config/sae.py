@@ -189,15 +189,18 @@ class SaeOptions:
     the scale of the rows."""
 
     target_l0: float | None = option(None, group="SAE", label="l0", omitted=True)
-    """With jumprelu, relu and gated: mean number of active latents, towards which the weight of the
-    penalty is steered, instead of --sparsity."""
+    """With jumprelu, relu and gated: mean number of active latents, towards which the penalty is
+    steered, instead of --sparsity. For jumprelu the penalty is then quadratic in L0. Not with
+    signum and --save-best."""
 
     frequency_penalty: float | None = option(None, group="SAE", label="frequency", omitted=True)
-    """With jumprelu and --target-l0: weight of a penalty on latents that are active in more than a
-    tenth of the rows. Default: none."""
+    """With jumprelu and --target-l0: weight of a penalty on latents that fire often, as a multiple
+    of the weight of the penalty on L0. The penalty is quadratic in the share of a batch's rows on
+    which a latent fires, and from a tenth of the rows on larger than that on L0. Try 1. Default:
+    none."""
 
     sparsity_warmup_steps: int | None = option(None, group="SAE", on_resume="forced")
-    """Steps over which the penalty rises linearly from 0 to --sparsity. Default: 1/20 of the
+    """Steps over which the penalty rises linearly from 0 to its weight. Default: 1/20 of the
     run."""
 
     threshold: float | None = option(None, group="SAE")
@@ -454,6 +457,13 @@ def _require_activation(options: SaeOptions) -> None:
             "--sparsity and --target-l0 are mutually exclusive",
             expected="one of them",
             got=f"{options.sparsity} and {options.target_l0}",
+        )
+    if options.target_l0 is not None and options.optimizer == "signum":
+        raise ConfigError(
+            "--target-l0 steers the L0 of the weights in training, but signum saves their average",
+            expected="another --optimizer",
+            got="signum",
+            remedy="--optimizer adam, or --sparsity instead of --target-l0",
         )
     if options.frequency_penalty is not None and options.target_l0 is None:
         raise ConfigError("--frequency-penalty needs --target-l0", remedy="add --target-l0 N")

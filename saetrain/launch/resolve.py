@@ -553,6 +553,12 @@ def _entry(
     sparsity = options.sparsity
     if sparsity is None:
         sparsity = PENALISED.get(options.activation, 0.0)
+    if options.target_l0 is not None and options.target_l0 > num_latents:
+        raise ConfigError(
+            "--target-l0 is larger than the number of latents",
+            expected=f"<= {num_latents}",
+            got=options.target_l0,
+        )
     sizes = SaeConfig(
         sum(widths),
         num_latents,

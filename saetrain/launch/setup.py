@@ -49,6 +49,7 @@ from saetrain.training.sae_trainer import (
     make_step_settings,
 )
 from saetrain.training.state_layout import require_state
+from saetrain.training.steering import Steering
 from saetrain.training.step import (
     precision_on,
     require_bfloat16_products,
@@ -156,6 +157,8 @@ def make_trainers(
             sizes,
             record.steps // 20 if warmup is None else warmup,
             targets.parts,
+            target_l0=options.target_l0,
+            frequency=options.frequency_penalty,
             auxk_scaled_down=record.defaults.auxk_scaled_down,
             auxk_slope=record.defaults.auxk_slope,
         )
@@ -173,6 +176,11 @@ def make_trainers(
                 defaults=record.defaults,
             )
         )
+        if loss_config.target_l0 is not None:
+            quadratic = sae.activation.counts
+            trainers[-1].meter.steering = Steering(
+                loss_config, record.steps, device, quadratic=quadratic
+            )
     return trainers
 
 

@@ -22,6 +22,7 @@ from saetrain.training.health import Finding
 from saetrain.training.run_state import RunState, TrainResult
 from saetrain.training.validation import Validation
 
+_NEAR = 0.05  # relative distance of L0 from --target-l0 that is not reported
 _FEW_SHARDS = 8  # held-out shards that are read at the end: each is compared with its receipt
 
 
@@ -93,7 +94,13 @@ def summarize_fit(
         saes=sae_metrics(metrics, line, [entry.name for entry in record.saes]),
         held_out=held_out,
         best=_bests(root, record),
-        warnings=(*run.warnings, *run.restore_warnings, *_ended_early(record, steps), *missing),
+        warnings=(
+            *run.warnings,
+            *run.restore_warnings,
+            *_ended_early(record, steps),
+            *missing,
+            *_off_target(record, held_out),
+        ),
         findings=() if run.watch is None else tuple(run.watch.findings),
     )
 
@@ -138,6 +145,20 @@ def measure_saved(
         return figures, ()
     more = f", and {len(errors) - 1:,} more hookpoints" if errors[1:] else ""
     return figures, (f"held-out FVU was not measured at {errors[0]}{more}",)
+
+
+def _off_target(record: RunRecord, held_out: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
+    """Return a warning for SAEs whose L0 on held-out rows is not within 5% of --target-l0."""
+    off = [
+        f"{entry.name}: L0 on held-out rows is {found['l0']:.1f}, and --target-l0 {target:g}"
+        for entry in record.saes
+        if (target := entry.options.target_l0) and (found := held_out.get(entry.name))
+        if abs(found["l0"] / target - 1) > _NEAR
+    ]
+    if not off:
+        return ()
+    more = f" ({len(off) - 1:,} more SAEs likewise)" if off[1:] else ""
+    return (f"{off[0]}{more}: a longer run, with --epochs or a smaller --batch-size",)
 
 
 def enough_shards(rows: Mapping[int, int], needed: int) -> list[int]:

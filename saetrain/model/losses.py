@@ -12,6 +12,11 @@ own variance, so that layers of large norm do not dominate.
 - Matryoshka: Bussmann, Nabeshima, Karvonen and Nanda, "Learning multi-level features with
   Matryoshka sparse autoencoders" (2025): Σ over prefixes of the FVU from their latents alone.
 - Penalties on L0 or L1, and the reconstruction of a gate: see `saetrain.model.activations`.
+- JumpReLU with a target N of L0: N/2 · (L0/N - 1)² of each row, of which SAELens' "quadratic" loss,
+  after Gemma Scope 2, is four times as much. At L0 = 2N its slope is that of the penalty on L0.
+- With it, on latents that fire often: Σ p²/0.1 over latents that fire on a share p of the batch. It
+  is the second term of Σ p (1 + p/p₀), the quadratic-frequency penalty of Smith, Rajamanoharan et
+  al., "Negative results for sparse autoencoders on downstream tasks" (2025).
 
 Letters: N tokens, D d_in, E width of the output, M num_latents, K k, A dead latents.
 """
@@ -150,6 +155,10 @@ class LossConfig:
     """Weight of the activation's penalty, after its warm-up."""
     warmup: int = 0
     """Steps in which that weight rises from 0."""
+    target_l0: float | None = None
+    """L0 towards which the penalty is steered; None: it is not."""
+    frequency: float = 0.0
+    """Weight of the penalty on latents that fire often, as a multiple of that weight."""
     parts: tuple[OutputSlice, ...] = ()
     """Hookpoints of a crosscoder, at least two; empty: the target is one hookpoint."""
     gated: bool = False
@@ -161,7 +170,11 @@ class LossConfig:
 
     def sparsity_at(self, step: int) -> float:
         """Return the weight of the penalty in a step (from 0)."""
-        return self.sparsity * min(1.0, (step + 1) / max(1, self.warmup))
+        return self.sparsity * self.risen(step)
+
+    def risen(self, step: int) -> float:
+        """Return the share of its weight that the penalty has in a step (from 0)."""
+        return min(1.0, (step + 1) / max(1, self.warmup))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -185,6 +198,8 @@ def make_loss_config(
     *,
     auxk_scaled_down: bool = True,
     auxk_slope: float = 0.0,
+    target_l0: float | None = None,
+    frequency: float | None = None,
 ) -> LossConfig:
     """Build the losses of an SAE from its configuration.
 
@@ -194,12 +209,17 @@ def make_loss_config(
         parts: hookpoints of a crosscoder.
         auxk_scaled_down: as in `LossConfig`.
         auxk_slope: as in `LossConfig`.
+        target_l0: --target-l0.
+        frequency: --frequency-penalty.
     """
+    quadratic = target_l0 is not None and config.activation == "jumprelu"
     return LossConfig(
         multi_topk=config.multi_topk,
         prefixes=config.matryoshka,
-        sparsity=config.sparsity,
+        sparsity=config.sparsity * (_QUADRATIC if quadratic else 1),
         warmup=warmup,
+        target_l0=target_l0,
+        frequency=frequency or 0.0,
         parts=parts,
         gated=config.activation == "gated",
         auxk_scaled_down=auxk_scaled_down,
@@ -207,6 +227,8 @@ def make_loss_config(
     )
 
 
+_OFTEN = 0.1  # share of the rows: p₀ of the penalty on latents that fire often
+_QUADRATIC = 3  # times the weight on L0: the slope at twice the target; found on small runs
 _MULTI = 4  # times k latents
 DEAD_LIST_FACTOR = 8  # times k_aux dead latents
 _MULTI_WEIGHT = 1 / 8
@@ -216,8 +238,8 @@ class LossTerm(NamedTuple):
     """A loss beside FVU and AuxK."""
 
     value: Tensor
-    weight: float
-    """Weight in the minimised sum; 0: the loss is only logged."""
+    weight: float | Tensor
+    """Weight in the minimised sum; the number 0: the loss is only logged."""
 
 
 class Losses(NamedTuple):
@@ -236,7 +258,7 @@ class Losses(NamedTuple):
         """Compute the minimised sum."""
         loss = self.fvu + auxk_alpha * self.auxk
         for term in self.terms:
-            if term.weight:
+            if isinstance(term.weight, Tensor) or term.weight:
                 loss = loss + term.weight * term.value
         return loss
 
@@ -250,6 +272,7 @@ def compute_losses(
     step: int = 0,
     step_tensor: Tensor | None = None,
     share: Tensor | None = None,
+    steered: Tensor | None = None,
 ) -> Losses:
     """Run the forward pass of a batch and compute its losses.
 
@@ -263,6 +286,8 @@ def compute_losses(
         step_tensor: the same number as a tensor on the device; see `list_dead`.
         share: of each hookpoint of the target, the share of its variance that the residual holds,
             by which AuxK is divided; None: 1. [hookpoints]
+        steered: on the device, the target of a penalty that is quadratic in L0, or the weight of
+            another after its warm-up; None: the configured one.
     """
     x, y = sae.split(rows)
     parts = loss_config.parts or (OutputSlice("", sae.d_out, variance),)
@@ -289,8 +314,12 @@ def compute_losses(
             slope=loss_config.auxk_slope,
         )
     if loss_config.sparsity:
-        penalty = _penalty(sae, output, math.sqrt(variance), parts)
-        terms.append(LossTerm(penalty, loss_config.sparsity_at(step)))
+        target = loss_config.target_l0 if steered is None else steered.to(fvu.dtype)
+        penalty = _penalty(sae, output, math.sqrt(variance), parts, target, loss_config.frequency)
+        weight: float | Tensor = loss_config.sparsity_at(step)
+        if steered is not None and not sae.activation.counts:
+            weight = steered.to(fvu.dtype) * loss_config.risen(step)
+        terms.append(LossTerm(penalty, weight))
     if loss_config.gated:
         terms.append(LossTerm(_gate_fvu(sae, x, y, output, parts), 1.0))
     return Losses(fvu, aux, output, tuple(terms))
@@ -456,7 +485,14 @@ def _dense_matryoshka(
     return SaeOutput(so_far, top_acts, None, pre_acts), terms
 
 
-def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[OutputSlice, ...]) -> Tensor:
+def _penalty(
+    sae: Sae,
+    output: SaeOutput,
+    unit: float,
+    parts: tuple[OutputSlice, ...],
+    target: float | Tensor | None,
+    frequency: float,
+) -> Tensor:
     """Average the activation's penalty over rows.
 
     A latent's weight is the sum over hookpoints of its decoder row's norm (Lindsey et al., 2024).
@@ -466,8 +502,16 @@ def _penalty(sae: Sae, output: SaeOutput, unit: float, parts: tuple[OutputSlice,
     latents = Latents(output.top_acts, output.top_indices, output.pre_acts)
     per_row = sae.activation.penalty(latents, norms)  # [N], in autocast's dtype under autocast
     assert per_row is not None
-    mean = total(per_row.to(norms.dtype)) / len(per_row)
-    return mean if sae.activation.counts else mean / unit
+    per_row = per_row.to(norms.dtype)
+    if not sae.activation.counts:
+        return total(per_row) / len(per_row) / unit
+    if target is not None:
+        per_row = (sae.activation.l0(latents) / target - 1).square() * (target / 2)
+    mean = total(per_row) / len(per_row)
+    if frequency:
+        shares = sae.activation.firing_shares(latents)  # [M]
+        mean = mean + frequency / _OFTEN * total(shares.square())
+    return mean
 
 
 def _gate_fvu(

@@ -4,7 +4,8 @@
 the settings of its steps, `init` fits its first weights to rows, and `run_state` is what `launch`
 has built. `metrics` accumulates losses and latent counts, `validation` measures held-out rows,
 `checkpointing` saves, `non_finite` reports losses that are not finite, `health` other signs that a
-run goes wrong, `ddp` shares each batch among ranks, and `cuda_graphs` replays recorded steps.
+run goes wrong, `ddp` shares each batch among ranks, `steering` brings L0 to --target-l0, and
+`cuda_graphs` replays recorded steps.
 """
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "run_state",
     "sae_trainer",
     "state_layout",
+    "steering",
     "step",
     "validation",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,12 @@ from saetrain.kernels import total
 from saetrain.model.losses import Losses, OutputSlice
 from saetrain.tracking import EDGES
 
+if TYPE_CHECKING:
+    from saetrain.training.steering import Steering
+
 MEANS = ("fvu", "auxk", "l0")
 """Names of the means that every SAE has."""
+_L0 = MEANS.index("l0")
 
 
 @dataclass
@@ -37,6 +41,8 @@ class MeanMeter:
     steps: int = 0
     residual: ResidualShare | None = None
     """What else each step's values are added to."""
+    steering: Steering | None = None
+    """With --target-l0, the weight of the penalty, which follows each step's L0."""
 
     def add(self, losses: Losses) -> None:
         """Add the losses of one step."""
@@ -56,6 +62,8 @@ class MeanMeter:
         self.steps += 1
         if self.residual is not None:
             self.residual.count(values)
+        if self.steering is not None:
+            self.steering.count(values[_L0])
 
     def count_replayed(self) -> None:
         """Advance the host's counter for a step that a CUDA graph added on the device."""

@@ -133,7 +133,16 @@ def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
         losses_of = partial(ddp.forward, losses_of)
     residual = trainer.meter.residual
     of_residual = None if dead is None or residual is None else residual.share()
-    given = (trainer.variance, dead, trainer.loss_config, step, trainer.device_step, of_residual)
+    steering = trainer.meter.steering
+    given = (
+        trainer.variance,
+        dead,
+        trainer.loss_config,
+        step,
+        trainer.device_step,
+        of_residual,
+        None if steering is None else steering.value(),
+    )
     parts = torch.split(x, settings.micro_batch_size or len(x))
     losses = []
     for number, part in enumerate(parts, 1):

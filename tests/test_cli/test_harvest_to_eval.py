@@ -191,7 +191,8 @@ def test_fit_prints_every_sae_and_the_folder_of_the_run(folders):
     assert f"{root / 'run'}: " in printed
     assert "layers.1.mlp" in printed
     header, *rows = printed.splitlines()
-    words = ["hookpoint", "FVU, last steps", "FVU, held out", "L0", "dead % ("]
+    words = ["hookpoint", "FVU, last steps", "FVU, held out", "L0, last steps", "L0, held out"]
+    words.append("dead % (")
     assert re.fullmatch(r" +".join(map(re.escape, words)) + r"[\d,]+ rows\)", header)
     evaluated = json.loads(run(saetrain_app, "eval", root / "run", "--json"))
     found = {row.split()[0]: row.split()[2] for row in rows[:2]}

@@ -81,6 +81,14 @@ class Activation:
         del latents, norms
         return None
 
+    def l0(self, latents: Latents) -> Tensor:
+        """Return the number of active latents of each row, with a gradient. [N]"""
+        raise AssertionError(f"{type(self).__name__} has no penalty on L0: {len(latents)}")
+
+    def firing_shares(self, latents: Latents) -> Tensor:
+        """Return the share of the rows on which each latent fires, with a gradient. [M]"""
+        raise AssertionError(f"{type(self).__name__} has no penalty on L0: {len(latents)}")
+
     counts = False
     """Whether the penalty is a number of latents (L0); otherwise it has the unit of the rows."""
 

@@ -6,7 +6,9 @@ gradient to θ; the paper's straight-through estimate, with a rectangle of width
 
     ∂z/∂θ = -(θ/ε) rect((p - θ)/ε),    ∂H/∂θ = -(1/ε) rect((p - θ)/ε).
 
-The gradient to p is that of z alone, H(p - θ). The parameter is log θ, as in the paper, so that a
+The gradient to p is that of z alone, H(p - θ); with --target-l0 also ∂H/∂p = -∂H/∂θ, as in
+Anthropic's update of January 2025: thresholds alone cannot raise L0 above the number of positive
+pre-activations. The parameter is log θ, as in the paper, so that a
 step changes θ by a share of itself, whatever the unit of the rows; its gradient is θ times that to
 θ. In runs with the defaults of version 1 it is θ itself, clamped at 0 before each step, as in
 saved SAEs.
@@ -100,6 +102,18 @@ class JumpRelu(Activation, nn.Module):
             latents.pre_acts.detach(), self.thresholds(), self.bandwidth
         )
 
+    def l0(self, latents: Latents) -> Tensor:
+        """Compute L0 of each row, with a gradient to thresholds and pre-activations. [N]"""
+        assert latents.pre_acts is not None
+        return (compiled(_count) if self.compiles else _count)(
+            latents.pre_acts, self.thresholds(), self.bandwidth
+        )
+
+    def firing_shares(self, latents: Latents) -> Tensor:
+        """Compute the share of the rows on which each latent fires; gradient as `l0`. [M]"""
+        assert latents.pre_acts is not None
+        return _FiringShares.apply(latents.pre_acts, self.thresholds(), self.bandwidth)  # type: ignore[no-untyped-call, no-any-return]
+
 
 _THRESHOLD, _LOG_THRESHOLD = "activation.threshold", "activation.log_threshold"
 _LEAST = 1e-3
@@ -167,4 +181,23 @@ class _Count(Function):
             return (_window(p, threshold, ctx.bandwidth).to(d_count.dtype),)
 
         (window,) = by_rows(window_of, pre_acts)  # [N, M]
-        return None, -(d_count @ window) / ctx.bandwidth, None
+        d_pre = None
+        if ctx.needs_input_grad[0]:
+            d_pre = (d_count / ctx.bandwidth).unsqueeze(1) * window
+        return d_pre, -(d_count @ window) / ctx.bandwidth, None
+
+
+class _FiringShares(Function):
+    @staticmethod
+    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_acts, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre_acts > threshold).sum(dim=0).to(threshold.dtype) / len(pre_acts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_shares: Tensor) -> tuple[Tensor | None, ...]:
+        pre_acts, threshold = ctx.saved_tensors
+        window = _window(pre_acts, threshold, ctx.bandwidth).to(d_shares.dtype)  # [N, M]
+        d_each = d_shares / (ctx.bandwidth * len(pre_acts))
+        return window * d_each, -d_each * window.sum(dim=0), None

@@ -36,6 +36,7 @@ from saetrain.runs.record import read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
 from saetrain.training.metrics import SilenceBound
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, by_hookpoint, make_optimizer
+from saetrain.training.steering import Steering
 from saetrain.training.step import train_batch
 
 N, D, M, K = 64, 16, 64, 4
@@ -68,14 +69,16 @@ def make(
     settings: dict[str, Any] | None = None,
     hookpoint: str = "layers.0",
     lr: float = 0.01,
+    target_l0: float | None = None,
+    frequency: float | None = None,
     **kind: Any,
 ) -> SaeTrainer:
     config = SaeConfig(D, M, K, **kind)
     how = StepSettings(**settings or {}, auxk_alpha=alpha)
     sae = build_sae(config, device=device, dtype=dtype)
-    loss_config = make_loss_config(config, warmup)
+    loss_config = make_loss_config(config, warmup, target_l0=target_l0, frequency=frequency)
     schedule = schedule or Schedule("linear", 3, STEPS + 2)
-    return SaeTrainer(
+    trainer = SaeTrainer(
         SaeEntry(hookpoint, config, lr, 0),
         sae,
         make_optimizer(
@@ -92,6 +95,10 @@ def make(
         loss_config,
         how,
     )
+    if target_l0 is not None:
+        steering = Steering(loss_config, STEPS, sae.W_enc.device, quadratic=sae.activation.counts)
+        trainer.meter.steering = steering
+    return trainer
 
 
 def batch_of(rows: Tensor) -> Any:
@@ -138,6 +145,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "groupmax": {"activation": "groupmax"},
     "jumprelu": {"activation": "jumprelu", "sparsity": 0.1, "threshold": 0.3, "bandwidth": 0.5},
     "gated": {"activation": "gated", "sparsity": 0.1},
+    "towards an L0": {
+        "activation": "jumprelu",
+        "sparsity": 0.1,
+        "threshold": 0.3,
+        "bandwidth": 0.5,
+        "target_l0": 6.0,
+        "frequency": 1.0,
+    },
     "auxk": {"alpha": 0.1, "dead_after": 2 * N},
     "auxk by residual": {
         "alpha": 0.1,

@@ -1,6 +1,7 @@
 """Held-out FVU of our SAEs against those of sparsify and SAELens, trained on the same rows.
 
     python benchmarks/bench_quality.py [--work FOLDER] [--expansion 4 --expansion 8] [--smoke]
+    python benchmarks/bench_quality.py --kinds [--l0 32 --l0 64] [--epochs 4]
 
 SmolLM2-135M's `layers.9` over real prose, context 256, position 0 dropped, bf16 rows. Ours (through
 `saetrain fit` itself), sparsify's `SparseCoder` with Adam in the order of sparsify's own trainer,
@@ -14,6 +15,10 @@ Products are in bfloat16 on all sides, as sparsify has them on CUDA (--no-bfloat
 are judged alike, on held-out rows in float32: FVU, a ratio of sums around the training rows'
 mean; L0; and dead, latents that fire on none of these rows. A seed determines the weights, the
 order of rows, and which shards are held out.
+
+--kinds compares the activations instead, at one seed and equal L0, with 8 times the width: each of
+ours at its defaults, those without a k with --target-l0, and SAELens's BatchTopK and JumpReLU (the
+quadratic penalty with the same target) at --peer-lr. Its goal: L0 within 5% of what was asked for.
 
 The result of each training is a file in FOLDER/results: the same command resumes after a kill, and
 two commands with different --expansion may share a folder. Exit status 1 if a goal is missed (FVU
@@ -57,6 +62,11 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 TUNED, DEFAULT = "ours, tuned", "ours, defaults"
 PEERS = ("sparsify, Adam", "SAELens TopK")
 SIDES = (TUNED, DEFAULT, *PEERS)
+OUR_KINDS = ("topk", "batchtopk", "groupmax", "relu", "gated", "jumprelu")
+PEER_KINDS = ("SAELens BatchTopK", "SAELens JumpReLU")
+WITH_TARGET = ("relu", "gated", "jumprelu")
+NEAR = 0.05
+"""Relative distance of L0 from what was asked for that meets the goal."""
 OUR_CHOICE: dict[str, Any] = {"optimizer": "muon", "input_scale": "rms"}
 """What of our options is tuned for rows like these, besides the learning rate."""
 ROWS_AT_ONCE = 1024
@@ -88,11 +98,14 @@ class Job:
     lr: float | None
     """None: the side's default."""
     seed: int
+    l0: int | None = None
+    """Of a comparison of kinds."""
 
     def name(self, form: Form) -> str:
         """Says all that decides the result, but for the cache."""
         side = self.side.replace(", ", "-").replace(" ", "-")
         lr = "default" if self.lr is None else f"{self.lr:g}"
+        side += "" if self.l0 is None else f"-l0-{self.l0}"
         products = "bfloat16" if form.bfloat16 else "float32"
         return f"{side}-{self.num_latents}-lr{lr}-seed{self.seed}-epochs{form.epochs}-{products}"
 
@@ -128,6 +141,8 @@ def main() -> int:
     )
     cache = Cache.open(smoke_cache(form.work) if options.smoke else quality_cache(form.work))
     d_in = cache.manifest.width(form.hookpoint)
+    if options.kinds:
+        return compare_kinds(cache, form, d_in * options.expansion[-1], options)
     ok, tables = True, []
     for expansion in options.expansion:
         found = train_all(cache, form, d_in * expansion)
@@ -143,6 +158,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/bench_quality"))
     parser.add_argument("--smoke", action="store_true", help="random rows, small, no goals")
     parser.add_argument("--expansion", type=int, action="append", help="default: 4 and 8")
+    parser.add_argument("--kinds", action="store_true", help="all activations at equal L0")
+    parser.add_argument("--l0", type=int, action="append", help="with --kinds; default: 32 and 64")
+    parser.add_argument("--peer-lr", type=float, default=4e-3, help="SAELens's, with --kinds")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True)
@@ -184,7 +202,7 @@ def result(cache: Cache, form: Form, job: Job) -> Figures:
         training, held_out = shards(cache, job.seed)
         sizes = [(shard, cache.receipts[shard].rows) for shard in training]
         plan = make_plan(sizes, cache.manifest.block_rows, form.batch, job.seed)
-        train = train_ours if job.side in (TUNED, DEFAULT) else train_peer
+        train = train_ours if job.side in (TUNED, DEFAULT, *OUR_KINDS) else train_peer
         lr, trained = train(cache, form, job, plan)
         figures = judge(cache, form.hookpoint, training, held_out, trained, lr)
         path.parent.mkdir(exist_ok=True)
@@ -208,14 +226,13 @@ def train_ours(cache: Cache, form: Form, job: Job, plan: OrderPlan) -> tuple[flo
         out=str(out),
         hookpoint=(form.hookpoint,),
         num_latents=job.num_latents,
-        k=form.k,
         batch_size=form.batch,
         epochs=form.epochs,
         val_fraction=HELD_OUT,
         seed=job.seed,
         autocast=form.bfloat16,
         resume=True,
-        **({} if job.side == DEFAULT else OUR_CHOICE | {"lr": job.lr}),
+        **our_options(form, job),
     )
     fit(config)
     record = read_run(out)
@@ -225,13 +242,21 @@ def train_ours(cache: Cache, form: Form, job: Job, plan: OrderPlan) -> tuple[flo
     return record.saes[0].lr, published(sae)
 
 
+def our_options(form: Form, job: Job) -> dict[str, Any]:
+    """What is asked of ours: a kind and its L0, or the rate of what is tuned."""
+    if job.side in OUR_KINDS:
+        asked = {"target_l0": job.l0} if job.side in WITH_TARGET else {"k": job.l0}
+        return {"activation": job.side} | asked
+    return {"k": form.k} | ({} if job.side == DEFAULT else OUR_CHOICE | {"lr": job.lr})
+
+
 def train_peer(cache: Cache, form: Form, job: Job, plan: OrderPlan) -> tuple[float, Published]:
     """Train another library's SAE on the batches of our stream."""
     steps = form.epochs * plan.steps_per_epoch
     setting = Setting(
         cache.manifest.width(form.hookpoint),
         job.num_latents,
-        form.k,
+        form.k if job.l0 is None else job.l0,
         "adam",
         steps,
         warmup=steps // 20,
@@ -248,8 +273,9 @@ def train_peer(cache: Cache, form: Form, job: Job, plan: OrderPlan) -> tuple[flo
 
 def contender(cache: Cache, form: Form, side: str, setting: Setting, plan: OrderPlan) -> Contender:
     """Build the trainer of another library."""
-    if side == "SAELens TopK":
-        return sae_lens(setting, list(islice(batches(cache, form, plan), BATCHES_FOR_NORM)))
+    if (kind := side.removeprefix("SAELens ")) != side:
+        first = list(islice(batches(cache, form, plan), BATCHES_FOR_NORM))
+        return sae_lens(setting, first, kind)
     return sparsify(setting)
 
 
@@ -284,6 +310,30 @@ def judge(
     denominator = cache.statistics(hookpoint, held_out).squared_error_of(mean)
     dead = 100.0 * float((~fired).double().mean())
     return Figures(float(np.sum(errors)) / denominator, active / rows, dead, lr)
+
+
+def compare_kinds(cache: Cache, form: Form, num_latents: int, options: argparse.Namespace) -> int:
+    """Train every kind at every L0, print a table, and return the exit status."""
+    lines, ok = [], True
+    targets = options.l0 or ([4, 8] if options.smoke else [32, 64])
+    for side in (*OUR_KINDS, *PEER_KINDS):
+        lr = options.peer_lr if side in PEER_KINDS else None
+        line = [side if side in PEER_KINDS else f"ours, {side}"]
+        for l0 in targets:
+            found = result(cache, form, Job(side, num_latents, lr, 0, l0))
+            line += [f"{found.fvu:.4f}", f"{found.l0:.1f}", f"{found.dead:.1f}"]
+            ok &= side not in WITH_TARGET or abs(found.l0 / l0 - 1) <= NEAR
+        lines.append(line)
+    training, _ = shards(cache, 0)
+    rows = sum(cache.receipts[s].rows for s in training)
+    steps = form.epochs * (rows // form.batch)
+    print(
+        f"{cache.manifest.model} {form.hookpoint}, {num_latents:,} latents, {steps} steps of "
+        f"{form.batch:,} rows, seed 0; held-out rows\n" + machine("sae-lens")
+    )
+    header = [f"{name} at L0 {l0}" for l0 in targets for name in ("FVU", "L0", "dead %")]
+    print_table(["", *header], lines)
+    return 0 if ok or options.smoke else 1
 
 
 def mean_fvu(found: Found, side: str) -> float:

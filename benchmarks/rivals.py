@@ -8,6 +8,7 @@ all latents [N, M]. Each is trained as its own library trains it.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -77,7 +78,9 @@ def published(sae: Sae) -> Published:
     return run
 
 
-def _dense(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> Tensor:
+def _dense(top_acts: Tensor, top_indices: Tensor | None, num_latents: int) -> Tensor:
+    if top_indices is None:
+        return top_acts
     empty = top_acts.new_zeros(len(top_acts), num_latents)
     return empty.scatter_(1, top_indices, top_acts)
 
@@ -227,26 +230,35 @@ def _sparsify_optimizers(setting: Setting, sae: torch.nn.Module) -> tuple[list[A
     ]
 
 
-def sae_lens(setting: Setting, first: Sequence[Tensor]) -> Contender:
-    """Build SAELens's TopK in its own trainer, scaled by the norms of the `first` batches [N, D].
+def sae_lens(setting: Setting, first: Sequence[Tensor], kind: str = "TopK") -> Contender:
+    """Build an SAE of SAELens in its own trainer, scaled by the norms of the `first` batches.
 
-    The schedule is its tutorial's: constant, and a linear decay to 0 over the last fifth.
+    The schedule is its tutorial's: constant, and a linear decay to 0 over the last fifth. JumpReLU
+    has the quadratic penalty, with the target k, from its warm-up on.
+
+    Args:
+        setting: sizes, k and schedule.
+        first: batches from which the scale is estimated. Each [N, D]
+        kind: TopK, BatchTopK or JumpReLU.
     """
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    import sae_lens as library
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     s = setting
     torch.manual_seed(s.seed)
-    normalise = "expected_average_only_in"
-    config = TopKTrainingSAEConfig(
+    chosen: dict[str, Any] = {"k": s.k}
+    if kind == "JumpReLU":
+        chosen = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(s.k)}
+        chosen["l0_warm_up_steps"] = s.warmup
+    config = getattr(library, f"{kind}TrainingSAEConfig")(
         d_in=s.d_in,
         d_sae=s.num_latents,
-        k=s.k,
-        normalize_activations=normalise,
+        normalize_activations="expected_average_only_in",
         device=str(s.device),
+        **chosen,
     )
-    sae = TopKTrainingSAE(config)
+    sae = getattr(library, f"{kind}TrainingSAE")(config)
     batch = len(first[0])
     options = SAETrainerConfig(
         s.steps * batch,
@@ -268,10 +280,13 @@ def sae_lens(setting: Setting, first: Sequence[Tensor]) -> Contender:
 
     def finish() -> Published:
         sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+        with tempfile.TemporaryDirectory() as folder:  # BatchTopK is saved with a threshold
+            sae.save_inference_model(folder)
+            saved = library.SAE.load_from_disk(folder, device=str(s.device))
 
         def run(x: Tensor) -> tuple[Tensor, Tensor]:
-            latents = sae.encode(x)
-            return sae.decode(latents), latents
+            latents = saved.encode(x)
+            return saved.decode(latents), latents
 
         return run
 

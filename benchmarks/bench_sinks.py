@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import real_cache
@@ -103,7 +104,7 @@ def smoke_cache(work: Path) -> Path:
     return root
 
 
-def result(work: Path, cache: Cache, name: str, given: dict[str, object]) -> Figures:
+def result(work: Path, cache: Cache, name: str, given: dict[str, Any]) -> Figures:
     """Figures of a training, made if they are not there."""
     path = work / "results" / f"{name}.json"
     if not path.exists():

@@ -125,8 +125,8 @@ def keep_rows(
             _add(kept, name, statistics)
         if above.any():
             left_out[shard] = np.flatnonzero(above)
-    rows = sum(cache.receipts[shard].rows for shard in shards) - sum(map(len, left_out.values()))
-    return KeptRows(left_out, rows, kept, whole)
+    stored = sum(cache.receipts[shard].rows for shard in shards)
+    return KeptRows(left_out, stored - sum(map(len, left_out.values())), kept, whole)
 
 
 def _add(merged: dict[str, Statistics], name: str, part: Statistics) -> None:

@@ -413,6 +413,14 @@ def with_defaults(config: FitConfig, version: int) -> FitConfig:
     return filled
 
 
+def with_precision(config: FitConfig, precision: Precision) -> FitConfig:
+    """Return the options with this precision, whatever --precision and --autocast say."""
+    changed = copy.copy(config)
+    object.__setattr__(changed, "precision", None)
+    object.__setattr__(changed, "autocast", precision == "bfloat16")
+    return changed
+
+
 def require_run(run: FitConfig) -> None:
     """Reject invalid values and combinations of options; raises `ConfigError`."""
     require_names(run, "cache", "out")

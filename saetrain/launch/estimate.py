@@ -14,12 +14,11 @@ import torch
 
 from actcache.core.process import CUDA_BYTES, free_memory, library_memory
 from actcache.stream.memory_budget import plan_memory
-from saetrain.config.fit_config import DEFAULTS, NEWEST_DEFAULTS, FitConfig
+from saetrain.config.fit_config import DEFAULTS, NEWEST_DEFAULTS, FitConfig, with_precision
 from saetrain.config.sae import PENALISED, OptimizerName, SaeConfig, SaeEntry, hookpoints_of
 from saetrain.kernels.dense import tokens_at_once
 from saetrain.launch.resolve import open_cache, sae_entries, steps_ahead, with_default_lr
-from saetrain.training.sae_trainer import lasting_bytes, parameter_shapes
-from saetrain.training.step import precision_on, with_precision
+from saetrain.training.sae_trainer import lasting_bytes, parameter_shapes, precision_on
 
 _FLOAT = 4  # bytes
 

@@ -48,7 +48,7 @@ from saetrain.runs.record import (
 )
 from saetrain.runs.segments import first_segment, require_batch
 from saetrain.training.init import FirstRows, with_encoder_scale
-from saetrain.training.step import precision_on
+from saetrain.training.sae_trainer import precision_on
 
 ConfigsOf = Callable[[Sequence[SaeEntry]], list[SaeConfig]]
 _DEAD_AFTER = 10_000_000

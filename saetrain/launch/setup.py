@@ -14,7 +14,7 @@ from actcache.cache.reader import Cache
 from actcache.core.process import free_memory
 from actcache.core.progress import format_bytes
 from actcache.errors import ConfigError, FormatError
-from saetrain.config.fit_config import FitConfig, with_defaults
+from saetrain.config.fit_config import FitConfig, with_defaults, with_precision
 from saetrain.config.sae import SaeEntry, hookpoints_of
 from saetrain.distributed.coordinator import Coordinator
 from saetrain.launch.finetune import load_pretrained
@@ -47,15 +47,14 @@ from saetrain.training.sae_trainer import (
     lasting_bytes,
     make_optimizer,
     make_step_settings,
+    precision_on,
 )
 from saetrain.training.state_layout import require_state
 from saetrain.training.steering import Steering
 from saetrain.training.step import (
-    precision_on,
     require_bfloat16_products,
     require_compiler,
     use_precision,
-    with_precision,
 )
 from saetrain.training.validation import Validation
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError
-from saetrain.config.fit_config import DEFAULTS, Defaults, FitConfig, defaults_of
+from saetrain.config.fit_config import DEFAULTS, Defaults, FitConfig, Precision, defaults_of
 from saetrain.config.sae import PENALISED, DecoderNorm, OptimizerName, SaeConfig
 from saetrain.distributed.collectives import world_size
 from saetrain.model.activations import to_saved
@@ -91,6 +91,27 @@ class StepSettings:
     def changes_k(self, step: int) -> bool:
         """Return whether k differs from that of the step before."""
         return step > 0 and self.k(step) != self.k(step - 1)
+
+
+def precision_on(
+    device: torch.device, options: FitConfig, defaults: Defaults, recorded: Precision | None = None
+) -> Precision:
+    """Determine the precision of products: as given, as at the start of the run, or the device's.
+
+    Args:
+        device: device of the run.
+        options: options of the run, as given.
+        defaults: defaults of the run.
+        recorded: precision that the record of a resumed run holds.
+    """
+    given = options.precision or ("bfloat16" if options.autocast else recorded)
+    if given is not None:
+        return given
+    if device.type != "cuda":
+        return "float32"
+    if defaults.cuda_precision != "bfloat16" or torch.cuda.is_bf16_supported(False):
+        return defaults.cuda_precision
+    return "tf32"
 
 
 def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:

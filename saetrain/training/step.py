@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 
 if TYPE_CHECKING:
     from actcache.stream.activation_stream import Batch
-    from saetrain.config.fit_config import Defaults, FitConfig, Precision
+    from saetrain.config.fit_config import Precision
 
 
 def train_batch(groups: dict[str, list[SaeTrainer]], batch: Batch, step: int) -> None:
@@ -203,32 +202,6 @@ def largest_square(parameters: Iterable[nn.Parameter]) -> Tensor:
         bounds = list(torch._foreach_norm(gradients, torch.inf))
     largest = torch.stack(bounds).amax()
     return largest.to(torch.promote_types(largest.dtype, torch.float32)).square()
-
-
-def precision_on(
-    device: torch.device, options: FitConfig, defaults: Defaults, recorded: Precision | None = None
-) -> Precision:
-    """Determine the precision of products: as given, as at the start of the run, or the device's.
-
-    Args:
-        device: device of the run.
-        options: options of the run, as given.
-        defaults: defaults of the run.
-        recorded: precision that the record of a resumed run holds.
-    """
-    given = options.precision or ("bfloat16" if options.autocast else recorded)
-    if given is not None:
-        return given
-    if device.type != "cuda":
-        return "float32"
-    if defaults.cuda_precision != "bfloat16" or torch.cuda.is_bf16_supported(False):
-        return defaults.cuda_precision
-    return "tf32"
-
-
-def with_precision(options: FitConfig, precision: Precision) -> FitConfig:
-    """Return the options of steps in this precision."""
-    return replace(options, autocast=precision == "bfloat16", precision=None)
 
 
 def use_precision(precision: Precision, device: torch.device) -> None:

@@ -9,10 +9,16 @@ import pytest
 import torch
 
 from actcache.errors import ConfigError
-from saetrain.config.fit_config import DEFAULTS, FitConfig, Precision, with_defaults
+from saetrain.config.fit_config import (
+    DEFAULTS,
+    FitConfig,
+    Precision,
+    with_defaults,
+    with_precision,
+)
 from saetrain.config.sae import SaeConfig
-from saetrain.training.sae_trainer import StepSettings, make_step_settings
-from saetrain.training.step import precision_on, use_precision, with_precision
+from saetrain.training.sae_trainer import StepSettings, make_step_settings, precision_on
+from saetrain.training.step import use_precision
 
 
 def annealed(**options: int) -> StepSettings:

@@ -5,10 +5,12 @@
 All train from the same start on the same rows with the same optimiser: forward, backward, update,
 unit norm, dead-latent counts; ours is what `saetrain fit` does. Weights are float32; on CUDA our
 product is TF32, while sparsify's forward pass is bfloat16 by its own autocast. "ours, bfloat16" has
---autocast; "dense" is SAELens's method, top-k acts in a dense matrix and autograd, in our trainer,
-on CUDA in bfloat16. AuxK is on, and no latent dead yet. Implementations are timed in turns, so that
-a slow minute of the machine affects all of them. Milliseconds are wall time; with --threads 1, on a
-CPU, the thread's CPU time. On CUDA, "one graph" is --cuda-graphs: the whole step recorded once and
+--precision bfloat16, the default on CUDA, and "ours, float32" has --precision float32; "dense" is
+SAELens's method, top-k acts in a dense matrix and autograd, in our trainer, on CUDA in bfloat16.
+AuxK is on, and no latent dead yet; with "AuxK acting" a twentieth of them is. Implementations are
+timed in turns, so that a slow minute of the machine affects all of them. Milliseconds are wall
+time; with --threads 1, on a CPU, the thread's CPU time. On CUDA, "one graph" is --cuda-graphs: the
+whole step recorded once and
 replayed, and so are eight small SAEs on the same rows; what a graph keeps is not in its peak.
 "floor" is the sum over stages of the larger of operations over the rate of a large product and
 bytes over that of a large copy, both measured in the same run, in bfloat16 on CUDA and float32 on a
@@ -155,14 +157,30 @@ def contenders(setting: Setting, x: Tensor) -> dict[str, Contender]:
     made = {
         "ours": ours(setting, mean, variance),
         "ours, bfloat16": ours(setting, mean, variance, autocast=True),
+        "ours, AuxK acting": ours(setting, mean, variance, dead=setting.num_latents // 20),
         "dense": dense(setting, mean, variance),
     }
     if x.is_cuda:
+        made["ours, float32"] = _without_tf32(ours(setting, mean, variance))
+        acting = ours(setting, mean, variance, autocast=True, dead=setting.num_latents // 20)
+        made["ours, bfloat16, AuxK acting"] = acting
         graph = ours_together(setting, mean, variance, autocast=True)
         made["ours, bfloat16, one graph"] = graph
     if find_spec("sparsify") is not None:
         made["sparsify"] = sparsify(setting)
     return made
+
+
+def _without_tf32(contender: Contender) -> Contender:
+    """Make the steps of a contender with --precision float32."""
+    step, finish = contender
+
+    def exact(x: Tensor, number: int) -> None:
+        torch.set_float32_matmul_precision("highest")
+        step(x, number)
+        torch.set_float32_matmul_precision("high")
+
+    return exact, finish
 
 
 def many(setting: Setting, x: Tensor) -> dict[str, Contender]:

@@ -92,11 +92,23 @@ def ours(
     *,
     autocast: bool = False,
     sae_type: type[Sae] = Sae,
+    dead: int = 0,
 ) -> Contender:
-    """Our step. b_dec begins at `mean` [D]; the loss divides by `variance`."""
+    """Our step. b_dec begins at `mean` [D]; the loss divides by `variance`.
+
+    AuxK is on. With `dead`, so many latents are dead from the third step on; else none is before
+    10 million rows.
+    """
     trainer = _trainee(setting, mean, variance, autocast, sae_type)
-    # AuxK as by default; no latent is dead before 10 million rows.
-    return lambda x, step: train_step(trainer, x, step), lambda: _exported(trainer)
+
+    def step(x: Tensor, number: int) -> None:
+        if dead:
+            trainer.dead_tracker.dead_after = 2 * len(x)
+            trainer.dead_tracker.rows_since.zero_()
+            trainer.dead_tracker.rows_since[:dead] = 2 * len(x)
+        train_step(trainer, x, number)
+
+    return step, lambda: _exported(trainer)
 
 
 def ours_together(

@@ -22,7 +22,7 @@ def test_bench_train_step_compares_all_sides_and_prints_its_table_last():
     table = done.stdout.strip().split("\n\n")[-1].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert rows[0][:4] == ["(N, D, M, K)", "optimiser", "step", "ms"]
-    sides = ["ours", "ours, bfloat16", "dense", "sparsify"]
+    sides = ["ours", "ours, bfloat16", "ours, AuxK acting", "dense", "sparsify"]
     assert [row[1:3] for row in rows[2:]] == [[o, s] for o in ("signum", "adam") for s in sides]
     for row in rows[2:]:
         assert float(row[3]) > 0

@@ -197,7 +197,10 @@ def _order(
     training, held_out = split_shards(shards, config.val_fraction, seed)
     rows = [(shard, cache.receipts[shard].rows) for shard in training]
     massive = left_out = None
-    if ratio := with_defaults(config, NEWEST_DEFAULTS).max_norm_ratio:
+    ratio = config.max_norm_ratio
+    if ratio is None:
+        ratio = DEFAULTS[config.defaults or NEWEST_DEFAULTS].max_norm_ratio
+    if ratio:
         massive = massive_rows(cache, hookpoints, training, held_out, ratio, config.verify)
         left_out = None if massive is None else massive.training.left_out
     block_rows = cache.manifest.block_rows

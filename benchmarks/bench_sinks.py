@@ -1,6 +1,7 @@
 """What a few rows of a very large norm do to training, with and without `fit --max-norm-ratio`.
 
     python benchmarks/bench_sinks.py [--work FOLDER] [--tokens N] [--seeds N] [--smoke]
+        [--hookpoint layers.15] [--ratio 0 --ratio 10]
 
 SmolLM2-135M's `layers.4`, `layers.9` and `layers.15` over real prose, context 256, position 0
 dropped, bf16 rows. At each hookpoint an SAE is trained alone, at the defaults of `saetrain fit`,
@@ -63,11 +64,11 @@ def main() -> None:
     """Train what is not trained yet, print the table."""
     options = parse()
     work, seeds = options.work, range(options.seeds)
-    hookpoints = ("layers.0",) if options.smoke else HOOKPOINTS
-    ratios = (0.0, 10.0) if options.smoke else RATIOS
+    hookpoints = ("layers.0",) if options.smoke else options.hookpoint or HOOKPOINTS
+    ratios = (0.0, 10.0) if options.smoke else options.ratio or RATIOS
     root = smoke_cache(work) if options.smoke else real_cache(work, HOOKPOINTS, options.tokens)
-    small = {"num_latents": 64, "k": 4, "batch_size": 128, "log_every": 4}
-    large = {"expansion_factor": 8, "k": 32, "batch_size": 2048, "log_every": 4}
+    small: dict[str, Any] = {"num_latents": 64, "k": 4, "batch_size": 128, "log_every": 4}
+    large: dict[str, Any] = {"expansion_factor": 8, "k": 32, "batch_size": 2048, "log_every": 4}
     shared = (small if options.smoke else large) | {"epochs": options.epochs}
     cache = Cache.open(root)
     print(
@@ -90,6 +91,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/bench_sinks"))
     parser.add_argument("--smoke", action="store_true", help="random rows, small")
+    parser.add_argument("--hookpoint", action="append", choices=HOOKPOINTS, help="default: all")
+    parser.add_argument("--ratio", action="append", type=float, help="0: none; default: all")
     parser.add_argument("--tokens", type=int, default=300_032)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1)

@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIDES = ["ours, tuned", "ours, defaults", "sparsify, Adam", "SAELens TopK"]
 
 
-def run(work: Path) -> subprocess.CompletedProcess[str]:
+def run(work: Path, *more: str) -> subprocess.CompletedProcess[str]:
     script = BENCHMARKS / "bench_quality.py"
     command = [
         sys.executable,
@@ -24,6 +24,7 @@ def run(work: Path) -> subprocess.CompletedProcess[str]:
         "2",
         "--work",
         str(work),
+        *more,
     ]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=True, env=env)
@@ -55,3 +56,14 @@ def test_bench_quality_prints_all_sides_and_trains_nothing_twice(tmp_path: Path)
     assert second.stdout.partition("synthetic")[2] == first.stdout.partition("synthetic")[2]
     assert re.findall(r"^(\S+): Figures", second.stderr, re.M) == [lost.removesuffix(".json")]
     assert (tmp_path / "results" / lost).read_text() == results[lost]
+
+
+@pytest.mark.soak
+def test_bench_quality_compares_all_kinds_at_equal_l0(tmp_path: Path) -> None:
+    pytest.importorskip("sae_lens", reason="the extra `peers` is not installed")
+    printed = run(tmp_path, "--kinds").stdout
+    kinds = ["topk", "batchtopk", "groupmax", "relu", "gated", "jumprelu"]
+    sides = [*(f"ours, {kind}" for kind in kinds), "SAELens BatchTopK", "SAELens JumpReLU"]
+    rows = re.findall(r"^\| (\w[^|]*?) +\| +([0-9.]+) +\| +([0-9.]+)", printed, re.M)
+    assert [side for side, *_ in rows] == sides
+    assert [l0 for side, _, l0 in rows if side == "ours, topk"] == ["4.0"]

@@ -1,15 +1,14 @@
 """Steering of a sparsity penalty, so that L0 comes to --target-l0, N.
 
 A proportional-integral controller by the error e = log(L0 / N), averaged over about five steps and
-clipped to ±1. After each step from the warm-up's end on, the integral grows by 30/steps · e, times
-the share of the run that is left: L0 responds ever later as the learning rate falls.
+clipped to ±1. After each step from the warm-up's end on, the integral grows by 12/steps · e.
 
 - relu, gated: the weight of the penalty is its default times exp(integral + 2 e). L0 follows it
   late, after tens of steps. The proportional part damps the oscillation that the integral alone
   would have with such a lag, and the integral's rate is of the run's length, as learning rates are.
 - jumprelu: the target of the quadratic penalty is N exp(-integral - e), and its weight is fixed.
-  The integral grows twice as fast where |e| < 0.2, and 0.4 times as fast where it is more, so that
-  it does not wind up while L0 falls from its start.
+  The integral grows five times as fast where |e| < 0.2, so that what it has wound up while L0 fell
+  from its start is unwound, and ever slower towards the end, as L0 responds ever later.
   With the target N itself, L0 is right only at a weight at which the penalty outweighs the FVU and
   makes the L0 of all rows equal; with a small weight and a lower target, rows may differ.
 """
@@ -23,10 +22,10 @@ from torch import Tensor
 
 from saetrain.model.losses import LossConfig
 
-_INTEGRAL = 30.0  # over the steps of the run
+_INTEGRAL = 12.0  # over the steps of the run
 _BOUNDS = -2.0, 4.0  # of the integral of a quadratic penalty
 _NEAR = 0.2  # error up to which such an integral grows by the first factor, and else by the second
-_CLOSE, _FAR = 2.0, 0.4
+_CLOSE, _FAR = 5.0, 1.0
 _DECAY = 0.8  # of the error's average
 
 
@@ -64,10 +63,10 @@ class Steering:
         """Take the L0 of one step, over the whole batch: float64, no dimensions."""
         integral, error, steps = self.state.unbind()  # in place: a recorded step reads this address
         error.lerp_((l0.clamp(min=math.exp(-20)) / self._target).log().clamp(-1, 1), 1 - _DECAY)
-        left = (1 - steps / self._steps).clamp(min=0)
-        step = _INTEGRAL / self._steps * left * error * (steps >= self._warmup)
+        step = _INTEGRAL / self._steps * error * (steps >= self._warmup)
         if self._quadratic:
-            step *= torch.where(error.abs() < _NEAR, _CLOSE, _FAR)
+            left = (1 - steps / self._steps).clamp(min=0)
+            step *= left * torch.where(error.abs() < _NEAR, _CLOSE, _FAR)
         integral += step
         if self._quadratic:
             integral.clamp_(*_BOUNDS)

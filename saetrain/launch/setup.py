@@ -39,6 +39,7 @@ from saetrain.training.checkpointing import export, prune_best
 from saetrain.training.cuda_graphs import require_cuda_graphs
 from saetrain.training.ddp import DdpStep
 from saetrain.training.init import FirstRows, init_b_dec_at_median
+from saetrain.training.penalty_control import PenaltyController
 from saetrain.training.run_state import RunState
 from saetrain.training.sae_trainer import (
     SaeTrainer,
@@ -50,7 +51,6 @@ from saetrain.training.sae_trainer import (
     precision_on,
 )
 from saetrain.training.state_layout import require_state
-from saetrain.training.steering import Steering
 from saetrain.training.step import (
     require_bfloat16_products,
     require_compiler,
@@ -177,7 +177,7 @@ def make_trainers(
         )
         if loss_config.target_l0 is not None:
             quadratic = sae.activation.counts
-            trainers[-1].meter.steering = Steering(
+            trainers[-1].meter.controller = PenaltyController(
                 loss_config, record.steps, device, quadratic=quadratic
             )
     return trainers

@@ -19,7 +19,7 @@ from saetrain.model.losses import Losses, OutputSlice
 from saetrain.tracking import EDGES
 
 if TYPE_CHECKING:
-    from saetrain.training.steering import Steering
+    from saetrain.training.penalty_control import PenaltyController
 
 MEANS = ("fvu", "auxk", "l0")
 """Names of the means that every SAE has."""
@@ -41,7 +41,7 @@ class MeanMeter:
     steps: int = 0
     residual: ResidualShare | None = None
     """What else each step's values are added to."""
-    steering: Steering | None = None
+    controller: PenaltyController | None = None
     """With --target-l0, the weight of the penalty, which follows each step's L0."""
 
     def add(self, losses: Losses) -> None:
@@ -62,8 +62,8 @@ class MeanMeter:
         self.steps += 1
         if self.residual is not None:
             self.residual.count(values)
-        if self.steering is not None:
-            self.steering.count(values[_L0])
+        if self.controller is not None:
+            self.controller.count(values[_L0])
 
     def count_replayed(self) -> None:
         """Advance the host's counter for a step that a CUDA graph added on the device."""

@@ -456,8 +456,8 @@ class SaeTrainer:
             "k": self.sae.k or None,  # None with a sparsity penalty
             **decoder_norm_range(self.sae.W_dec),
         }
-        if self.meter.steering is not None:
-            metrics[self.meter.steering.name] = float(self.meter.steering.value())
+        if self.meter.controller is not None:
+            metrics[self.meter.controller.name] = float(self.meter.controller.value())
         if self.loss_config.parts:
             saved = self._unscaled(dict(self.sae.named_parameters()))
             metrics |= decoder_norms(saved["W_dec"], self.loss_config.parts)
@@ -476,8 +476,8 @@ class SaeTrainer:
         tensors |= {"firing": self.dead_tracker.rows_since, "meter": self.meter.sums}
         if self.meter.residual is not None:
             tensors["residual"] = self.meter.residual.sums
-        if self.meter.steering is not None:
-            tensors["steering"] = self.meter.steering.state
+        if self.meter.controller is not None:
+            tensors["controller"] = self.meter.controller.state
         for name, p in self.sae.named_parameters():
             if p.grad is not None:  # accumulated batches of an update that is not complete
                 tensors[f"gradient.{name}"] = p.grad
@@ -499,8 +499,8 @@ class SaeTrainer:
         self.meter.steps = int(numbers["meter.steps"])
         if self.meter.residual is not None:
             self.meter.residual.sums.copy_(tensors["residual"])
-        if self.meter.steering is not None:
-            self.meter.steering.state.copy_(tensors["steering"])
+        if self.meter.controller is not None:
+            self.meter.controller.state.copy_(tensors["controller"])
         self.latent_stats.load_state(_below("vitals.", tensors), _below("vitals.", numbers))
 
 

@@ -84,7 +84,7 @@ def require_state(
 
 _SQUARES = (".exp_avg_sq", ".state2", ".absmax2", ".norms")
 """Ends of the names of means of squares, their scales in 8 bits, and norms."""
-_SUMS = ("meter", "residual", "steering")
+_SUMS = ("meter", "residual", "controller")
 """Sums of losses."""
 _LR_MOST = 1e30  # of --lr
 
@@ -124,8 +124,8 @@ def _layout(trainer: SaeTrainer, step: int) -> StateLayout:
     tensors |= {"vitals.active": count, "vitals.norms": TensorSpec((), torch.float64)}
     if trainer.meter.residual is not None:
         tensors["residual"] = spec_of(trainer.meter.residual.sums)
-    if trainer.meter.steering is not None:
-        tensors["steering"] = spec_of(trainer.meter.steering.state)
+    if trainer.meter.controller is not None:
+        tensors["controller"] = spec_of(trainer.meter.controller.state)
     if step % every:  # within an update
         named = trainer.sae.named_parameters()
         tensors |= {f"gradient.{name}": spec_of(p) for name, p in named}

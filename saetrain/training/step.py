@@ -132,7 +132,7 @@ def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
         losses_of = partial(ddp.forward, losses_of)
     residual = trainer.meter.residual
     of_residual = None if dead is None or residual is None else residual.share()
-    steering = trainer.meter.steering
+    controller = trainer.meter.controller
     given = (
         trainer.variance,
         dead,
@@ -140,7 +140,7 @@ def accumulate_gradient(trainer: SaeTrainer, x: Tensor, step: int) -> Losses:
         step,
         trainer.device_step,
         of_residual,
-        None if steering is None else steering.value(),
+        None if controller is None else controller.value(),
     )
     parts = torch.split(x, settings.micro_batch_size or len(x))
     losses = []

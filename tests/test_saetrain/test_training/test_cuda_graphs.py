@@ -35,8 +35,8 @@ from saetrain.optim import Schedule
 from saetrain.runs.record import read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
 from saetrain.training.metrics import SilenceBound
+from saetrain.training.penalty_control import PenaltyController
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, by_hookpoint, make_optimizer
-from saetrain.training.steering import Steering
 from saetrain.training.step import train_batch
 
 N, D, M, K = 64, 16, 64, 4
@@ -96,8 +96,10 @@ def make(
         how,
     )
     if target_l0 is not None:
-        steering = Steering(loss_config, STEPS, sae.W_enc.device, quadratic=sae.activation.counts)
-        trainer.meter.steering = steering
+        controller = PenaltyController(
+            loss_config, STEPS, sae.W_enc.device, quadratic=sae.activation.counts
+        )
+        trainer.meter.controller = controller
     return trainer
 
 

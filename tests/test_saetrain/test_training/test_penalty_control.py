@@ -25,7 +25,7 @@ from saetrain.model.losses import LossConfig, compute_losses, make_loss_config
 from saetrain.model.sae import Sae, build_sae
 from saetrain.runs.checkpoint import newest_state
 from saetrain.tracking.jsonl import METRICS
-from saetrain.training.steering import Steering
+from saetrain.training.penalty_control import PenaltyController
 
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -127,47 +127,47 @@ def test_the_steered_value_is_the_target_of_jumprelu_and_the_weight_of_others(ki
         torch.testing.assert_close(found.total(0.0), expected.total(0.0))
 
 
-# --- steering ------------------------------------------------------------------------------------
+# --- controller ---------------------------------------------------------------------------------
 
 
-def steering(
+def controller(
     sparsity: float = 0.01, warmup: int = 5, steps: int = 100, quadratic: bool = False
-) -> Steering:
+) -> PenaltyController:
     config = LossConfig(sparsity=sparsity, warmup=warmup, target_l0=8.0)
-    return Steering(config, steps, torch.device("cpu"), quadratic=quadratic)
+    return PenaltyController(config, steps, torch.device("cpu"), quadratic=quadratic)
 
 
-def count(steered: Steering, l0: float, steps: int) -> float:
+def count(steered: PenaltyController, l0: float, steps: int) -> float:
     for _ in range(steps):
         steered.count(torch.tensor(l0, dtype=torch.float64))
     return float(steered.value())
 
 
 def test_the_weight_starts_at_the_default_and_follows_the_error() -> None:
-    assert float(steering().value()) == pytest.approx(0.01)
-    assert count(steering(), 8.0, 50) == pytest.approx(0.01)
-    assert count(steering(), 12.0, 50) > 0.03
-    assert count(steering(), 6.0, 50) < 0.005
+    assert float(controller().value()) == pytest.approx(0.01)
+    assert count(controller(), 8.0, 50) == pytest.approx(0.01)
+    assert count(controller(), 12.0, 50) > 0.03
+    assert count(controller(), 6.0, 50) < 0.005
     # The error is clipped, so that a start far from the target does not run away.
-    assert count(steering(), 1e6, 50) == count(steering(), 8 * 2.72, 50)
-    assert count(steering(), 0.0, 50) == count(steering(), 8 / 2.72, 50)
+    assert count(controller(), 1e6, 50) == count(controller(), 8 * 2.72, 50)
+    assert count(controller(), 0.0, 50) == count(controller(), 8 / 2.72, 50)
 
 
 def test_the_target_of_a_quadratic_penalty_moves_against_the_error_within_bounds() -> None:
-    assert float(steering(quadratic=True).value()) == 8.0
-    assert count(steering(quadratic=True), 8.0, 50) == pytest.approx(8.0)
-    assert count(steering(quadratic=True), 9.0, 50) < 8.0
-    assert count(steering(quadratic=True), 7.0, 50) > 8.0
-    assert count(steering(quadratic=True, steps=1000), 1e6, 1000) == pytest.approx(
+    assert float(controller(quadratic=True).value()) == 8.0
+    assert count(controller(quadratic=True), 8.0, 50) == pytest.approx(8.0)
+    assert count(controller(quadratic=True), 9.0, 50) < 8.0
+    assert count(controller(quadratic=True), 7.0, 50) > 8.0
+    assert count(controller(quadratic=True, steps=1000), 1e6, 1000) == pytest.approx(
         8 * math.exp(-4 - 1)
     )
-    assert count(steering(quadratic=True, steps=1000), 1e-6, 1000) == pytest.approx(
+    assert count(controller(quadratic=True, steps=1000), 1e-6, 1000) == pytest.approx(
         8 * math.exp(2 + 1)
     )
 
 
 def test_the_integral_waits_for_the_warm_up() -> None:
-    steered = steering(warmup=10)
+    steered = controller(warmup=10)
     count(steered, 100.0, 10)
     assert float(steered.state[0]) == 0
     count(steered, 100.0, 1)
@@ -178,7 +178,7 @@ def test_the_integral_waits_for_the_warm_up() -> None:
 def test_a_lagging_l0_comes_to_the_target_from_a_weight_far_off(start: float) -> None:
     """L0 = 8 at weight 0.01, and follows the weight with a lag of a twentieth of the run."""
     steps = 300
-    steered, log_l0 = steering(start, 15, steps), 5.0
+    steered, log_l0 = controller(start, 15, steps), 5.0
     for _ in range(steps):
         at = math.log(8) - 0.7 * (float(steered.value().log()) - math.log(0.01))
         log_l0 += (at - log_l0) / (steps / 20)
@@ -189,7 +189,7 @@ def test_a_lagging_l0_comes_to_the_target_from_a_weight_far_off(start: float) ->
 def test_a_quadratic_penalty_that_leads_elsewhere_is_corrected() -> None:
     """L0 follows the target to a fifth less, with a lag of a twentieth of the run."""
     steps, log_l0 = 300, 5.0
-    steered = steering(0.02, 15, steps, quadratic=True)
+    steered = controller(0.02, 15, steps, quadratic=True)
     for _ in range(steps):
         log_l0 += (float(steered.value().log()) + math.log(0.8) - log_l0) / (steps / 20)
         steered.count(torch.tensor(log_l0, dtype=torch.float64).exp())

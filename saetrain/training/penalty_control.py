@@ -1,4 +1,4 @@
-"""Steering of a sparsity penalty, so that L0 comes to --target-l0, N.
+"""Control of a sparsity penalty, so that L0 comes to --target-l0, N.
 
 A proportional-integral controller by the error e = log(L0 / N), averaged over about five steps and
 clipped to ±1. After each step from the warm-up's end on, the integral grows by 12/steps · e.
@@ -29,8 +29,8 @@ _CLOSE, _FAR = 5.0, 1.0
 _DECAY = 0.8  # of the error's average
 
 
-class Steering:
-    """What is steered of one SAE's penalty, as a function of the L0 of the steps before.
+class PenaltyController:
+    """Controller of one SAE's penalty, as a function of the L0 of the steps before.
 
     Args:
         loss_config: holds target, initial weight and warm-up.

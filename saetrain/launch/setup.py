@@ -49,12 +49,12 @@ from saetrain.training.sae_trainer import (
     make_optimizer,
     make_step_settings,
     precision_on,
+    use_precision,
 )
 from saetrain.training.state_layout import require_state
 from saetrain.training.step import (
     require_bfloat16_products,
     require_compiler,
-    use_precision,
 )
 from saetrain.training.validation import Validation
 
@@ -121,7 +121,8 @@ def make_trainers(
     batch_parts: int = 1,
 ) -> list[SaeTrainer]:
     """Build the SAEs of these indices, b_dec at the mean of the training rows, and optimizers."""
-    precision = precision_on(device, record.options, record.defaults, record.precision)
+    defaults, version = record.defaults, record.defaults_version
+    precision = precision_on(device, record.options, defaults, record.precision)
     use_precision(precision, device)
     run_options = with_precision(record.options, precision)
     if precision == "bfloat16":
@@ -137,7 +138,7 @@ def make_trainers(
     for index in indices:
         entry = record.saes[index]
         sizes = entry.config
-        options = with_defaults(run_options.of(entry.options), record.defaults_version)
+        options = with_defaults(run_options.of(entry.options), version)
         targets = target_stats(entry, statistics_of)
         sae = initial_sae(entry, targets, options, device)
         optimizer = make_optimizer(
@@ -158,8 +159,8 @@ def make_trainers(
             targets.parts,
             target_l0=options.target_l0,
             frequency=options.frequency_penalty,
-            auxk_scaled_down=record.defaults.auxk_scaled_down,
-            auxk_slope=record.defaults.auxk_slope,
+            auxk_scaled_down=defaults.auxk_scaled_down,
+            auxk_slope=defaults.auxk_slope,
         )
         trainers.append(
             SaeTrainer(
@@ -172,7 +173,7 @@ def make_trainers(
                 make_step_settings(options, sizes),
                 index=index,
                 ddp=DdpStep(sae) if batch_parts > 1 else None,
-                defaults=record.defaults,
+                defaults=defaults,
             )
         )
         if loss_config.target_l0 is not None:

@@ -114,6 +114,12 @@ def precision_on(
     return "tf32"
 
 
+def use_precision(precision: Precision, device: torch.device) -> None:
+    """Let products of float32 matrices on CUDA take TF32, or forbid it, in this process."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+
+
 def make_step_settings(options: FitConfig, sizes: SaeConfig) -> StepSettings:
     """Derive the settings of an SAE of these sizes from its options.
 

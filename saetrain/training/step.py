@@ -23,7 +23,6 @@ from saetrain.training.sae_trainer import SaeTrainer, StepSettings
 
 if TYPE_CHECKING:
     from actcache.stream.activation_stream import Batch
-    from saetrain.config.fit_config import Precision
 
 
 def train_batch(groups: dict[str, list[SaeTrainer]], batch: Batch, step: int) -> None:
@@ -202,12 +201,6 @@ def largest_square(parameters: Iterable[nn.Parameter]) -> Tensor:
         bounds = list(torch._foreach_norm(gradients, torch.inf))
     largest = torch.stack(bounds).amax()
     return largest.to(torch.promote_types(largest.dtype, torch.float32)).square()
-
-
-def use_precision(precision: Precision, device: torch.device) -> None:
-    """Let products of float32 matrices on CUDA take TF32, or forbid it, in this process."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
 
 
 def require_bfloat16_products(device: torch.device) -> None:

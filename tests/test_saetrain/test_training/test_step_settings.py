@@ -17,8 +17,12 @@ from saetrain.config.fit_config import (
     with_precision,
 )
 from saetrain.config.sae import SaeConfig
-from saetrain.training.sae_trainer import StepSettings, make_step_settings, precision_on
-from saetrain.training.step import use_precision
+from saetrain.training.sae_trainer import (
+    StepSettings,
+    make_step_settings,
+    precision_on,
+    use_precision,
+)
 
 
 def annealed(**options: int) -> StepSettings:

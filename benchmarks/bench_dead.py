@@ -123,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    options.expansion = options.expansion or ([2] if options.smoke else [8])
+    options.expansion = options.expansion or [2 if options.smoke else 16 if options.long else 8]
     options.epochs = options.epochs or ([1] if options.smoke else [1, 4])
     if options.long:
         options.epochs = [LONG["epochs"]]

@@ -50,8 +50,8 @@ class FitSummary:
     saes: dict[str, dict[str, Any]]
     """Metrics of the last line of metrics.jsonl, by the SAE's name."""
     held_out: dict[str, dict[str, Any]]
-    """FVU and L0 on at most --val-rows held-out rows at the end, by the SAE's name: the last
-    validation, or without --val-every of the saved SAEs. Empty if nothing is held out, or on
+    """FVU and L0 on at most --val-rows held-out rows at the end, by the SAE's name: the validation
+    of the last step, or without one of the saved SAEs. Empty if nothing is held out, or on
     another rank than 0."""
     best: dict[str, Best]
     """With --save-best, each SAE's best validation, by name."""
@@ -77,8 +77,11 @@ def summarize_fit(
         raise FormatError(f"{metrics} is missing or empty", remedy="restore it from a copy")
     steps, limit = result.steps, bottleneck_message(result, config.verify)
     missing: tuple[str, ...] = ()
-    held_out = (last_line(metrics, key="val") or {"val": {}})["val"]
-    if is_rank_zero and not held_out:
+    validated = last_line(metrics, key="val")
+    held_out: dict[str, dict[str, Any]] = {}
+    if validated is not None and validated["step"] == steps:
+        held_out = validated["val"]
+    elif is_rank_zero:
         run.trainers.clear()
         held_out, missing = measure_saved(root, config, run)
     return FitSummary(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_a_run_without_validations_measures_its_saved_saes_at_the_end(
         assert sae.l0 == pytest.approx(summary.held_out[sae.name]["l0"], rel=1e-6)
     assert '"val"' not in (Path(config.out) / METRICS).read_text()
     assert fit(config).held_out == summary.held_out  # no step is left
+
+
+def test_a_validation_of_an_earlier_step_is_not_the_end_of_a_run(options: Options) -> None:
+    config = options(val_every=4)
+    first = fit(config)
+    longer = dataclasses.replace(
+        config, epochs=config.epochs + 1, val_every=None, resume=True, force_config=True
+    )
+    summary = fit(longer)
+    assert summary.steps > first.steps
+    for sae in evaluate(config.out).saes:
+        assert sae.fvu == pytest.approx(summary.held_out[sae.name]["fvu"], rel=1e-6)
 
 
 def test_a_run_that_holds_nothing_out_has_no_held_out_figures(options: Options) -> None:

@@ -72,7 +72,7 @@ def findings_at_start(record: RunRecord, statistics: Mapping[str, Statistics]) -
             text = (
                 f"{entry.name}: the learning rate {_short(entry.lr)} is larger than "
                 f"{_short(rms)}, the root mean square of a row's numbers: "
-                f"--lr {_short(rms / 100)}{_or_scale(entry)}"
+                f"--lr {_short(rms / 100)}{_or_scale(entry, record)}"
             )
             found.append(Finding(entry.name, "lr", 0, text))
     return found
@@ -165,7 +165,7 @@ class _SaeWatch:
     def _bad(self, step: int, fvu: float) -> str:
         return (
             f"{self._entry.name}: FVU {fvu:.3g} at step {step:,}: the mean row alone would have "
-            f"1: {self._lower_rate()}{_or_scale(self._entry)}{self._or_norms()}"
+            f"1: {self._lower_rate()}{self._or_scale()}{self._or_norms()}"
         )
 
     def _rise(self, step: int, fvu: float, l0: float) -> str | None:
@@ -178,7 +178,7 @@ class _SaeWatch:
             return None
         return (
             f"{self._entry.name}: FVU rose from {least[0]:.3g} at step {least[2]:,} to {fvu:.3g} "
-            f"at step {step:,}: {self._lower_rate()}{_or_scale(self._entry)}{self._or_norms()}"
+            f"at step {step:,}: {self._lower_rate()}{self._or_scale()}{self._or_norms()}"
         )
 
     def _dead(self, step: int, percent: float | None) -> str | None:
@@ -192,12 +192,16 @@ class _SaeWatch:
             mend = "--auxk-alpha above 0"
         return (
             f"{self._entry.name}: {percent:.0f}% of the latents are dead at step {step:,}: "
-            f"{mend}{_or_scale(self._entry)}"
+            f"{mend}{self._or_scale()}"
         )
 
+    def _or_scale(self) -> str:
+        return _or_scale(self._entry, self._record)
+
     def _or_norms(self) -> str:
-        """Name the option that leaves rows of large norm out, unless it is set."""
-        return "" if self._record.options.max_norm_ratio else ", or --max-norm-ratio 10"
+        """Name the option that leaves rows of large norm out, unless it is set or impossible."""
+        options = self._record.options
+        return "" if options.max_norm_ratio or options.follow else ", or --max-norm-ratio 10"
 
     def _lower_rate(self) -> str:
         return f"--lr {_short(self._entry.lr / 4)} (now {_short(self._entry.lr)})"
@@ -212,9 +216,9 @@ def _settled(entry: SaeEntry, record: RunRecord) -> int:
     return max(ends)
 
 
-def _or_scale(entry: SaeEntry) -> str:
-    """Name the option that takes the unit of the rows away, unless it is set."""
-    return "" if entry.scales else ", or --input-scale rms"
+def _or_scale(entry: SaeEntry, record: RunRecord) -> str:
+    """Name the option that takes the unit of the rows away, unless it is set or impossible."""
+    return "" if entry.scales or record.options.finetune else ", or --input-scale rms"
 
 
 def _short(number: float) -> str:

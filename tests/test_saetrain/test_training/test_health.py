@@ -128,6 +128,17 @@ def test_each_finding_names_the_option_that_mends_it(options: Options) -> None:
     assert "--input-scale" not in watch.findings[0].text
 
 
+def test_no_finding_names_an_option_that_the_run_refuses(options: Options) -> None:
+    for changes, refused in (
+        ({"finetune": "other"}, "--input-scale"),
+        ({"follow": True}, "--max-norm-ratio"),
+    ):
+        watch = Watch(record(options, **changes))
+        read(watch, *[{"fvu": 2.0, "dead_percent": 50.0}] * 40)
+        assert {finding.kind for finding in watch.findings} == {"fvu", "dead"}
+        assert not any(refused in finding.text for finding in watch.findings)
+
+
 def test_the_start_shows_a_run_that_is_too_short(options: Options) -> None:
     (found,) = findings_at_start(record(options, steps=24, epochs=2), {})
     assert found == Finding("", "steps", 0, found.text)

@@ -63,12 +63,15 @@ class SinkRows:
     def __str__(self) -> str:
         """Describe the rows in one sentence, with the options that leave them out."""
         part = "" if self.rows_read == self.rows else f"in the first {self.rows_read:,} rows, "
+        rows, hold, them = "rows", "hold", "them"
+        if self.sinks == 1:
+            rows, hold, them = "row", "holds", "it"
         only_first = self.sinks == self.at_first_position and not self.skip_positions
         return (
-            f"{part}{self.sinks:,} rows ({in_percent(self.sinks / self.rows_read)}) above {RATIO} "
-            f"median norms hold {in_percent(self.variance_share)} of the variance of "
+            f"{part}{self.sinks:,} {rows} ({in_percent(self.sinks / self.rows_read)}) above "
+            f"{RATIO} median norms {hold} {in_percent(self.variance_share)} of the variance of "
             f"{self.hookpoint} ({position_words(dict(self.positions), self.sinks)}): "
-            f"--max-norm-ratio {RATIO} of saetrain fit leaves them out of training, of "
+            f"--max-norm-ratio {RATIO} of saetrain fit leaves {them} out of training, of "
             f"actcache harvest {'(or its --skip-positions 1) ' * only_first}out of a new cache"
         )
 

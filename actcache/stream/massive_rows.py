@@ -194,7 +194,7 @@ class MassiveRows:
         most = max(shares, key=lambda name: shares[name])
         return (
             f"leaves {part.count:,} of {rows:,} rows out ({position_words(where, part.count)}), "
-            f"which hold {in_percent(shares[most])} of the variance of {most}"
+            f"with {in_percent(shares[most])} of the variance of {most}"
         )
 
 

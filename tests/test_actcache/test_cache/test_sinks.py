@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ def test_sinks_at_other_positions_are_not_counted_at_the_first(make_cache: MakeC
         f" of layers.1 ({position_words(at, 8)}): --max-norm-ratio 10 of saetrain fit leaves them "
         "out of training, of actcache harvest out of a new cache"
     )
+
+
+def test_a_single_sink_is_described_in_the_singular(make_cache: MakeCache) -> None:
+    cache = Cache.open(make_cache(rows=rows_with_sinks(10**9, 60.0)))
+    (found,) = find_sinks(cache)
+    one = str(dataclasses.replace(found, sinks=1, positions=((7, 1),)))
+    assert re.match(r"1 row \(0\.\d+%\) above 10 median norms holds ", one)
+    assert "saetrain fit leaves it out" in one
 
 
 def test_the_three_commonest_positions_are_named_and_the_others_counted() -> None:

@@ -174,7 +174,7 @@ def test_a_sentence_says_how_many_rows_where_and_of_what_share(make_cache: MakeC
     assert said.startswith("leaves 3 of 384 rows out (")
     assert all(f" {position}" in said for position in positions)
     share, name = max((found.training.variance_share(name), name) for name in NAMES)
-    assert said.endswith(f"which hold {100 * share:.3g}% of the variance of {name}")
+    assert said.endswith(f"with {100 * share:.3g}% of the variance of {name}")
     assert found_in(cache, 500).describe(cache) == "leaves none of 384 rows out"
 
 

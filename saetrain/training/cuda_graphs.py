@@ -79,7 +79,7 @@ class GraphedSteps:
         self._scalars.write(step)
         for trainer in self._trainers:
             rows = len(batch.activations[trainer.entry.hookpoints[0]])
-            trainer.announce_step(rows, hold=_HOLD)
+            trainer.advance_dead_bound(rows, hold=_HOLD)
         if not self._copy_rows(batch):
             train_batch(self._groups, batch, step)
             return

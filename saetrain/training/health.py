@@ -61,8 +61,8 @@ def findings_at_start(record: RunRecord, statistics: Mapping[str, Statistics]) -
     for name, of_rows in statistics.items():
         if of_rows.count and of_rows.variance <= ROUNDING * of_rows.rms_norm**2:
             text = (
-                f"all rows of {name} are equal up to rounding, so an FVU says nothing: leave this "
-                "hookpoint out with --hookpoint"
+                f"all rows of {name} are equal up to rounding, so their FVU has no meaning: leave "
+                "this hookpoint out with --hookpoint"
             )
             found.append(Finding("", "equal_rows", 0, text))
     for entry in record.saes:

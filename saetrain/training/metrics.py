@@ -140,8 +140,8 @@ class DeadLatentTracker:
         return 100.0 * float(self.dead().double().mean())
 
 
-class SilenceBound:
-    """Upper bound on the rows since any latent fired, which the host knows without waiting.
+class DeadLatentBound:
+    """Upper bound on the rows since any latent fired, kept on the host without synchronisation.
 
     The largest of `rows_since` is copied to the host in the background. From when a copy starts,
     the host adds the rows of every step to its number, so the sum is a bound whenever the copy
@@ -150,22 +150,22 @@ class SilenceBound:
     """
 
     may_be_dead = True
-    """Whether a latent may be dead in the step that `advance` announced last."""
+    """Whether a latent may be dead in the step of the last `advance`."""
 
     def __init__(self, dead_tracker: DeadLatentTracker) -> None:
         self._tracker = dead_tracker
         self._bound: int | None = None
-        """Rows before the announced step; None: unknown, no copy has arrived."""
+        """The bound before the current step; None: no copy has arrived."""
         self._copy: Callable[[], int | None] | None = None
         self._since_copy = 0
         """Rows since the copy under way started."""
         self._rows = 0
-        """Rows of the announced step, which the next one finds counted."""
-        self._quiet = 0
+        """Rows of the current step, which count from the next one on."""
+        self._without_dead = 0
         """Steps in a row in which no latent can have been dead."""
 
     def advance(self, rows: int, hold: int = 0) -> None:
-        """Announce a step of `rows` rows: take a copy that has arrived, start one if needed.
+        """Advance to the next step: read a copy that has arrived, and start one if it is due.
 
         Args:
             rows: rows of the step, of all processes.
@@ -181,8 +181,8 @@ class SilenceBound:
             self._copy, self._since_copy = copy_to_host(self._tracker.rows_since.max()), 0
         self._rows = rows
         dead = self._bound is None or self._bound >= self._dead_after
-        self._quiet = 0 if dead else self._quiet + 1
-        self.may_be_dead = self._quiet <= hold
+        self._without_dead = 0 if dead else self._without_dead + 1
+        self.may_be_dead = self._without_dead <= hold
 
     @property
     def _dead_after(self) -> int:

@@ -25,11 +25,11 @@ from saetrain.optim import Adam, Adam8bit, AdamConstants, Muon, Optimizer, Sched
 from saetrain.training.ddp import DdpStep
 from saetrain.training.metrics import (
     MEANS,
+    DeadLatentBound,
     DeadLatentTracker,
     LatentStats,
     MeanMeter,
     ResidualShare,
-    SilenceBound,
     decoder_norm_range,
     decoder_norms,
 )
@@ -363,8 +363,8 @@ class SaeTrainer:
     guard: FiniteGuard = field(init=False)
     """Flag on the device: have all losses been finite?"""
     dead_tracker: DeadLatentTracker = field(init=False)
-    silence: SilenceBound | None = field(init=False, default=None)
-    """On CUDA, what the host knows of dead latents; None: AuxK counts them."""
+    dead_bound: DeadLatentBound | None = field(init=False, default=None)
+    """On CUDA, the host's bound for dead latents; None: AuxK counts them in each step."""
     meter: MeanMeter = field(init=False)
     """Means of its losses."""
     latent_stats: LatentStats = field(init=False)
@@ -390,7 +390,7 @@ class SaeTrainer:
         since, active = (torch.zeros(M, dtype=torch.int64, device=W.device) for _ in range(2))
         self.dead_tracker = DeadLatentTracker(since, self.dead_after)
         if W.device.type == "cuda":
-            self.silence = SilenceBound(self.dead_tracker)
+            self.dead_bound = DeadLatentBound(self.dead_tracker)
         names = (*MEANS, *self.loss_config.names)
         sums = torch.zeros(len(names), dtype=torch.float64, device=W.device)
         self.meter = MeanMeter(names, sums)
@@ -421,16 +421,16 @@ class SaeTrainer:
     def uses_auxk(self, step: int, rows: int) -> bool:
         """Return whether AuxK applies in step `step` (from 0) of `rows` rows a process.
 
-        It does once latents may be dead, and on CUDA while `silence` rules out none.
+        It does once latents may be dead, and on CUDA unless `dead_bound` excludes it.
         """
         rows *= 1 if self.ddp is None else world_size()
         due = self.settings.auxk_alpha > 0 and self.dead_tracker.may_be_dead(step * rows)
-        return due and (self.silence is None or self.silence.may_be_dead)
+        return due and (self.dead_bound is None or self.dead_bound.may_be_dead)
 
-    def announce_step(self, rows: int, hold: int = 0) -> None:
-        """Tell `silence` of a step of `rows` rows a process; see `SilenceBound.advance`."""
-        if self.silence is not None and self.settings.auxk_alpha > 0:
-            self.silence.advance(rows * (1 if self.ddp is None else world_size()), hold)
+    def advance_dead_bound(self, rows: int, hold: int = 0) -> None:
+        """Advance `dead_bound` to the next step, of `rows` rows a process."""
+        if self.dead_bound is not None and self.settings.auxk_alpha > 0:
+            self.dead_bound.advance(rows * (1 if self.ddp is None else world_size()), hold)
 
     def unscaled_weights(self) -> dict[str, Tensor]:
         """Return the weights for rows as they are in the cache, and the activation's buffers."""

@@ -58,8 +58,8 @@ def train_step(trainer: SaeTrainer, rows: Tensor, step: int) -> None:
     x = rows.to(device=sae.W_enc.device, dtype=sae.W_enc.dtype, non_blocking=True)
     if trainer.scaling is not None:
         x = x * trainer.scaling.rows
-    if trainer.device_step is None:  # else the recorder of the step has announced it
-        trainer.announce_step(len(x))
+    if trainer.device_step is None:  # else the recorder has done it before the step
+        trainer.advance_dead_bound(len(x))
     losses = accumulate_gradient(trainer, x, step)
     loss = losses.total(settings.auxk_alpha)
     now = step if trainer.device_step is None else trainer.device_step

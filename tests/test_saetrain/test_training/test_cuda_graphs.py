@@ -34,7 +34,7 @@ from saetrain.model.sae import build_sae
 from saetrain.optim import Schedule
 from saetrain.runs.record import read_run
 from saetrain.training.cuda_graphs import WARM_UP, GraphedSteps, with_cuda_graphs
-from saetrain.training.metrics import SilenceBound
+from saetrain.training.metrics import DeadLatentBound
 from saetrain.training.penalty_control import PenaltyController
 from saetrain.training.sae_trainer import SaeTrainer, StepSettings, by_hookpoint, make_optimizer
 from saetrain.training.step import train_batch
@@ -326,8 +326,8 @@ def make_centred(optimizer: str, rows: Tensor) -> SaeTrainer:
     return trainer
 
 
-def watch_silence(monkeypatch: pytest.MonkeyPatch, trainer: SaeTrainer, steps: int) -> None:
-    """Let the host know of dead latents by copies that take some steps, as on CUDA."""
+def watch_dead_bound(monkeypatch: pytest.MonkeyPatch, trainer: SaeTrainer, steps: int) -> None:
+    """Bound the rows of dead latents by copies that take some steps, as on CUDA."""
 
     def copy(number: Tensor) -> Callable[[], int | None]:
         value, asked = int(number), [0]
@@ -339,13 +339,13 @@ def watch_silence(monkeypatch: pytest.MonkeyPatch, trainer: SaeTrainer, steps: i
         return read
 
     monkeypatch.setattr(saetrain.training.metrics, "copy_to_host", copy)
-    trainer.silence = SilenceBound(trainer.dead_tracker)
+    trainer.dead_bound = DeadLatentBound(trainer.dead_tracker)
 
 
 @on_device_paths
 @pytest.mark.parametrize("delay", [1, 2])
 @pytest.mark.parametrize("optimizer", ["signum", "adam"])
-def test_what_the_host_knows_of_dead_latents_changes_no_result(
+def test_a_bound_for_dead_latents_that_lags_changes_no_result(
     batches: Callable[[torch.dtype], Tensor],
     monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
@@ -354,7 +354,7 @@ def test_what_the_host_knows_of_dead_latents_changes_no_result(
     """On device paths AuxK runs with an empty list; without it, weights and metrics are equal."""
     rows = batches(torch.float32)
     always, known = (make_centred(optimizer, rows) for _ in range(2))
-    watch_silence(monkeypatch, known, delay)
+    watch_dead_bound(monkeypatch, known, delay)
     left_out = 0
     for step in range(40):
         dead = bool(known.dead_tracker.dead().any())
@@ -375,7 +375,7 @@ def test_auxk_leaves_the_recorded_step_when_no_latent_has_been_dead_for_some_tim
     monkeypatch.setattr(saetrain.training.cuda_graphs, "_HOLD", 3)
     rows, acting = batches(torch.float32), []
     eager, recorded = ([make_centred("adam", rows)] for _ in range(2))
-    watch_silence(monkeypatch, recorded[0], 1)
+    watch_dead_bound(monkeypatch, recorded[0], 1)
     recorder = tape.TapeRecorder()
     both = [steps_of(eager, tape.TapeRecorder(), NEVER), steps_of(recorded, recorder)]
     for step in range(40):

@@ -14,10 +14,10 @@ from saetrain.model.sae import SaeOutput
 from saetrain.training import metrics
 from saetrain.training.metrics import (
     MEANS,
+    DeadLatentBound,
     DeadLatentTracker,
     MeanMeter,
     ResidualShare,
-    SilenceBound,
     fired,
 )
 
@@ -113,15 +113,15 @@ def test_the_host_never_rules_out_a_latent_that_is_dead_however_late_copies_arri
 
     monkeypatch.setattr(metrics, "copy_to_host", copy)
     tracker = DeadLatentTracker(torch.zeros(3, dtype=torch.int64), dead_after=120)
-    bound = SilenceBound(tracker)
+    bound = DeadLatentBound(tracker)
     ruled_out = wrongly = 0
     for step in range(2000):
         rows = chance.randint(1, 8)
         bound.advance(rows)
         ruled_out += not bound.may_be_dead
         wrongly += not bound.may_be_dead and bool(tracker.dead().any())
-        silent = step // 300 % 2 == 1  # for a while, one latent never fires
-        tracker.count(torch.tensor([chance.random() < 0.3, True, not silent]), rows)
+        unused = step // 300 % 2 == 1  # for a while, one latent never fires
+        tracker.count(torch.tensor([chance.random() < 0.3, True, not unused]), rows)
     assert wrongly == 0
     assert ruled_out > (600 if slowest < 30 else 0)
 
@@ -131,7 +131,7 @@ def test_what_is_recorded_keeps_auxk_for_some_steps_after_no_latent_is_dead(
 ) -> None:
     monkeypatch.setattr(metrics, "copy_to_host", lambda number: lambda: int(number))
     tracker = DeadLatentTracker(torch.zeros(1, dtype=torch.int64), dead_after=4)
-    bound = SilenceBound(tracker)
+    bound = DeadLatentBound(tracker)
     kept = []
     for fires in (True, False, False, True, True, True, True, True, True):
         bound.advance(2, hold=2)

@@ -66,7 +66,7 @@ def test_auxk_acts_while_the_host_knows_nothing_and_from_when_a_latent_may_be_de
     acts = []
     arriving = [None, None, 0, None, None, None, 0, None, 0]
     for step, cuda.arriving in enumerate(arriving):
-        trainer.announce_step(N)
+        trainer.advance_dead_bound(N)
         acts.append(trainer.uses_auxk(step + 100, N))
     # Copies start in steps 0, 2 and 6: that which arrives in step 6 is 4 steps old.
     assert acts == [True, True, False, False, True, True, True, True, False]

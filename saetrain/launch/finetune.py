@@ -253,11 +253,13 @@ def require_compatible(
             remedy="leave out the options that its cfg.json gives: sizes and activation (but give "
             "--transcode, --skip-connection and --crosscode)",
         )
+    # A penalty that is steered to an L0 starts from the default weight, whatever the old one was.
+    given = options.sparsity is not None or options.target_l0 is not None
     return dataclasses.replace(
         found,
         multi_topk=requested.multi_topk,
         matryoshka=requested.matryoshka,
-        sparsity=found.sparsity if options.sparsity is None else requested.sparsity,
+        sparsity=requested.sparsity if given else found.sparsity,
         bandwidth=found.bandwidth if options.bandwidth is None else requested.bandwidth,
     )
 

@@ -31,7 +31,7 @@ from actcache.errors import ActcacheError, ConfigError, FormatError, RunError
 from actcache.filesystem.atomic import digest_file
 from saetrain.config.fit_config import FitConfig
 from saetrain.config.grid import vary
-from saetrain.config.sae import SaeOptions
+from saetrain.config.sae import PENALISED, SaeOptions
 from saetrain.launch.estimate import estimate_fit
 from saetrain.launch.run import fit
 from saetrain.runs.record import RUN, PretrainedSource, read_run
@@ -214,6 +214,28 @@ def test_every_activation_keeps_all_its_tensors(options: Options, activation: st
     # The threshold of BatchTopK is an average that every batch changes.
     same = [name for name in old if activation != "batchtopk" or name != "threshold"]
     assert all(torch.equal(old[name], new[name]) for name in same)
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
+def test_a_target_of_l0_is_steered_to_from_weights_that_were_trained_without_a_penalty(
+    options: Options, activation: str
+) -> None:
+    trained = options(activation=activation, sparsity=0.0, out=options().out + "-first")
+    fit(trained)
+    config = no_sizes(
+        options,
+        finetune=trained.out,
+        activation=activation,
+        decoder_norm="free",
+        optimizer="adam",
+        target_l0=5.0,
+    )
+    fit(config)
+    record = read_run(Path(config.out))
+    assert record.saes[0].config.sparsity == PENALISED[activation]
+    line = json.loads((Path(config.out) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["saes"]["layers.0"]["penalty"] > 0
+    assert fit(dataclasses.replace(config, resume=True)).new_steps == 0
 
 
 def test_a_finetuned_run_has_a_lower_loss_from_the_first_line(

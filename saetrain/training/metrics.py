@@ -89,8 +89,11 @@ class ResidualShare:
     """Decayed sum of each hookpoint's FVU, and of 1. float64 [hookpoints + 1]"""
 
     def share(self) -> Tensor:
-        """Return the average of each hookpoint, after at least one step. float64 [hookpoints]"""
-        return self.sums[:-1] / self.sums[-1]
+        """Return the average of each hookpoint, after at least one step. float64 [hookpoints]
+
+        At least what rounding leaves of a residual, so that one of 0 does not make AuxK NaN.
+        """
+        return (self.sums[:-1] / self.sums[-1]).clamp(min=_LEAST_SHARE)
 
     def count(self, values: Tensor) -> None:
         """Add one step's `MeanMeter.values`."""
@@ -103,6 +106,7 @@ class ResidualShare:
 
 
 _DECAY = 0.9  # half of the weight on the last seven steps
+_LEAST_SHARE = 1e-12
 
 
 @dataclass

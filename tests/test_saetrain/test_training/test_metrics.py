@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrain.model.losses import Losses, LossTerm
-from saetrain.model.sae import SaeOutput
+from saetrain.config.sae import SaeConfig
+from saetrain.model.losses import DeadLatents, Losses, LossTerm, OutputSlice, auxk_loss
+from saetrain.model.sae import SaeOutput, build_sae
 from saetrain.training import metrics
 from saetrain.training.metrics import (
     MEANS,
@@ -57,6 +58,21 @@ def test_the_residuals_share_is_a_moving_average_of_each_hookpoints_fvu() -> Non
     assert two.residual is not None
     assert one.residual.share().tolist() == pytest.approx([mean])
     assert two.residual.share().tolist() == pytest.approx([mean / 3, 1.0])
+
+
+def test_auxk_of_a_residual_of_0_is_finite() -> None:
+    residual = ResidualShare(torch.zeros(2, dtype=torch.float64))
+    residual.count(torch.zeros(3, dtype=torch.float64))
+    sae = build_sae(SaeConfig(4, 8, 2), seed=0)
+    x, nothing = torch.randn(6, 4), torch.zeros(6, 4)
+    dead = DeadLatents(torch.arange(8), 8)
+    part = (OutputSlice("", 4, 1.0),)
+    for error in (nothing, 1e-30 * x):
+        loss = auxk_loss(sae, x, error, dead, part, share=residual.share())
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert loss.isfinite()
+        assert sae.W_enc.grad is not None
+        assert sae.W_enc.grad.square().isfinite().all()
 
 
 def test_l0_counts_latents_with_positive_activations() -> None:

@@ -94,8 +94,8 @@ def _too_short(record: RunRecord) -> str:
     if options.max_tokens is None:
         more = f"--epochs {math.ceil(ENOUGH_STEPS * options.epochs / steps)}"
     return (
-        f"the run has {steps:,} steps, and training needs about {ENOUGH_STEPS} at least: {more}, "
-        "or a smaller --batch-size"
+        f"the run has {steps:,} step{'s' * (steps > 1)}, and training needs about {ENOUGH_STEPS} "
+        f"at least: {more}, or a smaller --batch-size"
     )
 
 
@@ -136,9 +136,16 @@ class Watch:
 
 
 def as_lines(found: Sequence[Finding]) -> list[str]:
-    """Return the sentences of the first findings, and one that counts the others."""
+    """Return the sentences of some findings, and one that counts the others.
+
+    These are the first findings, of each kind one at least.
+    """
+    first_of_kind = {finding.kind: i for i, finding in reversed([*enumerate(found)])}
+    others = [i for i in range(len(found)) if i not in first_of_kind.values()]
+    shown = sorted([*first_of_kind.values(), *others][:FEW])
     more = len(found) - FEW
-    return [*(finding.text for finding in found[:FEW]), *[f"{more:,} more like these"] * (more > 0)]
+    rest = [f"{more:,} more findings, which --json lists at the end"] if more > 0 else []
+    return [*(found[i].text for i in shown), *rest]
 
 
 class _SaeWatch:

@@ -175,8 +175,23 @@ def test_the_start_shows_rows_that_are_all_equal(options: Options, scale: float)
 def test_many_findings_are_counted(options: Options) -> None:
     found = [Finding(f"layers.{i}", "fvu", 10, f"layers.{i} is bad") for i in range(40)]
     lines = as_lines(found)
-    assert lines == [*(f"layers.{i} is bad" for i in range(FEW)), "32 more like these"]
+    assert lines == [
+        *(f"layers.{i} is bad" for i in range(FEW)),
+        "32 more findings, which --json lists at the end",
+    ]
     assert as_lines(found[:FEW]) == lines[:FEW]
+
+
+def test_each_kind_of_finding_is_among_those_of_many_saes() -> None:
+    found = [Finding(f"layers.{i}", "lr", 0, f"layers.{i}: rate") for i in range(40)]
+    found += [Finding("layers.7", "fvu", 10, "layers.7: FVU"), Finding("a", "dead", 20, "a: dead")]
+    lines = as_lines(found)
+    assert lines[:6] == [f"layers.{i}: rate" for i in range(6)]
+    assert lines[6:] == [
+        "layers.7: FVU",
+        "a: dead",
+        "34 more findings, which --json lists at the end",
+    ]
 
 
 def diverging(options: Options, **changes: Any) -> FitConfig:

@@ -280,7 +280,7 @@ def whole_updates(config: FitConfig, steps: int) -> int:
 
 
 def resume_record(
-    config: FitConfig, cache: Cache, root: Path, batch_parts: int
+    config: FitConfig, cache: Cache, root: Path, batch_parts: int, device: torch.device
 ) -> tuple[RunRecord, tuple[str, ...], tuple[str, ...]]:
     """Read the record of a run to resume, and check it against the options and the cache.
 
@@ -289,6 +289,7 @@ def resume_record(
         cache: the rows.
         root: folder of the run.
         batch_parts: processes that share each batch now.
+        device: device of the run now.
 
     Returns:
         The record with the options of this call, what has changed since it was written, warnings.
@@ -316,7 +317,8 @@ def resume_record(
         done = newest_step(root) or 0
         updated = apply_overrides(record, config, options, saes, steps, done)
         if options.keys() & {"precision", "autocast"}:
-            updated = dataclasses.replace(updated, precision=config.precision)
+            precision = precision_on(device, config, record.defaults)
+            updated = dataclasses.replace(updated, precision=precision)
     else:
         check_same_run(record, updated)
     now = library_versions()

@@ -209,7 +209,7 @@ def _resolve(session: RunSession) -> RunState:
         warnings = () if config.follow else _missing_shards(cache)
         return RunState(record, cache, device, warnings=warnings, replaces=found == "unused")
     session.lock_run(resume=True)
-    record, changes, warnings = resume_record(config, cache, root, parts)
+    record, changes, warnings = resume_record(config, cache, root, parts, device)
     return RunState(record, cache, device, True, changes, warnings)
 
 

@@ -173,7 +173,11 @@ def test_a_run_keeps_the_precision_that_it_began_with_unless_forced(
     fit(dataclasses.replace(forced, max_tokens=128))
     record = read_run(Path(config.out))
     assert (record.precision, record.options.precision) == ("tf32", "tf32")
-    assert seen == ["float32", "tf32"]
+    # Without the option again, the device's precision at that time is recorded.
+    fit(dataclasses.replace(forced, max_tokens=192, precision=None))
+    record = read_run(Path(config.out))
+    assert (record.precision, record.options.precision) == ("float32", None)
+    assert seen == ["float32", "tf32", "float32"]
 
 
 def test_new_weights_in_bfloat16_are_refused(options: Options) -> None:

@@ -144,7 +144,7 @@ def as_lines(found: Sequence[Finding]) -> list[str]:
     others = [i for i in range(len(found)) if i not in first_of_kind.values()]
     shown = sorted([*first_of_kind.values(), *others][:FEW])
     more = len(found) - FEW
-    rest = [f"{more:,} more findings, which --json lists at the end"] if more > 0 else []
+    rest = [f"{more:,} more: --json lists all of them at the end"] if more > 0 else []
     return [*(found[i].text for i in shown), *rest]
 
 

@@ -177,7 +177,7 @@ def test_many_findings_are_counted(options: Options) -> None:
     lines = as_lines(found)
     assert lines == [
         *(f"layers.{i} is bad" for i in range(FEW)),
-        "32 more findings, which --json lists at the end",
+        "32 more: --json lists all of them at the end",
     ]
     assert as_lines(found[:FEW]) == lines[:FEW]
 
@@ -190,7 +190,7 @@ def test_each_kind_of_finding_is_among_those_of_many_saes() -> None:
     assert lines[6:] == [
         "layers.7: FVU",
         "a: dead",
-        "34 more findings, which --json lists at the end",
+        "34 more: --json lists all of them at the end",
     ]
 
 

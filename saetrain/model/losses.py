@@ -14,6 +14,7 @@ own variance, so that layers of large norm do not dominate.
 - Penalties on L0 or L1, and the reconstruction of a gate: see `saetrain.model.activations`.
 - JumpReLU with a target N of L0: N/2 · (L0/N - 1)² of each row, of which SAELens' "quadratic" loss,
   after Gemma Scope 2, is four times as much. At L0 = 2N its slope is that of the penalty on L0.
+  From 4N on it is linear: the L0 of untrained SAEs, often 100 N, would make latents die for good.
 - With it, on latents that fire often: Σ p²/0.1 over latents that fire on a share p of the batch. It
   is the second term of Σ p (1 + p/p₀), the quadratic-frequency penalty of Smith, Rajamanoharan et
   al., "Negative results for sparse autoencoders on downstream tasks" (2025).
@@ -228,6 +229,7 @@ def make_loss_config(
 
 
 _OFTEN = 0.1  # share of the rows: p₀ of the penalty on latents that fire often
+_FAR = 4  # times the target: from there on, the quadratic penalty is linear in L0
 _QUADRATIC = 3  # times the weight on L0: the slope at twice the target; found on small runs
 _MULTI = 4  # times k latents
 DEAD_LIST_FACTOR = 8  # times k_aux dead latents
@@ -315,7 +317,7 @@ def compute_losses(
         )
     if loss_config.sparsity:
         target = loss_config.target_l0 if steered is None else steered.to(fvu.dtype)
-        penalty = _penalty(sae, output, math.sqrt(variance), parts, target, loss_config.frequency)
+        penalty = _penalty(sae, output, math.sqrt(variance), parts, target, loss_config)
         weight: float | Tensor = loss_config.sparsity_at(step)
         if steered is not None and not sae.activation.counts:
             weight = steered.to(fvu.dtype) * loss_config.risen(step)
@@ -491,7 +493,7 @@ def _penalty(
     unit: float,
     parts: tuple[OutputSlice, ...],
     target: float | Tensor | None,
-    frequency: float,
+    loss_config: LossConfig,
 ) -> Tensor:
     """Average the activation's penalty over rows.
 
@@ -506,9 +508,13 @@ def _penalty(
     if not sae.activation.counts:
         return total(per_row) / len(per_row) / unit
     if target is not None:
-        per_row = (sae.activation.l0(latents) / target - 1).square() * (target / 2)
+        assert loss_config.target_l0 is not None
+        l0 = sae.activation.l0(latents)
+        most = l0.clamp(max=_FAR * loss_config.target_l0)
+        above = most / target - 1
+        per_row = above.square() * (target / 2) + above * (l0 - most)
     mean = total(per_row) / len(per_row)
-    if frequency:
+    if frequency := loss_config.frequency:
         shares = sae.activation.firing_shares(latents)  # [M]
         mean = mean + frequency / _OFTEN * total(shares.square())
     return mean

@@ -7,8 +7,9 @@ clipped to ±1. After each step from the warm-up's end on, the integral grows by
   late, after tens of steps. The proportional part damps the oscillation that the integral alone
   would have with such a lag, and the integral's rate is of the run's length, as learning rates are.
 - jumprelu: the target of the quadratic penalty is N exp(-integral - e), and its weight is fixed.
-  The integral grows five times as fast where |e| < 0.2, so that what it has wound up while L0 fell
-  from its start is unwound, and ever slower towards the end, as L0 responds ever later.
+  The integral moves five times as fast where |e| < 0.2, and where it goes back towards 0: so what
+  it has wound up while L0 was far off is unwound (anti-windup). And it moves ever slower towards
+  the end, as L0 responds ever later.
   With the target N itself, L0 is right only at a weight at which the penalty outweighs the FVU and
   makes the L0 of all rows equal; with a small weight and a lower target, rows may differ.
 """
@@ -24,7 +25,7 @@ from saetrain.model.losses import LossConfig
 
 _INTEGRAL = 12.0  # over the steps of the run
 _BOUNDS = -2.0, 4.0  # of the integral of a quadratic penalty
-_NEAR = 0.2  # error up to which such an integral grows by the first factor, and else by the second
+_NEAR = 0.2  # error up to which such an integral moves by the first factor, as it does back to 0
 _CLOSE, _FAR = 5.0, 1.0
 _DECAY = 0.8  # of the error's average
 
@@ -66,7 +67,8 @@ class PenaltyController:
         step = _INTEGRAL / self._steps * error * (steps >= self._warmup)
         if self._quadratic:
             left = (1 - steps / self._steps).clamp(min=0)
-            step *= left * torch.where(error.abs() < _NEAR, _CLOSE, _FAR)
+            fast = (error.abs() < _NEAR) | (error * integral < 0)
+            step *= left * torch.where(fast, _CLOSE, _FAR)
         integral += step
         if self._quadratic:
             integral.clamp_(*_BOUNDS)

@@ -30,7 +30,7 @@ from saetrain.training.penalty_control import PenaltyController
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
-N, D, M, TARGET, BANDWIDTH = 40, 9, 30, 4.0, 0.7
+N, D, M, TARGET, BANDWIDTH = 40, 9, 30, 7.5, 0.7
 CONFIG = SaeConfig(D, M, 1, activation="jumprelu", sparsity=0.3, threshold=0.4, bandwidth=BANDWIDTH)
 KINDS = ("jumprelu", "relu", "gated")
 
@@ -75,6 +75,7 @@ def test_the_penalty_of_jumprelu_is_quadratic_in_l0(
     )
     (term,) = losses.terms
     assert term.weight == pytest.approx(3 * 0.3)
+    assert (sae(rows()).top_acts > 0).sum(dim=1).max() <= 4 * TARGET
     (parameter,) = sae.activation.parameters()  # type: ignore[attr-defined]
     found = torch.autograd.grad(term.value, [parameter, sae.W_enc, sae.b_enc])
 
@@ -88,6 +89,30 @@ def test_the_penalty_of_jumprelu_is_quadratic_in_l0(
     assert all(gradient.abs().max() > 0 for gradient in of_expected)
     for got, wanted in zip(found, of_expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("steered", [None, 0.7, 3.0])
+def test_beyond_four_times_the_target_the_penalty_of_jumprelu_is_linear(
+    steered: float | None,
+) -> None:
+    """L0 of thousands at the start would be pushed down so hard that latents die for good."""
+    sae, target = sae_of(), 2.0
+    moved = None if steered is None else torch.tensor(steered, dtype=torch.float64)
+    loss_config = make_loss_config(CONFIG, 0, target_l0=target)
+    (term,) = compute_losses(sae, rows(), 2.0, None, loss_config, steered=moved).terms
+    (found,) = torch.autograd.grad(term.value, [sae.b_enc])
+
+    fires = smooth_count(
+        (rows() - sae.b_dec) @ sae.W_enc.T + sae.b_enc,
+        sae.activation.thresholds(),  # type: ignore[attr-defined]
+    )
+    l0, at = fires.sum(dim=1), steered or target
+    assert l0.min() < 4 * target < l0.max()
+    steepest = 4 * target / at - 1
+    linear = at / 2 * steepest**2 + steepest * (l0 - 4 * target)
+    expected = torch.where(l0 > 4 * target, linear, at / 2 * (l0 / at - 1).square()).mean()
+    torch.testing.assert_close(term.value, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, [sae.b_enc])[0])
 
 
 def test_the_quadratic_penalty_is_a_quarter_of_that_of_saelens() -> None:
@@ -116,11 +141,11 @@ def test_other_kinds_keep_their_penalty(kind: str) -> None:
 def test_the_steered_value_is_the_target_of_jumprelu_and_the_weight_of_others(kind: str) -> None:
     config = dataclasses.replace(CONFIG, activation=kind)
     losses_config = make_loss_config(config, 8, target_l0=TARGET)
-    steered = torch.tensor(2.5, dtype=torch.float64)
+    steered = torch.tensor(7.0, dtype=torch.float64)
     for step, risen in ((0, 1 / 8), (3, 4 / 8), (7, 1.0), (100, 1.0)):
         sae = sae_of(config)
         found = compute_losses(sae, rows(), 2.0, None, losses_config, step, steered=steered)
-        target, weight = (2.5, 3 * 0.3) if kind == "jumprelu" else (TARGET, 2.5)
+        target, weight = (7.0, 3 * 0.3) if kind == "jumprelu" else (TARGET, 7.0)
         fixed = dataclasses.replace(losses_config, target_l0=target, sparsity=weight)
         expected = compute_losses(sae, rows(), 2.0, None, fixed, step)
         assert float(found.terms[0].weight) == pytest.approx(weight * risen)
@@ -164,6 +189,21 @@ def test_the_target_of_a_quadratic_penalty_moves_against_the_error_within_bounds
     assert count(controller(quadratic=True, steps=1000), 1e-6, 1000) == pytest.approx(
         8 * math.exp(2 + 1)
     )
+
+
+def test_what_the_integral_of_a_quadratic_penalty_has_wound_up_is_unwound_faster() -> None:
+    """L0 collapses for 150 of 1,000 steps, and is then half above the target."""
+    wound, fresh = (controller(quadratic=True, steps=1000) for _ in range(2))
+    count(wound, 1.0, 150)
+    count(fresh, 8.0, 150)
+    assert float(wound.state[0]) < -1
+    moved = []
+    for steered in (wound, fresh):
+        count(steered, 12.0, 20)  # the average error is that of these steps
+        before = float(steered.state[0])
+        count(steered, 12.0, 20)
+        moved.append(float(steered.state[0]) - before)
+    assert moved[0] == pytest.approx(5 * moved[1], rel=0.1)
 
 
 def test_the_integral_waits_for_the_warm_up() -> None:

@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from saetrain.kernels import reference
-from saetrain.kernels.backends import Primitives, backend_of
+from saetrain.kernels import backends, reference
+from saetrain.kernels.backends import Primitives, backend_module, backend_of
 from saetrain.kernels.dense import (
     centred,
     check_encode,
     check_vector,
     gradient_of_subtracted,
     product_dtype,
+    products_from,
 )
 from saetrain.kernels.prefix_groups import PrefixGroups, Selector
 from saetrain.kernels.sorted_pairs import SharedSortedPairs, sort_pairs
@@ -70,6 +71,7 @@ def autoencode(
     *,
     prefix_groups: PrefixGroups | None = None,
     rows: Tensor | None = None,
+    active: int | None = None,
 ) -> Autoencoded:
     """Encode, and decode the selected latents: all of them, and each prefix of the groups.
 
@@ -89,6 +91,8 @@ def autoencode(
         prefix_groups: split of the pairs: reconstruction j sums groups 0 to j. None: one group.
         rows: latents whose weights are returned too, [A] int64, none twice. Gradients of these
             rows are added to the weights' own; `W_enc[rows]` would add a dense gradient.
+        active: slots of a token that hold something, on average; None: all K. On CUDA it decides,
+            where there is one group, whether dense products are faster than gathers.
 
     Returns:
         Differentiable once with respect to x and all weights, through reconstructions, rows, and
@@ -112,7 +116,7 @@ def autoencode(
     shared: list[SharedSortedPairs] = []
     # b_dec may be what is subtracted, too: its two gradients are added in this order.
     inputs = (x, W_enc, b_enc, W_dec, b_dec, subtracted)
-    how = (rows, selector, prefix_groups, shared, ops)
+    how = (rows, selector, prefix_groups, active, shared, ops)
     acts, indices, *others = _Autoencode.apply(*inputs, *how)  # type: ignore[no-untyped-call]
     shared[0].attach_to(indices)
     P = 1 if prefix_groups is None else prefix_groups.number
@@ -133,6 +137,7 @@ class _Autoencode(Function):
         rows: Tensor | None,
         selector: Selector,
         prefix_groups: PrefixGroups | None,
+        active: int | None,
         shared: list[SharedSortedPairs],
         ops: Primitives,
     ) -> tuple[Tensor, ...]:
@@ -141,11 +146,15 @@ class _Autoencode(Function):
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, W_enc, subtracted, W_dec, acts, indices, rows)
-        ctx.ops = ops
         # Under autocast, rows are gathered in its type, W_dec from its copy, where there is one.
         ctx.rounded = product_dtype(W_dec) if ops.MIXES_TYPES else W_dec.dtype
         ctx.table = bf16_copy_of(W_dec) if ctx.rounded == torch.bfloat16 else None
         table = W_dec if ctx.table is None else ctx.table
+        ctx.by_products = False
+        if ops.MIXES_TYPES and prefix_groups is None and not backends.host_can_read(W_dec):
+            sizes = (len(W_enc), x.shape[1], W_dec.shape[1], ctx.rounded)
+            ctx.by_products = (active or indices.shape[1]) >= products_from(*sizes)
+        ctx.ops = ops = backend_module("products") if ctx.by_products else ops
         ctx.bags = None if prefix_groups is None else prefix_groups.bags(indices)
         ctx.number = 1 if prefix_groups is None else prefix_groups.number
         out = ops.gather_sum(acts, indices, table, bags=ctx.bags)  # [N * P, E]
@@ -171,7 +180,7 @@ class _Autoencode(Function):
         reached = dY is not None or d_acts is not None
         of_latents = need_W_enc or need_b_enc or need_sub or need_W_dec
         empty, pairs = acts <= 0, None  # [N, K]
-        if reached and of_latents:
+        if reached and of_latents and not ctx.by_products:
             pairs = sort_pairs(indices, M, empty) if ops.SKIPS_EMPTY else ctx.pairs.get()
         g = None if d_acts is None else d_acts.masked_fill(empty, 0)  # [N, K]
         if gathered is not None and (need_x or need_W_enc or need_b_enc or need_sub):
@@ -203,7 +212,7 @@ class _Autoencode(Function):
             dW_enc = _add_rows(dW_enc, rows, of_W_enc if need_W_enc else None, M)
             db_enc = _add_rows(db_enc, rows, of_b_enc if need_b_enc else None, M)
             dW_dec = _add_rows(dW_dec, rows, of_W_dec if need_W_dec else None, M)
-        return dx, dW_enc, db_enc if need_b_enc else None, dW_dec, db_dec, d_sub, *(None,) * 5
+        return dx, dW_enc, db_enc if need_b_enc else None, dW_dec, db_dec, d_sub, *(None,) * 6
 
 
 def _running_sums(out: Tensor, number: int, b_dec: Tensor) -> list[Tensor]:

@@ -13,7 +13,12 @@ from saetrain.kernels.sorted_pairs import Bags, SortedPairs
 
 VARIABLE = "SAETRAIN_KERNELS"
 BACKENDS = ("reference", "torch", "triton")
-_MODULES = {"reference": "reference", "torch": "on_torch", "triton": "on_triton"}
+_MODULES = {
+    "reference": "reference",
+    "torch": "on_torch",
+    "triton": "on_triton",
+    "products": "on_products",  # of gathers and their gradients only; `autoencode` selects it
+}
 _CHUNK = 4096
 """Numbers that torch sums in one thread, whatever the number of threads."""
 

@@ -10,6 +10,7 @@ d b_dec = -Σ_n d p[n] W_enc = -(d b_enc) W_enc. A second derivative is not defi
 one raises. Letters: N tokens, D d_in, E width of the output, M num_latents.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ _DEVICE_BYTES = 1 << 30
 another costs nothing."""
 _DEVICE_LEAST = 1024
 """Rows at once on a device: fewer would leave parts of it idle."""
+_FEW_PAIRS = 64
+"""Pairs of a token that are always gathered: launches, not gathers, take the time of so few."""
 
 
 def dense_encode(
@@ -218,6 +221,28 @@ def tokens_at_once(tokens: int, W: Tensor, device: str | None = None) -> int:
     most, least = (_BYTES, _LEAST) if on_cpu else (_DEVICE_BYTES, _DEVICE_LEAST)
     of_one = max(1, len(W)) * product_dtype(W).itemsize
     return min(max(1, tokens), max(least, most // of_one // least * least))
+
+
+def products_from(M: int, D: int, E: int, dtype: torch.dtype) -> int:
+    """Return the pairs of a token from which on a GPU multiplies faster than it gathers.
+
+    A pair reads four rows: of W_dec in both passes, of x and of the gradient of the output. The
+    products that replace these make 2 M operations for each column of the four, and fill, write and
+    read matrices [N, M] nine times. A GPU makes `rate` operations while it moves a byte; those of
+    an H200 are in docs/kernels.md.
+
+    Args:
+        M: num_latents.
+        D: width of the input.
+        E: width of the output.
+        dtype: type of the products; float32 may be multiplied as TF32.
+    """
+    rate = 184.0
+    if dtype not in (torch.bfloat16, torch.float16):
+        tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        rate /= 2 if tf32 else 15
+    of_latent = 2 / (rate * dtype.itemsize) + 9 / (D + 3 * E)
+    return max(_FEW_PAIRS, math.ceil(M * of_latent))
 
 
 def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from saetrain.kernels.backends import select_backend
-from saetrain.kernels.dense import by_onednn, tokens_at_once
+from saetrain.kernels.dense import by_onednn, products_from, tokens_at_once
 from saetrain.kernels.on_torch.decode import PIECE
 from saetrain.kernels.on_torch.selection import tile_of
 
@@ -49,7 +49,7 @@ def explain(
     Raises:
         ValueError: SAETRAIN_KERNELS names no backend, or one that cannot serve there.
     """
-    N, D, M, _ = sizes
+    N, D, M, K = sizes
     kind = torch.device(device).type
     backend = select_backend(_OnDevice(kind))  # type: ignore[arg-type]
     W = torch.empty(M, D, dtype=dtype, device="meta")
@@ -62,6 +62,11 @@ def explain(
         how["sort_pairs"], others = "torch.sort", {"sort_pairs": "torch"}
     elif backend == "triton":
         how, others = _by_triton(dtype, sizes)
+        many = products_from(M, D, D, dtype)
+        if kind == "cuda" and many <= K:
+            for name in ("gather_sum", "gather_dot", "weight_gradients"):
+                how[name] = f"dense products, as from {many:,} pairs of a token on"
+                others[name] = "torch"
     else:
         how, others = _by_torch(kind, dtype, sizes), {}
     return choices + [Choice(name, others.get(name, backend), how[name]) for name in _FUNCTIONS]

@@ -204,7 +204,9 @@ class Sae(nn.Module):
             rows: latents whose weights are returned too, [A] int64.
         """
         weights = (self.W_enc, self.b_enc, self.subtracted, self.W_dec, self.b_dec)
-        coded = autoencode(x, *weights, selector, prefix_groups=prefix_groups, rows=rows)
+        coded = autoencode(
+            x, *weights, selector, prefix_groups=prefix_groups, rows=rows, active=self.k
+        )
         if self.W_skip is None:
             return coded
         skipped = x @ self.W_skip.T  # [N, E]

@@ -52,6 +52,9 @@ def test_backends_of_an_absent_gpu_are_explained(monkeypatch: pytest.MonkeyPatch
 def test_fallbacks_from_triton_to_torch_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saetrain.kernels.backends._has_triton", lambda: True)
     assert paths("--device", "cuda", "--k", "1025")["topk"] == ("torch", "torch.topk")
+    many = paths("--device", "cuda", "--k", "4096")
+    assert many["gather_sum"][0] == "torch"
+    assert "dense products" in many["weight_gradients"][1]
     wide = paths("--device", "cuda", "--dtype", "float64")
     assert {wide[f][0] for f in ("topk", "batch_topk", "group_max", "sort_pairs")} == {"torch"}
     assert wide["adam_update_"][0] == "reference"

@@ -10,6 +10,7 @@ import torch
 
 from saetrain.kernels import UpdateOptions, reference, select_backend, sparse_decode, sparse_encode
 from saetrain.kernels.backends import backend_module
+from saetrain.kernels.dense import products_from
 
 pytestmark = [
     pytest.mark.gpu,
@@ -228,6 +229,15 @@ def test_the_gradients_match_the_reference_at_size(
     inputs = case.inputs(torch.float32, "cuda")
     for results in (decode_results, encode_results):
         assert_same_results(results("triton", inputs), results("reference", inputs), 1e-5)
+
+
+def test_many_pairs_are_multiplied_and_match_the_reference(
+    make_coding, autoencode_results, assert_same_results
+):
+    sizes = (8192, 512, 512)
+    coding = make_coding("many pairs", 256, 512, 512, 8192, products_from(*sizes, torch.float64))
+    got = autoencode_results("triton", coding, torch.float64, "cuda")
+    assert_same_results(got, autoencode_results("reference", coding, torch.float64, "cuda"), 1e-12)
 
 
 def test_under_autocast_the_weights_keep_their_dtype_and_get_gradients(make_case):

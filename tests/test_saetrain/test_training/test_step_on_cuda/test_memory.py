@@ -107,6 +107,18 @@ def test_dead_latents_take_room_for_their_list_alone(count: Callable[..., Counte
     assert counted.beyond <= max(2 * WEIGHT, matrices) + of_rows + PER_TOKEN + PER_LATENT
 
 
+def test_many_pairs_are_multiplied_without_sums_of_chunks_or_sorted_pairs(
+    cuda: Any, count: Callable[..., Counted]
+) -> None:
+    many = 10 * D  # where annealing of k begins: gathers take 28.4 GB, products 5.6
+    settings = StepSettings(autocast=True, k_start=many, k_end=K, k_anneal_steps=10**9)
+    counted = count("signum", settings)
+    assert set(cuda.launches) == {"update_kernel"}
+    of_pairs = N * many * (8 + 3 * BYTES)  # their latents, acts, gradients
+    products = WEIGHT // 2 + 2**30  # a gradient in bfloat16, and a scattered matrix
+    assert counted.beyond <= 2 * WEIGHT + products + of_pairs + PER_TOKEN + PER_LATENT
+
+
 @OPTIMIZERS
 def test_beyond_what_stays_a_step_takes_less_than_a_third_of_what_the_peers_does(
     cuda: Any,

@@ -50,6 +50,9 @@ RECIPES = {
     "fold": StepSettings(decoder_norm="fold"),
     "free": StepSettings(decoder_norm="free"),
     "annealed": StepSettings(k_start=32, k_end=4, k_anneal_steps=3),
+    "annealed from products to gathers": StepSettings(
+        autocast=True, k_start=100, k_end=4, k_anneal_steps=2
+    ),
     "clipped": StepSettings(grad_clip=1.0),
     "accumulated": StepSettings(grad_acc_steps=2),
     "parts": StepSettings(micro_batch_size=40),

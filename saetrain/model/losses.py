@@ -14,7 +14,7 @@ own variance, so that layers of large norm do not dominate.
 - Penalties on L0 or L1, and the reconstruction of a gate: see `saetrain.model.activations`.
 - JumpReLU with a target N of L0: N/2 · (L0/N - 1)² of each row, of which SAELens' "quadratic" loss,
   after Gemma Scope 2, is four times as much. At L0 = 2N its slope is that of the penalty on L0.
-  From 4N on it is linear: the L0 of untrained SAEs, often 100 N, would make latents die for good.
+  From 3N on it is linear: the L0 of untrained SAEs, often 100 N, would make latents die for good.
 - With it, on latents that fire often: Σ p²/0.1 over latents that fire on a share p of the batch. It
   is the second term of Σ p (1 + p/p₀), the quadratic-frequency penalty of Smith, Rajamanoharan et
   al., "Negative results for sparse autoencoders on downstream tasks" (2025).
@@ -229,7 +229,7 @@ def make_loss_config(
 
 
 _OFTEN = 0.1  # share of the rows: p₀ of the penalty on latents that fire often
-_FAR = 4  # times the target: from there on, the quadratic penalty is linear in L0
+_FAR = 3  # times the target: from there on, the quadratic penalty is linear in L0
 _QUADRATIC = 3  # times the weight on L0: the slope at twice the target; found on small runs
 _MULTI = 4  # times k latents
 DEAD_LIST_FACTOR = 8  # times k_aux dead latents

@@ -30,7 +30,7 @@ from saetrain.training.penalty_control import PenaltyController
 Options = Callable[..., FitConfig]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
-N, D, M, TARGET, BANDWIDTH = 40, 9, 30, 7.5, 0.7
+N, D, M, TARGET, BANDWIDTH = 40, 9, 30, 10.0, 0.7
 CONFIG = SaeConfig(D, M, 1, activation="jumprelu", sparsity=0.3, threshold=0.4, bandwidth=BANDWIDTH)
 KINDS = ("jumprelu", "relu", "gated")
 
@@ -75,7 +75,7 @@ def test_the_penalty_of_jumprelu_is_quadratic_in_l0(
     )
     (term,) = losses.terms
     assert term.weight == pytest.approx(3 * 0.3)
-    assert (sae(rows()).top_acts > 0).sum(dim=1).max() <= 4 * TARGET
+    assert (sae(rows()).top_acts > 0).sum(dim=1).max() <= 3 * TARGET
     (parameter,) = sae.activation.parameters()  # type: ignore[attr-defined]
     found = torch.autograd.grad(term.value, [parameter, sae.W_enc, sae.b_enc])
 
@@ -92,11 +92,11 @@ def test_the_penalty_of_jumprelu_is_quadratic_in_l0(
 
 
 @pytest.mark.parametrize("steered", [None, 0.7, 3.0])
-def test_beyond_four_times_the_target_the_penalty_of_jumprelu_is_linear(
+def test_beyond_three_times_the_target_the_penalty_of_jumprelu_is_linear(
     steered: float | None,
 ) -> None:
     """L0 of thousands at the start would be pushed down so hard that latents die for good."""
-    sae, target = sae_of(), 2.0
+    sae, target = sae_of(), 3.0
     moved = None if steered is None else torch.tensor(steered, dtype=torch.float64)
     loss_config = make_loss_config(CONFIG, 0, target_l0=target)
     (term,) = compute_losses(sae, rows(), 2.0, None, loss_config, steered=moved).terms
@@ -107,10 +107,10 @@ def test_beyond_four_times_the_target_the_penalty_of_jumprelu_is_linear(
         sae.activation.thresholds(),  # type: ignore[attr-defined]
     )
     l0, at = fires.sum(dim=1), steered or target
-    assert l0.min() < 4 * target < l0.max()
-    steepest = 4 * target / at - 1
-    linear = at / 2 * steepest**2 + steepest * (l0 - 4 * target)
-    expected = torch.where(l0 > 4 * target, linear, at / 2 * (l0 / at - 1).square()).mean()
+    assert l0.min() < 3 * target < l0.max()
+    steepest = 3 * target / at - 1
+    linear = at / 2 * steepest**2 + steepest * (l0 - 3 * target)
+    expected = torch.where(l0 > 3 * target, linear, at / 2 * (l0 / at - 1).square()).mean()
     torch.testing.assert_close(term.value, expected)
     torch.testing.assert_close(found, torch.autograd.grad(expected, [sae.b_enc])[0])
 
@@ -141,11 +141,11 @@ def test_other_kinds_keep_their_penalty(kind: str) -> None:
 def test_the_steered_value_is_the_target_of_jumprelu_and_the_weight_of_others(kind: str) -> None:
     config = dataclasses.replace(CONFIG, activation=kind)
     losses_config = make_loss_config(config, 8, target_l0=TARGET)
-    steered = torch.tensor(7.0, dtype=torch.float64)
+    steered = torch.tensor(9.5, dtype=torch.float64)
     for step, risen in ((0, 1 / 8), (3, 4 / 8), (7, 1.0), (100, 1.0)):
         sae = sae_of(config)
         found = compute_losses(sae, rows(), 2.0, None, losses_config, step, steered=steered)
-        target, weight = (7.0, 3 * 0.3) if kind == "jumprelu" else (TARGET, 7.0)
+        target, weight = (9.5, 3 * 0.3) if kind == "jumprelu" else (TARGET, 9.5)
         fixed = dataclasses.replace(losses_config, target_l0=target, sparsity=weight)
         expected = compute_losses(sae, rows(), 2.0, None, fixed, step)
         assert float(found.terms[0].weight) == pytest.approx(weight * risen)

@@ -102,6 +102,10 @@ def test_every_option_of_the_command_line_can_be_given_in_a_file(
     # --cuda-graphs excludes --grad-acc-steps 3 and --parallel ddp.
     lacking = {"topk": {*penalised, "compile"}, "jumprelu": no_k}[activation] | {"cuda_graphs"}
     values |= penalised
+    values |= {"beta1": 0.5, "beta2": 0.5, "eps": 0.5, "precision": "bfloat16", "defaults": 1}
+    values |= {"auxk_alpha": 0.25}
+    # --sparsity excludes --target-l0, and --follow --max-norm-ratio.
+    lacking |= {"target_l0", "frequency_penalty", "max_norm_ratio"}
     # pool_rows excludes --buffer-bytes
     values = {name: v for name, v in values.items() if name not in {"pool_rows", *lacking}}
 

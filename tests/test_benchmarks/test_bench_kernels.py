@@ -23,6 +23,7 @@ def bench(monkeypatch):
     return module
 
 
+@pytest.mark.soak
 def test_bench_kernels_checks_every_side_and_prints_one_table_last():
     command = [sys.executable, str(FOLDER / "bench_kernels.py")]
     command += ["--smoke", "--rounds", "3", "--sizes", "1", "--device", "cpu"]

@@ -384,6 +384,7 @@ def finish(run_jobs: RunJobs, run: dict[str, Any], whole: Path, broken: Path, fo
             fit(FitConfig(**options))
 
 
+@pytest.mark.soak
 def test_stopped_damaged_and_overridden_runs_resume_like_those_of_one_process(
     base: dict[str, Any], run_jobs: RunJobs, snapshot: Snapshot, tmp_path: Path
 ) -> None:

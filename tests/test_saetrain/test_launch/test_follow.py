@@ -595,6 +595,7 @@ def test_evaluation_uses_all_shards_held_out_so_far(growing: Growing, following:
 # --- the commands --------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_concurrent_commands_give_the_same_bytes_as_consecutive_ones(
     tiny_model: Path, prose_file: Path, snapshot: Snapshot, fork_server: Any, tmp_path: Path
 ) -> None:

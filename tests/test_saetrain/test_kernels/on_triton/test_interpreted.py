@@ -7,11 +7,11 @@ pytest.importorskip("triton")
 INTERPRETED = {"TRITON_INTERPRET": "1", "SAETRAIN_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize(("files", "least"), [("cases_[a-g]*.py", 45), ("cases_[s-u]*.py", 60)])
-def test_a_fourth_of_the_cases_of_each_function_passes_through_the_interpreter(
+@pytest.mark.parametrize(("files", "least"), [("cases_[a-g]*.py", 18), ("cases_[s-u]*.py", 24)])
+def test_a_tenth_of_the_cases_of_each_function_passes_through_the_interpreter(
     run_cases, files, least
 ):
-    assert run_cases(files, every=4, **INTERPRETED) > least
+    assert run_cases(files, every=10, **INTERPRETED) > least
 
 
 @pytest.mark.soak
